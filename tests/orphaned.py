@@ -6,7 +6,7 @@ import time
 
 def wait() -> None:
     # Here, so that only the child pays for the import.
-    from sidelight.vllm.worker import end_with_parent
+    from sidelight.vllm.internals import end_with_parent
 
     end_with_parent()
     time.sleep(600)

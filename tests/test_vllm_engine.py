@@ -24,9 +24,8 @@ from sidelight.engines.base import (
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
 from sidelight.server.config import ServerConfig
-from sidelight.vllm.engine import SET_HERE, VllmEngine, require_options
+from sidelight.vllm.engine import SET_HERE, Capacity, VllmEngine, require_options
 from sidelight.vllm.exchange import saved
-from sidelight.vllm.requests import Capacity
 from sidelight.vllm.server import NO_PLACE, arguments, serve
 from sidelight.vllm.settings import KEY, identity_of
 from tiny import untrained_probe
@@ -63,7 +62,8 @@ class Workers:
         self.loaded = [[] for _ in range(engines)]
         # Stands for what the workers would report.
         self.report: object = ...
-        self.refuses = 0
+        self.refuses = ""
+        self.loads = engines
         self.is_paused = False
         self.pausing, self.may_pause = asyncio.Event(), asyncio.Event()
         self.may_pause.set()
@@ -72,17 +72,16 @@ class Workers:
         return identity_of(probe.version for probe in self.loaded[engine])
 
     async def collective_rpc(self, method, args):
-        assert method == "sidelight_load"
-        assert self.is_paused
-        failures = [None] * len(self.loaded)
-        if self.refuses:
-            self.refuses -= 1
-            failures[-1] = "The last worker refuses."
-        for engine, failure in enumerate(failures):
-            if failure is None:
-                self.loaded[engine] = [load_probe(folder) for folder in args[0]]
-        # vLLM tells what the first engine says.
-        return failures[:1] if len(self.loaded) > 1 else failures
+        if self.refuses == method:
+            # Whichever rank it is of, as vLLM raises it.
+            raise Exception("The last worker refuses.")
+        if method == "sidelight_check":
+            self.checked = [load_probe(folder) for folder in args[0]]
+        else:
+            assert method == "sidelight_load"
+            assert self.is_paused
+            assert args == (identity_of(probe.version for probe in self.checked),)
+            self.loaded[: self.loads] = [self.checked] * self.loads
 
     async def generate(self, tokens, params, request_id, data_parallel_rank=None):
         assert not self.is_paused
@@ -137,7 +136,7 @@ def replacing(tiny, change, **options):
     async def main():
         llm = Workers(**options)
         old, new = (untrained_probe(tiny, name) for name in ("old", "new"))
-        with saved([old]) as (own,):
+        with saved([old]) as own:
             llm.loaded = [[load_probe(folder) for folder in own.folders] for _ in llm.loaded]
         engine = VllmEngine(
             llm,
@@ -171,41 +170,55 @@ async def writing(engine, llm):
             del states[text]
 
 
-def test_a_worker_that_refuses_has_all_put_back(tiny):
-    async def change(engine, llm, new, refuses=1):
-        llm.refuses = refuses
+def test_a_worker_that_refuses_leaves_the_old_probes_to_all(tiny):
+    async def change(engine, llm, new):
+        llm.refuses = "sidelight_check"
         with pytest.raises(SidelightError, match="last worker refuses"):
             await engine.replace_probes([new])
-        if refuses == 1:
-            assert await engine.judge(HELLO)
-        else:
-            with pytest.raises(EngineUnavailableError, match="Nobody knows"):
-                await engine.judge(HELLO)
-
-    async def change_one_rank(engine, llm, new):
-        """Nobody hears the second rank's answer, but its verdicts say what it has."""
-        llm.refuses = 1
-        with pytest.raises(GenerationError, match="Other probes have judged"):
-            await engine.replace_probes([new])
-        await engine.replace_probes([new])
+        assert await engine.judge(HELLO)
 
     assert replacing(tiny, change) == OLD
-    assert replacing(tiny, change_one_rank, engines=2) == (["new"], [["new"], ["new"]], True)
-    assert replacing(tiny, partial(change, refuses=2))[2] is False
+    assert replacing(tiny, change, engines=2) == (["old"], [["old"], ["old"]], True)
 
 
-def test_one_who_gives_up_leaves_the_old_probes(tiny):
+def test_workers_that_may_differ_serve_nothing_any_more(tiny):
+    """One fails although it has checked the probes; or a rank has others, as its verdicts say."""
+
+    async def change(engine, llm, new, refuses="", loads=2):
+        llm.refuses, llm.loads = refuses, loads
+        with pytest.raises(EngineUnavailableError, match="Restart the server"):
+            await engine.replace_probes([new])
+        with pytest.raises(EngineUnavailableError, match="Restart the server"):
+            await engine.judge(HELLO)
+
+    for kind in ({"refuses": "sidelight_load"}, {"loads": 1}):
+        probes, _, is_ready = replacing(tiny, partial(change, **kind), engines=2)
+        assert (probes, is_ready) == (["old"], False)
+
+
+def test_a_change_ends_whole_although_its_caller_gives_up(tiny):
     async def change(engine, llm, new):
         llm.may_pause.clear()
         changing = asyncio.create_task(engine.replace_probes([new]))
         await llm.pausing.wait()
         changing.cancel()
+        await asyncio.sleep(0)
         llm.may_pause.set()
-        with pytest.raises(asyncio.CancelledError):
-            await changing
+        await changing
         assert await engine.judge(HELLO)
 
-    assert replacing(tiny, change) == OLD
+    async def change_too_early(engine, llm, new):
+        async with writing(engine, llm):
+            changing = asyncio.create_task(engine.replace_probes([new]))
+            while engine._exchange._open.is_set():
+                await asyncio.sleep(0.001)
+            changing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await changing
+        await engine.settled()
+
+    assert replacing(tiny, change) == NEW
+    assert replacing(tiny, change_too_early) == OLD
 
 
 def test_a_change_waits_for_texts_of_begun_requests_and_newcomers_for_the_change(tiny):
@@ -321,6 +334,7 @@ def test_every_option_has_a_place_in_vllms_server_or_a_remedy():
         *("config", "probe", "policy", "audit_log", "audit_salt", "api_key", "api_keys_file"),
         *("admin_key", "admin_keys_file", "metrics_key", "allow_anonymous", "max_concurrent"),
         "audit_client",
+        "allowed_host",
     }
     as_arguments = {"host", "port", "log_level", "model", "dtype", "drain_s", "engine_option"}
     elsewhere = {"engine", "device"}
@@ -347,7 +361,7 @@ def test_a_plugin_that_cannot_be_imported_stops_vllm(monkeypatch):
     """vLLM logs an error while it loads an entry point, and then serves without it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (place,) = project["entry-points"]["vllm.general_plugins"].values()
-    monkeypatch.setitem(sys.modules, "sidelight.vllm.patches", None)
+    monkeypatch.setitem(sys.modules, "sidelight.vllm.plugin", None)
     install = EntryPoint("sidelight", place, "vllm.general_plugins").load()
     with pytest.raises(ImportError):
         install()

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sidelight.artifact import save_probe
+from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Bank, Panel
 from sidelight.cli.options import Runtime
 from sidelight.engines.base import require_same_model
@@ -24,7 +24,8 @@ from sidelight.probe import common_format
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.standardisation import EPSILON, Projection
 from sidelight.states.extraction import score
-from sidelight.vllm.columns import Pages, Reading, Stage, Step, Tracking
+from sidelight.vllm.columns import Pages, Reading, Stage
+from sidelight.vllm.internals import Step
 from sidelight.vllm.settings import (
     COLUMNS,
     ENVIRONMENT,
@@ -40,6 +41,7 @@ from sidelight.vllm.settings import (
     token_hash,
 )
 from sidelight.vllm.taps import set_receiver, tap_layers
+from sidelight.vllm.tracking import Tracking
 from sidelight.vllm.worker import RequestJudge, Share, Worker
 from tiny import TOPICS, tiny_backbone, untrained_probe
 from vllm_served import followed
@@ -340,6 +342,11 @@ def started(*named, **options):
     return worker
 
 
+def change(worker, folder):
+    worker.check([folder])
+    worker.load(identity_of([load_probe(folder).version]))
+
+
 @pytest.fixture
 def worker(backbone, folders):
     return started(backbone, folders["old"], folders["both"])
@@ -400,9 +407,9 @@ def test_a_request_whose_judging_failed_never_has_a_verdict_again(backbone, work
 def test_other_probes_judge_from_the_same_memory_and_from_no_old_column(backbone, folders, names):
     first, then = (folders[name] for name in names)
     worker = started(backbone, first, columns=64)
-    stage, rows = worker._stage, worker._pages._rows
+    stage, rows = worker._stage, worker._pages.rows
     for folder in (first, then, first):
-        worker.load([folder])
+        change(worker, folder)
         worker._pages._has_kept.fill_(True)
         (probe,) = Served((folder,), backbone.fingerprint).load()
         assert worker.judge([READING]).result().judgements["r"].failed == (probe.name,)
@@ -411,7 +418,7 @@ def test_other_probes_judge_from_the_same_memory_and_from_no_old_column(backbone
         assert outcome.probes.identity == identity_of([probe.version])
         assert outcome.probes.reads_responses == probe.reads.includes_response
     assert worker._stage is stage
-    assert worker._pages._rows is rows
+    assert worker._pages.rows is rows
 
 
 def test_probes_for_which_there_is_no_room_leave_the_old_ones(backbone, folders):
@@ -419,11 +426,11 @@ def test_probes_for_which_there_is_no_room_leave_the_old_ones(backbone, folders)
     wanted = pass_of(worker, backbone)
     for name, why in (("wide", "columns of a layer"), ("normalised", "another norm")):
         with pytest.raises(SidelightError, match=f"{why}.* SIDELIGHT_COLUMNS=") as refused:
-            worker.load([folders[name]])
+            change(worker, folders[name])
         assert pass_of(worker, backbone).judgements == wanted.judgements
         needed = int(str(refused.value).split("=")[1].split(",")[0])
         roomy = started(backbone, folders["old"], columns=needed)
-        roomy.load([folders[name]])
+        change(roomy, folders[name])
         assert not pass_of(roomy, backbone).judgements["r"].failed
 
 
@@ -431,7 +438,7 @@ def test_a_pipeline_stage_sends_the_columns_of_its_new_probes(backbone, folders)
     whole, first = started(backbone, folders["wide"]), started(backbone, folders["wide"])
     last = started(backbone, folders["wide"], start=2)
     for worker in (whole, last):
-        worker.load([folders["new"]])
+        change(worker, folders["new"])
         pass_of(worker, backbone)
     (share,) = last.judge([READING]).result().shares
     assert (share.first_layer, share.columns.shape[2]) == (2, whole._columns)

@@ -10,8 +10,9 @@ from sidelight.artifact import save_probe
 from sidelight.bank import Panel
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Part, Reads
-from sidelight.vllm.columns import Step, Tracking
+from sidelight.vllm.internals import BlockTables, Step, full_group
 from sidelight.vllm.settings import KEY, Served, request_params
+from sidelight.vllm.tracking import Tracking
 from sidelight.vllm.worker import Loaded, Outcome, RequestJudge, Share, load_panel
 from tiny import tiny_backbone, untrained_probe
 
@@ -73,7 +74,7 @@ def test_the_scheduler_follows_its_stages_to_other_probes_or_gives_no_verdict(tm
 
 def test_whoever_ends_a_request_its_block_table_goes():
     """Beside a connector without groups, vLLM ends requests by another method."""
-    from sidelight.vllm.connector import BlockTables, ProbeConnector
+    from sidelight.vllm.connector import ProbeConnector
 
     new = SimpleNamespace(req_id="r", block_ids=([0, 1],), num_computed_tokens=0)
     cached = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[])
@@ -93,8 +94,6 @@ def test_whoever_ends_a_request_its_block_table_goes():
 
 def test_a_pipeline_stage_that_lacks_a_kind_of_attention_is_refused():
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
-
-    from sidelight.vllm.connector import full_group
 
     sizes = {"block_size": 16, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
     full, window = FullAttentionSpec(**sizes), SlidingWindowSpec(**sizes, sliding_window=8)

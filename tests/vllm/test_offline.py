@@ -16,7 +16,7 @@ from sidelight.progress import progress
 from sidelight.prompts import Reads
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, extract
-from sidelight.vllm.settings import CAPTURE, KEY
+from sidelight.vllm.settings import KEY, STATES
 from vllm_served import mixed_prompts
 
 OPTIONS = {
@@ -74,8 +74,9 @@ def test_a_cache_has_the_states_of_transformers_and_goes_on_after_a_stop(
     first = text.stat().st_mtime_ns
     extract(source, cache)
     assert text.stat().st_mtime_ns == first
-    # The shards that were being computed had left their spools.
-    assert not list(cache.directory.glob("*.partial"))
+    # What was being computed has left nothing.
+    assert {path.suffix for path in cache.directory.iterdir()} <= {".safetensors", ""}
+    assert not any(path.is_dir() for path in cache.directory.iterdir())
     other = extract(BackboneSource(backbone), cache_of("transformers"))
     assert other.directory != cache.directory
     assert len(cache) == len(other) > 2
@@ -118,23 +119,26 @@ def test_train_and_predict_through_vllm(backbone, tmp_path):
     assert np.std(np.array(theirs)[:, 1]) > 0.1
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "message"),
-    [
-        ("EngineArgs", {"enable_prefix_caching": True}, "prefix cache"),
-        ("AsyncEngineArgs", {"enable_prefix_caching": False}, "offline only"),
-    ],
-)
-def test_what_would_lose_states_or_serve_them_is_refused(backbone, kind, options, message):
-    from vllm.engine import arg_utils
+def test_a_server_writes_no_hidden_states(backbone):
+    """Its clients could choose the files."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
 
-    sizes = {"layers": backbone.fingerprint.layers, "width": backbone.fingerprint.width}
-    given = {"dtype": "float32", "max_model_len": 512, **options}
-    arguments = getattr(arg_utils, kind)(
-        model=backbone.name, additional_config={KEY: {CAPTURE: sizes}}, **given
-    )
-    with pytest.raises(SidelightError, match=message):
+    config = {KEY: {"probes": [], STATES: True}}
+    arguments = AsyncEngineArgs(model=backbone.name, max_model_len=512, additional_config=config)
+    with pytest.raises(SidelightError, match="offline only"):
         arguments.create_engine_config()
+
+
+def test_hidden_states_that_were_not_written_are_an_error(source, backbone, tmp_path):
+    from sidelight.vllm.capture import capture_params, captured
+    from sidelight.vllm.offline import OfflineRequest
+
+    (prompt,) = mixed_prompts(backbone, 1, longest=20)
+    params = capture_params(prompt, Reads(), tmp_path / "gone" / "0")
+    ((_, output),) = source.running().run([OfflineRequest(0, prompt, params)])
+    assert "error" in output.kv_transfer_params[KEY]["verdicts"]["states"]
+    with pytest.raises(SidelightError, match="hidden states are missing"):
+        captured(tmp_path / "gone" / "0", backbone.fingerprint.layers)
 
 
 def test_a_text_that_leaves_no_room_is_refused_before_vllm_starts(backbone, llama_model):

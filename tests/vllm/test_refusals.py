@@ -13,8 +13,8 @@ from sidelight.artifact import save_probe
 from sidelight.backbone import load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.vllm.engine import load_vllm_engine
-from sidelight.vllm.patches import require_supported
 from sidelight.vllm.settings import ENVIRONMENT, KEY
+from sidelight.vllm.support import require_supported
 from tiny import SIZES, tiny_backbone, untrained_probe
 
 NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}

@@ -273,7 +273,7 @@ def _turns(example: "Example") -> "tuple[Message, ...]":
     epilog=options.examples(
         "sidelight parity probes/toxicity --data test.jsonl",
         "sidelight parity probes/toxicity --data test.jsonl --engines vllm --dtype float32",
-        "sidelight parity probes/toxicity --data test.jsonl --quantised MODEL --out parity.json",
+        "sidelight parity probes/toxicity --data test.jsonl --quantised MODEL --gate 0.01",
     )
 )
 @click.argument("probes", nargs=-1, required=True, type=options.PATH)
@@ -285,7 +285,14 @@ def _turns(example: "Example") -> "tuple[Message, ...]":
 @click.option(
     "--quantised",
     metavar="MODEL",
-    help="Also compare with this quantised copy in vLLM; --out is then the report to serve it by.",
+    help="Also compare with this quantised copy in vLLM.",
+)
+@click.option(
+    "--gate",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="End with exit code 1 if more than this share of verdicts differs between two engines. "
+    "Otherwise --quantised prints the digest that accepts the probes on the copy.",
 )
 @options.model
 @options.dtype
@@ -300,6 +307,7 @@ def parity(
     limit: int | None,
     engines: str,
     quantised: str | None,
+    gate: float | None,
     engine_option: dict[str, Any],
     out: Path | None,
     **model: Any,
@@ -319,35 +327,44 @@ def parity(
     examples = load_examples(data, text=text, label=None, response=response)
     from sidelight.artifact import load_probe
     from sidelight.engines.parity import compare_engines
-    from sidelight.vllm.engine import require_vllm
-    from sidelight.vllm.quantised import COPY, OPTIONS, ParityReport, copies_for
+    from sidelight.vllm.engine import copy_of
+    from sidelight.vllm.internals import QUANTISING
+    from sidelight.vllm.settings import ACCEPTED, acceptance
 
     loaded = [load_probe(probe) for probe in probes]
     drawn = examples.draw(limit or len(examples), seed=0)
     texts = [_turns(examples.items[row]) for row in drawn]
     # What quantises the copy must leave the original as it is.
-    left_out = () if quantised is None else OPTIONS
+    left_out = () if quantised is None else QUANTISING
     original = {name: value for name, value in engine_option.items() if name not in left_out}
-    own = {"transformers": {}, "vllm": original}
-    runtimes = {
-        name: options.Runtime(engine=name, engine_option=own[name], **model) for name in names
+    given = {"transformers": {}, "vllm": original}
+    makers = {
+        name: partial(
+            options.Runtime(engine=name, engine_option=given[name], **model).load_engine, loaded
+        )
+        for name in names
     }
-    makers = {name: partial(one.load_engine, loaded) for name, one in runtimes.items()}
-    copy = None
+    digest = ""
     if quantised is not None:
         _require_responses(loaded, response)
-        require_vllm()
-        copy, copies = copies_for(quantised, loaded, engine_option)
+        copy = copy_of(quantised, loaded, engine_option)
+        digest = acceptance(copy, loaded)
+        copies = [replace(probe, fingerprint=copy) for probe in loaded]
         runtime = options.Runtime(engine="vllm", engine_option=engine_option, **model)
-        makers[COPY] = partial(replace(runtime, model=quantised).load_engine, copies)
+        makers["quantised"] = partial(replace(runtime, model=quantised).load_engine, copies)
     differences = compare_engines(makers, texts)
-    if out is not None and copy is not None:
-        versions = {probe.name: probe.version for probe in loaded}
-        ParityReport(copy, versions, differences).write(out)
-    elif out is not None:
+    if out is not None:
         write_json(out, [asdict(difference) for difference in differences])
     for difference in differences:
         click.echo(
             f"{difference.probe:<20} {difference.between:<32} largest {difference.largest:.2e}, "
             f"mean {difference.mean:.2e}, {difference.flips} of {difference.texts} flipped"
         )
+    if gate is None:
+        return
+    off = [each for each in differences if each.is_of_engines and each.flips > gate * each.texts]
+    if off:
+        click.echo(f"More than {gate:.1%} flipped ({len(off)} times).", err=True)
+        sys.exit(1)
+    if digest:
+        click.echo(f"{ACCEPTED}={digest}")

@@ -39,6 +39,11 @@ class Difference:
     flips: int
     texts: int
 
+    @property
+    def is_of_engines(self) -> bool:
+        """Whether two engines differ, not two batch sizes."""
+        return ", batch " not in self.between
+
 
 def compare_engines(
     engines: Mapping[str, Callable[[], Engine]],

@@ -16,6 +16,6 @@ def install() -> None:
 
     vLLM goes on without a plugin that it cannot import, and stops for one that fails later.
     """
-    from sidelight.vllm.patches import install
+    from sidelight.vllm.plugin import wrap_vllm
 
-    install()
+    wrap_vllm()

@@ -10,7 +10,7 @@ schedulers give the connector its results earlier, and put the verdicts on the o
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -33,133 +33,24 @@ from sidelight.bank import Panel
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt
 from sidelight.types import Judgement
-from sidelight.vllm import capture, worker
-from sidelight.vllm.columns import Step, Tracking
-from sidelight.vllm.patches import keeps_every_token, served_by
-from sidelight.vllm.settings import KEY, described_prompt, prompt_encoder
-from sidelight.vllm.worker import Loaded, RequestJudge, Share, end_with_parent, load_panel
+from sidelight.vllm.columns import Reading
+from sidelight.vllm.internals import BlockTables, end_with_parent, full_group
+from sidelight.vllm.settings import KEY, Served, described_prompt, prompt_encoder
+from sidelight.vllm.tracking import Tracking
+from sidelight.vllm.worker import Loaded, Outcome, RequestJudge, Share, installed, load_panel
 
 _log = init_logger("vllm.sidelight")
 
 
-class BaseConnector(KVConnectorBase_V1, SupportsHMA):
-    """What our connectors have in common: nothing is loaded, stored or handed off.
-
-    Raises:
-        SidelightError: No single block table says where all keys and values of a request are.
-    """
-
-    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
-        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        index = full_group(kv_cache_config)
-        self._group = kv_cache_config.kv_cache_groups[index]
-        self._tables = BlockTables(index)
-        if role == KVConnectorRole.SCHEDULER:
-            end_with_parent()
-
-    @property
-    def requires_kv_delivery(self) -> bool:
-        return False
-
-    def get_num_new_matched_tokens(
-        self, request: Any, num_computed_tokens: int
-    ) -> tuple[int, bool]:
-        return 0, False
-
-    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        pass
-
-    def request_finished_all_groups(
-        self, request: Any, block_ids: tuple[list[int], ...]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        return self.request_finished(request, [])
-
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        pass
-
-    def wait_for_layer_load(self, layer_name: str) -> None:
-        pass
-
-    def save_kv_layer(
-        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
-    ) -> None:
-        pass
-
-    def wait_for_save(self) -> None:
-        pass
-
-
-def full_group(kv_cache_config: Any) -> int:
-    """The index of the group of attention layers whose block tables have a slot for every token.
-
-    Hybrid models keep at least one. A prefix is only found in the cache if all groups have it.
-
-    Raises:
-        SidelightError: There is none, or this is a pipeline stage that lacks the layers of a group.
-    """
-    groups = kv_cache_config.kv_cache_groups
-    if not all(group.layer_names for group in groups):
-        # Another stage, and the scheduler, could choose another group.
-        raise SidelightError(
-            "A pipeline stage has no layer of one of the model's kinds of attention, so probes "
-            "cannot follow its tokens. Use fewer stages (--pipeline-parallel-size)."
-        )
-    for index, group in enumerate(groups):
-        specs = getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec})
-        if all(map(keeps_every_token, specs.values())):
-            return index
-    raise SidelightError(
-        "Probes inside vLLM need a model in which at least one layer keeps the keys and values of "
-        "every token; in this one all layers forget some. Serve it with the transformers engine."
-    )
-
-
-class BlockTables:
-    """The block tables of running requests, as the scheduler's outputs tell of them.
-
-    Args:
-        group: The index of the group of attention layers that they belong to.
-    """
-
-    def __init__(self, group: int):
-        self._group = group
-        self._blocks: dict[str, list[int]] = {}
-
-    def steps(self, scheduler_output: Any) -> Iterator[Step]:
-        """Each scheduled request's share of the step."""
-        scheduled = scheduler_output.num_scheduled_tokens
-        for new in scheduler_output.scheduled_new_reqs:
-            self._blocks[new.req_id] = [*new.block_ids[self._group]]
-            computed = new.num_computed_tokens + scheduled[new.req_id]
-            yield Step(new.req_id, computed, True, self._blocks[new.req_id])
-        cached = scheduler_output.scheduled_cached_reqs
-        for request_id, added, before in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            is_resumed = request_id in cached.resumed_req_ids
-            if is_resumed:
-                # After a preemption all of its blocks are new.
-                self._blocks[request_id] = []
-            if added is not None:
-                self._blocks[request_id] += added[self._group]
-            computed = before + scheduled[request_id]
-            yield Step(request_id, computed, is_resumed, self._blocks[request_id])
-
-    def forget(self, request_id: str) -> None:
-        """Drops the table of a request that has ended."""
-        self._blocks.pop(request_id, None)
-
-
 @dataclass
 class Orders(KVConnectorMetadata):
-    """What the workers are to do with a step: to read requests, or to keep hidden states.
+    """What the workers are to read after a step.
 
     Attributes:
-        items: Readings, or pieces.
         has_pass: Whether the step runs any token.
     """
 
-    items: list[Any] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list[Reading])
     has_pass: bool = True
 
 
@@ -172,11 +63,11 @@ class Results(KVConnectorWorkerMetadata):
         work: The worker's thread is at it.
     """
 
-    def __init__(self, work: Future[worker.Outcome]):
+    def __init__(self, work: Future[Outcome]):
         self._work = work
 
     @property
-    def outcome(self) -> worker.Outcome:
+    def outcome(self) -> Outcome:
         return self._work.result()
 
     def aggregate(self, other: "Results") -> "Results":
@@ -186,9 +77,9 @@ class Results(KVConnectorWorkerMetadata):
         return done, (self.outcome,)
 
 
-def done(outcome: worker.Outcome) -> Results:
+def done(outcome: Outcome) -> Results:
     """Results that nobody waits for."""
-    work: Future[worker.Outcome] = Future()
+    work: Future[Outcome] = Future()
     work.set_result(outcome)
     return Results(work)
 
@@ -216,18 +107,26 @@ def _prompt_reader(
     return read_prompt
 
 
-class ProbeConnector(BaseConnector):
-    """One per scheduler and one per worker."""
+class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
+    """One per scheduler and one per worker.
+
+    Raises:
+        SidelightError: No single block table says where all keys and values of a request are.
+    """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        self._kv_cache_config = kv_cache_config
+        index = full_group(kv_cache_config)
+        self._group = kv_cache_config.kv_cache_groups[index]
+        self._blocks = kv_cache_config.num_blocks
         if role == KVConnectorRole.SCHEDULER:
-            served = served_by(vllm_config)
+            end_with_parent()
+            served = Served.of(vllm_config)
             assert served is not None
             panel, loaded = load_panel(served)
             self._identity = loaded.identity
             self._served, self._judge = served, RequestJudge(panel)
+            self._tables = BlockTables(index)
             self.tracking = Tracking(
                 reads_responses=panel.late is not None,
                 prompt_of=described_prompt
@@ -277,7 +176,7 @@ class ProbeConnector(BaseConnector):
             judged = None if follows else self._judge.fail([own[0].reading])[request_id]
             self._record(request_id, judged or self._judge.join(own), outcome)
 
-    def _record(self, request_id: str, judgement: Judgement, outcome: worker.Outcome) -> None:
+    def _record(self, request_id: str, judgement: Judgement, outcome: Outcome) -> None:
         self.tracking.record(request_id, judgement, outcome.seconds, outcome.probes.identity)
 
     def _follows(self, loaded: Loaded) -> bool:
@@ -305,33 +204,66 @@ class ProbeConnector(BaseConnector):
     # In a worker.
 
     def register_kv_caches(self, kv_caches: Any) -> None:
-        own = worker.INSTALLED.get()
+        worker = installed()
         caches = (c if isinstance(c, list | tuple) else [c] for c in kv_caches.values())
         memory = [cache.untyped_storage() for cache in chain.from_iterable(caches)]
         # Layers of several groups share it.
         total = sum({one.data_ptr(): one.nbytes() for one in memory}.values())
-        own.allocate(
-            blocks=self._kv_cache_config.num_blocks,
+        worker.allocate(
+            blocks=self._blocks,
             block_size=self._group.kv_cache_spec.block_size,
             attention=self._group.layer_names[0],
         )
         _log.info(
             "Columns of the probes take %.1f MiB, %.2f %% of the KV cache (%.1f MiB).",
-            own.size_bytes / 2**20, 100 * own.size_bytes / total, total / 2**20,
+            worker.size_bytes / 2**20, 100 * worker.size_bytes / total, total / 2**20,
         )  # fmt: skip
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
-        worker.INSTALLED.get().forget(finished_req_ids)
+        installed().forget(finished_req_ids)
         return None, None
 
     def build_connector_worker_meta(self) -> Results | None:
         """Runs after the forward pass of a step, on every rank."""
-        own, orders = worker.INSTALLED.get(), self._get_connector_metadata()
+        orders = self._get_connector_metadata()
         # Every rank of a tensor-parallel group has the whole residual stream; the first one judges.
         if not orders.has_pass or get_tensor_model_parallel_rank() != 0:
             return None
-        work = own.judge(orders.items)
-        return Results(work) if orders.items else None
+        work = installed().judge(orders.readings)
+        return Results(work) if orders.readings else None
+
+    # Nothing is loaded, stored or handed off.
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        pass
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, [])
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        pass
 
 
 class SharedConnector(MultiConnector):
@@ -380,40 +312,3 @@ class ProbeScheduler(Scheduler):
 
 class AsyncProbeScheduler(ProbeScheduler, AsyncScheduler):
     """The scheduler for engines that plan the next step while one runs."""
-
-
-class CaptureConnector(BaseConnector):
-    """Tells the workers which hidden states of a step to keep; nothing comes back this way."""
-
-    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
-        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        if role == KVConnectorRole.SCHEDULER:
-            size = self._group.kv_cache_spec.block_size
-            self._captures = capture.Captures(block_size=size)
-
-    # Beside the scheduler.
-
-    def on_new_request(self, request: Any) -> None:
-        params, tokens = request.kv_transfer_params, len(request.prompt_token_ids)
-        self._captures.enter(request.request_id, params, tokens)
-
-    def build_connector_meta(self, scheduler_output: Any) -> Orders:
-        return Orders(self._captures.plan(self._tables.steps(scheduler_output)))
-
-    def request_finished(
-        self, request: Any, block_ids: list[int]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        self._captures.leave(request.request_id)
-        self._tables.forget(request.request_id)
-        return False, None
-
-    # In a worker.
-
-    def register_kv_caches(self, kv_caches: Any) -> None:
-        capture.INSTALLED.get().attention = self._group.layer_names[0]
-
-    def build_connector_worker_meta(self) -> None:
-        """Runs after the forward pass of a step, on every rank."""
-        # Every rank of a tensor-parallel group has the whole residual stream; the first writes.
-        is_writer = get_tensor_model_parallel_rank() == 0
-        capture.INSTALLED.get().save(self._get_connector_metadata().items if is_writer else [])

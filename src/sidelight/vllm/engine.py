@@ -5,8 +5,8 @@
 import asyncio
 import os
 import uuid
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Collection, Coroutine, Generator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from sidelight.backbone import read_backbone
 from sidelight.engines.base import (
     Engine,
+    EngineBusyError,
     EngineUnavailableError,
     GenerationError,
     Load,
@@ -30,9 +31,44 @@ from sidelight.probe import Probe, common_format
 from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncoder, has_response
 from sidelight.types import Judgement
 from sidelight.vllm.exchange import Exchange, saved
-from sidelight.vllm.quantised import admitted, named_report, served_fingerprint
-from sidelight.vllm.requests import Capacity, early_names, listener_of, read_whole
-from sidelight.vllm.settings import DESCRIBED, KEY, judgement_of
+from sidelight.vllm.internals import QUANTISING, quantisation
+from sidelight.vllm.requests import early_names, listener_of, read_whole
+from sidelight.vllm.settings import DESCRIBED, KEY, Served, judgement_of, of_the_original
+
+
+class Capacity:
+    """Counts the texts that wait for their verdicts.
+
+    Args:
+        limit: How many may wait; more are refused.
+    """
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self.waiting = 0
+
+    @contextmanager
+    def taken(self, count: int) -> Generator[Callable[[], None]]:
+        """Places for all of these texts or for none; each is freed by a call, or at the end.
+
+        Raises:
+            EngineBusyError: Too many wait. A list longer than the limit can only enter if nobody
+                waits.
+        """
+        if self.waiting and self.waiting + count > self._limit:
+            raise EngineBusyError(waiting=self.waiting, limit=self._limit)
+        left = count
+        self.waiting += count
+
+        def leave() -> None:
+            nonlocal left
+            left -= 1
+            self.waiting -= 1
+
+        try:
+            yield leave
+        finally:
+            self.waiting -= left
 
 
 class VllmEngine(Engine):
@@ -108,7 +144,8 @@ class VllmEngine(Engine):
 
         Raises:
             SidelightError: One cannot be served, there is no room for its columns, or several API
-                servers share the engine. The old probes stay.
+                servers share the engine: the old probes stay. Or replacing failed on some workers:
+                then the engine is not ready any more.
         """
         require_same_model(probes, self._fingerprint)
         prompt = self._codec.encode(WARM_UP)
@@ -238,7 +275,7 @@ def load_vllm_engine(
 
     Args:
         model: ``smollm2``, a folder, or a hub id.
-        probes: Probes trained on it, or on what it was quantised from if a report admits them.
+        probes: Probes trained on it, or accepted on this quantised copy (``SIDELIGHT_QUANTISED``).
         dtype: As vLLM takes it.
         limits: As for ``VllmEngine``.
         options: Fields of vLLM's ``AsyncEngineArgs``.
@@ -256,9 +293,7 @@ def load_vllm_engine(
     given = {"max_model_len": backbone.encoder.max_tokens, **(options or {})}
     require_options(given, AsyncEngineArgs)
     arguments = AsyncEngineArgs(model=backbone.path, dtype=dtype, disable_log_stats=True, **given)
-    fingerprint = served_fingerprint(backbone.fingerprint, arguments)
-    probes = admitted(probes, fingerprint, named_report({}))
-    with saved(probes) as (own,):
+    with saved(probes) as own:
         files = asdict(backbone.fingerprint)
         named = {"probes": own.folders, "fingerprint": files, DESCRIBED: True}
         arguments.additional_config = {KEY: named}
@@ -269,16 +304,45 @@ def load_vllm_engine(
             raise SidelightError(
                 f"vLLM cannot work with these options ({error}): {given}. Check their types."
             ) from error
+    served = Served.of(llm.vllm_config)
+    assert served is not None
     return VllmEngine(
         llm,
         probes,
         name=model,
         encoder=backbone.encoder,
         tokenizer=backbone.tokenizer,
-        fingerprint=fingerprint,
+        fingerprint=served.fingerprint,
         identity=own.identity,
         limits=limits,
     )
+
+
+def copy_of(model: str, probes: Sequence[Probe], options: Mapping[str, Any]) -> Fingerprint:
+    """The fingerprint of a quantised copy of the model that probes were trained on.
+
+    Args:
+        model: Folder or hub id of the copy; or of the original, which the options quantise.
+        probes: Probes of the original.
+        options: Fields of vLLM's ``EngineArgs``.
+
+    Raises:
+        FingerprintMismatchError: It is no copy: more than the weights differ.
+        SidelightError: It is the model that a probe was trained on.
+    """
+    require_vllm()
+    from vllm.engine.arg_utils import EngineArgs
+
+    backbone = read_backbone(model, prompt_format=common_format(probes))
+    given = {name: value for name, value in options.items() if name in QUANTISING}
+    how = quantisation(EngineArgs(model=backbone.path, **given))
+    copy = backbone.fingerprint.quantised(how) if how else backbone.fingerprint
+    if len(of_the_original(probes, copy)) < len(probes):
+        raise SidelightError(
+            f"A probe was trained on {model}, so it serves there as it is. Name a quantised copy, "
+            "or say how vLLM is to quantise it, such as --engine-option quantization=fp8."
+        )
+    return copy
 
 
 def require_options(given: Mapping[str, Any], args_type: Any) -> None:

@@ -1,14 +1,15 @@
 """The probes that vLLM's workers serve, and how others take their place.
 
-vLLM pauses for other weights, and so it does for other probes. It would refuse requests meanwhile,
-or queue them behind the change, so they wait here, before they have any probes. One that has begun
-is judged to its end by the probes that it began with: whatever others say counts as no verdict.
+All workers check the new probes while the old ones serve. Then vLLM pauses, as for other weights,
+and loads them. It would refuse requests meanwhile, or queue them behind the change, so they wait
+here, before they have any probes. A running request keeps the probes that it started with; verdicts
+of other versions are ignored.
 """
 
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ from sidelight.errors import SidelightError
 from sidelight.manifest import read_manifest
 from sidelight.probe import Probe
 from sidelight.types import Judgement
-from sidelight.vllm.patches import guesses_responses
+from sidelight.vllm.internals import data_parallel_ranks, guesses_responses
 from sidelight.vllm.settings import identity_of
 
 # vLLM shows what is logged under its own name.
@@ -30,6 +31,10 @@ _LOOKS_EVERY_S = 0.02
 # Nothing runs in vLLM, so whoever is inside waits for its client.
 _SLOW_AFTER_S = 5.0
 _PATIENCE_S = 300.0
+
+_NOT_WHOLE = (
+    "Replacing the probes failed on some workers, so they may differ now. Restart the server."
+)
 
 # Has a short text judged by the probes of this identity, in the engine of this data-parallel rank.
 TryOut = Callable[[str, int | None], Awaitable[Judgement]]
@@ -44,16 +49,11 @@ class Saved:
 
 
 @contextmanager
-def saved(*sets: Sequence[Probe]) -> Generator[list[Saved]]:
-    """Saves each set of probes for as long as they take to load."""
+def saved(probes: Sequence[Probe]) -> Generator[Saved]:
+    """Saves probes for as long as they take to load."""
     with TemporaryDirectory(prefix="sidelight-probes-") as home:
-        found: list[Saved] = []
-        for number, probes in enumerate(sets):
-            places = [Path(home) / f"{number}-{i}" for i in range(len(probes))]
-            folders = [str(save_probe(*each)) for each in zip(probes, places, strict=True)]
-            identity = identity_of(read_manifest(folder).version for folder in folders)
-            found.append(Saved(folders, identity))
-        yield found
+        folders = [str(save_probe(probe, Path(home) / str(i))) for i, probe in enumerate(probes)]
+        yield Saved(folders, identity_of(read_manifest(folder).version for folder in folders))
 
 
 class Exchange:
@@ -67,7 +67,7 @@ class Exchange:
     Attributes:
         probes: Those that are served.
         identity: What reports of their verdicts carry.
-        is_whole: Whether it is known which probes each worker has.
+        is_whole: Whether all workers have these probes.
     """
 
     def __init__(self, llm: Any, probes: Sequence[Probe], identity: str):
@@ -99,9 +99,7 @@ class Exchange:
             EngineUnavailableError: They are being replaced, or have been.
         """
         if not self.is_whole:
-            raise EngineUnavailableError(
-                "Nobody knows which probes vLLM's workers have. Start it again."
-            )
+            raise EngineUnavailableError(_NOT_WHOLE)
         if self._is_changing or probes is not self.probes:
             raise EngineUnavailableError("The probes have just been replaced. Retry.")
         self._inside += 1
@@ -111,10 +109,13 @@ class Exchange:
             self._inside -= 1
 
     async def replace(self, probes: Sequence[Probe], try_out: TryOut) -> None:
-        """Serves these from now on, once the requests inside are done and each gives a verdict.
+        """Serves these from now on, once the requests inside are done.
+
+        A caller that gives up before vLLM pauses changes nothing; after that, the change ends.
 
         Raises:
-            SidelightError: As ``VllmEngine.replace_probes``; the old probes stay.
+            SidelightError: As ``VllmEngine.replace_probes``; the old probes stay, or
+                ``is_whole`` is false.
         """
         config = self._llm.vllm_config
         if guesses_responses(config, probes):
@@ -129,22 +130,20 @@ class Exchange:
                 "others would keep their policies' old ones. Start vLLM with --api-server-count 1."
             )
         async with self._turn:
-            with ExitStack() as stack:
-                # The folders that the old ones came from may hold others by now.
-                sets = saved(probes, self.probes)
-                new, old = await asyncio.to_thread(stack.enter_context, sets)
+            with saved(probes) as new:
+                try:
+                    await self._llm.collective_rpc("sidelight_check", args=(new.folders,))
+                except Exception as error:
+                    raise SidelightError(f"vLLM cannot serve these probes. {error}") from error
                 self._open.clear()
                 try:
                     await self._drained()
-                    self._is_changing = True
+                    loading = asyncio.create_task(self._load(tuple(probes), new, try_out))
                     try:
-                        await self._load(new, try_out)
-                    except BaseException:
-                        await asyncio.shield(self._put_back(old, try_out))
-                        raise
-                    self.probes, self.identity = tuple(probes), new.identity
+                        await asyncio.shield(loading)
+                    except asyncio.CancelledError:
+                        await loading
                 finally:
-                    self._is_changing = False
                     self._open.set()
 
     async def _drained(self) -> None:
@@ -166,35 +165,24 @@ class Exchange:
                 )
             await asyncio.sleep(_LOOKS_EVERY_S)
 
-    async def _load(self, probes: Saved, try_out: TryOut) -> None:
-        """Has every worker take these probes, and judge with them."""
+    async def _load(self, probes: tuple[Probe, ...], new: Saved, try_out: TryOut) -> None:
+        """Has every worker take the probes that it has checked, and judge with them."""
+        self._is_changing = True
         try:
             # Cached blocks hold what the old probes read.
             await self._llm.pause_generation(mode="wait", clear_cache=True)
-            failures = await self._llm.collective_rpc("sidelight_load", args=(probes.folders,))
-        finally:
-            await self._llm.resume_generation()
-        if any(failures):
-            raise SidelightError(next(filter(None, failures)))
-        # vLLM tells what the first engine answers; of another one, its verdicts say what it has.
-        for rank in self._ranks():
-            judged = await try_out(probes.identity, rank)
-            if judged.failed:
-                raise verdict_failure(judged.failed)
-
-    def _ranks(self) -> Sequence[int | None]:
-        parallel = self._llm.vllm_config.parallel_config
-        is_local = parallel.local_engines_only
-        count = parallel.data_parallel_size_local if is_local else parallel.data_parallel_size
-        return range(count) if count > 1 else [None]
-
-    async def _put_back(self, probes: Saved, try_out: TryOut) -> None:
-        try:
-            await self._load(probes, try_out)
-            self.identity = probes.identity
-        except BaseException:
+            try:
+                await self._llm.collective_rpc("sidelight_load", args=(new.identity,))
+            finally:
+                await self._llm.resume_generation()
+            for rank in data_parallel_ranks(self._llm.vllm_config):
+                judged = await try_out(new.identity, rank)
+                if judged.failed:
+                    raise verdict_failure(judged.failed)
+            self.probes, self.identity = probes, new.identity
+        except Exception as error:
             self.is_whole = False
-            _log.critical(
-                "The old probes cannot be put back, so nothing is served any more. Restart vLLM."
-            )
-            raise
+            _log.critical("%s", _NOT_WHOLE)
+            raise EngineUnavailableError(_NOT_WHOLE) from error
+        finally:
+            self._is_changing = False

@@ -7,7 +7,7 @@ So a probe that vLLM will serve can be trained on vLLM's own hidden states.
 
 import json
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
@@ -22,13 +23,13 @@ from sidelight.data.examples import Example
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.probe import Probe
 from sidelight.progress import Progress, progress
-from sidelight.prompts import EncodedPrompt, Reads
+from sidelight.prompts import EncodedPrompt
 from sidelight.states.cache import ActivationCache, Shard
 from sidelight.training.classifier import Classifier, as_example, encode
 from sidelight.types import Verdict
-from sidelight.vllm.capture import Spool, SpoolPlace, SpoolShape, capture_params
+from sidelight.vllm.capture import capture_params, captured
 from sidelight.vllm.engine import require_options, require_vllm
-from sidelight.vllm.settings import CAPTURE, DESCRIBED, KEY, Captured, judgement_of, request_params
+from sidelight.vllm.settings import DESCRIBED, KEY, STATES, judgement_of, request_params
 
 # How much vLLM is given, in full steps: one runs while the next waits, so that none is half empty.
 _STEPS_AHEAD = 2
@@ -84,7 +85,9 @@ class Offline:
             model=backbone.model.config._name_or_path,  # pyright: ignore[reportPrivateUsage]
             dtype=backbone.fingerprint.dtype,
             disable_log_stats=True,
-            additional_config={KEY: dict(config)},
+            additional_config={
+                KEY: {**config, DESCRIBED: True, "fingerprint": asdict(backbone.fingerprint)}
+            },
             **{"max_model_len": backbone.encoder.max_tokens, **options},
         )
         return cls(LLMEngine.from_engine_args(arguments))
@@ -177,11 +180,7 @@ def predict(
         )
     with TemporaryDirectory(prefix="sidelight-probe-") as folder:
         # A probe that was just trained has no folder for vLLM's processes to read.
-        config = {
-            "probes": [str(save_probe(probe, Path(folder)))],
-            DESCRIBED: True,
-            "fingerprint": asdict(backbone.fingerprint),
-        }
+        config = {"probes": [str(save_probe(probe, Path(folder)))]}
         with closing(Offline.start(backbone, config, given)) as llm:
             return _judge(llm, probe, prompts)
 
@@ -205,8 +204,8 @@ def _judge(llm: Offline, probe: Probe, prompts: Sequence[EncodedPrompt]) -> list
 class VllmSource:
     """A ``StateSource`` that runs vLLM from the first missing shard until it is closed.
 
-    Texts of several shards run together: only vLLM's own options limit its batches. Prefix caching
-    is off, since a cached token has no hidden states, so a shared beginning is run for each text.
+    Texts of several shards run together: only vLLM's own options limit its batches. What texts
+    begin with alike runs once, unless vLLM's prefix cache is off.
 
     Args:
         backbone: Says which weights, and encodes texts; its own forward pass is not used.
@@ -240,10 +239,24 @@ class VllmSource:
         self, cache: ActivationCache, indices: Sequence[int], shown: Progress
     ) -> Generator[tuple[int, Shard]]:
         """Computes these shards; see ``StateSource``."""
-        work = _Work(self._backbone, cache, indices)
-        for request, _ in self.running().run(work.requests()):
-            shown.advance(len(request.prompt))
-            yield from work.finish(request)
+        layers, rows_of = self._backbone.fingerprint.layers, cache.plan.rows
+        with TemporaryDirectory(dir=cache.directory) as folder:
+            places = {row: Path(folder) / str(row) for i in indices for row in rows_of[i]}
+            requests = (
+                OfflineRequest(row, prompt, capture_params(prompt, cache.reads, place))
+                for row, place in places.items()
+                for prompt in [cache.prompts[row]]
+            )
+            texts: dict[int, Tensor] = {}
+            coming = deque(indices)
+            for request, _ in self.running().run(requests):
+                texts[request.index] = captured(places[request.index], layers)
+                shown.advance(len(request.prompt))
+                while coming and texts.keys() >= set(rows_of[coming[0]]):
+                    index = coming.popleft()
+                    hidden = [texts.pop(row) for row in rows_of[index]]
+                    lengths = torch.tensor([states.shape[1] for states in hidden])
+                    yield index, Shard(torch.cat(hidden, 1), lengths, torch.tensor(rows_of[index]))
 
     def close(self) -> None:
         """Ends vLLM if it is running."""
@@ -254,71 +267,6 @@ class VllmSource:
     def running(self) -> Offline:
         """The engine, started if it is not running yet."""
         if self._llm is None:
-            who = self._backbone.fingerprint
-            config = {CAPTURE: asdict(Captured(who.layers, who.width))}
-            options = {"enable_prefix_caching": False, **self._options}
-            self._llm = Offline.start(self._backbone, config, options)
+            config = {"probes": [], STATES: True}
+            self._llm = Offline.start(self._backbone, config, self._options)
         return self._llm
-
-
-class _Work:
-    """The shards being computed, each in its own spool."""
-
-    def __init__(
-        self, backbone: TransformersBackbone, cache: ActivationCache, indices: Sequence[int]
-    ):
-        self._sizes = backbone.fingerprint
-        self._cache = cache
-        self._coming = deque(indices)
-        self._spools: dict[int, Spool] = {}
-        self._left: dict[int, int] = {}
-        self._shard_of: dict[int, int] = {}
-
-    def requests(self) -> Iterator[OfflineRequest]:
-        """Every text of every shard; a shard's spool is made when its first text is taken."""
-        for index in [*self._coming]:
-            rows = self._cache.plan.rows[index]
-            shape = SpoolShape(
-                self._sizes.layers, self._cache.plan.tokens[index], self._sizes.width, len(rows)
-            )
-            self._spools[index] = Spool.create(self._cache.directory, shape)
-            self._left[index] = len(rows)
-            self._shard_of.update(dict.fromkeys(rows, index))
-            prompts = [self._cache.prompts[row] for row in rows]
-            yield from spool_requests(self._spools[index], prompts, self._cache.reads, indices=rows)
-
-    def finish(self, request: OfflineRequest) -> Iterator[tuple[int, Shard]]:
-        """Notes that a text has been run; yields the shards that are whole, in order."""
-        self._left[self._shard_of.pop(request.index)] -= 1
-        while self._coming and self._left.get(self._coming[0]) == 0:
-            index = self._coming.popleft()
-            rows, spool = self._cache.plan.rows[index], self._spools.pop(index)
-            require_whole(spool, [self._cache.prompts[row] for row in rows])
-            # The states stay mapped until the shard is written.
-            spool.remove()
-            lengths = torch.tensor([self._cache.lengths[row] for row in rows])
-            yield index, Shard(spool.hidden, lengths, torch.tensor(rows))
-
-
-def spool_requests(
-    spool: Spool, prompts: Sequence[EncodedPrompt], reads: Reads, *, indices: Sequence[int]
-) -> Iterator[OfflineRequest]:
-    """Requests that fill a spool, made for these texts, with the states of the tokens read."""
-    path, start = str(spool.path.absolute()), 0
-    for text, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
-        place = SpoolPlace(path, spool.shape, text, start)
-        yield OfflineRequest(index, prompt, capture_params(prompt, reads, place))
-        start += int(prompt.mask(reads).sum())
-
-
-def require_whole(spool: Spool, prompts: Sequence[EncodedPrompt]) -> None:
-    """Checks that every token of these texts has been through every layer.
-
-    Raises:
-        SidelightError: Some have not, so their states are missing.
-    """
-    if not spool.is_whole(torch.tensor([len(prompt) for prompt in prompts])):
-        raise SidelightError(
-            f"vLLM has run these texts, but hidden states are missing in {spool.path.parent}. Use "
-            "--cache to name a folder that all of its workers see, or --engine transformers."
-        )

@@ -1,4 +1,4 @@
-"""Requests in vLLM: the reports of their steps, and how many wait."""
+"""The reports on requests in vLLM, in the process that takes its outputs."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
@@ -7,9 +7,9 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sidelight.engines.base import EngineBusyError
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt
+from sidelight.vllm.internals import texts_of
 from sidelight.vllm.settings import KEY, request_params
 
 # ``AsyncLLM.generate`` of a prompt, sampling parameters and an id.
@@ -42,7 +42,7 @@ class OutputListener:
     """
 
     def __init__(self, processor: Any):
-        self._states: Mapping[str, Any] = processor.request_states
+        self._processor = processor
         self._process = processor.process_outputs
         self._listeners: dict[str, tuple[str, Callable[[StepReport], object]]] = {}
         processor.process_outputs = self._hear
@@ -65,13 +65,11 @@ class OutputListener:
             del self._listeners[request_id]
 
     def _hear(self, outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        for output in outputs:
-            state = self._states.get(output.request_id)
-            # vLLM may still write for a request that has been cancelled.
-            if state is not None and state.external_req_id in self._listeners:
-                identity, listener = self._listeners[state.external_req_id]
+        for name, text, output in texts_of(self._processor, outputs):
+            if name in self._listeners:
+                identity, listener = self._listeners[name]
                 params = _by_these(identity, output.kv_transfer_params)
-                listener(StepReport(state.request_index, len(output.new_token_ids), params))
+                listener(StepReport(text, len(output.new_token_ids), params))
         return self._process(outputs, *args, **kwargs)
 
 
@@ -124,41 +122,6 @@ async def read_whole(
             async for _ in outputs:
                 pass
     return reports[-1] if reports else None
-
-
-class Capacity:
-    """Counts the texts that wait for their verdicts.
-
-    Args:
-        limit: How many may wait; more are refused.
-    """
-
-    def __init__(self, limit: int):
-        self._limit = limit
-        self.waiting = 0
-
-    @contextmanager
-    def taken(self, count: int) -> Generator[Callable[[], None]]:
-        """Places for all of these texts or for none; each is freed by a call, or at the end.
-
-        Raises:
-            EngineBusyError: Too many wait. A list longer than the limit can only enter if nobody
-                waits.
-        """
-        if self.waiting and self.waiting + count > self._limit:
-            raise EngineBusyError(waiting=self.waiting, limit=self._limit)
-        left = count
-        self.waiting += count
-
-        def leave() -> None:
-            nonlocal left
-            left -= 1
-            self.waiting -= 1
-
-        try:
-            yield leave
-        finally:
-            self.waiting -= left
 
 
 def early_names(probes: Sequence[Probe]) -> frozenset[str]:

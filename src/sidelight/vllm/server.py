@@ -15,7 +15,7 @@ from math import ceil
 from typing import Any
 
 from sidelight.backbone import read_backbone
-from sidelight.engines.base import EngineUnavailableError, require_same_model
+from sidelight.engines.base import EngineUnavailableError
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe, common_format
 from sidelight.server.app import cannot_listen, require_keys
@@ -66,7 +66,6 @@ def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
     require_keys(config)
     require_vllm()
     backbone = read_backbone(model, prompt_format=common_format(probes))
-    require_same_model(probes, backbone.fingerprint)
     plugins = filter(None, os.environ.get("VLLM_PLUGINS", "").split(","))
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, KEY]))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", config.log_level.upper())

@@ -3,6 +3,7 @@
 ``SIDELIGHT_PROBES`` names folders of probes, separated by the system's path separator. So does
 ``additional_config={"sidelight": {"probes": [...]}}``. Without either, the plugin does nothing.
 ``SIDELIGHT_COLUMNS``, or ``"columns"`` beside ``"probes"``, keeps room for larger probes.
+``SIDELIGHT_QUANTISED``, or ``"accept_quantised"``, accepts probes on a quantised copy.
 ``SIDELIGHT_POLICY`` and ``SIDELIGHT_AUDIT_LOG`` name the files of a server of vLLM's.
 Verdicts, and descriptions of requests by our own engines, travel in ``kv_transfer_params``.
 """
@@ -11,17 +12,18 @@ import hashlib
 import os
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, groupby, repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from pydantic import TypeAdapter
 from transformers import AutoTokenizer
 
 from sidelight.artifact import load_probe
 from sidelight.backbone import read_backbone
 from sidelight.engines.base import GenerationError
-from sidelight.errors import SidelightError
-from sidelight.fingerprint import Fingerprint
+from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.fingerprint import Fingerprint, hash_of
 from sidelight.probe import Probe, common_format, require_distinct_names
 from sidelight.prompts import EncodedPrompt, Part, PromptEncoder
 from sidelight.types import Judgement, Verdict
@@ -37,9 +39,13 @@ _SERVER = {"policy": POLICY, "audit_log": "SIDELIGHT_AUDIT_LOG"}
 KEY = "sidelight"
 DESCRIBED = "described"
 """Under ``KEY``: whether requests describe their tokens."""
-CAPTURE = "capture"
-"""Under ``KEY``: a ``Captured``, if hidden states are kept and no probe is served."""
-_ADMITTED = "admitted"
+STATES = "keeps_states"
+"""Under ``KEY``: whether hidden states are written to files, instead of verdicts."""
+CONNECTOR = "ProbeConnector"
+SHARED_CONNECTOR = "SharedConnector"
+ACCEPTED = "SIDELIGHT_QUANTISED"
+# A quantised copy has other weights, and its configuration says how they are written.
+_MAY_DIFFER = {"config", "weights"}
 
 
 @dataclass(frozen=True)
@@ -52,32 +58,35 @@ class Served:
         is_described: Whether requests say what their tokens belong to, as our own engines' do.
             Otherwise clients may have written them, and it is read from their tokens.
         columns: How many columns of a layer to keep room for; 0: as many as these probes need.
-        admitted: The versions of probes that judge a quantised copy of their model.
+        accepted: The ``acceptance`` of probes on a quantised copy of their model; "" for none.
+        keeps_states: Whether hidden states are written to the files that requests name.
     """
 
     folders: tuple[str, ...]
     fingerprint: Fingerprint
     is_described: bool = False
     columns: int = 0
-    admitted: tuple[str, ...] = ()
+    accepted: str = ""
+    keeps_states: bool = False
+
+    @staticmethod
+    def of(vllm_config: Any) -> "Served | None":
+        """What vLLM's configuration says is served; None if the plugin is not part of it."""
+        transfer = vllm_config.kv_transfer_config
+        name = transfer and transfer.kv_connector
+        if name == SHARED_CONNECTOR:
+            ours = transfer.kv_connector_extra_config["connectors"][0]
+            return Served.from_json(ours["kv_connector_extra_config"])
+        return Served.from_json(transfer.kv_connector_extra_config) if name == CONNECTOR else None
 
     def to_json(self) -> dict[str, Any]:
         """For vLLM's configuration."""
-        return {
-            "folders": list(self.folders),
-            "fingerprint": asdict(self.fingerprint),
-            DESCRIBED: self.is_described,
-            "columns": self.columns,
-            _ADMITTED: list(self.admitted),
-        }
+        return _SERVED.dump_python(self, mode="json")
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Served":
         """The inverse of ``to_json``."""
-        fingerprint = Fingerprint(**data["fingerprint"])
-        is_described, columns = bool(data.get(DESCRIBED)), data.get("columns", 0)
-        admitted = tuple(data.get(_ADMITTED, ()))
-        return Served(tuple(data["folders"]), fingerprint, is_described, columns, admitted)
+        return _SERVED.validate_python(data)
 
     def load(self) -> list[Probe]:
         """Loads the probes.
@@ -86,29 +95,50 @@ class Served:
             SidelightError: One is damaged, two share a name, or one belongs to another model.
         """
         probes = [load_probe(folder) for folder in self.folders]
-        for probe in probes:
-            if probe.version not in self.admitted:
-                probe.fingerprint.require(self.fingerprint, probe=probe.name)
+        others = of_the_original(probes, self.fingerprint)
+        if others and acceptance(self.fingerprint, others) != self.accepted:
+            self._refuse(others[0])
         require_distinct_names(probes)
         return probes
+
+    def _refuse(self, probe: Probe) -> NoReturn:
+        trained, served = probe.fingerprint, self.fingerprint
+        lacks = f"{ACCEPTED} is {self.accepted}" if self.accepted else f"{ACCEPTED} is not set"
+        raise FingerprintMismatchError(
+            f"Probe '{probe.name}' was trained on {trained.name} (fingerprint {trained.digest}), "
+            f"but this is {served.name} ({served.digest}), whose weights differ, and {lacks}. If "
+            "they are quantised from the same ones, measure all probes that you serve: 'sidelight "
+            f"parity PROBE ... --data FILE --quantised {served.name} --gate 0.01', with the "
+            "options that you give vLLM (--engine-option). It prints the digest that accepts them. "
+            "Otherwise train the probe on this model, or serve the other."
+        )
+
+
+_SERVED = TypeAdapter(Served)
+_VERDICT = TypeAdapter(Verdict)
+
+
+def of_the_original(probes: Iterable[Probe], copy: Fingerprint) -> list[Probe]:
+    """Those that were trained on other weights, from which this copy may be quantised.
+
+    Raises:
+        FingerprintMismatchError: One belongs to another model: more than the weights differ.
+    """
+    apart = [probe for probe in probes if probe.fingerprint.differences(copy)]
+    for probe in apart:
+        if not set(probe.fingerprint.differences(copy)) <= _MAY_DIFFER:
+            probe.fingerprint.require(copy, probe=probe.name)
+    return apart
+
+
+def acceptance(copy: Fingerprint, probes: Iterable[Probe]) -> str:
+    """The digest that accepts these versions of probes on this quantised copy of their model."""
+    return hash_of(copy.digest, sorted(probe.version for probe in probes))
 
 
 def identity_of(versions: Iterable[str]) -> str:
     """What stands for a set of probes in reports: the same for the same artifacts in this order."""
     return hashlib.blake2b(" ".join(versions).encode(), digest_size=8).hexdigest()
-
-
-@dataclass(frozen=True)
-class Captured:
-    """Replaces ``Served`` when hidden states are kept for training.
-
-    Attributes:
-        layers: Hidden states of a token, including the embedding's.
-        width: Size of a hidden state.
-    """
-
-    layers: int
-    width: int
 
 
 def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -139,6 +169,15 @@ def named_columns(config: Mapping[str, Any]) -> int:
             "room for the first probes only."
         )
     return int(given)
+
+
+def named_acceptance(config: Mapping[str, Any]) -> str:
+    """The digest that accepts probes on a quantised copy of their model; "" for none.
+
+    Args:
+        config: What ``additional_config`` has under ``sidelight``.
+    """
+    return str(config.get("accept_quantised") or os.environ.get(ACCEPTED, ""))
 
 
 def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
@@ -267,14 +306,8 @@ def report_of(judgement: Judgement, seconds: float, identity: str = "") -> dict[
         seconds: How long the workers took for it.
         identity: That of the probes.
     """
-    verdicts: dict[str, Any] = {
-        verdict.probe: {
-            "label": verdict.label,
-            "labels": list(verdict.labels),
-            "probabilities": dict(verdict.probabilities),
-            "flagged": verdict.flagged,
-            **({} if verdict.turn is None else {"turn": verdict.turn}),
-        }
+    verdicts = {
+        verdict.probe: _VERDICT.dump_python(verdict, exclude={"probe"}, exclude_none=True)
         for verdict in judgement.verdicts
     }
     failed = {name: {"error": "verdict_failed"} for name in judgement.failed}
@@ -293,13 +326,11 @@ def judgement_of(params: Mapping[str, Any] | None) -> tuple[Judgement, float]:
             f"vLLM sent no verdict ({report.get('error', 'the plugin did not run')}). Treat the "
             "text as not judged."
         )
-    verdicts: list[Verdict] = []
-    failed: list[str] = []
-    for name, fields in report["verdicts"].items():
-        if "error" in fields:
-            failed.append(name)
-        else:
-            labels, probabilities = tuple(fields["labels"]), dict(fields["probabilities"])
-            flagged, turn = fields["flagged"], fields.get("turn")
-            verdicts.append(Verdict(name, fields["label"], labels, probabilities, flagged, turn))
-    return Judgement(tuple(verdicts), tuple(failed)), report.get("seconds", 0.0)
+    said: Mapping[str, Mapping[str, Any]] = report["verdicts"]
+    failed = tuple(name for name, fields in said.items() if "error" in fields)
+    verdicts = (
+        _VERDICT.validate_python({"probe": name, **fields})
+        for name, fields in said.items()
+        if "error" not in fields
+    )
+    return Judgement(tuple(verdicts), failed), report.get("seconds", 0.0)

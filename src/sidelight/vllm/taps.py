@@ -7,7 +7,7 @@ process runs one model, hence one receiver.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,39 +15,9 @@ from torch import Tensor, nn
 
 from sidelight.errors import SidelightError
 
-T = TypeVar("T")
-
 _library = torch.library.Library("sidelight", "FRAGMENT")
 _library.define("project(Tensor hidden, Tensor? residual, int layer, Tensor(a!) order) -> ()")
 _library.define("end_pass(Tensor hidden, Tensor(a!) order) -> ()")
-
-
-class Installed(Generic[T]):
-    """Holds the one object of its kind in a worker process.
-
-    Args:
-        loss: What would happen without it, for the error.
-    """
-
-    def __init__(self, *, loss: str):
-        self._loss = loss
-        self._held: T | None = None
-
-    def put(self, held: T | None) -> None:
-        self._held = held
-
-    def get(self) -> T:
-        """The object of this process.
-
-        Raises:
-            SidelightError: The model was loaded in a way that the plugin does not see.
-        """
-        if self._held is None:
-            raise SidelightError(
-                f"This model loader does not tap the model, so {self._loss}. Use vLLM's default "
-                "--load-format."
-            )
-        return self._held
 
 
 @runtime_checkable
@@ -70,9 +40,14 @@ class Receiver(Protocol):
 _receivers: list[Receiver] = []
 
 
-def set_receiver(receiver: Receiver | None) -> None:
+def set_receiver(new: Receiver | None) -> None:
     """Says who receives the states of the next forward passes of this process."""
-    _receivers[:] = [] if receiver is None else [receiver]
+    _receivers[:] = [] if new is None else [new]
+
+
+def receiver() -> Receiver | None:
+    """Who receives them; None: nobody."""
+    return _receivers[0] if _receivers else None
 
 
 def _project(

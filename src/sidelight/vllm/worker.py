@@ -6,13 +6,10 @@ pipeline stages, verdicts are made in the scheduler, from the columns that the s
 """
 
 import logging
-import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from multiprocessing import parent_process
-from threading import Thread
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,9 +20,9 @@ from sidelight.errors import SidelightError
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement
 from sidelight.vllm.columns import Pages, Reading, Stage
-from sidelight.vllm.patches import pass_slots, require_slots
+from sidelight.vllm.internals import pass_slots
 from sidelight.vllm.settings import Served, identity_of
-from sidelight.vllm.taps import Installed, set_receiver
+from sidelight.vllm.taps import receiver, set_receiver
 
 # vLLM shows what is logged under its own name.
 _log = logging.getLogger("vllm.sidelight")
@@ -72,8 +69,14 @@ class Outcome:
     probes: Loaded = field(default_factory=Loaded)
 
     def __or__(self, other: "Outcome") -> "Outcome":
+        names = self.judgements | other.judgements
         return Outcome(
-            {**self.judgements, **other.judgements},
+            # Of stages that write hidden states, one may fail.
+            {
+                name: self.judgements.get(name, Judgement())
+                | other.judgements.get(name, Judgement())
+                for name in names
+            },
             [*self.shares, *other.shares],
             self.seconds + other.seconds,
             # Stages with different probes: nobody knows them.
@@ -91,7 +94,7 @@ class RequestJudge:
 
     def judge(
         self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
-    ) -> dict[str, Judgement]:
+    ) -> Mapping[str, Judgement]:
         """The verdicts that the readings change, by request.
 
         Args:
@@ -162,8 +165,9 @@ class Worker:
         # One thread, since the probes of the response follow each request from step to step.
         self._thread = ThreadPoolExecutor(1, "sidelight-judge")
         self._is_blind = False
+        self._is_whole = len(layers) == served.fingerprint.layers
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        panel, self._loaded = load_panel(served, device=device)
+        panel, self._loaded = self._checked = load_panel(served, device=device)
         self._judge = RequestJudge(panel)
         projection = self._projection(panel)
         self._columns = projection.shift.shape[1]
@@ -186,22 +190,38 @@ class Worker:
         self._attention = attention
         self._pages = Pages(self._stage, blocks=blocks, block_size=block_size)
 
-    @torch.inference_mode()
-    def load(self, folders: Sequence[str]) -> None:
-        """Takes other probes, and forgets all columns of the old ones.
+    def check(self, folders: Sequence[str]) -> None:
+        """Makes probes ready for ``load``; those that serve do so as before.
 
         Args:
             folders: The probes' artifacts.
 
         Raises:
-            SidelightError: A probe cannot be served, or there is no room for it. The old ones stay.
+            SidelightError: A probe cannot be served, or there is no room for it.
         """
-        served = replace(self._served, folders=tuple(folders))
-        panel, loaded = load_panel(served, device=self._device)
+        panel, loaded = load_panel(
+            replace(self._served, folders=tuple(folders)), device=self._device
+        )
+        self._stage.require_room(self._projection(panel))
+        self._checked = panel, loaded
+
+    @torch.inference_mode()
+    def load(self, identity: str) -> None:
+        """Serves the probes that were checked last, and forgets all columns of the old ones.
+
+        Args:
+            identity: Theirs.
+
+        Raises:
+            SidelightError: Others were checked last.
+        """
+        panel, loaded = self._checked
+        if loaded.identity != identity:
+            raise SidelightError("These probes were not checked before they were loaded.")
         projection = self._projection(panel)
-        self._stage.load(projection)
-        # What the old ones have still to judge.
+        # Wait for pending verdicts of the old probes.
         self._thread.submit(int).result()
+        self._stage.load(projection)
         if self._pages is not None:
             self._pages.clear()
         self._columns = projection.shift.shape[1]
@@ -225,9 +245,15 @@ class Worker:
         # There are no pages yet while vLLM profiles its memory.
         if self._pages is not None:
             slots = pass_slots(self._attention)
-            if slots is not None:
-                require_slots(slots, tokens)
-                self.keep(slots)
+            if slots is None:
+                return
+            if len(slots) != tokens:
+                raise SidelightError(
+                    f"The layers of this model give {tokens} states for {len(slots)} tokens, so "
+                    "Sidelight cannot tell them apart. Serve it without sequence parallelism, or "
+                    "with the transformers engine."
+                )
+            self.keep(slots)
 
     def keep(self, slots: Int[Tensor, " token"]) -> None:
         """Moves the columns of a forward pass to the KV slots of its tokens."""
@@ -247,7 +273,7 @@ class Worker:
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
-            for gathered in columns:
+            for gathered in filter(lambda tensor: tensor.is_cuda, columns):
                 gathered.record_stream(self._stream)
         return self._thread.submit(self._outcome, pieces, has_kept, ready)
 
@@ -278,8 +304,8 @@ class Worker:
                 if self._is_blind:
                     # Some slots have the columns of tokens that were there before.
                     columns.fill_(torch.nan)
-                if len(self._layers) == self._served.fingerprint.layers:
-                    judgements |= self._judged(readings, columns)
+                if self._is_whole:
+                    judgements.update(self._judged(readings, columns))
                 else:
                     parts = columns.cpu().split([len(reading.parts) for reading in readings])
                     first = self._layers.start
@@ -288,7 +314,7 @@ class Worker:
 
     def _judged(
         self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
-    ) -> dict[str, Judgement]:
+    ) -> Mapping[str, Judgement]:
         try:
             return self._judge.judge(readings, columns)
         # An error in this thread would leave vLLM waiting for the step's output.
@@ -338,41 +364,35 @@ def load_panel(served: Served, *, device: torch.device | str = "cpu") -> tuple[P
     return panel, Loaded(served.folders, identity, panel.late is not None)
 
 
-INSTALLED = Installed[Worker](loss="no probe would run")
+def installed() -> Worker:
+    """The worker of this process.
+
+    Raises:
+        SidelightError: The model was loaded in a way that the plugin does not see.
+    """
+    worker = receiver()
+    if not isinstance(worker, Worker):
+        raise SidelightError(
+            "This model loader does not tap the model, so no probe would run. Use vLLM's default "
+            "--load-format."
+        )
+    return worker
 
 
 class WorkerExtension:
-    """Methods that vLLM adds to its workers (``worker_extension_cls``), for ``collective_rpc``."""
+    """Methods that vLLM adds to its workers (``worker_extension_cls``), for ``collective_rpc``.
 
-    def sidelight_load(self, folders: list[str]) -> str | None:
-        """Loads other probes while nothing runs, and forgets the columns of cached blocks.
+    An error of any worker in any data-parallel rank reaches the caller, as an ``Exception``.
+    """
 
-        Returns:
-            Why they cannot be served, in which case the old probes stay; None if they are.
-        """
-        try:
-            INSTALLED.get().load(folders)
-        except SidelightError as error:
-            return str(error)
-        return None
+    def sidelight_check(self, folders: list[str]) -> None:
+        """See ``Worker.check``."""
+        installed().check(folders)
+
+    def sidelight_load(self, identity: str) -> None:
+        """See ``Worker.load``; to be called while nothing runs."""
+        installed().load(identity)
 
     def sidelight_bytes_per_token(self) -> int:
         """Memory of a token's columns in this worker."""
-        return INSTALLED.get().bytes_per_token
-
-
-def end_with_parent() -> None:
-    """Ends this process when the one that started it is killed, if there is one.
-
-    Otherwise vLLM's engine would wait for requests forever, with the model in memory.
-    """
-    parent = parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        parent.join()
-        # vLLM ends the workers with it.
-        os._exit(1)
-
-    Thread(target=watch, daemon=True, name="sidelight-end-with-parent").start()
+        return installed().bytes_per_token

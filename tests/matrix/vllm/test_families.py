@@ -8,7 +8,7 @@ import os
 import pytest
 
 from architectures import TESTED, architecture_model
-from sidelight.vllm.patches import ARCHITECTURES
+from sidelight.vllm.support import ARCHITECTURES
 from vllm_served import expected, followed, llm_of, mixed_prompts, reported, require_equal, run
 from vllm_suite import WARM_UP
 

@@ -15,8 +15,9 @@ from engine_contract import TEXTS, other_probes, require_verdicts, user
 from sidelight.artifact import save_probe
 from sidelight.backbone import load_backbone
 from sidelight.engines.base import GenerationError
+from sidelight.manifest import read_manifest
 from sidelight.vllm.exchange import saved
-from sidelight.vllm.settings import KEY
+from sidelight.vllm.settings import KEY, identity_of
 from tiny import untrained_probe
 from vllm_served import (
     Model,
@@ -138,12 +139,12 @@ def test_columns_are_taken_out_of_the_memory_for_keys_and_values(name, tmp_path,
     """As much memory as without probes, with room for fewer tokens."""
 
     def bytes_of(worker):
-        from sidelight.vllm.worker import INSTALLED
+        from sidelight.vllm.worker import installed
 
         # Layers may share it.
         caches = [cache.untyped_storage() for cache in worker.model_runner.kv_caches]
         memory = {cache.data_ptr(): cache.nbytes() for cache in caches}
-        return INSTALLED.get().size_bytes, sum(memory.values())
+        return installed().size_bytes, sum(memory.values())
 
     # The full layers are in three groups, and a block belongs to one of them.
     mostly_full = {"layer_types": [*["full_attention"] * 3, "sliding_attention"]}
@@ -162,14 +163,18 @@ def test_columns_are_taken_out_of_the_memory_for_keys_and_values(name, tmp_path,
     assert 0.97 * whole < cache + columns <= 1.01 * whole
 
 
+def identity(folders):
+    return identity_of(read_manifest(folder).version for folder in folders)
+
+
 @pytest.mark.parametrize("parallel", ["pipeline_parallel_size", "tensor_parallel_size"])
 def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path, monkeypatch):
     def addresses(_worker):
-        from sidelight.vllm.worker import INSTALLED
+        from sidelight.vllm.worker import installed
 
-        own = INSTALLED.get()
-        stage = own._stage
-        buffers = [stage.rows, own._pages._rows, stage.projection.weight, stage.projection.shift]
+        worker = installed()
+        stage = worker._stage
+        buffers = [stage.rows, worker._pages.rows, stage.projection.weight, stage.projection.shift]
         return [buffer.data_ptr() for buffer in buffers]
 
     wanted = expected(model, prompts)
@@ -189,14 +194,15 @@ def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path
         for chosen in (others, fewer, model, others):
             before = engine.collective_rpc(addresses)
             engine.reset_prefix_cache()
-            assert engine.collective_rpc("sidelight_load", args=(chosen.folders,)) == [None] * 2
+            engine.collective_rpc("sidelight_check", args=(chosen.folders,))
+            engine.collective_rpc("sidelight_load", args=(identity(chosen.folders),))
             outputs = run(engine, some)
             require_equal([reported(output) for output in outputs], expected(chosen, some))
             assert engine.collective_rpc(addresses) == before
         wide = untrained_probe(model.backbone, "wide")
         too_wide = [str(save_probe(wide, tmp_path / "wide")), *others.folders]
-        for message in engine.collective_rpc("sidelight_load", args=(too_wide,)):
-            assert "SIDELIGHT_COLUMNS=" in message
+        with pytest.raises(Exception, match="SIDELIGHT_COLUMNS="):
+            engine.collective_rpc("sidelight_check", args=(too_wide,))
         outputs = run(engine, some)
         require_equal([reported(output) for output in outputs], expected(others, some))
 
@@ -225,10 +231,11 @@ def test_every_rank_judges_and_takes_other_probes(model):
             await engine.replace_probes(others)
             answers.append(await judged(engine))
             # The first rank alone, which nobody has told the others.
-            with saved(model.probes) as (old,):
+            with saved(model.probes) as old:
                 core = engine._llm.engine_core
-                order = ("collective_rpc", "sidelight_load", None, (old.folders,))
-                await core._call_utility_async(*order, engine=core.core_engines[0])
+                for order in (("check", old.folders), ("load", old.identity)):
+                    call = ("collective_rpc", f"sidelight_{order[0]}", None, (order[1],))
+                    await core._call_utility_async(*call, engine=core.core_engines[0])
                 failed = await judged(engine, return_exceptions=True)
             return answers, failed
         finally:

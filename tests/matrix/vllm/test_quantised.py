@@ -1,8 +1,10 @@
-"""Quantised weights: served by a report on this probe and this copy, and by nothing else."""
+"""Quantised weights: served where this copy and these probes are accepted, and nowhere else."""
 
 import json
 import shutil
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,7 @@ from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.vllm.engine import load_vllm_engine
-from sidelight.vllm.quantised import ENVIRONMENT, REPORT
-from sidelight.vllm.settings import CAPTURE, KEY
+from sidelight.vllm.settings import ACCEPTED, KEY, STATES, Served
 from vllm_served import (
     ROUNDING,
     Model,
@@ -35,7 +36,7 @@ TEXTS = 12
 PROMPTS = 16
 LAYERS = ("self_attn", "mlp")
 KV_IN_FP8 = {"kv_cache_dtype": "fp8"}
-CAPTURED = {CAPTURE: {"layers": 5, "width": 128}}
+CAPTURED = {"probes": [], STATES: True}
 SMALL = {"enforce_eager": True, "block_size": 32, "max_model_len": 512, "dtype": "float32"}
 
 
@@ -66,10 +67,13 @@ def texts(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def report(original, copy, texts, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("report") / "parity.json"
-    assert measure(original, copy.path, texts, path) == 0
-    return path
+def digest(original, copy, texts) -> str:
+    """What parity prints for all probes on the copy."""
+    with redirect_stdout(StringIO()) as said:
+        assert measure(original, copy.path, texts) == 0
+    last = said.getvalue().splitlines()[-1]
+    assert last.startswith(f"{ACCEPTED}=")
+    return last.partition("=")[2]
 
 
 def quantised(path: str, folder: Path) -> Copy:
@@ -125,29 +129,29 @@ def rounded(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (numbers / scale).round() * scale, scale
 
 
-def measure(original: Model, copy: str, texts: str, out: Path, **options) -> int:
+def measure(original: Model, copy: str, texts: str, *, gate="1", **options) -> int:
     given = {**SMALL, "num_gpu_blocks_override": 64, **options}
     given.pop("dtype")
     words = [w for key, v in given.items() for w in ("--engine-option", f"{key}={json.dumps(v)}")]
     data = ["--data", texts, "--response", "answer", "--model", original.path]
     to = ["--engines", "transformers", "--quantised", copy, "--dtype", "float32"]
-    return command("parity", *original.folders, *data, *to, "--out", str(out), *words)
+    return command("parity", *original.folders, *data, *to, "--gate", gate, *words)
 
 
-def configured(path: str, folders, report: Path | None = None, **options):
+def configured(path: str, folders, digest: str = "", **options):
     """The engine's configuration, made without starting anything."""
     from vllm.engine.arg_utils import EngineArgs
 
     config = {"probes": folders} if isinstance(folders, list) else folders
-    named = {} if report is None else {REPORT: str(report)}
-    given = {"additional_config": {KEY: {**config, **named}}, **SMALL, **options}
+    accepted = {"accept_quantised": digest}
+    given = {"additional_config": {KEY: {**config, **accepted}}, **SMALL, **options}
     return EngineArgs(model=path, **given).create_engine_config()
 
 
 def test_verdicts_on_a_quantised_copy_are_those_of_transformers_with_the_same_numbers(
-    original, copy, report, monkeypatch
+    original, copy, digest, monkeypatch
 ):
-    monkeypatch.setenv(ENVIRONMENT, str(report))
+    monkeypatch.setenv(ACCEPTED, digest)
     prompts = mixed_prompts(original.backbone, PROMPTS, longest=300)
     wanted = expected(replace(original, backbone=copy.rounded), prompts)
     with llm_of(replace(original, path=copy.path)) as llm:
@@ -158,48 +162,58 @@ def test_verdicts_on_a_quantised_copy_are_those_of_transformers_with_the_same_nu
     assert same.mean() < moved.mean() / 4
 
 
-def test_without_a_report_nothing_quantised_is_served(original, copy, report):
+def test_nothing_quantised_is_served_that_is_not_accepted(original, copy, digest):
     with pytest.raises(FingerprintMismatchError, match=r"parity PROBE .* --quantised"):
         configured(copy.path, original.folders)
-    with pytest.raises(FingerprintMismatchError, match="none is named"):
+    with pytest.raises(FingerprintMismatchError, match=f"{ACCEPTED} is not set"):
         load_vllm_engine(copy.path, original.probes)
     # What vLLM quantises itself is another model.
     for options in ({"quantization": "fp8"}, KV_IN_FP8):
-        with pytest.raises(FingerprintMismatchError, match="none is named"):
-            configured(original.path, original.folders, **options)
-        with pytest.raises(FingerprintMismatchError, match="is about"):
-            configured(original.path, original.folders, report, **options)
+        for given in ("", digest):
+            with pytest.raises(FingerprintMismatchError, match=f"{ACCEPTED} is {given or 'not'}"):
+                configured(original.path, original.folders, given, **options)
     with pytest.raises(SidelightError, match="quantization=fp8"):
         configured(original.path, CAPTURED, quantization="fp8")
 
 
-def test_a_report_is_of_one_copy_one_set_of_options_and_one_version_of_a_probe(
-    original, copy, report, texts, tmp_path, capsys
+def test_a_digest_is_of_one_copy_one_set_of_options_and_these_versions_of_probes(
+    original, copy, digest, texts, tmp_path, capsys
 ):
-    from sidelight.vllm.patches import served_by
-
-    served = served_by(configured(copy.path, original.folders, report))
+    served = Served.of(configured(copy.path, original.folders, digest))
     assert served is not None
     served.load()
-    later = save_probe(replace(original.probes[-1], thresholds=(0.7,)), tmp_path / "later")
-    # Workers take no probe that was not admitted.
+    later = str(save_probe(replace(original.probes[-1], thresholds=(0.7,)), tmp_path / "later"))
+    # Workers take no probe that was not accepted.
     with pytest.raises(FingerprintMismatchError, match=original.probes[-1].name):
-        replace(served, folders=(str(later),)).load()
+        replace(served, folders=(later,)).load()
     other = tmp_path / "other"
     shutil.copytree(copy.path, other)
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    damaged = tmp_path / "parity.json"
-    damaged.write_text("{}")
-    for path, folders, by, options, message in (
-        (copy.path, original.folders, report, KV_IN_FP8, "is about"),
-        (str(other), original.folders, report, {}, "is about"),
-        (copy.path, [*original.folders[:-1], str(later)], report, {}, "version"),
-        (copy.path, original.folders, damaged, {}, "Name the file that 'sidelight parity"),
+    for path, folders, options in (
+        (copy.path, original.folders, KV_IN_FP8),
+        (str(other), original.folders, {}),
+        (copy.path, [*original.folders[:-1], later], {}),
+        (copy.path, original.folders[:-1], {}),
     ):
-        with pytest.raises(SidelightError, match=message):
-            configured(path, folders, by, **options)
-    # The model itself needs no report.
-    assert measure(original, original.path, texts, tmp_path / "x.json") == 2
-    assert "needs no report" in capsys.readouterr().err
+        with pytest.raises(FingerprintMismatchError, match=f"{ACCEPTED} is {digest}"):
+            configured(path, folders, digest, **options)
+    # The model itself needs no digest.
+    assert measure(original, original.path, texts) == 2
+    assert "serves there as it is" in capsys.readouterr().err
+
+
+def test_a_copy_whose_verdicts_flip_ends_with_1_and_is_not_accepted(
+    original, texts, tmp_path, capsys
+):
+    noisy = tmp_path / "noisy"
+    shutil.copytree(original.path, noisy)
+    weights = load_file(noisy / "model.safetensors")
+    for name, weight in weights.items():
+        weights[name] = weight + 0.2 * torch.randn_like(weight)
+    save_file(weights, noisy / "model.safetensors", {"format": "pt"})
+    assert measure(original, str(noisy), texts, gate="0") == 1
+    said = capsys.readouterr()
+    assert ACCEPTED not in said.out
+    assert "flipped" in said.err

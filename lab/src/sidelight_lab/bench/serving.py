@@ -30,7 +30,7 @@ from sidelight.progress import progress
 from sidelight.prompts import Message, Reads
 from sidelight.vllm.engine import require_options, require_vllm
 from sidelight.vllm.settings import KEY
-from sidelight.vllm.worker import INSTALLED, Worker
+from sidelight.vllm.worker import Worker, installed
 from sidelight_lab.bench.subjects import untrained_probe
 
 NOTHING = "no probe"
@@ -124,7 +124,7 @@ def measure_costs(
 
 def fit_probes(_worker: Any, folders: list[str]) -> None:
     """Gives vLLM's worker these probes, with room for their columns alone."""
-    old = INSTALLED.get()
+    old = installed()
     pages = old._pages
     assert pages is not None
     new = Worker(
@@ -134,9 +134,8 @@ def fit_probes(_worker: Any, folders: list[str]) -> None:
         device=old._device,
     )
     block_size = pages._block_size
-    blocks = (len(pages._rows) - 1) // block_size
+    blocks = (len(pages.rows) - 1) // block_size
     new.allocate(blocks=blocks, block_size=block_size, attention=old._attention)
-    INSTALLED.put(new)
 
 
 def costs_of(values: Mapping[str, Sequence[Sequence[float]]]) -> list[dict[str, Any]]:

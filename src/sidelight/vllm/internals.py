@@ -1,0 +1,220 @@
+"""Everything that we use of vLLM beyond its documentation.
+
+``install`` wraps methods of ``AsyncLLM``, ``EngineArgs``, ``BaseModelLoader``, ``Executor`` and
+``BeamSearchOnlineMixin``. Others use ``Scheduler.update_from_output`` (``connector``),
+``merge_async_iterators`` and ``RequestOutput.add`` (``outputs``), and
+``ResponsesResponse.from_request`` (``endpoint``); the rest of the names are here.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from multiprocessing import parent_process
+from threading import Thread
+from typing import Any
+
+from torch import Tensor, nn
+
+from sidelight.errors import SidelightError
+from sidelight.probe import Probe
+
+
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Replaces a method by ``around(original, self, ...)``, once."""
+    original = getattr(owner, name)
+    if getattr(original, "wrapped_by", None) == __name__:
+        return
+
+    @wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(original, self, *args, **kwargs)
+
+    method.wrapped_by = __name__  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(owner, name, method)
+
+
+def local_layers(model: Any) -> tuple[int, list[nn.Module]]:
+    """The decoder layers of this worker; with the number of the first, or 0 for the embedding."""
+    from vllm.distributed.parallel_state import get_pp_group
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    # Of a multimodal model, the part that reads text.
+    text = model.get_language_model() if hasattr(model, "get_language_model") else model
+    layers = enumerate(getattr(text, "model", text).layers, 1)
+    local = {number: layer for number, layer in layers if not isinstance(layer, PPMissingLayer)}
+    return 0 if get_pp_group().is_first_rank else min(local), [*local.values()]
+
+
+def pass_slots(attention: str) -> Tensor | None:
+    """The KV slots of the tokens of the current forward pass; None if it fills no cache.
+
+    Args:
+        attention: The attention layer whose slots are wanted.
+    """
+    from vllm.forward_context import get_forward_context
+
+    mappings = get_forward_context().slot_mapping
+    return mappings[attention] if mappings else None
+
+
+def keeps_every_token(spec: Any) -> bool:
+    """Whether a layer with this specification of its KV cache has a slot for every token."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+
+    # Other classes made from these forget tokens, or keep something else.
+    return type(spec) in (FullAttentionSpec, MLAAttentionSpec)
+
+
+def full_group(kv_cache_config: Any) -> int:
+    """The index of the group of attention layers whose block tables have a slot for every token.
+
+    Hybrid models keep at least one. A prefix is only found in the cache if all groups have it.
+
+    Raises:
+        SidelightError: There is none, or this is a pipeline stage that lacks the layers of a group.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    if not all(group.layer_names for group in groups):
+        # Another stage, and the scheduler, could choose another group.
+        raise SidelightError(
+            "A pipeline stage has no layer of one of the model's kinds of attention, so probes "
+            "cannot follow its tokens. Use fewer stages (--pipeline-parallel-size)."
+        )
+    for index, group in enumerate(groups):
+        specs = getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec})
+        if all(map(keeps_every_token, specs.values())):
+            return index
+    raise SidelightError(
+        "Probes inside vLLM need a model in which at least one layer keeps the keys and values of "
+        "every token; in this one all layers forget some. Serve it with the transformers engine."
+    )
+
+
+def share_of_cache(specs: Mapping[str, Any], bytes_per_token: int) -> float:
+    """What is left to a worker's KV cache if each token in it takes this many bytes more.
+
+    Args:
+        specs: The specifications of its layers' KV caches.
+        bytes_per_token: The added bytes.
+    """
+    # A block holds keys and values of one kind of layer, at least those of the rarest kind.
+    kinds: dict[Any, int] = defaultdict(int)
+    for spec in specs.values():
+        kinds[True if keeps_every_token(spec) else spec] += spec.page_size_bytes
+    full = next(filter(keeps_every_token, specs.values()), None)
+    added = bytes_per_token * full.block_size if full is not None else 0
+    return min(kinds.values()) / (min(kinds.values()) + added) if kinds else 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One request's share of a forward pass.
+
+    Attributes:
+        computed: Tokens of the request that have keys and values after the pass.
+        is_resumed: Whether it begins with this pass, or comes back from preemption.
+        blocks: Its block table.
+    """
+
+    request_id: str
+    computed: int
+    is_resumed: bool
+    blocks: Sequence[int]
+
+
+class BlockTables:
+    """The block tables of running requests, as the scheduler's outputs tell of them.
+
+    Args:
+        group: The index of the group of attention layers that they belong to.
+    """
+
+    def __init__(self, group: int):
+        self._group = group
+        self._blocks: dict[str, list[int]] = {}
+
+    def steps(self, scheduler_output: Any) -> Iterator[Step]:
+        """Each scheduled request's share of the step."""
+        scheduled = scheduler_output.num_scheduled_tokens
+        for new in scheduler_output.scheduled_new_reqs:
+            self._blocks[new.req_id] = [*new.block_ids[self._group]]
+            computed = new.num_computed_tokens + scheduled[new.req_id]
+            yield Step(new.req_id, computed, True, self._blocks[new.req_id])
+        cached = scheduler_output.scheduled_cached_reqs
+        for request_id, added, before in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            is_resumed = request_id in cached.resumed_req_ids
+            if is_resumed:
+                # After a preemption all of its blocks are new.
+                self._blocks[request_id] = []
+            if added is not None:
+                self._blocks[request_id] += added[self._group]
+            computed = before + scheduled[request_id]
+            yield Step(request_id, computed, is_resumed, self._blocks[request_id])
+
+    def forget(self, request_id: str) -> None:
+        """Drops the table of a request that has ended."""
+        self._blocks.pop(request_id, None)
+
+
+def guesses_responses(config: Any, probes: Iterable[Probe]) -> bool:
+    """Whether a step also runs guessed tokens, which may never become part of a response read."""
+    is_guessing = getattr(config.speculative_config, "method", None) is not None
+    return is_guessing and any(probe.reads.includes_response for probe in probes)
+
+
+def data_parallel_ranks(config: Any) -> Sequence[int | None]:
+    """The ranks to which this process sends requests; None: there is one."""
+    parallel = config.parallel_config
+    is_local = parallel.local_engines_only
+    count = parallel.data_parallel_size_local if is_local else parallel.data_parallel_size
+    return range(count) if count > 1 else [None]
+
+
+QUANTISING = ("quantization", "quantization_config", "kv_cache_dtype")
+"""vLLM's options that quantise what it loads, or the keys and values."""
+_CACHES_OF_FLOATS = ("auto", "float", "bfloat")
+
+
+def quantisation(arguments: Any) -> str:
+    """The options by which vLLM quantises what it loads; "" without any."""
+    given = {name: getattr(arguments, name) for name in QUANTISING}
+    if str(given["kv_cache_dtype"]).startswith(_CACHES_OF_FLOATS):
+        del given["kv_cache_dtype"]
+    return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+
+
+def texts_of(processor: Any, outputs: Iterable[Any]) -> Iterator[tuple[str, int, Any]]:
+    """The caller's name and the index of the text of each output of a step, with the output.
+
+    Args:
+        processor: vLLM's ``OutputProcessor``.
+        outputs: Those that it is about to process.
+    """
+    for output in outputs:
+        state = processor.request_states.get(output.request_id)
+        # vLLM may still write for a request that has been cancelled.
+        if state is not None:
+            yield state.external_req_id, state.request_index, output
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that started it is killed, if there is one.
+
+    Otherwise vLLM's engine would wait for requests forever, with the model in memory.
+    """
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        # vLLM ends the workers with it.
+        os._exit(1)
+
+    Thread(target=watch, daemon=True, name="sidelight-end-with-parent").start()
