@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 
 from corpora import encoded
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads, shared_unread
 from sidelight.ragged import by_length
 from sidelight.states.cache import ActivationCache, Shard, ShardPlan, States
 from sidelight.states.extraction import BackboneSource, SharedSource, extract
-from sidelight_lab.bench.training import compare_extraction
 from tiny import tiny_backbone
 
 TEXTS = ["one", "two words", "a third text that is longer than the others", "four", "five"]
@@ -223,16 +221,6 @@ def test_a_shared_source_forgets_what_has_no_room_and_at_its_end_all(tiny, tmp_p
     assert list(tmp_path.rglob("*.safetensors"))
     del source
     assert not list(tmp_path.iterdir())
-
-
-def test_the_benchmark_compares_two_sources(tiny):
-    rival = BackboneSource(tiny)
-    rival.engine = "other"
-    examples = load_examples([(text, i % 2) for i, text in enumerate(TEXTS)])
-    figures = compare_extraction(backbone=tiny, examples=examples, repeats=2, rival=rival)
-    rates = {f"{name} tokens/s" for name in ("plain", "extract", "other")}
-    assert figures.keys() == {"tokens", *rates, "extract / plain", "other / extract"}
-    assert figures["tokens"] == sum(map(len, encoded(tiny, TEXTS)))
 
 
 @law

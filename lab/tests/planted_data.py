@@ -153,7 +153,7 @@ def context_of(
     **given: object,
 ) -> RecipeContext:
     """A recipe with the planted data, or other data; what is given replaces the rest."""
-    usual = {"recipe": recipe(text), "load": lambda _name: data or Data(), "search": None}
+    usual = {"recipe": recipe(text), "load": lambda _name: data or Data()}
     return RecipeContext(
         text=text, directory=directory, backbone=backbone, cache_root=cache, **(usual | given)
     )

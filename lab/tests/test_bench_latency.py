@@ -1,6 +1,5 @@
 """The latency table: every row does the same work, and its figures are what they say they are."""
 
-import json
 import sys
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from commands import run, saved
 from corpora import encoded
 from sidelight.data.examples import Example
 from sidelight.errors import ContextLengthError
@@ -145,28 +143,3 @@ def test_loads_have_prompts_of_the_length_or_the_texts_in_their_order(tiny):
     assert (load.title, [len(batch) for batch in load.batches]) == ("3 texts", [2, 1])
     assert [prompt for batch in load.batches for prompt in batch] == prompts
     assert load.mean_tokens == np.mean([len(prompt) for prompt in prompts])
-
-
-def test_the_command_prints_the_table_draws_a_picture_of_each_batch_size_and_keeps_the_record(
-    tiny, tmp_path, capsys
-):
-    model = saved(tiny, tmp_path / "model")
-    options = ["--model", model, "--no-cascades", "--mechanisms", "gate"]
-    options += ["--batch-sizes", "1,2", "--lengths", "4", "--repeats", "2"]
-    out = tmp_path / "out"
-    assert run("bench", "latency", *options, "--plots", str(out), "--out", str(out)) == 0
-    assert "+ gate, naive" in capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == [
-        "latency-batch-1.png", "latency-batch-2.png", "latency.json", "latency.md",
-    ]  # fmt: skip
-    record = json.loads((out / "latency.json").read_text())
-    names = {row["subject"] for row in record["rows"]}
-    assert len(record["rows"]) == 2 * len(names)
-    assert record["conditions"]["model"] == model
-
-    for arguments, remedy in (
-        (["--lengths", "16,many"], "like 16,64,256"),
-        (["--mechanisms", "gat"], "Did you mean 'gate'"),
-    ):
-        assert run("bench", "latency", "--model", model, *arguments) == 2
-        assert remedy in capsys.readouterr().err

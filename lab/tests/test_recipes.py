@@ -13,7 +13,6 @@ from sidelight_lab.tables.recipes import (
     parse_recipe,
     recipe_names,
     recipe_text,
-    suggested,
 )
 from sidelight_lab.tables.reproduce import reproduce
 
@@ -29,7 +28,7 @@ def test_rows_that_are_left_are_those_compared():
 def test_recipes_of_the_package_name_what_exists(name):
     parsed = parse_recipe(recipe_text(name), name=name)
     assert set(parsed.ours) <= set(parsed.names())
-    rows = build_rows(parsed, suggested)
+    rows = build_rows(parsed)
     swept = len(parsed.sweep.values) if parsed.sweep else 1
     assert sum(isinstance(row, ProbeConfig) for row in rows) == swept * len(parsed.probe)
     baselines = [row.name for row in rows if isinstance(row, BaselineConfig)]

@@ -17,7 +17,6 @@ from sidelight.states.extraction import score
 from sidelight.training.dataset import make_split
 from sidelight.training.settings import FitOptions
 from sidelight_lab.baselines import BASELINES
-from sidelight_lab.tables.recipes import suggested
 from sidelight_lab.tables.reproduce import reproduce
 from sidelight_lab.tables.runs import score_split
 from sidelight_lab.tables.writing import FinishedTable, grid
@@ -194,18 +193,6 @@ def test_rows_can_be_chosen_and_data_cut(make):
     assert all(row.difference is None for row in made.tables[0].rows)
     assert grid(made.tables[0]).headings[-3:] == ("validation AUPRC", "parameters", "single pass")
     assert not any("Ours is" in note for note in made.notes)
-
-
-def test_a_searched_probe_is_trained_as_the_search_says(make, tmp_path):
-    def search(_dataset, mechanism, storage):
-        assert storage.parent.is_dir()
-        spec, settings = suggested(mechanism)
-        return spec, settings.changed(epochs=1, learning_rate=5e-3)
-
-    make(ONE_SEED.replace("settings = { epochs = 2 }", "search = true"), search=search)
-    (folder,) = (tmp_path / "runs").glob("pooling-*/probe")
-    settings = load_probe(folder).record["settings"]
-    assert (settings["epochs"], settings["learning_rate"]) == (1, 5e-3)
 
 
 def test_a_transfer_is_tested_on_the_other_data_set(make):

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 # Okabe & Ito's palette, told apart with any colour vision; ours is always the first.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8}
-LEGEND_BESIDE: dict[str, Any] = {**LEGEND, "loc": "upper left", "bbox_to_anchor": (1.02, 1)}
 
 
 def new_axes(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import optuna
 import torch
-from optuna.importance import get_param_importances
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -30,7 +29,6 @@ from sidelight.types import MechanismSpec, OptionValue
 
 # Random trials before the estimator has enough scores to learn from.
 _RANDOM_TRIALS = 12
-_ENOUGH_FOR_IMPORTANCE = 16
 # A diverged training has no score; as pruned, it ranks below all that have one.
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _KNOWN = (*_FINISHED, TrialState.RUNNING)
@@ -190,15 +188,12 @@ class Best:
     Attributes:
         score: Average precision, or accuracy for a multi-class task.
         trials: All trials, in order.
-        importance: Share of the variance of the scores that each parameter explains; empty if there
-            are too few trials to say.
     """
 
     spec: MechanismSpec
     settings: TrainingSettings
     score: float
     trials: tuple[Trial, ...]
-    importance: Mapping[str, float]
 
 
 def search_settings(
@@ -270,9 +265,7 @@ def search_settings(
             f"All {len(tried)} trainings diverged, so no scores can be compared. Look for hidden "
             "states that are not finite, or load the backbone with --dtype float32."
         )
-    enough = len(_trials(study, (TrialState.COMPLETE,))) >= _ENOUGH_FOR_IMPORTANCE
-    importance = get_param_importances(study) if enough else {}
-    return Best(first.spec, first.settings, first.score, tried, importance)
+    return Best(first.spec, first.settings, first.score, tried)
 
 
 def _open_study(name: str, storage: Path, subject: Mapping[str, str]) -> optuna.Study:

@@ -134,7 +134,7 @@ def compare_defaults(
     shown = replace(background, conversations=background.conversations[::2])
     held_texts = examples.select(held_rows)
     unseen = background.conversations[1::2]
-    everyone = np.arange(len(held_texts))
+    everyone = (np.arange(len(held_texts)),)
     contexts = draw_contexts(backbone, held_texts, everyone, unseen, options)
     held = make_split(backbone, held_texts, options, source=shared, contexts=contexts)
     in_contexts = replace(options, background=shown)

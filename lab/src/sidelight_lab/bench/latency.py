@@ -5,15 +5,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import cycle
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.plots import save_figure
 from sidelight.progress import progress
 from sidelight_lab.bench.measurement import (
     MB,
@@ -26,19 +23,10 @@ from sidelight_lab.bench.measurement import (
     table,
 )
 from sidelight_lab.bench.subjects import Kind, Load, Subject
-from sidelight_lab.plots import LEGEND_BESIDE, new_axes
 
-# Paul Tol's muted palette: nine colours, told apart with any colour vision.
-_COLOURS = (
-    "#332288", "#cc6677", "#117733", "#88ccee", "#aa4499", "#ddcc77", "#882255", "#44aa99",
-    "#999933",
-)  # fmt: skip
-_LINES: dict[Kind, str] = {"one pass": "-", "naive": "--", "cascade": ":"}
 # A timing averages as many runs as the first subject needs to fill this: one interrupt would decide
 # a shorter one.
 SHORTEST_S = 0.2
-# Overheads below this share are drawn on a linear scale, larger ones on a logarithmic one.
-_LINEAR_PERCENT = 10
 
 
 @dataclass(frozen=True)
@@ -154,41 +142,4 @@ def latency_record(rows: Sequence[Row], conditions: Mapping[str, Any]) -> Record
             ]
             sections.append(table(f"Batch {size}: {title}", ["", *loads], lines))
     results = {"rows": [asdict(row) for row in rows]}
-    return Record("latency", conditions, results, sections, draw=partial(_plot, rows))
-
-
-def _plot(rows: Sequence[Row], folder: Path) -> None:
-    """Draws ``latency-batch-N.png``: overhead over the first subject by tokens of a prompt."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for size in dict.fromkeys(row.batch_size for row in rows):
-        _plot_batch([row for row in rows if row.batch_size == size], folder)
-
-
-def _plot_batch(rows: Sequence[Row], folder: Path) -> None:
-    base, size = rows[0].subject, rows[0].batch_size
-    title = f"Time over {base} alone, batch {size}: median and range"
-    figure, axes = new_axes(8.6, 4.8, title)
-    for kind, line in _LINES.items():
-        names = dict.fromkeys(r.subject for r in rows if r.kind == kind and r.subject != base)
-        # The same mechanisms stand in the same order in each kind, so they share a colour.
-        for name, colour in zip(names, cycle(_COLOURS), strict=False):
-            own = [row for row in rows if row.subject == name]
-            tokens = [row.mean_tokens for row in own]
-            middle, low, high = (
-                [100 * (getattr(row.ratio, part) - 1) for row in own]
-                for part in ("median", "low", "high")
-            )
-            style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.6}
-            axes.plot(tokens, middle, label=name, color=colour, linestyle=line, **style)
-            axes.vlines(tokens, low, high, color=colour, linewidth=0.8, alpha=0.6)
-    axes.axhline(0, color="#222222", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    lengths = sorted({row.mean_tokens for row in rows})
-    axes.set_xticks(lengths, [f"{length:.0f}" for length in lengths])
-    axes.set_yscale("symlog", linthresh=_LINEAR_PERCENT)
-    ticks = [0, 5, 10, 20, 50, 100, 200, 500, 1000]
-    axes.set_yticks(ticks, [f"{tick:+d} %" for tick in ticks])
-    axes.minorticks_off()
-    axes.set(xlabel="Tokens of a prompt", ylabel="Overhead")
-    axes.legend(**LEGEND_BESIDE)
-    save_figure(figure, folder / f"latency-batch-{size}.png")
+    return Record("latency", conditions, results, sections)

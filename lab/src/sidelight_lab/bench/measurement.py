@@ -174,15 +174,13 @@ def conditions(backbone: TransformersBackbone, settings: Mapping[str, Any]) -> d
 class Record:
     """The outcome of a benchmark, written to ``NAME.json`` and ``NAME.md``.
 
-    ``results`` are the other keys of the JSON; ``sections`` follow the conditions in the Markdown;
-    ``draw`` draws the plots into a folder.
+    ``results`` are the other keys of the JSON; ``sections`` follow the conditions in the Markdown.
     """
 
     name: str
     conditions: Mapping[str, Any]
     results: Mapping[str, Any]
     sections: Sequence[str]
-    draw: Callable[[Path], object] | None = None
 
     def to_json(self) -> str:
         content = {"conditions": dict(self.conditions), **self.results}

@@ -1,7 +1,7 @@
 """``sidelight reproduce``: a table of the paper, or of your own, from one recipe."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +9,7 @@ import click
 
 from sidelight.cli import options
 from sidelight.errors import SidelightError
-from sidelight_lab.cli.options import (
-    AT_LEAST_TWO,
-    cache_option,
-    publish,
-    split_names,
-    trials_option,
-)
+from sidelight_lab.cli.options import publish, split_names
 
 if TYPE_CHECKING:
     from sidelight_lab.tables.context import RecipeContext
@@ -33,7 +27,6 @@ fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on your own file
     epilog=options.examples(
         "sidelight reproduce toxicchat --out results/toxicchat",
         "sidelight reproduce sst2 --out results/quick --only readout,tfidf --limit 500 --seeds 1",
-        "sidelight reproduce sst2 --folds 3 --only readout,blend --seeds 1 --out results/folds",
         "sidelight reproduce own --train train.csv --test test.csv --label topic --out results/own",
         "sidelight reproduce my_table.toml --out results/mine --data ~/labelled",
     )
@@ -47,11 +40,6 @@ fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on your own file
     type=options.PATH,
     help="Folder with a folder for each data set. [default: SIDELIGHT_DATA, then the hub]",
 )
-@click.option(
-    "--folds",
-    type=AT_LEAST_TWO,
-    help="Cross-validate on the training texts; the test data stays closed.",
-)
 @click.option("--train", help="File to train on, instead of the recipe's data set.")
 @click.option("--test", help="File to test on; goes with --train.")
 @click.option("--validation", help="[default: held out of --train]")
@@ -61,8 +49,11 @@ fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on your own file
 @click.option("--seeds", type=options.AT_LEAST_ONE, help="[default: the recipe's]")
 @click.option("--only", metavar="ROW,ROW", help="Make only these rows of the recipe.")
 @options.limit
-@cache_option()
-@trials_option
+@click.option(
+    "--cache",
+    type=options.PATH,
+    help="Folder for hidden states; they stay there. [default: the user's cache]",
+)
 @options.backbone
 @options.as_json
 def reproduce(
@@ -80,7 +71,7 @@ def reproduce(
     text = recipe_text(recipe)
     parsed = parse_recipe(text, name=recipe)
     if parsed.kind == "latency":
-        refused = ("folds", "train", "test", "validation", "seeds", "only", "limit")
+        refused = ("train", "test", "validation", "seeds", "only", "limit")
         useless = [f"--{name}" for name in refused if given[name] is not None]
         if useless:
             raise SidelightError(
@@ -99,7 +90,6 @@ def reproduce(
 
     from sidelight.smollm2 import cache_root
     from sidelight_lab.datasets import from_files, load_data_set
-    from sidelight_lab.search import search_settings
     from sidelight_lab.tables.context import RecipeContext
 
     def load(name: str) -> Any:
@@ -108,56 +98,29 @@ def reproduce(
         columns = {column: given[column] for column in ("text", "label", "positive")}
         return from_files(given["train"], given["test"], given["validation"], **columns)
 
-    def search(dataset: Any, mechanism: str, storage: Path) -> Any:
-        best = search_settings(dataset, mechanism, trials=given["trials"], seed=0, storage=storage)
-        return best.spec, best.settings
-
     context = RecipeContext(
         parsed,
         text,
         out,
         runtime.load_backbone(),
         load=load,
-        search=search,
         cache_root=given["cache"] or cache_root() / "activations",
         limit=given["limit"],
     )
     if parsed.kind == "latency":
         _time(context, as_json)
-    elif given["folds"]:
-        _cross_validate(context, given["folds"], as_json)
     else:
         _make_table(context, as_json)
 
 
 def _make_table(context: "RecipeContext", as_json: bool) -> None:
-    from sidelight.training.runs import console
     from sidelight_lab.tables.reproduce import reproduce
-    from sidelight_lab.tables.writing import grid
 
     table = reproduce(context)
     if as_json:
         click.echo(json.dumps(table.to_dict(), indent=2))
         return
-    for figures in table.tables:
-        console().print(grid(figures).terminal())
-    for note in table.notes:
-        click.echo(note)
-    click.echo(f"All columns: {context.directory / 'table.md'}")
-
-
-def _cross_validate(context: "RecipeContext", folds: int, as_json: bool) -> None:
-    from sidelight_lab.tables.cross_validation import cross_validate
-
-    found = cross_validate(context, folds=folds)
-    if as_json:
-        click.echo(json.dumps([asdict(one) for one in found], indent=2))
-        return
-    click.echo(f"{found[0].score} on the folds: mean, row, and each fold")
-    for one in found:
-        row, mean, each = one.cells()
-        click.echo(f"{mean}  {row}  ({each})")
-    click.echo(f"Written to {context.directory / 'cross_validation.md'}")
+    click.echo((context.directory / "table.md").read_text("utf-8"), nl=False)
 
 
 def _time(context: "RecipeContext", as_json: bool) -> None:
@@ -179,4 +142,4 @@ def _time(context: "RecipeContext", as_json: bool) -> None:
     context.write_origin(out)
     subjects = default_subjects(backbone)
     record = measure_latency(backbone, subjects, loads, repeats=wanted.repeats)
-    publish(record, out, as_json=as_json, plots=out / "plots")
+    publish(record, out, as_json=as_json)

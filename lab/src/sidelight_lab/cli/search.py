@@ -1,7 +1,4 @@
-"""``sidelight search``: which options and settings do best on validation data.
-
-It writes a table of all trials, the best of them, and a picture.
-"""
+"""``sidelight search``: which options and settings do best on validation data."""
 
 import csv
 import json
@@ -13,27 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from sidelight.cli import options
 from sidelight.storage import write_json, write_text
-from sidelight_lab.cli.options import trials_option
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from sidelight.types import MechanismSpec
     from sidelight_lab.search import Best, Trial
-    from sidelight_lab.tables.writing import Grid
 
 _SETTINGS = ("learning_rate", "weight_decay", "epochs", "batch_size")
-_MARKERS = "osD^vP"
-# Options that ``sidelight train`` needs as well, to train on what was searched on.
-_SHARED = (
-    "data", "text", "label", "response", "split", "missing_label", "positive", "validation",
-    "validation_split", "limit", "max_tokens", "cache", "cache_budget", "memory", "model",
-    "dtype", "device",
-)  # fmt: skip
 
 
 @click.command(
@@ -47,12 +31,11 @@ _SHARED = (
 @options.mechanisms(
     default="readout", help="Mechanisms that `sidelight train` knows, with commas between them."
 )
-@trials_option
 @click.option(
-    "--together",
+    "--trials",
     type=options.AT_LEAST_ONE,
-    default=8,
-    help="Trials that share one read of the hidden states; more take more memory.",
+    default=100,
+    help="Trials of each mechanism, with those of an earlier run in the same folder.",
 )
 @click.option("--seed", type=int, default=0, help="Seed of everything random.")
 @options.backbone
@@ -62,7 +45,9 @@ def search(
     runtime: options.Runtime,
     out: Path,
     as_json: bool,
-    **given: Any,
+    mechanisms: list[str],
+    trials: int,
+    seed: int,
 ) -> None:
     """Search options and settings of mechanisms on validation data.
 
@@ -74,11 +59,9 @@ def search(
     training, validation = inputs.load()
     from sidelight.mechanisms.base import mechanism_spec
 
-    for name in given["mechanisms"]:
+    for name in mechanisms:
         mechanism_spec(name)
     from sidelight.training.dataset import prepare
-    from sidelight.training.optimisation import score_name
-    from sidelight.training.runs import console
     from sidelight_lab.search import search_settings
 
     # Trials are scored as they are; training chooses the calibration.
@@ -87,28 +70,26 @@ def search(
     for warning in dataset.warnings:
         click.echo(f"Warning: {warning}", err=True)
     found: dict[str, Best] = {}
-    for name in given["mechanisms"]:
+    for name in mechanisms:
         found[name] = search_settings(
             dataset,
             name,
-            trials=given["trials"],
-            seed=given["seed"],
+            trials=trials,
+            seed=seed,
             storage=out / "journal.log",
             folds=dataset.folds,
-            generation=given["together"],
-            on_generation=lambda trials: _report(trials, given["trials"]),
+            on_generation=lambda tried: _report(tried, trials),
         )
-        write_search(found, out, score=score_name(dataset.task))
+        write_search(found, out)
     if not inputs.keep_cache:
         for split in {dataset.training, dataset.validation}:
             split.states.remove()
     if as_json:
-        click.echo(json.dumps(_describe(found), indent=2))
+        click.echo((out / "best.json").read_text("utf-8"), nl=False)
         return
-    console().print(_grid(found, score_name(dataset.task)).terminal())
-    click.echo(f"Saved to {out}: best.json, trials.csv, sensitivity.png. To train the best:")
+    click.echo(f"Saved to {out}: best.json, trials.csv. With `sidelight train --background none`:")
     for best in found.values():
-        click.echo(_train_command(best, inputs, out))
+        click.echo(f"{best.score:.4f}  {shlex.join(train_options(best))}")
 
 
 def _report(trials: "tuple[Trial, ...]", wanted: int) -> None:
@@ -122,65 +103,29 @@ def _report(trials: "tuple[Trial, ...]", wanted: int) -> None:
     click.echo(f"{done}, best score {best.score:.4f} ({rate})", err=True)
 
 
-def _grid(found: "dict[str, Best]", score: str) -> "Grid":
-    from sidelight_lab.tables.writing import Grid
-
-    rows = [
-        {
-            "mechanism": name,
-            "trials": str(len(best.trials)),
-            score: f"{best.score:.4f}",
-            "learning rate": f"{best.settings.learning_rate:.2g}",
-            "decay": f"{best.settings.weight_decay:.2g}",
-            "epochs": str(best.settings.epochs),
-            "batch": str(best.settings.batch_size),
-            "options": _describe_options(best.spec),
-        }
-        for name, best in found.items()
-    ]
-    lines = tuple(tuple(row.values()) for row in rows)
-    return Grid("Best on validation data", tuple(rows[0]), lines)
-
-
-def _train_command(best: "Best", inputs: options.TrainingInputs, out: Path) -> str:
-    context = click.get_current_context()
-    command = ["sidelight", "train"]
-    for name in _SHARED:
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            command += [f"--{name.replace('_', '-')}", str(context.params[name])]
-    # Without it, the first of these commands would remove what the others read.
-    if inputs.keep_cache:
-        command.append("--keep-cache")
+def train_options(best: "Best") -> list[str]:
+    """What has ``sidelight train`` train this configuration."""
     name = best.spec.name
-    # A search shows texts alone.
-    command += ["--mechanism", name, "--background", "none"]
-    for key, value in best.spec.options.items():
-        command += ["--set", f"{name}.{key}={value}"]
+    words = ["--mechanism", name]
+    for option, value in best.spec.options.items():
+        words += ["--set", f"{name}.{option}={value}"]
     for setting in _SETTINGS:
-        command += [f"--{setting.replace('_', '-')}", str(getattr(best.settings, setting))]
-    return shlex.join([*command, "--out", str(out / name)])
+        words += [f"--{setting.replace('_', '-')}", str(getattr(best.settings, setting))]
+    return words
 
 
-def write_search(found: "Mapping[str, Best]", directory: Path, *, score: str) -> None:
-    """Writes ``trials.csv``, ``best.json`` and ``sensitivity.png``."""
-    from sidelight.plots import save_figure
-
+def write_search(found: "Mapping[str, Best]", directory: Path) -> None:
+    """Writes ``trials.csv`` and ``best.json``."""
     text = StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["mechanism", "trial", "score", *_SETTINGS, "options"])
     for name, best in found.items():
         for trial in best.trials:
             settings = [getattr(trial.settings, setting) for setting in _SETTINGS]
-            shown = "diverged" if trial.score is None else trial.score
-            table.writerow([name, trial.number, shown, *settings, _describe_options(trial.spec)])
-    write_text(directory / "trials.csv", text.getvalue())
-    write_json(directory / "best.json", _describe(found))
-    save_figure(_draw_sensitivity(found, score=score), directory / "sensitivity.png")
-
-
-def _describe(found: "Mapping[str, Best]") -> dict[str, Any]:
-    """The best of each mechanism, and the best mechanism, as JSON values."""
-    return {
+            score = "diverged" if trial.score is None else trial.score
+            chosen = json.dumps(dict(trial.spec.options))
+            table.writerow([name, trial.number, score, *settings, chosen])
+    described: dict[str, Any] = {
         "best": max(found, key=lambda name: found[name].score),
         "mechanisms": {
             name: {
@@ -188,39 +133,9 @@ def _describe(found: "Mapping[str, Best]") -> dict[str, Any]:
                 "options": dict(best.spec.options),
                 "settings": asdict(best.settings),
                 "trials": len(best.trials),
-                "importance": dict(best.importance),
             }
             for name, best in found.items()
         },
     }
-
-
-def _describe_options(spec: "MechanismSpec") -> str:
-    return " ".join(f"{option}={value}" for option, value in spec.options.items())
-
-
-def _draw_sensitivity(found: "Mapping[str, Best]", *, score: str) -> "Figure":
-    """Each trial's score over its learning rate, the best of each mechanism ringed.
-
-    Like the paper's Figure 3 (Meyoyan & Del Corro 2026) but of all trials at once, so the other
-    settings of neighbouring points differ too. Trainings that diverged are not drawn.
-    """
-    from sidelight_lab.plots import COLOURS, LEGEND_BESIDE, new_axes
-
-    figure, axes = new_axes(7.2, 4.4)
-    for number, (name, best) in enumerate(found.items()):
-        points = [(t.settings.learning_rate, t.score) for t in best.trials if t.score is not None]
-        axes.scatter(
-            *zip(*points, strict=True),
-            color=COLOURS[number % len(COLOURS)],
-            marker=_MARKERS[number % len(_MARKERS)],
-            s=22,
-            alpha=0.7,
-            linewidths=0,
-            label=f"{best.score:.3f}  {name}",
-        )
-        ring: dict[str, Any] = {"facecolors": "none", "edgecolors": "#222222", "linewidths": 1.2}
-        axes.scatter(best.settings.learning_rate, best.score, s=70, **ring)
-    axes.set(xscale="log", xlabel="Learning rate", ylabel=f"{score} on validation data")
-    axes.legend(title="best", title_fontsize=8, alignment="left", **LEGEND_BESIDE)
-    return figure
+    write_text(directory / "trials.csv", text.getvalue())
+    write_json(directory / "best.json", described)

@@ -21,11 +21,8 @@ from sidelight.training.settings import FitOptions
 from sidelight_lab.datasets import DataSet
 from sidelight_lab.tables.recipes import (
     BaselineConfig,
-    Configuration,
     Recipe,
-    Row,
     build_rows,
-    suggested,
 )
 
 
@@ -37,8 +34,6 @@ class RecipeContext:
         text: The TOML of the recipe.
         directory: Folder of the table.
         load: Loads a data set by name.
-        search: Finds the best configuration of a mechanism on validation texts; the path is a file
-            that keeps its trials.
         limit: The most rows to use of each split; None uses all.
     """
 
@@ -47,25 +42,14 @@ class RecipeContext:
     directory: Path
     backbone: TransformersBackbone
     load: Callable[[str], DataSet]
-    search: Callable[[ProbeDataset, str, Path], Configuration]
     cache_root: Path
     limit: int | None = None
 
     def check(self) -> None:
         """Raises for a misspelt name or a missing package, before hours of extraction."""
-        for row in build_rows(self.recipe, suggested):
+        for row in build_rows(self.recipe):
             if isinstance(row, BaselineConfig):
                 row.baseline.require()
-
-    def rows(self, dataset: ProbeDataset, *, searches: str = "search") -> tuple[Row, ...]:
-        """The rows; those that are searched keep their trials in the folder ``searches``."""
-
-        def search(mechanism: str) -> Configuration:
-            folder = self.directory / searches
-            folder.mkdir(parents=True, exist_ok=True)
-            return self.search(dataset, mechanism, folder / f"{mechanism}.journal")
-
-        return build_rows(self.recipe, search)
 
     def sample(self, examples: LabelledExamples) -> LabelledExamples:
         """The rows of a split that are used: all, or a sample of ``limit`` rows."""

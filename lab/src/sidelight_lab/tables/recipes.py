@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -28,13 +28,12 @@ _FOLDER = files("sidelight_lab.tables") / "recipes"
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """A mechanism with what differs from its defaults, or else with a search on validation data."""
+    """A mechanism with what differs from its defaults."""
 
     name: str
     mechanism: str
     options: Mapping[str, int | str] = field(default_factory=dict)
     settings: Mapping[str, Value] = field(default_factory=dict)
-    search: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def _first_complaint(error: ValidationError) -> str:
 
 def _requirements(recipe: Recipe) -> dict[str, bool]:
     """Each requirement across keys, and whether it is met."""
-    rows, kind, probes = recipe.names(), recipe.kind, recipe.probe
+    rows, kind = recipe.names(), recipe.kind
     swept = recipe.sweep.values if recipe.sweep else None
     counts = (recipe.seeds, recipe.draws, recipe.labels_per_class, recipe.max_tokens)
     return {
@@ -196,20 +195,11 @@ def _requirements(recipe: Recipe) -> dict[str, bool]:
         "a [sweep] needs values that differ": swept is None or 0 < len(swept) == len(set(swept)),
         "a sensitivity table takes no [[baseline]] and no 'ours': its rows are probes, each with a "
         "value": swept is None or not (recipe.baseline or recipe.ours),
-        "a searched probe takes no options and settings of its own": not any(
-            row.search and (row.options or row.settings) for row in probes
-        ),
-        "only a comparison or a transfer can search its probes": (
-            kind in ("comparison", "transfer") or not any(row.search for row in probes)
-        ),
         "'seeds', 'draws', 'labels_per_class' and 'max_tokens' must be 1 or more": min(counts) >= 1,
         "the 'seeds' of a baseline must be 1 or more": all(
             row.seeds is None or row.seeds >= 1 for row in recipe.baseline
         ),
     }
-
-
-Configuration = tuple[MechanismSpec, TrainingSettings]
 
 
 @dataclass(frozen=True)
@@ -263,23 +253,16 @@ class BaselineConfig:
 Row = ProbeConfig | BaselineConfig
 
 
-def suggested(mechanism: str) -> Configuration:
-    """The configuration that needs no search."""
-    return mechanism_spec(mechanism), suggested_settings(mechanism)
-
-
-def build_rows(recipe: Recipe, search: Callable[[str], Configuration]) -> tuple[Row, ...]:
-    """The rows in the order of the recipe, swept or searched as it says."""
-    probes = [_probe(row, search) for row in recipe.probe]
+def build_rows(recipe: Recipe) -> tuple[Row, ...]:
+    """The rows in the order of the recipe, swept if it says so."""
+    probes = [_probe(row) for row in recipe.probe]
     if recipe.sweep is not None:
         parameter, values = recipe.sweep.parameter, recipe.sweep.values
         probes = [_swept(probe, parameter, value) for probe in probes for value in values]
     return (*probes, *map(_baseline, recipe.baseline))
 
 
-def _probe(row: ProbeRow, search: Callable[[str], Configuration]) -> ProbeConfig:
-    if row.search:
-        return ProbeConfig(row.name, *search(row.mechanism), line=row.name)
+def _probe(row: ProbeRow) -> ProbeConfig:
     settings = _changed(suggested_settings(row.mechanism), row.settings)
     spec = mechanism_spec(row.mechanism, row.options)
     return ProbeConfig(row.name, spec, settings, line=row.name)

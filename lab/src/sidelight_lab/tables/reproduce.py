@@ -23,7 +23,7 @@ from sidelight.types import Task
 from sidelight_lab.datasets import DataSet, overlap_notes
 from sidelight_lab.tables.context import RecipeContext, package_versions
 from sidelight_lab.tables.figures import TableFigures, measure_rows
-from sidelight_lab.tables.recipes import ProbeConfig, Recipe, Row
+from sidelight_lab.tables.recipes import ProbeConfig, Recipe, Row, build_rows
 from sidelight_lab.tables.runs import (
     JudgedTable,
     Run,
@@ -43,7 +43,7 @@ def reproduce(context: RecipeContext) -> FinishedTable:
     data = context.load(recipe.data)
     context.write_origin(directory, data)
     dataset = context.dataset(data)
-    rows = context.rows(dataset)
+    rows = build_rows(recipe)
     tried = _fit(context, rows, dataset)
     runs = [run for run in tried if run.is_fitted]
     if not runs:
@@ -180,7 +180,7 @@ def _measured(
             are_draws=recipe.kind == "few-shot",
         )
         ending = f"{name.replace(' ', '_').replace('/', '_')}.png"
-        draw_pictures(figures, part, rows, parameter, context.directory / "plots" / ending)
+        draw_pictures(figures, rows, parameter, context.directory / "plots" / ending)
         yield figures
 
 

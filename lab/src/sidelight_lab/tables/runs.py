@@ -129,11 +129,16 @@ def plan_runs(
     }
     runs: list[Run] = []
     for row in rows:
-        name = re.sub(r"[^a-z0-9.]+", "-", row.name.lower()).strip("-")
+        name = plain_name(row)
         for seed in seeds[: row.seeds]:
             key = digest({"row": row.name, "seed": seed, **row.describe(), **texts})
             runs.append(Run(row, seed, dataset, folder / f"{name}-seed{seed}-{key[:12]}"))
     return runs
+
+
+def plain_name(row: Row) -> str:
+    """The row's name in letters that folders and probes may have."""
+    return re.sub(r"[^a-z0-9.]+", "-", row.name.lower()).strip("-")[:64]
 
 
 def draw_few(dataset: ProbeDataset, recipe: Recipe) -> list[ProbeDataset]:
@@ -205,7 +210,7 @@ def _train(missing: Sequence[tuple[Run, ProbeConfig]], *, max_tokens: int) -> No
             run.folder.mkdir(parents=True, exist_ok=True)
             (run.folder / "diverged").touch()
             continue
-        probe = calibrate_probe(one, dataset, name=row.name, options=options).probe
+        probe = calibrate_probe(one, dataset, name=plain_name(row), options=options).probe
         # The probe comes first: a run counts as fitted once its result is stored.
         save_probe(probe, run.probe_folder)
         run.save(Result(one.logits, seconds, probe.record["parameters"]))

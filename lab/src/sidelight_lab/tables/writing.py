@@ -3,24 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from sklearn.metrics import average_precision_score, precision_recall_curve
 from tabulate import tabulate
 
 from sidelight.plots import save_figure
 from sidelight.storage import write_json, write_text
 from sidelight.training.optimisation import score_name
-from sidelight_lab.plots import COLOURS, LEGEND, LEGEND_BESIDE, literal, new_axes
+from sidelight_lab.plots import COLOURS, LEGEND, literal, new_axes
 from sidelight_lab.tables.figures import RowFigures, Spread, TableFigures
 from sidelight_lab.tables.recipes import ProbeConfig, Row
-from sidelight_lab.tables.runs import JudgedTable
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-_PLAIN, _FAINT = "#7d9bb5", "#d0d0d0"
+_PLAIN = "#7d9bb5"
 _SHOWN = {
     "auprc": "AUPRC",
     "f1": "F1",
@@ -29,8 +24,6 @@ _SHOWN = {
     "recall_at_1pct_fpr": "recall at 1 % FPR",
     "ece": "ECE",
 }
-# Headings that begin like these are left out in a terminal, for lack of room.
-_FILE_ONLY = ("macro F1", "validation", "single pass", "parameters")
 _LATEX = str.maketrans(
     {
         **{special: f"\\{special}" for special in "%&_#${}"},
@@ -61,25 +54,6 @@ class Grid:
             table = table.replace(r"\hline", rule, 1)
         caption = self.title.translate(_LATEX)
         return f"\\begin{{table}}\n\\caption{{{caption}}}\n{table}\n\\end{{table}}\n"
-
-    def terminal(self) -> "Table":
-        """The columns that fit a terminal; print it with ``rich``."""
-        from rich.table import Table
-        from rich.text import Text
-
-        # The second column holds the metric that rows are compared by.
-        shown = [
-            place
-            for place, name in enumerate(self.headings)
-            if place < 2 or not name.startswith(_FILE_ONLY)
-        ]
-        table = Table(title=self.title, title_justify="left")
-        for place in shown:
-            table.add_column(self.headings[place], justify="right" if place else "left")
-        for number, line in enumerate(self.lines):
-            style = "bold" if number == self.bold else ""
-            table.add_row(*(Text(line[place], style=style) for place in shown))
-        return table
 
     def _tabulated(self, style: str, escape: Callable[[str], str], bold: str) -> str:
         lines = [list(map(escape, line)) for line in self.lines]
@@ -198,17 +172,12 @@ class FinishedTable:
         write_json(directory / "table.json", self.to_dict())
 
 
-def draw_pictures(
-    figures: TableFigures, judged: JudgedTable, rows: Sequence[Row], parameter: str, ending: Path
-) -> None:
-    """Bars, and where they apply the precision-recall curves and those of a swept parameter.
+def draw_pictures(figures: TableFigures, rows: Sequence[Row], parameter: str, ending: Path) -> None:
+    """Bars, and the curves of a swept parameter if there is one.
 
     The names of the pictures end like the path ``ending``.
     """
     _draw_bars(figures, ending.with_name(f"bars_{ending.name}"))
-    # Without a positive text there is no recall to draw.
-    if judged.task.kind == "binary" and judged.labels.any():
-        _draw_precision_recall(figures, judged, ending.with_name(f"precision_recall_{ending.name}"))
     if parameter:
         _draw_sweep(figures, rows, parameter, ending.with_name(f"sweep_{ending.name}"))
 
@@ -235,28 +204,6 @@ def _draw_bars(figures: TableFigures, path: Path) -> None:
     # Differences between rows are small beside the values.
     lowest = min((value for value in ends if value is not None), default=0.0)
     axes.set_xlim(left=max(0.0, lowest - 0.05))
-    save_figure(figure, path)
-
-
-def _draw_precision_recall(figures: TableFigures, judged: JudgedTable, path: Path) -> None:
-    """Curves of each row's chosen seed: ours and the best others in colour, the rest in grey."""
-    figure, axes = new_axes(7.6, 4.6, figures.title)
-    chances = {row.name: row.runs[row.chosen].probabilities[:, 0] for row in judged.rows}
-    areas = {
-        name: float(average_precision_score(judged.labels, own)) for name, own in chances.items()
-    }
-    ranked = sorted(judged.rows, key=lambda row: (row.name != figures.ours, -areas[row.name]))
-    for place, row in enumerate(ranked):
-        curve = precision_recall_curve(judged.labels, chances[row.name])
-        precision, recall = (values[::-1] for values in curve[:2])
-        rises = np.diff(recall, prepend=-1) > 0
-        style: dict[str, Any] = {"color": _FAINT, "linewidth": 0.8, "zorder": 1}
-        if place < len(COLOURS):
-            label = f"{areas[row.name]:.3f}  {literal(row.title)}"
-            style = {"color": COLOURS[place], "zorder": 2, "label": label}
-        axes.step(recall[rises], precision[rises], where="pre", **style)
-    axes.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(title="AUPRC", **LEGEND_BESIDE)
     save_figure(figure, path)
 
 
