@@ -1,10 +1,7 @@
 """What training makes of a file, and of labels in the queue's order, beside rivals."""
 
-import json
-
 import pytest
 
-from commands import run, saved
 from corpora import rows
 from sidelight.data.loading import load_examples
 from sidelight.prompts import Message
@@ -37,23 +34,3 @@ def test_the_default_and_every_rival_have_figures(tiny, tmp_path):
     assert defaults_table(judged).count("attention_probe") == 2
     # No hidden states are left behind.
     assert all("shared-" in str(path) for path in tmp_path.rglob("*.safetensors"))
-
-
-@pytest.mark.slow
-def test_the_queues_order_and_a_random_one_are_measured_at_each_number_of_labels(
-    tiny, tmp_path, capsys, own_cache
-):
-    files = [tmp_path / "train.jsonl", tmp_path / "test.jsonl"]
-    for seed, path in enumerate(files):
-        path.write_text("\n".join(json.dumps(row) for row in rows("binary", 80, seed=seed)))
-    given = ["--data", str(files[0]), "--test", str(files[1]), "--counts", "30,50"]
-    model = saved(tiny, tmp_path / "model")
-    assert run("bench", "label", *given, "--model", model, "--seeds", "2", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [(one["seed"], one["order"], one["labels"]) for one in found] == [
-        (seed, order, labels)
-        for seed in (0, 1)
-        for order in ("random", "queue")
-        for labels in (30, 50)
-    ]
-    assert all(0 <= one["auprc"] <= 1 for one in found)
