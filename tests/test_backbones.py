@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -148,7 +149,8 @@ DAMAGE = {
     "garbled weights": ("-", {"model.safetensors": bytes([9, *[0] * 7]) + b"[1, 2, 3]"}),
     "garbled config": ("-", {"config.json": b"{not json"}),
     "unknown architecture": ("-", {"config.json": b'{"model_type": "nonesuch"}'}),
-    "encoder and decoder": ("*", {"config.json": b'{"model_type": "t5"}'}),
+    "encoder and decoder": ("-", {"config.json": b'{"model_type": "t5"}'}),
+    "encoder": ("-", {"config.json": b'{"model_type": "vit"}'}),
     "garbled tokenizer": ("-", {"tokenizer.json": b"{not json"}),
 }
 
@@ -170,6 +172,26 @@ def test_a_folder_that_cannot_be_loaded_is_one_line(whole, tmp_path, offline, re
         with pytest.raises(SidelightError, match=f"Cannot load.*{folder}") as caught:
             load(folder)
         assert "\n" not in str(caught.value)
+
+
+def test_a_tap_sees_the_passes_of_its_own_thread_and_block_alone(tiny):
+    (prompt,) = prompts_of(tiny, "one")
+    outer, inner, others = [], [], []
+
+    def in_thread():
+        with tiny.tapped(lambda layer, _: others.append(layer)):
+            tiny.run([prompt])
+
+    layers = list(range(tiny.fingerprint.layers))
+    with tiny.tapped(lambda layer, _: outer.append(layer)):
+        with tiny.tapped(lambda layer, _: inner.append(layer)):
+            thread = Thread(target=in_thread)
+            thread.start()
+            thread.join()
+            tiny.run([prompt])
+        tiny.run([prompt])
+    tiny.run([prompt])
+    assert outer == inner == others == layers
 
 
 @pytest.mark.parametrize("load", [load_backbone, read_backbone])

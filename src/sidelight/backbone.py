@@ -4,6 +4,7 @@ Any Hugging Face causal LM can be a backbone: decoder blocks are found by struct
 Training, evaluation and the transformers engine use it. It does not batch requests (``engines/``).
 """
 
+import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -121,7 +123,8 @@ class TransformersBackbone:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
-        self._tap: Tap | None = None
+        # Threads that run the model have taps of their own.
+        self._local = threading.local()
         self._watch(_decoder_blocks(model))
         self.encoder = _encoder(model.config, tokenizer, prompt_format)
         self.fingerprint: Fingerprint = fingerprint(
@@ -139,12 +142,20 @@ class TransformersBackbone:
 
     @contextmanager
     def tapped(self, tap: Tap) -> Generator[None]:
-        """Calls ``tap`` with every hidden state of the forward passes inside the block."""
-        self._tap = tap
+        """Calls ``tap`` with every hidden state of this thread's forward passes in the block."""
+        outer, self._tap = self._tap, tap
         try:
             yield
         finally:
-            self._tap = None
+            self._tap = outer
+
+    @property
+    def _tap(self) -> Tap | None:
+        return getattr(self._local, "tap", None)
+
+    @_tap.setter
+    def _tap(self, tap: Tap | None) -> None:
+        self._local.tap = tap
 
     @torch.inference_mode()
     def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
@@ -266,10 +277,7 @@ def load_backbone(
     if dtype in ("auto", "float32"):
         _require_memory(name, Path(path), target)
     with _one_line(name):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        # A model that also sees may be known as that alone; its text decoder is read.
-        is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-        kind = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
+        config, kind = _read_config(path)
         model = kind.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         checkpoint = _checkpoint_of(model, path)
@@ -277,6 +285,20 @@ def load_backbone(
         model.to(target)  # pyright: ignore[reportArgumentType]
     return TransformersBackbone(
         model, tokenizer, name=name, prompt_format=prompt_format, checkpoint=checkpoint
+    )
+
+
+def _read_config(path: str) -> tuple[PreTrainedConfig, Any]:
+    """The configuration, and the class that loads its model."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if not config.is_encoder_decoder:
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return config, AutoModelForCausalLM
+        # A model that also sees may be known as that alone; its text decoder is read.
+        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return config, AutoModelForImageTextToText
+    raise ValueError(
+        f"a model of type '{config.model_type}' is not one, and probes read decoder-only models."
     )
 
 
@@ -319,7 +341,7 @@ def read_backbone(
     """
     name, path = str(name), _path(name)
     with _one_line(name):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config, _ = _read_config(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         checkpoint = Checkpoint.read(model_folder(path))
     encoder = _encoder(config, tokenizer, prompt_format)
