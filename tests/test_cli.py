@@ -21,7 +21,6 @@ from commands import run, saved
 from corpora import planted
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone
-from sidelight.cli import threads
 from sidelight.cli.evaluate import marked
 from sidelight.cli.options import TrainingInputs
 from sidelight.cli.train import train
@@ -450,7 +449,6 @@ def test_commands_of_packages_that_are_missing_say_what_to_install(monkeypatch, 
 # Prints what the environment says at the moment when torch is first imported.
 AT_TORCHS_IMPORT = """
 import os, sys
-from pathlib import Path
 
 class Watch:
     def find_spec(name, path=None, target=None):
@@ -459,71 +457,18 @@ class Watch:
             raise KeyboardInterrupt
 
 sys.meta_path.insert(0, Watch)
-import sidelight.cli.threads
 from sidelight.cli import main
-sidelight.cli.threads.ROOT = Path(sys.argv.pop(1))
 main()
 """
 
 
-def put(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
-HALF_A_CPU = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}
-
-
 @pytest.mark.slow
-def test_threads_sleep_while_they_wait_and_keep_to_the_quota_before_torch_is_imported(
-    tmp_path, monkeypatch
-):
+def test_threads_sleep_while_they_wait_and_keep_to_the_quota_before_torch_is_imported():
     usual = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-    command = [sys.executable, "-c", AT_TORCHS_IMPORT, str(put(tmp_path, HALF_A_CPU)), "env"]
-    said = subprocess.run(command, env=usual, capture_output=True, text=True, check=False).stdout
-    assert said.splitlines()[0] == "PASSIVE 1"
-    # What the user has set wins.
     chosen = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "2"}
-    monkeypatch.setattr(threads, "ROOT", tmp_path)
-    monkeypatch.setattr(os, "environ", {**chosen})
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    threads.limit_threads()
-    assert os.environ == chosen
-
-
-def version_1(quota: int) -> dict[str, str]:
-    return {
-        "proc/self/cgroup": "4:cpu,cpuacct:/job\n3:cpuset:/job\n0::/\n",
-        "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": f"{quota}\n",
-        "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000\n",
-    }
-
-
-# Of the process's own group and of those above it, the smallest counts.
-NESTED = {
-    "proc/self/cgroup": "0::/pod/box\n",
-    "sys/fs/cgroup/pod/box/cpu.max": "max 100000\n",
-    "sys/fs/cgroup/pod/cpu.max": "300000 100000\n",
-    "sys/fs/cgroup/other/cpu.max": "100000 100000\n",
-}
-
-
-@pytest.mark.parametrize(
-    ("files", "quota"),
-    [
-        ({}, None),
-        (HALF_A_CPU, 1),
-        ({**HALF_A_CPU, "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
-        ({**HALF_A_CPU, "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
-        # A container may see its own group as the root.
-        ({**HALF_A_CPU, "proc/self/cgroup": "0::/docker/4f2a\n"}, 1),
-        (NESTED, 3),
-        (version_1(250000), 3),
-        (version_1(-1), None),
-    ],
-)
-def test_the_quota_is_the_control_groups(tmp_path, files, quota):
-    assert threads.cpu_quota(put(tmp_path, files)) == quota
+    for given, expected in (({}, "PASSIVE 1"), (chosen, "ACTIVE 2")):
+        # As a quota of one CPU.
+        given = {**usual, **given, "LOKY_MAX_CPU_COUNT": "1"}
+        command = [sys.executable, "-c", AT_TORCHS_IMPORT, "env"]
+        ran = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+        assert ran.stdout.splitlines()[0] == expected

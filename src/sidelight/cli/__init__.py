@@ -13,7 +13,6 @@ from sidelight.cli.background import background
 from sidelight.cli.evaluate import evaluate, parity, predict
 from sidelight.cli.recalibrate import recalibrate
 from sidelight.cli.share import env, inspect, pull, push
-from sidelight.cli.threads import limit_threads
 from sidelight.cli.train import train
 from sidelight.errors import SidelightError
 
@@ -123,6 +122,19 @@ _COMMANDS = (
 )
 for _command in _COMMANDS:
     app.add_command(_command)
+
+
+def limit_threads() -> None:
+    """Sets OpenMP's wait policy, and its threads where there is a CPU quota; the user's word wins.
+
+    By default OpenMP's threads spin while they wait: beside another busy process, two of them can
+    be slower than one. This is settled before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from joblib import cpu_count
+
+    if cpu_count() < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cpu_count()))
 
 
 def main() -> None:
