@@ -329,7 +329,7 @@ def redteam(backbone, artifact, tmp_path):
 def test_the_command_prints_and_writes_what_is_measured(
     redteam, artifact, classifier, tmp_path, capsys
 ):
-    written = ("--json", str(tmp_path / "e.json"), "--plot", str(tmp_path / "e.png"))
+    written = ("--json", str(tmp_path / "e.json"))
     options = ("--budget", "5", "--texts", "4", "--seed", "3", *written)
     assert redteam("--attacks", "places,search,padding-600-both", *options) == 0
     shown = capsys.readouterr()
@@ -349,7 +349,6 @@ def test_the_command_prints_and_writes_what_is_measured(
         assert outcome.attack in shown.out
     assert "padding-600-both: left out 8 texts (longer than the model's context" in shown.out
     assert "the budget was 5" in shown.out
-    assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
@@ -387,9 +386,9 @@ def test_the_card_says_what_was_measured_on_this_very_probe(redteam, artifact, t
         card = (artifact / CARD).read_text()
         assert card.startswith("My own words.\n")
         assert card.count("## Evasion") == 1
-        assert f"| {attack} |" in card
+        assert f"| {attack} " in card
     push(artifact, tmp_path / "shared")
-    assert "| capitals |" in (tmp_path / "shared" / CARD).read_text()
+    assert "| capitals " in (tmp_path / "shared" / CARD).read_text()
     save_probe(replace(load_probe(artifact), thresholds=(0.99,)), artifact)
     push(artifact, tmp_path / "shared")
     assert "Evasion" not in (tmp_path / "shared" / CARD).read_text()

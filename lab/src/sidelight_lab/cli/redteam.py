@@ -1,6 +1,5 @@
 """``sidelight redteam``: which attacks get through a probe."""
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,7 @@ import click
 from sidelight.cli import options
 from sidelight.errors import SidelightError
 from sidelight.storage import check_folder, write_json
+from sidelight_lab.cli.options import split_names
 
 if TYPE_CHECKING:
     from sidelight.data.loading import OnMissingLabel
@@ -16,15 +16,14 @@ if TYPE_CHECKING:
 
 
 def _split(_context: click.Context, _option: Any, value: str | None) -> list[str]:
-    return [name.strip() for name in (value or "").split(",") if name.strip()]
+    return split_names(value)
 
 
 @click.command(
     epilog=options.examples(
         "sidelight redteam probes/injection --data held_out.jsonl",
         "sidelight redteam probes/injection --data held_out.jsonl --attacks places,disguises",
-        "sidelight redteam probes/injection --data held_out.jsonl --json evasion.json "
-        "--plot evasion.png --card",
+        "sidelight redteam probes/injection --data held_out.jsonl --json evasion.json --card",
         "sidelight redteam probes/injection --data held_out.jsonl --url http://127.0.0.1:8000",
     )
 )
@@ -69,9 +68,6 @@ def _split(_context: click.Context, _option: Any, value: str | None) -> list[str
     "--json", "out", type=options.PATH, callback=options.checked_file, help="File for the JSON."
 )
 @click.option(
-    "--plot", type=options.PATH, callback=options.checked_file, help="File for a plot (PNG)."
-)
-@click.option(
     "--url",
     help="Attack the policy of a live server, on each route that writes text; its key is "
     "SIDELIGHT_API_KEY. [default: the probe itself]",
@@ -92,7 +88,6 @@ def redteam(
     flag: list[str],
     threshold: float | None,
     out: Path | None,
-    plot: Path | None,
     url: str | None,
     card: bool,
     runtime: options.Runtime,
@@ -116,7 +111,6 @@ def redteam(
     )
     from sidelight.artifact import load_probe
     from sidelight.training.classifier import load
-    from sidelight.training.runs import console
     from sidelight_lab.redteam.attacks import SEARCH, attack_names
     from sidelight_lab.redteam.live import Server
     from sidelight_lab.redteam.measure import measure
@@ -125,15 +119,12 @@ def redteam(
 
     names = attack_names(attacks)
     if url is not None:
-        if plot is not None or card or attacks == [SEARCH]:
+        if card or attacks == [SEARCH]:
             raise SidelightError(
-                "A live server says what passes, and no scores. Leave out --url, or --plot, --card "
-                "and the attack 'search'."
+                "A live server says what passes, and no scores. Leave out --url, or --card and the "
+                "attack 'search'."
             )
         names = [name for name in names if name != SEARCH]
-    if plot is not None:
-        # If matplotlib is missing, say so before the backbone runs.
-        import_module("sidelight.plots")
     attacked = load_probe(probe)
     if card:
         check_folder(probe)
@@ -158,11 +149,9 @@ def redteam(
                 route=route,
             )
         )
-        console().print(evasions[-1].table())
+        click.echo(evasions[-1].markdown())
     if out is not None:
         found = [evasion.to_dict() for evasion in evasions]
         write_json(out, found[0] if url is None else {"url": url, "routes": found})
-    if plot is not None:
-        evasions[0].plot(plot)
     if card:
         add_to_card(probe, evasions[0].section())

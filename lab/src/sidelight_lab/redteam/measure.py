@@ -8,6 +8,7 @@ from functools import partial
 from itertools import cycle
 from math import isnan
 from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,15 @@ class Rate:
             return None
         low, high = wilson(np.array([self.share]), np.array([self.texts]))[:, 0].tolist()
         return low, high
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "value": self.share,
+            "ci": self.interval,
+            "flagged": self.flagged,
+            "texts": self.texts,
+        }
 
 
 @dataclass(frozen=True)
