@@ -13,9 +13,8 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -27,17 +26,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
 from sidelight.errors import SidelightError
-from sidelight.policy.decisions import Decision
-from sidelight.policy.request import Terms
 from sidelight.server import admin, checks, questions
 from sidelight.server.app import LOOPBACK, application, status_router
-from sidelight.server.errors import as_request_error, wrong_field
+from sidelight.server.errors import RequestError, as_request_error, wrong_field
 from sidelight.server.keys import Access, Caller
 from sidelight.server.middleware import REQUEST_ID, Gatekeeper
-from sidelight.server.observe import RequestObserver, Trace, annotating
+from sidelight.server.observe import Trace, annotating
 from sidelight.server.requests import Context
 from sidelight.server.schemas import ReportRequest
-from sidelight.vllm.guard import EngineGuard, RequestRecord, current_record, recorded
+from sidelight.vllm.guard import EngineGuard, GuardedRequest, current_request, requested
 from sidelight.vllm.settings import KEY, server_config
 
 _DONE = b"data: [DONE]"
@@ -104,19 +101,6 @@ class ProbeEndpoint:
         is_theirs = any(route.matches(scope)[0] == Match.FULL for route in self._vllm.routes)
         return None if is_theirs else self._application
 
-    def terms(self, body: bytes, observer: RequestObserver, caller: Caller) -> Terms:
-        """What holds for the request of this caller.
-
-        Raises:
-            SidelightError: It asks for something that the policy does not allow.
-        """
-        assert self.guard is not None
-        registry, model = self.guard.registry, self.guard.engine.model
-        terms = Terms(
-            model, registry.policy, registry.rules, (), observer.text, sees_all=caller.is_admin
-        )
-        return terms.choose(_report_request(body).probes, for_text=True)
-
 
 class ProbeMiddleware:
     """Wraps vLLM's application."""
@@ -143,23 +127,24 @@ class ProbeMiddleware:
     ) -> None:
         authorization = Headers(scope=scope).get("authorization", "")
         caller = self._endpoint.access.caller(authorization) or Caller()
+        trace = Trace(request_id=f"req_{uuid.uuid4().hex}")
         body, receive = await _read(receive)
-        # From here on the request keeps these probes and their rules.
         await guard.engine.settled()
-        probes = guard.engine.probes
         async with AsyncExitStack() as stack:
             try:
-                await stack.enter_async_context(guard.engine.passing(probes))
-                trace = Trace(request_id=f"req_{uuid.uuid4().hex}")
-                observer = replace(guard.observer, trace=trace, key_id=caller.key_id)
-                terms = self._endpoint.terms(body, observer, caller)
+                await stack.enter_async_context(guard.engine.passing(guard.engine.probes))
+                request = guard.request(
+                    trace,
+                    probes=_report_request(body).probes,
+                    key_id=caller.key_id,
+                    sees_all=caller.is_admin,
+                )
             except SidelightError as error:
                 refusal = as_request_error(error, sees_all=caller.is_admin).answer()
                 await refusal(scope, receive, send)
                 return
-            record = RequestRecord(probes, observer, terms.rules)
-            answer = _Answer(scope, receive, annotating(send, trace), record, terms)
-            with recorded(record):
+            answer = _Answer(scope, receive, annotating(send, trace), request, trace.request_id)
+            with requested(request):
                 try:
                     await self._app(scope, receive, answer)
                 except Exception:
@@ -171,10 +156,12 @@ class _Answer:
     """Passes an answer on once each prompt is judged, with the verdicts in it."""
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, record: RequestRecord, terms: Terms
+        self, scope: Scope, receive: Receive, send: Send, request: GuardedRequest, request_id: str
     ):
         self._scope, self._receive, self._send = scope, receive, send
-        self._record, self._terms = record, terms
+        self._request, self._outcome = request, request.outcome
+        # As the audit log has it.
+        self._id = {REQUEST_ID: request_id}
         self._start: Event = {}
         self._is_stream = self._has_begun = self._is_over = False
         self._body = b""
@@ -192,11 +179,11 @@ class _Answer:
         self._body += event.get("body", b"")
         is_end = not event.get("more_body")
         # Routes may send words of their own before the engine has read the prompt.
-        is_due = is_end or (self._is_stream and self._record.is_decided)
+        is_due = is_end or (self._is_stream and self._outcome.is_decided)
         if not self._has_begun:
             if not is_due:
                 return
-            if self._record.refusal is not None:
+            if self._outcome.refusal is not None:
                 await self._refuse()
                 return
         if self._is_stream:
@@ -205,77 +192,71 @@ class _Answer:
             await self._finish()
 
     async def fail(self) -> bool:
-        """Ends the answer after an exception; whether the record says what has happened."""
-        if self._record.refusal is None:
+        """Ends the answer after an exception; whether the request was refused."""
+        if self._outcome.refusal is None:
             return False
         if not self._has_begun:
             await self._refuse()
         elif not self._is_over:
-            error = as_request_error(self._record.refusal, sees_all=self._terms.sees_all)
-            body = _DATA + json.dumps(error.body).encode() + _EVENT_END
+            body = _DATA + json.dumps(self._refusal().body).encode() + _EVENT_END
             await self._send({"type": "http.response.body", "body": body})
         return True
 
+    def _refusal(self) -> RequestError:
+        assert self._outcome.refusal is not None
+        return as_request_error(self._outcome.refusal, sees_all=self._outcome.terms.sees_all)
+
     async def _refuse(self) -> None:
         self._is_over = True
-        assert self._record.refusal is not None
-        error = as_request_error(self._record.refusal, sees_all=self._terms.sees_all)
-        answer = error.answer()
-        answer.headers.update(self._named({}))
+        answer = self._refusal().answer()
+        answer.headers.update(self._id)
         await answer(self._scope, self._receive, self._send)
 
     async def _pass_on(self, *, is_end: bool) -> None:
         if not self._has_begun:
             self._has_begun = True
-            await self._send(self._with_headers(self._record.prompt_decisions))
+            await self._send(self._with_headers())
         body, self._body, self._is_over = self._body, b"", is_end
-        if self._record.is_decided:
+        if self._outcome.is_decided:
             body = self._with_chunks(body)
         await self._send({"type": "http.response.body", "body": body, "more_body": not is_end})
 
     async def _finish(self) -> None:
         self._is_over = True
-        record, body = self._record, self._body
-        if record.prompts and self._start["status"] == 200:
+        body = self._body
+        if self._outcome.texts and self._start["status"] == 200:
             answer = json.loads(body)
             if isinstance(answer, dict):
                 if answer.get("status") == "queued":
                     # It is written in the background, where vLLM has no answer to a refusal.
-                    await record.decided.wait()
-                    if record.refusal is not None:
+                    await self._request.decided.wait()
+                    if self._outcome.refusal is not None:
                         await self._refuse()
                         return
-                _mark_cuts(answer, record.cut)
-                body = json.dumps({**answer, **self._fields(is_end=True)}).encode()
-        decisions = [*record.prompt_decisions, *record.response_decisions]
-        start = self._with_headers(decisions)
+                _mark_cuts(answer, self._request.cut)
+                body = json.dumps({**answer, **self._fields()}).encode()
+        start = self._with_headers()
         MutableHeaders(scope=start)["content-length"] = str(len(body))
         await self._send(start)
         await self._send({"type": "http.response.body", "body": body})
 
-    def _with_headers(self, decisions: Sequence[Decision]) -> Event:
+    def _with_headers(self) -> Event:
         start = {**self._start, "headers": [*self._start["headers"]]}
-        if self._record.prompts:
-            MutableHeaders(scope=start).update(self._named(self._terms.headers(decisions)))
+        if self._outcome.texts:
+            MutableHeaders(scope=start).update({**self._id, **self._outcome.headers()})
         return start
-
-    def _named(self, headers: Mapping[str, str]) -> dict[str, str]:
-        """With the id of the request, as the audit log has it."""
-        observer = self._record.observer
-        assert observer is not None
-        return {REQUEST_ID: observer.trace.request_id, **headers}
 
     def _with_chunks(self, body: bytes) -> bytes:
         """Adds a chunk with the verdicts at the start, and one at the end if they have changed."""
         # Compared as whole events, since a model may write the words of the last one.
         events = body.split(_EVENT_END)
-        if self._scope["path"] == _MESSAGES and any(self._record.cut):
+        if self._scope["path"] == _MESSAGES and any(self._request.cut):
             return _EVENT_END.join(map(_as_refusal, events))
         is_end = _DONE in events
         if self._scope["path"] not in _CHUNKED or not (self._sent is None or is_end) or not body:
             return body
         self._identity = self._identity or _identity(events[0])
-        fields, added = self._fields(is_end=is_end), self._silent_ends() if is_end else []
+        fields, added = self._fields(), self._silent_ends() if is_end else []
         if fields != self._sent:
             added.append({"choices": [], **fields})
         self._sent = fields
@@ -287,43 +268,22 @@ class _Answer:
     def _silent_ends(self) -> list[dict[str, Any]]:
         """The last chunks of texts that were cut at once, which vLLM leaves out."""
         is_chat = self._identity.get("object") == "chat.completion.chunk"
-        if self._record.silent and not self._identity:
-            assert self._record.observer is not None
-            name = f"cmpl-{self._record.observer.trace.request_id}"
+        choices = zip(self._outcome.choices, self._request.cut, strict=True)
+        silent = [i for i, (text, is_cut) in enumerate(choices) if is_cut and not text.has_sent]
+        if silent and not self._identity:
+            name = f"cmpl-{self._id[REQUEST_ID]}"
             self._identity = {"id": name, "object": "text_completion", "created": int(time.time())}
         text: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
         end = {**text, "logprobs": None, "finish_reason": "content_filter"}
-        places = enumerate(self._record.places)
-        return [
-            {"choices": [{"index": index, **end}]}
-            for index, place in places
-            if place in self._record.silent
-        ]
+        return [{"choices": [{"index": index, **end}]} for index in silent]
 
-    def _fields(self, *, is_end: bool) -> dict[str, Any]:
-        """As in our own server's answers. Of several texts, each entry names its ``choice``."""
-        record, terms = self._record, self._terms
-        choices = record.choices
-        extensions = [
-            terms.extension([*prompt, *(end.decisions if end is not None else ())])
-            for prompt, end in choices
-        ]
-        extension = extensions[0]
-        if len(choices) > 1:
-            extension = {
-                "verdicts": [
-                    {"choice": index, **entry}
-                    for index, own in enumerate(extensions)
-                    for entry in own["verdicts"]
-                ]
-            }
-        if record.adapter is not None:
-            # Probes were trained on the model without it.
-            extension = {**extension, "adapter": record.adapter}
-        if self._scope["path"] not in _CHUNKED or not terms.chosen:
-            return {KEY: extension}
-        response = record.response_decisions if is_end else None
-        return {KEY: extension, "moderation": terms.moderation(record.prompt_decisions, response)}
+    def _fields(self) -> dict[str, Any]:
+        """As in our own server's answers."""
+        fields: dict[str, Any] = {KEY: self._outcome.extension()}
+        moderation = self._outcome.moderation()
+        if self._scope["path"] in _CHUNKED and moderation is not None:
+            fields["moderation"] = moderation
+        return fields
 
 
 def _keys_of_vllm(args: Any) -> list[str]:
@@ -399,8 +359,8 @@ def _mark_cut_responses() -> None:
     @wraps(original)
     def from_request(cls: Any, *args: Any, **kwargs: Any) -> Any:
         response = original(cls, *args, **kwargs)
-        record = current_record()
-        if record is not None and any(record.cut):
+        request = current_request()
+        if request is not None and any(request.cut):
             response.status = "incomplete"
             response.incomplete_details = IncompleteDetails(reason="content_filter")
         return response

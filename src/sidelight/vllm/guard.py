@@ -10,12 +10,11 @@ prompt is an error, and text comes once it is judged. Other ways to write text a
 import asyncio
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from typing import Any
 from jinja2 import TemplateError
 
 from sidelight.errors import SidelightError
-from sidelight.policy.decisions import Decision, PolicyError
+from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Admitted, Enforcement
 from sidelight.policy.hold_back import Ended
+from sidelight.policy.request import Outcome, Terms
 from sidelight.policy.rules import BoundRule, require_policy_applies
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part, PlainText, control_tokens
@@ -34,6 +34,7 @@ from sidelight.server.metrics import Metrics
 from sidelight.server.observe import RequestObserver, Trace, audit_of
 from sidelight.server.probes import ProbeRegistry
 from sidelight.vllm.engine import VllmEngine
+from sidelight.vllm.internals import wrap
 from sidelight.vllm.outputs import Assembly, GuardedText, OutputDelta, together
 from sidelight.vllm.requests import listener_of
 from sidelight.vllm.settings import (
@@ -57,82 +58,44 @@ class RefusedError(SidelightError, ValueError):
 
 
 @dataclass
-class RequestRecord:
-    """What happens to the prompts and texts of one client's request, for its answer.
+class GuardedRequest:
+    """One client's request.
 
     Attributes:
+        outcome: What comes of it.
         probes: Those that were served when it was made.
-        observer: Counts and audits it; None: the guard's own, without a client's key.
-        rules: Those that hold for it; None: the policy's.
-        refusal: Why it is refused, if it is.
-        prompts: What is known of each prompt; None until it is judged.
-        ends: How the texts of each prompt have ended; None while one is written.
-        silent: The places of texts that were cut before any of them was sent.
-        decided: Set once it ``is_decided``, or nothing more is written.
-        adapter: The LoRA adapter that writes its texts; None: the model by itself.
+        decided: Set once each prompt is answered, or one is refused, or nothing more is written.
     """
 
+    outcome: Outcome
     probes: tuple[Probe, ...]
-    observer: RequestObserver | None = None
-    rules: Sequence[BoundRule] | None = None
-    refusal: SidelightError | None = None
-    prompts: list[Admitted | None] = field(default_factory=list[Admitted | None])
-    ends: list[list[Ended | None]] = field(default_factory=list[list[Ended | None]])
-    silent: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])
     decided: asyncio.Event = field(default_factory=asyncio.Event)
-    adapter: str | None = None
-
-    def begin(self, texts: int) -> int:
-        """Notes a prompt that so many texts follow; returns its index."""
-        self.prompts.append(None)
-        self.ends.append([None] * texts)
-        return len(self.prompts) - 1
-
-    @property
-    def is_decided(self) -> bool:
-        """Whether each prompt so far is answered, or one is refused."""
-        return self.refusal is not None or (bool(self.prompts) and None not in self.prompts)
-
-    @property
-    def prompt_decisions(self) -> list[Decision]:
-        return [d for prompt in self.prompts if prompt is not None for d in prompt.decisions]
-
-    @property
-    def response_decisions(self) -> list[Decision]:
-        return [d for ends in self.ends for end in ends if end is not None for d in end.decisions]
-
-    @property
-    def places(self) -> list[tuple[int, int]]:
-        """The prompt of each text, and its number among those of the prompt, by choice."""
-        return [(i, k) for i, ends in enumerate(self.ends) for k in range(len(ends))]
-
-    @property
-    def choices(self) -> list[tuple[Sequence[Decision], Ended | None]]:
-        """The decisions on its prompt and the end of each text, in the order of choices."""
-        prompts = [() if prompt is None else prompt.decisions for prompt in self.prompts]
-        return [(prompts[i], self.ends[i][k]) for i, k in self.places]
 
     @property
     def cut(self) -> list[bool]:
-        """Whether each text was cut."""
-        return [end is not None and end.reason == "content_filter" for _, end in self.choices]
+        """Whether each text was cut, in the order of choices."""
+        ends = [text.ended for text in self.outcome.choices]
+        return [end is not None and end.reason == "content_filter" for end in ends]
+
+    def refuse(self, error: SidelightError) -> None:
+        self.outcome.refusal = self.outcome.refusal or error
 
 
-_record: ContextVar[RequestRecord | None] = ContextVar("sidelight_record", default=None)
+_request: ContextVar[GuardedRequest | None] = ContextVar("sidelight_request", default=None)
 
 
 @contextmanager
-def recorded(record: RequestRecord) -> Any:
-    """What the engine does in this context, and in tasks that it starts, goes to the record."""
-    token = _record.set(record)
+def requested(request: GuardedRequest) -> Any:
+    """What the engine does in this context, and in tasks that it starts, belongs to the request."""
+    token = _request.set(request)
     try:
         yield
     finally:
-        _record.reset(token)
+        _request.reset(token)
 
 
-def current_record() -> RequestRecord | None:
-    return _record.get()
+def current_request() -> GuardedRequest | None:
+    return _request.get()
 
 
 @dataclass(frozen=True)
@@ -140,12 +103,13 @@ class _Call:
     """One call of ``generate``.
 
     Attributes:
-        number: That of its prompt in the record.
-        identity: That of the probes which judge it.
+        client: The request that it is part of.
+        texts: Those to write.
+        identity: That of the probes which judge them.
     """
 
-    record: RequestRecord
-    number: int
+    client: GuardedRequest
+    texts: Sequence[Enforcement]
     params: Any
     request_id: str
     options: Mapping[str, Any]
@@ -170,6 +134,8 @@ class EngineGuard:
     """
 
     def __init__(self, llm: Any, served: Served, config: ServerConfig):
+        from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+
         self._generate, self._encode, self._abort = llm.generate, llm.encode, llm.abort
         self._listener = listener_of(llm.output_processor)
         self._own_ids: dict[str, set[str]] = defaultdict(set)
@@ -197,6 +163,8 @@ class EngineGuard:
         self._heads: tuple[date | None, Sequence[tuple[int, ...]]] = (None, ())
         llm.generate, llm.encode, llm.abort = self.generate, self.encode, self.abort
         llm.sidelight_guard = self
+        # Whatever calls them.
+        wrap(BeamSearchOnlineMixin, "beam_search", _search_beams)
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
@@ -206,22 +174,48 @@ class EngineGuard:
         Raises:
             RefusedError: The policy refuses the prompt, or something could not be judged.
         """
-        record = current_record()
-        if record is None:
+        client = current_request()
+        if client is None:
             await self.engine.settled()
-            record = RequestRecord(self.engine.probes)
+            # Clients may name their requests, and two may choose the same name.
+            client = self.request(Trace(request_id=f"{request_id}-{uuid.uuid4().hex}"))
         try:
-            async with self.engine.passing(record.probes) as identity:
-                number = record.begin(sampling_params.n)
-                call = _Call(record, number, sampling_params, request_id, options, identity)
+            async with self.engine.passing(client.probes) as identity:
+                # Before anything is awaited, so that prompts are in the order of their calls.
+                texts = client.outcome.begin(sampling_params.n)
+                call = _Call(client, texts, sampling_params, request_id, options, identity)
                 async with aclosing(self._outputs(call, prompt)) as outputs:
                     async for output in outputs:
                         yield output
         except SidelightError as error:
-            record.refusal = record.refusal or error
+            client.refuse(error)
             raise RefusedError(str(error)) from error
         finally:
-            record.decided.set()
+            client.decided.set()
+
+    def request(
+        self,
+        trace: Trace,
+        *,
+        probes: Sequence[str] | None = None,
+        key_id: str | None = None,
+        sees_all: bool = False,
+    ) -> GuardedRequest:
+        """A request that begins now, and keeps these probes and their rules.
+
+        Args:
+            trace: Its name in the audit log.
+            probes: Those that the client chooses to be told of.
+            key_id: The client's key.
+            sees_all: Whether the client sees what rules do not disclose.
+
+        Raises:
+            PolicyError: There is no such probe.
+        """
+        observer = replace(self.observer, trace=trace, key_id=key_id)
+        policy, rules = self.registry.policy, self.registry.rules
+        terms = Terms(self.engine.model, policy, rules, (), observer.text, sees_all=sees_all)
+        return GuardedRequest(Outcome(terms.choose(probes, for_text=True)), self.engine.probes)
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         """As vLLM's; refused where a rule blocks, since what it reads is not judged."""
@@ -238,9 +232,8 @@ class EngineGuard:
 
     def _rules(self) -> Sequence[BoundRule]:
         """Those of the current request."""
-        record = current_record()
-        own = None if record is None else record.rules
-        return self.registry.rules if own is None else own
+        client = current_request()
+        return self.registry.rules if client is None else client.outcome.terms.rules
 
     def _require_unblocked(self, what: str) -> None:
         if any(bound.is_blocking for bound in self._rules()):
@@ -249,9 +242,8 @@ class EngineGuard:
                 "/v1/chat/completions, /v1/completions or /v1/responses.",
                 code="not_judged",
             )
-            record = current_record()
-            if record is not None:
-                record.refusal = record.refusal or error
+            if (client := current_request()) is not None:
+                client.refuse(error)
             raise RefusedError(str(error)) from error
 
     def require_no_beams(self) -> None:
@@ -261,7 +253,7 @@ class EngineGuard:
     async def _outputs(self, call: _Call, prompt: Any) -> AsyncGenerator[Any, None]:
         params, request_id = call.params, call.request_id
         if (adapter := call.options.get("lora_request")) is not None:
-            call.record.adapter = adapter.lora_name
+            call.client.outcome.adapter = adapter.lora_name
         _require_drawable(params)
         self._require_own_words(params)
         prompt = self._tokenized(prompt)
@@ -299,15 +291,8 @@ class EngineGuard:
         own_id: str,
     ) -> AsyncGenerator[Any, None]:
         """The outputs of one text that may be sent, in the form that the caller wants."""
-        rules, record, place = self._rules(), call.record, (call.number, index)
-        observer = record.observer or replace(self.observer, trace=Trace(request_id=own_id))
-        audited = self._as_text(encoded) if observer.audit is not None else PlainText("")
-        enforcement = Enforcement(
-            rules,
-            # The decisions on a prompt are recorded with the first of its texts.
-            partial(observer.text, is_prompt_known=index > 0),
-            timeout_s=self.registry.policy.timeout_s,
-        )
+        enforcement, outcome = call.texts[index], call.client.outcome
+        audited = self._as_text(encoded) if self.observer.audit is not None else PlainText("")
         own = self._params(call.params, index, encoded, is_watched=bool(enforcement.watch))
         text = GuardedText(
             lambda tokens, params, id: self._generate(tokens, params, id, **call.options),
@@ -317,7 +302,7 @@ class EngineGuard:
             own,
             own_id,
             identity=call.identity,
-            probes=[bound.probe for bound in rules],
+            probes=[bound.probe for bound in outcome.terms.rules],
             watch=frozenset(enforcement.watch),
             controls=self._controls,
             room=self._room,
@@ -329,15 +314,11 @@ class EngineGuard:
                 output = None
                 match each:
                     case Admitted():
-                        record.prompts[call.number] = each
-                        if record.is_decided:
-                            record.decided.set()
+                        if outcome.is_decided:
+                            call.client.decided.set()
                     case Ended():
-                        record.ends[call.number][index] = each
                         if each.reason == "content_filter":
-                            if not assembly.has_sent:
-                                record.silent.add(place)
-                            last = text.cut(has_sent=assembly.has_sent)
+                            last = text.cut(has_sent=enforcement.has_sent)
                         output = assembly.push(last)
                     case OutputDelta() if each.is_last:
                         # Sent with the end, which follows at once.
@@ -372,6 +353,7 @@ class EngineGuard:
         transfer |= {} if encoded is None else request_params(encoded)
         own.extra_args = {**extra, "kv_transfer_params": transfer}
         if is_watched:
+            # Others share lists with vLLM, to which it adds what has not been judged.
             own.output_kind = RequestOutputKind.DELTA
             # A place is kept free, so that the last token can be judged too.
             room = max(1, self._room - len(encoded or ()))
@@ -485,6 +467,13 @@ class EngineGuard:
     def _as_text(self, encoded: EncodedPrompt | None) -> PlainText:
         """What the audit log hashes: the prompt as the model reads it."""
         return PlainText(self._tokenizer.decode(encoded.token_ids) if encoded else "")
+
+
+def _search_beams(original: Callable[..., Any], serving: Any, *args: Any, **kwargs: Any) -> Any:
+    guard = getattr(serving.engine_client, "sidelight_guard", None)
+    if guard is not None:
+        guard.require_no_beams()
+    return original(serving, *args, **kwargs)
 
 
 def unread_head(prompt: EncodedPrompt) -> tuple[int, ...]:

@@ -232,13 +232,11 @@ class Assembly:
     def __init__(self, wanted: Any, given: Any):
         self._wanted, self._merges = wanted, wanted != given
         self._whole: Any = None
-        self.has_sent = False
 
     def push(self, output: Any) -> Any:
         """What to send once this output may be sent; None: nothing yet."""
         from vllm.sampling_params import RequestOutputKind
 
-        self.has_sent = True
         if not self._merges:
             return output
         if self._whole is None:

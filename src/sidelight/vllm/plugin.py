@@ -162,16 +162,5 @@ def _guard(original: Callable[..., Any], llm: Any, *args: Any, **kwargs: Any) ->
     original(llm, *args, **kwargs)
     served = Served.of(llm.vllm_config)
     # Our own engine describes its requests, and our own server enforces its policy on them.
-    if served is None or served.is_described:
-        return
-    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
-
-    EngineGuard(llm, served, server_config())
-    wrap(BeamSearchOnlineMixin, "beam_search", _search_beams)
-
-
-def _search_beams(original: Callable[..., Any], serving: Any, *args: Any, **kwargs: Any) -> Any:
-    guard = getattr(serving.engine_client, "sidelight_guard", None)
-    if guard is not None:
-        guard.require_no_beams()
-    return original(serving, *args, **kwargs)
+    if served is not None and not served.is_described:
+        EngineGuard(llm, served, server_config())
