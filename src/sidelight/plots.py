@@ -1,8 +1,8 @@
-"""Plots of probabilities on labelled rows, by scikit-learn's displays: PR, reliability, confusion."""
+"""Plots of probabilities on labelled rows, by scikit-learn's displays."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import shorten, wrap
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -147,7 +147,7 @@ def _figure(
 
 
 def _name(label: str) -> str:
-    return _escape(shorten(label, _NAME_LENGTH, placeholder="…"))
+    return _escape(label if len(label) <= _NAME_LENGTH else f"{label[: _NAME_LENGTH - 1]}…")
 
 
 def _escape(text: str) -> str:
