@@ -274,6 +274,7 @@ def test_a_change_whose_caller_leaves_is_made_and_audited(tiny, folders, tmp_pat
         async with asyncio.timeout(60):
             while [probe.name for probe in engine.probes] != ["late"] or not path.read_text():
                 await asyncio.sleep(0.01)
+        app.state.context.observer.audit.close()
 
     run(tiny, change, probes=[untrained_probe(tiny, "toxicity")])
     assert [line["change"] for line in audited(path)] == ["replace"]

@@ -61,12 +61,12 @@ def test_every_command_is_one_of_the_command_line():
 
 def test_every_stop_leaves_the_time_to_drain():
     config = read_config(config=CONFIG)
-    least = config.notice_s + config.drain_s + LEEWAY_S
-    assert POD["terminationGracePeriodSeconds"] >= least
+    least = config.drain_s + LEEWAY_S
+    # The server is asked on until Kubernetes has taken it out of the service.
+    _, seconds = CONTAINER["lifecycle"]["preStop"]["exec"]["command"]
+    assert POD["terminationGracePeriodSeconds"] >= int(seconds) + least
     assert int(COMPOSE["stop_grace_period"].removesuffix("s")) >= least
     assert int(SERVICE["TimeoutStopSec"]) >= least
-    ready = CONTAINER["readinessProbe"]
-    assert ready["periodSeconds"] * ready["failureThreshold"] < config.notice_s
 
 
 def test_every_path_of_the_configuration_is_mounted():

@@ -4,14 +4,13 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from unittest.mock import Mock, patch
 
 import httpx
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
@@ -19,12 +18,11 @@ from starlette.responses import PlainTextResponse
 from in_process import in_process
 from live import MODEL, served, wait_until_ready
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.errors import SidelightError
 from sidelight.server.app import create_app, serve
 from sidelight.server.config import ServerConfig
 from sidelight.server.keys import Access
 from sidelight.server.metrics import Metrics
-from sidelight.server.middleware import Drain, DrainingServer, Gatekeeper, RequestScope
+from sidelight.server.middleware import Gatekeeper, RequestScope
 from sockets import connection, free_port, read_all
 from tiny import three_probes, tiny_backbone
 
@@ -186,38 +184,31 @@ def status_of(answer):
     return answer[0]["status"]
 
 
-ENDS = {"deadline": (504, "deadline_exceeded"), "drain": (503, "shutting_down")}
-
-
-def ending(by, kind=None):
-    """An application whose request ends by its deadline or by the drain, perhaps midway."""
-    drain = Drain()
+def ending(kind=None):
+    """An application whose request ends by its deadline, perhaps midway."""
 
     async def hang(scope, receive, send):
         if kind is not None:
             headers = [(b"content-type", kind)]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": b"begun", "more_body": True})
-        if by == "drain":
-            asyncio.get_running_loop().call_soon(drain.end)
         await asyncio.Event().wait()
 
-    deadline = 0.001 if by == "deadline" else PATIENCE_S
-    return RequestScope(hang, metrics=Metrics(engine()[0]), deadline=deadline, drain=drain)
+    return RequestScope(hang, metrics=Metrics(engine()[0]), deadline=0.001)
 
 
-@pytest.mark.parametrize("by", ENDS)
-def test_a_request_past_its_end_is_an_error_and_its_stream_has_no_done(by):
-    plain = asyncio.run(answer_of(ending(by)))
-    assert (status_of(plain), json.loads(plain[1]["body"])["error"]["code"]) == ENDS[by]
-    *_, last = asyncio.run(answer_of(ending(by, b"text/event-stream; charset=utf-8")))
+def test_a_request_past_its_deadline_is_an_error_and_its_stream_has_no_done():
+    plain = asyncio.run(answer_of(ending()))
+    code = json.loads(plain[1]["body"])["error"]["code"]
+    assert (status_of(plain), code) == (504, "deadline_exceeded")
+    *_, last = asyncio.run(answer_of(ending(b"text/event-stream; charset=utf-8")))
     assert last["body"].endswith(b"\n\n")
     event = json.loads(last["body"].removeprefix(b"data: "))
-    assert event["error"]["code"] == ENDS[by][1]
+    assert event["error"]["code"] == "deadline_exceeded"
     assert not last.get("more_body")
     # Nothing can be added to another kind of answer.
     with pytest.raises(TimeoutError):
-        asyncio.run(answer_of(ending(by, b"application/json")))
+        asyncio.run(answer_of(ending(b"application/json")))
 
 
 def test_more_requests_at_once_than_allowed_are_a_429_and_operators_are_served():
@@ -250,94 +241,32 @@ def test_more_requests_at_once_than_allowed_are_a_429_and_operators_are_served()
     asyncio.run(main())
 
 
-def serve_until_stopped(one, client, **options):
-    """Serves while ``client(http, pool)`` runs beside, which has to send a signal; the address."""
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_after_a_signal_running_requests_finish_and_no_other_is_taken(first):
+    one, backbone = engine()
+    gate, port, seen = Gate(backbone), free_port(), {}
 
     def ask():
-        http = httpx.Client(base_url=address, timeout=PATIENCE_S)
+        http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S)
         with http, ThreadPoolExecutor(1) as pool:
             wait_until_ready(http)
-            client(http, pool)
+            running = pool.submit(http.post, CHAT, json={**VALID, "max_tokens": 40})
+            assert gate.has_begun.wait(PATIENCE_S)
+            os.kill(os.getpid(), first)
+            with suppress(httpx.ConnectError):
+                while True:
+                    httpx.get(f"http://127.0.0.1:{port}/health")
+            gate.open()
+            seen["answer"] = running.result()
 
-    # uvicorn passes the signal on once it has drained; the test must outlive it.
+    # uvicorn passes the signal on once running requests are over; the test must outlive it.
     previous = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(ask)
-            serve(lambda: one, ServerConfig(port=port, **options))
+            serve(lambda: one, ServerConfig(port=port))
             asked.result()
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return address
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_after_a_signal_running_requests_finish(first):
-    one, backbone = engine()
-    gate, seen = Gate(backbone), {}
-
-    def client(http, pool):
-        running = pool.submit(http.post, CHAT, json={**VALID, "max_tokens": 40})
-        assert gate.has_begun.wait(PATIENCE_S)
-        os.kill(os.getpid(), first)
-        if first == signal.SIGTERM:
-            # Until its notice is over, the server says that it is about to stop.
-            while seen.get("ready") != 503:
-                seen["ready"] = http.get("/ready").status_code
-            assert http.get("/health").status_code == 200
-            # A second signal skips what is left of the notice.
-            os.kill(os.getpid(), first)
-        gate.open()
-        seen["answer"] = running.result()
-
-    address = serve_until_stopped(one, client, notice_s=PATIENCE_S)
     assert seen["answer"].json()["usage"]["completion_tokens"] == 40
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{address}/health")
-
-
-@pytest.mark.slow
-def test_a_request_that_outlasts_the_drain_gets_an_error():
-    one, backbone = engine()
-    gate, seen = Gate(backbone), {}
-
-    def client(http, pool):
-        running = pool.submit(http.post, CHAT, json=VALID)
-        assert gate.has_begun.wait(PATIENCE_S)
-        os.kill(os.getpid(), signal.SIGTERM)
-        seen["answer"] = running.result()
-        gate.open()
-
-    serve_until_stopped(one, client, notice_s=0.0, drain_s=0.01)
-    assert error_of(seen["answer"]) == (503, "shutting_down")
-
-
-@pytest.mark.parametrize(("notice_s", "signals"), [(0.01, 1), (3600.0, 2)])
-def test_the_notice_of_sigterm_ends_by_itself_or_by_a_second_one(notice_s, signals):
-    drain = Drain()
-    settings = uvicorn.Config(lambda: None)
-    server = DrainingServer(settings, drain=drain, drain_s=0.0, notice_s=notice_s)
-    others = threading.enumerate()
-    for _ in range(signals):
-        assert not server.should_exit
-        server.handle_exit(signal.SIGTERM, None)
-        assert drain.is_draining
-    timers = {*threading.enumerate()}.difference(others)
-    for timer in timers if signals == 1 else ():
-        timer.join(PATIENCE_S)
-    assert server.should_exit
-
-
-def test_a_failure_to_load_and_a_taken_port_end_the_server_with_an_error():
-    load = Mock(side_effect=SidelightError("no such model"))
-    with pytest.raises(SidelightError, match="no such model"):
-        serve(load, ServerConfig(port=free_port()))
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(SidelightError, match=f"Cannot listen on 127.0.0.1:{port}"):
-            serve(load, ServerConfig(port=port))
-    # It was not loaded again.
-    load.assert_called_once()

@@ -5,6 +5,7 @@ import socket
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from importlib.metadata import version
+from math import ceil
 from pathlib import Path
 
 import uvicorn
@@ -21,11 +22,7 @@ from sidelight.server.config import ServerConfig
 from sidelight.server.errors import add_error_handlers
 from sidelight.server.keys import Caller
 from sidelight.server.metrics import Metrics
-from sidelight.server.middleware import (
-    DrainingServer,
-    Gatekeeper,
-    RequestScope,
-)
+from sidelight.server.middleware import Gatekeeper, RequestScope
 from sidelight.server.observe import RequestObserver, audit_of, log_settings
 from sidelight.server.playground import page_router, playground, reference
 from sidelight.server.probes import ProbeRegistry
@@ -48,9 +45,7 @@ status_router.head("/health", include_in_schema=False)(health)
 
 @status_router.get("/ready")
 async def ready(request: ServerRequest) -> dict[str, str]:
-    """200 once the model is loaded; 503 before, and once the server is about to stop."""
-    if request.context.drain.is_draining:
-        raise EngineUnavailableError("The server is about to stop. Use another one.")
+    """200 once the model is loaded; 503 before."""
     if not request.engine.is_ready:
         raise EngineUnavailableError("The model is still loading, or its engine has stopped.")
     return {"status": "ready"}
@@ -121,6 +116,8 @@ def create_app(
             yield
         finally:
             await engine.close()
+            if audit is not None:
+                audit.close()
 
     registry = ProbeRegistry(engine, policy or config.loaded_policy, sources or {}, path)
     observer = RequestObserver(Metrics(engine), audit)
@@ -164,7 +161,6 @@ def application(
         RequestScope,
         metrics=context.observer.metrics,
         deadline=config.deadline,
-        drain=context.drain,
     )
     return app
 
@@ -200,12 +196,7 @@ def serve(
 
     engine = LoadingEngine(load_checked, on_failure=stop)
     app = create_app(engine, config, sources=sources)
-    server = DrainingServer(
-        server_settings(app, config),
-        drain=app.state.context.drain,
-        drain_s=config.drain_s,
-        notice_s=config.notice_s,
-    )
+    server = uvicorn.Server(server_settings(app, config))
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         listener = socket.create_server((config.host, config.port), family=family)
@@ -251,4 +242,5 @@ def server_settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
         access_log=False,
         log_config=log_settings(config.log_level, as_json=config.json_logs),
         log_level=config.log_level,
+        timeout_graceful_shutdown=ceil(config.drain_s),
     )

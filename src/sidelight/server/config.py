@@ -143,9 +143,7 @@ class ServerConfig(BaseSettings):
     model: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
-    # Seconds from SIGTERM to the end of listening, and those that running requests have from then
-    # on.
-    notice_s: float = Field(default=5, ge=0)
+    # Seconds that running requests have from SIGTERM on.
     drain_s: float = Field(default=30, ge=0)
 
     @classmethod

@@ -1,25 +1,17 @@
-"""What stands between uvicorn and the routes: keys, ids, deadlines, and the end of the server.
+"""What stands between uvicorn and the routes: ids, deadlines, names of the server, and keys.
 
-Each request is counted, and none is lost at the end. Slow clients and too many connections are for
-a proxy to limit.
+Slow clients and too many connections are for a proxy to limit.
 """
 
 import asyncio
 import json
 import logging
-import signal
-import socket
-import threading
 import time
 import uuid
-from collections.abc import Collection, Generator
-from contextlib import contextmanager
+from collections.abc import Collection
 from ipaddress import ip_address
-from math import ceil
-from types import FrameType
 from urllib.parse import urlsplit
 
-import uvicorn
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,9 +19,6 @@ from sidelight.server.errors import RequestError
 from sidelight.server.keys import Access, Caller
 from sidelight.server.metrics import Metrics
 from sidelight.server.observe import Trace, annotate_span, annotating
-
-# For the answers to requests that are cancelled, before uvicorn cuts what is left.
-_LAST_WORDS_S = 2
 
 REQUEST_ID = "x-request-id"
 # Probes of Kubernetes and load balancers cannot send a secret.
@@ -42,73 +31,6 @@ _access_log = logging.getLogger("sidelight.access")
 _log = logging.getLogger("sidelight.server")
 
 
-class Drain:
-    """How far the server has stopped.
-
-    Attributes:
-        is_draining: Whether it is about to stop; ``/ready`` then answers 503.
-        is_over: Whether requests that still run are cancelled.
-    """
-
-    def __init__(self) -> None:
-        self.is_draining = False
-        self.is_over = False
-        self._timeouts: set[asyncio.Timeout] = set()
-
-    @contextmanager
-    def ending(self, timeout: asyncio.Timeout) -> Generator[None]:
-        """Makes a timeout that has been entered pass at the end of the drain too."""
-        self._timeouts.add(timeout)
-        try:
-            yield
-        finally:
-            self._timeouts.discard(timeout)
-
-    def end(self) -> None:
-        """Gives up what still runs."""
-        self.is_over = True
-        for timeout in self._timeouts:
-            if not timeout.expired():
-                timeout.reschedule(asyncio.get_running_loop().time())
-
-
-class DrainingServer(uvicorn.Server):
-    """Serves on for a while after SIGTERM, so that a load balancer can see ``/ready`` turn 503.
-
-    After SIGINT, or a second signal, it stops listening at once. Either way, running requests may
-    finish.
-
-    Args:
-        config: uvicorn's settings.
-        drain: Notes the signal, and the end of the wait.
-        drain_s: Seconds that running requests have once the server has stopped listening.
-        notice_s: Seconds from SIGTERM to the end of listening.
-    """
-
-    def __init__(self, config: uvicorn.Config, *, drain: Drain, drain_s: float, notice_s: float):
-        super().__init__(config)
-        config.timeout_graceful_shutdown = ceil(drain_s) + _LAST_WORDS_S
-        self._drain_s = drain_s
-        self._drain = drain
-        self._notice_s = notice_s
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stops listening and waits for running requests; those that take too long get an error."""
-        asyncio.get_running_loop().call_later(self._drain_s, self._drain.end)
-        await super().shutdown(sockets)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Uvicorn's signal handler."""
-        is_first = not self._drain.is_draining
-        self._drain.is_draining = True
-        if is_first and sig == signal.SIGTERM and self._notice_s > 0:
-            timer = threading.Timer(self._notice_s, super().handle_exit, (sig, frame))
-            timer.daemon = True
-            timer.start()
-        else:
-            super().handle_exit(sig, frame)
-
-
 class RequestScope:
     """Gives each request an id and a deadline, answers its crash, and records its end.
 
@@ -118,21 +40,19 @@ class RequestScope:
     own handler is outside all middleware: its answer would have no id.
 
     The deadline cancels the request, which frees its place in the engine. An answer that has not
-    begun becomes a 504, or a 503 if the server is stopping. A stream of events ends with an error
-    event and no ``[DONE]``; any other answer that has begun is cut off.
+    begun becomes a 504. A stream of events ends with an error event and no ``[DONE]``; any other
+    answer that has begun is cut off.
 
     Args:
         app: What answers.
         metrics: Where answers are counted.
         deadline: Seconds from the end of the request's head to the last byte of the answer.
-        drain: Its end is the deadline of every request.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, deadline: float, drain: Drain):
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, deadline: float):
         self._app = app
         self._metrics = metrics
         self._deadline = deadline
-        self._drain = drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -160,8 +80,7 @@ class RequestScope:
         timeout = asyncio.timeout(self._deadline)
         try:
             async with timeout:
-                with self._drain.ending(timeout):
-                    await self._app(scope, receive, named)
+                await self._app(scope, receive, named)
         except Exception as failure:
             is_late = isinstance(failure, TimeoutError) and timeout.expired()
             if content_type is None:
@@ -192,13 +111,6 @@ class RequestScope:
         return RequestError(message, status=500)
 
     def _lateness(self) -> RequestError:
-        if self._drain.is_over:
-            return RequestError(
-                "The server is stopping and cancelled the request. Send it to another server, or "
-                "again once this one is back.",
-                status=503,
-                code="shutting_down",
-            )
         return RequestError(
             f"The request took longer than {self._deadline:g} seconds (--deadline) and was "
             "cancelled. Ask for less at a time, or try again when the server is less busy.",
@@ -217,7 +129,7 @@ class RequestScope:
             "status": trace.status,
             "seconds": round(seconds, 4),
         }
-        # Probes ask every other second, and are told nothing else while the model loads or drains.
+        # Probes ask every other second, and are told nothing else while the model loads.
         is_routine = scope["path"] in _OPERATORS and trace.status in (200, 503)
         level = logging.DEBUG if is_routine else logging.INFO
         what = (trace.method, trace.route, trace.status, seconds)

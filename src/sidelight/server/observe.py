@@ -8,7 +8,6 @@ import hmac
 import json
 import logging
 import os
-import threading
 import time
 import traceback
 from collections import defaultdict
@@ -17,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from ipaddress import ip_address
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ except ImportError:
     otel = None
 
 _log = logging.getLogger(__name__)
+_APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 _LOGGED: dict[Action, tuple[int, str]] = {
     "block": (logging.INFO, "Probe '%s' blocked the %s."),
     "fail_closed": (logging.WARNING, "Probe '%s' gave no verdict on the %s: blocked."),
@@ -254,12 +255,11 @@ class RequestTextObserver:
                 raise
 
 
-class AuditLog:
-    """Appends JSON lines to a file.
+class AuditLog(WatchedFileHandler):
+    """Appends JSON lines to a file, and to the new one at its path after a rotation.
 
     A line is handed to the operating system before the request goes on, but not synced to the disk:
-    it survives a crash of the process, not one of the machine. If the file is replaced or removed,
-    as by a rotation, later lines go to the new file at the path.
+    it survives a crash of the process, not one of the machine.
 
     Args:
         path: The file.
@@ -271,34 +271,24 @@ class AuditLog:
     """
 
     def __init__(self, path: Path, *, salt: bytes, has_client: bool = False):
-        self._path = path
         self.has_client = has_client
         self._salt = salt
-        self._lock = threading.Lock()
-        self._is_torn = False
         try:
-            self._file = self._opened()
+            super().__init__(path, encoding="utf-8")
         except OSError as error:
             raise SidelightError(
                 f"Cannot write the audit log {path} ({error.strerror}). Name another file."
             ) from error
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Appends the lines, all at once.
+        """Appends the lines.
 
         Raises:
             RequestError: They could not be written, or only in part.
         """
-        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        text = "\n".join(map(json.dumps, lines))
         try:
-            with self._lock:
-                self._follow()
-                # After half a line, the next one begins on a line of its own.
-                data = b"\n" * self._is_torn + data
-                written = os.write(self._file, data)
-                self._is_torn = 0 < written < len(data) or (self._is_torn and not written)
-                if written < len(data):
-                    raise OSError("written in part")
+            self.handle(logging.makeLogRecord({"msg": text}))
         except OSError as error:
             raise RequestError(
                 "The audit log cannot be written, and the policy answers nothing that is not "
@@ -317,21 +307,17 @@ class AuditLog:
         words = json.dumps(turns, ensure_ascii=False, separators=(",", ":"))
         return hmac.new(self._salt, words.encode(), hashlib.sha256).hexdigest()
 
-    def _opened(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    def close(self) -> None:
+        """Closes the file; requests whose lines it has not taken were refused already."""
+        with suppress(OSError):
+            super().close()
 
-    def _follow(self) -> None:
-        """Opens the file that is at the path now, if it is another one."""
-        mine = os.fstat(self._file)
-        try:
-            there = os.stat(self._path)
-        except FileNotFoundError:
-            there = None
-        if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
-            # Opened first: where that fails, the old file stays.
-            new = self._opened()
-            os.close(self._file)
-            self._file = new
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Called by ``emit`` while its exception is handled; logging would only print it."""
+        raise
+
+    def _open(self) -> Any:
+        return open(os.open(self.baseFilename, _APPENDING, 0o600), "a", encoding="utf-8")
 
 
 def audit_of(config: ServerConfig) -> AuditLog | None:

@@ -19,7 +19,6 @@ from sidelight.probe import Probe
 from sidelight.prompts import Conversation
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
-from sidelight.server.middleware import Drain
 from sidelight.server.observe import RequestObserver
 from sidelight.server.probes import ProbeRegistry
 
@@ -36,7 +35,6 @@ class Context:
     registry: ProbeRegistry
     config: ServerConfig
     observer: RequestObserver
-    drain: Drain = field(default_factory=Drain)
     started_at: int = field(default_factory=lambda: int(time.time()))
 
 

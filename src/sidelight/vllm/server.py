@@ -33,7 +33,6 @@ NO_PLACE = {
     "max_batch_items": _PROXY,
     "max_request_tokens": "Limit each text with --engine-option max_model_len=N.",
     "deadline": _PROXY,
-    "notice_s": "Take the server out of the load balancer before SIGTERM, as by a preStop hook.",
 }
 # vLLM's options for which ours stand.
 _SET_HERE = SET_HERE | {
