@@ -158,10 +158,12 @@ def test_no_set_the_packaged_one_and_a_file_need_no_llm(tiny: TransformersBackbo
     path = tmp_path / "traffic.csv"
     path.write_text("text,source\nHello,mail\nWhere is my order?,chat\n")
     conversations = (said("Hello"), said("Where is my order?"))
-    assert read_background(path) == Background(conversations, str(path))
+    assert read_background(path) == Background(conversations, str(path), private=2)
     # Few files have every length and kind.
     both = (*conversations, *PACKAGED_TURNS)
     assert load_background(path).conversations == both
+    assert load_background(path).private == 2
+    assert load_background("packaged").private == 0
     with pytest.raises(SidelightError, match=r"No file .*traffic\.jsonl"):
         load_background(tmp_path / "traffic.jsonl")
     path.write_text("prompt\nHello\n")

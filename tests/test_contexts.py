@@ -29,6 +29,7 @@ from sidelight.training.traffic import (
     Traffic,
     highest_logits,
     kept_logits,
+    kept_rate,
     measure_traffic,
     quiet_thresholds,
     traffic_warnings,
@@ -269,6 +270,15 @@ def test_the_figures_are_those_of_the_threshold_that_is_served(tiny, examples, o
     given = replace(options, background=Background(TRAFFIC + alike * 3, "test"))
     settings = {"readout": TrainingSettings(epochs=2, batch_size=16, least_steps=0)}
     made = fit(tiny, examples, None, name="p", options=replace(given, settings=settings)).best
+    kept = made.probe.record["traffic"]["worst"]
+    assert len(kept) == 3
+    assert [round(p, 4) for p, _ in made.traffic.worst] == [own["probability"] for own in kept]
+    assert [text for _, text in made.traffic.worst] == [own["text"] for own in kept]
+    # An operator's own texts stay out of artifacts.
+    private = replace(given.background, private=len(given.background.conversations))
+    options = replace(given, settings=settings, background=private)
+    again = fit(tiny, examples, None, name="p", options=options).best
+    assert again.probe.record["traffic"] == {**made.probe.record["traffic"], "worst": []}
     assert made.report.thresholds == made.probe.thresholds
     assert made.probe.record["validation"]["metrics"]["thresholds"] == [*made.probe.thresholds]
 
@@ -281,8 +291,8 @@ def test_traffic_is_counted_by_conversation_and_by_length():
     contexts += [shown_alone(10, "inside", 0), shown_alone(120, "pieces", 1)]
     contexts += [shown_alone(10, "disguised", 0)]
     chance = np.array([[0.1], [0.9], [0.2], [0.7], [0.1], [0.8], [0.4], [0.1]])
-    holds = np.array([[False]] * 5 + [[True]] * 3)
-    traffic = measure_traffic(contexts, chance, holds, [0.5])
+    labels = np.array([0] * 5 + [1] * 3)
+    traffic = measure_traffic(TOXICITY, contexts, chance, labels, [0.5])
     assert (traffic.conversations, traffic.flagged) == (2, 1)
     short, middle, _ = traffic.surroundings
     assert (short.positives, short.found, short.ordinary, short.flagged) == (1, 1, 3, 2)
@@ -291,6 +301,34 @@ def test_traffic_is_counted_by_conversation_and_by_length():
     # What is kept with a probe holds no text, which may be somebody's own.
     assert "w w" in str(traffic)
     assert "w w" not in json.dumps(traffic.to_dict())
+
+
+@pytest.mark.slow
+def test_several_classes_say_none_to_ordinary_traffic(tiny, options):
+    kinds = ("pay pay", "give back", "late")
+    texts = [f"{kinds[i % 3]} number {i:02d} {kinds[i % 3]}" for i in range(60)]
+    labelled = LabelledExamples(
+        tuple(map(said, texts)), ({},) * 60, labels=np.arange(60) % 3, task=INTENT
+    )
+    given = replace(options, mechanisms=(mechanism_spec("linear"),))
+    made = fit(tiny, labelled, None, name="p", options=given).best
+    assert made.probe.task.labels == (*INTENT.labels, "none")
+    assert made.traffic.conversations == len(TRAFFIC)
+    assert made.traffic.flagged <= 0.1 * len(TRAFFIC)
+    assert "another class than 'none'" in str(made.traffic)
+    # The figures are those of the classes that texts have.
+    assert [*made.report.per_class] == [*INTENT.labels]
+    assert made.report.metrics["accuracy"].value > 0.9
+    kept = kept_logits(made.probe)
+    assert kept.shape == (len(TRAFFIC), 4)
+    assert kept_rate(made.probe) == (made.traffic.flagged, len(TRAFFIC))
+    without = fit(tiny, labelled, None, name="p", options=replace(given, none=False)).best
+    assert (without.probe.task, without.traffic) == (INTENT, None)
+    # A file may have such a class itself.
+    own = replace(labelled, task=replace(INTENT, labels=("billing", "none", "refund")))
+    with pytest.raises(SidelightError, match="--no-none"):
+        fit(tiny, own, None, name="p", options=given)
+    assert fit(tiny, own, None, name="p", options=replace(given, none=False))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import json
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from unittest.mock import Mock
 
 import pytest
@@ -171,6 +171,7 @@ def test_a_rule_decides_who_sees_running_scores_thresholds_curves_and_shares(
             cards = ask("/v1/probes", key=key).json()["probes"]
             own = [card for card in cards if card["name"] == "late"]
             assert any(card["thresholds"] for card in own) == sees
+            assert any(card["ordinary"] is not None for card in own) == sees
             found = why(ask, "toxicity", "late", key=key)
             assert "tokens" in found[0]
             withheld = {"probe": "late", "error": "not_disclosed"}
@@ -187,7 +188,10 @@ def test_the_stream_of_a_cut_answer_ends_as_without_scores(tiny, probes):
     assert all(not choice["delta"].get("content") for c in chunks for choice in c["choices"])
 
 
-def test_probes_are_listed_with_thresholds_and_curves(tiny, probes):
+def test_probes_are_listed_with_thresholds_curves_and_the_worst_of_ordinary_traffic(tiny, probes):
+    worst = [{"probability": 0.4, "text": "Good morning"}]
+    record = {**probes[0].record, "traffic": {"logits": [[0.1]], "worst": worst}}
+    probes = [replace(probes[0], record=record), *probes[1:]]
     policy = Policy(input={"topics": Rule("flag", threshold=0.3, labels=("sexual",))})
     with asking(tiny, probes, policy) as ask:
         cards = ask("/v1/probes").json()["probes"]
@@ -196,6 +200,7 @@ def test_probes_are_listed_with_thresholds_and_curves(tiny, probes):
     curve = read_curves(probes[0].record["validation"]["curves"])["toxic"]
     (limit,) = toxicity["thresholds"]
     assert (limit["label"], limit["threshold"]) == ("toxic", 0.5)
+    assert [card["ordinary"] for card in cards] == [worst, [], [], []]
     assert limit["curve"] == json.loads(json.dumps(asdict(curve)))
     assert [(one["label"], one["threshold"]) for one in topics["thresholds"]] == [("sexual", 0.3)]
     assert (topics["mode"], intent["thresholds"], late["reads"]) == ("flag", [], "response")

@@ -151,6 +151,15 @@ def evaluate(
     predictions = decide(
         task, probabilities, labels, thresholds=thresholds, row_thresholds=row_thresholds
     )
+    confusion = predictions.confusion_matrix()
+    if task.abstains and not predictions.targets[:, -1].any():
+        # A class that no row has would count as one that is never right.
+        predictions = Predictions(
+            task.kind,
+            predictions.scores[:, :-1],
+            predictions.targets[:, :-1],
+            predictions.decisions[:, :-1],
+        )
     draws = measure_resamples(predictions, resamples=bootstrap, seed=seed)
     metrics = {name: Estimate.of(draws[name]) for name in METRICS}
     metrics["accuracy"] = metrics["accuracy"].as_share(len(probabilities))
@@ -166,7 +175,7 @@ def evaluate(
         metrics=metrics,
         per_class=_per_class(task, predictions),
         thresholds=thresholds,
-        confusion_matrix=predictions.confusion_matrix(),
+        confusion_matrix=confusion,
     )
 
 
@@ -174,7 +183,8 @@ def _per_class(task: Task, predictions: Predictions) -> dict[str, ClassReport]:
     confusion = predictions.confusion(predictions.once)
     decided = np.hstack([confusion.precision(), confusion.recall(), confusion.f1()])
     reports: dict[str, ClassReport] = {}
-    for label, numbers, ranking in zip(task.labels, decided, predictions.rankings, strict=True):
+    # Not strict: a class that no row has may be left out.
+    for label, numbers, ranking in zip(task.labels, decided, predictions.rankings, strict=False):
         curve = ranking.curve(predictions.once)
         ranked = (curve.auprc()[0], curve.auroc()[0])
         support = len(ranking.positives)

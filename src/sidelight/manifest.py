@@ -49,11 +49,24 @@ class _Training(BaseModel):
     rows: _Count = 0
 
 
+class OrdinaryText(BaseModel):
+    """The beginning of an ordinary conversation, and the probability that training gave it."""
+
+    probability: float
+    text: str
+
+
+class _Traffic(BaseModel):
+    logits: list[list[float]] = []
+    worst: list[OrdinaryText] = []
+
+
 class _Record(BaseModel):
     """What is read of a probe's record."""
 
     training: _Training = _Training()
     contexts: dict[str, _Count] = {}
+    traffic: _Traffic = _Traffic()
     validation: _Reference = _Reference()
     recalibrations: list[_Recalibration] = []
     threshold_rule: str = "f1"

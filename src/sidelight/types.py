@@ -15,6 +15,8 @@ AnyArray = NDArray[np.generic]
 
 TaskKind = Literal["binary", "multiclass", "multilabel"]
 OptionValue = int | str
+# The class that training adds for ordinary traffic, which is of no class of the file.
+NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Task:
     def outputs(self) -> int:
         """The number of logits: one for a binary task, else one per label."""
         return 1 if self.kind == "binary" else len(self.labels)
+
+    @property
+    def abstains(self) -> bool:
+        """Whether the last of several classes is ``none``, for what is of no other."""
+        return self.kind == "multiclass" and self.labels[-1] == NONE
 
     @property
     def flags(self) -> str:

@@ -85,6 +85,11 @@ _AUTO = "auto"
     "else packaged]",
 )
 @click.option(
+    "--none/--no-none",
+    default=True,
+    help="Whether a probe of several classes says `none` to ordinary traffic.",
+)
+@click.option(
     "--learning-rate", type=float, help="Initial learning rate. [default: the mechanism's]"
 )
 @click.option(
@@ -116,6 +121,7 @@ def train(
     calibration: "CalibrationKind | None",
     threshold: str,
     background: str | None,
+    none: bool,
     runtime: options.Runtime,
     as_json: bool,
     **settings: Any,
@@ -171,6 +177,7 @@ def train(
         reads=Reads(reads or shared.reads.side, template, "each_turn"),
         calibration=calibration,
         threshold=rule,
+        none=none,
     )
     told = [*training.warnings, *(validation.warnings if validation is not None else ())]
     for warning in told:

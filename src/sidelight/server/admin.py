@@ -7,7 +7,7 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from sidelight.manifest import reference
+from sidelight.manifest import OrdinaryText, reference
 from sidelight.policy.rules import BoundRule, Mode
 from sidelight.probe import Probe
 from sidelight.prompts import Side
@@ -98,10 +98,14 @@ class ThresholdCard(BaseModel):
 
 
 class RuleCard(ProbeCard):
-    """A probe, its rule's mode, and its thresholds: null if the rule does not disclose scores."""
+    """A probe, its rule's mode, its thresholds, and the worst of ordinary traffic in training.
+
+    The last two are null if the rule does not disclose scores.
+    """
 
     mode: Mode
     thresholds: list[ThresholdCard] | None
+    ordinary: list[OrdinaryText] | None
 
 
 class RuleList(BaseModel):
@@ -114,18 +118,19 @@ class RuleList(BaseModel):
 async def list_rules(request: ServerRequest) -> RuleList:
     """Each probe that clients see, with its thresholds and the curves that they were chosen on."""
     visible = [bound for bound in request.registry.rules if not bound.is_shadow]
-    return RuleList(
-        probes=[
+    cards: list[RuleCard] = []
+    for bound in visible:
+        is_told = request.is_admin or bound.disclosure == "scores"
+        worst = bound.probe.record.get("traffic", {}).get("worst", [])
+        cards.append(
             RuleCard(
                 **_described(bound.probe),
                 mode=bound.mode,
-                thresholds=_thresholds(bound)
-                if request.is_admin or bound.disclosure == "scores"
-                else None,
+                thresholds=_thresholds(bound) if is_told else None,
+                ordinary=[OrdinaryText.model_validate(own) for own in worst] if is_told else None,
             )
-            for bound in visible
-        ]
-    )
+        )
+    return RuleList(probes=cards)
 
 
 def _thresholds(bound: BoundRule) -> list[ThresholdCard]:

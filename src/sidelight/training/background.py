@@ -49,10 +49,13 @@ class Background:
     Attributes:
         conversations: Their turns; none if training goes without.
         origin: Where they are from, for the manifest and for messages.
+        private: How many of them, the first ones, are a user's own, so that no artifact may hold
+            their texts.
     """
 
     conversations: tuple[Turns, ...] = ()
     origin: str = "none"
+    private: int = 0
 
 
 def load_background(name: str | Path) -> Background:
@@ -70,13 +73,14 @@ def load_background(name: str | Path) -> Background:
         return Background()
     if name == "packaged":
         return Background(_read(PACKAGED), "packaged")
-    return Background((*_read(Path(name)), *_read(PACKAGED)), f"{name}, and packaged")
+    own = _read(Path(name))
+    return Background((*own, *_read(PACKAGED)), f"{name}, and packaged", private=len(own))
 
 
 def default_background(backbone: TransformersBackbone) -> Background:
     """The set that this LLM has written, which is kept in the cache, or else the packaged one."""
     own = own_set(backbone)
-    return read_background(own) if own.exists() else load_background("packaged")
+    return Background(_read(own), str(own)) if own.exists() else load_background("packaged")
 
 
 def read_background(path: Path) -> Background:
@@ -85,7 +89,8 @@ def read_background(path: Path) -> Background:
     Raises:
         SidelightError: There is no such file, or no text in it.
     """
-    return Background(_read(path), str(path))
+    conversations = _read(path)
+    return Background(conversations, str(path), private=len(conversations))
 
 
 def own_set(backbone: TransformersBackbone) -> Path:

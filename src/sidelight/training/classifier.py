@@ -188,6 +188,7 @@ def train(
     name: str = "probe",
     seeds: int = 1,
     background: str | Path | None = None,
+    none: bool = True,
     prompt_format: PromptFormat | None = None,
     threshold: str = "f1",
     source: StateSource | None = None,
@@ -212,6 +213,7 @@ def train(
         background: Ordinary traffic, as ``load_background`` takes it: a file of texts or chats,
             ``packaged``, or ``none``; None takes what the backbone has written, if it has, or else
             the packaged set.
+        none: Whether a probe of several classes says ``none`` to ordinary traffic.
         prompt_format: As for ``load_backbone``; None also takes that of a given backbone.
         threshold: What the thresholds are chosen for: ``f1``, ``fpr=0.01``, ``recall=0.95`` or
             ``cost=10:1``, as ``ThresholdRule`` describes them.
@@ -228,6 +230,7 @@ def train(
         seeds=tuple(range(seeds)),
         reads=Reads("response" if response else "prompt", scope="each_turn"),
         threshold=ThresholdRule.parse(threshold),
+        none=none,
     )
     if not isinstance(model, TransformersBackbone):
         backbone = load_backbone(model, prompt_format=prompt_format)

@@ -137,7 +137,7 @@ def draw_contexts(
         own = sum(min(length, limit) for length in lengths)
         tokens = round(max(_LEAST_CONTEXT_TOKENS / len(parts), _CONTEXT_TOKENS * own))
         alone: list[Context] = []
-        if is_part:
+        if is_part or task.abstains:
             alone = sampler.background(tokens=round(tokens * _BACKGROUND_SHARE))
             tokens -= sum(len(context.prompt) for context in alone)
         drawn = (*alone, *sampler.of_texts(examples, texts, tokens=tokens))
@@ -200,7 +200,7 @@ class ContextSampler:
                 tokens -= len(prompt)
             words = self._random.randint(3, 40)
             filler = Example((Message("user", " ".join(self._sentences(words))),))
-            made = self._context(filler, is_labelled=False) if index % 2 else None
+            made = self._context(filler, is_labelled=not self._is_part) if index % 2 else None
             if made is not None:
                 contexts.append(replace(made, kind="filler"))
                 tokens -= len(made.prompt)

@@ -270,6 +270,8 @@ def prepare(
             f"The rarest class has {rarest} validation texts: calibration and the validation "
             "figures are rough. More labelled texts of it would help most."
         )
+    task = options.with_none(training.task)
+    training, validation = replace(training, task=task), replace(validation, task=task)
     conversations, known = without_labelled(options.background.conversations, training)
     if known:
         warnings.append(
@@ -436,12 +438,13 @@ def make_split(
 
 
 def _with_contexts(examples: LabelledExamples, contexts: Sequence[Context]) -> LabelledExamples:
-    """The texts and their contexts, which have their labels; background has none."""
+    """The texts and their contexts, which have their labels; background has none of them."""
     sources = [0 if context.text is None else context.text for context in contexts]
     shown = examples.select([*range(len(examples)), *sources])
     labels = shown.labels.copy()
     is_background = [context.text is None for context in contexts]
-    labels[len(examples) :][is_background] = 0
+    task = examples.task
+    labels[len(examples) :][is_background] = task.outputs - 1 if task.abstains else 0
     items = (*examples.items, *(context.example for context in contexts))
     return replace(shown, items=items, labels=labels, warnings=examples.warnings)
 

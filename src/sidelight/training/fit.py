@@ -10,11 +10,12 @@ from jaxtyping import Float
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import CalibrationKind
-from sidelight.data.examples import LabelledExamples
+from sidelight.data.examples import Example, LabelledExamples
 from sidelight.evaluation import Report
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import F1, ThresholdRule, read_curves, require_thresholds
+from sidelight.training.background import Background
 from sidelight.training.dataset import Folds, ProbeDataset, linear_refusal, prepare
 from sidelight.training.loop import (
     Trained,
@@ -38,6 +39,7 @@ from sidelight.training.settings import FitOptions, Job
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.training.traffic import (
     Traffic,
+    beginning,
     highest_logits,
     measure_traffic,
     traffic_warnings,
@@ -77,11 +79,11 @@ def calibrate_probe(
     probabilities = calibrated.calibration.apply(logits)
     thresholds, traffic = calibrated.report.thresholds, None
     kept: dict[str, Any] = {}
-    if thresholds and dataset.contexts:
+    if (thresholds or task.abstains) and dataset.contexts:
         chances = calibrated.calibration.apply(in_contexts)
-        holds = dataset.measured.labels[texts:].reshape(chances.shape).astype(bool)
-        traffic = measure_traffic(dataset.contexts, chances, holds, thresholds)
-        kept = {"traffic": {**traffic.to_dict(), "logits": highest.round(4).tolist()}}
+        labels = dataset.measured.labels[texts:]
+        traffic = measure_traffic(task, dataset.contexts, chances, labels, thresholds)
+        kept = {"traffic": _kept(traffic, highest, options.background)}
     probe = Probe(
         name=name,
         task=task,
@@ -121,6 +123,23 @@ def calibrate_probe(
     return FittedProbe(
         probe, trained.job.seed, score, calibrated.report, calibrated.losses, traffic
     )
+
+
+def _kept(
+    traffic: Traffic, logits: Float[np.ndarray, "conversation output"], background: Background
+) -> dict[str, Any]:
+    """What an artifact keeps of traffic: no text that is a user's own."""
+    own = background.conversations[: background.private]
+    private = {beginning(Example(turns).text) for turns in own}
+    return {
+        **traffic.to_dict(),
+        "logits": logits.round(4).tolist(),
+        "worst": [
+            {"probability": round(probability, 4), "text": text}
+            for probability, text in traffic.worst
+            if text not in private
+        ],
+    }
 
 
 def calibrate(
@@ -198,6 +217,7 @@ def fit(
             training diverged.
     """
     require_thresholds(training.task, options.threshold)
+    options.with_none(training.task)
     dataset = prepare(backbone, training, validation, options=options, source=source)
     refusal = linear_refusal(backbone, len(dataset.training), options)
     jobs = [job for job in options.jobs() if not (refusal and job.spec.name == "linear")]
@@ -230,7 +250,7 @@ def fit(
     runs = [calibrate_probe(one, dataset, name=name, options=options) for one in finite]
     best = _best(runs)
     warnings += better_words(best.losses, words.losses, measured)
-    if best.traffic is not None:
+    if best.traffic is not None and best.probe.thresholds:
         curves = read_curves(best.probe.record["validation"]["curves"])
         warnings += traffic_warnings(best.traffic, curves, best.probe.thresholds, options.threshold)
     made = Fit(tuple(runs), best, words.report, tuple(warnings))

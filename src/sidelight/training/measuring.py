@@ -76,12 +76,21 @@ def calibrate_examples(
         bootstrap: As for ``evaluate``.
         around: As for ``fit_calibration``.
         traffic: Logits of ordinary conversations, which thresholds let pass: see
-            ``quiet_thresholds``.
+            ``quiet_thresholds``. They calibrate too where they are a class of their own.
     """
     quiet = np.empty((0, logits.shape[1])) if traffic is None else traffic
     task, labels = examples.task, examples.labels
     kind = kind or suggested_calibration(task)
-    calibration = fit_calibration(kind, logits, labels, task, around=around)
+
+    def fitted(rows: Int[np.ndarray, " _"]) -> Calibration:
+        """To these texts, and to ordinary traffic if it is a class."""
+        counted, numbers = logits[rows], labels[rows]
+        if task.abstains:
+            counted = np.concatenate([counted, quiet])
+            numbers = np.append(numbers, np.full(len(quiet), task.outputs - 1))
+        return fit_calibration(kind, counted, numbers, task, around=around)
+
+    calibration = fitted(np.arange(len(labels)))
     thresholds = choose_thresholds(task, calibration.apply(logits), labels, rule=rule)
     thresholds = quiet_thresholds(thresholds, calibration, quiet, rule)
     probabilities = np.empty_like(logits)
@@ -89,7 +98,7 @@ def calibrate_examples(
     for fold in folds or (np.arange(len(labels)),):
         rest = np.setdiff1d(np.arange(len(labels)), fold)
         rest = rest if len(rest) else fold
-        own = fit_calibration(kind, logits[rest], labels[rest], task, around=around)
+        own = fitted(rest)
         probabilities[fold] = own.apply(logits[fold])
         chosen = choose_thresholds(task, own.apply(logits[rest]), labels[rest], rule=rule)
         applied[fold] = quiet_thresholds(chosen, own, quiet, rule)

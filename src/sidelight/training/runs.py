@@ -25,7 +25,7 @@ from sidelight.storage import write_json
 from sidelight.training.classifier import judge, require_responses
 from sidelight.training.fit import Fit, FittedProbe
 from sidelight.training.measuring import trained_text_warnings
-from sidelight.training.traffic import beginning, kept_rate
+from sidelight.training.traffic import beginning, kept_rate, rate_sentence
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -204,10 +204,8 @@ class Assessment:
         lines = [f"Threshold of '{label}': {threshold:.3f}" for label, threshold in points]
         flagged, conversations = kept_rate(self.chosen)
         if conversations:
-            lines.append(
-                f"Of {conversations} ordinary conversations that it was not trained on, it flags "
-                f"{flagged / conversations:.1%} ({flagged})."
-            )
+            abstains = self.chosen.task.abstains
+            lines.append(rate_sentence(flagged, conversations, abstains=abstains))
         elif lines:
             lines.append(
                 "The probe keeps no figures of ordinary traffic: it was trained without background."

@@ -13,7 +13,7 @@ from sidelight.prompts import Reads
 from sidelight.states.cache import MEMORY_BYTES
 from sidelight.thresholds import F1, ThresholdRule
 from sidelight.training.background import Background
-from sidelight.types import MechanismSpec, Task
+from sidelight.types import NONE, MechanismSpec, Task
 
 AUTO = "auto"
 TRAINING_MAX_TOKENS = 1024
@@ -154,6 +154,8 @@ class FitOptions:
         reads: The tokens that the probe reads; see ``reads_of``.
         background: Ordinary traffic, which texts are also shown in; see ``contexts.py``. Without
             any, they are shown alone.
+        none: Whether a probe of several classes says ``none`` to ordinary traffic, where there is
+            background to learn it from.
         calibration: How logits become probabilities; None takes ``suggested_calibration``.
         threshold: What the thresholds are chosen for.
         max_tokens: Longer training texts are cut, and counted.
@@ -171,6 +173,7 @@ class FitOptions:
     standardise: bool = True
     reads: Reads = field(default_factory=lambda: Reads(scope="each_turn"))
     background: Background = field(default_factory=Background)
+    none: bool = True
     calibration: CalibrationKind | None = None
     threshold: ThresholdRule = F1
     max_tokens: int = TRAINING_MAX_TOKENS
@@ -201,6 +204,22 @@ class FitOptions:
         """
         is_whole = self.reads.includes_response or task.kind == "multiclass"
         return replace(self.reads, scope="conversation") if is_whole else self.reads
+
+    def with_none(self, task: Task) -> Task:
+        """With ``none`` as the last of several classes, if the probe is to learn it.
+
+        Raises:
+            SidelightError: The file has a class of this name.
+        """
+        is_shown = self.background.conversations and not self.reads.includes_response
+        if task.kind != "multiclass" or not self.none or not is_shown:
+            return task
+        if NONE in task.labels:
+            raise SidelightError(
+                f"The file has a class '{NONE}', which training adds for ordinary traffic. Give "
+                "--no-none (none=False) to train on the file's, or rename it."
+            )
+        return replace(task, labels=(*task.labels, NONE))
 
     def jobs(self) -> list[Job]:
         """Every mechanism with every seed."""

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError
@@ -18,6 +18,7 @@ from sidelight.metrics import wilson
 from sidelight.probe import Probe
 from sidelight.thresholds import OperatingCurve, ThresholdRule
 from sidelight.training.contexts import Context
+from sidelight.types import Task
 
 # The share of ordinary conversations that may be flagged, unless a rule says otherwise.
 FALSE_ALARMS = 0.04
@@ -56,20 +57,18 @@ class Traffic:
         flagged: How many of them were flagged.
         surroundings: Texts and ordinary text by length.
         worst: The beginnings of the conversations with the highest probabilities.
+        abstains: Whether to be flagged is to be given a class other than ``none``.
     """
 
     conversations: int
     flagged: int
     surroundings: tuple[Surroundings, ...]
     worst: tuple[tuple[float, str], ...]
+    abstains: bool = False
 
     def __str__(self) -> str:
         """A few lines for a terminal."""
-        share = self.flagged / max(1, self.conversations)
-        lines = [
-            f"Of {self.conversations} ordinary conversations that it was not trained on, it flags "
-            f"{share:.1%} ({self.flagged})."
-        ]
+        lines = [rate_sentence(self.flagged, self.conversations, abstains=self.abstains)]
         for own in self.surroundings:
             if own.positives and own.ordinary:
                 lines.append(
@@ -85,41 +84,66 @@ class Traffic:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, without texts, which may be an operator's own."""
         values = asdict(self)
-        del values["worst"]
+        del values["worst"], values["abstains"]
         return values
 
 
+def rate_sentence(flagged: int, conversations: int, *, abstains: bool) -> str:
+    """How many ordinary conversations are flagged, or given a class."""
+    does = "it gives another class than 'none' to" if abstains else "it flags"
+    return (
+        f"Of {conversations} ordinary conversations that it was not trained on, {does} "
+        f"{flagged / max(1, conversations):.1%} ({flagged})."
+    )
+
+
+def flags_of(
+    task: Task, probabilities: Float[np.ndarray, "text output"], thresholds: Sequence[float]
+) -> Bool[np.ndarray, " text"]:
+    """Which texts are flagged, or given a class other than ``none``."""
+    if task.abstains:
+        return probabilities.argmax(1) < task.outputs - 1
+    return np.asarray((probabilities >= np.array(thresholds)).any(1))
+
+
 def measure_traffic(
+    task: Task,
     contexts: Sequence[Context],
     probabilities: Float[np.ndarray, "context output"],
-    holds: Bool[np.ndarray, "context output"],
+    labels: Int[np.ndarray, "context ..."],
     thresholds: Sequence[float],
 ) -> Traffic:
     """Counts what is flagged.
 
     Args:
+        task: The classes.
         contexts: What was judged.
         probabilities: Out-of-fold, of each.
-        holds: Which labels each has.
+        labels: Of each, as in ``LabelledExamples.labels``.
         thresholds: Of each label.
     """
-    flags = np.asarray((probabilities >= np.array(thresholds)).any(1))
+    flags = flags_of(task, probabilities, thresholds)
+    judged = probabilities[:, :-1] if task.abstains else probabilities
     conversations = conversations_of(contexts)
-    highest = [float(probabilities[rows].max()) for rows in conversations]
+    highest = [float(judged[rows].max()) for rows in conversations]
     order = sorted(range(len(highest)), key=highest.__getitem__, reverse=True)[:_SHOWN]
     worst = [(highest[i], beginning(contexts[conversations[i][0]].example.text)) for i in order]
     surroundings: list[Surroundings] = []
     for shortest, longest in zip((0, *_LENGTHS), _LENGTHS, strict=False):
+        # Every text of several classes is one of them.
+        if task.abstains:
+            break
+        holds = labels.reshape(len(contexts), -1).any(1)
         near = np.array([shortest < context.words <= longest for context in contexts])
         shown = np.array([context.kind not in ("disguised", "plain") for context in contexts])
-        positive, ordinary = near & shown & holds.any(1), near & ~holds.any(1)
+        positive, ordinary = near & shown & holds, near & ~holds
         # One part of a text is flagged less often than the highest of all.
         ordinary &= np.array([c.text is None and c.is_whole for c in contexts])
         counts = [int(rows.sum()) for rows in (positive, positive & flags)]
         counts += [int(rows.sum()) for rows in (ordinary, ordinary & flags)]
         surroundings.append(Surroundings(longest, *counts))
     flagged = sum(bool(flags[rows].any()) for rows in conversations)
-    return Traffic(len(conversations), flagged, tuple(surroundings), tuple(worst))
+    return Traffic(len(conversations), flagged, tuple(surroundings), tuple(worst), task.abstains)
 
 
 def traffic_warnings(
@@ -222,8 +246,8 @@ def kept_rate(probe: Probe) -> tuple[int, int]:
     logits = kept_logits(probe)
     if not len(logits):
         return 0, 0
-    flags = probe.calibration.apply(logits) >= np.array(probe.thresholds)
-    return int(flags.any(1).sum()), len(logits)
+    flags = flags_of(probe.task, probe.calibration.apply(logits), probe.thresholds)
+    return int(flags.sum()), len(logits)
 
 
 def highest_logits(
