@@ -35,6 +35,7 @@ POLICIES = {
     '`max_tokens` with `on_failure = "pass"`': {
         "output": {"late": replace(PASSING, max_tokens=100)}
     },
+    "`threshold = 1.0`": {"input": {"toxicity": Rule("block", threshold=1.0)}},
     '`disclose = "scores"`': {"input": {"toxicity": Rule("block", disclose="scores")}},
     "`explain = true`": {"input": {"toxicity": Rule("block", disclose="scores", explain=True)}},
     "`hold_back` below `consecutive - 1`": {
@@ -60,6 +61,7 @@ PROBES = {
 WORDS = {
     "no rule on the input blocks": ["No rule blocks prompts"],
     '`max_tokens` with `on_failure = "pass"`': ["[output.late] on_failure", "max_tokens = 100"],
+    "`threshold = 1.0`": ["[input.toxicity] threshold = 1.0"],
     '`disclose = "scores"`': ["[input.toxicity] disclose"],
     "`explain = true`": ["[input.toxicity] disclose", "[input.toxicity] explain"],
     "`hold_back` below `consecutive - 1`": ["Set it to 3 or more"],

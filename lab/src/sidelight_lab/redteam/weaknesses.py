@@ -61,6 +61,11 @@ def _of_rule(place: str, rule: Rule, side: Side) -> Iterator[str]:
                 f'{place} max_tokens = {rule.max_tokens} with on_failure = "pass" lets through '
                 "whatever is padded beyond that length. Leave one of them out."
             )
+    if rule.threshold is not None and rule.threshold >= 1:
+        yield (
+            f"{place} threshold = {rule.threshold} blocks only what the probe is entirely sure of, "
+            "which is next to nothing. Leave it out, or give a lower one."
+        )
     if rule.disclose == "scores":
         yield (
             f'{place} disclose = "scores" shows whoever is blocked how near the next attempt is. '
