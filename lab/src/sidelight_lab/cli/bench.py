@@ -241,7 +241,7 @@ def bench_serve(
     "gpu",
     epilog=options.examples(
         "sidelight bench gpu --out gpu-check",
-        "sidelight bench gpu --out gpu-check --only tap --only graphs",
+        "sidelight bench gpu --out gpu-check --only graphs --only parity",
     ),
 )
 @click.option(
