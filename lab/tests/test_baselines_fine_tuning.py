@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizerFast, Trainer
 
-from sidelight.checkpoint import fingerprint
+from sidelight.checkpoint import Checkpoint, fingerprint
 from sidelight.errors import SidelightError
 from sidelight.prompts import Reads
 from sidelight.training.dataset import ProbeDataset
@@ -55,7 +55,13 @@ def test_lora_learns_counts_adapters_and_head_and_leaves_the_backbone_as_it_was(
     layers = [m for m in backbone.model.base_model.modules() if isinstance(m, nn.Linear)]
     adapters = sum(16 * (layer.in_features + layer.out_features) for layer in layers)
     assert fitted.parameters == adapters + 32 + 1
-    same = fingerprint(backbone.model, backbone.tokenizer, name="", prompt_format="chat")
+    same = fingerprint(
+        Checkpoint.of(backbone.model),
+        backbone.model.config,
+        backbone.tokenizer,
+        name="",
+        prompt_format="chat",
+    )
     assert same.digest == backbone.fingerprint.digest
     assert not any(isinstance(m, BaseTunerLayer) for m in backbone.model.modules())
     assert hooks() == hooks_before

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from sidelight.checkpoint import Checkpoint, checkpoint_fingerprint, fingerprint, model_folder
+from sidelight.checkpoint import Checkpoint, fingerprint, model_folder
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.prompts import EncodedPrompt, PromptEncoder, PromptFormat
@@ -128,11 +128,12 @@ class TransformersBackbone:
         self._watch(_decoder_blocks(model))
         self.encoder = _encoder(model.config, tokenizer, prompt_format)
         self.fingerprint: Fingerprint = fingerprint(
-            model,
+            checkpoint or Checkpoint.of(model),
+            model.config,
             tokenizer,
             name=name,
             prompt_format=self.encoder.prompt_format,
-            checkpoint=checkpoint,
+            model=model,
         )
 
     @property
@@ -345,9 +346,7 @@ def read_backbone(
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         checkpoint = Checkpoint.read(model_folder(path))
     encoder = _encoder(config, tokenizer, prompt_format)
-    who = checkpoint_fingerprint(
-        checkpoint, config, tokenizer, name=name, prompt_format=encoder.prompt_format
-    )
+    who = fingerprint(checkpoint, config, tokenizer, name=name, prompt_format=encoder.prompt_format)
     return UnloadedBackbone(path, tokenizer, encoder, who)
 
 

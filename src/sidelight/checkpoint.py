@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby
 from math import prod
@@ -170,46 +170,15 @@ def _as_bytes(values: Tensor) -> bytes:
 
 
 def fingerprint(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    *,
-    name: str,
-    prompt_format: PromptFormat,
-    checkpoint: Checkpoint | None = None,
-) -> Fingerprint:
-    """The fingerprint of a loaded model; takes well under a second.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        name: What the user calls it.
-        prompt_format: How texts are rendered.
-        checkpoint: The files that the model was loaded from; None takes what would be saved.
-    """
-    who = checkpoint_fingerprint(
-        checkpoint or Checkpoint.of(model),
-        model.config,
-        tokenizer,
-        name=name,
-        prompt_format=prompt_format,
-    )
-    loaded = _weights_hash({key: sample(weight) for key, weight in model.state_dict().items()})
-    return replace(
-        who,
-        dtype=str(model.dtype).removeprefix("torch."),
-        loaded_weights=None if loaded == who.weights else loaded,
-    )
-
-
-def checkpoint_fingerprint(
     checkpoint: Checkpoint,
     config: PreTrainedConfig,
     tokenizer: Any,
     *,
     name: str,
     prompt_format: PromptFormat,
+    model: PreTrainedModel | None = None,
 ) -> Fingerprint:
-    """The fingerprint of a model that need not be loaded.
+    """The fingerprint of a model; takes well under a second.
 
     Args:
         checkpoint: Its files.
@@ -217,18 +186,25 @@ def checkpoint_fingerprint(
         tokenizer: Its tokenizer.
         name: What the user calls it.
         prompt_format: How texts are rendered.
+        model: The model, if it is loaded.
     """
     text = config.get_text_config()
+    weights = _weights_hash(checkpoint.samples)
+    loaded, dtype = weights, checkpoint.dtype
+    if model is not None:
+        loaded = _weights_hash({key: sample(value) for key, value in model.state_dict().items()})
+        dtype = str(model.dtype).removeprefix("torch.")
     return Fingerprint(
         name=name,
         config=hash_of(_stable(checkpoint.config)),
-        weights=_weights_hash(checkpoint.samples),
+        weights=weights,
         tokenizer=hash_of(sorted(tokenizer.get_vocab().items()), tokenizer(_SAMPLE)["input_ids"]),
         template="raw" if prompt_format == "raw" else hash_of(str(tokenizer.chat_template)),
         layers=text.num_hidden_layers + 1,
         width=text.hidden_size,
-        dtype=checkpoint.dtype,
+        dtype=dtype,
         loaded_config=hash_of(_without_volatile(text.to_dict())),
+        loaded_weights=None if loaded == weights else loaded,
     )
 
 
