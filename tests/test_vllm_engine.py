@@ -5,7 +5,6 @@ import re
 import sys
 import tomllib
 from contextlib import asynccontextmanager
-from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -32,26 +31,24 @@ from tiny import untrained_probe
 
 ROOT = Path(__file__).parents[1]
 HELLO = [[Message("user", "hello")]]
-# Names of the engine's probes and of each vLLM's, and whether it is ready.
-OLD = (["old"], [["old"]], True)
-NEW = (["new"], [["new"]], True)
+# Names of the engine's probes and of the workers', and whether it is ready.
+OLD = (["old"], ["old"], True)
+NEW = (["new"], ["new"], True)
 
 
 class Workers:
-    """Stands in for vLLM: engines whose workers load what they are told, and report by it.
+    """Stands in for vLLM: its workers load what they are told, and report by it.
 
     It writes one token of each text, with one report.
     """
 
     errored = False
 
-    def __init__(self, engines=1, servers=1):
+    def __init__(self, servers=1):
         self.vllm_config = SimpleNamespace(
             model_config=SimpleNamespace(max_model_len=100),
             speculative_config=None,
-            parallel_config=SimpleNamespace(
-                data_parallel_size=engines, local_engines_only=False, _api_process_count=servers
-            ),
+            parallel_config=SimpleNamespace(_api_process_count=servers),
         )
         states = {}
         self.output_processor = SimpleNamespace(
@@ -59,17 +56,16 @@ class Workers:
             process_outputs=lambda outputs: None,
             has_unfinished_requests=lambda: bool(states),
         )
-        self.loaded = [[] for _ in range(engines)]
+        self.loaded = []
         # Stands for what the workers would report.
         self.report: object = ...
         self.refuses = ""
-        self.loads = engines
         self.is_paused = False
         self.pausing, self.may_pause = asyncio.Event(), asyncio.Event()
         self.may_pause.set()
 
-    def identity(self, engine):
-        return identity_of(probe.version for probe in self.loaded[engine])
+    def identity(self):
+        return identity_of(probe.version for probe in self.loaded)
 
     async def collective_rpc(self, method, args):
         if self.refuses == method:
@@ -81,13 +77,13 @@ class Workers:
             assert method == "sidelight_load"
             assert self.is_paused
             assert args == (identity_of(probe.version for probe in self.checked),)
-            self.loaded[: self.loads] = [self.checked] * self.loads
+            self.loaded = self.checked
 
-    async def generate(self, tokens, params, request_id, data_parallel_rank=None):
+    async def generate(self, tokens, params, request_id):
         assert not self.is_paused
         states = self.output_processor.request_states
         states[request_id] = SimpleNamespace(external_req_id=request_id, request_index=0)
-        report = {"verdicts": {}, "identity": self.identity(data_parallel_rank or 0)}
+        report = {"verdicts": {}, "identity": self.identity()}
         said = SimpleNamespace(
             request_id=request_id,
             new_token_ids=[7],
@@ -131,13 +127,13 @@ def names_of_vllm(monkeypatch):
 
 
 def replacing(tiny, change, **options):
-    """Replaces a probe; the engine's and each of vLLM's engines' probes after it."""
+    """Replaces a probe; the engine's and the workers' probes after it."""
 
     async def main():
         llm = Workers(**options)
         old, new = (untrained_probe(tiny, name) for name in ("old", "new"))
         with saved([old]) as own:
-            llm.loaded = [[load_probe(folder) for folder in own.folders] for _ in llm.loaded]
+            llm.loaded = [load_probe(folder) for folder in own.folders]
         engine = VllmEngine(
             llm,
             [old],
@@ -150,7 +146,7 @@ def replacing(tiny, change, **options):
         await engine.start()
         async with asyncio.timeout(20):
             await change(engine, llm, new)
-        served = [[probe.name for probe in probes] for probes in llm.loaded]
+        served = [probe.name for probe in llm.loaded]
         found = [probe.name for probe in engine.probes], served, engine.is_ready
         await engine.close()
         return found
@@ -178,22 +174,20 @@ def test_a_worker_that_refuses_leaves_the_old_probes_to_all(tiny):
         assert await engine.judge(HELLO)
 
     assert replacing(tiny, change) == OLD
-    assert replacing(tiny, change, engines=2) == (["old"], [["old"], ["old"]], True)
 
 
 def test_workers_that_may_differ_serve_nothing_any_more(tiny):
-    """One fails although it has checked the probes; or a rank has others, as its verdicts say."""
+    """One fails although it has checked the probes."""
 
-    async def change(engine, llm, new, refuses="", loads=2):
-        llm.refuses, llm.loads = refuses, loads
+    async def change(engine, llm, new):
+        llm.refuses = "sidelight_load"
         with pytest.raises(EngineUnavailableError, match="Restart the server"):
             await engine.replace_probes([new])
         with pytest.raises(EngineUnavailableError, match="Restart the server"):
             await engine.judge(HELLO)
 
-    for kind in ({"refuses": "sidelight_load"}, {"loads": 1}):
-        probes, _, is_ready = replacing(tiny, partial(change, **kind), engines=2)
-        assert (probes, is_ready) == (["old"], False)
+    probes, _, is_ready = replacing(tiny, change)
+    assert (probes, is_ready) == (["old"], False)
 
 
 def test_a_change_ends_whole_although_its_caller_gives_up(tiny):

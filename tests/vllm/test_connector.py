@@ -13,7 +13,7 @@ from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.vllm.internals import BlockTables, Step, full_group
 from sidelight.vllm.settings import KEY, Served, request_params
 from sidelight.vllm.tracking import Tracking
-from sidelight.vllm.worker import Loaded, Outcome, RequestJudge, Share, load_panel
+from sidelight.vllm.worker import Loaded, RequestJudge, Share, StepVerdicts, load_panel
 from tiny import tiny_backbone, untrained_probe
 
 
@@ -32,7 +32,7 @@ def test_a_share_of_a_request_that_has_ended_leaves_no_state():
     tracking.leave("ended")
     connector = object.__new__(ProbeConnector)
     connector.tracking, connector._judge, connector._identity = tracking, judge, "old"
-    connector.take(done(Outcome(shares=shares, probes=Loaded(identity="old"))))
+    connector.take(done(StepVerdicts(shares=shares, probes=Loaded(identity="old"))))
     assert list(judge._states) == ["running"]
     assert "verdicts" in tracking.report("running")[KEY]
 
@@ -58,7 +58,7 @@ def test_the_scheduler_follows_its_stages_to_other_probes_or_gives_no_verdict(tm
         connector.tracking = Tracking(reads_responses=False)
         connector.tracking.enter("r", request_params(prompt), prompt.token_ids)
         shares = [Share(r, 0, columns) for r in connector.tracking.plan([Step("r", 3, True, [0])])]
-        connector.take(done(Outcome(shares=shares, probes=loaded)))
+        connector.take(done(StepVerdicts(shares=shares, probes=loaded)))
         report = connector.tracking.report("r")[KEY]
         assert report["identity"] == loaded.identity
         return {name for name, said in report["verdicts"].items() if "error" not in said}

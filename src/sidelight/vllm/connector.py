@@ -37,7 +37,7 @@ from sidelight.vllm.columns import Reading
 from sidelight.vllm.internals import BlockTables, end_with_parent, full_group
 from sidelight.vllm.settings import KEY, Served, described_prompt, prompt_encoder
 from sidelight.vllm.tracking import Tracking
-from sidelight.vllm.worker import Loaded, Outcome, RequestJudge, Share, installed, load_panel
+from sidelight.vllm.worker import Loaded, RequestJudge, Share, StepVerdicts, installed, load_panel
 
 _log = init_logger("vllm.sidelight")
 
@@ -63,24 +63,24 @@ class Results(KVConnectorWorkerMetadata):
         work: The worker's thread is at it.
     """
 
-    def __init__(self, work: Future[Outcome]):
+    def __init__(self, work: Future[StepVerdicts]):
         self._work = work
 
     @property
-    def outcome(self) -> Outcome:
+    def verdicts(self) -> StepVerdicts:
         return self._work.result()
 
     def aggregate(self, other: "Results") -> "Results":
-        return done(self.outcome | other.outcome)
+        return done(self.verdicts | other.verdicts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return done, (self.outcome,)
+        return done, (self.verdicts,)
 
 
-def done(outcome: Outcome) -> Results:
+def done(verdicts: StepVerdicts) -> Results:
     """Results that nobody waits for."""
-    work: Future[Outcome] = Future()
-    work.set_result(outcome)
+    work: Future[StepVerdicts] = Future()
+    work.set_result(verdicts)
     return Results(work)
 
 
@@ -160,24 +160,24 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         """As ``take_verdicts``, if there are any."""
         if results is None:
             return
-        outcome = results.outcome
-        self.tracking.reads_responses = outcome.probes.reads_responses
-        for request_id, judgement in outcome.judgements.items():
-            self._record(request_id, judgement, outcome)
+        verdicts = results.verdicts
+        self.tracking.reads_responses = verdicts.probes.reads_responses
+        for request_id, judgement in verdicts.judgements.items():
+            self._record(request_id, judgement, verdicts)
         shares: dict[str, list[Share]] = defaultdict(list)
-        for share in outcome.shares:
+        for share in verdicts.shares:
             shares[share.reading.request_id].append(share)
-        follows = not shares or self._follows(outcome.probes)
+        follows = not shares or self._follows(verdicts.probes)
         for request_id, own in shares.items():
             # A step that ran on past its request's end would leave a state that nobody drops.
             if request_id not in self.tracking:
                 continue
             # Stages may have probes that cannot be loaded here, or each may have others.
             judged = None if follows else self._judge.fail([own[0].reading])[request_id]
-            self._record(request_id, judged or self._judge.join(own), outcome)
+            self._record(request_id, judged or self._judge.join(own), verdicts)
 
-    def _record(self, request_id: str, judgement: Judgement, outcome: Outcome) -> None:
-        self.tracking.record(request_id, judgement, outcome.seconds, outcome.probes.identity)
+    def _record(self, request_id: str, judgement: Judgement, verdicts: StepVerdicts) -> None:
+        self.tracking.record(request_id, judgement, verdicts.seconds, verdicts.probes.identity)
 
     def _follows(self, loaded: Loaded) -> bool:
         """Whether the probes here are those of the stages, which may have taken others."""

@@ -24,7 +24,7 @@ from sidelight.engines.base import (
     require_same_model,
 )
 from sidelight.engines.queue import Limits
-from sidelight.engines.text import WARM_UP, TextCodec
+from sidelight.engines.text import TextCodec
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.fingerprint import Fingerprint
 from sidelight.probe import Probe, common_format
@@ -148,12 +148,7 @@ class VllmEngine(Engine):
                 then the engine is not ready any more.
         """
         require_same_model(probes, self._fingerprint)
-        prompt = self._codec.encode(WARM_UP)
-
-        def try_out(identity: str, rank: int | None) -> Coroutine[Any, Any, Judgement]:
-            return self.check(prompt, identity, data_parallel_rank=rank)
-
-        await self._exchange.replace(probes, try_out)
+        await self._exchange.replace(probes)
 
     async def settled(self) -> None:
         await self._exchange.settled()
@@ -222,13 +217,12 @@ class VllmEngine(Engine):
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def check(self, prompt: EncodedPrompt, identity: str, **options: Any) -> Judgement:
+    async def check(self, prompt: EncodedPrompt, identity: str) -> Judgement:
         """What all probes say of these tokens, for a request that already has its place.
 
         Args:
             prompt: Its tokens.
             identity: That of the probes which are to judge it.
-            options: Others of ``AsyncLLM.generate``.
 
         Raises:
             EngineUnavailableError: vLLM has stopped.
@@ -240,7 +234,7 @@ class VllmEngine(Engine):
         if not self.is_ready:
             raise EngineUnavailableError()
         # That of the class: an instance in vLLM's own server enforces a policy.
-        generate = partial(type(self._llm).generate, self._llm, **options)
+        generate = partial(type(self._llm).generate, self._llm)
         try:
             report = await read_whole(
                 generate, self._listener, {}, prompt, uuid.uuid4().hex, identity=identity

@@ -8,7 +8,7 @@ of other versions are ignored.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,11 @@ from time import monotonic
 from typing import Any
 
 from sidelight.artifact import save_probe
-from sidelight.engines.base import EngineUnavailableError, verdict_failure
+from sidelight.engines.base import EngineUnavailableError
 from sidelight.errors import SidelightError
 from sidelight.manifest import read_manifest
 from sidelight.probe import Probe
-from sidelight.types import Judgement
-from sidelight.vllm.internals import data_parallel_ranks, guesses_responses
+from sidelight.vllm.internals import guesses_responses
 from sidelight.vllm.settings import identity_of
 
 # vLLM shows what is logged under its own name.
@@ -35,9 +34,6 @@ _PATIENCE_S = 300.0
 _NOT_WHOLE = (
     "Replacing the probes failed on some workers, so they may differ now. Restart the server."
 )
-
-# Has a short text judged by the probes of this identity, in the engine of this data-parallel rank.
-TryOut = Callable[[str, int | None], Awaitable[Judgement]]
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ class Exchange:
         finally:
             self._inside -= 1
 
-    async def replace(self, probes: Sequence[Probe], try_out: TryOut) -> None:
+    async def replace(self, probes: Sequence[Probe]) -> None:
         """Serves these from now on, once the requests inside are done.
 
         A caller that gives up before vLLM pauses changes nothing; after that, the change ends.
@@ -138,7 +134,7 @@ class Exchange:
                 self._open.clear()
                 try:
                     await self._drained()
-                    loading = asyncio.create_task(self._load(tuple(probes), new, try_out))
+                    loading = asyncio.create_task(self._load(tuple(probes), new.identity))
                     try:
                         await asyncio.shield(loading)
                     except asyncio.CancelledError:
@@ -165,21 +161,17 @@ class Exchange:
                 )
             await asyncio.sleep(_LOOKS_EVERY_S)
 
-    async def _load(self, probes: tuple[Probe, ...], new: Saved, try_out: TryOut) -> None:
-        """Has every worker take the probes that it has checked, and judge with them."""
+    async def _load(self, probes: tuple[Probe, ...], identity: str) -> None:
+        """Has every worker take the probes that it has checked."""
         self._is_changing = True
         try:
             # Cached blocks hold what the old probes read.
             await self._llm.pause_generation(mode="wait", clear_cache=True)
             try:
-                await self._llm.collective_rpc("sidelight_load", args=(new.identity,))
+                await self._llm.collective_rpc("sidelight_load", args=(identity,))
             finally:
                 await self._llm.resume_generation()
-            for rank in data_parallel_ranks(self._llm.vllm_config):
-                judged = await try_out(new.identity, rank)
-                if judged.failed:
-                    raise verdict_failure(judged.failed)
-            self.probes, self.identity = probes, new.identity
+            self.probes, self.identity = probes, identity
         except Exception as error:
             self.is_whole = False
             _log.critical("%s", _NOT_WHOLE)

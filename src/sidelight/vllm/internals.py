@@ -168,14 +168,6 @@ def guesses_responses(config: Any, probes: Iterable[Probe]) -> bool:
     return is_guessing and any(probe.reads.includes_response for probe in probes)
 
 
-def data_parallel_ranks(config: Any) -> Sequence[int | None]:
-    """The ranks to which this process sends requests; None: there is one."""
-    parallel = config.parallel_config
-    is_local = parallel.local_engines_only
-    count = parallel.data_parallel_size_local if is_local else parallel.data_parallel_size
-    return range(count) if count > 1 else [None]
-
-
 QUANTISING = ("quantization", "quantization_config", "kv_cache_dtype")
 """vLLM's options that quantise what it loads, or the keys and values."""
 _CACHES_OF_FLOATS = ("auto", "float", "bfloat")

@@ -16,7 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sidelight.bank import NUMBERS_AT_ONCE, BankState, Panel
+from sidelight.engines.base import verdict_failure
 from sidelight.errors import SidelightError
+from sidelight.prompts import Part
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement
 from sidelight.vllm.columns import Pages, Reading, Stage
@@ -26,6 +28,8 @@ from sidelight.vllm.taps import receiver, set_receiver
 
 # vLLM shows what is logged under its own name.
 _log = logging.getLogger("vllm.sidelight")
+# What new probes have to judge.
+_TRIED = Reading("", (), 0, bytes([Part.PROMPT, Part.RESPONSE]), ends_prompt=True, is_plain=False)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepVerdicts:
     """What a worker has to say after a step.
 
     Attributes:
@@ -68,9 +72,9 @@ class Outcome:
     seconds: float = 0.0
     probes: Loaded = field(default_factory=Loaded)
 
-    def __or__(self, other: "Outcome") -> "Outcome":
+    def __or__(self, other: "StepVerdicts") -> "StepVerdicts":
         names = self.judgements | other.judgements
-        return Outcome(
+        return StepVerdicts(
             # Of stages that write hidden states, one may fail.
             {
                 name: self.judgements.get(name, Judgement())
@@ -190,6 +194,7 @@ class Worker:
         self._attention = attention
         self._pages = Pages(self._stage, blocks=blocks, block_size=block_size)
 
+    @torch.inference_mode()
     def check(self, folders: Sequence[str]) -> None:
         """Makes probes ready for ``load``; those that serve do so as before.
 
@@ -197,12 +202,18 @@ class Worker:
             folders: The probes' artifacts.
 
         Raises:
-            SidelightError: A probe cannot be served, or there is no room for it.
+            SidelightError: A probe cannot be served, gives no verdict, or there is no room for it.
         """
         panel, loaded = load_panel(
             replace(self._served, folders=tuple(folders)), device=self._device
         )
         self._stage.require_room(self._projection(panel))
+        if panel.projection is not None:
+            # The columns of a token whose states are zero.
+            columns = panel.projection.shift.expand(len(_TRIED.parts), -1, -1)
+            judgement = RequestJudge(panel).judge([_TRIED], columns)[_TRIED.request_id]
+            if judgement.failed:
+                raise verdict_failure(judgement.failed)
         self._checked = panel, loaded
 
     @torch.inference_mode()
@@ -260,7 +271,7 @@ class Worker:
         if self._pages is not None:
             self._pages.keep(slots)
 
-    def judge(self, readings: Sequence[Reading]) -> Future[Outcome]:
+    def judge(self, readings: Sequence[Reading]) -> Future[StepVerdicts]:
         """The verdicts on readings, or their columns if this worker lacks some layers.
 
         To be called after each forward pass, also if there is nothing to read. Reads no value of
@@ -275,19 +286,19 @@ class Worker:
             ready.record(torch.cuda.current_stream(self._device))
             for gathered in filter(lambda tensor: tensor.is_cuda, columns):
                 gathered.record_stream(self._stream)
-        return self._thread.submit(self._outcome, pieces, has_kept, ready)
+        return self._thread.submit(self._step_verdicts, pieces, has_kept, ready)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drops what is known of requests that have ended, once it is judged."""
         self._thread.submit(self._judge.forget, tuple(request_ids))
 
     @torch.inference_mode()
-    def _outcome(
+    def _step_verdicts(
         self,
         pieces: Sequence[tuple[Sequence[Reading], Float[Tensor, "token layer column"]]],
         has_kept: Bool[Tensor, ""],
         ready: torch.cuda.Event | None,
-    ) -> Outcome:
+    ) -> StepVerdicts:
         start = time.perf_counter()
         judgements: dict[str, Judgement] = {}
         shares: list[Share] = []
@@ -310,7 +321,7 @@ class Worker:
                     parts = columns.cpu().split([len(reading.parts) for reading in readings])
                     first = self._layers.start
                     shares += [Share(r, first, own) for r, own in zip(readings, parts, strict=True)]
-        return Outcome(judgements, shares, time.perf_counter() - start, self._loaded)
+        return StepVerdicts(judgements, shares, time.perf_counter() - start, self._loaded)
 
     def _judged(
         self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
