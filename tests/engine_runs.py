@@ -100,7 +100,7 @@ def expected(backbone, probe, prompt):
     tap = bank.tap()
     with backbone.tapped(tap):
         backbone.run([prompt])
-    state = bank.summarise(tap.projected(), {probe.reads: prompt.mask(probe.reads)[None]})
+    state = bank.summarise_texts(tap.projected()[0], [bytes(prompt.parts)])
     (judgement,) = bank.judge(state)
     assert not judgement.failed
     return probabilities(judgement.verdicts)

@@ -58,7 +58,14 @@ def probes(tiny):
 
 def summarised(backbone, bank, prompts):
     masks = read_masks(prompts, bank.reads)
-    return bank.summarise(projected(backbone, bank.tap(), prompts), masks)
+    return summarise(bank, projected(backbone, bank.tap(), prompts), masks)
+
+
+def summarise(bank, columns, masks):
+    """The state of each text of a padded batch."""
+    flat = {reads: mask.flatten() for reads, mask in masks.items()}
+    lengths = torch.full((len(columns),), columns.shape[1])
+    return bank.summarise(columns.flatten(0, 1), flat, lengths)
 
 
 @pytest.mark.slow
@@ -66,11 +73,11 @@ def test_a_bank_gives_each_probe_its_dense_form_however_texts_are_cut(tiny, prob
     bank = Bank(probes)
     columns = projected(tiny, bank.tap(), prompts)
     masks = read_masks(prompts, bank.reads)
-    state = bank.summarise(columns, masks)
+    state = summarise(bank, columns, masks)
     whole, judgements = bank.logits(state), bank.judge(state)
     edges = [0, 9, 10, 40, columns.shape[1]]
     chunks = [
-        bank.summarise(columns[:, a:b], {way: mask[:, a:b] for way, mask in masks.items()})
+        summarise(bank, columns[:, a:b], {way: mask[:, a:b] for way, mask in masks.items()})
         for a, b in pairwise(edges)
     ]
     merged = bank.merge(bank.merge(chunks[0], chunks[1]), bank.merge(chunks[2], chunks[3]))
@@ -155,7 +162,7 @@ def test_hidden_states_that_overflowed_are_an_error(tiny):
     tap = bank.tap()
     for layer in range(tiny.fingerprint.layers):
         tap(layer, torch.full((1, 2, 32), torch.inf))
-    state = bank.summarise(tap.projected(), {Reads(): torch.ones(1, 2, dtype=torch.bool)})
+    state = summarise(bank, tap.projected(), {Reads(): torch.ones(1, 2, dtype=torch.bool)})
     assert bank.judge(state) == [Judgement((), ("p",))]
     with pytest.raises(VerdictError, match="overflowed"):
         probe.verdict(bank.logits(state)[0][0])

@@ -162,28 +162,11 @@ class Bank:
     @torch.inference_mode()
     def summarise(
         self,
-        projected: Float[Tensor, "batch token layer column"],
-        masks: Mapping[Reads, Bool[Tensor, "batch token"]],
-    ) -> BankState:
-        """The state of each request in the batch.
-
-        Args:
-            projected: What the tap collected.
-            masks: For each of ``reads``, the tokens that count; padding never does.
-        """
-        batch, tokens = projected.shape[:2]
-        lengths = torch.full((batch,), tokens, device=projected.device)
-        flat = {reads: mask.flatten() for reads, mask in masks.items()}
-        return self.summarise_rows(projected.flatten(0, 1), flat, lengths)
-
-    @torch.inference_mode()
-    def summarise_rows(
-        self,
         projected: Float[Tensor, "row layer column"],
         masks: Mapping[Reads, Bool[Tensor, " row"]],
         lengths: Int[Tensor, " segment"],
     ) -> BankState:
-        """As ``summarise``, for requests laid end to end.
+        """The state of each request; they lie end to end.
 
         Args:
             projected: The columns of all their tokens.
@@ -294,7 +277,7 @@ class Bank:
             for reads in self.reads
         }
         lengths = torch.tensor([*map(len, parts)], device=columns.device)
-        return self.summarise_rows(columns, masks, lengths)
+        return self.summarise(columns, masks, lengths)
 
     def _judgement(self, found: Sequence[UnitLogits]) -> Judgement:
         verdicts: list[Verdict] = []
