@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sidelight.cli import app
-from sidelight.engines.loading import LoadingEngine
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.manifest import Manifest
 from sidelight.mechanisms import base
 from sidelight.policy.rules import Policy, Rule, read_policy
@@ -113,7 +113,7 @@ def dependencies() -> set[str]:
 
 @pytest.mark.slow
 def test_the_tables_of_routes_hold_what_the_server_has():
-    paths = create_app(LoadingEngine(tiny_backbone)).openapi()["paths"]
+    paths = create_app(TransformersEngine(tiny_backbone(), [])).openapi()["paths"]
     has = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     # Pages are not in the document.
     has |= {"GET /docs", "GET /openapi.json", "GET /playground"}
@@ -136,7 +136,7 @@ def commands() -> Iterator[str]:
 
 
 def series() -> set[str]:
-    page = Metrics(LoadingEngine(tiny_backbone)).exposition(()).decode()
+    page = Metrics(TransformersEngine(tiny_backbone(), [])).exposition(()).decode()
     names = re.findall(r"^# TYPE (\w+)", page, flags=re.MULTILINE)
     return {name for name in names if not name.endswith("_created")}
 

@@ -1,7 +1,6 @@
 """A failure is the concern of the requests it hit; the engine goes on."""
 
 import asyncio
-import threading
 
 import pytest
 import torch
@@ -13,11 +12,10 @@ from sidelight.engines.base import (
     Sampling,
     TextDelta,
 )
-from sidelight.engines.loading import LoadingEngine
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Message
-from tiny import three_probes, tiny_backbone
+from tiny import tiny_backbone
 
 LONG = Sampling(temperature=0.0, max_tokens=200)
 PROMPT = "a secret"
@@ -124,35 +122,5 @@ def test_requests_in_a_closed_engine_fail(backbone):
             await running
         with pytest.raises(EngineUnavailableError):
             await ask(engine, "too late")
-
-    asyncio.run(main())
-
-
-def test_a_loading_engine_refuses_until_it_is_loaded_and_tells_a_failure(backbone):
-    async def main():
-        may_load, failed = threading.Event(), asyncio.Event()
-
-        def load():
-            assert may_load.wait(5)
-            return TransformersEngine(backbone, three_probes(backbone))
-
-        def fail():
-            raise OSError("no such model")
-
-        engine = LoadingEngine(load)
-        await engine.start()
-        with pytest.raises(EngineUnavailableError, match="still loading"):
-            await engine.judge([HELLO])
-        may_load.set()
-        async with asyncio.timeout(5):
-            while not engine.is_ready:
-                await asyncio.sleep(0.01)
-        assert len((await engine.judge([HELLO]))[0].judgement.verdicts) == len(engine.probes) == 3
-        await engine.close()
-        engine = LoadingEngine(fail, on_failure=failed.set)
-        await engine.start()
-        await asyncio.wait_for(failed.wait(), timeout=5)
-        assert isinstance(engine.failure, OSError)
-        await engine.close()
 
     asyncio.run(main())

@@ -1,5 +1,6 @@
 """The HTTP application, an engine behind OpenAI's API, and the server that runs it."""
 
+import asyncio
 import logging
 import socket
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
@@ -10,16 +11,16 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import APIRouter, FastAPI
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sidelight.engines.base import Engine, EngineUnavailableError
-from sidelight.engines.loading import LoadingEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, require_policy_applies
 from sidelight.server import admin, chat, checks, questions
 from sidelight.server.config import ServerConfig
-from sidelight.server.errors import add_error_handlers
+from sidelight.server.errors import add_error_handlers, as_request_error
 from sidelight.server.keys import Caller
 from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import Gatekeeper, RequestScope
@@ -45,9 +46,9 @@ status_router.head("/health", include_in_schema=False)(health)
 
 @status_router.get("/ready")
 async def ready(request: ServerRequest) -> dict[str, str]:
-    """200 once the model is loaded; 503 before."""
+    """200 while the engine takes requests; 503 otherwise, and before the model is loaded."""
     if not request.engine.is_ready:
-        raise EngineUnavailableError("The model is still loading, or its engine has stopped.")
+        raise EngineUnavailableError("The engine has stopped. Start the server again.")
     return {"status": "ready"}
 
 
@@ -59,12 +60,8 @@ async def ready(request: ServerRequest) -> dict[str, str]:
 async def metrics(request: ServerRequest) -> Response:
     """All series; without a key that opens them, none of what the policy does not disclose."""
     caller: Caller = request.state.caller
-    try:
-        rules = request.registry.rules
-    except EngineUnavailableError:
-        # The model is loading, so there are no verdicts yet.
-        rules = ()
     sees_all = caller.is_admin or caller.is_scraper
+    rules = request.registry.rules
     exposition = request.observer.metrics.exposition(rules, sees_all=sees_all)
     return Response(exposition, media_type=CONTENT_TYPE_LATEST)
 
@@ -95,31 +92,32 @@ def create_app(
     """The application, which starts the engine when it starts, and closes it when it ends.
 
     Args:
-        engine: What answers; ``LoadingEngine`` if its model takes a while to load.
+        engine: What answers.
         config: The configuration; None: the defaults, with the environment's keys.
         policy: What follows from verdicts; None: what the configuration says.
         sources: The folders that probes are reloaded from, by name.
 
     Raises:
-        SidelightError: A file that ``config`` names cannot be read or written.
+        SidelightError: A file that ``config`` names cannot be read or written, or the policy does
+            not fit the probes.
     """
     config = config or ServerConfig()
     path = config.policy if policy is None else None
+    policy = policy or config.loaded_policy
+    require_policy_applies(policy, engine.probes)
     audit = audit_of(config)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
         await engine.start()
         try:
-            if engine.is_ready:
-                require_policy_applies(registry.policy, engine.probes)
             yield
         finally:
             await engine.close()
             if audit is not None:
                 audit.close()
 
-    registry = ProbeRegistry(engine, policy or config.loaded_policy, sources or {}, path)
+    registry = ProbeRegistry(engine, policy, sources or {}, path)
     observer = RequestObserver(Metrics(engine), audit)
     context = Context(engine, registry, config, observer)
     pages = reference() | (playground() if config.playground else {})
@@ -165,6 +163,60 @@ def application(
     return app
 
 
+class LoadingApp:
+    """Answers ``/health`` while the application is made, and 503 to the rest; then it answers all.
+
+    Args:
+        load: Makes the application; runs once, in a thread of its own.
+        on_failure: Called in the event loop when ``load`` has raised.
+
+    Attributes:
+        failure: What ``load`` raised.
+    """
+
+    def __init__(self, load: Callable[[], FastAPI], *, on_failure: Callable[[], None]):
+        self._load, self._on_failure = load, on_failure
+        self._app: FastAPI | None = None
+        self.failure: BaseException | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif self._app is not None:
+            await self._app(scope, receive, send)
+        elif scope["path"] == "/health":
+            await JSONResponse(await health())(scope, receive, send)
+        else:
+            error = EngineUnavailableError(
+                "The model is still loading. Retry when /ready answers 200."
+            )
+            await as_request_error(error).answer()(scope, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        is_over = asyncio.Event()
+        running = asyncio.create_task(self._run(is_over))
+        running.add_done_callback(self._note_failure)
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        is_over.set()
+        if self._app is None:
+            running.cancel()
+        await asyncio.wait({running})
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _run(self, is_over: asyncio.Event) -> None:
+        app = await asyncio.to_thread(self._load)
+        async with app.router.lifespan_context(app):
+            self._app = app
+            await is_over.wait()
+
+    def _note_failure(self, running: asyncio.Task[None]) -> None:
+        self.failure = None if running.cancelled() else running.exception()
+        if self.failure is not None:
+            self._on_failure()
+
+
 def serve(
     load: Callable[[], Engine],
     config: ServerConfig,
@@ -185,17 +237,14 @@ def serve(
             served, or ``load`` failed.
     """
     require_keys(config)
+    # A file that cannot be written is refused before the model is loaded.
+    if audit := audit_of(config):
+        audit.close()
 
     def stop() -> None:
         server.should_exit = True
 
-    def load_checked() -> Engine:
-        loaded = load()
-        require_policy_applies(config.loaded_policy, loaded.probes)
-        return loaded
-
-    engine = LoadingEngine(load_checked, on_failure=stop)
-    app = create_app(engine, config, sources=sources)
+    app = LoadingApp(lambda: create_app(load(), config, sources=sources), on_failure=stop)
     server = uvicorn.Server(server_settings(app, config))
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
@@ -209,8 +258,8 @@ def serve(
     # uvicorn raises a SIGINT again once it has drained.
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
-    if engine.failure is not None:
-        raise engine.failure
+    if app.failure is not None:
+        raise app.failure
 
 
 def require_keys(config: ServerConfig) -> None:
@@ -233,7 +282,7 @@ def cannot_listen(config: ServerConfig, error: OSError) -> SidelightError:
     )
 
 
-def server_settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+def server_settings(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http="h11",
