@@ -11,7 +11,8 @@ from in_process import in_process
 from live import MODEL, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.decisions import decide
-from sidelight.policy.request import Terms
+from sidelight.policy.enforcement import Admitted
+from sidelight.policy.request import Outcome, Terms
 from sidelight.policy.rules import Policy, Rule, bound_rules
 from sidelight.prompts import Reads
 from sidelight.types import Judgement, Task
@@ -365,3 +366,13 @@ def test_each_failure_has_its_own_reason(tiny):
     message = told["output"]["message"]
     assert "early: the output was not a finite number" in message
     assert "late: the text is longer than the policy" in message
+
+
+def test_each_text_of_a_prompt_shows_its_verdicts_once_the_prompt_is_admitted(tiny):
+    """Texts of a prompt are admitted one after the other."""
+    rules = bound_rules(Policy(), [untrained_probe(tiny, "early")])
+    outcome = Outcome(Terms(MODEL, Policy(), rules, rules, Mock()))
+    first, _ = outcome.begin(2)
+    first.admitted = Admitted(3, tuple(decide(bound, Judgement(), tokens=3) for bound in rules))
+    failed = {"probe": "early", "error": "verdict_failed"}
+    assert outcome.extension() == {"verdicts": [{"choice": i, **failed} for i in range(2)]}

@@ -24,7 +24,9 @@ from policy_contract import (
     refusal,
     verdicts,
 )
+from sidelight.manifest import read_manifest
 from sidelight.prompts import Message
+from sidelight.vllm.settings import identity_of
 from stock_requests import admin, completion, posts, token_ids
 from vllm_served import ROUNDING
 
@@ -36,9 +38,12 @@ def server(stock, subjects):
     @contextmanager
     def unjudged():
         """Loads other probes into the workers; the server takes no verdict of theirs."""
-        body = {"method": "sidelight_load", "args": [subjects.folders[::-1]]}
-        answer = httpx.post(f"{stock.address}/collective_rpc", json=body, timeout=60)
-        assert answer.json()["results"] == [None]
+        folders = subjects.folders[::-1]
+        identity = identity_of(read_manifest(folder).version for folder in folders)
+        for method, argument in (("check", folders), ("load", identity)):
+            body = {"method": f"sidelight_{method}", "args": [argument]}
+            answer = httpx.post(f"{stock.address}/collective_rpc", json=body, timeout=60)
+            assert answer.json()["results"] == [None]
         try:
             yield
         finally:

@@ -259,11 +259,13 @@ class Outcome:
         choices = [
             self.terms.extension(
                 [
-                    *(text.admitted.decisions if text.admitted else ()),
+                    *(prompt.decisions if prompt else ()),
                     *(text.ended.decisions if text.ended else ()),
                 ]
             )["verdicts"]
-            for text in self.choices
+            for texts in self.texts
+            for prompt in [_admitted(texts)]
+            for text in texts
         ]
         if len(choices) == 1:
             (verdicts,) = choices
