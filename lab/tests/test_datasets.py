@@ -249,16 +249,13 @@ def test_what_cannot_be_read_is_refused_with_its_place_and_remedy(tmp_path, monk
 
 
 def test_any_files_make_a_data_set(tmp_path):
-    cells = {"urgent": ["no", "yes"], "hard": ["yes", "no", "no"]}
+    cells = {"urgent": ["no", "yes"]}
     train, held_out, test = (
         write(tmp_path / f"{split}.jsonl", made(split, "words", **cells))
         for split in ("urgent_train", "urgent_dev", "urgent_test")
     )
-    loaded = from_files(train, str(test), held_out, text="words", label="urgent", subset="hard")
+    loaded = from_files(train, str(test), held_out, text="words", label="urgent")
     assert loaded.name == "urgent_train"
     assert loaded.title == "urgent_train, tested on urgent_test"
     assert [len(getattr(loaded, part)) for part in PARTS] == [20, 20, 20]
     assert loaded.test.task == Task("binary", ("no", "yes"))
-    assert list(loaded.subsets["hard"]) == list(range(0, 20, 3))
-    with pytest.raises(SidelightError, match=r"no column 'hrad'\. Did you mean 'hard'"):
-        from_files(train, test, text="words", label="urgent", subset="hrad")

@@ -340,9 +340,7 @@ def from_files(
     *,
     text: str = "text",
     label: str = "label",
-    subset: str | None = None,
     positive: str | None = None,
-    name: str | None = None,
 ) -> DataSet:
     """A data set from files that `load_examples` can read; all splits share their columns.
 
@@ -352,14 +350,10 @@ def from_files(
         validation: File of the validation rows; None holds some training rows out.
         text: Column of the text.
         label: Column of the label, or names of several columns separated by commas.
-        subset: Column of truth values in the test file; the rows where it is true become the subset
-            of that name.
         positive: Positive class of a binary task; None infers it as `load_examples` does.
-        name: Name and title; None takes them from the names of the files, without endings.
 
     Raises:
-        SidelightError: A file is absent or malformed, has a label that training lacks, or lacks the
-            subset's column.
+        SidelightError: A file is absent or malformed, or has a label that training lacks.
     """
     path = Path(training).expanduser()
     learned = load_examples(path, text=text, label=label, positive=positive)
@@ -367,17 +361,14 @@ def from_files(
     def read(file: str | Path) -> LabelledExamples:
         return load_examples(Path(file).expanduser(), text=text, label=label, task=learned.task)
 
-    tested = read(test)
-    if subset is not None:
-        tested.column(subset)
     own, other = (Path(file).name.partition(".")[0] for file in (training, test))
     return _assemble(
         learned,
         None if validation is None else read(validation),
-        tested,
-        name=name or own,
-        title=name or f"{own}, tested on {other}",
-        subsets={} if subset is None else {subset: (subset, True)},
+        read(test),
+        name=own,
+        title=f"{own}, tested on {other}",
+        subsets={},
         about_training=learned.warnings,
     )
 

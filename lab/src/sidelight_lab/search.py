@@ -5,11 +5,13 @@ a shard updates all of them; their scores go into a journal on disk. Each propos
 own seed from the trials before it, so a search that was killed goes on with the same proposals.
 """
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -117,7 +119,8 @@ def draw(
 
     Settings that the space does not cover are the suggested ones of the mechanism.
     """
-    spec = _pick_options(specs, space, trial.suggest_categorical)
+    by_name = {_options_name(spec): spec for spec in specs}
+    spec = by_name[trial.suggest_categorical("options", list(by_name))]
     rate, decay = space.learning_rate, space.weight_decay
     settings = suggested_settings(spec.name).changed(
         learning_rate=trial.suggest_float("learning rate", rate.low, rate.high, log=True),
@@ -128,45 +131,22 @@ def draw(
     return spec, settings
 
 
-def default_parameters(
-    space: Space, specs: Sequence[MechanismSpec]
-) -> dict[str, OptionValue | float]:
+def default_parameters(space: Space, specs: Sequence[MechanismSpec]) -> dict[str, Any]:
     """The parameters of the mechanism's default options and settings, or the nearest ones."""
     mechanism = specs[0].name
-    settings, defaults = suggested_settings(mechanism), mechanism_spec(mechanism).options
+    settings, default = suggested_settings(mechanism), mechanism_spec(mechanism)
     rate, decay = space.learning_rate, space.weight_decay
-    parameters: dict[str, OptionValue | float] = {
+    return {
+        "options": _options_name(default if default in specs else specs[0]),
         "learning rate": min(max(settings.learning_rate, rate.low), rate.high),
         "weight decay": min(max(settings.weight_decay, decay.low), decay.high),
         "epochs": min(settings.epochs, space.most_epochs),
         "batch size": min(space.batch_sizes, key=lambda size: abs(size - settings.batch_size)),
     }
 
-    def pick(name: str, values: Sequence[OptionValue]) -> OptionValue:
-        default = defaults[name.partition(" of ")[0]]
-        parameters[name] = default if default in values else values[0]
-        return parameters[name]  # pyright: ignore[reportReturnType]
 
-    _pick_options(specs, space, pick)
-    return parameters
-
-
-def _pick_options(
-    specs: Sequence[MechanismSpec],
-    space: Space,
-    pick: Callable[[str, Sequence[OptionValue]], object],
-) -> MechanismSpec:
-    """Narrows the specifications down to one by picking each option among the possible values.
-
-    ``pick`` gets a parameter's name and its values, two or more, and returns one of them.
-    """
-    for option in space.options:
-        values = list(dict.fromkeys(spec.options[option] for spec in specs))
-        # Optuna does not let a parameter's choices change, so each set of choices has its own name.
-        name = f"{option} of {', '.join(map(str, values))}"
-        chosen = pick(name, values) if len(values) > 1 else values[0]
-        specs = [spec for spec in specs if spec.options[option] == chosen]
-    return specs[0]
+def _options_name(spec: MechanismSpec) -> str:
+    return json.dumps(dict(spec.options))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -35,8 +34,7 @@ from sidelight_lab.bench.measurement import (
     Range,
     Record,
     conditions,
-    count_requests,
-    look_at,
+    cpu_seconds,
     ratios,
     read_metrics,
     table,
@@ -77,7 +75,6 @@ threshold = 1.0
 """
 _WARM_UP_S = 5.0
 _TIMEOUT_S = 600.0
-_WATCH_EVERY_S = 0.5
 
 Verdicts = Sequence[Mapping[str, Any]]
 
@@ -169,24 +166,17 @@ class Answer:
 
 @dataclass
 class Server:
-    """One of the two servers: its answers and CPU time by round, and its longest queues."""
+    """One of the two servers: its answers and CPU time by round."""
 
     process: ServerProcess
     round_s: float
-    longest: Counter[str] = field(default_factory=Counter[str])
     answers: list[list[Answer]] = field(default_factory=list[list[Answer]])
     cpu_s: list[float] = field(default_factory=list[float])
 
     @property
     def spent_s(self) -> float:
         """The CPU time of the server since it started."""
-        return look_at(self.process.pid)["cpu_s"]
-
-    async def watch(self) -> None:
-        """Looks at the queues until cancelled."""
-        while True:
-            self.longest |= Counter(await asyncio.to_thread(count_requests, self.process.url))
-            await asyncio.sleep(_WATCH_EVERY_S)
+        return cpu_seconds(self.process.pid)
 
     def judged(self) -> int:
         """How many verdicts of the probe `word` the server has counted."""
@@ -244,7 +234,6 @@ async def _measure(
 ) -> dict[str, Any]:
     for server in servers:
         await ask(server, seconds=min(_WARM_UP_S, servers[0].round_s))
-    memory = [{"first": look_at(server.process.pid)["resident_mb"]} for server in servers]
     counted = servers[0].judged()
     with progress("Asking", rounds * sum(one.round_s for one in servers), unit="seconds") as shown:
         for number in range(rounds):
@@ -254,8 +243,6 @@ async def _measure(
                 server.answers.append(await ask(server, seconds=server.round_s))
                 server.cpu_s.append(server.spent_s - before)
                 shown.advance(server.round_s)
-    for own, server in zip(memory, servers, strict=True):
-        own["last"] = look_at(server.process.pid)["resident_mb"]
     answers = [answer for own in servers[0].answers for answer in own]
     found = faults(answers)
     unanswered = abs(servers[0].judged() - counted - len(answers))
@@ -272,8 +259,6 @@ async def _measure(
         "answers": len(answers),
         "endings": dict(sorted(Counter(answer.ending for answer in answers).items())),
         "faults": found,
-        **{state: [one.longest[state] for one in servers] for state in ("waiting", "running")},
-        "memory": memory,
         "is_sound": bool(answers) and not any(found.values()),
     }
 
@@ -299,11 +284,7 @@ async def _round(
             while perf_counter() < deadline:
                 found.append(await _ask(openai, next(queue), model, max_tokens))
 
-        watching = asyncio.create_task(server.watch())
         await asyncio.gather(*(ask_on() for _ in range(clients)))
-        watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await watching
     return found
 
 
@@ -385,7 +366,7 @@ def _percentile(answers: Sequence[Answer], percent: int) -> float | None:
 
 
 def _sections(results: Mapping[str, Any]) -> list[str]:
-    """The times, the faults, and the queues and memory of the servers."""
+    """The times and the faults."""
     times: list[list[str]] = []
     for name, title in {"p50": "p50", "p99": "p99", "cpu": "CPU of a request"}.items():
         pairs = [(one[f"{name}_with"], one[f"{name}_without"]) for one in results["rounds"]]
@@ -395,8 +376,6 @@ def _sections(results: Mapping[str, Any]) -> list[str]:
             values = (judging, plain, ratios(judging, plain))
             times.append([title, *(Range.of(own).text(2) for own in values)])
     ends = ", ".join(f"{name} {number}" for name, number in results["endings"].items())
-    (waiting, waiting_plain), (running, running_plain) = results["waiting"], results["running"]
-    memory = [f"{own['first']:.0f} to {own['last']:.0f}" for own in results["memory"]]
     return [
         table(
             "Seconds, median over rounds (range)",
@@ -404,8 +383,5 @@ def _sections(results: Mapping[str, Any]) -> list[str]:
             times,
         ),
         table("Faults", ["", "answers"], list(results["faults"].items())),
-        f"{results['answers']} answers with probes ({ends}). "
-        f"Longest queue {waiting} (without probes {waiting_plain}), most requests running at once "
-        f"{running} (without probes {running_plain}). "
-        f"Memory of the server, MB: {memory[0]}; without probes {memory[1]}.",
+        f"{results['answers']} answers with probes ({ends}).",
     ]

@@ -99,40 +99,23 @@ def peak_bytes(work: Callable[[], object], *, device: torch.device) -> int | Non
     return max(0, int(peak[1]) * 1024 - before) if peak else None
 
 
-# What a process holds after some visits; keys: visits, seconds, resident_mb, descriptors.
-Sample = dict[str, int | float]
-
-
-def look_at(pid: int, *, visits: int = 0, seconds: float = 0.0) -> Sample:
-    """Memory, CPU time and open files (with connections) of a process.
+def cpu_seconds(pid: int) -> float:
+    """The CPU time of a process.
 
     Raises:
-        SidelightError: The process has ended.
+        SidelightError: It has ended.
     """
-    process = psutil.Process(pid)
     try:
-        spent = process.cpu_times()
-        held = {
-            "resident_mb": process.memory_info().rss / MB,
-            "cpu_s": spent.user + spent.system,
-            "descriptors": process.num_fds(),
-        }
+        spent = psutil.Process(pid).cpu_times()
     except psutil.NoSuchProcess as error:
         raise SidelightError(f"The server (process {pid}) ended during the benchmark.") from error
-    return {"visits": visits, "seconds": seconds, **held}
+    return spent.user + spent.system
 
 
 def read_metrics(url: str) -> str:
     """The server's Prometheus text."""
     with urlopen(f"{url}/metrics", timeout=300) as answer:
         return answer.read().decode()
-
-
-def count_requests(url: str) -> dict[str, int]:
-    """How many requests are waiting and how many are running in the server."""
-    text = read_metrics(url)
-    states = ("waiting", "running")
-    return {state: int(total(text, f"sidelight_requests_{state}")) for state in states}
 
 
 def total(text: str, series: str, **labels: str) -> float:

@@ -81,7 +81,7 @@ def bench_defaults(
             examples,
             **given,
             rivals=split_names(rivals),
-            background=load_background(None, backbone),
+            background=load_background("packaged"),
             cache_root=Path(scratch),
         )
     shown = json.dumps(described(judged), indent=2) if as_json else defaults_table(judged)

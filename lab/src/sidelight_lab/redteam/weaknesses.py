@@ -71,11 +71,6 @@ def _of_rule(place: str, rule: Rule, side: Side) -> Iterator[str]:
             f'{place} disclose = "scores" shows whoever is blocked how near the next attempt is. '
             "Leave it out, and give your own applications an admin key."
         )
-    if rule.explain:
-        yield (
-            f"{place} explain = true shows whoever is blocked which words to change. Leave it out, "
-            "and give your own applications an admin key."
-        )
     held = rule.consecutive if rule.hold_back is None else rule.hold_back
     if side == "output" and held < rule.consecutive - 1:
         yield (

@@ -15,7 +15,6 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 
 from sidelight.artifact import load_probe, save_probe
@@ -23,7 +22,7 @@ from sidelight.calibration import fit_calibration, suggested_calibration
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.progress import progress
-from sidelight.ragged import Ragged
+from sidelight.states.extraction import shard_logits
 from sidelight.storage import replacing
 from sidelight.thresholds import choose_thresholds
 from sidelight.training.dataset import ProbeDataset, Split
@@ -34,9 +33,6 @@ from sidelight.training.settings import FitOptions, Job
 from sidelight.types import Task
 from sidelight_lab.baselines.base import FittedBaseline
 from sidelight_lab.tables.recipes import BaselineConfig, ProbeConfig, Recipe, Row
-
-# Texts of one matmul: few enough that any number of columns fits in memory.
-_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -331,31 +327,21 @@ def _score_probes(runs: Sequence[Run], split: Split, test: str) -> None:
     if not runs:
         return
     probes = [load_probe(run.probe_folder) for run in runs]
-    device = runs[0].dataset.backbone.device
-    for run, logits in zip(runs, score_split(probes, split, device=device), strict=True):
+    for run, logits in zip(runs, score_split(probes, split), strict=True):
         run.save_test(test, logits)
 
 
-@torch.inference_mode()
-def score_split(probes: Sequence[Probe], split: Split, *, device: torch.device) -> list[np.ndarray]:
+def score_split(probes: Sequence[Probe], split: Split) -> list[np.ndarray]:
     """For each probe ``[text, output]`` on cached states, in float32 as when serving.
 
     The split must be a whole data set, as ``make_split`` gives it.
     """
     assert len(split) == len(split.states.lengths)
     scores = [np.empty((len(split), probe.task.outputs)) for probe in probes]
-    mechanisms = [probe.mechanism.to(device).eval() for probe in probes]
-    projections = [probe.projection().to(device) for probe in probes]
     with progress("Scoring", len(split), unit="texts") as shown:
         for index in range(len(split.states)):
             shard = split.states.read(index)
-            lengths, rows = shard.lengths.split(_CHUNK), shard.rows.split(_CHUNK)
-            hidden = shard.hidden.split([int(own.sum()) for own in lengths], 1)
-            for cached, counts, texts in zip(hidden, lengths, rows, strict=True):
-                states, tokens = cached.to(device).float(), counts.to(device)
-                for own, mechanism, projection in zip(scores, mechanisms, projections, strict=True):
-                    columns = projection.layers(states).transpose(0, 1)  # (T, L, M)
-                    logits = mechanism.finish(mechanism.summarise(Ragged(columns, tokens)))
-                    own[texts] = logits.double().cpu().numpy()
-                shown.advance(len(texts))
+            for own, probe in zip(scores, probes, strict=True):
+                own[shard.rows] = shard_logits(probe, shard)
+            shown.advance(len(shard.rows))
     return scores
