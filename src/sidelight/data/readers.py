@@ -123,28 +123,19 @@ def _format_suffix(path: Path) -> str:
     return inner if suffix == ".gz" and inner != ".parquet" else suffix
 
 
-def _files_beside(path: Path) -> list[str]:
-    """Readable files in a folder, or beside a file: those of similar names, or else any."""
+def _absence(path: Path) -> str:
+    """Names the readable files in the folder, or beside the file."""
     directory = path if path.is_dir() else path.parent
     if not directory.is_dir():
-        return []
-    names = [other.name for other in directory.iterdir() if is_readable(other)]
-    return get_close_matches(path.name, names, n=10, cutoff=0.5) or sorted(names)[:10]
-
-
-def _absence(path: Path) -> str:
-    if not path.is_dir() and not path.parent.is_dir():
-        return f"No file '{path}': there is no directory '{path.parent}'. Check the path."
-    beside = _files_beside(path)
-    directory = path if path.is_dir() else path.parent
-    hint = (
-        did_you_mean(path.name, beside)
-        if beside
-        else f" '{directory.resolve()}' has no file that can be read, such as .jsonl or .csv."
+        return f"No file '{path}': there is no directory '{directory}'. Check the path."
+    names = sorted(other.name for other in directory.iterdir() if is_readable(other))
+    names = get_close_matches(path.name, names, n=10, cutoff=0.5) or names[:10]
+    hint = did_you_mean(path.name, names) if names else " No file there can be read."
+    return (
+        f"'{path}' is a directory. Give one file.{hint}"
+        if path.is_dir()
+        else (f"No file '{path}'.{hint}")
     )
-    if path.is_dir():
-        return f"'{path}' is a directory. Give one file.{hint}"
-    return f"No file '{path}'.{hint}"
 
 
 def _read_text(path: Path) -> str:
@@ -259,13 +250,7 @@ def _json_row(cells: object, source: str, position: str) -> Row:
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    try:
-        pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise SidelightError(
-            f"Reading '{path.name}' needs the package pyarrow. Run `pip install pyarrow`, "
-            "or save the data as .jsonl."
-        ) from error
+    pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     try:
         _require_distinct(parquet.read_schema(path).names, path.name)
         records = parquet.read_table(path).to_pylist()
@@ -295,8 +280,8 @@ def _read_hub(source: str, split: str) -> list[Row]:
         datasets: Any = import_module("datasets")
     except ImportError as error:
         raise SidelightError(
-            f"There is no file '{source}'.{did_you_mean(source, _files_beside(Path(source)))} "
-            "To read it as a Hugging Face data set, run `pip install 'sidelight[datasets]'`."
+            f"{_absence(Path(source))} To read it as a Hugging Face data set, run "
+            "`pip install 'sidelight[datasets]'`."
         ) from error
     name, _, config = source.partition(":")
     try:
