@@ -195,12 +195,6 @@ class Confidences:
 
     stated: Float[Values, "row item"]
     correct: Bool[Flags, "row item"]
-    count = _ECE_BINS
-
-    @cached_property
-    def bins(self) -> Int[Numbers, "row item"]:
-        """The bin of each probability, out of `count` equal bins of [0, 1]."""
-        return np.minimum(self.stated * self.count, self.count - 1).astype(np.int64)
 
     def ece(self, weights: Float[Values, "row resample"]) -> Float[Values, " resample"]:
         """Expected calibration error: the sum over bins of the share of items times the gap.
@@ -211,9 +205,10 @@ class Confidences:
         a small value can lie above the value.
         """
         rows, items = self.stated.shape
-        gaps = np.zeros((rows, self.count))
+        gaps = np.zeros((rows, _ECE_BINS))
         excess = self.stated - self.correct
-        np.add.at(gaps, (np.indices(excess.shape)[0], self.bins), excess)
+        bins = np.minimum(self.stated * _ECE_BINS, _ECE_BINS - 1).astype(np.int64)
+        np.add.at(gaps, (np.indices(excess.shape)[0], bins), excess)
         return np.abs(gaps.T @ weights).sum(axis=0) / (weights.sum(axis=0) * items)
 
 
