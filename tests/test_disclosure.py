@@ -155,10 +155,10 @@ def test_no_answer_depends_on_a_verdict_of_which_nothing_is_disclosed(tiny, mode
 
 @pytest.mark.slow
 def test_an_admin_key_sees_everything(tiny):
-    """As where the rules of the prompt's probes disclose their scores and explain."""
+    """As where the rules of the prompt's probes disclose their scores."""
     # One text at a time: texts that are read side by side share batches, which round otherwise.
-    attempts = [(path, body) for path, body in ATTEMPTS if "n" not in (body or {})]
-    plain = Rule("block", threshold=1.0, disclose="scores", explain=True)
+    attempts = [(p, body) for p, body in ATTEMPTS if not {"n", "explain"} & (body or {}).keys()]
+    plain = Rule("block", threshold=1.0, disclose="scores")
     usual = all_heard(tiny, policy_of(plain, *NAMES[:3]), attempts=attempts)
     for disclose in ("labels", "none"):
         withheld = policy_of(Rule("block", threshold=1.0, disclose=disclose), *NAMES[:3])

@@ -11,8 +11,7 @@ from corpora import with_curves
 from in_process import faults, in_process
 from live import MODEL
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.errors import SidelightError
-from sidelight.policy.rules import Policy, Rule, require_policy_applies
+from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
 from sidelight.server.config import ServerConfig
 from sidelight.server.playground import STRICT
@@ -151,12 +150,10 @@ def test_decisions_alone_say_why_where_it_is_asked(ask):
     ("rule", "scores", "shares"),
     [
         (Rule("flag"), True, True),
-        (Rule("flag", explain=False), True, False),
         (Rule("flag", disclose="labels"), False, False),
         (Rule("flag", disclose="none"), False, None),
         (Rule("block", threshold=1.0), False, False),
         (Rule("block", threshold=1.0, disclose="scores"), True, False),
-        (Rule("block", threshold=1.0, disclose="scores", explain=True), True, True),
         (Rule("shadow"), False, None),
     ],
 )
@@ -244,9 +241,3 @@ def test_a_text_that_fails_with_scores_told_and_no_text_is_audited(tiny, probes,
         assert running_of(chunks_of(ask(CHATS, {**CHAT, "max_tokens": 20})))
     lines = map(json.loads, audit.read_text().splitlines())
     assert ("late", "unfinished") in {(line["probe"], line["outcome"]) for line in lines}
-
-
-def test_a_policy_that_explains_what_it_does_not_disclose_is_refused(probes):
-    for rule in (Rule("block", explain=True), Rule("shadow", explain=True)):
-        with pytest.raises(SidelightError, match="explain = true"):
-            require_policy_applies(Policy(input={"toxicity": rule}), probes)

@@ -160,8 +160,8 @@ def serving(case, rule, folder):
         if case.is_reloaded:
             for name in ("manifest.json", "probe.safetensors"):
                 (folder / name).write_bytes(b"\x00garbage")
-            key, body = {"Authorization": f"Bearer {ADMIN}"}, {"path": str(folder)}
-            refused = http.post("/admin/probes/early/reload", json=body, headers=key)
+            key, body = {"Authorization": f"Bearer {ADMIN}"}, {"probe": [str(folder)]}
+            refused = http.put("/admin/probes", json=body, headers=key)
             assert refused.status_code == 400, refused.text
         yield http
 

@@ -34,7 +34,6 @@ def test_a_file_can_set_every_field_of_a_rule(read):
         threshold = 1
         on_failure = "pass"
         max_tokens = 100
-        explain = false
         [input.intent]
         mode = "route"
         routes = { billing = "desk-2" }
@@ -47,9 +46,7 @@ def test_a_file_can_set_every_field_of_a_rule(read):
     )
     assert policy == Policy(
         input={
-            "toxicity": Rule(
-                "block", threshold=1.0, on_failure="pass", max_tokens=100, explain=False
-            ),
+            "toxicity": Rule("block", threshold=1.0, on_failure="pass", max_tokens=100),
             "intent": Rule("route", routes={"billing": "desk-2"}),
         },
         output={"late": Rule("block", consecutive=3, warm_up=4, hold_back=5)},

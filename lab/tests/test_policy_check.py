@@ -37,7 +37,6 @@ POLICIES = {
     },
     "`threshold = 1.0`": {"input": {"toxicity": Rule("block", threshold=1.0)}},
     '`disclose = "scores"`': {"input": {"toxicity": Rule("block", disclose="scores")}},
-    "`explain = true`": {"input": {"toxicity": Rule("block", disclose="scores", explain=True)}},
     "`hold_back` below `consecutive - 1`": {
         "output": {"late": Rule("block", consecutive=4, hold_back=2)}
     },
@@ -63,7 +62,6 @@ WORDS = {
     '`max_tokens` with `on_failure = "pass"`': ["[output.late] on_failure", "max_tokens = 100"],
     "`threshold = 1.0`": ["[input.toxicity] threshold = 1.0"],
     '`disclose = "scores"`': ["[input.toxicity] disclose"],
-    "`explain = true`": ["[input.toxicity] disclose", "[input.toxicity] explain"],
     "`hold_back` below `consecutive - 1`": ["Set it to 3 or more"],
     "a probe with the same labels that tells its scores": ["'double' tells its scores"],
 }

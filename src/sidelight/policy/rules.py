@@ -23,7 +23,6 @@ FAILED_LABEL = "verdict_failed"
 _Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
 _Count = Annotated[int, Field(ge=0, strict=True)]
 _Positive = Annotated[int, Field(ge=1, strict=True)]
-_Flag = Annotated[bool, Field(strict=True)]
 _Seconds = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 
 
@@ -46,8 +45,6 @@ class Rule:
             the streak that cuts the text is never sent.
         disclose: What answers tell keys without the admin role; None: ``labels`` if the rule
             blocks, otherwise ``scores``.
-        explain: Whether these keys may have verdicts explained, which needs scores disclosed; None:
-            unless the rule blocks.
     """
 
     mode: Mode = "score"
@@ -61,7 +58,6 @@ class Rule:
     warm_up: _Count = 0
     hold_back: _Count | None = None
     disclose: Disclosure | None = None
-    explain: _Flag | None = None
 
 
 @dataclass(frozen=True)
@@ -90,15 +86,6 @@ class Policy:
 
     def side(self, side: Side) -> Mapping[str, Rule]:
         return self.input if side == "input" else self.output
-
-    def require_side(self, name: str, side: Side) -> None:
-        """Refuses a probe if a rule with its name is on the other side."""
-        other: Side = "output" if side == "input" else "input"
-        if name in self.side(other):
-            raise SidelightError(
-                f"The policy has a rule for probe '{name}' on the {other}, but this probe judges "
-                f"the {side}, so that the rule would no longer apply. Give it another name."
-            )
 
 
 @dataclass(frozen=True)
@@ -143,7 +130,7 @@ class BoundRule:
     def disclosure(self) -> Disclosure:
         """What keys without the admin role learn of its verdicts.
 
-        Whoever sees the scores of what blocks them can search for a text that it lets pass.
+        A client that sees the scores of what blocks it can search for a text that passes.
         """
         if self.is_shadow:
             return "none"
@@ -153,10 +140,9 @@ class BoundRule:
     def explains(self) -> bool:
         """Whether keys without the admin role may have its verdicts explained.
 
-        Whoever sees which words block them needs few attempts to find others.
+        A client that sees which words block it needs few attempts to find others.
         """
-        is_allowed = not self.is_blocking if self.rule.explain is None else self.rule.explain
-        return is_allowed and self.disclosure == "scores"
+        return self.disclosure == "scores" and not self.is_blocking
 
     @property
     def thresholds(self) -> Mapping[str, float]:
@@ -224,12 +210,6 @@ def require_rule_applies(bound: BoundRule, probes: Iterable[Probe]) -> None:
             why = f"flags only {flagged}, which is not in the rule's 'labels'. Name it there."
         raise SidelightError(
             f"Rule '{bound.mode}' of probe '{bound.name}' would never apply: the probe {why}"
-        )
-    if bound.rule.explain and not bound.explains:
-        raise SidelightError(
-            f"The rule of probe '{bound.name}' has explain = true, but does not disclose scores "
-            f"(it discloses {bound.disclosure}), which an explanation would tell. Add "
-            'disclose = "scores" and leave mode "shadow", or leave explain out.'
         )
     if bound.mode == "route" and bound.side == "output":
         raise SidelightError(

@@ -200,7 +200,8 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
     turns = [message.as_message() for message in body.input]
     terms = await request.begin([turns], max_tokens=0)
     meanings = _meanings(terms)
-    asked = {q.name if q.type == "choice" else _probe_of(q.name, meanings) for q in body.questions}
+    named = {question.name or "" for question in body.questions}
+    asked = named | {meanings[name][0] for name in named if name in meanings}
     names = [
         bound.name
         for bound in terms.chosen
@@ -243,10 +244,6 @@ def _meanings(terms: Terms) -> Meanings:
     }
     binary = (probe for probe in terms.probes if probe.task.kind == "binary")
     return meanings | {probe.name: (probe.name, probe.task.labels[1]) for probe in binary}
-
-
-def _probe_of(name: str | None, meanings: Meanings) -> str:
-    return meanings.get(name or "", ("", ""))[0]
 
 
 def _answer(
