@@ -190,6 +190,10 @@ class ContextSampler:
         """
         contexts: list[Context] = []
         order = self._random.sample(range(len(self._conversations)), len(self._conversations))
+        if not self._is_part:
+            # A class needs many texts: short ones come first more often, but not always.
+            sizes = [sum(len(turn.content) for turn in turns) for turns in self._conversations]
+            order.sort(key=lambda place: self._random.expovariate(1 / max(1, sizes[place])))
         for index, turns in enumerate(self._conversations[place] for place in order):
             if tokens <= 0:
                 break
