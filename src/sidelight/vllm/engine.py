@@ -148,6 +148,8 @@ class VllmEngine(Engine):
                 then the engine is not ready any more.
         """
         require_same_model(probes, self._fingerprint)
+        if not self.is_ready:
+            raise EngineUnavailableError()
         await self._exchange.replace(probes)
 
     async def settled(self) -> None:

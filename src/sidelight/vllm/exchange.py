@@ -23,6 +23,7 @@ from sidelight.manifest import read_manifest
 from sidelight.probe import Probe
 from sidelight.vllm.internals import guesses_responses
 from sidelight.vllm.settings import identity_of
+from sidelight.vllm.worker import require_verdicts
 
 # vLLM shows what is logged under its own name.
 _log = logging.getLogger("vllm.sidelight")
@@ -125,6 +126,7 @@ class Exchange:
                 f"Probes cannot be replaced while {servers} API servers share an engine, since the "
                 "others would keep their policies' old ones. Start vLLM with --api-server-count 1."
             )
+        await asyncio.to_thread(require_verdicts, probes)
         async with self._turn:
             with saved(probes) as new:
                 try:

@@ -18,6 +18,7 @@ from torch import Tensor
 from sidelight.bank import NUMBERS_AT_ONCE, BankState, Panel
 from sidelight.engines.base import verdict_failure
 from sidelight.errors import SidelightError
+from sidelight.probe import Probe
 from sidelight.prompts import Part
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement
@@ -28,8 +29,6 @@ from sidelight.vllm.taps import receiver, set_receiver
 
 # vLLM shows what is logged under its own name.
 _log = logging.getLogger("vllm.sidelight")
-# What new probes have to judge.
-_TRIED = Reading("", (), 0, bytes([Part.PROMPT, Part.RESPONSE]), ends_prompt=True, is_plain=False)
 
 
 @dataclass(frozen=True)
@@ -150,6 +149,22 @@ class RequestJudge:
             self._broken.discard(request_id)
 
 
+def require_verdicts(probes: Sequence[Probe]) -> None:
+    """Checks that probes can judge a text, whose hidden states are zero.
+
+    Raises:
+        VerdictError: One gives no verdict, as if its weights are not finite.
+    """
+    panel = Panel(probes)
+    if panel.projection is None:
+        return
+    parts = bytes([Part.PROMPT, Part.RESPONSE])
+    reading = Reading("", (), 0, parts, ends_prompt=True, is_plain=False)
+    columns = panel.projection.shift.expand(len(parts), -1, -1)
+    if failed := RequestJudge(panel).judge([reading], columns)[""].failed:
+        raise verdict_failure(failed)
+
+
 class Worker:
     """Holds the probes of one worker process.
 
@@ -194,7 +209,6 @@ class Worker:
         self._attention = attention
         self._pages = Pages(self._stage, blocks=blocks, block_size=block_size)
 
-    @torch.inference_mode()
     def check(self, folders: Sequence[str]) -> None:
         """Makes probes ready for ``load``; those that serve do so as before.
 
@@ -202,18 +216,12 @@ class Worker:
             folders: The probes' artifacts.
 
         Raises:
-            SidelightError: A probe cannot be served, gives no verdict, or there is no room for it.
+            SidelightError: A probe cannot be served, or there is no room for it.
         """
         panel, loaded = load_panel(
             replace(self._served, folders=tuple(folders)), device=self._device
         )
         self._stage.require_room(self._projection(panel))
-        if panel.projection is not None:
-            # The columns of a token whose states are zero.
-            columns = panel.projection.shift.expand(len(_TRIED.parts), -1, -1)
-            judgement = RequestJudge(panel).judge([_TRIED], columns)[_TRIED.request_id]
-            if judgement.failed:
-                raise verdict_failure(judgement.failed)
         self._checked = panel, loaded
 
     @torch.inference_mode()
