@@ -19,12 +19,10 @@ class FittedBaseline:
     Attributes:
         logits: Gives the logits of texts before calibration; a binary task has one column.
         parameters: How many fitted numbers prediction needs.
-        seconds_before: Time of an earlier, killed fit that this one went on from.
     """
 
     logits: Callable[[Split], Float[np.ndarray, "text output"]]
     parameters: int
-    seconds_before: float = 0.0
 
 
 class Baseline(ABC):

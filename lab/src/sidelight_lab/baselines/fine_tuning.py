@@ -1,14 +1,10 @@
 """Whole models, fine-tuned by peft and transformers' Trainer: LoRA on the backbone, an encoder."""
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -17,10 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from sidelight.backbone import cache_prefix, can_share, run_with_prefix
 from sidelight.progress import progress
 from sidelight.ragged import by_length
-from sidelight.smollm2 import cache_root
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.optimisation import make_loss, validation_score
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
@@ -61,8 +55,8 @@ class SequenceClassifier(nn.Module):
     ) -> dict[str, Tensor]:
         """Logits in float32 and the loss; the body runs in bf16 whatever its weights are."""
         with torch.autocast(input_ids.device.type, dtype=torch.bfloat16):
-            hidden = self._hidden(input_ids, present, read).float()
-        read = read[:, -hidden.shape[1] :]
+            output = self.body(input_ids=input_ids, attention_mask=present.long())
+        hidden = output.last_hidden_state.float()
         if self._pooling == "mean":
             pooled = (hidden * (read / read.sum(1, keepdim=True))[:, :, None]).sum(1)
         else:
@@ -70,25 +64,6 @@ class SequenceClassifier(nn.Module):
             pooled = hidden[torch.arange(len(hidden), device=read.device), last]
         logits = self.head(pooled)
         return {"loss": self._loss(logits, labels), "logits": logits}
-
-    def _hidden(
-        self,
-        input_ids: Int[Tensor, "text token"],
-        present: Bool[Tensor, "text token"],
-        read: Bool[Tensor, "text token"],
-    ) -> Float[Tensor, "text rest width"]:
-        """The last hidden states, without unread tokens at the start that all texts share.
-
-        A causal model runs those once for all texts, such as the system prompt of a chat template.
-        """
-        same = ((input_ids == input_ids[:1]) & present & ~read).all(0)
-        shared = int(same.cumprod(0).sum())
-        if shared and can_share(self.body):
-            begun = cache_prefix(self.body, input_ids[0, :shared])
-            rest = run_with_prefix(self.body, begun, input_ids[:, shared:], present[:, shared:])
-            return rest.last_hidden_state
-        output = self.body(input_ids=input_ids, attention_mask=present.long())
-        return output.last_hidden_state
 
 
 class FineTuned(Baseline):
@@ -111,8 +86,8 @@ class FineTuned(Baseline):
         dataset: ProbeDataset,
         encode: Callable[[Split], list[Item]],
         *,
-        folder: Path,
         seed: int,
+        folder: Path | None = None,
     ) -> FittedBaseline:
         """Trains the parameters that require gradients.
 
@@ -120,8 +95,8 @@ class FineTuned(Baseline):
             model: A ``SequenceClassifier``, or peft's around one.
             dataset: The data.
             encode: Turns texts into items.
-            folder: For checkpoints, one after each epoch; a killed fit goes on from the last one.
             seed: Decides dropout and the order of the texts.
+            folder: For checkpoints, one after each epoch; None removes them afterwards.
 
         Raises:
             SidelightError: The logits are no longer finite.
@@ -130,16 +105,15 @@ class FineTuned(Baseline):
         from transformers.trainer_callback import PrinterCallback, TrainerCallback
         from transformers.training_args import TrainingArguments
 
+        if folder is None:
+            with TemporaryDirectory() as scratch:
+                return self.tune(model, dataset, encode, seed=seed, folder=Path(scratch))
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         training, validation = encode(dataset.training), encode(dataset.validation)
-        checkpoint, seconds_before = _last_checkpoint(folder)
-        start = perf_counter()
 
         def metrics(evaluated: Any) -> dict[str, float]:
             logits = finite(evaluated.predictions, learning_rate=self.learning_rate)
-            score = validation_score(dataset.task, logits, evaluated.label_ids)
-            # The Trainer keeps both in its checkpoints.
-            return {"score": score, "seconds": seconds_before + perf_counter() - start}
+            return {"score": validation_score(dataset.task, logits, evaluated.label_ids)}
 
         fitting = max(1, _PASS_TOKENS // max(len(item["input_ids"]) for item in training))
         pass_texts = next(n for n in range(fitting, 0, -1) if self.batch_size % n == 0)
@@ -156,8 +130,9 @@ class FineTuned(Baseline):
             train_sampling_strategy="group_by_length",
             eval_strategy="epoch",
             save_strategy="epoch",
-            # With a limit of one, a finished fit would not have its last epoch.
+            # The best epoch and the last one.
             save_total_limit=2,
+            save_only_model=True,
             load_best_model_at_end=True,
             metric_for_best_model="score",
             logging_strategy="no",
@@ -172,9 +147,6 @@ class FineTuned(Baseline):
         with torch.random.fork_rng(), progress(self.title, steps, unit="steps") as shown:
 
             class Steps(TrainerCallback):
-                def on_train_begin(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
-                    shown.advance(state.global_step)  # of an earlier fit
-
                 def on_step_end(self, *_: Any, **__: Any) -> None:
                     shown.advance(1)
 
@@ -188,27 +160,9 @@ class FineTuned(Baseline):
                 callbacks=[Steps()],
             )
             trainer.remove_callback(PrinterCallback)
-            trainer.train(resume_from_checkpoint=checkpoint)
-        # The optimiser's state is large, and a finished fit does not need it.
-        for moments in folder.glob("checkpoint-*/optimizer.pt"):
-            moments.unlink()
+            trainer.train()
         model.eval().requires_grad_(False)
-        return FittedBaseline(
-            lambda split: score_items(model, encode(split)), parameters, seconds_before
-        )
-
-
-def _last_checkpoint(folder: Path) -> tuple[str | None, float]:
-    """The last complete checkpoint, and the seconds that the fit had taken by then."""
-    found = folder.glob("checkpoint-*/trainer_state.json")
-    for path in sorted(found, key=lambda path: -int(path.parent.name.split("-")[1])):
-        try:
-            # The Trainer writes this file last.
-            log = json.loads(path.read_text())["log_history"]
-        except json.JSONDecodeError:
-            continue
-        return str(path.parent), max(entry.get("eval_seconds", 0.0) for entry in log)
-    return None, 0.0
+        return FittedBaseline(lambda split: score_items(model, encode(split)), parameters)
 
 
 def _padded(items: Sequence[Item]) -> dict[str, Tensor]:
@@ -249,7 +203,6 @@ class Lora(FineTuned):
         alpha: Updates are multiplied by ``alpha / rank``.
         dropout: Dropout on the input of an update.
         pooling: Which final-norm hidden states the head reads: their mean, or the last.
-        checkpoints: Folder that a killed fit goes on from; None means one in the user's cache.
     """
 
     title: ClassVar[str] = "LoRA fine-tuning"
@@ -260,18 +213,10 @@ class Lora(FineTuned):
     learning_rate: float = 5e-4
     epochs: int = 3
     batch_size: int = 32
-    checkpoints: Path | None = None
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Fits adapters and head; the epoch is chosen on the validation texts."""
-        folder = self.checkpoints or cache_root() / "checkpoints"
-        return self.tune(
-            self.adapted(dataset, seed=seed),
-            dataset,
-            prompt_items,
-            folder=folder / self._key(dataset, seed),
-            seed=seed,
-        )
+        return self.tune(self.adapted(dataset, seed=seed), dataset, prompt_items, seed=seed)
 
     def adapted(self, dataset: ProbeDataset, *, seed: int) -> nn.Module:
         """Untrained adapters around the backbone, which itself stays as it is, and a head."""
@@ -294,19 +239,6 @@ class Lora(FineTuned):
             torch.manual_seed(seed)
             model = SequenceClassifier(body, dataset, pooling=self.pooling)
             return get_peft_model(model, config).to(dataset.backbone.device)  # pyright: ignore[reportArgumentType]
-
-    def _key(self, dataset: ProbeDataset, seed: int) -> str:
-        """A checkpoint's name: it covers data, backbone, options and this package's version."""
-        options = (self.rank, self.alpha, self.dropout, self.pooling)
-        training = (self.learning_rate, self.epochs, self.batch_size, seed)
-        who = (version("sidelight"), dataset.backbone.fingerprint.digest, dataset.task)
-        digest = sha256(repr((*who, *options, *training)).encode())
-        for split in (dataset.training, dataset.validation):
-            digest.update(repr(split.states.reads).encode())
-            digest.update(np.ascontiguousarray(split.labels).tobytes())
-            for prompt in split.prompts:
-                digest.update(repr(prompt.token_ids).encode())
-        return f"lora-{digest.hexdigest()[:16]}"
 
 
 def prompt_items(split: Split) -> list[Item]:
@@ -364,5 +296,4 @@ class FineTunedEncoder(FineTuned):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = SequenceClassifier(encoder.body, dataset).to(dataset.backbone.device)
-        with TemporaryDirectory() as folder:
-            return self.tune(model, dataset, encode, folder=Path(folder), seed=seed)
+        return self.tune(model, dataset, encode, seed=seed)

@@ -217,10 +217,7 @@ def fit_baseline(run: Run) -> FittedBaseline:
     assert isinstance(run.row, BaselineConfig)
     start = perf_counter()
     fitted = run.row.baseline.fit(run.dataset, seed=run.seed)
-    seconds = perf_counter() - start + fitted.seconds_before
-    if run.is_fitted:
-        # The first fit counts: a second one may go on from a checkpoint.
-        seconds = run.load().seconds
+    seconds = perf_counter() - start
     run.save(Result(fitted.logits(run.dataset.validation), seconds, fitted.parameters))
     return fitted
 
