@@ -168,13 +168,13 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         for share in verdicts.shares:
             shares[share.reading.request_id].append(share)
         follows = not shares or self._follows(verdicts.probes)
-        for request_id, own in shares.items():
+        for request_id, parts in shares.items():
             # A step that ran on past its request's end would leave a state that nobody drops.
             if request_id not in self.tracking:
                 continue
             # Stages may have probes that cannot be loaded here, or each may have others.
-            judged = None if follows else self._judge.fail([own[0].reading])[request_id]
-            self._record(request_id, judged or self._judge.join(own), verdicts)
+            judged = None if follows else self._judge.fail([parts[0].reading])[request_id]
+            self._record(request_id, judged or self._judge.join(parts), verdicts)
 
     def _record(self, request_id: str, judgement: Judgement, verdicts: StepVerdicts) -> None:
         self.tracking.record(request_id, judgement, verdicts.seconds, verdicts.probes.identity)

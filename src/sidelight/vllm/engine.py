@@ -196,8 +196,8 @@ class VllmEngine(Engine):
         early = early_names(probes)
         events: list[PromptJudged] = []
         for turns, prompt, judgement in zip(conversations, prompts, judged, strict=True):
-            own = judgement if has_response(turns) else judgement.of(early)
-            events.append(PromptJudged(own, is_plain=prompt.is_plain, tokens=len(prompt)))
+            said = judgement if has_response(turns) else judgement.of(early)
+            events.append(PromptJudged(said, is_plain=prompt.is_plain, tokens=len(prompt)))
         return events
 
     async def _check_all(
@@ -286,19 +286,19 @@ def load_vllm_engine(
     from vllm.v1.engine.async_llm import AsyncLLM
 
     backbone = read_backbone(model, prompt_format=common_format(probes))
-    given = {"max_model_len": backbone.encoder.max_tokens, **(options or {})}
-    require_options(given, AsyncEngineArgs)
-    arguments = AsyncEngineArgs(model=backbone.path, dtype=dtype, disable_log_stats=True, **given)
-    with saved(probes) as own:
+    fields = {"max_model_len": backbone.encoder.max_tokens, **(options or {})}
+    require_options(fields, AsyncEngineArgs)
+    arguments = AsyncEngineArgs(model=backbone.path, dtype=dtype, disable_log_stats=True, **fields)
+    with saved(probes) as on_disk:
         files = asdict(backbone.fingerprint)
-        named = {"probes": own.folders, "fingerprint": files, DESCRIBED: True}
+        named = {"probes": on_disk.folders, "fingerprint": files, DESCRIBED: True}
         arguments.additional_config = {KEY: named}
         try:
             llm = AsyncLLM.from_engine_args(arguments)
         except TypeError as error:
-            # vLLM compares numbers with whatever it is given.
+            # vLLM compares numbers with whatever it is fields.
             raise SidelightError(
-                f"vLLM cannot work with these options ({error}): {given}. Check their types."
+                f"vLLM cannot work with these options ({error}): {fields}. Check their types."
             ) from error
     served = Served.of(llm.vllm_config)
     assert served is not None
@@ -309,7 +309,7 @@ def load_vllm_engine(
         encoder=backbone.encoder,
         tokenizer=backbone.tokenizer,
         fingerprint=served.fingerprint,
-        identity=own.identity,
+        identity=on_disk.identity,
         limits=limits,
     )
 
@@ -330,8 +330,8 @@ def copy_of(model: str, probes: Sequence[Probe], options: Mapping[str, Any]) -> 
     from vllm.engine.arg_utils import EngineArgs
 
     backbone = read_backbone(model, prompt_format=common_format(probes))
-    given = {name: value for name, value in options.items() if name in QUANTISING}
-    how = quantisation(EngineArgs(model=backbone.path, **given))
+    fields = {name: value for name, value in options.items() if name in QUANTISING}
+    how = quantisation(EngineArgs(model=backbone.path, **fields))
     copy = backbone.fingerprint.quantised(how) if how else backbone.fingerprint
     if len(of_the_original(probes, copy)) < len(probes):
         raise SidelightError(
@@ -341,14 +341,14 @@ def copy_of(model: str, probes: Sequence[Probe], options: Mapping[str, Any]) -> 
     return copy
 
 
-def require_options(given: Mapping[str, Any], args_type: Any) -> None:
+def require_options(options: Mapping[str, Any], args_type: Any) -> None:
     """Checks that these are fields of vLLM's arguments that Sidelight does not set.
 
     Raises:
         SidelightError: One is not.
     """
     known = args_type.__dataclass_fields__
-    for name in given:
+    for name in options:
         if name in SET_HERE:
             raise SidelightError(f"vLLM's option '{name}' is set by Sidelight. {SET_HERE[name]}")
         if name not in known:

@@ -227,8 +227,9 @@ class EngineGuard:
     async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
         """As vLLM's, by the ids that callers gave."""
         ids = [request_id] if isinstance(request_id, str) else [*request_id]
-        own = ids if internal else [own for given in ids for own in self._own_ids.get(given, ())]
-        await self._abort(own, internal=internal)
+        if not internal:
+            ids = [own_id for name in ids for own_id in self._own_ids.get(name, ())]
+        await self._abort(ids, internal=internal)
 
     def _rules(self) -> Sequence[BoundRule]:
         """Those of the current request."""
@@ -260,8 +261,8 @@ class EngineGuard:
         if not isinstance(prompt, Mapping):
             # Text that arrives while the model writes, or a request that its caller has prepared.
             self._require_unblocked("Prompts that are neither text nor token ids")
-            own = self._params(params, 0, None)
-            written = self._generate(prompt, own, request_id, **call.options)
+            sampling = self._params(params, 0, None)
+            written = self._generate(prompt, sampling, request_id, **call.options)
             async with aclosing(written) as outputs:
                 async for output in outputs:
                     yield output
@@ -293,13 +294,13 @@ class EngineGuard:
         """The outputs of one text that may be sent, in the form that the caller wants."""
         enforcement, outcome = call.texts[index], call.client.outcome
         audited = self._as_text(encoded) if self.observer.audit is not None else PlainText("")
-        own = self._params(call.params, index, encoded, is_watched=bool(enforcement.watch))
+        sampling = self._params(call.params, index, encoded, is_watched=bool(enforcement.watch))
         text = GuardedText(
             lambda tokens, params, id: self._generate(tokens, params, id, **call.options),
             self._listener,
             prompt,
             encoded,
-            own,
+            sampling,
             own_id,
             identity=call.identity,
             probes=[bound.probe for bound in outcome.terms.rules],
@@ -307,7 +308,7 @@ class EngineGuard:
             controls=self._controls,
             room=self._room,
         )
-        assembly = Assembly(call.params.output_kind, own.output_kind)
+        assembly = Assembly(call.params.output_kind, sampling.output_kind)
         last: Any = None
         async with aclosing(enforcement.guard(audited, text.events())) as passed:
             async for each in passed:
@@ -342,24 +343,26 @@ class EngineGuard:
         """The caller's sampling, for one text, with what its prompt's tokens belong to."""
         from vllm.sampling_params import RequestOutputKind
 
-        own = params.clone()
-        own.n = 1
+        sampling = params.clone()
+        sampling.n = 1
         if params.n > 1 and params.seed is not None:
-            own.seed = params.seed + index
-        extra = dict(own.extra_args or {})
+            sampling.seed = params.seed + index
+        extra = dict(sampling.extra_args or {})
         given = extra.get("kv_transfer_params")
         # Whatever the client says that its tokens belong to.
         transfer = {k: v for k, v in given.items() if k != KEY} if isinstance(given, dict) else {}
         transfer |= {} if encoded is None else request_params(encoded)
-        own.extra_args = {**extra, "kv_transfer_params": transfer}
+        sampling.extra_args = {**extra, "kv_transfer_params": transfer}
         if is_watched:
             # Others share lists with vLLM, to which it adds what has not been judged.
-            own.output_kind = RequestOutputKind.DELTA
+            sampling.output_kind = RequestOutputKind.DELTA
             # A place is kept free, so that the last token can be judged too.
             room = max(1, self._room - len(encoded or ()))
-            own.max_tokens = room if own.max_tokens is None else min(own.max_tokens, room)
-            own.min_tokens = min(own.min_tokens, own.max_tokens)
-        return own
+            sampling.max_tokens = (
+                room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+            )
+            sampling.min_tokens = min(sampling.min_tokens, sampling.max_tokens)
+        return sampling
 
     def _tokenized(self, prompt: Any) -> Any:
         """A prompt with its token ids, as vLLM's own reading of a text gives them."""
@@ -398,7 +401,7 @@ class EngineGuard:
         if encoded is None or encoded.is_plain:
             return
         head = unread_head(encoded)
-        is_own = any(own[: len(head)] == head for own in self._own_heads())
+        is_own = any(known[: len(head)] == head for known in self._own_heads())
         turns = self._encoder.chat_format.turns(encoded.token_ids)
         if refuses_system and not is_own and turns[0].role == "system":
             raise PolicyError(

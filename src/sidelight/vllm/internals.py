@@ -175,10 +175,10 @@ _CACHES_OF_FLOATS = ("auto", "float", "bfloat")
 
 def quantisation(arguments: Any) -> str:
     """The options by which vLLM quantises what it loads; "" without any."""
-    given = {name: getattr(arguments, name) for name in QUANTISING}
-    if str(given["kv_cache_dtype"]).startswith(_CACHES_OF_FLOATS):
-        del given["kv_cache_dtype"]
-    return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+    options = {name: getattr(arguments, name) for name in QUANTISING}
+    if str(options["kv_cache_dtype"]).startswith(_CACHES_OF_FLOATS):
+        del options["kv_cache_dtype"]
+    return ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
 
 
 def texts_of(processor: Any, outputs: Iterable[Any]) -> Iterator[tuple[str, int, Any]]:

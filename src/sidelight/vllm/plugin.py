@@ -56,23 +56,23 @@ def wrap_vllm() -> None:
 
 def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwargs: Any) -> Any:
     """The engine's configuration, with our parts named in it."""
-    given = arguments.additional_config.get(KEY, {})
-    given = given if isinstance(given, dict) else {}
-    folders = named_folders(given)
+    settings = arguments.additional_config.get(KEY, {})
+    settings = settings if isinstance(settings, dict) else {}
+    folders = named_folders(settings)
     if folders is None:
         require_no_policy(arguments)
         return original(arguments, *args, **kwargs)
     require_arguments(arguments)
-    known = given.get("fingerprint")
+    known = settings.get("fingerprint")
     files = Fingerprint(**known) if known else fingerprint_of(arguments.model, folders)
     how = quantisation(arguments)
     served = Served(
         folders,
         files.quantised(how) if how else files,
-        is_described=bool(given.get(DESCRIBED)),
-        columns=named_columns(given),
-        accepted=named_acceptance(given),
-        keeps_states=bool(given.get(STATES)),
+        is_described=bool(settings.get(DESCRIBED)),
+        columns=named_columns(settings),
+        accepted=named_acceptance(settings),
+        keeps_states=bool(settings.get(STATES)),
     )
     # Loaded here too, since an error in a worker is harder to read.
     probes = served.load()
@@ -101,9 +101,9 @@ def _connect(arguments: Any, served: Served) -> None:
     }
     theirs = arguments.kv_transfer_config
     if theirs is not None:
-        given = theirs if isinstance(theirs, dict) else vars(theirs)
+        values = theirs if isinstance(theirs, dict) else vars(theirs)
         known = {field.name for field in fields(KVTransferConfig)} - {"engine_id"}
-        beside = {key: value for key, value in given.items() if key in known}
+        beside = {key: value for key, value in values.items() if key in known}
         # vLLM would ask this of ours alone, which can always do it.
         if not KVConnectorFactory.supports_hma_config(KVTransferConfig(**beside)):
             arguments.disable_hybrid_kv_cache_manager = True

@@ -107,7 +107,7 @@ def arguments(config: ServerConfig, model: str, path: str) -> list[str]:
         model: As for ``serve``.
         path: The folder of its files, or its hub id.
     """
-    given = {
+    options = {
         "model": path,
         "served_model_name": model,
         "dtype": config.dtype,
@@ -118,7 +118,7 @@ def arguments(config: ServerConfig, model: str, path: str) -> list[str]:
         "additional_config": {KEY: {"probes": list(map(str, config.probe))}},
         **config.engine_option,
     }
-    return [word for name, value in given.items() for word in _words(name, value)]
+    return [word for name, value in options.items() for word in _words(name, value)]
 
 
 def _words(name: str, value: Any) -> Iterator[str]:

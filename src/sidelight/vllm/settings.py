@@ -162,13 +162,13 @@ def named_columns(config: Mapping[str, Any]) -> int:
     Raises:
         SidelightError: It is no such number.
     """
-    given = config.get("columns", os.environ.get(COLUMNS) or 0)
-    if not str(given).isdecimal():
+    columns = config.get("columns", os.environ.get(COLUMNS) or 0)
+    if not str(columns).isdecimal():
         raise SidelightError(
-            f"{COLUMNS} is '{given}', but it is a number of columns, such as 64. Unset it to keep "
-            "room for the first probes only."
+            f"{COLUMNS} is '{columns}', but it is a number of columns, such as 64. Unset it to "
+            "keep room for the first probes only."
         )
-    return int(given)
+    return int(columns)
 
 
 def named_acceptance(config: Mapping[str, Any]) -> str:
@@ -268,21 +268,21 @@ def described_prompt(
     Raises:
         SidelightError: The request does not describe its tokens, or describes other ones.
     """
-    given = (params or {}).get(KEY)
-    if given is None or token_ids is None:
+    description = (params or {}).get(KEY)
+    if description is None or token_ids is None:
         raise SidelightError(
             f"The request has no kv_transfer_params['{KEY}'] to say what its tokens belong to. "
             f"Give it, or leave '{DESCRIBED}' out of additional_config['{KEY}']."
         )
     try:
-        runs = [(Part(part), int(count)) for part, count in given["parts"]]
+        runs = [(Part(part), int(count)) for part, count in description["parts"]]
         counts = [count for _, count in runs]
         # Before they are written out: whoever describes the tokens may give any number.
         if min(counts, default=0) < 0 or sum(counts) != len(token_ids):
             runs = []
         parts = tuple(chain.from_iterable(repeat(*run) for run in runs))
-        matches = given["tokens"] == token_hash(token_ids) and len(parts) == len(token_ids)
-        prompt = EncodedPrompt(tuple(token_ids), parts, is_plain=bool(given["is_plain"]))
+        matches = description["tokens"] == token_hash(token_ids) and len(parts) == len(token_ids)
+        prompt = EncodedPrompt(tuple(token_ids), parts, is_plain=bool(description["is_plain"]))
     except (KeyError, TypeError, ValueError) as error:
         raise SidelightError(f"kv_transfer_params['{KEY}'] is malformed.") from error
     if not matches:

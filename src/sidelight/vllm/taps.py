@@ -110,8 +110,8 @@ def _output_hook(layer: int, order: Tensor, width: int) -> Callable[..., None]:
         hidden, residual = output if isinstance(output, tuple) else (output, None)
         if not _is_state(hidden, width) or not (residual is None or _is_state(residual, width)):
             raise _unknown(module)
-        own = None if residual is None else _rows(residual)
-        torch.ops.sidelight.project(_rows(hidden), own, layer, order)
+        addend = None if residual is None else _rows(residual)
+        torch.ops.sidelight.project(_rows(hidden), addend, layer, order)
 
     return left
 

@@ -328,7 +328,9 @@ class Worker:
                 else:
                     parts = columns.cpu().split([len(reading.parts) for reading in readings])
                     first = self._layers.start
-                    shares += [Share(r, first, own) for r, own in zip(readings, parts, strict=True)]
+                    shares += [
+                        Share(r, first, part) for r, part in zip(readings, parts, strict=True)
+                    ]
         return StepVerdicts(judgements, shares, time.perf_counter() - start, self._loaded)
 
     def _judged(
