@@ -352,19 +352,19 @@ def read_backbone(
 
 def free_memory(root: Path = Path("/")) -> int | None:
     """Bytes that this process may still take, by the system and by its cgroup; None: unknown."""
-    found: list[int] = []
+    free: list[int] = []
     with suppress(OSError, ValueError, StopIteration):
         lines = (root / "proc/meminfo").read_text().splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable:"))
-        found.append(1024 * int(available.split()[1]))
+        free.append(1024 * int(available.split()[1]))
     with suppress(OSError, ValueError):
         limits = root / "sys/fs/cgroup"
         used = int((limits / "memory.current").read_text())
         # Its file pages can be given up.
         stat = dict(line.split() for line in (limits / "memory.stat").read_text().splitlines())
         used -= int(stat.get("file", 0))
-        found.append(int((limits / "memory.max").read_text()) - used)
-    return min(found, default=None)
+        free.append(int((limits / "memory.max").read_text()) - used)
+    return min(free, default=None)
 
 
 def _require_memory(name: str, folder: Path, device: torch.device) -> None:

@@ -107,10 +107,10 @@ class _ProbeGroup:
         members = len(self.indices)
         if members == 1:
             return [self.mechanisms[0].finish(state)]
-        own = state.values.unflatten(1, (-1, members)).unbind(2)
+        parts = state.values.unflatten(1, (-1, members)).unbind(2)
         return [
             mechanism.finish(Ragged(values, state.lengths))
-            for mechanism, values in zip(self.mechanisms, own, strict=True)
+            for mechanism, values in zip(self.mechanisms, parts, strict=True)
         ]
 
 
@@ -179,8 +179,8 @@ class Bank:
             for reads, mask in masks.items()
         }
         states = [
-            group.summarise(own[masks[group.reads]], kept[group.reads])
-            for group, own in zip(self._groups, projected.split(self._widths, -1), strict=True)
+            group.summarise(part[masks[group.reads]], kept[group.reads])
+            for group, part in zip(self._groups, projected.split(self._widths, -1), strict=True)
         ]
         return BankState(tuple(states))
 
@@ -194,8 +194,8 @@ class Bank:
     def logits(self, state: BankState) -> list[np.ndarray]:
         """For each probe ``[request, output]``, float64."""
         by_index: dict[int, np.ndarray] = {}
-        for group, own in zip(self._groups, state.states, strict=True):
-            logits = (each.double().cpu().numpy() for each in group.logits(own))
+        for group, part in zip(self._groups, state.states, strict=True):
+            logits = (each.double().cpu().numpy() for each in group.logits(part))
             by_index.update(zip(group.indices, logits, strict=True))
         return [by_index[index] for index in range(len(self.probes))]
 
@@ -226,12 +226,16 @@ class Bank:
             return [[UnitLogits(logits) for logits in of_probe] for of_probe in wholes]
         starts = accumulate(map(len, parts[:-1]), initial=0)
         rows = np.concatenate(
-            [start + unit.tokens for start, own in zip(starts, units, strict=True) for unit in own]
+            [
+                start + unit.tokens
+                for start, of_prompt in zip(starts, units, strict=True)
+                for unit in of_prompt
+            ]
         )
         kinds = [
             bytes(np.frombuffer(prompt, np.uint8)[unit.tokens])
-            for prompt, own in zip(parts, units, strict=True)
-            for unit in own
+            for prompt, of_prompt in zip(parts, units, strict=True)
+            for unit in of_prompt
         ]
         chosen = columns[torch.from_numpy(rows).to(columns.device)]
         of_units = self.logits(self.summarise_texts(chosen, kinds))
@@ -259,13 +263,13 @@ class Bank:
             places: Where every token stands.
             names: Names of probes; others than its own are ignored.
         """
-        found: list[Explanation] = []
+        explanations: list[Explanation] = []
         for probe in self.probes:
             if probe.name in names:
                 with suppress(VerdictError):
-                    own = columns[..., self._columns[probe.name]]
-                    found.append(explain(probe, own, prompt, places))
-        return found
+                    part = columns[..., self._columns[probe.name]]
+                    explanations.append(explain(probe, part, prompt, places))
+        return explanations
 
     def summarise_texts(
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
@@ -279,12 +283,12 @@ class Bank:
         lengths = torch.tensor([*map(len, parts)], device=columns.device)
         return self.summarise(columns, masks, lengths)
 
-    def _judgement(self, found: Sequence[UnitLogits]) -> Judgement:
+    def _judgement(self, logits: Sequence[UnitLogits]) -> Judgement:
         verdicts: list[Verdict] = []
         failed: list[str] = []
-        for probe, own in zip(self.probes, found, strict=True):
+        for probe, each in zip(self.probes, logits, strict=True):
             try:
-                verdicts.append(replace(probe.verdict(own.logits), turn=own.turn))
+                verdicts.append(replace(probe.verdict(each.logits), turn=each.turn))
             except VerdictError:
                 failed.append(probe.name)
         return Judgement(tuple(verdicts), tuple(failed))
@@ -369,9 +373,9 @@ class Panel:
             return [None] * len(parts)
         width = self.late.projection.weight.shape[2]
         new = self.late.summarise_texts(columns[..., columns.shape[2] - width :], parts)
-        known = [state for state in before if state is not None]
-        if len(known) == len(before):
-            return [*self.late.merge(BankState.pack(known), new).split()]
+        states = [state for state in before if state is not None]
+        if len(states) == len(before):
+            return [*self.late.merge(BankState.pack(states), new).split()]
         return [
             state if old is None else self.late.merge(old, state)
             for old, state in zip(before, new.split(), strict=True)
@@ -386,11 +390,11 @@ class Panel:
             states: As ``read`` gives them.
             is_plain: As for ``judge_prompts``, of the prompts that the texts begin with.
         """
-        known = [state for state in states if state is not None]
-        if self.late is None or not known:
+        present = [state for state in states if state is not None]
+        if self.late is None or not present:
             return [Judgement()] * len(states)
-        assert len(known) == len(states)
-        return self._allowed(self.late.judge(BankState.pack(known)), is_plain)
+        assert len(present) == len(states)
+        return self._allowed(self.late.judge(BankState.pack(present)), is_plain)
 
     def explain(
         self,
@@ -400,13 +404,13 @@ class Panel:
         names: Collection[str],
     ) -> tuple[Explanation, ...]:
         """As ``Bank.explain``, for a text that all these probes have read to its end."""
-        found: list[Explanation] = []
+        explanations: list[Explanation] = []
         for bank in (self.early, self.late):
             if bank is not None:
                 width = bank.projection.weight.shape[2]
-                own, columns = columns[..., :width], columns[..., width:]
-                found += bank.explain(own, prompt, places, names)
-        return tuple(found)
+                part, columns = columns[..., :width], columns[..., width:]
+                explanations += bank.explain(part, prompt, places, names)
+        return tuple(explanations)
 
     def _allowed(
         self, judgements: Sequence[Judgement], is_plain: Sequence[bool]
@@ -427,4 +431,6 @@ def _groups(probes: Sequence[Probe], widths: Sequence[int]) -> list[_ProbeGroup]
         kind = probe.mechanism.summary_kind()
         key = index if kind is None else (kind, probe.reads, widths[index])
         indices.setdefault(key, []).append(index)
-    return [_ProbeGroup(own, [probes[index] for index in own]) for own in indices.values()]
+    return [
+        _ProbeGroup(members, [probes[index] for index in members]) for members in indices.values()
+    ]

@@ -35,7 +35,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     choices = sorted(known)
     # A ratio is at most this much; difflib takes seconds to find that out about a long name.
-    alike = [one for one in choices if 2 * len(one) >= _LIKENESS * (len(one) + len(name))]
+    alike = [
+        choice for choice in choices if 2 * len(choice) >= _LIKENESS * (len(choice) + len(name))
+    ]
     close = get_close_matches(name, alike, n=1, cutoff=_LIKENESS)
     guess = f" Did you mean '{close[0]}'?" if close else ""
     return f"{guess} Known: {', '.join(choices) or 'none'}."

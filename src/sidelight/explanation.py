@@ -85,9 +85,9 @@ class Explanation:
                     "start": place.start,
                     "end": place.end,
                     "share": share,
-                    **({"layers": own.tolist()} if matrix else {}),
+                    **({"layers": layers.tolist()} if matrix else {}),
                 }
-                for place, share, own in rows
+                for place, share, layers in rows
                 if place is not None
             ],
         }
@@ -122,8 +122,8 @@ def explain(
     read = [tokens[is_read[tokens]] for tokens in members]
     with torch.inference_mode():
         logits = probe.mechanism.logits(_texts(columns, read)).double().cpu().numpy()
-    found = probe.highest(logits[:-1], units, logits[-1])
-    verdict = replace(probe.verdict(found.logits), turn=found.turn)
+    decisive = probe.highest(logits[:-1], units, logits[-1])
+    verdict = replace(probe.verdict(decisive.logits), turn=decisive.turn)
     labels = probe.task.labels[-probe.task.outputs :]
     label = labels[0] if probe.task.kind == "binary" else verdict.label
     targets = np.eye(len(labels), dtype=np.float32)[labels.index(label)]

@@ -113,12 +113,12 @@ class _WeightedSums(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weights: Tensor, lengths: list[int]) -> Tensor:
         ctx.hidden, ctx.lengths = hidden, lengths
         pairs = zip(hidden.split(lengths, 1), weights.split(lengths, 1), strict=True)
-        return torch.stack([torch.bmm(own.float().mT, weight) for own, weight in pairs])
+        return torch.stack([torch.bmm(text.float().mT, weight) for text, weight in pairs])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
         pairs = zip(ctx.hidden.split(ctx.lengths, 1), gradients[0], strict=True)
-        return None, torch.cat([torch.bmm(own.float(), sums) for own, sums in pairs], 1), None
+        return None, torch.cat([torch.bmm(text.float(), sums) for text, sums in pairs], 1), None
 
 
 # Padded tokens of a forward pass: enough to fill the matmuls, few enough for a laptop.

@@ -50,8 +50,8 @@ _CONFIG: dict[str, Any] = {
 
 def cache_root() -> Path:
     """The folder of models and hidden states: ``SIDELIGHT_CACHE``, or one in the user's cache."""
-    if own := os.environ.get("SIDELIGHT_CACHE"):
-        return Path(own)
+    if folder := os.environ.get("SIDELIGHT_CACHE"):
+        return Path(folder)
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:

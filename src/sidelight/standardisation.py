@@ -159,7 +159,7 @@ class Standardisation:
     def measured(layers: Iterable[Float[Tensor, "token width"]]) -> "Standardisation":
         """From the mean and standard deviation over tokens; constant dimensions keep scale 1."""
         moments = [spread_and_mean(layer) for layer in layers]
-        scale, mean = (torch.stack(own) for own in zip(*moments, strict=True))
+        scale, mean = (torch.stack(layers) for layers in zip(*moments, strict=True))
         return Standardisation(mean, torch.where(scale > 1e-6, scale, 1.0))
 
     def weighted(self, weights: Float[Tensor, " layer"]) -> "Standardisation":

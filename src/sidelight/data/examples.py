@@ -192,8 +192,8 @@ class Examples:
         shuffled = np.random.default_rng(seed).permutation(len(self))
         rank = np.empty(len(self))
         for stratum in np.unique(rarest):
-            own = shuffled[rarest[shuffled] == stratum]
-            rank[own] = np.arange(len(own)) / len(own)
+            members = shuffled[rarest[shuffled] == stratum]
+            rank[members] = np.arange(len(members)) / len(members)
         # The first example of each label has rank 0, so these are drawn before all others.
         return np.sort(shuffled[np.argsort(rank[shuffled], kind="stable")[:count]])
 
@@ -207,8 +207,8 @@ class Examples:
         left = np.arange(len(self))
         parts: list[Int[Numbers, " _"]] = []
         for remaining in range(count, 1, -1):
-            own = np.unique(groups[left], return_inverse=True)[1]
-            held_out = _hold_out(own, strata[left], fraction=1 / remaining, seed=seed)
+            remaining_groups = np.unique(groups[left], return_inverse=True)[1]
+            held_out = _hold_out(remaining_groups, strata[left], fraction=1 / remaining, seed=seed)
             parts.append(left[held_out])
             left = left[~held_out]
         return (*parts, left)
@@ -360,17 +360,17 @@ def _hold_out(
     order = np.random.default_rng(seed).permutation(len(sizes))
     training, held_out = np.zeros((2, len(sizes)), dtype=np.bool_)
     for stratum in np.argsort(sizes.sum(axis=0), kind="stable"):
-        own = sizes[:, stratum]
-        free = [group for group in order if own[group] and not training[group] | held_out[group]]
+        counts = sizes[:, stratum]
+        free = [group for group in order if counts[group] and not training[group] | held_out[group]]
         # Each side gets a group if it can.
-        if free and not own[training].any():
+        if free and not counts[training].any():
             training[free.pop(0)] = True
-        missing = fraction * own.sum() - own[held_out].sum()
-        if free and not own[held_out].any():
-            free.sort(key=own.__getitem__)
-            missing = max(missing, own[free[0]])
+        missing = fraction * counts.sum() - counts[held_out].sum()
+        if free and not counts[held_out].any():
+            free.sort(key=counts.__getitem__)
+            missing = max(missing, counts[free[0]])
         for group in free:
-            held_out[group] = own[group] <= round(missing)
+            held_out[group] = counts[group] <= round(missing)
             training[group] = not held_out[group]
-            missing -= own[group] * held_out[group]
+            missing -= counts[group] * held_out[group]
     return held_out[groups]

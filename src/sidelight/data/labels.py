@@ -53,15 +53,15 @@ def encode_labels(
         task: The label space to map to, for evaluation; None infers one from the labels.
     """
     if len(columns) == 1 and not is_list(plain(rows[0].cells[columns[0]])):
-        found, numbers, warnings = _encode_classes(rows, columns[0], positive=positive, task=task)
+        encoded, numbers, warnings = _encode_classes(rows, columns[0], positive=positive, task=task)
     elif positive is None:
-        found, numbers, warnings = _encode_sets(rows, columns, task)
+        encoded, numbers, warnings = _encode_sets(rows, columns, task)
     else:
         raise SidelightError(
             f"positive='{positive}' is for two classes, but here a text may have several labels. "
             "Leave it out."
         )
-    return found, numbers, warnings + (_spelled_alike(found.labels) if task is None else ())
+    return encoded, numbers, warnings + (_spelled_alike(encoded.labels) if task is None else ())
 
 
 def _spelled_alike(labels: Sequence[str]) -> tuple[str, ...]:

@@ -207,6 +207,6 @@ def _conflict_warnings(
     seen: defaultdict[tuple[tuple[Message, ...], str | None], set[bytes]] = defaultdict(set)
     for item, label in zip(items, labels, strict=True):
         seen[item.messages, item.response].add(label.tobytes())
-    conflicts = sum(len(found) > 1 for found in seen.values())
+    conflicts = sum(len(labellings) > 1 for labellings in seen.values())
     warning = f"{conflicts} texts appear more than once, with different labels."
     return (warning,) if conflicts else ()

@@ -323,8 +323,8 @@ def _read_memory(source: InMemory, text: str, label: str) -> list[Row]:
     if not source:
         raise SidelightError("There are no rows. Give at least one example.")
     rows: list[Row] = []
-    for number, given in enumerate(source, start=1):
-        cells: object = given
+    for number, item in enumerate(source, start=1):
+        cells: object = item
         if is_list(cells) and len(cells) == 2:
             cells = {text: cells[0], label: cells[1]}
         if not is_mapping(cells):

@@ -293,12 +293,12 @@ class Engine(ABC):
 
 def require_watched(watch: Collection[str], probes: Sequence[Probe]) -> frozenset[str]:
     """The names in ``watch``, each of a probe that reads the response; for ``generate``."""
-    known = [probe.name for probe in probes if probe.reads.includes_response]
+    watchable = [probe.name for probe in probes if probe.reads.includes_response]
     for name in watch:
-        if name not in known:
+        if name not in watchable:
             raise SidelightError(
                 f"Probe '{name}' cannot be watched: no such probe reads the response."
-                f"{did_you_mean(name, known)}"
+                f"{did_you_mean(name, watchable)}"
             )
     return frozenset(watch)
 

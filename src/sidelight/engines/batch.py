@@ -215,7 +215,9 @@ class Batch:
     @property
     def reading(self) -> list[Work]:
         """The passes that read on in prompts, in the order of ``begin``."""
-        return [Work(own.requests, partial(self._read_on, own)) for own in self._readings]
+        return [
+            Work(reading.requests, partial(self._read_on, reading)) for reading in self._readings
+        ]
 
     @property
     def writing(self) -> list[Work]:
@@ -230,13 +232,15 @@ class Batch:
         """Takes prompts, to be read together as far as they have the same panel."""
         before = len(self._readings)
         for panel in dict.fromkeys(request.panel for request in requests):
-            own = [request for request in requests if request.panel is panel]
-            self._readings.append(_Reading(own, self._prefill(own)))
+            members = [request for request in requests if request.panel is panel]
+            self._readings.append(_Reading(members, self._prefill(members)))
         return self.reading[before:]
 
     def drop(self, requests: Collection[Request]) -> None:
         """Reads and writes no more for these requests, and frees what they hold."""
-        self._readings = [own for own in self._readings if not {*own.requests} <= {*requests}]
+        self._readings = [
+            reading for reading in self._readings if not {*reading.requests} <= {*requests}
+        ]
         for group, rows in [*self._rows.items()]:
             self._put(group, rows.without([g for g in rows.generations if g.request in requests]))
 
@@ -348,8 +352,8 @@ class Batch:
             generation.is_settled = generation.reason is not None
         scored: list[Emission] = []
         for generation, judgement in zip(watched, judgements, strict=True):
-            own = judgement.of(generation.request.watch)
-            event = ResponseScored(generation.tokens, own, generation.judging_s)
+            said = judgement.of(generation.request.watch)
+            event = ResponseScored(generation.tokens, said, generation.judging_s)
             scored.append(Emission(generation.request, event))
         return scored, logits
 

@@ -67,8 +67,8 @@ def compare_engines(
     }
     first = batch_sizes[0]
     pairs = [
-        (f"{one} - {other}", judged[one][first], judged[other][first])
-        for one, other in combinations(engines, 2)
+        (f"{left} - {right}", judged[left][first], judged[right][first])
+        for left, right in combinations(engines, 2)
     ]
     pairs += [
         (f"{name}, batch {size} - {first}", judged[name][size], judged[name][first])
@@ -76,9 +76,9 @@ def compare_engines(
         for size in batch_sizes[1:]
     ]
     return [
-        _difference(probe, between, one[probe], other[probe])
-        for between, one, other in pairs
-        for probe in one
+        _difference(probe, between, left[probe], right[probe])
+        for between, left, right in pairs
+        for probe in left
     ]
 
 
@@ -88,11 +88,11 @@ async def _judge_in_batches(
     batch_sizes: Sequence[int],
 ) -> dict[int, dict[str, list[Verdict]]]:
     """By batch size and probe, the verdict on each text."""
-    found = {size: defaultdict[str, list[Verdict]](list) for size in batch_sizes}
+    verdicts = {size: defaultdict[str, list[Verdict]](list) for size in batch_sizes}
     engine = await asyncio.to_thread(make)
     await engine.start()
     try:
-        for size, by_probe in found.items():
+        for size, by_probe in verdicts.items():
             for start in range(0, len(conversations), size):
                 for judged in await engine.judge(conversations[start : start + size]):
                     if judged.judgement.failed:
@@ -101,18 +101,18 @@ async def _judge_in_batches(
                         by_probe[verdict.probe].append(verdict)
     finally:
         await engine.close()
-    return {size: dict(by_probe) for size, by_probe in found.items()}
+    return {size: dict(by_probe) for size, by_probe in verdicts.items()}
 
 
 def _difference(
-    probe: str, between: str, one: Sequence[Verdict], other: Sequence[Verdict]
+    probe: str, between: str, left: Sequence[Verdict], right: Sequence[Verdict]
 ) -> Difference:
     probabilities = (
         np.array([[*verdict.probabilities.values()] for verdict in verdicts])
-        for verdicts in (one, other)
+        for verdicts in (left, right)
     )
     apart = np.abs(np.subtract(*probabilities)).max(1)
-    pairs = zip(one, other, strict=True)
+    pairs = zip(left, right, strict=True)
     return Difference(
         probe,
         between,
@@ -120,5 +120,5 @@ def _difference(
         mean=float(apart.mean()),
         median=float(np.median(apart)),
         flips=sum((a.labels, a.flagged) != (b.labels, b.flagged) for a, b in pairs),
-        texts=len(one),
+        texts=len(left),
     )

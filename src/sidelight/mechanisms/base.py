@@ -184,13 +184,13 @@ def mechanism_spec(name: str, options: Mapping[str, OptionValue] | None = None) 
         SidelightError: The mechanism or an option is unknown, or a value is not allowed.
     """
     entry = _entry(name)
-    known = {field.name: field.type for field in fields(entry.options)}
+    kinds = {field.name: field.type for field in fields(entry.options)}
     for option, value in (options or {}).items():
-        if option not in known:
+        if option not in kinds:
             raise SidelightError(
-                f"Unknown option '{option}' of mechanism '{name}'.{did_you_mean(option, known)}"
+                f"Unknown option '{option}' of mechanism '{name}'.{did_you_mean(option, kinds)}"
             )
-        _check_value(f"{name}.{option}", value, known[option])
+        _check_value(f"{name}.{option}", value, kinds[option])
     return MechanismSpec(name, asdict(entry.options(**(options or {}))))
 
 

@@ -57,12 +57,12 @@ class Blend(Mechanism):
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
         """Each member's own merge."""
         sides = zip(self.members, self._parted(left), self._parted(right), strict=True)
-        return _joined([member.merge(*own) for member, *own in sides])
+        return _joined([member.merge(*states) for member, *states in sides])
 
     def votes(self, state: Ragged) -> Float[Tensor, "segment voter output"]:
         """The members' logits."""
         pairs = zip(self.members, self._parted(state), strict=True)
-        return torch.stack([member.finish(own) for member, own in pairs], 1)
+        return torch.stack([member.finish(part) for member, part in pairs], 1)
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The mean of the members' logits."""
@@ -71,14 +71,14 @@ class Blend(Mechanism):
     def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
         """The mean of the members' shares."""
         parts = tokens.values.split(self._widths, -1)
-        found = [
+        shares = [
             member.shares(Ragged(part, tokens.lengths), targets)
             for member, part in zip(self.members, parts, strict=True)
         ]
         return Shares(
-            torch.stack([own.values for own in found]).mean(0),
-            torch.stack([own.baseline for own in found]).mean(0),
-            max(own.steps for own in found),
+            torch.stack([each.values for each in shares]).mean(0),
+            torch.stack([each.baseline for each in shares]).mean(0),
+            max(each.steps for each in shares),
         )
 
     def _parted(self, state: Ragged) -> list[Ragged]:

@@ -163,7 +163,7 @@ class Readout(Mechanism):
             share: Of its logits in those of the mixture, between 0 and 1.
         """
         layers, width, heads, outputs = self.value.shape
-        made = Readout(
+        mixture = Readout(
             Geometry(layers, width, outputs),
             heads=heads + 1,
             has_extremes=bool(self.extremes.shape[2]),
@@ -176,8 +176,8 @@ class Readout(Mechanism):
             "extremes": rest * self.extremes,
             "bias": rest * self.bias + share * bias,
         }
-        made.load_state_dict(added)
-        return made.eval().requires_grad_(False)
+        mixture.load_state_dict(added)
+        return mixture.eval().requires_grad_(False)
 
     def _parted(self, state: Ragged) -> tuple[Ragged, Float[Tensor, "segment layer sign number"]]:
         """The state of what is summed, and that of the extremes."""

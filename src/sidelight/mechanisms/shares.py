@@ -97,13 +97,13 @@ def integrated_gradient(
     total = torch.zeros_like(tokens.values)
     at_once = max(1, _NUMBERS_AT_ONCE // max(1, total.numel()))
     for first in range(0, steps, at_once):
-        some, own = (
+        node, weight = (
             torch.from_numpy(each[first : first + at_once]).to(total) for each in (nodes, weights)
         )
-        scaled = (some[:, None, None, None] * tokens.values).flatten(0, 1)
-        texts = Ragged(scaled, tokens.lengths.repeat(len(some)))
-        gradient = _gradient(logits, texts, targets.repeat(len(some), 1))
-        total = total + torch.einsum("n,ntlc->tlc", own, gradient.unflatten(0, (len(some), -1)))
+        scaled = (node[:, None, None, None] * tokens.values).flatten(0, 1)
+        texts = Ragged(scaled, tokens.lengths.repeat(len(node)))
+        gradient = _gradient(logits, texts, targets.repeat(len(node), 1))
+        total = total + torch.einsum("n,ntlc->tlc", weight, gradient.unflatten(0, (len(node), -1)))
     return total
 
 

@@ -79,12 +79,12 @@ def with_last(gated: Ragged, values: Float[Tensor, "row group value"], tokens: R
         tokens: Gives the rows' segments.
     """
     has_token = tokens.lengths > 0
-    own = gated.values.new_zeros(*gated.values.shape[:2], 2 + values.shape[2])
-    own[..., 0] = LOWEST
+    last = gated.values.new_zeros(*gated.values.shape[:2], 2 + values.shape[2])
+    last[..., 0] = LOWEST
     ends = (tokens.lengths.cumsum(0) - 1)[has_token]
     weight = torch.ones_like(values[ends][..., :1])
-    own = own.index_put((has_token,), torch.cat([0 * weight, weight, values[ends]], -1))
-    return Ragged.one_row_each(torch.cat([gated.values, own[:, :, None]], 2))
+    last = last.index_put((has_token,), torch.cat([0 * weight, weight, values[ends]], -1))
+    return Ragged.one_row_each(torch.cat([gated.values, last[:, :, None]], 2))
 
 
 def merge_last(merged: Ragged, left: Ragged, right: Ragged) -> Ragged:
@@ -158,8 +158,8 @@ class TwoStage(Mechanism):
     def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
         """Exact: each token's own terms, with the weights of both stages as they are."""
 
-        def weighed(own: Ragged) -> Float[Tensor, "segment output"]:
-            layers = self._layers_of(self.token_stage.summarise(self.token_stage.held(own)))
+        def weighed(tokens: Ragged) -> Float[Tensor, "segment output"]:
+            layers = self._layers_of(self.token_stage.summarise(self.token_stage.held(tokens)))
             return self._judge(self.layer_stage.held(layers))
 
         return read_off(weighed, tokens, targets)

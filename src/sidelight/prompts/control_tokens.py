@@ -179,10 +179,10 @@ class ContentTokenizer:
 
     def _has_only(self, controls: Sequence[Control], tokens: Tokenised, text: str) -> bool:
         """Whether these are all its control tokens; they may cover blanks of a content nearby."""
-        found = self._controls_in(tokens, text)
-        return len(found) == len(controls) and all(
-            own[0] == other[0] and own[1] <= other[1] and other[2] <= own[2]
-            for own, other in zip(found, controls, strict=True)
+        actual = self._controls_in(tokens, text)
+        return len(actual) == len(controls) and all(
+            token[0] == expected[0] and token[1] <= expected[1] and expected[2] <= token[2]
+            for token, expected in zip(actual, controls, strict=True)
         )
 
     def _checked(self, tokens: Tokenised, controls: Sequence[Control], text: str) -> Tokenised:

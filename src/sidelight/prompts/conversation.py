@@ -245,8 +245,8 @@ def judged_units(parts: bytes) -> list[Unit]:
             # Of a long neighbour what is next to it, or many short turns would copy it.
             before, after = slice(-_NEAREST_TOKENS, None), slice(_NEAREST_TOKENS)
             tokens = [
-                own if i == first else own[before if i < first else after]
-                for i, own in zip(range(start, stop), tokens, strict=True)
+                piece if i == first else piece[before if i < first else after]
+                for i, piece in zip(range(start, stop), tokens, strict=True)
             ]
         spans.setdefault(tuple(range(start, stop)), tokens)
         if stop - start > 1 and sum(texts[start:stop]) > _MOST_TOKENS:

@@ -62,7 +62,7 @@ class _Written:
     def places(self) -> list[Place | None]:
         """The place of each token; None: no part of a content."""
         ends = [end for _, end in self.spans]
-        found: list[Place | None] = []
+        places: list[Place | None] = []
         for first, last in map(_whole, self.tokens.offsets):
             message = bisect_right(ends, first)
             if (
@@ -70,12 +70,12 @@ class _Written:
                 or last <= (begin := self.spans[message][0])
                 or self.skipped[message] < 0
             ):
-                found.append(None)
+                places.append(None)
                 continue
             moved = self.skipped[message] - begin
             start, end = max(first, begin) + moved, min(last, ends[message]) + moved
-            found.append(Place(message, start, end))
-        return found
+            places.append(Place(message, start, end))
+        return places
 
 
 # What a template writes around longer conversations is not cached.
@@ -128,9 +128,9 @@ class PromptEncoder:
         Ids that are not a conversation are plain text, and all are if the format is ``raw``.
         """
         ids = tuple(token_ids)
-        found = () if self.prompt_format == "raw" else self.chat_format.turns(ids)
-        if found:
-            return EncodedPrompt(ids, token_parts(found, len(ids), has_response=False))
+        turns = () if self.prompt_format == "raw" else self.chat_format.turns(ids)
+        if turns:
+            return EncodedPrompt(ids, token_parts(turns, len(ids), has_response=False))
         # What the tokenizer itself writes around a text. Within it, the same ids are a client's.
         around = set(self._tokenizer("")["input_ids"])
         text = [i for i, token_id in enumerate(ids) if token_id not in around] or [len(ids)]
@@ -205,8 +205,8 @@ class PromptEncoder:
     def _encode_chat(self, messages: Sequence[Message], response: str | None) -> EncodedPrompt:
         written, markers = self._write_chat(messages, response)
         token_ids = tuple(written.tokens.token_ids)
-        found = self.chat_format.turns(token_ids)
-        if not found:
+        turns = self.chat_format.turns(token_ids)
+        if not turns:
             raise SidelightError(
                 "The model's chat template marks no turns, so a chat cannot be told from plain "
                 "text. Use the raw prompt format (--format raw)."
@@ -217,7 +217,7 @@ class PromptEncoder:
                 "or use the raw prompt format (--format raw)."
             )
         return EncodedPrompt(
-            token_ids, token_parts(found, len(token_ids), has_response=response is not None)
+            token_ids, token_parts(turns, len(token_ids), has_response=response is not None)
         )
 
     def places(self, messages: Conversation, response: str | None = None) -> list[Place | None]:
@@ -235,7 +235,9 @@ class PromptEncoder:
         if response is not None:
             contents.append(response)
             starts.append(len(prompt))
-        spans = [(start, start + len(own)) for start, own in zip(starts, contents, strict=True)]
+        spans = [
+            (start, start + len(content)) for start, content in zip(starts, contents, strict=True)
+        ]
         tokens = self._contents.encode_raw(prompt + (response or ""))
         return _Written(tokens, spans, [0] * len(spans))
 
@@ -307,15 +309,15 @@ class PromptEncoder:
         literals: list[str] = []
         cursor = 0
         for mark in marks:
-            found = rendered.find(mark, cursor)
-            if found < 0:
+            start = rendered.find(mark, cursor)
+            if start < 0:
                 raise SidelightError(
                     "The chat template leaves a turn out (roles: "
                     f"{', '.join(dict.fromkeys(roles))}). Use roles that the model knows, or the "
                     "raw prompt format (--format raw)."
                 )
-            literals.append(rendered[cursor:found])
-            cursor = found + len(mark)
+            literals.append(rendered[cursor:start])
+            cursor = start + len(mark)
         tokens = self._tokenizer(rendered, add_special_tokens=False, verbose=False)
         markers = self.chat_format.markers(tokens["input_ids"])
         return _Frame((*literals, rendered[cursor:]), markers)

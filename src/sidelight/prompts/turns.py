@@ -129,8 +129,8 @@ class ChatFormat:
             if before is not None or is_end:
                 footers[role, before is None].add(literal if before is None else before)
         self._footers = {key: _ending_pattern(literals) for key, literals in footers.items()}
-        known = {self._to_header(literal) or literal for literal in literals.first}
-        self._preamble = re.compile(f"{'|'.join(map(_as_pattern, known))}|{_SYMBOL}*")
+        preambles = {self._to_header(literal) or literal for literal in literals.first}
+        self._preamble = re.compile(f"{'|'.join(map(_as_pattern, preambles))}|{_SYMBOL}*")
         # What the tokenizer writes before any text does not make it a conversation.
         self._no_evidence = {"", self._text(self._names(tokenizer("")["input_ids"]))[1:]}
 
@@ -192,8 +192,8 @@ class ChatFormat:
 
     def _to_header(self, literal: str) -> str | None:
         """What stands before the first marker; None if there is none."""
-        found = self._header.search(literal)
-        return literal[: found.start()] if found else None
+        header = self._header.search(literal)
+        return literal[: header.start()] if header else None
 
     def _names(self, token_ids: Sequence[int]) -> list[str]:
         names = self._tokenizer.convert_ids_to_tokens([*token_ids])
@@ -256,8 +256,8 @@ class _Literals:
             return
         if marks > 1:
             # The end of a call's arguments, which a content may end like.
-            found = re.search(_SYMBOL, literal)
-            literal = literal[found.start() :] if found else ""
+            symbol = re.search(_SYMBOL, literal)
+            literal = literal[symbol.start() :] if symbol else ""
         self.after.add((after, literal, is_end))
 
 
@@ -320,7 +320,7 @@ def _headers(before: Mapping[str, set[str]]) -> list[tuple[str, str]]:
     between turns, and nothing at the beginning. The shortest end of both that no assistant's turn
     has begins with ``<|im_start|>``.
     """
-    found: dict[str, str] = {}
+    roles: dict[str, str] = {}
     openers: set[str] = set()
     taken: set[str] = set()
     for role in _ROLES:
@@ -334,8 +334,8 @@ def _headers(before: Mapping[str, set[str]]) -> list[tuple[str, str]]:
             - literals
         )
         for literal in sorted(literals, key=lambda text: (len(text), text)):
-            known = [text for text, known_role in found.items() if known_role == role]
-            begins = [literal.rfind(text) for text in known if text in literal]
+            markers = [text for text, other_role in roles.items() if other_role == role]
+            begins = [literal.rfind(text) for text in markers if text in literal]
             if begins and re.search(_SYMBOL, literal):
                 marker = literal[max(begins) :]
             else:
@@ -344,14 +344,14 @@ def _headers(before: Mapping[str, set[str]]) -> list[tuple[str, str]]:
             # by that role's content: then the system's text counts as part of that content.
             imitates = role == "system" and any(
                 marker.startswith(text) and not _CONTROL.search(marker, len(text))
-                for text, known_role in found.items()
-                if known_role != role
+                for text, other_role in roles.items()
+                if other_role != role
             )
             if marker and not imitates:
-                found.setdefault(marker, role)
+                roles.setdefault(marker, role)
                 openers.add(marker[0])
     return sorted(
-        ((role, text) for text, role in found.items()), key=lambda marker: -len(marker[1])
+        ((role, text) for text, role in roles.items()), key=lambda marker: -len(marker[1])
     )
 
 
@@ -361,7 +361,7 @@ _BLANKS = re.compile(r"[ĊĠĉč▁\s]|<0x(?:0[9AD]|20)>")
 
 def _shortest(literal: str, others: set[str], openers: set[str]) -> str:
     """The shortest marker at the end of a literal, from a known first character if there is one."""
-    starts = [found.start() for found in re.finditer(_SYMBOL, literal)]
+    starts = [symbol.start() for symbol in re.finditer(_SYMBOL, literal)]
     if not starts:
         # A template without control tokens marks turns by words, at the beginning of a line.
         return literal if _BLANKS.sub("", literal) else ""

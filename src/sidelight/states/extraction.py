@@ -133,8 +133,8 @@ class BackboneSource:
             hidden = torch.empty(shape, dtype=torch.bfloat16)
             texts = hidden.split(lengths, 1)
             for batch in by_length([len(prompt) - shared for prompt in prompts]):
-                own = [(texts[i], prompts[i].mask(cache.reads)[shared:]) for i in batch]
-                with self._backbone.tapped(partial(_keep_read, own)):
+                targets = [(texts[i], prompts[i].mask(cache.reads)[shared:]) for i in batch]
+                with self._backbone.tapped(partial(_keep_read, targets)):
                     self._backbone.run([prompts[i] for i in batch], after=shared)
                 shown.advance(sum(len(prompts[i]) for i in batch))
             yield index, Shard(hidden, torch.tensor(lengths), torch.tensor(rows))
@@ -193,12 +193,12 @@ class SharedSource:
         self, probe: Probe, prompts: Sequence[EncodedPrompt]
     ) -> Float[np.ndarray, "prompt output"]:
         """A probe's logits of whole prompts that are remembered, without a forward pass."""
-        found = [np.empty((0, probe.task.outputs))]
+        logits = [np.empty((0, probe.task.outputs))]
         for start in range(0, len(prompts), _SCORED_TEXTS):
             chosen = prompts[start : start + _SCORED_TEXTS]
             states = {i: self._read(prompt, probe.reads) for i, prompt in enumerate(chosen)}
-            found.append(shard_logits(probe, Shard.joined(states)))
-        return np.concatenate(found)
+            logits.append(shard_logits(probe, Shard.joined(states)))
+        return np.concatenate(logits)
 
     def _remember(self, prompts: Sequence[EncodedPrompt], reads: Reads, shown: Progress) -> bool:
         """Runs what is new; False if all of it would take more than the budget."""
@@ -240,13 +240,13 @@ def shard_logits(probe: Probe, shard: Shard) -> Float[np.ndarray, "text output"]
     """A probe's logits of whole texts, from their hidden states."""
     device = probe.standardisation.mean.device
     projection = probe.projection().to(device)
-    found = [np.empty((0, probe.task.outputs))]
+    logits = [np.empty((0, probe.task.outputs))]
     texts = len(shard.rows)
     for part in shard.parts([*range(0, texts, _SCORED_TEXTS), texts]):
         columns = projection.layers(part.hidden.to(device, torch.float32)).transpose(0, 1)
         state = probe.mechanism.summarise(Ragged(columns, part.lengths.to(device)))
-        found.append(probe.mechanism.finish(state).double().cpu().numpy())
-    return np.concatenate(found)
+        logits.append(probe.mechanism.finish(state).double().cpu().numpy())
+    return np.concatenate(logits)
 
 
 def _keep_read(
@@ -303,9 +303,9 @@ def score(
             is_text = [torch.arange(projected.shape[1]) < len(prompt) for prompt in chosen]
             columns = projected[torch.stack(is_text)]
             readings = bank.prompt_logits(columns, [bytes(prompt.parts) for prompt in chosen])
-            for probe, own, found in zip(bank.probes, scores, readings, strict=True):
-                own[batch] = [reading.logits for reading in found]
+            for probe, logits, of_prompts in zip(bank.probes, scores, readings, strict=True):
+                logits[batch] = [reading.logits for reading in of_prompts]
                 if probe.prompt_format == "chat":
-                    own[[i for i in batch if prompts[i].is_plain]] = np.nan
+                    logits[[i for i in batch if prompts[i].is_plain]] = np.nan
             bar.advance(sum(lengths[i] for i in batch))
     return scores
