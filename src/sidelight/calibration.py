@@ -219,7 +219,7 @@ def fit_calibration(
     Elkan 2002); it needs some 1,000 rows.
 
     With few rows, the factor of temperature and Platt stays near 1, or near the one that it had:
-    its logarithm has a prior, Student's t (docs/results.md has what it brings).
+    its logarithm has a prior, Student's t.
 
     Separable rows do not give certainty. Temperature and Platt fit targets that stay 1 / (2 N + 2)
     away from 0 and 1 for the N rows of a class (Jeffreys' prior, half of what Platt took;

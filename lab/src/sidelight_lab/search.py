@@ -67,7 +67,7 @@ class Space:
     options: Mapping[str, tuple[OptionValue, ...]] = field(default_factory=dict)
 
 
-# Heads of a single layer learn best above the paper's rates; `docs/results.md` has the runs.
+# Heads of a single layer learn best above the paper's rates.
 # A mechanism without an entry has the default space.
 SPACES: Mapping[str, Space] = {
     "pooling": Space(options={"kind": ("mean", "max")}),

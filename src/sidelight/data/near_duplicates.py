@@ -2,7 +2,7 @@
 
 A text that is left out says nothing about new texts if another version of it was trained on, so
 splits and folds keep such texts together. Two texts are alike by the cosine of their character
-4-grams, where digits count as one and the same (docs/results.md has what other choices join).
+4-grams, where digits count as one and the same.
 """
 
 import re

@@ -21,7 +21,7 @@ class Blend(Mechanism):
     """The mean of its members' logits.
 
     A linear readout and a non-linear fusion err on different texts, so their mean is better than
-    either. A single loss on their sum would undo that (docs/results.md). A member's state has a
+    either. A single loss on their sum would undo that. A member's state has a
     fixed size; a blend's state is the states of its members, laid end to end.
 
     Args:

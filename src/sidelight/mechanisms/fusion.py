@@ -21,7 +21,7 @@ from sidelight.mechanisms.stages import (
 )
 from sidelight.ragged import Ragged
 
-# Dropout of the features in training; chosen on validation data (docs/results.md).
+# Dropout of the features in training; chosen on validation data.
 DROPOUT = 0.3
 
 

@@ -273,8 +273,7 @@ def _best(runs: Sequence[FittedProbe]) -> FittedProbe:
 
 # Cross-fitting, for small data: every text trains the probe, and is scored by a probe that did not
 # train on it. Calibration, threshold and figures are made from these logits of all texts. A part
-# held out of few texts would be missed in training, and too small to stop or choose by
-# (docs/results.md has the comparison).
+# held out of few texts would be missed in training, and too small to stop or choose by.
 
 
 def cross_fit(jobs: Sequence[Job], whole: ProbeDataset, folds: Folds) -> list[Trained | None]:

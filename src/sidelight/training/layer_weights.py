@@ -6,7 +6,7 @@ gradient is.
 
 A layer's mean and its last token are two *views* of a text. A view is worth the R^2, on left-out
 texts, of a kernel ridge regression on it alone. A layer is worth its better view; its weight is
-that worth, relative to the best layer's, to the eighth power (docs/results.md has other powers).
+that worth, relative to the best layer's, to the eighth power.
 The leave-one-out error of a ridge regression has a closed form (Allen 1974), so this costs a few
 eigendecompositions and no validation text.
 """

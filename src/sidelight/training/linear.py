@@ -7,8 +7,8 @@ random part spans the space (Williams & Seeger 2000), which is exact up to ``_LA
 Cross-validated log loss chooses the penalty, along the path from the strongest to the weakest.
 
 Each view of a layer (its means, its last tokens) is weighed by how well it alone predicts left-out
-texts, as ``layer_weights`` weighs layers for a readout. That matters most with few texts
-(docs/results.md has the runs). A fold that chooses the penalty has weights of its own, which its
+texts, as ``layer_weights`` weighs layers for a readout. That matters most with few texts.
+A fold that chooses the penalty has weights of its own, which its
 labels did not make: a kernel is a weighted sum of the layers' kernels, so one pass over the layers
 gives those of all folds.
 """

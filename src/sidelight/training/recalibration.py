@@ -36,7 +36,7 @@ from sidelight.training.measuring import (
 from sidelight.training.traffic import kept_logits, quiet_thresholds
 from sidelight.types import Task
 
-# With fewer texts a probe is better off as it is; docs/results.md has the runs.
+# With fewer texts a probe is better off as it is.
 LEAST_UNLABELLED = 200
 LEAST_LABELLED = 30
 LEAST_PER_SIDE = 10

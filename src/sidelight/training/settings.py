@@ -45,7 +45,7 @@ class TrainingSettings:
             texts (see ``layer_weights``), if states are standardised.
         normalise: Whether hidden states are divided by their root mean square, so that no token
             outweighs others by its norm; see ``Standardisation``. None: unless there are several
-            classes, which lose accuracy by it (docs/results.md has the runs).
+            classes, which lose accuracy by it (measured in lab/docs/experiments).
         beginnings: Whether a probe of responses also learns from a random beginning of each, since
             it has to give scores while a response is being written.
         strength: Of ``linear``, the inverse of its L2 penalty (see ``training/linear.py``); None
@@ -107,7 +107,7 @@ class TrainingSettings:
         return replace(chosen, batch_size=batch_size, epochs=epochs, patience=patience)
 
 
-# Chosen on ToxicChat validation data; `docs/results.md` has the runs.
+# Chosen on ToxicChat validation data.
 _SUGGESTED = {
     "pooling": TrainingSettings(learning_rate=2e-2, weight_decay=0.1, epochs=4),
     "gate": TrainingSettings(learning_rate=1e-2, weight_decay=0.1, epochs=4),
