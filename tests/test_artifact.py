@@ -313,6 +313,6 @@ def test_saves_killed_half_way_leave_the_old_artifact(tiny, saved, monkeypatch, 
 
 
 def test_nothing_is_unpickled():
-    unpickles = re.compile(r"import pickle|torch\.load\(|joblib|allow_pickle=True|marshal|shelve")
+    unpickles = re.compile(r"import pickle|torch\.load\(|joblib.*load|allow_pickle=True|marshal|shelve")
     sources = Path(sidelight.__file__).parent.rglob("*.py")
     assert not [path.name for path in sources if unpickles.search(path.read_text("utf-8"))]

@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from sidelight.artifact import load_probe, save_probe
 from sidelight.errors import SidelightError
-from sidelight.manifest import CARD, MANIFEST, WEIGHTS, measured_section, model_card, read_manifest
+from sidelight.manifest import CARD, MANIFEST, WEIGHTS, model_card, read_manifest
 from sidelight.storage import write_text
 
 _FILES = [MANIFEST, WEIGHTS, CARD]
@@ -17,10 +17,8 @@ _FILES = [MANIFEST, WEIGHTS, CARD]
 def push(directory: str | Path, repository: str | Path, *, private: bool = False) -> str:
     """Uploads an artifact with a model card written from its manifest.
 
-    What ``sidelight redteam --card`` has measured on this very probe stays in the card.
-
     Args:
-        directory: The artifact; the card is written there.
+        directory: The artifact; the card is written there, unless one names this very version.
         repository: ``owner/name`` on the hub, or a ``Path``: a folder, such as a shared drive.
         private: Whether a hub repository that this call creates is private.
 
@@ -32,11 +30,12 @@ def push(directory: str | Path, repository: str | Path, *, private: bool = False
     """
     directory = Path(directory)
     probe = load_probe(directory)
-    card = model_card(read_manifest(directory)) + measured_section(directory)
-    write_text(directory / CARD, card)
+    manifest, card = read_manifest(directory), directory / CARD
+    if not card.exists() or manifest.version not in card.read_text("utf-8"):
+        write_text(card, model_card(manifest))
     if isinstance(repository, Path):
         save_probe(probe, repository)
-        shutil.copy(directory / CARD, repository / CARD)
+        shutil.copy(card, repository / CARD)
         return str(repository)
     api = HfApi()
     try:

@@ -18,7 +18,6 @@ from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.metrics import BINS
 from sidelight.prompts import PromptFormat, Reads
-from sidelight.storage import write_text
 from sidelight.thresholds import OperatingCurve, read_curves
 from sidelight.types import MechanismSpec, Task
 
@@ -248,7 +247,8 @@ clf = sidelight.load("path/to/this/folder")
 print(clf.predict(["some text"])[0])
 ```
 
-The probe fits one backbone (the fingerprint above); loading it on another is refused.
+This is version {version}. It fits one backbone (the fingerprint above); loading it on another is
+refused.
 The figures are from the texts that chose its threshold: expect a little less on new data,
 and measure on your own with `sidelight eval`.
 """
@@ -316,30 +316,5 @@ def _operating_points(manifest: Manifest) -> dict[str, str]:
 def model_card(manifest: Manifest) -> str:
     """The model card, in Markdown."""
     rows = "\n".join(f"- **{name}**: {value}" for name, value in summary(manifest).items())
-    return _CARD.format(name=manifest.name, backbone=manifest.backbone.name, rows=rows)
-
-
-_MEASURED = re.compile(
-    r"\n<!-- measured on version (\w+) -->\n.*?<!-- end of measurement -->\n", re.DOTALL
-)
-
-
-def measured_section(directory: Path) -> str:
-    """What the model card in a folder says was measured on this very probe; else nothing."""
-    path = directory / CARD
-    found = _MEASURED.search(path.read_text("utf-8")) if path.exists() else None
-    version = read_manifest(directory).version
-    return found.group() if found is not None and found[1] == version else ""
-
-
-def add_to_card(directory: Path, section: str) -> None:
-    """Puts what was measured on a probe at the end of its model card, in place of earlier figures.
-
-    Args:
-        directory: The artifact; a card that is there keeps what else it says.
-        section: Markdown.
-    """
-    path, manifest = directory / CARD, read_manifest(directory)
-    card = path.read_text("utf-8") if path.exists() else model_card(manifest)
-    begin, end = f"<!-- measured on version {manifest.version} -->", "<!-- end of measurement -->"
-    write_text(path, f"{_MEASURED.sub('', card)}\n{begin}\n{section}{end}\n")
+    names = {"name": manifest.name, "backbone": manifest.backbone.name}
+    return _CARD.format(**names, version=manifest.version, rows=rows)

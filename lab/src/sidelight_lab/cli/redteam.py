@@ -98,7 +98,7 @@ def redteam(
     has found nothing. Use texts that training has not seen.
     """
     from sidelight.data.loading import load_examples
-    from sidelight.manifest import add_to_card, read_manifest
+    from sidelight.manifest import read_manifest
 
     # Before imports that take seconds: a wrong file or column is refused at once.
     examples = load_examples(
@@ -154,4 +154,4 @@ def redteam(
         found = [evasion.to_dict() for evasion in evasions]
         write_json(out, found[0] if url is None else {"url": url, "routes": found})
     if card:
-        add_to_card(probe, evasions[0].section())
+        evasions[0].add_to_card(probe)

@@ -1,5 +1,6 @@
 """What attacks on a probe gave, as Markdown for a terminal or a model card, and as JSON."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,12 @@ from typing import Any
 
 from tabulate import tabulate
 
+from sidelight.manifest import CARD, model_card, read_manifest
+from sidelight.storage import write_text
 from sidelight_lab.redteam.measure import Outcome, Rate
 
+_END = "<!-- end of measurement -->"
+_MEASURED = re.compile(rf"\n<!-- measured on version \w+ -->\n.*?{_END}\n", re.DOTALL)
 _HEAD = ("attack", "texts", "recall", "false alarms", "difference")
 
 
@@ -72,6 +77,17 @@ class Evasion:
         notes = "".join(f"- {note}\n" for note in self._notes())
         title = f"'{self.probe}' under attack{where}; it flags {flags}."
         return f"{title}\n\n{table}\n" + (f"\n{notes}" if notes else "")
+
+    def add_to_card(self, directory: Path) -> None:
+        """Puts the figures at the end of a probe's model card, in place of earlier ones.
+
+        Args:
+            directory: The artifact; a card that is there keeps what else it says.
+        """
+        path, manifest = directory / CARD, read_manifest(directory)
+        card = path.read_text("utf-8") if path.exists() else model_card(manifest)
+        begin = f"<!-- measured on version {manifest.version} -->"
+        write_text(path, f"{_MEASURED.sub('', card)}\n{begin}\n{self.section()}{_END}\n")
 
     def section(self) -> str:
         """Of a model card."""
