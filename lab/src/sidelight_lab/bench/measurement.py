@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.storage import write_text
-from sidelight_lab.tables.context import package_versions
+from sidelight_lab.environment import package_versions
 from sidelight_lab.tables.writing import Grid
 
 MB = 1e6

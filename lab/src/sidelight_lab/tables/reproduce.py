@@ -21,7 +21,8 @@ from sidelight.training.dataset import ProbeDataset
 from sidelight.training.optimisation import score_name
 from sidelight.types import Task
 from sidelight_lab.datasets import DataSet, overlap_notes
-from sidelight_lab.tables.context import RecipeContext, package_versions
+from sidelight_lab.environment import package_versions
+from sidelight_lab.tables.context import RecipeContext
 from sidelight_lab.tables.figures import TableFigures, measure_rows
 from sidelight_lab.tables.recipes import ProbeConfig, Recipe, Row, build_rows
 from sidelight_lab.tables.runs import (
