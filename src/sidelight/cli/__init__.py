@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from sidelight.cli import options
-from sidelight.cli.background import background
 from sidelight.cli.evaluate import evaluate, parity, predict
 from sidelight.cli.recalibrate import recalibrate
 from sidelight.cli.share import env, inspect, pull, push
@@ -21,7 +20,8 @@ _GROUP = "sidelight.commands"
 _PACKAGES = {
     "label": "sidelight-label",
     **dict.fromkeys(
-        ("anatomy", "bench", "policy", "redteam", "reproduce", "search"), "sidelight-lab"
+        ("anatomy", "background", "bench", "policy", "redteam", "reproduce", "search"),
+        "sidelight-lab",
     ),
 }
 _RESUMED = ("train", "background", "label", "search", "reproduce")
@@ -108,7 +108,6 @@ def demo(keep: bool, port: int) -> None:
 
 _COMMANDS = (
     train,
-    background,
     evaluate,
     recalibrate,
     predict,

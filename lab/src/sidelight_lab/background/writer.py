@@ -1,8 +1,7 @@
 """An LLM writes ordinary conversations, batch by batch.
 
 A turn is sampled from what its chat template writes before it (Magpie: Xu et al. 2024, arXiv
-2406.08464), or continues an opening of ``background_seeds.py``. What is kept of it, and where, is
-decided in ``background.py``.
+2406.08464), or continues an opening of ``seeds.py``.
 """
 
 import json
@@ -19,7 +18,7 @@ from transformers import StoppingCriteriaList
 from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Message, control_tokens
-from sidelight.training import background_seeds as seeds
+from sidelight_lab.background import seeds
 
 ROWS = 32
 _SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50, "repetition_penalty": 1.05}

@@ -80,14 +80,15 @@ def background(
         raise SidelightError(
             "--data is a set that exists. Leave it out, or add --probe and --drop."
         )
-    from sidelight.training import background as traffic
+    from sidelight.training.background import own_set
+    from sidelight_lab import background as traffic
 
     if probe is None:
         backbone = runtime.load_backbone()
         if out is None and count is None:
             conversations = _chosen(data, backbone)
         else:
-            path = out or traffic.own_set(backbone)
+            path = out or own_set(backbone)
             count = count or traffic.CONVERSATIONS
             conversations = traffic.write_background(backbone, count, path, seed=seed)
         _tell(conversations, show=show)
@@ -107,7 +108,8 @@ def background(
 
 def _chosen(data: Path | None, backbone: "TransformersBackbone") -> "Background":
     """The file alone, or what training takes by default."""
-    from sidelight.training.background import default_background, read_background
+    from sidelight.training.background import default_background
+    from sidelight_lab.background import read_background
 
     return default_background(backbone) if data is None else read_background(data)
 
