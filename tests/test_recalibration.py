@@ -92,9 +92,8 @@ def test_texts_that_trained_a_probe_are_counted():
     with pytest.raises(SidelightError, match="was trained on these texts"):
         recalibrate(probe, seen.select(order), logits[order])
     some = np.arange(350, 600)
-    for examples in (seen.select(some), Examples(seen.items[350:], seen.rows[350:])):
-        (warning, *_) = recalibrate(probe, examples, logits[some]).warnings
-        assert warning.startswith("150 of 250 texts were trained on")
+    (warning, *_) = recalibrate(probe, seen.select(some), logits[some]).warnings
+    assert warning.startswith("150 of 250 texts were trained on")
     assert "150 of 250 texts were trained on: the figures flatter the probe." in (
         trained_text_warnings(record, seen.select(some))
     )
@@ -131,34 +130,6 @@ def test_labelled_texts_calibrate_and_choose_thresholds_as_in_training(task):
         log_losses(task, one.calibration.apply(fresh), truth).mean() for one in (probe, made.probe)
     )
     assert after < before
-
-
-@every_task
-def test_unlabelled_texts_move_probabilities_to_the_shares_of_their_classes(task):
-    probe = trained(task, F1 if task is INTENT else ThresholdRule("recall", 0.9))
-    logits, _ = drawn(task, 1000, share=0.05, seed=1)
-    made = recalibrate(probe, unlabelled(1000), logits)
-    fresh, truth = drawn(task, 5000, share=0.05, seed=2)
-    assert made.warnings == ()
-    before, after = (one.calibration.apply(fresh) for one in (probe, made.probe))
-    assert log_losses(task, after, truth).mean() < log_losses(task, before, truth).mean()
-    # 1,000 texts pin a share of 5 % to about 1 %.
-    assert after.mean(axis=0)[-1] == pytest.approx(0.05, abs=0.03)
-    assert made.probe.calibration.scale == probe.calibration.scale
-    if task is not INTENT:
-        # A rule of recall flags the same texts.
-        flagged = before >= probe.thresholds
-        np.testing.assert_array_equal(after >= made.probe.thresholds, flagged)
-        # All scores in the middle: no share of positive texts explains them.
-        with pytest.raises(SidelightError, match=r"are no mixture .* Label some"):
-            recalibrate(probe, unlabelled(1000), 0.05 * logits)
-    logits, _ = drawn(task, 600, share=0.3, seed=0)
-    same = recalibrate(probe, unlabelled(600), logits)
-    assert "do not show that a share changed" in same.warnings[0]
-    assert same.probe.calibration == probe.calibration
-    assert same.probe.thresholds == pytest.approx(probe.thresholds)
-    with pytest.raises(SidelightError, match=r"Too few unlabelled texts.*got 199, wanted 200"):
-        recalibrate(probe, unlabelled(199), logits[:199])
 
 
 def test_without_texts_the_thresholds_move_along_the_stored_curve():

@@ -183,7 +183,7 @@ def test_curves_survive_json_exactly_and_damaged_ones_are_refused():
         {"thresholds": []}, {"thresholds": [0.5, 0.5]}, {"thresholds": [1.5, 0.6]},
         {"thresholds": [0.5, float("nan")]}, {"thresholds": [i / 1000 for i in range(200, 0, -1)]},
         {"true_positives": [2, 1]}, {"true_positives": [0, 9]}, {"false_positives": [-1, 0]},
-        {"expected": [0.1]}, {"share": 1.5}, {"surprise": 1},
+        {"expected": [0.1]}, {"surprise": 1},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="x"):
             read_curves({"x": curve.to_dict() | change})

@@ -1,7 +1,7 @@
 """From logits to calibrated probabilities, and to those of texts with other shares of classes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -27,7 +27,6 @@ _SHIFT_PENALTY = 1e-3
 _SCALE_WIDTH, _SCALE_FREEDOM = 0.5, 4
 # Root mean squares of logits as training makes them.
 _USUAL_LOGITS = (0.5, 20.0)
-_EM_STEPS, _EM_TOLERANCE = 10_000, 1e-9
 
 
 def link(task: TaskKind, logits: Float[Values, "row output"]) -> Float[Values, "row output"]:
@@ -80,8 +79,7 @@ class Calibration:
     """A map from logits to probabilities.
 
     In a binary or multi-label task, a higher logit never gets a lower probability. In a multi-class
-    task, ``platt`` and ``isotonic`` may change which class wins, and so may ``shifted``;
-    ``temperature`` never does.
+    task, ``platt`` and ``isotonic`` may change which class wins; ``temperature`` never does.
 
     Without knots it is ``link(scale * logits + shift)``, where the link is the softmax for a
     multi-class task and the sigmoid otherwise. With knots, each output's log-odds (for a softmax,
@@ -131,19 +129,6 @@ class Calibration:
         if self.task != "multiclass":
             return calibrated
         return calibrated / calibrated.sum(axis=1, keepdims=True)
-
-    def shifted(self, change: Float[Values, " output"]) -> "Calibration":
-        """With what the link is applied to moved by ``change``, such as for other class shares.
-
-        Raises:
-            SidelightError: It is isotonic, and maps probabilities after the link.
-        """
-        if self.knots:
-            raise SidelightError(
-                "An isotonic calibration cannot be shifted to other shares of the classes. "
-                "Recalibrate on labelled texts (--label)."
-            )
-        return replace(self, shift=tuple((np.array(self.shift) + change).tolist()))
 
     def to_dict(self) -> dict[str, Any]:
         """The calibration as JSON-ready values; `from_dict` reads it back exactly."""
@@ -360,69 +345,3 @@ def _fit_knots(odds: Float[Values, " row"], holds: Bool[Flags, " row"]) -> Knots
     margin = 1 / (len(holds) + 2)
     probabilities: Values = np.clip(fitted.y_thresholds_, margin, 1 - margin)
     return Knots(tuple(fitted.X_thresholds_.tolist()), tuple(probabilities.tolist()))
-
-
-@dataclass(frozen=True)
-class PriorShift:
-    """How frequent classes are in unlabelled texts, beside the texts of a calibration.
-
-    Attributes:
-        shares: The share of texts of each output's class.
-        change: What ``Calibration.shifted`` takes to follow it.
-        significance: The p-value of the texts if no share had changed.
-    """
-
-    shares: Float[Values, " output"]
-    change: Float[Values, " output"]
-    significance: float
-
-
-def estimate_shift(
-    task: Task,
-    probabilities: Float[Values, "text output"],
-    priors: Float[Values, " output"],
-    *,
-    texts: int | None = None,
-) -> PriorShift:
-    """The shares of classes under which the texts are most likely (Saerens et al. 2002).
-
-    Assumes that texts of a class look as they did at calibration, so that only shares changed. Each
-    label of a multi-label task is estimated by itself.
-
-    Args:
-        task: The classes.
-        probabilities: Calibrated.
-        priors: The shares at calibration, above 0.
-        texts: Of how many texts, so that chance among these counts, too; None if they are exact.
-    """
-    if task.kind == "multiclass":
-        shares, significance = _shares(probabilities, priors, texts)
-        return PriorShift(shares, np.log(shares) - np.log(priors), significance)
-    found = [
-        _shares(np.stack([1 - own, own], axis=1), np.array([1 - prior, prior]), texts)
-        for own, prior in zip(probabilities.T, priors.tolist(), strict=True)
-    ]
-    shares = np.array([own[1] for own, _ in found])
-    change = log_odds(shares) - log_odds(priors)
-    return PriorShift(shares, change, min(significance for _, significance in found))
-
-
-def _shares(
-    probabilities: Float[Values, "text label"], priors: Float[Values, " label"], texts: int | None
-) -> tuple[Float[Values, " label"], float]:
-    """Shares by EM, and the p-value of the likelihood-ratio test of a change."""
-    # Imported here: serving applies a calibration and never fits one.
-    from scipy.stats import chi2  # pyright: ignore
-
-    shares = priors
-    for _ in range(_EM_STEPS):
-        joint = probabilities * (shares / priors)
-        counts = (joint / joint.sum(axis=1, keepdims=True)).sum(axis=0)
-        # One text more, with the old shares, keeps each share above 0.
-        last, shares = shares, (counts + priors) / (len(probabilities) + 1)
-        if np.abs(shares - last).max() < _EM_TOLERANCE:
-            break
-    gain = 2 * float(np.log((probabilities * (shares / priors)).sum(axis=1)).sum())
-    # The difference of two shares varies by the chance of both samples.
-    gain /= 1 + (0 if texts is None else len(probabilities) / texts)
-    return shares, float(cast(Any, chi2).sf(max(gain, 0.0), len(priors) - 1))

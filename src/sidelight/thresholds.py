@@ -3,14 +3,13 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sidelight.calibration import link, log_odds
 from sidelight.errors import SidelightError
 from sidelight.metrics import checked_labels
 from sidelight.types import AnyArray, Flags, Numbers, Task, Values
@@ -24,10 +23,6 @@ ENOUGH_POSITIVES = 30
 # What the calibration says of a text weighs as much as so many texts of the rarer side. On draws of
 # 60 to 1,000 texts of three sets, F1 on other texts is .003 to .011 higher than by labels alone.
 PRIOR_TEXTS = 100.0
-# The distance of two distributions that chance exceeds in 1 % of draws, in standard errors.
-_KOLMOGOROV = 1.63
-# Probabilities between which distributions are compared.
-_UNSURE = (0.05, 0.95)
 
 _FORMS = (
     "f1, fpr=0.01 (the most recall with at most this share of negative texts flagged), "
@@ -97,7 +92,6 @@ class OperatingCurve:
             calibration expects among them.
         positives: All positive texts.
         negatives: All negative texts.
-        share: The share of positives in the traffic; None is that of the texts.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -108,7 +102,6 @@ class OperatingCurve:
     expected: tuple[float, ...]
     positives: int
     negatives: int
-    share: float | None = None
 
     @staticmethod
     def of(
@@ -160,10 +153,9 @@ class OperatingCurve:
         hits = (1 - weight) * labels + weight * expected
         texts = self.positives + self.negatives
         positives = (1 - weight) * self.positives + weight * self.expected[-1]
-        share = positives / texts if self.share is None else self.share
         recall = hits / max(positives, _SATURATED)
         alarms = (flagged - hits) / max(texts - positives, _SATURATED)
-        return recall, alarms, share
+        return recall, alarms, positives / texts
 
     def threshold(self, rule: ThresholdRule = F1, *, prior_texts: float = PRIOR_TEXTS) -> float:
         """The threshold that follows the rule best; of several equally good ones the middle one.
@@ -194,36 +186,6 @@ class OperatingCurve:
         point = int(np.abs(np.array(self.thresholds) - threshold).argmin())
         return self.true_positives[point], self.false_positives[point]
 
-    def explains(self, scores: Float[Values, " text"]) -> bool:
-        """Whether scores can come from these positive and negative texts, mixed by ``share``.
-
-        By the largest distance of their distributions (Kolmogorov-Smirnov), at 1 %, where
-        probabilities are neither near 0 nor near 1: there, a probe that was trained on all texts is
-        surer than those of the folds, which scored the texts of this curve.
-        """
-        share = self.rates()[2]
-        positives, negatives = max(self.positives, 1), max(self.negatives, 1)
-        mixed = share * np.array(self.true_positives) / positives
-        mixed = mixed + (1 - share) * np.array(self.false_positives) / negatives
-        thresholds = np.array(self.thresholds)  # falling
-        is_unsure = (_UNSURE[0] <= thresholds) & (thresholds <= _UNSURE[1])
-        # Both ends count even if no text of the curve is between them.
-        places = np.append(thresholds[is_unsure], _UNSURE)
-        points = np.searchsorted(-thresholds, -places, side="right") - 1
-        expected = np.where(points < 0, 0.0, mixed[points])
-        found = (scores[:, None] >= places).mean(axis=0)
-        variance = 1 / len(scores) + share**2 / positives + (1 - share) ** 2 / negatives
-        return bool(np.abs(found - expected).max() <= _KOLMOGOROV * math.sqrt(variance))
-
-    def shifted(self, change: float, *, share: float) -> "OperatingCurve":
-        """Of probabilities whose log-odds are ``change`` higher, for another share of positives.
-
-        Which texts a point flags stays the same.
-        """
-        odds = log_odds(np.array(self.thresholds)) + change
-        moved = link("binary", odds[:, None])[:, 0]
-        return replace(self, thresholds=tuple(moved.tolist()), share=share)
-
     def to_dict(self) -> dict[str, Any]:
         """The curve as JSON-ready values; ``read_curves`` reads it back exactly."""
         return asdict(self)
@@ -244,7 +206,6 @@ class OperatingCurve:
                 and bool((np.diff(own) >= 0).all())
                 for own, total in zip(counts, totals, strict=True)
             )
-            and (self.share is None or 0 <= self.share <= 1)
         )
 
 

@@ -11,9 +11,7 @@ from sidelight.cli import options
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
-    from sidelight.data.examples import Examples
     from sidelight.data.loading import OnMissingLabel
-    from sidelight.types import Task
 
 
 @click.command(
@@ -26,11 +24,7 @@ if TYPE_CHECKING:
 @click.argument("probe", type=options.PATH)
 @options.optional_data
 @options.text
-@click.option(
-    "--label",
-    help="Column of the label; several, with commas, of a multi-label probe. [default: label, if "
-    "the data has it; else the texts count as unlabelled]",
-)
+@options.label
 @options.response
 @options.split
 @options.missing_label
@@ -51,7 +45,7 @@ def recalibrate(
     probe: Path,
     data: str | None,
     text: str,
-    label: str | None,
+    label: str,
     response: str | None,
     split: str | None,
     missing_label: "OnMissingLabel",
@@ -64,10 +58,9 @@ def recalibrate(
 ) -> None:
     """Fit a probe's probabilities and thresholds to new traffic, without training.
 
-    Labelled texts calibrate as in training, and choose the thresholds. Unlabelled ones tell how
-    frequent each class is now; probabilities and thresholds follow. Without --data, thresholds move
-    to what --threshold wants, by the curve of left-out texts in the manifest. The probe stays, and
-    a new one is written, whose manifest says what it was recalibrated on.
+    Labelled texts calibrate as in training, and choose the thresholds. Without --data, thresholds
+    move to what --threshold wants, by the curve of left-out texts in the manifest. The probe stays,
+    and a new one is written, whose manifest says what it was recalibrated on.
     """
     from sidelight.manifest import holds_probe, read_manifest
     from sidelight.thresholds import ThresholdRule, read_curves, require_thresholds
@@ -92,8 +85,16 @@ def recalibrate(
     examples = None
     if data is not None:
         options.announce(f"Reading {data}")
-        examples = _read(
-            task, data, label, text=text, response=response, split=split, missing=missing_label
+        from sidelight.data.loading import load_examples
+
+        examples = load_examples(
+            data,
+            text=text,
+            label=label,
+            response=response,
+            split=split,
+            task=task,
+            on_missing_label=missing_label,
         )
     options.announce("Loading the probe" if examples is None else "Loading the model")
     from sidelight.artifact import load_probe, save_probe
@@ -135,31 +136,3 @@ def recalibrate(
                 f"of {curve.negatives} others, of those that the probe was calibrated on."
             )
     click.echo(f"Saved to {folder}")
-
-
-def _read(
-    task: "Task",
-    data: str,
-    label: str | None,
-    *,
-    text: str,
-    response: str | None,
-    split: str | None,
-    missing: "OnMissingLabel",
-) -> "Examples":
-    """The texts, with labels if there are some."""
-    from sidelight.data.loading import load_examples
-
-    if label is None:
-        unlabelled = load_examples(data, text=text, label=None, response=response, split=split)
-        if not any("label" in row for row in unlabelled.rows):
-            return unlabelled
-    return load_examples(
-        data,
-        text=text,
-        label=label or "label",
-        response=response,
-        split=split,
-        task=task,
-        on_missing_label=missing,
-    )

@@ -144,14 +144,13 @@ def describe_scores(
 ) -> dict[str, Any]:
     """What serving and a later recalibration need to know of the scores of some texts.
 
-    ``scores`` are histograms, which drift is measured from; ``priors`` the mean probabilities;
-    ``curves``, of labelled texts, what each threshold flags.
+    ``scores`` are histograms, which drift is measured from; ``curves``, of labelled texts, what
+    each threshold flags.
     """
     columns = dict(zip(task.labels[-task.outputs :], probabilities.T, strict=True))
     curves = {} if labels is None else operating_curves(task, probabilities, labels)
     return {
         "scores": {label: score_counts(own.tolist()) for label, own in columns.items()},
-        "priors": {label: float(own.mean()) for label, own in columns.items()},
         "curves": {label: curve.to_dict() for label, curve in curves.items()},
     }
 

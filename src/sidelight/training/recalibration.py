@@ -1,10 +1,10 @@
 """A probe fitted to new traffic without training: its calibration and its thresholds.
 
-Labelled texts give both anew. Unlabelled ones tell how frequent each class is now. Without texts,
-thresholds move along the curves that the probe was last calibrated with.
+Labelled texts give both anew. Without texts, thresholds move along the curves that the probe was
+last calibrated with.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from sidelight.calibration import estimate_shift, suggested_calibration
-from sidelight.data.examples import Examples, LabelledExamples
+from sidelight.calibration import suggested_calibration
+from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.manifest import reference
@@ -37,11 +37,8 @@ from sidelight.training.traffic import kept_logits, quiet_thresholds
 from sidelight.types import Task
 
 # With fewer texts a probe is better off as it is.
-LEAST_UNLABELLED = 200
 LEAST_LABELLED = 30
 LEAST_PER_SIDE = 10
-# Above this p-value, texts do not show that the shares of classes changed.
-_SIGNIFICANT = 0.05
 # Users are told where a label is caught less than this part as often as before, and where scores
 # tell it from others less well than this (AUROC).
 _KEPT_RECALL = 0.5
@@ -55,8 +52,8 @@ class Recalibrated:
     Attributes:
         probe: For the new traffic; its record says what it was recalibrated on.
         what: What was done, in a sentence.
-        figures: Before and after, on the new texts if they are labelled; else none. Each text is
-            calibrated without it.
+        figures: Before and after, on the new texts if there are some; each text is calibrated
+            without it.
         warnings: What the user should know, one sentence each.
     """
 
@@ -68,7 +65,7 @@ class Recalibrated:
 
 def recalibrate(
     probe: Probe,
-    examples: Examples | None = None,
+    examples: LabelledExamples | None = None,
     logits: Float[np.ndarray, "text output"] | None = None,
     *,
     rule: ThresholdRule | None = None,
@@ -77,24 +74,20 @@ def recalibrate(
 
     Args:
         probe: As it was trained, or recalibrated before.
-        examples: Texts of the new traffic. With labels, they calibrate and choose the thresholds as
-            in training. Without, the shares of the classes among them are estimated by EM (Saerens
-            et al. 2002), and probabilities and thresholds follow. None moves thresholds only.
+        examples: Labelled texts of the new traffic, which calibrate and choose the thresholds as
+            in training. None moves thresholds only.
         logits: The probe's, of each text.
         rule: What thresholds are chosen for; None is what they were chosen for before.
 
     Raises:
-        SidelightError: There are too few texts, a curve is missing in an older artifact, or
-            unlabelled texts differ in more than the shares of their classes.
+        SidelightError: There are too few texts, or the probe was trained on them.
     """
     rule = rule or ThresholdRule.parse(probe.record.get("threshold_rule", "f1"))
     require_thresholds(probe.task, rule)
     if examples is None or logits is None:
         made, entry = _follow_rule(probe, rule)
-    elif isinstance(examples, LabelledExamples):
-        made, entry = _follow_labels(probe, examples, logits, rule)
     else:
-        made, entry = _follow_shares(probe, examples, logits, rule)
+        made, entry = _follow_labels(probe, examples, logits, rule)
     seen = 0 if examples is None else trained_texts(probe.record, examples)
     if examples is not None and seen:
         warning = (
@@ -217,74 +210,8 @@ def _require_enough(task: Task, counts: dict[str, int], texts: int) -> None:
         raise SidelightError(
             f"Too few labelled texts to recalibrate on: got {texts}{found}; wanted "
             f"{LEAST_LABELLED} or more, with and without each label {LEAST_PER_SIDE} or more. "
-            "Label more texts, or give them without labels."
+            "Label more texts."
         )
-
-
-def _follow_shares(
-    probe: Probe,
-    examples: Examples,
-    logits: Float[np.ndarray, "text output"],
-    rule: ThresholdRule,
-) -> tuple[Recalibrated, dict[str, Any]]:
-    if len(examples) < LEAST_UNLABELLED:
-        raise SidelightError(
-            f"Too few unlabelled texts to tell the shares of classes: got {len(examples)}, wanted "
-            f"{LEAST_UNLABELLED} or more. Add texts, or labels (--label)."
-        )
-    task, priors = probe.task, _priors(probe)
-    old = probe.calibration.apply(logits)
-    shift = estimate_shift(task, old, priors, texts=reference(probe.record).get("rows"))
-    known = {} if task.kind == "multiclass" else _curves(probe)
-    if has_changed := shift.significance <= _SIGNIFICANT:
-        calibration, given = probe.calibration.shifted(shift.change), shift.shares
-        pairs = zip(known.items(), shift.change.tolist(), given.tolist(), strict=False)
-        curves = {label: curve.shifted(by, share=share) for (label, curve), by, share in pairs}
-    else:
-        calibration, given, curves = probe.calibration, priors, known
-    new = calibration.apply(logits)
-    _require_mixture(known, given.tolist(), old)
-    thresholds = tuple(curve.threshold(rule) for curve in curves.values())
-    thresholds = quiet_thresholds(thresholds, calibration, kept_logits(probe), rule)
-    labels = task.labels[-task.outputs :]
-    shares = zip(labels, priors, given, strict=True)
-    changes = {label: [float(before), float(after)] for label, before, after in shares}
-    entry = {
-        "rows": len(examples),
-        "sha256": examples.content_hash,
-        "significance": shift.significance,
-        "shares": changes,
-        "before": {"flagged": _flagged(task, old, probe.thresholds)},
-        "after": {"flagged": _flagged(task, new, thresholds)},
-        **describe_scores(task, new),
-        "priors": dict(zip(labels, given.tolist(), strict=True)),
-        "curves": {label: curve.to_dict() for label, curve in curves.items()},
-    }
-    told = ", ".join(f"'{label}' {was:.1%} to {now:.1%}" for label, (was, now) in changes.items())
-    what = f"shares of classes in {len(examples):,} unlabelled texts: {told}"
-    made = replace(probe, calibration=calibration, thresholds=thresholds)
-    same = (
-        f"The texts do not show that a share changed (p = {shift.significance:.2f}): probabilities "
-        "stay as they are."
-    )
-    doubts = [] if has_changed else [same]
-    doubts += _losses(_recalls(known, curves, probe, made))
-    return Recalibrated(made, what, None, (*doubts,)), entry
-
-
-def _priors(probe: Probe) -> Float[np.ndarray, " output"]:
-    """The shares of classes that the probabilities were calibrated for."""
-    stored, labels = reference(probe.record), probe.task.labels[-probe.task.outputs :]
-    if "priors" in stored:
-        return np.array([stored["priors"][label] for label in labels], dtype=float)
-    if "classes" not in stored:
-        raise SidelightError(
-            f"Probe '{probe.name}' does not say which texts it was calibrated on. Recalibrate on "
-            "labelled texts (--label), or train it again."
-        )
-    # Older artifacts count texts; no share is 0 or 1.
-    counts = np.array([stored["classes"][label] for label in labels], dtype=float)
-    return counts.clip(0.5, stored["rows"] - 0.5) / stored["rows"]
 
 
 def _curves(probe: Probe) -> dict[str, OperatingCurve]:
@@ -297,44 +224,6 @@ def _curves(probe: Probe) -> dict[str, OperatingCurve]:
     return curves
 
 
-def _flagged(
-    task: Task, probabilities: Float[np.ndarray, "text output"], thresholds: tuple[float, ...]
-) -> dict[str, float]:
-    """The share of texts that get each label."""
-    decided = (
-        probabilities == probabilities.max(axis=1, keepdims=True)
-        if task.kind == "multiclass"
-        else probabilities >= thresholds
-    )
-    return dict(zip(task.labels[-task.outputs :], decided.mean(axis=0).tolist(), strict=True))
-
-
-def _require_mixture(
-    curves: Mapping[str, OperatingCurve],
-    shares: Sequence[float],
-    probabilities: Float[np.ndarray, "text output"],
-) -> None:
-    """Refuses texts that the shares of classes do not explain: there, EM does harm.
-
-    Args:
-        curves: As they were.
-        shares: Of each output's class now.
-        probabilities: By the calibration as it was.
-    """
-    outputs = zip(curves.items(), shares, probabilities.T, strict=False)
-    strange = [
-        label
-        for (label, curve), share, own in outputs
-        if not replace(curve, share=share).explains(own)
-    ]
-    if strange:
-        raise SidelightError(
-            f"The scores of '{', '.join(strange)}' are no mixture of those that the probe was "
-            "calibrated on, whatever the shares of the classes: the texts themselves changed. "
-            "Label some of them, and recalibrate on these (--label)."
-        )
-
-
 def _follow_rule(probe: Probe, rule: ThresholdRule) -> tuple[Recalibrated, dict[str, Any]]:
     if probe.task.kind == "multiclass":
         raise SidelightError(
@@ -345,7 +234,7 @@ def _follow_rule(probe: Probe, rule: ThresholdRule) -> tuple[Recalibrated, dict[
     thresholds = tuple(curve.threshold(rule) for curve in curves.values())
     thresholds = quiet_thresholds(thresholds, probe.calibration, kept_logits(probe), rule)
     stored = reference(probe.record)
-    entry = {name: stored[name] for name in ("scores", "priors", "curves")}
+    entry = {name: stored[name] for name in ("scores", "curves")}
     made = replace(probe, thresholds=thresholds)
     positives = {label: curve.positives for label, curve in curves.items()}
     texts = max(curve.positives + curve.negatives for curve in curves.values())
