@@ -20,7 +20,6 @@ import torch
 from commands import saved
 from sidelight.artifact import save_probe
 from sidelight.bank import Bank
-from sidelight.policy.hold_back import StreamingRule
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.states.extraction import score
@@ -139,9 +138,8 @@ class Subjects:
     @cached_property
     def answers(self) -> dict[str, tuple[list[int], np.ndarray, int | None]]:
         """For each quiet text what is written, its scores, and where it is cut; None: it is not."""
-        rule = StreamingRule(LEAK, consecutive=2)
         written = {text: self.written(text) for text in self.quiet}
-        return {t: (ids, own, rule.first_firing(own)) for t, (ids, own) in written.items()}
+        return {t: (ids, own, first_cut(own)) for t, (ids, own) in written.items()}
 
     @cached_property
     def leaking(self) -> str:
@@ -166,6 +164,12 @@ class Subjects:
     def decoded(self, ids: list[int]) -> str:
         # An unfinished character at the end is not sent.
         return self.backbone.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
+
+
+def first_cut(scores: np.ndarray) -> int | None:
+    """Tokens judged when two in a row reach the threshold; None: they never do."""
+    starts = np.flatnonzero((scores[:-1] >= LEAK) & (scores[1:] >= LEAK))
+    return int(starts[0]) + 2 if len(starts) else None
 
 
 Asked = tuple[str, dict[str, Any]]

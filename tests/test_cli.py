@@ -332,6 +332,7 @@ TRAIN = "train --data {data} --out o --label toxic "
     [
         ("train --data {data} --out o --label toxi", "Did you mean 'toxic'"),
         (TRAIN + "--mechanism gat", "Did you mean 'gate'"),
+        ("train --data nowhere --out o --label toxic --name a/b", "1 to 64 of A-Z"),
         (TRAIN + "--set gate.x=1", "--mechanism gate"),
         (TRAIN + "--model {model} --cache-budget 0.0000001", "--cache-budget"),
         ("train --data nowhere.jsonl --out o --threshold fpr=2", "fpr=0.01"),

@@ -4,67 +4,18 @@ import asyncio
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidelight.engines.base import Finished, PromptJudged, ResponseScored, TextDelta
-from sidelight.errors import SidelightError, VerdictError
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Admitted, Enforcement
-from sidelight.policy.hold_back import Ended, HoldBack, StreamingRule, Watched
+from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import BoundRule, Rule
 from sidelight.prompts import PlainText, Reads
 from sidelight.types import Judgement, Verdict
 from tiny import untrained_probe
-
-# Few distinct values, so that scores often equal the threshold and streaks occur.
-_SCORES = st.lists(st.sampled_from([0.0, 0.4, 0.5, 0.6, 1.0]), max_size=20)
-_RULES = st.builds(
-    StreamingRule,
-    threshold=st.sampled_from([0.0, 0.5, 1.0]),
-    consecutive=st.integers(1, 4),
-    warm_up=st.integers(0, 6),
-)
-
-
-def watch(rule, scores):
-    watched = Watched()
-    for score in scores:
-        watched = rule.advance(watched, score)
-    return watched
-
-
-@settings(max_examples=60)
-@given(_RULES, _SCORES)
-def test_it_fires_at_the_first_token_that_ends_a_streak(rule, scores):
-    """In both forms; the warm-up does not count."""
-    ends = range(rule.warm_up + rule.consecutive, len(scores) + 1)
-    expected = [
-        end
-        for end in ends
-        if all(score >= rule.threshold for score in scores[end - rule.consecutive : end])
-    ]
-    first = next(iter(expected), None)
-    assert watch(rule, scores).fired_at == rule.first_firing(np.array(scores)) == first
-
-
-@pytest.mark.parametrize("score", [math.nan, math.inf])
-def test_a_score_that_is_not_finite_is_not_a_verdict(score):
-    rule = StreamingRule(0.5)
-    with pytest.raises(VerdictError, match="not judged"):
-        rule.advance(Watched(), score)
-    with pytest.raises(VerdictError, match="not judged"):
-        rule.first_firing(np.array([0.9, score]))
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"threshold": 1.5}, {"threshold": math.nan}, {"consecutive": 0}, {"warm_up": -1}]
-)
-def test_a_rule_out_of_range_is_refused(wrong):
-    with pytest.raises(SidelightError, match="streaming rule needs"):
-        StreamingRule(**{"threshold": 0.5, **wrong})
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +115,14 @@ def test_a_cut_by_a_flag_is_reported_as_block_even_after_a_failure(late, events)
     *_, (end,) = [held.push(event) for event in events]
     assert end.reason == "content_filter"
     assert (end.decisions[0].action, end.decisions[0].outcome) == ("block", "flagged")
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_is_not_a_verdict(late, score):
+    held = holding(late, threshold=1.0)
+    held.push(TextDelta("a", tokens=1))
+    (end,) = held.push(scored(1, score))
+    assert (end.reason, end.decisions[0].action) == ("content_filter", "fail_closed")
 
 
 def test_an_empty_answer_has_nothing_to_judge(late):

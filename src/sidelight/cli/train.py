@@ -135,8 +135,9 @@ def train(
     """
     assigned = _assignments(assignments, mechanisms)
     options.announce(f"Reading {inputs.data}")
-    from sidelight.manifest import holds_probe
+    from sidelight.manifest import holds_probe, require_name
 
+    require_name(name or out.resolve().name)
     if holds_probe(out) and not force:
         raise SidelightError(
             f"{out} holds a probe. Name another folder with --out, or replace it with --force."

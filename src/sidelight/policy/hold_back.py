@@ -7,15 +7,13 @@ could have cut the text. With a warm-up of 3 tokens, 2 in a row that cut, and 2 
     tokens then sent     -  -  -  -  1-3  4  5  6
 
 If tokens 7 and 8 are over the threshold, the text is cut at 8, and 6, 7 and 8 are never sent. The
-verdict on the whole text decides about the last tokens at its end.
+verdict on the whole text decides about the last tokens at its end. A single token over the
+threshold is often noise, so a rule wants several in a row.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
-from jaxtyping import Float
 
 from sidelight.engines.base import (
     Event,
@@ -25,88 +23,9 @@ from sidelight.engines.base import (
     ResponseScored,
     TextDelta,
 )
-from sidelight.errors import SidelightError, VerdictError
 from sidelight.policy.decisions import Decision, decide
 from sidelight.policy.rules import BoundRule
 from sidelight.types import Judgement
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What a rule remembers of one response.
-
-    Attributes:
-        tokens: Scores seen.
-        streak: Scores at or over the threshold since the last one below it, after the warm-up.
-        fired_at: Tokens seen when the rule first held; None while it has not. It stays.
-    """
-
-    tokens: int = 0
-    streak: int = 0
-    fired_at: int | None = None
-
-    @property
-    def has_fired(self) -> bool:
-        return self.fired_at is not None
-
-
-@dataclass(frozen=True)
-class StreamingRule:
-    """When a running score counts: at the first token that ends a streak over the threshold.
-
-    A running score is the probe's probability after each token of the response. A single token
-    over the threshold is often noise, so the rule wants several in a row. Holding back
-    ``consecutive`` tokens of text keeps the whole streak from the reader.
-
-    Attributes:
-        threshold: Probability from which a token counts, in [0, 1].
-        consecutive: Tokens in a row that have to count, 1 or more.
-        warm_up: First tokens of the response that never count.
-    """
-
-    threshold: float
-    consecutive: int = 2
-    warm_up: int = 0
-
-    def __post_init__(self):
-        if not 0 <= self.threshold <= 1 or self.consecutive < 1 or self.warm_up < 0:
-            raise SidelightError(
-                "A streaming rule needs a threshold from 0 to 1, one or more consecutive tokens "
-                f"and a warm-up of 0 or more, got: {self}."
-            )
-
-    def advance(self, watched: Watched, score: float) -> Watched:
-        """What is remembered after one more token; before the first, ``Watched()``.
-
-        Raises:
-            VerdictError: The score is not finite. Then there is no verdict, not even a harmless
-                one: a blocking policy blocks.
-        """
-        if not math.isfinite(score):
-            raise VerdictError(
-                f"The running score of token {watched.tokens + 1} is not finite. Treat the text "
-                "as not judged."
-            )
-        tokens = watched.tokens + 1
-        counts = tokens > self.warm_up and score >= self.threshold
-        streak = watched.streak + 1 if counts else 0
-        fires = not watched.has_fired and streak >= self.consecutive
-        return Watched(tokens, streak, tokens if fires else watched.fired_at)
-
-    def first_firing(self, scores: Float[np.ndarray, " token"]) -> int | None:
-        """Tokens seen when the rule first holds on a complete response; None: it never does.
-
-        The same as `advance` over all scores, for measuring many rules on many responses.
-        """
-        if not np.isfinite(scores).all():
-            raise VerdictError("A running score is not finite. Treat the text as not judged.")
-        if len(scores) < self.consecutive:
-            return None
-        counts = scores >= self.threshold
-        counts[: self.warm_up] = False
-        windows = np.lib.stride_tricks.sliding_window_view(counts, self.consecutive)
-        starts = np.flatnonzero(windows.all(1))
-        return int(starts[0]) + self.consecutive if len(starts) else None
 
 
 @dataclass(frozen=True)
@@ -222,22 +141,21 @@ class _BlockingRuleState:
         self._has_flagged = False
         self._has_failed = False
         self._tokens = 0
-        self._rules = {
-            label: StreamingRule(threshold, rule.consecutive, rule.warm_up)
-            for label, threshold in bound.thresholds.items()
-        }
-        self._watched = dict.fromkeys(self._rules, Watched())
+        # Tokens in a row, up to the last one, whose score of each label counts.
+        self._streaks = dict.fromkeys(bound.thresholds, 0)
 
     def step(self, judgement: Judgement, *, tokens: int) -> bool:
         """Whether the text is cut after one more token; a token without a score is a failure."""
         verdict, expected = decide(self._bound, judgement, tokens=tokens).verdict, self._tokens + 1
         self._tokens = tokens
-        if verdict is None or tokens != expected:
+        scores = {} if verdict is None else verdict.probabilities
+        if verdict is None or tokens != expected or not all(map(math.isfinite, scores.values())):
             self._fail()
             return self.is_cut
-        for label, rule in self._rules.items():
-            self._watched[label] = rule.advance(self._watched[label], verdict.probabilities[label])
-        if any(watched.has_fired for watched in self._watched.values()):
+        for label, threshold in self._bound.thresholds.items():
+            counts = tokens > self._bound.rule.warm_up and scores[label] >= threshold
+            self._streaks[label] = self._streaks[label] + 1 if counts else 0
+        if max(self._streaks.values(), default=0) >= self._bound.rule.consecutive:
             self._has_flagged = self.is_cut = True
         return self.is_cut
 
