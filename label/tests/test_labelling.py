@@ -106,6 +106,13 @@ def test_the_figures_are_of_texts_that_the_probe_did_not_learn_from(first_sittin
 
 
 @pytest.mark.slow
+def test_a_folder_of_any_name_gets_a_probe_that_can_be_loaded(trained, tmp_path):
+    trained.queue.folder = tmp_path / "my texts & more"
+    trained.queue.train()
+    assert load_probe(trained.queue.folder).name == "my-texts-more"
+
+
+@pytest.mark.slow
 def test_the_least_certain_texts_come_first_and_one_in_four_at_random(trained):
     chances = trained.pool.probabilities(load_probe(trained.folder / "probe"))[:, 0]
     shuffled = [row for row in trained.queue._shuffled if row not in trained.queue.decided]

@@ -5,6 +5,7 @@ like all texts, so only they can measure a probe.
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -323,7 +324,7 @@ class LabelQueue:
     def _fitted(self, decided: Mapping[int, tuple[str, ...]]) -> tuple[_Judge, Mapping[str, Any]]:
         """A probe of these labels, and its figures as ``sidelight train`` prints them."""
         rows = [*decided]
-        name = self.folder.resolve().name
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.folder.resolve().name)[:64]
         probe, calibrated = self.pool.fit(rows, self._labelled(decided), name=name)
         probe = replace(probe, record={**probe.record, _RECORD: self._file.path.name})
         probabilities = self.pool.probabilities(probe)
