@@ -81,7 +81,8 @@ def test_a_span_has_the_verdicts_of_its_answer_or_check_and_the_id_of_what_is_re
                 verdicts = answer.json()["sidelight"]["verdicts"]
             late = [v["probabilities"]["toxic"] for v in verdicts if v["probe"] == "late"]
             assert found["sidelight.probe.late.score.toxic"] == pytest.approx(late, abs=1e-5)
-            (topics,) = [v["probabilities"] for v in verdicts if v["probe"] == "topics"]
+            # Both texts follow one prompt, which was judged once.
+            topics, _ = [v["probabilities"] for v in verdicts if v["probe"] == "topics"]
             for label, score in topics.items():
                 told = found[f"sidelight.probe.topics.score.{label}"]
                 assert told == pytest.approx([score], abs=1e-5)
