@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from runpy import run_path
 
 import click
 import pytest
@@ -197,6 +198,12 @@ def test_a_page_of_reference_names_all_there_is(page: str):
 def test_the_pages_name_every_command():
     told = "\n".join(page.read_text() for page in PAGES)
     assert [name for name in commands() if f"{name} " not in told and f"{name}`" not in told] == []
+
+
+def test_the_tables_of_options_are_those_of_the_commands():
+    """If not, `.ci/reference.py` writes them."""
+    page = (ROOT / "docs" / "reference.md").read_text()
+    assert run_path(str(ROOT / ".ci" / "reference.py"))["with_tables"](page) == page
 
 
 def shown_commands(page: Path) -> Iterator[tuple[click.Command, list[str]]]:
