@@ -21,7 +21,7 @@ import sidelight
 from sidelight import artifact
 from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Bank
-from sidelight.calibration import Calibration, Knots
+from sidelight.calibration import Calibration
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.manifest import MANIFEST, WEIGHTS, read_manifest, summary
 from sidelight.mechanisms.base import mechanism_names
@@ -82,10 +82,9 @@ def test_a_round_trip_gives_identical_logits_and_a_frozen_probe(tiny, tmp_path, 
 
 
 def test_a_round_trip_keeps_everything_that_is_not_a_tensor(tiny, tmp_path):
-    knots = Knots((-1.0, 0.5, 2.0), (0.1, 0.4, 0.9))
     probe = replace(
         probe_of(tiny, reads=Reads("both", template=False), name="A.9_-"),
-        calibration=Calibration("isotonic", "binary", (1.0,), (0.0,), (knots,)),
+        calibration=Calibration("platt", "binary", (1.1,), (0.1,)),
         thresholds=(0.123456789012345,),
         task=replace(TOXICITY, labels=("gut", "böse 你好")),
         prompt_format="both",
@@ -313,6 +312,8 @@ def test_saves_killed_half_way_leave_the_old_artifact(tiny, saved, monkeypatch, 
 
 
 def test_nothing_is_unpickled():
-    unpickles = re.compile(r"import pickle|torch\.load\(|joblib.*load|allow_pickle=True|marshal|shelve")
+    unpickles = re.compile(
+        r"import pickle|torch\.load\(|joblib.*load|allow_pickle=True|marshal|shelve"
+    )
     sources = Path(sidelight.__file__).parent.rglob("*.py")
     assert not [path.name for path in sources if unpickles.search(path.read_text("utf-8"))]

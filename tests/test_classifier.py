@@ -121,7 +121,7 @@ def test_a_run_that_diverges_is_left_out_and_told(tiny, with_validation):
     assert [run.probe.spec.name for run in made.runs] == ["gate"]
     assert any("'readout' with seed 0 diverged" in warning for warning in made.warnings)
     alone = replace(options, mechanisms=options.mechanisms[:1])
-    with pytest.raises(SidelightError, match="Lower --learning-rate"):
+    with pytest.raises(SidelightError, match="Lower the rate"):
         fit(tiny, rows, rows, name="p", options=alone)
 
 

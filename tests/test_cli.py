@@ -30,11 +30,12 @@ from sidelight.explanation import Explanation
 from sidelight.manifest import WEIGHTS
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Place
+from sidelight.training.settings import TrainingSettings
 from sidelight.types import Verdict
 from tiny import INTENT, untrained_probe
 
 Captured = pytest.CaptureFixture[str]
-QUICKLY = ("--epochs", "4", "--batch-size", "16", "--learning-rate", "0.03")
+QUICKLY = ("--set", "epochs=4", "--set", "batch_size=16", "--set", "learning_rate=0.03")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -235,7 +236,7 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_jud
         {"user's turn": f"{number}" + " long" * 30, "the answer": text, "is bad": int(label)}
         for number, (text, label) in enumerate(zip(texts, labels, strict=True))
     ]
-    folder = tmp_path / "my probe"
+    folder = tmp_path / "my-probe"
     shutil.copytree(untrained, folder)
     monkeypatch.chdir(folder)
     write_lines(Path("TEST_FILE.jsonl"), rows)
@@ -254,7 +255,7 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_jud
     assert program == "sidelight"
     assert run(*command, "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["probe"], report["rows"]) == ("my probe", 60)
+    assert (report["probe"], report["rows"]) == ("my-probe", 60)
 
 
 def test_what_the_probe_will_flag_is_said_before_the_model_is_loaded(tmp_path, capsys):
@@ -322,6 +323,12 @@ def test_options_of_training_data_hold_for_validation_data_where_they_apply(tmp_
     assert len(limited) == 2
 
 
+def test_the_help_names_every_option_that_can_be_set():
+    (own,) = (option for option in train.params if option.name == "assignments")
+    for setting in fields(TrainingSettings):
+        assert re.search(rf"\b{setting.name}\b", own.help), setting.name
+
+
 # Mistakes.
 
 TRAIN = "train --data {data} --out o --label toxic "
@@ -334,6 +341,10 @@ TRAIN = "train --data {data} --out o --label toxic "
         (TRAIN + "--mechanism gat", "Did you mean 'gate'"),
         ("train --data nowhere --out o --label toxic --name a/b", "1 to 64 of A-Z"),
         (TRAIN + "--set gate.x=1", "--mechanism gate"),
+        (TRAIN + "--set epochs", "NAME=VALUE"),
+        (TRAIN + "--set epoch=3", "Did you mean 'epochs'"),
+        (TRAIN + "--set epochs=few", "--set epochs=few"),
+        (TRAIN + "--set calibration=isotonic", "'none', 'temperature' or 'platt'"),
         (TRAIN + "--model {model} --cache-budget 0.0000001", "--cache-budget"),
         ("train --data nowhere.jsonl --out o --threshold fpr=2", "fpr=0.01"),
         ("recalibrate nowhere", "--threshold"),

@@ -148,9 +148,9 @@ def test_texts_longer_than_the_model_reads_are_not_usable(tiny: TransformersBack
 
 @pytest.mark.usefixtures("few_rows", "own_cache")
 def test_training_takes_what_the_command_has_written(tiny: TransformersBackbone):
-    written = write_background(tiny, 4, own_set(tiny))
+    written = write_background(tiny, 4, own_set(tiny.fingerprint))
     assert len(written.conversations) == 4
-    assert default_background(tiny) == written
+    assert default_background(tiny.fingerprint) == written
 
 
 def test_suspects_begin_with_those_most_like_the_positive_class():

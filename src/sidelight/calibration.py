@@ -12,7 +12,7 @@ from sidelight.errors import SidelightError, did_you_mean
 from sidelight.metrics import checked_labels
 from sidelight.types import AnyArray, Flags, Task, TaskKind, Values
 
-CalibrationKind = Literal["none", "temperature", "platt", "isotonic"]
+CalibrationKind = Literal["none", "temperature", "platt"]
 
 # In units of the logits' root mean square, so that logits of any size can be fitted. The lower
 # bound keeps every calibration rising: it may change the size of scores, never their order. Logits
@@ -42,56 +42,21 @@ def _log_softmax(logits: Float[Values, "row label"]) -> Float[Values, "row label
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def log_odds(probabilities: Float[Values, "*shape"]) -> Float[Values, "*shape"]:
-    """log(p / (1 - p)), with p kept 1e-15 away from 0 and 1."""
-    within = np.clip(probabilities, 1e-15, 1 - 1e-15)
-    return np.log(within) - np.log1p(-within)
-
-
-@dataclass(frozen=True)
-class Knots:
-    """A piecewise linear map from log-odds to a probability, rising, and flat beyond its ends.
-
-    Attributes:
-        log_odds: Where the pieces meet, strictly rising.
-        probabilities: The values there, within (0, 1) and never falling.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    log_odds: tuple[float, ...]
-    probabilities: tuple[float, ...]
-
-    @property
-    def is_rising(self) -> bool:
-        """Whether the numbers are as the class describes them."""
-        places, heights = np.array(self.log_odds), np.array(self.probabilities)
-        return bool(
-            0 < len(places) == len(heights)
-            and (np.diff(places) > 0).all()
-            and (np.diff(heights) >= 0).all()
-            and 0 < heights[0] <= heights[-1] < 1
-        )
-
-
 @dataclass(frozen=True)
 class Calibration:
     """A map from logits to probabilities.
 
     In a binary or multi-label task, a higher logit never gets a lower probability. In a multi-class
-    task, ``platt`` and ``isotonic`` may change which class wins; ``temperature`` never does.
+    task, ``platt`` may change which class wins; ``temperature`` never does.
 
-    Without knots it is ``link(scale * logits + shift)``, where the link is the softmax for a
-    multi-class task and the sigmoid otherwise. With knots, each output's log-odds (for a softmax,
-    those of the class against the rest) are mapped by them, and the probabilities of a multi-class
-    task are divided by their sum.
+    It is ``link(scale * logits + shift)``, where the link is the softmax for a multi-class task and
+    the sigmoid otherwise.
 
     Attributes:
         kind: How it was fitted.
         task: The kind of task, which decides the link.
         scale: The factor of each output: 1 / temperature.
         shift: What is added to each output.
-        knots: One map per output if isotonic, else none.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -100,7 +65,6 @@ class Calibration:
     task: TaskKind
     scale: tuple[float, ...]
     shift: tuple[float, ...]
-    knots: tuple[Knots, ...] = ()
 
     def apply(self, logits: Float[Values, "row output"]) -> Float[Values, "row output"]:
         """Calibrated probabilities; in a multi-class task, each row sums to 1.
@@ -118,17 +82,7 @@ class Calibration:
                 "Got NaN or infinite logits, wanted finite ones. The hidden states may overflow in "
                 "half precision: use a bfloat16 or float32 backbone."
             )
-        probabilities = link(self.task, logits * self.scale + self.shift)
-        if not self.knots:
-            return probabilities
-        columns = zip(self.knots, log_odds(probabilities).T, strict=True)
-        calibrated = np.stack(
-            [np.interp(odds, knots.log_odds, knots.probabilities) for knots, odds in columns],
-            axis=1,
-        )
-        if self.task != "multiclass":
-            return calibrated
-        return calibrated / calibrated.sum(axis=1, keepdims=True)
+        return link(self.task, logits * self.scale + self.shift)
 
     def to_dict(self) -> dict[str, Any]:
         """The calibration as JSON-ready values; `from_dict` reads it back exactly."""
@@ -155,10 +109,6 @@ class Calibration:
         claims = {
             "scale and shift must have the same length": 0 < outputs == len(calibration.shift),
             "scale must be positive": min(calibration.scale, default=0) > 0,
-            "isotonic, and nothing else, must have one knots entry per output": (
-                len(calibration.knots) == (outputs if calibration.kind == "isotonic" else 0)
-            ),
-            "knots must rise and lie within (0, 1)": all(k.is_rising for k in calibration.knots),
         }
         for claim, holds in claims.items():
             if not holds:
@@ -199,20 +149,18 @@ def fit_calibration(
 
     ``none`` only applies the link. ``temperature`` divides the logits by one number, or one per
     label if multi-label (Guo et al. 2017, section 4.2). ``platt`` also shifts them (Platt 1999);
-    its multi-class form is ``softmax(logits / T + b)``, with one shift per class. ``isotonic`` fits
-    any rising map to each output, in a multi-class task to each class against the rest (Zadrozny &
-    Elkan 2002); it needs some 1,000 rows.
+    its multi-class form is ``softmax(logits / T + b)``, with one shift per class.
 
     With few rows, the factor of temperature and Platt stays near 1, or near the one that it had:
     its logarithm has a prior, Student's t.
 
     Separable rows do not give certainty. Temperature and Platt fit targets that stay 1 / (2 N + 2)
     away from 0 and 1 for the N rows of a class (Jeffreys' prior, half of what Platt took;
-    multi-class: 1 / (rows + 2)), and isotonic stays 1 / (rows + 2) away. Temperature and Platt
-    leave a label of a multi-label task as it is if all rows or no rows have it.
+    multi-class: 1 / (rows + 2)). They leave a label of a multi-label task as it is if all rows or
+    no rows have it.
 
     Args:
-        kind: The map to fit: none, temperature, platt or isotonic.
+        kind: The map to fit: none, temperature or platt.
         logits: What the probe's head gives; a binary task has one column.
         labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
         task: The classes.
@@ -220,8 +168,7 @@ def fit_calibration(
 
     Raises:
         SidelightError: As `checked_labels`; or the kind is unknown; or all rows have the same class
-            and the kind is not ``none``; or the kind is ``isotonic`` and all or no rows have some
-            label.
+            and the kind is not ``none``.
     """
     _require_kind(kind)
     integers = checked_labels(task, logits, labels)
@@ -235,10 +182,6 @@ def fit_calibration(
         holds = integers.reshape(logits.shape) == 1
     logits = logits.astype(np.float64)
     _require_variety(kind, task, holds)
-    if kind == "isotonic":
-        odds = log_odds(link(task.kind, logits))
-        knots = tuple(_fit_knots(*column) for column in zip(odds.T, holds.T, strict=True))
-        return Calibration("isotonic", task.kind, ones, zeros, knots)
     if task.kind == "multiclass":
         errors = np.full((len(holds), 1), 1 / (len(holds) + 2))
         scale, shifts = _fit_affine(kind, logits, holds, errors, around[0])
@@ -259,12 +202,11 @@ def require_calibratable(kind: str, labels: Shaped[AnyArray, "..."], task: Task)
 def _require_variety(kind: str, task: Task, holds: Bool[Flags, "row output"]) -> None:
     names = task.labels[1:] if task.kind == "binary" else task.labels
     culprits = [name for name, rows in zip(names, holds.T, strict=True) if len(set(rows)) == 1]
-    is_single_class = len(culprits) == len(names) and task.kind != "multilabel"
-    if is_single_class or (culprits and kind == "isotonic"):
+    if len(culprits) == len(names) and task.kind != "multilabel":
         raise SidelightError(
             f"Cannot fit a {kind} calibration on {len(holds)} rows, since all or none are "
             f"{', '.join(culprits)}; rows of both kinds are needed. Add validation rows, or use "
-            f"kind '{'platt' if kind == 'isotonic' else 'none'}'."
+            "kind 'none'."
         )
 
 
@@ -335,13 +277,3 @@ def _fit_affine(
     best: Values = min(found, key=lambda one: one.fun).x
     scale = float(best[0]) / spread
     return scale, best[1:] - scale * centre
-
-
-def _fit_knots(odds: Float[Values, " row"], holds: Bool[Flags, " row"]) -> Knots:
-    # Imported here: serving applies a calibration and never fits one.
-    from sklearn.isotonic import IsotonicRegression  # pyright: ignore
-
-    fitted = cast(Any, IsotonicRegression()).fit(odds, holds.astype(np.float64))
-    margin = 1 / (len(holds) + 2)
-    probabilities: Values = np.clip(fitted.y_thresholds_, margin, 1 - margin)
-    return Knots(tuple(fitted.X_thresholds_.tolist()), tuple(probabilities.tolist()))

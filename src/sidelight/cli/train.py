@@ -2,7 +2,8 @@
 
 import json
 import shlex
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,11 @@ import click
 from click.core import ParameterSource
 
 from sidelight.cli import options
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, did_you_mean
 
 if TYPE_CHECKING:
-    from sidelight.calibration import CalibrationKind
     from sidelight.prompts import PromptFormat, Side
-    from sidelight.types import OptionValue
+    from sidelight.types import MechanismSpec
 
 # As ``training.settings.AUTO``, whose import takes seconds.
 _AUTO = "auto"
@@ -27,6 +27,7 @@ _AUTO = "auto"
         "sidelight train --data train.csv --mechanism pooling,gate,attention --seeds 3 --out p",
         "sidelight train --data chats.jsonl --response answer --label refused --out probes/refusal",
         "sidelight train --data t.jsonl --mechanism attention --set attention.factor=16 --out p",
+        "sidelight train --data t.jsonl --set epochs=12 --set class_weight=balanced --out p",
         "sidelight train --data t.jsonl --engine vllm --engine-option max_num_seqs=64 --out p",
     )
 )
@@ -41,8 +42,11 @@ _AUTO = "auto"
     "--set",
     "assignments",
     multiple=True,
-    metavar="MECHANISM.OPTION=VALUE",
-    help="An option of a mechanism; may be repeated.",
+    metavar="NAME=VALUE",
+    help="Any other option; may be repeated. Of training: batch_size, beginnings, calibration, "
+    "class_weight, epochs, layer_weights, learning_rate, least_steps, normalise, patience, "
+    "standardise, strength, template, weight_decay. Of a mechanism: MECHANISM.OPTION, such as "
+    "attention.factor.",
 )
 @click.option("--seeds", type=options.AT_LEAST_ONE, default=1, help="Probes per mechanism.")
 @click.option("--name", help="Name in verdicts. [default: the output folder's]")
@@ -52,31 +56,13 @@ _AUTO = "auto"
     help="What the probe reads. [default: response with --response, else prompt]",
 )
 @click.option(
-    "--template/--no-template", default=True, help="Whether template tokens count as prompt."
-)
-@click.option(
     "--format",
     "prompt_format",
     type=click.Choice(["chat", "raw", "both"]),
     help="How texts are rendered: as chats, as they are, or both, so that the probe judges plain "
     "text too. [default: chat if the model has a template]",
 )
-@click.option(
-    "--standardise/--no-standardise",
-    default=True,
-    help="Whether hidden states are standardised per layer.",
-)
-@click.option(
-    "--calibration",
-    type=click.Choice(["platt", "temperature", "isotonic", "none"]),
-    help="How logits become probabilities. [default: platt; temperature for several classes]",
-)
 @options.threshold(default="f1")
-@click.option(
-    "--class-weight",
-    type=click.Choice(["none", "balanced"]),
-    help="Weigh classes by inverse frequency. [default: the mechanism's]",
-)
 @click.option(
     "--background",
     metavar="FILE",
@@ -88,20 +74,6 @@ _AUTO = "auto"
     "--none/--no-none",
     default=True,
     help="Whether a probe of several classes says `none` to ordinary traffic.",
-)
-@click.option(
-    "--learning-rate", type=float, help="Initial learning rate. [default: the mechanism's]"
-)
-@click.option(
-    "--weight-decay", type=float, help="Weight decay of AdamW. [default: the mechanism's]"
-)
-@click.option(
-    "--epochs", type=options.AT_LEAST_ONE, help="The most epochs. [default: the mechanism's]"
-)
-@click.option(
-    "--batch-size",
-    type=options.AT_LEAST_ONE,
-    help="Texts per step. [default: 32; less for few texts]",
 )
 @options.engine
 @options.backbone
@@ -115,16 +87,12 @@ def train(
     seeds: int,
     name: str | None,
     reads: "Side | None",
-    template: bool,
     prompt_format: "PromptFormat | None",
-    standardise: bool,
-    calibration: "CalibrationKind | None",
     threshold: str,
     background: str | None,
     none: bool,
     runtime: options.Runtime,
     as_json: bool,
-    **settings: Any,
 ) -> None:
     """Train probes on a labelled file, and keep the best.
 
@@ -133,7 +101,13 @@ def train(
     without --validation are cross-fitted: all of them train the probe, and each row is scored by a
     probe that did not train on it. A killed run keeps the shards of hidden states that it finished.
     """
-    assigned = _assignments(assignments, mechanisms)
+    assigned = _assignments(assignments)
+    for target in assigned:
+        mechanism, dot, _ = target.partition(".")
+        if dot and mechanism not in mechanisms:
+            raise SidelightError(
+                f"--set {target} needs --mechanism {mechanism} (got: {', '.join(mechanisms)})."
+            )
     options.announce(f"Reading {inputs.data}")
     from sidelight.manifest import holds_probe, require_name
 
@@ -151,21 +125,21 @@ def train(
 
     traffic = None if background is None else load_background(background)
     options.announce("Loading the model")
-    from sidelight.mechanisms.base import mechanism_names, mechanism_spec
+    from sidelight.mechanisms.base import mechanism_names
 
     is_automatic = mechanisms == [_AUTO]
-    specs = (
-        None
-        if is_automatic
-        else tuple(mechanism_spec(mechanism, assigned.get(mechanism)) for mechanism in mechanisms)
-    )
+    specs = None if is_automatic else _specs(mechanisms, assigned)
     from sidelight.prompts import Reads
     from sidelight.training.fit import fit
     from sidelight.training.runs import console, describe_fit, fit_table, write_fit
     from sidelight.training.settings import suggested_settings
 
     shared = inputs.fit_options()
-    chosen = {setting: value for setting, value in settings.items() if value is not None}
+    chosen = _settings({own: text for own, text in assigned.items() if "." not in own})
+    calibration, standardise, template = (
+        chosen.pop(option, default)
+        for option, default in (("calibration", None), ("standardise", True), ("template", True))
+    )
     fit_options = replace(
         shared,
         mechanisms=specs,
@@ -191,7 +165,9 @@ def train(
             training,
             validation,
             name=name or out.resolve().name,
-            options=replace(fit_options, background=traffic or default_background(backbone)),
+            options=replace(
+                fit_options, background=traffic or default_background(backbone.fingerprint)
+            ),
             source=source,
             store=lambda made: write_fit(made, out),
         )
@@ -218,22 +194,46 @@ def _eval_command(out: Path, inputs: options.TrainingInputs) -> str:
     return shlex.join(command)
 
 
-def _assignments(
-    assignments: tuple[str, ...], mechanisms: list[str]
-) -> "dict[str, dict[str, OptionValue]]":
-    """``attention.factor=16`` as ``{"attention": {"factor": 16}}``."""
-    assigned: dict[str, dict[str, OptionValue]] = {}
-    for assignment in assignments:
-        target, equals, value = assignment.partition("=")
-        mechanism, dot, option = target.partition(".")
-        if not (equals and dot):
+def _assignments(assignments: tuple[str, ...]) -> dict[str, str]:
+    """``epochs=3`` as ``{"epochs": "3"}``."""
+    pairs = [assignment.partition("=") for assignment in assignments]
+    for name, equals, value in pairs:
+        if not (name and equals and value):
             raise SidelightError(
-                f"Cannot read --set {assignment}. Write MECHANISM.OPTION=VALUE, such as "
+                f"Cannot read --set {name}{equals}{value}. Write NAME=VALUE, such as epochs=3 or "
                 "attention.factor=16."
             )
-        if mechanism not in mechanisms:
-            raise SidelightError(
-                f"--set {assignment} needs --mechanism {mechanism} (got: {', '.join(mechanisms)})."
-            )
-        assigned.setdefault(mechanism, {})[option] = int(value) if value.isdigit() else value
-    return assigned
+    return {name: value for name, _, value in pairs}
+
+
+def _specs(mechanisms: list[str], assigned: Mapping[str, str]) -> "tuple[MechanismSpec, ...]":
+    """The mechanisms with their options, ``MECHANISM.OPTION``."""
+    from sidelight.mechanisms.base import mechanism_spec
+
+    given: dict[str, dict[str, int | str]] = {}
+    for name, text in assigned.items():
+        mechanism, dot, option = name.partition(".")
+        if dot:
+            given.setdefault(mechanism, {})[option] = int(text) if text.isdigit() else text
+    return tuple(mechanism_spec(mechanism, given.get(mechanism)) for mechanism in mechanisms)
+
+
+def _settings(assigned: Mapping[str, str]) -> dict[str, Any]:
+    """Options of training, of the types that they have."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from sidelight.calibration import CalibrationKind
+    from sidelight.training.settings import TrainingSettings
+
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(TrainingSettings)}
+    kinds |= {"calibration": CalibrationKind, "standardise": bool, "template": bool}
+    values: dict[str, Any] = {}
+    for name, text in assigned.items():
+        if name not in kinds:
+            raise SidelightError(f"Training has no option '{name}'.{did_you_mean(name, kinds)}")
+        try:
+            values[name] = TypeAdapter(kinds[name]).validate_python(text)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise SidelightError(f"Cannot read --set {name}={text}: {problem}.") from error
+    return values

@@ -60,7 +60,7 @@ def run_demo(*, keep: bool, port: int) -> None:
 def _train(backbone: TransformersBackbone, task: str, positive: str | None) -> Path:
     training = load_examples(_DATA / f"{task}_train.jsonl", positive=positive)
     _say(f"Training '{task}' on {len(training)} texts with the model frozen")
-    options = FitOptions(background=default_background(backbone))
+    options = FitOptions(background=default_background(backbone.fingerprint))
     best = fit(backbone, training, None, name=task, options=options).best
     classifier = Classifier(backbone, best.probe)
     test = load_examples(_DATA / f"{task}_test.jsonl", task=best.probe.task)

@@ -7,8 +7,8 @@ background``, of the laboratory) are kept in the cache.
 from dataclasses import dataclass
 from pathlib import Path
 
-from sidelight.backbone import TransformersBackbone
 from sidelight.data.loading import load_examples
+from sidelight.fingerprint import Fingerprint
 from sidelight.prompts import Message
 from sidelight.smollm2 import cache_root
 
@@ -52,15 +52,15 @@ def load_background(name: str | Path) -> Background:
     return Background((*own, *_read(PACKAGED)), f"{name}, and packaged", private=len(own))
 
 
-def default_background(backbone: TransformersBackbone) -> Background:
+def default_background(fingerprint: Fingerprint) -> Background:
     """The set that this LLM has written, which is kept in the cache, or else the packaged one."""
-    own = own_set(backbone)
+    own = own_set(fingerprint)
     return Background(_read(own), str(own)) if own.exists() else load_background("packaged")
 
 
-def own_set(backbone: TransformersBackbone) -> Path:
+def own_set(fingerprint: Fingerprint) -> Path:
     """Where the set that an LLM has written is kept."""
-    return cache_root() / "background" / f"{backbone.fingerprint.digest}.jsonl"
+    return cache_root() / "background" / f"{fingerprint.digest}.jsonl"
 
 
 def _read(path: Path) -> tuple[Turns, ...]:

@@ -247,7 +247,7 @@ def train(
         if validation is None
         else _as_examples(validation, text=text, label=label, response=response, task=training.task)
     )
-    options = replace(options, background=traffic or default_background(backbone))
+    options = replace(options, background=traffic or default_background(backbone.fingerprint))
     _tell(training.warnings)
     made = fit(backbone, training, held_out, name=name, options=options, source=source)
     _tell([warning for warning in made.warnings if warning not in training.warnings])

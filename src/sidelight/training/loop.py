@@ -125,7 +125,7 @@ def divergence(job: Job) -> SidelightError:
     """The error for a job that diverged."""
     return SidelightError(
         f"Training '{job.spec.name}' with seed {job.seed} diverged: its numbers are not finite. "
-        f"Lower --learning-rate (it was {job.settings.learning_rate})."
+        f"Lower the rate (--set learning_rate=; it was {job.settings.learning_rate})."
     )
 
 

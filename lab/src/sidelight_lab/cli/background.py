@@ -88,7 +88,7 @@ def background(
         if out is None and count is None:
             conversations = _chosen(data, backbone)
         else:
-            path = out or own_set(backbone)
+            path = out or own_set(backbone.fingerprint)
             count = count or traffic.CONVERSATIONS
             conversations = traffic.write_background(backbone, count, path, seed=seed)
         _tell(conversations, show=show)
@@ -111,7 +111,7 @@ def _chosen(data: Path | None, backbone: "TransformersBackbone") -> "Background"
     from sidelight.training.background import default_background
     from sidelight_lab.background import read_background
 
-    return default_background(backbone) if data is None else read_background(data)
+    return default_background(backbone.fingerprint) if data is None else read_background(data)
 
 
 def _probabilities(classifier: "Classifier", background: "Background") -> "list[float]":

@@ -110,7 +110,7 @@ def train_options(best: "Best") -> list[str]:
     for option, value in best.spec.options.items():
         words += ["--set", f"{name}.{option}={value}"]
     for setting in _SETTINGS:
-        words += [f"--{setting.replace('_', '-')}", str(getattr(best.settings, setting))]
+        words += ["--set", f"{setting}={getattr(best.settings, setting)}"]
     return words
 
 
