@@ -250,9 +250,10 @@ class Outcome:
     def response_decisions(self) -> list[Decision]:
         return [d for text in self.choices if text.ended for d in text.ended.decisions]
 
-    def headers(self) -> dict[str, str]:
-        """The headers of an answer, or of its beginning."""
-        return self.terms.headers([*self.prompt_decisions, *self.response_decisions])
+    def headers(self, *, is_stream: bool) -> dict[str, str]:
+        """The headers of an answer; those of a stream tell of prompts alone, however far it is."""
+        response = [] if is_stream else self.response_decisions
+        return self.terms.headers([*self.prompt_decisions, *response])
 
     def extension(self) -> Json:
         """The ``sidelight`` field. Of several texts, each entry names its ``choice``."""

@@ -303,9 +303,10 @@ async def _answer(
             streams.append(text.guard(prompt, events))
     await unless_left(request, _admitted(streams))
     if body.stream:
-        return EventStream(answer.chunks(_side_by_side(streams)), outcome.headers())
+        headers = outcome.headers(is_stream=True)
+        return EventStream(answer.chunks(_side_by_side(streams)), headers)
     texts = await unless_left(request, _collected(streams))
-    return JSONResponse(answer.completion(texts), headers=outcome.headers())
+    return JSONResponse(answer.completion(texts), headers=outcome.headers(is_stream=False))
 
 
 async def _admitted(streams: Streams) -> None:

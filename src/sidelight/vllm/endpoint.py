@@ -243,7 +243,8 @@ class _Answer:
     def _with_headers(self) -> Event:
         start = {**self._start, "headers": [*self._start["headers"]]}
         if self._outcome.texts:
-            MutableHeaders(scope=start).update({**self._id, **self._outcome.headers()})
+            told = self._outcome.headers(is_stream=self._is_stream)
+            MutableHeaders(scope=start).update({**self._id, **told})
         return start
 
     def _with_chunks(self, body: bytes) -> bytes:
