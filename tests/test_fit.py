@@ -179,7 +179,7 @@ def test_few_texts_are_cross_fitted_unless_validation_texts_are_given(tiny, tmp_
     made = fitted(tiny, tmp_path, few, mechanisms=(mechanism_spec("readout"),))
     record = made.best.probe.record
     # One bar for all folds.
-    assert capsys.readouterr().err.count("\nTraining: ") == 1
+    assert capsys.readouterr().err.count("Training:   0%") == 1
     assert (record["folds"], record["training"]["rows"]) == (FOLDS, 60)
     assert record["validation"]["rows"] == 60
     assert made.best.report.to_dict()["accuracy"]["value"] > 0.6

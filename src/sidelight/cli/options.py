@@ -191,12 +191,11 @@ class TrainingInputs:
 
     def fit_options(self) -> "FitOptions":
         """How the texts are read, and where their hidden states go."""
-        from sidelight.prompts import Reads
-        from sidelight.training.settings import FitOptions
+        from sidelight.training.settings import READS, FitOptions
 
         budget = self.cache_budget
         return FitOptions(
-            reads=Reads("response" if self.response else "prompt", scope="each_turn"),
+            reads=replace(READS, side="response" if self.response else "prompt"),
             max_tokens=self.max_tokens,
             cache_root=self.cache,
             cache_budget_bytes=None if budget is None else int(budget * 2**30),

@@ -129,7 +129,6 @@ def train(
 
     is_automatic = mechanisms == [_AUTO]
     specs = None if is_automatic else _specs(mechanisms, assigned)
-    from sidelight.prompts import Reads
     from sidelight.training.fit import fit
     from sidelight.training.runs import console, describe_fit, fit_table, write_fit
     from sidelight.training.settings import suggested_settings
@@ -149,7 +148,7 @@ def train(
             for mechanism in (mechanism_names() if is_automatic else mechanisms)
         },
         standardise=standardise,
-        reads=Reads(reads or shared.reads.side, template, "each_turn"),
+        reads=replace(shared.reads, side=reads or shared.reads.side, template=template),
         calibration=calibration,
         threshold=rule,
         none=none,

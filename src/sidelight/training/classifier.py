@@ -25,13 +25,13 @@ from sidelight.explanation import Explanation, explain
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.progress import Progress
-from sidelight.prompts import EncodedPrompt, Message, PromptFormat, Reads
+from sidelight.prompts import EncodedPrompt, Message, PromptFormat
 from sidelight.states.extraction import StateSource, score
 from sidelight.thresholds import ThresholdRule
 from sidelight.training.background import default_background, load_background
 from sidelight.training.fit import fit
 from sidelight.training.measuring import trained_text_warnings
-from sidelight.training.settings import AUTO, FitOptions
+from sidelight.training.settings import AUTO, READS, FitOptions
 from sidelight.types import Task, Verdict
 
 
@@ -228,7 +228,7 @@ def train(
     options = FitOptions(
         mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
         seeds=tuple(range(seeds)),
-        reads=Reads("response" if response else "prompt", scope="each_turn"),
+        reads=replace(READS, side="response" if response else "prompt"),
         threshold=ThresholdRule.parse(threshold),
         none=none,
     )

@@ -17,6 +17,8 @@ from sidelight.types import NONE, MechanismSpec, Task
 
 AUTO = "auto"
 TRAINING_MAX_TOKENS = 1024
+# The prompt, of which each turn is judged.
+READS = Reads(scope="each_turn")
 # Fewer texts are cross-fitted.
 FEW_TEXTS = 1000
 # Few texts are trained in smaller batches, so that an epoch has this many steps.
@@ -171,7 +173,7 @@ class FitOptions:
     seeds: tuple[int, ...] = (0,)
     settings: Mapping[str, TrainingSettings] = field(default_factory=dict)
     standardise: bool = True
-    reads: Reads = field(default_factory=lambda: Reads(scope="each_turn"))
+    reads: Reads = READS
     background: Background = field(default_factory=Background)
     none: bool = True
     calibration: CalibrationKind | None = None
