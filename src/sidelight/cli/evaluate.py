@@ -63,7 +63,8 @@ def evaluate(
     """Measure a probe, and every run trained with it, on labelled data.
 
     One forward pass serves all of them. Each metric has a 95 % bootstrap interval; the table gives
-    the mean and the standard deviation over seeds. Texts that the probe was trained on are counted.
+    the mean and the standard deviation over seeds. Texts that the probe was trained on are counted,
+    and so is what it flags of the ordinary traffic that training has measured it on.
     """
     options.announce(f"Reading {data}")
     from sidelight.data.loading import load_examples
@@ -103,6 +104,7 @@ def evaluate(
             terminal.print(comparison_table(f"{one.title}: every run", one.runs))
         terminal.print(f"\n{one.title}: '{one.chosen.name}', {one.chosen.spec.name}")
         terminal.print(one.report.table())
+        click.echo(str(one))
 
 
 @click.command(
