@@ -115,7 +115,6 @@ class Served:
 
 
 _SERVED = TypeAdapter(Served)
-_VERDICT = TypeAdapter(Verdict)
 
 
 def of_the_original(probes: Iterable[Probe], copy: Fingerprint) -> list[Probe]:
@@ -306,8 +305,12 @@ def report_of(judgement: Judgement, seconds: float, identity: str = "") -> dict[
         seconds: How long the workers took for it.
         identity: That of the probes.
     """
-    verdicts = {
-        verdict.probe: _VERDICT.dump_python(verdict, exclude={"probe"}, exclude_none=True)
+    verdicts: dict[str, Any] = {
+        verdict.probe: {
+            name: value
+            for name, value in vars(verdict).items()
+            if name != "probe" and value is not None
+        }
         for verdict in judgement.verdicts
     }
     failed = {name: {"error": "verdict_failed"} for name in judgement.failed}
@@ -326,10 +329,10 @@ def judgement_of(params: Mapping[str, Any] | None) -> tuple[Judgement, float]:
             f"vLLM sent no verdict ({report.get('error', 'the plugin did not run')}). Treat the "
             "text as not judged."
         )
-    said: Mapping[str, Mapping[str, Any]] = report["verdicts"]
+    said: Mapping[str, Any] = report["verdicts"]
     failed = tuple(name for name, fields in said.items() if "error" in fields)
     verdicts = (
-        _VERDICT.validate_python({"probe": name, **fields})
+        Verdict(name, **(fields | {"labels": tuple(fields["labels"])}))
         for name, fields in said.items()
         if "error" not in fields
     )
