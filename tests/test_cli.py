@@ -22,15 +22,14 @@ from corpora import planted
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.cli.evaluate import marked
-from sidelight.cli.options import TrainingInputs
-from sidelight.cli.train import train
+from sidelight.cli.options import INPUT_SETTINGS, TrainingInputs
+from sidelight.cli.train import _kinds, train
 from sidelight.data.examples import Example
 from sidelight.errors import SidelightError
 from sidelight.explanation import Explanation
 from sidelight.manifest import WEIGHTS
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Place
-from sidelight.training.settings import TrainingSettings
 from sidelight.types import Verdict
 from tiny import INTENT, untrained_probe
 
@@ -61,7 +60,7 @@ def untrained(tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFacto
 def trained(model: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     data = write_rows(folder / "train.jsonl", 100, seed=1)
-    arguments = ["train", "--model", model, "--data", data, "--label", "toxic", "--seeds", "2"]
+    arguments = ["train", "--model", model, "--data", data, "--label", "toxic", "--set", "seeds=2"]
     arguments += [*QUICKLY, "--mechanism", "pooling,readout", "--out", str(folder / "probe")]
     assert run(*arguments) == 0
     return folder / "probe"
@@ -242,7 +241,7 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_jud
     write_lines(Path("TEST_FILE.jsonl"), rows)
     columns = ["--text", "user's turn", "--response", "the answer", "--label", "is bad"]
     arguments = ["--model", model, "--data", "TEST_FILE.jsonl", "--mechanism", "pooling", *columns]
-    arguments = ["train", *arguments, *QUICKLY, "--max-tokens", "64", "--out", "."]
+    arguments = ["train", *arguments, *QUICKLY, "--set", "max_tokens=64", "--out", "."]
     assert run(*arguments) == 2
     assert "--force" in capsys.readouterr().err
     assert Path(WEIGHTS).read_bytes() == (Path(untrained) / WEIGHTS).read_bytes()
@@ -309,8 +308,8 @@ def test_options_of_training_data_hold_for_validation_data_where_they_apply(tmp_
     data = labelled_rows(tmp_path / "train.jsonl", ["yes", "no", "no", None])
     held = labelled_rows(tmp_path / "held.jsonl", ["no", None, "yes"])
     parsed = train.make_context("train", ["--data", data, "--out", "o"]).params
-    names = [field.name for field in fields(TrainingInputs)]
-    given = TrainingInputs(**{name: parsed[name] for name in names} | {"missing_label": "skip"})
+    names = [field.name for field in fields(TrainingInputs) if field.name in parsed]
+    given = TrainingInputs(**{name: parsed[name] for name in names}, missing_label="skip")
     training, validation = replace(given, validation=held).load()
     assert (len(training), len(validation)) == (3, 2)
     # A file has no splits, which shows that the option arrives.
@@ -324,9 +323,9 @@ def test_options_of_training_data_hold_for_validation_data_where_they_apply(tmp_
 
 
 def test_the_help_names_every_option_that_can_be_set():
-    (own,) = (option for option in train.params if option.name == "assignments")
-    for setting in fields(TrainingSettings):
-        assert re.search(rf"\b{setting.name}\b", own.help), setting.name
+    (own,) = (option for option in train.params if option.name == "assigned")
+    for name in (*INPUT_SETTINGS, *_kinds()):
+        assert re.search(rf"\b{name}\b", own.help), name
 
 
 # Mistakes.
@@ -345,7 +344,10 @@ TRAIN = "train --data {data} --out o --label toxic "
         (TRAIN + "--set epoch=3", "Did you mean 'epochs'"),
         (TRAIN + "--set epochs=few", "--set epochs=few"),
         (TRAIN + "--set calibration=isotonic", "'none', 'temperature' or 'platt'"),
-        (TRAIN + "--model {model} --cache-budget 0.0000001", "--cache-budget"),
+        (TRAIN + "--model {model} --set cache_budget=0.0000001", "cache_budget=GIB"),
+        (TRAIN + "--set limits=9", "Did you mean 'limit'"),
+        (TRAIN + "--set memory=0", "0.01 or more"),
+        (TRAIN + "--set seeds=0", "Give at least one"),
         ("train --data nowhere.jsonl --out o --threshold fpr=2", "fpr=0.01"),
         ("recalibrate nowhere", "--threshold"),
         ("eval nowhere --data {data}", "sidelight train --out"),

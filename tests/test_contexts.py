@@ -207,7 +207,7 @@ def test_the_options_of_both_interfaces_reach_training(tmp_path, monkeypatch):
     for flags, named in (
         (["--background", "none"], {"background": "none"}),
         (
-            ["--format", "both", "--background", str(traffic)],
+            ["--set", "format=both", "--background", str(traffic)],
             {"prompt_format": "both", "background": traffic},
         ),
     ):
@@ -326,7 +326,7 @@ def test_several_classes_say_none_to_ordinary_traffic(tiny, options):
     assert (without.probe.task, without.traffic) == (INTENT, None)
     # A file may have such a class itself.
     own = replace(labelled, task=replace(INTENT, labels=("billing", "none", "refund")))
-    with pytest.raises(SidelightError, match="--no-none"):
+    with pytest.raises(SidelightError, match="--set none=false"):
         fit(tiny, own, None, name="p", options=given)
     assert fit(tiny, own, None, name="p", options=replace(given, none=False))
 

@@ -92,7 +92,7 @@ def test_the_same_data_give_the_same_files_and_a_complete_cache_runs_nothing(tin
 def test_too_little_room_is_an_error_before_any_work(tiny, tmp_path, ran, monkeypatch):
     cache = cache_of(tiny, tmp_path)
     needed = sum(cache.plan.tokens) * tiny.fingerprint.layers * 32 * 2
-    with pytest.raises(SidelightError, match=r"--cache-budget.*--cache.*--limit"):
+    with pytest.raises(SidelightError, match=r"cache_budget=.*cache=.*limit="):
         extract(BackboneSource(tiny), cache, budget_bytes=needed - 1)
     assert not ran
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -310,7 +310,7 @@ def test_states_that_cannot_be_written_or_read_are_an_error_with_a_remedy(tiny, 
     cache = cache_of(tiny, tmp_path)
     shard = Shard(torch.zeros(4, 5, 32).bfloat16(), torch.tensor([5]), torch.tensor([0]))
     cache.directory.write_text("no folder")
-    with pytest.raises(SidelightError, match=r"Cannot write .*0\.safetensors.*--cache"):
+    with pytest.raises(SidelightError, match=r"Cannot write .*0\.safetensors.*for the cache"):
         cache.write(shard)
     cache.directory.unlink()
     cache.open()

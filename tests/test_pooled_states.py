@@ -298,7 +298,7 @@ def test_pooled_states_that_do_not_fit_into_memory_are_refused(tiny, tmp_path):
     specs = (mechanism_spec("linear"),)
     options = FitOptions(mechanisms=specs, cache_root=tmp_path, memory_bytes=1000)
     examples = load_examples(rows("binary", 40))
-    with pytest.raises(SidelightError, match=r"the limit is 0\.0 GiB\. Allow more \(--memory"):
+    with pytest.raises(SidelightError, match=r"the limit is 0\.0 GiB\. Allow more \(--set memory"):
         fit(tiny, examples, None, name="a", options=options)
     # Contexts count.
     alone = 8 * 40 * tiny.fingerprint.layers * tiny.fingerprint.width

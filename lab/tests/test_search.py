@@ -207,7 +207,7 @@ def test_the_printed_options_train_what_was_found(tiny, tmp_path, capfd, has_val
     # Without validation texts, so few rows are cross-fitted.
     if has_validation:
         arguments += ["--validation", write_rows(tmp_path / "held_out.jsonl", 30, 2)]
-    arguments += ["--mechanism", "pooling,gate", "--trials", "2", "--keep-cache"]
+    arguments += ["--mechanism", "pooling,gate", "--trials", "2", "--set", "keep_cache=true"]
     assert run("search", *arguments, "--out", str(out)) == 0
     shown = capfd.readouterr()
     assert "gate: 2 of 2 trials" in shown.err

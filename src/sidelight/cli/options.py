@@ -3,20 +3,19 @@
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, did_you_mean
 from sidelight.storage import check_folder
 
 if TYPE_CHECKING:
     from sidelight.backbone import DtypeName, TransformersBackbone
     from sidelight.data.examples import LabelledExamples
-    from sidelight.data.loading import OnMissingLabel
     from sidelight.engines.base import Engine
     from sidelight.probe import Probe
     from sidelight.states.extraction import StateSource
@@ -45,20 +44,48 @@ def checked_file(_context: click.Context, option: Any, path: Path | None) -> Pat
     return path
 
 
-def _assigned(_context: click.Context, _option: Any, value: tuple[str, ...]) -> dict[str, Any]:
-    """Each NAME=VALUE; the value is JSON, or a text without quotes."""
-    options: dict[str, Any] = {}
-    for assignment in value:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise click.BadParameter(
-                f"got '{assignment}', wanted NAME=VALUE, such as max_num_seqs=64."
+def _assigned(_context: click.Context, option: Any, value: tuple[str, ...]) -> dict[str, str]:
+    """``epochs=3`` as ``{"epochs": "3"}``."""
+    pairs = [assignment.partition("=") for assignment in value]
+    for name, equals, text in pairs:
+        if not (name and equals and text):
+            raise SidelightError(
+                f"Cannot read {option.opts[0]} {name}{equals}{text}. Write NAME=VALUE."
             )
+    return {name: text for name, _, text in pairs}
+
+
+def _assigned_json(*parsed: Any) -> dict[str, Any]:
+    """As ``_assigned``; the values are JSON, or texts without quotes."""
+    options: dict[str, Any] = {}
+    for name, text in _assigned(*parsed).items():
         try:
             options[name] = json.loads(text)
         except ValueError:
             options[name] = text
     return options
+
+
+def typed(assigned: Mapping[str, str], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of ``--set``, each of the type that it has in ``kinds``.
+
+    Raises:
+        SidelightError: A name is not known, or a value is of another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    values: dict[str, Any] = {}
+    for name, text in assigned.items():
+        if name not in kinds:
+            raise SidelightError(
+                f"There is no option '{name}'.{did_you_mean(name, {*kinds, *INPUT_SETTINGS})}"
+            )
+        try:
+            values[name] = TypeAdapter(kinds[name]).validate_python(text)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise SidelightError(f"Cannot read --set {name}={text}: {problem}.") from error
+    return values
 
 
 def _names(_context: click.Context, _option: Any, value: str) -> list[str]:
@@ -152,23 +179,42 @@ class Runtime:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingInputs:
-    """What to train on, how to read it, and where hidden states go: see ``training``."""
+    """What to train on, how to read it, and where hidden states go: see ``training``.
+
+    What has a default is given by ``--set``.
+
+    Attributes:
+        missing_label: What to do about a row without a label.
+        limit: Use so many rows, drawn at random, class by class.
+        max_tokens: Longer texts are cut, and counted; judging never cuts.
+        cache: Folder for hidden states; None is the user's cache.
+        cache_budget: The most disk that the hidden states of one file may take, in GiB.
+        keep_cache: Whether the hidden states stay for another run.
+        memory: The most memory that hidden states may take, above the model, in GiB.
+    """
 
     data: str
     text: str
     label: str
     response: str | None
-    split: str | None
-    missing_label: "OnMissingLabel"
     positive: str | None
     validation: str | None
-    validation_split: str | None
-    limit: int | None
-    max_tokens: int
-    cache: Path | None
-    cache_budget: float | None
-    memory: float
-    keep_cache: bool
+    split: str | None = None
+    validation_split: str | None = None
+    missing_label: Literal["error", "skip"] = "error"
+    limit: int | None = None
+    max_tokens: int = 1024
+    cache: Path | None = None
+    cache_budget: float | None = None
+    keep_cache: bool = False
+    memory: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in {"limit": 2, "max_tokens": 8, "memory": 0.01}.items():
+            value = getattr(self, name)
+            # NaN is no number of GiB.
+            if value is not None and not value >= least:
+                raise SidelightError(f"Cannot train with {name} = {value}: give {least} or more.")
 
     def load(self) -> "tuple[LabelledExamples, LabelledExamples | None]":
         """Training texts, and validation texts where some are named."""
@@ -296,7 +342,7 @@ mechanisms = partial(click.option, "--mechanism", "mechanisms", callback=_names)
 engine_option = click.option(
     "--engine-option",
     multiple=True,
-    callback=_assigned,
+    callback=_assigned_json,
     metavar="NAME=VALUE",
     help="Option of vLLM's engine, such as max_num_seqs=64; may be repeated.",
 )
@@ -313,27 +359,51 @@ engine = together(
     engine_option,
 )
 backbone = together(model, dtype, device, _gathered("runtime", Runtime))
-# What to train on; the command gets ``inputs``, and ``out`` for the result.
-training = together(
-    data,
-    out,
-    columns,
-    missing_label,
-    positive,
-    click.option("--validation", help="Validation data. [default: held out of --data]"),
-    click.option("--validation-split", help="Split of a hub data set in --validation."),
-    limit,
-    max_tokens,
-    click.option(
-        "--cache", type=PATH, help="Folder for hidden states. [default: the user's cache]"
-    ),
-    click.option(
-        "--cache-budget",
-        type=float,
-        metavar="GIB",
-        help="The most disk that the hidden states of one file may take.",
-    ),
-    click.option("--keep-cache", is_flag=True, help="Keep the hidden states for another run."),
-    memory,
-    _gathered("inputs", TrainingInputs),
-)
+# Options that ``--set`` gives, by name.
+INPUT_SETTINGS = {
+    field.name: field.type for field in fields(TrainingInputs) if field.default is not MISSING
+}
+
+
+def _inputs(command: Command) -> Command:
+    """What ``--set`` says of the texts goes to ``inputs``; the rest stays in ``assigned``."""
+
+    @wraps(command)
+    def gathered(*, assigned: Mapping[str, str], **given: Any) -> Any:
+        columns = {name: given.pop(name) for name in _INPUT_OPTIONS}
+        own = {name: text for name, text in assigned.items() if name in INPUT_SETTINGS}
+        rest = {name: text for name, text in assigned.items() if name not in own}
+        inputs = TrainingInputs(**columns, **typed(own, INPUT_SETTINGS))
+        return command(inputs=inputs, assigned=rest, **given)
+
+    return gathered
+
+
+_INPUT_OPTIONS = ("data", "text", "label", "response", "positive", "validation")
+_ABOUT_INPUTS = f"Any other option; may be repeated. Of the texts: {', '.join(INPUT_SETTINGS)}."
+
+
+def training(more: str = "") -> Callable[[Command], Command]:
+    """What to train on: the command gets ``inputs``, ``out``, and ``assigned``, the rest of --set.
+
+    Args:
+        more: What ``--set`` takes beside ``INPUT_SETTINGS``, for its help.
+    """
+    return together(
+        data,
+        out,
+        text,
+        label,
+        response,
+        positive,
+        click.option("--validation", help="Validation data. [default: held out of --data]"),
+        click.option(
+            "--set",
+            "assigned",
+            multiple=True,
+            callback=_assigned,
+            metavar="NAME=VALUE",
+            help=f"{_ABOUT_INPUTS} {more}".strip(),
+        ),
+        _inputs,
+    )

@@ -11,10 +11,9 @@ import click
 from click.core import ParameterSource
 
 from sidelight.cli import options
-from sidelight.errors import SidelightError, did_you_mean
+from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
-    from sidelight.prompts import PromptFormat, Side
     from sidelight.types import MechanismSpec
 
 # As ``training.settings.AUTO``, whose import takes seconds.
@@ -24,44 +23,26 @@ _AUTO = "auto"
 @click.command(
     epilog=options.examples(
         "sidelight train --data train.jsonl --label toxicity --out probes/toxicity",
-        "sidelight train --data train.csv --mechanism pooling,gate,attention --seeds 3 --out p",
+        "sidelight train --data train.csv --mechanism pooling,gate,attention --set seeds=3 --out p",
         "sidelight train --data chats.jsonl --response answer --label refused --out probes/refusal",
         "sidelight train --data t.jsonl --mechanism attention --set attention.factor=16 --out p",
         "sidelight train --data t.jsonl --set epochs=12 --set class_weight=balanced --out p",
         "sidelight train --data t.jsonl --engine vllm --engine-option max_num_seqs=64 --out p",
     )
 )
-@options.training
+@options.training(
+    "Of training: batch_size, beginnings, calibration, class_weight, epochs, format, "
+    "layer_weights, learning_rate, least_steps, none, normalise, patience, reads, seeds, "
+    "standardise, strength, template, weight_decay; docs/reference.md says what each does. Of a "
+    "mechanism: MECHANISM.OPTION, such as attention.factor."
+)
 @click.option("--force", is_flag=True, help="Replace the probe that --out holds.")
 @options.mechanisms(
     default=_AUTO,
     help="auto (a readout and a linear solution, mixed), or a comma-separated list: attention, "
     "blend, fusion, gate, linear, pooling, readout.",
 )
-@click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Any other option; may be repeated. Of training: batch_size, beginnings, calibration, "
-    "class_weight, epochs, layer_weights, learning_rate, least_steps, normalise, patience, "
-    "standardise, strength, template, weight_decay. Of a mechanism: MECHANISM.OPTION, such as "
-    "attention.factor.",
-)
-@click.option("--seeds", type=options.AT_LEAST_ONE, default=1, help="Probes per mechanism.")
 @click.option("--name", help="Name in verdicts. [default: the output folder's]")
-@click.option(
-    "--reads",
-    type=click.Choice(["prompt", "response", "both"]),
-    help="What the probe reads. [default: response with --response, else prompt]",
-)
-@click.option(
-    "--format",
-    "prompt_format",
-    type=click.Choice(["chat", "raw", "both"]),
-    help="How texts are rendered: as chats, as they are, or both, so that the probe judges plain "
-    "text too. [default: chat if the model has a template]",
-)
 @options.threshold(default="f1")
 @click.option(
     "--background",
@@ -69,11 +50,6 @@ _AUTO = "auto"
     help="Ordinary traffic (texts or chats, without labels), which the texts are also shown in, "
     "beside the packaged set; packaged alone; or none. [default: what the model has written, or "
     "else packaged]",
-)
-@click.option(
-    "--none/--no-none",
-    default=True,
-    help="Whether a probe of several classes says `none` to ordinary traffic.",
 )
 @options.engine
 @options.backbone
@@ -83,14 +59,10 @@ def train(
     out: Path,
     force: bool,
     mechanisms: list[str],
-    assignments: tuple[str, ...],
-    seeds: int,
+    assigned: dict[str, str],
     name: str | None,
-    reads: "Side | None",
-    prompt_format: "PromptFormat | None",
     threshold: str,
     background: str | None,
-    none: bool,
     runtime: options.Runtime,
     as_json: bool,
 ) -> None:
@@ -101,7 +73,6 @@ def train(
     without --validation are cross-fitted: all of them train the probe, and each row is scored by a
     probe that did not train on it. A killed run keeps the shards of hidden states that it finished.
     """
-    assigned = _assignments(assignments)
     for target in assigned:
         mechanism, dot, _ = target.partition(".")
         if dot and mechanism not in mechanisms:
@@ -134,24 +105,28 @@ def train(
     from sidelight.training.settings import suggested_settings
 
     shared = inputs.fit_options()
-    chosen = _settings({own: text for own, text in assigned.items() if "." not in own})
-    calibration, standardise, template = (
-        chosen.pop(option, default)
-        for option, default in (("calibration", None), ("standardise", True), ("template", True))
+    chosen = options.typed(
+        {own: text for own, text in assigned.items() if "." not in own}, _kinds()
     )
+    prompt_format = chosen.pop("format", None)
     fit_options = replace(
         shared,
         mechanisms=specs,
-        seeds=tuple(range(seeds)),
+        seeds=tuple(range(chosen.pop("seeds", 1))),
+        standardise=chosen.pop("standardise", True),
+        reads=replace(
+            shared.reads,
+            side=chosen.pop("reads", shared.reads.side),
+            template=chosen.pop("template", True),
+        ),
+        calibration=chosen.pop("calibration", None),
+        threshold=rule,
+        none=chosen.pop("none", True),
+        # What is left are settings of the optimisation.
         settings={
             mechanism: suggested_settings(mechanism).changed(**chosen)
             for mechanism in (mechanism_names() if is_automatic else mechanisms)
         },
-        standardise=standardise,
-        reads=replace(shared.reads, side=reads or shared.reads.side, template=template),
-        calibration=calibration,
-        threshold=rule,
-        none=none,
     )
     told = [*training.warnings, *(validation.warnings if validation is not None else ())]
     for warning in told:
@@ -193,18 +168,6 @@ def _eval_command(out: Path, inputs: options.TrainingInputs) -> str:
     return shlex.join(command)
 
 
-def _assignments(assignments: tuple[str, ...]) -> dict[str, str]:
-    """``epochs=3`` as ``{"epochs": "3"}``."""
-    pairs = [assignment.partition("=") for assignment in assignments]
-    for name, equals, value in pairs:
-        if not (name and equals and value):
-            raise SidelightError(
-                f"Cannot read --set {name}{equals}{value}. Write NAME=VALUE, such as epochs=3 or "
-                "attention.factor=16."
-            )
-    return {name: value for name, _, value in pairs}
-
-
 def _specs(mechanisms: list[str], assigned: Mapping[str, str]) -> "tuple[MechanismSpec, ...]":
     """The mechanisms with their options, ``MECHANISM.OPTION``."""
     from sidelight.mechanisms.base import mechanism_spec
@@ -217,22 +180,19 @@ def _specs(mechanisms: list[str], assigned: Mapping[str, str]) -> "tuple[Mechani
     return tuple(mechanism_spec(mechanism, given.get(mechanism)) for mechanism in mechanisms)
 
 
-def _settings(assigned: Mapping[str, str]) -> dict[str, Any]:
-    """Options of training, of the types that they have."""
-    from pydantic import TypeAdapter, ValidationError
-
+def _kinds() -> dict[str, Any]:
+    """The types of what ``--set`` gives to training."""
     from sidelight.calibration import CalibrationKind
+    from sidelight.prompts import PromptFormat, Side
     from sidelight.training.settings import TrainingSettings
 
     kinds: dict[str, Any] = {field.name: field.type for field in fields(TrainingSettings)}
-    kinds |= {"calibration": CalibrationKind, "standardise": bool, "template": bool}
-    values: dict[str, Any] = {}
-    for name, text in assigned.items():
-        if name not in kinds:
-            raise SidelightError(f"Training has no option '{name}'.{did_you_mean(name, kinds)}")
-        try:
-            values[name] = TypeAdapter(kinds[name]).validate_python(text)
-        except ValidationError as error:
-            problem = error.errors()[0]["msg"]
-            raise SidelightError(f"Cannot read --set {name}={text}: {problem}.") from error
-    return values
+    switches = dict.fromkeys(("none", "standardise", "template"), bool)
+    return {
+        **kinds,
+        **switches,
+        "calibration": CalibrationKind,
+        "format": PromptFormat,
+        "reads": Side,
+        "seeds": int,
+    }

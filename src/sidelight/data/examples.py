@@ -187,7 +187,7 @@ class Examples:
         rarest = np.where(strata, strata.sum(axis=0), len(self) + 1).argmin(axis=1)
         if len(np.unique(rarest)) > count:
             raise SidelightError(
-                f"{count} examples cannot show {len(np.unique(rarest))} labels. Use more (--limit)."
+                f"{count} examples cannot show {len(np.unique(rarest))} labels. Use more (limit)."
             )
         shuffled = np.random.default_rng(seed).permutation(len(self))
         rank = np.empty(len(self))

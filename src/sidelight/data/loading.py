@@ -85,7 +85,7 @@ def load_examples(
         raise SidelightError(
             f"{missing} of {len(readable)} rows have no label in column '{', '.join(columns)}', "
             f"the first at {first.place}. Label them, or leave them out with --missing-label skip "
-            "(on_missing_label='skip' in Python)."
+            "(in training --set missing_label=skip, in Python on_missing_label='skip')."
         )
     kept, items = [row for row, _ in complete], tuple(item for _, item in complete)
     cells = tuple(row.cells for row in kept)

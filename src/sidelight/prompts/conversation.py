@@ -167,7 +167,7 @@ class EncodedPrompt:
         if room <= 0:
             raise ContextLengthError(
                 f"A limit of {limit} tokens leaves no room for the text beside the chat template "
-                f"and the system prompt ({limit - room} tokens). Raise --max-tokens, or shorten "
+                f"and the system prompt ({limit - room} tokens). Raise max_tokens, or shorten "
                 "the system prompt."
             )
         side = (reads or Reads()).side

@@ -209,12 +209,12 @@ class PromptEncoder:
         if not turns:
             raise SidelightError(
                 "The model's chat template marks no turns, so a chat cannot be told from plain "
-                "text. Use the raw prompt format (--format raw)."
+                "text. Use the raw prompt format (--set format=raw)."
             )
         if self.chat_format.markers(token_ids) != markers:
             raise SidelightError(
                 "The text contains what the model's chat template writes between turns. Remove it, "
-                "or use the raw prompt format (--format raw)."
+                "or use the raw prompt format (--set format=raw)."
             )
         return EncodedPrompt(
             token_ids, token_parts(turns, len(token_ids), has_response=response is not None)
@@ -271,7 +271,7 @@ class PromptEncoder:
         except TemplateError as error:
             raise SidelightError(
                 f"The model's chat template refuses this conversation: {error}. Change the roles "
-                "or their order, or use the raw prompt format (--format raw)."
+                "or their order, or use the raw prompt format (--set format=raw)."
             ) from error
 
     def _frame(self, turns: Sequence[Message], *, for_generation: bool) -> _Frame:
@@ -296,7 +296,7 @@ class PromptEncoder:
             if not ends:
                 raise SidelightError(
                     "The chat template rewrites the text, so its tokens cannot be told from those "
-                    "of the template. Use the raw prompt format for this model (--format raw)."
+                    "of the template. Use the raw prompt format for this model (--set format=raw)."
                 )
             spans.append((cursor, ends[0]))
             cursor = ends[0] + len(literal)
@@ -314,7 +314,7 @@ class PromptEncoder:
                 raise SidelightError(
                     "The chat template leaves a turn out (roles: "
                     f"{', '.join(dict.fromkeys(roles))}). Use roles that the model knows, or the "
-                    "raw prompt format (--format raw)."
+                    "raw prompt format (--set format=raw)."
                 )
             literals.append(rendered[cursor:start])
             cursor = start + len(mark)

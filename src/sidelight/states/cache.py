@@ -253,7 +253,8 @@ class ActivationCache:
             raise SidelightError(
                 f"The hidden states need {self.bytes / 2**30:.1f} GiB, but only "
                 f"{max(limit, 0) / 2**30:.1f} GiB may be used at {self.directory.parent}. "
-                "Raise --cache-budget, name another disk with --cache, or use fewer rows (--limit)."
+                "Raise cache_budget=GIB, name another disk as cache=FOLDER, or use fewer rows "
+                "(limit=N)."
             )
         return missing
 
@@ -390,5 +391,5 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
             save_file(dict(tensors), partial)
     except (OSError, SafetensorError) as error:
         raise SidelightError(
-            f"Cannot write {path}: {error}. Free some space, or name another disk with --cache."
+            f"Cannot write {path}: {error}. Free some space, or name another disk for the cache."
         ) from error

@@ -290,8 +290,8 @@ def prepare(
     refusal = linear_refusal(backbone, len(training) + len(shown), options)
     if refusal and options.names("linear"):
         raise SidelightError(
-            f"{refusal}. Allow more (--memory, memory_bytes=), "
-            "name another mechanism, or use fewer rows (--limit)."
+            f"{refusal}. Allow more (--set memory=GIB, memory_bytes=), "
+            "name another mechanism, or use fewer rows (--set limit=N)."
         )
     split = partial(make_split, backbone, options=options, source=source)
     fitted = measured = split(training, contexts=shown, parts=parts, title="Training texts")
@@ -308,7 +308,7 @@ def prepare(
             limit = min(options.max_tokens, max(map(len, cut)))
             warnings.append(
                 f"{len(cut)} of {len(part)} texts were cut to {limit} tokens for training "
-                "(--max-tokens); judging never cuts."
+                "(--set max_tokens=N); judging never cuts."
             )
     return ProbeDataset(backbone, fitted, measured, folds, tuple(warnings), tuple(contexts), given)
 
@@ -474,9 +474,9 @@ def _require_read(
         return
     cut = sum(prompts[index].dropped > 0 for index in unread)
     remedy = (
-        f"{cut} of them were cut to {limit} tokens: raise --max-tokens."
+        f"{cut} of them were cut to {limit} tokens: raise max_tokens (--set max_tokens=N)."
         if cut
-        else "Use --reads prompt, or name the column with the answers (--response COLUMN)."
+        else "Use --set reads=prompt, or name the column with the answers (--response COLUMN)."
     )
     raise SidelightError(
         f"{len(unread)} of {len(prompts)} texts have no token that the probe would read "

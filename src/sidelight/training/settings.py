@@ -219,7 +219,7 @@ class FitOptions:
         if NONE in task.labels:
             raise SidelightError(
                 f"The file has a class '{NONE}', which training adds for ordinary traffic. Give "
-                "--no-none (none=False) to train on the file's, or rename it."
+                "--set none=false (none=False) to train on the file's, or rename it."
             )
         return replace(task, labels=(*task.labels, NONE))
 

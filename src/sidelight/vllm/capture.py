@@ -47,8 +47,8 @@ def captured(path: Path, layers: int) -> Float[Tensor, "layer token width"]:
     if sum(map(len, parts)) != layers:
         raise SidelightError(
             f"vLLM has run a text, but hidden states are missing in {path.parent}; its log says "
-            "why. Use --cache to name a folder with room that all of its workers see, or --engine "
-            "transformers."
+            "why. Name a folder with room that all of its workers see (--set cache=FOLDER), or use "
+            "--engine transformers."
         )
     for file in files:
         # What is mapped stays readable.

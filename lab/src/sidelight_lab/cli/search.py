@@ -24,10 +24,10 @@ _SETTINGS = ("learning_rate", "weight_decay", "epochs", "batch_size")
     epilog=options.examples(
         "sidelight search --data train.jsonl --label toxicity --mechanism gate,attention "
         "--out search/toxicity",
-        "sidelight search --data t.jsonl --validation v.jsonl --trials 30 --keep-cache --out s",
+        "sidelight search --data t.jsonl --validation v.jsonl --set keep_cache=true --out s",
     )
 )
-@options.training
+@options.training()
 @options.mechanisms(
     default="readout", help="Mechanisms that `sidelight train` knows, with commas between them."
 )
@@ -43,6 +43,7 @@ _SETTINGS = ("learning_rate", "weight_decay", "epochs", "batch_size")
 def search(
     inputs: options.TrainingInputs,
     runtime: options.Runtime,
+    assigned: dict[str, str],
     out: Path,
     as_json: bool,
     mechanisms: list[str],
@@ -55,6 +56,8 @@ def search(
     several trials share each read. Fewer than 1,000 rows without --validation are scored by folds,
     as `sidelight train` does. Run the same command again after a kill, and the search goes on.
     """
+    # What is about training is searched.
+    options.typed(assigned, {})
     # Before imports that take seconds: a wrong file or column is refused at once.
     training, validation = inputs.load()
     from sidelight.mechanisms.base import mechanism_spec
