@@ -18,9 +18,8 @@ from sidelight.ragged import Ragged
 from sidelight.thresholds import ThresholdRule, choose_thresholds, read_curves
 from sidelight.training import loop
 from sidelight.training.dataset import FOLDS, ProbeDataset, choose_folds, make_split
-from sidelight.training.fit import calibrate, cross_fit, fit
+from sidelight.training.fit import better_words, calibrate, cross_fit, fit, mixtures
 from sidelight.training.loop import train_mechanisms
-from sidelight.training.mixture import better_words, mixtures
 from sidelight.training.runs import RUNS, read_runs, write_fit
 from sidelight.training.settings import (
     FitOptions,
