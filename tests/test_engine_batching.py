@@ -60,6 +60,7 @@ def test_a_batch_writes_and_judges_as_the_model_alone_also_of_prompts_in_parts(m
     probes = [
         *three_probes(backbone),
         untrained_probe(backbone, "turns", reads=Reads(scope="each_turn")),
+        untrained_probe(backbone, "last", reads=Reads(scope="last_turn")),
         untrained_probe(backbone, "late", reads=Reads("response")),
         untrained_probe(backbone, "both", reads=Reads("both"), mechanism="attention"),
     ]

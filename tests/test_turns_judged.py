@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from engine_runs import run
 from sidelight.bank import Bank
+from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads, judged_units, piece_lengths
 from sidelight.states.extraction import score
 from sidelight.types import Judgement, Verdict
@@ -59,3 +61,29 @@ def test_pieces_between_answers_are_judged_together(tiny):
     pairs = zip(highest, alone, whole, strict=True)
     assert all(best[0, 0] >= max(users[0, 0], every[0, 0]) - 1e-4 for best, users, every in pairs)
     assert any(users[0, 0] > every[0, 0] + 1e-3 for users, every in zip(alone, whole, strict=True))
+
+
+def test_the_last_turn_is_read_alone_whatever_stands_before_and_behind_it(tiny):
+    reads, hi = Reads(scope="last_turn"), [Message("user", "hi there")]
+    before = [Message("user", "an earlier question"), Message("assistant", "an answer")]
+    behind = [Message("assistant", "I look it up"), Message("user", "thanks a lot")]
+    for turns, last in [(hi, 0), ([*before, *hi], 2), ([*hi, *behind], 2)]:
+        prompt = tiny.encoder.encode(turns)
+        lengths = piece_lengths(bytes(prompt.parts))
+        tokens = np.flatnonzero(np.repeat(range(len(lengths)), lengths) == last)
+        is_read = prompt.mask(reads)
+        assert torch.equal(is_read, prompt.only(tokens).mask(Reads()))
+        assert is_read.any()
+        probe = untrained_probe(tiny, "p", reads=reads)
+        (judged,) = score(tiny, Bank([probe]), [prompt])
+        (expected,) = score(tiny, Bank([replace(probe, reads=Reads())]), [prompt.only(tokens)])
+        assert np.allclose(judged, expected, atol=1e-5)
+    with pytest.raises(SidelightError, match="side='prompt'"):
+        Reads("response", scope="last_turn")
+
+
+def test_without_a_turn_of_a_user_the_whole_is_read(tiny):
+    prompt = tiny.encoder.encode(
+        [Message("assistant", "I begin"), Message("assistant", "and go on")]
+    )
+    assert torch.equal(prompt.mask(Reads(scope="last_turn")), prompt.mask(Reads()))

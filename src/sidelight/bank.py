@@ -20,7 +20,7 @@ from torch import Tensor
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.explanation import Explanation, explain
 from sidelight.probe import Probe, UnitLogits, require_distinct_names
-from sidelight.prompts import EncodedPrompt, Place, Reads, judged_units
+from sidelight.prompts import EncodedPrompt, Place, Reads, judged_units, read_tokens
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement, Verdict
@@ -275,9 +275,10 @@ class Bank:
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
     ) -> BankState:
         """The state of each text; arguments as for ``prompt_logits``."""
-        of_tokens = np.frombuffer(b"".join(parts), np.uint8)
         masks = {
-            reads: torch.from_numpy(np.isin(of_tokens, [*reads.parts])).to(columns.device)
+            reads: torch.from_numpy(np.concatenate([read_tokens(own, reads) for own in parts])).to(
+                columns.device
+            )
             for reads in self.reads
         }
         lengths = torch.tensor([*map(len, parts)], device=columns.device)

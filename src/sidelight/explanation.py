@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sidelight.errors import VerdictError
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt, Place, judged_units
+from sidelight.prompts import EncodedPrompt, Place, judged_units, read_tokens
 from sidelight.ragged import Ragged
 from sidelight.types import Verdict
 
@@ -117,7 +117,7 @@ def explain(
         )
     parts = bytes(prompt.parts)
     units = judged_units(parts) if probe.judges_turns else []
-    is_read = np.isin(np.frombuffer(parts, np.uint8), [*probe.reads.parts])
+    is_read = read_tokens(parts, probe.reads)
     members = [*(unit.tokens for unit in units), np.arange(len(parts))]
     read = [tokens[is_read[tokens]] for tokens in members]
     with torch.inference_mode():

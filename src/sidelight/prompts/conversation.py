@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PromptFormat = Literal["chat", "raw", "both"]
 Side = Literal["prompt", "response", "both"]
-Scope = Literal["conversation", "each_turn"]
+Scope = Literal["conversation", "each_turn", "last_turn"]
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,21 @@ class Reads:
         side: The prompt, the response, or both.
         template: Whether the chat template's tokens count as part of the prompt. The markers that
             follow a prompt carry much of what the model has concluded about it.
-        scope: Whether a prompt of several turns is judged as one text, or each turn with what the
-            template writes after it, and the whole; the highest score counts.
+        scope: Of a prompt of several turns, whether the whole is judged as one text; or each turn
+            with what the template writes after it, and the whole, and the highest score counts; or
+            the user's last turn alone, which the model has read after all others.
+
+    Raises:
+        SidelightError: A response has no last turn of a user.
     """
 
     side: Side = "prompt"
     template: bool = True
     scope: Scope = "conversation"
+
+    def __post_init__(self) -> None:
+        if self.scope == "last_turn" and self.includes_response:
+            raise SidelightError("Only the prompt has a last turn: read it alone (side='prompt').")
 
     @property
     def includes_response(self) -> bool:
@@ -134,8 +142,7 @@ class EncodedPrompt:
         # Reading a file of texts must not wait for torch.
         import torch
 
-        wanted = reads.parts
-        return torch.tensor([part in wanted for part in self.parts], dtype=torch.bool)
+        return torch.from_numpy(read_tokens(bytes(self.parts), reads))
 
     def only(self, tokens: Int[np.ndarray, " _"]) -> "EncodedPrompt":
         """The same prompt, of which no other tokens are read."""
@@ -195,6 +202,25 @@ def piece_lengths(parts: bytes) -> list[int]:
     is_first = is_text & ~np.append(False, is_text[:-1])
     begins = np.flatnonzero(is_first)
     return np.diff([0, *begins[1:], len(parts)]).tolist()
+
+
+def read_tokens(parts: bytes, reads: Reads) -> Bool[np.ndarray, " token"]:
+    """True for the tokens of a prompt that a probe reads.
+
+    Args:
+        parts: The ``Part`` of each token.
+        reads: What the probe reads.
+    """
+    kinds = np.frombuffer(parts, np.uint8)
+    is_read = np.isin(kinds, [*reads.parts])
+    if reads.scope == "last_turn" and Part.PROMPT in kinds:
+        last = int(np.flatnonzero(kinds == Part.PROMPT)[-1])
+        ends = np.cumsum(piece_lengths(parts))
+        piece = int(np.searchsorted(ends, last, side="right"))
+        # Without a turn of a user, the whole is read.
+        is_read[: ends[piece - 1] if piece else 0] = False
+        is_read[ends[piece] :] = False
+    return is_read
 
 
 # What somebody has written, rather than a template.

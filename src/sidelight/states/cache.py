@@ -375,8 +375,9 @@ def random_batches(texts: int, *, size: int, shuffle: torch.Generator) -> Iterat
 
 def text_name(prompt: EncodedPrompt, reads: Reads) -> str:
     """Stands for the tokens of a prompt and which of them are read."""
-    # The scope does not change which tokens are read.
-    who = (prompt.token_ids, prompt.parts, reads.side, reads.template)
+    # Each turn is judged by tokens that are read anyway.
+    is_last = reads.scope == "last_turn"
+    who = (prompt.token_ids, prompt.parts, reads.side, reads.template, is_last)
     return hashlib.sha256(repr(who).encode()).hexdigest()[:24]
 
 

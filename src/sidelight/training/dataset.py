@@ -136,7 +136,7 @@ class Split:
     def units(self) -> list[list[Int[np.ndarray, " _"]]]:
         """The stored tokens of each part of a text that is judged beside the whole."""
         reads = self.states.reads
-        if reads.scope == "conversation":
+        if reads.scope != "each_turn":
             return [[] for _ in self.prompts]
         units: list[list[Int[np.ndarray, " _"]]] = []
         for prompt in self.prompts:

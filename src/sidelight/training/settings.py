@@ -201,11 +201,14 @@ class FitOptions:
     def reads_of(self, task: Task) -> Reads:
         """What a probe of these labels reads.
 
-        Each turn is judged if a part of a text can have its labels. With several classes, a text of
-        several parts could have any of them; and there is one response.
+        Each turn is judged if a part of a text can have its labels. One of several classes is that
+        of the user's last turn, since those before may have others; and there is one response.
         """
-        is_whole = self.reads.includes_response or task.kind == "multiclass"
-        return replace(self.reads, scope="conversation") if is_whole else self.reads
+        if self.reads.includes_response:
+            return replace(self.reads, scope="conversation")
+        if task.kind == "multiclass" and self.reads.scope == "each_turn":
+            return replace(self.reads, scope="last_turn")
+        return self.reads
 
     def with_none(self, task: Task) -> Task:
         """With ``none`` as the last of several classes, if the probe is to learn it.
