@@ -279,6 +279,7 @@ def test_the_figures_are_those_of_the_threshold_that_is_served(tiny, examples, o
     options = replace(given, settings=settings, background=private)
     again = fit(tiny, examples, None, name="p", options=options).best
     assert again.probe.record["traffic"] == {**made.probe.record["traffic"], "worst": []}
+    assert kept_rate(made.probe) == (made.traffic.flagged, made.traffic.conversations)
     assert made.report.thresholds == made.probe.thresholds
     assert made.probe.record["validation"]["metrics"]["thresholds"] == [*made.probe.thresholds]
 

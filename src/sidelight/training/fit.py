@@ -142,7 +142,8 @@ def _kept(
     private = {beginning(Example(turns).text) for turns in own}
     return {
         **traffic.to_dict(),
-        "logits": logits.round(4).tolist(),
+        # A threshold may lie just above one of them: not rounded.
+        "logits": logits.tolist(),
         "worst": [
             {"probability": round(probability, 4), "text": text}
             for probability, text in traffic.worst
