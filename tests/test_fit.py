@@ -13,10 +13,11 @@ from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.manifest import MANIFEST, holds_probe
 from sidelight.mechanisms.base import mechanism_spec
-from sidelight.prompts import Reads
+from sidelight.prompts import Message, Reads
 from sidelight.ragged import Ragged
 from sidelight.thresholds import ThresholdRule, choose_thresholds, read_curves
 from sidelight.training import loop
+from sidelight.training.background import Background
 from sidelight.training.dataset import FOLDS, ProbeDataset, choose_folds, make_split
 from sidelight.training.fit import better_words, calibrate, cross_fit, fit, mixtures
 from sidelight.training.loop import train_mechanisms
@@ -247,6 +248,14 @@ def test_texts_of_which_none_can_be_held_out_are_refused(tiny, tmp_path, kind):
     alike = [row for row in rows(kind, 9)[:3] for _ in range(20)]
     with pytest.raises(SidelightError, match="Too few distinct texts to hold some of each"):
         fitted(tiny, tmp_path, alike)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", range(10, 16))
+def test_few_texts_of_several_classes_train_a_probe_in_traffic(tiny, tmp_path, count):
+    background = Background(tuple((Message("user", f"Hello {i}."),) for i in range(10)))
+    made = fitted(tiny, tmp_path, rows("multiclass", count), background=background)
+    assert made.best.probe.task.abstains
 
 
 @pytest.mark.slow

@@ -286,6 +286,8 @@ def prepare(
     held = 0 if folds else round(len(conversations) * _MEASURED_SHARE)
     count = min(FOLDS, training.distinct)
     parts = training.folds(count, seed=0) if count > 1 else (np.arange(len(training)),)
+    # Of few texts of several classes, the first folds may take all.
+    parts = tuple(part for part in parts if len(part))
     shown = draw_contexts(backbone, training, parts, conversations[held:], options)
     refusal = linear_refusal(backbone, len(training) + len(shown), options)
     if refusal and options.names("linear"):
