@@ -49,6 +49,9 @@ PROBES = {
     "a probe that judges a conversation as one text": lambda early, late: (
         [replace(early, reads=Reads()), late]
     ),
+    "a probe that reads the last turn alone, as those of several classes": lambda early, late: (
+        [replace(early, reads=Reads(scope="last_turn")), late]
+    ),
     "an older probe, or one of several classes": lambda early, late: (
         [replace(early, standardisation=late.standardisation), late]
     ),
@@ -64,6 +67,7 @@ WORDS = {
     '`disclose = "scores"`': ["[input.toxicity] disclose"],
     "`hold_back` below `consecutive - 1`": ["Set it to 3 or more"],
     "a probe with the same labels that tells its scores": ["'double' tells its scores"],
+    "a probe that reads the last turn alone, as those of several classes": ["last turn alone"],
 }
 
 

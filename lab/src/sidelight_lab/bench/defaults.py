@@ -38,7 +38,8 @@ from sidelight_lab.baselines.token_heads import AttentionProbe
 from sidelight_lab.bench.measurement import table
 
 DEFAULT, ALONE, LINEAR = "default", "texts alone", "linear"
-FIGURES = ("accuracy", "log loss", "ece", "auprc", "auprc in contexts")
+_IN_CONTEXTS = ("auprc in contexts", "accuracy in contexts")
+FIGURES = ("accuracy", "log loss", "ece", "auprc", *_IN_CONTEXTS)
 # Logistic regressions, which are also trained in the contexts that the default probe is shown.
 _REGRESSIONS = ("means_all_layers", "means_and_lasts", "last_layer")
 RIVALS = ("tfidf", "sentence_embeddings", "attention_probe", *_REGRESSIONS)
@@ -98,7 +99,8 @@ def compare_defaults(
 ) -> list[Judged]:
     """The default probe, the same of texts alone, and each rival, for each size and draw.
 
-    ``auprc in contexts`` is of the held-out texts in ordinary traffic that no row was trained in.
+    The figures in contexts are of the held-out texts in ordinary traffic that no row was trained
+    in; of several classes, as the last turn of a conversation.
 
     Args:
         backbone: The frozen LLM.
@@ -152,13 +154,14 @@ def compare_defaults(
         dataset = prepare(backbone, drawn, None, options=in_contexts, source=shared)
         training = dataset.originals
         for rival in rivals:
-            own = _rival(rival, training, held, backbone, encoder)
-            found.append(_judged_rival(rival, *own, held, draw))
+            rows = {rival: training}
             if rival in _REGRESSIONS:
-                own = _rival(rival, dataset.training, held, backbone, encoder)
-                found.append(_judged_rival(f"{rival} in contexts", *own, held, draw))
-        for split in (dataset.training, dataset.measured):
-            split.states.remove()
+                rows[f"{rival} in contexts"] = dataset.training
+            for row, split in rows.items():
+                fitted = _rival(rival, split, held, backbone, encoder)
+                found.append(_judged_rival(row, *fitted, dataset.task, held, draw))
+        dataset.training.states.remove()
+        dataset.measured.states.remove()
     held.states.remove()
     return found
 
@@ -192,13 +195,13 @@ def _judged_fit(
 ) -> Judged:
     logits = shared.logits(run.probe, held.prompts)
     chance = run.probe.calibration.apply(logits)
-    alone = held.alone
-    decided = decide(held.task, chance[alone], held.labels[alone], thresholds=run.probe.thresholds)
+    alone, task = held.alone, run.probe.task
+    decided = decide(task, chance[alone], held.labels[alone], thresholds=run.probe.thresholds)
     printed = {
         "accuracy at threshold": float(measure(decided, decided.once)["accuracy"][0]),
         "printed": run.report.metrics["accuracy"].value or 0.0,
     }
-    return _judged(row, chance, held, draw, printed)
+    return _judged(row, chance, task, held, draw, printed)
 
 
 def _judged_rival(
@@ -206,29 +209,33 @@ def _judged_rival(
     calibrating: Float[np.ndarray, "calibrating output"],
     labels: Int[np.ndarray, " calibrating"],
     logits: Logits,
+    task: Task,
     held: Split,
     draw: Draw,
 ) -> Judged:
     """Calibrated as a probe is, on logits of texts that it did not train on."""
-    kind = suggested_calibration(held.task)
-    calibration = fit_calibration(kind, calibrating, labels, held.task)
-    return _judged(rival, calibration.apply(logits), held, draw, {})
+    kind = suggested_calibration(task)
+    calibration = fit_calibration(kind, calibrating, labels, task)
+    return _judged(rival, calibration.apply(logits), task, held, draw, {})
 
 
 def _judged(
     row: str,
     chance: Logits,
+    task: Task,
     held: Split,
     draw: Draw,
     printed: dict[str, float],
 ) -> Judged:
-    task, is_binary = held.task, held.task.kind == "binary"
-    figures = {}
-    if is_binary and len(held.alone) < len(held):
+    is_binary, figures = task.kind == "binary", {}
+    if len(held.alone) < len(held):
         rest = np.setdiff1d(np.arange(len(held)), held.alone)
-        figures["auprc in contexts"] = float(
-            average_precision_score(held.labels[rest], chance[rest, 0])
-        )
+        shown, labels = chance[rest], held.labels[rest]
+        ranked, decided = _IN_CONTEXTS
+        if is_binary:
+            figures[ranked] = float(average_precision_score(labels, shown[:, 0]))
+        else:
+            figures[decided] = float((shown.argmax(1) == labels).mean())
     labels, chance = held.labels[held.alone], chance[held.alone]
     metrics = measure(*_decided(task, chance, labels))
     chosen = (chance[:, 0] >= 0.5).astype(labels.dtype) if is_binary else chance.argmax(1)

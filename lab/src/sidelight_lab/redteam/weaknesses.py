@@ -91,6 +91,11 @@ def _of_probe(own: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
             )
     if own.side == "output":
         return
+    if probe.prompt_format != "raw" and probe.reads.scope == "last_turn":
+        yield (
+            f"Probe '{probe.name}' has several classes and judges the user's last turn alone, so "
+            "an attack in an earlier turn is not judged. Train it again on one label."
+        )
     if probe.prompt_format != "raw" and probe.reads.scope == "conversation":
         yield (
             f"Probe '{probe.name}' judges a conversation as one text, so an attack in an earlier "
