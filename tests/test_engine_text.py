@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from functools import partial
 
 import pytest
@@ -60,6 +61,13 @@ def test_text_ends_before_a_stop_string_whatever_the_pieces(pieces, stops):
 def test_the_beginning_of_a_stop_string_is_held_back():
     gate = StopGate(["###"])
     assert [gate.push(c) for c in "a##b###c"] == ["a", "", "", "##b", "", "", "", ""]
+
+
+def test_a_long_stop_string_costs_no_more_than_the_text_that_is_held():
+    """The passes of all clients wait for it."""
+    gate, start = StopGate(["x" * 100_000] * 16), time.process_time()
+    assert "".join(gate.push(" word") for _ in range(300)) == " word" * 300
+    assert time.process_time() - start < 1
 
 
 def test_no_temperature_takes_the_most_probable_token_and_a_seed_draws_the_same():

@@ -86,7 +86,8 @@ class StopGate:
         begun = (
             length
             for stop in self._stop
-            for length in range(1, len(stop))
+            # No more than is held: each prefix of a long one is copied.
+            for length in range(1, min(len(stop), len(self._held) + 1))
             if self._held.endswith(stop[:length])
         )
         return self._release(len(self._held) - max(begun, default=0))
