@@ -521,3 +521,16 @@ def test_answers_without_a_text_pass_as_they_are(guarded):
         assert (status, answer) == (418, body)
         assert not any(name.startswith("x-") for name in headers)
         assert headers["content-length"] == str(len(body))
+
+
+def test_a_change_without_a_policy_reads_the_served_file_again(guarded, tmp_path, monkeypatch):
+    guard = guarded([FINE], policy="").sidelight_guard
+    assert not any(bound.is_blocking for bound in guard.registry.rules)
+
+    async def taken(probes):
+        """As by workers that have them already."""
+
+    monkeypatch.setattr(guard.engine, "replace_probes", taken)
+    (tmp_path / "policy.toml").write_text(ONLY_INPUT)
+    asyncio.run(guard.registry.replace())
+    assert [bound.name for bound in guard.registry.rules if bound.is_blocking] == ["early"]

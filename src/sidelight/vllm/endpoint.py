@@ -311,7 +311,7 @@ def _report_request(body: bytes) -> ReportRequest:
         return ReportRequest()
     try:
         found = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ReportRequest()
     asked = {n: found[n] for n in names if n in found} if isinstance(found, dict) else {}
     try:

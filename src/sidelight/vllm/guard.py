@@ -35,7 +35,13 @@ from sidelight.server.observe import RequestObserver, Trace, audit_of
 from sidelight.server.probes import ProbeRegistry
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.internals import wrap
-from sidelight.vllm.outputs import Assembly, GuardedText, OutputDelta, together
+from sidelight.vllm.outputs import (
+    Assembly,
+    GuardedText,
+    OutputDelta,
+    together,
+    without_report,
+)
 from sidelight.vllm.requests import listener_of
 from sidelight.vllm.settings import (
     KEY,
@@ -156,7 +162,7 @@ class EngineGuard:
         )
         require_policy_applies(config.loaded_policy, probes)
         sources = {p.name: Path(f) for p, f in zip(probes, served.folders, strict=True)}
-        self.registry = ProbeRegistry(self.engine, config.loaded_policy, sources)
+        self.registry = ProbeRegistry(self.engine, config.loaded_policy, sources, config.policy)
         audit = audit_of(config)
         self.observer = RequestObserver(Metrics(self.engine), audit)
         self.template: tuple[str | None, Mapping[str, Any]] = (None, {})
@@ -265,7 +271,7 @@ class EngineGuard:
             written = self._generate(prompt, sampling, request_id, **call.options)
             async with aclosing(written) as outputs:
                 async for output in outputs:
-                    yield output
+                    yield without_report(output)
             return
         encoded = await self._recognised(prompt)
         await asyncio.to_thread(self._require_readable, encoded)

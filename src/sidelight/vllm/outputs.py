@@ -44,6 +44,13 @@ class OutputDelta(TextDelta):
     is_last: bool = False
 
 
+def without_report(output: Any) -> Any:
+    """The output, of which nobody learns what probes have reported."""
+    kept = {k: v for k, v in (output.kv_transfer_params or {}).items() if k != KEY}
+    output.kv_transfer_params = kept or None
+    return output
+
+
 class GuardedText:
     """One request in vLLM, of one text, as events.
 
@@ -160,8 +167,7 @@ class GuardedText:
         if self._watch and reason in ("abort", "error"):
             raise GenerationError(f"vLLM ended this request: {reason}. Retry.")
         self._first, self._newest = self._first or output, output
-        kept = {k: v for k, v in (output.kv_transfer_params or {}).items() if k != KEY}
-        output.kv_transfer_params = kept or None
+        without_report(output)
         if not self._is_delta:
             self._written.clear()
         self._written += tokens
