@@ -67,7 +67,8 @@ def test_the_last_turn_is_read_alone_whatever_stands_before_and_behind_it(tiny):
     reads, hi = Reads(scope="last_turn"), [Message("user", "hi there")]
     before = [Message("user", "an earlier question"), Message("assistant", "an answer")]
     behind = [Message("assistant", "I look it up"), Message("user", "thanks a lot")]
-    for turns, last in [(hi, 0), ([*before, *hi], 2), ([*hi, *behind], 2)]:
+    note = [Message("user", "so"), Message("system", "be brief")]
+    for turns, last in [(hi, 0), ([*before, *hi], 2), ([*hi, *behind], 2), ([*before, *note], 2)]:
         prompt = tiny.encoder.encode(turns)
         lengths = piece_lengths(bytes(prompt.parts))
         tokens = np.flatnonzero(np.repeat(range(len(lengths)), lengths) == last)

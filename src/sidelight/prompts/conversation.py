@@ -67,6 +67,8 @@ class Part(IntEnum):
     RESPONSE = 3
     REPLY = 4
     """Another's turn in the prompt: the assistant's or a tool's. A client may have written it."""
+    SYSTEM = 5
+    """A turn of the system behind others. A client may have written it instead of a user's."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Reads:
     def parts(self) -> frozenset[Part]:
         """The kinds of token that are read."""
         template = {Part.TEMPLATE} if self.template else set[Part]()
-        prompt = {Part.PROMPT, Part.REPLY, *template}
+        prompt = {*_TEXT, *template}
         sides = {"prompt": prompt, "response": {Part.RESPONSE}, "both": {*prompt, Part.RESPONSE}}
         return frozenset(sides[self.side])
 
@@ -224,7 +226,8 @@ def read_tokens(parts: bytes, reads: Reads) -> Bool[np.ndarray, " token"]:
 
 
 # What somebody has written, rather than a template.
-_TEXT = (Part.PROMPT, Part.REPLY)
+_TEXT = (Part.PROMPT, Part.REPLY, Part.SYSTEM)
+_NO_REPLY = (Part.PROMPT, Part.SYSTEM)
 # A turn of fewer tokens says too little by itself; beside more of them it is outweighed.
 _LEAST_TOKENS = 8
 _MOST_TOKENS = 64
@@ -277,7 +280,8 @@ def judged_units(parts: bytes) -> list[Unit]:
         spans.setdefault(tuple(range(start, stop)), tokens)
         if stop - start > 1 and sum(texts[start:stop]) > _MOST_TOKENS:
             spans.setdefault((first,), [np.arange(starts[first], ends[first])])
-    users = tuple(i for i in range(count) if Part.PROMPT in kinds[starts[i] : ends[i]])
+    is_users = np.isin(kinds, _NO_REPLY)
+    users = tuple(i for i in range(count) if is_users[starts[i] : ends[i]].any())
     spans[users] = [np.arange(starts[i], ends[i]) for i in users]
     return [
         Unit(np.concatenate(tokens), unit[0])

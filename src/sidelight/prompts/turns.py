@@ -19,8 +19,8 @@ from jinja2 import TemplateError
 from sidelight.prompts.control_tokens import Tokenizer, control_tokens
 from sidelight.prompts.conversation import Part
 
-# The roles of those who answer a user; any other counts as a user.
-_OTHERS = ("assistant", "tool")
+# Any other role counts as a user.
+_PARTS = {"assistant": Part.REPLY, "tool": Part.REPLY, "system": Part.SYSTEM}
 OUTSIDE = "outside"
 """The role of text that stands before the first turn and that the template does not write."""
 
@@ -54,7 +54,7 @@ def token_parts(turns: Sequence[Turn], tokens: int, *, has_response: bool) -> tu
     """
     first = next((i for i, turn in enumerate(turns) if turn.role != "system"), 0)
     kinds = [Part.UNREAD] * first
-    kinds += [Part.REPLY if turn.role in _OTHERS else Part.PROMPT for turn in turns[first:]]
+    kinds += [_PARTS.get(turn.role, Part.PROMPT) for turn in turns[first:]]
     end = tokens
     if has_response and turns[-1].role == "assistant":
         kinds[-1] = Part.RESPONSE
