@@ -62,12 +62,14 @@ def client():
         ({"Host": ""}, False),
         ({"Host": "localhost", "Origin": "http://evil.example"}, False),
         ({"Host": "localhost", "Origin": "null"}, False),
+        ({"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:8000"}, True),
+        ({"Host": "127.0.0.1:8000", "Origin": "http://203.0.113.5"}, False),
     ],
 )
 def test_without_keys_only_names_of_the_server_are_answered(client, sent, is_answered):
     """A page that points its own name at this machine (DNS rebinding) would read the answers."""
     for keys in ({}, {"admin_key": ADMIN}):
-        http = client(allowed_host=("Gateway.Example",), **keys)
+        http = client(allowed_host=("https://Gateway.Example:8443",), **keys)
         for route in ("/v1/models", "/nowhere"):
             answer = http.get(route, headers=sent)
             refused = answer.status_code == 403

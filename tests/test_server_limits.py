@@ -184,7 +184,7 @@ def status_of(answer):
     return answer[0]["status"]
 
 
-def ending(kind=None):
+def ending(kind=None, *, deadline=0.001):
     """An application whose request ends by its deadline, perhaps midway."""
 
     async def hang(scope, receive, send):
@@ -194,7 +194,28 @@ def ending(kind=None):
             await send({"type": "http.response.body", "body": b"begun", "more_body": True})
         await asyncio.Event().wait()
 
-    return RequestScope(hang, metrics=Metrics(engine()[0]), deadline=0.001)
+    return RequestScope(hang, metrics=Metrics(engine()[0]), deadline=deadline)
+
+
+def test_a_request_that_outlasts_the_servers_end_is_told_so():
+    async def main():
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
+        app = ending(deadline=60)
+        task = asyncio.create_task(app(scope, asyncio.Event().wait, send))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return sent
+
+    sent = asyncio.run(main())
+    assert status_of(sent) == 503
+    assert json.loads(sent[1]["body"])["error"]["code"] == "shutting_down"
 
 
 def test_a_request_past_its_deadline_is_an_error_and_its_stream_has_no_done():

@@ -6,6 +6,7 @@ import tomllib
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
@@ -179,7 +180,7 @@ class ServerConfig(BaseSettings):
         """The names that requests may be sent to; None: any, since a key has to be sent too."""
         if self.access.keys and not self.allowed_host:
             return None
-        return frozenset(name.lower() for name in ("localhost", self.host, *self.allowed_host))
+        return frozenset({"localhost", *map(name_of, (self.host, *self.allowed_host))} - {""})
 
     @cached_property
     def salt(self) -> bytes:
@@ -202,6 +203,14 @@ class ServerConfig(BaseSettings):
         from sidelight.policy.rules import Policy, read_policy
 
         return read_policy(self.policy) if self.policy else Policy()
+
+
+def name_of(place: str) -> str:
+    """The host of an origin or of ``HOST:PORT``, in small letters; "" if there is none."""
+    try:
+        return urlsplit(place if "//" in place else f"//{place}").hostname or ""
+    except ValueError:
+        return ""
 
 
 class _SecretVariables(EnvSettingsSource):

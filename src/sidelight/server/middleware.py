@@ -10,11 +10,11 @@ import time
 import uuid
 from collections.abc import Collection
 from ipaddress import ip_address
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sidelight.server.config import name_of
 from sidelight.server.errors import RequestError
 from sidelight.server.keys import Access, Caller
 from sidelight.server.metrics import Metrics
@@ -81,6 +81,16 @@ class RequestScope:
         try:
             async with timeout:
                 await self._app(scope, receive, named)
+        except asyncio.CancelledError:
+            # Uvicorn gives up what outlasts its graceful shutdown.
+            if content_type is None:
+                error = RequestError(
+                    "The server is stopping and cancelled the request. Send it again later.",
+                    status=503,
+                    code="shutting_down",
+                )
+                await error.answer()(scope, receive, named)
+            raise
         except Exception as failure:
             is_late = isinstance(failure, TimeoutError) and timeout.expired()
             if content_type is None:
@@ -146,7 +156,8 @@ class Gatekeeper:
 
     A page in a browser can have its own name point at this machine (DNS rebinding), and then read
     what a server without keys answers. Its requests carry that name in ``Host`` and ``Origin``. So
-    ``hosts`` are the only names that are answered, besides addresses, which no page can take.
+    ``hosts`` are the only names that are answered. An address is answered too, which no page can
+    take, and the origin that is the very server asked.
     """
 
     def __init__(
@@ -184,8 +195,8 @@ class Gatekeeper:
             return
         if (foreign := self._foreign_name(headers)) is not None:
             error = RequestError(
-                f"A server without keys does not answer to '{foreign[:100]}'. Ask localhost, start "
-                "the server with --allowed-host, or set SIDELIGHT_API_KEY.",
+                f"The server does not answer to '{foreign[:100]}'. Ask localhost, or start it with "
+                "--allowed-host.",
                 status=403,
                 code="host_not_allowed",
             )
@@ -236,12 +247,14 @@ class Gatekeeper:
         """Where a request is sent to or comes from, if this server does not answer to that."""
         if self._hosts is None:
             return None
-        hosts = (f"//{host}" for host in headers.getlist("host"))
-        for place in (*hosts, *headers.getlist("origin")):
-            name = _name_of(place)
+        asked = {host: name_of(host) for host in headers.getlist("host")}
+        for host, name in asked.items():
             if name not in self._hosts and not _is_address(name):
-                return place.removeprefix("//")
-        return None
+                return host
+        # A page may well come from an address.
+        known = {*self._hosts, *asked.values()}
+        origins = headers.getlist("origin")
+        return next((origin for origin in origins if name_of(origin) not in known), None)
 
     def _wrong_key(self, path: str, caller: Caller) -> RequestError | None:
         """Refuses keys of users what is for metrics, and keys for metrics everything else."""
@@ -259,14 +272,6 @@ class Gatekeeper:
                 code="metrics_key_only",
             )
         return None
-
-
-def _name_of(place: str) -> str:
-    """The host in an origin or in ``//HOST:PORT``, in small letters."""
-    try:
-        return urlsplit(place).hostname or ""
-    except ValueError:
-        return ""
 
 
 def _is_address(name: str) -> bool:
