@@ -136,6 +136,16 @@ def test_a_change_without_names_reads_the_same_folders_again(tiny, folders):
         assert models["sidelight"]["probes"][0]["version"] == newer
 
 
+def test_a_folder_is_read_again_though_its_probe_has_another_name(tiny, folders):
+    folder = folders["late"]
+    renamed = replace(load_probe(folder), name="renamed")
+    with serving(tiny, folders) as admin:
+        save_probe(renamed, folder)
+        assert admin.put({})["renamed"]["path"] == str(folder)
+        save_probe(replace(renamed, record={}), folder)
+        assert admin.put({})["renamed"]["version"] == load_probe(folder).version
+
+
 def test_probes_and_policy_change_together(tiny, folders, tmp_path):
     """A trial is a shadow in the new policy; a probe that is not named is gone."""
     save_probe(replace(load_probe(folders["newer"]), name="newer"), folders["newer"])
@@ -301,6 +311,9 @@ def test_changes_are_audited_with_the_key_that_made_them(tiny, folders, tmp_path
     (line,) = audited(tmp_path / "audit.jsonl")
     assert line["request_id"].startswith("req_")
     assert line["probes"] == {name: entry["version"] for name, entry in served.items()}
+    assert line["rules"] == {
+        name: {key: entry[key] for key in ("mode", "thresholds")} for name, entry in served.items()
+    }
     assert (line["change"], line["key_id"]) == ("replace", "admin-key-1")
     with serving(tiny, folders, audit_log=Path("/dev/full")) as admin:
         # It stands all the same, and the failure is counted.

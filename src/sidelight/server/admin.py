@@ -172,7 +172,10 @@ async def replace(body: Replacement, request: ServerRequest) -> ProbeList:
     async def audited() -> ProbeList:
         await request.registry.replace(folders, path)
         served = request.registry.entries
-        request.observer.change({entry.name: entry.version for entry in served})
+        request.observer.change(
+            {entry.name: entry.version for entry in served},
+            {entry.name: {"mode": entry.mode, "thresholds": entry.thresholds} for entry in served},
+        )
         return ProbeList(probes=served)
 
     # It is made and audited even if its caller leaves.

@@ -138,10 +138,13 @@ class RequestObserver:
         """
         return RequestTextObserver(self, text, is_prompt_known=is_prompt_known)
 
-    def change(self, versions: Mapping[str, str]) -> None:
-        """Audits which probes are served after a change; it stands even if that fails."""
+    def change(self, versions: Mapping[str, str], rules: Mapping[str, Any]) -> None:
+        """Audits which probes are served by which rules after a change.
+
+        The change stands even if that fails.
+        """
         with suppress(RequestError):
-            self.append([{"change": "replace", "probes": versions}])
+            self.append([{"change": "replace", "probes": versions, "rules": rules}])
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Writes lines to the audit log, if there is one.

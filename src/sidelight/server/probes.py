@@ -116,8 +116,11 @@ class ProbeRegistry:
         if folders is None:
             sources = {probe.name: self._paths.get(probe.name) for probe in self._engine.probes}
             known = {probe.name: probe for probe in self._engine.probes}
+            places = [*sources.values()]
             probes = [load_probe(path) if path else known[n] for n, path in sources.items()]
-            return probes, self._paths
+            # What was read again may have another name.
+            pairs = zip(probes, places, strict=True)
+            return probes, {probe.name: path for probe, path in pairs if path}
         probes = [load_probe(folder) for folder in folders]
         return probes, {p.name: folder for p, folder in zip(probes, folders, strict=True)}
 
