@@ -163,7 +163,7 @@ class ServerRequest(Request):
         tokens = 0
         for text in texts:
             size = len((await self.engine.tokenize(text)).ids)
-            tokens += n * (longest if max_tokens is None else size + max_tokens)
+            tokens += n * (longest if max_tokens is None else min(longest, size + max_tokens))
             if tokens > limit:
                 raise RequestError(
                     f"Too many tokens: reading and writing may take {tokens} or more, the limit is "
