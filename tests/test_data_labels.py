@@ -120,6 +120,8 @@ UNUSABLE = {
     "object": ([{"a": 1}, "b"], {}, r"row 1: expected one label .*\. Write one"),
     "list after name": (["a", ["b"]], {}, r"row 2: expected one label .* list of labels in every"),
     "None in a list": ([["a", "b"], ["b", None]], {}, r"row 2: the list .* holds an empty one"),
+    "line break": (["a", "b\nc"], {}, r"The label 'b\\nc' cannot name a class.*Rename it"),
+    "line break in a list": ([["a"], ["b\tc"]], {}, r"The label .* cannot name a class"),
     "half a character": (["a", "b\ud83d"], {}, r"row 2: .* half a character .* position 1"),
     "name after list": ([["a"], "b"], {}, r"row 2: expected a list of labels"),
     "one label in lists": ([["a"], []], {}, r"Got 1 distinct labels"),

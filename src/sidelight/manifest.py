@@ -6,7 +6,6 @@ Also what is said of a probe from its manifest alone: its summary, and the model
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from sidelight.fingerprint import Fingerprint
 from sidelight.metrics import BINS
 from sidelight.prompts import PromptFormat, Reads
 from sidelight.thresholds import OperatingCurve, read_curves
-from sidelight.types import MechanismSpec, Task
+from sidelight.types import MechanismSpec, Task, is_label
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -27,7 +26,6 @@ WEIGHTS = "probe.safetensors"
 CARD = "README.md"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_MOST_LABEL_CHARACTERS = 1000
 _Count = Annotated[int, Field(ge=0)]
 
 
@@ -179,7 +177,7 @@ def _require_sense(directory: Path, manifest: Manifest) -> None:
     checks = {
         "task.labels": len(set(labels)) == len(labels) >= 2
         and (kind != "binary" or len(labels) == 2)
-        and all(map(_is_one_line, labels)),
+        and all(map(is_label, labels)),
         "thresholds": len(manifest.thresholds) == thresholds
         and all(0 <= threshold <= 1 for threshold in manifest.thresholds),
         "curves": not curves or tuple(curves) == labels[-thresholds:],
@@ -188,11 +186,6 @@ def _require_sense(directory: Path, manifest: Manifest) -> None:
     wrong = [name for name, holds in checks.items() if not holds]
     if wrong:
         raise damaged(directory, f"impossible values of {', '.join(wrong)} in {MANIFEST}")
-
-
-def _is_one_line(label: str) -> bool:
-    is_short = len(label) <= _MOST_LABEL_CHARACTERS
-    return is_short and all(unicodedata.category(c) != "Cc" for c in label)
 
 
 def require_name(name: str) -> None:

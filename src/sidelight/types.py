@@ -1,5 +1,6 @@
 """A probe's mechanism by name, its task, its verdict on a text; the judgement of several probes."""
 
+import unicodedata
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,15 @@ TaskKind = Literal["binary", "multiclass", "multilabel"]
 OptionValue = int | str
 # The class that training adds for ordinary traffic, which is of no class of the file.
 NONE = "none"
+
+
+_MOST_LABEL_CHARACTERS = 1000
+
+
+def is_label(text: str) -> bool:
+    """Whether a text can name a class in headers, metrics and logs: one line, not too long."""
+    is_short = len(text) <= _MOST_LABEL_CHARACTERS
+    return is_short and all(unicodedata.category(c) != "Cc" for c in text)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from sidelight.data.readers import Row, is_list, plain
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import require_whole_characters
-from sidelight.types import Numbers, Task
+from sidelight.types import Numbers, Task, is_label
 
 _TRUTH = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True}
 _SIGNS = {"-1", "1"}
@@ -180,6 +180,7 @@ def _infer_task(names: Sequence[str], column: str, positive: str | None) -> Task
             f"labels, and give at least two examples of each and at most {_MOST_LABELS} labels."
         )
     labels = _sorted(set(names))
+    _require_labels(labels)
     if len(labels) == 2:
         return Task("binary", _ordered_pair(labels, counts, positive))
     if positive is not None:
@@ -193,6 +194,15 @@ def _infer_task(names: Sequence[str], column: str, positive: str | None) -> Task
 def _has_known_order(labels: tuple[str, ...]) -> bool:
     """Whether the two names themselves say which is positive; -1 is negative only beside 1."""
     return set(labels) <= _TRUTH.keys() or set(labels) == _SIGNS
+
+
+def _require_labels(labels: Sequence[str]) -> None:
+    wrong = next((label for label in labels if not is_label(label)), None)
+    if wrong is not None:
+        raise SidelightError(
+            f"The label {wrong[:80]!r} cannot name a class: it has a line break, a tab, another "
+            "control character, or more than 1,000 characters. Rename it in the data."
+        )
 
 
 def _ordered_pair(
@@ -236,6 +246,7 @@ def _encode_sets(rows: Sequence[Row], columns: Sequence[str], task: Task | None)
             f"Got {len(names)} distinct labels where a text may have several, wanted 2 to "
             f"{_MOST_LABELS}. For a single label, use one column of 0/1."
         )
+    _require_labels(names)
     task = task or Task("multilabel", names)
     index = _label_index(task)
     labels = np.zeros((len(rows), len(index)), dtype=np.int64)
