@@ -19,7 +19,7 @@ from sidelight.thresholds import ThresholdRule, choose_thresholds, read_curves
 from sidelight.training import loop
 from sidelight.training.background import Background
 from sidelight.training.dataset import FOLDS, ProbeDataset, choose_folds, make_split
-from sidelight.training.fit import better_words, calibrate, cross_fit, fit, mixtures
+from sidelight.training.fit import better_words, calibrate, cross_fit, fit, mixtures, taken_by_none
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.runs import RUNS, read_runs, write_fit
 from sidelight.training.settings import (
@@ -256,6 +256,14 @@ def test_few_texts_of_several_classes_train_a_probe_in_traffic(tiny, tmp_path, c
     background = Background(tuple((Message("user", f"Hello {i}."),) for i in range(10)))
     made = fitted(tiny, tmp_path, rows("multiclass", count), background=background)
     assert made.best.probe.task.abstains
+    # A class of all the rest looks like ordinary traffic.
+    report = replace(made.best.report, confusion_matrix=np.diag([9, 9, 9, 0]))
+    assert taken_by_none(replace(made.best, report=report)) == []
+    report.confusion_matrix[1, 3] = 4
+    (told,) = taken_by_none(replace(made.best, report=report))
+    assert "Of 31 labelled texts 4" in told
+    assert f"'{made.best.probe.task.labels[1]}' (4)" in told
+    assert "none=false" in told
 
 
 @pytest.mark.slow

@@ -47,12 +47,15 @@ from sidelight.training.traffic import (
     measure_traffic,
     traffic_warnings,
 )
+from sidelight.types import NONE
 
 # Shares of the linear solution.
 _SHARES = (0.25, 0.5, 0.75)
 # Standard errors of a difference that make TF-IDF clearly better, and texts of the rarest label
 # that are enough to say so.
 _CLEAR, _ENOUGH_TEXTS = 2.0, 30
+# The share of labelled texts that may be taken for ordinary traffic without a word.
+_TAKEN = 0.02
 
 
 @dataclass(frozen=True)
@@ -260,6 +263,7 @@ def fit(
     runs = [calibrate_probe(one, dataset, name=name, options=options) for one in finite]
     best = _best(runs)
     warnings += better_words(best.losses, words.losses, measured)
+    warnings += taken_by_none(best)
     if best.traffic is not None and best.probe.thresholds:
         curves = read_curves(best.probe.record["validation"]["curves"])
         warnings += traffic_warnings(best.traffic, curves, best.probe.thresholds, options.threshold)
@@ -270,6 +274,19 @@ def fit(
         for split in (dataset.training, dataset.measured):
             split.states.remove()
     return made
+
+
+def taken_by_none(run: FittedProbe) -> list[str]:
+    """A warning if ``none`` takes labelled texts, as it does beside a class of all the rest."""
+    task, counts = run.probe.task, run.report.confusion_matrix
+    if not task.abstains or (taken := counts[:-1, -1]).sum() <= _TAKEN * counts.sum():
+        return []
+    label = task.labels[int(taken.argmax())]
+    return [
+        f"Of {counts.sum()} labelled texts {taken.sum()} are said to be '{NONE}', most of them of "
+        f"'{label}' ({taken.max()}). If that class is for what is of no other, train without "
+        "'none' (--set none=false)."
+    ]
 
 
 def _best(runs: Sequence[FittedProbe]) -> FittedProbe:
