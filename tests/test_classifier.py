@@ -303,6 +303,11 @@ def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fit
     assert 0 < len(kept.mistakes) <= 5
     texts = [item.text for item in examples.items]
     assert all(any(line.endswith(beginning(text)) for text in texts) for line in kept.mistakes)
+    # The farthest from right is first; probabilities are rounded to two digits.
+    right = probe.label_thresholds or dict.fromkeys(probe.task.labels, 0)
+    lines = [line.split()[1:3] for line in kept.mistakes]
+    distances = [abs(float(chance) - right[label.strip("'")]) for label, chance in lines]
+    assert (np.diff(distances) <= 0.011).all()
     for label, threshold in probe.label_thresholds.items():
         assert f"Threshold of '{label}': {threshold:.3f}" in str(kept)
     if probe.thresholds:

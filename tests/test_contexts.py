@@ -90,6 +90,12 @@ def test_what_is_read_of_a_labelled_text_in_a_context_holds_it_whole(tiny, examp
     assert {"inside", "turn", "pieces", "disguised"} == {*kinds}
     assert len(contexts) <= 3 * len(examples)
     # Of a text without a label, any part may stand for the whole.
+    parts = [context for context in contexts if not context.is_whole]
+    assert parts
+    for context in parts:
+        assert not examples.labels[context.text]
+        everything = tiny.encoder.encode(context.example.messages)
+        assert 0 < context.prompt.mask(EACH_TURN).sum() < everything.mask(EACH_TURN).sum()
     contexts = [context for context in contexts if examples.labels[context.text]]
     for context in contexts:
         text = TEXTS[context.text]
@@ -108,6 +114,17 @@ def test_several_classes_are_shown_as_the_last_turn_alone(tiny, examples):
     contexts = drawn(tiny, replace(examples, labels=np.arange(60) % 3, task=INTENT), is_part=False)
     assert {context.kind for context in contexts} == {"turn"}
     assert all(c.example.messages[-1].content == TEXTS[c.text] for c in contexts)
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize("is_part", [True, False])
+def test_no_context_has_a_turn_that_no_probe_reads(tiny, examples, role, is_part):
+    traffic = tuple((Message(role, "Rules."), *turns) for turns in TRAFFIC)
+    contexts = drawn(tiny, examples, is_part=is_part, traffic=traffic)
+    turns = [context for context in contexts if context.kind == "turn"]
+    assert any(len(context.example.messages) > 1 for context in turns)
+    for context in turns:
+        assert role not in {message.role for message in context.example.messages}
 
 
 def test_contexts_are_bounded_by_tokens_and_drawn_by_seed(tiny, examples):

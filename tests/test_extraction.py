@@ -298,8 +298,11 @@ def test_remove_deletes_a_cache_that_no_other_run_reads_or_keeps(tiny, tmp_path)
 def test_runs_that_write_the_same_states_disturb_neither_each_other_nor_a_later_one(tiny, tmp_path):
     first, second = cache_of(tiny, tmp_path), cache_of(tiny, tmp_path)
     first.open()
+    half = first.directory / "0.1.partial"
+    half.write_bytes(b"half")
     extract(BackboneSource(tiny), second)
     extract(BackboneSource(tiny), first)
+    assert half.exists()
     del first
     second.remove()
     assert not second.directory.exists()

@@ -1,10 +1,12 @@
 """Where a server's settings come from, which source wins, and how a wrong one is refused."""
 
 import pytest
+from fastapi import FastAPI
 
 from commands import run
 from sidelight.cli.serve import serve
 from sidelight.errors import SidelightError
+from sidelight.server.app import server_settings
 from sidelight.server.config import ServerConfig, read_config
 from sidelight.server.keys import Key
 
@@ -96,6 +98,11 @@ def test_a_wrong_file_is_refused_with_the_place_and_without_secrets(path, text, 
         read_config(config=path)
     assert told.format(path=path) in str(raised.value)
     assert "sk-secret" not in str(raised.value)
+
+
+def test_running_requests_have_their_time_at_the_end_in_whole_seconds():
+    settings = server_settings(FastAPI(), ServerConfig(drain_s=2.5))
+    assert settings.timeout_graceful_shutdown == 3
 
 
 def test_a_wrong_setting_ends_the_command_with_one_line(path, monkeypatch, capsys):

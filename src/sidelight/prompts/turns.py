@@ -52,9 +52,12 @@ def token_parts(turns: Sequence[Turn], tokens: int, *, has_response: bool) -> tu
         tokens: How many tokens the conversation has.
         has_response: Whether the last turn is the response to judge.
     """
-    first = next((i for i, turn in enumerate(turns) if turn.role != "system"), 0)
-    kinds = [Part.UNREAD] * first
-    kinds += [_PARTS.get(turn.role, Part.PROMPT) for turn in turns[first:]]
+    first = next((i for i, turn in enumerate(turns) if turn.role != "system"), None)
+    if first is None:
+        first, kinds = 0, [Part.PROMPT] * len(turns)
+    else:
+        kinds = [Part.UNREAD] * first
+        kinds += [_PARTS.get(turn.role, Part.PROMPT) for turn in turns[first:]]
     end = tokens
     if has_response and turns[-1].role == "assistant":
         kinds[-1] = Part.RESPONSE
