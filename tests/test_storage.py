@@ -46,5 +46,5 @@ def test_checking_a_folder_leaves_none_and_refuses_one_below_a_file(tmp_path):
     check_folder(tmp_path / "old")
     assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(SidelightError, match="Name another folder with --out"):
+    with pytest.raises(SidelightError, match="Name another folder"):
         check_folder(tmp_path / "file" / "folder")

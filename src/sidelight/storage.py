@@ -42,7 +42,7 @@ def check_folder(directory: Path) -> None:
             folder.rmdir()
     except OSError as error:
         raise SidelightError(
-            f"Cannot write to {directory}: {error.strerror}. Name another folder with --out."
+            f"Cannot write to {directory}: {error.strerror}. Name another folder."
         ) from error
 
 

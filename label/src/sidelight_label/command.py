@@ -53,13 +53,7 @@ from sidelight.errors import SidelightError
 @options.max_tokens
 @options.memory
 @click.option("--cache", type=options.PATH, help="Folder for what was read. [default: the user's]")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=0,
-    show_default=False,
-    help="[default: a free one]",
-)
+@options.free_port
 @options.backbone
 def label(
     texts: str,

@@ -87,13 +87,7 @@ def _serve() -> click.Command:
 
 @click.command(epilog=options.examples("sidelight demo", "sidelight demo --keep --port 8123"))
 @click.option("--keep", is_flag=True, help="Leave the server running until Ctrl-C.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=0,
-    show_default=False,
-    help="[default: a free one]",
-)
+@options.free_port
 def demo(keep: bool, port: int) -> None:
     """Train three small probes on the embedded model, serve them, and ask one question.
 

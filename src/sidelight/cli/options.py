@@ -185,7 +185,7 @@ class TrainingInputs:
 
     Attributes:
         missing_label: What to do about a row without a label.
-        limit: Use so many rows, drawn at random, class by class.
+        limit: Use so many rows, drawn at random; each class keeps its share.
         max_tokens: Longer texts are cut, and counted; judging never cuts.
         cache: Folder for hidden states; None is the user's cache.
         cache_budget: The most disk that the hidden states of one file may take, in GiB.
@@ -303,7 +303,7 @@ missing_label = click.option(
 limit = click.option(
     "--limit",
     type=click.IntRange(min=2),
-    help="Use N rows, drawn at random, class by class.",
+    help="Use N rows, drawn at random; each class keeps its share.",
 )
 max_tokens = click.option(
     "--max-tokens",
@@ -345,6 +345,13 @@ engine_option = click.option(
     callback=_assigned_json,
     metavar="NAME=VALUE",
     help="Option of vLLM's engine, such as max_num_seqs=64; may be repeated.",
+)
+free_port = click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default=False,
+    help="[default: a free one]",
 )
 # Where a data file has text, label and response.
 columns = together(text, label, response, split)

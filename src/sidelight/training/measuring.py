@@ -41,7 +41,7 @@ class Calibrated:
 
     Attributes:
         calibration: Fitted to all of them.
-        probabilities: Each text's by a calibration that the other folds gave.
+        probabilities: Out-of-fold, one row per text; without folds, by ``calibration``.
         losses: Their log losses.
         report: Their figures, with decisions by thresholds that the other folds gave; the report's
             thresholds are chosen on all of the texts.
