@@ -112,7 +112,7 @@ NOT_HERE = {"tools": [TOOL], "tool_choice": "required", "function_call": {"name"
 NOT_HERE |= {"response_format": {"type": "json_object"}, "reasoning_effort": "high"}
 NOT_HERE |= {"logprobs": True, "top_logprobs": 2, "logit_bias": {"5": -100}, "store": True}
 NOT_HERE |= {"frequency_penalty": 0.5, "presence_penalty": -0.5, "service_tier": "flex"}
-NOT_HERE |= {"best_of": 2, "echo": True, "suffix": "x"}
+NOT_HERE |= {"best_of": 2, "echo": True, "suffix": "x", "modalities": ["audio"]}
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
@@ -121,6 +121,9 @@ def test_what_only_vllm_can_do_is_refused_and_named(http, path):
         error = error_of(http.post(path, json={**BODIES[path], name: value}), 400)
         assert (error["code"], error["param"]) == ("unsupported_parameter", name)
         assert "--engine vllm" in error["message"]
+    # Without alternatives, but with the log-probability of each token; and nearly 1, but no number.
+    for name, value in {"logprobs": 0, "best_of": True, "web_search_options": {}}.items():
+        assert error_of(http.post(path, json={**BODIES[path], name: value}), 400)["param"] == name
     nothing = dict.fromkeys(NOT_HERE)
     assert http.post(path, json={**BODIES[path], **nothing}).status_code == 200
 
@@ -130,6 +133,8 @@ HARMLESS = {"user": "u", "metadata": {"a": "b"}, "safety_identifier": "s", "stor
 HARMLESS |= {"prompt_cache_key": "k", "parallel_tool_calls": True, "service_tier": "auto"}
 HARMLESS |= {"logprobs": False, "logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0.0}
 HARMLESS |= {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none"}
+HARMLESS |= {"echo": False, "best_of": 1, "suffix": "", "modalities": ["text"]}
+HARMLESS |= {"top_logprobs": 0, "functions": []}
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])

@@ -68,24 +68,26 @@ _MAX_TEXTS = 16
 # OpenAI's default of this older endpoint.
 _COMPLETION_TOKENS = 16
 
-# Fields that are accepted and not read, with the values that they may have; None: any.
+# Fields that are accepted and not read, with the values that they may have besides those that ask
+# for nothing in any field; None: any value.
 Unread = Mapping[str, tuple[Any, ...] | None]
-# Null asks for nothing, in any field of OpenAI's. Clients that always send some of them send these.
+_NOTHING = (None, False, "", [])
+# Clients that always send some of OpenAI's fields send these.
 _UNREAD: Unread = {
-    **dict.fromkeys([*ChatParameters.__annotations__, *TextParameters.__annotations__], (None,)),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
+    **dict.fromkeys([*ChatParameters.__annotations__, *TextParameters.__annotations__], ()),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
     "metadata": None,
+    "modalities": (["text"],),
     "parallel_tool_calls": None,
-    "presence_penalty": (None, 0),
+    "presence_penalty": (0,),
     "prompt_cache_key": None,
-    "response_format": (None, {"type": "text"}),
+    "response_format": ({"type": "text"},),
     "safety_identifier": None,
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
+    "service_tier": ("auto", "default"),
+    "tool_choice": ("none", "auto"),
+    "top_logprobs": (0,),
     "user": None,
 }
 
@@ -140,10 +142,18 @@ class StrictBody(BaseModel):
                 quoted = str(name)[:_MAX_QUOTED]
                 why = f"there is no such field here.{did_you_mean(quoted, cls.model_fields)}"
                 raise _field_error("unknown_parameter", quoted, why)
-            elif (harmless := cls.unread[name]) is not None and content not in harmless:
+            elif not _asks_nothing(content, cls.unread[name]):
                 why = "not supported here. Leave it out; sidelight serve --engine vllm has it."
                 raise _field_error("unsupported_parameter", name, why)
         return fields
+
+
+def _asks_nothing(content: Any, neutral: tuple[Any, ...] | None) -> bool:
+    # For Python, 0 is False; `"logprobs": 0` asks for the log-probability of each token.
+    return neutral is None or any(
+        content == each and isinstance(content, bool) == isinstance(each, bool)
+        for each in (*_NOTHING, *neutral)
+    )
 
 
 def _field_error(
@@ -190,13 +200,10 @@ class ChatMessage(StrictBody):
     so the model reads it, and so do the probes. Nobody reads ``name`` and the ids of calls.
     """
 
-    # OpenAI's client writes null into each field of an answer that is sent back.
-    unread: ClassVar[Unread] = {
-        "annotations": (None, []),
-        "audio": (None,),
-        "function_call": (None,),
-        "refusal": (None,),
-    }
+    # Clients write null into each field of an answer that is sent back.
+    unread: ClassVar[Unread] = dict.fromkeys(
+        ("annotations", "audio", "function_call", "reasoning", "reasoning_content", "refusal"), ()
+    )
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
