@@ -15,7 +15,7 @@ from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import BoundRule, Rule
 from sidelight.prompts import PlainText, Reads
 from sidelight.types import Judgement, Verdict
-from tiny import untrained_probe
+from tiny import TOPICS, untrained_probe
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,19 @@ def test_a_score_that_is_not_finite_is_not_a_verdict(late, score):
     held.push(TextDelta("a", tokens=1))
     (end,) = held.push(scored(1, score))
     assert (end.reason, end.decisions[0].action) == ("content_filter", "fail_closed")
+
+
+def test_a_streak_is_of_any_label_that_counts(tiny):
+    """Otherwise a text whose tokens are flagged by turns for two labels would pass."""
+    topics = untrained_probe(tiny, "topics", task=TOPICS, reads=Reads("response"))
+    held = holding(topics, threshold=0.5, consecutive=2)
+    for token, (violence, sexual) in enumerate([(0.1, 0.1), (0.9, 0.1), (0.1, 0.9)], 1):
+        scores = {"violence": violence, "sexual": sexual}
+        judgement = Judgement((topics.task.decide("topics", scores, topics.label_thresholds),))
+        assert held.push(TextDelta("a", tokens=token)) == []
+        passed = held.push(ResponseScored(token, judgement))
+    (end,) = passed
+    assert (end.reason, end.completion_tokens) == ("content_filter", 3)
 
 
 def test_an_empty_answer_has_nothing_to_judge(late):

@@ -141,8 +141,8 @@ class _BlockingRuleState:
         self._has_flagged = False
         self._has_failed = False
         self._tokens = 0
-        # Tokens in a row, up to the last one, whose score of each label counts.
-        self._streaks = dict.fromkeys(bound.thresholds, 0)
+        # Tokens in a row, up to the last one, of which a label counts: the same one or another.
+        self._streak = 0
 
     def step(self, judgement: Judgement, *, tokens: int) -> bool:
         """Whether the text is cut after one more token; a token without a score is a failure."""
@@ -152,10 +152,10 @@ class _BlockingRuleState:
         if verdict is None or tokens != expected or not all(map(math.isfinite, scores.values())):
             self._fail()
             return self.is_cut
-        for label, threshold in self._bound.thresholds.items():
-            counts = tokens > self._bound.rule.warm_up and scores[label] >= threshold
-            self._streaks[label] = self._streaks[label] + 1 if counts else 0
-        if max(self._streaks.values(), default=0) >= self._bound.rule.consecutive:
+        flags = any(scores[label] >= limit for label, limit in self._bound.thresholds.items())
+        counts = flags and tokens > self._bound.rule.warm_up
+        self._streak = self._streak + 1 if counts else 0
+        if self._streak >= self._bound.rule.consecutive:
             self._has_flagged = self.is_cut = True
         return self.is_cut
 
