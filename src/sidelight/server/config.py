@@ -208,9 +208,11 @@ class ServerConfig(BaseSettings):
 def name_of(place: str) -> str:
     """The host of an origin or of ``HOST:PORT``, in small letters; "" if there is none."""
     try:
-        return urlsplit(place if "//" in place else f"//{place}").hostname or ""
+        host = urlsplit(place if "//" in place else f"//{place}").hostname or ""
     except ValueError:
         return ""
+    # The dot of a whole name, which browsers keep.
+    return host.removesuffix(".")
 
 
 class _SecretVariables(EnvSettingsSource):

@@ -156,8 +156,8 @@ class Gatekeeper:
 
     A page in a browser can have its own name point at this machine (DNS rebinding), and then read
     what a server without keys answers. Its requests carry that name in ``Host`` and ``Origin``. So
-    ``hosts`` are the only names that are answered. An address is answered too, which no page can
-    take, and the origin that is the very server asked.
+    ``hosts`` are the only names that are answered. Addresses and names under ``localhost`` are
+    answered too, which no page can take, and the origin that is the very server asked.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class Gatekeeper:
             return None
         asked = {host: name_of(host) for host in headers.getlist("host")}
         for host, name in asked.items():
-            if name not in self._hosts and not _is_address(name):
+            if name not in self._hosts and not _is_local(name):
                 return host
         # A page may well come from an address.
         known = {*self._hosts, *asked.values()}
@@ -274,7 +274,11 @@ class Gatekeeper:
         return None
 
 
-def _is_address(name: str) -> bool:
+def _is_local(name: str) -> bool:
+    """Whether no page in a browser can have this name lead to a place of its choice."""
+    # Resolvers ask nobody about names under localhost (RFC 6761, section 6.3).
+    if name.endswith(".localhost"):
+        return True
     try:
         ip_address(name)
     except ValueError:
