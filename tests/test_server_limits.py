@@ -26,7 +26,7 @@ from sidelight.server.middleware import Gatekeeper, RequestScope
 from sockets import connection, free_port, read_all
 from tiny import three_probes, tiny_backbone
 
-CHAT, MODERATIONS = "/v1/chat/completions", "/v1/moderations"
+CHAT, TEXT, MODERATIONS = "/v1/chat/completions", "/v1/completions", "/v1/moderations"
 HELLO = {"role": "user", "content": "hello"}
 PART = {"type": "text", "text": "hello"}
 CALL = {"function": {"arguments": ""}}
@@ -35,7 +35,8 @@ GUARDRAIL, CALLS = "/beta/litellm_basic_guardrail_api", {"input_type": "request"
 TOO_MANY, TOO_LARGE = "too_many_messages", "request_too_large"
 # Greedy: a drawn end of the text must not end what a test waits for.
 VALID = {"model": MODEL, "messages": [HELLO], "max_tokens": 2, "temperature": 0}
-BYTES, MESSAGES, TEXTS, TOKENS = 2**20, 5, 3, 60
+# One text that fills the context is within the last one, two are not.
+BYTES, MESSAGES, TEXTS, TOKENS = 2**20, 5, 3, 300
 # Of the chat in `VALID`, as the tiny model's template renders it.
 PROMPT = 9
 # How long what has to happen may take at most.
@@ -93,7 +94,8 @@ LIMITS = [
     (GUARDRAIL, lambda n: CALLS | {"tool_calls": [CALL] * n}, MESSAGES, TOO_MANY),
     (MODERATIONS, lambda n: {"input": ["x"] * n}, TEXTS, "too_many_inputs"),
     (CHAT, lambda n: chat(n=n), TEXTS, "too_many_inputs"),
-    (CHAT, lambda n: chat(max_tokens=n - PROMPT), TOKENS, TOO_LARGE),
+    # However many tokens are asked for, a text has no more than the context holds.
+    (TEXT, lambda n: {"model": MODEL, "prompt": ["x"] * n, "max_tokens": 9999}, 1, TOO_LARGE),
     (CHAT, lambda n: chat(n=2, max_tokens=n - PROMPT), TOKENS // 2, TOO_LARGE),
     (MODERATIONS, lambda n: {"input": ["x" * (n - PROMPT + 5)] * 2}, TOKENS // 2, TOO_LARGE),
 ]
@@ -114,17 +116,21 @@ def test_a_body_may_have_so_many_bytes_and_what_might_not_fit_is_refused(http):
     assert error_of(post(http, MODERATIONS, body.ljust(BYTES + 1))) == (413, "request_too_large")
     long = post(http, MODERATIONS, {"input": "word " * 200_000})
     assert error_of(long) == (400, "context_length_exceeded")
-    assert error_of(post(http, CHAT, chat(max_tokens=None))) == (400, "request_too_large")
+    assert error_of(post(http, CHAT, chat(n=2, max_tokens=None))) == (400, "request_too_large")
 
 
 def test_by_default_too_the_tokens_of_all_texts_are_limited(tiny):
     """Otherwise one request of 500 long texts would run for minutes."""
     judging = TransformersEngine(tiny, three_probes(tiny))
     with in_process(judging) as http, patch.object(judging, "judge", Mock(side_effect=OSError)):
-        beyond = post(http, MODERATIONS, {"input": ["x" * 180] * 400})
+        # Each has 184 tokens: 356 of them are within the limit.
+        beyond = post(http, MODERATIONS, {"input": ["x" * 180] * 512})
         assert error_of(beyond) == (400, "request_too_large")
-        # The most that its texts could have is within the limit, so it gets as far as the engine.
-        assert post(http, MODERATIONS, {"input": ["x" * 180] * 256}).status_code == 500
+        message = beyond.json()["error"]["message"]
+        assert "text 357 of 512 brings them to 65688" in message
+        assert "65536 (--max-request-tokens). Send fewer or shorter texts at a time." in message
+        # As many as may fit get as far as the engine.
+        assert post(http, MODERATIONS, {"input": ["x" * 180] * 356}).status_code == 500
         assert judging.judge.call_count == 1
 
 

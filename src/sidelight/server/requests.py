@@ -161,14 +161,15 @@ class ServerRequest(Request):
                 # The engine refuses a text that is longer than its context.
                 return
         tokens = 0
-        for text in texts:
+        for number, text in enumerate(texts, 1):
             size = len((await self.engine.tokenize(text)).ids)
             tokens += n * (longest if max_tokens is None else min(longest, size + max_tokens))
             if tokens > limit:
+                remedy = "" if max_tokens == 0 else ", or lower max_tokens"
                 raise RequestError(
-                    f"Too many tokens: reading and writing may take {tokens} or more, the limit is "
-                    f"{limit} (--max-request-tokens). Send fewer or shorter texts, or lower "
-                    "max_tokens.",
+                    f"Too many tokens: text {number} of {len(texts)} brings them to {tokens}, the "
+                    f"limit of a request is {limit} (--max-request-tokens). Send fewer or shorter "
+                    f"texts at a time{remedy}.",
                     code="request_too_large",
                 )
 
