@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from sidelight.metrics import METRICS, Predictions, decide, measure_resamples, wilson
+from sidelight.metrics import (
+    METRICS,
+    Predictions,
+    decide,
+    decision_metrics,
+    measure_resamples,
+    ranking_metrics,
+    wilson,
+)
 from sidelight.types import AnyArray, Numbers, Task, Values
 
 if TYPE_CHECKING:
@@ -180,16 +188,18 @@ def evaluate(
 
 
 def _per_class(task: Task, predictions: Predictions) -> dict[str, ClassReport]:
-    confusion = predictions.confusion(predictions.once)
-    decided = np.hstack([confusion.precision(), confusion.recall(), confusion.f1()])
-    reports: dict[str, ClassReport] = {}
-    # Not strict: a class that no row has may be left out.
-    for label, numbers, ranking in zip(task.labels, decided, predictions.rankings, strict=False):
-        curve = ranking.curve(predictions.once)
-        ranked = (curve.auprc()[0], curve.auroc()[0])
-        support = len(ranking.positives)
-        reports[label] = ClassReport(*map(_number, (*numbers, *ranked)), support=support)
-    return reports
+    columns = zip(predictions.scores.T, predictions.targets.T, strict=True)
+    ranked = [ranking_metrics(*column, predictions.once) for column in columns]
+    metrics = decision_metrics(predictions, predictions.once)
+    metrics |= {name: np.array([values[name] for values in ranked]) for name in ("auprc", "auroc")}
+    support = predictions.targets.sum(axis=0).tolist()
+    return {
+        label: ClassReport(
+            **{name: _number(values[index, 0]) for name, values in metrics.items()},
+            support=support[index],
+        )
+        for index, label in enumerate(task.labels[: len(support)])
+    }
 
 
 def _number(value: float) -> float | None:

@@ -5,9 +5,8 @@ A loop over scikit-learn's metrics gives the same numbers far more slowly (docs/
 An undefined metric is NaN.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -58,161 +57,6 @@ def _mean_of_defined(values: Float[Values, "label resample"]) -> Float[Values, "
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Weighted counts of one label's rows at each step of falling score.
-
-    Attributes:
-        hits: Positives with the step's score.
-        recalled: Positives with the step's score or a higher one.
-        alarms_before: Negatives with a higher score.
-        alarms: Negatives with the step's score or a higher one.
-        positives: All positives.
-        negatives: All negatives.
-    """
-
-    hits: Float[Values, "step resample"]
-    recalled: Float[Values, "step resample"]
-    alarms_before: Float[Values, "step resample"]
-    alarms: Float[Values, "step resample"]
-    positives: Float[Values, " resample"]
-    negatives: Float[Values, " resample"]
-
-    def auprc(self) -> Float[Values, " resample"]:
-        """Average precision: the sum over steps of the rise in recall times the precision there.
-
-        Not interpolated, as in `sklearn.metrics.average_precision_score`. NaN with one class only.
-        """
-        passed = np.maximum(self.recalled + self.alarms, 1)
-        total = (self.hits * self.recalled / passed).sum(axis=0)
-        return _ratio(total, np.where(self.negatives > 0, self.positives, 0))
-
-    def auroc(self) -> Float[Values, " resample"]:
-        """The chance that a positive outranks a negative; ties count half. NaN with one class."""
-        beaten = self.negatives - (self.alarms_before + self.alarms) / 2
-        return _ratio((self.hits * beaten).sum(axis=0), self.positives * self.negatives)
-
-    def recall_at_fpr(self, limit: float) -> Float[Values, " resample"]:
-        """The highest recall that flags at most a share `limit` of the negatives.
-
-        NaN with one class only.
-        """
-        allowed = self.alarms / np.maximum(self.negatives, 1) <= limit
-        recalled = np.where(allowed, self.recalled, 0).max(axis=0, initial=0)
-        return _ratio(recalled, np.where(self.negatives > 0, self.positives, 0))
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """One label's rows by falling score, and the steps at which recall can rise.
-
-    A step is a distinct score of a positive row. Rows with equal scores count together, as in
-    scikit-learn.
-
-    Attributes:
-        order: Row numbers by falling score.
-        positives: The positive rows among them, in the same order.
-        first: Where each step begins in `positives`.
-        before: How many rows score higher than the step.
-        through: How many rows score as high as the step or higher.
-    """
-
-    order: Int[Numbers, " row"]
-    positives: Int[Numbers, " positive"]
-    first: Int[Numbers, " step"]
-    before: Int[Numbers, " step"]
-    through: Int[Numbers, " step"]
-
-    @staticmethod
-    def of(scores: Float[Values, " row"], targets: Bool[Flags, " row"]) -> "Ranking":
-        """Sorts one label's rows, once for all resamples."""
-        order = np.argsort(-scores, kind="stable")
-        positives = order[targets[order]]
-        steps, first = np.unique(-scores[positives], return_index=True)
-        rising = -scores[order]
-        before, through = (np.searchsorted(rising, steps, side=side) for side in ("left", "right"))
-        return Ranking(order, positives, first, before, through)
-
-    def curve(self, weights: Float[Values, "row resample"]) -> Curve:
-        """Counts along the ranking, where each row counts as often as its weight says."""
-        seen = np.zeros((len(weights) + 1, weights.shape[1]))
-        np.cumsum(weights[self.order], axis=0, out=seen[1:])
-        hits = np.add.reduceat(weights[self.positives], self.first, axis=0)  # (step, resample)
-        recalled = hits.cumsum(axis=0)
-        positives = hits.sum(axis=0)
-        return Curve(
-            hits,
-            recalled,
-            alarms_before=seen[self.before] - (recalled - hits),
-            alarms=seen[self.through] - recalled,
-            positives=positives,
-            negatives=seen[-1] - positives,
-        )
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """Weighted counts of each label's decisions.
-
-    Attributes:
-        hits: The label holds and was predicted.
-        false_alarms: The label was predicted but does not hold.
-        misses: The label holds but was not predicted.
-    """
-
-    hits: Float[Values, "label resample"]
-    false_alarms: Float[Values, "label resample"]
-    misses: Float[Values, "label resample"]
-
-    def pooled(self) -> "Confusion":
-        """The counts summed over labels, for micro averages."""
-        counts = (self.hits, self.false_alarms, self.misses)
-        return Confusion(*(count.sum(axis=0, keepdims=True) for count in counts))
-
-    def precision(self) -> Float[Values, "label resample"]:
-        """Hits / predicted; 0 if the label holds but is never predicted, NaN if neither is so."""
-        predicted = self.hits + self.false_alarms
-        occurs = predicted + self.misses > 0
-        return np.where(occurs, self.hits / np.maximum(predicted, 1), np.nan)
-
-    def recall(self) -> Float[Values, "label resample"]:
-        """Hits / rows where the label holds; NaN if it holds nowhere."""
-        return _ratio(self.hits, self.hits + self.misses)
-
-    def f1(self) -> Float[Values, "label resample"]:
-        """2 hits / (holds + predicted); NaN if the label neither holds nor is predicted."""
-        return _ratio(2 * self.hits, 2 * self.hits + (self.false_alarms + self.misses))
-
-
-@dataclass(frozen=True)
-class Confidences:
-    """Predicted probabilities, and whether the labels that they are about hold.
-
-    Attributes:
-        stated: Probability of the positive class if binary, of the most probable class if
-            multi-class, of every label if multi-label.
-        correct: Whether that label holds.
-    """
-
-    stated: Float[Values, "row item"]
-    correct: Bool[Flags, "row item"]
-
-    def ece(self, weights: Float[Values, "row resample"]) -> Float[Values, " resample"]:
-        """Expected calibration error: the sum over bins of the share of items times the gap.
-
-        The gap is |mean probability - share that is true| (Guo et al. 2017, equation 3). A
-        multi-label task pools its labels in the same bins. The error is biased upwards, since
-        chance gaps of small bins add up. A resample adds more of them, so the bootstrap interval of
-        a small value can lie above the value.
-        """
-        rows, items = self.stated.shape
-        gaps = np.zeros((rows, _ECE_BINS))
-        excess = self.stated - self.correct
-        bins = np.minimum(self.stated * _ECE_BINS, _ECE_BINS - 1).astype(np.int64)
-        np.add.at(gaps, (np.indices(excess.shape)[0], bins), excess)
-        return np.abs(gaps.T @ weights).sum(axis=0) / (weights.sum(axis=0) * items)
-
-
-@dataclass(frozen=True)
 class Predictions:
     """What every metric is computed from: one column per label, whatever the task.
 
@@ -238,20 +82,6 @@ class Predictions:
         """Weights that count each row once: the rows themselves, not a resample."""
         return np.ones((len(self.scores), 1))
 
-    @cached_property
-    def rankings(self) -> tuple[Ranking, ...]:
-        """One for each label."""
-        return tuple(map(Ranking.of, self.scores.T, self.targets.T))
-
-    def confusion(self, weights: Float[Values, "row resample"]) -> Confusion:
-        """Counts each label's decisions, where each row counts as often as its weight says."""
-        outcomes = (
-            self.targets & self.decisions,
-            ~self.targets & self.decisions,
-            self.targets & ~self.decisions,
-        )
-        return Confusion(*(outcome.T.astype(np.float64) @ weights for outcome in outcomes))
-
     def confusion_matrix(self) -> Int[Numbers, "..."]:
         """Counts of rows by actual and predicted label: [actual, predicted].
 
@@ -264,14 +94,18 @@ class Predictions:
         actual, predicted = np.stack([1 - actual, actual]), np.stack([1 - predicted, predicted])
         return np.einsum("arl,prl->lap", actual, predicted)
 
-    def confidences(self) -> Confidences:
-        """The probabilities that a reliability diagram or ECE is about."""
+    def confidences(self) -> tuple[Float[Values, "row item"], Bool[Flags, "row item"]]:
+        """The probabilities that a reliability diagram or ECE is about, and what came true.
+
+        Of the positive class if binary, of the most probable class if multi-class, of every label
+        if multi-label.
+        """
         stated, correct = self.scores[:, self.headline], self.targets[:, self.headline]
         if self.kind == "multiclass":
             winner = stated.argmax(axis=1, keepdims=True)
             stated = np.take_along_axis(stated, winner, axis=1)
             correct = np.take_along_axis(correct, winner, axis=1)
-        return Confidences(stated, correct)
+        return stated, correct
 
 
 def decide(
@@ -384,6 +218,82 @@ def log_losses(
     return -np.log(stated.clip(_SURE, None)).mean(axis=1)
 
 
+def decision_metrics(
+    predictions: Predictions, weights: Float[Values, "row resample"], *, is_pooled: bool = False
+) -> dict[str, Float[Values, "label resample"]]:
+    """Precision, recall and F1 of each label's decisions, or of all labels' together.
+
+    Precision and F1 are NaN if the label neither holds nor is predicted; precision is 0 if it holds
+    but is never predicted, and recall NaN if it holds nowhere.
+    """
+    targets, decisions = predictions.targets, predictions.decisions
+    outcomes = (targets & decisions, ~targets & decisions, targets & ~decisions)
+    counts = np.stack([outcome.T.astype(np.float64) @ weights for outcome in outcomes])
+    if is_pooled:
+        counts = counts.sum(axis=1, keepdims=True)
+    hits, alarms, misses = counts
+    return {
+        "precision": np.where(
+            hits + alarms + misses > 0, hits / np.maximum(hits + alarms, 1), np.nan
+        ),
+        "recall": _ratio(hits, hits + misses),
+        "f1": _ratio(2 * hits, 2 * hits + (alarms + misses)),
+    }
+
+
+def ranking_metrics(
+    scores: Float[Values, " row"],
+    targets: Bool[Flags, " row"],
+    weights: Float[Values, "row resample"],
+) -> dict[str, Float[Values, " resample"]]:
+    """How well one label's scores rank its rows; NaN if it holds nowhere or everywhere.
+
+    Recall rises at the distinct scores of positive rows. Rows with equal scores count together, as
+    in scikit-learn. ``auprc`` is the average precision, not interpolated; ``auroc`` is the chance
+    that a positive outranks a negative, where ties count half.
+    """
+    order = np.argsort(-scores, kind="stable")
+    positive_rows = order[targets[order]]
+    steps, first = np.unique(-scores[positive_rows], return_index=True)
+    before, through = (np.searchsorted(-scores[order], steps, side) for side in ("left", "right"))
+    seen = np.zeros((len(weights) + 1, weights.shape[1]))
+    np.cumsum(weights[order], axis=0, out=seen[1:])
+    hits = np.add.reduceat(weights[positive_rows], first, axis=0)  # (step, resample)
+    recalled = hits.cumsum(axis=0)
+    # Negatives with a higher score than the step's, and with at least the step's.
+    alarms_before, alarms = seen[before] - (recalled - hits), seen[through] - recalled
+    negatives = seen[-1] - hits.sum(axis=0)
+    positives = np.where(negatives > 0, hits.sum(axis=0), 0)
+    precision = recalled / np.maximum(recalled + alarms, 1)
+    beaten = negatives - (alarms_before + alarms) / 2
+    is_allowed = alarms / np.maximum(negatives, 1) <= 0.01
+    return {
+        "auprc": _ratio((hits * precision).sum(axis=0), positives),
+        "auroc": _ratio((hits * beaten).sum(axis=0), positives * negatives),
+        "recall_at_1pct_fpr": _ratio(
+            np.where(is_allowed, recalled, 0).max(axis=0, initial=0), positives
+        ),
+    }
+
+
+def calibration_error(
+    predictions: Predictions, weights: Float[Values, "row resample"]
+) -> Float[Values, " resample"]:
+    """Expected calibration error: the sum over bins of the share of items times the gap.
+
+    The gap is |mean probability - share that is true| (Guo et al. 2017, equation 3). A multi-label
+    task pools its labels in the same bins. The error is biased upwards, since chance gaps of small
+    bins add up. A resample adds more of them, so the bootstrap interval of a small value can lie
+    above the value.
+    """
+    stated, correct = predictions.confidences()
+    rows, items = stated.shape
+    gaps = np.zeros((rows, _ECE_BINS))
+    bins = np.minimum(stated * _ECE_BINS, _ECE_BINS - 1).astype(np.int64)
+    np.add.at(gaps, (np.indices(bins.shape)[0], bins), stated - correct)
+    return np.abs(gaps.T @ weights).sum(axis=0) / (weights.sum(axis=0) * items)
+
+
 def measure(
     predictions: Predictions, weights: Float[Values, "row resample"]
 ) -> dict[str, Float[Values, " resample"]]:
@@ -393,29 +303,25 @@ def measure(
     micro average (multi-label). `macro_f1`: the mean over all labels, both classes if binary.
     `auprc`, `auroc`, `recall_at_1pct_fpr`: of the positive class, or else the mean over labels,
     each against the rest. `accuracy`: the share of rows that are right, in all labels if
-    multi-label. `ece`: see `Confidences`. A mean over labels leaves out labels whose metric is
-    undefined: those that hold nowhere and, for F1 and precision, are never predicted either.
+    multi-label. `ece`: see `calibration_error`. A mean over labels leaves out labels whose metric
+    is undefined: those that hold nowhere and, for F1 and precision, are never predicted either.
     """
-    confusion = predictions.confusion(weights)
-    is_pooled = predictions.kind == "multilabel"
-    counts = confusion.pooled() if is_pooled else confusion
-    shown = slice(None) if is_pooled else predictions.headline
-    curves = [one.curve(weights) for one in predictions.rankings[predictions.headline]]
-
-    def mean_of_curves(metric: Callable[[Curve], Float[Values, " resample"]]) -> Values:
-        return _mean_of_defined(np.array([metric(curve) for curve in curves]))
-
+    each = decision_metrics(predictions, weights)
+    shown = {name: values[predictions.headline] for name, values in each.items()}
+    if predictions.kind == "multilabel":
+        shown = decision_metrics(predictions, weights, is_pooled=True)
+    columns = (predictions.scores.T, predictions.targets.T)
+    ranked = [
+        ranking_metrics(scores, targets, weights)
+        for scores, targets in zip(*(rows[predictions.headline] for rows in columns), strict=True)
+    ]
+    shown |= {name: np.array([values[name] for values in ranked]) for name in ranked[0]}
     is_right = (predictions.decisions == predictions.targets).all(axis=1)
     return {
-        "f1": _mean_of_defined(counts.f1()[shown]),
-        "precision": _mean_of_defined(counts.precision()[shown]),
-        "recall": _mean_of_defined(counts.recall()[shown]),
-        "auprc": mean_of_curves(Curve.auprc),
-        "auroc": mean_of_curves(Curve.auroc),
+        **{name: _mean_of_defined(values) for name, values in shown.items()},
         "accuracy": is_right.astype(np.float64) @ weights / weights.sum(axis=0),
-        "macro_f1": _mean_of_defined(confusion.f1()),
-        "recall_at_1pct_fpr": mean_of_curves(lambda curve: curve.recall_at_fpr(0.01)),
-        "ece": predictions.confidences().ece(weights),
+        "macro_f1": _mean_of_defined(each["f1"]),
+        "ece": calibration_error(predictions, weights),
     }
 
 

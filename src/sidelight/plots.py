@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
-from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay
+from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, average_precision_score
 
 from sidelight.errors import SidelightError
-from sidelight.metrics import Predictions, decide
+from sidelight.metrics import Predictions, calibration_error, decide
 from sidelight.storage import replacing
 from sidelight.types import AnyArray, Task, Values
 
@@ -79,7 +79,9 @@ def _precision_recall(predictions: Predictions, names: Sequence[str], title: str
     columns = range(len(names))[predictions.headline]
     held = [column for column in columns if predictions.targets[:, column].any()]
     area = {
-        column: float(predictions.rankings[column].curve(predictions.once).auprc()[0])
+        column: average_precision_score(
+            predictions.targets[:, column], predictions.scores[:, column]
+        )
         for column in held
     }
     for column in sorted(held, key=area.__getitem__)[:_CURVES]:
@@ -98,13 +100,13 @@ def _reliability(predictions: Predictions, title: str) -> Figure:
     from sklearn.calibration import CalibrationDisplay
 
     figure, (axes,) = _figure(5.4, 5.4, title)
-    confidences = predictions.confidences()
+    stated, correct = predictions.confidences()
     CalibrationDisplay.from_predictions(
-        confidences.correct.ravel(),
-        confidences.stated.ravel(),
+        correct.ravel(),
+        stated.ravel(),
         n_bins=_BINS,
         pos_label=True,
-        name=f"ECE {confidences.ece(predictions.once)[0]:.3f}",
+        name=f"ECE {calibration_error(predictions, predictions.once)[0]:.3f}",
         ax=axes,
     )
     return figure
