@@ -24,7 +24,7 @@ from sidelight.probe import common_format
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.standardisation import EPSILON, Projection
 from sidelight.states.extraction import score
-from sidelight.vllm.columns import Pages, Reading, Stage
+from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, tap_layers
 from sidelight.vllm.internals import Step
 from sidelight.vllm.settings import (
     COLUMNS,
@@ -40,7 +40,6 @@ from sidelight.vllm.settings import (
     request_params,
     token_hash,
 )
-from sidelight.vllm.taps import set_receiver, tap_layers
 from sidelight.vllm.tracking import Tracking
 from sidelight.vllm.worker import RequestJudge, Share, Worker
 from tiny import TOPICS, tiny_backbone, untrained_probe

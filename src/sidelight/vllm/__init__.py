@@ -3,8 +3,8 @@
 vLLM calls ``install`` in each of its processes, and ``plugin`` puts our parts into it.
 ``internals`` has what we use of vLLM beyond its documentation, ``support`` what is tested and
 refused. ``settings`` says which probes are served and what a request's tokens belong to. In a
-worker, ``taps`` projects the residual stream of each layer, ``columns`` keeps the columns of every
-token by KV slot, and ``worker`` judges; ``capture`` keeps hidden states for training the same way.
+worker, ``columns`` projects the residual stream of each layer and keeps the columns of every token
+by KV slot, and ``worker`` judges; ``capture`` keeps hidden states for training the same way.
 Beside the scheduler, ``tracking`` says what to read after each step, and ``connector`` puts
 verdicts on vLLM's outputs; ``requests`` hears them. ``guard`` and ``outputs`` enforce the policy in
 vLLM's own server, ``endpoint`` adds to its answers, and ``server`` starts it. ``engine`` judges

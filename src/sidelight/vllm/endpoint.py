@@ -10,7 +10,6 @@ routes of our own server that judge texts and change probes, where vLLM has none
 
 import json
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -70,10 +69,7 @@ class ProbeEndpoint:
         access = Access() if has_keys else config.access
         is_local = app.state.args.host in LOOPBACK and not has_keys
         hosts = config.hosts if is_local or config.allowed_host else None
-        # vLLM has a queue of its own, and no limit.
-        is_limited = "max_concurrent" in config.model_fields_set
-        limit = config.max_concurrent if is_limited else sys.maxsize
-        app.add_middleware(Gatekeeper, access=access, limit=limit, hosts=hosts)
+        app.add_middleware(Gatekeeper, access=access, hosts=hosts)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Finds the guard of the engine, and mounts our routes, and the metrics."""

@@ -6,7 +6,6 @@ So a probe that vLLM will serve can be trained on vLLM's own hidden states.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import json
-from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sidelight.artifact import save_probe
@@ -24,7 +22,7 @@ from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.probe import Probe
 from sidelight.progress import Progress, progress
 from sidelight.prompts import EncodedPrompt
-from sidelight.states.cache import ActivationCache, Shard
+from sidelight.states.cache import ActivationCache
 from sidelight.training.classifier import Classifier, as_example, encode
 from sidelight.types import Verdict
 from sidelight.vllm.capture import capture_params, captured
@@ -202,10 +200,10 @@ def _judge(llm: Offline, probe: Probe, prompts: Sequence[EncodedPrompt]) -> list
 
 
 class VllmSource:
-    """A ``StateSource`` that runs vLLM from the first missing shard until it is closed.
+    """A ``StateSource`` that runs vLLM from the first missing text until it is closed.
 
-    Texts of several shards run together: only vLLM's own options limit its batches. What texts
-    begin with alike runs once, unless vLLM's prefix cache is off.
+    Only vLLM's own options limit its batches. What texts begin with alike runs once, unless vLLM's
+    prefix cache is off.
 
     Args:
         backbone: Says which weights, and encodes texts; its own forward pass is not used.
@@ -235,28 +233,21 @@ class VllmSource:
         most = self._backbone.encoder.max_tokens
         return min(most, int(self._options.get("max_model_len", most))) - 1
 
-    def shards(
-        self, cache: ActivationCache, indices: Sequence[int], shown: Progress
-    ) -> Generator[tuple[int, Shard]]:
-        """Computes these shards; see ``StateSource``."""
-        layers, rows_of = self._backbone.fingerprint.layers, cache.plan.rows
+    def states(
+        self, cache: ActivationCache, rows: Sequence[int], shown: Progress
+    ) -> Generator[Mapping[int, Tensor]]:
+        """Computes the states of these rows; see ``StateSource``."""
         with TemporaryDirectory(dir=cache.directory) as folder:
-            places = {row: Path(folder) / str(row) for i in indices for row in rows_of[i]}
+            places = {row: Path(folder) / str(row) for row in rows}
             requests = (
                 OfflineRequest(row, prompt, capture_params(prompt, cache.reads, place))
                 for row, place in places.items()
                 for prompt in [cache.prompts[row]]
             )
-            texts: dict[int, Tensor] = {}
-            coming = deque(indices)
             for request, _ in self.running().run(requests):
-                texts[request.index] = captured(places[request.index], layers)
                 shown.advance(len(request.prompt))
-                while coming and texts.keys() >= set(rows_of[coming[0]]):
-                    index = coming.popleft()
-                    hidden = [texts.pop(row) for row in rows_of[index]]
-                    lengths = torch.tensor([states.shape[1] for states in hidden])
-                    yield index, Shard(torch.cat(hidden, 1), lengths, torch.tensor(rows_of[index]))
+                place = places[request.index]
+                yield {request.index: captured(place, self._backbone.fingerprint.layers)}
 
     def close(self) -> None:
         """Ends vLLM if it is running."""

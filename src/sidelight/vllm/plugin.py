@@ -15,6 +15,7 @@ from vllm.v1.executor.abstract import Executor
 
 from sidelight.fingerprint import Fingerprint
 from sidelight.vllm.capture import StateWorker
+from sidelight.vllm.columns import tap_layers
 from sidelight.vllm.guard import EngineGuard
 from sidelight.vllm.internals import local_layers, quantisation, share_of_cache, wrap
 from sidelight.vllm.settings import (
@@ -37,7 +38,6 @@ from sidelight.vllm.support import (
     require_states,
     require_supported,
 )
-from sidelight.vllm.taps import tap_layers
 from sidelight.vllm.worker import Worker
 
 _PACKAGE = "sidelight.vllm"

@@ -22,10 +22,9 @@ from sidelight.probe import Probe
 from sidelight.prompts import Part
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement
-from sidelight.vllm.columns import Pages, Reading, Stage
+from sidelight.vllm.columns import Pages, Reading, Stage, receiver, set_receiver
 from sidelight.vllm.internals import pass_slots
 from sidelight.vllm.settings import Served, identity_of
-from sidelight.vllm.taps import receiver, set_receiver
 
 # vLLM shows what is logged under its own name.
 _log = logging.getLogger("vllm.sidelight")

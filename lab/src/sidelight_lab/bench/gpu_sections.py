@@ -31,10 +31,9 @@ from sidelight.smollm2 import embedded_model_path
 from sidelight.standardisation import Projection, Standardisation
 from sidelight.states.extraction import score
 from sidelight.storage import write_json
-from sidelight.vllm.columns import Pages, Reading, Stage, slots_of
+from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, slots_of
 from sidelight.vllm.engine import require_options, require_vllm
 from sidelight.vllm.settings import DESCRIBED, KEY, request_params
-from sidelight.vllm.taps import set_receiver
 from sidelight_lab.bench.subjects import probe_for, untrained_probe
 
 # Width, width of the MLP, layers, heads, heads of keys and values, vocabulary.
