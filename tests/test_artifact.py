@@ -165,6 +165,10 @@ def _with_record(**own):
     return lambda folder: rewritten(folder, record=own)
 
 
+def _with_calibration(calibration):
+    return lambda folder: rewritten(folder, calibration=calibration)
+
+
 # What drift, `inspect` and model cards read; metrics would fail after 200 texts.
 RECORDS = (
     {"validation": {"scores": {"toxic": ["a"] * 10}}},
@@ -174,6 +178,18 @@ RECORDS = (
     {"parameters": "many"},
     {"contexts": [1]},
     {"threshold_rule": 5},
+)
+FITTED = {"kind": "platt", "task": "binary", "scale": [1.1], "shift": [0.1]}
+CALIBRATIONS = (
+    {**FITTED, "kind": "plat"},
+    {**FITTED, "task": "multiclass"},
+    {**FITTED, "scale": [1.0, 2.0]},
+    {**FITTED, "scale": [1.0, 2.0], "shift": [0.0, 0.0]},
+    {**FITTED, "scale": [-1.0]},
+    {**FITTED, "scale": [float("nan")]},
+    {**FITTED, "shift": None},
+    {**FITTED, "surprise": 1},
+    {name: value for name, value in FITTED.items() if name != "shift"},
 )
 
 
@@ -217,6 +233,7 @@ def hashed(damage):
         (lambda folder: rewritten(folder, format=2), "has format 2, but this .* reads format 1"),
         (lambda folder: rewritten(folder, mechanism={"name": "gat", "options": {}}), "'gate'"),
         *((_with_record(**own), f"{next(iter(own))}.* in manifest.json") for own in RECORDS),
+        *((_with_calibration(own), r"calibration.* in manifest\.json") for own in CALIBRATIONS),
     ],
 )
 def test_a_damaged_artifact_is_one_clear_error(saved, damage, says):

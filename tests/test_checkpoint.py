@@ -48,17 +48,6 @@ def who(fingerprint):
     return replace(fingerprint, name="any", dtype="any")
 
 
-def older(fingerprint):
-    """As Sidelight wrote it when it always loaded a model to identify it."""
-    return replace(
-        fingerprint,
-        config=fingerprint.loaded_config,
-        weights=fingerprint.loaded_weights or fingerprint.weights,
-        loaded_config=None,
-        loaded_weights=None,
-    )
-
-
 def require_other(one, another, fields):
     with pytest.raises(FingerprintMismatchError, match=f"they differ in {fields}. Train the probe"):
         one.require(another, probe="p")
@@ -79,10 +68,8 @@ def test_a_model_is_the_same_in_memory_in_one_file_and_in_shards_of_any_dtype(fa
         assert who(loaded) == replace(who(full.fingerprint), tokenizer=loaded.tokenizer)
         assert read == replace(loaded, loaded_weights=None)
         loaded.require(read, probe="p")
-        older(loaded).require(loaded, probe="p")
         if family not in _NAMED_OTHERWISE:
             assert loaded.loaded_weights is None
-            older(loaded).require(read, probe="p")
     converted = load_backbone(tmp_path / "1GB", dtype="bfloat16")
     assert converted.fingerprint.dtype == "bfloat16"
     assert who(converted.fingerprint) == who(loaded)

@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
 from sidelight.artifact import load_probe, save_probe
 from sidelight.calibration import Calibration, fit_calibration, suggested_calibration
@@ -161,7 +162,7 @@ def test_the_artifact_says_what_it_was_recalibrated_on(tmp_path):
     assert entry["date"] == datetime.now(UTC).date().isoformat()
     origin = entry["from"]
     assert (origin["version"], origin["thresholds"]) == (old.version, list(old.thresholds))
-    assert Calibration.from_dict(origin["calibration"]) == old.calibration
+    assert TypeAdapter(Calibration).validate_python(origin["calibration"]) == old.calibration
     assert new.record["threshold_rule"] == "fpr=0.05"
     assert (entry["rows"], entry["sha256"]) == (200, examples.content_hash)
     assert {"before", "after"} <= entry.keys()

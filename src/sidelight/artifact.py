@@ -9,7 +9,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError
 from sidelight.manifest import (
     FORMAT_VERSION,
@@ -67,7 +66,7 @@ def _replace(probe: Probe, scratch: Path, directory: Path) -> None:
         reads=probe.reads,
         is_normalised=scaling.is_normalised,
         prompt_format=probe.prompt_format,
-        calibration=probe.calibration.to_dict(),
+        calibration=probe.calibration,
         thresholds=probe.thresholds,
         backbone=probe.fingerprint,
         record=probe.record,
@@ -145,9 +144,6 @@ def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
     mechanism.load_state_dict(
         {key.removeprefix(_PARAMETER): value for key, value in tensors.items()}
     )
-    calibration = Calibration.from_dict(manifest.calibration)
-    if calibration.task != task.kind or len(calibration.scale) != task.outputs:
-        raise ValueError("the calibration belongs to another task")
     return Probe(
         name=manifest.name,
         task=task,
@@ -156,7 +152,7 @@ def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
         spec=spec,
         mechanism=mechanism.eval().requires_grad_(False),
         standardisation=standardisation,
-        calibration=calibration,
+        calibration=manifest.calibration,
         thresholds=manifest.thresholds,
         fingerprint=backbone,
         record=manifest.record,

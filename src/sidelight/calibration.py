@@ -1,12 +1,12 @@
 """From logits to calibrated probabilities, and to those of texts with other shares of classes."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.metrics import checked_labels
@@ -66,6 +66,12 @@ class Calibration:
     scale: tuple[float, ...]
     shift: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if not 0 < len(self.scale) == len(self.shift):
+            raise ValueError("scale and shift must have the same length")
+        if min(self.scale) <= 0:
+            raise ValueError("scale must be positive")
+
     def apply(self, logits: Float[Values, "row output"]) -> Float[Values, "row output"]:
         """Calibrated probabilities; in a multi-class task, each row sums to 1.
 
@@ -83,53 +89,6 @@ class Calibration:
                 "half precision: use a bfloat16 or float32 backbone."
             )
         return link(self.task, logits * self.scale + self.shift)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The calibration as JSON-ready values; `from_dict` reads it back exactly."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Calibration":
-        """Reads what `to_dict` wrote, also after a trip through JSON.
-
-        Raises:
-            SidelightError: The kind is unknown, a field is missing or unknown, or the values do not
-                make a calibration.
-        """
-        _require_kind(str(data.get("kind")))
-        missing = [field.name for field in fields(cls) if field.name not in data]
-        if missing:
-            raise _unreadable(f"it has no {missing[0]}")
-        try:
-            calibration = _ADAPTER.validate_python(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise _unreadable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-        outputs = len(calibration.scale)
-        claims = {
-            "scale and shift must have the same length": 0 < outputs == len(calibration.shift),
-            "scale must be positive": min(calibration.scale, default=0) > 0,
-        }
-        for claim, holds in claims.items():
-            if not holds:
-                raise _unreadable(claim)
-        return calibration
-
-
-_ADAPTER = TypeAdapter(Calibration)
-
-
-def _require_kind(kind: str) -> None:
-    kinds = get_args(CalibrationKind)
-    if kind not in kinds:
-        raise SidelightError(f"Unknown calibration '{kind}'.{did_you_mean(kind, kinds)}")
-
-
-def _unreadable(reason: str) -> SidelightError:
-    return SidelightError(
-        f"Cannot read this calibration ({reason}). The probe's manifest was edited or damaged. "
-        "Restore it, or train the probe again."
-    )
 
 
 def suggested_calibration(task: Task) -> CalibrationKind:
@@ -170,7 +129,9 @@ def fit_calibration(
         SidelightError: As `checked_labels`; or the kind is unknown; or all rows have the same class
             and the kind is not ``none``.
     """
-    _require_kind(kind)
+    kinds = get_args(CalibrationKind)
+    if kind not in kinds:
+        raise SidelightError(f"Unknown calibration '{kind}'.{did_you_mean(kind, kinds)}")
     integers = checked_labels(task, logits, labels)
     ones, zeros = (1.0,) * task.outputs, (0.0,) * task.outputs
     around = tuple(around) or ones

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from sidelight.errors import FingerprintMismatchError
 
-# Left out of a manifest if it is None, so that a manifest without it stays as it was written.
+# Left out of a manifest if it is None.
 _LoadedHash = Annotated[str | None, Field(exclude_if=lambda value: value is None)]
 
 
@@ -34,11 +34,9 @@ class Fingerprint:
         layers: Hidden states that a probe reads: the embedding output and one per block.
         width: Size of a hidden state.
         dtype: Dtype of the weights; not compared, since it changes verdicts only by rounding.
-        loaded_config: Hash of the configuration with the defaults of ``transformers``. None in
-            older artifacts, whose ``config`` is this one.
+        loaded_config: Hash of the configuration with the defaults of ``transformers``.
         loaded_weights: Hash of the weights under the names of ``transformers``. None if it is that
-            of ``weights``, if the model was not loaded, and in older artifacts, whose ``weights``
-            is this one.
+            of ``weights``, or if the model was not loaded.
     """
 
     name: str

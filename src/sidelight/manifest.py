@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.metrics import BINS
@@ -31,6 +32,8 @@ _Count = Annotated[int, Field(ge=0)]
 
 class _Reference(BaseModel):
     """What is read of the texts that a probe was calibrated on."""
+
+    curves: dict[str, OperatingCurve] = {}
 
     rows: _Count = 0
     metrics: dict[str, Any] = {}
@@ -78,9 +81,8 @@ class Manifest:
 
     Attributes:
         format: Version of this layout.
-        calibration: What ``Calibration.to_dict`` gives.
         weights_sha256: Hash of the weights file that it was written with.
-        is_normalised: As in ``Standardisation``; older artifacts do not say so, and are not.
+        is_normalised: As in ``Standardisation``.
     """
 
     format: int
@@ -89,12 +91,12 @@ class Manifest:
     task: Task
     reads: Reads
     prompt_format: PromptFormat
-    calibration: Mapping[str, Any]
+    calibration: Calibration
     thresholds: tuple[float, ...]
     backbone: Fingerprint
     record: Mapping[str, Any]
     weights_sha256: str
-    is_normalised: bool = False
+    is_normalised: bool
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -102,11 +104,7 @@ class Manifest:
 
     @property
     def curves(self) -> dict[str, OperatingCurve]:
-        """The curve of each label's threshold; none in older artifacts, or of several classes.
-
-        Raises:
-            ValueError: What is stored makes no curves.
-        """
+        """The curve of each label's threshold; none of several classes."""
         return read_curves(reference(self.record).get("curves", {}))
 
     @property
@@ -135,29 +133,24 @@ def read_manifest(directory: str | Path) -> Manifest:
     """
     path = Path(directory) / MANIFEST
     try:
-        text = path.read_text("utf-8")
+        content = path.read_bytes()
+        fields = json.loads(content)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SidelightError(
             f"{directory} holds no probe ({MANIFEST} is missing). "
             "Name the folder that 'sidelight train --out' wrote."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SidelightError(f"Cannot read {path}: {error}. Copy the artifact again.") from error
-    try:
-        content: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SidelightError(
-            f"Cannot read {path}: it is not JSON. Copy the artifact again."
-        ) from error
-    version = content.get("format") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION or type(version) is not int:
+    version = fields.get("format") if isinstance(fields, dict) else None
+    if version != FORMAT_VERSION:
         raise SidelightError(
             f"{path} has format {version!r}, but this Sidelight reads format {FORMAT_VERSION}. "
             "Upgrade Sidelight, or train the probe again."
         )
     try:
-        manifest = _ADAPTER.validate_json(text, strict=True)
-        _Record.model_validate(manifest.record, strict=True)
+        manifest = _ADAPTER.validate_json(content, strict=True)
+        _Record.model_validate_json(json.dumps(manifest.record), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -170,16 +163,14 @@ def _require_sense(directory: Path, manifest: Manifest) -> None:
     require_name(manifest.name)
     labels, kind = manifest.task.labels, manifest.task.kind
     thresholds = {"binary": 1, "multiclass": 0, "multilabel": len(labels)}[kind]
-    try:
-        curves = manifest.curves
-    except (AttributeError, TypeError, ValueError) as error:
-        raise damaged(directory, f"curves in {MANIFEST}: {error}") from error
+    curves, calibration = manifest.curves, manifest.calibration
     checks = {
         "task.labels": len(set(labels)) == len(labels) >= 2
         and (kind != "binary" or len(labels) == 2)
         and all(map(is_label, labels)),
         "thresholds": len(manifest.thresholds) == thresholds
         and all(0 <= threshold <= 1 for threshold in manifest.thresholds),
+        "calibration": calibration.task == kind and len(calibration.scale) == manifest.task.outputs,
         "curves": not curves or tuple(curves) == labels[-thresholds:],
         "backbone": manifest.backbone.layers > 0 and manifest.backbone.width > 0,
     }
@@ -267,7 +258,7 @@ def summary(manifest: Manifest) -> dict[str, str]:
         f"{backbone.dtype}, fingerprint {backbone.digest}",
         "thresholds": ", ".join(f"{t:.3f}" for t in manifest.thresholds) or "the largest wins",
         **_operating_points(manifest),
-        "calibration": str(manifest.calibration["kind"]),
+        "calibration": manifest.calibration.kind,
     }
     validation = record.get("validation", {})
     if "metrics" in validation:

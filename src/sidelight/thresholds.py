@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 
 from sidelight.errors import SidelightError
 from sidelight.metrics import checked_labels
@@ -103,6 +103,18 @@ class OperatingCurve:
     positives: int
     negatives: int
 
+    def __post_init__(self) -> None:
+        points = list(self.thresholds)
+        is_falling = points == sorted(set(points), reverse=True)
+        if not points or not is_falling or not 0 <= points[-1] <= points[0] <= 1:
+            raise ValueError("thresholds must fall, from at most 1 to at least 0")
+        totals = (self.positives, self.negatives, self.positives + self.negatives + 1)
+        rising = (self.true_positives, self.false_positives, self.expected)
+        for counts, total in zip(rising, totals, strict=True):
+            bounded = [0, *counts, total]
+            if len(counts) != len(points) or bounded != sorted(bounded):
+                raise ValueError("each threshold needs its count, and counts rise up to a total")
+
     @staticmethod
     def of(
         scores: Float[Values, " text"], holds: Bool[Flags, " text"], *, points: int = POINTS
@@ -190,24 +202,6 @@ class OperatingCurve:
         """The curve as JSON-ready values; ``read_curves`` reads it back exactly."""
         return asdict(self)
 
-    @property
-    def is_sound(self) -> bool:
-        """Whether the numbers are as the class describes them."""
-        falling = -np.array(self.thresholds)
-        counts = (self.true_positives, self.false_positives, self.expected)
-        totals = (self.positives, self.negatives, self.positives + self.negatives + 1)
-        return (
-            0 < len(falling) <= POINTS
-            and bool((np.diff(falling) > 0).all() and falling[0] >= -1 and falling[-1] <= 0)
-            and all(
-                len(own) == len(falling)
-                and own[0] >= 0
-                and own[-1] <= total
-                and bool((np.diff(own) >= 0).all())
-                for own, total in zip(counts, totals, strict=True)
-            )
-        )
-
 
 def _spread(
     recall: Float[Values, " point"], alarms: Float[Values, " point"], *, points: int
@@ -234,15 +228,7 @@ def read_curves(stored: object) -> dict[str, OperatingCurve]:
     Raises:
         ValueError: The values do not make curves.
     """
-    try:
-        curves = _CURVES.validate_python(stored)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    broken = [label for label, curve in curves.items() if not curve.is_sound]
-    if broken:
-        raise ValueError(f"{broken[0]}: thresholds must fall, and counts rise up to their totals")
-    return curves
+    return _CURVES.validate_python(stored)
 
 
 def operating_curves(

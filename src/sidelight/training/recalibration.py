@@ -5,7 +5,7 @@ last calibrated with.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -95,7 +95,7 @@ def recalibrate(
             "its probabilities will be over-confident, and the figures flatter it. Leave them out."
         )
         made = replace(made, warnings=(warning, *made.warnings))
-    origin = {"version": probe.version, "calibration": probe.calibration.to_dict()}
+    origin = {"version": probe.version, "calibration": asdict(probe.calibration)}
     entry = {
         "date": datetime.now(UTC).date().isoformat(),
         "what": made.what,
