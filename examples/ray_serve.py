@@ -58,7 +58,7 @@ def app(settings: Settings) -> serve.Application:
         name="sidelight",
         num_replicas=settings.replicas,
         # Ray's default of five would leave the engine's batches empty.
-        max_ongoing_requests=ServerConfig().max_concurrent,
+        max_ongoing_requests=256,
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
     )
     return deployment.bind()

@@ -31,7 +31,6 @@ BODIES = {
     },
     "/classify": {"input": WORD, "model": "intent"},
     "/beta/litellm_basic_guardrail_api": {"input_type": "request", "texts": [WORD]},
-    "/tokenize": {"prompt": WORD},
 }
 CHANGES = [{}, {"stream": True, "n": 2}, {"model": WORD}, {"probes": [WORD]}, {"messages": WORD}]
 CHANGES += [{"input": WORD * 50, "prompt": WORD * 50}, {"filler": WORD * 1000}, {WORD: WORD}]

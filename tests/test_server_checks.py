@@ -14,7 +14,7 @@ from sidelight.policy.decisions import decide
 from sidelight.policy.enforcement import Admitted
 from sidelight.policy.request import Outcome, Terms
 from sidelight.policy.rules import Policy, Rule, bound_rules
-from sidelight.prompts import Reads
+from sidelight.prompts import Message, Reads
 from sidelight.types import Judgement, Task
 from tiny import INTENT, TOPICS, three_probes, untrained_probe
 
@@ -43,9 +43,8 @@ def expected(http):
     return {v["probe"]: v["probabilities"] for v in result["sidelight"]["verdicts"]}
 
 
-def tokens_of(http, text=TEXT):
-    messages = [{"role": "user", "content": text}]
-    return http.post("/tokenize", json={"messages": messages}).json()["count"]
+def tokens_of(backbone, text=TEXT):
+    return len(backbone.encoder.encode([Message("user", text)]))
 
 
 def ask(http, questions, text=TEXT):
@@ -64,7 +63,7 @@ def choice(name, *values):
     return {"type": "choice", "name": name, "instructions": "?", "choices": choices}
 
 
-def test_openais_client_asks_several_questions_about_one_text(client, http, expected):
+def test_openais_client_asks_several_questions_about_one_text(client, tiny, expected):
     labels = ["refund", "other", "billing"]
     questions = [predicate("toxicity"), choice("intent", *labels), predicate("violence")]
     asked = {"model": MODEL, "input": TEXT, "questions": questions}
@@ -78,7 +77,7 @@ def test_openais_client_asks_several_questions_about_one_text(client, http, expe
     assert intent.confidence == by_label[intent.choice]
     # A category of a multi-label probe.
     assert violence.probability == pytest.approx(expected["topics"]["violence"], abs=ROUNDING)
-    assert decision.usage.input_tokens == decision.usage.total_tokens == tokens_of(http)
+    assert decision.usage.input_tokens == decision.usage.total_tokens == tokens_of(tiny)
     assert decision.usage.output_tokens == 0
 
 
@@ -207,7 +206,7 @@ def test_a_wrong_decision_request_is_a_400_that_names_the_field(http, field, val
 
 @pytest.mark.parametrize("how", [{"model": "intent"}, {"model": MODEL, "probes": ["intent"]}])
 def test_classify_gives_one_probes_labels_and_of_multilabel_probes_each_by_itself(
-    http, expected, how
+    http, tiny, expected, how
 ):
     answer = http.post(CLASSIFY, json={"input": [TEXT, "x"], **how}).json()
     first, second = answer["data"]
@@ -216,7 +215,7 @@ def test_classify_gives_one_probes_labels_and_of_multilabel_probes_each_by_itsel
     probs = dict(zip(INTENT.labels, first["probs"], strict=True))
     assert probs == pytest.approx(expected["intent"], abs=ROUNDING)
     assert first["label"] == max(probs, key=probs.get)
-    read = tokens_of(http) + tokens_of(http, "x")
+    read = tokens_of(tiny) + tokens_of(tiny, "x")
     assert answer["usage"] == {"prompt_tokens": read, "total_tokens": read, "completion_tokens": 0}
     (data,) = http.post(CLASSIFY, json={"model": "topics", "input": TEXT}).json()["data"]
     probs = dict(zip(TOPICS.labels, data["probs"], strict=True))
@@ -321,21 +320,6 @@ def test_the_guardrail_does_not_judge_the_missing_prompt_of_a_response(tiny):
     counted = [line for line in series.splitlines() if 'probe="wordy"' in line]
     assert counted
     assert all(line.endswith(" 0.0") for line in counted)
-
-
-def test_tokens_of_a_prompt_and_of_a_chat(http):
-    plain = http.post("/tokenize", json={"prompt": "hi", "return_token_strs": True}).json()
-    assert plain["token_strs"] == ["h", "i"]
-    assert (plain["count"], plain["max_model_len"]) == (2, 256)
-    chat = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
-    in_chat = http.post("/tokenize", json=chat).json()
-    assert in_chat["token_strs"] is None
-    request = {**chat, "max_tokens": 1}
-    usage = http.post("/v1/chat/completions", json=request).json()["usage"]
-    assert in_chat["count"] == len(in_chat["tokens"]) == usage["prompt_tokens"]
-
-    for body in ({}, {"prompt": ""}, {"prompt": "x" * 300}, {"prompt": "x", "messages": []}):
-        assert http.post("/tokenize", json=body).status_code == 400
 
 
 def test_a_probe_without_a_verdict_is_an_error(tiny):

@@ -18,7 +18,7 @@ from live import MODEL, http_client, served
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.server.app import LoadingApp, create_app
-from sidelight.server.checks import GuardrailRequest, TokenizeRequest
+from sidelight.server.checks import GuardrailRequest
 from sidelight.server.config import ServerConfig
 from sidelight.server.observe import without_message
 from sidelight.server.questions import DecisionRequest
@@ -34,7 +34,6 @@ BODIES = {
     TEXT: {"model": MODEL, "prompt": "hello", "max_tokens": 2},
     MODERATIONS: {"input": "hello"},
     "/classify": {"model": "toxicity", "input": "hello"},
-    "/tokenize": {"prompt": "hello"},
     "/v1/decisions": {"model": MODEL, "input": "hello", "questions": QUESTIONS},
 }
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
@@ -153,7 +152,6 @@ def test_what_clients_always_send_is_taken(http, path):
         (ChatRequest, {"messages": HELLO, **{str(number): 0 for number in range(500)}}),
         (CompletionRequest, {"prompt": WRONG}),
         (ModerationRequest, {"input": WRONG}),
-        (TokenizeRequest, {"messages": WRONG}),
         (GuardrailRequest, {"input_type": "request", "tool_calls": WRONG}),
         (DecisionRequest, {"input": [{"role": "user", "content": WRONG}], "questions": QUESTIONS}),
         (DecisionRequest, {"input": "x", "questions": WRONG}),

@@ -55,13 +55,10 @@ VALID = {
         "texts": ["hello"],
         "additional_provider_specific_params": {"probes": ["toxicity"]},
     },
-    "/tokenize": {"prompt": "hello", "return_token_strs": True},
 }
 PATHS = st.sampled_from(sorted(VALID))
 BODY_BYTES = 20_000
 KEY = {"Authorization": "Bearer key"}
-# Fewer than examples: one that is lost by each would soon be missed.
-PLACES = 4
 SOME = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
@@ -72,7 +69,7 @@ FEW = settings(SOME, max_examples=6)
 def running(tiny):
     late = untrained_probe(tiny, "refusal", reads=Reads("response"))
     engine = TransformersEngine(tiny, [*three_probes(tiny), late])
-    options = {"max_body_bytes": BODY_BYTES, "max_concurrent": PLACES, "api_key": "key"}
+    options = {"max_body_bytes": BODY_BYTES, "api_key": "key"}
     with served(engine, **options) as address, http_client(address) as http:
         http.headers.update(KEY)
         yield address, engine, http
@@ -121,7 +118,8 @@ def mutated(draw, path):
     body = {"": copy.deepcopy(VALID[path])}
     for _ in range(draw(st.integers(1, 3))):
         *above, last = draw(st.sampled_from(places(body)[1:]))
-        reduce(getitem, above, body)[last] = draw(ODD)
+        # A copy: later parts may be replaced within it.
+        reduce(getitem, above, body)[last] = copy.deepcopy(draw(ODD))
     # Escapes keep half surrogates and NaN as a careless client would send them.
     return json.dumps(body[""]).encode()
 

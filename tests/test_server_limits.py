@@ -12,17 +12,14 @@ from unittest.mock import Mock, patch
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from starlette.datastructures import Headers
-from starlette.responses import PlainTextResponse
 
 from in_process import in_process
 from live import MODEL, served, wait_until_ready
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.server.app import create_app, serve
 from sidelight.server.config import ServerConfig
-from sidelight.server.keys import Access
 from sidelight.server.metrics import Metrics
-from sidelight.server.middleware import Gatekeeper, RequestScope
+from sidelight.server.middleware import RequestScope
 from sockets import connection, free_port, read_all
 from tiny import three_probes, tiny_backbone
 
@@ -89,7 +86,6 @@ LIMITS = [
     (CHAT, lambda n: chat(messages=[HELLO] * n), MESSAGES, TOO_MANY),
     # The message counts too.
     (CHAT, lambda n: chat(messages=[HELLO | {"content": [PART] * (n - 1)}]), MESSAGES, TOO_MANY),
-    ("/tokenize", lambda n: {"messages": [HELLO] * n}, MESSAGES, TOO_MANY),
     ("/v1/decisions", lambda n: DECISION | {"input": [HELLO] * n}, MESSAGES, TOO_MANY),
     (GUARDRAIL, lambda n: CALLS | {"tool_calls": [CALL] * n}, MESSAGES, TOO_MANY),
     (MODERATIONS, lambda n: {"input": ["x"] * n}, TEXTS, "too_many_inputs"),
@@ -236,36 +232,6 @@ def test_a_request_past_its_deadline_is_an_error_and_its_stream_has_no_done():
     # Nothing can be added to another kind of answer.
     with pytest.raises(TimeoutError):
         asyncio.run(answer_of(ending(b"application/json")))
-
-
-def test_more_requests_at_once_than_allowed_are_a_429_and_operators_are_served():
-    async def main():
-        may_end = asyncio.Event()
-
-        async def answer(scope, receive, send):
-            if scope["path"] == "/slow":
-                await may_end.wait()
-            if scope["path"] == "/fails":
-                raise RuntimeError
-            await PlainTextResponse("done")(scope, receive, send)
-
-        app = Gatekeeper(answer, access=Access(), limit=2)
-        running = [asyncio.create_task(answer_of(app, "/slow")) for _ in range(2)]
-        await asyncio.sleep(0)
-        refused = await answer_of(app)
-        assert status_of(refused) == 429
-        assert json.loads(refused[1]["body"])["error"]["code"] == "too_many_requests"
-        assert int(Headers(raw=refused[0]["headers"])["retry-after"]) >= 1
-        for path in ("/health", "/ready", "/metrics"):
-            assert status_of(await answer_of(app, path)) == 200
-        may_end.set()
-        assert [status_of(answer) for answer in await asyncio.gather(*running)] == [200, 200]
-        for _ in range(3):
-            with pytest.raises(RuntimeError):
-                await answer_of(app, "/fails")
-        assert status_of(await answer_of(app)) == 200
-
-    asyncio.run(main())
 
 
 @pytest.mark.slow

@@ -326,7 +326,7 @@ def test_every_option_has_a_place_in_vllms_server_or_a_remedy():
     """A new option of the server has to be looked at."""
     in_the_process = {
         *("config", "probe", "policy", "audit_log", "audit_salt", "api_key", "api_keys_file"),
-        *("admin_key", "admin_keys_file", "metrics_key", "allow_anonymous", "max_concurrent"),
+        *("admin_key", "admin_keys_file", "metrics_key", "allow_anonymous"),
         "audit_client",
         "allowed_host",
     }

@@ -25,7 +25,7 @@ from sidelight.server.keys import Caller
 from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import Gatekeeper, RequestScope
 from sidelight.server.observe import RequestObserver, audit_of, log_settings
-from sidelight.server.playground import page_router, playground, reference
+from sidelight.server.playground import page_router, playground
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.requests import Context, Route, ServerRequest
 from sidelight.server.schemas import REFUSALS
@@ -120,13 +120,13 @@ def create_app(
     registry = ProbeRegistry(engine, policy, sources or {}, path)
     observer = RequestObserver(Metrics(engine), audit)
     context = Context(engine, registry, config, observer)
-    pages = reference() | (playground() if config.playground else {})
+    pages = playground() if config.playground else {}
     return application(
         context,
         (*_ROUTERS, page_router(pages)),
         lifespan=lifespan,
         # A browser sends no key when it opens a page.
-        open_paths=tuple(pages) if config.playground else (),
+        open_paths=tuple(pages),
     )
 
 
@@ -151,7 +151,6 @@ def application(
     app.add_middleware(
         Gatekeeper,
         access=config.access,
-        limit=config.max_concurrent,
         open_paths=open_paths,
         hosts=config.hosts,
     )

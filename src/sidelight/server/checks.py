@@ -1,7 +1,4 @@
-"""The endpoints that write no text, as OpenAI, vLLM and LiteLLM define them.
-
-All but ``/tokenize``, which runs no model, judge texts.
-"""
+"""The endpoints that judge texts and write none, as OpenAI, vLLM and LiteLLM define them."""
 
 import time
 import uuid
@@ -17,11 +14,10 @@ from sidelight.explanation import Explanation
 from sidelight.policy.enforcement import check_decisions
 from sidelight.policy.request import Terms, category_fields, verdict_json
 from sidelight.policy.rules import Side
-from sidelight.prompts import Conversation, Message, PlainText, has_response
+from sidelight.prompts import Message, has_response
 from sidelight.server.errors import RequestError
 from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import (
-    ChatMessage,
     Extension,
     Listed,
     ModerationRequest,
@@ -320,48 +316,4 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         action="BLOCKED" if flagged else "NONE",
         blocked_reason=f"Flagged by {', '.join(flagged)}." if flagged else None,
         sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in verdicts]),
-    )
-
-
-class TokenizeRequest(StrictBody):
-    """Either ``prompt``, as ``/v1/completions`` reads it, or ``messages``, as a chat does."""
-
-    model: Name | None = None
-    prompt: str | None = None
-    messages: Listed[ChatMessage] | None = Field(None, min_length=1)
-    add_generation_prompt: Literal[True] = True
-    return_token_strs: bool | None = None
-
-    @model_validator(mode="after")
-    def _has_one_text(self) -> "TokenizeRequest":
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
-        return self
-
-    def conversation(self) -> Conversation:
-        if self.messages is None:
-            return PlainText(self.prompt or "")
-        return [message.as_message() for message in self.messages]
-
-
-class TokenizeResponse(BaseModel):
-    """Token ids, and their texts if requested."""
-
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None
-
-
-@router.post("/tokenize", name="create")
-async def tokenize(body: TokenizeRequest, request: ServerRequest) -> TokenizeResponse:
-    """A prompt or conversation as the model reads it; nothing is run through the model."""
-    if body.model is not None:
-        request.require_model(body.model)
-    tokens = await request.engine.tokenize(body.conversation())
-    return TokenizeResponse(
-        count=len(tokens.ids),
-        max_model_len=request.engine.max_tokens,
-        tokens=list(tokens.ids),
-        token_strs=list(tokens.texts) if body.return_token_strs else None,
     )

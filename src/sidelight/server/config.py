@@ -132,9 +132,6 @@ class ServerConfig(BaseSettings):
         description="Most tokens that a request may read and write. [default: 65536, or the "
         "context of one text and its n answers if that is more]",
     )
-    max_concurrent: int = Field(
-        default=256, ge=1, description="Most requests answered at a time; others get a 429."
-    )
     deadline: float = Field(
         default=600, gt=0, description="Seconds after which a request is cancelled."
     )

@@ -26,7 +26,6 @@ _OPEN = frozenset({"/health", "/ready"})
 # Operators have to see a busy server too, and they ask every few seconds.
 _OPERATORS = _OPEN | {"/metrics"}
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_RETRY_S = 1
 _access_log = logging.getLogger("sidelight.access")
 _log = logging.getLogger("sidelight.server")
 
@@ -148,11 +147,11 @@ class RequestScope:
 
 
 class Gatekeeper:
-    """Refuses what is for another server, has no key, or comes while ``limit`` are answered.
+    """Refuses what is for another server, or has no key that opens it.
 
     ``/health``, ``/ready`` and ``open_paths`` are open to all; ``/metrics`` needs a key, but none
-    of a user, and is not limited. The gate is before the routing, so that nobody without a key
-    learns which routes exist. A request that passes carries its ``Caller`` in its state.
+    of a user. The gate is before the routing, so that nobody without a key learns which routes
+    exist. A request that passes carries its ``Caller`` in its state.
 
     A page in a browser can have its own name point at this machine (DNS rebinding), and then read
     what a server without keys answers. Its requests carry that name in ``Host`` and ``Origin``. So
@@ -165,83 +164,69 @@ class Gatekeeper:
         app: ASGIApp,
         *,
         access: Access,
-        limit: int,
         open_paths: Collection[str] = (),
         hosts: Collection[str] | None = None,
     ):
         self._app = app
         self._access = access
         self._open_paths = _OPEN | frozenset(open_paths)
-        self._limit = limit
         self._hosts = hosts
-        self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
+        if scope["type"] != "lifespan":
+            try:
+                self._require_welcome(scope)
+            except RequestError as refusal:
+                await refusal.answer()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _require_welcome(self, scope: Scope) -> None:
         path, headers = _routed(scope), Headers(scope=scope)
         if "content-length" in headers and "transfer-encoding" in headers:
             # RFC 9112, section 6.1: a proxy may have taken the other one for the body's end.
-            error = RequestError(
+            raise RequestError(
                 "Got both Content-Length and Transfer-Encoding. Send one of them.",
                 code="ambiguous_length",
                 headers={"Connection": "close"},
             )
-            await error.answer()(scope, receive, send)
-            return
         if path in self._open_paths:
-            await self._app(scope, receive, send)
             return
         if (foreign := self._foreign_name(headers)) is not None:
-            error = RequestError(
+            raise RequestError(
                 f"The server does not answer to '{foreign[:100]}'. Ask localhost, or start it with "
                 "--allowed-host.",
                 status=403,
                 code="host_not_allowed",
             )
-            await error.answer()(scope, receive, send)
-            return
         sent = headers.getlist("authorization")
         if len(sent) > 1:
             # A proxy might have checked the other one.
-            error = RequestError(
+            raise RequestError(
                 "The header Authorization was sent twice. Send it once.", code="duplicate_header"
             )
-            await error.answer()(scope, receive, send)
-            return
         caller = self._access.caller("".join(sent))
         if caller is None:
-            error = RequestError(
+            raise RequestError(
                 "Missing or unknown API key. Send it as 'Authorization: Bearer KEY'.",
                 status=401,
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await error.answer()(scope, receive, send)
-            return
-        scope.setdefault("state", {})["caller"] = caller
-        if (refusal := self._wrong_key(path, caller)) is not None:
-            await refusal.answer()(scope, receive, send)
-            return
-        if path in _OPERATORS:
-            await self._app(scope, receive, send)
-            return
-        if self._running >= self._limit:
-            error = RequestError(
-                f"The server is answering {self._limit} requests, its limit (--max-concurrent). "
-                "Try again in a moment.",
-                status=429,
-                code="too_many_requests",
-                headers={"Retry-After": str(_RETRY_S)},
+        # vLLM answers all that begins so with its metrics, and routers the path and a line break.
+        if path.startswith("/metrics") and not self._access.opens_metrics(caller):
+            raise RequestError(
+                "/metrics needs a metrics key (--metrics-key) or an admin key.",
+                status=403,
+                code="metrics_key_required",
             )
-            await error.answer()(scope, receive, send)
-            return
-        self._running += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._running -= 1
+        if caller.is_scraper and path != "/metrics":
+            raise RequestError(
+                "A metrics key opens /metrics only. Send another key.",
+                status=403,
+                code="metrics_key_only",
+            )
+        scope.setdefault("state", {})["caller"] = caller
 
     def _foreign_name(self, headers: Headers) -> str | None:
         """Where a request is sent to or comes from, if this server does not answer to that."""
@@ -255,23 +240,6 @@ class Gatekeeper:
         known = {*self._hosts, *asked.values()}
         origins = headers.getlist("origin")
         return next((origin for origin in origins if name_of(origin) not in known), None)
-
-    def _wrong_key(self, path: str, caller: Caller) -> RequestError | None:
-        """Refuses keys of users what is for metrics, and keys for metrics everything else."""
-        # vLLM answers all that begins so with its metrics, and routers the path and a line break.
-        if path.startswith("/metrics") and not self._access.opens_metrics(caller):
-            return RequestError(
-                "/metrics needs a metrics key (--metrics-key) or an admin key.",
-                status=403,
-                code="metrics_key_required",
-            )
-        if caller.is_scraper and path != "/metrics":
-            return RequestError(
-                "A metrics key opens /metrics only. Send another key.",
-                status=403,
-                code="metrics_key_only",
-            )
-        return None
 
 
 def _is_local(name: str) -> bool:
