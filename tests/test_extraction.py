@@ -16,7 +16,7 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads, shared_unread
 from sidelight.ragged import by_length
-from sidelight.states.cache import ActivationCache, Shard, ShardPlan, States
+from sidelight.states.cache import ActivationCache, States, random_shards
 from sidelight.states.extraction import BackboneSource, SharedSource, extract
 from tiny import tiny_backbone
 
@@ -38,12 +38,12 @@ def extracted(backbone, root, prompts=None, **options):
 def states_by_row(cache):
     """Each text's states, ``[layer, token, width]``, whichever shard holds them."""
     states = {}
-    for index in range(len(cache)):
+    for index, rows in enumerate(cache.shards):
         shard = cache.read(index)
         assert shard.hidden.dtype == torch.bfloat16
-        assert tuple(shard.rows.tolist()) == cache.plan.rows[index]
-        assert shard.hidden.shape[1] == cache.plan.tokens[index]
-        states.update(shard.texts())
+        assert shard.rows.tolist() == rows
+        assert shard.lengths.tolist() == [cache.lengths[row] for row in rows]
+        states |= shard.texts()
     return states
 
 
@@ -82,7 +82,7 @@ def test_what_all_texts_begin_with_runs_once_a_batch(tiny, tmp_path):
 
 def test_the_same_data_give_the_same_files_and_a_complete_cache_runs_nothing(tiny, tmp_path, ran):
     first, second = (extracted(tiny, tmp_path / name, shard_bytes=5_000) for name in ("a", "b"))
-    assert first.plan == second.plan
+    assert first.shards == second.shards
     assert contents(first.directory) == contents(second.directory)
     ran.clear()
     extract(BackboneSource(tiny), first)
@@ -91,8 +91,8 @@ def test_the_same_data_give_the_same_files_and_a_complete_cache_runs_nothing(tin
 
 def test_too_little_room_is_an_error_before_any_work(tiny, tmp_path, ran, monkeypatch):
     cache = cache_of(tiny, tmp_path)
-    needed = sum(cache.plan.tokens) * tiny.fingerprint.layers * 32 * 2
-    with pytest.raises(SidelightError, match=r"cache_budget=.*cache=.*limit="):
+    needed = sum(cache.lengths) * tiny.fingerprint.layers * 32 * 2
+    with pytest.raises(SidelightError, match=r"SIDELIGHT_CACHE.*fewer rows.*cache_budget="):
         extract(BackboneSource(tiny), cache, budget_bytes=needed - 1)
     assert not ran
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -129,14 +129,14 @@ def identities(folder):
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
-def forty(backbone, root):
-    texts = [f"text number {i} " + "and so on " * (i % 5) for i in range(40)]
-    return cache_of(backbone, root, encoded(backbone, texts), shard_bytes=50_000)
+def several_batches(backbone, root):
+    texts = [f"text number {i} " + "and so on " * (4 * (i % 5)) for i in range(120)]
+    return cache_of(backbone, root, encoded(backbone, texts))
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_path):
-    cache, passes = forty(tiny, tmp_path / "killed"), count()
+    cache, passes = several_batches(tiny, tmp_path / "killed"), count()
 
     def die(*_):
         if next(passes) == 5:
@@ -152,17 +152,16 @@ def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_p
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     before = identities(cache.directory)
     assert 0 < len(before) < len(cache.prompts)
-    leftover = cache.directory / "39.1.partial"
-    leftover.write_bytes(b"half a text")
 
     extract(BackboneSource(tiny), cache)
     after = identities(cache.directory)
     assert {name: after[name] for name in before} == before
     assert len(after) == len(cache.prompts)
-    assert not list(cache.directory.glob("*.partial"))
-    whole = extract(BackboneSource(tiny), forty(tiny, tmp_path / "whole"))
-    assert contents(cache.directory) == contents(whole.directory)
+    whole = extract(BackboneSource(tiny), several_batches(tiny, tmp_path / "whole"))
     assert cache.directory.name == whole.directory.name
+    wanted = states_by_row(whole)
+    for row, states in states_by_row(cache).items():
+        torch.testing.assert_close(states, wanted[row], **ROUNDING_TO_BF16)
 
 
 def test_an_engine_does_not_fill_the_cache_of_another(tiny, tmp_path):
@@ -226,12 +225,11 @@ def test_a_shared_source_forgets_what_has_no_room_and_at_its_end_all(tiny, tmp_p
 @law
 @given(lengths=st.lists(st.integers(0, 50), max_size=40), room=st.integers(1, 80))
 def test_shards_and_batches_have_every_text_once_and_fit_padding_included(lengths, room):
-    plan = ShardPlan.of(lengths, shard_tokens=room)
-    assert plan == ShardPlan.of(lengths, shard_tokens=room)
-    assert sorted(row for rows in plan.rows for row in rows) == list(range(len(lengths)))
-    for rows, tokens in zip(plan.rows, plan.tokens, strict=True):
-        assert tokens == sum(lengths[row] for row in rows)
-        assert tokens <= room or len(rows) == 1
+    shards = random_shards(lengths, tokens=room)
+    assert shards == random_shards(lengths, tokens=room)
+    assert sorted(row for rows in shards for row in rows) == list(range(len(lengths)))
+    for rows in shards:
+        assert sum(lengths[row] for row in rows) <= room or len(rows) == 1
     batches = by_length(lengths, batch_tokens=room)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
@@ -239,9 +237,9 @@ def test_shards_and_batches_have_every_text_once_and_fit_padding_included(length
 
 
 def test_shards_are_random_samples_not_runs_of_the_file():
-    plan = ShardPlan.of([10] * 400, shard_tokens=1000)
-    assert len(plan.rows) == 4
-    for rows in plan.rows:
+    shards = random_shards([10] * 400, tokens=1000)
+    assert len(shards) == 4
+    for rows in shards:
         assert 120 < sum(rows) / len(rows) < 280
 
 
@@ -268,15 +266,13 @@ def test_the_key_changes_with_backbone_reads_texts_and_size_of_shards_only(tiny,
 def test_a_text_is_read_as_it_was_written_and_half_of_one_is_missing(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
     cache.directory.mkdir()
-    half = cache.directory / "0.1.partial"
-    half.write_bytes(b"half")
-    assert cache.open() == list(range(len(cache)))
-    assert not half.exists()
-    hidden = torch.randn(4, 5, 32).bfloat16()
-    cache.write(Shard(hidden, torch.tensor([2, 3]), torch.tensor([1, 0])))
-    assert torch.equal(cache.text(1), hidden[:, :2])
-    assert torch.equal(cache.text(0), hidden[:, 2:])
-    assert cache.missing()
+    (cache.directory / "0.safetensors.1.partial").write_bytes(b"half")
+    assert sorted(cache.open()) == list(range(len(TEXTS)))
+    texts = {row: torch.randn(4, tokens, 32).bfloat16() for row, tokens in ((1, 2), (0, 3))}
+    cache.write(texts)
+    for row, hidden in texts.items():
+        assert torch.equal(cache.text(row), hidden)
+    assert sorted(cache.missing()) == list(range(2, len(TEXTS)))
 
 
 def test_remove_deletes_a_cache_that_no_other_run_reads_or_keeps(tiny, tmp_path):
@@ -298,11 +294,8 @@ def test_remove_deletes_a_cache_that_no_other_run_reads_or_keeps(tiny, tmp_path)
 def test_runs_that_write_the_same_states_disturb_neither_each_other_nor_a_later_one(tiny, tmp_path):
     first, second = cache_of(tiny, tmp_path), cache_of(tiny, tmp_path)
     first.open()
-    half = first.directory / "0.1.partial"
-    half.write_bytes(b"half")
     extract(BackboneSource(tiny), second)
     extract(BackboneSource(tiny), first)
-    assert half.exists()
     del first
     second.remove()
     assert not second.directory.exists()
@@ -311,10 +304,9 @@ def test_runs_that_write_the_same_states_disturb_neither_each_other_nor_a_later_
 
 def test_states_that_cannot_be_written_or_read_are_an_error_with_a_remedy(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
-    shard = Shard(torch.zeros(4, 5, 32).bfloat16(), torch.tensor([5]), torch.tensor([0]))
     cache.directory.write_text("no folder")
-    with pytest.raises(SidelightError, match=r"Cannot write .*0\.safetensors.*for the cache"):
-        cache.write(shard)
+    with pytest.raises(SidelightError, match=r"Cannot write .*0\.safetensors.*SIDELIGHT_CACHE"):
+        cache.write({0: torch.zeros(4, 5, 32).bfloat16()})
     cache.directory.unlink()
     cache.open()
     (cache.directory / "0.safetensors").write_bytes(b"")

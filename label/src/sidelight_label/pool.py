@@ -24,7 +24,7 @@ from sidelight.probe import Probe
 from sidelight.progress import progress
 from sidelight.prompts import Reads
 from sidelight.standardisation import Standardisation
-from sidelight.states.cache import MEMORY_BYTES, ActivationCache, Pooled, write_tensors
+from sidelight.states.cache import MEMORY_BYTES, ActivationCache, Pooled, Shard, write_tensors
 from sidelight.states.extraction import BackboneSource, require_finite, shard_logits
 from sidelight.training.dataset import FOLDS, Folds, encode_shortened
 from sidelight.training.linear import LinearSolution, solve_linear
@@ -189,10 +189,15 @@ class Pool:
         files = [folder / f"{part:05d}.safetensors" for part in range(len(states))]
         missing = [part for part, file in enumerate(files) if not file.exists()]
         if missing:
-            tokens = sum(len(self.prompts[r]) for part in missing for r in states.plan.rows[part])
+            tokens = sum(len(self.prompts[row]) for part in missing for row in states.shards[part])
+            source = BackboneSource(self.backbone)
             with progress("Reading", tokens, unit="tokens") as shown:
-                for part, shard in BackboneSource(self.backbone).shards(states, missing, shown):
-                    require_finite(shard, dtype=self.backbone.fingerprint.dtype)
+                for part in missing:
+                    texts: dict[int, torch.Tensor] = {}
+                    for batch in source.states(states, states.shards[part], shown):
+                        require_finite(batch, dtype=self.backbone.fingerprint.dtype)
+                        texts |= batch
+                    shard = Shard.joined(texts)
                     pooled = shard.pooled(is_normalised=self._is_normalised)
                     logits = {
                         f"logits{number}": torch.from_numpy(shard_logits(probe, shard))

@@ -1,18 +1,19 @@
 """Hidden states of texts on disk, a file a text, that many probes train from.
 
-A text's file appears under its name only when it is whole, and a finished file is never written
-again, so an extraction that was killed continues where it stopped.
+A text's file appears under its name only when it is whole, so an extraction that was killed goes on
+where it stopped.
 """
 
 import fcntl
 import hashlib
-import os
 import shutil
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import torch
 from jaxtyping import Float, Int
@@ -27,7 +28,7 @@ from sidelight.ragged import weighted_sums
 from sidelight.standardisation import inverse_rms
 from sidelight.storage import replacing
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SHARD_BYTES = 512 * 2**20
 _BYTES_PER_VALUE = 2
 # Left free on the disk whatever the budget says.
@@ -56,13 +57,14 @@ class Shard:
 
     @staticmethod
     def joined(texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> "Shard":
-        """The states of each row, in their order."""
+        """The states of each row, in this order."""
         lengths = torch.tensor([hidden.shape[1] for hidden in texts.values()])
         return Shard(torch.cat([*texts.values()], 1), lengths, torch.tensor([*texts]))
 
-    def texts(self) -> Iterable[tuple[int, Float[Tensor, "layer token width"]]]:
-        """Each text's row and hidden states, as views."""
-        return zip(self.rows.tolist(), self.hidden.split(self.lengths.tolist(), 1), strict=True)
+    def texts(self) -> dict[int, Float[Tensor, "layer _ width"]]:
+        """The states of each row, as views."""
+        parts = self.hidden.split(self.lengths.tolist(), 1)
+        return dict(zip(self.rows.tolist(), parts, strict=True))
 
     def parts(self, cuts: Sequence[int]) -> Iterator["Shard"]:
         """The texts between each two cuts, as views."""
@@ -113,59 +115,17 @@ class Pooled:
         return Pooled(self.means[texts], self.lasts[texts])
 
 
-@dataclass(frozen=True)
-class ShardPlan:
-    """Which texts are computed and read together: fixed by the data.
-
-    Attributes:
-        rows: For each shard, the texts in it, in random order.
-        tokens: For each shard, how many tokens are stored.
-    """
-
-    rows: tuple[tuple[int, ...], ...]
-    tokens: tuple[int, ...]
-
-    @staticmethod
-    def of(lengths: Sequence[int], *, shard_tokens: int) -> "ShardPlan":
-        """Texts in a random but fixed order, cut where a shard is full."""
-        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
-        shards: list[list[int]] = [[]]
-        tokens = [0]
-        for row in order:
-            if shards[-1] and tokens[-1] + lengths[row] > shard_tokens:
-                shards.append([])
-                tokens.append(0)
-            shards[-1].append(row)
-            tokens[-1] += lengths[row]
-        return ShardPlan(tuple(map(tuple, shards)), tuple(tokens))
-
-
-class StateFolder:
-    """A folder with the states of each text in a file of its own."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-
-    def __contains__(self, name: str) -> bool:
-        return self._path(name).exists()
-
-    def write(self, name: str, hidden: Float[Tensor, "layer token width"]) -> None:
-        """Stores a text; it exists afterwards or, if killed, not at all."""
-        write_tensors({"hidden": hidden.contiguous()}, self._path(name))
-
-    def read(self, name: str) -> Float[Tensor, "layer token width"]:
-        """A text's states, mapped from disk."""
-        path = self._path(name)
-        try:
-            return load_file(path)["hidden"]
-        except (OSError, SafetensorError) as error:
-            raise SidelightError(
-                f"Cannot read the hidden states in {path}: {error}. Delete {self.directory}, and "
-                "run the same command again."
-            ) from error
-
-    def _path(self, name: str) -> Path:
-        return self.directory / f"{name}.safetensors"
+def random_shards(lengths: Sequence[int], *, tokens: int) -> list[list[int]]:
+    """Texts in a random but fixed order, cut before a shard would have more than ``tokens``."""
+    shards: list[list[int]] = [[]]
+    filled = 0
+    for row in torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist():
+        if shards[-1] and filled + lengths[row] > tokens:
+            shards.append([])
+            filled = 0
+        shards[-1].append(row)
+        filled += lengths[row]
+    return shards
 
 
 class ActivationCache:
@@ -174,7 +134,7 @@ class ActivationCache:
     Attributes:
         directory: The folder of the texts' files.
         lengths: The stored tokens of each text.
-        plan: Which texts are computed and read together.
+        shards: The texts that are read together.
         token_bytes: Size of a token.
 
     Args:
@@ -204,19 +164,16 @@ class ActivationCache:
         self.engine = engine
         self.memory_bytes = memory_bytes
         self.token_bytes = fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
-        shard_tokens = max(1, shard_bytes // self.token_bytes)
         self.lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
-        self.plan = ShardPlan.of(self.lengths, shard_tokens=shard_tokens)
+        self.shards = random_shards(self.lengths, tokens=max(1, shard_bytes // self.token_bytes))
         who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine, shard_bytes)
         names = [text_name(prompt, reads) for prompt in prompts]
         self.directory = root / hashlib.sha256(repr((who, names)).encode()).hexdigest()[:24]
-        self._texts = StateFolder(self.directory)
-        self._unlock: Callable[[], object] = lambda: None
-        self._readers: int | None = None
+        self._lock: IO[str] | None = None
 
     def __len__(self) -> int:
         """The number of shards."""
-        return len(self.plan.rows)
+        return len(self.shards)
 
     @property
     def bytes(self) -> int:
@@ -224,9 +181,8 @@ class ActivationCache:
         return self.token_bytes * sum(self.lengths)
 
     def missing(self) -> list[int]:
-        """Shards of which a text has not been written yet."""
-        shards = enumerate(self.plan.rows)
-        return [n for n, rows in shards if any(str(row) not in self._texts for row in rows)]
+        """The texts that have not been written yet, in the order of the shards."""
+        return [row for row in chain(*self.shards) if not self._path(row).exists()]
 
     def open(self, *, budget_bytes: int | None = None) -> list[int]:
         """Makes the folder, which other runs do not remove while this object exists.
@@ -235,41 +191,41 @@ class ActivationCache:
             budget_bytes: The most that this cache may take; None allows what the disk has.
 
         Returns:
-            The shards to write.
+            The texts to write, as ``missing`` gives them.
 
         Raises:
             SidelightError: They would not fit.
         """
-        if self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
-            # What a killed run left half written.
-            for partial in self.directory.glob("*.partial"):
-                partial.unlink()
-        self._lock(fcntl.LOCK_SH)
+        if self._lock is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.directory / _READERS).open("a")
+            weakref.finalize(self, self._lock.close)
+            _has_locked(self._lock, fcntl.LOCK_SH)
         missing = self.missing()
-        to_write = self.token_bytes * sum(self.plan.tokens[index] for index in missing)
+        to_write = self.token_bytes * sum(self.lengths[row] for row in missing)
         free = shutil.disk_usage(self.directory).free - _RESERVE_BYTES
         limit = free if budget_bytes is None else min(free, budget_bytes)
         if to_write > free or (missing and self.bytes > limit):
             raise SidelightError(
                 f"The hidden states need {self.bytes / 2**30:.1f} GiB, but only "
                 f"{max(limit, 0) / 2**30:.1f} GiB may be used at {self.directory.parent}. "
-                "Raise cache_budget=GIB, name another disk as cache=FOLDER, or use fewer rows "
-                "(limit=N)."
+                "Name another disk (SIDELIGHT_CACHE), use fewer rows, or in training raise "
+                "--set cache_budget=GIB."
             )
         return missing
 
-    def write(self, shard: Shard) -> None:
-        """Stores the texts of a shard."""
-        for row, hidden in shard.texts():
-            self._texts.write(str(row), hidden)
+    def write(self, texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> None:
+        """Stores the states of each row."""
+        for row, hidden in texts.items():
+            write_tensors({"hidden": hidden.contiguous()}, self._path(row))
 
     def text(self, row: int) -> Float[Tensor, "layer token width"]:
         """A text's states, mapped from disk."""
-        return self._texts.read(str(row))
+        return read_states(self._path(row))
 
     def read(self, index: int) -> Shard:
         """The texts of a shard."""
-        return Shard.joined({row: self.text(row) for row in self.plan.rows[index]})
+        return Shard.joined({row: self.text(row) for row in self.shards[index]})
 
     def keep(self) -> None:
         """Keeps the cache from ``remove``, also from that of other runs."""
@@ -280,27 +236,16 @@ class ActivationCache:
 
         While another run reads it nothing happens: it is left to that run's ``remove``.
         """
-        if not self.directory.exists() or (self.directory / _KEPT).exists():
+        if self._lock is None:
             return
-        if self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
+        is_kept = (self.directory / _KEPT).exists()
+        if not is_kept and _has_locked(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
             shutil.rmtree(self.directory, ignore_errors=True)
-        self._unlock()
-        self._readers = None
+        self._lock.close()
+        self._lock = None
 
-    def _lock(self, kind: int) -> bool:
-        """Whether the folder is locked now, as long as this object exists."""
-        if self._readers is None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._readers = os.open(self.directory / _READERS, os.O_RDWR | os.O_CREAT, 0o666)
-            self._unlock = weakref.finalize(self, os.close, self._readers)
-        try:
-            fcntl.flock(self._readers, kind)
-        except BlockingIOError:
-            return False
-        except OSError:
-            # A disk without locks.
-            return True
-        return True
+    def _path(self, row: int) -> Path:
+        return self.directory / f"{row}.safetensors"
 
 
 class States:
@@ -311,7 +256,8 @@ class States:
     Attributes:
         fingerprint: The backbone.
         reads: Which tokens of each text these are.
-        plan: Which texts are read together; each text once.
+        shards: The texts that are read together; each text once.
+        lengths: The stored tokens of each text.
 
     Args:
         cache: The cache that holds the texts.
@@ -323,42 +269,40 @@ class States:
         self.reads = cache.reads
         self._cache = cache
         self._rows = rows
-        lengths = [cache.lengths[row] for row in rows]
-        is_small = cache.token_bytes * sum(lengths) <= cache.memory_bytes
+        self.lengths = [cache.lengths[row] for row in rows]
+        is_small = cache.token_bytes * sum(self.lengths) <= cache.memory_bytes
         # All texts in another order are as many, but their labels are in that order.
-        if list(rows) == list(range(len(cache.lengths))):
-            self.plan = cache.plan
-        elif is_small:
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-            self.plan = ShardPlan((tuple(order),), (sum(lengths),))
+        if is_small and list(rows) != list(range(len(cache.lengths))):
+            self.shards = random_shards(self.lengths, tokens=sum(self.lengths))
         else:
             text_of = {row: text for text, row in enumerate(rows)}
-            shards = [[text_of[row] for row in held if row in text_of] for held in cache.plan.rows]
-            shards = [texts for texts in shards if texts]
-            self.plan = ShardPlan(
-                tuple(map(tuple, shards)),
-                tuple(sum(lengths[text] for text in texts) for texts in shards),
-            )
+            shards = ([text_of[row] for row in held if row in text_of] for held in cache.shards)
+            self.shards = [shard for shard in shards if shard]
         self._held = [cache.text(row).clone() for row in rows] if is_small else None
 
     def __len__(self) -> int:
         """The number of shards."""
-        return len(self.plan.rows)
+        return len(self.shards)
+
+    @property
+    def plan(self) -> SimpleNamespace:
+        tokens = [sum(self.lengths[text] for text in texts) for texts in self.shards]
+        return SimpleNamespace(rows=self.shards, tokens=tokens)
 
     def read(self, index: int) -> Shard:
         """The texts of a shard."""
-        return self._joined(self.plan.rows[index])
+        return self._joined(self.shards[index])
 
     def batches(self, index: int, *, size: int, shuffle: torch.Generator) -> Iterator[Shard]:
         """The texts of a shard as ``random_batches``."""
-        rows = self.plan.rows[index]
-        for start, stop in random_batches(len(rows), size=size, shuffle=shuffle):
-            yield self._joined(rows[start:stop])
+        texts = self.shards[index]
+        for start, stop in random_batches(len(texts), size=size, shuffle=shuffle):
+            yield self._joined(texts[start:stop])
 
     def _joined(self, texts: Sequence[int]) -> Shard:
-        if self._held is None:
-            return Shard.joined({text: self._cache.text(self._rows[text]) for text in texts})
-        return Shard.joined({text: self._held[text] for text in texts})
+        held = self._held
+        states = (held[t] if held else self._cache.text(self._rows[t]) for t in texts)
+        return Shard.joined(dict(zip(texts, states, strict=True)))
 
 
 def random_batches(texts: int, *, size: int, shuffle: torch.Generator) -> Iterator[tuple[int, int]]:
@@ -392,5 +336,32 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
             save_file(dict(tensors), partial)
     except (OSError, SafetensorError) as error:
         raise SidelightError(
-            f"Cannot write {path}: {error}. Free some space, or name another disk for the cache."
+            f"Cannot write {path}: {error}. Free some space, or name another disk "
+            "(SIDELIGHT_CACHE)."
         ) from error
+
+
+def read_states(path: Path) -> Float[Tensor, "layer token width"]:
+    """The states of a text, mapped from disk.
+
+    Raises:
+        SidelightError: The file is absent or broken.
+    """
+    try:
+        return load_file(path)["hidden"]
+    except (OSError, SafetensorError) as error:
+        raise SidelightError(
+            f"Cannot read the hidden states in {path}: {error}. Delete {path.parent}, and run the "
+            "same command again."
+        ) from error
+
+
+def _has_locked(file: IO[str], kind: int) -> bool:
+    """Whether a lock of this kind is held now; where the disk has no locks, always."""
+    try:
+        fcntl.flock(file, kind)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -3,8 +3,8 @@
 import shutil
 import tempfile
 import weakref
-from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,13 @@ from sidelight.probe import Probe
 from sidelight.progress import Progress, progress
 from sidelight.prompts import EncodedPrompt, Reads, shared_unread
 from sidelight.ragged import Ragged, by_length
-from sidelight.states.cache import ActivationCache, Shard, StateFolder, text_name
+from sidelight.states.cache import (
+    ActivationCache,
+    Shard,
+    read_states,
+    text_name,
+    write_tensors,
+)
 
 # More is not remembered by a ``SharedSource``.
 _SHARED_BYTES = 16 * 2**30
@@ -43,14 +49,14 @@ class StateSource(Protocol):
         """The longest text that it runs."""
         ...
 
-    def shards(
-        self, cache: ActivationCache, indices: Sequence[int], shown: Progress
-    ) -> Generator[tuple[int, Shard]]:
-        """Computes these shards of a cache, and gives each with its index when it is whole.
+    def states(
+        self, cache: ActivationCache, rows: Sequence[int], shown: Progress
+    ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
+        """Computes the states of these rows of a cache, and gives some of them at a time.
 
         Args:
-            cache: The cache, with its texts, their shards, and what is read of them.
-            indices: The shards to compute.
+            cache: The cache, with its texts and what is read of them.
+            rows: The texts to compute.
             shown: The progress bar, which advances by each token that has been run.
         """
         ...
@@ -63,7 +69,7 @@ def extract(
     budget_bytes: int | None = None,
     title: str = "Extracting",
 ) -> ActivationCache:
-    """Writes the missing shards; after a kill, a second call writes only the rest.
+    """Writes the missing texts; after a kill, a second call writes only the rest.
 
     Args:
         source: The engine that computes the hidden states.
@@ -72,7 +78,7 @@ def extract(
         title: Of the progress bar.
 
     Raises:
-        SidelightError: The shards would not fit the disk or the budget, a hidden state is not
+        SidelightError: The states would not fit the disk or the budget, a hidden state is not
             finite, or the cache is another engine's.
     """
     if cache.engine != source.engine:
@@ -80,27 +86,22 @@ def extract(
             f"This cache is for states of '{cache.engine}', but '{source.engine}' would fill it; "
             "the two round differently. Make the cache with engine=source.engine."
         )
-    if missing := cache.open(budget_bytes=budget_bytes):
-        _fill(source, cache, missing, title)
-    return cache
-
-
-def _fill(source: StateSource, cache: ActivationCache, missing: Sequence[int], title: str) -> None:
-    total = sum(len(cache.prompts[row]) for index in missing for row in cache.plan.rows[index])
-    # Writing overlaps the next shard's forward passes; one at a time, so two shards are in memory.
+    missing = cache.open(budget_bytes=budget_bytes)
+    if not missing:
+        return cache
+    # Writing overlaps the next forward pass; one at a time, so little is in memory.
     with (
         ThreadPoolExecutor(1) as writer,
-        progress(title, total, unit="tokens") as shown,
-        closing(source.shards(cache, missing, shown)) as shards,
+        progress(title, sum(len(cache.prompts[row]) for row in missing), unit="tokens") as shown,
+        closing(source.states(cache, missing, shown)) as batches,
     ):
-        pending: Future[None] | None = None
-        for _, shard in shards:
-            require_finite(shard, dtype=cache.fingerprint.dtype)
-            if pending is not None:
-                pending.result()
-            pending = writer.submit(cache.write, shard)
-        if pending is not None:
-            pending.result()
+        written = writer.submit(cache.write, {})
+        for texts in batches:
+            require_finite(texts, dtype=cache.fingerprint.dtype)
+            written.result()
+            written = writer.submit(cache.write, texts)
+        written.result()
+    return cache
 
 
 class BackboneSource:
@@ -109,38 +110,32 @@ class BackboneSource:
     engine = "transformers"
 
     def __init__(self, backbone: TransformersBackbone):
-        self._backbone = backbone
+        self.backbone = backbone
 
     @property
     def max_tokens(self) -> int:
         """The longest text that the backbone reads."""
-        return self._backbone.encoder.max_tokens
+        return self.backbone.encoder.max_tokens
 
-    def shards(
-        self, cache: ActivationCache, indices: Sequence[int], shown: Progress
-    ) -> Generator[tuple[int, Shard]]:
-        """Runs one shard after the other; what all texts begin with runs once a batch.
-
-        Batches are of texts of similar length, whose states go to the plan's random order.
-        """
-        can_share = self._backbone.can_share_prefixes
+    def states(
+        self, cache: ActivationCache, rows: Sequence[int], shown: Progress
+    ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
+        """Runs one batch after the other; what all texts begin with runs once a batch."""
+        layers, width = cache.fingerprint.layers, cache.fingerprint.width
+        can_share = self.backbone.can_share_prefixes
         shared = shared_unread(cache.prompts, cache.reads) if can_share else 0
-        for index in indices:
-            rows = cache.plan.rows[index]
-            prompts = [cache.prompts[row] for row in rows]
-            lengths = [cache.lengths[row] for row in rows]
-            shape = (cache.fingerprint.layers, sum(lengths), cache.fingerprint.width)
-            hidden = torch.empty(shape, dtype=torch.bfloat16)
-            texts = hidden.split(lengths, 1)
-            for batch in by_length([len(prompt) - shared for prompt in prompts]):
-                targets = [(texts[i], prompts[i].mask(cache.reads)[shared:]) for i in batch]
-                with self._backbone.tapped(partial(_keep_read, targets)):
-                    self._backbone.run([prompts[i] for i in batch], after=shared)
-                shown.advance(sum(len(prompts[i]) for i in batch))
-            yield index, Shard(hidden, torch.tensor(lengths), torch.tensor(rows))
+        for batch in by_length([len(cache.prompts[row]) - shared for row in rows]):
+            prompts = [cache.prompts[rows[i]] for i in batch]
+            masks = [prompt.mask(cache.reads)[shared:] for prompt in prompts]
+            shapes = ((layers, cache.lengths[rows[i]], width) for i in batch)
+            texts = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+            with self.backbone.tapped(partial(_keep_read, [*zip(texts, masks, strict=True)])):
+                self.backbone.run(prompts, after=shared)
+            shown.advance(sum(map(len, prompts)))
+            yield {rows[i]: hidden for i, hidden in zip(batch, texts, strict=True)}
 
 
-class SharedSource:
+class SharedSource(BackboneSource):
     """A backbone's forward passes, over each text once, for all caches of a process.
 
     Caches that overlap, as those of the folds of a cross-validation do, get the states of texts
@@ -152,42 +147,47 @@ class SharedSource:
         budget_bytes: If all states together would take more, the older ones are forgotten.
     """
 
-    engine = BackboneSource.engine
-
     def __init__(
         self, backbone: TransformersBackbone, root: Path, *, budget_bytes: int = _SHARED_BYTES
     ):
-        self.backbone = backbone
-        self._source = BackboneSource(backbone)
-        self._budget_bytes = budget_bytes
+        super().__init__(backbone)
         root.mkdir(parents=True, exist_ok=True)
-        self._texts = StateFolder(Path(tempfile.mkdtemp(prefix="shared-", dir=root)))
-        weakref.finalize(self, shutil.rmtree, self._texts.directory, ignore_errors=True)
+        self._folder = Path(tempfile.mkdtemp(prefix="shared-", dir=root))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._budget_bytes = budget_bytes
         self._bytes = 0
 
-    @property
-    def max_tokens(self) -> int:
-        """The longest text that the backbone reads."""
-        return self._source.max_tokens
+    def states(
+        self, cache: ActivationCache, rows: Sequence[int], shown: Progress
+    ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
+        """Runs the texts that are new, then gives each text."""
 
-    def shards(
-        self, cache: ActivationCache, indices: Sequence[int], shown: Progress
-    ) -> Generator[tuple[int, Shard]]:
-        """Runs the prompts that are new, then gives each shard."""
-        rows = {index: cache.plan.rows[index] for index in indices}
-        prompts = [cache.prompts[row] for texts in rows.values() for row in texts]
-        if not self._remember(prompts, cache.reads, shown):
-            yield from self._source.shards(cache, indices, shown)
-            return
-        for index, texts in rows.items():
-            yield (
-                index,
-                Shard.joined({row: self._read(cache.prompts[row], cache.reads) for row in texts}),
-            )
+        def size(texts: Iterable[int]) -> int:
+            return cache.token_bytes * sum(cache.lengths[row] for row in texts)
+
+        paths = {row: self._path(cache.prompts[row], cache.reads) for row in rows}
+        # Equal texts are one.
+        distinct = {path: row for row, path in paths.items()}
+        new = [row for path, row in distinct.items() if not path.exists()]
+        if self._bytes + size(new) > self._budget_bytes:
+            new = [*distinct.values()]
+            if size(new) > self._budget_bytes:
+                yield from super().states(cache, rows, shown)
+                return
+            for path in self._folder.iterdir():
+                path.unlink()
+            self._bytes = 0
+        self._bytes += size(new)
+        for texts in super().states(cache, new, shown):
+            for row, hidden in texts.items():
+                write_tensors({"hidden": hidden}, paths[row])
+        shown.advance(sum(len(cache.prompts[row]) for row in {*rows} - {*new}))
+        for row, path in paths.items():
+            yield {row: read_states(path)}
 
     def remembers(self, prompt: EncodedPrompt, reads: Reads) -> bool:
         """Whether the states of this prompt are known."""
-        return text_name(prompt, reads) in self._texts
+        return self._path(prompt, reads).exists()
 
     def logits(
         self, probe: Probe, prompts: Sequence[EncodedPrompt]
@@ -196,43 +196,14 @@ class SharedSource:
         logits = [np.empty((0, probe.task.outputs))]
         for start in range(0, len(prompts), _SCORED_TEXTS):
             chosen = prompts[start : start + _SCORED_TEXTS]
-            states = {i: self._read(prompt, probe.reads) for i, prompt in enumerate(chosen)}
-            logits.append(shard_logits(probe, Shard.joined(states)))
+            paths = (self._path(prompt, probe.reads) for prompt in chosen)
+            logits.append(
+                shard_logits(probe, Shard.joined(dict(enumerate(map(read_states, paths)))))
+            )
         return np.concatenate(logits)
 
-    def _remember(self, prompts: Sequence[EncodedPrompt], reads: Reads, shown: Progress) -> bool:
-        """Runs what is new; False if all of it would take more than the budget."""
-        wanted = {text_name(prompt, reads): prompt for prompt in prompts}
-        new = {name: prompt for name, prompt in wanted.items() if name not in self._texts}
-        part = self._part(new, reads)
-        if self._bytes + part.bytes > self._budget_bytes:
-            new, part = wanted, self._part(wanted, reads)
-            if part.bytes > self._budget_bytes:
-                return False
-            for path in self._texts.directory.iterdir():
-                path.unlink()
-            self._bytes = 0
-        shown.advance(sum(map(len, prompts)) - sum(map(len, new.values())))
-        if not new:
-            return True
-        self._bytes += part.bytes
-        names = [*new]
-        for _, shard in self._source.shards(part, range(len(part)), shown):
-            for row, hidden in shard.texts():
-                self._texts.write(names[row], hidden)
-        return True
-
-    def _part(self, prompts: Mapping[str, EncodedPrompt], reads: Reads) -> ActivationCache:
-        # Never filled: it says which texts are run together.
-        return ActivationCache(
-            self._texts.directory,
-            [*prompts.values()],
-            reads=reads,
-            fingerprint=self.backbone.fingerprint,
-        )
-
-    def _read(self, prompt: EncodedPrompt, reads: Reads) -> Float[Tensor, "layer _ width"]:
-        return self._texts.read(text_name(prompt, reads))
+    def _path(self, prompt: EncodedPrompt, reads: Reads) -> Path:
+        return self._folder / f"{text_name(prompt, reads)}.safetensors"
 
 
 @torch.inference_mode()
@@ -259,22 +230,19 @@ def _keep_read(
         states[layer] = text[: len(mask)][mask]
 
 
-def require_finite(shard: Shard, *, dtype: str) -> None:
+def require_finite(texts: Mapping[int, Float[Tensor, "layer _ width"]], *, dtype: str) -> None:
     """Refuses states that overflowed, and names the text."""
-    for layer, hidden in enumerate(shard.hidden):
-        broken = ~hidden.isfinite().all(1)
-        if broken.any():
-            # The token's text, by the texts that end before it.
-            token = int(broken.int().argmax())
-            text = int(torch.searchsorted(shard.lengths.cumsum(0), token, right=True))
+    for row, hidden in texts.items():
+        is_finite = hidden.isfinite().flatten(1).all(1)
+        if not is_finite.all():
             remedy = (
                 "Use a dtype with a larger range: --dtype bfloat16."
                 if dtype == "float16"
                 else "Look for broken weights in the model."
             )
             raise SidelightError(
-                f"Text {int(shard.rows[text]) + 1} has a hidden state at layer {layer} that is not "
-                f"a finite number in {dtype}. {remedy}"
+                f"Text {row + 1} has a hidden state at layer {int(is_finite.int().argmin())} that "
+                f"is not a finite number in {dtype}. {remedy}"
             )
 
 

@@ -127,7 +127,7 @@ class TokenSource:
     def all_layers(split: Split) -> "TokenSource":
         """The shards on disk, or one in memory if the split is part of a data set."""
         states = split.own_states()
-        sizes = tuple(len(rows) for rows in states.plan.rows)
+        sizes = tuple(map(len, states.shards))
         return TokenSource(sizes, states.read, torch.from_numpy(split.labels))
 
     def scaling(self) -> Standardisation:
