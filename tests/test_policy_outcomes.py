@@ -1,7 +1,6 @@
 """The table of outcomes in docs/policies.md is what a live server does."""
 
 import re
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -45,7 +44,6 @@ class Case:
 
     side: str
     rule: Rule = field(default_factory=Rule)
-    timeout_s: float | None = None
     fault: Callable[[Probe], None] = lambda probe: None
     at_pass: int = 0
     cut_at: int = 0
@@ -103,9 +101,6 @@ CASES = {
     "audit log cannot be written": Case("input", FLAGS_NONE, is_unaudited=True),
     "prompt's verdict is NaN": Case("input", FLAGS_NONE, fault=spoil),
     "prompt longer than `max_tokens`": Case("input", replace(FLAGS_NONE, max_tokens=3)),
-    "prompt's verdict later than `timeout_s`": Case(
-        "input", FLAGS_NONE, timeout_s=0.05, fault=lambda _: time.sleep(0.2), at_pass=1
-    ),
     "prompt's probe raises": Case("input", FLAGS_NONE, fault=derange),
     "response flagged midway": Case("output", Rule(threshold=THRESHOLD), cut_at=FLAGGED_AT),
     "flagged response shorter than the warm-up": Case(
@@ -171,7 +166,7 @@ def policy_of(case, cell):
     assert settings in ([], ['on_failure = "pass"'])
     own = replace(case.rule, mode=mode, on_failure="pass" if settings else "block")
     by_side = {"input": {"early": own}} if case.side == "input" else {"output": {"late": own}}
-    return Policy(timeout_s=case.timeout_s, **by_side)
+    return Policy(**by_side)
 
 
 def plain_outcome(http):

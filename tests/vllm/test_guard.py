@@ -63,7 +63,6 @@ class Llm:
     identity: str
     fails_at: int | None = None
     merged: int = 1
-    is_late: bool = False
     seen: list = field(default_factory=list)
     aborted: list = field(default_factory=list)
     errored = False
@@ -83,8 +82,6 @@ class Llm:
         self.output_processor.request_states[request_id] = state
         written, unread, kind = [], [], params.output_kind.name
         try:
-            if self.is_late:
-                await asyncio.Event().wait()
             reports = self.reports[: params.max_tokens]
             for number, report in enumerate(map(self.identified, reports)):
                 if number == self.fails_at:
@@ -206,11 +203,7 @@ def test_verdicts_that_failed_block_and_pass_where_a_rule_says_so(guarded):
         assert text_of(asked(guarded([bad] * 3, policy=lenient))[0]) == "FGH"
 
 
-def test_a_late_verdict_and_a_failing_engine_pass_nothing(guarded):
-    llm = guarded([], policy="timeout_s = 0.05\n" + OPEN, is_late=True)
-    outputs, error = asked(llm)
-    assert (outputs, "within 0.05 s" in str(error)) == ([], True)
-    assert llm.aborted
+def test_a_failing_engine_passes_nothing_more(guarded):
     outputs, error = asked(guarded([FINE] * 9, fails_at=5))
     assert text_of(outputs) == "FG"
     assert isinstance(error, RuntimeError)

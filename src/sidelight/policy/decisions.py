@@ -10,7 +10,7 @@ from sidelight.types import Judgement, Verdict
 
 Outcome = Literal["flagged", "passed", "failed", "unfinished"]
 Action = Literal["none", "flag", "route", "block", "fail_closed", "fail_open", "shadow"]
-Fault = Literal["request", "forbidden", "failed", "late"]
+Fault = Literal["request", "forbidden", "failed"]
 Agreement = Literal["same", "different", "failed"]
 
 
@@ -70,7 +70,7 @@ class PolicyError(SidelightError):
         decisions: On the prompt, if they led to the refusal.
         param: The field at fault.
         fault: Who is at fault: the ``request``, the key that it has (``forbidden``), or a probe
-            that ``failed`` or was ``late``.
+            that ``failed``.
     """
 
     def __init__(

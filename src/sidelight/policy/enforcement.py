@@ -3,19 +3,16 @@
 It knows an engine's events and nothing of HTTP, so that any server can enforce a policy with it.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sidelight.engines.base import Event, PromptJudged, ResponseScored, TextDelta, verdict_failure
-from sidelight.explanation import Explanation
 from sidelight.policy.decisions import Action, Decision, Fault, PolicyError, decide
 from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import BoundRule, Policy, Side
 from sidelight.prompts import Conversation, PlainText
-from sidelight.types import Judgement
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,6 @@ class Admitted:
 
     tokens: int
     decisions: tuple[Decision, ...]
-    explanations: tuple[Explanation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,8 @@ Passed = Admitted | TextDelta | Running | Ended
 class TextObserver(Protocol):
     """Records what happens to one text. An error that it raises ends the text."""
 
-    def prompt(self, event: PromptJudged | None, decisions: Sequence[Decision]) -> None:
-        """The prompt was judged, or (None) its verdicts did not come in time."""
+    def prompt(self, event: PromptJudged, decisions: Sequence[Decision]) -> None:
+        """The prompt was judged."""
 
     def read(self, event: Event) -> None:
         """The engine has written or judged more, whether or not it is sent."""
@@ -62,7 +58,6 @@ class Enforcement:
     Args:
         rules: One for every loaded probe, whether or not the client chose it.
         observe: Gives the observer of the text when the work on it begins.
-        timeout_s: Seconds that the prompt's verdicts may take if a rule blocks; None: no limit.
         tells_scores: Whether to pass what probes of the output say after each token.
 
     Attributes:
@@ -76,14 +71,12 @@ class Enforcement:
         rules: Sequence[BoundRule],
         observe: Callable[[Conversation], TextObserver],
         *,
-        timeout_s: float | None = None,
         tells_scores: bool = False,
     ):
         self._tells_scores = tells_scores
         self._input = [bound for bound in rules if bound.side == "input"]
         self._output = [bound for bound in rules if bound.side == "output"]
         self._observe = observe
-        self._timeout_s = timeout_s
         self._judged: PromptJudged | None = None
         self._decisions: tuple[Decision, ...] = ()
         self.admitted: Admitted | None = None
@@ -110,11 +103,12 @@ class Enforcement:
         """
         observer = self._observe(text)
         async with aclosing(events):
-            prompt = await self._prompt(events, observer)
+            prompt = await anext(events)
+            assert isinstance(prompt, PromptJudged)
             decisions = self._on_prompt(prompt)
             observer.prompt(prompt, decisions)
             _require_passed(prompt, decisions)
-            self.admitted = Admitted(prompt.tokens, decisions, prompt.explanations)
+            self.admitted = Admitted(prompt.tokens, decisions)
             yield self.admitted
             holding = HoldBack(self._output)
             has_told = False
@@ -151,25 +145,6 @@ class Enforcement:
     def _running(self, event: ResponseScored) -> Running:
         decisions = [decide(b, event.judgement, tokens=event.tokens) for b in self._output]
         return Running(event.tokens, tuple(replace(d, action="none") for d in decisions))
-
-    async def _prompt(
-        self, events: AsyncGenerator[Event, None], observer: TextObserver
-    ) -> PromptJudged:
-        closed = [bound for bound in self._input if bound.fails_closed]
-        try:
-            async with asyncio.timeout(self._timeout_s if closed else None):
-                event = await anext(events)
-        except TimeoutError as error:
-            decisions = [decide(bound, Judgement(), tokens=0) for bound in closed]
-            observer.prompt(None, decisions)
-            raise PolicyError(
-                f"No verdict from {_names(decisions)} within {self._timeout_s} s, and the policy "
-                "blocks what is not judged. Retry in a moment.",
-                code="verdict_failed",
-                fault="late",
-            ) from error
-        assert isinstance(event, PromptJudged)
-        return event
 
 
 def check_decisions(

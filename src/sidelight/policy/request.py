@@ -218,7 +218,6 @@ class Outcome:
             Enforcement(
                 terms.rules,
                 partial(terms.observe, is_prompt_known=number > 0),
-                timeout_s=terms.policy.timeout_s,
                 tells_scores=tells_scores,
             )
             for number in range(texts)

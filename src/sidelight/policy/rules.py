@@ -23,7 +23,6 @@ FAILED_LABEL = "verdict_failed"
 _Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
 _Count = Annotated[int, Field(ge=0, strict=True)]
 _Positive = Annotated[int, Field(ge=1, strict=True)]
-_Seconds = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,12 @@ class Policy:
     Attributes:
         input: By name of a probe that reads the prompt.
         output: By name of a probe that reads the response.
-        timeout_s: Seconds that a prompt's verdicts may take if a rule blocks; None: no limit.
         system_turns: Whether a conversation may begin with turns that no probe reads, the system's
             or a developer's; None: only if no rule blocks prompts.
     """
 
     input: Mapping[str, Rule] = field(default_factory=dict)
     output: Mapping[str, Rule] = field(default_factory=dict)
-    timeout_s: _Seconds | None = None
     system_turns: Literal["trust", "refuse"] | None = None
 
     @property

@@ -38,7 +38,7 @@ _KINDS: dict[type[SidelightError], tuple[int, str | None]] = {
     VerdictError: (500, "verdict_failed"),
 }
 # Status of a policy's refusal, by who is at fault.
-_FAULTS = {"request": 400, "forbidden": 403, "failed": 500, "late": 504}
+_FAULTS = {"request": 400, "forbidden": 403, "failed": 500}
 
 
 class RequestError(SidelightError):

@@ -184,16 +184,14 @@ class RequestTextObserver:
         self._judging_s: float | None = None
         self._has_ended = False
 
-    def prompt(self, event: PromptJudged | None, decisions: Sequence[Decision]) -> None:
+    def prompt(self, event: PromptJudged, decisions: Sequence[Decision]) -> None:
         self.check(event, decisions)
-        if event is not None:
-            self._metrics.time_to_verdict.observe(time.perf_counter() - self._start)
+        self._metrics.time_to_verdict.observe(time.perf_counter() - self._start)
 
-    def check(self, event: PromptJudged | None, decisions: Sequence[Decision]) -> None:
+    def check(self, event: PromptJudged, decisions: Sequence[Decision]) -> None:
         """As ``prompt``, for a text after which nothing is written."""
-        if event is not None:
-            self._metrics.prompt_tokens.inc(event.tokens)
-            self._metrics.judging.labels("input").observe(event.judging_s)
+        self._metrics.prompt_tokens.inc(event.tokens)
+        self._metrics.judging.labels("input").observe(event.judging_s)
         self._record(decisions)
 
     def read(self, event: Event) -> None:
