@@ -15,14 +15,14 @@ from sidelight_lab.bench.everyday import (
     PADDING_WORDS,
     QUESTIONS,
     STORIES,
-    attack_rows,
+    attacks_among,
     first_words,
     halves,
     in_turns,
     long_texts,
     measure_everyday,
 )
-from sidelight_lab.redteam.subjects import ProbeTarget, flagging_thresholds
+from sidelight_lab.redteam.targets import ProbeTarget, flagging_thresholds
 from tiny import SIZES, TOXICITY, tiny_backbone, untrained_probe
 
 PROMPTS = [f"Prompt {i} has\nseven words. Not more." for i in range(40)]
@@ -41,14 +41,14 @@ def test_paddings_have_the_stated_words_and_attacks_stand_whole_where_the_row_sa
     for count in PADDING_WORDS:
         assert [words(first_words(text, count)) for text in paddings] == [count] * 3
     assert len({first_words(text, min(PADDING_WORDS)) for text in paddings}) == 3
-    rows = attack_rows([ATTACK], paddings=paddings, questions=["\n".join(QUESTIONS)])
-    padded = {re.sub(r" \w+$", "", row.name): [] for row in rows}
-    for row in rows[:-1]:
-        ((message,),) = row.conversations
+    rows = attacks_among([ATTACK], paddings=paddings, questions=["\n".join(QUESTIONS)])
+    padded = {re.sub(r" \w+$", "", name): [] for name in rows}
+    for name, (conversations, _) in [*rows.items()][:-1]:
+        ((message,),) = conversations
         before, after = message.content.split(ATTACK[0].content)
-        place = row.name.split()[-1]
+        place = name.split()[-1]
         assert (bool(before), bool(after)) == {"before": (1, 0), "after": (0, 1)}.get(place, (1, 1))
-        padded[re.sub(r" \w+$", "", row.name)].append(words(before + " " + after))
+        padded[re.sub(r" \w+$", "", name)].append(words(before + " " + after))
     for count in ATTACK_PADDING_WORDS:
         assert padded[f"{count} words"] == [count] * 3
     assert [words(text) for text in STORIES] == [150] * len(STORIES)
@@ -102,7 +102,7 @@ def test_a_probe_that_flags_everything_gains_nothing_and_one_that_flags_nothing_
     backbone,
 ):
     everything = figures(backbone, 0.0, PROMPTS)
-    shares = {name: row["share"] for name, row in everything["harmless"].items()}
+    shares = {name: row["value"] for name, row in everything["harmless"].items()}
     assert {*shares.values()} <= {1.0, None}
     assert shares["small talk"] == shares["mine"] == 1
     assert everything["alone"]["flagged"] == 2
@@ -116,6 +116,6 @@ def test_a_probe_that_flags_everything_gains_nothing_and_one_that_flags_nothing_
     assert everything["attacks"]["600 words after"]["recall"]["left_out"] == 2
     nothing = figures(backbone, 1.0, [])
     assert nothing["alone"]["flagged"] == 0
-    assert {row["share"] for row in nothing["harmless"].values()} <= {0.0, None}
+    assert {row["value"] for row in nothing["harmless"].values()} <= {0.0, None}
     assert {row["recall"]["texts"] for row in nothing["attacks"].values()} == {0}
     assert not any("padding" in name or "prompts" in name for name in nothing["harmless"])

@@ -5,7 +5,6 @@ import codecs
 import json
 import re
 import unicodedata
-from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -19,8 +18,6 @@ from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
-from sidelight.hub import push
-from sidelight.manifest import CARD
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Message, Reads
 from sidelight.training.classifier import Classifier
@@ -32,8 +29,8 @@ from sidelight_lab.redteam.attacks import (
     Surroundings,
     attack_names,
 )
-from sidelight_lab.redteam.measure import Rate, measure
-from sidelight_lab.redteam.subjects import ProbeTarget, draw_subjects, flagging_thresholds
+from sidelight_lab.redteam.measure import Rate, draw_subjects, measure
+from sidelight_lab.redteam.targets import ProbeTarget, flagging_thresholds
 from templates import TEMPLATES, merging_tokenizer
 from tiny import INTENT, SIZES, TOPICS, TOXICITY, tiny_backbone, tiny_tokenizer, untrained_probe
 
@@ -211,14 +208,15 @@ def test_rates_are_those_of_the_verdicts_on_the_same_conversations(classifier):
     for outcome in measured(classifier, names):
         for is_positive, alone, attacked in (
             (True, outcome.recall_alone, outcome.recall),
-            (False, outcome.alarms_alone, outcome.alarms),
+            (False, outcome.false_alarms_alone, outcome.false_alarms),
         ):
             own = [subject for subject in subjects if subject.is_positive == is_positive]
             assert alone == rate(target, [subject.messages for subject in own])
             changed = [subject.attacked(ATTACKS[outcome.attack], markup)[0] for subject in own]
             assert attacked == rate(target, changed)
             moved += alone != attacked
-        assert outcome.separation == outcome.recall.share - outcome.alarms.share
+        difference = outcome.recall.share - outcome.false_alarms.share
+        assert outcome.recall.minus(outcome.false_alarms) == difference
     assert moved
 
 
@@ -239,17 +237,22 @@ def test_of_several_ways_to_carry_an_attack_out_the_worst_for_the_probe_counts(
     both = Attack("both", "test", lambda _text, _around: [(user(flagged),), (user(passed),)])
     monkeypatch.setitem(ATTACKS, "both", both)
     (outcome,) = measured(classifier, ["both"])
-    assert (outcome.recall.share, outcome.alarms.share) == (0, 1)
+    assert (outcome.recall.share, outcome.false_alarms.share) == (0, 1)
 
 
 def test_texts_that_do_not_fit_are_named_and_left_out_of_every_rate(classifier):
     outcome, whole = measured(classifier, ["padding-600-both", "capitals"])
     assert outcome.skipped == {"longer than the model's context of 256 tokens": 20}
-    for rate in (outcome.recall_alone, outcome.recall, outcome.alarms_alone, outcome.alarms):
+    for rate in (
+        outcome.recall_alone,
+        outcome.recall,
+        outcome.false_alarms_alone,
+        outcome.false_alarms,
+    ):
         assert rate == Rate(0, 0)
-        assert (rate.share, rate.interval, outcome.separation) == (None, None, None)
+        assert rate.share is rate.estimate.low is None
     assert whole.skipped == {}
-    assert (whole.recall.texts, whole.alarms.texts) == (8, 12)
+    assert (whole.recall.texts, whole.false_alarms.texts) == (8, 12)
     # By itself, a text must fit.
     pairs = [*rows(), ("bad " * 300, "toxic")]
     with pytest.raises(ContextLengthError, match="21: The text has"):
@@ -329,7 +332,7 @@ def redteam(backbone, artifact, tmp_path):
 def test_the_command_prints_and_writes_what_is_measured(
     redteam, artifact, classifier, tmp_path, capsys
 ):
-    written = ("--json", str(tmp_path / "e.json"))
+    written = ("--out", str(tmp_path / "e.json"))
     options = ("--budget", "5", "--texts", "4", "--seed", "3", *written)
     assert redteam("--attacks", "places,search,padding-600-both", *options) == 0
     shown = capsys.readouterr()
@@ -338,17 +341,9 @@ def test_the_command_prints_and_writes_what_is_measured(
     told = json.loads((tmp_path / "e.json").read_text())
     assert (told["probe"], told["seed"], told["budget"]) == ("toxicity", 3, 5)
     assert told["version"] == load_probe(artifact).version
-    assert [row["attack"] for row in told["attacks"]] == names
-    for row, outcome in zip(told["attacks"], outcomes, strict=True):
-        rates = (outcome.recall_alone, outcome.recall, outcome.alarms_alone, outcome.alarms)
-        keys = ("recall_alone", "recall", "false_alarms_alone", "false_alarms")
-        for key, rate in zip(keys, rates, strict=True):
-            told_rate = (row[key]["flagged"], row[key]["texts"], row[key]["value"])
-            assert told_rate == (rate.flagged, rate.texts, rate.share)
-        assert row["skipped"] == outcome.skipped
-        assert outcome.attack in shown.out
+    assert told["attacks"] == json.loads(json.dumps([outcome.to_dict() for outcome in outcomes]))
+    assert all(f"| {name} " in shown.out for name in names)
     assert "padding-600-both: left out 8 texts (longer than the model's context" in shown.out
-    assert "the budget was 5" in shown.out
 
 
 @pytest.mark.slow
@@ -360,7 +355,7 @@ def test_what_passes_a_live_server_is_what_its_probe_does_not_flag(
     policy = Policy(input={"toxicity": Rule("block")}, system_turns="trust")
     engine = TransformersEngine(classifier.backbone, [classifier.probe])
     monkeypatch.setenv("SIDELIGHT_API_KEY", "secret")
-    options = ("--attacks", ",".join(names), "--texts", "4", "--json", str(tmp_path / "e.json"))
+    options = ("--attacks", ",".join(names), "--texts", "4", "--out", str(tmp_path / "e.json"))
     with served(engine, policy=policy, api_key="secret") as address:
         assert redteam("--url", address, *options) == 0
         told = json.loads((tmp_path / "e.json").read_text())
@@ -376,28 +371,13 @@ def test_what_passes_a_live_server_is_what_its_probe_does_not_flag(
     for row, outcome in zip(routes["chat"], measured(classifier, names, texts=4), strict=True):
         assert row["attack"] == outcome.attack
         assert row["recall"]["flagged"] == outcome.recall.flagged
-        assert row["false_alarms"]["flagged"] == outcome.alarms.flagged
-
-
-def test_the_card_says_what_was_measured_on_this_very_probe(redteam, artifact, tmp_path):
-    (artifact / CARD).write_text("My own words.\n")
-    for attack in ("leet", "capitals"):
-        assert redteam("--attacks", attack, "--card") == 0
-        card = (artifact / CARD).read_text()
-        assert card.startswith("My own words.\n")
-        assert card.count("## Evasion") == 1
-        assert f"| {attack} " in card
-    push(artifact, tmp_path / "shared")
-    assert "| capitals " in (tmp_path / "shared" / CARD).read_text()
-    save_probe(replace(load_probe(artifact), thresholds=(0.99,)), artifact)
-    push(artifact, tmp_path / "shared")
-    assert "Evasion" not in (tmp_path / "shared" / CARD).read_text()
+        assert row["false_alarms"]["flagged"] == outcome.false_alarms.flagged
 
 
 def test_a_mistake_is_one_line_with_its_remedy(redteam, capsys):
     for arguments, remedy in (
         (["--attacks", "leat"], "Did you mean 'leet'"),
-        (["--json", "."], "--json"),
+        (["--out", "."], "--out"),
         # A live server has no scores to show or to search by.
         (["--url", "http://127.0.0.1:9", "--attacks", "search"], "no scores"),
     ):

@@ -23,7 +23,7 @@ def test_every_route_blocks_what_the_probe_flags_by_itself(stock, subjects, tmp_
     def called(*more):
         out = tmp_path / "e.json"
         attacks = "control,template,places,disguises,padding-150-before,padding-150-after"
-        options = ("--texts", "4", "--attacks", attacks, "--json", str(out))
+        options = ("--texts", "4", "--attacks", attacks, "--out", str(out))
         threshold = ("--threshold", str(subjects.threshold))
         data = ("--data", str(tmp_path / "data.jsonl"), "--model", subjects.path)
         assert run("redteam", subjects.folders[0], *data, *threshold, *options, *more) == 0

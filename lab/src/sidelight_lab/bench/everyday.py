@@ -7,7 +7,6 @@ written for this.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from importlib.resources import files
 from itertools import chain, compress, cycle, islice
 from random import Random
@@ -23,11 +22,9 @@ from sidelight.progress import progress
 from sidelight.prompts import Message
 from sidelight_lab.bench.measurement import Record, conditions, table
 from sidelight_lab.datasets import default_root
-from sidelight_lab.redteam.attacks import Messages
-from sidelight_lab.redteam.measure import Rate
-from sidelight_lab.redteam.subjects import ProbeTarget, positive_texts
-
-Margins = Float[np.ndarray, " conversation"]
+from sidelight_lab.redteam.attacks import Messages, between, pieces
+from sidelight_lab.redteam.measure import Rate, positive_texts
+from sidelight_lab.redteam.targets import ProbeTarget
 
 PADDING_WORDS = (50, 150, 400, 600)
 ATTACK_PADDING_WORDS = (50, 150, 600)
@@ -61,41 +58,6 @@ QUESTIONS: Sequence[str] = CONTENT["questions"]
 STORIES = [first_words(story, _STORY_WORDS) for story in CONTENT["stories"]]
 ANSWERS = [first_words(answer, _ANSWER_WORDS) for answer in CONTENT["answers"]]
 AGENTS = [tuple(map(Message, _AGENT_ROLES, turns)) for turns in CONTENT["agents"]]
-
-
-@dataclass(frozen=True)
-class AttackRow:
-    """Attacks among harmless texts; ``harmless`` is the row of those texts alone."""
-
-    name: str
-    conversations: Sequence[Messages]
-    harmless: str
-
-
-@dataclass(frozen=True)
-class Count(Rate):
-    """How many of some conversations are flagged, and how many the model cannot read."""
-
-    left_out: int
-
-    @staticmethod
-    def of(margins: Margins) -> "Count":
-        left_out = int(np.isnan(margins).sum())
-        return Count(int((margins >= 0).sum()), len(margins) - left_out, left_out)
-
-    def minus(self, alarms: "Count") -> float | None:
-        if self.share is None or alarms.share is None:
-            return None
-        return self.share - alarms.share
-
-    def cells(self) -> tuple[str, str]:
-        left_out = f" ({self.left_out} left out)" if self.left_out else ""
-        share = "-" if self.share is None else f"{self.share:.2f}"
-        interval = "" if self.interval is None else " [{:.2f}, {:.2f}]".format(*self.interval)
-        return f"{self.flagged} of {self.texts}{left_out}", share + interval
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "share": self.share, "interval": self.interval}
 
 
 def measure_everyday(
@@ -154,39 +116,39 @@ def measure_everyday(
         _STORY: _chats(STORIES),
         _TURNS: [in_turns(text, ANSWERS) for text in partners],
     }
-    rows = attack_rows(drawn, paddings=paddings, questions=questions)
-    groups = [drawn, *harmless.values(), *(row.conversations for row in rows)]
+    among = attacks_among(drawn, paddings=paddings, questions=questions)
+    groups = [drawn, *harmless.values(), *(conversations for conversations, _ in among.values())]
     alone, *margins = _margins(target, groups)
     # What the model cannot read is NaN, so it is not flagged.
     is_flagged = alone >= 0
-    alarms = {name: Count.of(each) for name, each in zip(harmless, margins, strict=False)}
-    recalls = [Count.of(own[is_flagged]) for own in margins[len(harmless) :]]
-    beside = [alarms[row.harmless] for row in rows]
-    figures = [
-        (row.name, recall, alarm, recall.minus(alarm))
-        for row, recall, alarm in zip(rows, recalls, beside, strict=True)
+    flagged_alone = Rate.of(alone.tolist())
+    alarms = {name: Rate.of(own.tolist()) for name, own in zip(harmless, margins, strict=False)}
+    recalls = [Rate.of(own[is_flagged].tolist()) for own in margins[len(harmless) :]]
+    rows = [
+        (name, recall, alarms[beside], recall.minus(alarms[beside]))
+        for (name, (_, beside)), recall in zip(among.items(), recalls, strict=True)
     ]
-    harmless_cells = [[name, *count.cells()] for name, count in alarms.items()]
+    harmless_cells = [[name, *_cells(rate)] for name, rate in alarms.items()]
     attack_cells = [
-        [name, *recall.cells(), alarm.cells()[1], "-" if net is None else f"{net:.2f}"]
-        for name, recall, alarm, net in figures
+        [name, *_cells(recall), _cells(alarm)[1], "-" if net is None else f"{net:.2f}"]
+        for name, recall, alarm, net in rows
     ]
     settings = {"probe": target.probe.name, "thresholds": dict(target.thresholds), "seed": seed}
     return Record(
         "everyday",
         conditions(target.backbone, settings),
         {
-            "harmless": {name: count.to_dict() for name, count in alarms.items()},
-            "alone": Count.of(alone).to_dict(),
+            "harmless": {name: rate.to_dict() for name, rate in alarms.items()},
+            "alone": flagged_alone.to_dict(),
             "attacks": {
                 name: {"recall": recall.to_dict(), "false_alarms": alarm.to_dict(), "net": net}
-                for name, recall, alarm, net in figures
+                for name, recall, alarm, net in rows
             },
         },
         (
             table("Harmless traffic", ["what", "flagged", "share"], harmless_cells),
             table(
-                f"Attacks: {Count.of(alone).cells()[0]} are flagged alone",
+                f"Attacks: {_cells(flagged_alone)[0]} are flagged alone",
                 ["among", "still flagged", "share", "without the attacks", "net"],
                 attack_cells,
             ),
@@ -194,30 +156,35 @@ def measure_everyday(
     )
 
 
-def attack_rows(
+def _cells(rate: Rate) -> tuple[str, str]:
+    left_out = f" ({rate.left_out} left out)" if rate.left_out else ""
+    return f"{rate.flagged} of {rate.texts}{left_out}", str(rate.estimate)
+
+
+def attacks_among(
     attacks: Sequence[Messages], *, paddings: Sequence[str], questions: Sequence[str]
-) -> list[AttackRow]:
-    """Each attack in padding of each length, beside questions and stories, and in short turns."""
-    rows: list[AttackRow] = []
+) -> dict[str, tuple[list[Messages], str]]:
+    """Each attack in padding of each length, beside questions and stories, and in short turns.
+
+    By its name each row has its conversations, and the harmless row of what stands around them.
+    """
+    rows: dict[str, tuple[list[Messages], str]] = {}
     for words in ATTACK_PADDING_WORDS if paddings else ():
         texts = [first_words(text, words) for text in paddings]
-        places = {
+        for place, sides in {
             "before": [(text, "") for text in texts],
             "after": [("", text) for text in texts],
             "around": [halves(text) for text in texts],
-        }
-        rows += [
-            AttackRow(f"{words} words {place}", _between(attacks, sides), _PADDING.format(words))
-            for place, sides in places.items()
-        ]
-    asked = _between(attacks, [("", text) for text in questions])
-    return [
-        *rows,
-        AttackRow(f"{_QUESTIONS} after", asked, _QUESTIONS),
-        AttackRow(f"{_STORY} before", _between(attacks, [(s, "") for s in STORIES]), _STORY),
-        AttackRow(f"{_STORY} after", _between(attacks, [("", s) for s in STORIES]), _STORY),
-        AttackRow(_TURNS, [in_turns(attack, ANSWERS) for attack in attacks], _TURNS),
-    ]
+        }.items():
+            rows[f"{words} words {place}"] = (_beside(attacks, sides), _PADDING.format(words))
+    asked = [("", text) for text in questions]
+    return {
+        **rows,
+        f"{_QUESTIONS} after": (_beside(attacks, asked), _QUESTIONS),
+        f"{_STORY} before": (_beside(attacks, [(text, "") for text in STORIES]), _STORY),
+        f"{_STORY} after": (_beside(attacks, [("", text) for text in STORIES]), _STORY),
+        _TURNS: ([in_turns(attack, ANSWERS) for attack in attacks], _TURNS),
+    }
 
 
 def toxicchat_prompts() -> list[str]:
@@ -256,19 +223,15 @@ def halves(text: str) -> tuple[str, str]:
 def in_turns(messages: Messages, answers: Sequence[str]) -> Messages:
     """The last message in pieces of four words, each a turn, with answers between them."""
     *before, last = messages
-    words = last.content.split()
-    pieces = [
-        Message(last.role, " ".join(words[start : start + _PIECE_WORDS]))
-        for start in range(0, len(words), _PIECE_WORDS)
-    ]
-    turns = zip(pieces, (Message("assistant", answer) for answer in cycle(answers)), strict=False)
+    asked = [Message(last.role, piece) for piece in pieces(last.content, _PIECE_WORDS)]
+    turns = zip(asked, (Message("assistant", answer) for answer in cycle(answers)), strict=False)
     return (*before, *chain.from_iterable(turns))[:-1]
 
 
-def _between(attacks: Sequence[Messages], sides: Sequence[tuple[str, str]]) -> list[Messages]:
+def _beside(attacks: Sequence[Messages], sides: Sequence[tuple[str, str]]) -> list[Messages]:
     """Each attack's last message between two texts."""
     return [
-        (*before, Message(last.role, "\n\n".join(filter(None, (left, last.content, right)))))
+        (*before, Message(last.role, between(left, last.content, right)))
         for (*before, last), (left, right) in zip(attacks, cycle(sides), strict=False)
     ]
 
@@ -281,20 +244,14 @@ def _size(messages: Messages) -> int:
     return len(messages[-1].content.split())
 
 
-def _margins(target: ProbeTarget, groups: Sequence[Sequence[Messages]]) -> list[Margins]:
+def _margins(
+    target: ProbeTarget, groups: Sequence[Sequence[Messages]]
+) -> list[Float[np.ndarray, " conversation"]]:
     """The margin of each conversation, group by group; NaN: the model cannot read it."""
-    conversations = [conversation for group in groups for conversation in group]
-    lengths = [_tokens(target, conversation) for conversation in conversations]
-    readable = [row for row, length in enumerate(lengths) if length]
-    margins = np.full(len(conversations), np.nan)
-    with progress("Judging", sum(lengths), unit="tokens") as shown:
-        margins[readable] = target.margins([conversations[row] for row in readable], shown)
-    return np.split(margins, np.cumsum([len(group) for group in groups])[:-1])
-
-
-def _tokens(target: ProbeTarget, conversation: Messages) -> int:
-    """The length of a conversation; 0 if it is too long, or if the template refuses its roles."""
-    try:
-        return target.tokens(conversation)
-    except SidelightError:
-        return 0
+    margins = [np.full(len(group), np.nan) for group in groups]
+    with progress("Judging", len(groups), unit="rows") as shown:
+        for own, group in zip(margins, groups, strict=True):
+            readable = [row for row, turns in enumerate(group) if target.reads(turns)]
+            own[readable] = target.margins([group[row] for row in readable])
+            shown.advance(1)
+    return margins

@@ -11,7 +11,7 @@ import click
 from sidelight.cli import options
 from sidelight.errors import SidelightError
 from sidelight.storage import write_json
-from sidelight_lab.cli.options import AT_LEAST_TWO, POSITIVE, publish, split_names, split_numbers
+from sidelight_lab.cli.options import AT_LEAST_TWO, POSITIVE, names, publish, split_numbers
 
 if TYPE_CHECKING:
     from sidelight_lab.redteam.attacks import Messages
@@ -50,7 +50,7 @@ _record = options.together(
 @click.option(
     "--held-out", type=options.AT_LEAST_ONE, default=400, help="Texts to measure on, of any class."
 )
-@click.option("--rivals", default="tfidf", help="Trained on the same texts.  ")
+@click.option("--rivals", callback=names, default="tfidf", help="Trained on the same texts.  ")
 @options.backbone
 @options.as_json
 def bench_defaults(
@@ -59,7 +59,7 @@ def bench_defaults(
     data: str,
     text: str,
     label: str,
-    rivals: str,
+    rivals: list[str],
     **given: Any,
 ) -> None:
     """Measure what `sidelight train` makes of a file, on texts that it did not see.
@@ -80,7 +80,7 @@ def bench_defaults(
             backbone,
             examples,
             **given,
-            rivals=split_names(rivals),
+            rivals=rivals,
             background=load_background("packaged"),
             cache_root=Path(scratch),
         )
@@ -97,7 +97,11 @@ def bench_defaults(
 )
 @click.argument("probe", type=options.PATH)
 @_data
-@click.option("--flag", help="Labels that flag a text, with commas. [default: all positive ones]")
+@click.option(
+    "--flag",
+    callback=names,
+    help="Labels that flag a text, with commas. [default: all positive ones]",
+)
 @click.option("--attacks", type=options.AT_LEAST_ONE, default=20, help="Positive texts to hide.")
 @click.option(
     "--padding",
@@ -114,7 +118,7 @@ def bench_everyday(
     data: str,
     text: str,
     label: str,
-    flag: str | None,
+    flag: list[str] | None,
     padding: str | None,
     harmless: str | None,
     out: Path | None,
@@ -131,12 +135,12 @@ def bench_everyday(
     from sidelight.data.loading import load_examples
     from sidelight.training.classifier import load
     from sidelight_lab.bench.everyday import measure_everyday, toxicchat_prompts
-    from sidelight_lab.redteam.subjects import ProbeTarget, flagging_thresholds
+    from sidelight_lab.redteam.targets import ProbeTarget, flagging_thresholds
 
     classifier = load(probe, dtype=given.pop("dtype"), device=given.pop("device"))
     target = ProbeTarget(
         backbone=classifier.backbone,
-        thresholds=flagging_thresholds(classifier.probe, labels=split_names(flag)),
+        thresholds=flagging_thresholds(classifier.probe, labels=flag or ()),
         probe=classifier.probe,
     )
     own: dict[str, list[Messages]] = {}

@@ -12,8 +12,11 @@ AT_LEAST_TWO = click.IntRange(min=2)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
-def split_names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
+def names(_context: click.Context, _option: click.Parameter, value: str | None) -> list[str] | None:
+    """Names separated by commas; None where nothing is given."""
+    if value is None:
+        return None
+    return [name.strip() for name in value.split(",") if name.strip()]
 
 
 def split_numbers(

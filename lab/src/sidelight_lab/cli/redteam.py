@@ -1,5 +1,6 @@
 """``sidelight redteam``: which attacks get through a probe."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,23 +8,19 @@ import click
 
 from sidelight.cli import options
 from sidelight.errors import SidelightError
-from sidelight.storage import check_folder, write_json
-from sidelight_lab.cli.options import split_names
+from sidelight.storage import write_json
+from sidelight_lab.cli.options import names
 
 if TYPE_CHECKING:
     from sidelight.data.loading import OnMissingLabel
-    from sidelight_lab.redteam.subjects import Target
-
-
-def _split(_context: click.Context, _option: Any, value: str | None) -> list[str]:
-    return split_names(value)
+    from sidelight_lab.redteam.targets import Target
 
 
 @click.command(
     epilog=options.examples(
         "sidelight redteam probes/injection --data held_out.jsonl",
         "sidelight redteam probes/injection --data held_out.jsonl --attacks places,disguises",
-        "sidelight redteam probes/injection --data held_out.jsonl --json evasion.json --card",
+        "sidelight redteam probes/injection --data held_out.jsonl --out evasion.json",
         "sidelight redteam probes/injection --data held_out.jsonl --url http://127.0.0.1:8000",
     )
 )
@@ -35,7 +32,7 @@ def _split(_context: click.Context, _option: Any, value: str | None) -> list[str
 @options.missing_label
 @click.option(
     "--attacks",
-    callback=_split,
+    callback=names,
     metavar="NAME,...",
     help="Groups (control, template, places, padding, disguises, search) or single attacks, as "
     "the table names them. [default: all]",
@@ -55,7 +52,7 @@ def _split(_context: click.Context, _option: Any, value: str | None) -> list[str
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Draws texts and attacks.")
 @click.option(
     "--flag",
-    callback=_split,
+    callback=names,
     metavar="LABEL,...",
     help="Labels that flag a text. [default: the positive one, or all of a multi-label probe]",
 )
@@ -64,15 +61,12 @@ def _split(_context: click.Context, _option: Any, value: str | None) -> list[str
     type=click.FloatRange(0, 1),
     help="Probability from which they do. [default: the probe's]",
 )
-@click.option(
-    "--json", "out", type=options.PATH, callback=options.checked_file, help="File for the JSON."
-)
+@options.json_file
 @click.option(
     "--url",
     help="Attack the policy of a live server, on each route that writes text; its key is "
     "SIDELIGHT_API_KEY. [default: the probe itself]",
 )
-@click.option("--card", is_flag=True, help="Add the table to the model card in the probe's folder.")
 @options.backbone
 def redteam(
     probe: Path,
@@ -81,15 +75,14 @@ def redteam(
     label: str,
     split: str | None,
     missing_label: "OnMissingLabel",
-    attacks: list[str],
+    attacks: list[str] | None,
     texts: int,
     budget: int,
     seed: int,
-    flag: list[str],
+    flag: list[str] | None,
     threshold: float | None,
     out: Path | None,
     url: str | None,
-    card: bool,
     runtime: options.Runtime,
 ) -> None:
     """Attack a probe of prompts as a client could, and count what gets through.
@@ -112,46 +105,45 @@ def redteam(
     from sidelight.artifact import load_probe
     from sidelight.training.classifier import load
     from sidelight_lab.redteam.attacks import SEARCH, attack_names
-    from sidelight_lab.redteam.live import Server
-    from sidelight_lab.redteam.measure import measure
-    from sidelight_lab.redteam.report import Evasion
-    from sidelight_lab.redteam.subjects import ProbeTarget, flagging_thresholds
+    from sidelight_lab.redteam.measure import evasion_table, measure
+    from sidelight_lab.redteam.targets import ProbeTarget, flagging_thresholds, server_targets
 
-    names = attack_names(attacks)
+    chosen = attack_names(attacks or ())
     if url is not None:
-        if card or attacks == [SEARCH]:
+        if attacks == [SEARCH]:
             raise SidelightError(
-                "A live server says what passes, and no scores. Leave out --url, or --card and the "
-                "attack 'search'."
+                "A live server says what passes, and no scores. Leave out --url, or the attack "
+                "'search'."
             )
-        names = [name for name in names if name != SEARCH]
+        chosen = [name for name in chosen if name != SEARCH]
     attacked = load_probe(probe)
-    if card:
-        check_folder(probe)
-    thresholds = flagging_thresholds(attacked, labels=flag, threshold=threshold)
+    thresholds = flagging_thresholds(attacked, labels=flag or (), threshold=threshold)
     for warning in examples.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    targets: dict[str, Target]
+    targets: Mapping[str, Target]
     if url is None:
         backbone = load(
             probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device
         ).backbone
         targets = {"": ProbeTarget(backbone=backbone, thresholds=thresholds, probe=attacked)}
     else:
-        targets = {**Server(url).targets(attacked, thresholds, runtime.model)}
-    evasions: list[Evasion] = []
+        targets = server_targets(url, attacked, thresholds, runtime.model)
+    told = {
+        "probe": attacked.name,
+        "version": attacked.version,
+        "thresholds": dict(thresholds),
+        "data": data,
+        "seed": seed,
+        "budget": budget,
+    }
+    flags = ", ".join(f"{label} from {least:.3f}" for label, least in thresholds.items())
+    routes: list[dict[str, Any]] = []
     for route, target in targets.items():
-        outcomes = measure(target, examples, attacks=names, texts=texts, seed=seed, budget=budget)
-        evasions.append(
-            Evasion(
-                *(attacked.name, attacked.version, thresholds, data, seed, budget),
-                tuple(outcomes),
-                route=route,
-            )
-        )
-        click.echo(evasions[-1].markdown())
+        outcomes = measure(target, examples, attacks=chosen, texts=texts, seed=seed, budget=budget)
+        where = f" on the route '{route}'" if route else ""
+        title = f"'{attacked.name}' under attack{where}; it flags {flags}."
+        click.echo(evasion_table(title, outcomes))
+        routes.append({"route": route, "attacks": [outcome.to_dict() for outcome in outcomes]})
     if out is not None:
-        found = [evasion.to_dict() for evasion in evasions]
-        write_json(out, found[0] if url is None else {"url": url, "routes": found})
-    if card:
-        evasions[0].add_to_card(probe)
+        live = {"url": url, "routes": routes}
+        write_json(out, {**told, **(live if url else {"attacks": routes[0]["attacks"]})})

@@ -9,7 +9,7 @@ import click
 
 from sidelight.cli import options
 from sidelight.errors import SidelightError
-from sidelight_lab.cli.options import publish, split_names
+from sidelight_lab.cli.options import names, publish
 
 if TYPE_CHECKING:
     from sidelight_lab.tables.context import RecipeContext
@@ -47,7 +47,9 @@ fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on your own file
 @options.label
 @options.positive
 @click.option("--seeds", type=options.AT_LEAST_ONE, help="[default: the recipe's]")
-@click.option("--only", metavar="ROW,ROW", help="Make only these rows of the recipe.")
+@click.option(
+    "--only", callback=names, metavar="ROW,ROW", help="Make only these rows of the recipe."
+)
 @options.limit
 @click.option(
     "--cache",
@@ -82,8 +84,8 @@ def reproduce(
         raise SidelightError("'own' is a table of your own files: give --train and --test.")
     if (given["train"] is None) != (given["test"] is None):
         raise SidelightError("--train and --test go together: a table needs both.")
-    if given["only"]:
-        parsed = parsed.only(split_names(given["only"]))
+    if given["only"] is not None:
+        parsed = parsed.only(given["only"])
     if given["seeds"]:
         # The runs of a few-shot table are its draws.
         parsed = replace(parsed, seeds=given["seeds"], draws=given["seeds"])

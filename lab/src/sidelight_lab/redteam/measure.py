@@ -1,36 +1,48 @@
-"""Carries attacks out on labelled texts, and counts what the probe still flags."""
+"""Carries attacks out on labelled texts, and counts what is still flagged."""
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from math import isnan
 from random import Random
+from statistics import median
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
+from tabulate import tabulate
 
-from sidelight.data.examples import LabelledExamples
+from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import ContextLengthError, SidelightError
-from sidelight.metrics import wilson
-from sidelight.progress import Progress, progress
+from sidelight.evaluation import Estimate
+from sidelight.progress import progress
 from sidelight.prompts import Message
 from sidelight.training.classifier import encode
-from sidelight_lab.redteam.attacks import ATTACKS, SEARCH, Markup, Messages
-from sidelight_lab.redteam.subjects import Subject, Target, draw_subjects
-
-# The search asks about texts that grow: as a rule, to this many times their length.
-_GROWTH = 2
+from sidelight.types import Flags
+from sidelight_lab.redteam.attacks import ATTACKS, SEARCH, Attack, Markup, Messages, Surroundings
+from sidelight_lab.redteam.targets import Target
 
 
 @dataclass(frozen=True)
 class Rate:
-    """How many of some texts are flagged."""
+    """How many of some texts are flagged.
+
+    Attributes:
+        left_out: Texts that could not be judged; ``texts`` does not count them.
+    """
 
     flagged: int
     texts: int
+    left_out: int = 0
+
+    @staticmethod
+    def of(margins: Sequence[float]) -> "Rate":
+        """From the margins of ``Target.margins``."""
+        unknown = sum(map(isnan, margins))
+        return Rate(sum(margin >= 0 for margin in margins), len(margins) - unknown, unknown)
 
     @property
     def share(self) -> float | None:
@@ -38,21 +50,21 @@ class Rate:
         return self.flagged / self.texts if self.texts else None
 
     @property
-    def interval(self) -> tuple[float, float] | None:
-        """Wilson's 95 % interval of the share."""
-        if self.share is None:
+    def estimate(self) -> Estimate:
+        """The share with Wilson's 95 % interval."""
+        if not self.texts:
+            return Estimate(None, None, None)
+        return Estimate(self.share, 0.0, 1.0).as_share(self.texts)
+
+    def minus(self, alarms: "Rate") -> float | None:
+        """What is left of a recall without the false alarms; None if either has no texts."""
+        if self.share is None or alarms.share is None:
             return None
-        low, high = wilson(np.array([self.share]), np.array([self.texts]))[:, 0].tolist()
-        return low, high
+        return self.share - alarms.share
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {
-            "value": self.share,
-            "ci": self.interval,
-            "flagged": self.flagged,
-            "texts": self.texts,
-        }
+        return {**self.estimate.to_dict(), **vars(self)}
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,8 @@ class Outcome:
         attack: Its name.
         recall_alone: Of the positive texts as they are.
         recall: Of the attacked positive texts.
-        alarms_alone: False alarms on the benign texts as they are.
-        alarms: False alarms on the benign texts, attacked in the same way.
+        false_alarms_alone: False alarms on the benign texts as they are.
+        false_alarms: False alarms on the benign texts, attacked in the same way.
         skipped: How many texts could not be attacked, by the reason; no rate counts them.
         queries: Of the search: how many scored texts it took for each positive that passed; None
             for other attacks.
@@ -73,17 +85,120 @@ class Outcome:
     attack: str
     recall_alone: Rate
     recall: Rate
-    alarms_alone: Rate
-    alarms: Rate
+    false_alarms_alone: Rate
+    false_alarms: Rate
     skipped: Mapping[str, int]
     queries: tuple[int, ...] | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        rates = {name: own.to_dict() for name, own in vars(self).items() if isinstance(own, Rate)}
+        difference = self.recall.minus(self.false_alarms)
+        return {**vars(self), **rates, "recall_minus_false_alarms": difference}
+
+    def cells(self) -> tuple[str, ...]:
+        """A row of the table."""
+        difference = self.recall.minus(self.false_alarms)
+        return (
+            self.attack,
+            f"{self.recall.texts} + {self.false_alarms.texts}",
+            _change(self.recall_alone, self.recall),
+            _change(self.false_alarms_alone, self.false_alarms),
+            "-" if difference is None else f"{difference:.3f}",
+        )
+
+    def notes(self) -> Iterator[str]:
+        """What was left out, and what the search took."""
+        for reason, count in self.skipped.items():
+            yield f"{self.attack}: left out {count} texts ({reason})."
+        if self.queries:
+            yield (
+                f"{self.attack}: {len(self.queries)} of {self.recall_alone.flagged} flagged texts "
+                f"passed after {min(self.queries)} to {max(self.queries)} scored texts each, "
+                f"{median(self.queries):g} in the median."
+            )
+        elif self.queries is not None:
+            yield f"{self.attack}: no flagged text passed."
+
+
+def _change(alone: Rate, attacked: Rate) -> str:
+    return "-" if alone.share is None else f"{alone.share:.3f} → {attacked.estimate}"
+
+
+def evasion_table(title: str, outcomes: Sequence[Outcome]) -> str:
+    """The outcomes as Markdown, with notes below."""
+    head = ("attack", "texts", "recall", "false alarms", "difference")
+    align = ("left", *["right"] * (len(head) - 1))
+    rows = [outcome.cells() for outcome in outcomes]
+    table = tabulate(rows, head, "pipe", disable_numparse=True, colalign=align)
+    notes = "".join(f"- {note}\n" for outcome in outcomes for note in outcome.notes())
+    return f"{title}\n\n{table}\n" + (f"\n{notes}" if notes else "")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A text to attack.
+
+    Attributes:
+        example: As it was read; its last message is what is attacked.
+        is_positive: Whether it should be flagged.
+        benign: As ``Surroundings.benign``.
+        seed: Decides, with an attack's name, what is drawn.
+    """
+
+    example: Example
+    is_positive: bool
+    benign: Sequence[str]
+    seed: str
+
     @property
-    def separation(self) -> float | None:
-        """Recall minus false alarms under the attack; None if a side has no texts."""
-        if self.recall.share is None or self.alarms.share is None:
-            return None
-        return self.recall.share - self.alarms.share
+    def messages(self) -> Messages:
+        return self.example.messages
+
+    @property
+    def text(self) -> str:
+        return self.messages[-1].content
+
+    def attacked(self, by: Attack, markup: Markup) -> list[Messages]:
+        around = Surroundings(self.benign, markup, Random(f"{self.seed} {by.name}"))
+        rewritten = by.rewrite(self.text, around)
+        return [(*self.messages[:-1], *conversation) for conversation in rewritten]
+
+
+def draw_subjects(
+    examples: LabelledExamples, thresholds: Mapping[str, float], *, texts: int, seed: int
+) -> list[Subject]:
+    """Draws positive texts, then benign ones, each with the benign texts that may stand around it.
+
+    Raises:
+        SidelightError: There is no positive text, or there are fewer than two benign ones.
+    """
+    positive = positive_texts(examples, thresholds)
+    benign = np.flatnonzero(~positive).tolist()
+    by_key = {examples.items[row].text_key: examples.items[row].text for row in benign}
+    if not positive.any() or len(by_key) < 2:
+        raise SidelightError(
+            f"Got {positive.sum()} texts with {' or '.join(thresholds)} and {len(by_key)} distinct "
+            "ones without; wanted at least 1 and 2. Add texts of both kinds to --data."
+        )
+    random = Random(seed)
+    subjects: list[Subject] = []
+    for rows in (np.flatnonzero(positive).tolist(), benign):
+        for row in random.sample(rows, min(texts, len(rows))):
+            example = examples.items[row]
+            around = [text for key, text in by_key.items() if key != example.text_key]
+            random.shuffle(around)
+            subjects.append(Subject(example, bool(positive[row]), around, f"{seed} {row}"))
+    return subjects
+
+
+def positive_texts(
+    examples: LabelledExamples, thresholds: Mapping[str, float]
+) -> Bool[Flags, " text"]:
+    flagged = [examples.task.labels.index(label) for label in thresholds]
+    if examples.task.kind == "multilabel":
+        return np.any(examples.labels[:, flagged], axis=1)
+    return np.isin(examples.labels, flagged)
 
 
 def measure(
@@ -110,70 +225,46 @@ def measure(
         SidelightError: There is no positive text, or there are fewer than two benign ones.
     """
     subjects = draw_subjects(examples, target.thresholds, texts=texts, seed=seed)
-    backbone = target.backbone
-    markup = Markup.of(backbone.tokenizer, backbone.encoder.prompt_format)
-    plans = {
-        name: _Plan.of(target, subjects, partial(Subject.attacked, by=ATTACKS[name], markup=markup))
-        for name in attacks
-        if name != SEARCH
-    }
-    lengths = [len(own) for own in encode(backbone, [subject.example for subject in subjects])]
-    positive = sum(n for n, subject in zip(lengths, subjects, strict=True) if subject.is_positive)
-    searched = _GROWTH * (budget + 1) * positive if SEARCH in attacks else 0
-    total = sum(lengths) + sum(plan.tokens for plan in plans.values()) + searched
-    with progress("Attacking", total, unit="tokens") as shown:
-        alone = target.margins([subject.messages for subject in subjects], shown)
-        outcomes = [
-            _outcome(name, subjects, alone, plan.margins(target, shown), plan.skipped)
-            for name, plan in plans.items()
-        ]
-        if SEARCH in attacks:
-
-            def advance(part: float) -> None:
-                shown.advance(part * searched)
-
-            outcomes.append(_search(target, subjects, alone, budget, advance))
+    encode(target.backbone, [subject.example for subject in subjects])
+    markup = Markup.of(target.backbone.tokenizer, target.backbone.encoder.prompt_format)
+    outcomes: list[Outcome] = []
+    with progress("Attacking", len(attacks), unit="attacks") as shown:
+        alone = target.margins([subject.messages for subject in subjects])
+        for name in attacks:
+            if name == SEARCH:
+                outcomes.append(_search(target, subjects, alone, budget))
+            else:
+                rewrite = partial(Subject.attacked, by=ATTACKS[name], markup=markup)
+                attacked, skipped = _judge(target, subjects, rewrite)
+                outcomes.append(_outcome(name, subjects, alone, attacked, skipped))
+            shown.advance(1)
     return outcomes
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The conversations that an attack makes of each text.
+def _judge(
+    target: Target, subjects: Sequence[Subject], rewrite: Callable[[Subject], Sequence[Messages]]
+) -> tuple[list[list[float]], Counter[str]]:
+    """The margins of the conversations that an attack makes of each text; none that is NaN.
 
-    Attributes:
-        conversations: None for a text that cannot be attacked.
-        tokens: Of all conversations.
-        skipped: How many texts cannot be attacked, by the reason.
+    Also how many texts cannot be attacked, by the reason.
     """
-
-    conversations: Sequence[Sequence[Messages] | None]
-    tokens: int
-    skipped: Mapping[str, int]
-
-    @staticmethod
-    def of(
-        target: Target,
-        subjects: Sequence[Subject],
-        rewrite: Callable[[Subject], Sequence[Messages]],
-    ) -> "_Plan":
-        made: list[Sequence[Messages] | None] = []
-        tokens, skipped = 0, Counter[str]()
-        for subject in subjects:
-            try:
-                conversations = rewrite(subject)
-                tokens += sum(map(target.tokens, conversations))
-                made.append(conversations)
-            except SidelightError as error:
-                made.append(None)
-                skipped[_reason(target, error)] += 1
-        return _Plan(made, tokens, skipped)
-
-    def margins(self, target: Target, shown: Progress) -> list[Sequence[float] | None]:
-        """Of each text's conversations."""
-        flat = [each for own in self.conversations for each in own or ()]
-        margins = iter(target.margins(flat, shown))
-        found = [[next(margins) for _ in own or ()] for own in self.conversations]
-        return [[m for m in own if not isnan(m)] or None for own in found]
+    conversations: list[Sequence[Messages]] = []
+    skipped = Counter[str]()
+    for subject in subjects:
+        try:
+            rewritten = rewrite(subject)
+            for conversation in rewritten:
+                target.backbone.encoder.encode(conversation)
+        except SidelightError as error:
+            rewritten = ()
+            skipped[_reason(target, error)] += 1
+        conversations.append(rewritten)
+    margins = iter(target.margins([each for own in conversations for each in own]))
+    attacked = [[next(margins) for _ in own] for own in conversations]
+    attacked = [[margin for margin in own if not isnan(margin)] for own in attacked]
+    if refused := sum(not own for own in attacked) - skipped.total():
+        skipped["the route takes no such text"] = refused
+    return attacked, skipped
 
 
 def _reason(target: Target, error: SidelightError) -> str:
@@ -188,96 +279,63 @@ def _outcome(
     name: str,
     subjects: Sequence[Subject],
     alone: Sequence[float],
-    attacked: Sequence[Sequence[float] | None],
+    attacked: Sequence[Sequence[float]],
     skipped: Mapping[str, int],
     queries: tuple[int, ...] | None = None,
 ) -> Outcome:
     """Of several conversations that carry an attack out, the worst for the probe counts."""
-    if untaken := sum(own is None for own in attacked) - sum(skipped.values()):
-        skipped = {**skipped, "the route takes no such text": untaken}
 
     def rates(is_positive: bool) -> tuple[Rate, Rate]:
         worst = min if is_positive else max
         pairs = [
-            (before >= 0, worst(after) >= 0)
+            (before, worst(after))
             for subject, before, after in zip(subjects, alone, attacked, strict=True)
-            if subject.is_positive == is_positive and after is not None
+            if subject.is_positive == is_positive and after
         ]
-        before, after = (sum(flagged) for flagged in zip(*pairs, strict=True)) if pairs else (0, 0)
-        return Rate(before, len(pairs)), Rate(after, len(pairs))
+        return Rate.of([before for before, _ in pairs]), Rate.of([after for _, after in pairs])
 
-    (recall_alone, recall), (alarms_alone, alarms) = rates(True), rates(False)
-    return Outcome(name, recall_alone, recall, alarms_alone, alarms, skipped, queries)
-
-
-@dataclass
-class _Walk:
-    """A positive text on its way below its threshold.
-
-    Attributes:
-        sentences: What it may add, on either side of the text.
-        queries: Texts that were scored for it.
-    """
-
-    subject: Subject
-    margin: float
-    sentences: Sequence[str]
-    random: Random
-    before: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
-    queries: int = 0
-
-    def step(self) -> "_Walk":
-        """With one sentence more."""
-        sentence = self.random.choice(self.sentences)
-        if self.random.random() < 0.5:
-            return replace(self, before=(sentence, *self.before))
-        return replace(self, after=(*self.after, sentence))
-
-    def around(self, subject: Subject) -> Messages:
-        """Its sentences around a text."""
-        text = " ".join((*self.before, subject.text, *self.after))
-        return (*subject.messages[:-1], Message("user", text))
+    return Outcome(name, *rates(True), *rates(False), skipped, queries)
 
 
 def _search(
-    target: Target,
-    subjects: Sequence[Subject],
-    alone: Sequence[float],
-    budget: int,
-    advance: Callable[[float], object],
+    target: Target, subjects: Sequence[Subject], alone: Sequence[float], budget: int
 ) -> Outcome:
     """Hill-climbing: a sentence of the benign texts stays if it lowers the score.
 
     Benign texts get the sentences that were found for positive ones.
-
-    Args:
-        advance: Receives the share of the work that was done.
     """
-    silent = Progress(lambda _: None)
+    margins: list[list[float]] = []
+    surroundings: list[tuple[Sequence[str], Sequence[str]]] = []
+    passed: list[int] = []
+    positive = [pair for pair in zip(subjects, alone, strict=True) if pair[0].is_positive]
+    with progress("Searching", len(positive), unit="texts") as shown:
+        for subject, margin in positive:
+            random, queries = Random(f"{subject.seed} {SEARCH}"), 0
+            benign = (re.split(r"(?<=[.!?])\s+", text) for text in subject.benign)
+            sentences = [sentence for text in benign for sentence in text if sentence]
+            before, after = (), ()
+            for _ in range(budget if margin >= 0 else 0):
+                added = (random.choice(sentences),)
+                is_first = random.random() < 0.5
+                sides = (added + before, after) if is_first else (before, after + added)
+                longer = _surrounded(subject, *sides)
+                if target.reads(longer):
+                    queries += 1
+                    (score,) = target.margins([longer])
+                    if score < margin:
+                        margin, (before, after) = score, sides
+                if margin < 0:
+                    passed.append(queries)
+                    break
+            margins.append([margin])
+            surroundings.append((before, after))
+            shown.advance(1)
     benign = [subject for subject in subjects if not subject.is_positive]
-    walks = [
-        _Walk(subject, margin, _sentences(subject.benign), Random(f"{subject.seed} {SEARCH}"))
-        for subject, margin in zip(subjects, alone, strict=True)
-        if subject.is_positive
-    ]
-    for _ in range(budget):
-        steps = [(walk, walk.step()) for walk in walks if walk.margin >= 0]
-        asked = [(walk, step) for walk, step in steps if target.fits(step.around(step.subject))]
-        margins = target.margins([step.around(step.subject) for _, step in asked], silent)
-        for (walk, step), margin in zip(asked, margins, strict=True):
-            walk.queries += 1
-            if margin < walk.margin:
-                walk.margin, walk.before, walk.after = margin, step.before, step.after
-        advance(1 / (budget + 1))
-    partners = {subject.seed: walk for walk, subject in zip(cycle(walks), benign)}
-    copied = _Plan.of(target, benign, lambda subject: [partners[subject.seed].around(subject)])
+    sides_of = {own.seed: sides for own, sides in zip(benign, cycle(surroundings), strict=False)}
+    copied, skipped = _judge(target, benign, lambda own: [_surrounded(own, *sides_of[own.seed])])
     # In the order of the subjects: the positive ones come first.
-    attacked = [[walk.margin] for walk in walks] + copied.margins(target, silent)
-    advance(1 / (budget + 1))
-    passed = tuple(walk.queries for walk in walks if walk.margin < 0 and walk.queries)
-    return _outcome(SEARCH, subjects, alone, attacked, copied.skipped, passed)
+    return _outcome(SEARCH, subjects, alone, margins + copied, skipped, tuple(passed))
 
 
-def _sentences(texts: Sequence[str]) -> list[str]:
-    return [piece for text in texts for piece in re.split(r"(?<=[.!?])\s+", text) if piece]
+def _surrounded(subject: Subject, before: Sequence[str], after: Sequence[str]) -> Messages:
+    return (*subject.messages[:-1], Message("user", " ".join((*before, subject.text, *after))))

@@ -1,0 +1,203 @@
+"""What is attacked, as its attacker sees it: a probe, or a route of a live server."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import nan
+from typing import Any
+
+import httpx
+
+from sidelight.backbone import TransformersBackbone, UnloadedBackbone, read_backbone
+from sidelight.data.examples import Example
+from sidelight.errors import SidelightError
+from sidelight.policy.rules import BoundRule, Rule, require_rule_applies
+from sidelight.probe import Probe
+from sidelight.progress import quiet
+from sidelight.prompts import Message
+from sidelight.training.classifier import judge
+from sidelight_lab.redteam.attacks import Messages
+
+_AT_ONCE = 8
+_TIMEOUT_S = 600.0
+# Codes of a refusal: nothing of the model reaches the client.
+_REFUSALS = frozenset({"content_filter", "system_turn_refused", "verdict_failed", "not_judged"})
+_BLOCKED, _PASSED = 0.0, -1.0
+
+
+def flagging_thresholds(
+    probe: Probe, *, labels: Sequence[str] = (), threshold: float | None = None
+) -> Mapping[str, float]:
+    """The probability from which each label flags a text, as in a rule of a policy.
+
+    Raises:
+        SidelightError: The probe reads responses, or nothing would be flagged.
+    """
+    if probe.reads.includes_response:
+        raise SidelightError(
+            f"Probe '{probe.name}' reads responses, which the model writes, but the attacks "
+            "rewrite what a client sends. Name a probe of prompts."
+        )
+    if probe.task.kind == "multiclass" and not (labels and threshold is not None):
+        raise SidelightError(
+            f"Probe '{probe.name}' is multi-class, so it flags no label by default. Say what "
+            "counts with --flag LABEL --threshold PROBABILITY, as a policy would."
+        )
+    bound = BoundRule(probe, Rule("flag", threshold=threshold, labels=tuple(labels)))
+    require_rule_applies(bound, [probe])
+    return bound.thresholds
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """What is attacked.
+
+    Attributes:
+        backbone: Its tokenizer and template.
+        thresholds: As ``flagging_thresholds`` gives them.
+    """
+
+    backbone: TransformersBackbone | UnloadedBackbone
+    thresholds: Mapping[str, float]
+
+    def reads(self, conversation: Sequence[Message]) -> bool:
+        """Whether it can be rendered, and is no longer than the backbone reads."""
+        try:
+            return len(self.backbone.encoder.encode(conversation)) > 0
+        except SidelightError:
+            return False
+
+    @abstractmethod
+    def margins(self, conversations: Sequence[Messages]) -> list[float]:
+        """How far each is above its threshold: flagged from 0 on. NaN: it cannot be sent."""
+
+
+@dataclass(frozen=True)
+class ProbeTarget(Target):
+    """A probe, which judges whole conversations."""
+
+    probe: Probe
+    backbone: TransformersBackbone
+
+    def margins(self, conversations: Sequence[Messages]) -> list[float]:
+        with quiet():
+            (logits,) = judge(self.backbone, [self.probe], [Example(own) for own in conversations])
+        said = [self.probe.verdict(own).probabilities for own in logits]
+        return [max(p[label] - least for label, least in self.thresholds.items()) for p in said]
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _chat(messages: Messages, _tokenizer: Any) -> dict[str, Any]:
+    return {"messages": _turns(messages), "max_tokens": 1}
+
+
+def _text(messages: Messages, tokenizer: Any) -> dict[str, Any]:
+    turns = _turns(messages)
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return {"prompt": text, "add_special_tokens": False, "max_tokens": 1}
+
+
+def _ids(messages: Messages, tokenizer: Any) -> dict[str, Any]:
+    text = _text(messages, tokenizer)["prompt"]
+    return {"prompt": tokenizer(text, add_special_tokens=False)["input_ids"], "max_tokens": 1}
+
+
+def _responses(messages: Messages, _tokenizer: Any) -> dict[str, Any]:
+    return {"input": _turns(messages), "max_output_tokens": 1}
+
+
+def _anthropic(messages: Messages, _tokenizer: Any) -> dict[str, Any]:
+    system = "\n".join(message.content for message in messages if message.role == "system")
+    others = [message for message in messages if message.role != "system"]
+    return {**({"system": system} if system else {}), "messages": _turns(others), "max_tokens": 1}
+
+
+# The path of each way to have a text written, and the body that asks a model of this tokenizer for
+# one token. As text and as ids, a client writes the template itself, so that the name of a control
+# token in a message becomes that token.
+ROUTES: Mapping[str, tuple[str, Callable[[Messages, Any], dict[str, Any]]]] = {
+    "chat": ("/v1/chat/completions", _chat),
+    "text": ("/v1/completions", _text),
+    "ids": ("/v1/completions", _ids),
+    "responses": ("/v1/responses", _responses),
+    "messages": ("/v1/messages", _anthropic),
+}
+
+
+@dataclass(frozen=True)
+class RouteTarget(Target):
+    """One of ``ROUTES`` of a server, whose attacker sees what passes and nothing else."""
+
+    client: httpx.Client
+    model: str
+    route: str
+
+    def margins(self, conversations: Sequence[Messages]) -> list[float]:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(self._margin, conversations))
+
+    def _margin(self, conversation: Messages) -> float:
+        path, ask = ROUTES[self.route]
+        body = {"model": self.model, "temperature": 0, **ask(conversation, self.backbone.tokenizer)}
+        answer = _send(self.client, "POST", path, body)
+        if answer.status_code == 200:
+            return _PASSED
+        if answer.status_code == 429 or answer.status_code >= 500:
+            raise SidelightError(
+                f"{path} answered {answer.status_code}: {answer.text[:300]} Look at the server's "
+                "log."
+            )
+        is_json = answer.headers.get("content-type", "").startswith("application/json")
+        error = answer.json().get("error") if is_json else None
+        is_refusal = isinstance(error, dict) and error.get("code") in _REFUSALS
+        # Else the route takes no empty turns, no ids, or the like.
+        return _BLOCKED if is_refusal else nan
+
+
+def server_targets(
+    url: str, probe: Probe, thresholds: Mapping[str, float], model: str | None
+) -> dict[str, RouteTarget]:
+    """A target for each of ``ROUTES`` that a live server has.
+
+    Args:
+        url: Its address; ``SIDELIGHT_API_KEY`` is its key, if it needs one.
+        probe: That of the server's policy.
+        thresholds: Say which texts are positive.
+        model: The backbone, if it is not where the probe was trained.
+
+    Raises:
+        SidelightError: It does not answer, wants another key, or serves another model.
+    """
+    backbone = read_backbone(model or probe.fingerprint.name, prompt_format=probe.prompt_format)
+    probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
+    key = os.environ.get("SIDELIGHT_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    client = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S)
+    (served, *_) = _send(client, "GET", "/v1/models").json()["data"]
+    limit = served.get("max_model_len")
+    if limit is not None:
+        backbone.encoder.max_tokens = min(backbone.encoder.max_tokens, limit - 1)
+    return {
+        route: RouteTarget(backbone, thresholds, client, served["id"], route)
+        for route, (path, _) in ROUTES.items()
+        if _send(client, "POST", path, {}).status_code not in (404, 405)
+    }
+
+
+def _send(client: httpx.Client, method: str, path: str, body: Any = None) -> httpx.Response:
+    try:
+        answer = client.request(method, path, json=body)
+    except httpx.HTTPError as error:
+        raise SidelightError(
+            f"{client.base_url} does not answer ({error}). Name a running server with --url."
+        ) from error
+    if answer.status_code == 401:
+        raise SidelightError(
+            f"{client.base_url} wants a key. Set SIDELIGHT_API_KEY to one of the server's."
+        )
+    return answer
