@@ -2,7 +2,7 @@
 
 A text that is left out says nothing about new texts if another version of it was trained on, so
 splits and folds keep such texts together. Two texts are alike by the cosine of their character
-4-grams, where digits count as one and the same.
+4-grams, where all numbers count as one and the same.
 """
 
 import re
@@ -23,12 +23,9 @@ _PARTS = 5
 # Of a long text so many stretches are compared.
 _MOST_CHARACTERS, _STRETCHES = 1000, 8
 _FEATURES = 2**16
-# With more texts, cosines are those of random projections; their error is .02 at .75.
-_EXACT_TEXTS = 2000
-_DIMENSIONS: Any = 512
-# More texts are compared within parts of neighbours in the alphabet: 10 s a part on one core.
+# More texts are compared within parts of neighbours in the alphabet: a minute a part on one core.
 _MOST_TEXTS = 20_000
-_BLOCK = 512
+_MEMORY_MIB = 64
 # Of a text that is like many others, the most similar ones connect it to the rest.
 _NEIGHBOURS = 20
 
@@ -99,44 +96,44 @@ def _pairs(
     texts: Sequence[str],
 ) -> tuple[Int[Numbers, " pair"], Int[Numbers, " pair"], Float[Values, " pair"]]:
     """Texts that are alike, with their cosines."""
-    order = np.arange(len(texts))
-    if len(texts) > _MOST_TEXTS:
-        order = np.array(sorted(range(len(texts)), key=texts.__getitem__))
-    lefts, rights, cosines = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0)]
-    for part in np.array_split(order, max(1, -(-len(texts) // _MOST_TEXTS))):
-        vectors = _vectors([str(texts[index]) for index in part])
-        for start in range(0, len(part), _BLOCK):
-            product = vectors[start : start + _BLOCK] @ vectors[start:].T
-            block = product if isinstance(product, np.ndarray) else product.toarray()
-            block[np.tril_indices(*block.shape[:1], m=block.shape[1])] = 0
-            left, right = _nearest(block)
-            lefts.append(part[left + start])
-            rights.append(part[right + start])
-            cosines.append(block[left, right].astype(np.float64))
-    return np.concatenate(lefts), np.concatenate(rights), np.concatenate(cosines)
+    from sklearn import config_context
+    from sklearn.neighbors import NearestNeighbors
+
+    first: dict[str, int] = {}
+    forms = [re.sub(r"\d+", "0", _shortened(text)) for text in texts]
+    same = np.array([first.setdefault(form, index) for index, form in enumerate(forms)], np.int64)
+    repeated = np.flatnonzero(same != np.arange(len(texts)))
+    pairs = [(repeated, same[repeated], np.ones(len(repeated)))]
+    distinct = np.array([index for _, index in sorted(first.items())], dtype=np.int64)
+    for part in np.array_split(distinct, max(1, -(-len(distinct) // _MOST_TEXTS))):
+        if len(part) < 2:
+            continue
+        options: dict[str, Any] = {"metric": "cosine", "algorithm": "brute"}
+        nearest: Any = NearestNeighbors(n_neighbors=min(_NEIGHBOURS, len(part) - 1), **options)
+        with config_context(working_memory=_MEMORY_MIB):
+            nearest.fit(_vectors([forms[index] for index in part]))
+            distances, neighbours = nearest.kneighbors()
+        left, rank = np.nonzero(distances <= 1 - _COSINES[0])
+        cosines = 1 - distances[left, rank].astype(np.float64)
+        pairs.append((part[left], part[neighbours[left, rank]], cosines))
+    left, right, cosines = map(np.concatenate, zip(*pairs, strict=True))
+    return left, right, cosines
 
 
 def _vectors(texts: Sequence[str]) -> Any:
-    """Of length 1, a row for each text."""
-    from sklearn.feature_extraction.text import HashingVectorizer
-    from sklearn.preprocessing import normalize
-    from sklearn.random_projection import SparseRandomProjection
+    """A sparse row for each text."""
+    from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
     options: dict[str, Any] = {"alternate_sign": False, "norm": None, "dtype": np.float32}
     counting = HashingVectorizer(
         analyzer="char_wb", ngram_range=(4, 4), n_features=_FEATURES, **options
     )
-    counts: Any = counting.transform([re.sub(r"\d", "0", _shortened(text)) for text in texts])
-    documents = np.bincount(counts.indices, minlength=_FEATURES)
+    counts: Any = counting.transform(texts)
+    weighting: Any = TfidfTransformer(sublinear_tf=True).fit(counts)
     # The square root of the usual weight: an instruction that many texts share does not make them
     # alike, and a rare word in place of another does not make them differ.
-    rarity = np.sqrt(1 + np.log((1 + len(texts)) / (1 + documents)))
-    counts.data = ((1 + np.log(counts.data)) * rarity[counts.indices]).astype(np.float32)
-    if len(texts) > _EXACT_TEXTS:
-        projection = SparseRandomProjection(_DIMENSIONS, dense_output=True, random_state=0)
-        dense: Any = projection.fit_transform(counts)
-        return normalize(dense.astype(np.float32))
-    return normalize(counts)
+    weighting.idf_ = np.sqrt(weighting.idf_)
+    return weighting.transform(counts)
 
 
 def _shortened(text: str) -> str:
@@ -146,19 +143,6 @@ def _shortened(text: str) -> str:
     size = _MOST_CHARACTERS // _STRETCHES
     starts = np.linspace(0, len(text) - size, _STRETCHES).astype(int)
     return " ".join(text[start : start + size] for start in starts)
-
-
-def _nearest(
-    cosines: Float[np.ndarray, "left right"],
-) -> tuple[Int[Numbers, " pair"], Int[Numbers, " pair"]]:
-    """Where two texts are alike; of a row with many such places the highest."""
-    alike = cosines >= _COSINES[0]
-    for row in np.flatnonzero(alike.sum(1) > _NEIGHBOURS):
-        # Not by the least of them: texts that differ in numbers alone are all equally alike.
-        alike[row] = False
-        alike[row, np.argpartition(cosines[row], -_NEIGHBOURS)[-_NEIGHBOURS:]] = True
-    left, right = np.nonzero(alike)
-    return left, right
 
 
 def _components(
