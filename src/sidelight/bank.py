@@ -6,6 +6,7 @@ probes are judged when. Neither holds a request: states are values that the call
 packs and merges.
 """
 
+import time
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -51,18 +52,25 @@ class BankState:
 
 
 class BankTap:
-    """Projects each hidden state while it exists and keeps only the columns."""
+    """Projects each hidden state while it exists and keeps only the columns.
+
+    Attributes:
+        seconds: That the passes have spent on it; of a GPU, to start its work.
+    """
 
     def __init__(self, projection: Projection):
+        self.seconds = 0.0
         self._projection = projection
         self._passes: list[list[Float[Tensor, "batch token column"]]] = []
 
     def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
         """One matmul, in float32: in bf16, what standardisation subtracts would be lost."""
+        begin = time.perf_counter()
         if layer == 0:
             self._passes.append([])
         columns = self._projection.layer(layer, hidden.flatten(0, 1).float())
         self._passes[-1].append(columns.unflatten(0, hidden.shape[:2]))
+        self.seconds += time.perf_counter() - begin
 
     def projected(self) -> Float[Tensor, "batch token layer column"]:
         """The columns of all passes since the last call, each of which read on in the same rows."""

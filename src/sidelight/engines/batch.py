@@ -1,21 +1,20 @@
 """The texts being read and written: each pass of the model reads, judges and writes.
 
-A pass reads on in new prompts (``prefill``), or the newest token of some texts (``decode``).
+A pass reads on in new prompts (``read_on``), or the newest token of some texts (``decode``).
 Everything here is synchronous and runs in one thread; nothing knows of callers that wait.
 """
 
 import sys
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sidelight.backbone import Tap, TransformersBackbone
+from sidelight.backbone import TransformersBackbone
 from sidelight.bank import BankState, Panel
 from sidelight.engines.base import (
     Finished,
@@ -31,40 +30,6 @@ from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
 from sidelight.explanation import Explanation
 from sidelight.prompts import Part
 from sidelight.types import Judgement
-
-
-class Stopwatch:
-    """Adds up the wall-clock seconds that probes take within a pass."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    @contextmanager
-    def running(self, *, after: torch.device | None = None) -> Generator[None]:
-        """Counts the time spent inside.
-
-        Args:
-            after: Wait first until this device has finished its work. A GPU runs behind Python, and
-                what it still has to do must not count.
-        """
-        if after is not None and after.type == "cuda":
-            torch.cuda.synchronize(after)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - start
-
-    def around(self, tap: Tap | None) -> Tap | None:
-        """The tap, with its time counted."""
-        if tap is None:
-            return None
-
-        def timed(layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
-            with self.running():
-                tap(layer, hidden)
-
-        return timed
 
 
 class Generation:
@@ -132,60 +97,40 @@ class Generation:
         )
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one pass may do next, and for which requests."""
-
-    requests: Sequence[Request]
-    run: Callable[[], list[Emission]]
-
-
 @dataclass(frozen=True, eq=False)
-class _Reading:
-    """Prompts that are being read; ``parts`` takes a pass for each part of them."""
+class Reading:
+    """Prompts of one panel that are being read; ``parts`` takes a pass for each part of them."""
 
     requests: Sequence[Request]
     parts: Generator[None, None, list[Emission]]
 
 
 @dataclass(frozen=True)
-class _Group:
-    """What texts that are written together have in common.
-
-    Attributes:
-        panel: The probes.
-        most: The longest that their prompts may be. A short text beside a long one would be padded
-            to its length.
-    """
-
-    panel: Panel
-    most: int
-
-    @staticmethod
-    def of(panel: Panel, tokens: int) -> "_Group":
-        """That of prompts of so many tokens."""
-        return _Group(panel, next(most for most in _LENGTHS if tokens <= most))
-
-
-_LENGTHS = (512, 2048, 8192, 32768, sys.maxsize)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The texts of one group, and their keys and values row by row."""
+class Rows:
+    """Texts that are written together, and their keys and values row by row."""
 
     generations: list[Generation]
     cached: CachedRows
 
-    def without(self, gone: Collection[Generation]) -> "_Rows | None":
+    @property
+    def requests(self) -> list[Request]:
+        return [generation.request for generation in self.generations]
+
+    def without(self, gone: Collection[Generation]) -> "Rows | None":
         """The rows that are not among these; None if there are none."""
         left = [i for i, generation in enumerate(self.generations) if generation not in gone]
         if not left:
             return None
-        return _Rows([self.generations[i] for i in left], self.cached.kept(left))
+        return Rows([self.generations[i] for i in left], self.cached.kept(left))
 
-    def joined(self, other: "_Rows") -> "_Rows":
-        return _Rows([*self.generations, *other.generations], self.cached.joined(other.cached))
+    def joined(self, other: "Rows") -> "Rows":
+        return Rows([*self.generations, *other.generations], self.cached.joined(other.cached))
+
+
+Group = tuple[Panel, int]
+"""What texts that are written together have in common: the probes, and a bound of their prompts'
+length. A short text beside a long one would be padded to its length."""
+_LENGTHS = (512, 2048, 8192, 32768, sys.maxsize)
 
 
 class Batch:
@@ -198,57 +143,45 @@ class Batch:
         backbone: The model.
         codec: Decodes what it writes.
         prefill_tokens: Tokens of prompts that one pass reads.
+
+    Attributes:
+        readings: The prompts that are being read, in the order of ``begin``.
+        rows: The texts that are being written.
     """
 
     def __init__(self, backbone: TransformersBackbone, codec: TextCodec, *, prefill_tokens: int):
         self._decoder = Decoder(backbone)
         self._codec = codec
         self._prefill_tokens = prefill_tokens
-        self._readings: list[_Reading] = []
-        self._rows: dict[_Group, _Rows] = {}
+        self.readings: list[Reading] = []
+        self.rows: dict[Group, Rows] = {}
 
     @property
     def requests(self) -> list[Request]:
         """The requests whose prompts are being read, or whose texts are being written."""
-        return [request for work in (*self.reading, *self.writing) for request in work.requests]
+        # A copy: the load is asked for while the model's thread adds rows.
+        works = [*self.readings, *self.rows.values()]
+        return [request for work in works for request in work.requests]
 
-    @property
-    def reading(self) -> list[Work]:
-        """The passes that read on in prompts, in the order of ``begin``."""
-        return [
-            Work(reading.requests, partial(self._read_on, reading)) for reading in self._readings
-        ]
-
-    @property
-    def writing(self) -> list[Work]:
-        """The passes that write one more token of some texts."""
-        return [
-            Work([g.request for g in rows.generations], partial(self._decode, group))
-            # A copy: the load is asked for while the model's thread adds rows.
-            for group, rows in [*self._rows.items()]
-        ]
-
-    def begin(self, requests: Sequence[Request]) -> list[Work]:
+    def begin(self, requests: Sequence[Request]) -> None:
         """Takes prompts, to be read together as far as they have the same panel."""
-        before = len(self._readings)
         for panel in dict.fromkeys(request.panel for request in requests):
             members = [request for request in requests if request.panel is panel]
-            self._readings.append(_Reading(members, self._prefill(members)))
-        return self.reading[before:]
+            self.readings.append(Reading(members, self._prefill(members)))
 
     def drop(self, requests: Collection[Request]) -> None:
         """Reads and writes no more for these requests, and frees what they hold."""
-        self._readings = [
-            reading for reading in self._readings if not {*reading.requests} <= {*requests}
-        ]
-        for group, rows in [*self._rows.items()]:
-            self._put(group, rows.without([g for g in rows.generations if g.request in requests]))
+        gone = {*requests}
+        self.readings = [reading for reading in self.readings if not {*reading.requests} <= gone]
+        for group, rows in [*self.rows.items()]:
+            self._put(group, rows.without([g for g in rows.generations if g.request in gone]))
 
-    def _read_on(self, reading: _Reading) -> list[Emission]:
+    def read_on(self, reading: Reading) -> list[Emission]:
+        """Reads the next part of these prompts."""
         try:
             next(reading.parts)
         except StopIteration as end:
-            self._readings.remove(reading)
+            self.readings.remove(reading)
             return end.value
         return []
 
@@ -262,34 +195,35 @@ class Batch:
         """
         panel = requests[0].panel
         prompts = [request.prompt for request in requests]
-        tap, stopwatch = panel.prompt_tap(), Stopwatch()
+        tap = panel.prompt_tap()
         each, longest = self._prefill_tokens // len(prompts), max(map(len, prompts))
-        parts = self._decoder.read_prompts(prompts, stopwatch.around(tap), columns=max(1, each))
-        logits, cached = next(parts)
+        passes = self._decoder.read_prompts(prompts, tap, columns=max(1, each))
+        logits, cached = next(passes)
         while cached.mask.shape[1] < longest:
             yield
-            logits, cached = next(parts)
-        judgements = [Judgement()] * len(requests)
-        states: list[BankState | None] = [None] * len(requests)
+            logits, cached = next(passes)
+        begin = _clock(logits.device)
+        columns = tap.projected()[cached.mask] if tap else torch.empty(0, 0, 0)
+        parts = [bytes(prompt.parts) for prompt in prompts]
+        judgements = panel.judge_prompts(columns, parts, [p.is_plain for p in prompts])
+        states = panel.read(columns, parts, [None] * len(prompts))
+        answered = [i for i, request in enumerate(requests) if request.has_response]
+        late = panel.judge_responses(
+            [states[i] for i in answered], [prompts[i].is_plain for i in answered]
+        )
+        for i, judgement in zip(answered, late, strict=True):
+            judgements[i] |= judgement
         explanations: list[tuple[Explanation, ...]] = [()] * len(requests)
-        if tap:
-            with stopwatch.running(after=logits.device):
-                columns = tap.projected()[cached.mask]
-                parts = [bytes(prompt.parts) for prompt in prompts]
-                judgements = panel.judge_prompts(columns, parts, [p.is_plain for p in prompts])
-                states = panel.read(columns, parts, states)
-                answered = [i for i, request in enumerate(requests) if request.has_response]
-                late = panel.judge_responses(
-                    [states[i] for i in answered], [prompts[i].is_plain for i in answered]
+        ends = accumulate(map(len, prompts))
+        for i, (request, end) in enumerate(zip(requests, ends, strict=True)):
+            if request.explain:
+                explanations[i] = panel.explain(
+                    columns[end - len(request.prompt) : end],
+                    request.prompt,
+                    request.places,
+                    request.explain,
                 )
-                for i, judgement in zip(answered, late, strict=True):
-                    judgements[i] |= judgement
-                of_each = columns.split([len(prompt) for prompt in prompts])
-                for i, request in enumerate(requests):
-                    if request.explain:
-                        explanations[i] = panel.explain(
-                            of_each[i], request.prompt, request.places, request.explain
-                        )
+        judging_s = time.perf_counter() - begin + (tap.seconds if tap else 0.0)
         emissions: list[Emission] = []
         entering: list[int] = []
         for i, (request, judgement) in enumerate(zip(requests, judgements, strict=True)):
@@ -298,7 +232,7 @@ class Batch:
                 is_plain=request.prompt.is_plain,
                 tokens=len(request.prompt),
                 explanations=explanations[i],
-                judging_s=stopwatch.seconds,
+                judging_s=judging_s,
             )
             is_last = request.is_check or not request.admits(event)
             emissions.append(Emission(request, event, is_last))
@@ -312,43 +246,39 @@ class Batch:
             )
             for i in entering
         ]
-        left, written = _write(panel, _Rows(new, cached.kept(entering)), logits[entering])
-        group = _Group.of(panel, longest)
-        running = self._rows.get(group)
+        left, written = _write(panel, Rows(new, cached.kept(entering)), logits[entering])
+        group = (panel, next(most for most in _LENGTHS if longest <= most))
+        running = self.rows.get(group)
         self._put(group, running.joined(left) if running and left else running or left)
         return emissions + written
 
-    def _decode(self, group: _Group) -> list[Emission]:
+    def decode(self, group: Group) -> list[Emission]:
         """Reads the newest token of each text, judges the response so far, and writes the next."""
-        rows = self._rows[group]
-        scored, logits = self._read_step(group.panel, rows)
-        left, written = _write(group.panel, rows, logits)
+        panel, rows = group[0], self.rows[group]
+        scored, logits = self._read_step(panel, rows)
+        left, written = _write(panel, rows, logits)
         self._put(group, left)
         return scored + written
 
     def _read_step(
-        self, panel: Panel, rows: _Rows
+        self, panel: Panel, rows: Rows
     ) -> tuple[list[Emission], Float[Tensor, "row vocabulary"]]:
         generations = rows.generations
         watched = [generation for generation in generations if generation.request.watch]
-        tap, stopwatch = panel.response_tap(), Stopwatch()
-        logits = self._decoder.read_step(
-            [generation.last_token for generation in generations],
-            rows.cached,
-            stopwatch.around(tap),
-        )
-        judgements: list[Judgement] = []
-        if tap:
-            with stopwatch.running(after=logits.device):
-                columns = tap.projected()[:, 0]
-                parts = [bytes([Part.RESPONSE])] * len(generations)
-                states = panel.read(columns, parts, [g.state for g in generations])
-                for generation, state in zip(generations, states, strict=True):
-                    generation.state = state
-                judgements = _judge_responses(panel, watched)
+        tap = panel.response_tap()
+        newest = [generation.last_token for generation in generations]
+        logits = self._decoder.read_step(newest, rows.cached, tap)
+        begin = _clock(logits.device)
+        columns = tap.projected()[:, 0] if tap else torch.empty(0, 0, 0)
+        parts = [bytes([Part.RESPONSE])] * len(generations)
+        states = panel.read(columns, parts, [g.state for g in generations])
+        for generation, state in zip(generations, states, strict=True):
+            generation.state = state
+        judgements = _judge_responses(panel, watched)
+        judging_s = time.perf_counter() - begin + (tap.seconds if tap else 0.0)
         for generation in generations:
             # Every row has waited for the probes of all.
-            generation.judging_s += stopwatch.seconds
+            generation.judging_s += judging_s
             generation.is_settled = generation.reason is not None
         scored: list[Emission] = []
         for generation, judgement in zip(watched, judgements, strict=True):
@@ -357,11 +287,11 @@ class Batch:
             scored.append(Emission(generation.request, event))
         return scored, logits
 
-    def _put(self, group: _Group, rows: _Rows | None) -> None:
+    def _put(self, group: Group, rows: Rows | None) -> None:
         if rows is None:
-            self._rows.pop(group, None)
+            self.rows.pop(group, None)
         else:
-            self._rows[group] = rows
+            self.rows[group] = rows
 
 
 def _judge_responses(panel: Panel, generations: Sequence[Generation]) -> list[Judgement]:
@@ -370,8 +300,8 @@ def _judge_responses(panel: Panel, generations: Sequence[Generation]) -> list[Ju
 
 
 def _write(
-    panel: Panel, rows: _Rows, logits: Float[Tensor, "row vocabulary"]
-) -> tuple[_Rows | None, list[Emission]]:
+    panel: Panel, rows: Rows, logits: Float[Tensor, "row vocabulary"]
+) -> tuple[Rows | None, list[Emission]]:
     """Writes a token of each text that is not complete, and ends those that are settled.
 
     Returns:
@@ -399,11 +329,17 @@ def _write(
             elif text := generation.accept(token):
                 emissions.append(Emission(generation.request, text))
     settled = [generation for generation in rows.generations if generation.is_settled]
-    stopwatch = Stopwatch()
-    with stopwatch.running():
-        judgements = _judge_responses(panel, settled)
+    begin = time.perf_counter()
+    judgements = _judge_responses(panel, settled)
     for generation in rows.generations:
-        generation.judging_s += stopwatch.seconds
+        generation.judging_s += time.perf_counter() - begin
     for generation, judgement in zip(settled, judgements, strict=True):
         emissions.append(Emission(generation.request, generation.finished(judgement), is_last=True))
     return rows.without([*settled, *lost]), emissions
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, once the device has done its work: a GPU runs behind Python."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

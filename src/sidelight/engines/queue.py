@@ -127,13 +127,12 @@ class RequestQueue:
             self.awaited.pop(request, None)
         self._waiting = [request for request in self._waiting if request in self.awaited]
 
-    def serve(self, requests: Iterable[Request]) -> int:
-        """Gives these their turn, so that they stand behind all others; returns its number."""
+    def serve(self, requests: Iterable[Request]) -> None:
+        """Gives these their turn, so that they stand behind all others."""
         self._turn += 1
         for request in requests:
             if request in self.awaited:
                 self.awaited[request].latest = self._turn
-        return self._turn
 
     def latest_turn(self, requests: Iterable[Request]) -> int:
         """That of the one among them which has waited longest; the lowest goes next."""

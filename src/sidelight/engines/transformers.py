@@ -12,6 +12,7 @@ import traceback
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from math import inf
 from typing import Any
 
 from sidelight.backbone import TransformersBackbone
@@ -31,7 +32,7 @@ from sidelight.engines.base import (
     require_watched,
     verdict_failure,
 )
-from sidelight.engines.batch import Batch, Work
+from sidelight.engines.batch import Batch, Reading
 from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
 from sidelight.engines.text import WARM_UP, TextCodec
 from sidelight.errors import SidelightError
@@ -74,7 +75,6 @@ class TransformersEngine(Engine):
             limits = Limits(prefill_tokens=_PREFILL_TOKENS_ON_CPU) if is_slow else Limits()
         self._batch = Batch(backbone, self._codec, prefill_tokens=limits.prefill_tokens)
         self._queue = RequestQueue(limits)
-        self._prompt_turn = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sidelight-model")
         self._loop: asyncio.Task[None] | None = None
 
@@ -206,45 +206,39 @@ class TransformersEngine(Engine):
                 self._queue.has_work.clear()
 
     async def _step(self) -> None:
-        """Drops what was given up, and makes the next pass.
+        """A pass over the prompts whose turn it is, then a token of every text that is written.
 
-        Prompts take turns. After each pass over prompts, every text that was being written before
-        gets a token, whether or not those prompts were admitted.
+        So prompts take turns, and whoever is admitted or refused, no text waits for two of them.
         """
-        cancelled = {r for r in self._batch.requests if r not in self._queue.awaited}
-        if cancelled:
-            drop = partial(self._batch.drop, cancelled)
-            self._deliver(await self._pass(drop, self._batch.requests))
+        batch, queue = self._batch, self._queue
+        given_up = {request for request in batch.requests if request not in queue.awaited}
+        if given_up:
+            await self._pass(partial(batch.drop, given_up), batch.requests)
 
-        def turn(work: Work) -> int:
-            return self._queue.latest_turn(work.requests)
+        def turn(reading: Reading) -> int:
+            return queue.latest_turn(reading.requests)
 
-        writing = self._batch.writing
-        overdue = [work for work in writing if turn(work) < self._prompt_turn]
-        reading = self._batch.reading
-        waiting = self._queue.find_next(self._batch.requests)
-        if not overdue and waiting:
-            arrived = self._queue.latest_turn(waiting)
-            if all(arrived <= turn(work) for work in reading):
-                self._queue.take(waiting)
-                reading = self._batch.begin(waiting)
-        work = min(overdue or reading or writing, key=turn, default=None)
-        if work is None:
-            return
-        served = self._queue.serve(work.requests)
-        if work not in writing:
-            self._prompt_turn = served
-        self._deliver(await self._pass(work.run, work.requests))
+        waiting = queue.find_next(batch.requests)
+        if waiting and queue.latest_turn(waiting) <= min(map(turn, batch.readings), default=inf):
+            queue.take(waiting)
+            batch.begin(waiting)
+        if batch.readings:
+            reading = min(batch.readings, key=turn)
+            queue.serve(reading.requests)
+            await self._pass(partial(batch.read_on, reading), reading.requests)
+        for group, rows in [*batch.rows.items()]:
+            await self._pass(partial(batch.decode, group), rows.requests)
 
     async def _pass(
         self, work: Callable[[], list[Emission] | None], requests: Sequence[Request]
-    ) -> list[Emission]:
+    ) -> None:
         """Works in the model's thread; if that fails, these requests fail and leave the batch."""
         future = asyncio.get_running_loop().run_in_executor(self._thread, work)
         await asyncio.wait({future})
         error = future.exception()
         if error is None:
-            return future.result() or []
+            self._deliver(future.result() or [])
+            return
         name = type(error).__name__
         # Without the error's message, which may quote a prompt.
         places = "".join(traceback.format_tb(error.__traceback__))
@@ -253,7 +247,7 @@ class TransformersEngine(Engine):
         message = (
             f"The engine failed on this request ({name}); its log says where. Other requests go on."
         )
-        return _failures(requests, GenerationError(message))
+        self._deliver(_failures(requests, GenerationError(message)))
 
     def _deliver(self, emissions: Iterable[Emission]) -> None:
         for emission in emissions:
