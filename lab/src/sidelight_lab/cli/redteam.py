@@ -1,6 +1,7 @@
 """``sidelight redteam``: which attacks get through a probe."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,12 @@ def redteam(
     from sidelight.training.classifier import load
     from sidelight_lab.redteam.attacks import SEARCH, attack_names
     from sidelight_lab.redteam.measure import evasion_table, measure
-    from sidelight_lab.redteam.targets import ProbeTarget, flagging_thresholds, server_targets
+    from sidelight_lab.redteam.targets import (
+        ProbeTarget,
+        connect,
+        flagging_thresholds,
+        server_targets,
+    )
 
     chosen = attack_names(attacks or ())
     if url is not None:
@@ -120,30 +126,34 @@ def redteam(
     thresholds = flagging_thresholds(attacked, labels=flag or (), threshold=threshold)
     for warning in examples.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    targets: Mapping[str, Target]
-    if url is None:
-        backbone = load(
-            probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device
-        ).backbone
-        targets = {"": ProbeTarget(backbone=backbone, thresholds=thresholds, probe=attacked)}
-    else:
-        targets = server_targets(url, attacked, thresholds, runtime.model)
-    told = {
-        "probe": attacked.name,
-        "version": attacked.version,
-        "thresholds": dict(thresholds),
-        "data": data,
-        "seed": seed,
-        "budget": budget,
-    }
     flags = ", ".join(f"{label} from {least:.3f}" for label, least in thresholds.items())
     routes: list[dict[str, Any]] = []
-    for route, target in targets.items():
-        outcomes = measure(target, examples, attacks=chosen, texts=texts, seed=seed, budget=budget)
-        where = f" on the route '{route}'" if route else ""
-        title = f"'{attacked.name}' under attack{where}; it flags {flags}."
-        click.echo(evasion_table(title, outcomes))
-        routes.append({"route": route, "attacks": [outcome.to_dict() for outcome in outcomes]})
+    with ExitStack() as stack:
+        targets: Mapping[str, Target]
+        if url is None:
+            backbone = load(
+                probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device
+            ).backbone
+            targets = {"": ProbeTarget(backbone=backbone, thresholds=thresholds, probe=attacked)}
+        else:
+            client = stack.enter_context(connect(url))
+            targets = server_targets(client, attacked, thresholds, runtime.model)
+        for route, target in targets.items():
+            outcomes = measure(
+                target, examples, attacks=chosen, texts=texts, seed=seed, budget=budget
+            )
+            where = f" on the route '{route}'" if route else ""
+            title = f"'{attacked.name}' under attack{where}; it flags {flags}."
+            click.echo(evasion_table(title, outcomes))
+            routes.append({"route": route, "attacks": [outcome.to_dict() for outcome in outcomes]})
     if out is not None:
+        told = {
+            "probe": attacked.name,
+            "version": attacked.version,
+            "thresholds": dict(thresholds),
+            "data": data,
+            "seed": seed,
+            "budget": budget,
+        }
         live = {"url": url, "routes": routes}
         write_json(out, {**told, **(live if url else {"attacks": routes[0]["attacks"]})})

@@ -159,13 +159,20 @@ class RouteTarget(Target):
         return _BLOCKED if is_refusal else nan
 
 
+def connect(url: str) -> httpx.Client:
+    """A client of a server; ``SIDELIGHT_API_KEY`` is the server's key, if it needs one."""
+    key = os.environ.get("SIDELIGHT_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S)
+
+
 def server_targets(
-    url: str, probe: Probe, thresholds: Mapping[str, float], model: str | None
+    client: httpx.Client, probe: Probe, thresholds: Mapping[str, float], model: str | None
 ) -> dict[str, RouteTarget]:
     """A target for each of ``ROUTES`` that a live server has.
 
     Args:
-        url: Its address; ``SIDELIGHT_API_KEY`` is its key, if it needs one.
+        client: As ``connect`` gives it.
         probe: That of the server's policy.
         thresholds: Say which texts are positive.
         model: The backbone, if it is not where the probe was trained.
@@ -175,9 +182,6 @@ def server_targets(
     """
     backbone = read_backbone(model or probe.fingerprint.name, prompt_format=probe.prompt_format)
     probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
-    key = os.environ.get("SIDELIGHT_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    client = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S)
     (served, *_) = _send(client, "GET", "/v1/models").json()["data"]
     limit = served.get("max_model_len")
     if limit is not None:
