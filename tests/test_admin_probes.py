@@ -24,7 +24,6 @@ from sidelight.server.admin import Replacement
 from sidelight.server.admin import replace as replace_all
 from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig
-from sidelight.server.observe import Trace
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.requests import ServerRequest
 from tiny import INTENT, SIZES, tiny_backbone, untrained_probe
@@ -275,7 +274,8 @@ def test_a_change_whose_caller_leaves_is_made_and_audited(tiny, folders, tmp_pat
 
     async def change(engine):
         app = create_app(engine, ServerConfig(audit_log=path))
-        scope = {"type": "http", "app": app, "state": {"trace": Trace()}}
+        observer = app.state.context.observer
+        scope = {"type": "http", "app": app, "state": {"observer": observer}}
         request = ServerRequest(Request(scope))
         body = Replacement(probe=[str(folders["late"])])
         caller = asyncio.create_task(replace_all(body, request))
@@ -284,7 +284,7 @@ def test_a_change_whose_caller_leaves_is_made_and_audited(tiny, folders, tmp_pat
         async with asyncio.timeout(60):
             while [probe.name for probe in engine.probes] != ["late"] or not path.read_text():
                 await asyncio.sleep(0.01)
-        app.state.context.observer.audit.close()
+        observer.audit.close()
 
     run(tiny, change, probes=[untrained_probe(tiny, "toxicity")])
     assert [line["change"] for line in audited(path)] == ["replace"]

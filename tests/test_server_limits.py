@@ -20,6 +20,7 @@ from sidelight.server.app import create_app, serve
 from sidelight.server.config import ServerConfig
 from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import RequestScope
+from sidelight.server.observe import RequestObserver
 from sockets import connection, free_port, read_all
 from tiny import three_probes, tiny_backbone
 
@@ -196,7 +197,7 @@ def ending(kind=None, *, deadline=0.001):
             await send({"type": "http.response.body", "body": b"begun", "more_body": True})
         await asyncio.Event().wait()
 
-    return RequestScope(hang, metrics=Metrics(engine()[0]), deadline=deadline)
+    return RequestScope(hang, observer=RequestObserver(Metrics(engine()[0])), deadline=deadline)
 
 
 def test_a_request_that_outlasts_the_servers_end_is_told_so():

@@ -156,7 +156,7 @@ def application(
     )
     app.add_middleware(
         RequestScope,
-        metrics=context.observer.metrics,
+        observer=context.observer,
         deadline=config.deadline,
     )
     return app

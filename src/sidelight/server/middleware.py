@@ -16,9 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sidelight.server.config import name_of
 from sidelight.server.errors import RequestError
-from sidelight.server.keys import Access, Caller
-from sidelight.server.metrics import Metrics
-from sidelight.server.observe import Trace, annotate_span, annotating
+from sidelight.server.keys import Access
+from sidelight.server.observe import RequestObserver
 
 REQUEST_ID = "x-request-id"
 # Probes of Kubernetes and load balancers cannot send a secret.
@@ -44,13 +43,13 @@ class RequestScope:
 
     Args:
         app: What answers.
-        metrics: Where answers are counted.
+        observer: The server's; each request gets one of its own, in its state.
         deadline: Seconds from the end of the request's head to the last byte of the answer.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, deadline: float):
+    def __init__(self, app: ASGIApp, *, observer: RequestObserver, deadline: float):
         self._app = app
-        self._metrics = metrics
+        self._observer = observer
         self._deadline = deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,22 +57,20 @@ class RequestScope:
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        trace = Trace(
-            method=scope["method"] if scope["method"] in _METHODS else "_OTHER",
-            request_id=f"req_{uuid.uuid4().hex}",
-        )
-        scope.setdefault("state", {})["trace"] = trace
-        send = annotating(send, trace)
+        host, _ = scope.get("client") or (None, None)
+        observer = self._observer.of(f"req_{uuid.uuid4().hex}", host=host)
+        scope.setdefault("state", {})["observer"] = observer
+        send = observer.annotating(send)
         # Of the answer, once it has begun.
-        content_type: str | None = None
+        status, content_type = 500, None
 
         async def named(message: Message) -> None:
-            nonlocal content_type
+            nonlocal status, content_type
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID] = trace.request_id
-                content_type = headers.get("content-type", "")
-                self._count(scope, trace, message["status"])
+                headers[REQUEST_ID] = observer.request_id
+                status, content_type = message["status"], headers.get("content-type", "")
+                self._count(scope, status)
             await send(message)
 
         timeout = asyncio.timeout(self._deadline)
@@ -92,32 +89,21 @@ class RequestScope:
             raise
         except Exception as failure:
             is_late = isinstance(failure, TimeoutError) and timeout.expired()
+            error = self._lateness() if is_late else _crash(observer.request_id)
             if content_type is None:
-                error = self._lateness() if is_late else self._crash(trace)
                 await error.answer()(scope, receive, named)
             elif is_late and content_type.startswith("text/event-stream"):
-                event = f"data: {json.dumps(self._lateness().body)}\n\n".encode()
+                event = f"data: {json.dumps(error.body)}\n\n".encode()
                 await send({"type": "http.response.body", "body": event})
             else:
-                self._crash(trace)
                 raise
         finally:
             if content_type is None:
-                self._count(scope, trace, 500)
-            self._end(scope, trace, time.perf_counter() - start)
+                self._count(scope, status)
+            self._end(scope, observer, status, time.perf_counter() - start)
 
-    def _count(self, scope: Scope, trace: Trace, status: int) -> None:
-        trace.status = status
-        # The template of the route; all unknown routes share one.
-        trace.route = getattr(scope.get("route"), "path", "other")
-        self._metrics.requests.labels(trace.route, str(status)).inc()
-
-    def _crash(self, trace: Trace) -> RequestError:
-        """Logs the exception in flight; returns what the client gets."""
-        extra = {"request_id": trace.request_id}
-        _log.exception("Request %s failed.", trace.request_id, extra=extra)
-        message = f"The server failed. Look for {trace.request_id} in its log."
-        return RequestError(message, status=500)
+    def _count(self, scope: Scope, status: int) -> None:
+        self._observer.metrics.requests.labels(_route(scope), str(status)).inc()
 
     def _lateness(self) -> RequestError:
         return RequestError(
@@ -127,23 +113,35 @@ class RequestScope:
             code="deadline_exceeded",
         )
 
-    def _end(self, scope: Scope, trace: Trace, seconds: float) -> None:
-        self._metrics.request_duration.labels(trace.route).observe(seconds)
-        caller: Caller = scope["state"].get("caller", Caller())
+    def _end(self, scope: Scope, observer: RequestObserver, status: int, seconds: float) -> None:
+        route = _route(scope)
+        observer.metrics.request_duration.labels(route).observe(seconds)
         fields = {
-            "request_id": trace.request_id,
-            "key_id": caller.key_id,
-            "method": trace.method,
-            "route": trace.route,
-            "status": trace.status,
+            "request_id": observer.request_id,
+            "key_id": observer.key_id,
+            "method": scope["method"] if scope["method"] in _METHODS else "_OTHER",
+            "route": route,
+            "status": status,
             "seconds": round(seconds, 4),
         }
         # Probes ask every other second, and are told nothing else while the model loads.
-        is_routine = scope["path"] in _OPERATORS and trace.status in (200, 503)
+        is_routine = scope["path"] in _OPERATORS and status in (200, 503)
         level = logging.DEBUG if is_routine else logging.INFO
-        what = (trace.method, trace.route, trace.status, seconds)
-        _access_log.log(level, "%s %s %d %.3f s", *what, extra=fields)
-        annotate_span(trace)
+        line = "%(method)s %(route)s %(status)d %(seconds).3f s"
+        _access_log.log(level, line, fields, extra=fields)
+        observer.annotate_span()
+
+
+def _route(scope: Scope) -> str:
+    """The template of the route; all unknown routes share one."""
+    return getattr(scope.get("route"), "path", "other")
+
+
+def _crash(request_id: str) -> RequestError:
+    """Logs the exception in flight; returns what the client gets."""
+    _log.exception("Request %s failed.", request_id, extra={"request_id": request_id})
+    message = f"The server failed. Look for {request_id} in its log."
+    return RequestError(message, status=500)
 
 
 class Gatekeeper:

@@ -13,14 +13,13 @@ import traceback
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
-from fastapi import Request
 from starlette.types import Message, Send
 
 from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, TextDelta
@@ -29,7 +28,6 @@ from sidelight.policy.decisions import Action, Decision
 from sidelight.prompts import Conversation, PlainText
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
-from sidelight.server.keys import Caller
 from sidelight.server.metrics import Metrics, scores
 from sidelight.types import Judgement
 
@@ -51,82 +49,63 @@ _LOGGED: dict[Action, tuple[int, str]] = {
 
 
 @dataclass
-class Trace:
-    """What is known of one request, filled in while it runs.
-
-    Attributes:
-        method: ``_OTHER`` for one that HTTP does not define.
-        route: The route's template.
-        status: Status of the answer; 500 where there was none.
-        request_id: As in the answer's ``x-request-id``.
-        decisions: What followed from each verdict.
-    """
-
-    method: str = "_OTHER"
-    route: str = ""
-    status: int = 500
-    request_id: str = ""
-    decisions: list[Decision] = field(default_factory=list[Decision])
-
-
-def annotate_span(trace: Trace) -> None:
-    """Sets a request's verdicts as attributes of the current span, if OpenTelemetry records one.
-
-    Those of a probe are lists with one entry per verdict: a request may have several texts.
-    """
-    span = None if otel is None else otel.get_current_span()
-    if span is None or not span.is_recording():
-        return
-    span.set_attribute("sidelight.request_id", trace.request_id)
-    lists: dict[str, list[Any]] = defaultdict(list)
-    for decision in trace.decisions:
-        name = f"sidelight.probe.{decision.rule.name}"
-        lists[f"{name}.outcome"].append(decision.outcome)
-        lists[f"{name}.action"].append(decision.action)
-        if decision.verdict is not None:
-            for label, score in scores(decision.rule.probe, decision.verdict).items():
-                lists[f"{name}.score.{label}"].append(score)
-    span.set_attributes(lists)
-
-
-def annotating(send: Send, trace: Trace) -> Send:
-    """Annotates the span before the last message: instrumentation ends it with that."""
-
-    async def send_annotated(message: Message) -> None:
-        if message["type"] == "http.response.body" and not message.get("more_body"):
-            annotate_span(trace)
-        await send(message)
-
-    return send_annotated
-
-
-@dataclass(frozen=True)
 class RequestObserver:
     """Counts, audits and logs what happens in one request.
 
     Attributes:
         metrics: Series of the server.
         audit: Where decisions are written; None: nowhere.
-        trace: The current request's.
+        request_id: As in the answer's ``x-request-id``.
         key_id: Of the API key that was sent; None: the request had none.
         client: The address that the request came from; None: it is unknown.
+        decisions: What followed from each verdict so far.
     """
 
     metrics: Metrics
     audit: "AuditLog | None" = None
-    trace: Trace = field(default_factory=Trace)
+    request_id: str = ""
     key_id: str | None = None
     client: str | None = None
+    decisions: list[Decision] = field(default_factory=list[Decision])
 
-    def of(self, request: Request) -> "RequestObserver":
-        """The same for one request, from what the middleware has put into its state."""
-        caller: Caller = getattr(request.state, "caller", Caller())
+    def of(
+        self, request_id: str, *, key_id: str | None = None, host: str | None = None
+    ) -> "RequestObserver":
+        """The same for one request, which came from this host."""
         client = None
-        if request.client is not None:
-            # A proxy says whom it speaks for, in any words.
-            with suppress(ValueError):
-                client = str(ip_address(request.client.host))
-        return replace(self, trace=request.state.trace, key_id=caller.key_id, client=client)
+        # A proxy says whom it speaks for, in any words.
+        with suppress(ValueError):
+            client = str(ip_address(host or ""))
+        return RequestObserver(self.metrics, self.audit, request_id, key_id, client)
+
+    def annotate_span(self) -> None:
+        """Sets the verdicts as attributes of the current span, if OpenTelemetry records one.
+
+        Those of a probe are lists with one entry per verdict: a request may have several texts.
+        """
+        span = None if otel is None else otel.get_current_span()
+        if span is None or not span.is_recording():
+            return
+        span.set_attribute("sidelight.request_id", self.request_id)
+        lists: dict[str, list[Any]] = defaultdict(list)
+        for decision in self.decisions:
+            name = f"sidelight.probe.{decision.rule.name}"
+            lists[f"{name}.outcome"].append(decision.outcome)
+            lists[f"{name}.action"].append(decision.action)
+            if decision.verdict is not None:
+                for label, score in scores(decision.rule.probe, decision.verdict).items():
+                    lists[f"{name}.score.{label}"].append(score)
+        span.set_attributes(lists)
+
+    def annotating(self, send: Send) -> Send:
+        """Annotates the span before the last message: instrumentation ends it with that."""
+
+        async def send_annotated(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                self.annotate_span()
+            await send(message)
+
+        return send_annotated
 
     def text(self, text: Conversation, *, is_prompt_known: bool = False) -> "RequestTextObserver":
         """Observes one text of the request.
@@ -155,7 +134,7 @@ class RequestObserver:
         if self.audit is None:
             return
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        who = {"time": time, "request_id": self.trace.request_id, "key_id": self.key_id}
+        who = {"time": time, "request_id": self.request_id, "key_id": self.key_id}
         if self.audit.has_client:
             who["client"] = self.client
         try:
@@ -175,7 +154,7 @@ class RequestTextObserver:
     """
 
     def __init__(self, request: RequestObserver, text: Conversation, *, is_prompt_known: bool):
-        self._request, self._metrics, self._trace = request, request.metrics, request.trace
+        self._request, self._metrics = request, request.metrics
         self._text = text
         self._is_prompt_known = is_prompt_known
         self._start = self._last = time.perf_counter()
@@ -227,11 +206,11 @@ class RequestTextObserver:
     def _record(self, decisions: Sequence[Decision]) -> None:
         new = [d for d in decisions if not self._is_prompt_known or d.rule.side == "output"]
         self._metrics.count(new)
-        self._trace.decisions += new
+        self._request.decisions += new
         for decision in new:
             if decision.action in _LOGGED:
                 level, message = _LOGGED[decision.action]
-                ids = {"request_id": self._trace.request_id, "key_id": self._request.key_id}
+                ids = {"request_id": self._request.request_id, "key_id": self._request.key_id}
                 _log.log(level, message, decision.rule.name, decision.rule.side, extra=ids)
         if self._request.audit is None or not new:
             return

@@ -19,6 +19,7 @@ from sidelight.probe import Probe
 from sidelight.prompts import Conversation
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
+from sidelight.server.keys import Caller
 from sidelight.server.observe import RequestObserver
 from sidelight.server.probes import ProbeRegistry
 
@@ -45,7 +46,8 @@ class ServerRequest(Request):
         super().__init__(request.scope, request.receive)
         self.context: Context = request.app.state.context
         self.engine, self.registry = self.context.engine, self.context.registry
-        self.observer = self.context.observer.of(request)
+        self.observer: RequestObserver = request.state.observer
+        self.observer.key_id = getattr(request.state, "caller", Caller()).key_id
         self._received = b""
         self._value: Any = None
 
@@ -162,7 +164,7 @@ class ServerRequest(Request):
                 return
         tokens = 0
         for number, text in enumerate(texts, 1):
-            size = len((await self.engine.tokenize(text)).ids)
+            size = len(await self.engine.tokenize(text))
             tokens += n * (longest if max_tokens is None else min(longest, size + max_tokens))
             if tokens > limit:
                 remedy = "" if max_tokens == 0 else ", or lower max_tokens"

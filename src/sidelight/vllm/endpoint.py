@@ -30,7 +30,6 @@ from sidelight.server.app import LOOPBACK, application, status_router
 from sidelight.server.errors import RequestError, as_request_error, wrong_field
 from sidelight.server.keys import Access, Caller
 from sidelight.server.middleware import REQUEST_ID, Gatekeeper
-from sidelight.server.observe import Trace, annotating
 from sidelight.server.requests import Context
 from sidelight.server.schemas import ReportRequest
 from sidelight.vllm.guard import EngineGuard, GuardedRequest, current_request, requested
@@ -123,23 +122,24 @@ class ProbeMiddleware:
     ) -> None:
         authorization = Headers(scope=scope).get("authorization", "")
         caller = self._endpoint.access.caller(authorization) or Caller()
-        trace = Trace(request_id=f"req_{uuid.uuid4().hex}")
+        observer = guard.observer.of(f"req_{uuid.uuid4().hex}", key_id=caller.key_id)
         body, receive = await _read(receive)
         await guard.engine.settled()
         async with AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(guard.engine.passing(guard.engine.probes))
                 request = guard.request(
-                    trace,
+                    observer,
                     probes=_report_request(body).probes,
-                    key_id=caller.key_id,
                     sees_all=caller.is_admin,
                 )
             except SidelightError as error:
                 refusal = as_request_error(error, sees_all=caller.is_admin).answer()
                 await refusal(scope, receive, send)
                 return
-            answer = _Answer(scope, receive, annotating(send, trace), request, trace.request_id)
+            answer = _Answer(
+                scope, receive, observer.annotating(send), request, observer.request_id
+            )
             with requested(request):
                 try:
                     await self._app(scope, receive, answer)

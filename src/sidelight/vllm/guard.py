@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import date
 from itertools import takewhile
 from pathlib import Path
@@ -31,7 +31,7 @@ from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part, PlainText, control_tokens
 from sidelight.server.config import ServerConfig
 from sidelight.server.metrics import Metrics
-from sidelight.server.observe import RequestObserver, Trace, audit_of
+from sidelight.server.observe import RequestObserver, audit_of
 from sidelight.server.probes import ProbeRegistry
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.internals import wrap
@@ -184,7 +184,7 @@ class EngineGuard:
         if client is None:
             await self.engine.settled()
             # Clients may name their requests, and two may choose the same name.
-            client = self.request(Trace(request_id=f"{request_id}-{uuid.uuid4().hex}"))
+            client = self.request(self.observer.of(f"{request_id}-{uuid.uuid4().hex}"))
         try:
             async with self.engine.passing(client.probes) as identity:
                 # Before anything is awaited, so that prompts are in the order of their calls.
@@ -201,24 +201,21 @@ class EngineGuard:
 
     def request(
         self,
-        trace: Trace,
+        observer: RequestObserver,
         *,
         probes: Sequence[str] | None = None,
-        key_id: str | None = None,
         sees_all: bool = False,
     ) -> GuardedRequest:
         """A request that begins now, and keeps these probes and their rules.
 
         Args:
-            trace: Its name in the audit log.
+            observer: Its own.
             probes: Those that the client chooses to be told of.
-            key_id: The client's key.
             sees_all: Whether the client sees what rules do not disclose.
 
         Raises:
             PolicyError: There is no such probe.
         """
-        observer = replace(self.observer, trace=trace, key_id=key_id)
         policy, rules = self.registry.policy, self.registry.rules
         terms = Terms(self.engine.model, policy, rules, (), observer.text, sees_all=sees_all)
         return GuardedRequest(Outcome(terms.choose(probes, for_text=True)), self.engine.probes)
