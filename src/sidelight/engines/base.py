@@ -157,14 +157,6 @@ def admit_all(_judged: PromptJudged) -> bool:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """A text as the model reads it: token ids, and each token as the tokenizer writes it."""
-
-    ids: tuple[int, ...]
-    texts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Load:
     """How busy an engine is, in requests."""
 
@@ -227,8 +219,8 @@ class Engine(ABC):
         return
 
     @abstractmethod
-    async def tokenize(self, text: Conversation) -> Tokens:
-        """The tokens that ``generate``, or ``judge`` for a text with a response, would read.
+    async def tokenize(self, text: Conversation) -> tuple[int, ...]:
+        """The token ids that ``generate``, or ``judge`` for a text with a response, would read.
 
         Raises:
             ContextLengthError: The text is too long; it is never cut.

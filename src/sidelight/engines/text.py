@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sidelight.engines.base import Sampling, Tokens
+from sidelight.engines.base import Sampling
 from sidelight.errors import ContextLengthError
 from sidelight.prompts import (
     Conversation,
@@ -215,11 +215,6 @@ class TextCodec:
                 f"an answer: the context has {self.max_tokens}. Shorten it."
             )
         return prompt, room if max_tokens is None else min(room, max_tokens)
-
-    def tokens(self, text: Conversation) -> Tokens:
-        """The tokens of ``encode``, with their texts."""
-        ids = self.encode(text).token_ids
-        return Tokens(ids, tuple(self._tokenizer.convert_ids_to_tokens(ids)))
 
     def require_within_context(self, prompt: EncodedPrompt) -> None:
         """Checks that the model can read the prompt.

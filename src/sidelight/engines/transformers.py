@@ -26,7 +26,6 @@ from sidelight.engines.base import (
     Load,
     PromptJudged,
     Sampling,
-    Tokens,
     admit_all,
     require_same_model,
     require_watched,
@@ -118,8 +117,8 @@ class TransformersEngine(Engine):
             raise verdict_failure(judged.judgement.failed)
         self._panel = panel
 
-    async def tokenize(self, text: Conversation) -> Tokens:
-        return await self._codec.in_thread([text], partial(self._codec.tokens, text))
+    async def tokenize(self, text: Conversation) -> tuple[int, ...]:
+        return (await self._codec.in_thread([text], partial(self._codec.encode, text))).token_ids
 
     def generate(
         self,

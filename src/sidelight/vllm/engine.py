@@ -20,7 +20,6 @@ from sidelight.engines.base import (
     Load,
     NotExplainedError,
     PromptJudged,
-    Tokens,
     require_same_model,
 )
 from sidelight.engines.queue import Limits
