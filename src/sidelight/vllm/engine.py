@@ -158,8 +158,8 @@ class VllmEngine(Engine):
         """As ``Exchange.passing``, for requests that come another way."""
         return self._exchange.passing(probes)
 
-    async def tokenize(self, text: Conversation) -> Tokens:
-        return await self._codec.in_thread([text], partial(self._codec.tokens, text))
+    async def tokenize(self, text: Conversation) -> tuple[int, ...]:
+        return (await self._codec.in_thread([text], partial(self._codec.encode, text))).token_ids
 
     def generate(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: vLLM's own server writes texts, and a guard in it has them judged.
