@@ -181,6 +181,14 @@ def test_a_conversation_with_its_response_is_judged_by_response_probes(http):
     ]
     assert answers[0] == answers[1]
     assert [answer["type"] for answer in answers[0]] == ["predicate"] * 2
+    # What an agent calls is judged as the chat judges it.
+    calling = {"role": "assistant", "content": None, "tool_calls": [BOMBS]}
+    written = '{"name": "search", "arguments": {"q": "bombs"}}'
+    calls, words = (
+        ask(http, questions, [*USER, turn])["answers"]
+        for turn in (calling, {"role": "assistant", "content": written})
+    )
+    assert calls == words
 
 
 @pytest.mark.parametrize(

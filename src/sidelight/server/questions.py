@@ -7,19 +7,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictStr
+from openai.types import Decision
+from pydantic import BeforeValidator, Field, StrictBool, StrictStr
 
-from sidelight.policy.request import Terms
-from sidelight.prompts import Message
+from sidelight.policy.request import Json, Terms
 from sidelight.server.checks import check, is_answered
 from sidelight.server.requests import Route, ServerRequest
-from sidelight.server.schemas import (
-    FIRST_ERROR,
-    Listed,
-    Name,
-    StrictBody,
-    Unread,
-)
+from sidelight.server.schemas import FIRST_ERROR, ChatMessage, Listed, Name, StrictBody, Unread
 from sidelight.types import Task, Verdict
 
 _MAX_QUESTIONS = 400
@@ -42,30 +36,10 @@ Meanings = Mapping[str, tuple[str, str]]
 router = APIRouter(route_class=Route)
 
 
-class InputPart(StrictBody):
-    """A piece of a message; only text is read."""
-
-    type: Literal["input_text", "output_text"]
-    text: str
-
-
-class InputMessage(StrictBody):
+class InputMessage(ChatMessage):
     """One turn of the conversation to judge."""
 
     type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        list[InputPart],
-        FIRST_ERROR,
-        BeforeValidator(
-            lambda v: [{"type": "input_text", "text": v}] if isinstance(v, str) else v,
-            json_schema_input_type=str | list[InputPart],
-        ),
-    ]
-
-    def as_message(self) -> Message:
-        """The turn as plain text; several parts become lines."""
-        return Message(self.role, "\n".join(part.text for part in self.content))
 
 
 class ChoiceOption(StrictBody):
@@ -129,67 +103,9 @@ class DecisionRequest(StrictBody):
     explain: Explain = None
 
 
-class PredicateAnswer(BaseModel):
-    """A calibrated probability."""
+class DecisionResponse(Decision):
+    """OpenAI's decision, whose answers are in the order of the questions."""
 
-    type: Literal["predicate"] = "predicate"
-    name: str | None
-    probability: float
-
-
-class ChoiceProbability(BaseModel):
-    """The probability of one value."""
-
-    value: StrictStr | StrictBool
-    probability: float
-
-
-class ChoiceAnswer(BaseModel):
-    """The probe's label, and the probability of each."""
-
-    type: Literal["choice"] = "choice"
-    name: str | None
-    choice: StrictStr | StrictBool
-    probabilities: list[ChoiceProbability]
-    confidence: float
-
-
-class Refusal(BaseModel):
-    """No loaded probe answers this question about this text."""
-
-    type: Literal["refusal"] = "refusal"
-    name: str | None
-
-
-class InputDetails(BaseModel):
-    """Nothing is cached between requests."""
-
-    cached_tokens: int = 0
-    cache_write_tokens: int = 0
-
-
-class OutputDetails(BaseModel):
-    """Nothing is written."""
-
-    reasoning_tokens: int = 0
-
-
-class DecisionUsage(BaseModel):
-    """Tokens read; none are written."""
-
-    input_tokens: int
-    input_tokens_details: InputDetails = InputDetails()
-    output_tokens: int = 0
-    output_tokens_details: OutputDetails = OutputDetails()
-    total_tokens: int
-
-
-class DecisionResponse(BaseModel):
-    """Answers in the order of the questions."""
-
-    model: str
-    answers: list[PredicateAnswer | ChoiceAnswer | Refusal]
-    usage: DecisionUsage
     explanations: Explanations = None
 
 
@@ -226,12 +142,19 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
                 for name in verdicts
             ]
     tasks = {bound.name: bound.probe.task for bound in terms.chosen}
-    answers = [_answer(question, meanings, tasks, verdicts) for question in body.questions]
-    return DecisionResponse(
-        model=body.model,
-        answers=answers,
-        usage=DecisionUsage(input_tokens=tokens, total_tokens=tokens),
-        explanations=explanations,
+    return DecisionResponse.model_validate(
+        {
+            "model": body.model,
+            "answers": [_answer(each, meanings, tasks, verdicts) for each in body.questions],
+            "usage": {
+                "input_tokens": tokens,
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "output_tokens": 0,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": tokens,
+            },
+            "explanations": explanations,
+        }
     )
 
 
@@ -251,13 +174,13 @@ def _answer(
     meanings: Meanings,
     tasks: Mapping[str, Task],
     verdicts: Mapping[str, Verdict],
-) -> PredicateAnswer | ChoiceAnswer | Refusal:
+) -> Json:
     name = question.name or ""
     if isinstance(question, PredicateQuestion):
         probe, label = meanings.get(name, ("", ""))
         if probe in verdicts:
             probability = verdicts[probe].probabilities[label]
-            return PredicateAnswer(name=name, probability=probability)
+            return {"type": "predicate", "name": name, "probability": probability}
     if isinstance(question, ChoiceQuestion) and name in verdicts:
         verdict, task = verdicts[name], tasks[name]
         values = [option.value for option in question.choices]
@@ -266,13 +189,14 @@ def _answer(
         labels = [value if isinstance(value, str) else of_bool[value] for value in values]
         by_label = dict(zip(labels, values, strict=True))
         if task.kind != "multilabel" and sorted(labels) == sorted(verdict.probabilities):
-            return ChoiceAnswer(
-                name=name,
-                choice=by_label[verdict.label],
-                probabilities=[
-                    ChoiceProbability(value=value, probability=verdict.probabilities[label])
+            return {
+                "type": "choice",
+                "name": name,
+                "choice": by_label[verdict.label],
+                "probabilities": [
+                    {"value": value, "probability": verdict.probabilities[label]}
                     for label, value in by_label.items()
                 ],
-                confidence=verdict.probabilities[verdict.label],
-            )
-    return Refusal(name=question.name)
+                "confidence": verdict.probabilities[verdict.label],
+            }
+    return {"type": "refusal", "name": question.name}

@@ -14,6 +14,7 @@ from openai.types.chat.completion_create_params import (
 from openai.types.completion_create_params import (
     CompletionCreateParamsBase as TextParameters,
 )
+from openai.types.shared import ErrorObject
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -30,19 +31,10 @@ from sidelight.errors import did_you_mean
 from sidelight.prompts import Message, PlainText
 
 
-class ErrorDetail(BaseModel):
-    """What went wrong, for people and for programs."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
 class ErrorResponse(BaseModel):
     """A refusal or a failure, as OpenAI words it."""
 
-    error: ErrorDetail
+    error: ErrorObject
 
 
 class Extension(BaseModel):
@@ -166,15 +158,8 @@ def _field_error(
 class ContentPart(StrictBody):
     """A piece of a message; only text is read."""
 
-    type: str
+    type: Literal["text", "input_text", "output_text"]
     text: str
-
-    @field_validator("type")
-    @classmethod
-    def _is_text(cls, value: str) -> str:
-        if value != "text":
-            raise ValueError("this model reads only parts of type 'text'")
-        return value
 
 
 class CalledFunction(StrictBody):
