@@ -164,12 +164,6 @@ def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_p
         torch.testing.assert_close(states, wanted[row], **ROUNDING_TO_BF16)
 
 
-def test_an_engine_does_not_fill_the_cache_of_another(tiny, tmp_path):
-    with pytest.raises(SidelightError, match="would fill it"):
-        extracted(tiny, tmp_path, engine="other")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.fixture
 def ran(monkeypatch):
     """Every prompt that a backbone runs."""

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO
 
 import torch
@@ -65,13 +64,6 @@ class Shard:
         """The states of each row, as views."""
         parts = self.hidden.split(self.lengths.tolist(), 1)
         return dict(zip(self.rows.tolist(), parts, strict=True))
-
-    def parts(self, cuts: Sequence[int]) -> Iterator["Shard"]:
-        """The texts between each two cuts, as views."""
-        ends = torch.cat([torch.zeros(1, dtype=torch.long), self.lengths.cumsum(0)]).tolist()
-        for start, stop in pairwise(cuts):
-            hidden = self.hidden[:, ends[start] : ends[stop]]
-            yield Shard(hidden, self.lengths[start:stop], self.rows[start:stop])
 
     def chosen(self, texts: Int[Tensor, " chosen"]) -> "Shard":
         """These texts, by their place in this shard."""
@@ -283,11 +275,6 @@ class States:
     def __len__(self) -> int:
         """The number of shards."""
         return len(self.shards)
-
-    @property
-    def plan(self) -> SimpleNamespace:
-        tokens = [sum(self.lengths[text] for text in texts) for texts in self.shards]
-        return SimpleNamespace(rows=self.shards, tokens=tokens)
 
     def read(self, index: int) -> Shard:
         """The texts of a shard."""

@@ -78,14 +78,10 @@ def extract(
         title: Of the progress bar.
 
     Raises:
-        SidelightError: The states would not fit the disk or the budget, a hidden state is not
-            finite, or the cache is another engine's.
+        SidelightError: The states would not fit the disk or the budget, or one is not finite.
     """
-    if cache.engine != source.engine:
-        raise SidelightError(
-            f"This cache is for states of '{cache.engine}', but '{source.engine}' would fill it; "
-            "the two round differently. Make the cache with engine=source.engine."
-        )
+    # Engines round differently.
+    assert cache.engine == source.engine
     missing = cache.open(budget_bytes=budget_bytes)
     if not missing:
         return cache
@@ -212,8 +208,7 @@ def shard_logits(probe: Probe, shard: Shard) -> Float[np.ndarray, "text output"]
     device = probe.standardisation.mean.device
     projection = probe.projection().to(device)
     logits = [np.empty((0, probe.task.outputs))]
-    texts = len(shard.rows)
-    for part in shard.parts([*range(0, texts, _SCORED_TEXTS), texts]):
+    for part in map(shard.chosen, torch.arange(len(shard.rows)).split(_SCORED_TEXTS)):
         columns = projection.layers(part.hidden.to(device, torch.float32)).transpose(0, 1)
         state = probe.mechanism.summarise(Ragged(columns, part.lengths.to(device)))
         logits.append(probe.mechanism.finish(state).double().cpu().numpy())

@@ -140,8 +140,8 @@ class TokenSource:
         while True:
             for index in torch.randperm(len(self.sizes), generator=shuffle).tolist():
                 shard = self.read(index)
-                for cuts in random_batches(len(shard.rows), size=size, shuffle=shuffle):
-                    yield from shard.parts(cuts)
+                for ends in random_batches(len(shard.rows), size=size, shuffle=shuffle):
+                    yield shard.chosen(torch.arange(*ends))
 
 
 @torch.inference_mode()
@@ -153,8 +153,7 @@ def token_logits(
     rows: list[Tensor] = []
     for index in range(len(source.sizes)):
         shard = source.read(index)
-        texts = len(shard.rows)
-        for batch in shard.parts([*range(0, texts, _SCORED_TEXTS), texts]):
+        for batch in map(shard.chosen, torch.arange(len(shard.rows)).split(_SCORED_TEXTS)):
             found.append(model(batch))
             rows.append(batch.rows)
     return torch.cat(found)[torch.cat(rows).argsort()].numpy()
