@@ -26,9 +26,7 @@ def test_content_hash_depends_on_texts_labels_and_order_only():
 
 def test_a_plain_text_is_a_chat_of_one_user_message():
     chat = [{"role": "user", "content": "Why?"}]
-    parts = [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]
-    arrays = np.array([{"role": "user", "content": np.array(parts[0]["content"])}])
-    for cell in ("Why?", chat, parts, arrays):
+    for cell in ("Why?", chat, np.array(chat)):
         examples = load_examples([{"text": cell}], label=None)
         assert (type(examples), len(examples)) == (Examples, 1)
         assert examples.items[0].messages == (Message("user", "Why?"),)
@@ -50,11 +48,11 @@ def test_rows_without_any_text_are_an_error():
     halves = [{"text": "a", "label": 0}, {"answer": "b", "label": 1}]
     empty_answer = [{"text": "a", "answer": " ", "label": 1}]
     cases = [
-        ([("", "a"), (" ", "b")], None, r"'text' is empty in all 2 rows"),
-        ([*empty_answer], "answer", r"'answer' is empty in all 1 rows\. .* --response"),
-        ([*halves], "answer", r"none of the 2 rows has both a 'text' and a 'answe"),
+        ([("", "a"), (" ", "b")], None, r"None of the 2 rows has a text in column 'text'"),
+        ([*empty_answer], "answer", r"None of the 1 rows .* 'answer' \(--response\)"),
+        ([*halves], "answer", r"None of the 2 rows .* 'answer'"),
         ([], None, r"There are no rows"),
-        ([("a",)], None, r"row 1: expected a mapping or a \(text, label\)"),
+        ([("a",)], None, r"row 1: expected an object .* \(text, label\) pair"),
     ]
     for rows, response, says in cases:
         with pytest.raises(SidelightError, match=says):
@@ -89,7 +87,6 @@ def test_a_split_parts_no_text_and_loses_no_row(picks, fraction, seed):
     assert not sides[0] & sides[1]
     assert sorted((*training.column("id"), *held_out.column("id"))) == list(range(len(rows)))
     assert set(training.labels.tolist()) == set(held_out.labels.tolist()) == {0, 1, 2}
-    assert not any("only one distinct text" in warning for warning in training.warnings)
 
 
 @pytest.mark.slow
@@ -144,15 +141,6 @@ def test_the_seed_decides_a_split_of_labelled_and_of_other_examples():
         assert first.items == again.items != other.items
 
 
-def test_a_label_with_one_text_stays_in_training_with_a_warning():
-    rows = labelled(["a", "b"] * 10)
-    examples = load_examples([*rows, ("rare", "c"), ("Rare ", "c")])
-    training, held_out = examples.split(0.5, 0)
-    assert [part.labels.tolist().count(2) for part in (training, held_out)] == [2, 0]
-    *_, warning = training.warnings
-    assert warning.startswith("Label 'c' has only one distinct text")
-
-
 def test_folds_have_each_row_once_and_part_no_text():
     rows = labelled(["a"] * 40 + ["b"] * 9 + ["c"] * 5)
     examples = load_examples([*rows, *[(f"{text} ", label) for text, label in rows[:20]]])
@@ -186,8 +174,6 @@ def test_drawn_rows_keep_the_share_of_each_label_and_lose_none():
 def test_an_impossible_split_is_an_error():
     with pytest.raises(SidelightError, match=r"Cannot make 5 parts"):
         load_examples(ROWS[:2]).folds(5, 0)
-    with pytest.raises(SidelightError, match=r"Cannot hold out 1"):
-        load_examples(ROWS).split(1.0, 0)
     with pytest.raises(SidelightError, match=r"all examples have the same text"):
         load_examples([("a", 0), ("A", 1)]).split(0.5, 0)
     answered = [{"text": "a", "answer": answer, "label": answer == "b"} for answer in "bB "]

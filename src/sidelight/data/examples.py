@@ -51,16 +51,12 @@ class Example:
     @property
     def text_key(self) -> str:
         """Equal for prompts that differ only in case and spacing."""
-        return _without_case_and_spacing(self.text)
+        return " ".join(self.text.split()).casefold()
 
     @property
     def response_key(self) -> str:
         """Equal for responses that differ only in case and spacing; "" if there is none."""
-        return _without_case_and_spacing(self.response or "")
-
-
-def _without_case_and_spacing(text: str) -> str:
-    return " ".join(text.split()).casefold()
+        return " ".join((self.response or "").split()).casefold()
 
 
 def place_of(example: Example, index: int) -> str:
@@ -133,10 +129,10 @@ class Examples:
 
     def truth_values(self, column: str) -> tuple[bool | None, ...]:
         """A column of truth values; None where the cell is empty."""
-        cells = enumerate(self.column(column), start=1)
+        cells = zip(self.items, self.column(column), strict=True)
         return tuple(
-            None if is_missing(cell) else truth_value(cell, f"example {n}", column)
-            for n, cell in cells
+            None if is_missing(cell) else truth_value(cell, item.place, column)
+            for item, cell in cells
         )
 
     def select(self: _Rows, indices: Iterable[SupportsIndex]) -> _Rows:
@@ -156,24 +152,20 @@ class Examples:
         """Two parts: the examples to train on, and about `fraction` of the whole held out.
 
         Each label keeps its share and, if it has two distinct texts, appears in both parts.
-        Near-duplicates stay together, whatever their responses (``grouping_warnings``). If all
-        examples have the same text, this holds for their responses instead. A label with a single
-        text stays in the first part, which then carries a warning.
+        Near-duplicates stay together, whatever their responses; the first part's warnings say so.
+        If all examples have the same text, this holds for their responses instead.
         """
-        if not 0 < fraction < 1:
-            raise SidelightError(
-                f"Cannot hold out {fraction} of the examples. Choose a share above 0 and below 1."
-            )
         if self.distinct < 2:
             raise SidelightError(
                 "Cannot split: all examples have the same text and the same response (if any). "
                 "Add more texts."
             )
-        groups = self._text_groups()
-        held_out = _hold_out(groups, self._strata(), fraction=fraction, seed=seed)
+        held_out = _hold_out(self._grouping[0], self._strata(), fraction=fraction, seed=seed)
         training = self.select(np.flatnonzero(~held_out))
-        told = (*self.grouping_warnings(), *self._split_warnings(groups))
-        return replace(training, warnings=told), self.select(np.flatnonzero(held_out))
+        return (
+            replace(training, warnings=self.grouping_warnings()),
+            self.select(np.flatnonzero(held_out)),
+        )
 
     def draw(self, count: int, seed: int) -> Int[Numbers, " _"]:
         """Row numbers, in order, of `count` random examples, or of all if there are fewer.
@@ -203,7 +195,7 @@ class Examples:
             raise SidelightError(
                 f"Cannot make {count} parts of {self.distinct} distinct texts. Add more texts."
             )
-        groups, strata = self._text_groups(), self._strata()
+        groups, strata = self._grouping[0], self._strata()
         left = np.arange(len(self))
         parts: list[Int[Numbers, " _"]] = []
         for remaining in range(count, 1, -1):
@@ -216,32 +208,27 @@ class Examples:
     @property
     def distinct(self) -> int:
         """The number of groups of texts that `split` and `folds` keep together."""
-        return int(self._text_groups().max(initial=-1)) + 1
+        return int(self._grouping[0].max(initial=-1)) + 1
 
     @property
     def first_rows(self) -> Int[Numbers, " text"]:
         """The first row of each group of texts that `split` and `folds` keep together."""
-        return np.unique(self._text_groups(), return_index=True)[1]
+        return np.unique(self._grouping[0], return_index=True)[1]
 
     def grouping_warnings(self) -> tuple[str, ...]:
         """How many texts are near-duplicates of other texts, and what follows, as sentences."""
         groups, divided = self._grouping
         first = np.unique(self._near_duplicates.texts, return_index=True)[1]
         alike = int((np.bincount(groups[first])[groups] > 1).sum())
-        warnings: list[str] = []
-        if alike:
-            warnings.append(
-                f"{alike} texts are near-duplicates of others: such texts stay in one fold, or on "
-                "one side of a split."
-            )
-        if divided:
-            warnings.append(
-                f"{divided} texts are near-duplicates of so many others that folds would be "
-                "impossible if they stayed together: they are parted, and the figures flatter the "
-                "probe. Give texts that differ in more than a few words, or others to validate on "
-                "(--validation, validation=)."
-            )
-        return tuple(warnings)
+        warnings = {
+            f"{alike} texts are near-duplicates of others: such texts stay in one fold, or on "
+            "one side of a split.": alike,
+            f"{divided} texts are near-duplicates of so many others that folds would be "
+            "impossible if they stayed together: they are parted, and the figures flatter the "
+            "probe. Give texts that differ in more than a few words, or others to validate on "
+            "(--validation, validation=).": divided,
+        }
+        return tuple(warning for warning, count in warnings.items() if count)
 
     @cached_property
     def _near_duplicates(self) -> NearDuplicates:
@@ -255,10 +242,8 @@ class Examples:
 
     @cached_property
     def _grouping(self) -> tuple[Int[Numbers, " row"], int]:
+        """The group of each row, which stays together, and how many rows' groups were divided."""
         return self._near_duplicates.groups(self._strata())
-
-    def _text_groups(self) -> Int[Numbers, " row"]:
-        return self._grouping[0]
 
     def label_names(self) -> list[list[str]]:
         """The labels of each text; none of texts without labels."""
@@ -267,9 +252,6 @@ class Examples:
     def _strata(self) -> Bool[Flags, "row stratum"]:
         """The groups of rows whose shares a split keeps: one per label, or all rows in one."""
         return np.ones((len(self), 1), dtype=np.bool_)
-
-    def _split_warnings(self, groups: Int[Numbers, " row"]) -> tuple[str, ...]:
-        return ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -309,15 +291,6 @@ class LabelledExamples(Examples):
         holds = self.labels.astype(np.bool_)
         return np.column_stack([holds, ~holds.any(axis=1)])
 
-    def _split_warnings(self, groups: Int[Numbers, " row"]) -> tuple[str, ...]:
-        texts = [len(np.unique(groups[column])) for column in self._strata().T]
-        # Not strict: the last stratum of a multi-label task is not a label.
-        return tuple(
-            f"Label '{name}' has only one distinct text: it stays in the training part."
-            for name, count in zip(self.task.labels, texts, strict=False)
-            if count == 1
-        )
-
 
 def require_labelled(examples: Examples) -> LabelledExamples:
     """The examples, if they have labels; else an error."""
@@ -345,16 +318,9 @@ def _hold_out(
     A greedy form of iterative stratification (Sechidis, Tsoumakas & Vlahavas 2011); with one label
     per row it is plain stratified sampling.
 
-    Args:
-        groups: Number of each row's group, from 0; rows of one group stay together.
-        strata: Which strata each row belongs to, at least one.
-        fraction: Share of each stratum's rows to hold out, between 0 and 1.
-        seed: Decides the order in which groups are tried.
-
-    Returns:
-        Whether each row is held out.
+    Rows of one group, numbered from 0, stay together; each row is in at least one stratum. The seed
+    decides the order in which groups are tried.
     """
-    # The number of rows that each group has in each stratum.
     sizes = np.zeros((int(groups.max(initial=-1)) + 1, strata.shape[1]), dtype=np.int64)
     np.add.at(sizes, groups, strata)
     order = np.random.default_rng(seed).permutation(len(sizes))

@@ -1,29 +1,24 @@
 """Turns label cells into a task and an array of numbers. Knows no file format and no texts."""
 
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from numbers import Real
 
 import numpy as np
 from jaxtyping import Int
 
-from sidelight.data.readers import Row, is_list, plain
+from sidelight.data.readers import Row, is_list
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import require_whole_characters
 from sidelight.types import Numbers, Task, is_label
 
-_TRUTH = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True}
-_SIGNS = {"-1", "1"}
+_PAIRS = (("0", "1"), ("false", "true"), ("no", "yes"))
+_TRUTH = {name: name == pair[1] for pair in _PAIRS for name in pair}
 _MISSING = frozenset({"", "nan", "null"})
 _WHOLE_NUMBER = re.compile(r"(-?\d+)(\.0*)?")
-_NUMBER = re.compile(r"-?\d*\.?\d+(e[+-]?\d+)?", re.IGNORECASE)
 _MOST_LABELS = 200
-
-# The task, the labels as in `LabelledExamples`, and what the user should know about them.
-_Encoded = tuple[Task, Int[Numbers, "row ..."], tuple[str, ...]]
 
 
 def is_missing(cell: object) -> bool:
@@ -43,7 +38,7 @@ def truth_value(cell: object, place: str, column: str) -> bool:
 
 def encode_labels(
     rows: Sequence[Row], columns: Sequence[str], *, positive: str | None, task: Task | None
-) -> _Encoded:
+) -> tuple[Task, Int[Numbers, "row ..."], tuple[str, ...]]:
     """Encodes one column of labels or of lists of labels, or several columns of 0/1.
 
     Args:
@@ -51,31 +46,31 @@ def encode_labels(
         columns: Names of the columns.
         positive: The positive class of a binary task.
         task: The label space to map to, for evaluation; None infers one from the labels.
+
+    Returns:
+        The task, the labels as in `LabelledExamples`, and warnings.
     """
-    if len(columns) == 1 and not is_list(plain(rows[0].cells[columns[0]])):
-        encoded, numbers, warnings = _encode_classes(rows, columns[0], positive=positive, task=task)
-    elif positive is None:
-        encoded, numbers, warnings = _encode_sets(rows, columns, task)
-    else:
+    is_single = len(columns) == 1 and not is_list(rows[0].cells[columns[0]])
+    if positive is not None and (task is not None or not is_single):
         raise SidelightError(
-            f"positive='{positive}' is for two classes, but here a text may have several labels. "
+            f"positive='{positive}' is for two classes that are inferred from one column. "
             "Leave it out."
         )
-    return encoded, numbers, warnings + (_spelled_alike(encoded.labels) if task is None else ())
-
-
-def _spelled_alike(labels: Sequence[str]) -> tuple[str, ...]:
-    """A warning about labels that a reader would take for one."""
-    groups: dict[str, list[str]] = {}
-    for label in labels:
-        groups.setdefault(unicodedata.normalize("NFKC", label).casefold(), []).append(label)
-    alike = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
-    if not alike:
-        return ()
-    return (
-        f"Labels that read alike are different classes: {'; '.join(alike[:3])}"
-        f"{'; ...' if len(alike) > 3 else ''}. If they are one, spell them alike.",
-    )
+    if task is not None and (task.kind == "multilabel") == is_single:
+        raise SidelightError(
+            f"The task is {task.kind} ({', '.join(task.labels)}), but '{', '.join(columns)}' holds "
+            f"{'one label' if is_single else 'several labels'} of a text. Give lists of labels or "
+            "one column of 0/1 per label to a multi-label task, and one label to any other."
+        )
+    if not is_single:
+        return _encode_sets(rows, columns, task)
+    names = [label_name(row.cells[columns[0]], row.place) for row in rows]
+    warnings: tuple[str, ...] = ()
+    if task is None:
+        task, warnings = _infer_classes(names, columns[0], positive)
+    index = _label_index(task)
+    numbers = [_lookup(row, name, index) for row, name in zip(rows, names, strict=True)]
+    return task, np.array(numbers, dtype=np.int64), warnings
 
 
 def label_name(cell: object, place: str) -> str:
@@ -84,31 +79,80 @@ def label_name(cell: object, place: str) -> str:
     1, 1.0, "1" and " 1 " all become "1"; True and "TRUE" become "true", "Yes" becomes "yes". All
     other names keep their case.
     """
-    value = plain(cell)
-    if not isinstance(value, str | Real | Decimal):
+    if not isinstance(cell, str | Real | Decimal):
         raise SidelightError(
             f"{place}: expected one label (a text, a number or a truth value), got "
-            f"{str(value)[:60]}. Write one label, or a list of labels in every row."
+            f"{str(cell)[:60]}. Write one label, or a list of labels in every row."
         )
-    name = str(value).strip()
+    name = str(cell).strip()
     require_whole_characters(name, place=f"{place}: the label")
     if name.lower() in _TRUTH:
         return name.lower()
     whole = _WHOLE_NUMBER.fullmatch(name)
-    if whole is None and _NUMBER.fullmatch(name):
-        raise SidelightError(
-            f"{place}: the label {name} is a measurement, not a class. "
-            "Turn it into classes first, for example with a threshold."
-        )
     return whole.group(1) if whole else name
 
 
-def _sorted(names: Sequence[str] | set[str]) -> tuple[str, ...]:
-    """In alphabetical order, or by value if all are whole numbers."""
-    ordered = sorted(names)
-    if all(_WHOLE_NUMBER.fullmatch(name) for name in ordered):
-        ordered.sort(key=int)
-    return tuple(ordered)
+def _infer_classes(
+    names: Sequence[str], column: str, positive: str | None
+) -> tuple[Task, tuple[str, ...]]:
+    """A binary task from two distinct names, a multi-class one from more; and warnings."""
+    if set(names) <= _TRUTH.keys():
+        # One spelling for all; 0 and 1 if the column mixes several.
+        pair = next((pair for pair in _PAIRS if set(names) <= set(pair)), _PAIRS[0])
+        names = [pair[_TRUTH[name]] for name in names]
+    counts = Counter(names)
+    if len(counts) == 1:
+        raise SidelightError(
+            f"Column '{column}' holds only one label, '{names[0]}', in all {len(names)} rows. "
+            "Add examples of another class."
+        )
+    if len(counts) > min(_MOST_LABELS, max(2, len(names) / 2)):
+        shown = ", ".join(repr(name[:20]) for name in list(counts)[:3])
+        raise SidelightError(
+            f"Column '{column}' holds {len(counts)} distinct values in {len(names)} rows ({shown}, "
+            "...): that looks like free text or a measurement, not classes. Name the column of "
+            f"labels, and give at least two examples of each and at most {_MOST_LABELS} labels."
+        )
+    labels = _ordered(counts)
+    if len(labels) > 2:
+        if positive is not None:
+            raise SidelightError(
+                f"positive='{positive}' is for two classes, but column '{column}' has "
+                f"{len(labels)}: {', '.join(labels)}. Leave it out."
+            )
+        return Task("multiclass", labels), ()
+    if positive is not None:
+        index = _label_index(Task("binary", labels))
+        name = positive if positive in index else positive.lower()
+        if name not in index:
+            raise SidelightError(
+                f"positive='{positive}' is not a label.{did_you_mean(positive, labels)}"
+            )
+        return Task("binary", labels if index[name] == 1 else labels[::-1]), ()
+    if set(labels) <= _TRUTH.keys() or set(labels) == {"-1", "1"}:
+        return Task("binary", labels), ()
+    # The sort is stable and labels are in order: of two equal counts the last one is positive.
+    other, chosen = sorted(labels, key=lambda name: -counts[name])
+    warning = (
+        f"No positive class was named, so '{chosen}' is taken (the rarer label, or the last in the "
+        f"alphabet if both are equally frequent). --positive {other} (positive= in Python) chooses "
+        "the other."
+    )
+    return Task("binary", (other, chosen)), (warning,)
+
+
+def _ordered(names: Iterable[str]) -> tuple[str, ...]:
+    """In alphabetical order, or by value if all are whole numbers; each can name a class."""
+    labels = sorted(names)
+    if all(_WHOLE_NUMBER.fullmatch(name) for name in labels):
+        labels.sort(key=int)
+    wrong = next((label for label in labels if not is_label(label)), None)
+    if wrong is not None:
+        raise SidelightError(
+            f"The label {wrong[:80]!r} cannot name a class: it has a line break, a tab, another "
+            "control character, or more than 1,000 characters. Rename it in the data."
+        )
+    return tuple(labels)
 
 
 def _label_index(task: Task) -> dict[str, int]:
@@ -130,124 +174,27 @@ def _lookup(row: Row, name: str, index: Mapping[str, int]) -> int:
     return index[name]
 
 
-def _encode_classes(
-    rows: Sequence[Row], column: str, *, positive: str | None, task: Task | None
-) -> _Encoded:
-    names = [label_name(row.cells[column], row.place) for row in rows]
-    warnings: tuple[str, ...] = ()
-    if task is None:
-        task = _infer_task(names, column, positive)
-        if positive is None and task.kind == "binary" and not _has_known_order(task.labels):
-            other, chosen = task.labels
-            warnings = (
-                f"No positive class was named, so '{chosen}' is taken (the rarer label, or the "
-                f"last in the alphabet if both are equally frequent). --positive {other} "
-                "(positive= in Python) chooses the other.",
-            )
-    elif task.kind == "multilabel":
-        raise SidelightError(
-            f"Column '{column}' holds one label per row, but the task is multi-label "
-            f"({', '.join(task.labels)}). Give lists of labels, or one column of 0/1 per label."
-        )
-    elif positive is not None:
-        raise SidelightError(
-            f"positive='{positive}' cannot be chosen here: the task already has the labels "
-            f"{', '.join(task.labels)}. Leave it out."
-        )
-    index = _label_index(task)
-    numbers = [_lookup(row, name, index) for row, name in zip(rows, names, strict=True)]
-    return task, np.array(numbers, dtype=np.int64), warnings
-
-
-def _infer_task(names: Sequence[str], column: str, positive: str | None) -> Task:
-    """A binary task from two distinct names, a multi-class one from more."""
-    if set(names) <= _TRUTH.keys():
-        # One spelling for all; 0 and 1 if the column mixes several.
-        pairs = (("0", "1"), ("false", "true"), ("no", "yes"))
-        pair = next((pair for pair in pairs if set(names) <= set(pair)), pairs[0])
-        names = [pair[_TRUTH[name]] for name in names]
-    counts = Counter(names)
-    if len(counts) == 1:
-        raise SidelightError(
-            f"Column '{column}' holds only one label, '{names[0]}', in all {len(names)} rows. "
-            "Add examples of another class."
-        )
-    if len(counts) > min(_MOST_LABELS, max(2, len(names) / 2)):
-        shown = ", ".join(repr(name[:20]) for name in list(counts)[:3])
-        raise SidelightError(
-            f"Column '{column}' holds {len(counts)} distinct values in {len(names)} rows ({shown}, "
-            "...): that looks like free text or a measurement, not classes. Name the column of "
-            f"labels, and give at least two examples of each and at most {_MOST_LABELS} labels."
-        )
-    labels = _sorted(set(names))
-    _require_labels(labels)
-    if len(labels) == 2:
-        return Task("binary", _ordered_pair(labels, counts, positive))
-    if positive is not None:
-        raise SidelightError(
-            f"positive='{positive}' is for two classes, but column '{column}' has {len(labels)}: "
-            f"{', '.join(labels)}. Leave it out."
-        )
-    return Task("multiclass", labels)
-
-
-def _has_known_order(labels: tuple[str, ...]) -> bool:
-    """Whether the two names themselves say which is positive; -1 is negative only beside 1."""
-    return set(labels) <= _TRUTH.keys() or set(labels) == _SIGNS
-
-
-def _require_labels(labels: Sequence[str]) -> None:
-    wrong = next((label for label in labels if not is_label(label)), None)
-    if wrong is not None:
-        raise SidelightError(
-            f"The label {wrong[:80]!r} cannot name a class: it has a line break, a tab, another "
-            "control character, or more than 1,000 characters. Rename it in the data."
-        )
-
-
-def _ordered_pair(
-    labels: tuple[str, ...], counts: Counter[str], positive: str | None
-) -> tuple[str, ...]:
-    """Negative and positive."""
-    if positive is None:
-        if _has_known_order(labels):
-            return labels
-        # The sort is stable and labels are in order: of two equal counts the last one is positive.
-        return tuple(sorted(labels, key=lambda name: -counts[name]))
-    index = _label_index(Task("binary", labels))
-    name = positive if positive in index else positive.lower()
-    if name not in index:
-        raise SidelightError(
-            f"positive='{positive}' is not a label.{did_you_mean(positive, labels)}"
-        )
-    return labels if index[name] == 1 else labels[::-1]
-
-
-def _encode_sets(rows: Sequence[Row], columns: Sequence[str], task: Task | None) -> _Encoded:
+def _encode_sets(
+    rows: Sequence[Row], columns: Sequence[str], task: Task | None
+) -> tuple[Task, Int[Numbers, "row label"], tuple[str, ...]]:
     """Each row's set of labels: a list in one column, or several columns of 0/1."""
-    if task is not None and task.kind != "multilabel":
-        raise SidelightError(
-            f"The task is {task.kind} ({', '.join(task.labels)}), but here a text may have several "
-            "labels. Name one column with one label per row."
-        )
     if len(columns) > 1:
         if task is not None and set(columns) != set(task.labels):
             raise SidelightError(
                 f"The task has the labels {', '.join(task.labels)}, but the columns are "
                 f"{', '.join(columns)}. Name one column of 0/1 per label."
             )
-        names = tuple(columns)
-        sets = [{n for n in names if truth_value(row.cells[n], row.place, n)} for row in rows]
+        sets = [{n for n in columns if truth_value(row.cells[n], row.place, n)} for row in rows]
     else:
         sets = [_label_set(row, columns[0]) for row in rows]
-        names = _sorted(set[str]().union(*sets))
-    if task is None and not 2 <= len(names) <= _MOST_LABELS:
-        raise SidelightError(
-            f"Got {len(names)} distinct labels where a text may have several, wanted 2 to "
-            f"{_MOST_LABELS}. For a single label, use one column of 0/1."
-        )
-    _require_labels(names)
-    task = task or Task("multilabel", names)
+    if task is None:
+        names = tuple(columns) if len(columns) > 1 else _ordered(set[str]().union(*sets))
+        if not 2 <= len(names) <= _MOST_LABELS:
+            raise SidelightError(
+                f"Got {len(names)} distinct labels where a text may have several, wanted 2 to "
+                f"{_MOST_LABELS}. For a single label, use one column of 0/1."
+            )
+        task = Task("multilabel", names)
     index = _label_index(task)
     labels = np.zeros((len(rows), len(index)), dtype=np.int64)
     for row, held, flags in zip(rows, sets, labels, strict=True):
@@ -261,14 +208,10 @@ def _encode_sets(rows: Sequence[Row], columns: Sequence[str], task: Task | None)
 
 
 def _label_set(row: Row, column: str) -> set[str]:
-    cell = plain(row.cells[column])
+    cell = row.cells[column]
     if not is_list(cell):
         raise SidelightError(
             f"{row.place}: expected a list of labels as in the first row, got {str(cell)[:60]}. "
             "Write [] for a text without a label."
-        )
-    if any(map(is_missing, cell)):
-        raise SidelightError(
-            f"{row.place}: the list of labels {str(cell)[:60]} holds an empty one. Remove it."
         )
     return {label_name(value, row.place) for value in cell}

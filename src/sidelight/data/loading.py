@@ -1,18 +1,16 @@
 """Loads examples: reads rows, then checks and encodes their texts and labels."""
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, overload
 
-from jaxtyping import Int
-
 from sidelight.data.examples import Example, Examples, LabelledExamples, Skipped
 from sidelight.data.labels import encode_labels, is_missing
-from sidelight.data.readers import InMemory, Row, is_list, is_mapping, plain, read_rows
+from sidelight.data.readers import InMemory, Row, is_list, is_mapping, read_rows
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import Message, require_whole_characters
-from sidelight.types import Numbers, Task
+from sidelight.types import Task
 
 OnMissingLabel = Literal["error", "skip"]
 
@@ -74,33 +72,47 @@ def load_examples(
     """
     rows = read_rows(source, split=split, text=text, label=label or "label")
     columns = _find_columns(rows, text=text, label=label, response=response)
-    examples = [(row, _parse_example(row, text, response)) for row in rows]
-    readable = [(row, item) for row, item in examples if item is not None]
-    if not readable:
-        raise SidelightError(f"{rows[0].source}: {_emptiness(rows, text, response)}")
-    complete = [(row, item) for row, item in readable if not _lacks_label(row, columns)]
-    missing = len(readable) - len(complete)
-    if missing and (on_missing_label == "error" or not complete):
-        first = next(row for row, _ in readable if _lacks_label(row, columns))
+    kept: list[Row] = []
+    items: list[Example] = []
+    empty: list[Row] = []
+    unlabelled: list[Row] = []
+    for row in rows:
+        item = _parse_example(row, text, response)
+        if item is None:
+            empty.append(row)
+        elif any(is_missing(row.cells.get(column)) for column in columns):
+            unlabelled.append(row)
+        else:
+            kept.append(row)
+            items.append(item)
+    if len(empty) == len(rows):
+        answers = "" if response is None else f" and an answer in column '{response}' (--response)"
         raise SidelightError(
-            f"{missing} of {len(readable)} rows have no label in column '{', '.join(columns)}', "
-            f"the first at {first.place}. Label them, or leave them out with --missing-label skip "
-            "(in training --set missing_label=skip, in Python on_missing_label='skip')."
+            f"None of the {len(rows)} rows has a text in column '{text}' (--text){answers}. Name "
+            "other columns, or fill in what is missing."
         )
-    kept, items = [row for row, _ in complete], tuple(item for _, item in complete)
+    if unlabelled and (on_missing_label == "error" or not kept):
+        raise SidelightError(
+            f"{len(unlabelled)} of {len(rows)} rows have no label in '{', '.join(columns)}', the "
+            f"first at {unlabelled[0].place}. Label them, or leave them out with "
+            "--missing-label skip (in training --set missing_label=skip, in Python "
+            "on_missing_label='skip')."
+        )
+    skipped = Skipped(len(empty), len(unlabelled), empty[0].place if empty else "")
+    reasons = {"with an empty text or response": empty, "without a label": unlabelled}
+    warnings = tuple(
+        f"Left out {len(out)} rows {reason}." for reason, out in reasons.items() if out
+    )
     cells = tuple(row.cells for row in kept)
-    first_empty = next((row.place for row, item in examples if item is None), "")
-    skipped = Skipped(len(rows) - len(readable), missing, first_empty)
-    reasons = {
-        "with an empty text or response": skipped.empty_text,
-        "without a label": skipped.missing_label,
-    }
-    warnings = tuple(f"Left out {n} rows {reason}." for reason, n in reasons.items() if n)
     if not columns:
-        return Examples(items, cells, skipped, warnings)
+        return Examples(tuple(items), cells, skipped, warnings)
     task, labels, doubts = encode_labels(kept, columns, positive=positive, task=task)
-    warnings += (*doubts, *_conflict_warnings(items, labels))
-    return LabelledExamples(items, cells, skipped, warnings, task=task, labels=labels)
+    labellings = {(i.messages, i.response, n.tobytes()) for i, n in zip(items, labels, strict=True)}
+    counts = Counter((messages, answer) for messages, answer, _ in labellings)
+    if conflicts := sum(count > 1 for count in counts.values()):
+        doubts += (f"{conflicts} texts appear more than once, with different labels.",)
+    warnings += doubts
+    return LabelledExamples(tuple(items), cells, skipped, warnings, task=task, labels=labels)
 
 
 def _find_columns(
@@ -111,17 +123,13 @@ def _find_columns(
     labels = () if label is None else (label,)
     if label is not None and label not in known:
         labels = tuple(dict.fromkeys(name.strip() for name in label.split(",")))
-    responses = () if response is None else (response,)
-    wanted = {"text": (text,), "response": responses, "label": labels}
-    kinds = {"text": "texts", "response": "answers", "label": "labels"}
-    for option, names in wanted.items():
-        for name in names:
-            if name not in known:
-                shown = [column[:40] for column in known]
-                raise SidelightError(
-                    f"{rows[0].source}: no column '{name}'.{did_you_mean(name, shown)} "
-                    f"Name the column of {kinds[option]} with --{option} ({option}= in Python)."
-                )
+    wanted = [("text", text), ("response", response), *(("label", name) for name in labels)]
+    for option, name in wanted:
+        if name is not None and name not in known:
+            raise SidelightError(
+                f"There is no column '{name}'.{did_you_mean(name, [name[:40] for name in known])} "
+                f"Name another with --{option} ({option}= in Python)."
+            )
     return labels
 
 
@@ -135,32 +143,18 @@ def _parse_example(row: Row, text: str, response: str | None) -> Example | None:
 
 def _parse_chat(cell: object, place: str) -> tuple[Message, ...]:
     """The messages of a cell (a string is one user message); none if all are white space."""
-    cell = plain(cell)
     if not is_list(cell):
         cell = [{"role": "user", "content": cell}]
-    messages = tuple(_parse_message(message, place) for message in cell)
-    return messages if any(message.content.strip() for message in messages) else ()
-
-
-def _parse_message(message: object, place: str) -> Message:
-    role = message.get("role") if is_mapping(message) else None
-    if not (is_mapping(message) and isinstance(role, str) and role and "content" in message):
-        raise SidelightError(
-            f"{place}: expected messages such as {{'role': 'user', 'content': 'Hello'}}, "
-            f"got {_shown(message)}."
-        )
-    content = plain(message["content"])
-    if not is_list(content):
-        return Message(role, _parse_text(content, place))
-    texts: list[str] = []
-    for part in content:  # OpenAI's content parts
-        if not (is_mapping(part) and part.get("type") == "text"):
+    messages: list[Message] = []
+    for message in cell:
+        role = message.get("role") if is_mapping(message) else None
+        if not (is_mapping(message) and isinstance(role, str) and role and "content" in message):
             raise SidelightError(
-                f"{place}: a probe reads only text, but a message has the part {_shown(part)}. "
-                "Remove the parts whose type is not 'text'."
+                f"{place}: expected messages such as {{'role': 'user', 'content': 'Hello'}}, "
+                f"got {repr(message)[:80]}."
             )
-        texts.append(_parse_text(part.get("text"), place))
-    return Message(role, "\n".join(texts))
+        messages.append(Message(role, _parse_text(message["content"], place)))
+    return tuple(messages) if any(message.content.strip() for message in messages) else ()
 
 
 def _parse_text(cell: object, place: str) -> str:
@@ -168,45 +162,8 @@ def _parse_text(cell: object, place: str) -> str:
         return ""
     if not isinstance(cell, str):
         raise SidelightError(
-            f"{place}: expected a text (a string, or a list of messages), got {_shown(cell)}. "
+            f"{place}: expected a text (a string, or a list of messages), got {repr(cell)[:80]}. "
             "Put quotes around it, or name the right column."
         )
     require_whole_characters(cell, place=f"{place}: the text")
     return cell
-
-
-def _shown(value: object) -> str:
-    return repr(value)[:80]
-
-
-def _emptiness(rows: Sequence[Row], text: str, response: str | None) -> str:
-    """Says which column is to blame when no row can be used."""
-    if not any(_parse_chat(row.cells.get(text), row.place) for row in rows):
-        return (
-            f"column '{text}' is empty in all {len(rows)} rows. Name another column of texts with "
-            "--text (text= in Python)."
-        )
-    if not any(_parse_text(row.cells.get(response or ""), row.place).strip() for row in rows):
-        return (
-            f"column '{response}' is empty in all {len(rows)} rows. Name another column of answers "
-            "with --response (response= in Python)."
-        )
-    return (
-        f"none of the {len(rows)} rows has both a '{text}' and a '{response}'. Fill in what is "
-        "missing."
-    )
-
-
-def _lacks_label(row: Row, columns: Sequence[str]) -> bool:
-    return any(is_missing(row.cells.get(column)) for column in columns)
-
-
-def _conflict_warnings(
-    items: Sequence[Example], labels: Int[Numbers, "row ..."]
-) -> tuple[str, ...]:
-    seen: defaultdict[tuple[tuple[Message, ...], str | None], set[bytes]] = defaultdict(set)
-    for item, label in zip(items, labels, strict=True):
-        seen[item.messages, item.response].add(label.tobytes())
-    conflicts = sum(len(labellings) > 1 for labellings in seen.values())
-    warning = f"{conflicts} texts appear more than once, with different labels."
-    return (warning,) if conflicts else ()

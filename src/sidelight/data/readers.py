@@ -23,33 +23,20 @@ from sidelight.errors import SidelightError, did_you_mean
 
 InMemory = Sequence[Mapping[str, object]] | Sequence[Sequence[object]]
 
-_LONGEST_FIELD = 2**31 - 1
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The cells of one row by column, and where they were.
+    """The cells of one row.
 
     Attributes:
-        source: Name of the file or data set.
-        position: Where in the source, such as `line 17`.
+        place: Where the row was, such as `train.csv, line 17`, as error messages begin.
         cells: The value of each column.
     """
 
-    source: str
-    position: str
+    place: str
     cells: Mapping[str, object]
-
-    @property
-    def place(self) -> str:
-        """Source and position, as error messages begin."""
-        return f"{self.source}, {self.position}"
-
-
-def plain(value: object) -> object:
-    """A NumPy array as a list, a NumPy scalar as a Python value; anything else unchanged."""
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:
@@ -64,14 +51,7 @@ def is_list(value: object) -> TypeGuard[Sequence[object]]:
 def read_rows(
     source: str | Path | InMemory, *, split: str | None, text: str, label: str
 ) -> list[Row]:
-    """All rows of a source, in order; at least one.
-
-    Args:
-        source: A file, a Hugging Face data set as `name` or `name:config`, or rows.
-        split: Split of a Hugging Face data set; None means `train`.
-        text: Name to give to the first half of (text, label) pairs.
-        label: Name to give to the second half.
-    """
+    """All rows of a source, in order; at least one. ``text`` and ``label`` name halves of pairs."""
     if isinstance(source, str):
         path = Path(source)
         if _HUB_NAME.fullmatch(source) and not path.exists() and not is_readable(path):
@@ -101,9 +81,9 @@ def read_file(path: Path) -> list[Row]:
         )
     try:
         rows = _READERS[_format_suffix(path)](path)
-    except PermissionError as error:
+    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SidelightError(
-            f"Cannot read '{path}': permission denied. Change its permissions, or copy the file."
+            f"Cannot read {path.name}: {error}. Save it as UTF-8 text, or copy it again."
         ) from error
     if not rows:
         raise SidelightError(f"{path.name} has no rows. Give a file with at least one example.")
@@ -125,94 +105,53 @@ def _format_suffix(path: Path) -> str:
 
 def _absence(path: Path) -> str:
     """Names the readable files in the folder, or beside the file."""
-    directory = path if path.is_dir() else path.parent
-    if not directory.is_dir():
-        return f"No file '{path}': there is no directory '{directory}'. Check the path."
-    names = sorted(other.name for other in directory.iterdir() if is_readable(other))
-    names = get_close_matches(path.name, names, n=10, cutoff=0.5) or names[:10]
-    hint = did_you_mean(path.name, names) if names else " No file there can be read."
-    return (
-        f"'{path}' is a directory. Give one file.{hint}"
-        if path.is_dir()
-        else (f"No file '{path}'.{hint}")
-    )
+    folder = path if path.is_dir() else path.parent
+    names = [file.name for file in folder.glob("*") if is_readable(file)]
+    nearest = get_close_matches(path.name, names, n=10, cutoff=0.0)
+    return f"No file '{path}'.{did_you_mean(path.name, nearest)}"
 
 
 def _read_text(path: Path) -> str:
     """The text of a UTF-8 file, plain or gzip, without a byte order mark."""
     content = path.read_bytes()
-    if path.suffix.lower() == ".gz":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise SidelightError(
-                f"{path.name} is not a complete gzip file ({error}). Copy or compress it again."
-            ) from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise SidelightError(
-            f"{path.name}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8. "
-            "Save the file as UTF-8 text."
-        ) from error
-
-
-def _require_distinct(names: list[str], place: str) -> None:
-    if len(set(names)) < len(names):
-        twice = min(name for name in names if names.count(name) > 1)
-        raise SidelightError(f"{place}: '{twice}' appears twice. Give each column its own name.")
+    return (gzip.decompress(content) if path.suffix.lower() == ".gz" else content).decode(
+        "utf-8-sig"
+    )
 
 
 def _read_delimited(path: Path, *, delimiter: str) -> list[Row]:
     """One row per record after the header (RFC 4180); blank lines are skipped."""
-    text = io.StringIO(_read_text(path), newline="")
+    # The usual limit is 131,072 characters, for the whole process.
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
     rows: list[Row] = []
-    names: list[str] | None = None
+    names: list[str] = []
     line = 1
-    # The csv module keeps one limit, of 131,072 characters, for the whole process.
-    limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
         for record in reader:
-            position = f"line {line}"
-            line = reader.line_num + 1  # a record may span several lines
-            if not record:
-                continue
-            if names is None:
+            if record and not names:
                 names = [name.strip() for name in record]
-                _require_distinct(names, f"{path.name}, {position}")
-                if len(names) == 1 and (other := next((c for c in ",;\t|" if c in record[0]), "")):
-                    raise SidelightError(
-                        f"{path.name}, {position}: the header has one column, and {other!r} in its "
-                        f"name. Separate fields by {delimiter!r}, or save the file as JSON Lines."
-                    )
-                continue
-            if len(record) != len(names):
-                raise SidelightError(
-                    f"{path.name}, {position}: {len(record)} fields, but the header has "
-                    f"{len(names)}. Put quotes around a field that holds the delimiter."
-                )
-            rows.append(Row(path.name, position, dict(zip(names, record, strict=True))))
+                if len(set(names)) < len(names):
+                    raise csv.Error(f"a column appears twice ({', '.join(names)})")
+            elif record:
+                if len(record) != len(names):
+                    raise csv.Error(f"{len(record)} fields, but the header has {len(names)}")
+                cells = dict(zip(names, record, strict=True))
+                rows.append(Row(f"{path.name}, line {line}", cells))
+            line = reader.line_num + 1  # a record may span several lines
     except csv.Error as error:
         raise SidelightError(
             f"{path.name}, line {line}: {error}. Put quotes around a field that holds quotes, "
             'delimiters or line breaks, and write "" for a quote inside it.'
         ) from error
-    finally:
-        csv.field_size_limit(limit)
     return rows
 
 
 def _read_json_lines(path: Path) -> list[Row]:
     """One row per line; blank lines are skipped."""
     # Not splitlines: a JSON string may hold U+2028, which ends no line of the file.
-    lines = enumerate(_read_text(path).split("\n"), start=1)
-    return [
-        _json_row(_parse_json(line, f"{path.name}, line {number}"), path.name, f"line {number}")
-        for number, line in lines
-        if line.strip()
-    ]
+    places = ((f"{path.name}, line {n}", s) for n, s in enumerate(_read_text(path).split("\n"), 1))
+    return [_row(place, _parse_json(line, place)) for place, line in places if line.strip()]
 
 
 def _read_json(path: Path) -> list[Row]:
@@ -223,16 +162,12 @@ def _read_json(path: Path) -> list[Row]:
             f"{path.name}: expected one array of objects, got another JSON value. "
             "Write [{...}, {...}], or one object per line in a file that ends in .jsonl."
         )
-    return [_json_row(cells, path.name, f"row {n}") for n, cells in enumerate(content, start=1)]
+    return [_row(f"{path.name}, row {n}", cells) for n, cells in enumerate(content, start=1)]
 
 
 def _parse_json(text: str, place: str) -> object:
-    def build(members: list[tuple[str, Any]]) -> dict[str, Any]:
-        _require_distinct([name for name, _ in members], place)
-        return dict(members)
-
     try:
-        return json.loads(text, object_pairs_hook=build)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SidelightError(
             f"{place}: not valid JSON ({error}). A .jsonl file has one object per line, "
@@ -240,25 +175,15 @@ def _parse_json(text: str, place: str) -> object:
         ) from error
 
 
-def _json_row(cells: object, source: str, position: str) -> Row:
-    if not is_mapping(cells):
-        raise SidelightError(
-            f"{source}, {position}: expected an object such as "
-            f'{{"text": "...", "label": "..."}}, got {json.dumps(cells)[:60]}.'
-        )
-    return Row(source, position, cells)
-
-
 def _read_parquet(path: Path) -> list[Row]:
     pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     try:
-        _require_distinct(parquet.read_schema(path).names, path.name)
         records = parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise SidelightError(
             f"{path.name} is not a complete Parquet file ({error}). Write it again."
         ) from error
-    return [Row(path.name, f"row {n}", cells) for n, cells in enumerate(records, start=1)]
+    return [Row(f"{path.name}, row {n}", cells) for n, cells in enumerate(records, start=1)]
 
 
 _READERS: dict[str, Callable[[Path], list[Row]]] = {
@@ -298,13 +223,13 @@ def _read_hub(source: str, split: str) -> list[Row]:
             f"({str(error)[:300]}). Check name, configuration, split and network, "
             "or download it once and give the file."
         ) from error
-    names: dict[str, list[str]] = {
+    classes: dict[str, list[str]] = {
         column: feature.names
         for column, feature in table.features.items()
         if isinstance(feature, datasets.ClassLabel)
     }
     rows = [
-        Row(source, f"row {n}", {**cells, **{c: _class(cells[c], names[c]) for c in names}})
+        Row(f"{source}, row {n}", {**cells, **{c: _class(cells[c], classes[c]) for c in classes}})
         for n, cells in enumerate(table, start=1)
     ]
     if not rows:
@@ -327,10 +252,23 @@ def _read_memory(source: InMemory, text: str, label: str) -> list[Row]:
         cells: object = item
         if is_list(cells) and len(cells) == 2:
             cells = {text: cells[0], label: cells[1]}
-        if not is_mapping(cells):
-            raise SidelightError(
-                f"Given rows, row {number}: expected a mapping or a (text, label) pair, "
-                f"got {str(cells)[:60]}."
-            )
-        rows.append(Row("Given rows", f"row {number}", cells))
+        rows.append(_row(f"Given rows, row {number}", _plain(cells)))
     return rows
+
+
+def _row(place: str, cells: object) -> Row:
+    if not is_mapping(cells):
+        raise SidelightError(
+            f'{place}: expected an object such as {{"text": "...", "label": "..."}} (or in Python '
+            f"a (text, label) pair), got {str(cells)[:60]}."
+        )
+    return Row(place, cells)
+
+
+def _plain(value: object) -> object:
+    """Without NumPy's arrays and scalars."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if is_mapping(value):
+        return {name: _plain(cell) for name, cell in value.items()}
+    return [_plain(item) for item in value] if is_list(value) else value
