@@ -1,6 +1,6 @@
 """Tiny random models of the architectures that vLLM serves with probes.
 
-``ARCHITECTURES`` in ``sidelight.vllm.support`` allows those that pass
+``ARCHITECTURES`` in ``sidelight.vllm.plugin`` allows those that pass
 ``tests/matrix/vllm/test_families.py``.
 """
 

@@ -12,7 +12,7 @@ from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads, judged_units, piece_lengths
 from sidelight.states.extraction import score
 from sidelight.types import Judgement, Verdict
-from sidelight.vllm.settings import judgement_of, report_of
+from sidelight.vllm.requests import judgement_of, report_of
 from tiny import untrained_probe
 
 

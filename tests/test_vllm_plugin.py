@@ -26,21 +26,23 @@ from sidelight.standardisation import EPSILON, Projection
 from sidelight.states.extraction import score
 from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, tap_layers
 from sidelight.vllm.internals import Step
+from sidelight.vllm.requests import (
+    Tracking,
+    described_prompt,
+    judgement_of,
+    request_params,
+    token_hash,
+)
 from sidelight.vllm.settings import (
     COLUMNS,
     ENVIRONMENT,
     KEY,
     Served,
-    described_prompt,
     fingerprint_of,
     identity_of,
-    judgement_of,
     named_columns,
     named_folders,
-    request_params,
-    token_hash,
 )
-from sidelight.vllm.tracking import Tracking
 from sidelight.vllm.worker import RequestJudge, Share, Worker
 from tiny import TOPICS, tiny_backbone, untrained_probe
 from vllm_served import followed
@@ -114,8 +116,9 @@ class Played:
             self.stage.receive(layer, hidden)
         self.pages.keep(torch.tensor([*slots, -1, -1]))
         steps = [
-            Step(request, stop, request in resumed or start == 0, blocks)
+            Step(request, stop, is_resumed, blocks if is_resumed else [])
             for request, _, blocks, start, stop in shares
+            for is_resumed in [request in resumed or start == 0]
         ]
         for request_id, judgement in self.judge(self.tracking.plan(steps)).items():
             self.tracking.record(request_id, judgement)
@@ -163,7 +166,7 @@ def test_any_schedule_gives_the_verdicts_of_one_pass(backbone, probes, data):
         begin = min(len(cached) * BLOCK, len(prompt) - 1)
         if data.draw(st.booleans()) and len(prompt) - begin > 1:
             # Half of it is computed, then it is preempted, loses its blocks, and begins again.
-            played.step([(request, hidden, blocks, begin, len(prompt) - 1)])
+            played.step([(request, hidden, blocks, begin, len(prompt) - 1)], resumed={request})
             blocks = cached + own[::-1]
         cuts = sorted({begin, len(prompt), *data.draw(st.lists(st.integers(begin, len(prompt))))})
         for start, stop in pairwise(cuts):

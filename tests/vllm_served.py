@@ -16,7 +16,8 @@ from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import score
-from sidelight.vllm.settings import DESCRIBED, KEY, request_params
+from sidelight.vllm.requests import request_params
+from sidelight.vllm.settings import DESCRIBED, KEY
 from tiny import INTENT, TOPICS, TOXICITY, tiny_backbone, untrained_probe
 from tiny import SIZES as TINY_SIZES
 

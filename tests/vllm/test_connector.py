@@ -10,9 +10,9 @@ from sidelight.artifact import save_probe
 from sidelight.bank import Panel
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Part, Reads
-from sidelight.vllm.internals import BlockTables, Step, full_group
-from sidelight.vllm.settings import KEY, Served, request_params
-from sidelight.vllm.tracking import Tracking
+from sidelight.vllm.internals import Step, full_group, steps_of
+from sidelight.vllm.requests import Tracking, request_params
+from sidelight.vllm.settings import KEY, Served
 from sidelight.vllm.worker import Loaded, RequestJudge, Share, StepVerdicts, load_panel
 from tiny import tiny_backbone, untrained_probe
 
@@ -72,24 +72,35 @@ def test_the_scheduler_follows_its_stages_to_other_probes_or_gives_no_verdict(tm
     assert judged_after(old) == {"old"}
 
 
-def test_whoever_ends_a_request_its_block_table_goes():
+def test_a_block_table_grows_begins_again_after_preemption_and_goes_whoever_ends_its_request():
     """Beside a connector without groups, vLLM ends requests by another method."""
     from sidelight.vllm.connector import ProbeConnector
 
-    new = SimpleNamespace(req_id="r", block_ids=([0, 1],), num_computed_tokens=0)
-    cached = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[])
-    output = SimpleNamespace(
-        num_scheduled_tokens={"r": 5}, scheduled_new_reqs=[new], scheduled_cached_reqs=cached
-    )
+    prompt = EncodedPrompt(tuple(range(5)), (Part.PROMPT,) * 5)
+    new = SimpleNamespace(req_id="r", block_ids=([9], [0]), num_computed_tokens=0)
+
+    def step(tokens, computed=0, blocks=None, *, new=(), resumed=()):
+        ids = [] if new else ["r"]
+        cached = SimpleNamespace(
+            req_ids=ids, new_block_ids=[blocks] * len(ids), resumed_req_ids={*resumed},
+            num_computed_tokens=[computed] * len(ids),
+        )  # fmt: skip
+        output = SimpleNamespace(
+            num_scheduled_tokens={"r": tokens}, scheduled_new_reqs=new, scheduled_cached_reqs=cached
+        )
+        return [(r.blocks, r.start) for r in tracking.plan(steps_of(output, 1))]
+
     for end, blocks in (("request_finished", [0, 1]), ("request_finished_all_groups", ([0, 1],))):
-        tables, tracking = BlockTables(0), Tracking(reads_responses=False)
-        (step,) = tables.steps(output)
-        assert (step.blocks, step.computed) == ([0, 1], 5)
+        tracking = Tracking(reads_responses=True)
+        tracking.enter("r", request_params(prompt), prompt.token_ids)
+        assert step(4, new=[new]) == []
+        assert step(1, 4, ([8], [1])) == [((0, 1), 0)]
+        assert step(1, 5) == [((0, 1), 5)]
+        assert step(7, 0, ([7], [4, 5]), resumed="r") == [((4, 5), 0)]
         connector = object.__new__(ProbeConnector)
-        connector._tables, connector.tracking = tables, tracking
-        connector._judge = RequestJudge(Panel([]))
+        connector.tracking, connector._judge = tracking, RequestJudge(Panel([]))
         getattr(connector, end)(SimpleNamespace(request_id="r"), blocks)
-        assert not tables._blocks
+        assert "r" not in tracking
 
 
 def test_a_pipeline_stage_that_lacks_a_kind_of_attention_is_refused():

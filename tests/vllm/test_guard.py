@@ -80,7 +80,9 @@ class Llm:
         self.seen.append((prompt, params))
         state = SimpleNamespace(external_req_id=request_id, request_index=0)
         self.output_processor.request_states[request_id] = state
-        written, unread, kind = [], [], params.output_kind.name
+        unread, kind = [], params.output_kind.name
+        # vLLM's outputs of a whole text share these lists.
+        written, logprobs = [], []
         try:
             reports = self.reports[: params.max_tokens]
             for number, report in enumerate(map(self.identified, reports)):
@@ -90,11 +92,14 @@ class Llm:
                     request_id=request_id, new_token_ids=[70 + number], kv_transfer_params=report
                 )
                 self.output_processor.process_outputs([said])
-                written, unread = [*written, 70 + number], [*unread, 70 + number]
+                unread.append(70 + number)
+                written.append(70 + number)
+                logprobs.append(logprob_of(70 + number))
                 is_end = number == len(reports) - 1
                 if (kind != "FINAL_ONLY" and len(unread) == self.merged) or is_end:
-                    new, unread = unread if kind == "DELTA" else list(written), []
-                    yield output_of(request_id, new, report, "length" if is_end else None)
+                    said = (written, logprobs) if kind != "DELTA" else (unread, None)
+                    unread = []
+                    yield output_of(request_id, *said, report, "length" if is_end else None)
                 await asyncio.sleep(0)
         except (GeneratorExit, asyncio.CancelledError):
             self.aborted.append(request_id)
@@ -112,12 +117,17 @@ class Llm:
         self.aborted += ids
 
 
-def output_of(request_id, ids, report, reason):
+def logprob_of(token):
     from vllm.logprobs import Logprob
+
+    return {token: Logprob(-1.0)}
+
+
+def output_of(request_id, ids, logprobs, report, reason):
     from vllm.outputs import CompletionOutput, RequestOutput
 
-    said, each = "".join(map(chr, ids)), [{i: Logprob(-1.0)} for i in ids]
-    text = CompletionOutput(0, said, ids, -float(ids[-1]), each, finish_reason=reason)
+    said, logprobs = "".join(map(chr, ids)), logprobs or [*map(logprob_of, ids)]
+    text = CompletionOutput(0, said, ids, -float(ids[-1]), logprobs, finish_reason=reason)
     is_end = reason is not None
     return RequestOutput(request_id, None, [1], None, [text], is_end, kv_transfer_params=report)
 

@@ -14,7 +14,6 @@ from sidelight.backbone import load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.vllm.engine import load_vllm_engine
 from sidelight.vllm.settings import ENVIRONMENT, KEY
-from sidelight.vllm.support import require_supported
 from tiny import SIZES, tiny_backbone, untrained_probe
 
 NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}
@@ -110,6 +109,8 @@ def test_a_setting_that_changes_or_bypasses_verdicts_is_refused(model, monkeypat
 def test_a_feature_or_device_that_cpus_lack_is_refused_and_a_gpu_warned_of(
     model, caplog, monkeypatch
 ):
+    from sidelight.vllm.plugin import require_supported
+
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     config = configured(model.path, None, **NGRAM)
     require_supported(config, [])

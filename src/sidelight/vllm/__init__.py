@@ -1,13 +1,13 @@
 """Probes inside vLLM: the verdict comes from the forward pass that serves the request.
 
 vLLM calls ``install`` in each of its processes, and ``plugin`` puts our parts into it.
-``internals`` has what we use of vLLM beyond its documentation, ``support`` what is tested and
-refused. ``settings`` says which probes are served and what a request's tokens belong to. In a
-worker, ``columns`` projects the residual stream of each layer and keeps the columns of every token
-by KV slot, and ``worker`` judges; ``capture`` keeps hidden states for training the same way.
-Beside the scheduler, ``tracking`` says what to read after each step, and ``connector`` puts
-verdicts on vLLM's outputs; ``requests`` hears them. ``guard`` and ``outputs`` enforce the policy in
-vLLM's own server, ``endpoint`` adds to its answers, and ``server`` starts it. ``engine`` judges
+``internals`` has what we use of vLLM beyond its documentation, and ``settings`` says which probes
+are served. In a worker, ``columns`` projects the residual stream of each layer and keeps the
+columns of every token by KV slot, and ``worker`` judges; ``capture`` keeps hidden states for
+training the same way.
+``requests`` has what travels with a request, and the scheduler's side of it; ``connector`` puts
+verdicts on vLLM's outputs, and ``outputs`` hears them. ``guard`` enforces the policy in vLLM's own
+server, ``endpoint`` adds to its answers, and ``server`` starts it. ``engine`` judges
 conversations, ``exchange`` replaces the probes, and ``offline`` judges many texts.
 Everything is kept by KV slot, never by request. ``docs/vllm.md`` says what is supported.
 """

@@ -19,7 +19,8 @@ from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.types import Judgement
 from sidelight.vllm.columns import Reading, Stage
-from sidelight.vllm.settings import KEY, Served, request_params
+from sidelight.vllm.requests import request_params
+from sidelight.vllm.settings import KEY, Served
 from sidelight.vllm.worker import RequestJudge, Worker
 
 _STATES = "states"

@@ -10,7 +10,7 @@ schedulers give the connector its results earlier, and put the verdicts on the o
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -34,9 +34,9 @@ from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt
 from sidelight.types import Judgement
 from sidelight.vllm.columns import Reading
-from sidelight.vllm.internals import BlockTables, end_with_parent, full_group
-from sidelight.vllm.settings import KEY, Served, described_prompt, prompt_encoder
-from sidelight.vllm.tracking import Tracking
+from sidelight.vllm.internals import end_with_parent, full_group, steps_of
+from sidelight.vllm.requests import PromptReader, Tracking, described_prompt
+from sidelight.vllm.settings import KEY, Served, prompt_encoder
 from sidelight.vllm.worker import Loaded, RequestJudge, Share, StepVerdicts, installed, load_panel
 
 _log = init_logger("vllm.sidelight")
@@ -84,9 +84,7 @@ def done(verdicts: StepVerdicts) -> Results:
     return Results(work)
 
 
-def _prompt_reader(
-    panel: Panel, vllm_config: Any
-) -> Callable[[Mapping[str, Any] | None, Sequence[int] | None], EncodedPrompt]:
+def _prompt_reader(panel: Panel, vllm_config: Any) -> PromptReader:
     """A function that reads from token ids what they belong to, unless the request says it.
 
     An ``EngineGuard`` drops what clients say, and describes what it has read itself.
@@ -116,8 +114,8 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        index = full_group(kv_cache_config)
-        self._group = kv_cache_config.kv_cache_groups[index]
+        self._index = full_group(kv_cache_config)
+        self._group = kv_cache_config.kv_cache_groups[self._index]
         self._blocks = kv_cache_config.num_blocks
         if role == KVConnectorRole.SCHEDULER:
             end_with_parent()
@@ -126,7 +124,6 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             panel, loaded = load_panel(served)
             self._identity = loaded.identity
             self._served, self._judge = served, RequestJudge(panel)
-            self._tables = BlockTables(index)
             self.tracking = Tracking(
                 reads_responses=panel.late is not None,
                 prompt_of=described_prompt
@@ -146,7 +143,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         )
 
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
-        readings = self.tracking.plan(self._tables.steps(scheduler_output))
+        readings = self.tracking.plan(steps_of(scheduler_output, self._index))
         return Orders(readings, scheduler_output.total_num_scheduled_tokens > 0)
 
     def take_verdicts(self, connector_output: Any) -> None:
@@ -197,7 +194,6 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         """Gives the report for the request's last output."""
         report = self.tracking.report(request.request_id)
         self.tracking.leave(request.request_id)
-        self._tables.forget(request.request_id)
         self._judge.forget([request.request_id])
         return False, report
 

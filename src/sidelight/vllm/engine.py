@@ -31,8 +31,9 @@ from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncode
 from sidelight.types import Judgement
 from sidelight.vllm.exchange import Exchange, saved
 from sidelight.vllm.internals import QUANTISING, quantisation
-from sidelight.vllm.requests import early_names, listener_of, read_whole
-from sidelight.vllm.settings import DESCRIBED, KEY, Served, judgement_of, of_the_original
+from sidelight.vllm.outputs import early_names, listener_of
+from sidelight.vllm.requests import judgement_of
+from sidelight.vllm.settings import DESCRIBED, KEY, Served, of_the_original
 
 
 class Capacity:
@@ -98,7 +99,7 @@ class VllmEngine(Engine):
         limits: Limits | None = None,
     ):
         self._llm = llm
-        self._listener = listener_of(llm.output_processor)
+        self._listener = listener_of(llm)
         self._exchange = Exchange(llm, probes, identity)
         self._name = name
         self._fingerprint = fingerprint
@@ -234,12 +235,8 @@ class VllmEngine(Engine):
         self._codec.require_within_context(prompt)
         if not self.is_ready:
             raise EngineUnavailableError()
-        # That of the class: an instance in vLLM's own server enforces a policy.
-        generate = partial(type(self._llm).generate, self._llm)
         try:
-            report = await read_whole(
-                generate, self._listener, {}, prompt, uuid.uuid4().hex, identity=identity
-            )
+            report = await self._listener.read_whole(prompt, uuid.uuid4().hex, identity=identity)
         except EngineDeadError as error:
             raise EngineUnavailableError(
                 "vLLM has stopped; its log says why. Start the server again."

@@ -36,20 +36,19 @@ from sidelight.server.probes import ProbeRegistry
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.internals import wrap
 from sidelight.vllm.outputs import (
-    Assembly,
     GuardedText,
     OutputDelta,
+    listener_of,
     together,
     without_report,
 )
-from sidelight.vllm.requests import listener_of
+from sidelight.vllm.requests import request_params
 from sidelight.vllm.settings import (
     KEY,
     Served,
     identity_of,
     model_tokenizer,
     prompt_encoder,
-    request_params,
 )
 
 # What vLLM's ``StructuredOutputsParams`` takes that can hold words of an answer.
@@ -142,8 +141,8 @@ class EngineGuard:
     def __init__(self, llm: Any, served: Served, config: ServerConfig):
         from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 
-        self._generate, self._encode, self._abort = llm.generate, llm.encode, llm.abort
-        self._listener = listener_of(llm.output_processor)
+        self._listener = listener_of(llm)
+        self._encode, self._abort = llm.encode, llm.abort
         self._own_ids: dict[str, set[str]] = defaultdict(set)
         model, probes = llm.vllm_config.model_config, served.load()
         names = model.served_model_name
@@ -265,7 +264,7 @@ class EngineGuard:
             # Text that arrives while the model writes, or a request that its caller has prepared.
             self._require_unblocked("Prompts that are neither text nor token ids")
             sampling = self._params(params, 0, None)
-            written = self._generate(prompt, sampling, request_id, **call.options)
+            written = self._listener.generate(prompt, sampling, request_id, **call.options)
             async with aclosing(written) as outputs:
                 async for output in outputs:
                     yield without_report(output)
@@ -295,24 +294,26 @@ class EngineGuard:
         own_id: str,
     ) -> AsyncGenerator[Any, None]:
         """The outputs of one text that may be sent, in the form that the caller wants."""
+        from vllm.sampling_params import RequestOutputKind
+
         enforcement, outcome = call.texts[index], call.client.outcome
         audited = self._as_text(encoded) if self.observer.audit is not None else PlainText("")
         sampling = self._params(call.params, index, encoded, is_watched=bool(enforcement.watch))
         text = GuardedText(
-            lambda tokens, params, id: self._generate(tokens, params, id, **call.options),
             self._listener,
             prompt,
             encoded,
             sampling,
             own_id,
+            options=call.options,
             identity=call.identity,
             probes=[bound.probe for bound in outcome.terms.rules],
             watch=frozenset(enforcement.watch),
             controls=self._controls,
             room=self._room,
         )
-        assembly = Assembly(call.params.output_kind, sampling.output_kind)
-        last: Any = None
+        is_final_only = call.params.output_kind == RequestOutputKind.FINAL_ONLY
+        last: OutputDelta | None = None
         async with aclosing(enforcement.guard(audited, text.events())) as passed:
             async for each in passed:
                 output = None
@@ -320,18 +321,19 @@ class EngineGuard:
                     case Admitted():
                         if outcome.is_decided:
                             call.client.decided.set()
+                    case Ended("content_filter"):
+                        output = text.cut()
                     case Ended():
-                        if each.reason == "content_filter":
-                            last = text.cut(has_sent=enforcement.has_sent)
-                        output = assembly.push(last)
+                        assert last is not None
+                        output = text.sent(last)
                     case OutputDelta() if each.is_last:
                         # Sent with the end, which follows at once.
-                        last = each.output
+                        last = each
                     case OutputDelta():
-                        output = assembly.push(each.output)
+                        output = text.sent(each)
                     case _:
                         raise AssertionError(each)
-                if output is not None:
+                if output is not None and (output.finished or not is_final_only):
                     output.outputs[0].index = index
                     yield output
 
@@ -357,8 +359,9 @@ class EngineGuard:
         transfer |= {} if encoded is None else request_params(encoded)
         sampling.extra_args = {**extra, "kv_transfer_params": transfer}
         if is_watched:
-            # Others share lists with vLLM, to which it adds what has not been judged.
-            sampling.output_kind = RequestOutputKind.DELTA
+            if params.output_kind == RequestOutputKind.FINAL_ONLY:
+                # What is judged before the end may be all that is sent.
+                sampling.output_kind = RequestOutputKind.CUMULATIVE
             # A place is kept free, so that the last token can be judged too.
             room = max(1, self._room - len(encoded or ()))
             sampling.max_tokens = (

@@ -2,7 +2,7 @@
 
 ``install`` wraps methods of ``AsyncLLM``, ``EngineArgs``, ``BaseModelLoader``, ``Executor`` and
 ``BeamSearchOnlineMixin``. Others use ``Scheduler.update_from_output`` (``connector``),
-``merge_async_iterators`` and ``RequestOutput.add`` (``outputs``), and
+``merge_async_iterators`` (``outputs``), and
 ``ResponsesResponse.from_request`` (``endpoint``); the rest of the names are here.
 """
 
@@ -117,7 +117,7 @@ class Step:
     Attributes:
         computed: Tokens of the request that have keys and values after the pass.
         is_resumed: Whether it begins with this pass, or comes back from preemption.
-        blocks: Its block table.
+        blocks: What follows its block table; all of it if it is resumed.
     """
 
     request_id: str
@@ -126,40 +126,25 @@ class Step:
     blocks: Sequence[int]
 
 
-class BlockTables:
-    """The block tables of running requests, as the scheduler's outputs tell of them.
+def steps_of(scheduler_output: Any, group: int) -> Iterator[Step]:
+    """Each scheduled request's share of a step.
 
     Args:
-        group: The index of the group of attention layers that they belong to.
+        scheduler_output: What the scheduler has decided.
+        group: The index of the group of attention layers whose blocks are wanted.
     """
-
-    def __init__(self, group: int):
-        self._group = group
-        self._blocks: dict[str, list[int]] = {}
-
-    def steps(self, scheduler_output: Any) -> Iterator[Step]:
-        """Each scheduled request's share of the step."""
-        scheduled = scheduler_output.num_scheduled_tokens
-        for new in scheduler_output.scheduled_new_reqs:
-            self._blocks[new.req_id] = [*new.block_ids[self._group]]
-            computed = new.num_computed_tokens + scheduled[new.req_id]
-            yield Step(new.req_id, computed, True, self._blocks[new.req_id])
-        cached = scheduler_output.scheduled_cached_reqs
-        for request_id, added, before in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            is_resumed = request_id in cached.resumed_req_ids
-            if is_resumed:
-                # After a preemption all of its blocks are new.
-                self._blocks[request_id] = []
-            if added is not None:
-                self._blocks[request_id] += added[self._group]
-            computed = before + scheduled[request_id]
-            yield Step(request_id, computed, is_resumed, self._blocks[request_id])
-
-    def forget(self, request_id: str) -> None:
-        """Drops the table of a request that has ended."""
-        self._blocks.pop(request_id, None)
+    scheduled = scheduler_output.num_scheduled_tokens
+    for new in scheduler_output.scheduled_new_reqs:
+        computed = new.num_computed_tokens + scheduled[new.req_id]
+        yield Step(new.req_id, computed, True, new.block_ids[group])
+    cached = scheduler_output.scheduled_cached_reqs
+    for request_id, added, before in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        # After a preemption all of its blocks are new.
+        is_resumed = request_id in cached.resumed_req_ids
+        blocks = () if added is None else added[group]
+        yield Step(request_id, before + scheduled[request_id], is_resumed, blocks)
 
 
 def guesses_responses(config: Any, probes: Iterable[Probe]) -> bool:
@@ -181,8 +166,8 @@ def quantisation(arguments: Any) -> str:
     return ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
 
 
-def texts_of(processor: Any, outputs: Iterable[Any]) -> Iterator[tuple[str, int, Any]]:
-    """The caller's name and the index of the text of each output of a step, with the output.
+def named_outputs(processor: Any, outputs: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Each output of a step with its caller's name for the request.
 
     Args:
         processor: vLLM's ``OutputProcessor``.
@@ -192,7 +177,7 @@ def texts_of(processor: Any, outputs: Iterable[Any]) -> Iterator[tuple[str, int,
         state = processor.request_states.get(output.request_id)
         # vLLM may still write for a request that has been cancelled.
         if state is not None:
-            yield state.external_req_id, state.request_index, output
+            yield state.external_req_id, output
 
 
 def end_with_parent() -> None:

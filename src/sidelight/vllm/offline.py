@@ -27,7 +27,8 @@ from sidelight.training.classifier import Classifier, as_example, encode
 from sidelight.types import Verdict
 from sidelight.vllm.capture import capture_params, captured
 from sidelight.vllm.engine import require_options, require_vllm
-from sidelight.vllm.settings import DESCRIBED, KEY, STATES, judgement_of, request_params
+from sidelight.vllm.requests import judgement_of, request_params
+from sidelight.vllm.settings import DESCRIBED, KEY, STATES
 
 # How much vLLM is given, in full steps: one runs while the next waits, so that none is half empty.
 _STEPS_AHEAD = 2

@@ -1,11 +1,15 @@
-"""vLLM's outputs of one text as the events of an engine, and what may be sent as vLLM's outputs."""
+"""vLLM's outputs in the process that takes them: what they report, and which of them may be sent.
+
+An ``OutputListener`` hears every report of an engine. A ``GuardedText`` is one text as the events
+of an engine, and as the outputs of vLLM that may be sent of it.
+"""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Collection, Generator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,14 +25,136 @@ from sidelight.engines.base import (
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part
 from sidelight.types import Judgement
-from sidelight.vllm.requests import (
-    Generate,
-    OutputListener,
-    StepReport,
-    early_names,
-    read_whole,
-)
-from sidelight.vllm.settings import KEY, judgement_of
+from sidelight.vllm.internals import named_outputs
+from sidelight.vllm.requests import judgement_of, request_params
+from sidelight.vllm.settings import KEY
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step's report on one text.
+
+    Attributes:
+        tokens: How many tokens the step has written.
+        params: The ``kv_transfer_params`` of its output.
+    """
+
+    tokens: int
+    params: Mapping[str, Any] | None
+
+    def judged(self) -> tuple[Judgement, float]:
+        """As ``judgement_of``; without verdicts, no probe has said anything."""
+        try:
+            return judgement_of(self.params)
+        except GenerationError:
+            return Judgement(), 0.0
+
+
+class OutputListener:
+    """Hears every report of an engine.
+
+    vLLM merges outputs that have not been read yet, and keeps only the last report. This listens
+    before that.
+
+    Args:
+        llm: vLLM's ``AsyncLLM``. The ``process_outputs`` of its output processor is wrapped.
+
+    Attributes:
+        generate: vLLM's own, which enforces no policy.
+    """
+
+    def __init__(self, llm: Any):
+        self.generate: Callable[..., AsyncGenerator[Any, None]] = llm.generate
+        self._processor = llm.output_processor
+        self._process = self._processor.process_outputs
+        self._listeners: dict[str, tuple[str, Callable[[StepReport], object]]] = {}
+        self._processor.process_outputs = self._hear
+
+    @contextmanager
+    def to(
+        self, request_id: str, identity: str, listener: Callable[[StepReport], object]
+    ) -> Generator[None]:
+        """Gives the listener every report on the request before its outputs can be read.
+
+        Args:
+            request_id: The caller's name for it.
+            identity: That of the probes which are to judge it; what others say is no verdict.
+            listener: Takes the reports.
+        """
+        self._listeners[request_id] = identity, listener
+        try:
+            yield
+        finally:
+            del self._listeners[request_id]
+
+    async def read_whole(
+        self,
+        prompt: EncodedPrompt,
+        request_id: str,
+        *,
+        identity: str,
+        tokens: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> StepReport | None:
+        """Has a text read; the report of the last step, or None if there was none.
+
+        Args:
+            prompt: The token ids, and what they belong to.
+            request_id: Unique.
+            identity: That of the probes which are to judge it.
+            tokens: The text as vLLM takes it, but for its token ids.
+            options: As ``AsyncLLM.generate`` takes them.
+        """
+        from vllm import SamplingParams
+
+        # vLLM has to write a token.
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            extra_args={"kv_transfer_params": request_params(prompt)},
+        )
+        reports: list[StepReport] = []
+        with self.to(request_id, identity, reports.append):
+            text = {**(tokens or {}), "prompt_token_ids": [*prompt.token_ids]}
+            async with aclosing(self.generate(text, params, request_id, **options)) as outputs:
+                async for _ in outputs:
+                    pass
+        return reports[-1] if reports else None
+
+    def _hear(self, outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        for name, output in named_outputs(self._processor, outputs):
+            if name in self._listeners:
+                identity, listener = self._listeners[name]
+                params = _by_these(identity, output.kv_transfer_params)
+                listener(StepReport(len(output.new_token_ids), params))
+        return self._process(outputs, *args, **kwargs)
+
+
+def _by_these(identity: str, params: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The report, unless other probes than these have judged."""
+    report = (params or {}).get(KEY, {})
+    if "verdicts" not in report or report.get("identity") == identity:
+        return params
+    return {KEY: {"error": "Other probes have judged than those that the request began with."}}
+
+
+def listener_of(llm: Any) -> OutputListener:
+    """The one listener to an engine."""
+    listener = getattr(llm.output_processor.process_outputs, "__self__", None)
+    return listener if isinstance(listener, OutputListener) else OutputListener(llm)
+
+
+def early_names(probes: Sequence[Probe]) -> frozenset[str]:
+    """Names of the probes that read the prompt alone."""
+    return frozenset(probe.name for probe in probes if not probe.reads.includes_response)
+
+
+def without_report(output: Any) -> Any:
+    """The output, of which nobody learns what probes have reported."""
+    kept = {k: v for k, v in (output.kv_transfer_params or {}).items() if k != KEY}
+    output.kv_transfer_params = kept or None
+    return output
 
 
 @dataclass(frozen=True)
@@ -44,23 +170,16 @@ class OutputDelta(TextDelta):
     is_last: bool = False
 
 
-def without_report(output: Any) -> Any:
-    """The output, of which nobody learns what probes have reported."""
-    kept = {k: v for k, v in (output.kv_transfer_params or {}).items() if k != KEY}
-    output.kv_transfer_params = kept or None
-    return output
-
-
 class GuardedText:
-    """One request in vLLM, of one text, as events.
+    """One request in vLLM, of one text.
 
     Args:
-        generate: Runs it.
-        listener: Hears the reports of its steps.
+        listener: Hears the reports of its steps, and runs it.
         prompt: As vLLM takes it.
         encoded: What its tokens belong to; None: unknown.
-        params: Its ``SamplingParams``. If a probe is watched, the output is by deltas.
+        params: Its ``SamplingParams``. If a probe is watched, not for the final output alone.
         request_id: Unique.
+        options: As ``AsyncLLM.generate`` takes them.
         identity: That of the probes which are served.
         probes: Those that judge it.
         watch: Names of the probes that are read after every token.
@@ -70,53 +189,61 @@ class GuardedText:
 
     def __init__(
         self,
-        generate: Generate,
         listener: OutputListener,
         prompt: Any,
         encoded: EncodedPrompt | None,
         params: Any,
         request_id: str,
         *,
+        options: Mapping[str, Any],
         identity: str,
         probes: Sequence[Probe],
         watch: Collection[str],
         controls: Collection[int],
         room: int,
     ):
-        self._generate, self._listener = generate, listener
+        self._listener, self._options = listener, options
         self._prompt, self._encoded = prompt, encoded
+        self._prompt_tokens = 0 if encoded is None else len(encoded)
         self._params, self._id, self._identity = params, request_id, identity
         self._is_delta = params.output_kind.name == "DELTA"
         self._early = early_names(probes)
         self._late = frozenset(probe.name for probe in probes) - self._early
         self._watch, self._controls, self._room = watch, controls, room
-        # Of the steps: the first, the newest, and, if a probe is watched, those that follow.
-        self._reports: list[StepReport] = []
+        # Of the steps: the first, the newest, and, if a probe is watched, those to be scored.
+        self._first_step: StepReport | None = None
+        self._newest_step: StepReport | None = None
         self._steps = deque[StepReport]()
         self._written: list[int] = []
         self._heard = self._scored = 0
         self._prompt_s = self._judging_s = 0.0
+        # Of the outputs: the first, the newest, and the last that was sent, with its text.
         self._first: Any = None
         self._newest: Any = None
+        self._sent: Any = None
+        self._text = ""
+        self._characters = 0
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """As those of ``Engine.generate``; each text is an ``OutputDelta``."""
         is_judged = asyncio.get_running_loop().create_future()
 
         def hear(step: StepReport) -> None:
-            self._reports[1:] = [step]
+            self._newest_step = step
             if self._watch:
                 self._steps.append(step)
-            if not is_judged.done():
+            if self._first_step is None:
+                self._first_step = step
                 is_judged.set_result(None)
 
+        written = self._listener.generate(self._prompt, self._params, self._id, **self._options)
         with self._listener.to(self._id, self._identity, hear):
-            async with aclosing(self._generate(self._prompt, self._params, self._id)) as outputs:
-                # Unless outputs come by deltas, the first comes long after the verdicts.
+            async with aclosing(written) as outputs:
+                # The first output may come long after the verdicts.
                 first = asyncio.ensure_future(anext(outputs))
                 try:
                     await asyncio.wait({first, is_judged}, return_when=asyncio.FIRST_COMPLETED)
-                    if not self._reports:
+                    if self._first_step is None:
                         # It has failed, or was aborted before the prompt was read.
                         first.result()
                     yield self._prompt_judged()
@@ -130,77 +257,95 @@ class GuardedText:
                     async for event in self._events_of(output):
                         yield event
 
-    def cut(self, *, has_sent: bool) -> Any:
+    def sent(self, delta: OutputDelta) -> Any:
+        """The output to send of text that has passed."""
+        output = delta.output
+        if self._watch and not self._is_delta:
+            self._text += delta.text
+            (text,) = output.outputs
+            # vLLM adds to the same lists what has not been judged.
+            tokens = None if output.finished else delta.tokens
+            logprobs = None if text.logprobs is None else text.logprobs[:tokens]
+            ids = [*text.token_ids[:tokens]]
+            output.outputs = [replace(text, text=self._text, token_ids=ids, logprobs=logprobs)]
+        self._sent = output
+        return output
+
+    def cut(self) -> Any:
         """The output with which the text ends where it is cut."""
         from vllm.outputs import CompletionOutput
 
-        (newest,) = self._newest.outputs
-        output = copy(self._newest)
-        output.outputs = [
-            CompletionOutput(
-                index=0,
-                text="",
-                token_ids=[],
-                cumulative_logprob=None,
-                logprobs=None if newest.logprobs is None else [],
-                finish_reason="content_filter",
-            )
-        ]
+        if self._sent is not None and not self._is_delta:
+            output = copy(self._sent)
+            (text,) = output.outputs
+            output.outputs = [replace(text, finish_reason="content_filter")]
+        else:
+            output = copy(self._newest)
+            logprobs = None if output.outputs[0].logprobs is None else []
+            nothing = CompletionOutput(0, "", [], None, logprobs, finish_reason="content_filter")
+            output.outputs = [nothing]
+            if self._sent is None:
+                # They are the prompt's.
+                output.prompt_logprobs = self._first.prompt_logprobs
         output.finished = True
-        if not has_sent:
-            # They are the prompt's.
-            output.prompt_logprobs = self._first.prompt_logprobs
         return output
 
     def _prompt_judged(self) -> PromptJudged:
-        judgement, self._prompt_s = _judgement(self._reports[:1])
+        judgement = Judgement()
+        if self._first_step is not None:
+            judgement, self._prompt_s = self._first_step.judged()
         return PromptJudged(
             judgement.of(self._early),
             is_plain=self._encoded is not None and self._encoded.is_plain,
-            tokens=0 if self._encoded is None else len(self._encoded),
+            tokens=self._prompt_tokens,
             judging_s=self._prompt_s,
         )
 
     async def _events_of(self, output: Any) -> AsyncGenerator[Event, None]:
         (completion,) = output.outputs
-        reason, tokens = completion.finish_reason, [*completion.token_ids]
+        reason, tokens = completion.finish_reason, completion.token_ids
         if self._watch and reason in ("abort", "error"):
             raise GenerationError(f"vLLM ended this request: {reason}. Retry.")
         self._first, self._newest = self._first or output, output
         without_report(output)
-        if not self._is_delta:
-            self._written.clear()
-        self._written += tokens
+        text = completion.text
+        if self._is_delta:
+            self._written += tokens
+        else:
+            self._written = tokens
+            if self._watch:
+                # Many outputs may be held back, so none of them keeps the text before its own.
+                self._characters, text = len(text), text[self._characters :]
+                completion.text = ""
+        written = len(self._written)
         # The steps that wrote these tokens; the last one may have written none.
-        while self._steps and (self._heard < len(self._written) or reason is not None):
+        while self._steps and (self._heard < written or reason is not None):
             step = self._steps.popleft()
             self._heard += step.tokens
             # The newest token has not been read yet.
             if step.tokens and self._heard > 1:
-                yield self._score(self._heard - 1, self._judged([step]))
+                yield self._score(self._heard - 1, self._judged(step))
         # No probe reads the token that ends a turn.
         is_turn_end = reason == "stop" and not isinstance(completion.stop_reason, str)
         is_turn_end = is_turn_end and bool(tokens) and tokens[-1] in self._controls
-        readable = len(self._written) - is_turn_end
-        yield OutputDelta(
-            completion.text, tokens=readable, output=output, is_last=reason is not None
-        )
+        readable = written - is_turn_end
+        yield OutputDelta(text, tokens=readable, output=output, is_last=reason is not None)
         if reason is None:
             return
-        judgement = self._judged(self._reports[-1:])
+        judgement = self._judged(self._newest_step)
         if self._watch and self._scored < readable:
             judgement = await self._whole()
             yield self._score(readable, judgement)
         yield Finished(
             reason="length" if reason == "length" else "stop",
-            prompt_tokens=0 if self._encoded is None else len(self._encoded),
-            completion_tokens=len(self._written),
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=written,
             judgement=judgement.of(self._late),
             judging_s=self._judging_s,
         )
 
-    def _judged(self, reports: Sequence[StepReport]) -> Judgement:
-        judgement, seconds = _judgement(reports)
+    def _judged(self, step: StepReport | None) -> Judgement:
+        judgement, seconds = step.judged() if step else (Judgement(), 0.0)
         self._judging_s = seconds - self._prompt_s
         return judgement
 
@@ -218,58 +363,14 @@ class GuardedText:
             token_ids=prompt.token_ids + written,
             parts=prompt.parts + (Part.RESPONSE,) * len(written),
         )
-        given: Mapping[str, Any] = self._prompt
-        shared = {k: given[k] for k in ("type", "cache_salt") if k in given}
-        own_id = f"{self._id}-whole"
-        report = await read_whole(
-            self._generate, self._listener, shared, whole, own_id, identity=self._identity
+        report = await self._listener.read_whole(
+            whole,
+            f"{self._id}-whole",
+            identity=self._identity,
+            tokens={k: self._prompt[k] for k in ("type", "cache_salt") if k in self._prompt},
+            **self._options,
         )
-        return _judgement([report] if report else [])[0]
-
-
-class Assembly:
-    """Puts what may be sent of a text into the form that the caller has asked vLLM for.
-
-    Args:
-        wanted: The caller's ``RequestOutputKind``.
-        given: That of the outputs.
-    """
-
-    def __init__(self, wanted: Any, given: Any):
-        self._wanted, self._merges = wanted, wanted != given
-        self._whole: Any = None
-
-    def push(self, output: Any) -> Any:
-        """What to send once this output may be sent; None: nothing yet."""
-        from vllm.sampling_params import RequestOutputKind
-
-        if not self._merges:
-            return output
-        if self._whole is None:
-            self._whole = output
-        else:
-            self._add(output)
-        if output.finished:
-            return self._whole
-        if self._wanted == RequestOutputKind.FINAL_ONLY:
-            return None
-        snapshot = copy(self._whole)
-        snapshot.outputs = [
-            replace(
-                text,
-                token_ids=[*text.token_ids],
-                logprobs=None if text.logprobs is None else text.logprobs[:],
-            )
-            for text in snapshot.outputs
-        ]
-        return snapshot
-
-    def _add(self, output: Any) -> None:
-        (mine,), (new,) = self._whole.outputs, output.outputs
-        known = mine.cumulative_logprob
-        self._whole.add(output, aggregate=True)
-        if new.cumulative_logprob is None:
-            mine.cumulative_logprob = known
+        return report.judged()[0] if report else Judgement()
 
 
 async def together(
@@ -293,11 +394,3 @@ async def together(
         whole.outputs = [text for index in sorted(ends) for text in ends[index].outputs]
         whole.finished = True
         yield whole
-
-
-def _judgement(reports: Sequence[StepReport]) -> tuple[Judgement, float]:
-    """What one report says, and the seconds in it. Without verdicts, no probe has said anything."""
-    try:
-        return judgement_of(reports[0].params if reports else None)
-    except GenerationError:
-        return Judgement(), 0.0

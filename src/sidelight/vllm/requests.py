@@ -1,129 +1,226 @@
-"""The reports on requests in vLLM, in the process that takes its outputs."""
+"""What is said of a request on its way into vLLM and out, and the scheduler's side of it.
 
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+Descriptions of prompts and reports of verdicts travel in ``kv_transfer_params``, under ``KEY``.
+``Tracking`` follows each request: it is read whole when its prompt ends, no matter which part was
+computed earlier or by another request, and again from the start after a preemption.
+"""
 
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, groupby, repeat
 from typing import Any
 
-from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt
-from sidelight.vllm.internals import texts_of
-from sidelight.vllm.settings import KEY, request_params
+from sidelight.engines.base import GenerationError
+from sidelight.errors import SidelightError
+from sidelight.prompts import EncodedPrompt, Part
+from sidelight.types import Judgement, Verdict
+from sidelight.vllm.columns import Reading
+from sidelight.vllm.internals import Step
+from sidelight.vllm.settings import DESCRIBED, KEY
 
-# ``AsyncLLM.generate`` of a prompt, sampling parameters and an id.
-Generate = Callable[[Any, Any, str], AsyncGenerator[Any, None]]
+
+def request_params(prompt: EncodedPrompt) -> dict[str, Any]:
+    """The ``kv_transfer_params`` of a request that carries these tokens.
+
+    They go in a request's field, or in ``SamplingParams(extra_args=...)``.
+    """
+    runs = [[int(part), len(list(same))] for part, same in groupby(prompt.parts)]
+    tokens = token_hash(prompt.token_ids)
+    return {KEY: {"parts": runs, "tokens": tokens, "is_plain": prompt.is_plain}}
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """One step's report on one text.
+def described_prompt(
+    params: Mapping[str, Any] | None, token_ids: Sequence[int] | None
+) -> EncodedPrompt:
+    """The inverse of ``request_params``, of the token ids that the engine runs.
+
+    Raises:
+        SidelightError: The request does not describe its tokens, or describes other ones.
+    """
+    description = (params or {}).get(KEY)
+    if description is None or token_ids is None:
+        raise SidelightError(
+            f"The request has no kv_transfer_params['{KEY}'] to say what its tokens belong to. "
+            f"Give it, or leave '{DESCRIBED}' out of additional_config['{KEY}']."
+        )
+    try:
+        runs = [(Part(part), int(count)) for part, count in description["parts"]]
+        counts = [count for _, count in runs]
+        # Before they are written out: whoever describes the tokens may give any number.
+        if min(counts, default=0) < 0 or sum(counts) != len(token_ids):
+            runs = []
+        parts = tuple(chain.from_iterable(repeat(*run) for run in runs))
+        matches = description["tokens"] == token_hash(token_ids) and len(parts) == len(token_ids)
+        prompt = EncodedPrompt(tuple(token_ids), parts, is_plain=bool(description["is_plain"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SidelightError(f"kv_transfer_params['{KEY}'] is malformed.") from error
+    if not matches:
+        raise SidelightError(
+            f"kv_transfer_params['{KEY}'] describes other tokens than the engine reads. Encode the "
+            "messages with the served model's tokenizer and chat template."
+        )
+    return prompt
+
+
+def token_hash(token_ids: Sequence[int]) -> str:
+    """A short name for a list of token ids."""
+    return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=8).hexdigest()
+
+
+def report_of(judgement: Judgement, seconds: float, identity: str = "") -> dict[str, Any]:
+    """The report under ``KEY`` in an output's ``kv_transfer_params``.
+
+    Args:
+        judgement: What the probes say so far.
+        seconds: How long the workers took for it.
+        identity: That of the probes.
+    """
+    verdicts: dict[str, Any] = {
+        verdict.probe: {
+            name: value
+            for name, value in vars(verdict).items()
+            if name != "probe" and value is not None
+        }
+        for verdict in judgement.verdicts
+    }
+    failed = {name: {"error": "verdict_failed"} for name in judgement.failed}
+    return {"verdicts": verdicts | failed, "seconds": seconds, "identity": identity}
+
+
+def judgement_of(params: Mapping[str, Any] | None) -> tuple[Judgement, float]:
+    """The inverse of ``report_of``, from an output's ``kv_transfer_params``.
+
+    Raises:
+        GenerationError: They hold no verdict, so the request must not pass for judged.
+    """
+    report = (params or {}).get(KEY, {})
+    if "verdicts" not in report:
+        raise GenerationError(
+            f"vLLM sent no verdict ({report.get('error', 'the plugin did not run')}). Treat the "
+            "text as not judged."
+        )
+    said: Mapping[str, Any] = report["verdicts"]
+    failed = tuple(name for name, fields in said.items() if "error" in fields)
+    verdicts = (
+        Verdict(name, **(fields | {"labels": tuple(fields["labels"])}))
+        for name, fields in said.items()
+        if "error" not in fields
+    )
+    return Judgement(tuple(verdicts), failed), report.get("seconds", 0.0)
+
+
+PromptReader = Callable[[Mapping[str, Any] | None, Sequence[int] | None], EncodedPrompt]
+"""Gives the prompt from a request's ``kv_transfer_params`` and token ids."""
+
+
+@dataclass
+class _Tracked:
+    adapter: str = ""
+    error: str = ""
+    parts: bytes = b""
+    is_plain: bool = False
+    path: str = ""
+    blocks: list[int] = field(default_factory=list[int])
+    read: int = 0
+    is_planned: bool = False
+    judgement: Judgement | None = None
+    seconds: float = 0.0
+    identity: str = ""
+
+
+class Tracking:
+    """Follows every request from its arrival to its end.
 
     Attributes:
-        text: The text's index in its request.
-        tokens: How many tokens the step has written.
-        params: The ``kv_transfer_params`` of its output.
+        reads_responses: Whether some probe reads the response.
     """
 
-    text: int
-    tokens: int
-    params: Mapping[str, Any] | None
+    def __init__(self, *, reads_responses: bool, prompt_of: PromptReader = described_prompt):
+        self.reads_responses = reads_responses
+        self._prompt_of = prompt_of
+        self._requests: dict[str, _Tracked] = {}
 
-
-class OutputListener:
-    """Hears every report of an engine, in the process that takes its outputs.
-
-    vLLM merges outputs that have not been read yet, also those of several texts of a request, and
-    keeps only the last report. This listens before that.
-
-    Args:
-        processor: vLLM's ``OutputProcessor``. Its ``process_outputs`` is wrapped.
-    """
-
-    def __init__(self, processor: Any):
-        self._processor = processor
-        self._process = processor.process_outputs
-        self._listeners: dict[str, tuple[str, Callable[[StepReport], object]]] = {}
-        processor.process_outputs = self._hear
-
-    @contextmanager
-    def to(
-        self, request_id: str, identity: str, listener: Callable[[StepReport], object]
-    ) -> Generator[None]:
-        """Gives the listener every report on the request before its outputs can be read.
+    def enter(
+        self,
+        request_id: str,
+        params: Mapping[str, Any] | None,
+        token_ids: Sequence[int] | None,
+        *,
+        adapter: str = "",
+    ) -> None:
+        """Notes a new request. One whose tokens are not known gets an error.
 
         Args:
-            request_id: The caller's name for it.
-            identity: That of the probes which are to judge it; what others say is no verdict.
-            listener: Takes the reports.
+            request_id: vLLM's name for it.
+            params: Its ``kv_transfer_params``.
+            token_ids: Its prompt; None if that is not text alone.
+            adapter: The LoRA adapter that it runs with, if any.
         """
-        self._listeners[request_id] = identity, listener
+        tracked = self._requests[request_id] = _Tracked(adapter)
         try:
-            yield
-        finally:
-            del self._listeners[request_id]
+            prompt = self._prompt_of(params, token_ids)
+            tracked.parts, tracked.is_plain = bytes(prompt.parts), prompt.is_plain
+            tracked.path = str((params or {}).get(KEY, {}).get("path", ""))
+        # Ids that the tokenizer does not take must not end the scheduler.
+        except (SidelightError, OverflowError, TypeError, ValueError) as error:
+            tracked.error = str(error)
 
-    def _hear(self, outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        for name, text, output in texts_of(self._processor, outputs):
-            if name in self._listeners:
-                identity, listener = self._listeners[name]
-                params = _by_these(identity, output.kv_transfer_params)
-                listener(StepReport(text, len(output.new_token_ids), params))
-        return self._process(outputs, *args, **kwargs)
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
 
+    def leave(self, request_id: str) -> None:
+        self._requests.pop(request_id, None)
 
-def _by_these(identity: str, params: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The report, unless other probes than these have judged."""
-    report = (params or {}).get(KEY, {})
-    if "verdicts" not in report or report.get("identity") == identity:
-        return params
-    return {KEY: {"error": "Other probes have judged than those that the request began with."}}
+    def plan(self, steps: Iterable[Step]) -> list[Reading]:
+        """What to read after a pass with these steps."""
+        readings = (self._read(step) for step in steps)
+        return [reading for reading in readings if reading is not None]
 
+    def record(
+        self, request_id: str, judgement: Judgement, seconds: float = 0.0, identity: str = ""
+    ) -> None:
+        """Adds a step's verdicts and seconds, and who judged, unless the request has ended."""
+        tracked = self._requests.get(request_id)
+        if tracked is not None:
+            tracked.seconds += seconds
+            tracked.judgement = (tracked.judgement or Judgement()) | judgement
+            tracked.identity = identity
 
-def listener_of(processor: Any) -> OutputListener:
-    """The one listener to an engine's ``OutputProcessor``."""
-    found = getattr(processor.process_outputs, "__self__", None)
-    return found if isinstance(found, OutputListener) else OutputListener(processor)
+    def report(self, request_id: str) -> dict[str, Any] | None:
+        """What goes on an output of the request; None if it is not tracked."""
+        tracked = self._requests.get(request_id)
+        if tracked is None:
+            return None
+        if tracked.judgement is None:
+            return {KEY: {"error": tracked.error or "The request was not judged."}}
+        report = report_of(tracked.judgement, tracked.seconds, tracked.identity)
+        # Its probes were trained on the model without it.
+        return {KEY: {**report, "adapter": tracked.adapter} if tracked.adapter else report}
 
-
-async def read_whole(
-    generate: Generate,
-    listener: OutputListener,
-    tokens: Mapping[str, Any],
-    prompt: EncodedPrompt,
-    request_id: str,
-    *,
-    identity: str,
-) -> StepReport | None:
-    """Has a text read; the report of the last step, or None if there was none.
-
-    Args:
-        generate: Runs it.
-        listener: Hears the reports.
-        tokens: The text as vLLM takes it, but for its token ids.
-        prompt: The token ids, and what they belong to.
-        request_id: Unique.
-        identity: That of the probes which are to judge it.
-    """
-    from vllm import SamplingParams
-
-    # vLLM has to write a token.
-    params = SamplingParams(
-        max_tokens=1,
-        temperature=0.0,
-        detokenize=False,
-        extra_args={"kv_transfer_params": request_params(prompt)},
-    )
-    reports: list[StepReport] = []
-    with listener.to(request_id, identity, reports.append):
-        text = {**tokens, "prompt_token_ids": [*prompt.token_ids]}
-        async with aclosing(generate(text, params, request_id)) as outputs:
-            async for _ in outputs:
-                pass
-    return reports[-1] if reports else None
-
-
-def early_names(probes: Sequence[Probe]) -> frozenset[str]:
-    """Names of the probes that read the prompt alone."""
-    return frozenset(probe.name for probe in probes if not probe.reads.includes_response)
+    def _read(self, step: Step) -> Reading | None:
+        tracked = self._requests.get(step.request_id)
+        if tracked is None or tracked.error:
+            return None
+        if step.is_resumed:
+            tracked.read, tracked.blocks = 0, []
+        tracked.blocks += step.blocks
+        if step.computed < len(tracked.parts):
+            return None
+        # Not "is judged": the next step may be planned before this one has run.
+        ends_prompt = not tracked.is_planned
+        if not ends_prompt and not self.reads_responses:
+            return None
+        start = 0 if ends_prompt else tracked.read
+        written = max(0, step.computed - max(start, len(tracked.parts)))
+        tracked.read, tracked.is_planned = step.computed, True
+        return Reading(
+            request_id=step.request_id,
+            blocks=tuple(tracked.blocks),
+            start=start,
+            parts=tracked.parts[start:] + bytes([Part.RESPONSE]) * written,
+            ends_prompt=ends_prompt,
+            is_plain=tracked.is_plain,
+            path=tracked.path,
+        )

@@ -1,19 +1,16 @@
-"""What vLLM's processes are told: the probes to serve, and what each request's tokens belong to.
+"""What vLLM's processes are told: the probes to serve, and by which policy.
 
 ``SIDELIGHT_PROBES`` names folders of probes, separated by the system's path separator. So does
 ``additional_config={"sidelight": {"probes": [...]}}``. Without either, the plugin does nothing.
 ``SIDELIGHT_COLUMNS``, or ``"columns"`` beside ``"probes"``, keeps room for larger probes.
 ``SIDELIGHT_QUANTISED``, or ``"accept_quantised"``, accepts probes on a quantised copy.
 ``SIDELIGHT_POLICY`` and ``SIDELIGHT_AUDIT_LOG`` name the files of a server of vLLM's.
-Verdicts, and descriptions of requests by our own engines, travel in ``kv_transfer_params``.
 """
 
 import hashlib
 import os
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby, repeat
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import TypeAdapter
@@ -21,12 +18,10 @@ from transformers import AutoTokenizer
 
 from sidelight.artifact import load_probe
 from sidelight.backbone import read_backbone
-from sidelight.engines.base import GenerationError
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.fingerprint import Fingerprint, hash_of
 from sidelight.probe import Probe, common_format, require_distinct_names
-from sidelight.prompts import EncodedPrompt, Part, PromptEncoder
-from sidelight.types import Judgement, Verdict
+from sidelight.prompts import PromptEncoder
 
 if TYPE_CHECKING:
     from sidelight.server.config import ServerConfig
@@ -141,11 +136,7 @@ def identity_of(versions: Iterable[str]) -> str:
 
 
 def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The folders that the engine's configuration or the environment names; None if neither does.
-
-    Args:
-        config: What ``additional_config`` has under ``sidelight``.
-    """
+    """The probes' folders; None: ``additional_config[KEY]`` and the environment name none."""
     if "probes" in config:
         return tuple(map(str, config["probes"]))
     named = os.environ.get(ENVIRONMENT, "")
@@ -155,11 +146,8 @@ def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 def named_columns(config: Mapping[str, Any]) -> int:
     """How many columns of a layer to keep room for; 0: as many as the first probes need.
 
-    Args:
-        config: What ``additional_config`` has under ``sidelight``.
-
     Raises:
-        SidelightError: It is no such number.
+        SidelightError: ``additional_config[KEY]`` or the environment names no such number.
     """
     columns = config.get("columns", os.environ.get(COLUMNS) or 0)
     if not str(columns).isdecimal():
@@ -170,23 +158,8 @@ def named_columns(config: Mapping[str, Any]) -> int:
     return int(columns)
 
 
-def named_acceptance(config: Mapping[str, Any]) -> str:
-    """The digest that accepts probes on a quantised copy of their model; "" for none.
-
-    Args:
-        config: What ``additional_config`` has under ``sidelight``.
-    """
-    return str(config.get("accept_quantised") or os.environ.get(ACCEPTED, ""))
-
-
 def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
-    """The fingerprint of the model that vLLM is about to serve.
-
-    The model is not loaded: its files say who it is.
-
-    Args:
-        model: Folder or hub id.
-        folders: The probes' artifacts, which say how texts are rendered.
+    """The fingerprint of a model by its files, which are not loaded.
 
     Raises:
         SidelightError: A probe is damaged, some read chats and others raw texts, or the model's
@@ -243,97 +216,3 @@ def prompt_encoder(vllm_config: Any, probes: Sequence[Probe]) -> PromptEncoder:
         prompt_format=common_format(probes) or "chat",
         max_tokens=vllm_config.model_config.max_model_len,
     )
-
-
-def request_params(prompt: EncodedPrompt) -> dict[str, Any]:
-    """The ``kv_transfer_params`` of a request that carries these tokens.
-
-    They go in a request's field, or in ``SamplingParams(extra_args=...)``.
-    """
-    runs = [[int(part), len(list(same))] for part, same in groupby(prompt.parts)]
-    tokens = token_hash(prompt.token_ids)
-    return {KEY: {"parts": runs, "tokens": tokens, "is_plain": prompt.is_plain}}
-
-
-def described_prompt(
-    params: Mapping[str, Any] | None, token_ids: Sequence[int] | None
-) -> EncodedPrompt:
-    """The prompt of a request: the inverse of ``request_params``.
-
-    Args:
-        params: The request's ``kv_transfer_params``.
-        token_ids: The tokens that the engine runs.
-
-    Raises:
-        SidelightError: The request does not describe its tokens, or describes other ones.
-    """
-    description = (params or {}).get(KEY)
-    if description is None or token_ids is None:
-        raise SidelightError(
-            f"The request has no kv_transfer_params['{KEY}'] to say what its tokens belong to. "
-            f"Give it, or leave '{DESCRIBED}' out of additional_config['{KEY}']."
-        )
-    try:
-        runs = [(Part(part), int(count)) for part, count in description["parts"]]
-        counts = [count for _, count in runs]
-        # Before they are written out: whoever describes the tokens may give any number.
-        if min(counts, default=0) < 0 or sum(counts) != len(token_ids):
-            runs = []
-        parts = tuple(chain.from_iterable(repeat(*run) for run in runs))
-        matches = description["tokens"] == token_hash(token_ids) and len(parts) == len(token_ids)
-        prompt = EncodedPrompt(tuple(token_ids), parts, is_plain=bool(description["is_plain"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise SidelightError(f"kv_transfer_params['{KEY}'] is malformed.") from error
-    if not matches:
-        raise SidelightError(
-            f"kv_transfer_params['{KEY}'] describes other tokens than the engine reads. Encode the "
-            "messages with the served model's tokenizer and chat template."
-        )
-    return prompt
-
-
-def token_hash(token_ids: Sequence[int]) -> str:
-    """A short name for a list of token ids."""
-    return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=8).hexdigest()
-
-
-def report_of(judgement: Judgement, seconds: float, identity: str = "") -> dict[str, Any]:
-    """The report under ``KEY`` in an output's ``kv_transfer_params``.
-
-    Args:
-        judgement: What the probes say so far.
-        seconds: How long the workers took for it.
-        identity: That of the probes.
-    """
-    verdicts: dict[str, Any] = {
-        verdict.probe: {
-            name: value
-            for name, value in vars(verdict).items()
-            if name != "probe" and value is not None
-        }
-        for verdict in judgement.verdicts
-    }
-    failed = {name: {"error": "verdict_failed"} for name in judgement.failed}
-    return {"verdicts": verdicts | failed, "seconds": seconds, "identity": identity}
-
-
-def judgement_of(params: Mapping[str, Any] | None) -> tuple[Judgement, float]:
-    """The inverse of ``report_of``, from an output's ``kv_transfer_params``.
-
-    Raises:
-        GenerationError: They hold no verdict, so the request must not pass for judged.
-    """
-    report = (params or {}).get(KEY, {})
-    if "verdicts" not in report:
-        raise GenerationError(
-            f"vLLM sent no verdict ({report.get('error', 'the plugin did not run')}). Treat the "
-            "text as not judged."
-        )
-    said: Mapping[str, Any] = report["verdicts"]
-    failed = tuple(name for name, fields in said.items() if "error" in fields)
-    verdicts = (
-        Verdict(name, **(fields | {"labels": tuple(fields["labels"])}))
-        for name, fields in said.items()
-        if "error" not in fields
-    )
-    return Judgement(tuple(verdicts), failed), report.get("seconds", 0.0)

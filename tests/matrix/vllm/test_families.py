@@ -8,7 +8,6 @@ import os
 import pytest
 
 from architectures import TESTED, architecture_model
-from sidelight.vllm.support import ARCHITECTURES
 from vllm_served import expected, followed, llm_of, mixed_prompts, reported, require_equal, run
 from vllm_suite import WARM_UP
 
@@ -20,6 +19,8 @@ IS_EAGER = os.environ.get("SIDELIGHT_COMPILED") != "1"
 
 
 def test_what_is_allowed_is_tested():
+    from sidelight.vllm.plugin import ARCHITECTURES
+
     assert {*TESTED} == ARCHITECTURES
 
 
