@@ -19,8 +19,8 @@ from sidelight.thresholds import ThresholdRule, choose_thresholds, read_curves
 from sidelight.training import loop
 from sidelight.training.background import Background
 from sidelight.training.dataset import FOLDS, ProbeDataset, choose_folds, make_split
-from sidelight.training.fit import better_words, calibrate, cross_fit, fit, mixtures, taken_by_none
-from sidelight.training.loop import train_mechanisms
+from sidelight.training.fit import better_words, calibrate, fit, mixtures, taken_by_none
+from sidelight.training.loop import cross_fit, train_mechanisms
 from sidelight.training.runs import RUNS, read_runs, write_fit
 from sidelight.training.settings import (
     FitOptions,
@@ -138,7 +138,7 @@ def folds(whole):
 
 @pytest.fixture(scope="module")
 def cross_fitted(whole, folds):
-    return cross_fit(JOBS, whole, folds)
+    return cross_fit(JOBS, whole.training, folds)
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_no_text_teaches_the_mechanism_that_judges_it(whole, folds, cross_fitted
     labels[fold] = 1 - labels[fold]
     examples = replace(whole.training.examples, labels=labels)
     changed = replace(whole, training=replace(whole.training, examples=examples))
-    for before, after in zip(cross_fitted, cross_fit(JOBS, changed, folds), strict=True):
+    for before, after in zip(cross_fitted, cross_fit(JOBS, changed.training, folds), strict=True):
         np.testing.assert_array_equal(before.logits[fold], after.logits[fold])
         assert not np.isclose(before.logits[rest], after.logits[rest]).all()
 
@@ -159,7 +159,7 @@ def test_folds_that_are_not_projected_together_give_the_same(
     whole, folds, cross_fitted, monkeypatch
 ):
     monkeypatch.setattr(loop, "_MOST_COLUMNS", 1)
-    for together, apart in zip(cross_fitted, cross_fit(JOBS, whole, folds), strict=True):
+    for together, apart in zip(cross_fitted, cross_fit(JOBS, whole.training, folds), strict=True):
         np.testing.assert_allclose(together.logits, apart.logits, atol=ROUNDING)
 
 

@@ -1,4 +1,4 @@
-"""What training makes of pooled states: the linear mechanism, layers' weights, wide readouts."""
+"""What training makes of pooled states: the linear mechanism and layers' weights."""
 
 from dataclasses import replace
 
@@ -6,24 +6,19 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, RidgeCV
-from torch import nn
 
 from corpora import TASKS, rows, training_set
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.base import Geometry, mechanism_spec
-from sidelight.mechanisms.readout import Readout
-from sidelight.ragged import Ragged
-from sidelight.standardisation import Standardisation
+from sidelight.mechanisms.base import mechanism_spec
 from sidelight.states.cache import Pooled
-from sidelight.training import linear, optimisation
+from sidelight.training import linear
 from sidelight.training.background import load_background
-from sidelight.training.dataset import ProbeDataset, choose_folds
-from sidelight.training.fit import cross_fit, fit
-from sidelight.training.layer_weights import layer_weights, view_worths
+from sidelight.training.dataset import choose_folds
+from sidelight.training.fit import fit
 from sidelight.training.linear import solve_linear
-from sidelight.training.loop import train_mechanisms
-from sidelight.training.pooled_readouts import readout_logits
+from sidelight.training.loop import cross_fit, train_mechanisms
+from sidelight.training.scaling import layer_weights, view_worths
 from sidelight.training.settings import FitOptions, Job, suggested_settings
 from sidelight.types import Task
 
@@ -269,16 +264,16 @@ def test_training_gives_the_solution_on_states_as_they_are_served(corpora, kind,
 
 
 @pytest.mark.slow
-def test_the_strength_that_the_folds_choose_is_that_of_each_of_them(tiny, corpora):
+def test_the_strength_that_the_folds_choose_is_that_of_each_of_them(corpora):
     training = corpora["binary"]
-    whole = ProbeDataset(tiny, training, training, choose_folds(training.examples))
-    (made,) = cross_fit([job()], whole, whole.folds)
+    folds = choose_folds(training.examples)
+    (made,) = cross_fit([job()], training, folds)
     (alone,) = train_mechanisms([job()], training=training, validation=None)
     assert made.job.settings.strength is not None
     assert alone.job.settings.strength == made.job.settings.strength
     for name, parameter in alone.mechanism.state_dict().items():
         assert made.mechanism.state_dict()[name].equal(parameter)
-    fold = whole.folds[2]
+    fold = folds[2]
     (rest,) = train_mechanisms(
         [made.job], training=training.without(fold), validation=None, to_score=training.select(fold)
     )
@@ -306,50 +301,3 @@ def test_pooled_states_that_do_not_fit_into_memory_are_refused(tiny, tmp_path):
     with pytest.raises(SidelightError, match="Allow more"):
         fit(tiny, examples, None, name="a", options=more)
     assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("is_normalised", [False, True])
-def test_logits_and_gradients_are_those_of_the_columns(is_normalised):
-    torch.manual_seed(0)
-    mechanisms = [
-        Readout(Geometry(LAYERS, WIDTH, 5), heads=heads, has_extremes=has_extremes)
-        for heads, has_extremes in ((2, False), (3, True))
-    ]
-    parameters = [own for made in mechanisms for own in made.parameters() if own.numel()]
-    for parameter in parameters:
-        nn.init.normal_(parameter.requires_grad_())
-    hidden, lengths = torch.randn(LAYERS, 9, WIDTH), torch.tensor([3, 1, 5])
-    mean, scale = torch.randn(2, LAYERS, WIDTH)
-    scaled = Standardisation(mean, scale.abs() + 0.5, is_normalised)
-    # One of the two reads the other states, so that neither gets those of its neighbour.
-    scalings = [scaled, replace(scaled, mean=2 * mean, is_normalised=not is_normalised)]
-
-    def projected(columns):
-        pairs = zip(columns, scalings, strict=True)
-        layers = [scaling.fold(own).layers(hidden).transpose(0, 1) for own, scaling in pairs]
-        return [Ragged(own, lengths) for own in layers]
-
-    tokens = projected([made.columns() for made in mechanisms])
-    expected = [made.logits(own) for made, own in zip(mechanisms, tokens, strict=True)]
-    tokens = projected([made.token_columns() for made in mechanisms])
-    found = readout_logits(mechanisms, tokens, scalings, hidden)
-    both = [
-        [*logits, *torch.autograd.grad(torch.cat(logits, 1).square().sum(), parameters)]
-        for logits in (found, expected)
-    ]
-    for own, other in zip(*both, strict=True):
-        # The same sums in another order, in float32; relative to the largest.
-        largest = float(other.detach().abs().max())
-        torch.testing.assert_close(own, other, rtol=0, atol=1e-5 * largest)
-
-
-@pytest.mark.slow
-def test_many_classes_are_learnt_from_means_and_few_from_tokens(corpora, monkeypatch):
-    wide = job("readout", epochs=3, batch_size=16, least_steps=0)
-    (by_tokens,) = train_mechanisms([wide], training=corpora["multiclass"], validation=None)
-    monkeypatch.setattr(optimisation, "_MANY_OUTPUTS", 2)
-    (by_means,) = train_mechanisms([wide], training=corpora["multiclass"], validation=None)
-    found, expected = by_means.mechanism.value, by_tokens.mechanism.value
-    # bf16 rounds them at other places, and not all of AdamW's steps are small beside that.
-    assert not torch.equal(found, expected)
-    assert float((found - expected).norm() / expected.norm()) < 0.1

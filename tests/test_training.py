@@ -15,6 +15,8 @@ from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.prompts import Reads
 from sidelight.ragged import Ragged
+from sidelight.standardisation import Standardisation
+from sidelight.training import scaling
 from sidelight.training.dataset import make_split
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import (
@@ -43,11 +45,9 @@ def corpora(tiny, tmp_path_factory):
     }
 
 
-def job(
-    mechanism="readout", *, seed=0, settings=QUICK, standardise=True, normalise=False, **options
-):
+def job(mechanism="readout", *, seed=0, settings=QUICK, normalise=False, **options):
     settings = replace(settings, normalise=normalise)
-    return Job(mechanism_spec(mechanism, options), seed, settings, standardise)
+    return Job(mechanism_spec(mechanism, options), seed, settings)
 
 
 def contents(one):
@@ -61,7 +61,7 @@ def together(corpora):
     """All mechanisms and two seeds, side by side, trained under one random state of the caller."""
     jobs = {name: job(name, settings=BRIEF) for name in mechanism_names()} | {
         "seed 1": job("gate", seed=1, settings=BRIEF),
-        "raw": job("readout", settings=BRIEF, standardise=False),
+        "raw": job("readout", settings=replace(BRIEF, standardise=False)),
         "normalised": job("readout", normalise=True, settings=BRIEF),
         "balanced": job("gate", settings=replace(BRIEF, class_weight="balanced")),
         "weighted": job("readout", settings=replace(BRIEF, layer_weights="predictive")),
@@ -125,32 +125,37 @@ def test_results_are_those_of_the_best_epoch_and_patience_ends(corpora):
 
 
 @pytest.fixture
-def trainee():
-    loss = make_loss(TASKS["binary"], torch.tensor([0, 1]), balanced=False)
-    own = job("gate", settings=replace(QUICK, epochs=2, weight_decay=0.0))
-    return TrainingRun(own, Geometry(2, 4, 1), steps=3, loss=loss, device=torch.device("cpu"))
+def gate_run():
+    return TrainingRun(
+        job("gate", settings=replace(QUICK, epochs=2, weight_decay=0.0)),
+        Standardisation.identity(Geometry(2, 4, 1)),
+        TASKS["binary"],
+        torch.tensor([0, 1]),
+        torch.tensor([True, True]),
+        steps=3,
+    )
 
 
-def test_restoring_brings_back_the_best_epochs_parameters(trainee):
-    bias = trainee.mechanism.head.bias
+def test_restoring_brings_back_the_best_epochs_parameters(gate_run):
+    bias = gate_run.mechanism.head.bias
     for value, score in [(1.0, 0.5), (2.0, 0.9), (3.0, 0.9), (4.0, 0.1)]:
         with torch.no_grad():
             bias.fill_(value)
-        trainee.end_epoch(score)
-    trainee.restore_best()
-    assert (trainee.best_epoch, bias.item(), trainee.mechanism.training) == (2, 2.0, False)
+        gate_run.end_epoch(score)
+    gate_run.restore_best()
+    assert (gate_run.best_epoch, bias.item(), gate_run.mechanism.training) == (2, 2.0, False)
 
 
-def test_the_rate_follows_a_cosine_to_zero(trainee):
+def test_the_rate_follows_a_cosine_to_zero(gate_run):
     rates = []
     for _ in range(6):
-        rates.append(trainee._optimizer.param_groups[0]["lr"])
+        rates.append(gate_run._optimizer.param_groups[0]["lr"])
         tokens = Ragged(torch.randn(2, 2, 3), torch.tensor([1, 1]))
-        trainee.loss(tokens, torch.tensor([0, 1])).backward()
-        trainee.take(1.0)
+        gate_run.loss(tokens, torch.tensor([0, 1])).backward()
+        gate_run.take(1.0)
     expected = 1e-2 * (1 + np.cos(np.pi * np.arange(6) / 6)) / 2
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
-    assert trainee._optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+    assert gate_run._optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
 
 
 LOGITS = torch.tensor([[0.3, -1.0, 2.0], [1.0, 0.2, -0.5], [0.1, 0.1, 0.4], [-2.0, 1.0, 0.0]])
@@ -261,8 +266,7 @@ def test_layers_weigh_the_same_of_texts_there_twice_and_beside_a_linear_mechanis
     first, second = (unweighted[:, 0] / own[:, 0] for unweighted, own in found)
     assert first.std() > 0.01
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
-    for module in ("loop", "layer_weights"):
-        monkeypatch.setattr(f"sidelight.training.{module}.SAMPLE_TEXTS", 50)
+    monkeypatch.setattr(scaling, "SAMPLE_TEXTS", 50)
     linear = job("linear", normalise=normalise)
     assert torch.equal(*(scales(splits[1], weighted, *own)[0] for own in ((), (linear,))))
 
@@ -322,10 +326,12 @@ def test_shards_smaller_than_a_batch_fill_it_together(tiny, tmp_path, monkeypatc
     texts, size = 60, 20
     token_bytes = tiny.fingerprint.layers * tiny.fingerprint.width * 2
     training = training_set(tiny, tmp_path, "binary", texts, seed=0, shard_bytes=60 * token_bytes)
-    assert max(map(len, training.states.plan.rows)) < size
+    assert max(map(len, training.states.shards)) < size
     steps = []
-    step = TrainingRun.step
-    monkeypatch.setattr(TrainingRun, "step", lambda self: (steps.append(1), step(self)))
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *given: (steps.append(1), step(self, *given))
+    )
     settings = replace(QUICK, batch_size=size)
     train_mechanisms([job("gate", settings=settings)], training=training, validation=None)
     assert len(steps) in range(2 * settings.epochs, 3 * settings.epochs + 1)

@@ -23,8 +23,7 @@ from optuna.trial import TrialState
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.training.dataset import Folds, ProbeDataset
-from sidelight.training.fit import score_by_folds
-from sidelight.training.loop import train_mechanisms
+from sidelight.training.loop import cross_fit, train_mechanisms
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import Job, TrainingSettings, suggested_settings
 from sidelight.types import MechanismSpec, OptionValue
@@ -298,14 +297,13 @@ def _propose(study: optuna.Study, space: Space, specs: Sequence[MechanismSpec], 
 
 def _judge(jobs: Sequence[Job], dataset: ProbeDataset, folds: Folds) -> list[np.ndarray | None]:
     """The logits of the validation texts after each training; None where it diverged."""
+    device = dataset.backbone.device
     if folds:
-        return score_by_folds(jobs, dataset, folds)
-    trained = train_mechanisms(
-        jobs,
-        training=dataset.training,
-        validation=dataset.validation,
-        device=dataset.backbone.device,
-    )
+        trained = cross_fit(jobs, dataset.training, folds, device=device)
+    else:
+        trained = train_mechanisms(
+            jobs, training=dataset.training, validation=dataset.validation, device=device
+        )
     return [None if one is None else one.logits for one in trained]
 
 

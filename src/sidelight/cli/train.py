@@ -113,7 +113,6 @@ def train(
         shared,
         mechanisms=specs,
         seeds=tuple(range(chosen.pop("seeds", 1))),
-        standardise=chosen.pop("standardise", True),
         reads=replace(
             shared.reads,
             side=chosen.pop("reads", shared.reads.side),
@@ -187,7 +186,7 @@ def _kinds() -> dict[str, Any]:
     from sidelight.training.settings import TrainingSettings
 
     kinds: dict[str, Any] = {field.name: field.type for field in fields(TrainingSettings)}
-    switches = dict.fromkeys(("none", "standardise", "template"), bool)
+    switches = dict.fromkeys(("none", "template"), bool)
     return {
         **kinds,
         **switches,

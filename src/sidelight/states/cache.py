@@ -23,7 +23,6 @@ from torch import Tensor
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.prompts import EncodedPrompt, Reads
-from sidelight.ragged import weighted_sums
 from sidelight.standardisation import inverse_rms
 from sidelight.storage import replacing
 
@@ -60,11 +59,6 @@ class Shard:
         lengths = torch.tensor([hidden.shape[1] for hidden in texts.values()])
         return Shard(torch.cat([*texts.values()], 1), lengths, torch.tensor([*texts]))
 
-    def texts(self) -> dict[int, Float[Tensor, "layer _ width"]]:
-        """The states of each row, as views."""
-        parts = self.hidden.split(self.lengths.tolist(), 1)
-        return dict(zip(self.rows.tolist(), parts, strict=True))
-
     def chosen(self, texts: Int[Tensor, " chosen"]) -> "Shard":
         """These texts, by their place in this shard."""
         parts = self.hidden.split(self.lengths.tolist(), 1)
@@ -83,8 +77,10 @@ class Shard:
         # Layer by layer: a long text in float32 would be large.
         for layer in self.hidden:
             factor = inverse_rms(layer) if is_normalised else torch.ones(len(layer), 1)
-            sums = weighted_sums(layer[None], factor[None], self.lengths)
-            means.append(sums[:, 0, :, 0] / self.lengths[:, None])
+            sizes = self.lengths.tolist()
+            texts = zip(layer.split(sizes), factor.split(sizes), strict=True)
+            sums = [text.float().mT @ weight[:, 0] for text, weight in texts]
+            means.append(torch.stack(sums) / self.lengths[:, None])
             # Rounded like the states: what is kept of them is, too.
             lasts.append((layer[ends] * factor[ends]).to(layer.dtype).float())
         return Pooled(torch.stack(means, 1), torch.stack(lasts, 1))

@@ -19,15 +19,9 @@ from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import F1, ThresholdRule, read_curves, require_thresholds
 from sidelight.training.background import Background
-from sidelight.training.dataset import Folds, ProbeDataset, linear_refusal, prepare
+from sidelight.training.dataset import ProbeDataset, linear_refusal, prepare
 from sidelight.training.linear import LinearSolution
-from sidelight.training.loop import (
-    Trained,
-    divergence,
-    train_folds,
-    train_mechanisms,
-    with_strengths,
-)
+from sidelight.training.loop import Trained, cross_fit, divergence, train_mechanisms
 from sidelight.training.measuring import (
     FLATTERING,
     Calibrated,
@@ -38,7 +32,7 @@ from sidelight.training.measuring import (
     text_hashes,
 )
 from sidelight.training.optimisation import validation_score
-from sidelight.training.settings import FitOptions, Job
+from sidelight.training.settings import FitOptions
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.training.traffic import (
     Traffic,
@@ -126,7 +120,6 @@ def calibrate_probe(
             "folds": len(dataset.folds),
             "settings": asdict(trained.job.settings),
             "seed": trained.job.seed,
-            "standardise": trained.job.standardise,
             "epochs": {"scores": list(trained.history), "best": trained.best_epoch},
             "parameters": sum(p.numel() for p in trained.mechanism.parameters()),
         },
@@ -237,7 +230,7 @@ def fit(
     # The baseline first: what it refuses in seconds must not cost the hours of training.
     words = _baseline(dataset, options.threshold, options.calibration)
     if dataset.folds:
-        trained = cross_fit(jobs, dataset, dataset.folds)
+        trained = cross_fit(jobs, dataset.training, dataset.folds, device=backbone.device)
     else:
         trained = train_mechanisms(
             jobs,
@@ -296,55 +289,6 @@ def _best(runs: Sequence[FittedProbe]) -> FittedProbe:
     return max(
         runs, key=lambda run: (float(np.mean(by_mechanism[repr(run.probe.spec)])), run.score)
     )
-
-
-# Cross-fitting, for small data: every text trains the probe, and is scored by a probe that did not
-# train on it. Calibration, threshold and figures are made from these logits of all texts. A part
-# held out of few texts would be missed in training, and too small to stop or choose by.
-
-
-def cross_fit(jobs: Sequence[Job], whole: ProbeDataset, folds: Folds) -> list[Trained | None]:
-    """Each job trained on all texts, for every epoch; logits are out-of-fold.
-
-    None for a job that diverged, on a fold or on all texts. The strength that the folds choose is
-    that of each fold too: what calibrates is shrunk like the probe.
-    """
-    jobs = with_strengths(jobs, whole.training, folds)
-    none_left_out = np.array([], dtype=np.int64)
-    *parts, final = train_folds(
-        jobs,
-        training=whole.training,
-        left_out=(*folds, none_left_out),
-        device=whole.backbone.device,
-    )
-    return [
-        None if one is None or logits is None else replace(one, logits=logits)
-        for one, logits in zip(final, _left_out_logits(parts, whole, folds), strict=True)
-    ]
-
-
-def score_by_folds(
-    jobs: Sequence[Job], whole: ProbeDataset, folds: Folds
-) -> list[Float[np.ndarray, "text output"] | None]:
-    """For each job the logits of all texts, each by a probe trained on the other folds.
-
-    None for a job that diverged.
-    """
-    parts = train_folds(jobs, training=whole.training, left_out=folds, device=whole.backbone.device)
-    return _left_out_logits(parts, whole, folds)
-
-
-def _left_out_logits(
-    parts: Sequence[Sequence[Trained | None]], whole: ProbeDataset, folds: Folds
-) -> list[Float[np.ndarray, "text output"] | None]:
-    """For each job the logits of its folds, text by text."""
-    found: list[np.ndarray | None] = []
-    for of_job in zip(*parts, strict=True):
-        logits = np.empty((len(whole.training), whole.task.outputs))
-        for fold, one in zip(folds, of_job, strict=True):
-            logits[fold] = np.nan if one is None else one.logits
-        found.append(None if None in of_job else logits)
-    return found
 
 
 def _baseline(

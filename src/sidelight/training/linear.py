@@ -7,7 +7,7 @@ random part spans the space (Williams & Seeger 2000), which is exact up to ``_LA
 Cross-validated log loss chooses the penalty, along the path from the strongest to the weakest.
 
 Each view of a layer (its means, its last tokens) is weighed by how well it alone predicts left-out
-texts, as ``layer_weights`` weighs layers for a readout. That matters most with few texts.
+texts, as ``scaling`` weighs layers for a readout. That matters most with few texts.
 A fold that chooses the penalty has weights of its own, which its
 labels did not make: a kernel is a weighted sum of the layers' kernels, so one pass over the layers
 gives those of all folds.
@@ -31,7 +31,7 @@ from sidelight.mechanisms.linear import Linear
 from sidelight.metrics import log_losses
 from sidelight.standardisation import Standardisation, spread_and_mean
 from sidelight.states.cache import Pooled
-from sidelight.training.layer_weights import relative_weights, view_worths
+from sidelight.training.scaling import relative_weights, view_worths
 from sidelight.types import Task
 
 # Strengths are scikit-learn's C where a text's features have a mean square of 1 in all.

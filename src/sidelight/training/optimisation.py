@@ -5,20 +5,17 @@ from copy import deepcopy
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, Mechanism, build_mechanism
-from sidelight.mechanisms.readout import Readout
 from sidelight.ragged import Ragged
+from sidelight.standardisation import Standardisation
 from sidelight.training.settings import Job
 from sidelight.types import Task
-
-# With fewer, a value of each token costs less than means of whole states.
-_MANY_OUTPUTS = 12
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -75,52 +72,58 @@ class TrainingRun:
 
     Attributes:
         mechanism: What is trained, in place.
+        texts: Which of the training texts it learns from.
         history: The validation score of each epoch; empty without validation texts.
         has_diverged: Whether its parameters or its validation logits stopped being finite.
 
     Args:
         job: What to train.
-        geometry: Sizes of the mechanism.
+        standardisation: How the states that it reads are scaled.
+        task: The classes.
+        labels: Of all training texts.
+        texts: Which of them it learns from.
         steps: Optimiser steps per epoch.
-        loss: A function of logits and labels.
         reads_beginnings: Whether the loss also counts a random beginning of each text.
-        part: Which part of the texts it leaves out, of those that its trainer knows.
-        device: Where to train.
     """
 
     def __init__(
         self,
         job: Job,
-        geometry: Geometry,
+        standardisation: Standardisation,
+        task: Task,
+        labels: Int[Tensor, "text ..."],
+        texts: Bool[Tensor, " text"],
         *,
         steps: int,
-        loss: Loss,
         reads_beginnings: bool = False,
-        part: int = 0,
-        device: torch.device,
     ):
         self.job = job
-        self.part = part
+        self.standardisation = standardisation
+        self.texts = texts
         self.history: list[float] = []
         self.has_diverged = False
+        layers, width = standardisation.mean.shape
         with torch.random.fork_rng():
             torch.manual_seed(job.seed)
-            self.mechanism: Mechanism = build_mechanism(job.spec, geometry).to(device)
+            mechanism = build_mechanism(job.spec, Geometry(layers, width, task.outputs))
+        self.mechanism: Mechanism = mechanism.to(standardisation.mean.device)
         for parameter in self.mechanism.parameters():
             # Parameters of size 0, as in a readout without extremes, have no gradient.
             parameter.requires_grad_(parameter.numel() > 0)
+        settings = job.settings
         self._optimizer = torch.optim.AdamW(
             self.mechanism.parameters(),
-            lr=job.settings.learning_rate,
-            weight_decay=job.settings.weight_decay,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
             fused=True,
         )
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self._optimizer, T_max=job.settings.epochs * steps
+            self._optimizer, T_max=settings.epochs * steps
         )
         self._best = deepcopy(self.mechanism.state_dict())
         self._epochs = 0
-        self._loss = loss
+        is_balanced = settings.class_weight == "balanced"
+        self._loss = make_loss(task, labels[texts.to(labels.device)], balanced=is_balanced)
         self._reads_beginnings = reads_beginnings
         self._draws = 0
         self._filled = 0.0
@@ -135,41 +138,27 @@ class TrainingRun:
         """Whether all epochs are done, or ``patience`` of them brought no better score."""
         idle = self._epochs - self.best_epoch
         is_idle = self._epochs > 0 and idle >= self.job.settings.patience
-        return is_idle or self._epochs >= self.job.settings.epochs
-
-    @property
-    def trains_on_means(self) -> bool:
-        """Whether its logits come from weighted means of whole states, see ``pooled_readouts``."""
-        if self._reads_beginnings or not isinstance(self.mechanism, Readout):
-            return False
-        return len(self.mechanism.bias) >= _MANY_OUTPUTS
+        return self.has_diverged or is_idle or self._epochs >= self.job.settings.epochs
 
     def logits(self, tokens: Ragged) -> Float[Tensor, "text output"]:
         """The logits of projected tokens, ``[token, layer, column]``, as in serving."""
         self.mechanism.eval()
-        return self.mechanism.finish(self.mechanism.summarise(tokens))
+        return self.mechanism.logits(tokens)
 
     def loss(self, tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Float[Tensor, ""]:
-        """The loss on a batch of projected tokens."""
+        """The loss on a batch of projected tokens: the sum over the mechanism's voters."""
         self.mechanism.train()
         self._draws += 1
         with torch.random.fork_rng():
             # Random numbers of its own: what a job draws does not depend on its neighbours.
             torch.manual_seed(self.job.seed * 1_000_003 + self._draws)
-            inputs = [tokens]
-            if self._reads_beginnings:
-                inputs.append(random_beginnings(tokens))
-            losses: list[Tensor] = []
-            for each in inputs:
-                votes = self.mechanism.votes(self.mechanism.summarise(each)).unbind(1)
-                losses.append(torch.stack([self._loss(vote, labels) for vote in votes]).sum())
-            return torch.stack(losses).mean()
-
-    def loss_of_logits(
-        self, logits: Float[Tensor, "text output"], labels: Int[Tensor, "text ..."]
-    ) -> Float[Tensor, ""]:
-        """The loss of a mechanism whose logits are its only vote."""
-        return self._loss(logits, labels)
+            views = [tokens, random_beginnings(tokens)] if self._reads_beginnings else [tokens]
+            losses = [
+                self._loss(vote, labels)
+                for view in views
+                for vote in self.mechanism.votes(self.mechanism.summarise(view)).unbind(1)
+            ]
+        return torch.stack(losses).sum() / len(views)
 
     def take(self, share: float) -> None:
         """Counts the gradients just computed as this share of a batch; a full batch makes a step.
@@ -179,19 +168,15 @@ class TrainingRun:
         self._filled += share
         # Shares of a batch are fractions of its size: they add up to 1 within rounding.
         if self._filled > 1 - 1e-6:
-            self.finish_batch()
-
-    def finish_batch(self) -> None:
-        """Makes a step from what the batch has so far, if anything."""
-        if self._filled:
-            self._filled = 0.0
             self.step()
 
     def step(self) -> None:
-        """Updates the parameters by their gradients."""
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._schedule.step()
+        """Updates the parameters by the gradients of the batch, if it has any."""
+        if self._filled:
+            self._filled = 0.0
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            self._schedule.step()
 
     def end_epoch(self, score: float | None) -> None:
         """Records the validation score, and keeps the parameters if it is the best so far.
@@ -207,8 +192,7 @@ class TrainingRun:
 
     def settle(self, parameters: Mapping[str, Tensor]) -> None:
         """Takes the parameters that a solver found, and has finished."""
-        self.mechanism.load_state_dict(parameters)
-        self._best = deepcopy(self.mechanism.state_dict())
+        self._best = dict(parameters)
         self._epochs = self.job.settings.epochs
 
     def restore_best(self) -> None:

@@ -43,8 +43,10 @@ class TrainingSettings:
             epochs give proportionally more patience.
         class_weight: ``balanced`` weighs each class by its inverse frequency; the threshold that
             validation chooses handles imbalance either way.
+        standardise: Whether hidden states are standardised per layer. A linear solution does not
+            depend on it.
         layer_weights: ``predictive`` weighs layers by how well each predicts left-out training
-            texts (see ``layer_weights``), if states are standardised.
+            texts (see ``training/scaling.py``), if states are standardised.
         normalise: Whether hidden states are divided by their root mean square, so that no token
             outweighs others by its norm; see ``Standardisation``. None: unless there are several
             classes, which lose accuracy by it (measured in lab/docs/experiments).
@@ -61,6 +63,7 @@ class TrainingSettings:
     batch_size: int = 32
     patience: int = 3
     class_weight: _ClassWeight = "none"
+    standardise: bool = True
     layer_weights: Literal["equal", "predictive"] = "equal"
     normalise: bool | None = None
     beginnings: bool = True
@@ -115,7 +118,7 @@ _SUGGESTED = {
     "gate": TrainingSettings(learning_rate=1e-2, weight_decay=0.1, epochs=4),
     "attention": TrainingSettings(learning_rate=1e-3, weight_decay=0.1, epochs=3),
     # Solved, not trained: it has one optimum.
-    "linear": TrainingSettings(epochs=1, patience=1, least_steps=0),
+    "linear": TrainingSettings(epochs=1, patience=1, least_steps=0, standardise=False),
     "readout": TrainingSettings(weight_decay=0.3, epochs=6, layer_weights="predictive"),
     "fusion": TrainingSettings(weight_decay=0.3, epochs=6),
     "blend": TrainingSettings(weight_decay=0.3, epochs=6, layer_weights="predictive"),
@@ -135,13 +138,11 @@ class Job:
         spec: The mechanism.
         seed: Decides its initial parameters and the order of the data.
         settings: How it is optimised.
-        standardise: Whether it reads hidden states standardised per layer.
     """
 
     spec: MechanismSpec
     seed: int
     settings: TrainingSettings
-    standardise: bool = True
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,6 @@ class FitOptions:
         mechanisms: Each is trained with every seed; None mixes a readout and a linear solution.
         seeds: They decide initial parameters and data order; the split is the same for all.
         settings: By mechanism name; a mechanism that is not named has its suggested settings.
-        standardise: Whether hidden states are standardised per layer.
         reads: The tokens that the probe reads; see ``reads_of``.
         background: Ordinary traffic, which texts are also shown in; see ``contexts.py``. Without
             any, they are shown alone.
@@ -172,7 +172,6 @@ class FitOptions:
     mechanisms: tuple[MechanismSpec, ...] | None = None
     seeds: tuple[int, ...] = (0,)
     settings: Mapping[str, TrainingSettings] = field(default_factory=dict)
-    standardise: bool = True
     reads: Reads = READS
     background: Background = field(default_factory=Background)
     none: bool = True
@@ -236,9 +235,7 @@ class FitOptions:
         jobs: list[Job] = []
         for spec in specs:
             settings = self.settings.get(spec.name, suggested_settings(spec.name))
-            # Nothing in a solution is random, and how states are scaled does not change it.
-            is_solved = spec.name == "linear"
-            seeds = self.seeds[:1] if is_solved else self.seeds
-            standardise = self.standardise and not is_solved
-            jobs += [Job(spec, seed, settings, standardise) for seed in seeds]
+            # Nothing in a solution is random.
+            seeds = self.seeds[:1] if spec.name == "linear" else self.seeds
+            jobs += [Job(spec, seed, settings) for seed in seeds]
         return jobs

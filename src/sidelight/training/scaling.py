@@ -1,4 +1,4 @@
-"""How much each layer counts when training starts: by how well it alone predicts left-out texts.
+"""How hidden states are scaled before training: standardisation, and a weight for each layer.
 
 Layers differ in what they know about a task. A layer's standardised states are multiplied by its
 weight, which sets how fast its parameters learn: AdamW's steps do not depend on how large a
@@ -11,15 +11,24 @@ The leave-one-out error of a ridge regression has a closed form (Allen 1974), so
 eigendecompositions and no validation text.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sidelight.standardisation import spread_and_mean
+from sidelight.mechanisms.base import Geometry
+from sidelight.standardisation import Standardisation, normalised, spread_and_mean
 from sidelight.states.cache import Pooled, States
+from sidelight.training.dataset import Split
+from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
 
+# Enough tokens to know a mean to about a hundredth of a standard deviation.
+_MOMENT_TOKENS = 8192
 # Enough to rank views by, of many classes a few texts of each; a view needs an eigendecomposition.
 _TEXTS, _TEXTS_OF_A_CLASS = 300, 4
 _MOST_TEXTS = 500
@@ -34,27 +43,75 @@ _POWER = 8
 _LEAST = 0.01
 
 
-def pooled_sample(
-    states: States, counted: Bool[Tensor, " text"], *, is_normalised: bool = False
-) -> tuple[Pooled, Int[Tensor, " sample"]]:
-    """Means and last tokens of a few hundred texts from the first shards, and which they are.
+class Scaling:
+    """Measures what probes of the same texts share, once.
 
     Args:
-        states: Of all texts.
-        counted: Which texts may be taken.
-        is_normalised: As for ``Shard.pooled``.
+        training: All training texts.
+        states: Their hidden states.
+        parts: The texts of each part that probes train on.
     """
-    parts: list[Pooled] = []
-    rows: list[Tensor] = []
-    for index in range(len(states)):
-        shard = states.read(index)
-        kept = counted[shard.rows].nonzero()[:, 0]
-        parts.append(shard.pooled(is_normalised=is_normalised).chosen(kept))
-        rows.append(shard.rows[kept])
-        if sum(map(len, rows)) >= SAMPLE_TEXTS:
-            break
-    means, lasts = torch.cat([p.means for p in parts]), torch.cat([p.lasts for p in parts])
-    return Pooled(means[:SAMPLE_TEXTS], lasts[:SAMPLE_TEXTS]), torch.cat(rows)[:SAMPLE_TEXTS]
+
+    def __init__(self, training: Split, states: States, parts: Sequence[Bool[Tensor, " text"]]):
+        self._training = training
+        self._states = states
+        self._parts = parts
+        self._moments = cache(self._measure_moments)
+        self._sample = cache(self._draw_sample)
+        self.worths = cache(self._measure_worths)
+
+    def standardisation(self, settings: TrainingSettings, part: int) -> Standardisation:
+        """How a probe of a part's texts scales states."""
+        is_normalised = bool(settings.normalise)
+        if not settings.standardise:
+            who = self._states.fingerprint
+            identity = Standardisation.identity(Geometry(who.layers, who.width, 1))
+            return replace(identity, is_normalised=is_normalised)
+        moments = self._moments(is_normalised)
+        if settings.layer_weights == "equal":
+            return moments
+        return moments.weighted(layer_weights(self.worths(part, is_normalised)))
+
+    def _measure_moments(self, is_normalised: bool) -> Standardisation:
+        """Mean and scale of each layer's values, from the first shards: random samples of texts."""
+        hidden: list[Tensor] = []
+        left = _MOMENT_TOKENS
+        for index in range(len(self._states)):
+            first = self._states.read(index).hidden[:, :left]
+            hidden.append(first)
+            left -= first.shape[1]
+            if not left:
+                break
+        # Layer by layer: all of them in float32 would be large.
+        layers = map(torch.cat, zip(*hidden, strict=True))
+        moments = Standardisation.measured(map(normalised, layers) if is_normalised else layers)
+        return replace(moments, is_normalised=is_normalised)
+
+    def _draw_sample(self, is_normalised: bool) -> tuple[Pooled, Int[Tensor, " sample"]]:
+        """Pooled states of a few hundred distinct texts of the first shards, and which they are."""
+        is_first = torch.zeros(len(self._training), dtype=torch.bool)
+        is_first[self._training.first_rows] = True
+        means: list[Tensor] = []
+        lasts: list[Tensor] = []
+        rows: list[Tensor] = []
+        for index in range(len(self._states)):
+            shard = self._states.read(index)
+            kept = is_first[shard.rows].nonzero()[:, 0]
+            pooled = shard.pooled(is_normalised=is_normalised).chosen(kept)
+            means.append(pooled.means)
+            lasts.append(pooled.lasts)
+            rows.append(shard.rows[kept])
+            if sum(map(len, rows)) >= SAMPLE_TEXTS:
+                break
+        sample = [torch.cat(parts)[:SAMPLE_TEXTS] for parts in (means, lasts, rows)]
+        return Pooled(sample[0], sample[1]), sample[2]
+
+    def _measure_worths(self, part: int, is_normalised: bool) -> Float[Tensor, "view layer"]:
+        """What each view of each layer is worth to a part's texts."""
+        pooled, rows = self._sample(is_normalised)
+        kept = self._parts[part][rows].nonzero()[:, 0]
+        labels = self._training.labels[rows[kept].numpy()]
+        return view_worths(pooled.chosen(kept), labels, self._training.task)
 
 
 def view_worths(
