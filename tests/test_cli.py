@@ -21,7 +21,7 @@ from commands import run, saved
 from corpora import planted
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone
-from sidelight.cli.evaluate import marked
+from sidelight.cli.evaluate import why
 from sidelight.cli.options import INPUT_SETTINGS, TrainingInputs
 from sidelight.cli.train import _kinds, train
 from sidelight.data.examples import Example
@@ -140,7 +140,7 @@ def test_predict_gives_one_line_per_text_in_order_and_explains_it(trained, tmp_p
     assert alone["probabilities"] == pytest.approx(from_file[7]["probabilities"], abs=1e-4)
 
 
-def test_a_terminal_shows_the_text_with_its_strongest_tokens_marked():
+def test_a_terminal_shows_the_tokens_and_layers_that_count_most():
     explanation = Explanation(
         Verdict("p", "toxic", ("toxic",), {"fine": 0.2, "toxic": 0.8}, True),
         label="toxic",
@@ -150,11 +150,11 @@ def test_a_terminal_shows_the_text_with_its_strongest_tokens_marked():
         shares=np.array([[0.5, 0.5], [-0.4, 0.0], [0.1, 0.0], [0.0, 0.2]]),
         places=(Place(0, 0, 3), Place(0, 4, 7), Place(0, 8, 9), None),
     )
-    shown = marked(Example((Message("user", "bad but x"),)), explanation)
-    assert "'bad' +1.00, 'but' -0.40, 'x' +0.10\n" in shown.plain
-    assert shown.plain.endswith("\nbad but x")
-    styled = {shown.plain[span.start : span.end]: str(span.style) for span in shown.spans}
-    assert styled == {"bad": "bold reverse red", "but": "bold reverse blue"}
+    shown = why(Example((Message("user", "bad but x"),)), explanation)
+    assert shown.startswith(
+        "toxic 0.800\ntoxic, logit +1.40 = baseline +0.50, text +0.70, template"
+    )
+    assert "'bad' +1.00, 'but' -0.40, 'x' +0.10\nlayers: 1 +0.70, 0 +0.20\n" in shown
 
 
 @pytest.mark.slow
@@ -357,7 +357,7 @@ TRAIN = "train --data {data} --out o --label toxic "
         ("serve --probe nowhere", "sidelight train --out"),
         ("tarin", "train"),
         # Before the probe, and so before the work.
-        ("eval nowhere --data {data} --out {data}/x.json", "--out"),
+        ("eval nowhere --data {data} --out {data}/x.json", "Name another folder"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(

@@ -4,7 +4,6 @@ import os
 import sys
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
 
 import click
 
@@ -35,9 +34,8 @@ class _Commands(click.Group):
         return sorted({*super().list_commands(ctx), *entry_points(group=_GROUP).names})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        own = super().get_command(ctx, cmd_name)
-        if own is not None:
-            return own
+        if command := super().get_command(ctx, cmd_name):
+            return command
         for entry in entry_points(group=_GROUP, name=cmd_name):
             return entry.load()
         if package := _PACKAGES.get(cmd_name):
@@ -72,15 +70,14 @@ def _serve() -> click.Command:
     except ModuleNotFoundError as error:
         missing = error
 
-        def refuse(**_: Any) -> None:
+        def refuse() -> None:
             raise missing
 
         return click.Command(
             "serve",
             callback=refuse,
-            params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
             short_help="Serve an LLM and its probes (pip install 'sidelight[serve]').",
-            context_settings={"ignore_unknown_options": True},
+            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
         )
     return serve
 
@@ -100,20 +97,8 @@ def demo(keep: bool, port: int) -> None:
     run_demo(keep=keep, port=port)
 
 
-_COMMANDS = (
-    train,
-    evaluate,
-    recalibrate,
-    predict,
-    _serve(),
-    demo,
-    inspect,
-    push,
-    pull,
-    env,
-    parity,
-)
-for _command in _COMMANDS:
+_COMMANDS = (train, evaluate, recalibrate, predict, parity, inspect, push, pull, env, demo)
+for _command in (*_COMMANDS, _serve()):
     app.add_command(_command)
 
 

@@ -16,12 +16,9 @@ from sidelight.errors import SidelightError
 from sidelight.storage import replacing, write_json
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from sidelight.data.examples import Example
     from sidelight.data.loading import OnMissingLabel
     from sidelight.explanation import Explanation
-    from sidelight.probe import Probe
     from sidelight.prompts import Message
 
 
@@ -131,8 +128,7 @@ def evaluate(
     "--explain",
     "explains",
     is_flag=True,
-    help="Also say what each token and each layer adds to the logit. A terminal shows the text "
-    "with its strongest tokens marked.",
+    help="Also say what each token and each layer adds to the logit; a terminal shows the most.",
 )
 @options.engine
 @options.backbone
@@ -140,12 +136,10 @@ def predict(
     probe: Path,
     texts: tuple[str, ...],
     data: str | None,
-    text: str,
-    response: str | None,
-    split: str | None,
     out: Path | None,
     explains: bool,
     runtime: options.Runtime,
+    **columns: Any,
 ) -> None:
     """Print one verdict per text, as JSON lines, in the order of the texts."""
     if explains and runtime.engine == "vllm":
@@ -156,42 +150,47 @@ def predict(
         raise SidelightError("Give texts to judge, or a file of texts with --data, but not both.")
     if data is not None:
         options.announce(f"Reading {data}")
+    from sidelight.data.loading import load_examples
     from sidelight.manifest import read_manifest
 
     # Before imports that take seconds: a folder without a probe is refused at once.
     read_manifest(probe)
-    items: Sequence[str | Example] = (
-        list(texts) if data is None else _examples(data, text, response, split)
-    )
+    items: Sequence[str | Example] = texts
+    if data is not None:
+        examples = load_examples(data, label=None, **columns)
+        if examples.skipped.empty_text:
+            raise SidelightError(
+                f"{examples.skipped.empty_text} texts or responses are empty, the first in "
+                f"{examples.skipped.first_empty}, so the verdicts would not line up with the rows. "
+                "Remove the empty rows first."
+            )
+        items = examples.items
     options.announce("Loading the model")
     from sidelight.training.classifier import as_example, load
 
     classifier = load(
         probe, model=runtime.model, dtype=runtime.dtype, device=runtime.backbone_device
     )
-    found: Iterable[Mapping[str, Any]]
+    verdicts: Iterable[Mapping[str, Any]]
     if explains:
         explained = ((item, classifier.explain(item)) for item in items)
         if out is None and sys.stdout.isatty():
-            from sidelight.training.runs import console
-
             for item, explanation in explained:
-                console().print(marked(as_example(item), explanation))
+                click.echo(why(as_example(item), explanation))
             return
-        found = (
+        verdicts = (
             {**asdict(explanation.verdict), "explanation": explanation.to_dict()}
             for _, explanation in explained
         )
     elif runtime.engine == "vllm":
         from sidelight.vllm.offline import predict as predict_by_vllm
 
-        found = map(asdict, predict_by_vllm(classifier, items, options=runtime.engine_option))
+        verdicts = map(asdict, predict_by_vllm(classifier, items, options=runtime.engine_option))
     else:
-        found = map(asdict, classifier.predict(items))
-    task = classifier.probe.task
-    if task.kind == "multiclass":
-        click.echo(f"'{classifier.probe.name}' flags {task.flags}.", err=True)
-    lines = (json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in found)
+        verdicts = map(asdict, classifier.predict(items))
+    if classifier.probe.task.kind == "multiclass":
+        click.echo(f"'{classifier.probe.name}' flags {classifier.probe.task.flags}.", err=True)
+    lines = (json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in verdicts)
     if out is None:
         sys.stdout.writelines(lines)
         return
@@ -199,67 +198,26 @@ def predict(
         file.writelines(lines)
 
 
-# Of the largest share of a token, from which others are marked, and how many are listed.
-_MARKED = 0.3
-_LISTED = 5
-
-
-def marked(example: "Example", explanation: "Explanation") -> "Text":
-    """The verdict, what its logit is the sum of, and the text with its strongest tokens marked.
-
-    Red tokens speak for the label, blue ones against it.
-    """
-    from rich.text import Text
-
+def why(example: "Example", explanation: "Explanation") -> str:
+    """The verdict, what its logit is the sum of, and the tokens and layers that count most."""
     said = explanation.to_dict()
     texts = [turn.content for turn in _turns(example)]
-    tokens = sorted(said["tokens"], key=lambda token: -abs(token["share"]))
-    of_layers: list[float] = said["layers"]
-    layers = sorted(enumerate(of_layers), key=lambda layer: -abs(layer[1]))
-    total = sum(token["share"] for token in tokens)
-    words = [
-        f"{texts[t['message']][t['start'] : t['end']]!r} {t['share']:+.2f}"
-        for t in tokens[:_LISTED]
+    tokens = [
+        (repr(texts[token["message"]][token["start"] : token["end"]]), token["share"])
+        for token in said["tokens"]
     ]
-    head = (
-        f"{explanation.verdict.label} {explanation.verdict.probabilities[explanation.label]:.3f}"
-        f"\n{said['label']}, logit {said['logit']:+.2f} = baseline {said['baseline']:+.2f}, text "
-        f"{total:+.2f}, template {said['template']:+.2f} ({said['method'].replace('_', ' ')})\n"
-        f"tokens: {', '.join(words)}\n"
-        f"layers: {', '.join(f'{layer} {share:+.2f}' for layer, share in layers[:_LISTED])}\n"
+
+    def strongest(shares: Iterable[tuple[Any, float]]) -> str:
+        ranked = sorted(shares, key=lambda share: -abs(share[1]))
+        return ", ".join(f"{name} {share:+.2f}" for name, share in ranked[:5])
+
+    return (
+        f"{explanation.verdict.label} {explanation.verdict.probabilities[explanation.label]:.3f}\n"
+        f"{said['label']}, logit {said['logit']:+.2f} = baseline {said['baseline']:+.2f}, text "
+        f"{sum(share for _, share in tokens):+.2f}, template {said['template']:+.2f} "
+        f"({said['method'].replace('_', ' ')})\n"
+        f"tokens: {strongest(tokens)}\nlayers: {strongest(enumerate(said['layers']))}\n"
     )
-    lines = [Text(text) for text in texts]
-    for token in tokens:
-        if abs(token["share"]) >= _MARKED * abs(tokens[0]["share"]):
-            style = "bold reverse red" if token["share"] > 0 else "bold reverse blue"
-            lines[token["message"]].stylize(style, token["start"], token["end"])
-    return Text("\n").join([Text(head), *lines])
-
-
-def _examples(data: str, text: str, response: str | None, split: str | None) -> "Sequence[Example]":
-    from sidelight.data.loading import load_examples
-
-    examples = load_examples(data, text=text, label=None, response=response, split=split)
-    if examples.skipped.empty_text:
-        raise SidelightError(
-            f"{examples.skipped.empty_text} texts or responses are empty, the first in "
-            f"{examples.skipped.first_empty}, so the verdicts would not line up with the rows. "
-            "Remove the empty rows first."
-        )
-    return examples.items
-
-
-_ENGINES = ("transformers", "vllm")
-
-
-def _require_responses(probes: "Sequence[Probe]", response: str | None) -> None:
-    """Checks that probes of responses will have something to judge."""
-    late = [probe.name for probe in probes if probe.reads.includes_response]
-    if late and response is None:
-        raise SidelightError(
-            f"{', '.join(late)} reads responses, and a report needs its verdicts. Name the column "
-            "of the answers with --response."
-        )
 
 
 def _turns(example: "Example") -> "tuple[Message, ...]":
@@ -283,7 +241,7 @@ def _turns(example: "Example") -> "tuple[Message, ...]":
 @options.text
 @options.response
 @options.limit
-@click.option("--engines", default=",".join(_ENGINES), help="Engines to compare, with commas.")
+@click.option("--engines", default="transformers,vllm", help="Engines to compare, with commas.")
 @click.option(
     "--quantised",
     metavar="MODEL",
@@ -322,10 +280,8 @@ def parity(
     from sidelight.data.loading import load_examples
 
     names = [name.strip() for name in engines.split(",")]
-    if not set(names) <= set(_ENGINES):
-        raise SidelightError(
-            f"Cannot compare '{engines}'. Choose from {', '.join(_ENGINES)} (--engines)."
-        )
+    if not {*names} <= {"transformers", "vllm"}:
+        raise SidelightError(f"Cannot compare '{engines}'. Choose from transformers, vllm.")
     examples = load_examples(data, text=text, label=None, response=response)
     from sidelight.artifact import load_probe
     from sidelight.engines.parity import compare_engines
@@ -337,23 +293,25 @@ def parity(
     drawn = examples.draw(limit or len(examples), seed=0)
     texts = [_turns(examples.items[row]) for row in drawn]
     # What quantises the copy must leave the original as it is.
-    left_out = () if quantised is None else QUANTISING
-    original = {name: value for name, value in engine_option.items() if name not in left_out}
-    given = {"transformers": {}, "vllm": original}
-    makers = {
-        name: partial(
-            options.Runtime(engine=name, engine_option=given[name], **model).load_engine, loaded
-        )
-        for name in names
+    original = {k: v for k, v in engine_option.items() if quantised is None or k not in QUANTISING}
+    runtimes = {
+        "transformers": partial(options.Runtime, **model),
+        "vllm": partial(options.Runtime, engine="vllm", engine_option=original, **model),
     }
+    makers = {name: partial(runtimes[name]().load_engine, loaded) for name in names}
     digest = ""
     if quantised is not None:
-        _require_responses(loaded, response)
+        late = [probe.name for probe in loaded if probe.reads.includes_response]
+        if late and response is None:
+            raise SidelightError(
+                f"{', '.join(late)} reads responses, and a report needs its verdicts. Name the "
+                "column of the answers with --response."
+            )
         copy = copy_of(quantised, loaded, engine_option)
         digest = acceptance(copy, loaded)
         copies = [replace(probe, fingerprint=copy) for probe in loaded]
-        runtime = options.Runtime(engine="vllm", engine_option=engine_option, **model)
-        makers["quantised"] = partial(replace(runtime, model=quantised).load_engine, copies)
+        runtime = runtimes["vllm"](engine_option=engine_option, model=quantised)
+        makers["quantised"] = partial(runtime.load_engine, copies)
     differences = compare_engines(makers, texts)
     if out is not None:
         write_json(out, [asdict(difference) for difference in differences])
@@ -364,9 +322,9 @@ def parity(
         )
     if gate is None:
         return
-    off = [each for each in differences if each.is_of_engines and each.flips > gate * each.texts]
-    if off:
-        click.echo(f"More than {gate:.1%} flipped ({len(off)} times).", err=True)
+    apart = [each for each in differences if each.is_of_engines and each.flips > gate * each.texts]
+    if apart:
+        click.echo(f"More than {gate:.1%} flipped ({len(apart)} times).", err=True)
         sys.exit(1)
     if digest:
         click.echo(f"{ACCEPTED}={digest}")

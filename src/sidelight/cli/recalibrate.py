@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 )
 @click.argument("probe", type=options.PATH)
 @options.optional_data
-@options.text
-@options.label
-@options.response
-@options.split
+@options.columns
 @options.missing_label
 @options.threshold(show_default="what they were chosen for before")
 @click.option(
@@ -44,10 +41,6 @@ if TYPE_CHECKING:
 def recalibrate(
     probe: Path,
     data: str | None,
-    text: str,
-    label: str,
-    response: str | None,
-    split: str | None,
     missing_label: "OnMissingLabel",
     threshold: str | None,
     out: Path | None,
@@ -55,6 +48,7 @@ def recalibrate(
     name: str | None,
     runtime: options.Runtime,
     as_json: bool,
+    **columns: Any,
 ) -> None:
     """Fit a probe's probabilities and thresholds to new traffic, without training.
 
@@ -71,8 +65,7 @@ def recalibrate(
             "Name texts of the new traffic with --data, or what the thresholds are for with "
             "--threshold."
         )
-    own = probe.resolve()
-    folder = own.with_name(f"{own.name}-recalibrated") if out is None else out
+    folder = out or probe.resolve().with_name(f"{probe.resolve().name}-recalibrated")
     if holds_probe(folder) and not force:
         raise SidelightError(
             f"{folder} holds a probe already. Name another folder with --out, or replace it with "
@@ -87,15 +80,7 @@ def recalibrate(
         options.announce(f"Reading {data}")
         from sidelight.data.loading import load_examples
 
-        examples = load_examples(
-            data,
-            text=text,
-            label=label,
-            response=response,
-            split=split,
-            task=task,
-            on_missing_label=missing_label,
-        )
+        examples = load_examples(data, task=task, on_missing_label=missing_label, **columns)
     options.announce("Loading the probe" if examples is None else "Loading the model")
     from sidelight.artifact import load_probe, save_probe
     from sidelight.training.recalibration import recalibrate as refit
@@ -120,19 +105,19 @@ def recalibrate(
         click.echo(json.dumps({"out": str(folder), **entry}, indent=2))
         return
     if made.figures is not None:
-        before, after = made.figures
-        title = f"{before.rows:,} labelled texts, each calibrated without it"
-        console().print(comparison_table(title, {"before": [before], "after": [after]}))
+        figures = {"before": [made.figures[0]], "after": [made.figures[1]]}
+        title = f"{made.figures[0].rows:,} labelled texts, each calibrated without it"
+        console().print(comparison_table(title, figures))
     click.echo(f"{made.what[0].upper()}{made.what[1:]}.")
-    moved = zip(loaded.label_thresholds.items(), made.probe.thresholds, strict=True)
     curves = read_curves(entry.get("curves", {}))
-    for (flagged, old), new in moved:
-        click.echo(f"Threshold of '{flagged}': {old:.3f} before, {new:.3f} now.")
+    moved = zip(loaded.label_thresholds.items(), made.probe.thresholds, strict=True)
+    for (flagged, before), now in moved:
+        click.echo(f"Threshold of '{flagged}': {before:.3f} before, {now:.3f} now.")
         if made.figures is None and flagged in curves:
-            curve = curves[flagged]
-            caught, alarms = curve.at(new)
+            caught, alarms = curves[flagged].at(now)
             click.echo(
-                f"It flags {caught} of {curve.positives} texts that are '{flagged}', and {alarms} "
-                f"of {curve.negatives} others, of those that the probe was calibrated on."
+                f"It flags {caught} of {curves[flagged].positives} texts that are '{flagged}', and "
+                f"{alarms} of {curves[flagged].negatives} others, of those that the probe was "
+                "calibrated on."
             )
     click.echo(f"Saved to {folder}")
