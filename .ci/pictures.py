@@ -18,8 +18,8 @@ from sidelight import demo
 from sidelight.backbone import load_backbone
 from sidelight.data.loading import load_examples
 from sidelight.prompts import Reads
-from sidelight.server.process import ServerProcess
 from sidelight.smollm2 import cache_root
+from sidelight_lab.bench.server_process import ServerProcess
 from sidelight_label.app import server_settings
 from sidelight_label.file import LabelFile
 from sidelight_label.pool import Pool, merged

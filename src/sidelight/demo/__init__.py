@@ -4,18 +4,24 @@ Trains three probes on the bundled texts, serves them, and asks one question.
 """
 
 import json
+import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from openai import OpenAI
 from rich.table import Table
-
-from sidelight.artifact import save_probe
+from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.data.loading import load_examples
-from sidelight.server.process import ServerProcess
+from sidelight.engines.base import Engine
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.server.app import cannot_listen, create_app, server_settings
+from sidelight.server.config import ServerConfig
 from sidelight.smollm2 import EMBEDDED_NAME, cache_root
 from sidelight.training.background import default_background
 from sidelight.training.classifier import Classifier
@@ -46,15 +52,34 @@ def run_demo(*, keep: bool, port: int) -> None:
     backbone = load_backbone(EMBEDDED_NAME)
     folders = [_train(backbone, task, positive) for task, positive in _TASKS.items()]
     _say("Serving the model and its probes")
-    with ServerProcess(folders, port=port, options=["--playground"]) as server:
-        server.wait_until_ready()
-        _ask(OpenAI(base_url=f"{server.url}/v1", api_key="unused"))
+    engine = TransformersEngine(backbone, [load_probe(folder) for folder in folders])
+    with _serving(engine, ServerConfig(port=port, playground=True, log_level="warning")) as url:
+        _ask(OpenAI(base_url=f"{url}/v1", api_key="unused"))
         _say(f"Done in {time.monotonic() - start:.0f} s. Your own probe: sidelight train --help")
         named = " ".join(f"--probe {path}" for path in folders)
         _say(f"Serve these, with a page to try them: sidelight serve --playground {named}")
         if keep:
-            _say(f"Try it at {server.url}/playground; the server stays until Ctrl-C")
-            server.wait()
+            _say(f"Try it at {url}/playground; the server stays until Ctrl-C")
+            threading.Event().wait()
+
+
+@contextmanager
+def _serving(engine: Engine, config: ServerConfig) -> Generator[str]:
+    """The address of a server in a thread of its own, which ends with the block."""
+    settings = server_settings(create_app(engine, config), config)
+    try:
+        listener = socket.create_server((config.host, config.port))
+    except OSError as error:
+        raise cannot_listen(config, error) from error
+    server = uvicorn.Server(settings)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        # The socket is open: a client waits until the server takes its connection.
+        yield f"http://{config.host}:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def _train(backbone: TransformersBackbone, task: str, positive: str | None) -> Path:

@@ -26,7 +26,7 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import read_policy
 from sidelight.probe import Probe
 from sidelight.prompts import Reads
-from sidelight.server.process import ServerProcess
+from sidelight_lab.bench.server_process import ServerProcess
 from tiny import three_probes, tiny_backbone, untrained_probe
 
 HERE = Path(__file__).parent

@@ -25,7 +25,6 @@ from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.progress import progress
 from sidelight.prompts import Message, Reads
-from sidelight.server.process import ServerProcess
 from sidelight.training.classifier import load
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, suggested_settings
@@ -40,6 +39,7 @@ from sidelight_lab.bench.measurement import (
     table,
     total,
 )
+from sidelight_lab.bench.server_process import ServerProcess
 
 # The word of a ticket: a verdict of another request most likely names another word.
 WORDS = (
