@@ -190,18 +190,6 @@ def test_what_cannot_be_audited_passes_only_where_nothing_blocks(engine, policy)
     assert float(count) >= 3
 
 
-@pytest.mark.parametrize(
-    ("forwarded", "client"), [(None, "127.0.0.1"), ("203.0.113.9", "203.0.113.9"), ("zebra", None)]
-)
-def test_the_address_of_the_client_is_written_if_that_is_wanted(engine, path, forwarded, client):
-    """That of a proxy's header if the proxy is trusted, as this machine is; and no words of it."""
-    headers = {} if forwarded is None else {"X-Forwarded-For": forwarded}
-    options = {"audit_log": path, "audit_client": True}
-    with served(engine, **options) as address, http_client(address) as http:
-        http.post("/v1/moderations", json={"input": "x"}, headers=headers).raise_for_status()
-    assert {line["client"] for line in lines(path)} == {client}
-
-
 @pytest.mark.parametrize("as_json", [False, True])
 def test_log_lines_of_a_block_have_their_time_and_the_ids_of_the_request_and_its_key(
     engine, capsys, as_json

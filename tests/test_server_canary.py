@@ -12,7 +12,7 @@ from live import MODEL, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sidelight.server.observe import JsonFormatter, without_message
+from sidelight.server.observe import LogFormatter, without_message
 from sockets import connection, read_all, request
 from tiny import three_probes, tiny_backbone, untrained_probe
 
@@ -43,7 +43,7 @@ def logged(monkeypatch):
     """All that is logged at any level, by the handlers' own formatter and filter."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(LogFormatter(as_json=True))
     handler.addFilter(without_message)
     for client in ("httpx", "httpcore"):
         # What the client in this process asks for is not the server's log.

@@ -21,7 +21,6 @@ VALUES = {
     "json_logs": True,
     "audit_log": "audit.jsonl",
     "audit_salt": "salt",
-    "audit_client": True,
     "allow_anonymous": True,
     "engine_option": {"max_num_seqs": 64},
 }

@@ -10,10 +10,11 @@ import pytest
 from in_process import in_process
 from live import MODEL
 from sidelight.backbone import TransformersBackbone
-from sidelight.bank import BankTap, Panel
+from sidelight.bank import Panel
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
+from sidelight.standardisation import Projection
 from tiny import untrained_probe
 
 CHATS, CHECKS = "/v1/chat/completions", "/v1/moderations"
@@ -84,7 +85,7 @@ def test_the_time_of_a_slow_probe_is_in_it(tiny, monkeypatch: pytest.MonkeyPatch
         call = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args: (time.sleep(DELAY_S), call(*args))[1])
 
-    delay(BankTap, "__call__")
+    delay(Projection, "layer")
     delay(Panel, "read")
     values = series(engine_of(tiny, "output"), [(CHATS, SHORT)], Policy())
     of_input, of_output = judging(values, "sum")

@@ -2,22 +2,24 @@
 
 import asyncio
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from fastapi import APIRouter
+from openai.types import Model
 from pydantic import BaseModel, Field
 
 from sidelight.manifest import OrdinaryText, reference
-from sidelight.policy.rules import BoundRule, Mode
+from sidelight.policy.rules import Mode
+from sidelight.policy.rules import Side as RuleSide
 from sidelight.probe import Probe
 from sidelight.prompts import Side
-from sidelight.server.probes import ProbeEntry
 from sidelight.server.requests import AdminOnly, Route, ServerRequest
 from sidelight.server.schemas import Listed, StrictBody
 from sidelight.thresholds import OperatingCurve, read_curves
 from sidelight.types import TaskKind
 
 models_router = APIRouter(route_class=Route)
+Card = TypeVar("Card")
 
 
 class ProbeCard(BaseModel):
@@ -30,20 +32,16 @@ class ProbeCard(BaseModel):
     version: str
 
 
-class ProbeCards(BaseModel):
-    """The ``sidelight`` field of a model."""
+class Probes(BaseModel, Generic[Card]):
+    """Cards of probes, in the order in which they were loaded."""
 
-    probes: list[ProbeCard]
+    probes: list[Card]
 
 
-class ModelCard(BaseModel):
+class ModelCard(Model):
     """The served model, as OpenAI words it, with its probes."""
 
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "sidelight"
-    sidelight: ProbeCards
+    sidelight: Probes[ProbeCard]
 
 
 class ModelList(BaseModel):
@@ -67,12 +65,13 @@ async def retrieve(name: str, request: ServerRequest) -> ModelCard:
 
 
 def _card(request: ServerRequest) -> ModelCard:
+    cards = [ProbeCard.model_validate(_described(probe)) for probe in request.probes]
     return ModelCard(
         id=request.engine.model,
+        object="model",
         created=request.context.started_at,
-        sidelight=ProbeCards(
-            probes=[ProbeCard.model_validate(_described(probe)) for probe in request.probes]
-        ),
+        owned_by="sidelight",
+        sidelight=Probes(probes=cards),
     )
 
 
@@ -108,46 +107,42 @@ class RuleCard(ProbeCard):
     ordinary: list[OrdinaryText] | None
 
 
-class RuleList(BaseModel):
-    """The probes that clients see."""
-
-    probes: list[RuleCard]
-
-
 @models_router.get("/v1/probes")
-async def list_rules(request: ServerRequest) -> RuleList:
+async def list_rules(request: ServerRequest) -> Probes[RuleCard]:
     """Each probe that clients see, with its thresholds and the curves that they were chosen on."""
-    visible = [bound for bound in request.registry.rules if not bound.is_shadow]
     cards: list[RuleCard] = []
-    for bound in visible:
+    for bound in request.registry.rules:
+        if bound.is_shadow:
+            continue
         is_told = request.is_admin or bound.disclosure == "scores"
+        curves = read_curves(reference(bound.probe.record).get("curves", {}))
+        thresholds = [
+            ThresholdCard(label=label, threshold=threshold, curve=curves.get(label))
+            for label, threshold in bound.thresholds.items()
+        ]
         worst = bound.probe.record.get("traffic", {}).get("worst", [])
         cards.append(
             RuleCard(
                 **_described(bound.probe),
                 mode=bound.mode,
-                thresholds=_thresholds(bound) if is_told else None,
+                thresholds=thresholds if is_told else None,
                 ordinary=[OrdinaryText.model_validate(own) for own in worst] if is_told else None,
             )
         )
-    return RuleList(probes=cards)
-
-
-def _thresholds(bound: BoundRule) -> list[ThresholdCard]:
-    curves = read_curves(reference(bound.probe.record).get("curves", {}))
-    return [
-        ThresholdCard(label=label, threshold=threshold, curve=curves.get(label))
-        for label, threshold in bound.thresholds.items()
-    ]
+    return Probes(probes=cards)
 
 
 admin_probes_router = APIRouter(route_class=Route, dependencies=[AdminOnly])
 
 
-class ProbeList(BaseModel):
-    """All probes, shadows too."""
+class ServedProbe(ProbeCard):
+    """One probe: what it is, where it came from, and what follows from its verdicts."""
 
-    probes: list[ProbeEntry]
+    side: RuleSide
+    mode: Mode
+    thresholds: dict[str, float]
+    shadow_of: str | None
+    path: str | None
 
 
 class Replacement(StrictBody):
@@ -158,25 +153,38 @@ class Replacement(StrictBody):
 
 
 @admin_probes_router.get("/admin/probes")
-async def list_probes(request: ServerRequest) -> ProbeList:
-    """Every probe with its rule."""
-    return ProbeList(probes=request.registry.entries)
+async def list_probes(request: ServerRequest) -> Probes[ServedProbe]:
+    """All probes that run, shadows too, with their rules and the folders they came from."""
+    return _served(request)
+
+
+def _served(request: ServerRequest) -> Probes[ServedProbe]:
+    cards: list[ServedProbe] = []
+    for bound in request.registry.rules:
+        folder = request.registry.folder(bound.name)
+        cards.append(
+            ServedProbe(
+                **_described(bound.probe),
+                side=bound.side,
+                mode=bound.mode,
+                thresholds=dict(bound.thresholds),
+                shadow_of=bound.shadow_of,
+                path=None if folder is None else str(folder),
+            )
+        )
+    return Probes(probes=cards)
 
 
 @admin_probes_router.put("/admin/probes")
-async def replace(body: Replacement, request: ServerRequest) -> ProbeList:
+async def replace(body: Replacement, request: ServerRequest) -> Probes[ServedProbe]:
     """Replaces all probes and the policy at once; if that fails, the old ones serve on."""
     folders = None if body.probe is None else list(map(Path, body.probe))
     path = None if body.policy is None else Path(body.policy)
 
-    async def audited() -> ProbeList:
+    async def audited() -> Probes[ServedProbe]:
         await request.registry.replace(folders, path)
-        served = request.registry.entries
-        request.observer.change(
-            {entry.name: entry.version for entry in served},
-            {entry.name: {"mode": entry.mode, "thresholds": entry.thresholds} for entry in served},
-        )
-        return ProbeList(probes=served)
+        request.observer.change(request.registry.rules)
+        return _served(request)
 
     # It is made and audited even if its caller leaves.
     return await asyncio.shield(asyncio.create_task(audited()))

@@ -93,9 +93,6 @@ class ServerConfig(BaseSettings):
         description="Secret of the hashes in the audit log. [env: SIDELIGHT_AUDIT_SALT; default: a "
         "new one]",
     )
-    audit_client: bool = Field(
-        default=False, description="Write the address of each client into the audit log."
-    )
     api_key: _Keys = Field(
         default=(),
         description="Key that requests must carry; may be repeated. [env: SIDELIGHT_API_KEY]",

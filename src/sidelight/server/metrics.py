@@ -6,6 +6,7 @@ Every label has a bounded number of values.
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, get_args
 
@@ -107,29 +108,19 @@ class Metrics:
         """
         known = list(rules)
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(self.disclosed(lambda: known, sees_all=sees_all))
+        registry.register(DisclosedSeries(self, lambda: known, sees_all=sees_all))
         ProcessCollector(registry=registry)
         return generate_latest(registry)
 
-    def disclosed(
-        self, rules: Callable[[], Iterable[BoundRule]], *, sees_all: bool = False
-    ) -> "DisclosedSeries":
-        """The series as another registry may show them.
-
-        Args:
-            rules: Gives those of all probes.
-            sees_all: Whether everybody who reads them may see all.
-        """
-        return DisclosedSeries(self, self._registry, rules, sees_all=sees_all)
-
-    def begin(self, rules: Iterable[BoundRule]) -> None:
-        """Makes the counters of these rules start at 0: a first count would be no increase."""
+    def collect(self, rules: Iterable[BoundRule]) -> Iterable[Metric]:
+        """The series; counters of these rules start at 0: a first count would be no increase."""
         for rule in rules:
             for outcome in get_args(Outcome):
                 self._verdicts.labels(rule.name, outcome)
             for action in get_args(Action):
                 if action != "none":
                     self._actions.labels(rule.name, rule.side, action)
+        return self._registry.collect()
 
     def count(self, decisions: Sequence[Decision]) -> None:
         """Counts verdicts, what followed from them, and whether shadows agreed."""
@@ -155,41 +146,36 @@ class Metrics:
         )
 
 
+@dataclass(frozen=True)
 class DisclosedSeries(Collector):
-    """The series of a registry, less those that would tell more than the rules disclose.
+    """The series of a server, less those that would tell more than the rules disclose.
 
     Shadows are counted as before, since no answer tells them from a probe that is not there; their
     scores would be close to those of the probe that they are compared with. The times at which
     series began are left out too: they double what is stored, and nobody asks for them.
+
+    Attributes:
+        metrics: Has them all.
+        rules: Gives those of all probes.
+        sees_all: Whether everybody who reads them may see all.
     """
 
-    def __init__(
-        self,
-        metrics: Metrics,
-        registry: CollectorRegistry,
-        rules: Callable[[], Iterable[BoundRule]],
-        *,
-        sees_all: bool,
-    ):
-        self._metrics = metrics
-        self._registry = registry
-        self._rules = rules
-        self._sees_all = sees_all
+    metrics: Metrics
+    rules: Callable[[], Iterable[BoundRule]]
+    sees_all: bool = False
 
     def collect(self) -> Iterable[Metric]:
-        rules = list(self._rules())
-        self._metrics.begin(rules)
+        rules = list(self.rules())
         scored = {bound.name for bound in rules if bound.disclosure == "scores"}
         hidden = {b.name for b in rules if b.disclosure == "none" and not b.is_shadow}
         hidden |= {bound.name for bound in rules if bound.shadow_of in hidden}
-        for family in self._registry.collect():
+        for family in self.metrics.collect(rules):
             shown = Metric(family.name, family.documentation, family.type, family.unit)
-            is_score = family.name in _SCORES
             for sample in family.samples:
                 probe = sample.labels.get("probe")
-                shows = probe in scored if is_score else probe not in hidden
+                shows = probe in scored if family.name in _SCORES else probe not in hidden
                 is_time = sample.name.endswith("_created")
-                if not is_time and (probe is None or shows or self._sees_all):
+                if not is_time and (probe is None or shows or self.sees_all):
                     shown.samples.append(sample)
             yield shown
 

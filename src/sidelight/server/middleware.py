@@ -57,8 +57,7 @@ class RequestScope:
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        host, _ = scope.get("client") or (None, None)
-        observer = self._observer.of(f"req_{uuid.uuid4().hex}", host=host)
+        observer = self._observer.of(f"req_{uuid.uuid4().hex}")
         scope.setdefault("state", {})["observer"] = observer
         send = observer.annotating(send)
         # Of the answer, once it has begun.

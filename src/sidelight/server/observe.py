@@ -11,11 +11,10 @@ import os
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from ipaddress import ip_address
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from starlette.types import Message, Send
 from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Action, Decision
+from sidelight.policy.rules import BoundRule
 from sidelight.prompts import Conversation, PlainText
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
@@ -57,7 +57,6 @@ class RequestObserver:
         audit: Where decisions are written; None: nowhere.
         request_id: As in the answer's ``x-request-id``.
         key_id: Of the API key that was sent; None: the request had none.
-        client: The address that the request came from; None: it is unknown.
         decisions: What followed from each verdict so far.
     """
 
@@ -65,18 +64,11 @@ class RequestObserver:
     audit: "AuditLog | None" = None
     request_id: str = ""
     key_id: str | None = None
-    client: str | None = None
     decisions: list[Decision] = field(default_factory=list[Decision])
 
-    def of(
-        self, request_id: str, *, key_id: str | None = None, host: str | None = None
-    ) -> "RequestObserver":
-        """The same for one request, which came from this host."""
-        client = None
-        # A proxy says whom it speaks for, in any words.
-        with suppress(ValueError):
-            client = str(ip_address(host or ""))
-        return RequestObserver(self.metrics, self.audit, request_id, key_id, client)
+    def of(self, request_id: str, *, key_id: str | None = None) -> "RequestObserver":
+        """The same for one request."""
+        return RequestObserver(self.metrics, self.audit, request_id, key_id)
 
     def annotate_span(self) -> None:
         """Sets the verdicts as attributes of the current span, if OpenTelemetry records one.
@@ -117,13 +109,18 @@ class RequestObserver:
         """
         return RequestTextObserver(self, text, is_prompt_known=is_prompt_known)
 
-    def change(self, versions: Mapping[str, str], rules: Mapping[str, Any]) -> None:
+    def change(self, rules: Sequence[BoundRule]) -> None:
         """Audits which probes are served by which rules after a change.
 
         The change stands even if that fails.
         """
+        line = {
+            "change": "replace",
+            "probes": {bound.name: bound.probe.version for bound in rules},
+            "rules": {b.name: {"mode": b.mode, "thresholds": dict(b.thresholds)} for b in rules},
+        }
         with suppress(RequestError):
-            self.append([{"change": "replace", "probes": versions, "rules": rules}])
+            self.append([line])
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Writes lines to the audit log, if there is one.
@@ -135,8 +132,6 @@ class RequestObserver:
             return
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         who = {"time": time, "request_id": self.request_id, "key_id": self.key_id}
-        if self.audit.has_client:
-            who["client"] = self.client
         try:
             self.audit.write([{**who, **line} for line in lines])
         except RequestError as error:
@@ -244,14 +239,12 @@ class AuditLog(WatchedFileHandler):
     Args:
         path: The file.
         salt: Secret of the texts' hashes; equal texts have equal hashes under the same salt.
-        has_client: Whether the address of the client is written too.
 
     Raises:
         SidelightError: It cannot be written.
     """
 
-    def __init__(self, path: Path, *, salt: bytes, has_client: bool = False):
-        self.has_client = has_client
+    def __init__(self, path: Path, *, salt: bytes):
         self._salt = salt
         try:
             super().__init__(path, encoding="utf-8")
@@ -308,40 +301,40 @@ def audit_of(config: ServerConfig) -> AuditLog | None:
     """
     if config.audit_log is None:
         return None
-    return AuditLog(config.audit_log, salt=config.salt, has_client=config.audit_client)
+    return AuditLog(config.audit_log, salt=config.salt)
 
 
 # Fields that the server's own records carry, next to the message.
 _FIELDS = ("request_id", "key_id", "method", "route", "status", "seconds")
 
 
-class TextFormatter(logging.Formatter):
-    """One line: time in UTC, level, logger, message, and the ids of the request and its key."""
+class LogFormatter(logging.Formatter):
+    """One line: time in UTC, level, logger, message, and the ids of the request and its key.
+
+    Args:
+        as_json: Whether it is a JSON object, which has all fields of the record.
+    """
+
+    def __init__(self, *, as_json: bool):
+        super().__init__()
+        self._as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        """Puts the ids behind the message, and where an exception happened below."""
-        given = (record.__dict__.get(name) for name in ("request_id", "key_id"))
-        ids = " ".join(own for own in given if own)
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = f"{time} {record.levelname} {record.name}: {record.getMessage()}"
-        line += f" [{ids}]" if ids else ""
-        return f"{line}\n{record.exc_text}" if record.exc_text else line
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object per line: time, level, logger, message, and the record's own fields."""
-
-    def format(self, record: logging.LogRecord) -> str:
+        """The line; where an exception happened is below, or a field."""
+        fields = {name: record.__dict__[name] for name in _FIELDS if name in record.__dict__}
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **fields,
         }
-        line |= {name: record.__dict__[name] for name in _FIELDS if name in record.__dict__}
-        if record.exc_text:
-            line["exception"] = record.exc_text
-        return json.dumps(line)
+        if self._as_json:
+            return json.dumps(line | ({"exception": record.exc_text} if record.exc_text else {}))
+        ids = " ".join(filter(None, (fields.get("request_id"), fields.get("key_id"))))
+        text = f"{line['time']} {record.levelname} {record.name}: {line['message']}"
+        text += f" [{ids}]" if ids else ""
+        return f"{text}\n{record.exc_text}" if record.exc_text else text
 
 
 def without_message(record: logging.LogRecord) -> bool:
@@ -368,7 +361,7 @@ def log_settings(level: str, *, as_json: bool) -> dict[str, Any]:
     handler = {
         "class": "logging.StreamHandler",
         "stream": "ext://sys.stderr",
-        "formatter": "json" if as_json else "text",
+        "formatter": "line",
         "filters": ["without_message"],
     }
     own = {"level": level.upper()}
@@ -376,10 +369,7 @@ def log_settings(level: str, *, as_json: bool) -> dict[str, Any]:
         "version": 1,
         "disable_existing_loggers": False,
         "filters": {"without_message": {"()": lambda: without_message}},
-        "formatters": {
-            "text": {"()": TextFormatter},
-            "json": {"()": JsonFormatter},
-        },
+        "formatters": {"line": {"()": LogFormatter, "as_json": as_json}},
         "handlers": {"stderr": handler},
         "root": {"level": "WARNING", "handlers": ["stderr"]},
         "loggers": {"uvicorn": own, "sidelight": own},

@@ -5,15 +5,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel
-
 from sidelight.artifact import load_probe
 from sidelight.engines.base import Engine
 from sidelight.policy.rules import (
     BoundRule,
-    Mode,
     Policy,
-    Side,
     bound_rules,
     read_policy,
     require_policy_applies,
@@ -21,21 +17,6 @@ from sidelight.policy.rules import (
 from sidelight.probe import Probe, require_distinct_names
 
 _log = logging.getLogger(__name__)
-
-
-class ProbeEntry(BaseModel):
-    """One probe: what it is, where it came from, and what follows from its verdicts."""
-
-    name: str
-    version: str
-    kind: str
-    labels: list[str]
-    reads: str
-    side: Side
-    mode: Mode
-    thresholds: dict[str, float]
-    shadow_of: str | None
-    path: str | None
 
 
 class ProbeRegistry:
@@ -79,9 +60,9 @@ class ProbeRegistry:
         """The probes that clients see: all but shadows."""
         return [bound.probe for bound in self.rules if not bound.is_shadow]
 
-    @property
-    def entries(self) -> list[ProbeEntry]:
-        return [self._entry(bound) for bound in self.rules]
+    def folder(self, name: str) -> Path | None:
+        """Where a probe was loaded from, if it was."""
+        return self._paths.get(name)
 
     async def replace(
         self, folders: Sequence[Path] | None = None, policy_path: Path | None = None
@@ -123,21 +104,6 @@ class ProbeRegistry:
             return probes, {probe.name: path for probe, path in pairs if path}
         probes = [load_probe(folder) for folder in folders]
         return probes, {p.name: folder for p, folder in zip(probes, folders, strict=True)}
-
-    def _entry(self, bound: BoundRule) -> ProbeEntry:
-        probe, path = bound.probe, self._paths.get(bound.name)
-        return ProbeEntry(
-            name=probe.name,
-            version=probe.version,
-            kind=probe.task.kind,
-            labels=list(probe.task.labels),
-            reads=probe.reads.side,
-            side=bound.side,
-            mode=bound.mode,
-            thresholds=dict(bound.thresholds),
-            shadow_of=bound.shadow_of,
-            path=None if path is None else str(path),
-        )
 
 
 def _versions(probes: Sequence[Probe]) -> list[str]:
