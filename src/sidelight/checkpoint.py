@@ -12,7 +12,7 @@ from hashlib import sha256
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -45,11 +45,8 @@ _VOLATILE = {
 _SAMPLE = "The quick brown fox, 1234567890 times: jumps!\n\tüber Straßen 你好"
 
 
-class Sample(NamedTuple):
-    """A weight's shape, and values spread over its length, as the bytes of bf16 numbers."""
-
-    shape: tuple[int, ...]
-    values: bytes
+# A weight's shape, and values spread over its length, as the bytes of bf16 numbers.
+_Sample = tuple[tuple[int, ...], bytes]
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Checkpoint:
     """
 
     config: Mapping[str, Any]
-    samples: Mapping[str, Sample]
+    samples: Mapping[str, _Sample]
     dtype: str
 
     @staticmethod
@@ -76,7 +73,7 @@ class Checkpoint:
             ValueError: A file is damaged.
         """
         config = json.loads((folder / _CONFIG).read_text("utf-8"))
-        samples: dict[str, Sample] = {}
+        samples: dict[str, _Sample] = {}
         values: Counter[str] = Counter()
         for path in _weight_files(folder):
             for name, dtype, read in _read_samples(path):
@@ -84,7 +81,7 @@ class Checkpoint:
                     raise ValueError(
                         f"{folder} has two different weights '{name}'. Leave one set of files."
                     )
-                values[str(dtype).removeprefix("torch.")] += prod(read.shape)
+                values[str(dtype).removeprefix("torch.")] += prod(read[0])
         return Checkpoint(config, _as_used(samples), values.most_common(1)[0][0])
 
     @staticmethod
@@ -93,11 +90,11 @@ class Checkpoint:
         config = json.loads(model.config.to_json_string())
         tied = getattr(model, "all_tied_weights_keys", ())
         weights = {name: w for name, w in sorted(model.state_dict().items()) if name not in tied}
-        samples: dict[str, Sample] = {}
+        samples: dict[str, _Sample] = {}
         # Layer by layer, since separating weights that loading has fused copies them.
         for _, names in groupby(weights, key=_layer_of):
             saved = revert_weight_conversion(model, {name: weights[name] for name in names})
-            samples |= {name: sample(weight) for name, weight in saved.items()}
+            samples |= {name: _sample(weight) for name, weight in saved.items()}
         return Checkpoint(config, _as_used(samples), str(model.dtype).removeprefix("torch."))
 
 
@@ -113,10 +110,10 @@ def model_folder(name: str) -> Path:
     return Path(snapshot_download(name, allow_patterns=[_CONFIG, "model*.safetensors", _INDEX]))
 
 
-def sample(weight: Tensor) -> Sample:
-    """The sample of a weight in memory."""
-    values = weight.flatten()[:: _step(weight.numel())]
-    return Sample(tuple(weight.shape), _as_bytes(values))
+def _sample(weight: Tensor) -> _Sample:
+    values = weight.flatten()[:: max(1, weight.numel() // _VALUES_PER_WEIGHT)]
+    numbers = values.to(torch.bfloat16).view(torch.int16).cpu().numpy()
+    return tuple(weight.shape), numbers.tobytes()
 
 
 def _layer_of(name: str) -> str:
@@ -126,32 +123,31 @@ def _layer_of(name: str) -> str:
 
 def _weight_files(folder: Path) -> Iterable[Path]:
     # Engines differ in which they load if both are there.
-    files = {folder / _WEIGHTS} if (folder / _WEIGHTS).exists() else set[Path]()
+    names = {_WEIGHTS} if (folder / _WEIGHTS).exists() else set[str]()
     if (folder / _INDEX).exists():
-        index = json.loads((folder / _INDEX).read_text("utf-8"))
-        files |= {folder / file for file in index["weight_map"].values()}
-    if not files:
+        names |= {*json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values()}
+    if not names:
         raise FileNotFoundError(
             f"{folder} has no {_WEIGHTS} or {_INDEX}, and other weights cannot be identified "
             "without loading them. Save the model again with save_pretrained."
         )
-    return sorted(files)
+    return sorted(folder / name for name in names)
 
 
-def _read_samples(path: Path) -> Iterator[tuple[str, torch.dtype, Sample]]:
+def _read_samples(path: Path) -> Iterator[tuple[str, torch.dtype, _Sample]]:
     try:
         # Mapped: of each weight, the pages of a few values are read.
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 weight = file.get_tensor(name)
-                yield name, weight.dtype, sample(weight)
+                yield name, weight.dtype, _sample(weight)
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}). Copy it again."
         ) from error
 
 
-def _as_used(samples: Mapping[str, Sample]) -> dict[str, Sample]:
+def _as_used(samples: Mapping[str, _Sample]) -> dict[str, _Sample]:
     """With the output embeddings, which files leave out if they equal the input embeddings."""
     used = {name: s for name, s in sorted(samples.items()) if not name.endswith(_COMPUTED)}
     if not any(name.endswith(_OUTPUT_EMBEDDINGS) for name in used):
@@ -159,14 +155,6 @@ def _as_used(samples: Mapping[str, Sample]) -> dict[str, Sample]:
         if tied is not None:
             used["lm_head.weight"] = tied
     return used
-
-
-def _step(numel: int) -> int:
-    return max(1, numel // _VALUES_PER_WEIGHT)
-
-
-def _as_bytes(values: Tensor) -> bytes:
-    return values.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
 
 
 def fingerprint(
@@ -192,7 +180,7 @@ def fingerprint(
     weights = _weights_hash(checkpoint.samples)
     loaded, dtype = weights, checkpoint.dtype
     if model is not None:
-        loaded = _weights_hash({key: sample(value) for key, value in model.state_dict().items()})
+        loaded = _weights_hash({key: _sample(value) for key, value in model.state_dict().items()})
         dtype = str(model.dtype).removeprefix("torch.")
     return Fingerprint(
         name=name,
@@ -223,9 +211,9 @@ def _without_volatile(entries: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _weights_hash(samples: Mapping[str, Sample]) -> str:
+def _weights_hash(samples: Mapping[str, _Sample]) -> str:
     digest = sha256()
-    for key, weight in sorted(samples.items()):
-        digest.update(f"{key}{weight.shape}".encode())
-        digest.update(weight.values)
+    for key, (shape, values) in sorted(samples.items()):
+        digest.update(f"{key}{shape}".encode())
+        digest.update(values)
     return digest.hexdigest()[:16]
