@@ -43,7 +43,8 @@ def states_by_row(cache):
         assert shard.hidden.dtype == torch.bfloat16
         assert shard.rows.tolist() == rows
         assert shard.lengths.tolist() == [cache.lengths[row] for row in rows]
-        states |= shard.texts()
+        parts = shard.hidden.split(shard.lengths.tolist(), 1)
+        states |= dict(zip(rows, parts, strict=True))
     return states
 
 

@@ -6,7 +6,6 @@ padded, so no padding can leak into a result.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -95,30 +94,6 @@ class Ragged:
         pairs = zip(self.split(), other.split(), strict=True)
         values = [torch.cat([left.values, right.values]) for left, right in pairs]
         return Ragged(torch.cat(values), self.lengths + other.lengths)
-
-
-def weighted_sums(
-    hidden: Float[Tensor, "layer token width"],
-    weights: Float[Tensor, "layer token head"],
-    lengths: Int[Tensor, " text"],
-) -> Float[Tensor, "text layer width head"]:
-    """The sum of each text's states for each head, in float32; only the weights have a gradient."""
-    return _WeightedSums.apply(hidden, weights, lengths.tolist())  # pyright: ignore
-
-
-class _WeightedSums(torch.autograd.Function):
-    # Text by text: a batch in float32, or padded, would be large.
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weights: Tensor, lengths: list[int]) -> Tensor:
-        ctx.hidden, ctx.lengths = hidden, lengths
-        pairs = zip(hidden.split(lengths, 1), weights.split(lengths, 1), strict=True)
-        return torch.stack([torch.bmm(text.float().mT, weight) for text, weight in pairs])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
-        pairs = zip(ctx.hidden.split(ctx.lengths, 1), gradients[0], strict=True)
-        return None, torch.cat([torch.bmm(text.float(), sums) for text, sums in pairs], 1), None
 
 
 # Padded tokens of a forward pass: enough to fill the matmuls, few enough for a laptop.

@@ -95,14 +95,16 @@ class DowncastAttention(Aggregator):
         Under mean pooling, the way back to full width is composed with the carry, so that no item
         becomes as wide as a hidden state again.
         """
+        order: list[Tensor] = []
         pooled: list[Tensor] = []
-        for items, shown in _padded(state):
+        for chosen, items, shown in _padded(state):
             queries = self._queries(shown)
             attended = self._attend(items, shown, queries)
             if self._over_items == "max":
                 attended = torch.einsum("bgne,ged->bgnd", attended, self.out)
+            order.append(chosen)
             pooled.append(self._pool(attended, shown.gather(1, queries)))
-        vectors = torch.cat(pooled)[_similar_lengths(state.lengths).inverse]
+        vectors = torch.cat(pooled)[torch.cat(order).argsort()]
         through = (
             carry if self._over_items == "max" else torch.einsum("ged,gdk->gek", self.out, carry)
         )
@@ -139,38 +141,29 @@ class DowncastAttention(Aggregator):
         return attended.unflatten(1, (-1, self._heads)).transpose(2, 3).flatten(3)
 
 
-@dataclass(frozen=True)
-class _Grouping:
-    """Segments in groups of similar length.
-
-    Attributes:
-        groups: Segment numbers of each group.
-        inverse: Where each segment stands in the groups laid end to end.
-    """
-
-    groups: tuple[Int[Tensor, " _"], ...]
-    inverse: Int[Tensor, " segment"]
-
-
-def _similar_lengths(lengths: Int[Tensor, " segment"]) -> _Grouping:
-    """Groups in which no segment is a third longer than another, so that padding is cheap."""
-    order = lengths.argsort(stable=True)
-    bucket = (lengths[order].clamp(min=1).float().log2() * 2.5).floor()
-    sizes = torch.unique_consecutive(bucket, return_counts=True)[1]
-    return _Grouping(order.split([int(size) for size in sizes]), order.argsort())
-
-
 def _padded(
     state: Ragged,
-) -> Iterator[tuple[Float[Tensor, "chosen item group column"], Bool[Tensor, "chosen item"]]]:
-    """Each group's segments side by side, padded with zeros that the mask hides."""
-    segments = state.values.split([int(length) for length in state.lengths])
-    for chosen in _similar_lengths(state.lengths).groups:
+) -> Iterator[
+    tuple[
+        Int[Tensor, " chosen"],
+        Float[Tensor, "chosen item group column"],
+        Bool[Tensor, "chosen item"],
+    ]
+]:
+    """Segments side by side, padded with zeros that the mask hides.
+
+    They come in groups in which none is a third longer than another, so that padding is cheap.
+    """
+    segments = state.values.split(state.lengths.tolist())
+    order = state.lengths.argsort(stable=True)
+    bucket = (state.lengths[order].clamp(min=1).float().log2() * 2.5).floor()
+    sizes = torch.unique_consecutive(bucket, return_counts=True)[1]
+    for chosen in order.split(sizes.tolist()):
         items = torch.nn.utils.rnn.pad_sequence(
-            [segments[int(i)] for i in chosen], batch_first=True
+            [segments[i] for i in chosen.tolist()], batch_first=True
         )
         position = torch.arange(items.shape[1], device=items.device)
-        yield items, position[None] < state.lengths[chosen][:, None]
+        yield chosen, items, position[None] < state.lengths[chosen][:, None]
 
 
 @dataclass(frozen=True)

@@ -144,18 +144,12 @@ def hide(
     return torch.where(mask[:, None, :, None], items, items.new_zeros(()))
 
 
-@dataclass(frozen=True)
-class _Entry:
-    options: type[Any]
-    build: Callable[[Geometry, Any], Mechanism]
+Builder = Callable[[Geometry, Any], Mechanism]
+_ENTRIES: dict[str, tuple[type[Any], Builder]] = {}
+"""The options and the builder of each mechanism."""
 
 
-_ENTRIES: dict[str, _Entry] = {}
-
-
-def register(
-    name: str, options: type[Any]
-) -> Callable[[Callable[[Geometry, Any], Mechanism]], Callable[[Geometry, Any], Mechanism]]:
+def register(name: str, options: type[Any]) -> Callable[[Builder], Builder]:
     """Registers the decorated builder of mechanisms.
 
     Args:
@@ -163,10 +157,8 @@ def register(
         options: A frozen dataclass, whose fields are the options with their defaults.
     """
 
-    def remember(
-        build: Callable[[Geometry, Any], Mechanism],
-    ) -> Callable[[Geometry, Any], Mechanism]:
-        _ENTRIES[name] = _Entry(options, build)
+    def remember(build: Builder) -> Builder:
+        _ENTRIES[name] = (options, build)
         return build
 
     return remember
@@ -183,21 +175,21 @@ def mechanism_spec(name: str, options: Mapping[str, OptionValue] | None = None) 
     Raises:
         SidelightError: The mechanism or an option is unknown, or a value is not allowed.
     """
-    entry = _entry(name)
-    kinds = {field.name: field.type for field in fields(entry.options)}
+    defaults, _ = _registered(name)
+    kinds = {field.name: field.type for field in fields(defaults)}
     for option, value in (options or {}).items():
         if option not in kinds:
             raise SidelightError(
                 f"Unknown option '{option}' of mechanism '{name}'.{did_you_mean(option, kinds)}"
             )
         _check_value(f"{name}.{option}", value, kinds[option])
-    return MechanismSpec(name, asdict(entry.options(**(options or {}))))
+    return MechanismSpec(name, asdict(defaults(**(options or {}))))
 
 
 def build_mechanism(spec: MechanismSpec, geometry: Geometry) -> Mechanism:
     """A mechanism with fresh parameters, drawn with torch's current seed."""
-    entry = _entry(spec.name)
-    return entry.build(geometry, entry.options(**spec.options))
+    options, build = _registered(spec.name)
+    return build(geometry, options(**spec.options))
 
 
 def spec_titles(specs: Sequence[MechanismSpec]) -> list[str]:
@@ -225,7 +217,7 @@ def _check_value(option: str, value: OptionValue, kind: Any) -> None:
         raise SidelightError(f"{option} cannot be {value!r}: give a whole number, 1 or more.")
 
 
-def _entry(name: str) -> _Entry:
+def _registered(name: str) -> tuple[type[Any], Builder]:
     if name not in _ENTRIES:
         raise SidelightError(f"Unknown mechanism '{name}'.{did_you_mean(name, _ENTRIES)}")
     return _ENTRIES[name]

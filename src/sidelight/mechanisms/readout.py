@@ -72,35 +72,6 @@ class Readout(Mechanism):
         """H gates, H x C values, C for the last token, then 2 C whose maxima are taken."""
         return torch.cat([self.gate, self.value.flatten(2), self.last, self.extremes.flatten(2)], 2)
 
-    def token_columns(self) -> Float[Tensor, "layer width column"]:
-        """The columns that ``logits_of_means`` needs of each token: H gates, 2 C of extremes."""
-        return torch.cat([self.gate, self.extremes.flatten(2)], 2)
-
-    def logits_of_means(
-        self,
-        tokens: Ragged,
-        means: Float[Tensor, "segment layer width head"],
-        ends: Float[Tensor, "segment layer width"],
-    ) -> Float[Tensor, "segment output"]:
-        """The logits, where the gated means of whole states are known.
-
-        A mean of values is the value of the mean: with many classes this costs far less than a
-        value of each token, but it takes a vector of a state's width for each gate.
-
-        Args:
-            tokens: The ``token_columns`` of each token.
-            means: By the gates' softmax. Their dtype is that of the matmul.
-            ends: The last token of each segment.
-        """
-        layers, width, heads, outputs = self.value.shape
-        value = self.value.reshape(layers * width * heads, outputs).to(means.dtype)
-        sums = (means.flatten(1) @ value).float()
-        sums = sums + (ends.flatten(1) @ self.last.flatten(0, 1).to(ends.dtype)).float()
-        if extremes := self.extremes[0, 0].numel():
-            candidates = Ragged(tokens.values[..., -extremes:].float(), tokens.lengths)
-            sums = sums + self._signed(candidates.maxima().unflatten(-1, (-1, outputs))).sum(1)
-        return sums / math.sqrt(layers) + self.bias
-
     def summarise(self, tokens: Ragged) -> Ragged:
         """``[segment, layer, head, (maximum, normaliser, *sums)]``.
 

@@ -36,21 +36,6 @@ def summarise_softmax(
     return Ragged.one_row_each(torch.cat([top[..., None], *parts], -1))
 
 
-def segment_softmax(
-    scores: Float[Tensor, "row group head"], tokens: Ragged
-) -> Float[Tensor, "row group head"]:
-    """Each row's weight in its segment; float32 if the scores are.
-
-    Args:
-        scores: Logits of the weights.
-        tokens: Gives the rows' segments.
-    """
-    segments = tokens.segments
-    top = Ragged(scores.detach(), tokens.lengths).maxima()
-    weight = (scores - top[segments]).exp()
-    return weight / Ragged(weight, tokens.lengths).sums()[segments]
-
-
 def merge_softmax(left: Ragged, right: Ragged) -> Ragged:
     """The state after both runs of tokens."""
     top = torch.maximum(left.values[..., :1], right.values[..., :1])

@@ -79,7 +79,7 @@ class Shard:
             factor = inverse_rms(layer) if is_normalised else torch.ones(len(layer), 1)
             sizes = self.lengths.tolist()
             texts = zip(layer.split(sizes), factor.split(sizes), strict=True)
-            sums = [text.float().mT @ weight[:, 0] for text, weight in texts]
+            sums = [(text.float().mT @ weight)[:, 0] for text, weight in texts]
             means.append(torch.stack(sums) / self.lengths[:, None])
             # Rounded like the states: what is kept of them is, too.
             lasts.append((layer[ends] * factor[ends]).to(layer.dtype).float())
