@@ -53,11 +53,14 @@ class _Written:
         spans: What of that text is each turn's content.
         skipped: How many first characters of each content the template has left out; -1: it has
             written the content in another way.
+        markers: Those that the template writes, as ``ChatFormat.markers`` gives them; None: there
+            is no template.
     """
 
     tokens: Tokenised
     spans: Sequence[Span]
     skipped: Sequence[int]
+    markers: tuple[str, ...] | None = None
 
     def places(self) -> list[Place | None]:
         """The place of each token; None: no part of a content."""
@@ -80,19 +83,7 @@ class _Written:
 
 # What a template writes around longer conversations is not cached.
 _CACHED_TURNS = 200
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """What the template writes around turns of some roles, whatever they say.
-
-    Attributes:
-        literals: What stands before, between and after their texts.
-        markers: As ``ChatFormat.markers`` gives them.
-    """
-
-    literals: tuple[str, ...]
-    markers: tuple[str, ...]
+_USE_RAW = "train with the raw prompt format (--set format=raw)"
 
 
 class PromptEncoder:
@@ -182,51 +173,45 @@ class PromptEncoder:
         self, messages: Conversation, response: str | None = None
     ) -> EncodedPrompt:
         """As ``encode``, without a limit: for training, which cuts by itself and reports it."""
-        is_plain = isinstance(messages, PlainText)
-        turns = [Message("user", messages.content)] if is_plain else [*messages]
-        if not turns:
-            raise SidelightError("A conversation needs at least one message.")
         for text in contents(messages, response):
             require_whole_characters(text, place="The text")
-        if is_plain or self.prompt_format == "raw":
-            return self._encode_raw(turns, response)
-        return self._encode_chat(turns, response)
-
-    def _encode_raw(self, messages: Sequence[Message], response: str | None) -> EncodedPrompt:
-        written = self._write_raw(messages, response)
-        _, stop = written.spans[len(messages) - 1]
-        parts = [
-            # The tokenizer's own special tokens cover no text: their offsets are (0, 0).
-            Part.TEMPLATE if end == 0 else Part.PROMPT if start < stop else Part.RESPONSE
-            for start, end in map(_whole, written.tokens.offsets)
-        ]
-        return EncodedPrompt(tuple(written.tokens.token_ids), tuple(parts), is_plain=True)
-
-    def _encode_chat(self, messages: Sequence[Message], response: str | None) -> EncodedPrompt:
-        written, markers = self._write_chat(messages, response)
+        written = self._write(messages, response)
         token_ids = tuple(written.tokens.token_ids)
+        if written.markers is None:
+            _, stop = written.spans[-1 if response is None else -2]
+            parts = (
+                # The tokenizer's own special tokens cover no text: their offsets are (0, 0).
+                Part.TEMPLATE if end == 0 else Part.PROMPT if start < stop else Part.RESPONSE
+                for start, end in map(_whole, written.tokens.offsets)
+            )
+            return EncodedPrompt(token_ids, tuple(parts), is_plain=True)
         turns = self.chat_format.turns(token_ids)
         if not turns:
             raise SidelightError(
                 "The model's chat template marks no turns, so a chat cannot be told from plain "
-                "text. Use the raw prompt format (--set format=raw)."
+                f"text. To judge chats, {_USE_RAW}."
             )
-        if self.chat_format.markers(token_ids) != markers:
+        if self.chat_format.markers(token_ids) != written.markers:
             raise SidelightError(
                 "The text contains what the model's chat template writes between turns. Remove it, "
-                "or use the raw prompt format (--set format=raw)."
+                f"or {_USE_RAW}."
             )
+        has_response = response is not None
         return EncodedPrompt(
-            token_ids, token_parts(turns, len(token_ids), has_response=response is not None)
+            token_ids, token_parts(turns, len(token_ids), has_response=has_response)
         )
 
     def places(self, messages: Conversation, response: str | None = None) -> list[Place | None]:
         """Where each token of ``encode`` stands; None: only the template or tokenizer wrote it."""
-        if isinstance(messages, PlainText):
-            return self._write_raw([Message("user", messages.content)], response).places()
-        if self.prompt_format == "raw":
-            return self._write_raw(messages, response).places()
-        return self._write_chat(messages, response)[0].places()
+        return self._write(messages, response).places()
+
+    def _write(self, messages: Conversation, response: str | None) -> _Written:
+        is_plain = isinstance(messages, PlainText)
+        turns = [Message("user", messages.content)] if is_plain else [*messages]
+        if not turns:
+            raise SidelightError("A conversation needs at least one message.")
+        is_raw = is_plain or self.prompt_format == "raw"
+        return (self._write_raw if is_raw else self._write_chat)(turns, response)
 
     def _write_raw(self, messages: Sequence[Message], response: str | None) -> _Written:
         contents = [message.content for message in messages]
@@ -241,18 +226,19 @@ class PromptEncoder:
         tokens = self._contents.encode_raw(prompt + (response or ""))
         return _Written(tokens, spans, [0] * len(spans))
 
-    def _write_chat(
-        self, messages: Sequence[Message], response: str | None
-    ) -> tuple[_Written, tuple[str, ...]]:
-        """The conversation, and the markers of turns in it."""
+    def _write_chat(self, messages: Sequence[Message], response: str | None) -> _Written:
         # Few chat templates know the role "developer", which speaks as the system.
         turns = [replace(m, role="system") if m.role == "developer" else m for m in messages]
         if response is not None:
             turns.append(Message("assistant", response))
+        roles = tuple(turn.role for turn in turns)
         for_generation = response is None
         rendered = self._render(turns, for_generation=for_generation)
-        frame = self._frame(turns, for_generation=for_generation)
-        spans = self._content_spans(rendered, turns, frame.literals)
+        is_short = len(roles) <= _CACHED_TURNS
+        find_frame = self._cached_frame if is_short else self._render_frame
+        # A template may write today's date.
+        literals, markers = find_frame(roles, for_generation=for_generation, _day=date.today())
+        spans = self._content_spans(rendered, turns, literals)
         edges = [0, *(edge for span in spans for edge in span), len(rendered)]
         template = list(zip(edges[::2], edges[1::2], strict=True))
         tokens = self._contents.encode_chat(rendered, template)
@@ -260,7 +246,7 @@ class PromptEncoder:
             turn.content.find(rendered[start:end])
             for turn, (start, end) in zip(turns, spans, strict=True)
         ]
-        return _Written(tokens, spans, skipped), frame.markers
+        return _Written(tokens, spans, skipped, markers)
 
     def _render(self, turns: Sequence[Message], *, for_generation: bool) -> str:
         conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
@@ -271,15 +257,8 @@ class PromptEncoder:
         except TemplateError as error:
             raise SidelightError(
                 f"The model's chat template refuses this conversation: {error}. Change the roles "
-                "or their order, or use the raw prompt format (--set format=raw)."
+                f"or their order, or {_USE_RAW}."
             ) from error
-
-    def _frame(self, turns: Sequence[Message], *, for_generation: bool) -> _Frame:
-        roles = tuple(turn.role for turn in turns)
-        is_short = len(roles) <= _CACHED_TURNS
-        find_frame = self._cached_frame if is_short else self._render_frame
-        # A template may write today's date.
-        return find_frame(roles, for_generation=for_generation, _day=date.today())
 
     def _content_spans(
         self, rendered: str, turns: Sequence[Message], literals: Sequence[str]
@@ -296,13 +275,16 @@ class PromptEncoder:
             if not ends:
                 raise SidelightError(
                     "The chat template rewrites the text, so its tokens cannot be told from those "
-                    "of the template. Use the raw prompt format for this model (--set format=raw)."
+                    f"of the template. To judge such texts, {_USE_RAW}."
                 )
             spans.append((cursor, ends[0]))
             cursor = ends[0] + len(literal)
         return spans
 
-    def _render_frame(self, roles: tuple[str, ...], *, for_generation: bool, _day: date) -> _Frame:
+    def _render_frame(
+        self, roles: tuple[str, ...], *, for_generation: bool, _day: date
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What the template writes before, between and after turns of these roles; its markers."""
         marks = [f"sidelight-turn-{i}-text" for i in range(len(roles))]
         marked = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
         rendered = self._render(marked, for_generation=for_generation)
@@ -313,14 +295,14 @@ class PromptEncoder:
             if start < 0:
                 raise SidelightError(
                     "The chat template leaves a turn out (roles: "
-                    f"{', '.join(dict.fromkeys(roles))}). Use roles that the model knows, or the "
-                    "raw prompt format (--set format=raw)."
+                    f"{', '.join(dict.fromkeys(roles))}). Use roles that the model knows, or "
+                    f"{_USE_RAW}."
                 )
             literals.append(rendered[cursor:start])
             cursor = start + len(mark)
         tokens = self._tokenizer(rendered, add_special_tokens=False, verbose=False)
-        markers = self.chat_format.markers(tokens["input_ids"])
-        return _Frame((*literals, rendered[cursor:]), markers)
+        literals.append(rendered[cursor:])
+        return tuple(literals), self.chat_format.markers(tokens["input_ids"])
 
 
 def _whole(offset: tuple[int, int]) -> tuple[int, int]:

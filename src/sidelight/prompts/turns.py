@@ -113,10 +113,7 @@ class ChatFormat:
         self._symbols = {
             token_id: chr(ord(_START) + i) for i, token_id in enumerate(sorted(controls), 1)
         }
-        conversations = _rendered(tokenizer)
-        literals = _Literals.gathered(
-            (self._spelled(rendered.text), rendered) for rendered in conversations
-        )
+        literals = _Literals((self._spelled(each.text), each) for each in _rendered(tokenizer))
         headers = _headers(literals.before)
         self._roles = [role for role, _ in headers]
         # A tokenizer may write a blank before a text, and none where the text is empty.
@@ -219,7 +216,6 @@ class _Rendered:
     is_for_generation: bool
 
 
-@dataclass(frozen=True)
 class _Literals:
     """What a template writes around contents, spelled as the names of tokens.
 
@@ -229,13 +225,10 @@ class _Literals:
         after: A role, what stands after its contents, and whether the conversation ends with it.
     """
 
-    before: Mapping[str, set[str]]
-    first: set[str]
-    after: set[tuple[str, str, bool]]
-
-    @staticmethod
-    def gathered(conversations: Iterable[tuple[str, "_Rendered"]]) -> "_Literals":
-        literals = _Literals({role: set() for role in _ROLES}, set(), set())
+    def __init__(self, conversations: Iterable[tuple[str, _Rendered]]):
+        self.before: dict[str, set[str]] = {role: set() for role in _ROLES}
+        self.first: set[str] = set()
+        self.after: set[tuple[str, str, bool]] = set()
         for text, rendered in conversations:
             cursor, role, turn, marks = 0, "", -1, 0
             for mark in _MARK.finditer(text):
@@ -243,15 +236,14 @@ class _Literals:
                     # What stands between the marks of one turn is part of its content.
                     marks += 1
                 else:
-                    literals._add(text[cursor : mark.start()], after=role, marks=marks)
+                    self._add(text[cursor : mark.start()], after=role, marks=marks)
                     turn, marks = _TURNS.index(mark[1]), 1
                     role = rendered.roles[turn]
-                    literals.before[role].add(text[cursor : mark.start()])
+                    self.before[role].add(text[cursor : mark.start()])
                 cursor = mark.end()
-            literals._add(text[cursor:], after=role, marks=marks, is_end=True)
+            self._add(text[cursor:], after=role, marks=marks, is_end=True)
             if role and rendered.is_for_generation:
-                literals.before["assistant"].add(text[cursor:])
-        return literals
+                self.before["assistant"].add(text[cursor:])
 
     def _add(self, literal: str, *, after: str, marks: int, is_end: bool = False) -> None:
         if not after:
