@@ -1,13 +1,17 @@
 """An LLM writes ordinary conversations, batch by batch.
 
 A turn is sampled from what its chat template writes before it (Magpie: Xu et al. 2024, arXiv
-2406.08464), or continues an opening of ``seeds.py``.
+2406.08464), or continues an opening of ``seeds.json``: short turns as they are, and openings that
+the LLM completes. There ``{subject}``, ``{Subject}`` and ``{city}`` are drawn, ``{text}`` is a text
+that the LLM has written, and ``{call}`` a call of a tool. A tool has a request, a call, and its
+result: with ``{text}`` in it, or else completed by the LLM.
 """
 
 import json
 import random
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 from itertools import compress
 from typing import Any
 
@@ -18,9 +22,11 @@ from transformers import StoppingCriteriaList
 from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Message, control_tokens
-from sidelight_lab.background import seeds
 
 ROWS = 32
+_SEEDS: dict[str, list[Any]] = json.loads(
+    (files("sidelight_lab.background") / "seeds.json").read_text("utf-8")
+)
 _SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50, "repetition_penalty": 1.05}
 # A batch ends once this share of its turns have ended; the others are cut at a sentence's end.
 _ENOUGH = 0.8
@@ -76,14 +82,15 @@ class _Writer:
 
     def short_turns(self) -> list[Draft]:
         """Greetings, thanks and the like, as they are listed."""
-        texts = [*seeds.OPENINGS, *seeds.REPLIES, *seeds.OTHER_LANGUAGES]
+        texts = [*_SEEDS["openings"], *_SEEDS["replies"], *_SEEDS["other languages"]]
         return [[Message("user", text)] for text in self.random.sample(texts, ROWS)]
 
     def requests(self, *, limit: int = 150) -> list[Draft]:
         """First turns, half of them begun by a seed."""
         # Without a template, nothing else would make the LLM write a request.
         begun = [
-            self._seeded(seeds.REQUESTS) if row % 2 or self._is_raw else "" for row in range(ROWS)
+            self._seeded(_SEEDS["requests"]) if row % 2 or self._is_raw else ""
+            for row in range(ROWS)
         ]
         return self._continued([[] for _ in begun], "user", begun, limit=limit)
 
@@ -93,7 +100,7 @@ class _Writer:
         Args:
             quantile: Of their length.
         """
-        begun = [self._seeded(seeds.DOCUMENTS) for _ in range(ROWS)]
+        begun = [self._seeded(_SEEDS["documents"]) for _ in range(ROWS)]
         length = round(_SHORTEST * (_LONGEST / _SHORTEST) ** quantile)
         return self._continued([[] for _ in begun], "user", begun, limit=length, least=length // 2)
 
@@ -106,7 +113,7 @@ class _Writer:
             text = "\n\n".join(articles[:count])
             articles = articles[count:]
             drafts.append(
-                [Message("user", self.random.choice(seeds.QUOTES).replace("{text}", text))]
+                [Message("user", self.random.choice(_SEEDS["quotes"]).replace("{text}", text))]
             )
         return drafts
 
@@ -114,7 +121,7 @@ class _Writer:
         """Conversations of three or five turns."""
         drafts = self.requests(limit=80)
         for row in range(0, len(drafts), 8):
-            drafts[row] = [Message("user", self.random.choice(seeds.OPENINGS))]
+            drafts[row] = [Message("user", self.random.choice(_SEEDS["openings"]))]
         finished: list[Draft] = []
         while drafts:
             running: list[Draft] = []
@@ -130,8 +137,8 @@ class _Writer:
         called: list[Draft] = []
         results: list[str] = []
         for subject, article in self._articles(limit=150) if self._takes_tools() else ():
-            request, call, result = self._filled(self.random.choice(seeds.TOOLS), subject)
-            call = self.random.choice(seeds.CALLS).replace("{call}", call)
+            request, call, result = self._filled(self.random.choice(_SEEDS["tools"]), subject)
+            call = self.random.choice(_SEEDS["calls"]).replace("{call}", call)
             turns = [Message("user", request), Message("assistant", call)]
             if "{text}" in result:
                 is_json = result.startswith(_JSON)
@@ -159,9 +166,9 @@ class _Writer:
 
     def _articles(self, *, limit: int) -> list[tuple[str, str]]:
         """Subjects, and what the LLM writes about them when it is asked to."""
-        subjects = self.random.choices(seeds.SUBJECTS, k=ROWS)
+        subjects = self.random.choices(_SEEDS["subjects"], k=ROWS)
         asked = [
-            [Message("user", self._filled([self.random.choice(seeds.ARTICLES)], subject)[0])]
+            [Message("user", self._filled([self.random.choice(_SEEDS["articles"])], subject)[0])]
             for subject in subjects
         ]
         answered = self._continued(asked, "assistant", limit=limit)
@@ -174,18 +181,18 @@ class _Writer:
         rest: list[Draft] = []
         for turns in drafts:
             if self.random.random() < 0.4:
-                replied.append([*turns, Message("user", self.random.choice(seeds.REPLIES))])
+                replied.append([*turns, Message("user", self.random.choice(_SEEDS["replies"]))])
             else:
                 rest.append(turns)
         return [*replied, *self._continued(rest, "user", limit=60)]
 
     def _seeded(self, choices: Sequence[str]) -> str:
-        subject = self.random.choice(seeds.SUBJECTS)
+        subject = self.random.choice(_SEEDS["subjects"])
         return self._filled([self.random.choice(choices)], subject)[0]
 
     def _filled(self, texts: Sequence[str], subject: str) -> list[str]:
         """The texts about a subject, in one city."""
-        city = self.random.choice(seeds.CITIES)
+        city = self.random.choice(_SEEDS["cities"])
         values = {"subject": subject, "Subject": subject[0].upper() + subject[1:], "city": city}
         return [re.sub(r"\{(subject|Subject|city)\}", lambda m: values[m[1]], t) for t in texts]
 
