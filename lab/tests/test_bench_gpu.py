@@ -6,7 +6,7 @@ import pytest
 
 from commands import run
 from sidelight.errors import SidelightError
-from sidelight_lab.bench.gpu import PARITY_ERROR, run_check
+from sidelight_lab.bench.gpu import PARITY_ERROR, passed, run_check
 
 
 @pytest.mark.slow
@@ -31,10 +31,8 @@ def test_a_section_that_fails_loses_no_other_and_results_are_kept(tmp_path, caps
         run_check(tmp_path / "other", only=["speed"])
 
 
-def test_a_difference_to_transformers_does_not_pass(tmp_path):
-    from sidelight_lab.bench.gpu import _passed
-
+def test_a_difference_to_transformers_does_not_pass():
     result = {"first_pass": PARITY_ERROR / 2, "second_pass": 2 * PARITY_ERROR}
-    assert not _passed("parity", {"result": result})
-    assert not _passed("parity", {"error": "It crashed."})
-    assert _passed("parity", {"result": {**result, "second_pass": 0.0}})
+    assert not passed("parity", {"result": result})
+    assert not passed("parity", {"error": "It crashed."})
+    assert passed("parity", {"result": {**result, "second_pass": 0.0}})

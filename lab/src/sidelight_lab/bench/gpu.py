@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from sidelight.errors import SidelightError
 from sidelight.storage import write_json, write_text
 from sidelight_lab.bench.gpu_sections import SHAPES, Setting
-from sidelight_lab.bench.measurement import table
+from sidelight_lab.bench.measurement import Range, table
 from sidelight_lab.environment import environment
 
 # Of a probability in float32.
@@ -35,35 +35,31 @@ _PATIENCE, _PATIENCE_S = 4, 300
 
 @dataclass(frozen=True)
 class Section:
-    """One measurement.
+    """One measurement, by the function of ``gpu_sections.SECTIONS`` that its name begins with.
 
     Attributes:
-        function: Its name in ``gpu_sections.SECTIONS``.
         estimate_s: Seconds on a GPU.
-        environment: Variables of its process.
+        arguments: Of the function.
+        runner: Of vLLM's two model runners; None takes the second where it gave right verdicts.
     """
 
-    name: str
-    function: str
     estimate_s: int
     arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    runner: int | None = None
 
 
-def sections(*, serves_with_v2: bool = False) -> list[Section]:
-    """All of them, in their order."""
-    found = [Section("graphs", "graphs", 20), Section("reference", "reference", 60)]
-    for runner in ("1", "2"):
-        for eager in (True, False):
-            kind = "eager" if eager else "graphs"
-            own = {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner) - 1)}
-            name = f"parity: runner {runner}, {kind}"
-            found.append(Section(name, "parity", 60 if eager else 90, {"eager": eager}, own))
-    own = {"VLLM_USE_V2_MODEL_RUNNER": str(int(serves_with_v2))}
-    for readouts in _READOUTS:
-        name = f"serving: {readouts} readouts"
-        found.append(Section(name, "serving", 120, {"readouts": readouts}, own))
-    return found
+CHECK: Mapping[str, Section] = {
+    "graphs": Section(20),
+    "reference": Section(60),
+    **{
+        f"parity: runner {runner}, {'eager' if eager else 'graphs'}": Section(
+            60 if eager else 90, {"eager": eager}, runner
+        )
+        for runner in (1, 2)
+        for eager in (True, False)
+    },
+    **{f"serving: {count} readouts": Section(120, {"readouts": count}) for count in _READOUTS},
+}
 
 
 def run_check(
@@ -97,38 +93,34 @@ def run_check(
         raise SidelightError(f"There is no shape '{shape}'; there are {', '.join(SHAPES)}.")
     files = str((folder / "files").absolute())
     setting = Setting(device, files, model, shape, dict(engine_option or {}))
-    found = environment()
+    machine = environment()
     conditions = {
-        "device": found["gpus"][0] if device == "cuda" else found["processor"],
+        "device": machine["gpus"][0] if device == "cuda" else machine["processor"],
         "is a GPU": device == "cuda",
-        "cuda": found["cuda"],
-        "python": found["python"],
-        **found["packages"],
+        "cuda": machine["cuda"],
+        "python": machine["python"],
+        **machine["packages"],
         "model": model,
         "shape": shape,
         "engine options": json.dumps(setting.engine_option, sort_keys=True),
     }
     results = {} if again else _earlier_results(folder, conditions)
-    chosen = [one.name for one in sections() if one.name.startswith(tuple(only) or "")]
+    chosen = [name for name in CHECK if name.startswith(tuple(only) or "")]
     if not chosen:
-        names = ", ".join(one.name for one in sections())
-        raise SidelightError(f"No section begins with {', '.join(only)}. There are: {names}.")
+        raise SidelightError(f"No section begins with {', '.join(only)}: {'; '.join(CHECK)}.")
     for number, name in enumerate(chosen, start=1):
-        # Serving is timed with the newer runner if that gave the right verdicts.
-        new = results.get("parity: runner 2, graphs", {})
-        section = next(
-            one for one in sections(serves_with_v2=_passed("parity", new)) if one.name == name
-        )
         line = f"[{number}/{len(chosen)}] {name}"
         if "result" in results.get(name, {}):
             click.echo(f"{line}: has a result (--again measures it again)", err=True)
             continue
-        click.echo(f"{line}: about {section.estimate_s} s on a GPU ...", err=True)
-        results[name] = _run(section, setting, folder)
+        click.echo(f"{line}: about {CHECK[name].estimate_s} s on a GPU ...", err=True)
+        is_right = passed("parity", results.get("parity: runner 2, graphs", {}))
+        runner = CHECK[name].runner or (2 if is_right else 1)
+        results[name] = outcome = _run(name, runner, setting, folder)
         write_json(folder / "gpu.json", {"conditions": conditions, "sections": results})
         write_text(folder / "gpu.md", report(conditions, results))
-        click.echo(f"{line}: {_line(section, results[name])}", err=True)
-    return all(_passed(_function(name), found) for name, found in results.items())
+        click.echo(f"{line}: {_told(name, outcome)} ({outcome['seconds']:.0f} s)", err=True)
+    return all(passed(name, outcome) for name, outcome in results.items())
 
 
 def _fitting_shape(device: str) -> str:
@@ -153,37 +145,40 @@ def _earlier_results(folder: Path, conditions: Mapping[str, Any]) -> dict[str, A
     return earlier["sections"]
 
 
-def _run(section: Section, setting: Setting, folder: Path) -> dict[str, Any]:
+def _run(name: str, runner: int, setting: Setting, folder: Path) -> dict[str, Any]:
     """Its seconds, with its result or its error."""
     setting.path.mkdir(parents=True, exist_ok=True)
-    outcome = setting.path / "result.json"
-    outcome.unlink(missing_ok=True)
-    log = folder / "logs" / f"{section.name.replace(':', '').replace(' ', '-')}.log"
+    result = setting.path / "result.json"
+    result.unlink(missing_ok=True)
+    log = folder / "logs" / f"{name.replace(':', '').replace(' ', '-')}.log"
     log.parent.mkdir(exist_ok=True)
     order = {
-        "section": section.function,
+        "section": name.partition(":")[0],
         "setting": asdict(setting),
-        "arguments": section.arguments,
-        "result": str(outcome),
+        "arguments": CHECK[name].arguments,
+        "result": str(result),
     }
-    variables = {**os.environ, **_environment(setting), **section.environment}
-    start = perf_counter()
-    limit = max(_PATIENCE_S, _PATIENCE * section.estimate_s)
+    variables = {**_variables(setting), "VLLM_USE_V2_MODEL_RUNNER": str(runner - 1)}
+    start, error = perf_counter(), None
+    limit = max(_PATIENCE_S, _PATIENCE * CHECK[name].estimate_s)
     with log.open("wb") as written:
         process = subprocess.Popen(
             [sys.executable, "-m", "sidelight_lab.bench.gpu_sections", json.dumps(order)],
-            env=variables, stdout=written, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, **variables}, stdout=written, stderr=subprocess.STDOUT,
+            start_new_session=True,
         )  # fmt: skip
         try:
             process.wait(limit)
-            error = None
         except subprocess.TimeoutExpired:
             error = f"It took over {limit} s."
         finally:
-            _end(process)
+            # Also the processes of vLLM that it may have left behind.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     seconds = round(perf_counter() - start, 1)
-    if outcome.exists():
-        return {"seconds": seconds, "result": json.loads(outcome.read_text("utf-8"))}
+    if result.exists():
+        return {"seconds": seconds, "result": json.loads(result.read_text("utf-8"))}
     return {"seconds": seconds, "error": error or _said(log), "log": str(log.relative_to(folder))}
 
 
@@ -194,100 +189,77 @@ def _said(log: Path) -> str:
     return "It crashed." if last is None else " ".join(lines[last : last + 2])[:300].strip()
 
 
-def _environment(setting: Setting) -> dict[str, str]:
+def _variables(setting: Setting) -> dict[str, str]:
     # Triton's attention would multiply float32 numbers with the ten bits of TF32.
-    own = {"TRITON_F32_DEFAULT": "ieee"}
-    if setting.is_gpu:
-        return own
-    defaults = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "TRITON_INTERPRET": "1",
-    }
-    return {**own, **{name: os.environ.get(name, value) for name, value in defaults.items()}}
+    variables = {"TRITON_F32_DEFAULT": "ieee"}
+    if not setting.is_gpu:
+        defaults = {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "TRITON_INTERPRET": "1",
+        }
+        variables |= {name: os.environ.get(name, value) for name, value in defaults.items()}
+    return variables
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ends the section's process, and those of vLLM that it may have left behind."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _function(name: str) -> str:
-    return name.partition(":")[0]
-
-
-def _passed(function: str, found: Mapping[str, Any]) -> bool:
-    result = found.get("result")
+def passed(name: str, outcome: Mapping[str, Any]) -> bool:
+    """Whether a section has a result, and one that is right."""
+    result = outcome.get("result")
     if result is None:
         return False
-    match function:
-        case "graphs":
-            return result["difference"] == 0
-        case "parity":
-            return max(result["first_pass"], result["second_pass"]) <= PARITY_ERROR
-        case _:
-            return True
+    if name == "graphs":
+        return result["difference"] == 0
+    if name.startswith("parity"):
+        return max(result["first_pass"], result["second_pass"]) <= PARITY_ERROR
+    return True
 
 
-def _line(section: Section, found: Mapping[str, Any]) -> str:
-    if "error" in found:
-        return f"failed after {found['seconds']:.0f} s: {found['error']}"
-    verdict = "passed" if _passed(section.function, found) else "measured, and did NOT pass"
-    return f"{verdict} in {found['seconds']:.0f} s"
+def _told(name: str, outcome: Mapping[str, Any]) -> str:
+    """What came of a section, in a line."""
+    if "error" in outcome:
+        return f"failed: {outcome['error']}"
+    result, verdict = outcome["result"], "passed" if passed(name, outcome) else "NOT passed"
+    if name == "graphs":
+        how = "replayed with other inputs" if result["is_captured"] else "called, not captured"
+        return f"{verdict}: {how}, largest difference {result['difference']:.1e}"
+    if name.startswith("parity"):
+        first, second = result["first_pass"], result["second_pass"]
+        return f"{verdict}: largest difference {first:.1e}, from the cache {second:.1e}"
+    return "measured"
 
 
 def report(conditions: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """The report as Markdown."""
-    return "\n\n".join(_parts(conditions, results)) + "\n"
-
-
-def _parts(conditions: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[str]:
-    yield "# Probes inside vLLM on this machine"
+    parts = ["# Probes inside vLLM on this machine"]
     if not conditions["is a GPU"]:
-        yield (
+        parts.append(
             "**This is not a GPU result.** There is no GPU here: the same sections ran with tiny "
             "sizes on a CPU, without captured graphs, to try out the check itself."
         )
-    yield ", ".join(f"{name} {value}" for name, value in conditions.items() if value is not None)
+    shown = {name: value for name, value in conditions.items() if value is not None}
+    parts.append(", ".join(f"{name} {value}" for name, value in shown.items()))
     lines = [
-        (name, f"{found['seconds']:.0f}", found.get("error") or _summary(_function(name), found))
-        for name, found in results.items()
+        (name, f"{outcome['seconds']:.0f}", _told(name, outcome))
+        for name, outcome in results.items()
     ]
-    yield table("Sections", ("section", "seconds", "result"), lines)
-    yield f"Parity passes if no probability in float32 differs by more than {PARITY_ERROR:g}."
+    parts.append(table("Sections", ("section", "seconds", "result"), lines))
+    parts.append(
+        f"Parity passes if no probability in float32 differs by more than {PARITY_ERROR:g}."
+    )
     served = {
         count: results[name]["result"]["ms"]
         for count in _READOUTS
         if "result" in results.get(name := f"serving: {count} readouts", {})
     }
-    if served:
-        yield _serving_table(conditions["shape"], served)
-
-
-def _summary(function: str, found: Mapping[str, Any]) -> str:
-    result = found["result"]
-    verdict = "passed" if _passed(function, found) else "NOT passed"
-    match function:
-        case "graphs":
-            how = "replayed with other inputs" if result["is_captured"] else "called, not captured"
-            return f"{verdict}: {how}, largest difference {result['difference']:.1e}"
-        case "parity":
-            passes = result["first_pass"], result["second_pass"]
-            return f"{verdict}: largest difference {passes[0]:.1e}, from the cache {passes[1]:.1e}"
-        case _:
-            return "measured"
-
-
-def _serving_table(shape: str, served: Mapping[int, Mapping[str, Sequence[float]]]) -> str:
     cells = [
         (
-            count, work, f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})",
+            count, work, Range.of(values).text(2),
             f"{100 * (median(values) / median(served[0][work]) - 1):+.1f}" if 0 in served else "",
         )
-        for count, own in served.items()
-        for work, values in own.items()
+        for count, works in served.items()
+        for work, values in works.items()
     ]  # fmt: skip
-    title = f"Serving a random model of the shape {shape}: ms of a prefill, and ms per token"
-    return table(title, ("readouts", "work", "ms", "% added"), cells)
+    if cells:
+        title = f"Serving a random model of the shape {conditions['shape']}: ms of a prefill, and "
+        parts.append(table(f"{title}ms per token", ("readouts", "work", "ms", "% added"), cells))
+    return "\n\n".join(parts) + "\n"

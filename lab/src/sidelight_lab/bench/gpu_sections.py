@@ -35,7 +35,7 @@ from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, slots_of
 from sidelight.vllm.engine import require_options, require_vllm
 from sidelight.vllm.requests import request_params
 from sidelight.vllm.settings import DESCRIBED, KEY
-from sidelight_lab.bench.subjects import probe_for, untrained_probe
+from sidelight_lab.bench.subjects import untrained_probe
 
 # Width, width of the MLP, layers, heads, heads of keys and values, vocabulary.
 SHAPES = {
@@ -220,7 +220,9 @@ def _spread_probes(backbone: TransformersBackbone, prompts: Sequence[EncodedProm
     probes: list[Probe] = []
     for i, name in enumerate(mechanism_names()):
         reads = _WAYS[i % len(_WAYS)]
-        probe = untrained_probe(backbone, name, spec=mechanism_spec(name), reads=reads, seed=i)
+        probe = untrained_probe(
+            backbone.fingerprint, name, spec=mechanism_spec(name), reads=reads, seed=i
+        )
         probe = replace(probe, standardisation=replace(scaling, is_normalised=i % 2 == 1))
         logits = score(backbone, Bank([probe]), prompts)[0]
         scale = 1.5 / max(1e-6, float(logits.std()))
@@ -233,8 +235,6 @@ def _spread_probes(backbone: TransformersBackbone, prompts: Sequence[EncodedProm
 
 def parity(setting: Setting, *, eager: bool) -> dict[str, Any]:
     """The largest difference to the reference, on a first pass and from the prefix cache."""
-    from vllm import SamplingParams
-
     made = json.loads((setting.path / "reference.json").read_text("utf-8"))
     folders = sorted(str(folder) for folder in (setting.path / "probes").iterdir())
     names = [load_probe(folder).name for folder in folders]
@@ -252,19 +252,12 @@ def parity(setting: Setting, *, eager: bool) -> dict[str, Any]:
         gpu_memory_utilization=0.4,
     ) as llm:
         for _ in range(2):
-            params = [
-                SamplingParams(
-                    max_tokens=FORCED,
-                    temperature=0,
-                    ignore_eos=True,
-                    detokenize=False,
-                    allowed_token_ids=[text["forced"]],
-                    extra_args={"kv_transfer_params": _plain_params(text["token_ids"])},
-                )
-                for text in made["texts"]
-            ]
-            prompts = [{"prompt_token_ids": text["token_ids"]} for text in made["texts"]]
-            outputs = llm.generate(prompts, params, use_tqdm=False)
+            outputs = _generate(
+                llm,
+                [text["token_ids"] for text in made["texts"]],
+                [{"allowed_token_ids": [text["forced"]]} for text in made["texts"]],
+                max_tokens=FORCED,
+            )
             worst = 0.0
             for output, text in zip(outputs, made["texts"], strict=True):
                 assert set(output.outputs[0].token_ids) == {text["forced"]}
@@ -279,8 +272,6 @@ def parity(setting: Setting, *, eager: bool) -> dict[str, Any]:
 
 def serving(setting: Setting, *, readouts: int) -> dict[str, Any]:
     """Milliseconds of the same work with some readouts; the weights are random."""
-    from vllm import SamplingParams
-
     folder = setting.path / "shape"
     config = _config(setting.shape)
     config.save_pretrained(folder)
@@ -288,7 +279,7 @@ def serving(setting: Setting, *, readouts: int) -> dict[str, Any]:
         f"random {setting.shape}", "config", "weights", "tokenizer", "template",
         config.num_hidden_layers + 1, config.hidden_size, "bfloat16",
     )  # fmt: skip
-    probes = [probe_for(who, f"readout-{i}", seed=i) for i in range(readouts)]
+    probes = [untrained_probe(who, f"readout-{i}", seed=i) for i in range(readouts)]
     folders = [str(save_probe(probe, folder / "probes" / probe.name)) for probe in probes]
     named = {"probes": folders, "fingerprint": asdict(who), DESCRIBED: True}
     # Prompts, tokens of a prompt, tokens written.
@@ -313,18 +304,9 @@ def serving(setting: Setting, *, readouts: int) -> dict[str, Any]:
 
         def run(prompts: int, tokens: int, written: int) -> None:
             texts = [[5 + (7 * i + k) % 290 for k in range(tokens)] for i in range(prompts)]
-            params = [
-                SamplingParams(
-                    max_tokens=written,
-                    temperature=0,
-                    ignore_eos=True,
-                    detokenize=False,
-                    extra_args={"kv_transfer_params": _plain_params(text)} if readouts else None,
-                )
-                for text in texts
-            ]
-            asked = [{"prompt_token_ids": text} for text in texts]
-            outputs = llm.generate(asked, params, use_tqdm=False)
+            outputs = _generate(
+                llm, texts, [{}] * prompts, max_tokens=written, is_judged=readouts > 0
+            )
             if readouts:
                 assert len(outputs[0].kv_transfer_params[KEY]["verdicts"]) == readouts
 
@@ -359,9 +341,24 @@ def _vllm(
         llm.llm_engine.engine_core.shutdown()
 
 
-def _plain_params(token_ids: Sequence[int]) -> dict[str, Any]:
-    prompt = EncodedPrompt(tuple(token_ids), (Part.PROMPT,) * len(token_ids))
-    return request_params(prompt)
+def _generate(
+    llm: Any,
+    texts: Sequence[list[int]],
+    options: Sequence[dict[str, Any]],
+    *,
+    max_tokens: int,
+    is_judged: bool = True,
+) -> list[Any]:
+    """vLLM's outputs of so many greedy tokens after each text."""
+    from vllm import SamplingParams
+
+    params: list[Any] = []
+    for text, own in zip(texts, options, strict=True):
+        prompt = EncodedPrompt(tuple(text), (Part.PROMPT,) * len(text))
+        extra = {"kv_transfer_params": request_params(prompt)} if is_judged else None
+        greedy = {"temperature": 0, "ignore_eos": True, "detokenize": False}
+        params.append(SamplingParams(max_tokens=max_tokens, extra_args=extra, **greedy, **own))
+    return llm.generate([{"prompt_token_ids": text} for text in texts], params, use_tqdm=False)
 
 
 def _config(shape: str) -> LlamaConfig:

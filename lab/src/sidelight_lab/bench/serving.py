@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from sidelight.artifact import save_probe
-from sidelight.backbone import TransformersBackbone, load_backbone
+from sidelight.backbone import load_backbone
 from sidelight.evaluation import Estimate
+from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.progress import progress
@@ -48,17 +49,17 @@ MEASURES = {
 _RESAMPLES = 10_000
 
 
-def probe_sets(backbone: TransformersBackbone) -> dict[str, list[Probe]]:
+def probe_sets(who: Fingerprint) -> dict[str, list[Probe]]:
     """No probes, readouts, an attention probe, and a readout of responses, with random weights."""
-    readouts = [untrained_probe(backbone, f"readout-{i}", seed=i) for i in range(100)]
-    attention = untrained_probe(backbone, "attention", spec=mechanism_spec("attention"))
+    readouts = [untrained_probe(who, f"readout-{i}", seed=i) for i in range(100)]
+    attention = untrained_probe(who, "attention", spec=mechanism_spec("attention"))
     return {
         NOTHING: [],
         "1 readout": readouts[:1],
         "10 readouts": readouts[:10],
         "100 readouts": readouts,
         "1 attention": [attention],
-        "1 of responses": [untrained_probe(backbone, "late", reads=Reads("response"))],
+        "1 of responses": [untrained_probe(who, "late", reads=Reads("response"))],
     }
 
 
@@ -97,7 +98,7 @@ def measure_costs(
     with tempfile.TemporaryDirectory() as scratch:
         folders = {
             name: [str(save_probe(probe, Path(scratch) / probe.name)) for probe in probes]
-            for name, probes in probe_sets(backbone).items()
+            for name, probes in probe_sets(backbone.fingerprint).items()
         }
         llm = LLM(
             backbone.model.config._name_or_path,  # pyright: ignore[reportPrivateUsage]

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +18,6 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Panel
 from sidelight.calibration import Calibration
 from sidelight.data.examples import Example
-from sidelight.engines.batch import Stopwatch
 from sidelight.engines.decoder import Decoder
 from sidelight.errors import ContextLengthError
 from sidelight.fingerprint import Fingerprint
@@ -28,7 +29,7 @@ from sidelight.mechanisms.base import (
     mechanism_spec,
 )
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt, Part, Reads
+from sidelight.prompts import EncodedPrompt, Part, PromptFormat, Reads
 from sidelight.standardisation import Standardisation
 from sidelight.types import Judgement, MechanismSpec, Task, Verdict
 
@@ -53,30 +54,15 @@ _TASK = Task("binary", ("no", "yes"))
 
 
 def untrained_probe(
-    backbone: TransformersBackbone,
+    who: Fingerprint,
     name: str,
     *,
+    prompt_format: PromptFormat = "chat",
     spec: MechanismSpec | None = None,
     reads: Reads | None = None,
     seed: int = 0,
 ) -> Probe:
     """A binary probe with random weights, which costs as much as a trained one."""
-    prompt_format = backbone.encoder.prompt_format
-    return replace(
-        probe_for(backbone.fingerprint, name, spec=spec, reads=reads, seed=seed),
-        prompt_format=prompt_format,
-    )
-
-
-def probe_for(
-    who: Fingerprint,
-    name: str,
-    *,
-    spec: MechanismSpec | None = None,
-    reads: Reads | None = None,
-    seed: int = 0,
-) -> Probe:
-    """The same for a backbone that is not loaded, of chats."""
     geometry = Geometry(layers=who.layers, width=who.width, outputs=_TASK.outputs)
     spec = spec or mechanism_spec(DEFAULT_MECHANISM)
     with torch.random.fork_rng():
@@ -89,7 +75,7 @@ def probe_for(
         name=name,
         task=_TASK,
         reads=reads or Reads(),
-        prompt_format="chat",
+        prompt_format=prompt_format,
         spec=spec,
         mechanism=mechanism,
         standardisation=Standardisation.identity(geometry),
@@ -128,15 +114,14 @@ def random_loads(
     if lengths and max(lengths) > limit:
         raise ContextLengthError(
             f"Got prompts of {max(lengths)} tokens, but {backbone.name} reads up to {limit}. "
-            "Choose shorter ones (--lengths, or 'tokens' in a recipe's [latency])."
+            "Choose shorter ones ('tokens' in the recipe's [latency])."
         )
     vocabulary = backbone.model.config.get_text_config().vocab_size
     loads: list[Load] = []
-    for size in batch_sizes:
-        for length in lengths:
-            ids = np.random.default_rng(0).integers(vocabulary, size=(size, length)).tolist()
-            batch = tuple(EncodedPrompt(tuple(row), (Part.PROMPT,) * length) for row in ids)
-            loads.append(Load(f"{length} tokens", size, (batch,)))
+    for size, length in product(batch_sizes, lengths):
+        ids = np.random.default_rng(0).integers(vocabulary, size=(size, length)).tolist()
+        batch = tuple(EncodedPrompt(tuple(row), (Part.PROMPT,) * length) for row in ids)
+        loads.append(Load(f"{length} tokens", size, (batch,)))
     return loads
 
 
@@ -201,7 +186,7 @@ def served(name: str, backbone: TransformersBackbone, probes: Sequence[Probe] = 
 
     def run(batch: Batch) -> Answer:
         tap = panel.prompt_tap()
-        ((logits, cached),) = decoder.read_prompts(batch, Stopwatch().around(tap))
+        ((logits, cached),) = decoder.read_prompts(batch, tap)
         judgements = [Judgement()] * len(batch)
         if tap:
             parts = [bytes(prompt.parts) for prompt in batch]
@@ -300,9 +285,12 @@ def default_subjects(
     Raises:
         SidelightError: An unknown mechanism.
     """
+    probe_of = partial(
+        untrained_probe, backbone.fingerprint, prompt_format=backbone.encoder.prompt_format
+    )
     names = mechanism_names() if mechanisms is None else mechanisms
-    probes = [untrained_probe(backbone, name, spec=mechanism_spec(name)) for name in names]
-    bank = [untrained_probe(backbone, f"probe {i}", seed=i) for i in range(BANK_SIZE)]
+    probes = [probe_of(name, spec=mechanism_spec(name)) for name in names]
+    bank = [probe_of(f"probe {i}", seed=i) for i in range(BANK_SIZE)]
     llm = served("LLM", backbone)
     rows = [
         llm,
