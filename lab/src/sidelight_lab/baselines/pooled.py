@@ -4,7 +4,7 @@ These are logistic regressions and Gaussian discriminants by scikit-learn, on st
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -51,8 +51,9 @@ def fit_logistic(
     *,
     penalty: float,
     iterations: int = 100,
+    is_balanced: bool = True,
 ) -> Linear:
-    """A class-balanced regression on standardised inputs; one for each label of a multi-label task.
+    """A regression on standardised inputs; one for each label of a multi-label task.
 
     Minimises mean loss + penalty / 2 * |weight|^2.
     """
@@ -63,7 +64,8 @@ def fit_logistic(
         bias[present] = 0
         if len(present) > 1:
             strength = 1 / (penalty * len(scaled))
-            model = LogisticRegression(C=strength, class_weight="balanced", max_iter=iterations)
+            weights = "balanced" if is_balanced else None
+            model = LogisticRegression(C=strength, class_weight=weights, max_iter=iterations)
             with warnings.catch_warnings():
                 # Penalties are compared after the same number of iterations.
                 warnings.simplefilter("ignore", ConvergenceWarning)
@@ -228,10 +230,20 @@ class Mlpm(Baseline):
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Chooses the stacking penalty on validation texts; the seed draws the folds."""
         task, labels = dataset.task, dataset.training.labels
-        folds = _folds(labels, self.folds, seed=seed)
+        folds = dataset.training.examples.folds(self.folds, seed=seed)
         layers = [part.numpy() for part in dataset.training.pooled.lasts.unbind(1)]
         discriminants = [gaussian_discriminant(layer, labels, task) for layer in layers]
-        stacked = np.hstack([_out_of_fold(layer, labels, task, folds) for layer in layers])
+
+        def left_out(layer: np.ndarray) -> Float[np.ndarray, "text output"]:
+            return out_of_fold(
+                lambda rest, fold: gaussian_discriminant(layer[rest], labels[rest], task)(
+                    layer[fold]
+                ),
+                folds,
+                task,
+            )
+
+        stacked = np.hstack([left_out(layer) for layer in layers])
 
         def scores(split: Split) -> Float[np.ndarray, "text score"]:
             parts = zip(discriminants, split.pooled.lasts.unbind(1), strict=True)
@@ -246,27 +258,14 @@ class Mlpm(Baseline):
         return FittedBaseline(lambda split: stacker(scores(split)), parameters)
 
 
-def _out_of_fold(
-    inputs: Float[np.ndarray, "text width"],
-    labels: Int[np.ndarray, "text ..."],
+def out_of_fold(
+    fit: Callable[[Int[np.ndarray, " rest"], Int[np.ndarray, " fold"]], np.ndarray],
+    folds: Sequence[Int[np.ndarray, " fold"]],
     task: Task,
-    folds: Int[np.ndarray, " text"],
 ) -> Float[np.ndarray, "text output"]:
-    """Each text's scores by a discriminant that was fitted without its fold."""
-    scores = np.empty((len(inputs), task.outputs), dtype=np.float32)
-    for fold in np.unique(folds):
-        left_out = folds == fold
-        linear = gaussian_discriminant(inputs[~left_out], labels[~left_out], task)
-        scores[left_out] = linear(inputs[left_out])
-    return scores
-
-
-def _folds(
-    labels: Int[np.ndarray, "text ..."], count: int, *, seed: int
-) -> Int[np.ndarray, " text"]:
-    """A random fold for each text; texts of the same labels are spread evenly."""
-    kinds = np.unique(labels.reshape(len(labels), -1), axis=0, return_inverse=True)[1].ravel()
-    order = np.lexsort((np.random.default_rng(seed).random(len(labels)), kinds))
-    folds = np.empty(len(labels), dtype=np.int64)
-    folds[order] = np.arange(len(labels)) % count
-    return folds
+    """Each text's logits by a fit to the other folds: ``fit`` takes their rows and the fold's."""
+    texts = np.arange(sum(map(len, folds)))
+    logits = np.empty((len(texts), task.outputs), dtype=np.float32)
+    for fold in folds:
+        logits[fold] = fit(np.setdiff1d(texts, fold), fold)
+    return logits

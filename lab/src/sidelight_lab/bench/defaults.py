@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
-from sklearn.preprocessing import StandardScaler
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import fit_calibration, suggested_calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.metrics import decide, log_losses, measure
+from sidelight.evaluation import evaluate
+from sidelight.metrics import log_losses
 from sidelight.states.extraction import SharedSource
-from sidelight.training.background import Background
 from sidelight.training.dataset import (
     FOLDS,
     ProbeDataset,
@@ -28,17 +26,19 @@ from sidelight.training.dataset import (
     make_split,
     prepare,
 )
-from sidelight.training.fit import FittedProbe, fit
-from sidelight.training.settings import FitOptions
-from sidelight.training.tfidf import fit_tfidf
+from sidelight.training.fit import fit
+from sidelight.training.settings import Background, FitOptions
+from sidelight.training.tfidf import TfIdf, fit_tfidf
 from sidelight.types import MechanismSpec, Task
 from sidelight_lab.baselines.encoders import Encoder
-from sidelight_lab.baselines.pooled import PENALTIES
+from sidelight_lab.baselines.pooled import PENALTIES, Linear, fit_logistic, out_of_fold
 from sidelight_lab.baselines.token_heads import AttentionProbe
 from sidelight_lab.bench.measurement import table
 
 DEFAULT, ALONE, LINEAR = "default", "texts alone", "linear"
 _IN_CONTEXTS = ("auprc in contexts", "accuracy in contexts")
+# At the probe's threshold: on the texts that are held out, and as training printed it.
+_ACCURACIES = ("accuracy at threshold", "printed")
 FIGURES = ("accuracy", "log loss", "ece", "auprc", *_IN_CONTEXTS)
 # Logistic regressions, which are also trained in the contexts that the default probe is shown.
 _REGRESSIONS = ("means_all_layers", "means_and_lasts", "last_layer")
@@ -46,25 +46,9 @@ RIVALS = ("tfidf", "sentence_embeddings", "attention_probe", *_REGRESSIONS)
 _RESAMPLES = 2000
 # Of the training texts, for a rival that stops early and calibrates on them.
 _HELD_OUT = 0.2
-# The logit of a class that no training text has.
-_ABSENT = -20.0
 
 Logits = Float[np.ndarray, "text output"]
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Training texts of one size.
-
-    Attributes:
-        size: How many: of each class, or in all.
-        seed: Decides which.
-        rows: Their places in the file.
-    """
-
-    size: str
-    seed: int
-    rows: Int[np.ndarray, " row"]
+Rows = Int[np.ndarray, " row"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +56,8 @@ class Judged:
     """A model that was trained on a draw, on the texts that are held out.
 
     Attributes:
+        size: Training texts: of each class, or in all.
+        draw: The seed that decided which.
         figures: By name; ``printed`` is the accuracy at the threshold that training estimated.
         right: Whether the most probable class of each text is its own.
         losses: The log loss of each text.
@@ -120,16 +106,16 @@ def compare_defaults(
         raise SidelightError("Texts are drawn class by class: choose one --label.")
     held_rows = examples.draw(held_out, seed=0)
     rest = np.setdiff1d(np.arange(len(examples)), held_rows)
-    planned = [
-        *(
-            Draw(f"{size} a class", seed, _of_each_class(examples, rest, size, seed))
+    draws_of = {
+        **{
+            (f"{size} a class", seed): _of_each_class(examples, rest, size, seed)
             for size, seed in product(sizes, range(draws))
-        ),
-        *(
-            Draw(f"{count} texts", seed, rest[examples.select(rest).draw(count, seed=seed)])
+        },
+        **{
+            (f"{count} texts", seed): rest[examples.select(rest).draw(count, seed=seed)]
             for count, seed in product(_enough(texts, len(rest)), range(draws))
-        ),
-    ]
+        },
+    }
     encoder = Encoder(None, max_tokens=512) if "sentence_embeddings" in rivals else None
     shared = SharedSource(backbone, cache_root)
     options = FitOptions(cache_root=cache_root)
@@ -145,30 +131,44 @@ def compare_defaults(
         ALONE: replace(options, background=Background()),
         LINEAR: replace(in_contexts, mechanisms=(MechanismSpec("linear", {}),)),
     }
-    found: list[Judged] = []
-    for draw in planned:
-        drawn = examples.select(draw.rows)
+    judged: list[Judged] = []
+    for (size, seed), rows in draws_of.items():
+        drawn = examples.select(rows)
         for row, own in ours.items():
-            made = fit(backbone, drawn, None, name="default", options=own, source=shared)
-            found.append(_judged_fit(row, made.best, held, shared, draw))
+            run = fit(backbone, drawn, None, name="default", options=own, source=shared).best
+            chances = run.probe.calibration.apply(shared.logits(run.probe, held.prompts))
+            at_threshold = evaluate(
+                run.probe.task,
+                chances[held.alone],
+                held.labels[held.alone],
+                thresholds=run.probe.thresholds,
+            )
+            printed = {
+                name: report.metrics["accuracy"].value or 0.0
+                for name, report in zip(_ACCURACIES, (at_threshold, run.report), strict=True)
+            }
+            judged.append(
+                Judged(size, row, seed, *_measured(run.probe.task, chances, held, printed))
+            )
         dataset = prepare(backbone, drawn, None, options=in_contexts, source=shared)
-        training = dataset.originals
         for rival in rivals:
-            rows = {rival: training}
+            splits = {rival: dataset.originals}
             if rival in _REGRESSIONS:
-                rows[f"{rival} in contexts"] = dataset.training
-            for row, split in rows.items():
-                fitted = _rival(rival, split, held, backbone, encoder)
-                found.append(_judged_rival(row, *fitted, dataset.task, held, draw))
+                splits[f"{rival} in contexts"] = dataset.training
+            for row, split in splits.items():
+                calibrating, labels, logits = _rival(rival, split, held, backbone, encoder)
+                kind = suggested_calibration(dataset.task)
+                # As a probe's, on logits of texts that it did not learn from.
+                calibration = fit_calibration(kind, calibrating, labels, dataset.task)
+                chances = calibration.apply(logits)
+                judged.append(Judged(size, row, seed, *_measured(dataset.task, chances, held, {})))
         dataset.training.states.remove()
         dataset.measured.states.remove()
     held.states.remove()
-    return found
+    return judged
 
 
-def _of_each_class(
-    examples: LabelledExamples, rest: Int[np.ndarray, " row"], size: int, seed: int
-) -> Int[np.ndarray, " drawn"]:
+def _of_each_class(examples: LabelledExamples, rest: Rows, size: int, seed: int) -> Rows:
     labels, random = examples.labels[rest], np.random.default_rng(seed)
     counts = np.bincount(labels, minlength=len(examples.task.labels))
     if counts.min() < size:
@@ -190,70 +190,31 @@ def _enough(texts: Sequence[int], rest: int) -> Sequence[int]:
     return texts
 
 
-def _judged_fit(
-    row: str, run: FittedProbe, held: Split, shared: SharedSource, draw: Draw
-) -> Judged:
-    logits = shared.logits(run.probe, held.prompts)
-    chance = run.probe.calibration.apply(logits)
-    alone, task = held.alone, run.probe.task
-    decided = decide(task, chance[alone], held.labels[alone], thresholds=run.probe.thresholds)
-    printed = {
-        "accuracy at threshold": float(measure(decided, decided.once)["accuracy"][0]),
-        "printed": run.report.metrics["accuracy"].value or 0.0,
-    }
-    return _judged(row, chance, task, held, draw, printed)
-
-
-def _judged_rival(
-    rival: str,
-    calibrating: Float[np.ndarray, "calibrating output"],
-    labels: Int[np.ndarray, " calibrating"],
-    logits: Logits,
-    task: Task,
-    held: Split,
-    draw: Draw,
-) -> Judged:
-    """Calibrated as a probe is, on logits of texts that it did not train on."""
-    kind = suggested_calibration(task)
-    calibration = fit_calibration(kind, calibrating, labels, task)
-    return _judged(rival, calibration.apply(logits), task, held, draw, {})
-
-
-def _judged(
-    row: str,
-    chance: Logits,
-    task: Task,
-    held: Split,
-    draw: Draw,
-    printed: dict[str, float],
-) -> Judged:
-    is_binary, figures = task.kind == "binary", {}
-    if len(held.alone) < len(held):
-        rest = np.setdiff1d(np.arange(len(held)), held.alone)
-        shown, labels = chance[rest], held.labels[rest]
+def _measured(
+    task: Task, chances: Logits, held: Split, printed: dict[str, float]
+) -> tuple[dict[str, float], Bool[np.ndarray, " text"], Float[np.ndarray, " text"]]:
+    """Figures, and by text whether the most probable class is right, and the log loss."""
+    is_binary, figures = task.kind == "binary", dict[str, float]()
+    in_contexts = np.setdiff1d(np.arange(len(held)), held.alone)
+    if len(in_contexts):
+        labels, shown = held.labels[in_contexts], chances[in_contexts]
         ranked, decided = _IN_CONTEXTS
         if is_binary:
             figures[ranked] = float(average_precision_score(labels, shown[:, 0]))
         else:
             figures[decided] = float((shown.argmax(1) == labels).mean())
-    labels, chance = held.labels[held.alone], chance[held.alone]
-    metrics = measure(*_decided(task, chance, labels))
-    chosen = (chance[:, 0] >= 0.5).astype(labels.dtype) if is_binary else chance.argmax(1)
-    losses = log_losses(task, chance, labels)
+    labels, chances = held.labels[held.alone], chances[held.alone]
+    report = evaluate(task, chances, labels, thresholds=(0.5,) if is_binary else ())
+    right = (chances[:, 0] >= 0.5 if is_binary else chances.argmax(1)) == labels
+    losses = log_losses(task, chances, labels)
+    values = {name: report.metrics[name].value for name in ("ece", "auprc")[: 1 + is_binary]}
     figures |= {
-        "accuracy": float((chosen == labels).mean()),
+        "accuracy": float(right.mean()),
         "log loss": float(losses.mean()),
-        "ece": float(metrics["ece"][0]),
-        **({"auprc": float(metrics["auprc"][0])} if is_binary else {}),
+        **{name: value or 0.0 for name, value in values.items()},
         **printed,
     }
-    return Judged(draw.size, row, draw.seed, figures, chosen == labels, losses)
-
-
-def _decided(task: Task, chance: Logits, labels: np.ndarray) -> Any:
-    thresholds = (0.5,) if task.kind == "binary" else ()
-    decided = decide(task, chance, labels, thresholds=thresholds)
-    return decided, decided.once
+    return figures, right, losses
 
 
 def _rival(
@@ -271,21 +232,37 @@ def _rival(
         dataset = ProbeDataset(backbone, training.without(fold), left_out)
         fitted = AttentionProbe().fit(dataset, seed=0)
         return fitted.logits(left_out), left_out.labels, fitted.logits(held)
-    folds = training.folds(FOLDS)
     if name == "tfidf":
-        found = np.empty((len(labels), task.outputs))
-        for fold in folds:
-            rest = training.without(fold)
-            words = fit_tfidf(rest.texts, rest.labels, task)
-            found[fold] = words.logits(training.select(fold).texts)
-        return found, labels, fit_tfidf(training.texts, labels, task).logits(held.texts)
+        texts = np.array(training.texts, dtype=object)
+
+        def words(rows: Rows) -> TfIdf:
+            return fit_tfidf(texts[rows].tolist(), labels[rows], task)
+
+        folds = training.folds(FOLDS)
+        found = out_of_fold(lambda rest, fold: words(rest).logits([*texts[fold]]), folds, task)
+        return found, labels, words(np.arange(len(labels))).logits(held.texts)
     if name == "sentence_embeddings":
         assert encoder is not None
         inputs, unseen = encoder.embeddings(training), encoder.embeddings(held)
     else:
         inputs, unseen = (_pooled(name, split) for split in (training, held))
-    found, judged = _regression(inputs, unseen, labels, task, folds)
-    return found[training.alone], labels[training.alone], judged
+
+    def regress(rows: Rows, penalty: float) -> Linear:
+        return fit_logistic(
+            inputs[rows], labels[rows], task, penalty=penalty, is_balanced=False, iterations=300
+        )
+
+    left_out = {
+        penalty: out_of_fold(
+            lambda rest, fold, penalty=penalty: regress(rest, penalty)(inputs[fold]),
+            training.folds(FOLDS),
+            task,
+        )
+        for penalty in PENALTIES
+    }
+    best = min(left_out, key=lambda penalty: _loss(task, left_out[penalty], labels))
+    alone = training.alone
+    return left_out[best][alone], labels[alone], regress(np.arange(len(labels)), best)(unseen)
 
 
 def _pooled(name: str, split: Split) -> Float[np.ndarray, "text feature"]:
@@ -298,52 +275,6 @@ def _pooled(name: str, split: Split) -> Float[np.ndarray, "text feature"]:
     return torch.cat(parts, 1).flatten(1).numpy()
 
 
-def _regression(
-    inputs: Float[np.ndarray, "text feature"],
-    unseen: Float[np.ndarray, "other feature"],
-    labels: Int[np.ndarray, " text"],
-    task: Task,
-    folds: Sequence[Int[np.ndarray, " _"]],
-) -> tuple[Logits, Float[np.ndarray, "other output"]]:
-    """A logistic regression whose penalty the folds choose by log loss.
-
-    Returns:
-        The logits of each training text without it, and those of the other texts.
-    """
-    scaler: Any = StandardScaler().fit(inputs)
-    scaled = scaler.transform(inputs)
-    # In as many coordinates as there are texts, the penalised solution is the same.
-    _, _, axes = np.linalg.svd(scaled, full_matrices=False)
-    inputs, unseen = scaled @ axes.T, scaler.transform(unseen) @ axes.T
-
-    def left_out(penalty: float) -> Logits:
-        logits = np.empty((len(labels), task.outputs))
-        for fold in folds:
-            rest = np.setdiff1d(np.arange(len(labels)), fold)
-            logits[fold] = _regress(inputs[rest], labels[rest], inputs[fold], task, penalty)
-        return logits
-
-    found = {penalty: left_out(penalty) for penalty in PENALTIES}
-    best = min(found, key=lambda penalty: _loss(task, found[penalty], labels))
-    return found[best], _regress(inputs, labels, unseen, task, best)
-
-
-def _regress(
-    inputs: Float[np.ndarray, "text feature"],
-    labels: Int[np.ndarray, " text"],
-    unseen: Float[np.ndarray, "other feature"],
-    task: Task,
-    penalty: float,
-) -> Float[np.ndarray, "other output"]:
-    model = LogisticRegression(C=1 / (penalty * len(inputs)), max_iter=300).fit(inputs, labels)
-    logits = model.decision_function(unseen)
-    if task.kind == "binary":
-        return logits[:, None]
-    found = np.full((len(unseen), task.outputs), _ABSENT)
-    found[:, model.classes_] = logits
-    return found
-
-
 def _loss(task: Task, logits: Logits, labels: Int[np.ndarray, " text"]) -> float:
     calibration = fit_calibration("none", logits, labels, task)
     return float(log_losses(task, calibration.apply(logits), labels).mean())
@@ -351,32 +282,26 @@ def _loss(task: Task, logits: Logits, labels: Int[np.ndarray, " text"]) -> float
 
 def differences(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     """What the default gains on each other row, by size; resampled over draws and texts, 95 %."""
-    found: list[dict[str, Any]] = []
-    for size in dict.fromkeys(one.size for one in judged):
-        rows: dict[str, list[Judged]] = {}
-        for one in judged:
-            if one.size == size:
-                rows.setdefault(one.row, []).append(one)
-        ours = rows.pop(DEFAULT)
-        for title, theirs in rows.items():
-            pairs = [(a, b) for a in ours for b in theirs if a.draw == b.draw]
-            right = np.array([a.right.astype(float) - b.right for a, b in pairs])
-            losses = np.array([b.losses - a.losses for a, b in pairs])
-            found.append(
-                {
-                    "size": size,
-                    "row": title,
-                    "draws": len(pairs),
-                    "accuracy gained": _interval(right),
-                    "log loss saved": _interval(losses),
-                }
-            )
-    return found
+    ours = {(one.size, one.draw): one for one in judged if one.row == DEFAULT}
+    rows: dict[tuple[str, str], list[tuple[Judged, Judged]]] = {}
+    for one in judged:
+        if one.row != DEFAULT:
+            rows.setdefault((one.size, one.row), []).append((ours[one.size, one.draw], one))
+    return [
+        {
+            "size": size,
+            "row": row,
+            "draws": len(pairs),
+            "accuracy gained": _interval([a.right.astype(float) - b.right for a, b in pairs]),
+            "log loss saved": _interval([b.losses - a.losses for a, b in pairs]),
+        }
+        for (size, row), pairs in rows.items()
+    ]
 
 
-def _interval(gains: Float[np.ndarray, "draw text"]) -> tuple[float, float, float]:
+def _interval(by_draw: Sequence[Float[np.ndarray, " text"]]) -> tuple[float, float, float]:
     """The mean, and the interval of the mean over resampled draws and resampled texts."""
-    random = np.random.default_rng(0)
+    random, gains = np.random.default_rng(0), np.stack(by_draw)
     draws, texts = gains.shape
     means = [
         gains[random.integers(draws, size=draws)][:, random.integers(texts, size=texts)].mean()
@@ -419,5 +344,5 @@ def _shown(gain: dict[str, Any] | None, key: str) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-_COLUMNS = (*FIGURES, "accuracy at threshold", "printed")
+_COLUMNS = (*FIGURES, *_ACCURACIES)
 _GAINS = ("accuracy gained", "log loss saved")
