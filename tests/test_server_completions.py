@@ -44,10 +44,11 @@ def series(http):
     return dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines())
 
 
-def test_a_text_is_continued_without_a_chat_template(client, http):
+def test_a_text_is_continued_without_a_chat_template(client):
     raw = client.completions.with_raw_response.create(**TEXT)
     answer = raw.parse()
-    tokens = http.post("/tokenize", json={"prompt": TEXT["prompt"]}).json()["count"]
+    # The tiny tokenizer has a token for each byte.
+    tokens = len(TEXT["prompt"].encode())
     assert answer.object == "text_completion"
     assert (answer.choices[0].finish_reason, answer.choices[0].logprobs) == ("length", None)
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (tokens, 8)

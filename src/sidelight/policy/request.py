@@ -144,9 +144,12 @@ class Terms:
         """What the client sees of those of the chosen probes."""
         return disclosed(self.reported(decisions), sees_all=self.sees_all)
 
-    def extension(self, decisions: Iterable[Decision]) -> Json:
-        """The ``sidelight`` field: every verdict, and an entry with ``error`` for a failed one."""
-        return {"verdicts": entries(self.shown(decisions))}
+    def entries(self, decisions: Iterable[Decision]) -> list[Json]:
+        """What the ``sidelight`` field lists: verdicts, then the probes that gave none."""
+        shown = self.shown(decisions)
+        verdicts = [verdict_json(d.verdict) for d in shown if d.verdict is not None]
+        failed = dict.fromkeys(d.rule.name for d in shown if d.verdict is None)
+        return [*verdicts, *map(_failure_json, failed)]
 
     def headers(self, decisions: Sequence[Decision]) -> dict[str, str]:
         """The headers of an answer: verdicts, and marks of every probe for a gateway."""
@@ -256,17 +259,12 @@ class Outcome:
 
     def extension(self) -> Json:
         """The ``sidelight`` field. Of several texts, each entry names its ``choice``."""
-        choices = [
-            self.terms.extension(
-                [
-                    *(prompt.decisions if prompt else ()),
-                    *(text.ended.decisions if text.ended else ()),
-                ]
-            )["verdicts"]
-            for texts in self.texts
-            for prompt in [_admitted(texts)]
-            for text in texts
-        ]
+        choices: list[list[Json]] = []
+        for texts in self.texts:
+            prompt = _admitted(texts)
+            of_prompt = prompt.decisions if prompt else ()
+            ends = (text.ended.decisions if text.ended else () for text in texts)
+            choices += [self.terms.entries([*of_prompt, *of_text]) for of_text in ends]
         if len(choices) == 1:
             (verdicts,) = choices
         else:
@@ -337,13 +335,6 @@ def disclosed(decisions: Iterable[Decision], *, sees_all: bool) -> list[Decision
             verdict = decision.verdict and LabelsOnly.of(decision.verdict)
             shown.append(replace(decision, verdict=verdict))
     return shown
-
-
-def entries(decisions: Sequence[Decision]) -> list[Json]:
-    """Verdicts, then the probes that gave none."""
-    verdicts = [verdict_json(d.verdict) for d in decisions if d.verdict is not None]
-    failed = dict.fromkeys(d.rule.name for d in decisions if d.verdict is None)
-    return [*verdicts, *map(_failure_json, failed)]
 
 
 def verdict_json(verdict: Verdict) -> Json:

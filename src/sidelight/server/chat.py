@@ -8,11 +8,10 @@ import asyncio
 import json
 import time
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -45,54 +44,37 @@ Streams = Sequence[AsyncGenerator[Passed, None]]
 _SEEDS = 2**63
 # Most prompts of one request in the engine's queue at once, so that others find room there.
 _WAITING = 16
+_ROLE = {"role": "assistant"}
 
 
-class CompletionFormat(ABC):
-    """Formats one answer; the endpoints differ in where they put a text.
+class CompletionFormat:
+    """Formats one answer, of a chat or of a completion.
 
     Args:
         outcome: What comes of the request.
+        is_chat: Whether a text is a message, as chats have it, or stands in its choice.
         includes_usage: Whether a stream ends with a usage chunk.
-
-    Attributes:
-        prefix: How the answer's id begins.
-        whole: ``object`` of a plain answer.
-        piece: ``object`` of a chunk.
-        opening: Fields of a choice's first chunk besides its verdicts.
     """
 
-    prefix: str
-    whole: str
-    piece: str
-    opening: ClassVar[Mapping[str, Any]] = {}
-
-    def __init__(self, outcome: Outcome, *, includes_usage: bool):
+    def __init__(self, outcome: Outcome, *, is_chat: bool, includes_usage: bool):
         self._outcome, self._terms = outcome, outcome.terms
-        self._includes_usage = includes_usage
-        self._id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self._is_chat, self._includes_usage = is_chat, includes_usage
+        self._id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
-
-    @abstractmethod
-    def _message(self, text: str) -> Json:
-        """The text of a plain answer's choice."""
-
-    @abstractmethod
-    def _delta(self, text: str | None, extra: Mapping[str, Any], end: Json) -> Json:
-        """The text of a chunk's choice, None at its end; ``extra`` goes where clients keep it."""
 
     def completion(self, texts: Sequence[str]) -> Json:
         """The body of a plain answer, once all texts have ended."""
         choices = [
             {
                 "index": index,
-                **self._message(text),
+                **({"message": {**_ROLE, "content": text}} if self._is_chat else {"text": text}),
                 "logprobs": None,
                 "finish_reason": choice.ended and choice.ended.reason,
             }
             for index, (text, choice) in enumerate(zip(texts, self._outcome.choices, strict=True))
         ]
         return {
-            **self._fields(self.whole),
+            **self._fields("chat.completion" if self._is_chat else "text_completion"),
             "choices": choices,
             "usage": self._usage(),
             **self._verdicts(),
@@ -108,12 +90,12 @@ class CompletionFormat(ABC):
             events: With the index of their choice; each prompt has been admitted.
         """
         terms, admitted = self._terms, [choice.admitted for choice in self._outcome.choices]
-        openings = [terms.extension(each.decisions)["verdicts"] for each in admitted if each]
+        openings = [terms.entries(each.decisions) for each in admitted if each]
         async with aclosing(events):
             try:
                 for index, verdicts in enumerate(openings):
-                    extra = {**self.opening, **_numbered(verdicts)}
-                    yield self._chunk([self._piece(index, "", extra=extra)])
+                    opening = {**(_ROLE if self._is_chat else {}), **_numbered(verdicts)}
+                    yield self._chunk([self._piece(index, "", opening)])
                 if terms.chosen:
                     yield self._chunk([], **self._verdicts())
                 async for index, event in events:
@@ -123,7 +105,7 @@ class CompletionFormat(ABC):
                         case Running():
                             yield self._chunk([], sidelight=self._running(index, event))
                         case Ended(reason):
-                            late = terms.extension(event.decisions)["verdicts"]
+                            late = terms.entries(event.decisions)
                             first = len(openings[index])
                             extra = _numbered(late, first=first) if terms.reads_response else {}
                             yield self._chunk([self._piece(index, None, extra, reason)])
@@ -142,8 +124,12 @@ class CompletionFormat(ABC):
         extra: Mapping[str, Any] | None = None,
         reason: FinishReason | None = None,
     ) -> Json:
-        end = {"logprobs": None, "finish_reason": reason}
-        return {"index": index, **self._delta(text, extra or {}, end)}
+        """A chunk's choice; its text is None at the end, ``extra`` goes where clients keep it."""
+        end, extra = {"logprobs": None, "finish_reason": reason}, extra or {}
+        if not self._is_chat:
+            return {"index": index, "text": text or "", **end, **extra}
+        content = {} if text is None else {"content": text}
+        return {"index": index, "delta": {**content, **extra}, **end}
 
     def _verdicts(self) -> Json:
         return {
@@ -156,7 +142,7 @@ class CompletionFormat(ABC):
 
         A label would tell ordinary keys more of what blocks them than the cut does.
         """
-        entries = self._terms.extension(running.decisions)["verdicts"]
+        entries = self._terms.entries(running.decisions)
         verdicts = [entry for entry in entries if "probabilities" in entry]
         return {"running": {"index": index, "tokens": running.tokens, "verdicts": verdicts}}
 
@@ -174,7 +160,8 @@ class CompletionFormat(ABC):
     def _chunk(self, choices: list[Json], **extra: Any) -> str:
         # With include_usage every chunk has the field, null until the last (OpenAI's API).
         blank = {"usage": None} if self._includes_usage else {}
-        return _sse({**self._fields(self.piece), "choices": choices, **blank, **extra})
+        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
+        return _sse({**self._fields(kind), "choices": choices, **blank, **extra})
 
     def _fields(self, kind: str) -> Json:
         return {
@@ -183,36 +170,6 @@ class CompletionFormat(ABC):
             "created": self._created,
             "model": self._terms.model,
         }
-
-
-class ChatCompletionFormat(CompletionFormat):
-    """``/v1/chat/completions``."""
-
-    prefix = "chatcmpl"
-    whole = "chat.completion"
-    piece = "chat.completion.chunk"
-    opening: ClassVar[Mapping[str, Any]] = {"role": "assistant"}
-
-    def _message(self, text: str) -> Json:
-        return {"message": {"role": "assistant", "content": text}}
-
-    def _delta(self, text: str | None, extra: Mapping[str, Any], end: Json) -> Json:
-        content = {} if text is None else {"content": text}
-        return {"delta": {**content, **extra}, **end}
-
-
-class TextFormat(CompletionFormat):
-    """``/v1/completions``."""
-
-    prefix = "cmpl"
-    whole = "text_completion"
-    piece = "text_completion"
-
-    def _message(self, text: str) -> Json:
-        return {"text": text}
-
-    def _delta(self, text: str | None, extra: Mapping[str, Any], end: Json) -> Json:
-        return {"text": text or "", **end, **extra}
 
 
 class EventStream(StreamingResponse):
@@ -267,7 +224,7 @@ class CompletionAnswer(Completion):
 )
 async def complete_chat(body: ChatRequest, request: ServerRequest) -> Response:
     """The text, plain or streamed; either begins once the prompt has been judged."""
-    return await _answer(body, request, [body.conversation()], ChatCompletionFormat)
+    return await _answer(body, request, [body.conversation()], is_chat=True)
 
 
 @router.post(
@@ -278,21 +235,22 @@ async def complete_chat(body: ChatRequest, request: ServerRequest) -> Response:
 )
 async def complete_text(body: CompletionRequest, request: ServerRequest) -> Response:
     """The texts, plain or streamed; prompts get no chat template."""
-    return await _answer(body, request, body.texts(), TextFormat)
+    return await _answer(body, request, body.texts(), is_chat=False)
 
 
 async def _answer(
     body: WritingRequest,
     request: ServerRequest,
     prompts: Sequence[Conversation],
-    format_class: type[CompletionFormat],
+    *,
+    is_chat: bool,
 ) -> Response:
     request.require_model(body.model)
     sampling, n, options = body.sampling(), body.n or 1, body.stream_options or StreamOptions()
     terms = await request.begin(prompts, n=n, max_tokens=sampling.max_tokens)
     # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
     outcome = Outcome(terms.choose(body.probes, for_text=True))
-    answer = format_class(outcome, includes_usage=options.include_usage)
+    answer = CompletionFormat(outcome, is_chat=is_chat, includes_usage=options.include_usage)
     tells_scores = bool(body.stream and options.include_scores)
     streams: list[AsyncGenerator[Passed, None]] = []
     for prompt in prompts:
@@ -317,16 +275,14 @@ async def _admitted(streams: Streams) -> None:
         async with places:
             await anext(stream)
 
-    waiting = [asyncio.ensure_future(first(stream)) for stream in streams]
     try:
-        for each in waiting:
-            await each
-    except BaseException:
-        for each in waiting:
-            each.cancel()
-        # Other failures no longer matter, but asyncio would log them if nobody fetched them.
-        await asyncio.gather(*waiting, return_exceptions=True)
+        async with asyncio.TaskGroup() as group:
+            for stream in streams:
+                group.create_task(first(stream))
+    except (ExceptionGroup, asyncio.CancelledError) as failure:
         await _close(streams)
+        if isinstance(failure, ExceptionGroup):
+            raise failure.exceptions[0] from None
         raise
 
 

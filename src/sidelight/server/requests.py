@@ -177,20 +177,28 @@ class ServerRequest(Request):
 
 
 def _require_few_items(body: Any, config: ServerConfig) -> None:
-    """Refuses lists of too many items, counting the parts of a message too."""
-    limit = max(config.max_messages, config.max_batch_items)
+    """Refuses lists of too many objects, counting the parts of a message too, and of any items."""
+    limit = config.max_messages
     for name in ("messages", "input", "texts", "tool_calls") if isinstance(body, dict) else ():
         items: Any = body.get(name)
         if not isinstance(items, list):
             continue
-        objects = (one for one in items if isinstance(one, dict))
+        objects = [one for one in items if isinstance(one, dict)]
         parts = (one.get(part) for one in objects for part in ("content", "tool_calls"))
-        count = len(items) + sum(len(own) for own in parts if isinstance(own, list))
+        count = len(objects) + sum(len(own) for own in parts if isinstance(own, list))
         if count > limit:
             raise RequestError(
                 f"Too many messages: got {count} with their parts, the limit is {limit} "
                 "(--max-messages). Send fewer.",
                 code="too_many_messages",
+                param=name,
+            )
+        most = max(limit, config.max_batch_items)
+        if len(items) > most:
+            raise RequestError(
+                f"Too many inputs: got {len(items)}, the limit of a list is {most} "
+                "(--max-messages, --max-batch-items). Split the request.",
+                code="too_many_inputs",
                 param=name,
             )
 
