@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import wrap
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,6 @@ except ImportError as error:
 _DPI = 200
 _CURVES, _NUMBERED_CLASSES, _NAMED_CLASSES, _MATRICES = 8, 30, 80, 24
 _NAME_LENGTH = 24
-_BINS = 10
 
 
 def plot_report(
@@ -57,7 +56,7 @@ def plot_report(
         SidelightError: See `metrics.decide`.
     """
     predictions = decide(task, probabilities, labels, thresholds=thresholds)
-    names = [_name(label) for label in task.labels]
+    names = [_escape(label[:_NAME_LENGTH]) for label in task.labels]
     figures = {
         "precision_recall.png": _precision_recall(predictions, names, title),
         "reliability.png": _reliability(predictions, title),
@@ -76,21 +75,11 @@ def save_figure(figure: Figure, path: Path) -> Path:
 def _precision_recall(predictions: Predictions, names: Sequence[str], title: str) -> Figure:
     """A curve of each label with texts, of many those with the lowest areas."""
     figure, (axes,) = _figure(7.2, 5.4, title)
-    columns = range(len(names))[predictions.headline]
-    held = [column for column in columns if predictions.targets[:, column].any()]
-    area = {
-        column: average_precision_score(
-            predictions.targets[:, column], predictions.scores[:, column]
-        )
-        for column in held
-    }
-    for column in sorted(held, key=area.__getitem__)[:_CURVES]:
-        PrecisionRecallDisplay.from_predictions(
-            predictions.targets[:, column],
-            predictions.scores[:, column],
-            name=names[column],
-            ax=axes,
-        )
+    columns = zip(names, predictions.scores.T, predictions.targets.T, strict=False)
+    held = [column for column in list(columns)[predictions.headline] if column[2].any()]
+    held.sort(key=lambda column: float(average_precision_score(column[2], column[1])))
+    for name, scores, targets in held[:_CURVES]:
+        PrecisionRecallDisplay.from_predictions(targets, scores, name=name, ax=axes)
     axes.legend(fontsize=8)
     return figure
 
@@ -100,14 +89,10 @@ def _reliability(predictions: Predictions, title: str) -> Figure:
     from sklearn.calibration import CalibrationDisplay
 
     figure, (axes,) = _figure(5.4, 5.4, title)
-    stated, correct = predictions.confidences()
+    stated, correct = (values.ravel() for values in predictions.confidences())
+    name = f"ECE {calibration_error(predictions, predictions.once)[0]:.3f}"
     CalibrationDisplay.from_predictions(
-        correct.ravel(),
-        stated.ravel(),
-        n_bins=_BINS,
-        pos_label=True,
-        name=f"ECE {calibration_error(predictions, predictions.once)[0]:.3f}",
-        ax=axes,
+        correct, stated, n_bins=10, pos_label=True, name=name, ax=axes
     )
     return figure
 
@@ -120,19 +105,15 @@ def _confusion(predictions: Predictions, names: Sequence[str], title: str) -> Fi
         shown = names[:_MATRICES]
         figure, subplots = _figure(9.6, 2.8 * -(-len(shown) // 4), title, count=len(shown))
         for axes, matrix, name in zip(subplots, counts, shown, strict=False):
-            ConfusionMatrixDisplay(matrix, display_labels=["absent", "present"]).plot(
-                ax=axes, **style
-            )
+            display = ConfusionMatrixDisplay(matrix, display_labels=["absent", "present"])
+            display.plot(ax=axes, **style)
             axes.set_title(name, fontsize=9)
         return figure
     size = float(np.clip(0.42 * len(names) + 2.4, 4.8, 13))
     figure, (axes,) = _figure(size, size, title)
-    ConfusionMatrixDisplay(counts, display_labels=names).plot(
-        ax=axes,
-        include_values=len(names) <= _NUMBERED_CLASSES,
-        xticks_rotation="vertical",
-        **style,
-    )
+    has_numbers = len(names) <= _NUMBERED_CLASSES
+    display = ConfusionMatrixDisplay(counts, display_labels=names)
+    display.plot(ax=axes, include_values=has_numbers, xticks_rotation="vertical", **style)
     if len(names) > _NAMED_CLASSES:
         axes.set(xticks=[], yticks=[])
     return figure
@@ -142,14 +123,10 @@ def _figure(
     width: float, height: float, title: str, *, count: int = 1
 ) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(_escape("\n".join(wrap(title, int(width * 10)))), fontsize=11)
+    figure.suptitle(_escape(fill(title, int(width * 10))), fontsize=11)
     columns = min(count, 4)
     rows = -(-count // columns)
     return figure, [figure.add_subplot(rows, columns, n + 1) for n in range(count)]
-
-
-def _name(label: str) -> str:
-    return _escape(label if len(label) <= _NAME_LENGTH else f"{label[: _NAME_LENGTH - 1]}…")
 
 
 def _escape(text: str) -> str:
