@@ -138,11 +138,14 @@ class Bank:
             raise SidelightError("A bank needs one or more probes, got none. Name one.")
         require_distinct_names(probes)
         self.probes = tuple(probes)
-        for probe in probes:
+        # After the probes those that measure their distances, whose logit is no verdict.
+        members = [*probes, *filter(None, (probe.distance_probe for probe in probes))]
+        self._measured = [index for index, probe in enumerate(probes) if probe.distance]
+        for probe in members:
             probe.mechanism.to(device).eval()
-        projections = [probe.projection() for probe in probes]
+        projections = [probe.projection() for probe in members]
         widths = [projection.weight.shape[2] for projection in projections]
-        self._groups = _groups(probes, widths)
+        self._groups = _groups(members, widths)
         self._widths = [sum(widths[index] for index in group.indices) for group in self._groups]
         # The columns are laid out group by group.
         in_order = [index for group in self._groups for index in group.indices]
@@ -150,13 +153,14 @@ class Bank:
         self._columns = {
             probes[index].name: slice(end - widths[index], end)
             for index, end in zip(in_order, ends, strict=True)
+            if index < len(probes)
         }
         self._projection = Projection.joined([projections[i] for i in in_order]).to(device)
 
     @property
     def reads(self) -> frozenset[Reads]:
         """What the probes read; some may read alike."""
-        return frozenset(probe.reads for probe in self.probes)
+        return frozenset(group.reads for group in self._groups)
 
     @property
     def projection(self) -> Projection:
@@ -198,19 +202,31 @@ class Bank:
         pairs = zip(self._groups, left.states, right.states, strict=True)
         return BankState(tuple(group.merge(a, b) for group, a, b in pairs))
 
-    @torch.inference_mode()
     def logits(self, state: BankState) -> list[np.ndarray]:
         """For each probe ``[request, output]``, float64."""
+        return self._outputs(state)[: len(self.probes)]
+
+    @torch.inference_mode()
+    def _outputs(self, state: BankState) -> list[np.ndarray]:
+        """The logits of the probes, then the distances that some of them measure."""
         by_index: dict[int, np.ndarray] = {}
         for group, part in zip(self._groups, state.states, strict=True):
             logits = (each.double().cpu().numpy() for each in group.logits(part))
             by_index.update(zip(group.indices, logits, strict=True))
-        return [by_index[index] for index in range(len(self.probes))]
+        return [by_index[index] for index in range(len(by_index))]
+
+    def _readings(self, state: BankState) -> list[list[UnitLogits]]:
+        """For each probe, its logits of each request and the distance."""
+        outputs, count = self._outputs(state), len(self.probes)
+        readings = [[UnitLogits(logits) for logits in of_probe] for of_probe in outputs[:count]]
+        for index, distances in zip(self._measured, outputs[count:], strict=True):
+            pairs = zip(readings[index], distances[:, 0].tolist(), strict=True)
+            readings[index] = [replace(reading, distance=distance) for reading, distance in pairs]
+        return readings
 
     def judge(self, state: BankState) -> list[Judgement]:
         """For each request, what the probes say; those without a verdict are named as failed."""
-        logits = zip(*self.logits(state), strict=True)
-        return [self._judgement([UnitLogits(each) for each in of_request]) for of_request in logits]
+        return [self._judgement(each) for each in zip(*self._readings(state), strict=True)]
 
     def judge_prompts(
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
@@ -228,10 +244,10 @@ class Bank:
             columns: Those of all tokens, one prompt after the other.
             parts: For each prompt, the ``Part`` of every token.
         """
-        wholes = self.logits(self.summarise_texts(columns, parts))
+        wholes = self._readings(self.summarise_texts(columns, parts))
         units = list(map(judged_units, parts))
         if not any(probe.judges_turns for probe in self.probes) or not any(units):
-            return [[UnitLogits(logits) for logits in of_probe] for of_probe in wholes]
+            return wholes
         starts = accumulate(map(len, parts[:-1]), initial=0)
         rows = np.concatenate(
             [
@@ -250,7 +266,10 @@ class Bank:
         ends = list(accumulate(map(len, units)))
         return [
             [
-                probe.highest(logits[end - len(of_prompt) : end], of_prompt, whole)
+                replace(
+                    probe.highest(logits[end - len(of_prompt) : end], of_prompt, whole.logits),
+                    distance=whole.distance,
+                )
                 for end, of_prompt, whole in zip(ends, units, of_probe, strict=True)
             ]
             for probe, logits, of_probe in zip(self.probes, of_units, wholes, strict=True)
@@ -297,7 +316,7 @@ class Bank:
         failed: list[str] = []
         for probe, each in zip(self.probes, logits, strict=True):
             try:
-                verdicts.append(replace(probe.verdict(each.logits), turn=each.turn))
+                verdicts.append(probe.judged(each))
             except VerdictError:
                 failed.append(probe.name)
         return Judgement(tuple(verdicts), tuple(failed))

@@ -1,7 +1,7 @@
 """A trained probe: a mechanism and everything that turns its logits into a verdict."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import Mechanism
+from sidelight.mechanisms.distance import Distance
 from sidelight.prompts import PromptFormat, Reads, Unit
 from sidelight.standardisation import Projection, Standardisation
 from sidelight.types import MechanismSpec, Task, Verdict
@@ -24,10 +25,12 @@ class UnitLogits:
         logits: The highest of each label.
         turn: The first turn of the unit that has the highest of all, among the turns with text;
             None if that is the whole text.
+        distance: Of the whole text from familiar ones; None if the probe does not measure it.
     """
 
     logits: Float[np.ndarray, " output"]
     turn: int | None = None
+    distance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Probe:
         thresholds: The probability from which a label holds: one for a binary task, one per label
             for a multi-label task, none for a multi-class task.
         fingerprint: The backbone that it belongs to.
+        distance: Measures how far a text is from those of training; None: nothing does.
         record: Settings, data and metrics of its training, as JSON values.
         version: Twelve hexadecimal digits of the artifact that it was loaded from, or "".
     """
@@ -61,12 +65,27 @@ class Probe:
     calibration: Calibration
     thresholds: tuple[float, ...]
     fingerprint: Fingerprint
+    distance: Distance | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     version: str = ""
 
     def projection(self) -> Projection:
         """The map from hidden states to the few numbers that the probe needs of each of them."""
         return self.standardisation.fold(self.mechanism.columns())
+
+    @property
+    def distance_probe(self) -> "Probe | None":
+        """A probe whose one logit is the distance of a whole text."""
+        if self.distance is None:
+            return None
+        scope = "conversation" if self.reads.scope == "each_turn" else self.reads.scope
+        return replace(
+            self,
+            task=Task("binary", ("familiar", "unfamiliar")),
+            reads=replace(self.reads, scope=scope),
+            mechanism=self.distance,
+            standardisation=Standardisation.identity(self.distance.geometry, is_normalised=True),
+        )
 
     def verdict(self, logits: np.ndarray) -> Verdict:
         """The verdict on one text.
@@ -84,6 +103,17 @@ class Probe:
             probabilities = [1 - positive, positive]
         by_label = dict(zip(self.task.labels, probabilities, strict=True))
         return self.task.decide(self.name, by_label, self.label_thresholds)
+
+    def judged(self, reading: UnitLogits) -> Verdict:
+        """The verdict on a text, with what else is known of it.
+
+        Raises:
+            VerdictError: As ``verdict``.
+        """
+        verdict = replace(self.verdict(reading.logits), turn=reading.turn)
+        if reading.distance is None:
+            return verdict
+        return replace(verdict, is_unfamiliar=reading.distance > 1)
 
     @property
     def judges_turns(self) -> bool:

@@ -150,10 +150,10 @@ class Standardisation:
     is_normalised: bool = False
 
     @staticmethod
-    def identity(geometry: Geometry) -> "Standardisation":
-        """Leaves hidden states as they are."""
+    def identity(geometry: Geometry, *, is_normalised: bool = False) -> "Standardisation":
+        """Leaves hidden states as they are, or only divides them by their root mean square."""
         shape = (geometry.layers, geometry.width)
-        return Standardisation(torch.zeros(shape), torch.ones(shape))
+        return Standardisation(torch.zeros(shape), torch.ones(shape), is_normalised)
 
     @staticmethod
     def measured(layers: Iterable[Float[Tensor, "token width"]]) -> "Standardisation":

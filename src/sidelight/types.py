@@ -102,6 +102,8 @@ class Verdict:
         turn: The turn of the prompt with the highest score, from 0, without leading system turns;
             the first of several that are judged together. None if there is only one, or if that is
             the score of the whole.
+        is_unfamiliar: Whether the whole text is unlike all that the probe was trained on; None if
+            that was not measured.
     """
 
     probe: str
@@ -110,6 +112,7 @@ class Verdict:
     probabilities: dict[str, float]
     flagged: bool
     turn: int | None = None
+    is_unfamiliar: bool | None = None
 
 
 @dataclass(frozen=True)

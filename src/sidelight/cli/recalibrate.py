@@ -90,11 +90,16 @@ def recalibrate(
     if examples is None:
         made = refit(loaded, rule=rule)
     else:
-        from sidelight.training.classifier import load, require_responses
+        from sidelight.training.classifier import judge, load, require_responses
 
         require_responses(loaded, examples.items)
         classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
-        made = refit(loaded, examples, classifier.logits(examples.items), rule=rule)
+        probes = [loaded, *filter(None, [loaded.distance_probe])]
+        logits, *distances = judge(classifier.backbone, probes, examples.items)
+        made = refit(loaded, examples, logits, rule=rule)
+        for distance in distances:
+            rate = f"{(distance > 1).mean():.1%} of the texts are unfamiliar"
+            click.echo(f"{rate}: unlike all that the probe was trained on.", err=True)
         for warning in examples.warnings:
             click.echo(f"Warning: {warning}", err=True)
     for warning in made.warnings:

@@ -162,7 +162,7 @@ class BoundRule:
     def decide(self, verdict: Verdict) -> Verdict:
         """The verdict at the rule's thresholds."""
         decided = self.probe.task.decide(self.name, verdict.probabilities, self.thresholds)
-        return replace(decided, turn=verdict.turn)
+        return replace(decided, turn=verdict.turn, is_unfamiliar=verdict.is_unfamiliar)
 
 
 def side_of(probe: Probe) -> Side:

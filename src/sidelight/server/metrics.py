@@ -63,6 +63,9 @@ class Metrics:
         self.completion_tokens = self._count("completion_tokens", "Tokens written")
         self.audit_failures = self._count("audit_failures", "Lines that could not be written")
         self._verdicts = self._count("verdicts", "Verdicts by outcome", "probe", "outcome")
+        self._unfamiliar = self._count(
+            "unfamiliar", "Whole texts that are unlike all that the probe was trained on", "probe"
+        )
         self._actions = self._count(
             "actions", "What followed from verdicts", "probe", "side", "action"
         )
@@ -117,6 +120,7 @@ class Metrics:
         for rule in rules:
             for outcome in get_args(Outcome):
                 self._verdicts.labels(rule.name, outcome)
+            self._unfamiliar.labels(rule.name)
             for action in get_args(Action):
                 if action != "none":
                     self._actions.labels(rule.name, rule.side, action)
@@ -134,6 +138,7 @@ class Metrics:
                 for label, score in scores(rule.probe, verdict).items():
                     self._scores.labels(rule.name, label).observe(score)
                 self._drift.add(rule.probe, verdict)
+                self._unfamiliar.labels(rule.name).inc(bool(verdict.is_unfamiliar))
         for shadow, agreement in agreements(decisions):
             self._agreements.labels(shadow.shadow_of, shadow.name, agreement).inc()
 

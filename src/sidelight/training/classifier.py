@@ -23,7 +23,7 @@ from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.explanation import Explanation, explain
 from sidelight.mechanisms.base import mechanism_spec
-from sidelight.probe import Probe
+from sidelight.probe import Probe, UnitLogits
 from sidelight.progress import Progress
 from sidelight.prompts import EncodedPrompt, Message, PromptFormat
 from sidelight.states.extraction import StateSource, score
@@ -101,7 +101,13 @@ class Classifier:
         if responses is not None:
             pairs = zip(examples, responses, strict=True)
             examples = [replace(example, response=response) for example, response in pairs]
-        return [self.probe.verdict(logits) for logits in self.logits(examples)]
+        probes = [self.probe, *filter(None, [self.probe.distance_probe])]
+        logits, *measured = judge(self.backbone, probes, examples)
+        distances = measured[0][:, 0].tolist() if measured else [None] * len(logits)
+        return [
+            self.probe.judged(UnitLogits(own, distance=distance))
+            for own, distance in zip(logits, distances, strict=True)
+        ]
 
     def explain(self, text: str | Example, *, response: str | None = None) -> Explanation:
         """The verdict on one text, and how its logit divides among tokens and layers.

@@ -196,6 +196,7 @@ class ProbeDataset:
         folds: Indices of the training texts of each fold if texts are cross-fitted, else none.
         warnings: What is doubtful about the texts, one sentence each.
         contexts: Those of ``measured``.
+        familiar: The texts of ``training`` that are not disguised; none without background.
         given_sha256: Hash of the texts as they were given: none held out, no context added.
     """
 
@@ -205,6 +206,7 @@ class ProbeDataset:
     folds: Folds = ()
     warnings: tuple[str, ...] = ()
     contexts: tuple[Context, ...] = ()
+    familiar: tuple[int, ...] = ()
     given_sha256: str = ""
 
     @cached_property
@@ -304,6 +306,10 @@ def prepare(
         whole = (np.arange(len(validation)),)
         contexts = draw_contexts(backbone, validation, whole, conversations[:held], options)
         measured = split(validation, contexts=contexts, parts=whole, title="Validation texts")
+    is_disguised = [False] * len(training) + [context.kind == "disguised" for context in shown]
+    familiar: list[int] = []
+    if conversations and shown:
+        familiar = np.flatnonzero(np.invert(is_disguised)).tolist()
     for part in (fitted,) if folds else (fitted, measured):
         cut = [prompt for prompt in part.prompts if prompt.dropped]
         if cut:
@@ -312,7 +318,16 @@ def prepare(
                 f"{len(cut)} of {len(part)} texts were cut to {limit} tokens for training "
                 "(--set max_tokens=N); judging never cuts."
             )
-    return ProbeDataset(backbone, fitted, measured, folds, tuple(warnings), tuple(contexts), given)
+    return ProbeDataset(
+        backbone,
+        fitted,
+        measured,
+        folds,
+        tuple(warnings),
+        tuple(contexts),
+        tuple(familiar),
+        given,
+    )
 
 
 def linear_refusal(backbone: TransformersBackbone, texts: int, options: FitOptions) -> str:

@@ -13,6 +13,7 @@ from sidelight.calibration import CalibrationKind
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.evaluation import Report
 from sidelight.mechanisms.base import mechanism_spec
+from sidelight.mechanisms.distance import Distance
 from sidelight.mechanisms.linear import Linear
 from sidelight.mechanisms.readout import Readout
 from sidelight.probe import Probe
@@ -20,6 +21,7 @@ from sidelight.states.extraction import StateSource
 from sidelight.thresholds import F1, ThresholdRule, read_curves, require_thresholds
 from sidelight.training.background import Background
 from sidelight.training.dataset import ProbeDataset, linear_refusal, prepare
+from sidelight.training.distance import fit_distance
 from sidelight.training.linear import LinearSolution
 from sidelight.training.loop import Trained, cross_fit, divergence, train_mechanisms
 from sidelight.training.measuring import (
@@ -74,7 +76,12 @@ class FittedProbe:
 
 
 def calibrate_probe(
-    trained: Trained, dataset: ProbeDataset, *, name: str, options: FitOptions
+    trained: Trained,
+    dataset: ProbeDataset,
+    *,
+    name: str,
+    options: FitOptions,
+    distance: Distance | None = None,
 ) -> FittedProbe:
     """Calibrates on validation logits, chooses the threshold there, and measures fold by fold."""
     task, texts = dataset.task, len(dataset.validation)
@@ -101,6 +108,7 @@ def calibrate_probe(
         calibration=calibrated.calibration,
         thresholds=thresholds,
         fingerprint=dataset.backbone.fingerprint,
+        distance=distance,
         record={
             "engine": dataset.training.states.engine,
             "training": {
@@ -253,7 +261,11 @@ def fit(
     if options.mechanisms is None:
         warnings += [f"{refusal}: the readout is alone."] if refusal else []
         finite = mix(finite, dataset, kind=options.calibration)
-    runs = [calibrate_probe(one, dataset, name=name, options=options) for one in finite]
+    distance = fit_distance(dataset)
+    runs = [
+        calibrate_probe(one, dataset, name=name, options=options, distance=distance)
+        for one in finite
+    ]
     best = _best(runs)
     warnings += better_words(best.losses, words.losses, measured)
     warnings += taken_by_none(best)
