@@ -28,10 +28,11 @@ CARD = "README.md"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _Count = Annotated[int, Field(ge=0)]
+_SHOWN_METRICS = ("auprc", "f1", "accuracy")
 
 
 class _Reference(BaseModel):
-    """What is read of the texts that a probe was calibrated on."""
+    """What is read of the texts that a probe was trained or calibrated on."""
 
     curves: dict[str, OperatingCurve] = {}
 
@@ -43,10 +44,6 @@ class _Reference(BaseModel):
 class _Recalibration(_Reference):
     date: str
     what: str
-
-
-class _Training(BaseModel):
-    rows: _Count = 0
 
 
 class OrdinaryText(BaseModel):
@@ -64,7 +61,7 @@ class _Traffic(BaseModel):
 class _Record(BaseModel):
     """What is read of a probe's record."""
 
-    training: _Training = _Training()
+    training: _Reference = _Reference()
     contexts: dict[str, _Count] = {}
     traffic: _Traffic = _Traffic()
     validation: _Reference = _Reference()
@@ -240,16 +237,14 @@ and measure on your own with `sidelight eval`.
 
 def summary(manifest: Manifest) -> dict[str, str]:
     """What people want to know of a probe, a line for each."""
-    record, backbone = manifest.record, manifest.backbone
+    record, backbone, reads = manifest.record, manifest.backbone, manifest.reads
     options = ", ".join(f"{k}={v}" for k, v in manifest.mechanism.options.items())
     lines = {
         "name": manifest.name,
         "task": f"{manifest.task.kind}: {', '.join(manifest.task.labels)}",
         "flags": manifest.task.flags,
-        "mechanism": f"{manifest.mechanism.name} ({options})"
-        if options
-        else manifest.mechanism.name,
-        "reads": f"{manifest.reads.side}, by {manifest.reads.scope.replace('_', ' ')}",
+        "mechanism": manifest.mechanism.name + (f" ({options})" if options else ""),
+        "reads": f"{reads.side}, by {reads.scope.replace('_', ' ')}",
         "states": "divided by their root mean square"
         if manifest.is_normalised
         else "of any norm, so that one token can outweigh all others",
@@ -257,18 +252,24 @@ def summary(manifest: Manifest) -> dict[str, str]:
         "backbone": f"{backbone.name}, {backbone.layers} layers x {backbone.width}, "
         f"{backbone.dtype}, fingerprint {backbone.digest}",
         "thresholds": ", ".join(f"{t:.3f}" for t in manifest.thresholds) or "the largest wins",
-        **_operating_points(manifest),
-        "calibration": manifest.calibration.kind,
     }
+    flagged: list[str] = []
+    for (label, curve), threshold in zip(
+        manifest.curves.items(), manifest.thresholds, strict=False
+    ):
+        hits, alarms = curve.at(threshold)
+        caught = f"{hits:,} of {curve.positives:,} '{label}'"
+        flagged.append(f"{caught} and {alarms:,} of {curve.negatives:,} others")
+    if flagged:
+        rule = record.get("threshold_rule", "f1")
+        lines["flagging"] = f"{'; '.join(flagged)}, of left-out texts (--threshold {rule})"
+    lines["calibration"] = manifest.calibration.kind
+    recalibrations = record.get("recalibrations", ())
     validation = record.get("validation", {})
     if "metrics" in validation:
-        figures = ", ".join(
-            f"{name} {validation['metrics'][name]['value']:.3f}"
-            for name in ("auprc", "f1", "accuracy")
-            if validation["metrics"][name]["value"] is not None
-        )
-        folds = record.get("folds", 0)
-        contexts = sum(record.get("contexts", {}).values())
+        values = {name: validation["metrics"][name]["value"] for name in _SHOWN_METRICS}
+        figures = ", ".join(f"{name} {v:.3f}" for name, v in values.items() if v is not None)
+        folds, contexts = record.get("folds", 0), sum(record.get("contexts", {}).values())
         lines |= {
             "parameters": f"{record['parameters']:,}",
             "trained on": f"{record['training']['rows']:,} texts"
@@ -276,25 +277,11 @@ def summary(manifest: Manifest) -> dict[str, str]:
             + f", seed {record['seed']}",
             "validation": f"{figures} on {validation['rows']:,} texts"
             + (f", each of {folds} folds by a probe trained on the others" if folds else "")
-            + (", before it was recalibrated" if record.get("recalibrations") else ""),
+            + (", before it was recalibrated" if recalibrations else ""),
         }
-    for number, later in enumerate(record.get("recalibrations", ()), 1):
+    for number, later in enumerate(recalibrations, 1):
         lines[f"recalibrated {number}"] = f"{later['date']}: {later['what']}"
     return lines
-
-
-def _operating_points(manifest: Manifest) -> dict[str, str]:
-    """What the thresholds flag of left-out texts, and what they were chosen for."""
-    pairs = zip(manifest.curves.items(), manifest.thresholds, strict=False)
-    points = [(label, curve, *curve.at(threshold)) for (label, curve), threshold in pairs]
-    if not points:
-        return {}
-    flagged = [
-        f"{hits:,} of {curve.positives:,} '{label}' and {alarms:,} of {curve.negatives:,} others"
-        for label, curve, hits, alarms in points
-    ]
-    rule = manifest.record.get("threshold_rule", "f1")
-    return {"flagging": f"{'; '.join(flagged)}, of left-out texts (--threshold {rule})"}
 
 
 def model_card(manifest: Manifest) -> str:
