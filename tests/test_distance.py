@@ -19,10 +19,9 @@ from sidelight.prompts import Message, Reads
 from sidelight.ragged import Ragged
 from sidelight.states.extraction import score
 from sidelight.training import contexts
-from sidelight.training.background import Background
 from sidelight.training.classifier import Classifier
 from sidelight.training.fit import fit
-from sidelight.training.settings import FitOptions
+from sidelight.training.settings import Background, FitOptions
 from sidelight.types import Judgement
 from sidelight.vllm.requests import judgement_of, report_of
 from sidelight.vllm.settings import KEY
