@@ -1,4 +1,4 @@
-"""Starts a process as vLLM starts its engine, and prints its id; for ``test_vllm_capture.py``."""
+"""Starts a process as vLLM starts its engine, and prints its id; for ``test_vllm_processes.py``."""
 
 import multiprocessing
 import time

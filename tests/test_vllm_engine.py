@@ -23,7 +23,7 @@ from sidelight.engines.base import (
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
 from sidelight.server.config import ServerConfig
-from sidelight.vllm.engine import SET_HERE, Capacity, VllmEngine, require_options
+from sidelight.vllm.engine import SET_HERE, VllmEngine, require_options
 from sidelight.vllm.exchange import saved
 from sidelight.vllm.server import NO_PLACE, arguments, serve
 from sidelight.vllm.settings import KEY, identity_of
@@ -61,6 +61,8 @@ class Workers:
         self.report: object = ...
         self.refuses = ""
         self.is_paused = False
+        # How many more texts may be read, if that is limited.
+        self.readable: asyncio.Semaphore | None = None
         self.pausing, self.may_pause = asyncio.Event(), asyncio.Event()
         self.may_pause.set()
 
@@ -91,6 +93,8 @@ class Workers:
         )
         self.output_processor.process_outputs([said])
         try:
+            if self.readable is not None:
+                await self.readable.acquire()
             yield SimpleNamespace()
         finally:
             states.pop(request_id, None)
@@ -304,18 +308,34 @@ def test_an_option_to_give_instead_is_one_of_every_command_that_takes_vllms(name
     assert {"--engine-option", *re.findall(r"--[a-z-]+", " ".join(SET_HERE.values()))} <= known
 
 
-def test_a_list_takes_all_its_places_at_once_or_none():
-    places = Capacity(4)
-    with places.taken(300) as leave:
-        busy = pytest.raises(EngineBusyError, match="300 waiting, the limit is 4")
-        with busy, places.taken(1):
-            pass
-        for _ in range(297):
-            leave()
-        with places.taken(1), pytest.raises(EngineBusyError), places.taken(1):
-            pass
-        assert places.waiting == 3
-    assert places.waiting == 0
+def test_a_list_takes_all_its_places_at_once_or_none(tiny):
+    async def ask(engine, llm, _new):
+        async def until(waiting):
+            while engine.load.waiting != waiting:
+                await asyncio.sleep(0)
+
+        llm.readable = asyncio.Semaphore(0)
+        many = asyncio.create_task(engine.judge(HELLO * 300))
+        await until(300)
+        with pytest.raises(EngineBusyError, match="300 waiting, the limit is 128"):
+            await engine.judge(HELLO)
+        for _ in range(173):
+            llm.readable.release()
+        await until(127)
+        one = asyncio.create_task(engine.judge(HELLO))
+        await until(128)
+        with pytest.raises(EngineBusyError):
+            await engine.judge(HELLO)
+        # A client that leaves frees the places of texts that have not begun, too.
+        many.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await many
+        assert engine.load.waiting == 1
+        llm.readable.release()
+        assert await one
+        assert engine.load.waiting == 0
+
+    replacing(tiny, ask)
 
 
 def options_of(**given):

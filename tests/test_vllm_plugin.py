@@ -43,7 +43,7 @@ from sidelight.vllm.settings import (
     named_columns,
     named_folders,
 )
-from sidelight.vllm.worker import RequestJudge, Share, Worker
+from sidelight.vllm.worker import RequestJudge, Share, Worker, load_panel
 from tiny import TOPICS, tiny_backbone, untrained_probe
 from vllm_served import followed
 
@@ -217,16 +217,6 @@ def test_a_response_is_read_as_it_is_written_and_again_after_preemption(
     require_equal(late, played.judgement("r"), backbone, followed(prompt, ids[9:]))
 
 
-def test_the_memory_of_columns_is_counted_in_bytes(probes):
-    played = Played(probes)
-    weight = played.panel.projection.weight
-    assert played.pages.numbers_per_token == weight.shape[0] * weight.shape[2]
-    # A slot more than the cache has takes what is padding.
-    kept = (BLOCKS * BLOCK + 1) * played.pages.numbers_per_token
-    rows = played.stage.rows
-    assert played.pages.size_bytes == kept * rows.element_size() + rows.nbytes
-
-
 def test_what_was_not_read_is_a_failed_verdict(backbone, probes):
     """Of a layer that is not tapped, and of slots that were forgotten."""
     played, names = Played(probes), sorted(probe.name for probe in probes)
@@ -366,7 +356,9 @@ def pass_of(worker, backbone, readings=(READING,)):
 def test_a_worker_keeps_its_stage_when_the_cache_comes(backbone, folders):
     """Graphs may have been captured before that: what passes through a tap lands in its pages."""
     worker = worker_of(backbone, folders["old"])
-    assert worker.size_bytes == 0
+    columns = load_panel(worker._served)[0].projection.shift
+    # One float32 number for each.
+    assert worker.bytes_per_token == columns.numel() * 4
     for layer, states in enumerate(states_of(backbone, range(10, 14))):
         torch.ops.sidelight.project(states, None, layer, torch.zeros(()))
     worker.allocate(blocks=2, block_size=4)

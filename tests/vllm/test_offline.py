@@ -127,8 +127,7 @@ def test_a_server_writes_no_hidden_states(backbone):
 
 
 def test_hidden_states_that_were_not_written_are_an_error(source, backbone, tmp_path):
-    from sidelight.vllm.capture import capture_params, captured
-    from sidelight.vllm.offline import OfflineRequest
+    from sidelight.vllm.offline import OfflineRequest, capture_params, captured
 
     (prompt,) = mixed_prompts(backbone, 1, longest=20)
     params = capture_params(prompt, Reads(), tmp_path / "gone" / "0")

@@ -3,12 +3,12 @@
 vLLM calls ``install`` in each of its processes, and ``plugin`` puts our parts into it.
 ``internals`` has what we use of vLLM beyond its documentation, and ``settings`` says which probes
 are served. In a worker, ``columns`` projects the residual stream of each layer and keeps the
-columns of every token by KV slot, and ``worker`` judges; ``capture`` keeps hidden states for
-training the same way.
+columns of every token by KV slot, and ``worker`` judges.
 ``requests`` has what travels with a request, and the scheduler's side of it; ``connector`` puts
 verdicts on vLLM's outputs, and ``outputs`` hears them. ``guard`` enforces the policy in vLLM's own
 server, ``endpoint`` adds to its answers, and ``server`` starts it. ``engine`` judges
-conversations, ``exchange`` replaces the probes, and ``offline`` judges many texts.
+conversations, ``exchange`` replaces the probes, and ``offline`` judges many texts and keeps hidden
+states for training.
 Everything is kept by KV slot, never by request. ``docs/vllm.md`` says what is supported.
 """
 

@@ -279,16 +279,6 @@ class Pages:
         self.rows = stage.rows.new_full((blocks * block_size + 1, layers, columns), torch.nan)
         self._has_kept = torch.zeros((), dtype=torch.bool, device=stage.rows.device)
 
-    @property
-    def size_bytes(self) -> int:
-        """Memory of the columns of all slots and of the staging buffer."""
-        return sum(t.numel() * t.element_size() for t in (self.rows, self.stage.rows))
-
-    @property
-    def numbers_per_token(self) -> int:
-        """Columns of a token, over all layers."""
-        return self.rows[0].numel()
-
     def keep(self, slots: Int[Tensor, " token"]) -> None:
         """Moves the staged rows of a pass to the slots of its tokens."""
         staged = self.stage.rows[:, : len(slots)]

@@ -29,13 +29,12 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from sidelight.bank import Panel
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt
 from sidelight.types import Judgement
 from sidelight.vllm.columns import Reading
 from sidelight.vllm.internals import end_with_parent, full_group, steps_of
-from sidelight.vllm.requests import PromptReader, Tracking, described_prompt
+from sidelight.vllm.requests import Tracking, described_prompt
 from sidelight.vllm.settings import KEY, Served, prompt_encoder
 from sidelight.vllm.worker import Loaded, RequestJudge, Share, StepVerdicts, installed, load_panel
 
@@ -84,27 +83,6 @@ def done(verdicts: StepVerdicts) -> Results:
     return Results(work)
 
 
-def _prompt_reader(panel: Panel, vllm_config: Any) -> PromptReader:
-    """A function that reads from token ids what they belong to, unless the request says it.
-
-    An ``EngineGuard`` drops what clients say, and describes what it has read itself.
-    """
-    encoder = prompt_encoder(vllm_config, panel.probes)
-
-    def read_prompt(
-        params: Mapping[str, Any] | None, token_ids: Sequence[int] | None
-    ) -> EncodedPrompt:
-        if params and KEY in params:
-            return described_prompt(params, token_ids)
-        if token_ids is None:
-            raise SidelightError(
-                "Only text is judged; the request has images, audio or embeddings."
-            )
-        return encoder.recognise(token_ids)
-
-    return read_prompt
-
-
 class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
     """One per scheduler and one per worker.
 
@@ -126,10 +104,9 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             self._served, self._judge = served, RequestJudge(panel)
             self.tracking = Tracking(
                 reads_responses=panel.late is not None,
-                prompt_of=described_prompt
-                if served.is_described
-                else _prompt_reader(panel, vllm_config),
+                prompt_of=described_prompt if served.is_described else self._recognised,
             )
+            self._encoder = prompt_encoder(vllm_config, panel.probes)
 
     # Beside the scheduler.
 
@@ -141,6 +118,21 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         self.tracking.enter(
             request.request_id, request.kv_transfer_params, token_ids, adapter=adapter
         )
+
+    def _recognised(
+        self, params: Mapping[str, Any] | None, token_ids: Sequence[int] | None
+    ) -> EncodedPrompt:
+        """The prompt as its token ids say, unless the request describes it.
+
+        An ``EngineGuard`` drops what clients say, and describes what it has read itself.
+        """
+        if params and KEY in params:
+            return described_prompt(params, token_ids)
+        if token_ids is None:
+            raise SidelightError(
+                "Only text is judged; the request has images, audio or embeddings."
+            )
+        return self._encoder.recognise(token_ids)
 
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
         readings = self.tracking.plan(steps_of(scheduler_output, self._index))
@@ -205,14 +197,14 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         memory = [cache.untyped_storage() for cache in chain.from_iterable(caches)]
         # Layers of several groups share it.
         total = sum({one.data_ptr(): one.nbytes() for one in memory}.values())
+        block_size = self._group.kv_cache_spec.block_size
         worker.allocate(
-            blocks=self._blocks,
-            block_size=self._group.kv_cache_spec.block_size,
-            attention=self._group.layer_names[0],
+            blocks=self._blocks, block_size=block_size, attention=self._group.layer_names[0]
         )
+        columns = self._blocks * block_size * worker.bytes_per_token
         _log.info(
             "Columns of the probes take %.1f MiB, %.2f %% of the KV cache (%.1f MiB).",
-            worker.size_bytes / 2**20, 100 * worker.size_bytes / total, total / 2**20,
+            columns / 2**20, 100 * columns / total, total / 2**20,
         )  # fmt: skip
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
@@ -239,27 +231,16 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[int, bool]:
         return 0, False
 
-    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        pass
-
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, [])
 
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+    def _do_nothing(self, *_: Any, **__: Any) -> None:
         pass
 
-    def wait_for_layer_load(self, layer_name: str) -> None:
-        pass
-
-    def save_kv_layer(
-        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
-    ) -> None:
-        pass
-
-    def wait_for_save(self) -> None:
-        pass
+    update_state_after_alloc = start_load_kv = wait_for_layer_load = _do_nothing
+    save_kv_layer = wait_for_save = _do_nothing
 
 
 class SharedConnector(MultiConnector):

@@ -156,7 +156,7 @@ class _Answer:
         self, scope: Scope, receive: Receive, send: Send, request: GuardedRequest, request_id: str
     ):
         self._scope, self._receive, self._send = scope, receive, send
-        self._request, self._outcome = request, request.outcome
+        self._request = request
         # As the audit log has it.
         self._id = {REQUEST_ID: request_id}
         self._start: Event = {}
@@ -176,11 +176,11 @@ class _Answer:
         self._body += event.get("body", b"")
         is_end = not event.get("more_body")
         # Routes may send words of their own before the engine has read the prompt.
-        is_due = is_end or (self._is_stream and self._outcome.is_decided)
+        is_due = is_end or (self._is_stream and self._request.is_decided)
         if not self._has_begun:
             if not is_due:
                 return
-            if self._outcome.refusal is not None:
+            if self._request.refusal is not None:
                 await self._refuse()
                 return
         if self._is_stream:
@@ -190,7 +190,7 @@ class _Answer:
 
     async def fail(self) -> bool:
         """Ends the answer after an exception; whether the request was refused."""
-        if self._outcome.refusal is None:
+        if self._request.refusal is None:
             return False
         if not self._has_begun:
             await self._refuse()
@@ -200,8 +200,8 @@ class _Answer:
         return True
 
     def _refusal(self) -> RequestError:
-        assert self._outcome.refusal is not None
-        return as_request_error(self._outcome.refusal, sees_all=self._outcome.terms.sees_all)
+        assert self._request.refusal is not None
+        return as_request_error(self._request.refusal, sees_all=self._request.terms.sees_all)
 
     async def _refuse(self) -> None:
         self._is_over = True
@@ -214,20 +214,20 @@ class _Answer:
             self._has_begun = True
             await self._send(self._with_headers())
         body, self._body, self._is_over = self._body, b"", is_end
-        if self._outcome.is_decided:
+        if self._request.is_decided:
             body = self._with_chunks(body)
         await self._send({"type": "http.response.body", "body": body, "more_body": not is_end})
 
     async def _finish(self) -> None:
         self._is_over = True
         body = self._body
-        if self._outcome.texts and self._start["status"] == 200:
+        if self._request.texts and self._start["status"] == 200:
             answer = json.loads(body)
             if isinstance(answer, dict):
                 if answer.get("status") == "queued":
                     # It is written in the background, where vLLM has no answer to a refusal.
                     await self._request.decided.wait()
-                    if self._outcome.refusal is not None:
+                    if self._request.refusal is not None:
                         await self._refuse()
                         return
                 _mark_cuts(answer, self._request.cut)
@@ -239,8 +239,8 @@ class _Answer:
 
     def _with_headers(self) -> Event:
         start = {**self._start, "headers": [*self._start["headers"]]}
-        if self._outcome.texts:
-            told = self._outcome.headers(is_stream=self._is_stream)
+        if self._request.texts:
+            told = self._request.headers(is_stream=self._is_stream)
             MutableHeaders(scope=start).update({**self._id, **told})
         return start
 
@@ -266,7 +266,7 @@ class _Answer:
     def _silent_ends(self) -> list[dict[str, Any]]:
         """The last chunks of texts that were cut at once, which vLLM leaves out."""
         is_chat = self._identity.get("object") == "chat.completion.chunk"
-        choices = zip(self._outcome.choices, self._request.cut, strict=True)
+        choices = zip(self._request.choices, self._request.cut, strict=True)
         silent = [i for i, (text, is_cut) in enumerate(choices) if is_cut and not text.has_sent]
         if silent and not self._identity:
             name = f"cmpl-{self._id[REQUEST_ID]}"
@@ -277,8 +277,8 @@ class _Answer:
 
     def _fields(self) -> dict[str, Any]:
         """As in our own server's answers."""
-        fields: dict[str, Any] = {KEY: self._outcome.extension()}
-        moderation = self._outcome.moderation()
+        fields: dict[str, Any] = {KEY: self._request.extension()}
+        moderation = self._request.moderation()
         if self._scope["path"] in _CHUNKED and moderation is not None:
             fields["moderation"] = moderation
         return fields

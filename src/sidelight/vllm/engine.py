@@ -5,8 +5,8 @@
 import asyncio
 import os
 import uuid
-from collections.abc import Callable, Collection, Coroutine, Generator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Collection, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
@@ -22,7 +22,6 @@ from sidelight.engines.base import (
     PromptJudged,
     require_same_model,
 )
-from sidelight.engines.queue import Limits
 from sidelight.engines.text import TextCodec
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.fingerprint import Fingerprint
@@ -35,40 +34,8 @@ from sidelight.vllm.outputs import early_names, listener_of
 from sidelight.vllm.requests import judgement_of
 from sidelight.vllm.settings import DESCRIBED, KEY, Served, of_the_original
 
-
-class Capacity:
-    """Counts the texts that wait for their verdicts.
-
-    Args:
-        limit: How many may wait; more are refused.
-    """
-
-    def __init__(self, limit: int):
-        self._limit = limit
-        self.waiting = 0
-
-    @contextmanager
-    def taken(self, count: int) -> Generator[Callable[[], None]]:
-        """Places for all of these texts or for none; each is freed by a call, or at the end.
-
-        Raises:
-            EngineBusyError: Too many wait. A list longer than the limit can only enter if nobody
-                waits.
-        """
-        if self.waiting and self.waiting + count > self._limit:
-            raise EngineBusyError(waiting=self.waiting, limit=self._limit)
-        left = count
-        self.waiting += count
-
-        def leave() -> None:
-            nonlocal left
-            left -= 1
-            self.waiting -= 1
-
-        try:
-            yield leave
-        finally:
-            self.waiting -= left
+# At most so many texts wait for their verdicts; of one list, so many are in vLLM at a time.
+_WAITING, _RUNNING = 128, 16
 
 
 class VllmEngine(Engine):
@@ -82,8 +49,6 @@ class VllmEngine(Engine):
         tokenizer: The model's tokenizer.
         fingerprint: Of the model; every probe must have been trained on it.
         identity: That of the probes, as its workers loaded them.
-        limits: At most ``waiting`` texts wait for their verdicts. Of a list of texts, ``running``
-            are in vLLM at a time.
     """
 
     def __init__(
@@ -96,18 +61,16 @@ class VllmEngine(Engine):
         tokenizer: Any,
         fingerprint: Fingerprint,
         identity: str,
-        limits: Limits | None = None,
     ):
         self._llm = llm
         self._listener = listener_of(llm)
         self._exchange = Exchange(llm, probes, identity)
         self._name = name
         self._fingerprint = fingerprint
-        self._limits = limits or Limits()
         # vLLM always writes a token, also when a text is only judged, so one position is kept free.
         room = min(encoder.max_tokens, llm.vllm_config.model_config.max_model_len - 1)
         self._codec = TextCodec(encoder, tokenizer, max_tokens=room)
-        self._capacity = Capacity(self._limits.waiting)
+        self._waiting = 0
         self._is_open = False
 
     @property
@@ -125,7 +88,7 @@ class VllmEngine(Engine):
     @property
     def load(self) -> Load:
         """Those that wait for their verdicts; vLLM itself counts those that it writes."""
-        return Load(running=0, waiting=self._capacity.waiting)
+        return Load(running=0, waiting=self._waiting)
 
     @property
     def is_ready(self) -> bool:
@@ -191,8 +154,7 @@ class VllmEngine(Engine):
             prompts = await self._codec.in_thread(
                 conversations, lambda: [encode(turns) for turns in conversations]
             )
-            with self._capacity.taken(len(prompts)) as leave:
-                judged = await self._check_all(prompts, leave, identity)
+            judged = await self._check_all(prompts, identity)
         early = early_names(probes)
         events: list[PromptJudged] = []
         for turns, prompt, judgement in zip(conversations, prompts, judged, strict=True):
@@ -200,31 +162,36 @@ class VllmEngine(Engine):
             events.append(PromptJudged(said, is_plain=prompt.is_plain, tokens=len(prompt)))
         return events
 
-    async def _check_all(
-        self, prompts: Sequence[EncodedPrompt], leave: Callable[[], None], identity: str
-    ) -> list[Judgement]:
-        """In order. Of a long list only some are in vLLM at once, so that others get in."""
-        together = asyncio.Semaphore(self._limits.running)
+    async def _check_all(self, prompts: Sequence[EncodedPrompt], identity: str) -> list[Judgement]:
+        """In order. Of a long list only some are in vLLM at once, so that others get in.
+
+        Raises:
+            EngineBusyError: Too many wait. A list longer than the limit can only enter if nobody
+                waits.
+        """
+        if self._waiting and self._waiting + len(prompts) > _WAITING:
+            raise EngineBusyError(waiting=self._waiting, limit=_WAITING)
+        together = asyncio.Semaphore(_RUNNING)
 
         async def check(prompt: EncodedPrompt) -> Judgement:
             async with together:
-                judgement = await self.check(prompt, identity)
-            leave()
-            return judgement
+                return await self.check(prompt, identity)
+
+        def leave(_: asyncio.Task[Judgement]) -> None:
+            self._waiting -= 1
 
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(check(prompt)) for prompt in prompts]
+                self._waiting += len(tasks)
+                for task in tasks:
+                    task.add_done_callback(leave)
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
     async def check(self, prompt: EncodedPrompt, identity: str) -> Judgement:
-        """What all probes say of these tokens, for a request that already has its place.
-
-        Args:
-            prompt: Its tokens.
-            identity: That of the probes which are to judge it.
+        """What the probes of this identity say of these tokens.
 
         Raises:
             EngineUnavailableError: vLLM has stopped.
@@ -260,7 +227,6 @@ def load_vllm_engine(
     probes: Sequence[Probe],
     *,
     dtype: str = "auto",
-    limits: Limits | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> VllmEngine:
     """Starts vLLM without a server, and returns the engine over it.
@@ -269,7 +235,6 @@ def load_vllm_engine(
         model: ``smollm2``, a folder, or a hub id.
         probes: Probes trained on it, or accepted on this quantised copy (``SIDELIGHT_QUANTISED``).
         dtype: As vLLM takes it.
-        limits: As for ``VllmEngine``.
         options: Fields of vLLM's ``AsyncEngineArgs``.
 
     Raises:
@@ -306,7 +271,6 @@ def load_vllm_engine(
         tokenizer=backbone.tokenizer,
         fingerprint=served.fingerprint,
         identity=on_disk.identity,
-        limits=limits,
     )
 
 

@@ -54,12 +54,7 @@ def saved(probes: Sequence[Probe]) -> Generator[Saved]:
 
 
 class Exchange:
-    """The served probes. Requests pass while these stay.
-
-    Args:
-        llm: vLLM's ``AsyncLLM``.
-        probes: Those that it was started with.
-        identity: Theirs.
+    """The served probes of an ``AsyncLLM``. Requests pass while these stay.
 
     Attributes:
         probes: Those that are served.
@@ -89,11 +84,8 @@ class Exchange:
 
         It does not wait: the request may have another text inside that goes on after this one does.
 
-        Args:
-            probes: Those that were served when the request was made.
-
         Raises:
-            EngineUnavailableError: They are being replaced, or have been.
+            EngineUnavailableError: They are being replaced, or have been, since the request began.
         """
         if not self.is_whole:
             raise EngineUnavailableError(_NOT_WHOLE)

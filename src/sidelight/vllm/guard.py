@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from itertools import takewhile
 from pathlib import Path
@@ -62,28 +62,27 @@ class RefusedError(SidelightError, ValueError):
     """
 
 
-@dataclass
-class GuardedRequest:
-    """One client's request.
+class GuardedRequest(Outcome):
+    """One client's request, and what has come of it.
 
     Attributes:
-        outcome: What comes of it.
         probes: Those that were served when it was made.
         decided: Set once each prompt is answered, or one is refused, or nothing more is written.
     """
 
-    outcome: Outcome
-    probes: tuple[Probe, ...]
-    decided: asyncio.Event = field(default_factory=asyncio.Event)
+    def __init__(self, terms: Terms, probes: tuple[Probe, ...]):
+        super().__init__(terms)
+        self.probes = probes
+        self.decided = asyncio.Event()
 
     @property
     def cut(self) -> list[bool]:
         """Whether each text was cut, in the order of choices."""
-        ends = [text.ended for text in self.outcome.choices]
+        ends = [text.ended for text in self.choices]
         return [end is not None and end.reason == "content_filter" for end in ends]
 
     def refuse(self, error: SidelightError) -> None:
-        self.outcome.refusal = self.outcome.refusal or error
+        self.refusal = self.refusal or error
 
 
 _request: ContextVar[GuardedRequest | None] = ContextVar("sidelight_request", default=None)
@@ -187,7 +186,7 @@ class EngineGuard:
         try:
             async with self.engine.passing(client.probes) as identity:
                 # Before anything is awaited, so that prompts are in the order of their calls.
-                texts = client.outcome.begin(sampling_params.n)
+                texts = client.begin(sampling_params.n)
                 call = _Call(client, texts, sampling_params, request_id, options, identity)
                 async with aclosing(self._outputs(call, prompt)) as outputs:
                     async for output in outputs:
@@ -205,7 +204,7 @@ class EngineGuard:
         probes: Sequence[str] | None = None,
         sees_all: bool = False,
     ) -> GuardedRequest:
-        """A request that begins now, and keeps these probes and their rules.
+        """A request that begins now, and keeps the served probes and their rules.
 
         Args:
             observer: Its own.
@@ -217,11 +216,11 @@ class EngineGuard:
         """
         policy, rules = self.registry.policy, self.registry.rules
         terms = Terms(self.engine.model, policy, rules, (), observer.text, sees_all=sees_all)
-        return GuardedRequest(Outcome(terms.choose(probes, for_text=True)), self.engine.probes)
+        return GuardedRequest(terms.choose(probes, for_text=True), self.engine.probes)
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         """As vLLM's; refused where a rule blocks, since what it reads is not judged."""
-        self._require_unblocked("Poolings of a prompt")
+        self.require_unblocked("Poolings of a prompt")
         async with aclosing(self._encode(*args, **kwargs)) as outputs:
             async for output in outputs:
                 yield output
@@ -236,9 +235,10 @@ class EngineGuard:
     def _rules(self) -> Sequence[BoundRule]:
         """Those of the current request."""
         client = current_request()
-        return self.registry.rules if client is None else client.outcome.terms.rules
+        return self.registry.rules if client is None else client.terms.rules
 
-    def _require_unblocked(self, what: str) -> None:
+    def require_unblocked(self, what: str) -> None:
+        """Refuses what no probe reads where a rule blocks."""
         if any(bound.is_blocking for bound in self._rules()):
             error = PolicyError(
                 f"{what} cannot be judged, and the policy blocks what is not judged. Use "
@@ -249,26 +249,28 @@ class EngineGuard:
                 client.refuse(error)
             raise RefusedError(str(error)) from error
 
-    def require_no_beams(self) -> None:
-        """Refuses beam search where a rule blocks: it takes candidates that no probe has read."""
-        self._require_unblocked("Texts of a beam search")
-
     async def _outputs(self, call: _Call, prompt: Any) -> AsyncGenerator[Any, None]:
         params, request_id = call.params, call.request_id
         if (adapter := call.options.get("lora_request")) is not None:
-            call.client.outcome.adapter = adapter.lora_name
+            call.client.adapter = adapter.lora_name
         _require_drawable(params)
         self._require_own_words(params)
-        prompt = self._tokenized(prompt)
+        if isinstance(prompt, list):
+            prompt = {"prompt_token_ids": prompt}
+        elif isinstance(prompt, str):
+            prompt = {"prompt": prompt}
         if not isinstance(prompt, Mapping):
             # Text that arrives while the model writes, or a request that its caller has prepared.
-            self._require_unblocked("Prompts that are neither text nor token ids")
+            self.require_unblocked("Prompts that are neither text nor token ids")
             sampling = self._params(params, 0, None)
             written = self._listener.generate(prompt, sampling, request_id, **call.options)
             async with aclosing(written) as outputs:
                 async for output in outputs:
                     yield without_report(output)
             return
+        if prompt.keys() <= {"prompt", "cache_salt"}:
+            # As vLLM's own reading of a text gives them.
+            prompt = {**prompt, "prompt_token_ids": self._tokenizer(prompt["prompt"])["input_ids"]}
         encoded = await self._recognised(prompt)
         await asyncio.to_thread(self._require_readable, encoded)
         # Clients may name their requests, and two may choose the same name.
@@ -296,8 +298,10 @@ class EngineGuard:
         """The outputs of one text that may be sent, in the form that the caller wants."""
         from vllm.sampling_params import RequestOutputKind
 
-        enforcement, outcome = call.texts[index], call.client.outcome
-        audited = self._as_text(encoded) if self.observer.audit is not None else PlainText("")
+        client, enforcement = call.client, call.texts[index]
+        # The audit log hashes the prompt as the model reads it.
+        ids = encoded.token_ids if encoded and self.observer.audit else ()
+        audited = PlainText(self._tokenizer.decode(ids))
         sampling = self._params(call.params, index, encoded, is_watched=bool(enforcement.watch))
         text = GuardedText(
             self._listener,
@@ -307,7 +311,7 @@ class EngineGuard:
             own_id,
             options=call.options,
             identity=call.identity,
-            probes=[bound.probe for bound in outcome.terms.rules],
+            probes=[bound.probe for bound in client.terms.rules],
             watch=frozenset(enforcement.watch),
             controls=self._controls,
             room=self._room,
@@ -319,8 +323,8 @@ class EngineGuard:
                 output = None
                 match each:
                     case Admitted():
-                        if outcome.is_decided:
-                            call.client.decided.set()
+                        if client.is_decided:
+                            client.decided.set()
                     case Ended("content_filter"):
                         output = text.cut()
                     case Ended():
@@ -369,15 +373,6 @@ class EngineGuard:
             )
             sampling.min_tokens = min(sampling.min_tokens, sampling.max_tokens)
         return sampling
-
-    def _tokenized(self, prompt: Any) -> Any:
-        """A prompt with its token ids, as vLLM's own reading of a text gives them."""
-        if isinstance(prompt, list):
-            return {"prompt_token_ids": prompt}
-        given = {"prompt": prompt} if isinstance(prompt, str) else prompt
-        if isinstance(given, Mapping) and given.keys() <= {"prompt", "cache_salt"}:
-            return {**given, "prompt_token_ids": self._tokenizer(given["prompt"])["input_ids"]}
-        return given
 
     async def _recognised(self, prompt: Mapping[str, Any]) -> EncodedPrompt | None:
         """What the tokens belong to; None: no probe can tell."""
@@ -473,15 +468,12 @@ class EngineGuard:
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return unread_head(self._encoder.recognise(ids))
 
-    def _as_text(self, encoded: EncodedPrompt | None) -> PlainText:
-        """What the audit log hashes: the prompt as the model reads it."""
-        return PlainText(self._tokenizer.decode(encoded.token_ids) if encoded else "")
-
 
 def _search_beams(original: Callable[..., Any], serving: Any, *args: Any, **kwargs: Any) -> Any:
     guard = getattr(serving.engine_client, "sidelight_guard", None)
     if guard is not None:
-        guard.require_no_beams()
+        # It takes candidates that no probe has read.
+        guard.require_unblocked("Texts of a beam search")
     return original(serving, *args, **kwargs)
 
 

@@ -50,11 +50,7 @@ def local_layers(model: Any) -> tuple[int, list[nn.Module]]:
 
 
 def pass_slots(attention: str) -> Tensor | None:
-    """The KV slots of the tokens of the current forward pass; None if it fills no cache.
-
-    Args:
-        attention: The attention layer whose slots are wanted.
-    """
+    """An attention layer's KV slots of the tokens of the current pass; None: it fills no cache."""
     from vllm.forward_context import get_forward_context
 
     mappings = get_forward_context().slot_mapping
@@ -95,12 +91,7 @@ def full_group(kv_cache_config: Any) -> int:
 
 
 def share_of_cache(specs: Mapping[str, Any], bytes_per_token: int) -> float:
-    """What is left to a worker's KV cache if each token in it takes this many bytes more.
-
-    Args:
-        specs: The specifications of its layers' KV caches.
-        bytes_per_token: The added bytes.
-    """
+    """What is left to a worker's KV cache if each token in it takes this many bytes more."""
     # A block holds keys and values of one kind of layer, at least those of the rarest kind.
     kinds: dict[Any, int] = defaultdict(int)
     for spec in specs.values():
@@ -127,12 +118,7 @@ class Step:
 
 
 def steps_of(scheduler_output: Any, group: int) -> Iterator[Step]:
-    """Each scheduled request's share of a step.
-
-    Args:
-        scheduler_output: What the scheduler has decided.
-        group: The index of the group of attention layers whose blocks are wanted.
-    """
+    """Each scheduled request's share of a step, with blocks of this group of attention layers."""
     scheduled = scheduler_output.num_scheduled_tokens
     for new in scheduler_output.scheduled_new_reqs:
         computed = new.num_computed_tokens + scheduled[new.req_id]
@@ -167,12 +153,7 @@ def quantisation(arguments: Any) -> str:
 
 
 def named_outputs(processor: Any, outputs: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """Each output of a step with its caller's name for the request.
-
-    Args:
-        processor: vLLM's ``OutputProcessor``.
-        outputs: Those that it is about to process.
-    """
+    """Each output that vLLM is about to process, with its caller's name for the request."""
     for output in outputs:
         state = processor.request_states.get(output.request_id)
         # vLLM may still write for a request that has been cancelled.

@@ -1,6 +1,8 @@
 """vLLM without a server: verdicts on many texts, and hidden states for training.
 
-So a probe that vLLM will serve can be trained on vLLM's own hidden states.
+So a probe that vLLM will serve can be trained on vLLM's own hidden states. They are kept by KV slot
+like columns, which they take the place of in a ``StateWorker``. When vLLM has read a text, each
+worker writes the states of its layers to a file, whose name the request says.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -8,40 +10,41 @@ So a probe that vLLM will serve can be trained on vLLM's own hidden states.
 import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
+from sidelight.bank import Panel
 from sidelight.data.examples import Example
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.probe import Probe
 from sidelight.progress import Progress, progress
-from sidelight.prompts import EncodedPrompt
+from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.states.cache import ActivationCache
 from sidelight.training.classifier import Classifier, as_example, encode
-from sidelight.types import Verdict
-from sidelight.vllm.capture import capture_params, captured
+from sidelight.types import Judgement, Verdict
+from sidelight.vllm.columns import Reading, Stage
 from sidelight.vllm.engine import require_options, require_vllm
 from sidelight.vllm.requests import judgement_of, request_params
-from sidelight.vllm.settings import DESCRIBED, KEY, STATES
+from sidelight.vllm.settings import DESCRIBED, KEY, STATES, Served
+from sidelight.vllm.worker import RequestJudge, Worker
 
 # How much vLLM is given, in full steps: one runs while the next waits, so that none is half empty.
 _STEPS_AHEAD = 2
+_STATES = "states"
 
 
 @dataclass(frozen=True)
 class OfflineRequest:
-    """A prompt to run once.
-
-    Attributes:
-        index: The caller's name for it.
-        params: What the plugin is told about its tokens (``kv_transfer_params``).
-    """
+    """A prompt to run once, the caller's name for it, and its ``kv_transfer_params``."""
 
     index: int
     prompt: EncodedPrompt
@@ -49,11 +52,7 @@ class OfflineRequest:
 
 
 class Offline:
-    """A running vLLM; ``start`` makes one.
-
-    Args:
-        llm: vLLM's ``LLMEngine``.
-    """
+    """A running ``LLMEngine`` of vLLM's; ``start`` makes one."""
 
     def __init__(self, llm: Any):
         self._llm = llm
@@ -64,12 +63,7 @@ class Offline:
     def start(
         cls, backbone: TransformersBackbone, config: Mapping[str, Any], options: Mapping[str, Any]
     ) -> "Offline":
-        """Starts vLLM on the weights of a backbone.
-
-        Args:
-            backbone: Says which weights, in which dtype.
-            config: What the plugin is told.
-            options: Fields of vLLM's ``EngineArgs``.
+        """Starts vLLM on the weights of a backbone, with options of vLLM's ``EngineArgs``.
 
         Raises:
             SidelightError: vLLM is not installed, an option is unknown, or the plugin does not
@@ -262,3 +256,92 @@ class VllmSource:
             config = {"probes": [], STATES: True}
             self._llm = Offline.start(self._backbone, config, self._options)
         return self._llm
+
+
+def capture_params(prompt: EncodedPrompt, reads: Reads, path: Path) -> dict[str, Any]:
+    """The ``kv_transfer_params`` of a request whose read tokens go to files at this path."""
+    parts = (Part.PROMPT if is_read else Part.UNREAD for is_read in prompt.mask(reads).tolist())
+    params = request_params(replace(prompt, parts=tuple(parts)))
+    return {KEY: {**params[KEY], "path": str(path)}}
+
+
+def captured(path: Path, layers: int) -> Float[Tensor, "layer token width"]:
+    """The states of a text that every worker has written at this path; its files are removed.
+
+    Raises:
+        SidelightError: Some are missing.
+    """
+    files = sorted(path.parent.glob(f"{path.name}.*"), key=lambda file: int(file.suffix[1:]))
+    parts = [load_file(file)[_STATES] for file in files]
+    if sum(map(len, parts)) != layers:
+        raise SidelightError(
+            f"vLLM has run a text, but hidden states are missing in {path.parent}; its log says "
+            "why. Name a folder with room that all of its workers see (--set cache=FOLDER), or use "
+            "--engine transformers."
+        )
+    for file in files:
+        # What is mapped stays readable.
+        file.unlink()
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class StateStage(Stage):
+    """Takes the residual stream as it is."""
+
+    @staticmethod
+    def of(stage: Stage, width: int) -> "StateStage":
+        """One for the passes of another stage."""
+        layers, tokens, _ = stage.rows.shape
+        rows = stage.rows.new_full((layers, tokens, width), torch.nan, dtype=torch.bfloat16)
+        return StateStage(stage.projection, rows)
+
+    def receive(
+        self,
+        layer: int,
+        hidden: Float[Tensor, "token width"],
+        residual: Float[Tensor, "token width"] | None = None,
+    ) -> None:
+        rows = self.rows[layer, : len(hidden)]
+        if residual is None:
+            rows.copy_(hidden)
+        else:
+            torch.add(hidden, residual, out=rows)
+
+
+class StateWriter(RequestJudge):
+    """Writes the hidden states of readings where probes would judge them."""
+
+    def __init__(self, first_layer: int):
+        super().__init__(Panel([]))
+        self._first_layer = first_layer
+
+    def judge(
+        self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
+    ) -> Mapping[str, Judgement]:
+        pieces = columns.split([len(reading.parts) for reading in readings])
+        for reading, states in zip(readings, pieces, strict=True):
+            is_read = torch.frombuffer(bytearray(reading.parts), dtype=torch.uint8) != Part.UNREAD
+            hidden = states[is_read].transpose(0, 1).contiguous()
+            save_file({_STATES: hidden}, f"{reading.path}.{self._first_layer}")
+        return {reading.request_id: Judgement() for reading in readings}
+
+    def fail(self, readings: Sequence[Reading]) -> dict[str, Judgement]:
+        return {reading.request_id: Judgement(failed=(_STATES,)) for reading in readings}
+
+
+class StateWorker(Worker):
+    """Holds the hidden states of one worker process."""
+
+    def __init__(self, served: Served, *, layers: range, tokens: int, device: torch.device):
+        super().__init__(served, layers=layers, tokens=tokens, device=device)
+        self._stage = StateStage.of(self._stage, served.fingerprint.width)
+        self._columns = self._stage.columns
+        self._judge = StateWriter(layers.start)
+        # Each pipeline stage writes the states of its layers.
+        self._is_whole = True
+
+    def _read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
+        assert self._pages is not None
+        # Layer by layer: those of a long text would take much of a GPU's memory.
+        slots = self._pages.slots(readings)
+        return torch.stack([rows[slots].cpu() for rows in self._pages.rows.unbind(1)], 1)

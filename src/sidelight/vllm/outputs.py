@@ -76,10 +76,7 @@ class OutputListener:
     ) -> Generator[None]:
         """Gives the listener every report on the request before its outputs can be read.
 
-        Args:
-            request_id: The caller's name for it.
-            identity: That of the probes which are to judge it; what others say is no verdict.
-            listener: Takes the reports.
+        What probes of another identity say is no verdict.
         """
         self._listeners[request_id] = identity, listener
         try:
@@ -102,7 +99,7 @@ class OutputListener:
             prompt: The token ids, and what they belong to.
             request_id: Unique.
             identity: That of the probes which are to judge it.
-            tokens: The text as vLLM takes it, but for its token ids.
+            tokens: What else vLLM's form of the prompt has.
             options: As ``AsyncLLM.generate`` takes them.
         """
         from vllm import SamplingParams

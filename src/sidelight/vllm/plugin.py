@@ -25,7 +25,6 @@ from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.policy.rules import bound_rules, require_policy_applies
 from sidelight.probe import Probe
-from sidelight.vllm.capture import StateWorker
 from sidelight.vllm.columns import tap_layers
 from sidelight.vllm.guard import EngineGuard
 from sidelight.vllm.internals import (
@@ -185,7 +184,12 @@ def _load(
         return model
     first, layers = local_layers(model)
     count = tap_layers(layers, reads_embedding=first == 0, width=served.fingerprint.width)
-    kind = StateWorker if served.keeps_states else Worker
+    kind = Worker
+    if served.keeps_states:
+        # It brings what trains.
+        from sidelight.vllm.offline import StateWorker
+
+        kind = StateWorker
     kind(
         served,
         layers=range(first, first + count),

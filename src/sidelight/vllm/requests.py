@@ -72,10 +72,7 @@ def token_hash(token_ids: Sequence[int]) -> str:
 def report_of(judgement: Judgement, seconds: float, identity: str = "") -> dict[str, Any]:
     """The report under ``KEY`` in an output's ``kv_transfer_params``.
 
-    Args:
-        judgement: What the probes say so far.
-        seconds: How long the workers took for it.
-        identity: That of the probes.
+    It has what the probes of this identity say so far, and how long the workers took for it.
     """
     verdicts: dict[str, Any] = {
         verdict.probe: {
@@ -156,7 +153,7 @@ class Tracking:
             request_id: vLLM's name for it.
             params: Its ``kv_transfer_params``.
             token_ids: Its prompt; None if that is not text alone.
-            adapter: The LoRA adapter that it runs with, if any.
+            adapter: The LoRA adapter that it runs with; "" for none.
         """
         tracked = self._requests[request_id] = _Tracked(adapter)
         try:

@@ -100,13 +100,7 @@ def _noted_failure() -> Callable[[], bool]:
 
 
 def arguments(config: ServerConfig, model: str, path: str) -> list[str]:
-    """The words of vLLM's command line.
-
-    Args:
-        config: The configuration.
-        model: As for ``serve``.
-        path: The folder of its files, or its hub id.
-    """
+    """The words of vLLM's command line, for the files of a model in a folder or at a hub id."""
     options = {
         "model": path,
         "served_model_name": model,

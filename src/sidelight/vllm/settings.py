@@ -205,12 +205,7 @@ def model_tokenizer(vllm_config: Any) -> Any:
 
 
 def prompt_encoder(vllm_config: Any, probes: Sequence[Probe]) -> PromptEncoder:
-    """Encodes conversations, and recognises those that others have encoded, for the served model.
-
-    Args:
-        vllm_config: vLLM's configuration.
-        probes: The probes that judge them.
-    """
+    """Encodes conversations for the served model, and recognises those that others have encoded."""
     return PromptEncoder(
         model_tokenizer(vllm_config),
         prompt_format=common_format(probes) or "chat",

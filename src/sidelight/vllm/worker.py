@@ -97,12 +97,7 @@ class RequestJudge:
     def judge(
         self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
     ) -> Mapping[str, Judgement]:
-        """The verdicts that the readings change, by request.
-
-        Args:
-            readings: From one step.
-            columns: The columns of their tokens, one reading after the other.
-        """
+        """The verdicts that the readings of a step change, by request."""
         parts = [reading.parts for reading in readings]
         before = [self._states.get(r.request_id) if r.start else None for r in readings]
         states = self.panel.read(columns, parts, before)
@@ -192,27 +187,13 @@ class Worker:
         self._stage = Stage.empty(projection, tokens=tokens, columns=served.columns)
         set_receiver(self)
 
-    @property
-    def size_bytes(self) -> int:
-        """Memory of the columns."""
-        return self._pages.size_bytes if self._pages else 0
-
     def allocate(self, *, blocks: int, block_size: int, attention: str = "") -> None:
-        """Makes room for the columns of every KV slot.
-
-        Args:
-            blocks: The engine's KV blocks.
-            block_size: Slots in a block.
-            attention: The attention layer that has a slot for every token.
-        """
+        """Makes room for the columns of every KV slot, of which this attention layer has all."""
         self._attention = attention
         self._pages = Pages(self._stage, blocks=blocks, block_size=block_size)
 
     def check(self, folders: Sequence[str]) -> None:
-        """Makes probes ready for ``load``; those that serve do so as before.
-
-        Args:
-            folders: The probes' artifacts.
+        """Makes the probes in folders ready for ``load``; those that serve do so as before.
 
         Raises:
             SidelightError: A probe cannot be served, or there is no room for it.
@@ -227,11 +208,8 @@ class Worker:
     def load(self, identity: str) -> None:
         """Serves the probes that were checked last, and forgets all columns of the old ones.
 
-        Args:
-            identity: Theirs.
-
         Raises:
-            SidelightError: Others were checked last.
+            SidelightError: Those have another identity.
         """
         panel, loaded = self._checked
         if loaded.identity != identity:
@@ -344,7 +322,7 @@ class Worker:
 
     def _in_turn(self, readings: Sequence[Reading]) -> Iterator[list[Reading]]:
         """Groups of readings with few columns together, each of at least one reading."""
-        per_token = self._pages.numbers_per_token if self._pages else 0
+        per_token = self._stage.rows[:, 0].numel()
         some: list[Reading] = []
         for reading in readings:
             tokens = sum(len(one.parts) for one in (*some, reading))

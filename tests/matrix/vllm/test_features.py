@@ -144,7 +144,7 @@ def test_columns_are_taken_out_of_the_memory_for_keys_and_values(name, tmp_path,
         # Layers may share it.
         caches = [cache.untyped_storage() for cache in worker.model_runner.kv_caches]
         memory = {cache.data_ptr(): cache.nbytes() for cache in caches}
-        return installed().size_bytes, sum(memory.values())
+        return installed()._pages.rows.nbytes, sum(memory.values())
 
     # The full layers are in three groups, and a block belongs to one of them.
     mostly_full = {"layer_types": [*["full_attention"] * 3, "sliding_attention"]}

@@ -1,4 +1,4 @@
-"""What holds of vLLM's commands and processes without it; its states are in ``test_offline.py``."""
+"""What holds of vLLM's commands and processes without it."""
 
 import json
 import os
