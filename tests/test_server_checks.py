@@ -354,8 +354,7 @@ def test_each_failure_has_its_own_reason(tiny):
     probes = [untrained_probe(tiny, n, reads=Reads("response")) for n in ("early", "late")]
     rules = bound_rules(policy, probes)
     response = [decide(bound, Judgement(), tokens=9) for bound in rules]
-    told = Terms(MODEL, policy, rules, rules, Mock()).moderation((), response)
-    message = told["output"]["message"]
+    message = Terms(MODEL, policy, rules, rules, Mock()).moderation(response, "")["message"]
     assert "early: the output was not a finite number" in message
     assert "late: the text is longer than the policy" in message
 

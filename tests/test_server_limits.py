@@ -165,12 +165,6 @@ def test_what_two_readers_could_take_differently_is_no_json(http, body):
     assert "not valid JSON" in refused.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("codings", [("Identity",), ("identity, gzip",), ("identity", "br")])
-def test_a_compressed_body_is_refused(http, codings):
-    answer = post(http, CHAT, VALID, *(("Content-Encoding", coding) for coding in codings))
-    assert answer.status_code == (200 if codings == ("Identity",) else 415)
-
-
 async def answer_of(app, path="/thing"):
     """The messages that answer a bare request; its client stays and says nothing."""
     sent = []

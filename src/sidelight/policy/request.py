@@ -8,10 +8,10 @@ header, the typed ``moderation`` field, and the ``sidelight`` field.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote
 
 from sidelight.engines.base import verdict_failure
@@ -20,7 +20,6 @@ from sidelight.policy.decisions import Decision, PolicyError
 from sidelight.policy.enforcement import Admitted, Enforcement, TextObserver
 from sidelight.policy.rules import BoundRule, Policy
 from sidelight.probe import Probe
-from sidelight.prompts import Conversation
 from sidelight.types import Verdict
 
 VERDICTS_HEADER = "x-sidelight-verdicts"
@@ -35,12 +34,6 @@ _BARE_LABELS = frozenset({"1", "true", "yes"})
 Json = dict[str, Any]
 # For each probe, its categories by label; a binary probe's negative label has none.
 CategoryNames = Mapping[str, Mapping[str, str]]
-
-
-class Observe(Protocol):
-    """Gives the observer of a text; ``is_prompt_known``: its prompt's decisions are recorded."""
-
-    def __call__(self, text: Conversation, /, *, is_prompt_known: bool = False) -> TextObserver: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +61,8 @@ class Terms:
         policy: The server's.
         rules: Of every probe that is loaded.
         chosen: The probes that answers report, in order; none of them is a shadow.
-        observe: Gives the observer of a text.
+        observe: Gives the observer of a text; with ``is_prompt_known``, the decisions on its
+            prompt are recorded already.
         sees_all: Whether who asks sees what rules do not disclose.
     """
 
@@ -76,7 +70,7 @@ class Terms:
     policy: Policy
     rules: tuple[BoundRule, ...]
     chosen: tuple[BoundRule, ...]
-    observe: Observe = field(compare=False)
+    observe: Callable[..., TextObserver] = field(compare=False)
     sees_all: bool = False
 
     def choose(self, names: Sequence[str] | None, *, for_text: bool = False) -> "Terms":
@@ -156,27 +150,8 @@ class Terms:
         marked = disclosed(decisions, sees_all=self.sees_all)
         return {**_verdict_header(self.shown(decisions)), **_marks(marked)}
 
-    def moderation(
-        self, prompt: Iterable[Decision], response: Iterable[Decision] | None
-    ) -> Json | None:
-        """The ``moderation`` field; None: no probe is chosen.
-
-        Args:
-            prompt: Decisions on prompts.
-            response: Those on the texts that follow; None while one is written.
-        """
-        if not self.chosen:
-            return None
-        if response is None and self.reads_response:
-            output = _error("pending", "The response is still being written.")
-        else:
-            output = self._moderated(response or (), "No chosen probe reads the response.")
-        return {
-            "input": self._moderated(prompt, "No chosen probe reads the prompt alone."),
-            "output": output,
-        }
-
-    def _moderated(self, decisions: Iterable[Decision], not_run: str) -> Json:
+    def moderation(self, decisions: Iterable[Decision], not_run: str) -> Json:
+        """One side of the ``moderation`` field; ``not_run`` if no chosen probe is on that side."""
         reported = self.reported(decisions)
         shown = disclosed(reported, sees_all=self.sees_all)
         failed = [decision for decision in shown if decision.verdict is None]
@@ -275,9 +250,18 @@ class Outcome:
 
     def moderation(self) -> Json | None:
         """The ``moderation`` field; None: no probe is chosen."""
-        is_over = all(text.ended for text in self.choices)
-        response = self.response_decisions if is_over else None
-        return self.terms.moderation(self.prompt_decisions, response)
+        if not self.terms.chosen:
+            return None
+        prompt = self.terms.moderation(
+            self.prompt_decisions, "No chosen probe reads the prompt alone."
+        )
+        if self.terms.reads_response and not all(text.ended for text in self.choices):
+            response = _error("pending", "The response is still being written.")
+        else:
+            response = self.terms.moderation(
+                self.response_decisions, "No chosen probe reads the response."
+            )
+        return {"input": prompt, "output": response}
 
 
 def _admitted(texts: Sequence[Enforcement]) -> Admitted | None:

@@ -175,14 +175,6 @@ class Classification(BaseModel):
     num_classes: int
 
 
-class ClassifyUsage(BaseModel):
-    """Tokens read; none are written."""
-
-    prompt_tokens: int
-    total_tokens: int
-    completion_tokens: int = 0
-
-
 class ClassifyResponse(BaseModel):
     """One classification per text, in order; ``model`` is the probe."""
 
@@ -191,7 +183,7 @@ class ClassifyResponse(BaseModel):
     created: int
     model: str
     data: list[Classification]
-    usage: ClassifyUsage
+    usage: dict[Literal["prompt_tokens", "total_tokens", "completion_tokens"], int]
 
 
 @router.post("/classify", name="create")
@@ -217,7 +209,7 @@ async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyRes
         created=int(time.time()),
         model=probe.name,
         data=data,
-        usage=ClassifyUsage(prompt_tokens=tokens, total_tokens=tokens),
+        usage={"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
     )
 
 

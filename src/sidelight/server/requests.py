@@ -64,7 +64,6 @@ class ServerRequest(Request):
         """
         config, received, size = self.context.config, bytearray(), 0
         limit = config.max_body_bytes
-        self._require_plain_body()
         async for chunk in self.stream():
             size += len(chunk)
             # The rest is read and dropped: closing the connection on a client that still sends
@@ -85,18 +84,6 @@ class ServerRequest(Request):
         except ValueError as error:
             raise RequestError(f"The body is not valid JSON: {error}.") from error
         _require_few_items(self._value, config)
-
-    def _require_plain_body(self) -> None:
-        # A header may be sent twice, and hold several codings; `identity` is none.
-        sent = ",".join(self.headers.getlist("content-encoding"))
-        codings = {coding.strip().lower() for coding in sent.split(",")} - {"", "identity"}
-        if codings:
-            raise RequestError(
-                "The body is compressed (Content-Encoding). Send it as it is.",
-                status=415,
-                code="unsupported_encoding",
-                headers={"Accept-Encoding": "identity"},
-            )
 
     async def body(self) -> bytes:
         return self._received
