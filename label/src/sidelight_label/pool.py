@@ -24,7 +24,14 @@ from sidelight.probe import Probe
 from sidelight.progress import progress
 from sidelight.prompts import Reads
 from sidelight.standardisation import Standardisation
-from sidelight.states.cache import MEMORY_BYTES, ActivationCache, Pooled, Shard, write_tensors
+from sidelight.states.cache import (
+    MEMORY_BYTES,
+    ActivationCache,
+    Pooled,
+    Shard,
+    text_name,
+    write_tensors,
+)
 from sidelight.states.extraction import BackboneSource, require_finite, shard_logits
 from sidelight.training.dataset import FOLDS, Folds, encode_shortened
 from sidelight.training.linear import LinearSolution, solve_linear
@@ -37,8 +44,6 @@ from sidelight.training.measuring import (
     text_hashes,
 )
 from sidelight.types import Task
-
-_SHARD_BYTES = 128 * 2**20
 
 
 class Pool:
@@ -95,8 +100,8 @@ class Pool:
         limit = min(max_tokens, backbone.encoder.max_tokens)
         self._max_tokens = limit
         self.prompts = encode_shortened(backbone, examples, reads=reads, limit=limit)
-        self.pooled, logits = self._read(root, probes)
-        pairs = zip(probes, logits, strict=True)
+        self.pooled = Pooled(torch.empty(self._shape), torch.empty(self._shape))
+        pairs = zip(probes, self._read(root, probes), strict=True)
         self.given = tuple((probe, probe.calibration.apply(own)) for probe, own in pairs)
 
     def _require_fits(self, probe: Probe) -> None:
@@ -168,52 +173,46 @@ class Pool:
         )
         return probe, calibrated
 
-    def _read(
-        self, root: Path, probes: Sequence[Probe]
-    ) -> tuple[Pooled, list[Float[np.ndarray, "text output"]]]:
-        """The vectors of all texts and the logits of the probes: from disk, where they are there.
+    def _read(self, root: Path, probes: Sequence[Probe]) -> list[Float[np.ndarray, "text output"]]:
+        """Reads the vectors of all texts into ``pooled``, and gives the probes' logits.
 
-        A part is written as soon as it is whole, so a killed sitting reads on where it stopped.
+        A file a text, written whole, so a killed sitting reads on where it stopped.
         """
-        # Never filled: it says which texts are read together, and names them by a hash.
-        states = ActivationCache(
-            root,
-            self.prompts,
-            reads=self.reads,
-            fingerprint=self.backbone.fingerprint,
-            shard_bytes=_SHARD_BYTES,
+        who = (
+            self.backbone.fingerprint.digest,
+            self._is_normalised,
+            *(probe.version for probe in probes),
         )
-        who = repr((self._is_normalised, *(probe.version for probe in probes)))
-        folder = states.directory / hashlib.sha256(who.encode()).hexdigest()[:12]
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / f"{part:05d}.safetensors" for part in range(len(states))]
-        missing = [part for part, file in enumerate(files) if not file.exists()]
+        folder = root / hashlib.sha256(repr(who).encode()).hexdigest()[:12]
+        files = [folder / f"{text_name(prompt, self.reads)}.safetensors" for prompt in self.prompts]
+        missing = [row for row, file in enumerate(files) if not file.exists()]
         if missing:
-            tokens = sum(len(self.prompts[row]) for part in missing for row in states.shards[part])
-            source = BackboneSource(self.backbone)
+            folder.mkdir(parents=True, exist_ok=True)
+            # Never filled: it says what is read of which texts.
+            cache = ActivationCache(
+                root, self.prompts, reads=self.reads, fingerprint=self.backbone.fingerprint
+            )
+            tokens = sum(len(self.prompts[row]) for row in missing)
             with progress("Reading", tokens, unit="tokens") as shown:
-                for part in missing:
-                    texts: dict[int, torch.Tensor] = {}
-                    for batch in source.states(states, states.shards[part], shown):
-                        require_finite(batch, dtype=self.backbone.fingerprint.dtype)
-                        texts |= batch
+                for texts in BackboneSource(self.backbone).states(cache, missing, shown):
+                    require_finite(texts, dtype=self.backbone.fingerprint.dtype)
                     shard = Shard.joined(texts)
                     pooled = shard.pooled(is_normalised=self._is_normalised)
-                    logits = {
-                        f"logits{number}": torch.from_numpy(shard_logits(probe, shard))
-                        for number, probe in enumerate(probes)
-                    }
-                    vectors = {"means": pooled.means, "lasts": pooled.lasts.bfloat16()}
-                    write_tensors({"rows": shard.rows, **vectors, **logits}, files[part])
-        pooled = Pooled(torch.empty(self._shape), torch.empty(self._shape))
-        given = [np.empty((len(self.prompts), self.task.outputs)) for _ in probes]
-        for file in files:
+                    columns = [torch.from_numpy(shard_logits(probe, shard)) for probe in probes]
+                    for place, row in enumerate(shard.rows.tolist()):
+                        vectors = {
+                            "means": pooled.means[place].clone(),
+                            "lasts": pooled.lasts[place].bfloat16(),
+                        }
+                        logits = {f"logits{i}": own[place].clone() for i, own in enumerate(columns)}
+                        write_tensors(vectors | logits, files[row])
+        logits = [np.empty((len(files), self.task.outputs)) for _ in probes]
+        for row, file in enumerate(files):
             stored = load_file(file)
-            rows = stored["rows"]
-            pooled.means[rows], pooled.lasts[rows] = stored["means"], stored["lasts"].float()
-            for number, logits in enumerate(given):
-                logits[rows.numpy()] = stored[f"logits{number}"].numpy()
-        return pooled, given
+            self.pooled.means[row], self.pooled.lasts[row] = stored["means"], stored["lasts"]
+            for number, own in enumerate(logits):
+                own[row] = stored[f"logits{number}"].numpy()
+        return logits
 
 
 def merged(

@@ -98,7 +98,6 @@ class LabelQueue:
         labelled: The rows of the pool that are labelled already, in the order of the file, with the
             labels of each.
         folder: Where the newest probe is kept.
-        seed: Decides which texts come at random.
 
     Raises:
         SidelightError: The folder holds a probe that was not made from this file of labels.
@@ -112,7 +111,6 @@ class LabelQueue:
         column: str,
         labelled: Mapping[int, tuple[str, ...]],
         folder: Path,
-        seed: int = 0,
     ):
         self.pool = pool
         self.folder = folder
@@ -127,7 +125,7 @@ class LabelQueue:
         self._history: list[int] = []
         # Undone, to be shown first; the last one is the first.
         self._again: list[int] = []
-        self._shuffled = shuffled(pool.examples, seed)
+        self._shuffled = shuffled(pool.examples)
         self._given = [_Judge(probe.name, probe, chances) for probe, chances in pool.given]
         self._trained: _Judge | None = None
         require_replaceable(folder, file)
@@ -340,27 +338,30 @@ class LabelQueue:
         labelled: LabelledExamples,
     ) -> tuple[Figures, ...]:
         """The new probe beside the earlier ones, on the same texts; none learned from them."""
-        earlier = self._judges
-        with self._lock:
-            random = set(self._at_random())
-        places = [place for place, row in enumerate(rows) if row in random]
+        earlier, task = self._judges, labelled.task
+
+        def measured(judge: _Judge, places: Sequence[int]) -> Mapping[str, Any]:
+            probabilities = judge.probabilities[[rows[place] for place in places]]
+            labels, thresholds = labelled.labels[[*places]], judge.probe.thresholds
+            return evaluate(task, probabilities, labels, thresholds=thresholds).to_dict()
+
+        everything = range(len(rows))
+        chosen = "Most were chosen because they are hard, so these look worse than all texts."
         whole = Figures(
             f"All {len(rows)} labelled texts",
-            "Most were chosen because they are hard, so these look worse than all texts."
-            if earlier
-            else "",
-            {
-                **{judge.title: _measured(judge, rows, labelled) for judge in earlier},
-                trained.title: report,
-            },
+            chosen if earlier else "",
+            {judge.title: measured(judge, everything) for judge in earlier}
+            | {trained.title: report},
         )
+        with self._lock:
+            random = set(self._at_random())
+        places = [place for place in everything if rows[place] in random]
         if not 0 < len(places) < len(rows):
             return (whole,)
-        chosen, texts = [rows[place] for place in places], labelled.select(places)
         at_random = Figures(
             f"The {len(places)} texts that came at random",
             "They are like all of the texts, so these are the figures to go by.",
-            {judge.title: _measured(judge, chosen, texts) for judge in (*earlier, trained)},
+            {judge.title: measured(judge, places) for judge in (*earlier, trained)},
         )
         return (at_random, whole)
 
@@ -378,19 +379,11 @@ def require_replaceable(folder: Path, file: LabelFile) -> None:
         )
 
 
-def shuffled(examples: Examples, seed: int) -> list[int]:
+def shuffled(examples: Examples) -> list[int]:
     """A random order that stays when other texts come or go: by a hash of each text."""
-    keys = [
-        hashlib.sha256(repr((seed, item.messages, item.response)).encode()).digest()
-        for item in examples.items
-    ]
+    texts = (repr((item.messages, item.response)) for item in examples.items)
+    keys = [hashlib.sha256(text.encode()).digest() for text in texts]
     return sorted(range(len(keys)), key=keys.__getitem__)
-
-
-def _measured(judge: _Judge, rows: Sequence[int], labelled: LabelledExamples) -> Mapping[str, Any]:
-    """A probe's figures on labelled texts, which are these of the pool."""
-    probabilities, thresholds = judge.probabilities[list(rows)], judge.probe.thresholds
-    return evaluate(labelled.task, probabilities, labelled.labels, thresholds=thresholds).to_dict()
 
 
 def certainty(
