@@ -97,7 +97,7 @@ def suggested_calibration(task: Task) -> CalibrationKind:
 
 
 def fit_calibration(
-    kind: str,
+    kind: CalibrationKind,
     logits: Float[Values, "row output"],
     labels: Shaped[AnyArray, "..."],
     task: Task,
@@ -137,42 +137,33 @@ def fit_calibration(
     around = tuple(around) or ones
     if kind == "none":
         return Calibration("none", task.kind, ones, zeros)
-    if task.kind == "multiclass":
-        holds = integers[:, None] == np.arange(task.outputs)
-    else:
-        holds = integers.reshape(logits.shape) == 1
     logits = logits.astype(np.float64)
-    _require_variety(kind, task, holds)
-    if task.kind == "multiclass":
+    is_multiclass = task.kind == "multiclass"
+    targets = np.arange(task.outputs) if is_multiclass else 1
+    holds = integers.reshape(len(logits), -1) == targets
+    if task.kind != "multilabel" and (holds.all(axis=0) | ~holds.any(axis=0)).all():
+        raise SidelightError(
+            f"Cannot fit a {kind} calibration on {len(holds)} rows of one class; rows of both "
+            "kinds are needed. Add validation rows, or use kind 'none'."
+        )
+    if is_multiclass:
         errors = np.full((len(holds), 1), 1 / (len(holds) + 2))
         scale, shifts = _fit_affine(kind, logits, holds, errors, around[0])
-        return Calibration(
-            cast(CalibrationKind, kind), task.kind, (scale,) * task.outputs, tuple(shifts.tolist())
-        )
+        return Calibration(kind, task.kind, (scale,) * task.outputs, tuple(shifts.tolist()))
     columns = zip(logits.T, holds.T, around, strict=True)
-    pairs = [_fit_output(kind, *column) for column in columns]
-    scales, shifts = zip(*pairs, strict=True)
-    return Calibration(cast(CalibrationKind, kind), task.kind, scales, shifts)
+    scales, shifts = zip(*(_fit_output(kind, *column) for column in columns), strict=True)
+    return Calibration(kind, task.kind, scales, shifts)
 
 
-def require_calibratable(kind: str, labels: Shaped[AnyArray, "..."], task: Task) -> None:
+def require_calibratable(
+    kind: CalibrationKind, labels: Shaped[AnyArray, "..."], task: Task
+) -> None:
     """Checks that ``fit_calibration`` will accept these labels, before there are logits."""
     fit_calibration(kind, np.zeros((len(labels), task.outputs)), labels, task)
 
 
-def _require_variety(kind: str, task: Task, holds: Bool[Flags, "row output"]) -> None:
-    names = task.labels[1:] if task.kind == "binary" else task.labels
-    culprits = [name for name, rows in zip(names, holds.T, strict=True) if len(set(rows)) == 1]
-    if len(culprits) == len(names) and task.kind != "multilabel":
-        raise SidelightError(
-            f"Cannot fit a {kind} calibration on {len(holds)} rows, since all or none are "
-            f"{', '.join(culprits)}; rows of both kinds are needed. Add validation rows, or use "
-            "kind 'none'."
-        )
-
-
 def _fit_output(
-    kind: str, logit: Float[Values, " row"], holds: Bool[Flags, " row"], around: float
+    kind: CalibrationKind, logit: Float[Values, " row"], holds: Bool[Flags, " row"], around: float
 ) -> tuple[float, float]:
     """Scale and shift for one sigmoid."""
     if holds.all() or not holds.any():
@@ -186,7 +177,7 @@ def _fit_output(
 
 
 def _fit_affine(
-    kind: str,
+    kind: CalibrationKind,
     logits: Float[Values, "row label"],
     holds: Bool[Flags, "row label"],
     errors: Float[Values, "row 1"],
@@ -225,16 +216,11 @@ def _fit_affine(
     # The prior is not convex: with logits far too small or too large, one start may not be enough.
     is_usual = _USUAL_LOGITS[0] < likely < _USUAL_LOGITS[1]
     starts = (likely,) if is_usual else (min(likely, high), 1.0)
-    found = [
-        cast(Any, minimize)(
-            loss_and_slope,
-            np.append(start, np.zeros(outputs)),
-            jac=True,
-            method="L-BFGS-B",
-            bounds=bounds,
-        )
+    options: dict[str, Any] = {"jac": True, "method": "L-BFGS-B", "bounds": bounds}
+    fits: list[Any] = [
+        cast(Any, minimize)(loss_and_slope, np.append(start, np.zeros(outputs)), **options)
         for start in starts
     ]
-    best: Values = min(found, key=lambda one: one.fun).x
+    best: Values = min(fits, key=lambda fit: fit.fun).x
     scale = float(best[0]) / spread
     return scale, best[1:] - scale * centre
