@@ -65,7 +65,8 @@ async def retrieve(name: str, request: ServerRequest) -> ModelCard:
 
 
 def _card(request: ServerRequest) -> ModelCard:
-    cards = [ProbeCard.model_validate(_described(probe)) for probe in request.probes]
+    visible = [bound.probe for bound in request.registry.rules if not bound.is_shadow]
+    cards = [ProbeCard.model_validate(_described(probe)) for probe in visible]
     return ModelCard(
         id=request.engine.model,
         object="model",

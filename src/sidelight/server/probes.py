@@ -55,11 +55,6 @@ class ProbeRegistry:
         """Every probe that runs, with its rule."""
         return bound_rules(self.policy, self._engine.probes)
 
-    @property
-    def visible(self) -> Sequence[Probe]:
-        """The probes that clients see: all but shadows."""
-        return [bound.probe for bound in self.rules if not bound.is_shadow]
-
     def folder(self, name: str) -> Path | None:
         """Where a probe was loaded from, if it was."""
         return self._paths.get(name)

@@ -15,7 +15,6 @@ from sidelight.engines.base import Engine
 from sidelight.errors import did_you_mean
 from sidelight.policy.enforcement import require_trusted_turns
 from sidelight.policy.request import Terms
-from sidelight.probe import Probe
 from sidelight.prompts import Conversation
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
@@ -90,11 +89,6 @@ class ServerRequest(Request):
 
     async def json(self) -> Any:
         return self._value
-
-    @property
-    def probes(self) -> Sequence[Probe]:
-        """The probes that clients see. They may be replaced, so no request keeps them."""
-        return self.registry.visible
 
     @property
     def is_admin(self) -> bool:
