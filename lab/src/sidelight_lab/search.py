@@ -155,24 +155,7 @@ class Trial:
     number: int  # in the search, from 0
     spec: MechanismSpec
     settings: TrainingSettings
-    score: float | None  # on validation data; None if training diverged
-
-
-@dataclass(frozen=True)
-class Best:
-    """The first configuration with the highest score on validation data.
-
-    The highest of many scores overestimates what other data would give.
-
-    Attributes:
-        score: Average precision, or accuracy for a multi-class task.
-        trials: All trials, in order.
-    """
-
-    spec: MechanismSpec
-    settings: TrainingSettings
-    score: float
-    trials: tuple[Trial, ...]
+    score: float | None  # average precision, or accuracy of several classes; None: it diverged
 
 
 def search_settings(
@@ -185,8 +168,8 @@ def search_settings(
     folds: Folds = (),
     generation: int = 8,
     on_generation: Callable[[tuple[Trial, ...]], None] = lambda _trials: None,
-) -> Best:
-    """The options and settings of a mechanism that do best on validation data.
+) -> tuple[Trial, ...]:
+    """All trials of a mechanism, in order; ``best_of`` says which does best on validation data.
 
     The first trial is the mechanism's defaults, the next are random, and then a tree-structured
     Parzen estimator proposes (Bergstra et al. 2011). A search that was killed goes on where it was
@@ -238,13 +221,8 @@ def search_settings(
                 study.tell(trial.number, validation_score(dataset.task, logits, labels))
         on_generation(_tried(study))
     tried = _tried(study)
-    first = best_of(tried)
-    if first is None or first.score is None:
-        raise SidelightError(
-            f"All {len(tried)} trainings diverged, so no scores can be compared. Look for hidden "
-            "states that are not finite, or load the backbone with --dtype float32."
-        )
-    return Best(first.spec, first.settings, first.score, tried)
+    best_of(tried)
+    return tried
 
 
 def _open_study(name: str, storage: Path, subject: Mapping[str, str]) -> optuna.Study:
@@ -324,7 +302,16 @@ def _tried(study: optuna.Study) -> tuple[Trial, ...]:
     return tuple(replace(trial, number=place) for place, trial in enumerate(trials))
 
 
-def best_of(trials: Sequence[Trial]) -> Trial | None:
-    """The first trial with the highest score; None where every training diverged."""
+def best_of(trials: Sequence[Trial]) -> Trial:
+    """The first trial with the highest score, which overestimates what other data would give.
+
+    Raises:
+        SidelightError: Every training diverged.
+    """
     scored = [trial for trial in trials if trial.score is not None]
-    return max(scored, key=lambda trial: trial.score or 0.0, default=None)
+    if not scored:
+        raise SidelightError(
+            f"All {len(trials)} trainings diverged, so no scores can be compared. Look for hidden "
+            "states that are not finite, or load the backbone with --dtype float32."
+        )
+    return max(scored, key=lambda trial: trial.score or 0.0)

@@ -3,11 +3,12 @@
 import csv
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from io import StringIO
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,7 +16,7 @@ from sidelight.cli import options
 from sidelight.storage import write_json, write_text
 
 if TYPE_CHECKING:
-    from sidelight_lab.search import Best, Trial
+    from sidelight_lab.search import Trial
 
 _SETTINGS = ("learning_rate", "weight_decay", "epochs", "batch_size")
 
@@ -65,16 +66,16 @@ def search(
     for name in mechanisms:
         mechanism_spec(name)
     from sidelight.training.dataset import prepare
-    from sidelight_lab.search import search_settings
+    from sidelight_lab.search import best_of, search_settings
 
     # Trials are scored as they are; training chooses the calibration.
     fit_options = replace(inputs.fit_options(), calibration="none")
     dataset = prepare(runtime.load_backbone(), training, validation, options=fit_options)
     for warning in dataset.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    found: dict[str, Best] = {}
+    trials_of: dict[str, tuple[Trial, ...]] = {}
     for name in mechanisms:
-        found[name] = search_settings(
+        trials_of[name] = search_settings(
             dataset,
             name,
             trials=trials,
@@ -83,7 +84,7 @@ def search(
             folds=dataset.folds,
             on_generation=lambda tried: _report(tried, trials),
         )
-        write_search(found, out)
+        write_search(trials_of, out)
     if not inputs.keep_cache:
         for split in {dataset.training, dataset.validation}:
             split.states.remove()
@@ -91,53 +92,49 @@ def search(
         click.echo((out / "best.json").read_text("utf-8"), nl=False)
         return
     click.echo(f"Saved to {out}: best.json, trials.csv. With `sidelight train --background none`:")
-    for best in found.values():
+    for tried in trials_of.values():
+        best = best_of(tried)
         click.echo(f"{best.score:.4f}  {shlex.join(train_options(best))}")
 
 
-def _report(trials: "tuple[Trial, ...]", wanted: int) -> None:
+def _report(tried: "Sequence[Trial]", wanted: int) -> None:
+    scores = [trial.score for trial in tried if trial.score is not None]
+    best = f"best score {max(scores):.4f}" if scores else "all of them diverged"
+    click.echo(f"{tried[0].spec.name}: {len(tried)} of {wanted} trials, {best}", err=True)
+
+
+def train_options(trial: "Trial") -> list[str]:
+    """What has ``sidelight train`` train this configuration."""
+    options = {f"{trial.spec.name}.{option}": value for option, value in trial.spec.options.items()}
+    options |= {setting: getattr(trial.settings, setting) for setting in _SETTINGS}
+    assigned = (("--set", f"{name}={value}") for name, value in options.items())
+    return ["--mechanism", trial.spec.name, *chain.from_iterable(assigned)]
+
+
+def write_search(trials_of: "Mapping[str, Sequence[Trial]]", directory: Path) -> None:
+    """Writes ``trials.csv`` and ``best.json``."""
     from sidelight_lab.search import best_of
 
-    done, best = f"{trials[0].spec.name}: {len(trials)} of {wanted} trials", best_of(trials)
-    if best is None:
-        click.echo(f"{done}, and all of them diverged", err=True)
-        return
-    rate = f"learning rate {best.settings.learning_rate:.2g}"
-    click.echo(f"{done}, best score {best.score:.4f} ({rate})", err=True)
-
-
-def train_options(best: "Best") -> list[str]:
-    """What has ``sidelight train`` train this configuration."""
-    name = best.spec.name
-    words = ["--mechanism", name]
-    for option, value in best.spec.options.items():
-        words += ["--set", f"{name}.{option}={value}"]
-    for setting in _SETTINGS:
-        words += ["--set", f"{setting}={getattr(best.settings, setting)}"]
-    return words
-
-
-def write_search(found: "Mapping[str, Best]", directory: Path) -> None:
-    """Writes ``trials.csv`` and ``best.json``."""
     text = StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["mechanism", "trial", "score", *_SETTINGS, "options"])
-    for name, best in found.items():
-        for trial in best.trials:
+    for name, trials in trials_of.items():
+        for trial in trials:
             settings = [getattr(trial.settings, setting) for setting in _SETTINGS]
             score = "diverged" if trial.score is None else trial.score
-            chosen = json.dumps(dict(trial.spec.options))
-            table.writerow([name, trial.number, score, *settings, chosen])
-    described: dict[str, Any] = {
-        "best": max(found, key=lambda name: found[name].score),
+            options = json.dumps(dict(trial.spec.options))
+            table.writerow([name, trial.number, score, *settings, options])
+    best = {name: best_of(trials) for name, trials in trials_of.items()}
+    described = {
+        "best": max(best, key=lambda name: best[name].score or 0.0),
         "mechanisms": {
             name: {
-                "score": best.score,
-                "options": dict(best.spec.options),
-                "settings": asdict(best.settings),
-                "trials": len(best.trials),
+                "score": trial.score,
+                "options": dict(trial.spec.options),
+                "settings": asdict(trial.settings),
+                "trials": len(trials_of[name]),
             }
-            for name, best in found.items()
+            for name, trial in best.items()
         },
     }
     write_text(directory / "trials.csv", text.getvalue())
