@@ -19,14 +19,13 @@ from sidelight.training.dataset import ProbeDataset
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import TrainingSettings
 from sidelight_lab.baselines.token_heads import (
-    AttentionHeads,
     AttentionProbe,
     BestLayer,
     Concatenated,
     MlpHeads,
-    RollingHeads,
     RollingMax,
     SmoothedLinear,
+    TokenHeads,
 )
 from sidelight_lab.baselines.training import (
     TokenSource,
@@ -118,7 +117,7 @@ def shaken(module):
 
 def test_attention_equals_a_padded_dense_computation():
     torch.manual_seed(0)
-    tokens, heads = random_tokens(), shaken(AttentionHeads(6, 2, heads=3))
+    tokens, heads = random_tokens(), shaken(TokenHeads(6, 2, heads=3))
     padded = torch.nn.utils.rnn.pad_sequence([part.values for part in tokens.split()], True, 1e3)
     mask = torch.arange(padded.shape[1]) < LENGTHS[:, None]
     scores = (padded @ heads.query).masked_fill(~mask[..., None], -torch.inf)
@@ -130,7 +129,7 @@ def test_attention_equals_a_padded_dense_computation():
 
 def test_rolling_attention_and_its_gradients_equal_a_literal_loop():
     torch.manual_seed(0)
-    tokens, rolling = random_tokens(), RollingHeads(6, 2, heads=3, window=10)
+    tokens, rolling = random_tokens(), TokenHeads(6, 2, heads=3, window=10)
     shaken(rolling).requires_grad_(True)
     expected = []
     for text in tokens.split():
@@ -224,7 +223,7 @@ class Given(BestLayer):
 @pytest.mark.parametrize("seeing", [0, 2])
 def test_the_best_of_the_tried_layers_is_kept_and_read(tiny, splits, seeing):
     dataset, test = dataset_of(tiny, splits), splits["binary"]["held out"]
-    networks = [AttentionHeads(32, 1, heads=2) if i == seeing else Blind() for i in range(3)]
+    networks = [TokenHeads(32, 1, heads=2) if i == seeing else Blind() for i in range(3)]
     left = iter(networks)
     fitted = Given(left).fit(dataset, seed=0)
     assert next(left, None) is None, "as many layers are tried as were asked for"

@@ -1,7 +1,7 @@
 """What a baseline is: a classifier that probes are compared with, fitted to the same texts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from sidelight.training import tfidf
 from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.optimisation import validation_score
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +24,18 @@ class FittedBaseline:
 
     logits: Callable[[Split], Float[np.ndarray, "text output"]]
     parameters: int
+
+
+def best_on_validation(
+    candidates: Iterable[FittedBaseline], dataset: ProbeDataset
+) -> FittedBaseline:
+    """The first with the best validation score."""
+    validation = dataset.validation
+
+    def score(fitted: FittedBaseline) -> float:
+        return validation_score(dataset.task, fitted.logits(validation), validation.labels)
+
+    return max(candidates, key=score)
 
 
 class Baseline(ABC):

@@ -13,8 +13,7 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.optimisation import validation_score
-from sidelight_lab.baselines.base import Baseline, FittedBaseline
+from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_validation
 from sidelight_lab.baselines.siren import sparse_path
 
 # 1 - p below this cannot be told from zero in float32; log-odds end at 16.
@@ -201,14 +200,8 @@ class Muli(Baseline):
             shares=self.shares,
             iterations=self.iterations,
         )
-        candidates = [_fitted(dataset.backbone, design, weight, bias) for weight, bias in path]
-        validation = dataset.validation
-        return max(
-            candidates,
-            key=lambda each: validation_score(
-                dataset.task, each.logits(validation), validation.labels
-            ),
-        )
+        candidates = (_fitted(dataset.backbone, design, weight, bias) for weight, bias in path)
+        return best_on_validation(candidates, dataset)
 
 
 def _fitted(

@@ -6,6 +6,7 @@ These are logistic regressions and Gaussian discriminants by scikit-learn, on st
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,9 +17,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.optimisation import validation_score
 from sidelight.types import Task
-from sidelight_lab.baselines.base import Baseline, FittedBaseline
+from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_validation
 
 # L2 penalties per text, for features of variance 1: from very strong to very weak.
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001)
@@ -148,34 +148,28 @@ class PooledRegression(Baseline):
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Chooses penalty and layer on validation texts; nothing is random."""
-        training, validation = dataset.training, dataset.validation
+        training = dataset.training
         layers = range(dataset.backbone.fingerprint.layers)
         parts = {
             "last": [slice(layers[-1], len(layers))],
             "best": [slice(layer, layer + 1) for layer in layers],
             "all": [slice(len(layers))],
         }
-        fits = (
-            (
-                fit_logistic(
-                    self._features(training, part),
-                    training.labels,
-                    dataset.task,
-                    penalty=penalty,
-                    iterations=self.iterations,
-                ),
-                part,
+
+        def fitted(part: slice, penalty: float) -> FittedBaseline:
+            linear = fit_logistic(
+                self._features(training, part),
+                training.labels,
+                dataset.task,
+                penalty=penalty,
+                iterations=self.iterations,
             )
-            for part in parts[self.layer]
-            for penalty in self.penalties
-        )
+            return FittedBaseline(
+                lambda split: linear(self._features(split, part)), linear.parameters
+            )
 
-        def score(fit: tuple[Linear, slice]) -> float:
-            unseen = self._features(validation, fit[1])
-            return validation_score(dataset.task, fit[0](unseen), validation.labels)
-
-        linear, part = max(fits, key=score)
-        return FittedBaseline(lambda split: linear(self._features(split, part)), linear.parameters)
+        candidates = product(parts[self.layer], self.penalties)
+        return best_on_validation((fitted(*candidate) for candidate in candidates), dataset)
 
     def _features(self, split: Split, layers: slice) -> Float[np.ndarray, "text feature"]:
         pooled = split.pooled.means if self.token == "mean" else split.pooled.lasts
@@ -249,13 +243,15 @@ class Mlpm(Baseline):
             parts = zip(discriminants, split.pooled.lasts.unbind(1), strict=True)
             return np.hstack([discriminant(part.numpy()) for discriminant, part in parts])
 
-        unseen, unseen_labels = scores(dataset.validation), dataset.validation.labels
-        stacker = max(
-            (fit_logistic(stacked, labels, task, penalty=penalty) for penalty in self.penalties),
-            key=lambda linear: validation_score(task, linear(unseen), unseen_labels),
-        )
-        parameters = sum(linear.parameters for linear in (*discriminants, stacker))
-        return FittedBaseline(lambda split: stacker(scores(split)), parameters)
+        parameters = sum(linear.parameters for linear in discriminants)
+
+        def fitted(penalty: float) -> FittedBaseline:
+            stacker = fit_logistic(stacked, labels, task, penalty=penalty)
+            return FittedBaseline(
+                lambda split: stacker(scores(split)), parameters + stacker.parameters
+            )
+
+        return best_on_validation(map(fitted, self.penalties), dataset)
 
 
 def out_of_fold(

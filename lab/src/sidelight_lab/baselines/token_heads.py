@@ -32,41 +32,35 @@ _SETTINGS = TrainingSettings(learning_rate=1e-3, epochs=6, patience=2)
 _ATTENTION_SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=6, patience=2)
 
 
-class AttentionHeads(nn.Module):
+class TokenHeads(nn.Module):
     """Adds what each head (k) reads: logits = b + sum_k sum_t softmax_t(q_k . x_t) v_k . x_t.
 
-    A head has a value vector for each output.
+    A head has a value vector for each output. With a window, softmax and sum are over the tokens of
+    each run of so many, and each output of a head takes its maximum over runs. With features, x_t
+    is what two linear layers with a ReLU after each make of a token.
     """
 
-    def __init__(self, width: int, outputs: int, *, heads: int):
+    def __init__(
+        self, width: int, outputs: int, *, heads: int, features: int = 0, window: int | None = None
+    ):
         super().__init__()
+        self._features = nn.Sequential()
+        if features:
+            layers = [nn.Linear(width, features), nn.ReLU(), nn.Linear(features, features)]
+            self._features, width = nn.Sequential(*layers, nn.ReLU()), features
         self.query = nn.Parameter(torch.randn(width, heads) / width)
         self.value = nn.Parameter(torch.randn(width, heads, outputs) / width)
         self.bias = nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, tokens: Ragged) -> Float[Tensor, "text output"]:
-        heads = self.query.shape[1]
-        columns = tokens.values @ torch.cat([self.query, self.value.flatten(1)], 1)
-        scores, values = columns[:, None].tensor_split([heads], -1)
-        values = values.unflatten(-1, (heads, -1))
-        state = summarise_softmax(scores, values, tokens)
-        return finish_softmax(state).sum((1, 2)) + self.bias
-
-
-class RollingHeads(AttentionHeads):
-    """Adds each head's maximum over windows: logits = b + sum_k max_w sum_(t in w) a_kwt v_k . x_t.
-
-    The weights a are a softmax of q_k . x_t over the tokens of window w; each output takes its own
-    maximum.
-    """
-
-    def __init__(self, width: int, outputs: int, *, heads: int, window: int):
-        super().__init__(width, outputs, heads=heads)
         self._window = window
 
     def forward(self, tokens: Ragged) -> Float[Tensor, "text output"]:
         heads, outputs = self.value.shape[1:]
-        columns = tokens.values @ torch.cat([self.query, self.value.flatten(1)], 1)
+        projection = torch.cat([self.query, self.value.flatten(1)], 1)
+        columns = self._features(tokens.values) @ projection
+        if self._window is None:
+            scores, values = columns[:, None].tensor_split([heads], -1)
+            state = summarise_softmax(scores, values.unflatten(-1, (heads, outputs)), tokens)
+            return finish_softmax(state).sum((1, 2)) + self.bias
         maxima: list[Float[Tensor, "head output"]] = []
         for windows in windows_of(Ragged(columns, tokens.lengths), size=self._window):
             scores, values = windows.tensor_split([heads], 1)
@@ -81,19 +75,6 @@ def windows_of(tokens: Ragged, *, size: int) -> list[Float[Tensor, "window colum
     A text with fewer tokens is one window.
     """
     return [part.values.unfold(0, min(size, len(part.values)), 1) for part in tokens.split()]
-
-
-class TokenFeatures(nn.Module):
-    """Two linear layers with a ReLU after each, token by token."""
-
-    def __init__(self, width: int, features: int):
-        super().__init__()
-        self._layers = nn.Sequential(
-            nn.Linear(width, features), nn.ReLU(), nn.Linear(features, features), nn.ReLU()
-        )
-
-    def forward(self, tokens: Ragged) -> Ragged:
-        return Ragged(self._layers(tokens.values), tokens.lengths)
 
 
 class OneLayer(nn.Module):
@@ -170,7 +151,7 @@ class AttentionProbe(BestLayer):
     settings: TrainingSettings = _ATTENTION_SETTINGS
 
     def network(self, width: int, outputs: int) -> nn.Module:
-        return AttentionHeads(width, outputs, heads=self.heads)
+        return TokenHeads(width, outputs, heads=self.heads)
 
 
 @dataclass(frozen=True)
@@ -180,38 +161,28 @@ class MlpHeads(BestLayer):
     Attributes:
         features: Features of a token, computed by a small network.
         heads: Learned queries.
+        window: Tokens that a head reads at once; None reads all.
     """
 
     title: ClassVar[str] = "MLP and attention heads, best layer"
     features: int = 100
     heads: int = 10
+    window: int | None = None
     layers: int = 3
     settings: TrainingSettings = _SETTINGS
 
     def network(self, width: int, outputs: int) -> nn.Module:
-        heads = AttentionHeads(self.features, outputs, heads=self.heads)
-        return nn.Sequential(TokenFeatures(width, self.features), heads)
+        return TokenHeads(
+            width, outputs, heads=self.heads, features=self.features, window=self.window
+        )
 
 
 @dataclass(frozen=True)
-class RollingMax(BestLayer):
-    """The Gemini production probe for long texts: max of rolling windows (arXiv 2601.11516).
-
-    Attributes:
-        features: Features of a token, computed by a small network.
-        window: Tokens of a window.
-    """
+class RollingMax(MlpHeads):
+    """The Gemini production probe for long texts: max of rolling windows (arXiv 2601.11516)."""
 
     title: ClassVar[str] = "MLP and rolling attention, best layer"
-    features: int = 100
-    heads: int = 10
-    window: int = 10
-    layers: int = 3
-    settings: TrainingSettings = _SETTINGS
-
-    def network(self, width: int, outputs: int) -> nn.Module:
-        heads = RollingHeads(self.features, outputs, heads=self.heads, window=self.window)
-        return nn.Sequential(TokenFeatures(width, self.features), heads)
+    window: int | None = 10
 
 
 class SmoothedLinear(nn.Module):
