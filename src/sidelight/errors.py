@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-# Of 0 to 1, as difflib counts.
-_LIKENESS = 0.6
+_MOST_CHARACTERS = 200
 
 
 class SidelightError(Exception):
@@ -33,11 +32,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     Returns:
         For example ``" Did you mean 'gate'? Known: attention, gate, pooling."``.
     """
-    choices = sorted(known)
-    # A ratio is at most this much; difflib takes seconds to find that out about a long name.
-    alike = [
-        choice for choice in choices if 2 * len(choice) >= _LIKENESS * (len(choice) + len(name))
-    ]
-    close = get_close_matches(name, alike, n=1, cutoff=_LIKENESS)
+    # difflib takes seconds over names that are very long.
+    choices = sorted(choice[:_MOST_CHARACTERS] for choice in known)
+    close = get_close_matches(name[:_MOST_CHARACTERS], choices, n=1)
     guess = f" Did you mean '{close[0]}'?" if close else ""
     return f"{guess} Known: {', '.join(choices) or 'none'}."

@@ -172,7 +172,7 @@ def evaluate(
     metrics = {name: Estimate.of(draws[name]) for name in METRICS}
     metrics["accuracy"] = metrics["accuracy"].as_share(len(probabilities))
     # Where no row is wrong, no resample is: the rows of the rarest label say how sure that is.
-    sides = [int(min(own.sum(), (~own).sum())) for own in predictions.targets.T]
+    sides = [int(min(holds.sum(), (~holds).sum())) for holds in predictions.targets.T]
     rarest = min((rows for rows in sides if rows), default=0)
     for name, estimate in metrics.items():
         if estimate.value in (0, 1) and estimate.low == estimate.high:
