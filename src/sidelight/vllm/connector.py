@@ -57,30 +57,20 @@ class Results(KVConnectorWorkerMetadata):
     """What a worker has to say after a step, once it is asked for.
 
     vLLM sends it to the scheduler beside the step's output, in a thread that may wait.
-
-    Args:
-        work: The worker's thread is at it.
     """
 
-    def __init__(self, work: Future[StepVerdicts]):
+    def __init__(self, work: "Future[StepVerdicts] | StepVerdicts"):
         self._work = work
 
     @property
     def verdicts(self) -> StepVerdicts:
-        return self._work.result()
+        return self._work.result() if isinstance(self._work, Future) else self._work
 
     def aggregate(self, other: "Results") -> "Results":
-        return done(self.verdicts | other.verdicts)
+        return Results(self.verdicts | other.verdicts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return done, (self.verdicts,)
-
-
-def done(verdicts: StepVerdicts) -> Results:
-    """Results that nobody waits for."""
-    work: Future[StepVerdicts] = Future()
-    work.set_result(verdicts)
-    return Results(work)
+        return Results, (self.verdicts,)
 
 
 class ProbeConnector(KVConnectorBase_V1, SupportsHMA):

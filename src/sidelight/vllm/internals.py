@@ -1,9 +1,10 @@
 """Everything that we use of vLLM beyond its documentation.
 
-``install`` wraps methods of ``AsyncLLM``, ``EngineArgs``, ``BaseModelLoader``, ``Executor`` and
-``BeamSearchOnlineMixin``. Others use ``Scheduler.update_from_output`` (``connector``),
-``merge_async_iterators`` (``outputs``), and
-``ResponsesResponse.from_request`` (``endpoint``); the rest of the names are here.
+``plugin`` wraps methods of ``AsyncLLM``, ``EngineArgs``, ``BaseModelLoader`` and ``Executor``, and
+``guard`` one of ``BeamSearchOnlineMixin``. Others use ``Scheduler.update_from_output``
+(``connector``), ``merge_async_iterators`` (``outputs``), ``OutputProcessor.process_outputs``
+(``outputs``), ``ResponsesResponse.from_request`` (``endpoint``), ``AsyncLLM.shutdown``
+(``server``), and the number of API servers (``exchange``); the rest of the names are here.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false

@@ -25,7 +25,6 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Panel
 from sidelight.data.examples import Example
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
-from sidelight.probe import Probe
 from sidelight.progress import Progress, progress
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.states.cache import ActivationCache
@@ -174,23 +173,21 @@ def predict(
     with TemporaryDirectory(prefix="sidelight-probe-") as folder:
         # A probe that was just trained has no folder for vLLM's processes to read.
         config = {"probes": [str(save_probe(probe, Path(folder)))]}
-        with closing(Offline.start(backbone, config, given)) as llm:
-            return _judge(llm, probe, prompts)
-
-
-def _judge(llm: Offline, probe: Probe, prompts: Sequence[EncodedPrompt]) -> list[Verdict]:
-    requests = (OfflineRequest(i, p, request_params(p)) for i, p in enumerate(prompts))
-    verdicts: dict[int, Verdict] = {}
-    with progress("Judging", sum(map(len, prompts)), unit="tokens") as shown:
-        for request, output in llm.run(requests):
-            judgement, _ = judgement_of(output.kv_transfer_params)
-            if not judgement.verdicts:
-                raise VerdictError(
-                    f"Probe '{probe.name}' gave no verdict. Either the text has no token that the "
-                    "probe reads, or the backbone's arithmetic overflowed."
-                )
-            verdicts[request.index] = judgement.verdicts[0]
-            shown.advance(len(request.prompt))
+        requests = (OfflineRequest(i, p, request_params(p)) for i, p in enumerate(prompts))
+        verdicts: dict[int, Verdict] = {}
+        with (
+            closing(Offline.start(backbone, config, given)) as llm,
+            progress("Judging", sum(map(len, prompts)), unit="tokens") as shown,
+        ):
+            for request, output in llm.run(requests):
+                judgement, _ = judgement_of(output.kv_transfer_params)
+                if not judgement.verdicts:
+                    raise VerdictError(
+                        f"Probe '{probe.name}' gave no verdict. Either the text has no token that "
+                        "the probe reads, or the backbone's arithmetic overflowed."
+                    )
+                verdicts[request.index] = judgement.verdicts[0]
+                shown.advance(len(request.prompt))
     return [verdicts[i] for i in range(len(prompts))]
 
 

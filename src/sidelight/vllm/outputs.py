@@ -177,8 +177,7 @@ class GuardedText:
         params: Its ``SamplingParams``. If a probe is watched, not for the final output alone.
         request_id: Unique.
         options: As ``AsyncLLM.generate`` takes them.
-        identity: That of the probes which are served.
-        probes: Those that judge it.
+        identity: That of ``probes``, which judge it.
         watch: Names of the probes that are read after every token.
         controls: Ids of control tokens, which are no part of a text where they end it.
         room: Most tokens of a text that is judged whole.

@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 from transformers import AutoTokenizer
@@ -92,21 +92,18 @@ class Served:
         probes = [load_probe(folder) for folder in self.folders]
         others = of_the_original(probes, self.fingerprint)
         if others and acceptance(self.fingerprint, others) != self.accepted:
-            self._refuse(others[0])
+            served, probe, trained = self.fingerprint, others[0].name, others[0].fingerprint
+            lacks = f"{ACCEPTED} is {self.accepted}" if self.accepted else f"{ACCEPTED} is not set"
+            raise FingerprintMismatchError(
+                f"Probe '{probe}' was trained on {trained.name} (fingerprint {trained.digest}), "
+                f"but this is {served.name} ({served.digest}), whose weights differ, and {lacks}. "
+                "If they are quantised from the same ones, measure all probes that you serve: "
+                f"'sidelight parity PROBE ... --data FILE --quantised {served.name} --gate 0.01', "
+                "with the options that you give vLLM (--engine-option). It prints the digest that "
+                "accepts them. Otherwise train the probe on this model, or serve the other."
+            )
         require_distinct_names(probes)
         return probes
-
-    def _refuse(self, probe: Probe) -> NoReturn:
-        trained, served = probe.fingerprint, self.fingerprint
-        lacks = f"{ACCEPTED} is {self.accepted}" if self.accepted else f"{ACCEPTED} is not set"
-        raise FingerprintMismatchError(
-            f"Probe '{probe.name}' was trained on {trained.name} (fingerprint {trained.digest}), "
-            f"but this is {served.name} ({served.digest}), whose weights differ, and {lacks}. If "
-            "they are quantised from the same ones, measure all probes that you serve: 'sidelight "
-            f"parity PROBE ... --data FILE --quantised {served.name} --gate 0.01', with the "
-            "options that you give vLLM (--engine-option). It prints the digest that accepts them. "
-            "Otherwise train the probe on this model, or serve the other."
-        )
 
 
 _SERVED = TypeAdapter(Served)
