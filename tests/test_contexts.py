@@ -19,13 +19,11 @@ from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.states.extraction import score
 from sidelight.thresholds import ThresholdRule, operating_curves
 from sidelight.training import classifier, contexts
-from sidelight.training.background import Background, load_background
-from sidelight.training.contexts import Context, ContextSampler
+from sidelight.training.contexts import Context, ContextSampler, load_background
 from sidelight.training.dataset import ProbeDataset, make_split, prepare
 from sidelight.training.fit import calibrate_probe, fit
 from sidelight.training.loop import train_mechanisms
-from sidelight.training.settings import FitOptions, Job, TrainingSettings
-from sidelight.training.traffic import (
+from sidelight.training.measuring import (
     Traffic,
     highest_logits,
     kept_logits,
@@ -34,6 +32,7 @@ from sidelight.training.traffic import (
     quiet_thresholds,
     traffic_warnings,
 )
+from sidelight.training.settings import Background, FitOptions, Job, TrainingSettings
 from tiny import INTENT, TOXICITY, tiny_backbone, untrained_probe
 
 TEXTS = [f"number {i:02d} has a text of its own" for i in range(60)]

@@ -17,12 +17,12 @@ from sidelight.prompts import Message, Reads
 from sidelight.ragged import Ragged
 from sidelight.thresholds import ThresholdRule, choose_thresholds, read_curves
 from sidelight.training import loop
-from sidelight.training.background import Background
 from sidelight.training.dataset import FOLDS, ProbeDataset, choose_folds, make_split
 from sidelight.training.fit import better_words, calibrate, fit, mixtures, taken_by_none
 from sidelight.training.loop import cross_fit, train_mechanisms
 from sidelight.training.runs import RUNS, read_runs, write_fit
 from sidelight.training.settings import (
+    Background,
     FitOptions,
     Job,
     TrainingSettings,

@@ -71,7 +71,7 @@ def train(
     The backbone runs once over the texts; all mechanisms and seeds train from its hidden states.
     Early stopping, threshold and calibration use validation rows only. Fewer than 1,000 rows
     without --validation are cross-fitted: all of them train the probe, and each row is scored by a
-    probe that did not train on it. A killed run keeps the shards of hidden states that it finished.
+    probe that did not train on it. After a kill, the same command goes on where the backbone was.
     """
     for target in assigned:
         mechanism, dot, _ = target.partition(".")
@@ -92,7 +92,7 @@ def train(
     rule = ThresholdRule.parse(threshold)
     # Before imports that take seconds: a wrong file or column is refused at once.
     training, validation = inputs.load()
-    from sidelight.training.background import default_background, load_background
+    from sidelight.training.contexts import default_background, load_background
 
     traffic = None if background is None else load_background(background)
     options.announce("Loading the model")
@@ -142,8 +142,8 @@ def train(
                 fit_options, background=traffic or default_background(backbone.fingerprint)
             ),
             source=source,
-            store=lambda made: write_fit(made, out),
         )
+    write_fit(made, out)
     for warning in made.warnings:
         if warning not in told:
             click.echo(f"Warning: {warning}", err=True)

@@ -23,8 +23,8 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.server.app import cannot_listen, create_app, server_settings
 from sidelight.server.config import ServerConfig
 from sidelight.smollm2 import EMBEDDED_NAME, cache_root
-from sidelight.training.background import default_background
 from sidelight.training.classifier import Classifier
+from sidelight.training.contexts import default_background
 from sidelight.training.fit import fit
 from sidelight.training.runs import console
 from sidelight.training.settings import FitOptions

@@ -28,7 +28,7 @@ from sidelight.progress import Progress
 from sidelight.prompts import EncodedPrompt, Message, PromptFormat
 from sidelight.states.extraction import StateSource, score
 from sidelight.thresholds import ThresholdRule
-from sidelight.training.background import default_background, load_background
+from sidelight.training.contexts import default_background, load_background
 from sidelight.training.fit import fit
 from sidelight.training.measuring import trained_text_warnings
 from sidelight.training.settings import AUTO, READS, FitOptions

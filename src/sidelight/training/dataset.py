@@ -491,9 +491,11 @@ def _require_read(
         return
     cut = sum(prompts[index].dropped > 0 for index in unread)
     remedy = (
-        f"{cut} of them were cut to {limit} tokens: raise max_tokens (--set max_tokens=N)."
+        f"{cut} of them were cut to {limit} tokens: raise the limit (--max-tokens N, in training "
+        "--set max_tokens=N)."
         if cut
-        else "Use --set reads=prompt, or name the column with the answers (--response COLUMN)."
+        else "Name the column with the answers (--response COLUMN). In training use --set "
+        "reads=prompt to read prompts instead."
     )
     raise SidelightError(
         f"{len(unread)} of {len(prompts)} texts have no token that the probe would read "

@@ -42,7 +42,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         model: The LLM: ``smollm2``, a folder, or a hub id.
-        mechanism: ``auto`` takes what suits the number of texts; else one of
+        mechanism: ``auto`` mixes a readout and a linear solution; else one of
             ``mechanism_names()``.
         learning_rate: Of the optimiser; this and the next three are the mechanism's own if None.
         weight_decay: Of the optimiser.

@@ -1,7 +1,7 @@
 """From labelled examples to calibrated probes with their figures."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from sidelight.mechanisms.readout import Readout
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import F1, ThresholdRule, read_curves, require_thresholds
-from sidelight.training.background import Background
 from sidelight.training.dataset import ProbeDataset, linear_refusal, prepare
 from sidelight.training.distance import fit_distance
 from sidelight.training.linear import LinearSolution
@@ -27,22 +26,20 @@ from sidelight.training.loop import Trained, cross_fit, divergence, train_mechan
 from sidelight.training.measuring import (
     FLATTERING,
     Calibrated,
+    Traffic,
+    beginning,
     calibrate_examples,
     describe_examples,
     describe_scores,
-    measuring_folds,
-    text_hashes,
-)
-from sidelight.training.optimisation import validation_score
-from sidelight.training.settings import FitOptions
-from sidelight.training.tfidf import fit_tfidf
-from sidelight.training.traffic import (
-    Traffic,
-    beginning,
     highest_logits,
     measure_traffic,
+    measuring_folds,
+    text_hashes,
     traffic_warnings,
 )
+from sidelight.training.optimisation import validation_score
+from sidelight.training.settings import Background, FitOptions
+from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import NONE
 
 # Shares of the linear solution.
@@ -212,7 +209,6 @@ def fit(
     name: str,
     options: FitOptions,
     source: StateSource | None = None,
-    store: Callable[[Fit], None] | None = None,
 ) -> Fit:
     """Trains every mechanism with every seed, from one pass of the backbone over the texts.
 
@@ -224,7 +220,6 @@ def fit(
         name: How verdicts will name the probe.
         options: What to train.
         source: The engine that computes the hidden states; None is the backbone itself.
-        store: Called with the fit before the hidden states are deleted: if it fails, they stay.
 
     Raises:
         SidelightError: There are no labels, the hidden states do not fit the disk, or every
@@ -272,13 +267,10 @@ def fit(
     if best.traffic is not None and best.probe.thresholds:
         curves = read_curves(best.probe.record["validation"]["curves"])
         warnings += traffic_warnings(best.traffic, curves, best.probe.thresholds, options.threshold)
-    made = Fit(tuple(runs), best, words.report, tuple(warnings))
-    if store is not None:
-        store(made)
     if not options.keep_cache:
         for split in (dataset.training, dataset.measured):
             split.states.remove()
-    return made
+    return Fit(tuple(runs), best, words.report, tuple(warnings))
 
 
 def taken_by_none(run: FittedProbe) -> list[str]:

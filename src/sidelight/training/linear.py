@@ -131,10 +131,11 @@ def solve_linear(
     losses: dict[float, float] = {}
     left_out = None
     if folds:
-        parts = [
-            _Part.of(own, landmarks, fold, texts) for own, fold in zip(kernels, folds, strict=True)
+        coordinates = [
+            _coordinates_without(fold, own, landmarks)
+            for fold, own in zip(folds, kernels, strict=True)
         ]
-        losses, left_out = _path(parts, labels, task, balanced=balanced)
+        losses, left_out = _path(folds, coordinates, labels, task, balanced=balanced)
         strength = min(losses, key=losses.__getitem__)
     elif strength is None:
         strength = 1.0
@@ -142,7 +143,7 @@ def solve_linear(
     coordinates = (kernel @ whitening).numpy()
     views = [view.weighted(own) for view, own in zip(views, weights, strict=True)]
     regression = _Regression(task, strength, balanced=balanced)
-    weight, bias = regression.fit(coordinates, labels).parameters()
+    weight, bias = regression.fit(coordinates, labels)
     dual = whitening @ torch.from_numpy(weight)  # (landmark, output)
     bias = torch.from_numpy(bias)
     value, last = (view.weight(landmarks, dual) for view in views)
@@ -225,44 +226,39 @@ def _whitening(
     return vectors[:, kept] / values[kept].sqrt()
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A fold, and the coordinates of all texts in the space that the others span."""
-
-    fold: Int[np.ndarray, " _"]
-    rest: Int[np.ndarray, " _"]
-    coordinates: Float[np.ndarray, "text coordinate"]
-
-    @staticmethod
-    def of(
-        kernel: Float[Tensor, "text landmark"],
-        landmarks: Int[Tensor, " landmark"],
-        fold: Int[np.ndarray, " _"],
-        texts: int,
-    ) -> "_Part":
-        spans = torch.from_numpy(~np.isin(landmarks.numpy(), fold))
-        products = kernel[:, spans]
-        whitening = _whitening(products[landmarks[spans]])
-        return _Part(fold, np.setdiff1d(np.arange(texts), fold), (products @ whitening).numpy())
+def _coordinates_without(
+    fold: Int[np.ndarray, " _"],
+    kernel: Float[Tensor, "text landmark"],
+    landmarks: Int[Tensor, " landmark"],
+) -> Float[np.ndarray, "text coordinate"]:
+    """The coordinates of all texts in the space that those outside a fold span."""
+    spans = torch.from_numpy(~np.isin(landmarks.numpy(), fold))
+    products = kernel[:, spans]
+    return (products @ _whitening(products[landmarks[spans]])).numpy()
 
 
 def _path(
-    parts: Sequence[_Part], labels: Int[np.ndarray, "text ..."], task: Task, *, balanced: bool
+    folds: Sequence[Int[np.ndarray, " _"]],
+    coordinates: Sequence[Float[np.ndarray, "text _"]],
+    labels: Int[np.ndarray, "text ..."],
+    task: Task,
+    *,
+    balanced: bool,
 ) -> tuple[dict[float, float], Float[np.ndarray, "text output"]]:
     """The log loss of left-out texts by strength, until it rises, and the logits of the best."""
-    covered = np.concatenate([part.fold for part in parts])
+    covered = np.concatenate(folds)
     losses: dict[float, float] = {}
     best = np.zeros((len(labels), task.outputs))
     regressions = [
-        _Regression(task, STRENGTHS[0], balanced=balanced, precision=_PATH_PRECISION) for _ in parts
+        _Regression(task, STRENGTHS[0], balanced=balanced, precision=_PATH_PRECISION) for _ in folds
     ]
     for strength in STRENGTHS:
         logits = np.empty((len(labels), task.outputs))
-        for regression, part in zip(regressions, parts, strict=True):
+        for regression, fold, inputs in zip(regressions, folds, coordinates, strict=True):
             regression.strength = strength
-            inputs, rest = part.coordinates, part.rest
-            weight, bias = regression.fit(inputs[rest], labels[rest]).parameters()
-            logits[part.fold] = inputs[part.fold] @ weight + bias
+            rest = np.setdiff1d(np.arange(len(labels)), fold)
+            weight, bias = regression.fit(inputs[rest], labels[rest])
+            logits[fold] = inputs[fold] @ weight + bias
         chance = link(task.kind, logits[covered])
         losses[strength] = float(log_losses(task, chance, labels[covered]).mean())
         least = min(losses.values())
@@ -291,24 +287,18 @@ class _Regression:
             )
             for _ in range(task.outputs if task.kind == "multilabel" else 1)
         ]
-        self._columns: list[tuple[np.ndarray, np.ndarray]] = []
 
     def fit(
         self, inputs: Float[np.ndarray, "text coordinate"], labels: Int[np.ndarray, "text ..."]
-    ) -> "_Regression":
-        own = labels.T if self.task.kind == "multilabel" else labels[None]
-        pairs = zip(self._models, own, strict=True)
-        self._columns = [self._fit(model, inputs, target) for model, target in pairs]
-        return self
-
-    def parameters(
-        self,
     ) -> tuple[Float[np.ndarray, "coordinate output"], Float[np.ndarray, " output"]]:
-        weights, biases = zip(*self._columns, strict=True)
+        """Weights and biases; the next fit begins where this one ended."""
+        targets = labels.T if self.task.kind == "multilabel" else labels[None]
+        pairs = zip(self._models, targets, strict=True)
+        weights, biases = zip(*(self._fit(*pair, inputs) for pair in pairs), strict=True)
         return np.concatenate(weights, 1), np.concatenate(biases)
 
     def _fit(
-        self, model: Any, inputs: np.ndarray, target: np.ndarray
+        self, model: Any, target: np.ndarray, inputs: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         outputs = self.task.outputs if self.task.kind == "multiclass" else 1
         counts = np.bincount(target, minlength=max(outputs, 2))

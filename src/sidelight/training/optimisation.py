@@ -1,6 +1,6 @@
 """One mechanism in training: its loss, parameters, optimiser, validation score and best epoch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 
 import numpy as np
@@ -12,10 +12,14 @@ from torch.nn import functional
 
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, Mechanism, build_mechanism
+from sidelight.mechanisms.readout import Readout
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.training.settings import Job
 from sidelight.types import Task
+
+# With fewer, a value of each token costs less than means of whole states.
+_MANY_OUTPUTS = 12
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -124,6 +128,7 @@ class TrainingRun:
         self._epochs = 0
         is_balanced = settings.class_weight == "balanced"
         self._loss = make_loss(task, labels[texts.to(labels.device)], balanced=is_balanced)
+        self._task = task
         self._reads_beginnings = reads_beginnings
         self._draws = 0
         self._filled = 0.0
@@ -140,6 +145,12 @@ class TrainingRun:
         is_idle = self._epochs > 0 and idle >= self.job.settings.patience
         return self.has_diverged or is_idle or self._epochs >= self.job.settings.epochs
 
+    @property
+    def trains_on_means(self) -> bool:
+        """Whether it is a readout with so many classes that means of whole states cost less."""
+        is_plain = isinstance(self.mechanism, Readout) and not self.mechanism.extremes.numel()
+        return is_plain and self._task.outputs >= _MANY_OUTPUTS and not self._reads_beginnings
+
     def logits(self, tokens: Ragged) -> Float[Tensor, "text output"]:
         """The logits of projected tokens, ``[token, layer, column]``, as in serving."""
         self.mechanism.eval()
@@ -153,12 +164,18 @@ class TrainingRun:
             # Random numbers of its own: what a job draws does not depend on its neighbours.
             torch.manual_seed(self.job.seed * 1_000_003 + self._draws)
             views = [tokens, random_beginnings(tokens)] if self._reads_beginnings else [tokens]
-            losses = [
-                self._loss(vote, labels)
-                for view in views
-                for vote in self.mechanism.votes(self.mechanism.summarise(view)).unbind(1)
-            ]
-        return torch.stack(losses).sum() / len(views)
+            return self.loss_of([self.mechanism.summarise(view) for view in views], labels)
+
+    def loss_of(
+        self, states: Sequence[Ragged], labels: Int[Tensor, "text ..."]
+    ) -> Float[Tensor, ""]:
+        """The mean loss over views of the same texts, of which the states are summaries."""
+        losses = [
+            self._loss(vote, labels)
+            for state in states
+            for vote in self.mechanism.votes(state).unbind(1)
+        ]
+        return torch.stack(losses).sum() / len(states)
 
     def take(self, share: float) -> None:
         """Counts the gradients just computed as this share of a batch; a full batch makes a step.

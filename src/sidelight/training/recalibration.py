@@ -19,7 +19,6 @@ from sidelight.evaluation import Report, evaluate
 from sidelight.manifest import reference
 from sidelight.probe import Probe
 from sidelight.thresholds import (
-    OperatingCurve,
     ThresholdRule,
     read_curves,
     require_thresholds,
@@ -30,10 +29,11 @@ from sidelight.training.measuring import (
     calibrate_examples,
     describe_examples,
     describe_scores,
+    kept_logits,
     measuring_folds,
+    quiet_thresholds,
     trained_texts,
 )
-from sidelight.training.traffic import kept_logits, quiet_thresholds
 from sidelight.types import Task
 
 # With fewer texts a probe is better off as it is.
@@ -184,20 +184,6 @@ def _losses(recalls: Mapping[str, tuple[float | None, float | None]]) -> list[st
     ]
 
 
-def _recalls(
-    old: Mapping[str, OperatingCurve], new: Mapping[str, OperatingCurve], probe: Probe, made: Probe
-) -> dict[str, tuple[float, float]]:
-    """The share of positive texts that reach the threshold before and now, by the curves."""
-    pairs = zip(old.items(), new.values(), probe.thresholds, made.thresholds, strict=True)
-    return {
-        label: (
-            one.at(before)[0] / max(one.positives, 1),
-            other.at(after)[0] / max(one.positives, 1),
-        )
-        for (label, one), other, before, after in pairs
-    }
-
-
 def _require_enough(task: Task, counts: dict[str, int], texts: int) -> None:
     """Refuses labelled texts that are too few to calibrate on."""
     judged = () if task.kind == "multiclass" else task.labels[-task.outputs :]
@@ -214,30 +200,31 @@ def _require_enough(task: Task, counts: dict[str, int], texts: int) -> None:
         )
 
 
-def _curves(probe: Probe) -> dict[str, OperatingCurve]:
-    curves = read_curves(reference(probe.record).get("curves", {}))
-    if not curves:
-        raise SidelightError(
-            f"Probe '{probe.name}' has no curve to choose thresholds on: it was trained before "
-            "artifacts had one. Recalibrate on labelled texts (--label), or train it again."
-        )
-    return curves
-
-
 def _follow_rule(probe: Probe, rule: ThresholdRule) -> tuple[Recalibrated, dict[str, Any]]:
     if probe.task.kind == "multiclass":
         raise SidelightError(
             f"Probe '{probe.name}' has several classes, of which the most probable one wins, "
             "without a threshold. Name texts to recalibrate it on (--data)."
         )
-    curves = _curves(probe)
+    stored = reference(probe.record)
+    curves = read_curves(stored.get("curves", {}))
+    if not curves:
+        raise SidelightError(
+            f"Probe '{probe.name}' keeps no curve to choose thresholds on. Name labelled texts to "
+            "recalibrate it on (--data), or train it again."
+        )
     thresholds = tuple(curve.threshold(rule) for curve in curves.values())
     thresholds = quiet_thresholds(thresholds, probe.calibration, kept_logits(probe), rule)
-    stored = reference(probe.record)
-    entry = {name: stored[name] for name in ("scores", "curves")}
-    made = replace(probe, thresholds=thresholds)
     positives = {label: curve.positives for label, curve in curves.items()}
     texts = max(curve.positives + curve.negatives for curve in curves.values())
     doubts = threshold_doubts(probe.task, positives, texts, rule)
-    doubts += _losses(_recalls(curves, curves, probe, made))
-    return Recalibrated(made, f"thresholds for {rule}", None, (*doubts,)), entry
+    moves = zip(curves.items(), probe.thresholds, thresholds, strict=True)
+    recalls = {
+        label: (curve.at(before)[0] / most, curve.at(after)[0] / most)
+        for (label, curve), before, after in moves
+        if (most := curve.positives)
+    }
+    doubts += _losses(recalls)
+    fitted = replace(probe, thresholds=thresholds)
+    entry = {name: stored[name] for name in ("scores", "curves")}
+    return Recalibrated(fitted, f"thresholds for {rule}", None, (*doubts,)), entry

@@ -24,8 +24,12 @@ from sidelight.probe import Probe
 from sidelight.storage import write_json
 from sidelight.training.classifier import judge, require_responses
 from sidelight.training.fit import Fit, FittedProbe
-from sidelight.training.measuring import trained_text_warnings
-from sidelight.training.traffic import beginning, kept_rate, rate_sentence
+from sidelight.training.measuring import (
+    beginning,
+    kept_rate,
+    rate_sentence,
+    trained_text_warnings,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,11 +9,12 @@ from typing import Any, Literal, get_args
 from sidelight.calibration import CalibrationKind
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
-from sidelight.prompts import Reads
+from sidelight.prompts import Message, Reads
 from sidelight.states.cache import MEMORY_BYTES
 from sidelight.thresholds import F1, ThresholdRule
-from sidelight.training.background import Background
 from sidelight.types import NONE, MechanismSpec, Task
+
+Turns = tuple[Message, ...]
 
 AUTO = "auto"
 TRAINING_MAX_TOKENS = 1024
@@ -143,6 +144,22 @@ class Job:
     spec: MechanismSpec
     seed: int
     settings: TrainingSettings
+
+
+@dataclass(frozen=True)
+class Background:
+    """Ordinary conversations, each ending by a turn that the assistant would answer.
+
+    Attributes:
+        conversations: Their turns; none if training goes without.
+        origin: Where they are from, for the manifest and for messages.
+        private: How many of them, the first ones, are a user's own, so that no artifact may hold
+            their texts.
+    """
+
+    conversations: tuple[Turns, ...] = ()
+    origin: str = "none"
+    private: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.prompts import control_tokens
 from sidelight.storage import replacing
-from sidelight.training.background import Background, Turns
+from sidelight.training.settings import Background, Turns
 from sidelight_lab.background.writer import ROWS, write_batch
 
 CONVERSATIONS = 500

@@ -10,8 +10,8 @@ from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
     from sidelight.backbone import TransformersBackbone
-    from sidelight.training.background import Background, Turns
     from sidelight.training.classifier import Classifier
+    from sidelight.training.settings import Background, Turns
 
 _EXAMPLES = 4
 _SUSPECTS = 20
@@ -80,7 +80,7 @@ def background(
         raise SidelightError(
             "--data is a set that exists. Leave it out, or add --probe and --drop."
         )
-    from sidelight.training.background import own_set
+    from sidelight.training.contexts import own_set
     from sidelight_lab import background as traffic
 
     if probe is None:
@@ -108,7 +108,7 @@ def background(
 
 def _chosen(data: Path | None, backbone: "TransformersBackbone") -> "Background":
     """The file alone, or what training takes by default."""
-    from sidelight.training.background import default_background
+    from sidelight.training.contexts import default_background
     from sidelight_lab.background import read_background
 
     return default_background(backbone.fingerprint) if data is None else read_background(data)
