@@ -14,8 +14,7 @@ from sidelight.mechanisms.stages import (
     finish_softmax,
     last_token,
     masked_softmax,
-    merge_last,
-    merge_softmax,
+    merge_with_last,
     summarise_softmax,
     with_last,
 )
@@ -74,7 +73,7 @@ class Fusion(Mechanism):
         return with_last(gated, (features @ self.last)[:, None], tokens)
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
-        return merge_last(merge_softmax(left, right), left, right)
+        return merge_with_last(left, right)
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The heads' logits, added."""

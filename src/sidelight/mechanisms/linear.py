@@ -12,8 +12,7 @@ from sidelight.mechanisms.shares import Shares, read_off
 from sidelight.mechanisms.stages import (
     finish_softmax,
     last_token,
-    merge_last,
-    merge_softmax,
+    merge_with_last,
     summarise_softmax,
     with_last,
 )
@@ -68,7 +67,7 @@ class Linear(Mechanism):
         return (Linear, len(self.bias))
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
-        return merge_last(merge_softmax(left, right), left, right)
+        return merge_with_last(left, right)
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The logits of the mean and of the last token, added over the layers."""

@@ -15,8 +15,7 @@ from sidelight.mechanisms.stages import (
     finish_softmax,
     last_token,
     masked_softmax,
-    merge_last,
-    merge_softmax,
+    merge_with_last,
     summarise_softmax,
     with_last,
 )
@@ -96,8 +95,8 @@ class Readout(Mechanism):
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
         (earlier, low), (later, high) = self._parted(left), self._parted(right)
-        means = merge_last(merge_softmax(earlier, later), earlier, later)
-        return Ragged.one_row_each(torch.cat([means.values, torch.maximum(low, high)], 2))
+        means = merge_with_last(earlier, later).values
+        return Ragged.one_row_each(torch.cat([means, torch.maximum(low, high)], 2))
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The layers' and heads' logits, added."""

@@ -72,14 +72,9 @@ def with_last(gated: Ragged, values: Float[Tensor, "row group value"], tokens: R
     return Ragged.one_row_each(torch.cat([gated.values, last[:, :, None]], 2))
 
 
-def merge_last(merged: Ragged, left: Ragged, right: Ragged) -> Ragged:
-    """Corrects the last head, which is that of ``right`` wherever ``right`` has a token.
-
-    Args:
-        merged: What ``merge_softmax`` made of both.
-        left: The earlier run of tokens.
-        right: The later one.
-    """
+def merge_with_last(left: Ragged, right: Ragged) -> Ragged:
+    """As ``merge_softmax``, with the last head of ``right`` wherever ``right`` has a token."""
+    merged = merge_softmax(left, right)
     earlier, later = (side.values[:, :, -1:] for side in (left, right))
     last = torch.where(later[..., :1] > LOWEST, later, earlier)
     return Ragged.one_row_each(torch.cat([merged.values[:, :, :-1], last], 2))
