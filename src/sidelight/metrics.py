@@ -52,8 +52,7 @@ def wilson(shares: Float[Values, " bin"], sizes: Int[Numbers, " bin"]) -> Float[
 
 def _mean_of_defined(values: Float[Values, "label resample"]) -> Float[Values, " resample"]:
     """The mean over labels, without those that are NaN; NaN if all are."""
-    defined = ~np.isnan(values)
-    return _ratio(np.where(defined, values, 0).sum(axis=0), defined.sum(axis=0).astype(np.float64))
+    return np.ma.masked_invalid(values).mean(axis=0).filled(np.nan)
 
 
 @dataclass(frozen=True)

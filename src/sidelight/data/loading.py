@@ -134,19 +134,10 @@ def _find_columns(
 
 
 def _parse_example(row: Row, text: str, response: str | None) -> Example | None:
-    """The row's example; None if its text or response is empty."""
-    messages = _parse_chat(row.cells.get(text), row.place)
-    answer = None if response is None else _parse_text(row.cells.get(response), row.place)
-    is_empty = not messages or (answer is not None and not answer.strip())
-    return None if is_empty else Example(messages, answer, row.place)
-
-
-def _parse_chat(cell: object, place: str) -> tuple[Message, ...]:
-    """The messages of a cell (a string is one user message); none if all are white space."""
-    if not is_list(cell):
-        cell = [{"role": "user", "content": cell}]
+    """The row's example, where a string is one user message; None if text or response is empty."""
+    cell, place = row.cells.get(text), row.place
     messages: list[Message] = []
-    for message in cell:
+    for message in cell if is_list(cell) else [{"role": "user", "content": cell}]:
         role = message.get("role") if is_mapping(message) else None
         if not (is_mapping(message) and isinstance(role, str) and role and "content" in message):
             raise SidelightError(
@@ -154,7 +145,11 @@ def _parse_chat(cell: object, place: str) -> tuple[Message, ...]:
                 f"got {repr(message)[:80]}."
             )
         messages.append(Message(role, _parse_text(message["content"], place)))
-    return tuple(messages) if any(message.content.strip() for message in messages) else ()
+    answer = None if response is None else _parse_text(row.cells.get(response), place)
+    is_answered = answer is None or answer.strip()
+    if is_answered and any(message.content.strip() for message in messages):
+        return Example(tuple(messages), answer, place)
+    return None
 
 
 def _parse_text(cell: object, place: str) -> str:

@@ -71,13 +71,18 @@ class NearDuplicates:
         Args:
             strata: The labels of each row.
         """
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
         count, steps = int(self.texts.max(initial=-1)) + 1, np.array(_COSINES)
         levels = np.zeros(count, dtype=np.int64)
         holds = np.zeros((count, strata.shape[1]), dtype=np.bool_)
         np.logical_or.at(holds, self.texts, strata)
         while True:
             joined = self.cosines >= steps[np.maximum(levels[self.left], levels[self.right])]
-            groups = _components(count, self.left[joined], self.right[joined])
+            pairs = (self.left[joined], self.right[joined])
+            graph = coo_array((np.ones(joined.sum()), pairs), (count, count))
+            groups = connected_components(graph, directed=False)[1].astype(np.int64)
             rows = np.bincount(groups[self.texts], minlength=count)[groups]
             is_divided = rows > max(len(self.texts) / _PARTS, 1)
             for stratum in holds.T:
@@ -143,13 +148,3 @@ def _shortened(text: str) -> str:
     size = _MOST_CHARACTERS // _STRETCHES
     starts = np.linspace(0, len(text) - size, _STRETCHES).astype(int)
     return " ".join(text[start : start + size] for start in starts)
-
-
-def _components(
-    texts: int, left: Int[Numbers, " pair"], right: Int[Numbers, " pair"]
-) -> Int[Numbers, " text"]:
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    graph = coo_matrix((np.ones(len(left)), (left, right)), (texts, texts))
-    return connected_components(graph, directed=False)[1].astype(np.int64)

@@ -114,9 +114,8 @@ def _absence(path: Path) -> str:
 def _read_text(path: Path) -> str:
     """The text of a UTF-8 file, plain or gzip, without a byte order mark."""
     content = path.read_bytes()
-    return (gzip.decompress(content) if path.suffix.lower() == ".gz" else content).decode(
-        "utf-8-sig"
-    )
+    content = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
+    return content.decode("utf-8-sig")
 
 
 def _read_delimited(path: Path, *, delimiter: str) -> list[Row]:
@@ -223,25 +222,22 @@ def _read_hub(source: str, split: str) -> list[Row]:
             f"({str(error)[:300]}). Check name, configuration, split and network, "
             "or download it once and give the file."
         ) from error
-    classes: dict[str, list[str]] = {
-        column: feature.names
+    # The hub marks an unlabelled row by -1, as in hidden test sets.
+    classes: dict[str, dict[int, str | None]] = {
+        column: {-1: None, **dict(enumerate(feature.names if len(feature.names) > 2 else ()))}
         for column, feature in table.features.items()
         if isinstance(feature, datasets.ClassLabel)
     }
     rows = [
-        Row(f"{source}, row {n}", {**cells, **{c: _class(cells[c], classes[c]) for c in classes}})
+        Row(
+            f"{source}, row {n}",
+            {**cells, **{c: names.get(cells[c], cells[c]) for c, names in classes.items()}},
+        )
         for n, cells in enumerate(table, start=1)
     ]
     if not rows:
         raise SidelightError(f"'{source}' has no rows in split '{split}'. Name another split.")
     return rows
-
-
-def _class(number: int | None, names: list[str]) -> int | str | None:
-    # The hub marks an unlabelled row by -1, as in hidden test sets.
-    if number is None or number == -1:
-        return None
-    return names[number] if len(names) > 2 else number
 
 
 def _read_memory(source: InMemory, text: str, label: str) -> list[Row]:
