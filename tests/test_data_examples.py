@@ -223,6 +223,14 @@ def test_versions_of_a_text_stay_together(count):
     assert part.grouping_warnings() == ()
 
 
+def test_texts_that_differ_in_numbers_alone_stay_together_however_many_they_are():
+    rows = [(f"Please cancel order number {7919 * n} at once", n % 2) for n in range(60)]
+    examples = load_examples([*rows, *versions(100)])
+    assert examples.distinct == 101
+    for fold in examples.folds(5, seed=0):
+        assert (fold < 60).sum() in (0, 60)
+
+
 def test_different_texts_are_not_joined():
     texts = [
         "Where is my parcel? It should have been here on Monday.",
