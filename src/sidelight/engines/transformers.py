@@ -205,7 +205,7 @@ class TransformersEngine(Engine):
                 self._queue.has_work.clear()
 
     async def _step(self) -> None:
-        """A pass over the prompts whose turn it is, then a token of every text that is written.
+        """A pass over the prompts whose turn it is, then a token of every text being written.
 
         So prompts take turns, and whoever is admitted or refused, no text waits for two of them.
         """
@@ -221,12 +221,14 @@ class TransformersEngine(Engine):
         if waiting and queue.latest_turn(waiting) <= min(map(turn, batch.readings), default=inf):
             queue.take(waiting)
             batch.begin(waiting)
+        # What the pass over prompts admits has its first token from that.
+        writing = [*batch.rows]
         if batch.readings:
             reading = min(batch.readings, key=turn)
             queue.serve(reading.requests)
             await self._pass(partial(batch.read_on, reading), reading.requests)
-        for group, rows in [*batch.rows.items()]:
-            await self._pass(partial(batch.decode, group), rows.requests)
+        for group in writing:
+            await self._pass(partial(batch.decode, group), batch.rows[group].requests)
 
     async def _pass(
         self, work: Callable[[], list[Emission] | None], requests: Sequence[Request]

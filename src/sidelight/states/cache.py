@@ -163,11 +163,6 @@ class ActivationCache:
         """The number of shards."""
         return len(self.shards)
 
-    @property
-    def bytes(self) -> int:
-        """Size of all states."""
-        return self.token_bytes * sum(self.lengths)
-
     def missing(self) -> list[int]:
         """The texts that have not been written yet, in the order of the shards."""
         return [row for row in chain(*self.shards) if not self._path(row).exists()]
@@ -189,13 +184,13 @@ class ActivationCache:
             self._lock = (self.directory / _READERS).open("a")
             weakref.finalize(self, self._lock.close)
             _has_locked(self._lock, fcntl.LOCK_SH)
-        missing = self.missing()
+        missing, whole = self.missing(), self.token_bytes * sum(self.lengths)
         to_write = self.token_bytes * sum(self.lengths[row] for row in missing)
         free = shutil.disk_usage(self.directory).free - _RESERVE_BYTES
         limit = free if budget_bytes is None else min(free, budget_bytes)
-        if to_write > free or (missing and self.bytes > limit):
+        if to_write > free or (missing and whole > limit):
             raise SidelightError(
-                f"The hidden states need {self.bytes / 2**30:.1f} GiB, but only "
+                f"The hidden states need {whole / 2**30:.1f} GiB, but only "
                 f"{max(limit, 0) / 2**30:.1f} GiB may be used at {self.directory.parent}. "
                 "Name another disk (SIDELIGHT_CACHE), use fewer rows, or in training raise "
                 "--set cache_budget=GIB."
