@@ -299,9 +299,10 @@ class EngineGuard:
         from vllm.sampling_params import RequestOutputKind
 
         client, enforcement = call.client, call.texts[index]
-        # The audit log hashes the prompt as the model reads it.
-        ids = encoded.token_ids if encoded and self.observer.audit else ()
-        audited = PlainText(self._tokenizer.decode(ids))
+        audited = PlainText("")
+        if encoded is not None and self.observer.audit is not None:
+            # The audit log hashes the prompt as the model reads it.
+            audited = PlainText(self._tokenizer.decode(encoded.token_ids))
         sampling = self._params(call.params, index, encoded, is_watched=bool(enforcement.watch))
         text = GuardedText(
             self._listener,
