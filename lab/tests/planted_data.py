@@ -15,8 +15,8 @@ from sidelight.training.dataset import ProbeDataset, Split, make_split
 from sidelight.training.settings import FitOptions
 from sidelight.types import TaskKind
 from sidelight_lab.datasets import DataSet
-from sidelight_lab.tables.context import RecipeContext
 from sidelight_lab.tables.recipes import Recipe, parse_recipe
+from sidelight_lab.tables.reproduce import RecipeContext
 from sidelight_lab.tables.writing import FinishedTable
 
 

@@ -5,7 +5,7 @@ is trained. ``write_anatomy`` makes a table, a picture and JSON of it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -264,10 +264,7 @@ def _to_json(anatomy: Anatomy) -> dict[str, Any]:
         "score": anatomy.score,
         "token_groups": list(GROUPS),
         "use": {
-            name: {
-                field: value.tolist() if isinstance(value, np.ndarray) else value
-                for field, value in asdict(own).items()
-            }
+            name: {field: np.asarray(value).tolist() for field, value in vars(own).items()}
             for name, own in anatomy.use.items()
         },
         "layer_ablation": {view: own.tolist() for view, own in anatomy.layers.items()},

@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 
-from sidelight.backbone import TransformersBackbone
 from sidelight.progress import progress
 from sidelight_lab.bench.measurement import (
     MB,
     Range,
     Record,
-    conditions,
     interleaved,
     peak_bytes,
     ratios,
@@ -93,19 +91,6 @@ def compare_latency(
             ]
         gc.unfreeze()
     return rows
-
-
-def measure_latency(
-    backbone: TransformersBackbone,
-    subjects: Sequence[Subject],
-    loads: Sequence[Load],
-    *,
-    repeats: int,
-) -> Record:
-    """The record of ``compare_latency`` on the backbone's device."""
-    where = conditions(backbone, {"rounds": repeats})
-    rows = compare_latency(subjects, loads, repeats=repeats, device=backbone.device)
-    return latency_record(rows, where)
 
 
 def _run(subject: Subject, load: Load, *, calls: int = 1) -> None:

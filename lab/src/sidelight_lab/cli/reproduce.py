@@ -12,7 +12,7 @@ from sidelight.errors import SidelightError
 from sidelight_lab.cli.options import names, publish
 
 if TYPE_CHECKING:
-    from sidelight_lab.tables.context import RecipeContext
+    from sidelight_lab.tables.reproduce import RecipeContext
 
 
 _NAMES = """
@@ -92,7 +92,7 @@ def reproduce(
 
     from sidelight.smollm2 import cache_root
     from sidelight_lab.datasets import from_files, load_data_set
-    from sidelight_lab.tables.context import RecipeContext
+    from sidelight_lab.tables.reproduce import RecipeContext
 
     def load(name: str) -> Any:
         if given["train"] is None:
@@ -126,7 +126,8 @@ def _make_table(context: "RecipeContext", as_json: bool) -> None:
 
 
 def _time(context: "RecipeContext", as_json: bool) -> None:
-    from sidelight_lab.bench.latency import measure_latency
+    from sidelight_lab.bench.latency import compare_latency, latency_record
+    from sidelight_lab.bench.measurement import conditions
     from sidelight_lab.bench.subjects import default_subjects, random_loads, text_loads
 
     recipe, backbone, out = context.recipe, context.backbone, context.directory
@@ -141,7 +142,8 @@ def _time(context: "RecipeContext", as_json: bool) -> None:
             max_tokens=recipe.max_tokens,
             title=f"{data.title} texts",
         )
-    context.write_origin(out)
-    subjects = default_subjects(backbone)
-    record = measure_latency(backbone, subjects, loads, repeats=wanted.repeats)
-    publish(record, out, as_json=as_json)
+    context.write_origin()
+    where = conditions(backbone, {"rounds": wanted.repeats})
+    subjects, device = default_subjects(backbone), backbone.device
+    rows = compare_latency(subjects, loads, repeats=wanted.repeats, device=device)
+    publish(latency_record(rows, where), out, as_json=as_json)

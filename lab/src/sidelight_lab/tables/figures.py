@@ -27,17 +27,17 @@ class Difference:
 
 
 def mean_draws(
-    judged: JudgedTable, row: JudgedRow, *, metric: str, resamples: int = 1000, seed: int = 0
+    judged: JudgedTable, row: JudgedRow, *, metric: str, resamples: int = 1000
 ) -> Float[Values, " draw"]:
     """The mean over seeds of a metric: first on the texts themselves, then on each resample.
 
-    The seed decides the resamples of the texts, with replacement; they are the same for every row.
+    The texts are resampled with replacement, in the same way for every row.
     """
     decided = [
         decide(judged.task, run.probabilities, judged.labels, thresholds=run.thresholds)
         for run in row.runs
     ]
-    drawn = [measure_resamples(one, resamples=resamples, seed=seed)[metric] for one in decided]
+    drawn = [measure_resamples(one, resamples=resamples, seed=0)[metric] for one in decided]
     return np.mean(drawn, 0)
 
 
@@ -182,16 +182,9 @@ def measure_rows(
         for row in judged.rows
     }
     compare = difference_over_draws if are_draws else difference
-    rows = [
-        RowFigures(
-            row,
-            reports[row.name],
-            None
-            if ours not in samples or row.name == ours
-            else compare(samples[ours], samples[row.name]),
-        )
-        for row in judged.rows
-    ]
+    others = {*samples} - {ours} if ours in samples else set[str]()
+    differences = {name: compare(samples[ours], samples[name]) for name in others}
+    rows = [RowFigures(row, reports[row.name], differences.get(row.name)) for row in judged.rows]
     return TableFigures(title, len(judged.labels), metric, ours, tuple(rows))
 
 

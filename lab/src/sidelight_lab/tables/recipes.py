@@ -156,18 +156,18 @@ def parse_recipe(text: str, *, name: str) -> Recipe:
     except (tomllib.TOMLDecodeError, TypeError) as error:
         raise SidelightError(f"Recipe {name} is not plain TOML: {error}.") from error
     except ValidationError as error:
-        raise SidelightError(f"Recipe {name}: {_first_complaint(error)}") from error
+        raise SidelightError(f"Recipe {name}: {_complaint(error)}") from error
     for requirement, holds in _requirements(recipe).items():
         if not holds:
             raise SidelightError(f"Recipe {name}: {requirement}.")
     return recipe
 
 
-def _first_complaint(error: ValidationError) -> str:
+def _complaint(error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
     if first["type"] != "unexpected_keyword_argument":
-        return f"{place}: {first['msg']}."
+        return f"{place} cannot be {first['input']!r}: {first['msg']}."
     section, _, key = place.rpartition(".")
     known = fields(_SECTIONS[section.partition(".")[0]] if section else Recipe)
     return f"unknown key '{place}'.{did_you_mean(key, [one.name for one in known])}"
@@ -290,7 +290,7 @@ def _changed(settings: TrainingSettings, given: Mapping[str, Value]) -> Training
         values = json.dumps({**asdict(settings), **given})
         checked = TypeAdapter(TrainingSettings).validate_json(values, strict=True)
     except ValidationError as error:
-        raise SidelightError(f"Setting {_refusal(error)}") from error
+        raise SidelightError(f"Setting {_complaint(error)}") from error
     return settings.changed(**{name: getattr(checked, name) for name in given})
 
 
@@ -308,13 +308,7 @@ def _baseline(row: BaselineRow) -> BaselineConfig:
     try:
         baseline = TypeAdapter(kind).validate_python(row.options)
     except ValidationError as error:
-        raise SidelightError(f"Option {key}.{_refusal(error)}") from error
+        raise SidelightError(f"Option {key}.{_complaint(error)}") from error
     # A row that has its own name tells two configurations of one baseline apart.
     title = kind.title if row.name == key else row.name
     return BaselineConfig(row.name, title, baseline, row.seeds)
-
-
-def _refusal(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    return f"{place} cannot be {first['input']!r}: {first['msg']}."

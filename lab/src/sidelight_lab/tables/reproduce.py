@@ -5,8 +5,8 @@ label is compared with anything.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.storage import write_json
-from sidelight.training.dataset import ProbeDataset
+from sidelight.storage import write_json, write_text
+from sidelight.training.dataset import ProbeDataset, Split, make_split, require_same_task
 from sidelight.training.optimisation import score_name
+from sidelight.training.settings import FitOptions
 from sidelight.types import Task
 from sidelight_lab.datasets import DataSet, overlap_notes
-from sidelight_lab.environment import package_versions
-from sidelight_lab.tables.context import RecipeContext
+from sidelight_lab.environment import environment, package_versions
 from sidelight_lab.tables.figures import TableFigures, measure_rows
-from sidelight_lab.tables.recipes import ProbeConfig, Recipe, Row, build_rows
+from sidelight_lab.tables.recipes import BaselineConfig, ProbeConfig, Recipe, Row, build_rows
 from sidelight_lab.tables.runs import (
     JudgedTable,
     Run,
@@ -34,17 +35,94 @@ from sidelight_lab.tables.runs import (
     judge_runs,
     plan_runs,
 )
-from sidelight_lab.tables.writing import HOW, HOW_DRAWS, FinishedTable, draw_pictures
+from sidelight_lab.tables.writing import HOW, HOW_DRAWS, FinishedTable, draw_bars, draw_sweep
+
+
+@dataclass(frozen=True)
+class RecipeContext:
+    """A recipe with everything to follow it.
+
+    Attributes:
+        text: The TOML of the recipe.
+        directory: Folder of the table.
+        load: Loads a data set by name.
+        limit: The most rows to use of each split; None uses all.
+    """
+
+    recipe: Recipe
+    text: str
+    directory: Path
+    backbone: TransformersBackbone
+    load: Callable[[str], DataSet]
+    cache_root: Path
+    limit: int | None = None
+
+    def sample(self, examples: LabelledExamples) -> LabelledExamples:
+        """The rows of a split that are used: all, or a sample of ``limit`` rows."""
+        if self.limit is None:
+            return examples
+        return examples.select(examples.draw(self.limit, seed=0))
+
+    def notes(self, notes: Sequence[str]) -> tuple[str, ...]:
+        """The notes on the data, and one on the limit if there is any."""
+        if self.limit is None:
+            return tuple(notes)
+        return (
+            *notes,
+            f"At most {self.limit} rows of each split were used, drawn at random, class by class.",
+        )
+
+    def dataset(self, data: DataSet) -> ProbeDataset:
+        """Training and validation texts with their hidden states."""
+        training, validation = self.sample(data.training), self.sample(data.validation)
+        require_same_task(training, validation)
+        return ProbeDataset(
+            self.backbone,
+            self.extract(training, "Training texts"),
+            self.extract(validation, "Validation texts"),
+        )
+
+    def extract(self, examples: LabelledExamples, title: str) -> Split:
+        return make_split(
+            self.backbone,
+            examples,
+            FitOptions(
+                reads=self.recipe.reads,
+                max_tokens=self.recipe.max_tokens,
+                cache_root=self.cache_root,
+                keep_cache=True,
+            ),
+            title=title,
+        )
+
+    def write_origin(self, data: DataSet | None = None) -> None:
+        """Records the recipe, the environment and the data, before the work begins."""
+        notes: tuple[str, ...] = ()
+        if data is not None:
+            notes = data.notes if self.recipe.test_data is None else data.training_notes
+        origin = {
+            **environment(),
+            "backbone": asdict(self.backbone.fingerprint),
+            "recipe": asdict(self.recipe),
+            "limit": self.limit,
+        }
+        write_text(self.directory / "recipe.toml", self.text)
+        write_json(self.directory / "environment.json", origin)
+        lines = (f"- {note}\n" for note in self.notes(notes))
+        write_text(self.directory / "data.md", "".join(lines))
 
 
 def reproduce(context: RecipeContext) -> FinishedTable:
     """Makes the table of a recipe; what an earlier, killed run finished is not repeated."""
     recipe, directory = context.recipe, context.directory
-    context.check()
-    data = context.load(recipe.data)
-    context.write_origin(directory, data)
-    dataset = context.dataset(data)
+    # A misspelt name or a missing package is refused before hours of extraction.
     rows = build_rows(recipe)
+    for row in rows:
+        if isinstance(row, BaselineConfig):
+            row.baseline.require()
+    data = context.load(recipe.data)
+    context.write_origin(data)
+    dataset = context.dataset(data)
     tried = _fit(context, rows, dataset)
     runs = [run for run in tried if run.is_fitted]
     if not runs:
@@ -181,7 +259,10 @@ def _measured(
             are_draws=recipe.kind == "few-shot",
         )
         ending = f"{name.replace(' ', '_').replace('/', '_')}.png"
-        draw_pictures(figures, rows, parameter, context.directory / "plots" / ending)
+        plots = context.directory / "plots"
+        draw_bars(figures, plots / f"bars_{ending}")
+        if parameter:
+            draw_sweep(figures, rows, parameter, plots / f"sweep_{ending}")
         yield figures
 
 

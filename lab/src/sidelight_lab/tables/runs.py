@@ -35,15 +35,6 @@ from sidelight_lab.baselines.base import FittedBaseline
 from sidelight_lab.tables.recipes import BaselineConfig, ProbeConfig, Recipe, Row
 
 
-@dataclass(frozen=True)
-class Result:
-    """One row with one seed, before calibration and the test."""
-
-    validation_logits: Float[np.ndarray, "text output"]
-    seconds: float  # of fitting; probes that are trained together share it evenly
-    parameters: int  # fitted numbers that prediction needs
-
-
 @dataclass
 class Run:
     """One row with one seed.
@@ -72,15 +63,21 @@ class Run:
     def probe_folder(self) -> Path:
         return self.folder / "probe"
 
-    def save(self, result: Result) -> None:
-        """Stores the result completely or, if killed, not at all."""
-        _save_arrays(self._result, **vars(result))
+    def save(
+        self, validation_logits: Float[np.ndarray, "text output"], seconds: float, parameters: int
+    ) -> None:
+        """Stores the result completely or, if killed, not at all.
 
-    def load(self) -> Result:
+        Args:
+            validation_logits: Before calibration.
+            seconds: Of fitting; probes that are trained together share it evenly.
+            parameters: Fitted numbers that prediction needs.
+        """
+        _save_arrays(self._result, logits=validation_logits, seconds=seconds, parameters=parameters)
+
+    def load(self) -> tuple[Float[np.ndarray, "text output"], float, int]:
         with np.load(self._result, allow_pickle=False) as stored:
-            return Result(
-                stored["validation_logits"], float(stored["seconds"]), int(stored["parameters"])
-            )
+            return stored["logits"], float(stored["seconds"]), int(stored["parameters"])
 
     def is_tested(self, test: str) -> bool:
         """Whether logits of the test texts with this hash are stored."""
@@ -209,7 +206,7 @@ def _train(missing: Sequence[tuple[Run, ProbeConfig]], *, max_tokens: int) -> No
         probe = calibrate_probe(one, dataset, name=plain_name(row), options=options).probe
         # The probe comes first: a run counts as fitted once its result is stored.
         save_probe(probe, run.probe_folder)
-        run.save(Result(one.logits, seconds, probe.record["parameters"]))
+        run.save(one.logits, seconds, probe.record["parameters"])
 
 
 def fit_baseline(run: Run) -> FittedBaseline:
@@ -218,8 +215,8 @@ def fit_baseline(run: Run) -> FittedBaseline:
     start = perf_counter()
     fitted = run.row.baseline.fit(run.dataset, seed=run.seed)
     # The first fit counts: a second one, for the test, has the model's files in memory.
-    seconds = run.load().seconds if run.is_fitted else perf_counter() - start
-    run.save(Result(fitted.logits(run.dataset.validation), seconds, fitted.parameters))
+    seconds = run.load()[1] if run.is_fitted else perf_counter() - start
+    run.save(fitted.logits(run.dataset.validation), seconds, fitted.parameters)
     return fitted
 
 
@@ -283,7 +280,11 @@ def judge_runs(rows: Sequence[Row], runs: Sequence[Run], split: Split) -> Judged
     assert all(run.is_fitted for run in runs)
     test = digest({"labels": split.examples.content_hash, "states": split.states.directory.name})
     missing = [run for run in runs if not run.is_tested(test)]
-    _score_probes([run for run in missing if isinstance(run.row, ProbeConfig)], split, test)
+    trained = [run for run in missing if isinstance(run.row, ProbeConfig)]
+    if trained:
+        probes = [load_probe(run.probe_folder) for run in trained]
+        for run, logits in zip(trained, score_split(probes, split), strict=True):
+            run.save_test(test, logits)
     fits = [run for run in missing if not isinstance(run.row, ProbeConfig)]
     if fits:
         with progress("Baselines on the test", len(fits), unit="fits") as shown:
@@ -307,26 +308,17 @@ def _judge(run: Run, test: str) -> JudgedRun:
 
     The artifact of a probe holds the same numbers.
     """
-    result, task, labels = run.load(), run.dataset.task, run.dataset.validation.labels
-    kind = suggested_calibration(task)
-    calibration = fit_calibration(kind, result.validation_logits, labels, task)
-    held_out = calibration.apply(result.validation_logits)
+    task, labels = run.dataset.task, run.dataset.validation.labels
+    logits, seconds, parameters = run.load()
+    calibration = fit_calibration(suggested_calibration(task), logits, labels, task)
     return JudgedRun(
         seed=run.seed,
-        score=validation_score(task, result.validation_logits, labels),
+        score=validation_score(task, logits, labels),
         probabilities=calibration.apply(run.load_test(test)),
-        thresholds=choose_thresholds(task, held_out, labels),
-        seconds=result.seconds,
-        parameters=result.parameters,
+        thresholds=choose_thresholds(task, calibration.apply(logits), labels),
+        seconds=seconds,
+        parameters=parameters,
     )
-
-
-def _score_probes(runs: Sequence[Run], split: Split, test: str) -> None:
-    if not runs:
-        return
-    probes = [load_probe(run.probe_folder) for run in runs]
-    for run, logits in zip(runs, score_split(probes, split), strict=True):
-        run.save_test(test, logits)
 
 
 def score_split(probes: Sequence[Probe], split: Split) -> list[np.ndarray]:

@@ -172,17 +172,7 @@ class FinishedTable:
         write_json(directory / "table.json", self.to_dict())
 
 
-def draw_pictures(figures: TableFigures, rows: Sequence[Row], parameter: str, ending: Path) -> None:
-    """Bars, and the curves of a swept parameter if there is one.
-
-    The names of the pictures end like the path ``ending``.
-    """
-    _draw_bars(figures, ending.with_name(f"bars_{ending.name}"))
-    if parameter:
-        _draw_sweep(figures, rows, parameter, ending.with_name(f"sweep_{ending.name}"))
-
-
-def _draw_bars(figures: TableFigures, path: Path) -> None:
+def draw_bars(figures: TableFigures, path: Path) -> None:
     """The mean of each row, its seeds as dots, and the chosen seed's 95 % interval."""
     height = 0.32 * len(figures.rows) + 1.4
     figure, axes = new_axes(7.2, height, figures.title)
@@ -207,7 +197,7 @@ def _draw_bars(figures: TableFigures, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_sweep(figures: TableFigures, rows: Sequence[Row], parameter: str, path: Path) -> None:
+def draw_sweep(figures: TableFigures, rows: Sequence[Row], parameter: str, path: Path) -> None:
     """The metric on the test (solid) and the validation score (dashed) over the swept values."""
     probes = {row.name: row for row in rows if isinstance(row, ProbeConfig)}
     lines: dict[str, list[RowFigures]] = {}
