@@ -81,7 +81,7 @@ def test_zero_shot_is_the_log_odds_of_the_names(dataset):
 
 def test_shots_are_balanced_and_drawn_by_seed(dataset):
     def shots(seed):
-        return FewShot(shots=6).prompt(dataset, seed=seed).shots
+        return FewShot(shots=6).examples(dataset, seed=seed)
 
     answers = [answer for _, answer in shots(0)]
     assert sorted(answers) == ["fine"] * 3 + ["toxic"] * 3
@@ -90,7 +90,7 @@ def test_shots_are_balanced_and_drawn_by_seed(dataset):
     assert shots(0) == shots(0) != shots(1)
     for text, answer in shots(0):
         assert ("X" in text) == (answer == "toxic")
-    turns = FewShot(shots=2).prompt(dataset, seed=0).turns("own text")
+    turns = FewShot().turns("own text", dataset.task.labels, shots(0)[:2])
     users = [turn.content for turn in turns if turn.role == "user"]
     assert len(users) == 3
     assert users[-1].endswith("own text")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch.nn.utils.rnn import pad_sequence
 
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
@@ -61,12 +62,9 @@ class Encoder:
         found = np.empty((len(ids), self.body.config.hidden_size), dtype=np.float32)
         with progress("Embedding", len(ids), unit="texts") as shown:
             for rows in by_length([len(own) for own in ids]):
-                longest = max(len(ids[row]) for row in rows)
-                padded = torch.zeros(len(rows), longest, dtype=torch.long)
-                present = torch.zeros(len(rows), longest)
-                for place, row in enumerate(rows):
-                    padded[place, : len(ids[row])] = torch.tensor(ids[row])
-                    present[place, : len(ids[row])] = 1
+                texts = [torch.tensor(ids[row]) for row in rows]
+                padded = pad_sequence(texts, batch_first=True)
+                present = pad_sequence([torch.ones(len(text)) for text in texts], batch_first=True)
                 hidden = self.body(input_ids=padded, attention_mask=present).last_hidden_state
                 means = (hidden * present[:, :, None]).sum(1) / present.sum(1, keepdim=True)
                 found[rows] = torch.nn.functional.normalize(means, dim=1).numpy()

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from sidelight.backbone import TransformersBackbone, cache_name, cache_prefix, run_with_prefix
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
-from sidelight.prompts import Message, shared_length
+from sidelight.prompts import EncodedPrompt, Message, shared_length
 from sidelight.ragged import BATCH_TOKENS, by_length
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.types import Task
@@ -27,37 +26,6 @@ from sidelight_lab.baselines.base import Baseline, FittedBaseline
 
 # A longer list of names is given before the first text only.
 _LISTED = 20
-
-
-@dataclass(frozen=True)
-class PromptForm:
-    """How a text is put to the model.
-
-    Attributes:
-        question: Asked before every text.
-        names: The answers to choose from, one for each label.
-        shots: Example texts and their answers.
-    """
-
-    question: str
-    names: tuple[str, ...]
-    shots: tuple[tuple[str, str], ...] = ()
-
-    def turns(self, text: str) -> list[Message]:
-        """The conversation up to the question about a text."""
-        turns: list[Message] = []
-        for shot, answer in self.shots:
-            turns += [
-                Message("user", self._ask(shot, is_first=not turns)),
-                Message("assistant", answer),
-            ]
-        return [*turns, Message("user", self._ask(text, is_first=not turns))]
-
-    def _ask(self, text: str, *, is_first: bool) -> str:
-        # The text comes last, so that the question is never cut from a long prompt.
-        lists = is_first or len(self.names) <= _LISTED
-        names = f"one of: {', '.join(self.names)}" if lists else "one of these labels"
-        return f"{self.question} Answer with {names}.\n\nText: {text}"
 
 
 @dataclass(frozen=True)
@@ -78,12 +46,12 @@ class ZeroShot(Baseline):
     max_tokens: int = 1024
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Fits nothing and only writes the prompt."""
-        backbone, prompt = dataset.backbone, self.prompt(dataset, seed=seed)
-        encoder = backbone.encoder
+        """Fits nothing, and only draws the examples."""
+        backbone, names = dataset.backbone, self.named(dataset.task)
+        encoder, shots = backbone.encoder, self.examples(dataset, seed=seed)
 
         def encode(text: str) -> Sequence[int]:
-            turns = prompt.turns(text)
+            turns = self.turns(text, names, shots)
             if encoder.prompt_format == "raw":
                 # An empty last turn: its line break separates the text from the answer.
                 turns.append(Message("assistant", ""))
@@ -92,8 +60,7 @@ class ZeroShot(Baseline):
 
         def logits(split: Split) -> Float[np.ndarray, "text output"]:
             answers = [
-                backbone.tokenizer(name, add_special_tokens=False)["input_ids"]
-                for name in prompt.names
+                backbone.tokenizer(name, add_special_tokens=False)["input_ids"] for name in names
             ]
             scores = score_answers(backbone, [encode(text) for text in split.texts], answers)
             if split.task.kind == "multiclass":
@@ -106,8 +73,23 @@ class ZeroShot(Baseline):
 
         return FittedBaseline(logits, parameters=0)
 
-    def prompt(self, dataset: ProbeDataset, *, seed: int) -> PromptForm:
-        return PromptForm(self.question, self.named(dataset.task))
+    def examples(self, dataset: ProbeDataset, *, seed: int) -> list[tuple[str, str]]:
+        """Texts that are shown before each text, with their answers."""
+        return []
+
+    def turns(
+        self, text: str, names: Sequence[str], shots: Sequence[tuple[str, str]]
+    ) -> list[Message]:
+        """The conversation up to the question about a text."""
+        turns: list[Message] = []
+        for asked, answer in (*shots, (text, "")):
+            listed = f"one of: {', '.join(names)}"
+            if turns and len(names) > _LISTED:
+                listed = "one of these labels"
+            # The text comes last, so that the question is never cut from a long prompt.
+            question = f"{self.question} Answer with {listed}.\n\nText: {asked}"
+            turns += [Message("user", question), Message("assistant", answer)]
+        return turns[:-1]
 
     def named(self, task: Task) -> tuple[str, ...]:
         """What each label is called in the prompt."""
@@ -134,14 +116,13 @@ class FewShot(ZeroShot):
     shots: int = 8
     shot_characters: int = 400
 
-    def prompt(self, dataset: ProbeDataset, *, seed: int) -> PromptForm:
+    def examples(self, dataset: ProbeDataset, *, seed: int) -> list[tuple[str, str]]:
         names = self.named(dataset.task)
         texts, labels = dataset.training.texts, dataset.training.labels
-        shots = tuple(
+        return [
             (texts[row][: self.shot_characters], _answer(labels[row], names))
             for row in _balanced(labels, count=self.shots, seed=seed)
-        )
-        return PromptForm(self.question, names, shots)
+        ]
 
 
 @torch.inference_mode()
@@ -168,7 +149,10 @@ def score_answers(
         most = BATCH_TOKENS if backbone.can_share_prefixes else 1
         # Lengths include the prefix: each row has its keys and values too.
         for batch in by_length([len(prompt) for prompt in prompts], batch_tokens=most):
-            token_ids, present = _left_padded([rests[row] for row in batch], backbone.device)
+            # On the left, so that every answer begins at the same place.
+            token_ids, present = backbone.pad(
+                [EncodedPrompt(tuple(rests[row]), ()) for row in batch], side="left"
+            )
             found = _score_batch(backbone, deepcopy(begun), token_ids, present, answers)
             scores[batch] = found.cpu().numpy()
             shown.advance(sum(len(rests[row]) for row in batch))
@@ -217,18 +201,6 @@ def _score_batch(
             total = total + chosen.sum((1, 2))
         scores.append(total / len(answer))
     return torch.stack(scores, 1)
-
-
-def _left_padded(
-    rows: Sequence[Sequence[int]], device: torch.device
-) -> tuple[Int[Tensor, "text token"], Bool[Tensor, "text token"]]:
-    """Rows padded on the left, so that every answer begins at the same place."""
-    ids = [torch.tensor(row) for row in rows]
-    present = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    padded, mask = (
-        pad_sequence(parts, batch_first=True, padding_side="left") for parts in (ids, present)
-    )
-    return padded.to(device), mask.to(device)
 
 
 def _balanced(labels: np.ndarray, *, count: int, seed: int) -> list[int]:

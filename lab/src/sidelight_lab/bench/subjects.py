@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -211,22 +211,21 @@ def naive(name: str, backbone: TransformersBackbone, probe: Probe) -> Subject:
     """
     mechanism = deepcopy(probe.mechanism).to(backbone.device, backbone.model.dtype)
 
-    def padded(rows: list[Tensor]) -> Tensor:
-        return pad_sequence(rows, batch_first=True, padding_side="left").to(backbone.device)
-
     @torch.inference_mode()
     def run(batch: Batch) -> Answer:
-        mask = padded([torch.ones(len(prompt), dtype=torch.bool) for prompt in batch])
+        token_ids, mask = backbone.pad(batch, side="left")
         output = backbone.model(
-            input_ids=padded([torch.tensor(prompt.token_ids) for prompt in batch]),
+            input_ids=token_ids,
             attention_mask=mask.long(),
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             output_hidden_states=True,
             use_cache=True,
             logits_to_keep=backbone.last_position,
         )
+        reads = [prompt.mask(probe.reads) for prompt in batch]
+        is_read = pad_sequence(reads, batch_first=True, padding_side="left").to(backbone.device)
         hidden = torch.stack(output.hidden_states, 1)  # (B, L, T, D)
-        logits = mechanism(hidden, padded([prompt.mask(probe.reads) for prompt in batch]))
+        logits = mechanism(hidden, is_read)
         verdicts = tuple((probe.verdict(row),) for row in logits.double().cpu().numpy())
         return Answer(tuple(output.logits[:, -1].argmax(1).tolist()), verdicts)
 
@@ -274,35 +273,22 @@ def guard_first(name: str, guard: Subject, llm: Subject) -> Subject:
     return Subject(name, "cascade", guard.weights_bytes + llm.weights_bytes, run)
 
 
-def default_subjects(
-    backbone: TransformersBackbone,
-    *,
-    mechanisms: Sequence[str] | None = None,
-    cascades: bool = True,
-) -> list[Subject]:
-    """The LLM alone, with each mechanism, with ten probes, and what probes replace.
-
-    Raises:
-        SidelightError: An unknown mechanism.
-    """
+def default_subjects(backbone: TransformersBackbone) -> list[Subject]:
+    """The LLM alone, with each mechanism, with ten probes, and what probes replace."""
     probe_of = partial(
         untrained_probe, backbone.fingerprint, prompt_format=backbone.encoder.prompt_format
     )
-    names = mechanism_names() if mechanisms is None else mechanisms
-    probes = [probe_of(name, spec=mechanism_spec(name)) for name in names]
+    probes = [probe_of(name, spec=mechanism_spec(name)) for name in mechanism_names()]
     bank = [probe_of(f"probe {i}", seed=i) for i in range(BANK_SIZE)]
-    llm = served("LLM", backbone)
-    rows = [
+    llm, device, dtype = served("LLM", backbone), backbone.device, backbone.model.dtype
+    return [
         llm,
         *(served(f"+ {probe.name}", backbone, [probe]) for probe in probes),
         served(f"+ {BANK_SIZE} probes", backbone, bank),
         *(naive(f"+ {probe.name}, naive", backbone, probe) for probe in probes),
+        encoder_first("MiniLM, then LLM", llm, device=device, dtype=dtype),
+        guard_first("guard of its size, then LLM", llm, llm),
     ]
-    if cascades:
-        device, dtype = backbone.device, backbone.model.dtype
-        rows.append(encoder_first("MiniLM, then LLM", llm, device=device, dtype=dtype))
-        rows.append(guard_first("guard of its size, then LLM", llm, llm))
-    return rows
 
 
 def _bytes(module: nn.Module) -> int:
