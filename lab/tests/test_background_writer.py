@@ -13,12 +13,10 @@ from sidelight.data.loading import load_examples
 from sidelight.prompts import Message
 from sidelight.smollm2 import EMBEDDED_NAME
 from sidelight.training.contexts import PACKAGED, default_background, own_set
-from sidelight.training.settings import Background
 from sidelight_lab import background
 from sidelight_lab.background import (
     is_usable,
     read_background,
-    suspects,
     without_duplicates,
     write_background,
     writer,
@@ -152,12 +150,6 @@ def test_training_takes_what_the_command_has_written(tiny: TransformersBackbone)
     written = write_background(tiny, 4, own_set(tiny.fingerprint))
     assert len(written.conversations) == 4
     assert default_background(tiny.fingerprint) == written
-
-
-def test_suspects_begin_with_those_most_like_the_positive_class():
-    traffic = Background((said("Hello"), said("I hate you"), said("Thanks")), "test")
-    ranked = suspects(traffic, [0.1, 0.9, 0.2])
-    assert ranked == [(0.9, said("I hate you")), (0.2, said("Thanks")), (0.1, said("Hello"))]
 
 
 PACKAGED_TURNS = [item.messages for item in load_examples(PACKAGED, label=None).items]

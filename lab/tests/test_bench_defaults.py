@@ -1,4 +1,4 @@
-"""What training makes of a file, and of labels in the queue's order, beside rivals."""
+"""What training makes of a file by default, beside rivals, on texts held out."""
 
 import pytest
 

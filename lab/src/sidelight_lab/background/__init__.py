@@ -1,6 +1,6 @@
 """Background traffic that an LLM writes: what is kept of it, and where.
 
-``writer.py`` has the LLM write, from the openings of ``seeds.py``.
+``writer.py`` has the LLM write, from the openings of ``seeds.json``.
 """
 
 import gzip
@@ -169,14 +169,3 @@ def without_duplicates(conversations: Sequence[Turns]) -> list[Turns]:
     return [
         conversations[row] for row, cosine in zip(rows, cosines, strict=True) if cosine <= _SIMILAR
     ]
-
-
-def suspects(background: Background, probabilities: Sequence[float]) -> list[tuple[float, Turns]]:
-    """The conversations by what a probe says of them, those most like its positive class first.
-
-    Args:
-        background: The conversations.
-        probabilities: Of the positive class, one per conversation.
-    """
-    pairs = zip(probabilities, background.conversations, strict=True)
-    return sorted(pairs, key=lambda pair: -pair[0])

@@ -97,7 +97,10 @@ def background(
 
     classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
     conversations = _chosen(data, classifier.backbone)
-    ranked = traffic.suspects(conversations, _probabilities(classifier, conversations))
+    judged = zip(
+        _probabilities(classifier, conversations), conversations.conversations, strict=True
+    )
+    ranked = sorted(judged, key=lambda pair: -pair[0])
     for probability, turns in ranked[:_SUSPECTS]:
         click.echo(f"{probability:.3f}  {_shown(turns)}")
     if drop is not None and out is not None:

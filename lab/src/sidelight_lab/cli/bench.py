@@ -22,9 +22,7 @@ def bench() -> None:
     """Compare costs side by side in one run; do not compare figures of different runs."""
 
 
-_data = options.together(
-    click.option("--data", required=True, help="Labelled texts."), options.text, options.label
-)
+_data = options.together(options.data, options.text, options.label)
 _record = options.together(
     click.option(
         "--out",
@@ -248,10 +246,7 @@ def bench_serve(
         "sidelight bench gpu --out gpu-check --only graphs --only parity",
     ),
 )
-@click.option(
-    "--out", type=options.PATH, callback=options.checked_folder, required=True,
-    help="Folder for gpu.json, gpu.md and logs.",
-)  # fmt: skip
+@options.out
 @click.option(
     "--model", help="Model of the parity check, small enough for float32. [default: smollm2]"
 )
@@ -266,8 +261,9 @@ def bench_gpu(out: Path, **given: Any) -> None:
     """Check probes inside vLLM on this machine's GPU: parity and overhead, in 25 minutes.
 
     Each section runs in a process of its own, so one that fails loses no other. A second run
-    continues: sections that have a result are skipped. Without a GPU the sections run with tiny
-    sizes, to try out the check. The exit code is 1 if a section failed or did not pass.
+    continues: sections that have a result are skipped. --out gets gpu.json, gpu.md and logs.
+    Without a GPU the sections run with tiny sizes, to try out the check. The exit code is 1 if a
+    section failed or did not pass.
     """
     from sidelight_lab.bench.gpu import run_check
 
