@@ -95,16 +95,17 @@ def test_the_time_of_a_slow_probe_is_in_it(tiny, monkeypatch: pytest.MonkeyPatch
 
 
 def test_requests_are_logged_but_for_what_an_operator_asks_every_other_second(tiny, caplog):
-    engine = TransformersEngine(tiny, [untrained_probe(tiny, "always")])
-    with in_process(engine) as http, caplog.at_level(logging.DEBUG, logger="sidelight.access"):
+    engine, user = TransformersEngine(tiny, []), {"Authorization": "Bearer user"}
+    logged_at = caplog.at_level(logging.DEBUG, logger="sidelight.access")
+    with in_process(engine, api_key="user") as http, logged_at:
         for path in ("/health", "/ready", "/v1/models", "/nowhere"):
-            http.get(path)
-    levels = {record.route: record.levelno for record in caplog.records}
-    assert levels == {
-        "/health": logging.DEBUG,
-        "/ready": logging.DEBUG,
-        "/v1/models": logging.INFO,
-        "other": logging.INFO,
+            http.get(path, headers=user)
+    logged = {record.route: (record.levelno, record.key_id) for record in caplog.records}
+    assert logged == {
+        "/health": (logging.DEBUG, None),
+        "/ready": (logging.DEBUG, None),
+        "/v1/models": (logging.INFO, "api-key-1"),
+        "other": (logging.INFO, "api-key-1"),
     }
 
 

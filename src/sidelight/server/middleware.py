@@ -172,13 +172,13 @@ class Gatekeeper:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
             try:
-                self._require_welcome(scope)
+                self._require_access(scope)
             except RequestError as refusal:
                 await refusal.answer()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _require_welcome(self, scope: Scope) -> None:
+    def _require_access(self, scope: Scope) -> None:
         path, headers = _routed(scope), Headers(scope=scope)
         if "content-length" in headers and "transfer-encoding" in headers:
             # RFC 9112, section 6.1: a proxy may have taken the other one for the body's end.
@@ -223,7 +223,10 @@ class Gatekeeper:
                 status=403,
                 code="metrics_key_only",
             )
-        scope.setdefault("state", {})["caller"] = caller
+        state = scope.setdefault("state", {})
+        state["caller"] = caller
+        if "observer" in state:
+            state["observer"].key_id = caller.key_id
 
     def _foreign_name(self, headers: Headers) -> str | None:
         """Where a request is sent to or comes from, if this server does not answer to that."""

@@ -18,7 +18,6 @@ from sidelight.policy.request import Terms
 from sidelight.prompts import Conversation
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
-from sidelight.server.keys import Caller
 from sidelight.server.observe import RequestObserver
 from sidelight.server.probes import ProbeRegistry
 
@@ -46,7 +45,6 @@ class ServerRequest(Request):
         self.context: Context = request.app.state.context
         self.engine, self.registry = self.context.engine, self.context.registry
         self.observer: RequestObserver = request.state.observer
-        self.observer.key_id = getattr(request.state, "caller", Caller()).key_id
         self._received = b""
         self._value: Any = None
 
