@@ -10,7 +10,7 @@ from scipy.spatial.distance import mahalanobis
 from corpora import rows
 from in_process import in_process
 from sidelight.artifact import load_probe, save_probe
-from sidelight.bank import Bank
+from sidelight.bank import Bank, Panel
 from sidelight.data.loading import load_examples
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.mechanisms.base import Geometry, mechanism_spec
@@ -22,9 +22,10 @@ from sidelight.training import contexts
 from sidelight.training.classifier import Classifier
 from sidelight.training.fit import fit
 from sidelight.training.settings import Background, FitOptions
-from sidelight.types import Judgement
+from sidelight.vllm.columns import Reading
 from sidelight.vllm.requests import judgement_of, report_of
 from sidelight.vllm.settings import KEY
+from sidelight.vllm.worker import RequestJudge
 
 LAYERS, WIDTH = 3, 32
 TRAFFIC = tuple((Message("user", f"Ordinary thing {i} said."),) for i in range(40))
@@ -106,8 +107,23 @@ def test_it_changes_no_verdict_and_is_kept_by_the_artifact(tiny, trained, tmp_pa
     )
     assert saved == alone
     assert [replace(verdict, is_unfamiliar=None) for verdict in alone] == bare
-    report = report_of(Judgement(tuple(alone[-1:])), 0.0)
-    assert judgement_of({KEY: report})[0].verdicts == (alone[-1],)
+
+
+@pytest.mark.slow
+def test_a_worker_of_vllm_measures_and_reports_it_alike(tiny, trained):
+    panel = Panel(trained[:1])
+    texts = [FAMILIAR[0], STRANGE[0]]
+    wanted = Classifier(tiny, trained[0]).predict(texts)
+    assert [verdict.is_unfamiliar for verdict in wanted] == [False, True]
+    for text, verdict in zip(texts, wanted, strict=True):
+        prompt = tiny.encoder.encode((Message("user", text),))
+        tap = panel.prompt_tap()
+        with tiny.tapped(tap):
+            tiny.run([prompt])
+        reading = Reading("r", (), 0, bytes(prompt.parts), ends_prompt=True, is_plain=False)
+        judgement = RequestJudge(panel).judge([reading], tap.projected()[0])["r"]
+        (received,) = judgement_of({KEY: report_of(judgement, 0.0)})[0].verdicts
+        assert received.is_unfamiliar == verdict.is_unfamiliar
 
 
 @pytest.mark.slow
