@@ -127,7 +127,8 @@ def _find_columns(
     for option, name in wanted:
         if name is not None and name not in known:
             raise SidelightError(
-                f"There is no column '{name}'.{did_you_mean(name, [name[:40] for name in known])} "
+                f"{rows[0].place}: no column '{name}'."
+                f"{did_you_mean(name, [column[:40] for column in known])} "
                 f"Name another with --{option} ({option}= in Python)."
             )
     return labels
