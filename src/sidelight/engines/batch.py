@@ -331,8 +331,9 @@ def _write(
     settled = [generation for generation in rows.generations if generation.is_settled]
     begin = time.perf_counter()
     judgements = _judge_responses(panel, settled)
+    judging_s = time.perf_counter() - begin
     for generation in rows.generations:
-        generation.judging_s += time.perf_counter() - begin
+        generation.judging_s += judging_s
     for generation, judgement in zip(settled, judgements, strict=True):
         emissions.append(Emission(generation.request, generation.finished(judgement), is_last=True))
     return rows.without([*settled, *lost]), emissions
