@@ -18,8 +18,9 @@ from sidelight.ragged import Ragged
 from sidelight.thresholds import ThresholdRule, choose_thresholds, read_curves
 from sidelight.training import loop
 from sidelight.training.dataset import FOLDS, ProbeDataset, choose_folds, make_split
-from sidelight.training.fit import better_words, calibrate, fit, mixtures, taken_by_none
+from sidelight.training.fit import better_words, fit, mixtures, taken_by_none
 from sidelight.training.loop import cross_fit, train_mechanisms
+from sidelight.training.measuring import calibrate_examples
 from sidelight.training.runs import RUNS, read_runs, write_fit
 from sidelight.training.settings import (
     Background,
@@ -190,10 +191,10 @@ def test_few_texts_are_cross_fitted_unless_validation_texts_are_given(tiny, tmp_
 
 @pytest.mark.parametrize("is_cross_fitted", [True, False])
 def test_no_text_is_measured_by_what_it_calibrated(whole, folds, is_cross_fitted):
-    dataset = replace(whole, folds=folds) if is_cross_fitted else whole
     labels = whole.training.labels
     logits = np.random.default_rng(0).normal(size=(len(labels), 1)) + labels[:, None]
-    made = calibrate(logits, dataset)
+    given = folds if is_cross_fitted else ()
+    made = calibrate_examples(logits, whole.validation.examples, folds=given)
     # Not those of all rows, which the probe is served with.
     assert made.calibration == fit_calibration("platt", logits, labels, whole.task)
     own = folds if is_cross_fitted else whole.training.examples.folds(FOLDS, seed=0)

@@ -40,7 +40,6 @@ from sidelight.training.measuring import (
     calibrate_examples,
     describe_examples,
     describe_scores,
-    measuring_folds,
     text_hashes,
 )
 from sidelight.types import Task
@@ -138,8 +137,7 @@ class Pool:
         pooled = self.pooled.chosen(torch.tensor(rows))
         solution = solve_linear(pooled, labelled.labels, self.task, folds=folds)
         assert solution.left_out is not None
-        folds = measuring_folds(labelled, folds=folds)
-        calibrated = calibrate_examples(solution.left_out, labelled, folds)
+        calibrated = calibrate_examples(solution.left_out, labelled, folds=folds)
         probabilities = calibrated.calibration.apply(solution.left_out)
         spec, geometry = mechanism_spec("linear"), Geometry(*self._shape[1:], self.task.outputs)
         scaling = replace(Standardisation.identity(geometry), is_normalised=self._is_normalised)
@@ -164,7 +162,7 @@ class Pool:
                     "metrics": calibrated.report.to_dict(),
                     **describe_scores(self.task, probabilities, labelled.labels),
                 },
-                "folds": len(folds),
+                "folds": len(calibrated.folds),
                 "settings": {"strength": solution.strength},
                 "max_tokens": self._max_tokens,
                 "seed": 0,

@@ -18,7 +18,7 @@ from sidelight.mechanisms.linear import Linear
 from sidelight.mechanisms.readout import Readout
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
-from sidelight.thresholds import F1, ThresholdRule, read_curves, require_thresholds
+from sidelight.thresholds import ThresholdRule, read_curves, require_thresholds
 from sidelight.training.dataset import ProbeDataset, linear_refusal, prepare
 from sidelight.training.distance import fit_distance
 from sidelight.training.linear import LinearSolution
@@ -33,7 +33,6 @@ from sidelight.training.measuring import (
     describe_scores,
     highest_logits,
     measure_traffic,
-    measuring_folds,
     text_hashes,
     traffic_warnings,
 )
@@ -85,7 +84,14 @@ def calibrate_probe(
     logits, in_contexts = trained.logits[:texts], trained.logits[texts:]
     rule = options.threshold
     highest = highest_logits(dataset.contexts, in_contexts)
-    calibrated = calibrate(logits, dataset, kind=options.calibration, rule=rule, traffic=highest)
+    calibrated = calibrate_examples(
+        logits,
+        dataset.validation.examples,
+        folds=dataset.folds,
+        kind=options.calibration,
+        rule=rule,
+        traffic=highest,
+    )
     probabilities = calibrated.calibration.apply(logits)
     thresholds, traffic = calibrated.report.thresholds, None
     kept: dict[str, Any] = {}
@@ -151,37 +157,6 @@ def _kept(
             if text not in private
         ],
     }
-
-
-def calibrate(
-    logits: Float[np.ndarray, "text output"],
-    dataset: ProbeDataset,
-    *,
-    kind: CalibrationKind | None = None,
-    bootstrap: int = 1000,
-    rule: ThresholdRule = F1,
-    traffic: Float[np.ndarray, "conversation output"] | None = None,
-) -> Calibrated:
-    """Calibrates logits of the validation texts and measures them.
-
-    Args:
-        logits: Of each validation text, by a model that did not train on it.
-        dataset: The texts.
-        kind: How; None takes ``suggested_calibration``.
-        bootstrap: As for ``evaluate``.
-        rule: What the thresholds are chosen for.
-        traffic: As for ``calibrate_examples``.
-    """
-    folds = measuring_folds(dataset.validation.examples, folds=dataset.folds, kind=kind)
-    return calibrate_examples(
-        logits,
-        dataset.validation.examples,
-        folds,
-        kind=kind,
-        rule=rule,
-        bootstrap=bootstrap,
-        traffic=traffic,
-    )
 
 
 @dataclass(frozen=True)
@@ -251,7 +226,7 @@ def fit(
         *(f"{divergence(job)} This run is left out." for job, one in pairs if one is None),
     ]
     measured = dataset.validation.examples
-    if not measuring_folds(measured, folds=dataset.folds, kind=options.calibration):
+    if not words.folds:
         warnings.append(FLATTERING)
     if options.mechanisms is None:
         warnings += [f"{refusal}: the readout is alone."] if refusal else []
@@ -309,7 +284,8 @@ def _baseline(
     else:
         words = fit_tfidf(training.texts, training.labels, task)
         logits = words.logits(dataset.validation.texts)
-    return calibrate(logits, dataset, kind=kind, rule=rule)
+    texts = dataset.validation.examples
+    return calibrate_examples(logits, texts, folds=dataset.folds, kind=kind, rule=rule)
 
 
 # The default probe: a readout and a linear solution, mixed as left-out texts decide.
@@ -332,9 +308,12 @@ def mix(
     if linear is None or not readouts:
         return [*trained]
 
+    texts, folds = dataset.validation.examples, dataset.folds
+
     def loss(candidate: Trained) -> float:
-        logits = candidate.logits[: len(dataset.validation)]
-        return float(calibrate(logits, dataset, kind=kind, bootstrap=0).losses.mean())
+        logits = candidate.logits[: len(texts)]
+        calibrated = calibrate_examples(logits, texts, folds=folds, kind=kind, bootstrap=0)
+        return float(calibrated.losses.mean())
 
     return [min(mixtures(linear, readout) or [readout], key=loss) for readout in readouts]
 

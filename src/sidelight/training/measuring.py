@@ -66,32 +66,34 @@ class Calibrated:
         losses: Their log losses.
         report: Their figures, with decisions by thresholds that the other folds gave; the report's
             thresholds are chosen on all of the texts.
+        folds: The folds that were left out; none if the texts are measured by what they calibrate.
     """
 
     calibration: Calibration
     probabilities: Float[np.ndarray, "text output"]
     losses: Float[np.ndarray, " text"]
     report: Report
+    folds: Folds
 
 
 def calibrate_examples(
     logits: Float[np.ndarray, "text output"],
     examples: LabelledExamples,
-    folds: Folds,
     *,
+    folds: Folds = (),
     kind: CalibrationKind | None = None,
     rule: ThresholdRule = F1,
     bootstrap: int = 1000,
     around: Sequence[float] = (),
     traffic: Float[np.ndarray, "conversation output"] | None = None,
 ) -> Calibrated:
-    """Calibrates logits of labelled texts and measures them.
+    """Calibrates logits of labelled texts, and measures each fold by what calibrates on the others.
 
     Args:
-        logits: Of each text.
+        logits: Of each text, by a model that did not train on it.
         examples: The texts.
-        folds: Indices of the texts that are measured by what the others give; if there are none,
-            the texts are measured by what they themselves give.
+        folds: Indices of the texts of each fold, of which those of contexts are left out; none
+            draws some.
         kind: How; None takes ``suggested_calibration``.
         rule: What the thresholds are chosen for.
         bootstrap: As for ``evaluate``.
@@ -111,18 +113,22 @@ def calibrate_examples(
             numbers = np.append(numbers, np.full(len(quiet), task.outputs - 1))
         return fit_calibration(kind, counted, numbers, task, around=around)
 
-    calibration = fitted(np.arange(len(labels)))
-    thresholds = choose_thresholds(task, calibration.apply(logits), labels, rule=rule)
-    thresholds = quiet_thresholds(thresholds, calibration, quiet, rule)
-    probabilities = np.empty_like(logits)
-    applied = np.empty((len(labels), len(thresholds)))
-    for fold in folds or (np.arange(len(labels)),):
-        rest = np.setdiff1d(np.arange(len(labels)), fold)
-        rest = rest if len(rest) else fold
-        own = fitted(rest)
-        probabilities[fold] = own.apply(logits[fold])
-        chosen = choose_thresholds(task, own.apply(logits[rest]), labels[rest], rule=rule)
-        applied[fold] = quiet_thresholds(chosen, own, quiet, rule)
+    def points(calibration: Calibration, rows: Int[np.ndarray, " _"]) -> tuple[float, ...]:
+        chances = calibration.apply(logits[rows])
+        thresholds = choose_thresholds(task, chances, labels[rows], rule=rule)
+        return quiet_thresholds(thresholds, calibration, quiet, rule)
+
+    every = np.arange(len(labels))
+    calibration = fitted(every)
+    thresholds = points(calibration, every)
+    probabilities = calibration.apply(logits)
+    applied = np.tile(thresholds, (len(labels), 1))
+    folds = _measuring_folds(examples, folds, kind)
+    for fold in folds:
+        rest = np.setdiff1d(every, fold)
+        of_rest = fitted(rest)
+        probabilities[fold] = of_rest.apply(logits[fold])
+        applied[fold] = points(of_rest, rest)
     report = evaluate(
         task,
         probabilities,
@@ -132,17 +138,11 @@ def calibrate_examples(
         bootstrap=bootstrap,
     )
     losses = log_losses(task, probabilities, labels)
-    return Calibrated(calibration, probabilities, losses, report)
+    return Calibrated(calibration, probabilities, losses, report, folds)
 
 
-def measuring_folds(
-    examples: LabelledExamples, *, folds: Folds = (), kind: CalibrationKind | None = None
-) -> Folds:
-    """Folds of texts, each to be measured by what calibrates on the others.
-
-    Those of cross-fitting if there are some. Empty if the others of some fold do not have what
-    a calibration needs.
-    """
+def _measuring_folds(examples: LabelledExamples, folds: Folds, kind: CalibrationKind) -> Folds:
+    """These folds or others; none if the rest of some fold lacks what a calibration needs."""
     if folds:
         folds = tuple(fold[fold < len(examples)] for fold in folds)
     else:
@@ -151,8 +151,7 @@ def measuring_folds(
     try:
         for fold in folds:
             rest = np.setdiff1d(np.arange(len(examples)), fold)
-            wanted = kind or suggested_calibration(examples.task)
-            require_calibratable(wanted, examples.labels[rest], examples.task)
+            require_calibratable(kind, examples.labels[rest], examples.task)
     except SidelightError:
         return ()
     return folds

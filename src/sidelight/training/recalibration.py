@@ -30,7 +30,6 @@ from sidelight.training.measuring import (
     describe_examples,
     describe_scores,
     kept_logits,
-    measuring_folds,
     quiet_thresholds,
     trained_texts,
 )
@@ -128,12 +127,10 @@ def _follow_labels(
         )
     kind = suggested_calibration(task)
     before = evaluate(task, probe.calibration.apply(logits), labels, thresholds=probe.thresholds)
-    folds = measuring_folds(examples, kind=kind)
     around = probe.calibration.scale
     made = calibrate_examples(
         logits,
         examples,
-        folds,
         kind=kind,
         rule=rule,
         around=around,
@@ -153,7 +150,7 @@ def _follow_labels(
         if label in probe.label_thresholds
     }
     doubts = (
-        *(() if folds else (FLATTERING,)),
+        *(() if made.folds else (FLATTERING,)),
         *threshold_doubts(task, counts, len(examples), rule),
         *_losses(recalls),
         *(_strangers(before) if task.kind != "multiclass" else ()),
