@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 from openai import OpenAI
 from rich.table import Table
+
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.data.loading import load_examples
