@@ -120,7 +120,6 @@ class Data(DataSet):
         on_test: Callable[[], None] = lambda: None,
     ):
         self.__dict__.update(
-            name="planted",
             title=title,
             training=training or examples(kind, 100, 1),
             validation=validation or examples(kind, 60, 2),

@@ -255,7 +255,6 @@ def test_any_files_make_a_data_set(tmp_path):
         for split in ("urgent_train", "urgent_dev", "urgent_test")
     )
     loaded = from_files(train, str(test), held_out, text="words", label="urgent")
-    assert loaded.name == "urgent_train"
     assert loaded.title == "urgent_train, tested on urgent_test"
     assert [len(getattr(loaded, part)) for part in PARTS] == [20, 20, 20]
     assert loaded.test.task == Task("binary", ("no", "yes"))

@@ -30,7 +30,6 @@ class DataSet:
     """Examples to train on, to choose by and to measure on, all with the task of the first.
 
     Attributes:
-        name: Its name in recipes.
         title: Its name in tables.
         validation: The official validation split, or training rows that were held out.
         subsets: Row positions of `test` by the name of the subset; may be empty.
@@ -40,7 +39,6 @@ class DataSet:
         test_notes: Those on the test, and on the set as a whole.
     """
 
-    name: str
     title: str
     training: LabelledExamples
     validation: LabelledExamples
@@ -300,21 +298,15 @@ def _load(name: str, layout: Layout, folder: Path | None) -> DataSet:
     training = read(layout.training, None)
     validation = read(layout.validation, training.task) if layout.validation else None
     test = read(layout.test, training.task)
-    whole = (*layout.notes, *entry.notes)
     return _assemble(
         training,
         validation,
         test,
-        name=name,
         title=entry.title,
         subsets=entry.subsets,
-        about_training=(
-            *_count_notes("training", training, layout.training),
-            *_count_notes("validation", validation, layout.validation),
-            *entry.remarks(training),
-            *whole,
-        ),
-        about_test=(*_count_notes("test", test, layout.test), *whole),
+        layout=layout,
+        on_training=entry.remarks(training),
+        on_both=(*layout.notes, *entry.notes),
     )
 
 
@@ -366,10 +358,8 @@ def from_files(
         learned,
         None if validation is None else read(validation),
         read(test),
-        name=own,
         title=f"{own}, tested on {other}",
-        subsets={},
-        about_training=learned.warnings,
+        on_training=learned.warnings,
     )
 
 
@@ -378,70 +368,61 @@ def _assemble(
     validation: LabelledExamples | None,
     test: LabelledExamples,
     *,
-    name: str,
     title: str,
-    subsets: Mapping[str, tuple[str, bool]],
-    about_training: tuple[str, ...] = (),
-    about_test: tuple[str, ...] = (),
+    subsets: Mapping[str, tuple[str, bool]] | None = None,
+    layout: Layout | None = None,
+    on_training: tuple[str, ...] = (),
+    on_both: tuple[str, ...] = (),
 ) -> DataSet:
-    """The splits as a data set, with notes on them after the given ones."""
-    found: dict[str, Int[np.ndarray, " row"]] = {}
+    """The splits as a data set, with notes on them beside the given ones."""
+    places: dict[str, Int[np.ndarray, " row"]] = {}
     absent: list[str] = []
-    for subset, (column, value) in subsets.items():
+    for subset, (column, value) in (subsets or {}).items():
         is_known = any(column in row for row in test.rows)
         values = test.truth_values(column) if is_known else ()
         rows = np.flatnonzero([own is value for own in values])
         if len(rows):
-            found[subset] = rows
+            places[subset] = rows
         else:
             absent.append(
                 f"No test row is known to be in the subset '{subset}' (column '{column}')."
             )
-    on_training = [*about_training, *_left_out("training", training)]
-    learned, held_out = training, validation
-    if held_out is None:
+    shared = overlap_notes(training, test)
+    notes = [*_part_notes("training", training, layout and layout.training), *on_training]
+    if validation is None:
         share = validation_share(len(training))
-        learned, held_out = training.split(share, seed=0)
-        on_training.append(
+        training, validation = training.split(share, seed=0)
+        notes.append(
             f"There is no validation split: {100 * share:.0f} % of the training rows are held out."
         )
     else:
-        on_training += _left_out("validation", held_out)
-    on_test = (*about_test, *_left_out("test", test), *absent)
-    shared = overlap_notes(training, test)
+        notes += _part_notes("validation", validation, layout and layout.validation)
+    training_notes = (*notes, *on_both)
+    test_notes = (*_part_notes("test", test, layout and layout.test), *absent, *on_both)
     return DataSet(
-        name=name,
         title=title,
-        training=learned,
-        validation=held_out,
+        training=training,
+        validation=validation,
         test=test,
-        subsets=found,
-        notes=tuple(dict.fromkeys((*on_training, *on_test, *shared))),
-        training_notes=tuple(on_training),
-        test_notes=on_test,
+        subsets=places,
+        notes=tuple(dict.fromkeys((*training_notes, *test_notes, *shared))),
+        training_notes=training_notes,
+        test_notes=test_notes,
     )
 
 
-def _count_notes(
-    name: str, examples: LabelledExamples | None, part: Part | None
-) -> tuple[str, ...]:
-    """A note if a split does not have its official number of rows, unlabelled ones included."""
-    if examples is None or part is None:
-        return ()
-    rows = len(examples) + examples.skipped.empty_text + examples.skipped.missing_label
-    if rows == part.rows:
-        return ()
-    return (f"The {name} split has {rows:,} rows; the official one has {part.rows:,}.",)
-
-
-def _left_out(name: str, examples: LabelledExamples) -> tuple[str, ...]:
-    counts = {
-        "without a label": examples.skipped.missing_label,
-        "without a text": examples.skipped.empty_text,
-    }
-    return tuple(
-        f"{count:,} {name} rows {reason} are left out." for reason, count in counts.items() if count
-    )
+def _part_notes(name: str, examples: LabelledExamples, part: Part | None) -> list[str]:
+    """How many rows a split lacks of its official number, and how many were left out."""
+    skipped = examples.skipped
+    counts = {"without a label": skipped.missing_label, "without a text": skipped.empty_text}
+    rows = len(examples) + sum(counts.values())
+    notes: list[str] = []
+    if part and rows != part.rows:
+        notes.append(f"The {name} split has {rows:,} rows; the official one has {part.rows:,}.")
+    for reason, count in counts.items():
+        if count:
+            notes.append(f"{count:,} {name} rows {reason} are left out.")
+    return notes
 
 
 def overlap_notes(training: LabelledExamples, test: LabelledExamples) -> tuple[str, ...]:
