@@ -92,12 +92,11 @@ def train(
     rule = ThresholdRule.parse(threshold)
     # Before imports that take seconds: a wrong file or column is refused at once.
     training, validation = inputs.load()
+    options.announce("Loading the model")
+    from sidelight.mechanisms.base import mechanism_names
     from sidelight.training.contexts import default_background, load_background
 
     traffic = None if background is None else load_background(background)
-    options.announce("Loading the model")
-    from sidelight.mechanisms.base import mechanism_names
-
     is_automatic = mechanisms == [_AUTO]
     specs = None if is_automatic else _specs(mechanisms, assigned)
     from sidelight.training.fit import fit
