@@ -125,7 +125,8 @@ class Classifier:
         answer = example.response if response is None else response
         prompt = self.backbone.encoder.encode(example.conversation, answer)
         places = self.backbone.encoder.places(example.conversation, answer)
-        bank = Bank([self.probe], device=self.backbone.device)
+        # Without the columns that measure its distance.
+        bank = Bank([replace(self.probe, distance=None)], device=self.backbone.device)
         tap = bank.tap()
         with self.backbone.tapped(tap):
             self.backbone.run([prompt])
