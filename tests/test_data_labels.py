@@ -148,3 +148,10 @@ def test_flag_columns_must_be_flags_of_the_task():
         load_examples(rows, label="x,y")
     with pytest.raises(SidelightError, match=r"labels x, z, but the columns are x, y"):
         load_examples(rows, label="x,y", task=Task("multilabel", ("x", "z")))
+
+
+@pytest.mark.parametrize("pair", [("Spam", "spam"), ("caf\u00e9", "cafe\u0301")])
+def test_labels_that_read_alike_are_a_warning(pair):
+    warnings = load_examples(labelled([*pair, "other"] * 2)).warnings
+    assert ["read alike" in warning for warning in warnings] == [True]
+    assert load_examples(labelled(["spam", "spams", "other"] * 2)).warnings == ()

@@ -1,6 +1,7 @@
 """Turns label cells into a task and an array of numbers. Knows no file format and no texts."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
@@ -63,11 +64,13 @@ def encode_labels(
             "one column of 0/1 per label to a multi-label task, and one label to any other."
         )
     if not is_single:
-        return _encode_sets(rows, columns, task)
+        encoded, sets, warnings = _encode_sets(rows, columns, task)
+        return encoded, sets, warnings + (_alike(encoded.labels) if task is None else ())
     names = [label_name(row.cells[columns[0]], row.place) for row in rows]
     warnings: tuple[str, ...] = ()
     if task is None:
         task, warnings = _infer_classes(names, columns[0], positive)
+        warnings += _alike(task.labels)
     index = _label_index(task)
     numbers = [_lookup(row, name, index) for row, name in zip(rows, names, strict=True)]
     return task, np.array(numbers, dtype=np.int64), warnings
@@ -139,6 +142,19 @@ def _infer_classes(
         "the other."
     )
     return Task("binary", (other, chosen)), (warning,)
+
+
+def _alike(labels: Sequence[str]) -> tuple[str, ...]:
+    """A warning about labels that a reader would take for one."""
+    by_reading = {unicodedata.normalize("NFKC", name).casefold(): name for name in labels}
+    pairs = [
+        f"'{name}' and '{other}'"
+        for name in labels
+        if (other := by_reading[unicodedata.normalize("NFKC", name).casefold()]) != name
+    ]
+    if not pairs:
+        return ()
+    return (f"Labels that read alike are different classes: {', '.join(pairs[:3])}.",)
 
 
 def _ordered(names: Iterable[str]) -> tuple[str, ...]:
