@@ -269,7 +269,7 @@ def test_what_the_probe_will_flag_is_said_before_the_model_is_loaded(tmp_path, c
     assert (
         run("train", "--data", data, "--out", str(tmp_path / "o"), "--model", data, *missing) == 2
     )
-    reading, error = capsys.readouterr().err.splitlines()
+    *_, error = capsys.readouterr().err.splitlines()
     assert "No file" in error
     assert "traffic.jsonl" in error
 
