@@ -247,6 +247,6 @@ def scores(probe: Probe, verdict: Verdict) -> dict[str, float]:
 
 
 def _calibration_counts(record: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Counts of each label's scores at calibration, which probes store; older ones have none."""
+    """Counts of each label's scores at calibration; empty where the record has none."""
     stored: dict[str, list[int]] = reference(record).get("scores", {})
     return {label: counts for label, counts in stored.items() if len(counts) == BINS}
