@@ -1,7 +1,8 @@
 """Logits made into probabilities, measured on labelled texts and in ordinary traffic.
 
-All logits are out-of-fold. Labelled texts are measured at calibrations and thresholds that the other
-folds gave; ordinary conversations at the probe's own threshold, which was raised to let them pass.
+All logits are out-of-fold. Labelled texts are measured at calibrations and thresholds that the
+other folds gave; ordinary conversations at the probe's own threshold, which was raised to let them
+pass.
 """
 
 import base64
