@@ -1,10 +1,12 @@
 """Everything that we use of vLLM beyond its documentation.
 
-``plugin`` wraps methods of ``AsyncLLM``, ``EngineArgs``, ``BaseModelLoader`` and ``Executor``, and
-``guard`` one of ``BeamSearchOnlineMixin``. Others use ``Scheduler.update_from_output``
-(``connector``), ``merge_async_iterators`` (``outputs``), ``OutputProcessor.process_outputs``
-(``outputs``), ``ResponsesResponse.from_request`` (``endpoint``), ``AsyncLLM.shutdown``
-(``server``), and the number of API servers (``exchange``); the rest of the names are here.
+``plugin`` wraps methods of ``AsyncLLM``, ``EngineArgs``, ``BaseModelLoader`` and ``Executor``;
+``guard`` wraps one of ``BeamSearchOnlineMixin``, and replaces three of each ``AsyncLLM``. Others
+use ``Scheduler.update_from_output``, ``MultiConnector._connectors`` and its
+``_requests_to_connector`` (``connector``), ``merge_async_iterators`` and
+``OutputProcessor.process_outputs`` (``outputs``), ``OutputProcessor.has_unfinished_requests`` and
+the number of API servers (``exchange``), ``ResponsesResponse.from_request`` (``endpoint``), and
+``AsyncLLM.shutdown`` (``server``); the rest of the names are here.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false

@@ -2,7 +2,8 @@
 
 Descriptions of prompts and reports of verdicts travel in ``kv_transfer_params``, under ``KEY``.
 ``Tracking`` follows each request: it is read whole when its prompt ends, no matter which part was
-computed earlier or by another request, and again from the start after a preemption.
+computed earlier or by another request. After a preemption it is read again from the start if some
+probe reads responses.
 """
 
 import hashlib
