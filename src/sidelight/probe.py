@@ -23,8 +23,7 @@ class UnitLogits:
 
     Attributes:
         logits: The highest of each label.
-        turn: The first turn of the unit that has the highest of all, among the turns with text;
-            None if that is the whole text.
+        turn: As ``Verdict.turn``.
         distance: Of the whole text from familiar ones; None if the probe does not measure it.
     """
 
@@ -79,6 +78,7 @@ class Probe:
         if self.distance is None:
             return None
         scope = "conversation" if self.reads.scope == "each_turn" else self.reads.scope
+        # Only summarised and finished in a bank: its calibration and thresholds are never used.
         return replace(
             self,
             task=Task("binary", ("familiar", "unfamiliar")),

@@ -99,9 +99,8 @@ class Verdict:
         probabilities: Calibrated probability of every label.
         flagged: Whether the threshold of the positive class (binary) or of any label (multi-label)
             is reached. A multi-class verdict is never flagged: it names a class, not a danger.
-        turn: The turn of the prompt with the highest score, from 0, without leading system turns;
-            the first of several that are judged together. None if there is only one, or if that is
-            the score of the whole.
+        turn: The turn that decided, counted from 0 without leading system turns (the first, if
+            several were judged together); None if the whole did.
         is_unfamiliar: Whether the whole text is unlike all that the probe was trained on; None if
             that was not measured.
     """

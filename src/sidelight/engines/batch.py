@@ -1,7 +1,8 @@
 """The texts being read and written: each pass of the model reads, judges and writes.
 
-A pass reads on in new prompts (``read_on``), or the newest token of some texts (``decode``).
-Everything here is synchronous and runs in one thread; nothing knows of callers that wait.
+A pass reads the next part of new prompts (``read_on``) or the newest token of each text in a group
+(``decode``), in the model's thread; requests begin in the event loop, while no pass runs.
+Everything here is synchronous; nothing knows of callers that wait.
 """
 
 import sys
@@ -170,7 +171,10 @@ class Batch:
             self.readings.append(Reading(members, self._prefill(members)))
 
     def drop(self, requests: Collection[Request]) -> None:
-        """Reads and writes no more for these requests, and frees what they hold."""
+        """Writes no more for these requests, and frees what they hold.
+
+        A prompt that is read together with others is dropped when that reading ends.
+        """
         gone = {*requests}
         self.readings = [reading for reading in self.readings if not {*reading.requests} <= gone]
         for group, rows in [*self.rows.items()]:

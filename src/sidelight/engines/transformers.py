@@ -46,7 +46,8 @@ _PREFILL_TOKENS_ON_CPU = 256
 class TransformersEngine(Engine):
     """Serves one backbone with its probes.
 
-    All bookkeeping happens in the event loop; one thread of the engine's own runs the model.
+    Requests are queued, begun and answered in the event loop; one thread of the engine's own runs
+    the model and judges what it reads.
 
     Args:
         backbone: The model. Nothing else may run it meanwhile.
@@ -207,7 +208,7 @@ class TransformersEngine(Engine):
     async def _step(self) -> None:
         """A pass over the prompts whose turn it is, then a token of every text being written.
 
-        So prompts take turns, and whoever is admitted or refused, no text waits for two of them.
+        A text that is being written waits for one pass over prompts at most.
         """
         batch, queue = self._batch, self._queue
         given_up = {request for request in batch.requests if request not in queue.awaited}
@@ -221,7 +222,7 @@ class TransformersEngine(Engine):
         if waiting and queue.latest_turn(waiting) <= min(map(turn, batch.readings), default=inf):
             queue.take(waiting)
             batch.begin(waiting)
-        # What the pass over prompts admits has its first token from that.
+        # Listed before that pass: texts that it admits got their first token in it.
         writing = [*batch.rows]
         if batch.readings:
             reading = min(batch.readings, key=turn)

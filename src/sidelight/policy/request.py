@@ -1,9 +1,11 @@
 """What holds for one request, and what came of it, as clients and gateways see it.
 
-Both servers fix the `Terms` before they judge anything, and keep an `Outcome` while they answer.
-Decisions become visible here and nowhere else, so this is where rules that disclose less are
-applied. Each client drops other fields that it does not know, so the same verdicts go into a
-header, the typed ``moderation`` field, and the ``sidelight`` field.
+Both servers fix the ``Terms`` before they judge anything, and keep an ``Outcome`` while they
+answer. Decisions become visible here, so this is where rules that disclose less are applied. There
+are two exceptions: ``server.chat`` leaves out running scores that are not disclosed, and
+``server.checks`` names every probe that flags in LiteLLM's ``blocked_reason``. Each client drops
+other fields that it does not know, so the same verdicts go into a header, the typed ``moderation``
+field, and the ``sidelight`` field.
 """
 
 import json

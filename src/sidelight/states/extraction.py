@@ -140,7 +140,8 @@ class SharedSource(BackboneSource):
     Args:
         backbone: Runs the texts.
         root: The folder that gets a folder for the states.
-        budget_bytes: If all states together would take more, the older ones are forgotten.
+        budget_bytes: If all states together would take more, all are forgotten, and made again as
+            they are needed.
     """
 
     def __init__(
