@@ -55,7 +55,7 @@ class BankTap:
     """Projects each hidden state while it exists and keeps only the columns.
 
     Attributes:
-        seconds: That the passes have spent on it; of a GPU, to start its work.
+        seconds: Time that it took of the passes; on a GPU, the time to launch its work.
     """
 
     def __init__(self, projection: Projection):
@@ -73,7 +73,10 @@ class BankTap:
         self.seconds += time.perf_counter() - begin
 
     def projected(self) -> Float[Tensor, "batch token layer column"]:
-        """The columns of all passes since the last call, each of which read on in the same rows."""
+        """The columns of all passes since the last call, joined along the tokens.
+
+        Each pass goes on with the same texts.
+        """
         projected = torch.cat([torch.stack(columns, 2) for columns in self._passes], 1)
         self._passes.clear()
         return projected
@@ -82,7 +85,8 @@ class BankTap:
 class _ProbeGroup:
     """Probes with equal ``summary_kind``, ``reads`` and number of columns, or a single probe.
 
-    They are summarised in one call by stacking their columns as extra layers.
+    They are summarised together: their columns are stacked as extra layers, in pieces that fit a
+    processor's cache.
 
     Args:
         indices: The probes' indices in their bank.
@@ -99,10 +103,11 @@ class _ProbeGroup:
         if len(self.indices) == 1:
             return self.mechanisms[0].summarise(Ragged(columns, lengths))
         side_by_side = columns.unflatten(2, (len(self.indices), -1)).flatten(1, 2)
-        at_once = max(1, NUMBERS_AT_ONCE * side_by_side.shape[1] // max(1, columns.numel()))
+        numbers_per_layer = columns.numel() // side_by_side.shape[1]
+        layers_at_once = max(1, NUMBERS_AT_ONCE // max(1, numbers_per_layer))
         states = [
             self.mechanisms[0].summarise(Ragged(piece, lengths)).values
-            for piece in side_by_side.split(at_once, 1)
+            for piece in side_by_side.split(layers_at_once, 1)
         ]
         return Ragged.one_row_each(torch.cat(states, 1))
 

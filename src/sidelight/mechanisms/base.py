@@ -3,9 +3,10 @@
 The dense form, which defines a mechanism, is its equation over a padded tensor. The streaming form
 needs a few numbers from each token (``columns``) and keeps a small state (``summarise``,
 ``finish``); the states of two neighbouring runs of tokens merge (``merge``). Training and serving
-both use the streaming form. Laws in ``tests/test_mechanisms.py`` prove it equal to the dense form
-for any chunking, merge order and packing. Knows hidden states, which the probe standardises if at
-all, and no text.
+both use the streaming form, except where training has the same function for less: it solves
+``linear`` from pooled states, and a readout of many classes from means of whole states. Laws in
+``tests/test_mechanisms.py`` prove it equal to the dense form for any chunking, merge order and
+packing. Knows hidden states, which the probe standardises if at all, and no text.
 """
 
 from abc import ABC, abstractmethod
@@ -175,21 +176,21 @@ def mechanism_spec(name: str, options: Mapping[str, OptionValue] | None = None) 
     Raises:
         SidelightError: The mechanism or an option is unknown, or a value is not allowed.
     """
-    defaults, _ = _registered(name)
-    kinds = {field.name: field.type for field in fields(defaults)}
+    options_class, _ = _registered(name)
+    kinds = {field.name: field.type for field in fields(options_class)}
     for option, value in (options or {}).items():
         if option not in kinds:
             raise SidelightError(
                 f"Unknown option '{option}' of mechanism '{name}'.{did_you_mean(option, kinds)}"
             )
         _check_value(f"{name}.{option}", value, kinds[option])
-    return MechanismSpec(name, asdict(defaults(**(options or {}))))
+    return MechanismSpec(name, asdict(options_class(**(options or {}))))
 
 
 def build_mechanism(spec: MechanismSpec, geometry: Geometry) -> Mechanism:
     """A mechanism with fresh parameters, drawn with torch's current seed."""
-    options, build = _registered(spec.name)
-    return build(geometry, options(**spec.options))
+    options_class, build = _registered(spec.name)
+    return build(geometry, options_class(**spec.options))
 
 
 def spec_titles(specs: Sequence[MechanismSpec]) -> list[str]:

@@ -94,13 +94,14 @@ class Readout(Mechanism):
         return (Readout, self.gate.shape[2], len(self.bias), self.extremes.shape[2])
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
-        (earlier, low), (later, high) = self._parted(left), self._parted(right)
-        means = merge_with_last(earlier, later).values
-        return Ragged.one_row_each(torch.cat([means, torch.maximum(low, high)], 2))
+        left_means, left_maxima = self._means_and_maxima(left)
+        right_means, right_maxima = self._means_and_maxima(right)
+        means = merge_with_last(left_means, right_means).values
+        return Ragged.one_row_each(torch.cat([means, torch.maximum(left_maxima, right_maxima)], 2))
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The layers' and heads' logits, added."""
-        means, maxima = self._parted(state)
+        means, maxima = self._means_and_maxima(state)
         return self._add_layers(finish_softmax(means).sum(2) + self._signed(maxima[..., 2:]))
 
     def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
@@ -139,18 +140,20 @@ class Readout(Mechanism):
             has_extremes=bool(self.extremes.shape[2]),
         ).to(self.bias.device)
         root, rest = math.sqrt(layers), 1 - share
-        added = {
+        parameters = {
             "gate": torch.cat([self.gate, torch.zeros_like(self.gate[..., :1])], 2),
             "value": torch.cat([rest * self.value, share * root * value[:, :, None]], 2),
             "last": rest * self.last + share * root * last,
             "extremes": rest * self.extremes,
             "bias": rest * self.bias + share * bias,
         }
-        mixture.load_state_dict(added)
+        mixture.load_state_dict(parameters)
         return mixture.eval().requires_grad_(False)
 
-    def _parted(self, state: Ragged) -> tuple[Ragged, Float[Tensor, "segment layer sign number"]]:
-        """The state of what is summed, and that of the extremes."""
+    def _means_and_maxima(
+        self, state: Ragged
+    ) -> tuple[Ragged, Float[Tensor, "segment layer sign number"]]:
+        """The state of the gated means and the last token, and that of the extremes."""
         heads = self.gate.shape[2] + 1
         return Ragged.one_row_each(state.values[:, :, :heads]), state.values[:, :, heads:]
 
