@@ -49,7 +49,7 @@ def encode_labels(
         task: The label space to map to, for evaluation; None infers one from the labels.
 
     Returns:
-        The task, the labels as in `LabelledExamples`, and warnings.
+        The task, the labels as in ``LabelledExamples``, and warnings.
     """
     is_single = len(columns) == 1 and not is_list(rows[0].cells[columns[0]])
     if positive is not None and (task is not None or not is_single):
@@ -64,8 +64,10 @@ def encode_labels(
             "one column of 0/1 per label to a multi-label task, and one label to any other."
         )
     if not is_single:
-        encoded, sets, warnings = _encode_sets(rows, columns, task)
-        return encoded, sets, warnings + (_alike(encoded.labels) if task is None else ())
+        encoded_task, labels, warnings = _encode_sets(rows, columns, task)
+        if task is None:
+            warnings += _alike(encoded_task.labels)
+        return encoded_task, labels, warnings
     names = [label_name(row.cells[columns[0]], row.place) for row in rows]
     warnings: tuple[str, ...] = ()
     if task is None:

@@ -31,7 +31,7 @@ class Row:
     """The cells of one row.
 
     Attributes:
-        place: Where the row was, such as `train.csv, line 17`, as error messages begin.
+        place: Where the row was, such as ``train.csv, line 17``, as error messages begin.
         cells: The value of each column.
     """
 
@@ -96,7 +96,7 @@ def is_readable(path: Path) -> bool:
 
 
 def _format_suffix(path: Path) -> str:
-    """The ending that names the format: `.csv` for `train.csv.gz`."""
+    """The ending that names the format: ``.csv`` for ``train.csv.gz``."""
     suffix = path.suffix.lower()
     inner = Path(path.stem).suffix.lower()
     # Parquet has compression of its own.
