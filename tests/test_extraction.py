@@ -238,7 +238,7 @@ def test_shards_are_random_samples_not_runs_of_the_file():
         assert 120 < sum(rows) / len(rows) < 280
 
 
-def test_the_key_changes_with_backbone_reads_texts_and_size_of_shards_only(tiny, tmp_path):
+def test_the_key_changes_with_backbone_engine_reads_and_texts_only(tiny, tmp_path):
     who, prompts = tiny.fingerprint, encoded(tiny, [*TEXTS, "six"])
     options = [
         {},
@@ -249,13 +249,22 @@ def test_the_key_changes_with_backbone_reads_texts_and_size_of_shards_only(tiny,
         {"prompts": [*prompts[:4], prompts[5]]},
         {"prompts": prompts[4::-1]},
         {"prompts": prompts[:4]},
-        {"shard_bytes": 50_000},
         {"engine": "other"},
     ]
     folders = [cache_of(tiny, tmp_path, **changed).directory for changed in options]
     assert len({*folders}) == len(options)
     for same in ({}, {"fingerprint": replace(who, name="another name")}):
         assert cache_of(tiny, tmp_path, **same).directory == folders[0]
+
+
+def test_a_cache_with_other_sizes_in_memory_takes_the_files_of_another(tiny, tmp_path, ran):
+    first = extracted(tiny, tmp_path)
+    ran.clear()
+    second = extracted(tiny, tmp_path, shard_bytes=5_000, memory_bytes=100)
+    assert not ran
+    assert len(second) > len(first)
+    texts = {row for index in range(len(second)) for row in second.read(index).rows.tolist()}
+    assert texts == {*range(len(TEXTS))}
 
 
 def test_a_text_is_read_as_it_was_written_and_half_of_one_is_missing(tiny, tmp_path):

@@ -127,11 +127,12 @@ class ActivationCache:
 
     Args:
         root: Folder of all caches; this one gets a folder of its own in it, named by a key that
-            covers the backbone, the engine, what is read, and every token id.
+            covers the backbone and its dtype, the engine, what is read, and every token id.
         prompts: The texts of the data set.
         reads: Which tokens are stored.
         fingerprint: The backbone.
         engine: What computes the states; engines round differently, so they share no cache.
+        shard_bytes: The most that is read together, or else one text; no file depends on it.
         memory_bytes: The most that ``States`` holds in memory.
     """
 
@@ -154,7 +155,7 @@ class ActivationCache:
         self.token_bytes = fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
         self.lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
         self.shards = random_shards(self.lengths, tokens=max(1, shard_bytes // self.token_bytes))
-        who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine, shard_bytes)
+        who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine)
         names = [text_name(prompt, reads) for prompt in prompts]
         self.directory = root / hashlib.sha256(repr((who, names)).encode()).hexdigest()[:24]
         self._lock: IO[str] | None = None
@@ -254,7 +255,7 @@ class States:
         self._rows = rows
         self.lengths = [cache.lengths[row] for row in rows]
         is_small = cache.token_bytes * sum(self.lengths) <= cache.memory_bytes
-        # All texts in another order are as many, but their labels are in that order.
+        # In memory, a part of the cache or another order of it gets shards of its own.
         if is_small and list(rows) != list(range(len(cache.lengths))):
             self.shards = random_shards(self.lengths, tokens=sum(self.lengths))
         else:
@@ -297,7 +298,7 @@ def random_batches(texts: int, *, size: int, shuffle: torch.Generator) -> Iterat
 
 def text_name(prompt: EncodedPrompt, reads: Reads) -> str:
     """Stands for the tokens of a prompt and which of them are read."""
-    # Each turn is judged by tokens that are read anyway.
+    # ``each_turn`` and ``conversation`` store the same tokens, so they share a name.
     is_last = reads.scope == "last_turn"
     who = (prompt.token_ids, prompt.parts, reads.side, reads.template, is_last)
     return hashlib.sha256(repr(who).encode()).hexdigest()[:24]
