@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -28,7 +27,6 @@ from sidelight.engines.base import (
 from sidelight.engines.decoder import CachedRows, Decoder
 from sidelight.engines.queue import Emission, Request
 from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
-from sidelight.explanation import Explanation
 from sidelight.prompts import Part
 from sidelight.types import Judgement
 
@@ -99,7 +97,7 @@ class Generation:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class Prefill:
     """Prompts of one panel that are being read; ``parts`` takes a pass for each part of them."""
 
     requests: Sequence[Request]
@@ -146,7 +144,7 @@ class Batch:
         prefill_tokens: Tokens of prompts that one pass reads.
 
     Attributes:
-        readings: The prompts that are being read, in the order of ``begin``.
+        prefills: The prompts that are being read, in the order of ``begin``.
         rows: The texts that are being written.
     """
 
@@ -154,38 +152,38 @@ class Batch:
         self._decoder = Decoder(backbone)
         self._codec = codec
         self._prefill_tokens = prefill_tokens
-        self.readings: list[Reading] = []
+        self.prefills: list[Prefill] = []
         self.rows: dict[Group, Rows] = {}
 
     @property
     def requests(self) -> list[Request]:
         """The requests whose prompts are being read, or whose texts are being written."""
         # A copy: the load is asked for while the model's thread adds rows.
-        works = [*self.readings, *self.rows.values()]
+        works = [*self.prefills, *self.rows.values()]
         return [request for work in works for request in work.requests]
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Takes prompts, to be read together as far as they have the same panel."""
         for panel in dict.fromkeys(request.panel for request in requests):
             members = [request for request in requests if request.panel is panel]
-            self.readings.append(Reading(members, self._prefill(members)))
+            self.prefills.append(Prefill(members, self._prefill(members)))
 
     def drop(self, requests: Collection[Request]) -> None:
         """Writes no more for these requests, and frees what they hold.
 
-        A prompt that is read together with others is dropped when that reading ends.
+        A prompt that is read together with others is dropped when their prefill ends.
         """
         gone = {*requests}
-        self.readings = [reading for reading in self.readings if not {*reading.requests} <= gone]
+        self.prefills = [prefill for prefill in self.prefills if not {*prefill.requests} <= gone]
         for group, rows in [*self.rows.items()]:
             self._put(group, rows.without([g for g in rows.generations if g.request in gone]))
 
-    def read_on(self, reading: Reading) -> list[Emission]:
+    def read_on(self, prefill: Prefill) -> list[Emission]:
         """Reads the next part of these prompts."""
         try:
-            next(reading.parts)
+            next(prefill.parts)
         except StopIteration as end:
-            self.readings.remove(reading)
+            self.prefills.remove(prefill)
             return end.value
         return []
 
@@ -207,26 +205,14 @@ class Batch:
             yield
             logits, cached = next(passes)
         begin = _clock(logits.device)
-        columns = tap.projected()[cached.mask] if tap else torch.empty(0, 0, 0)
-        parts = [bytes(prompt.parts) for prompt in prompts]
-        judgements = panel.judge_prompts(columns, parts, [p.is_plain for p in prompts])
-        states = panel.read(columns, parts, [None] * len(prompts))
-        answered = [i for i, request in enumerate(requests) if request.has_response]
-        late = panel.judge_responses(
-            [states[i] for i in answered], [prompts[i].is_plain for i in answered]
-        )
-        for i, judgement in zip(answered, late, strict=True):
-            judgements[i] |= judgement
-        explanations: list[tuple[Explanation, ...]] = [()] * len(requests)
-        ends = accumulate(map(len, prompts))
-        for i, (request, end) in enumerate(zip(requests, ends, strict=True)):
-            if request.explain:
-                explanations[i] = panel.explain(
-                    columns[end - len(request.prompt) : end],
-                    request.prompt,
-                    request.places,
-                    request.explain,
-                )
+        columns = tap.projected()[cached.mask] if tap else torch.empty(sum(map(len, prompts)), 0, 0)
+        judgements, states = _judge(panel, requests, columns)
+        explanations = [
+            panel.explain(of_request, request.prompt, request.places, request.explain)
+            for request, of_request in zip(
+                requests, columns.split([*map(len, prompts)]), strict=True
+            )
+        ]
         judging_s = time.perf_counter() - begin + (tap.seconds if tap else 0.0)
         emissions: list[Emission] = []
         entering: list[int] = []
@@ -296,6 +282,27 @@ class Batch:
             self.rows.pop(group, None)
         else:
             self.rows[group] = rows
+
+
+def _judge(
+    panel: Panel, requests: Sequence[Request], columns: Float[Tensor, "token layer column"]
+) -> tuple[list[Judgement], list[BankState | None]]:
+    """What all probes say of prompts, and what those of responses know after them.
+
+    Args:
+        panel: That of the requests.
+        requests: Their prompts have been read.
+        columns: Those of all tokens of the prompts, one after the other.
+    """
+    parts = [bytes(request.prompt.parts) for request in requests]
+    is_plain = [request.prompt.is_plain for request in requests]
+    judgements = panel.judge_prompts(columns, parts, is_plain)
+    states = panel.read(columns, parts, [None] * len(requests))
+    answered = [i for i, request in enumerate(requests) if request.has_response]
+    late = panel.judge_responses([states[i] for i in answered], [is_plain[i] for i in answered])
+    for i, judgement in zip(answered, late, strict=True):
+        judgements[i] |= judgement
+    return judgements, states
 
 
 def _judge_responses(panel: Panel, generations: Sequence[Generation]) -> list[Judgement]:

@@ -31,7 +31,7 @@ from sidelight.engines.base import (
     require_watched,
     verdict_failure,
 )
-from sidelight.engines.batch import Batch, Reading
+from sidelight.engines.batch import Batch, Prefill
 from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
 from sidelight.engines.text import WARM_UP, TextCodec
 from sidelight.errors import SidelightError
@@ -215,19 +215,19 @@ class TransformersEngine(Engine):
         if given_up:
             await self._pass(partial(batch.drop, given_up), batch.requests)
 
-        def turn(reading: Reading) -> int:
-            return queue.latest_turn(reading.requests)
+        def turn(prefill: Prefill) -> int:
+            return queue.latest_turn(prefill.requests)
 
         waiting = queue.find_next(batch.requests)
-        if waiting and queue.latest_turn(waiting) <= min(map(turn, batch.readings), default=inf):
+        if waiting and queue.latest_turn(waiting) <= min(map(turn, batch.prefills), default=inf):
             queue.take(waiting)
             batch.begin(waiting)
         # Listed before that pass: texts that it admits got their first token in it.
         writing = [*batch.rows]
-        if batch.readings:
-            reading = min(batch.readings, key=turn)
-            queue.serve(reading.requests)
-            await self._pass(partial(batch.read_on, reading), reading.requests)
+        if batch.prefills:
+            prefill = min(batch.prefills, key=turn)
+            queue.serve(prefill.requests)
+            await self._pass(partial(batch.read_on, prefill), prefill.requests)
         for group in writing:
             await self._pass(partial(batch.decode, group), batch.rows[group].requests)
 
