@@ -21,7 +21,7 @@ from torch import Tensor
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.explanation import Explanation, explain
 from sidelight.probe import Probe, UnitLogits, require_distinct_names
-from sidelight.prompts import EncodedPrompt, Place, Reads, judged_units, read_tokens
+from sidelight.prompts import EncodedPrompt, Place, Reads, Unit, judged_units, read_tokens
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement, Verdict
@@ -220,18 +220,18 @@ class Bank:
             by_index.update(zip(group.indices, logits, strict=True))
         return [by_index[index] for index in range(len(by_index))]
 
-    def _readings(self, state: BankState) -> list[list[UnitLogits]]:
+    def _text_logits(self, state: BankState) -> list[list[UnitLogits]]:
         """For each probe, its logits of each request and the distance."""
         outputs, count = self._outputs(state), len(self.probes)
-        readings = [[UnitLogits(logits) for logits in of_probe] for of_probe in outputs[:count]]
+        by_probe = [[UnitLogits(logits) for logits in of_probe] for of_probe in outputs[:count]]
         for index, distances in zip(self._measured, outputs[count:], strict=True):
-            pairs = zip(readings[index], distances[:, 0].tolist(), strict=True)
-            readings[index] = [replace(reading, distance=distance) for reading, distance in pairs]
-        return readings
+            pairs = zip(by_probe[index], distances[:, 0].tolist(), strict=True)
+            by_probe[index] = [replace(logits, distance=distance) for logits, distance in pairs]
+        return by_probe
 
     def judge(self, state: BankState) -> list[Judgement]:
         """For each request, what the probes say; those without a verdict are named as failed."""
-        return [self._judgement(each) for each in zip(*self._readings(state), strict=True)]
+        return [self._judgement(each) for each in zip(*self._text_logits(state), strict=True)]
 
     def judge_prompts(
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
@@ -243,42 +243,44 @@ class Bank:
     def prompt_logits(
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
     ) -> list[list[UnitLogits]]:
-        """For each probe, its logits of each prompt, by turns if its scope is each turn.
+        """For each probe, its logits of each prompt, by turns where ``probe.judges_turns``.
 
         Args:
             columns: Those of all tokens, one prompt after the other.
             parts: For each prompt, the ``Part`` of every token.
         """
-        wholes = self._readings(self.summarise_texts(columns, parts))
-        units = list(map(judged_units, parts))
+        wholes = self._text_logits(self.summarise_texts(columns, parts))
+        units = [judged_units(prompt) for prompt in parts]
         if not any(probe.judges_turns for probe in self.probes) or not any(units):
             return wholes
-        starts = accumulate(map(len, parts[:-1]), initial=0)
-        rows = np.concatenate(
-            [
-                start + unit.tokens
-                for start, of_prompt in zip(starts, units, strict=True)
-                for unit in of_prompt
-            ]
-        )
-        kinds = [
-            bytes(np.frombuffer(prompt, np.uint8)[unit.tokens])
-            for prompt, of_prompt in zip(parts, units, strict=True)
-            for unit in of_prompt
-        ]
-        chosen = columns[torch.from_numpy(rows).to(columns.device)]
-        of_units = self.logits(self.summarise_texts(chosen, kinds))
-        ends = list(accumulate(map(len, units)))
+        unit_logits = self._unit_logits(columns, parts, units)
         return [
             [
-                replace(
-                    probe.highest(logits[end - len(of_prompt) : end], of_prompt, whole.logits),
-                    distance=whole.distance,
-                )
-                for end, of_prompt, whole in zip(ends, units, of_probe, strict=True)
+                replace(probe.highest(logits, of_prompt, whole.logits), distance=whole.distance)
+                for logits, of_prompt, whole in zip(by_prompt, units, of_probe, strict=True)
             ]
-            for probe, logits, of_probe in zip(self.probes, of_units, wholes, strict=True)
+            for probe, by_prompt, of_probe in zip(self.probes, unit_logits, wholes, strict=True)
         ]
+
+    def _unit_logits(
+        self,
+        columns: Float[Tensor, "token layer column"],
+        parts: Sequence[bytes],
+        units: Sequence[Sequence[Unit]],
+    ) -> list[list[Float[np.ndarray, "unit output"]]]:
+        """For each probe and prompt, the logits of the prompt's units."""
+        rows: list[np.ndarray] = []
+        unit_parts: list[bytes] = []
+        start = 0
+        for prompt, of_prompt in zip(parts, units, strict=True):
+            for unit in of_prompt:
+                rows.append(start + unit.tokens)
+                unit_parts.append(bytes(np.frombuffer(prompt, np.uint8)[unit.tokens]))
+            start += len(prompt)
+        chosen = columns[torch.from_numpy(np.concatenate(rows)).to(columns.device)]
+        ends = [*accumulate(map(len, units))]
+        logits = self.logits(self.summarise_texts(chosen, unit_parts))
+        return [np.split(of_probe, ends[:-1]) for of_probe in logits]
 
     def explain(
         self,
@@ -386,7 +388,8 @@ class Panel:
         if self.early is None:
             return [Judgement()] * len(parts)
         width = self.early.projection.weight.shape[2]
-        return self._allowed(self.early.judge_prompts(columns[..., :width], parts), is_plain)
+        judgements = self.early.judge_prompts(columns[..., :width], parts)
+        return self._failing_on_plain_text(judgements, is_plain)
 
     def read(
         self,
@@ -408,7 +411,9 @@ class Panel:
         new = self.late.summarise_texts(columns[..., columns.shape[2] - width :], parts)
         states = [state for state in before if state is not None]
         if len(states) == len(before):
+            # All texts go on: one merge.
             return [*self.late.merge(BankState.pack(states), new).split()]
+        # Some begin here, as in a prefill or a step of vLLM.
         return [
             state if old is None else self.late.merge(old, state)
             for old, state in zip(before, new.split(), strict=True)
@@ -427,7 +432,7 @@ class Panel:
         if self.late is None or not present:
             return [Judgement()] * len(states)
         assert len(present) == len(states)
-        return self._allowed(self.late.judge(BankState.pack(present)), is_plain)
+        return self._failing_on_plain_text(self.late.judge(BankState.pack(present)), is_plain)
 
     def explain(
         self,
@@ -445,16 +450,16 @@ class Panel:
                 explanations += bank.explain(part, prompt, places, names)
         return tuple(explanations)
 
-    def _allowed(
+    def _failing_on_plain_text(
         self, judgements: Sequence[Judgement], is_plain: Sequence[bool]
     ) -> list[Judgement]:
         """The judgements, in which probes of chats have failed on plain text."""
-        chats = {probe.name for probe in self.probes if probe.prompt_format == "chat"}
-        allowed = [*judgements]
+        chats = {probe.name for probe in self.probes if not probe.can_judge(is_plain=True)}
+        counted = [*judgements]
         for i in np.flatnonzero(is_plain).tolist():
             failed = (v.probe for v in judgements[i].verdicts if v.probe in chats)
-            allowed[i] |= Judgement(failed=tuple(failed))
-        return allowed
+            counted[i] |= Judgement(failed=tuple(failed))
+        return counted
 
 
 def _groups(probes: Sequence[Probe], widths: Sequence[int]) -> list[_ProbeGroup]:

@@ -110,7 +110,7 @@ def explain(
     Raises:
         VerdictError: A logit is not finite, or a probe of chats would have to judge plain text.
     """
-    if prompt.is_plain and probe.prompt_format == "chat":
+    if not probe.can_judge(is_plain=prompt.is_plain):
         raise VerdictError(
             f"Probe '{probe.name}' was trained on chats alone and cannot judge plain text. Send a "
             "message."

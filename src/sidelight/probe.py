@@ -115,6 +115,10 @@ class Probe:
             return verdict
         return replace(verdict, is_unfamiliar=reading.distance > 1)
 
+    def can_judge(self, *, is_plain: bool) -> bool:
+        """Whether it judges plain text, or chats: a probe of chats alone fails on plain text."""
+        return not (is_plain and self.prompt_format == "chat")
+
     @property
     def judges_turns(self) -> bool:
         """Whether each turn of a prompt is judged; several classes say nothing of a part."""

@@ -184,15 +184,15 @@ def _require_passed(event: PromptJudged, decisions: Sequence[Decision]) -> None:
         return
     fault: Fault = "request"
     too_long = next((d.rule for d in failed if d.is_too_long), None)
-    unfamiliar = [d for d in failed if event.is_plain and d.rule.probe.prompt_format == "chat"]
+    chats_only = [d for d in failed if not d.rule.probe.can_judge(is_plain=event.is_plain)]
     if too_long is not None:
         message = (
             f"The prompt has {event.tokens} tokens, but probe '{too_long.name}' may judge at most "
             f"{too_long.rule.max_tokens}, and the policy blocks what is not judged. Shorten it."
         )
-    elif unfamiliar:
+    elif chats_only:
         message = (
-            f"No verdict from {_names(unfamiliar)}: probes that were trained on chats alone cannot "
+            f"No verdict from {_names(chats_only)}: probes that were trained on chats alone cannot "
             "judge plain text, and the policy blocks what is not judged. Use /v1/chat/completions."
         )
     else:

@@ -266,10 +266,10 @@ def score(
             projected = tap.projected()
             is_text = [torch.arange(projected.shape[1]) < len(prompt) for prompt in chosen]
             columns = projected[torch.stack(is_text)]
-            readings = bank.prompt_logits(columns, [bytes(prompt.parts) for prompt in chosen])
-            for probe, logits, of_prompts in zip(bank.probes, scores, readings, strict=True):
-                logits[batch] = [reading.logits for reading in of_prompts]
-                if probe.prompt_format == "chat":
-                    logits[[i for i in batch if prompts[i].is_plain]] = np.nan
+            by_probe = bank.prompt_logits(columns, [bytes(prompt.parts) for prompt in chosen])
+            for probe, logits, of_prompts in zip(bank.probes, scores, by_probe, strict=True):
+                logits[batch] = [of_prompt.logits for of_prompt in of_prompts]
+                unjudged = [i for i in batch if not probe.can_judge(is_plain=prompts[i].is_plain)]
+                logits[unjudged] = np.nan
             bar.advance(sum(lengths[i] for i in batch))
     return scores
