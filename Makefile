@@ -26,7 +26,7 @@ OF_RUNNERS := contract.py parity.py schedules.py
 V1 := VLLM_USE_V2_MODEL_RUNNER=0
 V2 := VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/tests/triton_cpu
 
-.PHONY: demo test vllm matrix gpu-check fast mutants lint types format house docs clean help
+.PHONY: demo test vllm matrix gpu-check fast mutants lint types format reference house docs clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -71,6 +71,9 @@ format: .venv/.dev ## Format the code
 mutants: .venv/.dev .venv/mutants ## Plant 146 faults, and print how many the tests catch (an hour)
 	.venv/mutants/bin/python .ci/mutants.py sample .venv/mutants/faults.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python .ci/mutants.py run .venv/mutants/faults.jsonl --out .venv/mutants/caught.jsonl
+
+reference: .venv/.dev ## Write the tables of options in docs/reference.md from the commands
+	$(BIN)/python .ci/reference.py
 
 house: ## Print the size and shape of the code
 	@$(PYTHON) .ci/house.py

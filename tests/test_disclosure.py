@@ -166,6 +166,25 @@ def test_an_admin_key_sees_everything(tiny):
     assert any(name.startswith("sidelight_probe_score") for name, _ in usual[-1])
 
 
+def test_no_route_that_is_read_tells_a_threshold_or_a_shadow_that_is_withheld(tiny):
+    """Over all that the server has, so that a new route is asked too."""
+    probes = [*three_probes(tiny)[:1], *(untrained_probe(tiny, n) for n in ("second", "newer"))]
+    threshold = 0.7654321
+    rules = {
+        "toxicity": Rule("block", threshold=threshold),
+        "second": Rule("flag", disclose="none", threshold=threshold),
+        "newer": Rule("shadow", shadow_of="toxicity"),
+    }
+    with asking(tiny, probes, Policy(input=rules)) as http:
+        paths = http.get("/openapi.json").json()["paths"]
+        read = [path for path, methods in paths.items() if "get" in methods]
+        answers = {path: ask(http, path).text for path in read if path != "/metrics"}
+    assert len(answers) > 3
+    for path, text in answers.items():
+        assert "newer" not in text, path
+        assert str(threshold) not in text, path
+
+
 def test_what_is_not_disclosed_blocks_all_the_same(tiny):
     policy = policy_of(Rule("block", threshold=0.0, disclose="none"), "toxicity")
     with asking(tiny, probes_of(tiny), policy) as http:

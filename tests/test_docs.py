@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from runpy import run_path
+from typing import get_args
 
 import click
 import pytest
@@ -17,7 +18,8 @@ from sidelight.cli import app
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.manifest import Manifest
 from sidelight.mechanisms import base
-from sidelight.policy.rules import Policy, Rule, read_policy
+from sidelight.policy.decisions import Action
+from sidelight.policy.rules import Mode, Policy, Rule, read_policy
 from sidelight.ragged import Ragged
 from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig, read_config
@@ -250,3 +252,14 @@ def test_the_mechanism_of_the_how_to_streams_what_it_defines(monkeypatch: pytest
     ]
     dense = mechanism(hidden, torch.ones(1, 5, dtype=torch.bool))
     torch.testing.assert_close(mechanism.finish(mechanism.merge(*pieces)), dense)
+
+
+def test_every_mode_and_action_is_documented_and_can_be_chosen():
+    pages = {name: (ROOT / "docs" / name).read_text() for name in ("policies.md", "operate.md")}
+    table = pages["policies.md"].split("## Modes")[1].split("\n\n")[1]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(get_args(Mode))
+    row = pages["operate.md"].split("| `sidelight_actions_total` |")[1].split("\n")[0]
+    assert {*get_args(Action)} - {"none"} == {*re.findall(r"`(\w+)`", row)}
+    page = (SOURCE / "server" / "playground" / "index.html").read_text()
+    offered = {mode for mode in get_args(Mode) if f'<option value="{mode}">' in page}
+    assert offered == {*get_args(Mode)} - {"shadow"}

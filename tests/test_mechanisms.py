@@ -31,6 +31,8 @@ VARIANTS = [
     ("fusion", {"rank": 3, "heads": 1}),
     ("blend", {"fusions": 1, "rank": 4}),
 ]
+# Their features are not linear in the columns, so their shares are integrated gradients.
+INTEGRATED = ("fusion", "blend")
 # float32: the same sums of up to a few hundred products, in another order.
 ROUNDING = {"rtol": 1e-4, "atol": 2e-5}
 POISON = [math.nan, math.inf, -math.inf, 3e38]
@@ -353,7 +355,18 @@ def test_shares_of_tokens_and_layers_sum_to_the_logit(variant, mechanism, scale)
         assert shares.values.shape == tokens.values.shape[:2]
         total = shares.baseline + Ragged(shares.values.sum(1), tokens.lengths).sums()
         torch.testing.assert_close(total, logits[:, output].double(), atol=COMPLETE, rtol=0)
-        assert (shares.steps == 0) == (variant[0] not in ("fusion", "blend"))
+        assert (shares.steps == 0) == (variant[0] not in INTEGRATED)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("token", [0, 4, 19])
+def test_a_token_that_was_not_read_leaves_no_logit(mechanism, token):
+    """Its columns are NaN; a logit without it would be a verdict on part of a text."""
+    columns = projected(mechanism, drawn([20], 2)[0])
+    columns[token, 1] = math.nan
+    pieces = [mechanism.summarise(Ragged(p, torch.tensor([10]))) for p in columns.split(10)]
+    assert mechanism.logits(Ragged(columns, torch.tensor([20]))).isnan().all()
+    assert mechanism.finish(mechanism.merge(*pieces)).isnan().all()
 
 
 @pytest.mark.parametrize("extremes", ["none", "pair"])

@@ -200,7 +200,7 @@ def require_rule_applies(bound: BoundRule, probes: Iterable[Probe]) -> None:
                     f"The rule of probe '{bound.name}' names label '{label}', which the probe does "
                     f"not have.{did_you_mean(label, known)}"
                 )
-    if bound.mode in ("flag", "block") and not bound.thresholds:
+    if bound.mode not in ("score", "route", "shadow") and not bound.thresholds:
         why = "is multi-class, so it flags no label by default. Set 'labels' and 'threshold'."
         if bound.probe.task.kind != "multiclass":
             flagged = ", ".join(bound.probe.label_thresholds)
