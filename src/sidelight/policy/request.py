@@ -31,7 +31,7 @@ ROUTE_HEADER = "x-sidelight-route"
 _MAX_HEADER_BYTES = 3072
 _HEADER_DIGITS = 6
 # Names of a positive class that say less than the probe's own name.
-_BARE_LABELS = frozenset({"1", "true", "yes"})
+_TRUTH_LABELS = frozenset({"1", "true", "yes"})
 
 Json = dict[str, Any]
 # For each probe, its categories by label; a binary probe's negative label has none.
@@ -98,7 +98,7 @@ class Terms:
             chosen |= dict.fromkeys(b.name for b in visible.values() if b.is_blocking)
         return replace(self, chosen=tuple(visible[name] for name in chosen))
 
-    def disclosed(self, names: Sequence[str] | None) -> "Terms":
+    def choose_disclosed(self, names: Sequence[str] | None) -> "Terms":
         """As ``choose``, without probes whose verdicts are not disclosed, which may not be named.
 
         Raises:
@@ -138,7 +138,7 @@ class Terms:
 
     def shown(self, decisions: Iterable[Decision]) -> list[Decision]:
         """What the client sees of those of the chosen probes."""
-        return disclosed(self.reported(decisions), sees_all=self.sees_all)
+        return _as_disclosed(self.reported(decisions), sees_all=self.sees_all)
 
     def entries(self, decisions: Iterable[Decision]) -> list[Json]:
         """What the ``sidelight`` field lists: verdicts, then the probes that gave none."""
@@ -149,13 +149,13 @@ class Terms:
 
     def headers(self, decisions: Sequence[Decision]) -> dict[str, str]:
         """The headers of an answer: verdicts, and marks of every probe for a gateway."""
-        marked = disclosed(decisions, sees_all=self.sees_all)
+        marked = _as_disclosed(decisions, sees_all=self.sees_all)
         return {**_verdict_header(self.shown(decisions)), **_marks(marked)}
 
     def moderation(self, decisions: Iterable[Decision], not_run: str) -> Json:
         """One side of the ``moderation`` field; ``not_run`` if no chosen probe is on that side."""
         reported = self.reported(decisions)
-        shown = disclosed(reported, sees_all=self.sees_all)
+        shown = _as_disclosed(reported, sees_all=self.sees_all)
         failed = [decision for decision in shown if decision.verdict is None]
         if failed:
             return _error("verdict_failed", _failure(failed))
@@ -245,7 +245,8 @@ class Outcome:
         if len(choices) == 1:
             (verdicts,) = choices
         else:
-            verdicts = [{"choice": i, **entry} for i, own in enumerate(choices) for entry in own]
+            numbered = enumerate(choices)
+            verdicts = [{"choice": i, **entry} for i, entries in numbered for entry in entries]
         # Probes were trained on the model without the adapter.
         adapter = {} if self.adapter is None else {"adapter": self.adapter}
         return {"verdicts": verdicts, **adapter}
@@ -272,21 +273,21 @@ def _admitted(texts: Sequence[Enforcement]) -> Admitted | None:
 
 
 def category_names(probes: Sequence[Probe]) -> CategoryNames:
-    """Bare names where they are unique, ``probe/name`` where probes share one."""
-    bare: dict[str, dict[str, str]] = {}
+    """Each label's name where it is unique, ``probe/name`` where probes share one."""
+    unprefixed: dict[str, dict[str, str]] = {}
     for probe in probes:
         labels = probe.task.labels
-        own = {label: label for label in labels}
+        categories = {label: label for label in labels}
         if probe.task.kind == "binary":
-            is_bare = labels[1].lower() in _BARE_LABELS
-            own = {labels[1]: probe.name if is_bare else labels[1]}
-        bare[probe.name] = own
-    uses = Counter(name for names in bare.values() for name in names.values())
+            says_only_yes = labels[1].lower() in _TRUTH_LABELS
+            categories = {labels[1]: probe.name if says_only_yes else labels[1]}
+        unprefixed[probe.name] = categories
+    uses = Counter(name for names in unprefixed.values() for name in names.values())
     return {
         probe: {
             label: name if uses[name] == 1 else f"{probe}/{name}" for label, name in names.items()
         }
-        for probe, names in bare.items()
+        for probe, names in unprefixed.items()
     }
 
 
@@ -310,7 +311,7 @@ def category_fields(verdicts: Sequence[Verdict], names: CategoryNames) -> Json:
     }
 
 
-def disclosed(decisions: Iterable[Decision], *, sees_all: bool) -> list[Decision]:
+def _as_disclosed(decisions: Iterable[Decision], *, sees_all: bool) -> list[Decision]:
     """What a client sees of decisions; ``sees_all`` of one that has an admin key."""
     shown: list[Decision] = []
     for decision in decisions:
@@ -342,7 +343,7 @@ def verdict_json(verdict: Verdict) -> Json:
 def refusal_headers(decisions: Sequence[Decision], *, sees_all: bool) -> dict[str, str]:
     """The headers of a refused prompt: every verdict but those of shadows, and the marks."""
     visible = [decision for decision in decisions if not decision.rule.is_shadow]
-    shown = disclosed(visible, sees_all=sees_all)
+    shown = _as_disclosed(visible, sees_all=sees_all)
     return {**_verdict_header(shown), **_marks(shown)}
 
 

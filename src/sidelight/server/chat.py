@@ -89,8 +89,11 @@ class CompletionFormat:
         Args:
             events: With the index of their choice; each prompt has been admitted.
         """
-        terms, admitted = self._terms, [choice.admitted for choice in self._outcome.choices]
-        openings = [terms.entries(each.decisions) for each in admitted if each]
+        terms = self._terms
+        openings: list[list[Json]] = []
+        for choice in self._outcome.choices:
+            assert choice.admitted is not None
+            openings.append(terms.entries(choice.admitted.decisions))
         async with aclosing(events):
             try:
                 for index, verdicts in enumerate(openings):
@@ -259,7 +262,7 @@ async def _answer(
                 prompt, _reseeded(sampling, number), watch=text.watch, admits=text.admits
             )
             streams.append(text.guard(prompt, events))
-    await unless_left(request, _admitted(streams))
+    await unless_left(request, _wait_for_admission(streams))
     if body.stream:
         headers = outcome.headers(is_stream=True)
         return EventStream(answer.chunks(_side_by_side(streams)), headers)
@@ -267,7 +270,7 @@ async def _answer(
     return JSONResponse(answer.completion(texts), headers=outcome.headers(is_stream=False))
 
 
-async def _admitted(streams: Streams) -> None:
+async def _wait_for_admission(streams: Streams) -> None:
     """Waits until the prompt of each choice has been judged; one that is blocked refuses all."""
     places = asyncio.Semaphore(_WAITING)
 

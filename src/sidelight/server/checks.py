@@ -57,7 +57,7 @@ async def check(
     terms: Terms,
     conversations: Sequence[Sequence[Message]],
     *,
-    is_prompt_known: bool = True,
+    judges_prompt: bool = True,
     explain: Collection[str] | None = None,
 ) -> list[Checked]:
     """The verdicts of the chosen probes on each conversation, from one pass each.
@@ -69,7 +69,7 @@ async def check(
         request: Which begins with these terms, and has awaited nothing since.
         terms: What holds for it.
         conversations: To judge.
-        is_prompt_known: Whether the turns before the assistant's are real; if they are made up, no
+        judges_prompt: Whether the turns before the assistant's are judged; if they are made up, no
             verdict on them counts.
         explain: Names of probes whose verdicts are explained; None: the client does not ask.
 
@@ -89,7 +89,7 @@ async def check(
     events = await unless_left(request, judging)
     checked: list[Checked] = []
     for index, (event, turns) in enumerate(zip(events, conversations, strict=True)):
-        prompt: set[Side] = {"input"} if is_prompt_known else set()
+        prompt: set[Side] = {"input"} if judges_prompt else set()
         response: set[Side] = {"output"} if is_answered(turns) else set()
         decisions = check_decisions(terms.rules, event, prompt | response)
         request.observer.text(turns).check(event, decisions)
@@ -144,14 +144,14 @@ async def moderate(body: ModerationRequest, request: ServerRequest) -> Moderatio
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
         request.require_model(body.model)
     texts = [as_user(text) for text in body.input]
-    terms = (await request.begin(texts, max_tokens=0)).disclosed(body.probes)
+    terms = (await request.begin(texts, max_tokens=0)).choose_disclosed(body.probes)
     checked = await check(request, terms, texts)
     results = [
         ModerationResult(
-            **category_fields(one.verdicts, terms.categories),
-            sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in one.verdicts]),
+            **category_fields(text.verdicts, terms.categories),
+            sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in text.verdicts]),
         )
-        for one in checked
+        for text in checked
     ]
     return ModerationResponse(
         id=f"modr-{uuid.uuid4().hex}", model=request.engine.model, results=results
@@ -193,7 +193,7 @@ async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyRes
     terms = _classifier(body, request, await request.begin(texts, max_tokens=0))
     (probe,) = terms.probes
     checked = await check(request, terms, texts)
-    tokens = sum(one.tokens for one in checked)
+    tokens = sum(text.tokens for text in checked)
     data = [
         Classification(
             index=index,
@@ -201,8 +201,8 @@ async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyRes
             probs=[verdict.probabilities[label] for label in probe.task.labels],
             num_classes=len(probe.task.labels),
         )
-        for index, one in enumerate(checked)
-        for verdict in one.verdicts
+        for index, text in enumerate(checked)
+        for verdict in text.verdicts
     ]
     return ClassifyResponse(
         id=f"classify-{uuid.uuid4().hex}",
@@ -220,7 +220,7 @@ def _classifier(body: ClassifyRequest, request: ServerRequest, terms: Terms) -> 
         chosen = [body.model] if chosen is None else chosen
     elif body.model is not None:
         request.require_model(body.model)
-    terms = terms.disclosed(chosen)
+    terms = terms.choose_disclosed(chosen)
     if len(terms.chosen) != 1:
         raise RequestError(
             f"Choose one probe, got {len(terms.chosen)}. Name it as 'model'. Known: "
@@ -301,9 +301,9 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
                 code="no_response_probe",
             )
         terms = replace(terms, chosen=late)
-    checked = await check(request, terms, texts, is_prompt_known=not is_response)
-    verdicts = [verdict for one in checked for verdict in one.verdicts]
-    flagged = list(dict.fromkeys(name for one in checked for name in one.flagged))
+    checked = await check(request, terms, texts, judges_prompt=not is_response)
+    verdicts = [verdict for text in checked for verdict in text.verdicts]
+    flagged = list(dict.fromkeys(name for text in checked for name in text.flagged))
     return GuardrailResponse(
         action="BLOCKED" if flagged else "NONE",
         blocked_reason=f"Flagged by {', '.join(flagged)}." if flagged else None,
