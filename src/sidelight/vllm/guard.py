@@ -109,6 +109,9 @@ class _Call:
     Attributes:
         client: The request that it is part of.
         texts: Those to write.
+        params: The caller's ``SamplingParams``.
+        request_id: The caller's name for it.
+        options: The other arguments, which vLLM gets as they are.
         identity: That of the probes which judge them.
     """
 
@@ -181,8 +184,7 @@ class EngineGuard:
         client = current_request()
         if client is None:
             await self.engine.settled()
-            # Clients may name their requests, and two may choose the same name.
-            client = self.request(self.observer.of(f"{request_id}-{uuid.uuid4().hex}"))
+            client = self.request(self.observer.of(_unique(request_id)))
         try:
             async with self.engine.passing(client.probes) as identity:
                 # Before anything is awaited, so that prompts are in the order of their calls.
@@ -273,8 +275,7 @@ class EngineGuard:
             prompt = {**prompt, "prompt_token_ids": self._tokenizer(prompt["prompt"])["input_ids"]}
         encoded = await self._recognised(prompt)
         await asyncio.to_thread(self._require_readable, encoded)
-        # Clients may name their requests, and two may choose the same name.
-        ids = [f"{request_id}-{uuid.uuid4().hex}" for _ in range(params.n)]
+        ids = [_unique(request_id) for _ in range(params.n)]
         texts = [self._text(call, prompt, encoded, *each) for each in enumerate(ids)]
         self._own_ids[request_id].update(ids)
         try:
@@ -358,9 +359,10 @@ class EngineGuard:
         if params.n > 1 and params.seed is not None:
             sampling.seed = params.seed + index
         extra = dict(sampling.extra_args or {})
-        given = extra.get("kv_transfer_params")
+        client_params = extra.get("kv_transfer_params")
+        transfer = dict(client_params) if isinstance(client_params, dict) else {}
         # Whatever the client says that its tokens belong to.
-        transfer = {k: v for k, v in given.items() if k != KEY} if isinstance(given, dict) else {}
+        transfer.pop(KEY, None)
         transfer |= {} if encoded is None else request_params(encoded)
         sampling.extra_args = {**extra, "kv_transfer_params": transfer}
         if is_watched:
@@ -403,7 +405,7 @@ class EngineGuard:
         if encoded is None or encoded.is_plain:
             return
         head = unread_head(encoded)
-        is_own = any(known[: len(head)] == head for known in self._own_heads())
+        is_own = any(own_head[: len(head)] == head for own_head in self._own_heads())
         turns = self._encoder.chat_format.turns(encoded.token_ids)
         if refuses_system and not is_own and turns[0].role == "system":
             raise PolicyError(
@@ -448,8 +450,8 @@ class EngineGuard:
     def _own_heads(self) -> Sequence[tuple[int, ...]]:
         """What the template writes by itself in front of the first turn, today."""
         if self._heads[0] != date.today():
-            found = (self._head(role) for role in ("user", "assistant", "tool"))
-            self._heads = date.today(), [head for head in found if head is not None]
+            heads = (self._head(role) for role in ("user", "assistant", "tool"))
+            self._heads = date.today(), [head for head in heads if head is not None]
         return self._heads[1]
 
     def _head(self, role: str) -> tuple[int, ...] | None:
@@ -476,6 +478,11 @@ def _search_beams(original: Callable[..., Any], serving: Any, *args: Any, **kwar
         # It takes candidates that no probe has read.
         guard.require_unblocked("Texts of a beam search")
     return original(serving, *args, **kwargs)
+
+
+def _unique(request_id: str) -> str:
+    """A name of its own: clients may name their requests, and two may choose the same name."""
+    return f"{request_id}-{uuid.uuid4().hex}"
 
 
 def unread_head(prompt: EncodedPrompt) -> tuple[int, ...]:

@@ -115,6 +115,22 @@ PromptReader = Callable[[Mapping[str, Any] | None, Sequence[int] | None], Encode
 
 @dataclass
 class _Tracked:
+    """A request that vLLM's scheduler holds.
+
+    Attributes:
+        adapter: The LoRA adapter that it runs with; "" for none.
+        error: Why it cannot be judged; "" if it can.
+        parts: The ``Part`` of every token of its prompt.
+        is_plain: Whether the prompt is plain text.
+        path: Where ``offline`` wants its states; "" if it wants none.
+        blocks: Its block table so far.
+        read: How many of its tokens have been planned to be read.
+        is_planned: Whether its prompt has been, or is about to be read.
+        judgement: What the probes have said so far; None: nothing.
+        seconds: How long they took.
+        identity: That of the probes that gave the latest verdict.
+    """
+
     adapter: str = ""
     error: str = ""
     parts: bytes = b""

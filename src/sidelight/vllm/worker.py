@@ -180,7 +180,8 @@ class Worker:
         self._is_blind = False
         self._is_whole = len(layers) == served.fingerprint.layers
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        panel, self._loaded = self._checked = load_panel(served, device=device)
+        self._checked = load_panel(served, device=device)
+        panel, self._loaded = self._checked
         self._judge = RequestJudge(panel)
         projection = self._projection(panel)
         self._columns = projection.shift.shape[1]
@@ -263,7 +264,7 @@ class Worker:
         the device and waits for nothing; the future does.
         """
         has_kept = self._pages.has_kept() if self._pages else torch.ones((), dtype=torch.bool)
-        pieces = [(some, self._read(some)) for some in self._in_turn(readings)]
+        pieces = [(group, self._read(group)) for group in self._in_turn(readings)]
         columns = [has_kept, *(gathered for _, gathered in pieces)]
         ready: torch.cuda.Event | None = None
         if self._stream is not None:
@@ -323,15 +324,15 @@ class Worker:
     def _in_turn(self, readings: Sequence[Reading]) -> Iterator[list[Reading]]:
         """Groups of readings with few columns together, each of at least one reading."""
         per_token = self._stage.rows[:, 0].numel()
-        some: list[Reading] = []
+        group: list[Reading] = []
         for reading in readings:
-            tokens = sum(len(one.parts) for one in (*some, reading))
-            if some and tokens * per_token > NUMBERS_AT_ONCE:
-                yield some
-                some = []
-            some.append(reading)
-        if some:
-            yield some
+            tokens = sum(len(member.parts) for member in (*group, reading))
+            if group and tokens * per_token > NUMBERS_AT_ONCE:
+                yield group
+                group = []
+            group.append(reading)
+        if group:
+            yield group
 
     def _read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
         if self._pages is not None:
