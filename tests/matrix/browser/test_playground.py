@@ -387,9 +387,6 @@ def test_the_page_needs_no_key_and_its_calls_do(browser, backbone, probes):
         page.get_by_text("2 tokens, then").wait_for()
         assert KEY not in "".join([*asked, page.url])
         assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
-        # The reference of the same tab has it.
-        page.get_by_role("link", name="API reference").click()
-        page.get_by_text("/v1/chat/completions").first.wait_for()
 
 
 def test_no_request_leaves_the_page_and_no_script_is_written_into_it(browser, address):
