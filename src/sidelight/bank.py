@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.explanation import Explanation, explain
-from sidelight.probe import Probe, UnitLogits, require_distinct_names
+from sidelight.probe import Probe, TextLogits, require_distinct_names
 from sidelight.prompts import EncodedPrompt, Place, Reads, Unit, judged_units, read_tokens
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
@@ -220,10 +220,10 @@ class Bank:
             by_index.update(zip(group.indices, logits, strict=True))
         return [by_index[index] for index in range(len(by_index))]
 
-    def _text_logits(self, state: BankState) -> list[list[UnitLogits]]:
+    def _text_logits(self, state: BankState) -> list[list[TextLogits]]:
         """For each probe, its logits of each request and the distance."""
         outputs, count = self._outputs(state), len(self.probes)
-        by_probe = [[UnitLogits(logits) for logits in of_probe] for of_probe in outputs[:count]]
+        by_probe = [[TextLogits(logits) for logits in of_probe] for of_probe in outputs[:count]]
         for index, distances in zip(self._measured, outputs[count:], strict=True):
             pairs = zip(by_probe[index], distances[:, 0].tolist(), strict=True)
             by_probe[index] = [replace(logits, distance=distance) for logits, distance in pairs]
@@ -242,7 +242,7 @@ class Bank:
 
     def prompt_logits(
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
-    ) -> list[list[UnitLogits]]:
+    ) -> list[list[TextLogits]]:
         """For each probe, its logits of each prompt, by turns where ``probe.judges_turns``.
 
         Args:
@@ -318,12 +318,12 @@ class Bank:
         lengths = torch.tensor([*map(len, parts)], device=columns.device)
         return self.summarise(columns, masks, lengths)
 
-    def _judgement(self, logits: Sequence[UnitLogits]) -> Judgement:
+    def _judgement(self, logits: Sequence[TextLogits]) -> Judgement:
         verdicts: list[Verdict] = []
         failed: list[str] = []
         for probe, each in zip(self.probes, logits, strict=True):
             try:
-                verdicts.append(probe.judged(each))
+                verdicts.append(probe.text_verdict(each))
             except VerdictError:
                 failed.append(probe.name)
         return Judgement(tuple(verdicts), tuple(failed))

@@ -18,11 +18,11 @@ from sidelight.types import MechanismSpec, Task, Verdict
 
 
 @dataclass(frozen=True)
-class UnitLogits:
-    """What counts of a probe's logits of a text.
+class TextLogits:
+    """A probe's logits of a text: of each label those of the unit where they are highest.
 
     Attributes:
-        logits: The highest of each label.
+        logits: The highest of each label, over the units that are judged.
         turn: As ``Verdict.turn``.
         distance: Of the whole text from familiar ones; None if the probe does not measure it.
     """
@@ -104,16 +104,16 @@ class Probe:
         by_label = dict(zip(self.task.labels, probabilities, strict=True))
         return self.task.decide(self.name, by_label, self.label_thresholds)
 
-    def judged(self, reading: UnitLogits) -> Verdict:
+    def text_verdict(self, text: TextLogits) -> Verdict:
         """The verdict on a text, with what else is known of it.
 
         Raises:
             VerdictError: As ``verdict``.
         """
-        verdict = replace(self.verdict(reading.logits), turn=reading.turn)
-        if reading.distance is None:
+        verdict = replace(self.verdict(text.logits), turn=text.turn)
+        if text.distance is None:
             return verdict
-        return replace(verdict, is_unfamiliar=reading.distance > 1)
+        return replace(verdict, is_unfamiliar=text.distance > 1)
 
     def can_judge(self, *, is_plain: bool) -> bool:
         """Whether it judges plain text, or chats: a probe of chats alone fails on plain text."""
@@ -129,7 +129,7 @@ class Probe:
         logits: Float[np.ndarray, "unit output"],
         units: Sequence[Unit],
         whole: Float[np.ndarray, " output"],
-    ) -> UnitLogits:
+    ) -> TextLogits:
         """The highest logit of each label, of the units of a prompt and of the whole.
 
         If the probe does not judge turns, the whole counts. One logit that is not finite makes all
@@ -141,12 +141,12 @@ class Probe:
             whole: Of the whole prompt.
         """
         if not self.judges_turns:
-            return UnitLogits(whole)
+            return TextLogits(whole)
         every = np.vstack([logits, whole])
         if not np.isfinite(every).all():
-            return UnitLogits(np.full_like(whole, np.nan))
+            return TextLogits(np.full_like(whole, np.nan))
         unit = int(every.max(1).argmax())
-        return UnitLogits(every.max(0), units[unit].turn if unit < len(units) else None)
+        return TextLogits(every.max(0), units[unit].turn if unit < len(units) else None)
 
     @property
     def label_thresholds(self) -> dict[str, float]:

@@ -23,7 +23,7 @@ from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.explanation import Explanation, explain
 from sidelight.mechanisms.base import mechanism_spec
-from sidelight.probe import Probe, UnitLogits
+from sidelight.probe import Probe, TextLogits
 from sidelight.progress import Progress
 from sidelight.prompts import EncodedPrompt, Message, PromptFormat
 from sidelight.states.extraction import StateSource, score
@@ -105,7 +105,7 @@ class Classifier:
         logits, *measured = judge(self.backbone, probes, examples)
         distances = measured[0][:, 0].tolist() if measured else [None] * len(logits)
         return [
-            self.probe.judged(UnitLogits(own, distance=distance))
+            self.probe.text_verdict(TextLogits(own, distance=distance))
             for own, distance in zip(logits, distances, strict=True)
         ]
 
