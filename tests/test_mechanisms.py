@@ -30,6 +30,8 @@ VARIANTS = [
     ("readout", {"extremes": "pair"}),
     ("fusion", {"rank": 3, "heads": 1}),
     ("blend", {"fusions": 1, "rank": 4}),
+    ("spans", {"window": 1, "lookahead": 0}),
+    ("spans", {"window": 3, "lookahead": 4}),
 ]
 # Their features are not linear in the columns, so their shares are integrated gradients.
 INTEGRATED = ("fusion", "blend")
@@ -251,6 +253,24 @@ def blend_logits(own, states, fusions, **_options):
     return np.mean(logits, 0)
 
 
+def token_logits(own, states, window, lookahead):
+    """Of each token: its own states, the mean of the last few, and each of the next few."""
+    tokens = states.shape[1]
+    logits = np.tile(own["bias"], (tokens, 1))
+    for t in range(tokens):
+        for states_of, *weights in zip(states, own["own"], own["mean"], own["ahead"], strict=True):
+            single, mean, ahead = weights
+            logits[t] += states_of[t] @ single
+            logits[t] += states_of[max(0, t - window + 1) : t + 1].mean(0) @ mean
+            for j in range(1, min(lookahead, tokens - 1 - t) + 1):
+                logits[t] += states_of[t + j] @ ahead[:, j - 1]
+    return logits
+
+
+def spans_logits(own, states, **options):
+    return token_logits(own, states, **options).max(0)
+
+
 EQUATIONS = {
     "pooling": two_stages(pool),
     "gate": two_stages(gate),
@@ -259,6 +279,7 @@ EQUATIONS = {
     "readout": readout_logits,
     "fusion": fusion_logits,
     "blend": blend_logits,
+    "spans": spans_logits,
 }
 
 
@@ -305,6 +326,7 @@ GPT_OSS_20B = Geometry(layers=25, width=2880, outputs=1)
         # (L + 1) (1 + C) H d and a bias.
         (LLAMA_3B, "linear", {}, 29 * 2 * 3072 + 1),
         (LLAMA_3B, "readout", {"extremes": "pair"}, 29 * (2 * 2 + 1 + 2) * 3072 + 1),
+        (LLAMA_3B, "spans", {"lookahead": 2}, 29 * (2 + 2) * 3072 + 1),
     ],
 )
 def test_parameter_counts_are_the_papers(geometry, name, options, count):
@@ -323,6 +345,7 @@ def test_parameter_counts_are_the_papers(geometry, name, options, count):
         ("attention", {"factor": 8, "heads": 3}, "4 inner columns, which 3 heads cannot share"),
         ("readout", {"heads": 0}, "heads"),
         ("readout", {"heads": True}, "heads"),
+        ("spans", {"lookahead": 5}, "lookahead cannot be 5.*Known: 0, 1"),
     ],
 )
 def test_what_an_option_cannot_have_is_refused_with_what_it_can(name, options, says):
@@ -401,3 +424,18 @@ def test_integrated_gradients_are_those_of_the_dense_form():
     torch.testing.assert_close(
         shares_of(mechanism, tokens, 0).values.float(), expected.T, atol=COMPLETE, rtol=1e-3
     )
+
+
+@torch.no_grad()
+def test_spans_label_tokens_alike_however_texts_are_packed_and_cut():
+    """Against the equation, for every token and not only the one that decides."""
+    mechanism = built("spans", {"window": 3, "lookahead": 2}, 3)
+    texts = drawn([1, 2, 9, 0, 4], 5)
+    own = {key: value.double().numpy() for key, value in mechanism.state_dict().items()}
+    expected = [token_logits(own, text.double().numpy(), 3, 2) for text in texts]
+    pieces = [(text[:, :2], text[:, 2:]) for text in texts]
+    left, right = (summarised(mechanism, part) for part in zip(*pieces, strict=True))
+    for state in (summarised(mechanism, texts), mechanism.merge(left, right)):
+        actual = mechanism.token_logits(state)
+        assert actual.lengths.tolist() == [1, 2, 9, 0, 4]
+        np.testing.assert_allclose(actual.values.numpy(), np.concatenate(expected), **ROUNDING)

@@ -75,6 +75,7 @@ def _replace(probe: Probe, scratch: Path, directory: Path) -> None:
         backbone=probe.fingerprint,
         record=probe.record,
         weights_sha256=_sha256(scratch / WEIGHTS),
+        spans=probe.spans,
     )
     _write_through(scratch / MANIFEST, manifest.to_json().encode())
     previous = directory / _PREVIOUS_WEIGHTS
@@ -168,6 +169,7 @@ def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
         distance=distance,
         record=manifest.record,
         version=manifest.version,
+        spans=manifest.spans,
     )
 
 

@@ -1,5 +1,6 @@
-"""Reports how good probabilities are on labelled rows, with intervals, as a table and as JSON."""
+"""Reports how good probabilities or spans are, with intervals, as a table and as JSON."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,12 @@ from sidelight.metrics import (
     ranking_metrics,
     wilson,
 )
+from sidelight.spans import Span, character_f1, labelled_characters
 from sidelight.types import AnyArray, Numbers, Task, Values
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,102 @@ def _per_class(task: Task, predictions: Predictions) -> dict[str, ClassReport]:
         )
         for index, label in enumerate(task.labels[: len(support)])
     }
+
+
+@dataclass(frozen=True)
+class SpanReport:
+    """How well spans were found.
+
+    Attributes:
+        texts: Number of texts.
+        metrics: Over all labels: ``character_f1``, the mean of texts' F1 of characters; and
+            ``precision``, ``recall`` and ``f1`` of whole spans, which must match exactly.
+        per_label: The same of each label.
+        spans: How many spans each label really has.
+    """
+
+    texts: int
+    metrics: Mapping[str, Estimate]
+    per_label: Mapping[str, Mapping[str, Estimate]]
+    spans: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values, the metrics of all labels at the top level."""
+        per_label = {
+            label: {"spans": self.spans[label]} | {name: own[name].to_dict() for name in own}
+            for label, own in self.per_label.items()
+        }
+        metrics = {name: estimate.to_dict() for name, estimate in self.metrics.items()}
+        return {"texts": self.texts, **metrics, "per_label": per_label}
+
+    def table(self) -> "Table":
+        """A line for all labels and for each, for a terminal."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=f"Spans in {self.texts:,} texts", title_justify="left")
+        table.add_column("label")
+        for name in (*self.metrics, "spans"):
+            table.add_column(name.replace("_", " "), justify="right")
+        lines = {"all": self.metrics, **self.per_label} if len(self.spans) > 1 else self.per_label
+        for label, own in lines.items():
+            count = self.spans.get(label, sum(self.spans.values()))
+            table.add_row(Text(label), *map(str, own.values()), f"{count:,}")
+        return table
+
+
+def evaluate_spans(
+    texts: Sequence[str],
+    actual: Sequence[Sequence[Span]],
+    predicted: Sequence[Sequence[Span]],
+    labels: Sequence[str],
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> SpanReport:
+    """Compares found spans with labelled ones, text by text.
+
+    Args:
+        texts: What the spans are in.
+        actual: The labelled spans of each.
+        predicted: The spans that were found in each.
+        labels: Those that spans can have.
+        bootstrap: Resamples of texts for the intervals; with 0 there are none.
+        seed: Of the resamples.
+    """
+    # All labels together, then each.
+    groups = [[*labels], *([label] for label in labels)]
+    f1 = np.empty((len(texts), len(groups)))
+    counts = np.empty((3, len(texts), len(groups)))  # hits, predicted, actual
+    for i, (text, *pair) in enumerate(zip(texts, actual, predicted, strict=True)):
+        flags = [labelled_characters(text, spans, labels) for spans in pair]
+        for j, group in enumerate(groups):
+            columns = [labels.index(label) for label in group]
+            f1[i, j] = character_f1(*(own[:, columns] for own in flags))
+            exact = [{span for span in spans if span.label in group} for spans in pair]
+            counts[:, i, j] = len(exact[0] & exact[1]), len(exact[1]), len(exact[0])
+    draws = np.random.default_rng(seed).multinomial(
+        len(texts), [1 / len(texts)] * len(texts), size=bootstrap
+    )
+    weights = np.vstack([np.ones(len(texts)), draws])
+    hits, claims, truths = (weights @ own for own in counts)
+    with np.errstate(invalid="ignore"):
+        values = {
+            "character_f1": weights @ f1 / len(texts),
+            "precision": hits / claims,
+            "recall": hits / truths,
+            "f1": 2 * hits / (claims + truths),
+        }
+    estimates = [
+        {name: Estimate.of(own[:, j]) for name, own in values.items()} for j in range(len(groups))
+    ]
+    sums = counts[2, :, 1:].sum(0).astype(int).tolist()
+    return SpanReport(
+        len(texts),
+        estimates[0],
+        dict(zip(labels, estimates[1:], strict=True)),
+        dict(zip(labels, sums, strict=True)),
+    )
 
 
 def _number(value: float) -> float | None:

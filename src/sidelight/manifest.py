@@ -18,6 +18,7 @@ from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.metrics import BINS
 from sidelight.prompts import PromptFormat, Reads
+from sidelight.spans import SpanRule
 from sidelight.thresholds import OperatingCurve, read_curves
 from sidelight.types import MechanismSpec, Task, is_label
 
@@ -94,6 +95,7 @@ class Manifest:
     record: Mapping[str, Any]
     weights_sha256: str
     is_normalised: bool
+    spans: SpanRule | None = None
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -168,6 +170,7 @@ def _require_sense(directory: Path, manifest: Manifest) -> None:
         "thresholds": len(manifest.thresholds) == thresholds
         and all(0 <= threshold <= 1 for threshold in manifest.thresholds),
         "calibration": calibration.task == kind and len(calibration.scale) == manifest.task.outputs,
+        "spans": manifest.spans is None or manifest.spans.fits(manifest.task),
         "curves": not curves or tuple(curves) == labels[-thresholds:],
         "backbone": manifest.backbone.layers > 0 and manifest.backbone.width > 0,
     }

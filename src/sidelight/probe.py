@@ -13,6 +13,7 @@ from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import Mechanism
 from sidelight.mechanisms.distance import Distance
 from sidelight.prompts import PromptFormat, Reads, Unit
+from sidelight.spans import SpanRule
 from sidelight.standardisation import Projection, Standardisation
 from sidelight.types import MechanismSpec, Task, Verdict
 
@@ -52,6 +53,7 @@ class Probe:
         distance: Measures how far a text is from those of training; None: nothing does.
         record: Settings, data and metrics of its training, as JSON values.
         version: Twelve hexadecimal digits of the artifact that it was loaded from, or "".
+        spans: How tokens are labelled; None for a probe of whole texts.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Probe:
     distance: Distance | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     version: str = ""
+    spans: SpanRule | None = None
 
     def projection(self) -> Projection:
         """The map from hidden states to the few numbers that the probe needs of each of them."""

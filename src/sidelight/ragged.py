@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 # "No item yet" in a running maximum; finite, so that the difference of two is not NaN.
@@ -24,7 +24,7 @@ class Ragged:
         lengths: Rows of each segment; a segment may be empty.
     """
 
-    values: Float[Tensor, "row ..."]
+    values: Shaped[Tensor, "row ..."]
     lengths: Int[Tensor, " segment"]
 
     @property
@@ -34,7 +34,7 @@ class Ragged:
         return torch.repeat_interleave(index, self.lengths)
 
     @staticmethod
-    def one_row_each(values: Float[Tensor, "segment ..."]) -> "Ragged":
+    def one_row_each(values: Shaped[Tensor, "segment ..."]) -> "Ragged":
         """Segments of one row each: a state of fixed size."""
         return Ragged(values, torch.ones(len(values), dtype=torch.long, device=values.device))
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sidelight.data.loading import OnMissingLabel
     from sidelight.explanation import Explanation
     from sidelight.prompts import Message
+    from sidelight.types import Task
 
 
 @click.command(
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @click.argument("probe", type=options.PATH)
 @options.data
 @options.columns
+@click.option("--spans", default="spans", help="Column of the spans, if the probe labels spans.")
 @options.missing_label
 @click.option(
     "--subset", metavar="COLUMN", help="Also report on the rows where this column is true."
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 def evaluate(
     probe: Path,
     data: str,
+    spans: str,
     missing_label: "OnMissingLabel",
     subset: str | None,
     runtime: options.Runtime,
@@ -71,9 +74,15 @@ def evaluate(
         # If matplotlib is missing, say so before the backbone runs.
         import_module("sidelight.plots")
     # Before imports that take seconds: a wrong file or column is refused at once.
-    examples = load_examples(
-        data, task=read_manifest(probe).task, on_missing_label=missing_label, **columns
-    )
+    manifest = read_manifest(probe)
+    if manifest.spans is not None:
+        if subset is not None or plots is not None:
+            raise SidelightError(
+                "--subset and --plots are for probes of whole texts. Leave them out."
+            )
+        _evaluate_spans(probe, data, spans, manifest.task, runtime, out, as_json, **columns)
+        return
+    examples = load_examples(data, task=manifest.task, on_missing_label=missing_label, **columns)
     options.announce("Loading the model")
     from sidelight.training.runs import assess, comparison_table, console, describe, plot
 
@@ -102,6 +111,52 @@ def evaluate(
         terminal.print(f"\n{one.title}: '{one.chosen.name}', {one.chosen.spec.name}")
         terminal.print(one.report.table())
         click.echo(str(one))
+
+
+def _evaluate_spans(
+    probe: Path,
+    data: str,
+    spans: str,
+    task: "Task",
+    runtime: options.Runtime,
+    out: Path | None,
+    as_json: bool,
+    *,
+    text: str,
+    response: str | None,
+    split: str | None,
+    **_labels: Any,
+) -> None:
+    """Measures the spans that a probe finds, and its verdicts on whole texts."""
+    from sidelight.data.spans import load_spans
+
+    examples = load_spans(data, text=text, response=response, split=split, spans=spans, task=task)
+    options.announce("Loading the model")
+    from sidelight.training.classifier import load
+    from sidelight.training.measuring import trained_text_warnings
+    from sidelight.training.runs import console
+    from sidelight.training.spans import assess_spans
+
+    classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
+    for warning in (
+        *examples.warnings,
+        *trained_text_warnings(classifier.probe.record, examples),
+    ):
+        click.echo(f"Warning: {warning}", err=True)
+    report, of_texts = assess_spans(classifier.backbone, classifier.probe, examples)
+    described = {
+        "probe": classifier.probe.name,
+        "mechanism": classifier.probe.spec.name,
+        **report.to_dict(),
+        "whole_texts": of_texts.to_dict(),
+    }
+    if out is not None:
+        write_json(out, described)
+    if as_json:
+        click.echo(json.dumps(described, indent=2))
+        return
+    console().print(report.table())
+    console().print(of_texts.table())
 
 
 @click.command(
@@ -154,7 +209,8 @@ def predict(
     from sidelight.manifest import read_manifest
 
     # Before imports that take seconds: a folder without a probe is refused at once.
-    read_manifest(probe)
+    if read_manifest(probe).spans is not None and runtime.engine == "vllm":
+        raise SidelightError("vLLM does not find spans yet: leave --engine out.")
     items: Sequence[str | Example] = texts
     if data is not None:
         examples = load_examples(data, label=None, **columns)
@@ -181,6 +237,15 @@ def predict(
         verdicts = (
             {**asdict(explanation.verdict), "explanation": explanation.to_dict()}
             for _, explanation in explained
+        )
+    elif classifier.probe.spans is not None:
+        from sidelight.training.spans import find_spans
+
+        examples = [as_example(item) for item in items]
+        logits, spans = find_spans(classifier.backbone, classifier.probe, examples)
+        verdicts = (
+            {**asdict(classifier.probe.verdict(own)), "spans": [asdict(span) for span in of_text]}
+            for own, of_text in zip(logits, spans, strict=True)
         )
     elif runtime.engine == "vllm":
         from sidelight.vllm.offline import predict as predict_by_vllm

@@ -216,23 +216,34 @@ class TrainingInputs:
             if value is not None and not value >= least:
                 raise SidelightError(f"Cannot train with {name} = {value}: give {least} or more.")
 
-    def load(self) -> "tuple[LabelledExamples, LabelledExamples | None]":
-        """Training texts, and validation texts where some are named."""
-        from sidelight.data.loading import load_examples
+    def load(self, spans: str | None = None) -> "tuple[LabelledExamples, LabelledExamples | None]":
+        """Training texts, and validation texts where some are named.
 
-        read = partial(
+        Args:
+            spans: The column of spans, whose texts are ``SpanExamples``; None reads labels.
+        """
+        from sidelight.data.loading import load_examples
+        from sidelight.data.spans import load_spans
+
+        labelled = partial(
             load_examples,
             text=self.text,
             label=self.label,
             response=self.response,
             on_missing_label=self.missing_label,
         )
-        whole = read(self.data, split=self.split, positive=self.positive)
+        with_spans = partial(load_spans, text=self.text, response=self.response, spans=spans or "")
+        whole = (
+            labelled(self.data, split=self.split, positive=self.positive)
+            if spans is None
+            else with_spans(self.data, split=self.split)
+        )
         rows = whole.draw(self.limit or len(whole), seed=0)
         # Warnings about the file hold for some of its rows too.
         training = replace(whole.select(rows), warnings=whole.warnings)
         if self.validation is None:
             return training, None
+        read = labelled if spans is None else with_spans
         return training, read(self.validation, split=self.validation_split, task=training.task)
 
     def fit_options(self) -> "FitOptions":

@@ -5,15 +5,17 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from click.core import ParameterSource
 
 from sidelight.cli import options
 from sidelight.errors import SidelightError
+from sidelight.storage import write_json
 
 if TYPE_CHECKING:
+    from sidelight.data.spans import SpanExamples
     from sidelight.types import MechanismSpec
 
 # As ``training.settings.AUTO``, whose import takes seconds.
@@ -28,6 +30,7 @@ _AUTO = "auto"
         "sidelight train --data t.jsonl --mechanism attention --set attention.factor=16 --out p",
         "sidelight train --data t.jsonl --set epochs=12 --set class_weight=balanced --out p",
         "sidelight train --data t.jsonl --engine vllm --engine-option max_num_seqs=64 --out p",
+        "sidelight train --data letters.jsonl --spans entities --out probes/pii",
     )
 )
 @options.training(
@@ -40,7 +43,13 @@ _AUTO = "auto"
 @options.mechanisms(
     default=_AUTO,
     help="auto (a readout and a linear solution, mixed), or a comma-separated list: attention, "
-    "blend, fusion, gate, linear, pooling, readout.",
+    "blend, fusion, gate, linear, pooling, readout, spans.",
+)
+@click.option(
+    "--spans",
+    metavar="COLUMN",
+    help="Label spans instead of whole texts: column of lists of {start, end, label}, in "
+    "characters of the text, or of the answer.",
 )
 @click.option("--name", help="Name in verdicts. [default: the output folder's]")
 @options.threshold(default="f1")
@@ -60,6 +69,7 @@ def train(
     force: bool,
     mechanisms: list[str],
     assigned: dict[str, str],
+    spans: str | None,
     name: str | None,
     threshold: str,
     background: str | None,
@@ -79,6 +89,14 @@ def train(
             raise SidelightError(
                 f"--set {target} needs --mechanism {mechanism} (got: {', '.join(mechanisms)})."
             )
+    if spans is not None and mechanisms not in ([_AUTO], ["spans"]):
+        raise SidelightError(
+            f"--spans needs --mechanism spans (got: {', '.join(mechanisms)}). Leave it out."
+        )
+    if spans is not None and (background is not None or inputs.positive is not None):
+        raise SidelightError(
+            "--background and --positive are for labels of whole texts. Leave them out of --spans."
+        )
     options.announce(f"Reading {inputs.data}")
     from sidelight.manifest import holds_probe, require_name
 
@@ -91,7 +109,7 @@ def train(
 
     rule = ThresholdRule.parse(threshold)
     # Before imports that take seconds: a wrong file or column is refused at once.
-    training, validation = inputs.load()
+    training, validation = inputs.load(spans)
     options.announce("Loading the model")
     from sidelight.mechanisms.base import mechanism_names
     from sidelight.training.contexts import default_background, load_background
@@ -131,6 +149,32 @@ def train(
         click.echo(f"Warning: {warning}", err=True)
     click.echo(f"Read {len(training)} texts. The probe will flag {training.task.flags}.", err=True)
     backbone = runtime.load_backbone(prompt_format=prompt_format)
+    if spans is not None:
+        from sidelight.artifact import save_probe
+        from sidelight.training.spans import fit_spans
+
+        with runtime.state_source(backbone) as source:
+            found = fit_spans(
+                backbone,
+                cast("SpanExamples", training),
+                cast("SpanExamples | None", validation),
+                name=name or out.resolve().name,
+                options=fit_options,
+                source=source,
+            )
+        save_probe(found.probe, out)
+        write_json(out / "training.json", found.to_dict())
+        for warning in found.warnings:
+            if warning not in told:
+                click.echo(f"Warning: {warning}", err=True)
+        if as_json:
+            click.echo(json.dumps(found.to_dict(), indent=2))
+            return
+        console().print(found.report.table())
+        lookahead = found.probe.spec.options["lookahead"]
+        click.echo(f"Looks {lookahead} tokens ahead. Saved to {out}")
+        click.echo(f"Next: {_eval_command(out)}")
+        return
     with runtime.state_source(backbone) as source:
         made = fit(
             backbone,
@@ -153,16 +197,16 @@ def train(
     if made.best.traffic is not None and made.best.traffic.conversations:
         click.echo(str(made.best.traffic))
     click.echo(f"Best: {made.best.probe.spec.name}, seed {made.best.seed}. Saved to {out}")
-    click.echo(f"Next: {_eval_command(out, inputs)}")
+    click.echo(f"Next: {_eval_command(out)}")
 
 
-def _eval_command(out: Path, inputs: options.TrainingInputs) -> str:
+def _eval_command(out: Path) -> str:
     """How to evaluate the probe on a file with the same columns."""
     context = click.get_current_context()
     command = ["sidelight", "eval", str(out), "--data", "TEST_FILE"]
-    for column in ("text", "label", "response"):
+    for column in ("text", "label", "response", "spans"):
         if context.get_parameter_source(column) is ParameterSource.COMMANDLINE:
-            command += [f"--{column}", getattr(inputs, column)]
+            command += [f"--{column}", context.params[column]]
     return shlex.join(command)
 
 

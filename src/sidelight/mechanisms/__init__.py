@@ -3,7 +3,7 @@
 To add one, write its file and import it here; the law tests find it in the registry (``base``).
 """
 
-from sidelight.mechanisms import attention, blend, fusion, gate, linear, pooling, readout
+from sidelight.mechanisms import attention, blend, fusion, gate, linear, pooling, readout, spans
 
 DEFAULT_MECHANISM = "readout"
 
@@ -16,4 +16,5 @@ __all__ = [
     "linear",
     "pooling",
     "readout",
+    "spans",
 ]

@@ -62,6 +62,7 @@ class Split:
         parts: For each of that data set the part that folds keep together: texts, their contexts,
             and the background of these. None: there are no contexts.
         is_alone: For each of that data set whether it is a text without a context.
+        token_labels: Of each text which labels its tokens have; None: texts are labelled.
     """
 
     examples: LabelledExamples
@@ -70,6 +71,7 @@ class Split:
     rows: Int[np.ndarray, " text"]
     parts: Int[np.ndarray, " _"] | None = None
     is_alone: Bool[np.ndarray, " _"] | None = None
+    token_labels: Sequence[Bool[np.ndarray, "token label"]] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -101,6 +103,7 @@ class Split:
             self.rows[chosen],
             self.parts,
             self.is_alone,
+            self.token_labels and [self.token_labels[text] for text in chosen],
         )
 
     @cached_property

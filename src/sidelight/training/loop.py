@@ -1,7 +1,7 @@
 """Trains many mechanisms from one cache: each shard that is read updates all of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,6 +42,7 @@ class Trained:
         logits: The logits of the texts to score, ``[text, output]``, in their order.
         history: The validation score of each epoch; empty without validation texts.
         best_epoch: Counted from 1.
+        token_logits: Of each text those of its tokens, if tokens are labelled.
     """
 
     job: Job
@@ -50,6 +51,7 @@ class Trained:
     logits: np.ndarray
     history: tuple[float, ...]
     best_epoch: int
+    token_logits: Sequence[Float[np.ndarray, "token output"]] = ()
 
 
 def train_mechanisms(
@@ -78,7 +80,14 @@ def train_mechanisms(
     logits = [np.empty((0, training.task.outputs)) for _ in jobs]
     if texts is not None:
         logits = trainer.score(trainer.runs, texts, dtype=torch.float32)
-    return [_result(run, own) for run, own in zip(trainer.runs, logits, strict=True)]
+    results = [_result(run, own) for run, own in zip(trainer.runs, logits, strict=True)]
+    if texts is None or training.token_labels is None:
+        return results
+    of_tokens = trainer.score_tokens(trainer.runs, texts, dtype=torch.float32)
+    return [
+        result and replace(result, token_logits=own)
+        for result, own in zip(results, of_tokens, strict=True)
+    ]
 
 
 def cross_fit(
@@ -183,7 +192,7 @@ class _Trainer:
     ):
         self._training = training
         self._states = states = training.own_states()
-        self._labels = torch.from_numpy(training.labels).to(device)
+        self._labels = _labels_of(training, device)
         self._device = device
         parts = [torch.ones(len(training), dtype=torch.bool) for _ in left_out]
         for kept, rows in zip(parts, left_out, strict=True):
@@ -197,10 +206,13 @@ class _Trainer:
                     replace(job, settings=settings),
                     scaling.standardisation(settings, part).to(device),
                     training.task,
-                    self._labels,
+                    self._labels.chosen(kept.nonzero()[:, 0].to(device)).values,
                     kept,
                     steps=self._steps_per_epoch(settings.batch_size),
-                    reads_beginnings=settings.beginnings and states.reads.side == "response",
+                    reads_beginnings=settings.beginnings
+                    and states.reads.side == "response"
+                    and training.token_labels is None,
+                    labels_tokens=training.token_labels is not None,
                 )
                 self.runs.append(run)
                 if isinstance(run.mechanism, Linear):
@@ -260,31 +272,36 @@ class _Trainer:
 
     def _train_batch(self, runs: Sequence[TrainingRun], batch: Shard, share: float) -> None:
         hidden, lengths = batch.hidden.to(self._device), batch.lengths.to(self._device)
-        labels = self._labels[batch.rows]
+        labels = self._labels.chosen(batch.rows.to(self._device))
         active = [run for run in runs if run.texts[batch.rows].any()]
         for run in active:
             if run.trains_on_means:
                 texts = run.texts[batch.rows].nonzero()[:, 0].to(self._device)
                 state = means_state(run, hidden, lengths).chosen(texts)
-                (run.loss_of([state], labels[texts]) * share).backward()
+                (run.loss_of([state], labels.chosen(texts).values) * share).backward()
         for group in _sharing_a_matmul([run for run in active if not run.trains_on_means]):
             losses: list[Tensor] = []
             for run, columns in zip(group, _project(hidden, group, torch.bfloat16), strict=True):
                 tokens, targets, kept = Ragged(columns, lengths), labels, run.texts[batch.rows]
                 if not kept.all():
                     texts = kept.nonzero()[:, 0].to(self._device)
-                    tokens, targets = tokens.chosen(texts), labels[texts]
-                losses.append(run.loss(tokens, targets))
+                    tokens, targets = tokens.chosen(texts), labels.chosen(texts)
+                losses.append(run.loss(tokens, targets.values))
             # Parameters are disjoint, so the sum's gradient is each run's own.
             (torch.stack(losses).sum() * share).backward()
         for run in active:
             run.take(share)
 
     def _validate(self, runs: Sequence[TrainingRun], validation: Split) -> None:
-        scores = self.score(runs, validation, dtype=torch.bfloat16)
+        labels = _labels_of(validation, torch.device("cpu")).values.numpy()
+        if validation.token_labels is None:
+            scores = self.score(runs, validation, dtype=torch.bfloat16)
+        else:
+            of_tokens = self.score_tokens(runs, validation, dtype=torch.bfloat16)
+            scores = [np.concatenate(own) for own in of_tokens]
         for run, logits in zip(runs, scores, strict=True):
             if np.isfinite(logits).all():
-                run.end_epoch(validation_score(validation.task, logits, validation.labels))
+                run.end_epoch(validation_score(validation.task, logits, labels))
             else:
                 run.has_diverged = True
 
@@ -299,18 +316,44 @@ class _Trainer:
             split: The texts.
             dtype: Of the matmuls; float32, as in serving, for what calibration is fitted to.
         """
-        states = split.own_states()
         logits = {run: np.zeros((len(split), split.task.outputs)) for run in runs}
+        for run, rows, tokens in self._projected(runs, split, dtype):
+            served = _served(run, tokens, [split.units[row] for row in rows])
+            logits[run][rows] = served.cpu().numpy()
+        return [*logits.values()]
+
+    @torch.inference_mode()
+    def score_tokens(
+        self, runs: Sequence[TrainingRun], split: Split, *, dtype: torch.dtype
+    ) -> list[list[Float[np.ndarray, "token output"]]]:
+        """As ``score``, of every token of every text."""
+        logits = {run: [np.empty((0, split.task.outputs))] * len(split) for run in runs}
+        for run, rows, tokens in self._projected(runs, split, dtype):
+            for row, own in zip(rows, run.token_logits(tokens), strict=True):
+                logits[run][row] = own.double().cpu().numpy()
+        return [*logits.values()]
+
+    def _projected(
+        self, runs: Sequence[TrainingRun], split: Split, dtype: torch.dtype
+    ) -> Iterator[tuple[TrainingRun, list[int], Ragged]]:
+        """Each run's columns of each batch of texts, and which texts these are."""
+        states = split.own_states()
         for index in range(len(states)):
             shuffle = torch.Generator().manual_seed(0)
             for batch in states.batches(index, size=_VALIDATION_BATCH, shuffle=shuffle):
                 hidden, lengths = batch.hidden.to(self._device), batch.lengths.to(self._device)
-                units = [split.units[row] for row in batch.rows.tolist()]
                 for group in _sharing_a_matmul(runs):
                     for run, columns in zip(group, _project(hidden, group, dtype), strict=True):
-                        served = _served(run, Ragged(columns, lengths), units)
-                        logits[run][batch.rows] = served.cpu().numpy()
-        return [*logits.values()]
+                        yield run, batch.rows.tolist(), Ragged(columns, lengths)
+
+
+def _labels_of(split: Split, device: torch.device) -> Ragged:
+    """The labels of each text: one row, or one for each of its tokens."""
+    if split.token_labels is None:
+        return Ragged.one_row_each(torch.from_numpy(split.labels).to(device))
+    labels = np.concatenate(split.token_labels).astype(np.int64)
+    lengths = torch.tensor([*map(len, split.token_labels)], device=device)
+    return Ragged(torch.from_numpy(labels).to(device), lengths)
 
 
 def _sharing_a_matmul(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, Mechanism, build_mechanism
 from sidelight.mechanisms.readout import Readout
+from sidelight.mechanisms.spans import Spans
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.training.settings import Job
@@ -84,10 +85,11 @@ class TrainingRun:
         job: What to train.
         standardisation: How the states that it reads are scaled.
         task: The classes.
-        labels: Of all training texts.
-        texts: Which of them it learns from.
+        labels: Of the texts that it learns from, or of their tokens.
+        texts: Which of the training texts it learns from.
         steps: Optimiser steps per epoch.
         reads_beginnings: Whether the loss also counts a random beginning of each text.
+        labels_tokens: Whether tokens have labels, and not texts.
     """
 
     def __init__(
@@ -95,11 +97,12 @@ class TrainingRun:
         job: Job,
         standardisation: Standardisation,
         task: Task,
-        labels: Int[Tensor, "text ..."],
+        labels: Int[Tensor, "label ..."],
         texts: Bool[Tensor, " text"],
         *,
         steps: int,
         reads_beginnings: bool = False,
+        labels_tokens: bool = False,
     ):
         self.job = job
         self.standardisation = standardisation
@@ -124,12 +127,17 @@ class TrainingRun:
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             self._optimizer, T_max=settings.epochs * steps
         )
+        if labels_tokens:
+            assert isinstance(self.mechanism, Spans)
+            frequency = labels.reshape(len(labels), -1).float().mean(0)
+            self.mechanism.bias.data.copy_(frequency.clamp(min=1 / len(labels)).logit(1e-6))
         self._best = deepcopy(self.mechanism.state_dict())
         self._epochs = 0
         is_balanced = settings.class_weight == "balanced"
-        self._loss = make_loss(task, labels[texts.to(labels.device)], balanced=is_balanced)
+        self._loss = make_loss(task, labels, balanced=is_balanced)
         self._task = task
         self._reads_beginnings = reads_beginnings
+        self._labels_tokens = labels_tokens
         self._draws = 0
         self._filled = 0.0
 
@@ -156,7 +164,19 @@ class TrainingRun:
         self.mechanism.eval()
         return self.mechanism.logits(tokens)
 
-    def loss(self, tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Float[Tensor, ""]:
+    def token_logits(self, tokens: Ragged) -> list[Float[Tensor, "token output"]]:
+        """The logits of each token of each text."""
+        assert isinstance(self.mechanism, Spans)
+        scores = self.mechanism.token_logits(self.mechanism.summarise(tokens))
+        return [own.values for own in scores.split()]
+
+    def _votes(self, state: Ragged) -> Float[Tensor, "label voter output"]:
+        if not self._labels_tokens:
+            return self.mechanism.votes(state)
+        assert isinstance(self.mechanism, Spans)
+        return self.mechanism.token_logits(state).values[:, None]
+
+    def loss(self, tokens: Ragged, labels: Int[Tensor, "label ..."]) -> Float[Tensor, ""]:
         """The loss on a batch of projected tokens: the sum over the mechanism's voters."""
         self.mechanism.train()
         self._draws += 1
@@ -167,13 +187,11 @@ class TrainingRun:
             return self.loss_of([self.mechanism.summarise(view) for view in views], labels)
 
     def loss_of(
-        self, states: Sequence[Ragged], labels: Int[Tensor, "text ..."]
+        self, states: Sequence[Ragged], labels: Int[Tensor, "label ..."]
     ) -> Float[Tensor, ""]:
         """The mean loss over views of the same texts, of which the states are summaries."""
         losses = [
-            self._loss(vote, labels)
-            for state in states
-            for vote in self.mechanism.votes(state).unbind(1)
+            self._loss(vote, labels) for state in states for vote in self._votes(state).unbind(1)
         ]
         return torch.stack(losses).sum() / len(states)
 

@@ -123,6 +123,8 @@ _SUGGESTED = {
     "readout": TrainingSettings(weight_decay=0.3, epochs=6, layer_weights="predictive"),
     "fusion": TrainingSettings(weight_decay=0.3, epochs=6),
     "blend": TrainingSettings(weight_decay=0.3, epochs=6, layer_weights="predictive"),
+    # Every token is an example.
+    "spans": TrainingSettings(learning_rate=1e-4, epochs=4, least_steps=600),
 }
 
 

@@ -1,0 +1,164 @@
+"""Loads texts whose characters are labelled: one column has a list of spans."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import SupportsIndex, cast
+
+import numpy as np
+
+from sidelight.data.examples import Example, LabelledExamples, located
+from sidelight.data.labels import is_missing, label_name
+from sidelight.data.loading import load_examples
+from sidelight.data.readers import InMemory, is_list, is_mapping
+from sidelight.errors import SidelightError
+from sidelight.spans import Span
+from sidelight.types import NONE, Task, is_label
+
+_KEYS = ("start", "end", "label")
+_FORM = '[{"start": 0, "end": 5, "label": "NAME"}], or [] for a text without any'
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SpanExamples(LabelledExamples):
+    """Texts with labelled spans; ``labels`` are those that a text has anywhere.
+
+    Attributes:
+        spans: Of each text, in order: of its response if it has one, else of its only message.
+    """
+
+    spans: tuple[tuple[Span, ...], ...]
+
+    @property
+    def span_labels(self) -> tuple[str, ...]:
+        """The labels that spans can have."""
+        return self.task.labels[-self.task.outputs :]
+
+    def select(self, indices: Iterable[SupportsIndex]) -> "SpanExamples":
+        chosen = [int(position) for position in indices]
+        # The superclass makes a copy of this class that still has all spans.
+        selected = cast("SpanExamples", super().select(chosen))
+        return replace(selected, spans=tuple(self.spans[i] for i in chosen))
+
+
+def span_text(example: Example) -> str:
+    """The text whose characters are labelled.
+
+    Raises:
+        SidelightError: There is no response, and there are several messages.
+    """
+    if example.response is not None:
+        return example.response
+    if len(example.messages) > 1:
+        raise SidelightError(
+            f"The text has {len(example.messages)} messages, and spans count the characters of "
+            "one. Give a single text, or name the column of answers with --response (response= in "
+            "Python)."
+        )
+    return example.text
+
+
+def load_spans(
+    source: str | Path | InMemory,
+    *,
+    text: str = "text",
+    spans: str = "spans",
+    response: str | None = None,
+    split: str | None = None,
+    task: Task | None = None,
+) -> SpanExamples:
+    """Loads texts with labelled spans.
+
+    Args:
+        source: As for ``load_examples``.
+        text: Column of the text; of chats, if the spans are of a response.
+        spans: Column of the spans: a list of ``{"start": 0, "end": 5, "label": "NAME"}``, in
+            characters (Unicode code points), the end exclusive. Spans of different labels may
+            overlap. Rows without spans are negatives. A ``probability``, which ``predict``
+            writes, is ignored.
+        response: Column of the assistant's answer, whose characters are labelled then.
+        split: As for ``load_examples``.
+        task: That of a trained probe; None infers the labels. Spans of other labels are left out
+            and counted.
+
+    Raises:
+        SidelightError: As ``load_examples``; or a span is malformed, outside of its text or blank,
+            or no text has any.
+    """
+    examples = load_examples(source, text=text, label=None, response=response, split=split)
+    cells = examples.column(spans)
+    pairs = zip(examples.items, cells, strict=True)
+    every: list[tuple[Span, ...]] = []
+    for index, (item, cell) in enumerate(pairs):
+        with located(item, index):
+            every.append(_parse_spans(cell, span_text(item), column=spans))
+    names = sorted({span.label for own in every for span in own})
+    task = task or _task(names, spans)
+    known = task.labels[-task.outputs :]
+    unknown = Counter(span.label for own in every for span in own if span.label not in known)
+    every = [tuple(span for span in own if span.label in known) for own in every]
+    warnings = examples.warnings
+    if unknown:
+        warnings += (
+            f"Left out {unknown.total()} spans of labels that training did not know "
+            f"({', '.join(unknown)[:200]}). What is found there counts as a false alarm.",
+        )
+    holds = [[any(span.label == label for span in own) for label in known] for own in every]
+    labels = np.array(holds, dtype=np.int64)
+    return SpanExamples(
+        examples.items,
+        examples.rows,
+        examples.skipped,
+        warnings,
+        task=task,
+        labels=labels[:, 0] if task.kind == "binary" else labels,
+        spans=tuple(every),
+    )
+
+
+def _task(names: Sequence[str], column: str) -> Task:
+    if not names:
+        raise SidelightError(
+            f"No text has a span in column '{column}'. Give texts with spans: {_FORM}."
+        )
+    wrong = next((name for name in names if not is_label(name) or name in ("", NONE)), None)
+    if wrong is not None:
+        raise SidelightError(f"A span cannot have the label {wrong[:60]!r}. Rename it in the data.")
+    if len(names) == 1:
+        return Task("binary", (NONE, names[0]))
+    return Task("multilabel", tuple(names))
+
+
+def _parse_spans(cell: object, text: str, *, column: str) -> tuple[Span, ...]:
+    if is_missing(cell):
+        return ()
+    if isinstance(cell, str) and cell.strip().startswith("["):
+        # A table of comma-separated values holds a list as JSON.
+        with suppress(ValueError):
+            cell = json.loads(cell)
+    if not is_list(cell):
+        raise SidelightError(
+            f"column '{column}' holds {str(cell)[:60]!r}. Write a list of spans, such as {_FORM}."
+        )
+    return tuple(sorted(_parse_span(span, text) for span in cell))
+
+
+def _parse_span(span: object, text: str) -> Span:
+    unknown = {*span} - {*_KEYS, "probability"} if is_mapping(span) else {}
+    if not is_mapping(span) or unknown or not {*_KEYS} <= {*span}:
+        named = f" (unknown: {', '.join(map(str, unknown))})" if unknown else ""
+        raise SidelightError(
+            f"expected a span with the keys {', '.join(_KEYS)}, got {str(span)[:80]}{named}."
+        )
+    start, end = span["start"], span["end"]
+    if type(start) is not int or type(end) is not int or not 0 <= start < end <= len(text):
+        raise SidelightError(
+            f"a span from {start!r} to {end!r} is not within the {len(text)} characters of the "
+            "text. Count Unicode code points from 0, the end exclusive."
+        )
+    if not text[start:end].strip():
+        raise SidelightError(f"the span from {start} to {end} has only blanks. Remove it.")
+    return Span(start, end, label_name(span["label"], "its label"))

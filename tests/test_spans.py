@@ -1,0 +1,330 @@
+"""Spans: read from files, learned from tokens, found in texts, and measured by characters."""
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from commands import run, saved
+from in_process import in_process
+from sidelight.artifact import load_probe, save_probe
+from sidelight.data.examples import Example
+from sidelight.data.spans import load_spans
+from sidelight.engines.queue import Limits
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.errors import SidelightError
+from sidelight.mechanisms.base import mechanism_spec
+from sidelight.prompts import Message, Reads
+from sidelight.spans import (
+    Span,
+    character_f1,
+    character_scores,
+    labelled_characters,
+    read_spans,
+    threshold_f1,
+    token_labels,
+    within_margin,
+    words,
+)
+from sidelight.thresholds import ThresholdRule
+from sidelight.training.settings import FitOptions, TrainingSettings
+from sidelight.training.spans import calibrate_spans, find_spans, fit_spans, measure_spans
+
+TEXT = "Call Ann Lee, now"
+NAME = {"start": 5, "end": 12, "label": "NAME"}
+# Prompts in other batches and parts: sums in another order, in float32.
+SERVED = 1e-4
+
+
+def rows(count, seed=0):
+    """Words, of which numbers and shouts are labelled."""
+    draw = random.Random(seed)
+    made = []
+    for _ in range(count):
+        text, spans = "", []
+        for _ in range(draw.randint(2, 6)):
+            kind = draw.choice(["word", "word", "word", "number", "shout"])
+            alphabet = {"word": "abcde", "number": "123456", "shout": "VWXYZ"}[kind]
+            word = "".join(draw.choices(alphabet, k=draw.randint(2, 5)))
+            if kind != "word":
+                label = {"number": "NUMBER", "shout": "SHOUT"}[kind]
+                spans.append({"start": len(text), "end": len(text) + len(word), "label": label})
+            text += word + draw.choice([" and ", ", or "])
+        made.append({"text": text, "spans": spans})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        ([{**NAME, "end": 18}], "5 to 18 is not within the 17 characters"),
+        ([{**NAME, "start": -1}], "-1 to 12 is not within"),
+        ([{**NAME, "start": 12}], "12 to 12 is not within"),
+        ([{**NAME, "end": 8.0}], "5 to 8.0 is not within"),
+        ([{**NAME, "start": 4, "end": 5}], "from 4 to 5 has only blanks"),
+        ([{**NAME, "text": "Ann"}], r"keys start, end, label, got .*\(unknown: text\)"),
+        ([{"start": 5, "end": 12}], "expected a span with the keys"),
+        ([[5, 12, "NAME"]], "expected a span with the keys"),
+        ("NAME", "'NAME'. Write a list of spans"),
+        ([{**NAME, "label": "none"}], "cannot have the label 'none'"),
+        ([{**NAME, "label": ["a"]}], "expected one label"),
+    ],
+)
+def test_a_malformed_span_is_refused_with_its_place_and_the_remedy(cell, says):
+    with pytest.raises(SidelightError, match=says):
+        load_spans([{"text": TEXT, "spans": cell}])
+
+
+def test_spans_overlap_and_rows_without_any_are_negatives():
+    place = {"start": 9, "end": 17, "label": "PLACE", "probability": 0.5}
+    cells = [[NAME, place], [], None, json.dumps([NAME])]
+    examples = load_spans([{"text": TEXT, "spans": cell} for cell in cells])
+    assert examples.spans[0] == (Span(5, 12, "NAME"), Span(9, 17, "PLACE"))
+    assert examples.labels.tolist() == [[1, 1], [0, 0], [0, 0], [1, 0]]
+    assert examples.select([3, 1]).spans == ((Span(5, 12, "NAME"),), ())
+    alone = load_spans([{"text": TEXT, "spans": [NAME]}, {"text": TEXT, "spans": []}])
+    assert (alone.task.labels, alone.labels.tolist()) == (("none", "NAME"), [1, 0])
+    cell = [NAME, place]
+    known = load_spans([{"text": TEXT, "spans": cell}], task=alone.task)
+    assert (known.spans, known.labels.tolist()) == (((Span(5, 12, "NAME"),),), [1])
+    assert "1 spans of labels that training did not know (PLACE)" in known.warnings[0]
+    with pytest.raises(SidelightError, match="No text has a span"):
+        load_spans([{"text": TEXT, "spans": []}])
+
+
+def test_spans_of_a_chat_need_a_response():
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    row = {"text": chat, "answer": TEXT, "spans": [NAME]}
+    assert load_spans([row], response="answer").spans == ((Span(5, 12, "NAME"),),)
+    with pytest.raises(SidelightError, match=r"has 2 messages.*--response"):
+        load_spans([row])
+
+
+def test_a_token_has_the_labels_of_its_characters_without_the_blanks_around():
+    tokens = [(0, 4), (4, 8), (8, 12), (12, 13), (13, 17), (8, 9)]
+    flags = token_labels(
+        TEXT, tokens, [Span(5, 8, "NAME"), Span(9, 17, "PLACE")], ["NAME", "PLACE"]
+    )
+    assert flags.T.tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0]]
+
+
+def test_words_have_the_score_of_their_highest_token_and_neighbours_join():
+    # "Call", " A", "nn", " Lee", ",", " now"; nobody has read "now".
+    tokens = [(0, 4), (4, 6), (6, 8), (8, 12), (12, 13)]
+    scores = np.array([[0.1], [0.2], [0.9], [0.6], [0.3]])
+    found = character_scores(TEXT, tokens, scores)
+    assert found[:, 0].tolist() == [0.1] * 5 + [0.9] * 3 + [0.6] * 4 + [0.3, 0, 0, 0, 0]
+    assert read_spans(found, ["NAME"], [0.5]) == [Span(5, 12, "NAME")]
+    assert read_spans(found, ["NAME"], [0.5])[0].probability == 0.9
+    assert read_spans(found, ["NAME"], [0.7]) == [Span(5, 8, "NAME")]
+    assert read_spans(found, ["NAME"], [0.0]) == [Span(0, 13, "NAME")]
+    assert read_spans(found, ["NAME"], [1.0]) == []
+
+
+def test_a_word_far_less_likely_than_the_surest_of_its_text_is_left_out():
+    scores = np.array([0.1, 0.5, 0.8, 0.0])
+    odds = np.log(np.array([1 / 9, 1, 4]))
+    for margin in (0.5, 1.5, 4.0):
+        expected = [*(odds >= odds.max() - margin) * scores[:3], 0.0]
+        assert within_margin(scores, margin).tolist() == expected
+    assert within_margin(scores, None).tolist() == scores.tolist()
+    assert within_margin(np.array([1.0, 0.9]), 1.0).tolist() == [1.0, 0.0]
+    assert within_margin(np.zeros(2), 1.0).tolist() == [0.0, 0.0]
+
+
+def test_character_f1_is_that_of_the_shared_task():
+    def f1(actual, predicted):
+        spans = [[Span(*own, "toxic")] if own else [] for own in (actual, predicted)]
+        return character_f1(*(labelled_characters(TEXT, own, ["toxic"]) for own in spans))
+
+    assert f1((5, 12), (5, 12)) == f1(None, None) == 1
+    assert f1((5, 12), None) == f1(None, (5, 12)) == f1((0, 4), (5, 12)) == 0
+    assert f1((5, 12), (9, 13)) == pytest.approx(2 * (3 / 4) * (3 / 7) / (3 / 4 + 3 / 7))
+
+
+def test_the_f1_of_all_thresholds_is_that_of_each():
+    draw = np.random.default_rng(0)
+    scores = [draw.integers(1, 9, 20) / 10 for _ in range(6)]
+    actual = [draw.random(20) < 0.2 for _ in range(4)] + [np.zeros(20, dtype=bool)] * 2
+    points = np.array([0.25, 0.4, 0.85, 0.95])
+    pairs = [*zip(actual, scores, strict=True)]
+    expected = [np.mean([character_f1(a, s >= point) for a, s in pairs]) for point in points]
+    np.testing.assert_allclose(threshold_f1(actual, scores, points), expected)
+
+
+def test_a_report_counts_characters_and_exact_spans():
+    texts = [{"text": TEXT, "spans": [NAME]}, {"text": TEXT, "spans": []}]
+    texts += [{"text": TEXT, "spans": [{"start": 14, "end": 17, "label": "TIME"}]}]
+    examples = load_spans(texts)
+    found = [[Span(5, 12, "NAME"), Span(14, 17, "TIME")], [], [Span(0, 17, "TIME")]]
+    report = measure_spans(examples, found, bootstrap=50)
+    values = {name: estimate.value for name, estimate in report.metrics.items()}
+    f1 = np.mean([2 * 7 / (7 + 10), 1, 2 * 3 / (3 + 17)])
+    assert values == pytest.approx(
+        {"character_f1": f1, "precision": 1 / 3, "recall": 1 / 2, "f1": 2 / 5}
+    )
+    assert (
+        report.per_label["NAME"]["f1"].value == report.per_label["NAME"]["character_f1"].value == 1
+    )
+    assert report.per_label["TIME"]["character_f1"].value == pytest.approx((0 + 1 + 0.3) / 3)
+    assert report.spans == {"NAME": 1, "TIME": 1}
+    assert report.metrics["f1"].low < 0.4 < report.metrics["f1"].high
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny, tmp_path_factory):
+    settings = TrainingSettings(learning_rate=2e-2, epochs=6, batch_size=16)
+    options = FitOptions(settings={"spans": settings}, cache_root=tmp_path_factory.mktemp("cache"))
+    return fit_spans(tiny, load_spans(rows(160)), None, name="pii", options=options)
+
+
+def test_what_is_trained_finds_spans_in_new_texts_also_after_it_was_saved(tiny, fitted, tmp_path):
+    examples = load_spans(rows(30, seed=1))
+    probe = load_probe(save_probe(fitted.probe, tmp_path))
+    assert probe.spans == fitted.probe.spans
+    logits, found = find_spans(tiny, probe, examples.items)
+    report = measure_spans(examples, found, bootstrap=10)
+    assert report.metrics["f1"].value > 0.9
+    assert report.metrics["character_f1"].value > 0.9
+    assert fitted.report.metrics["character_f1"].value > 0.9
+    verdicts = [probe.verdict(own).labels for own in logits]
+    names = [tuple(sorted({span.label for span in own})) for own in examples.spans]
+    assert np.mean([a == b for a, b in zip(verdicts, names, strict=True)]) > 0.9
+    assert {*probe.record["lookaheads"]} == {"0", "1", "2", "4"}
+    chat = tuple(Message("user", text) for text in ("a word", "WWXX"))
+    (_, (alone,)) = find_spans(tiny, probe, [Example(chat[1:])])
+    assert [(span.start, span.end, span.label) for span in alone] == [(0, 4, "SHOUT")]
+    with pytest.raises(SidelightError, match="messages"):
+        find_spans(tiny, probe, [Example(chat)])
+
+
+def test_a_server_gives_a_text_the_verdict_of_predict_however_its_prompt_is_cut(tiny, fitted):
+    texts = [row["text"] for row in rows(12, seed=4)]
+    logits, _ = find_spans(tiny, fitted.probe, [Example((Message("user", t),)) for t in texts])
+    expected = [fitted.probe.verdict(own).probabilities for own in logits]
+    for limits in (Limits(), Limits(prefill_tokens=3)):
+        with in_process(TransformersEngine(tiny, [fitted.probe], limits=limits)) as http:
+            results = http.post("/v1/moderations", json={"input": texts}).json()["results"]
+            body = {"model": tiny.name, "max_tokens": 1}
+            body["messages"] = [{"role": "user", "content": texts[0]}]
+            chat = http.post("/v1/chat/completions", json=body).json()
+        served = [result["sidelight"]["verdicts"][0]["probabilities"] for result in results]
+        for own, wanted in zip(served, expected, strict=True):
+            assert own == pytest.approx(wanted, abs=SERVED)
+        (verdict,) = chat["sidelight"]["verdicts"]
+        assert verdict["probabilities"] == pytest.approx(expected[0], abs=SERVED)
+
+
+def test_spans_are_found_in_what_the_probe_reads_alone(tiny, fitted):
+    answered = Example((Message("user", "12"),), response="XX")
+    with pytest.raises(SidelightError, match="finds spans in prompts"):
+        find_spans(tiny, fitted.probe, [answered])
+    late = replace(fitted.probe, reads=replace(fitted.probe.reads, side="response"))
+    with pytest.raises(SidelightError, match="reads responses, but 1 of 1 examples have none"):
+        find_spans(tiny, late, [Example((Message("user", "12"),))])
+    options = FitOptions(reads=Reads("response"))
+    with pytest.raises(SidelightError, match=r"of each prompt.*would read: response"):
+        fit_spans(tiny, load_spans(rows(40)), None, name="pii", options=options)
+
+
+def test_thresholds_follow_the_rule_over_words():
+    texts = load_spans(rows(200, seed=2))
+    draw = np.random.default_rng(0)
+    places = [[(i, i + 1) for i in range(len(item.text))] for item in texts.items]
+    pairs = zip(texts.items, places, texts.spans, strict=True)
+    holds = [token_labels(item.text, own, spans, texts.span_labels) for item, own, spans in pairs]
+    logits = [3.0 * own + draw.normal(size=own.shape) for own in holds]
+    texts_of_words = [words(item.text) for item in texts.items]
+    rates = {}
+    for text in ("f1", "fpr=0.01", "recall=0.99"):
+        rule, _ = calibrate_spans(
+            texts, places, logits, rule=ThresholdRule.parse(text), bootstrap=0
+        )
+        counts = np.zeros((2, 2))
+        for item, own, z, spans, of_words in zip(
+            texts.items, places, logits, texts.spans, texts_of_words, strict=True
+        ):
+            found = rule.spans(item.text, own, z, texts.span_labels)
+            actual, claimed = (
+                labelled_characters(item.text, each, texts.span_labels)[:, 0]
+                for each in (spans, found)
+            )
+            for start, _ in of_words:
+                counts[int(actual[start]), int(claimed[start])] += 1
+        rates[text] = counts[:, 1] / counts.sum(1)
+    assert 0.004 < rates["fpr=0.01"][0] < 0.02
+    assert 0.98 < rates["recall=0.99"][1] < 1
+    assert rates["fpr=0.01"][1] < rates["recall=0.99"][1]
+
+
+def test_a_probe_of_responses_finds_spans_in_them(tiny, tmp_path):
+    """Here with a single label."""
+    answers = [
+        {
+            "text": "12 and XX",
+            "answer": row["text"],
+            "spans": [span for span in row["spans"] if span["label"] == "SHOUT"],
+        }
+        for row in rows(120)
+    ]
+    options = FitOptions(
+        settings={"spans": TrainingSettings(learning_rate=2e-2, epochs=6, batch_size=16)},
+        cache_root=tmp_path,
+    )
+    options = replace(
+        options,
+        reads=replace(options.reads, side="response"),
+        mechanisms=(mechanism_spec("spans", {"lookahead": 1}),),
+    )
+    examples = load_spans(answers, response="answer")
+    made = fit_spans(tiny, examples, None, name="pii", options=options)
+    assert made.probe.spec.options["lookahead"] == 1
+    _, found = find_spans(tiny, made.probe, examples.items[:40])
+    report = measure_spans(examples.select(range(40)), found, bootstrap=0)
+    assert report.metrics["character_f1"].value > 0.9
+
+
+@pytest.mark.slow
+def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
+    tiny, own_cache, tmp_path, capsys
+):
+    def write(name, count, seed):
+        lines = [{"letter": row["text"], "pii": row["spans"]} for row in rows(count, seed)]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
+        return ["--data", str(tmp_path / name), "--text", "letter"]
+
+    probe = str(tmp_path / "probe")
+    command = ["train", *write("train.jsonl", 160, 0), "--spans", "pii", "--out", probe]
+    command += ["--model", saved(tiny, tmp_path / "model"), "--set", "epochs=6"]
+    command += ["--set", "learning_rate=0.02", "--set", "batch_size=16"]
+    assert run(*command, "--mechanism", "readout") == 2
+    assert "--spans needs --mechanism spans" in capsys.readouterr().err
+    command += ["--mechanism", "spans", "--set", "spans.lookahead=2"]
+    assert run(*command) == 0
+    told = capsys.readouterr().out
+    assert "Looks 2 tokens ahead" in told
+    assert f"eval {probe} --data TEST_FILE --text letter --spans pii" in " ".join(told.split())
+    texts = write("test.jsonl", 30, 1)
+    unknown = {"letter": "Is it ABC?", "pii": [{"start": 6, "end": 9, "label": "OTHER"}]}
+    with (tmp_path / "test.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(unknown))
+    assert run("eval", probe, *texts, "--spans", "pii") == 0
+    assert "Left out 1 spans" in capsys.readouterr().err
+    texts = write("test.jsonl", 30, 1)
+    assert run("eval", probe, *texts, "--spans", "pii", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["character_f1"]["value"] > 0.9
+    assert report["character_f1"]["ci"][0] <= report["character_f1"]["value"]
+    assert report["whole_texts"]["f1"]["value"] > 0.9
+    assert {*report["per_label"]} == {"NUMBER", "SHOUT"}
+    assert run("predict", probe, *texts) == 0
+    verdicts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    given = [
+        {"text": row["text"], "spans": said["spans"]}
+        for row, said in zip(rows(30, 1), verdicts, strict=True)
+    ]
+    found = load_spans(given)
+    assert measure_spans(load_spans(rows(30, 1)), found.spans).metrics["character_f1"].value > 0.9
+    assert run("predict", probe, *texts, "--engine", "vllm") == 2
