@@ -1,5 +1,7 @@
 """Sharing artifacts."""
 
+from unittest.mock import Mock
+
 import pytest
 from huggingface_hub import ModelCard
 
@@ -36,6 +38,17 @@ def test_a_hub_that_cannot_answer_is_one_clear_error(artifact, tmp_path, reposit
     ):
         with pytest.raises(SidelightError, match=f"'{repository}'.*hf auth login"):
             share(*places)
+
+
+@pytest.mark.parametrize("client", ["httpx", "httpx2"])
+def test_a_hub_that_cannot_be_reached_is_one_line(artifact, tmp_path, monkeypatch, client):
+    unreachable = Mock(side_effect=pytest.importorskip(client).ConnectError("no route"))
+    monkeypatch.setattr("sidelight.hub.HfApi.create_repo", unreachable)
+    monkeypatch.setattr("sidelight.hub.snapshot_download", unreachable)
+    with pytest.raises(SidelightError, match=r"push to 'me/mine': ConnectError.*folder write \./"):
+        push(artifact, "me/mine")
+    with pytest.raises(SidelightError, match=r"pull 'me/mine': ConnectError"):
+        pull("me/mine", tmp_path / "theirs")
 
 
 def test_only_an_artifact_can_be_pushed(tmp_path):

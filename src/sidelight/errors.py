@@ -1,7 +1,9 @@
-"""Errors that a user can cause, and the hint for a misspelt name."""
+"""Errors that a user or the network can cause, and the hint for a misspelt name."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
 
 _MOST_CHARACTERS = 200
 
@@ -20,6 +22,12 @@ class ContextLengthError(SidelightError):
 
 class VerdictError(SidelightError):
     """A verdict could not be computed; this must never be taken for a harmless verdict."""
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises if it reaches nothing: of httpx or httpx2, by its version."""
+    installed = [name for name in ("httpx", "httpx2") if find_spec(name) is not None]
+    return tuple(import_module(name).HTTPError for name in installed)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

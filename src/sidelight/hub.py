@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from sidelight.artifact import load_probe, save_probe
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, transport_errors
 from sidelight.manifest import CARD, MANIFEST, WEIGHTS, model_card, read_manifest
 from sidelight.storage import write_text
 
@@ -26,7 +26,7 @@ def push(directory: str | Path, repository: str | Path, *, private: bool = False
         Where to find it.
 
     Raises:
-        SidelightError: There is no artifact in the folder, or the hub refuses.
+        SidelightError: There is no artifact in the folder, or the hub refuses or cannot be reached.
     """
     directory = Path(directory)
     probe = load_probe(directory)
@@ -46,7 +46,7 @@ def push(directory: str | Path, repository: str | Path, *, private: bool = False
             allow_patterns=_FILES,
             commit_message="Upload Sidelight probe",
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError, *transport_errors()) as error:
         raise _refused("push to", repository, error) from error
     return str(commit)
 
@@ -68,7 +68,13 @@ def pull(repository: str | Path, directory: str | Path, *, revision: str | None 
         return directory
     try:
         snapshot_download(repository, revision=revision, local_dir=directory, allow_patterns=_FILES)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OSError,
+        *transport_errors(),
+    ) as error:
         raise _refused("pull", repository, error) from error
     load_probe(directory)
     return directory
@@ -76,6 +82,6 @@ def pull(repository: str | Path, directory: str | Path, *, revision: str | None 
 
 def _refused(action: str, repository: str, error: Exception) -> SidelightError:
     return SidelightError(
-        f"Cannot {action} '{repository}': {type(error).__name__}. Check the name (owner/name), the "
-        "network, and 'hf auth login'."
+        f"Cannot {action} '{repository}': {type(error).__name__}. Check the name (owner/name; for "
+        "a folder write ./NAME), the network, and 'hf auth login'."
     )

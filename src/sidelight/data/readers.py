@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from sidelight.errors import SidelightError, did_you_mean
+from sidelight.errors import SidelightError, did_you_mean, transport_errors
 
 InMemory = Sequence[Mapping[str, object]] | Sequence[Sequence[object]]
 
@@ -215,7 +215,7 @@ def _read_hub(source: str, split: str) -> list[Row]:
         ValueError,
         RuntimeError,  # a data set that is a script
         datasets.exceptions.DatasetsError,
-        import_module("httpx").HTTPError,
+        *transport_errors(),
     ) as error:
         raise SidelightError(
             f"Cannot load '{source}', split '{split}', from the Hugging Face hub "
