@@ -231,6 +231,23 @@ def test_texts_that_differ_in_numbers_alone_stay_together_however_many_they_are(
         assert (fold < 60).sum() in (0, 60)
 
 
+def test_two_versions_of_which_each_has_many_versions_stay_together():
+    """More than are looked for beside each text: they are found by one of each group."""
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice([*"abcdefghijklmnopqrstuvwxyz"], 6)) for _ in range(500)]
+    rows = []
+    for _ in range(6):
+        text = [*random.choice(words, 60)]
+        for _ in range(2):
+            version = [*text]
+            for place in random.integers(60, size=5):
+                version[place] = random.choice(words)
+            for n in range(30):
+                rows.append((" ".join([*version[:-1], random.choice(words)]), n % 2))
+    examples = load_examples(rows)
+    assert examples.distinct == 6
+
+
 def test_different_texts_are_not_joined():
     texts = [
         "Where is my parcel? It should have been here on Monday.",

@@ -272,6 +272,7 @@ def test_a_text_is_read_as_it_was_written_and_half_of_one_is_missing(tiny, tmp_p
     cache.directory.mkdir()
     (cache.directory / "0.safetensors.1.partial").write_bytes(b"half")
     assert sorted(cache.open()) == list(range(len(TEXTS)))
+    assert not [*cache.directory.glob("*.partial")]
     texts = {row: torch.randn(4, tokens, 32).bfloat16() for row, tokens in ((1, 2), (0, 3))}
     cache.write(texts)
     for row, hidden in texts.items():
@@ -298,8 +299,11 @@ def test_remove_deletes_a_cache_that_no_other_run_reads_or_keeps(tiny, tmp_path)
 def test_runs_that_write_the_same_states_disturb_neither_each_other_nor_a_later_one(tiny, tmp_path):
     first, second = cache_of(tiny, tmp_path), cache_of(tiny, tmp_path)
     first.open()
+    half = first.directory / "0.1.partial"
+    half.write_bytes(b"half")
     extract(BackboneSource(tiny), second)
     extract(BackboneSource(tiny), first)
+    assert half.exists()
     del first
     second.remove()
     assert not second.directory.exists()

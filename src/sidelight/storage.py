@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ def replacing(path: Path) -> Generator[Path]:
     The folder is made if absent.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Named by the process: two may write the same file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # Two may write the same file, also from containers with equal numbers of processes.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
         yield partial
         os.replace(partial, path)

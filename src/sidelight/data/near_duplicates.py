@@ -24,9 +24,9 @@ _PARTS = 5
 _MOST_CHARACTERS, _STRETCHES = 1000, 8
 _FEATURES = 2**16
 # More texts are compared within parts of neighbours in the alphabet: a minute a part on one core.
-_MOST_TEXTS = 20_000
+_MOST_TEXTS = 10_000
 _MEMORY_MIB = 64
-# Of a text that is like many others, the most similar ones connect it to the rest.
+# Of a text that is like many others, the most similar ones; one of each group then finds the rest.
 _NEIGHBOURS = 20
 
 
@@ -101,6 +101,8 @@ def _pairs(
     texts: Sequence[str],
 ) -> tuple[Int[Numbers, " pair"], Int[Numbers, " pair"], Float[Values, " pair"]]:
     """Texts that are alike, with their cosines."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
     from sklearn import config_context
     from sklearn.neighbors import NearestNeighbors
 
@@ -111,16 +113,23 @@ def _pairs(
     pairs = [(repeated, same[repeated], np.ones(len(repeated)))]
     distinct = np.array([index for _, index in sorted(first.items())], dtype=np.int64)
     for part in np.array_split(distinct, max(1, -(-len(distinct) // _MOST_TEXTS))):
-        if len(part) < 2:
-            continue
         options: dict[str, Any] = {"metric": "cosine", "algorithm": "brute"}
-        nearest: Any = NearestNeighbors(n_neighbors=min(_NEIGHBOURS, len(part) - 1), **options)
-        with config_context(working_memory=_MEMORY_MIB):
-            nearest.fit(_vectors([forms[index] for index in part]))
-            distances, neighbours = nearest.kneighbors()
-        left, rank = np.nonzero(distances <= 1 - _COSINES[0])
-        cosines = 1 - distances[left, rank].astype(np.float64)
-        pairs.append((part[left], part[neighbours[left, rank]], cosines))
+        vectors, rows = _vectors([forms[index] for index in part]), np.arange(len(part))
+        while len(rows) > 1:
+            count = min(_NEIGHBOURS, len(rows) - 1)
+            nearest: Any = NearestNeighbors(n_neighbors=count, **options)
+            with config_context(working_memory=_MEMORY_MIB):
+                distances, neighbours = nearest.fit(vectors[rows]).kneighbors()
+            left, rank = np.nonzero(distances <= 1 - _COSINES[0])
+            if not len(left):
+                break
+            right = neighbours[left, rank]
+            cosines = 1 - distances[left, rank].astype(np.float64)
+            pairs.append((part[rows[left]], part[rows[right]], cosines))
+            # Those that have more alike than are looked for are found by one of each group.
+            graph = coo_array((cosines, (left, right)), (len(rows), len(rows)))
+            groups = connected_components(graph, directed=False)[1]
+            rows = rows[np.unique(groups, return_index=True)[1]]
     left, right, cosines = map(np.concatenate, zip(*pairs, strict=True))
     return left, right, cosines
 

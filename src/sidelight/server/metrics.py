@@ -31,7 +31,7 @@ from sidelight.probe import Probe
 from sidelight.types import Verdict
 
 # Series of scores, without which scores that answers withhold could be read from `/metrics`.
-_SCORES = ("sidelight_probe_score", "sidelight_probe_drift_psi")
+_SCORES = ("sidelight_probe_score", "sidelight_probe_drift_psi", "sidelight_unfamiliar")
 
 # Drift is computed on the last WINDOW scores, once there are ENOUGH. Without drift, ENOUGH scores
 # exceed an index of 0.1 in at most 5 of 100 comparisons with 150 validation scores.

@@ -184,6 +184,10 @@ class ActivationCache:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = (self.directory / _READERS).open("a")
             weakref.finalize(self, self._lock.close)
+            if _has_locked(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                # What a killed run left half written.
+                for partial in self.directory.glob("*.partial"):
+                    partial.unlink()
             _has_locked(self._lock, fcntl.LOCK_SH)
         missing, whole = self.missing(), self.token_bytes * sum(self.lengths)
         to_write = self.token_bytes * sum(self.lengths[row] for row in missing)
