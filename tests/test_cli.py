@@ -260,7 +260,7 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_jud
 def test_what_the_probe_will_flag_is_said_before_the_model_is_loaded(tmp_path, capsys):
     data = labelled_rows(tmp_path / "train.jsonl", ["cat", "dog", "dog"] * 4)
     assert run("train", "--data", data, "--out", str(tmp_path / "o"), "--model", data) == 2
-    reading, loading, doubt, announced, error = capsys.readouterr().err.splitlines()
+    reading, doubt, announced, loading, error = capsys.readouterr().err.splitlines()
     assert (reading, loading) == (f"Reading {data} ...", "Loading the model ...")
     assert "--positive dog" in doubt
     assert "will flag 'cat'" in announced
@@ -299,8 +299,11 @@ def test_the_first_lines_come_before_torch_is_imported(command, untrained, tmp_p
     shown = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *filled], capture_output=True, text=True
     )
-    first, second, *_ = shown.stderr.splitlines()
-    assert (first, second) == (f"Reading {data} ...", "Loading the model ...")
+    first, *more = shown.stderr.splitlines()
+    assert first == f"Reading {data} ..."
+    read = more.pop(0) if command.startswith("train") else "Read 60 texts"
+    assert read.startswith("Read 60 texts")
+    assert more[0] == "Loading the model ..."
     assert shown.stdout == ""
 
 
@@ -411,14 +414,22 @@ def test_a_wrong_file_column_probe_or_rule_and_help_are_told_before_imports_that
         ["recalibrate", untrained, "--threshold", "fpr=0.01"],
         ["recalibrate", untrained, "--data", data, "--label", "lable"],
         ["inspect", untrained],
+        ["serve", "--probe", untrained, "--probe", "nowhere"],
+        ["policy", "check", "nowhere.toml"],
     ]
     program = [sys.executable, "-c", LIGHT, json.dumps(asked)]
     all_said = subprocess.run(program, capture_output=True, text=True, check=True).stdout
     said, *helps = all_said.split("Usage: ")
     for words in ("nowhere.jsonl", "--text", "torn.jsonl, line 1"):
         assert said.count(words) == len(readers), words
-    assert said.count("holds no probe") == 2
-    for words in ("Name texts of", "Got the threshold", "'lable'", "billing, refund, other"):
+    assert said.count("holds no probe") == 3
+    for words in (
+        "Name texts of",
+        "Got the threshold",
+        "'lable'",
+        "billing, refund, other",
+        "Name a TOML file",
+    ):
         assert said.count(words) == 1, words
     assert len(helps) > 20
     assert all_said.endswith("\n[]\n")

@@ -51,9 +51,7 @@ def serve(context: click.Context, **values: Any) -> None:
 
     An option wins over its environment variable, and that over the file of --config.
     """
-    from sidelight.artifact import load_probe
-    from sidelight.policy.rules import require_policy_applies
-    from sidelight.server.app import serve as run
+    from sidelight.manifest import read_manifest
 
     config = read_config(
         **{
@@ -69,6 +67,13 @@ def serve(context: click.Context, **values: Any) -> None:
         engine=config.engine,
         engine_option=config.engine_option,
     )
+    # Before imports that take seconds: a wrong folder is refused at once.
+    for folder in config.probe:
+        read_manifest(folder)
+    from sidelight.artifact import load_probe
+    from sidelight.policy.rules import require_policy_applies
+    from sidelight.server.app import serve as run
+
     loaded = [load_probe(folder) for folder in config.probe]
     require_policy_applies(config.loaded_policy, loaded)
     if not loaded:

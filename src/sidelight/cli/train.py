@@ -110,6 +110,10 @@ def train(
     rule = ThresholdRule.parse(threshold)
     # Before imports that take seconds: a wrong file or column is refused at once.
     training, validation = inputs.load(spans)
+    told = [*training.warnings, *(validation.warnings if validation is not None else ())]
+    for warning in told:
+        click.echo(f"Warning: {warning}", err=True)
+    click.echo(f"Read {len(training)} texts. The probe will flag {training.task.flags}.", err=True)
     options.announce("Loading the model")
     from sidelight.mechanisms.base import mechanism_names
     from sidelight.training.contexts import default_background, load_background
@@ -144,10 +148,6 @@ def train(
             for mechanism in (mechanism_names() if is_automatic else mechanisms)
         },
     )
-    told = [*training.warnings, *(validation.warnings if validation is not None else ())]
-    for warning in told:
-        click.echo(f"Warning: {warning}", err=True)
-    click.echo(f"Read {len(training)} texts. The probe will flag {training.task.flags}.", err=True)
     backbone = runtime.load_backbone(prompt_format=prompt_format)
     if spans is not None:
         from sidelight.artifact import save_probe

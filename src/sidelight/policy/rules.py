@@ -4,13 +4,15 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.probe import Probe
 from sidelight.types import Verdict
+
+if TYPE_CHECKING:
+    from sidelight.probe import Probe
 
 Side = Literal["input", "output"]
 Mode = Literal["score", "flag", "route", "block", "shadow"]
@@ -89,7 +91,7 @@ class Policy:
 class BoundRule:
     """A rule and the loaded probe that it applies to."""
 
-    probe: Probe
+    probe: "Probe"
     rule: Rule
 
     @property
@@ -165,17 +167,17 @@ class BoundRule:
         return replace(decided, turn=verdict.turn, is_unfamiliar=verdict.is_unfamiliar)
 
 
-def side_of(probe: Probe) -> Side:
+def side_of(probe: "Probe") -> Side:
     """What a probe judges: the response, if it reads any of it."""
     return "output" if probe.reads.includes_response else "input"
 
 
-def bound_rules(policy: Policy, probes: Iterable[Probe]) -> tuple[BoundRule, ...]:
+def bound_rules(policy: Policy, probes: "Iterable[Probe]") -> tuple[BoundRule, ...]:
     """Each probe with its rule; a rule without its probe waits for it."""
     return tuple(BoundRule(p, policy.side(side_of(p)).get(p.name, Rule())) for p in probes)
 
 
-def require_policy_applies(policy: Policy, probes: Sequence[Probe]) -> None:
+def require_policy_applies(policy: Policy, probes: "Sequence[Probe]") -> None:
     """Refuses a rule without its probe, or one that cannot apply to it."""
     sides: tuple[Side, ...] = ("input", "output")
     for side in sides:
@@ -190,7 +192,7 @@ def require_policy_applies(policy: Policy, probes: Sequence[Probe]) -> None:
         require_rule_applies(bound, probes)
 
 
-def require_rule_applies(bound: BoundRule, probes: Iterable[Probe]) -> None:
+def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
     """Refuses a rule that could never do what it says for this probe."""
     labels = bound.probe.task.labels
     for named, known in ((bound.rule.labels, labels), (bound.rule.routes, (*labels, FAILED_LABEL))):

@@ -29,12 +29,14 @@ def check(path: Path, probe: tuple[Path, ...]) -> None:
     The exit code is 0 without warnings, 1 with some, and 2 if the file is wrong or does not fit the
     probes. Name all probes that will be served, or none: then only the file is read.
     """
-    from sidelight.artifact import load_probe
     from sidelight.policy.rules import read_policy, require_policy_applies
+
+    # Before imports that take seconds: a wrong file is refused at once.
+    checked = read_policy(path)
+    from sidelight.artifact import load_probe
     from sidelight.probe import common_format, require_distinct_names
     from sidelight_lab.redteam.weaknesses import weaknesses
 
-    checked = read_policy(path)
     probes = [load_probe(folder) for folder in probe]
     if probes:
         require_distinct_names(probes)
