@@ -156,7 +156,10 @@ def _alike(labels: Sequence[str]) -> tuple[str, ...]:
     ]
     if not pairs:
         return ()
-    return (f"Labels that read alike are different classes: {', '.join(pairs[:3])}.",)
+    return (
+        f"Labels that read alike are different classes: {', '.join(pairs[:3])}. If they are one, "
+        "spell them alike.",
+    )
 
 
 def _ordered(names: Iterable[str]) -> tuple[str, ...]:
