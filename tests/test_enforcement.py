@@ -125,6 +125,20 @@ def test_a_score_that_is_not_finite_is_not_a_verdict(late, score):
     assert (end.reason, end.decisions[0].action) == ("content_filter", "fail_closed")
 
 
+@pytest.mark.parametrize("held", [(0, 3), (3, 0)])
+def test_of_several_rules_the_one_that_holds_back_most_decides(tiny, late, held):
+    """Else text would leave that the other rule may still cut."""
+    strict = untrained_probe(tiny, "strict", reads=Reads("response"))
+    rules = (Rule("block", threshold=1.0, consecutive=1, hold_back=n) for n in held)
+    both = HoldBack([BoundRule(p, r) for p, r in zip((late, strict), rules, strict=True)])
+    sent = []
+    for token in range(1, 6):
+        judged = Judgement((verdict(0.1), verdict(0.1, "strict")))
+        both.push(TextDelta(f"{token}", tokens=token))
+        sent.append([event.tokens for event in both.push(ResponseScored(token, judged))])
+    assert sent == [[], [], [], [1], [2]]
+
+
 def test_a_streak_is_of_any_label_that_counts(tiny):
     """Otherwise a text whose tokens are flagged by turns for two labels would pass."""
     topics = untrained_probe(tiny, "topics", task=TOPICS, reads=Reads("response"))

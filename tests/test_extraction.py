@@ -246,6 +246,7 @@ def test_the_key_changes_with_backbone_engine_reads_and_texts_only(tiny, tmp_pat
         {"fingerprint": replace(who, dtype="bfloat16")},
         {"reads": Reads("both")},
         {"reads": Reads(template=False)},
+        {"reads": Reads(scope="last_turn")},
         {"prompts": [*prompts[:4], prompts[5]]},
         {"prompts": prompts[4::-1]},
         {"prompts": prompts[:4]},
