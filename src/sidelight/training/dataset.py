@@ -71,7 +71,7 @@ class Split:
     rows: Int[np.ndarray, " text"]
     parts: Int[np.ndarray, " _"] | None = None
     is_alone: Bool[np.ndarray, " _"] | None = None
-    token_labels: Sequence[Bool[np.ndarray, "token label"]] | None = None
+    token_labels: Sequence[Bool[np.ndarray, "_ label"]] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -51,7 +51,7 @@ class Trained:
     logits: np.ndarray
     history: tuple[float, ...]
     best_epoch: int
-    token_logits: Sequence[Float[np.ndarray, "token output"]] = ()
+    token_logits: Sequence[Float[np.ndarray, "_ output"]] = ()
 
 
 def train_mechanisms(
@@ -325,7 +325,7 @@ class _Trainer:
     @torch.inference_mode()
     def score_tokens(
         self, runs: Sequence[TrainingRun], split: Split, *, dtype: torch.dtype
-    ) -> list[list[Float[np.ndarray, "token output"]]]:
+    ) -> list[list[Float[np.ndarray, "_ output"]]]:
         """As ``score``, of every token of every text."""
         logits = {run: [np.empty((0, split.task.outputs))] * len(split) for run in runs}
         for run, rows, tokens in self._projected(runs, split, dtype):

@@ -164,7 +164,7 @@ class TrainingRun:
         self.mechanism.eval()
         return self.mechanism.logits(tokens)
 
-    def token_logits(self, tokens: Ragged) -> list[Float[Tensor, "token output"]]:
+    def token_logits(self, tokens: Ragged) -> list[Float[Tensor, "_ output"]]:
         """The logits of each token of each text."""
         assert isinstance(self.mechanism, Spans)
         scores = self.mechanism.token_logits(self.mechanism.summarise(tokens))

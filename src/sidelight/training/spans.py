@@ -58,7 +58,7 @@ MARGINS = (None, 3.0, 2.0, 1.5, 1.25, 1.0, 0.75)
 _WORTH_WAITING = 0.003
 
 # The probabilities or logits of each text's tokens, ``[token, label]``.
-TokenScores = Sequence[Float[np.ndarray, "token label"]]
+TokenScores = Sequence[Float[np.ndarray, "_ label"]]
 TokenPlaces = Sequence[Sequence[tuple[int, int]]]
 
 
