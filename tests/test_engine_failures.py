@@ -7,6 +7,7 @@ import torch
 
 from engine_runs import ask, count_passes, run, until_idle
 from sidelight.engines.base import (
+    EngineBusyError,
     EngineUnavailableError,
     GenerationError,
     Sampling,
@@ -81,6 +82,20 @@ def test_a_logit_that_is_no_number_fails_the_request_and_one_that_rules_out_does
             work()
     else:
         assert work().finished
+
+
+def test_requests_whose_texts_wait_to_be_encoded_are_bounded(backbone):
+    """A client whose long texts are encoded one after the other fills no memory."""
+
+    async def crowd(engine):
+        texts = [ask(engine, "a" * 50) for _ in range(7)] + [engine.judge([HELLO])]
+        answers = await asyncio.gather(*texts, return_exceptions=True)
+        busy = [str(answer) for answer in answers if isinstance(answer, EngineBusyError)]
+        # Not by the queue, which has room for two.
+        assert sum("3 waiting, the limit is 3" in text for text in busy) == 5
+        assert (await ask(engine, "b")).finished
+
+    run(backbone, crowd, limits=Limits(running=1, waiting=2))
 
 
 def test_leaving_frees_the_row_and_the_place_in_line(backbone):

@@ -13,13 +13,14 @@ from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Ite
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Panel
 from sidelight.engines.base import (
     Admission,
     Engine,
+    EngineBusyError,
     EngineUnavailableError,
     Event,
     GenerationError,
@@ -37,6 +38,8 @@ from sidelight.engines.text import WARM_UP, TextCodec
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation, Message, has_response
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 # All others wait while a pass runs. On a CPU, the default would take seconds.
@@ -75,6 +78,7 @@ class TransformersEngine(Engine):
             limits = Limits(prefill_tokens=_PREFILL_TOKENS_ON_CPU) if is_slow else Limits()
         self._batch = Batch(backbone, self._codec, prefill_tokens=limits.prefill_tokens)
         self._queue = RequestQueue(limits)
+        self._limits, self._encoding = limits, 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sidelight-model")
         self._loop: asyncio.Task[None] | None = None
 
@@ -135,7 +139,7 @@ class TransformersEngine(Engine):
 
         async def events() -> AsyncGenerator[Event, None]:
             encode = partial(self._codec.encode_to_continue, messages, sampling.max_tokens)
-            prompt, room = await self._codec.in_thread([messages], encode)
+            prompt, room = await self._encoded([messages], encode)
             request = Request(prompt, sampling, room, panel, watch=watched, admits=admits)
             self._require_ready()
             self._queue.join([request])
@@ -175,7 +179,7 @@ class TransformersEngine(Engine):
                 places=self._codec.places(turns) if explain else (),
             )
 
-        requests = await self._codec.in_thread(
+        requests = await self._encoded(
             conversations, lambda: [encode(turns) for turns in conversations]
         )
         judged: list[PromptJudged] = []
@@ -189,6 +193,21 @@ class TransformersEngine(Engine):
         finally:
             self._queue.leave(requests)
         return judged
+
+    async def _encoded(self, texts: Sequence[Conversation], encode: Callable[[], T]) -> T:
+        """What ``encode`` makes of the texts of a request.
+
+        Raises:
+            EngineBusyError: As many requests as may run and wait are being encoded.
+        """
+        limit = self._limits.running + self._limits.waiting
+        if self._encoding >= limit:
+            raise EngineBusyError(waiting=self._encoding, limit=limit)
+        self._encoding += 1
+        try:
+            return await self._codec.in_thread(texts, encode)
+        finally:
+            self._encoding -= 1
 
     def _load_panel(self, probes: Sequence[Probe]) -> Panel:
         require_same_model(probes, self._backbone.fingerprint)
