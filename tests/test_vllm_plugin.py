@@ -247,8 +247,9 @@ def projection_of(columns, *, has_flags, offset=0):
 
 def require_product(stage, projection, hidden, residual):
     """The columns of the last layer, with float32's error; no other row is written."""
-    stage.receive(1, hidden, residual)
-    stream = (hidden if residual is None else hidden + residual).double()
+    stream = hidden if residual is None else hidden + residual
+    stage.receive(1, stream)
+    stream = stream.double()
     weight, shift = projection.weight[1].double(), projection.shift[1].double()
     wanted, sizes = stream @ weight, (stream.square() @ weight.square()).sqrt()
     if projection.is_normalised is not None:

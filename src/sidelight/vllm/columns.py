@@ -30,30 +30,23 @@ from sidelight.vllm.settings import COLUMNS
 class Receiver(Protocol):
     """Takes the residual stream after each layer of this worker, while it exists."""
 
-    def receive(
-        self,
-        layer: int,
-        hidden: Float[Tensor, "token width"],
-        residual: Float[Tensor, "token width"] | None = None,
-    ) -> None:
-        """The stream is the sum of both."""
-        ...
+    def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None: ...
 
     def end_pass(self, tokens: int) -> None:
         """The last layer of this worker has run, over this many tokens with their padding."""
 
 
-# A worker process runs one model, hence one receiver.
-_receivers: list[Receiver] = []
+_receiver: Receiver | None = None
 
 
 def set_receiver(new: Receiver | None) -> None:
-    """Says who receives the states of the next forward passes of this process."""
-    _receivers[:] = [] if new is None else [new]
+    """Says who receives the states of the next forward passes of this process: one model's."""
+    global _receiver
+    _receiver = new
 
 
 def receiver() -> Receiver | None:
-    return _receivers[0] if _receivers else None
+    return _receiver
 
 
 def _project(
@@ -62,13 +55,13 @@ def _project(
     layer: int,
     order: Float[Tensor, ""],  # noqa: ARG001 - keeps the operation in its place
 ) -> None:
-    for receiver in _receivers:
-        receiver.receive(layer, hidden, residual)
+    if _receiver is not None:
+        _receiver.receive(layer, hidden if residual is None else hidden + residual)
 
 
 def _end_pass(hidden: Float[Tensor, "token width"], order: Float[Tensor, ""]) -> None:  # noqa: ARG001
-    for receiver in _receivers:
-        receiver.end_pass(len(hidden))
+    if _receiver is not None:
+        _receiver.end_pass(len(hidden))
 
 
 def _nothing(*_arguments: object) -> None:
@@ -206,16 +199,10 @@ class Stage:
         if self.projection.is_normalised is not None and padded.is_normalised is not None:
             self.projection.is_normalised.copy_(padded.is_normalised)
 
-    def receive(
-        self,
-        layer: int,
-        hidden: Float[Tensor, "token width"],
-        residual: Float[Tensor, "token width"] | None = None,
-    ) -> None:
-        stream = hidden if residual is None else hidden + residual
+    def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None:
         rows, weight, shift = (of[layer] for of in self._layers)
         flags = self.projection.is_normalised
-        project(weight, shift, flags, stream.float(), out=rows[: len(hidden)])
+        project(weight, shift, flags, stream.float(), out=rows[: len(stream)])
 
     @cached_property
     def columns(self) -> int:

@@ -36,7 +36,14 @@ from sidelight.vllm.columns import Reading
 from sidelight.vllm.internals import end_with_parent, full_group, steps_of
 from sidelight.vllm.requests import Tracking, described_prompt
 from sidelight.vllm.settings import KEY, Served, prompt_encoder
-from sidelight.vllm.worker import Loaded, RequestJudge, Share, StepVerdicts, installed, load_panel
+from sidelight.vllm.worker import (
+    Loaded,
+    RequestJudge,
+    Share,
+    StepVerdicts,
+    current_worker,
+    load_panel,
+)
 
 _log = init_logger("vllm.sidelight")
 
@@ -182,7 +189,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
     # In a worker.
 
     def register_kv_caches(self, kv_caches: Any) -> None:
-        worker = installed()
+        worker = current_worker()
         caches = (c if isinstance(c, list | tuple) else [c] for c in kv_caches.values())
         memory = [cache.untyped_storage() for cache in chain.from_iterable(caches)]
         # Layers of several groups share it.
@@ -198,7 +205,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         )  # fmt: skip
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
-        installed().forget(finished_req_ids)
+        current_worker().forget(finished_req_ids)
         return None, None
 
     def build_connector_worker_meta(self) -> Results | None:
@@ -207,7 +214,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         # Every rank of a tensor-parallel group has the whole residual stream; the first one judges.
         if not orders.has_pass or get_tensor_model_parallel_rank() != 0:
             return None
-        work = installed().judge(orders.readings)
+        work = current_worker().judge(orders.readings)
         return Results(work) if orders.readings else None
 
     # Nothing is loaded, stored or handed off.

@@ -292,17 +292,8 @@ class StateStage(Stage):
         rows = stage.rows.new_full((layers, tokens, width), torch.nan, dtype=torch.bfloat16)
         return StateStage(stage.projection, rows)
 
-    def receive(
-        self,
-        layer: int,
-        hidden: Float[Tensor, "token width"],
-        residual: Float[Tensor, "token width"] | None = None,
-    ) -> None:
-        rows = self.rows[layer, : len(hidden)]
-        if residual is None:
-            rows.copy_(hidden)
-        else:
-            torch.add(hidden, residual, out=rows)
+    def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None:
+        self.rows[layer, : len(stream)].copy_(stream)
 
 
 class StateWriter(RequestJudge):

@@ -229,14 +229,9 @@ class Worker:
         """Memory of a token's columns."""
         return self._stage.rows[:, 0].nbytes
 
-    def receive(
-        self,
-        layer: int,
-        hidden: Float[Tensor, "token width"],
-        residual: Float[Tensor, "token width"] | None = None,
-    ) -> None:
+    def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None:
         if self._stage.columns:
-            self._stage.receive(layer, hidden, residual)
+            self._stage.receive(layer, stream)
 
     def end_pass(self, tokens: int) -> None:
         # There are no pages yet while vLLM profiles its memory.
@@ -363,8 +358,8 @@ def load_panel(served: Served, *, device: torch.device | str = "cpu") -> tuple[P
     return panel, Loaded(served.folders, identity, panel.late is not None)
 
 
-def installed() -> Worker:
-    """The worker of this process.
+def current_worker() -> Worker:
+    """That of this process.
 
     Raises:
         SidelightError: The model was loaded in a way that the plugin does not see.
@@ -386,12 +381,12 @@ class WorkerExtension:
 
     def sidelight_check(self, folders: list[str]) -> None:
         """See ``Worker.check``."""
-        installed().check(folders)
+        current_worker().check(folders)
 
     def sidelight_load(self, identity: str) -> None:
         """See ``Worker.load``; to be called while nothing runs."""
-        installed().load(identity)
+        current_worker().load(identity)
 
     def sidelight_bytes_per_token(self) -> int:
         """Memory of a token's columns in this worker."""
-        return installed().bytes_per_token
+        return current_worker().bytes_per_token

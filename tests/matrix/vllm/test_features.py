@@ -139,12 +139,12 @@ def test_columns_are_taken_out_of_the_memory_for_keys_and_values(name, tmp_path,
     """As much memory as without probes, with room for fewer tokens."""
 
     def bytes_of(worker):
-        from sidelight.vllm.worker import installed
+        from sidelight.vllm.worker import current_worker
 
         # Layers may share it.
         caches = [cache.untyped_storage() for cache in worker.model_runner.kv_caches]
         memory = {cache.data_ptr(): cache.nbytes() for cache in caches}
-        return installed()._pages.rows.nbytes, sum(memory.values())
+        return current_worker()._pages.rows.nbytes, sum(memory.values())
 
     # The full layers are in three groups, and a block belongs to one of them.
     mostly_full = {"layer_types": [*["full_attention"] * 3, "sliding_attention"]}
@@ -170,9 +170,9 @@ def identity(folders):
 @pytest.mark.parametrize("parallel", ["pipeline_parallel_size", "tensor_parallel_size"])
 def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path, monkeypatch):
     def addresses(_worker):
-        from sidelight.vllm.worker import installed
+        from sidelight.vllm.worker import current_worker
 
-        worker = installed()
+        worker = current_worker()
         stage = worker._stage
         buffers = [stage.rows, worker._pages.rows, stage.projection.weight, stage.projection.shift]
         return [buffer.data_ptr() for buffer in buffers]

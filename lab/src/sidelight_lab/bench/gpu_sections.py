@@ -56,8 +56,8 @@ class _Pass:
     pages: Pages
     slots: Tensor
 
-    def receive(self, layer: int, hidden: Tensor, residual: Tensor | None = None) -> None:
-        self.pages.stage.receive(layer, hidden, residual)
+    def receive(self, layer: int, stream: Tensor) -> None:
+        self.pages.stage.receive(layer, stream)
 
     def end_pass(self, tokens: int) -> None:
         assert tokens == len(self.slots)
@@ -157,7 +157,7 @@ def graphs(setting: Setting) -> dict[str, Any]:
         replay()
         kept = pages.read([replace(reading, blocks=tuple(table))])
         for layer, (hidden, residual) in enumerate(fresh):
-            uncaptured.receive(layer, hidden, residual)
+            uncaptured.receive(layer, hidden + residual)
             # A slot that was not written has NaN.
             off = (kept[:, layer] - uncaptured.rows[layer, :-3]).abs().nan_to_num(torch.inf).max()
             difference = max(difference, min(1.0, float(off)))

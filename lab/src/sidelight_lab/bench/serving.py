@@ -31,7 +31,7 @@ from sidelight.progress import progress
 from sidelight.prompts import Message, Reads
 from sidelight.vllm.engine import require_options, require_vllm
 from sidelight.vllm.settings import KEY
-from sidelight.vllm.worker import Worker, installed
+from sidelight.vllm.worker import Worker, current_worker
 from sidelight_lab.bench.subjects import untrained_probe
 
 NOTHING = "no probe"
@@ -125,7 +125,7 @@ def measure_costs(
 
 def fit_probes(_worker: Any, folders: list[str]) -> None:
     """Gives vLLM's worker these probes, with room for their columns alone."""
-    old = installed()
+    old = current_worker()
     pages = old._pages
     assert pages is not None
     new = Worker(
