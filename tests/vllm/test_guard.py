@@ -21,6 +21,7 @@ from sidelight.policy.decisions import PolicyError
 from sidelight.prompts import PromptEncoder, Reads
 from sidelight.vllm.endpoint import ProbeEndpoint, ProbeMiddleware
 from sidelight.vllm.guard import EngineGuard, RefusedError
+from sidelight.vllm.recogniser import PromptRecogniser
 from sidelight.vllm.settings import KEY, Served, identity_of, server_config
 from templates import CHATML, DEFAULT_SYSTEM, merging_tokenizer
 from tiny import TOXICITY, tiny_backbone, untrained_probe
@@ -357,20 +358,22 @@ class Reader:
     """A guard's view of a template, without an engine."""
 
     def __init__(self, make, tokenizer, policy=BLOCKS):
-        self.guard = make([FINE], policy).sidelight_guard
-        self.tokenizer = self.guard._tokenizer = tokenizer
-        self.guard._encoder = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=4096)
+        guard = make([FINE], policy).sidelight_guard
+        self.terms = guard.request(guard.observer).terms
+        self.tokenizer = tokenizer
+        self.encoder = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=4096)
+        self.recogniser = PromptRecogniser(self.encoder, tokenizer)
 
     def recognised(self, turns, **options):
         options = {"add_generation_prompt": True, **options}
         text = self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self.guard._encoder.recognise(ids)
+        return self.encoder.recognise(ids)
 
     def refusal(self, turns, **options):
         """The code of the refusal of these turns; None: they are read."""
         try:
-            self.guard._require_readable(self.recognised(turns, **options))
+            self.recogniser.require_read(self.recognised(turns, **options), self.terms)
         except PolicyError as error:
             return error.code
         return None
@@ -414,7 +417,8 @@ def test_a_default_system_turn_is_the_operators_whoever_writes_it(guarded):
     for text in (f"{DEFAULT_SYSTEM} Obey.", DEFAULT_SYSTEM[:-1], f"Obey. {DEFAULT_SYSTEM}"):
         assert reader.refusal(turns_of(("system", text), USER)) == "system_turn_refused"
     own = CHATML.replace(DEFAULT_SYSTEM, "{{ words }}")
-    reader.guard.template, reader.guard._heads = (own, {"words": "Be brief."}), (None, ())
+    reader.recogniser = PromptRecogniser(reader.encoder, reader.tokenizer)
+    reader.recogniser.template = own, {"words": "Be brief."}
     assert reader.refusal(turns_of(("system", "Be brief."), USER)) is None
     assert reader.refusal(turns_of(("system", DEFAULT_SYSTEM), USER)) == "system_turn_refused"
 

@@ -78,7 +78,8 @@ class ProbeEndpoint:
             return
         await guard.engine.start()
         renderer = state.online_renderer
-        guard.template = renderer.chat_template, renderer.default_chat_template_kwargs or {}
+        arguments = renderer.default_chat_template_kwargs or {}
+        guard.recogniser.template = renderer.chat_template, arguments
         keys = _keys_of_vllm(args)
         config = server_config(**({"api_key": keys} if keys else {}))
         self.access = config.access

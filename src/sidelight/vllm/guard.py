@@ -14,21 +14,17 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequenc
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import date
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
-
-from jinja2 import TemplateError
 
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Admitted, Enforcement
 from sidelight.policy.hold_back import Ended
 from sidelight.policy.request import Outcome, Terms
-from sidelight.policy.rules import BoundRule, require_policy_applies
+from sidelight.policy.rules import require_policy_applies
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt, Part, PlainText, control_tokens
+from sidelight.prompts import EncodedPrompt, PlainText, control_tokens
 from sidelight.server.config import ServerConfig
 from sidelight.server.metrics import Metrics
 from sidelight.server.observe import RequestObserver, audit_of
@@ -42,6 +38,7 @@ from sidelight.vllm.outputs import (
     together,
     without_report,
 )
+from sidelight.vllm.recogniser import PromptRecogniser, require_drawable, require_own_words
 from sidelight.vllm.requests import request_params
 from sidelight.vllm.settings import (
     KEY,
@@ -50,9 +47,6 @@ from sidelight.vllm.settings import (
     model_tokenizer,
     prompt_encoder,
 )
-
-# What vLLM's ``StructuredOutputsParams`` takes that can hold words of an answer.
-_WORDED = ("json", "regex", "choice", "grammar", "structural_tag")
 
 
 class RefusedError(SidelightError, ValueError):
@@ -86,6 +80,7 @@ class GuardedRequest(Outcome):
 
 
 _request: ContextVar[GuardedRequest | None] = ContextVar("sidelight_request", default=None)
+current_request = _request.get
 
 
 @contextmanager
@@ -96,10 +91,6 @@ def requested(request: GuardedRequest) -> Any:
         yield
     finally:
         _request.reset(token)
-
-
-def current_request() -> GuardedRequest | None:
-    return _request.get()
 
 
 @dataclass(frozen=True)
@@ -133,8 +124,7 @@ class EngineGuard:
 
     Attributes:
         engine: Judges texts by the same workers, for the routes that write none.
-        template: The chat template of the server, if it is not the tokenizer's own, and arguments
-            that the operator always gives it.
+        recogniser: Finds the turns in prompts.
 
     Raises:
         SidelightError: The policy does not fit the probes, or the audit log cannot be written.
@@ -145,18 +135,19 @@ class EngineGuard:
 
         self._listener = listener_of(llm)
         self._encode, self._abort = llm.encode, llm.abort
-        self._own_ids: dict[str, set[str]] = defaultdict(set)
+        self._text_ids: dict[str, set[str]] = defaultdict(set)
         model, probes = llm.vllm_config.model_config, served.load()
         names = model.served_model_name
         self._room = model.max_model_len - 1
         self._tokenizer = model_tokenizer(llm.vllm_config)
-        self._encoder = prompt_encoder(llm.vllm_config, probes)
+        encoder = prompt_encoder(llm.vllm_config, probes)
+        self.recogniser = PromptRecogniser(encoder, self._tokenizer)
         self._controls = control_tokens(self._tokenizer).keys()
         self.engine = VllmEngine(
             llm,
             probes,
             name=names if isinstance(names, str) else names[0],
-            encoder=self._encoder,
+            encoder=encoder,
             tokenizer=self._tokenizer,
             fingerprint=served.fingerprint,
             identity=identity_of(probe.version for probe in probes),
@@ -166,8 +157,6 @@ class EngineGuard:
         self.registry = ProbeRegistry(self.engine, config.loaded_policy, sources, config.policy)
         audit = audit_of(config)
         self.observer = RequestObserver(Metrics(self.engine), audit)
-        self.template: tuple[str | None, Mapping[str, Any]] = (None, {})
-        self._heads: tuple[date | None, Sequence[tuple[int, ...]]] = (None, ())
         llm.generate, llm.encode, llm.abort = self.generate, self.encode, self.abort
         llm.sidelight_guard = self
         # Whatever calls them.
@@ -231,32 +220,29 @@ class EngineGuard:
         """As vLLM's, by the ids that callers gave."""
         ids = [request_id] if isinstance(request_id, str) else [*request_id]
         if not internal:
-            ids = [own_id for name in ids for own_id in self._own_ids.get(name, ())]
+            ids = [text_id for name in ids for text_id in self._text_ids.get(name, ())]
         await self._abort(ids, internal=internal)
-
-    def _rules(self) -> Sequence[BoundRule]:
-        """Those of the current request."""
-        client = current_request()
-        return self.registry.rules if client is None else client.terms.rules
 
     def require_unblocked(self, what: str) -> None:
         """Refuses what no probe reads where a rule blocks."""
-        if any(bound.is_blocking for bound in self._rules()):
+        client = current_request()
+        rules = self.registry.rules if client is None else client.terms.rules
+        if any(bound.is_blocking for bound in rules):
             error = PolicyError(
                 f"{what} cannot be judged, and the policy blocks what is not judged. Use "
                 "/v1/chat/completions, /v1/completions or /v1/responses.",
                 code="not_judged",
             )
-            if (client := current_request()) is not None:
+            if client is not None:
                 client.refuse(error)
             raise RefusedError(str(error)) from error
 
     async def _outputs(self, call: _Call, prompt: Any) -> AsyncGenerator[Any, None]:
-        params, request_id = call.params, call.request_id
+        params, request_id, terms = call.params, call.request_id, call.client.terms
         if (adapter := call.options.get("lora_request")) is not None:
             call.client.adapter = adapter.lora_name
-        _require_drawable(params)
-        self._require_own_words(params)
+        require_drawable(params)
+        require_own_words(params, terms)
         if isinstance(prompt, list):
             prompt = {"prompt_token_ids": prompt}
         elif isinstance(prompt, str):
@@ -273,20 +259,20 @@ class EngineGuard:
         if prompt.keys() <= {"prompt", "cache_salt"}:
             # As vLLM's own reading of a text gives them.
             prompt = {**prompt, "prompt_token_ids": self._tokenizer(prompt["prompt"])["input_ids"]}
-        encoded = await self._recognised(prompt)
-        await asyncio.to_thread(self._require_readable, encoded)
+        encoded = await self.recogniser.recognise(prompt)
+        await asyncio.to_thread(self.recogniser.require_read, encoded, terms)
         ids = [_unique(request_id) for _ in range(params.n)]
         texts = [self._text(call, prompt, encoded, *each) for each in enumerate(ids)]
-        self._own_ids[request_id].update(ids)
+        self._text_ids[request_id].update(ids)
         try:
             async with aclosing(together(texts, params.output_kind)) as outputs:
                 async for output in outputs:
                     output.request_id = request_id
                     yield output
         finally:
-            self._own_ids[request_id].difference_update(ids)
-            if not self._own_ids[request_id]:
-                del self._own_ids[request_id]
+            self._text_ids[request_id].difference_update(ids)
+            if not self._text_ids[request_id]:
+                del self._text_ids[request_id]
 
     async def _text(
         self,
@@ -294,7 +280,7 @@ class EngineGuard:
         prompt: Mapping[str, Any],
         encoded: EncodedPrompt | None,
         index: int,
-        own_id: str,
+        text_id: str,
     ) -> AsyncGenerator[Any, None]:
         """The outputs of one text that may be sent, in the form that the caller wants."""
         from vllm.sampling_params import RequestOutputKind
@@ -310,7 +296,7 @@ class EngineGuard:
             prompt,
             encoded,
             sampling,
-            own_id,
+            text_id,
             options=call.options,
             identity=call.identity,
             probes=[bound.probe for bound in client.terms.rules],
@@ -377,100 +363,6 @@ class EngineGuard:
             sampling.min_tokens = min(sampling.min_tokens, sampling.max_tokens)
         return sampling
 
-    async def _recognised(self, prompt: Mapping[str, Any]) -> EncodedPrompt | None:
-        """What the tokens belong to; None: no probe can tell."""
-        ids = prompt.get("prompt_token_ids")
-        if ids is None or prompt.get("type", "token") != "token":
-            return None
-        try:
-            return await asyncio.to_thread(self._encoder.recognise, ids)
-        # Ids that the tokenizer does not take.
-        except (OverflowError, TypeError, ValueError):
-            return None
-
-    def _require_readable(self, encoded: EncodedPrompt | None) -> None:
-        """Refuses what a client can write where no blocking probe reads it.
-
-        Raises:
-            PolicyError: There is such text, or nobody can tell.
-        """
-        refuses_system = self.registry.policy.refuses_system_turns
-        blocks_output = any(b.is_blocking and b.side == "output" for b in self._rules())
-        if encoded is None and refuses_system:
-            raise PolicyError(
-                "The prompt is not a list of token ids, so nobody can tell whether it begins with "
-                "a system turn, which the server's policy refuses. Send text without images.",
-                code="system_turn_refused",
-            )
-        if encoded is None or encoded.is_plain:
-            return
-        head = unread_head(encoded)
-        is_own = any(own_head[: len(head)] == head for own_head in self._own_heads())
-        turns = self._encoder.chat_format.turns(encoded.token_ids)
-        if refuses_system and not is_own and turns[0].role == "system":
-            raise PolicyError(
-                "The conversation begins with a system turn that the chat template does not write "
-                "by itself: a system or developer message, tools, documents, or arguments of the "
-                "template. No probe of chats reads it, so the server's policy refuses it. Leave "
-                'them out. If only the operator writes them, set system_turns = "trust" in the '
-                "policy.",
-                code="system_turn_refused",
-            )
-        if blocks_output and turns[-1].role == "assistant" and turns[-1].stop == len(encoded):
-            raise PolicyError(
-                "The conversation ends with an answer to be continued. Probes of answers read only "
-                "what the model writes, so the server's policy refuses it. End with a user's turn.",
-                code="answer_continued",
-            )
-
-    def _require_own_words(self, params: Any) -> None:
-        """Refuses an answer that the client words, unless a blocking probe reads it.
-
-        Raises:
-            PolicyError: It says what the answer must look like, and so what it says.
-        """
-        blocking = {bound.side for bound in self._rules() if bound.is_blocking}
-        is_read = "output" in blocking or not blocking
-        if is_read or not self.registry.policy.refuses_system_turns:
-            return
-        structure = params.structured_outputs
-        is_worded = params.trace_decode_token_ids is not None or any(
-            getattr(structure, kind, None) is not None for kind in _WORDED
-        )
-        if is_worded:
-            raise PolicyError(
-                "The request says what the answer must look like (a schema, choice, regular "
-                "expression, grammar or forced call of a tool), and so what it says. The server's "
-                "policy blocks prompts alone, so no probe that blocks would read these words. "
-                "Leave it out, or ask for a JSON object. If only the operator writes such "
-                'requests, set system_turns = "trust" in the policy, or let a rule block outputs.',
-                code="answer_worded",
-            )
-
-    def _own_heads(self) -> Sequence[tuple[int, ...]]:
-        """What the template writes by itself in front of the first turn, today."""
-        if self._heads[0] != date.today():
-            heads = (self._head(role) for role in ("user", "assistant", "tool"))
-            self._heads = date.today(), [head for head in heads if head is not None]
-        return self._heads[1]
-
-    def _head(self, role: str) -> tuple[int, ...] | None:
-        template, arguments = self.template
-        turns = [{"role": role, "content": "x"}]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                turns,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=True,
-                **arguments,
-            )
-        # Templates refuse conversations in many ways, and read fields of messages as they like.
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
-            return None
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return unread_head(self._encoder.recognise(ids))
-
 
 def _search_beams(original: Callable[..., Any], serving: Any, *args: Any, **kwargs: Any) -> Any:
     guard = getattr(serving.engine_client, "sidelight_guard", None)
@@ -483,24 +375,3 @@ def _search_beams(original: Callable[..., Any], serving: Any, *args: Any, **kwar
 def _unique(request_id: str) -> str:
     """A name of its own: clients may name their requests, and two may choose the same name."""
     return f"{request_id}-{uuid.uuid4().hex}"
-
-
-def unread_head(prompt: EncodedPrompt) -> tuple[int, ...]:
-    """The ids in front of the first token that may be read."""
-    parts = takewhile(lambda part: part == Part.UNREAD, prompt.parts)
-    return prompt.token_ids[: len([*parts])]
-
-
-def _require_drawable(params: Any) -> None:
-    """vLLM's CPU backend dies of a seeded draw if the prompt is read in more than one step.
-
-    Raises:
-        SidelightError: It would.
-    """
-    from vllm.platforms import current_platform
-
-    if params.seed is not None and params.temperature > 0 and current_platform.is_cpu():
-        raise SidelightError(
-            "vLLM's CPU backend cannot draw with a seed. Leave 'seed' out, or set 'temperature' "
-            "to 0."
-        )

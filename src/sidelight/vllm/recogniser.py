@@ -1,0 +1,149 @@
+"""What the tokens of a prompt belong to, and what is refused since no blocking probe reads it."""
+
+# pyright: reportMissingImports=false
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from datetime import date
+from itertools import takewhile
+from typing import Any
+
+from jinja2 import TemplateError
+
+from sidelight.errors import SidelightError
+from sidelight.policy.decisions import PolicyError
+from sidelight.policy.request import Terms
+from sidelight.prompts import EncodedPrompt, Part, PromptEncoder
+
+# What vLLM's ``StructuredOutputsParams`` takes that can hold words of an answer.
+_WORDED = ("json", "regex", "choice", "grammar", "structural_tag")
+
+
+class PromptRecogniser:
+    """Finds the turns in the token ids of vLLM's prompts, whoever has written them.
+
+    Attributes:
+        template: The chat template of the server, if it is not the tokenizer's own, and arguments
+            that the operator always gives it.
+    """
+
+    def __init__(self, encoder: PromptEncoder, tokenizer: Any):
+        self._encoder = encoder
+        self._tokenizer = tokenizer
+        self.template: tuple[str | None, Mapping[str, Any]] = (None, {})
+        self._heads: tuple[date | None, Sequence[tuple[int, ...]]] = (None, ())
+
+    async def recognise(self, prompt: Mapping[str, Any]) -> EncodedPrompt | None:
+        """What the tokens of vLLM's form of a prompt belong to; None: no probe can tell."""
+        ids = prompt.get("prompt_token_ids")
+        if ids is None or prompt.get("type", "token") != "token":
+            return None
+        try:
+            return await asyncio.to_thread(self._encoder.recognise, ids)
+        # Ids that the tokenizer does not take.
+        except (OverflowError, TypeError, ValueError):
+            return None
+
+    def require_read(self, prompt: EncodedPrompt | None, terms: Terms) -> None:
+        """Refuses what a client can write where no blocking probe reads it.
+
+        Raises:
+            PolicyError: There is such text, or nobody can tell.
+        """
+        refuses_system = terms.policy.refuses_system_turns
+        if prompt is None and refuses_system:
+            raise PolicyError(
+                "The prompt is not a list of token ids, so nobody can tell whether it begins with "
+                "a system turn, which the server's policy refuses. Send text without images.",
+                code="system_turn_refused",
+            )
+        if prompt is None or prompt.is_plain:
+            return
+        turns = self._encoder.chat_format.turns(prompt.token_ids)
+        if refuses_system and turns[0].role == "system" and not self._is_own(_unread(prompt)):
+            raise PolicyError(
+                "The conversation begins with a system turn that the chat template does not write "
+                "by itself: a system or developer message, tools, documents, or arguments of the "
+                "template. No probe of chats reads it, so the server's policy refuses it. Leave "
+                'them out. If only the operator writes them, set system_turns = "trust" in the '
+                "policy.",
+                code="system_turn_refused",
+            )
+        blocks_output = any(bound.is_blocking and bound.side == "output" for bound in terms.rules)
+        if blocks_output and turns[-1].role == "assistant" and turns[-1].stop == len(prompt):
+            raise PolicyError(
+                "The conversation ends with an answer to be continued. Probes of answers read only "
+                "what the model writes, so the server's policy refuses it. End with a user's turn.",
+                code="answer_continued",
+            )
+
+    def _is_own(self, head: tuple[int, ...]) -> bool:
+        """Whether the template writes this by itself in front of the first turn, today."""
+        if self._heads[0] != date.today():
+            heads = (self._head(role) for role in ("user", "assistant", "tool"))
+            self._heads = date.today(), [head for head in heads if head is not None]
+        return any(own_head[: len(head)] == head for own_head in self._heads[1])
+
+    def _head(self, role: str) -> tuple[int, ...] | None:
+        template, arguments = self.template
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": role, "content": "x"}],
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **arguments,
+            )
+        # Templates refuse conversations in many ways, and read fields of messages as they like.
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+            return None
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return _unread(self._encoder.recognise(ids))
+
+
+def _unread(prompt: EncodedPrompt) -> tuple[int, ...]:
+    """The ids in front of the first token that may be read."""
+    parts = takewhile(lambda part: part == Part.UNREAD, prompt.parts)
+    return prompt.token_ids[: len([*parts])]
+
+
+def require_own_words(params: Any, terms: Terms) -> None:
+    """Refuses an answer that the client words in vLLM's ``SamplingParams``.
+
+    It is not refused if a blocking probe reads it.
+
+    Raises:
+        PolicyError: The client says what the answer must look like, and so what it says.
+    """
+    blocking = {bound.side for bound in terms.rules if bound.is_blocking}
+    is_read = "output" in blocking or not blocking
+    if is_read or not terms.policy.refuses_system_turns:
+        return
+    structure = params.structured_outputs
+    is_worded = params.trace_decode_token_ids is not None or any(
+        getattr(structure, kind, None) is not None for kind in _WORDED
+    )
+    if is_worded:
+        raise PolicyError(
+            "The request says what the answer must look like (a schema, choice, regular "
+            "expression, grammar or forced call of a tool), and so what it says. The server's "
+            "policy blocks prompts alone, so no probe that blocks would read these words. "
+            "Leave it out, or ask for a JSON object. If only the operator writes such "
+            'requests, set system_turns = "trust" in the policy, or let a rule block outputs.',
+            code="answer_worded",
+        )
+
+
+def require_drawable(params: Any) -> None:
+    """vLLM's CPU backend dies of a seeded draw if the prompt is read in more than one step.
+
+    Raises:
+        SidelightError: It would.
+    """
+    from vllm.platforms import current_platform
+
+    if params.seed is not None and params.temperature > 0 and current_platform.is_cpu():
+        raise SidelightError(
+            "vLLM's CPU backend cannot draw with a seed. Leave 'seed' out, or set 'temperature' "
+            "to 0."
+        )
