@@ -169,12 +169,12 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         """Whether the probes here are those of the stages, which may have taken others."""
         if loaded.identity not in ("", self._identity):
             try:
-                panel, found = load_panel(replace(self._served, folders=loaded.folders))
+                panel, changed = load_panel(replace(self._served, folders=loaded.folders))
             # An error here would end the engine.
             except (SidelightError, OSError):
                 _log.exception("The scheduler cannot load the probes of its workers.")
                 return False
-            self._judge, self._identity = RequestJudge(panel), found.identity
+            self._judge, self._identity = RequestJudge(panel), changed.identity
         return loaded.identity == self._identity
 
     def request_finished(
@@ -193,7 +193,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         caches = (c if isinstance(c, list | tuple) else [c] for c in kv_caches.values())
         memory = [cache.untyped_storage() for cache in chain.from_iterable(caches)]
         # Layers of several groups share it.
-        total = sum({one.data_ptr(): one.nbytes() for one in memory}.values())
+        total = sum({part.data_ptr(): part.nbytes() for part in memory}.values())
         block_size = self._group.kv_cache_spec.block_size
         worker.allocate(
             blocks=self._blocks, block_size=block_size, attention=self._group.layer_names[0]

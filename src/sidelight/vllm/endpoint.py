@@ -91,7 +91,7 @@ class ProbeEndpoint:
         _mark_cut_responses()
         self.guard = guard
 
-    def own(self, scope: Scope) -> ASGIApp | None:
+    def application(self, scope: Scope) -> ASGIApp | None:
         """What answers at this path; None: it is vLLM's, or nobody's."""
         if all(route.matches(scope)[0] == Match.NONE for route in self._routes):
             return None
@@ -111,9 +111,9 @@ class ProbeMiddleware:
         guard = self._endpoint.guard
         if guard is None or scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif (own := self._endpoint.own(scope)) is not None:
+        elif (ours := self._endpoint.application(scope)) is not None:
             # As the outermost application of its own.
-            await own({**scope, "app": own, "root_path": ""}, receive, send)
+            await ours({**scope, "app": ours, "root_path": ""}, receive, send)
         elif scope["method"] != "POST":
             await self._app(scope, receive, send)
         else:
@@ -241,8 +241,8 @@ class _Answer:
     def _with_headers(self) -> Event:
         start = {**self._start, "headers": [*self._start["headers"]]}
         if self._request.texts:
-            told = self._request.headers(is_stream=self._is_stream)
-            MutableHeaders(scope=start).update({**self._id, **told})
+            verdicts = self._request.headers(is_stream=self._is_stream)
+            MutableHeaders(scope=start).update({**self._id, **verdicts})
         return start
 
     def _with_chunks(self, body: bytes) -> bytes:
@@ -308,12 +308,12 @@ def _report_request(body: bytes) -> ReportRequest:
     if not any(name.encode() in body for name in names):
         return ReportRequest()
     try:
-        found = json.loads(body)
+        fields = json.loads(body)
     except (ValueError, RecursionError):
         return ReportRequest()
-    asked = {n: found[n] for n in names if n in found} if isinstance(found, dict) else {}
+    options = {n: fields[n] for n in names if n in fields} if isinstance(fields, dict) else {}
     try:
-        return ReportRequest.model_validate(asked)
+        return ReportRequest.model_validate(options)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise wrong_field(first, first["loc"]) from error
@@ -343,9 +343,9 @@ def _as_refusal(event: bytes) -> bytes:
     head, separator, data = event.partition(_DATA)
     if b"message_delta" not in head:
         return event
-    said = json.loads(data)
-    said["delta"]["stop_reason"] = "refusal"
-    return head + separator + json.dumps(said).encode()
+    end = json.loads(data)
+    end["delta"]["stop_reason"] = "refusal"
+    return head + separator + json.dumps(end).encode()
 
 
 def _mark_cut_responses() -> None:

@@ -30,7 +30,7 @@ from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncode
 from sidelight.types import Judgement
 from sidelight.vllm.exchange import Exchange, saved
 from sidelight.vllm.internals import QUANTISING, quantisation
-from sidelight.vllm.outputs import early_names, listener_of
+from sidelight.vllm.outputs import OutputListener, early_names
 from sidelight.vllm.requests import judgement_of
 from sidelight.vllm.settings import DESCRIBED, KEY, Served, of_the_original
 
@@ -49,6 +49,9 @@ class VllmEngine(Engine):
         tokenizer: The model's tokenizer.
         fingerprint: Of the model; every probe must have been trained on it.
         identity: That of the probes, as its workers loaded them.
+
+    Attributes:
+        listener: Hears every report of vLLM's.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class VllmEngine(Engine):
         identity: str,
     ):
         self._llm = llm
-        self._listener = listener_of(llm)
+        self.listener = OutputListener(llm)
         self._exchange = Exchange(llm, probes, identity)
         self._name = name
         self._fingerprint = fingerprint
@@ -203,7 +206,7 @@ class VllmEngine(Engine):
         if not self.is_ready:
             raise EngineUnavailableError()
         try:
-            report = await self._listener.read_whole(prompt, uuid.uuid4().hex, identity=identity)
+            report = await self.listener.read_whole(prompt, uuid.uuid4().hex, identity=identity)
         except EngineDeadError as error:
             raise EngineUnavailableError(
                 "vLLM has stopped; its log says why. Start the server again."

@@ -34,7 +34,6 @@ from sidelight.vllm.internals import wrap
 from sidelight.vllm.outputs import (
     GuardedText,
     OutputDelta,
-    listener_of,
     together,
     without_report,
 )
@@ -95,16 +94,7 @@ def requested(request: GuardedRequest) -> Any:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of ``generate``.
-
-    Attributes:
-        client: The request that it is part of.
-        texts: Those to write.
-        params: The caller's ``SamplingParams``.
-        request_id: The caller's name for it.
-        options: The other arguments, which vLLM gets as they are.
-        identity: That of the probes which judge them.
-    """
+    """One call of ``generate``: its arguments, the texts to write, and which probes judge them."""
 
     client: GuardedRequest
     texts: Sequence[Enforcement]
@@ -133,7 +123,6 @@ class EngineGuard:
     def __init__(self, llm: Any, served: Served, config: ServerConfig):
         from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 
-        self._listener = listener_of(llm)
         self._encode, self._abort = llm.encode, llm.abort
         self._text_ids: dict[str, set[str]] = defaultdict(set)
         model, probes = llm.vllm_config.model_config, served.load()
@@ -251,7 +240,7 @@ class EngineGuard:
             # Text that arrives while the model writes, or a request that its caller has prepared.
             self.require_unblocked("Prompts that are neither text nor token ids")
             sampling = self._params(params, 0, None)
-            written = self._listener.generate(prompt, sampling, request_id, **call.options)
+            written = self.engine.listener.generate(prompt, sampling, request_id, **call.options)
             async with aclosing(written) as outputs:
                 async for output in outputs:
                     yield without_report(output)
@@ -292,7 +281,7 @@ class EngineGuard:
             audited = PlainText(self._tokenizer.decode(encoded.token_ids))
         sampling = self._params(call.params, index, encoded, is_watched=bool(enforcement.watch))
         text = GuardedText(
-            self._listener,
+            self.engine.listener,
             prompt,
             encoded,
             sampling,

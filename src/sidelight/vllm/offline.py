@@ -161,9 +161,9 @@ def predict(
         VerdictError: A verdict cannot be computed.
         SidelightError: As ``Offline.start``, or vLLM stops.
     """
-    given, probe, backbone = dict(options or {}), classifier.probe, classifier.backbone
+    probe, backbone = classifier.probe, classifier.backbone
     prompts = encode(backbone, [as_example(text) for text in texts])
-    limit = min(backbone.encoder.max_tokens, int(given.get("max_model_len", 10**9))) - 1
+    limit = _longest(backbone, options or {})
     longest = max(map(len, prompts), default=0)
     if longest > limit:
         raise ContextLengthError(
@@ -176,7 +176,7 @@ def predict(
         requests = (OfflineRequest(i, p, request_params(p)) for i, p in enumerate(prompts))
         verdicts: dict[int, Verdict] = {}
         with (
-            closing(Offline.start(backbone, config, given)) as llm,
+            closing(Offline.start(backbone, config, options or {})) as llm,
             progress("Judging", sum(map(len, prompts)), unit="tokens") as shown,
         ):
             for request, output in llm.run(requests):
@@ -189,6 +189,12 @@ def predict(
                 verdicts[request.index] = judgement.verdicts[0]
                 shown.advance(len(request.prompt))
     return [verdicts[i] for i in range(len(prompts))]
+
+
+def _longest(backbone: TransformersBackbone, options: Mapping[str, Any]) -> int:
+    """Tokens of the longest text: the context less the token that vLLM always writes."""
+    most = backbone.encoder.max_tokens
+    return min(most, int(options.get("max_model_len", most))) - 1
 
 
 class VllmSource:
@@ -216,14 +222,12 @@ class VllmSource:
         """``vllm``, its version, and the options, some of which change the states."""
         from vllm import __version__
 
-        given = json.dumps(self._options, sort_keys=True) if self._options else ""
-        return f"vllm {__version__} {given}".strip()
+        options = json.dumps(self._options, sort_keys=True) if self._options else ""
+        return f"vllm {__version__} {options}".strip()
 
     @property
     def max_tokens(self) -> int:
-        """The longest text: the context less the token that vLLM always writes."""
-        most = self._backbone.encoder.max_tokens
-        return min(most, int(self._options.get("max_model_len", most))) - 1
+        return _longest(self._backbone, self._options)
 
     def states(
         self, cache: ActivationCache, rows: Sequence[int], shown: Progress

@@ -90,7 +90,7 @@ class OutputListener:
         request_id: str,
         *,
         identity: str,
-        tokens: Mapping[str, Any] | None = None,
+        fields: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> StepReport | None:
         """Has a text read; the report of the last step, or None if there was none.
@@ -99,7 +99,7 @@ class OutputListener:
             prompt: The token ids, and what they belong to.
             request_id: Unique.
             identity: That of the probes which are to judge it.
-            tokens: What else vLLM's form of the prompt has.
+            fields: What else vLLM's form of the prompt has.
             options: As ``AsyncLLM.generate`` takes them.
         """
         from vllm import SamplingParams
@@ -113,7 +113,7 @@ class OutputListener:
         )
         reports: list[StepReport] = []
         with self.to(request_id, identity, reports.append):
-            text = {**(tokens or {}), "prompt_token_ids": [*prompt.token_ids]}
+            text = {**(fields or {}), "prompt_token_ids": [*prompt.token_ids]}
             async with aclosing(self.generate(text, params, request_id, **options)) as outputs:
                 async for _ in outputs:
                     pass
@@ -123,23 +123,12 @@ class OutputListener:
         for name, output in named_outputs(self._processor, outputs):
             if name in self._listeners:
                 identity, listener = self._listeners[name]
-                params = _by_these(identity, output.kv_transfer_params)
-                listener(StepReport(len(output.new_token_ids), params))
+                report = (output.kv_transfer_params or {}).get(KEY, {})
+                if "verdicts" in report and report.get("identity") != identity:
+                    error = "Other probes have judged than those that the request began with."
+                    report = {"error": error}
+                listener(StepReport(len(output.new_token_ids), {KEY: report}))
         return self._process(outputs, *args, **kwargs)
-
-
-def _by_these(identity: str, params: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The report, unless other probes than these have judged."""
-    report = (params or {}).get(KEY, {})
-    if "verdicts" not in report or report.get("identity") == identity:
-        return params
-    return {KEY: {"error": "Other probes have judged than those that the request began with."}}
-
-
-def listener_of(llm: Any) -> OutputListener:
-    """The one listener to an engine."""
-    listener = getattr(llm.output_processor.process_outputs, "__self__", None)
-    return listener if isinstance(listener, OutputListener) else OutputListener(llm)
 
 
 def early_names(probes: Sequence[Probe]) -> frozenset[str]:
@@ -363,7 +352,7 @@ class GuardedText:
             whole,
             f"{self._id}-whole",
             identity=self._identity,
-            tokens={k: self._prompt[k] for k in ("type", "cache_salt") if k in self._prompt},
+            fields={k: self._prompt[k] for k in ("type", "cache_salt") if k in self._prompt},
             **self._options,
         )
         return report.judged()[0] if report else Judgement()

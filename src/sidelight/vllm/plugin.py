@@ -116,8 +116,8 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
             )
         return original(arguments, *args, **kwargs)
     require_arguments(arguments)
-    known = settings.get("fingerprint")
-    files = Fingerprint(**known) if known else fingerprint_of(arguments.model, folders)
+    fingerprint = settings.get("fingerprint")
+    files = Fingerprint(**fingerprint) if fingerprint else fingerprint_of(arguments.model, folders)
     how = quantisation(arguments)
     served = Served(
         folders,
@@ -155,8 +155,8 @@ def _connect(arguments: Any, served: Served) -> None:
     theirs = arguments.kv_transfer_config
     if theirs is not None:
         values = theirs if isinstance(theirs, dict) else vars(theirs)
-        known = {field.name for field in fields(KVTransferConfig)} - {"engine_id"}
-        beside = {key: value for key, value in values.items() if key in known}
+        names = {field.name for field in fields(KVTransferConfig)} - {"engine_id"}
+        beside = {name: value for name, value in values.items() if name in names}
         # vLLM would ask this of ours alone, which can always do it.
         if not KVConnectorFactory.supports_hma_config(KVTransferConfig(**beside)):
             arguments.disable_hybrid_kv_cache_manager = True

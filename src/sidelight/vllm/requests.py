@@ -99,11 +99,11 @@ def judgement_of(params: Mapping[str, Any] | None) -> tuple[Judgement, float]:
             f"vLLM sent no verdict ({report.get('error', 'the plugin did not run')}). Treat the "
             "text as not judged."
         )
-    said: Mapping[str, Any] = report["verdicts"]
-    failed = tuple(name for name, fields in said.items() if "error" in fields)
+    by_probe: Mapping[str, Any] = report["verdicts"]
+    failed = tuple(name for name, fields in by_probe.items() if "error" in fields)
     verdicts = (
         Verdict(name, **(fields | {"labels": tuple(fields["labels"])}))
-        for name, fields in said.items()
+        for name, fields in by_probe.items()
         if "error" not in fields
     )
     return Judgement(tuple(verdicts), failed), report.get("seconds", 0.0)
@@ -121,13 +121,11 @@ class _Tracked:
         adapter: The LoRA adapter that it runs with; "" for none.
         error: Why it cannot be judged; "" if it can.
         parts: The ``Part`` of every token of its prompt.
-        is_plain: Whether the prompt is plain text.
         path: Where ``offline`` wants its states; "" if it wants none.
         blocks: Its block table so far.
         read: How many of its tokens have been planned to be read.
         is_planned: Whether its prompt has been, or is about to be read.
         judgement: What the probes have said so far; None: nothing.
-        seconds: How long they took.
         identity: That of the probes that gave the latest verdict.
     """
 

@@ -167,13 +167,13 @@ def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
 
 
 # Of ``sidelight serve``, whose process it stays in.
-_given: "ServerConfig | None" = None
+_served_config: "ServerConfig | None" = None
 
 
 def serve_with(config: "ServerConfig") -> None:
     """Makes vLLM's server in this process use this configuration instead of the environment's."""
-    global _given
-    _given = config
+    global _served_config
+    _served_config = config
 
 
 def server_config(**options: Any) -> "ServerConfig":
@@ -185,8 +185,8 @@ def server_config(**options: Any) -> "ServerConfig":
     Raises:
         SidelightError: A value is wrong.
     """
-    if _given is not None:
-        return _given
+    if _served_config is not None:
+        return _served_config
     # Only the processes that serve need it.
     from sidelight.server.config import read_config
 
