@@ -43,7 +43,7 @@ from sidelight.vllm.settings import (
     named_columns,
     named_folders,
 )
-from sidelight.vllm.worker import RequestJudge, Share, Worker, load_panel
+from sidelight.vllm.worker import LayerColumns, RequestJudge, Worker, load_panel
 from tiny import TOPICS, tiny_backbone, untrained_probe
 from vllm_served import followed
 
@@ -179,7 +179,7 @@ def test_any_schedule_gives_the_verdicts_of_one_pass(backbone, probes, data):
 
 def shares_of(reading, columns):
     """Those of two stages of a pipeline, which come in no order."""
-    return [Share(reading, 2, columns[:, 2:]), Share(reading, 0, columns[:, :2])]
+    return [LayerColumns(reading, 2, columns[:, 2:]), LayerColumns(reading, 0, columns[:, :2])]
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,7 @@ def test_a_pipeline_stage_sends_the_columns_of_its_new_probes(backbone, folders)
     for worker in (whole, last):
         change(worker, folders["new"])
         pass_of(worker, backbone)
-    (share,) = last.judge([READING]).result().shares
+    (share,) = last.judge([READING]).result().columns
     assert (share.first_layer, share.columns.shape[2]) == (2, whole._columns)
     both = pass_of(whole, backbone)
     mixed = pass_of(first, backbone) | last.judge([]).result()

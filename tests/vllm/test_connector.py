@@ -13,7 +13,7 @@ from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.vllm.internals import Step, full_group, steps_of
 from sidelight.vllm.requests import Tracking, request_params
 from sidelight.vllm.settings import KEY, Served
-from sidelight.vllm.worker import Loaded, RequestJudge, Share, StepVerdicts, load_panel
+from sidelight.vllm.worker import LayerColumns, Loaded, RequestJudge, StepVerdicts, load_panel
 from tiny import tiny_backbone, untrained_probe
 
 
@@ -28,11 +28,11 @@ def test_a_share_of_a_request_that_has_ended_leaves_no_state():
         tracking.enter(request_id, request_params(prompt), prompt.token_ids)
     steps = [Step(request_id, 3, True, [0]) for request_id in ("ended", "running")]
     columns = torch.zeros(3, 4, judge.panel.projection.weight.shape[-1])
-    shares = [Share(reading, 0, columns) for reading in tracking.plan(steps)]
+    shares = [LayerColumns(reading, 0, columns) for reading in tracking.plan(steps)]
     tracking.leave("ended")
     connector = object.__new__(ProbeConnector)
     connector.tracking, connector._judge, connector._identity = tracking, judge, "old"
-    connector.take(Results(StepVerdicts(shares=shares, probes=Loaded(identity="old"))))
+    connector.take(Results(StepVerdicts(columns=shares, probes=Loaded(identity="old"))))
     assert list(judge._states) == ["running"]
     assert "verdicts" in tracking.report("running")[KEY]
 
@@ -57,8 +57,10 @@ def test_the_scheduler_follows_its_stages_to_other_probes_or_gives_no_verdict(tm
     def judged_after(loaded):
         connector.tracking = Tracking(reads_responses=False)
         connector.tracking.enter("r", request_params(prompt), prompt.token_ids)
-        shares = [Share(r, 0, columns) for r in connector.tracking.plan([Step("r", 3, True, [0])])]
-        connector.take(Results(StepVerdicts(shares=shares, probes=loaded)))
+        shares = [
+            LayerColumns(r, 0, columns) for r in connector.tracking.plan([Step("r", 3, True, [0])])
+        ]
+        connector.take(Results(StepVerdicts(columns=shares, probes=loaded)))
         report = connector.tracking.report("r")[KEY]
         assert report["identity"] == loaded.identity
         return {name for name, said in report["verdicts"].items() if "error" not in said}

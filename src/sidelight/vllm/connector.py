@@ -37,9 +37,9 @@ from sidelight.vllm.internals import end_with_parent, full_group, steps_of
 from sidelight.vllm.requests import Tracking, described_prompt
 from sidelight.vllm.settings import KEY, Served, prompt_encoder
 from sidelight.vllm.worker import (
+    LayerColumns,
     Loaded,
     RequestJudge,
-    Share,
     StepVerdicts,
     current_worker,
     load_panel,
@@ -150,17 +150,17 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         self.tracking.reads_responses = verdicts.probes.reads_responses
         for request_id, judgement in verdicts.judgements.items():
             self._record(request_id, judgement, verdicts)
-        shares: dict[str, list[Share]] = defaultdict(list)
-        for share in verdicts.shares:
-            shares[share.reading.request_id].append(share)
-        follows = not shares or self._follows(verdicts.probes)
-        for request_id, parts in shares.items():
+        pieces: dict[str, list[LayerColumns]] = defaultdict(list)
+        for piece in verdicts.columns:
+            pieces[piece.reading.request_id].append(piece)
+        follows = not pieces or self._follows(verdicts.probes)
+        for request_id, layers in pieces.items():
             # A step that ran on past its request's end would leave a state that nobody drops.
             if request_id not in self.tracking:
                 continue
             # Stages may have probes that cannot be loaded here, or each may have others.
-            judged = None if follows else self._judge.fail([parts[0].reading])[request_id]
-            self._record(request_id, judged or self._judge.join(parts), verdicts)
+            judged = None if follows else self._judge.fail([layers[0].reading])[request_id]
+            self._record(request_id, judged or self._judge.join(layers), verdicts)
 
     def _record(self, request_id: str, judgement: Judgement, verdicts: StepVerdicts) -> None:
         self.tracking.record(request_id, judgement, verdicts.seconds, verdicts.probes.identity)

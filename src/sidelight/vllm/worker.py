@@ -31,7 +31,7 @@ _log = logging.getLogger("vllm.sidelight")
 
 
 @dataclass(frozen=True)
-class Share:
+class LayerColumns:
     """One pipeline stage's part of a reading: the columns of its layers."""
 
     reading: Reading
@@ -60,13 +60,13 @@ class StepVerdicts:
 
     Attributes:
         judgements: By request, if the worker has all layers.
-        shares: The columns of its layers, if it has some of them.
+        columns: Those of its layers, if it has some of them.
         seconds: What the worker spent on them.
         probes: Those that it has.
     """
 
     judgements: dict[str, Judgement] = field(default_factory=dict[str, Judgement])
-    shares: list[Share] = field(default_factory=list[Share])
+    columns: list[LayerColumns] = field(default_factory=list[LayerColumns])
     seconds: float = 0.0
     probes: Loaded = field(default_factory=Loaded)
 
@@ -79,7 +79,7 @@ class StepVerdicts:
                 | other.judgements.get(name, Judgement())
                 for name in names
             },
-            [*self.shares, *other.shares],
+            [*self.columns, *other.columns],
             self.seconds + other.seconds,
             # Stages with different probes: nobody knows them.
             self.probes if self.probes == other.probes else Loaded(),
@@ -129,11 +129,11 @@ class RequestJudge:
     def _no_verdict(self) -> Judgement:
         return Judgement(failed=tuple(probe.name for probe in self.panel.probes))
 
-    def join(self, shares: Sequence[Share]) -> Judgement:
-        """The verdicts on one reading, from every pipeline stage's share of it."""
-        in_order = sorted(shares, key=lambda share: share.first_layer)
+    def join(self, pieces: Sequence[LayerColumns]) -> Judgement:
+        """The verdicts on one reading, from the columns of every pipeline stage."""
+        in_order = sorted(pieces, key=lambda piece: piece.first_layer)
         reading = in_order[0].reading
-        columns = torch.cat([share.columns for share in in_order], 1)
+        columns = torch.cat([piece.columns for piece in in_order], 1)
         return self.judge([reading], columns)[reading.request_id]
 
     def forget(self, request_ids: Iterable[str]) -> None:
@@ -282,7 +282,7 @@ class Worker:
     ) -> StepVerdicts:
         start = time.perf_counter()
         judgements: dict[str, Judgement] = {}
-        shares: list[Share] = []
+        of_layers: list[LayerColumns] = []
         with torch.cuda.stream(self._stream):
             if self._stream is not None and ready is not None:
                 self._stream.wait_event(ready)
@@ -299,12 +299,13 @@ class Worker:
                 if self._is_whole:
                     judgements.update(self._judged(readings, columns))
                 else:
-                    parts = columns.cpu().split([len(reading.parts) for reading in readings])
+                    split = columns.cpu().split([len(reading.parts) for reading in readings])
                     first = self._layers.start
-                    shares += [
-                        Share(r, first, part) for r, part in zip(readings, parts, strict=True)
+                    of_layers += [
+                        LayerColumns(reading, first, part)
+                        for reading, part in zip(readings, split, strict=True)
                     ]
-        return StepVerdicts(judgements, shares, time.perf_counter() - start, self._loaded)
+        return StepVerdicts(judgements, of_layers, time.perf_counter() - start, self._loaded)
 
     def _judged(
         self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
