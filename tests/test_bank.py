@@ -245,9 +245,9 @@ def test_a_turn_that_is_not_finite_leaves_no_verdict(tiny):
         [Unit(np.arange(turn, turn + 1), turn) for turn in (0, 1)],
     )
     for whole, turn in ((1.0, 1), (9.0, None)):
-        assert probe.highest(logits, units, np.array([whole])).turn == turn
+        assert probe.highest(logits, units, TextLogits(np.array([whole]))).turn == turn
     for broken in (np.nan, -np.inf):
-        counted = probe.highest(np.array([[5.0], [broken]]), units, np.array([9.0]))
+        counted = probe.highest(np.array([[5.0], [broken]]), units, TextLogits(np.array([9.0])))
         with pytest.raises(VerdictError):
             probe.verdict(counted.logits)
 

@@ -18,7 +18,6 @@ from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Message, Reads
 from sidelight.spans import (
-    Span,
     character_f1,
     character_scores,
     labelled_characters,
@@ -31,6 +30,7 @@ from sidelight.spans import (
 from sidelight.thresholds import ThresholdRule
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.spans import calibrate_spans, find_spans, fit_spans, measure_spans
+from sidelight.types import Span
 
 TEXT = "Call Ann Lee, now"
 NAME = {"start": 5, "end": 12, "label": "NAME"}
@@ -200,9 +200,12 @@ def test_what_is_trained_finds_spans_in_new_texts_also_after_it_was_saved(tiny, 
         find_spans(tiny, probe, [Example(chat)])
 
 
-def test_a_server_gives_a_text_the_verdict_of_predict_however_its_prompt_is_cut(tiny, fitted):
+def test_a_server_gives_a_text_the_verdict_and_spans_of_predict_however_its_prompt_is_cut(
+    tiny, fitted
+):
     texts = [row["text"] for row in rows(12, seed=4)]
-    logits, _ = find_spans(tiny, fitted.probe, [Example((Message("user", t),)) for t in texts])
+    examples = [Example((Message("user", text),)) for text in texts]
+    logits, found = find_spans(tiny, fitted.probe, examples)
     expected = [fitted.probe.verdict(own).probabilities for own in logits]
     for limits in (Limits(), Limits(prefill_tokens=3)):
         with in_process(TransformersEngine(tiny, [fitted.probe], limits=limits)) as http:
@@ -210,11 +213,14 @@ def test_a_server_gives_a_text_the_verdict_of_predict_however_its_prompt_is_cut(
             body = {"model": tiny.name, "max_tokens": 1}
             body["messages"] = [{"role": "user", "content": texts[0]}]
             chat = http.post("/v1/chat/completions", json=body).json()
-        served = [result["sidelight"]["verdicts"][0]["probabilities"] for result in results]
-        for own, wanted in zip(served, expected, strict=True):
-            assert own == pytest.approx(wanted, abs=SERVED)
+        served = [result["sidelight"]["verdicts"][0] for result in results]
         (verdict,) = chat["sidelight"]["verdicts"]
-        assert verdict["probabilities"] == pytest.approx(expected[0], abs=SERVED)
+        pairs = zip([verdict, *served], [expected[0], *expected], [found[0], *found], strict=True)
+        for own, wanted, spans in pairs:
+            assert own["probabilities"] == pytest.approx(wanted, abs=SERVED)
+            assert [Span(**each) for each in own["spans"]] == spans
+            scores = [span["probability"] for span in own["spans"]]
+            assert scores == pytest.approx([span.probability for span in spans], abs=SERVED)
 
 
 def test_spans_are_found_in_what_the_probe_reads_alone(tiny, fitted):

@@ -1,6 +1,7 @@
 """Tiny, randomly initialised models and untrained probes: real, and fast."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -15,7 +16,8 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import Calibration
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
-from sidelight.prompts import PromptFormat, Reads
+from sidelight.prompts import PromptFormat, Reads, Side
+from sidelight.spans import SpanRule
 from sidelight.standardisation import Standardisation
 from sidelight.types import Task
 
@@ -39,6 +41,7 @@ SIZES = {
 TOXICITY = Task("binary", ("fine", "toxic"))
 INTENT = Task("multiclass", ("billing", "refund", "other"))
 TOPICS = Task("multilabel", ("violence", "sexual"))
+PIECES = Task("multilabel", ("NAME", "PLACE"))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -99,6 +102,18 @@ def untrained_probe(
         thresholds=(threshold,) * (0 if task.kind == "multiclass" else task.outputs),
         fingerprint=who,
     )
+
+
+def spans_probe(
+    backbone: TransformersBackbone, name: str, *, side: Side = "prompt", threshold: float = 0.9
+) -> Probe:
+    """A probe of random weights that labels the tokens which reach the threshold."""
+    probe = untrained_probe(
+        backbone, name, task=PIECES, reads=Reads(side, template=False), mechanism="spans"
+    )
+    outputs = probe.task.outputs
+    rule = SpanRule(probe.calibration, (threshold,) * outputs, (None,) * outputs)
+    return replace(probe, spans=rule)
 
 
 def three_probes(backbone: TransformersBackbone) -> Sequence[Probe]:

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.explanation import Explanation, explain
+from sidelight.mechanisms.spans import Spans
 from sidelight.probe import Probe, TextLogits, require_distinct_names
 from sidelight.prompts import EncodedPrompt, Place, Reads, Unit, judged_units, read_tokens
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
-from sidelight.types import Judgement, Verdict
+from sidelight.types import Judgement, TokenLabel, Verdict
 
 NUMBERS_AT_ONCE = 2**21
 """Most numbers that are summarised in one call; more would not fit a processor's cache."""
@@ -220,10 +221,20 @@ class Bank:
             by_index.update(zip(group.indices, logits, strict=True))
         return [by_index[index] for index in range(len(by_index))]
 
+    @torch.inference_mode()
     def _text_logits(self, state: BankState) -> list[list[TextLogits]]:
-        """For each probe, its logits of each request and the distance."""
+        """For each probe, its logits of each request, and what else it says of it."""
         outputs, count = self._outputs(state), len(self.probes)
         by_probe = [[TextLogits(logits) for logits in of_probe] for of_probe in outputs[:count]]
+        for group, part in zip(self._groups, state.states, strict=True):
+            if isinstance(labelling := group.mechanisms[0], Spans):
+                (index,) = group.indices
+                tokens = (
+                    each.values.double().cpu().numpy()
+                    for each in labelling.token_logits(part).split()
+                )
+                pairs = zip(by_probe[index], tokens, strict=True)
+                by_probe[index] = [replace(logits, tokens=own) for logits, own in pairs]
         for index, distances in zip(self._measured, outputs[count:], strict=True):
             pairs = zip(by_probe[index], distances[:, 0].tolist(), strict=True)
             by_probe[index] = [replace(logits, distance=distance) for logits, distance in pairs]
@@ -256,7 +267,7 @@ class Bank:
         unit_logits = self._unit_logits(columns, parts, units)
         return [
             [
-                replace(probe.highest(logits, of_prompt, whole.logits), distance=whole.distance)
+                probe.highest(logits, of_prompt, whole)
                 for logits, of_prompt, whole in zip(by_prompt, units, of_probe, strict=True)
             ]
             for probe, by_prompt, of_probe in zip(self.probes, unit_logits, wholes, strict=True)
@@ -321,12 +332,16 @@ class Bank:
     def _judgement(self, logits: Sequence[TextLogits]) -> Judgement:
         verdicts: list[Verdict] = []
         failed: list[str] = []
+        token_labels: dict[str, Sequence[TokenLabel]] = {}
         for probe, each in zip(self.probes, logits, strict=True):
             try:
                 verdicts.append(probe.text_verdict(each))
             except VerdictError:
                 failed.append(probe.name)
-        return Judgement(tuple(verdicts), tuple(failed))
+            else:
+                if probe.spans is not None:
+                    token_labels[probe.name] = probe.token_labels(each)
+        return Judgement(tuple(verdicts), tuple(failed), token_labels)
 
 
 class Panel:

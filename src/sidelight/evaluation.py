@@ -16,8 +16,8 @@ from sidelight.metrics import (
     ranking_metrics,
     wilson,
 )
-from sidelight.spans import Span, character_f1, labelled_characters
-from sidelight.types import AnyArray, Numbers, Task, Values
+from sidelight.spans import character_f1, labelled_characters
+from sidelight.types import AnyArray, Numbers, Span, Task, Values
 
 if TYPE_CHECKING:
     from rich.console import Group

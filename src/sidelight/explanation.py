@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.errors import VerdictError
-from sidelight.probe import Probe
+from sidelight.probe import Probe, TextLogits
 from sidelight.prompts import EncodedPrompt, Place, judged_units, read_tokens
 from sidelight.ragged import Ragged
 from sidelight.types import Verdict
@@ -122,7 +122,7 @@ def explain(
     read = [tokens[is_read[tokens]] for tokens in members]
     with torch.inference_mode():
         logits = probe.mechanism.logits(_texts(columns, read)).double().cpu().numpy()
-    decisive = probe.highest(logits[:-1], units, logits[-1])
+    decisive = probe.highest(logits[:-1], units, TextLogits(logits[-1]))
     verdict = replace(probe.verdict(decisive.logits), turn=decisive.turn)
     labels = probe.task.labels[-probe.task.outputs :]
     label = labels[0] if probe.task.kind == "binary" else verdict.label

@@ -15,7 +15,7 @@ from sidelight.mechanisms.distance import Distance
 from sidelight.prompts import PromptFormat, Reads, Unit
 from sidelight.spans import SpanRule
 from sidelight.standardisation import Projection, Standardisation
-from sidelight.types import MechanismSpec, Task, Verdict
+from sidelight.types import MechanismSpec, Task, TokenLabel, Verdict
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class TextLogits:
         logits: The highest of each label, over the units that are judged.
         turn: As ``Verdict.turn``.
         distance: Of the whole text from familiar ones; None if the probe does not measure it.
+        tokens: The logits of each token that the probe reads, if it labels spans.
     """
 
     logits: Float[np.ndarray, " output"]
     turn: int | None = None
     distance: float | None = None
+    tokens: Float[np.ndarray, "token output"] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,17 @@ class Probe:
             return verdict
         return replace(verdict, is_unfamiliar=text.distance > 1)
 
+    @property
+    def span_labels(self) -> tuple[str, ...]:
+        """The labels that spans can have, in the order of the outputs."""
+        return self.task.labels[-self.task.outputs :]
+
+    def token_labels(self, text: TextLogits) -> list[TokenLabel]:
+        """Which tokens have a label; none unless the probe labels spans."""
+        if self.spans is None or text.tokens is None:
+            return []
+        return self.spans.token_labels(text.tokens, self.span_labels)
+
     def can_judge(self, *, is_plain: bool) -> bool:
         """Whether it judges plain text, or chats: a probe of chats alone fails on plain text."""
         return not (is_plain and self.prompt_format == "chat")
@@ -131,7 +144,7 @@ class Probe:
         self,
         logits: Float[np.ndarray, "unit output"],
         units: Sequence[Unit],
-        whole: Float[np.ndarray, " output"],
+        whole: TextLogits,
     ) -> TextLogits:
         """The highest logit of each label, of the units of a prompt and of the whole.
 
@@ -144,12 +157,13 @@ class Probe:
             whole: Of the whole prompt.
         """
         if not self.judges_turns:
-            return TextLogits(whole)
-        every = np.vstack([logits, whole])
+            return whole
+        every = np.vstack([logits, whole.logits])
         if not np.isfinite(every).all():
-            return TextLogits(np.full_like(whole, np.nan))
+            return replace(whole, logits=np.full_like(whole.logits, np.nan))
         unit = int(every.max(1).argmax())
-        return TextLogits(every.max(0), units[unit].turn if unit < len(units) else None)
+        turn = units[unit].turn if unit < len(units) else None
+        return replace(whole, logits=every.max(0), turn=turn)
 
     @property
     def label_thresholds(self) -> dict[str, float]:

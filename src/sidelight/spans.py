@@ -5,34 +5,18 @@ Knows characters and scores, and neither probes nor files.
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from sidelight.calibration import Calibration
-from sidelight.types import Flags, Task, Values
+from sidelight.types import Flags, Span, Task, TokenLabel, Values
 
 # A word, or a mark by itself.
 _WORD = re.compile(r"\w+(?:['\N{RIGHT SINGLE QUOTATION MARK}]\w+)*|[^\w\s]")
-
-
-@dataclass(frozen=True, order=True)
-class Span:
-    """Characters of a text that have a label.
-
-    Attributes:
-        start: The first, in Unicode code points.
-        end: The one after the last.
-        label: What they are.
-        probability: Of their surest token, calibrated; None if somebody has labelled them.
-    """
-
-    start: int
-    end: int
-    label: str
-    probability: float | None = field(default=None, compare=False)
+# What beside letters and digits a word can go on with.
+_JOINERS = "_'\N{RIGHT SINGLE QUOTATION MARK}"
 
 
 def words(text: str) -> list[tuple[int, int]]:
@@ -84,17 +68,23 @@ def character_scores(
         tokens: The characters of each token, in order.
         scores: Of each token, 0 or more.
     """
-    found = np.zeros((len(text), scores.shape[1]))
-    spans = words(text)
+    ranges = np.array([*words(text)], dtype=np.int64).reshape(-1, 2)
     # Tokens of parts of a character have the same characters; none ends before an earlier one.
     starts, ends = np.array([*tokens], dtype=np.int64).reshape(-1, 2).T
-    for start, end in spans:
-        first, last = np.searchsorted(ends, start, "right"), np.searchsorted(starts, end)
-        if first < last:
-            found[start:end] = scores[first:last].max(0)
-    for (left, gap), (right, _) in pairwise(spans):
-        found[gap:right] = np.minimum(found[left], found[right])
-    return found
+    first, stop = (
+        np.searchsorted(ends, ranges[:, 0], "right"),
+        np.searchsorted(starts, ranges[:, 1]),
+    )
+    # A row for each word, between a row for what stands before it and one for what follows.
+    of_pieces = np.zeros((2 * len(ranges) + 1, scores.shape[1]))
+    of_words = of_pieces[1::2]
+    if (has_token := first < stop).any():
+        # The highest from first to stop; the rows between two words are left out.
+        edges = np.stack([first, stop], 1)[has_token].ravel()
+        padded = np.vstack([scores, np.zeros((1, scores.shape[1]))])
+        of_words[has_token] = np.maximum.reduceat(padded, edges)[::2]
+    of_pieces[2:-1:2] = np.minimum(of_words[:-1], of_words[1:])
+    return np.repeat(of_pieces, np.diff(ranges.ravel(), prepend=0, append=len(text)), axis=0)
 
 
 def within_margin(
@@ -158,12 +148,49 @@ class SpanRule:
         """The spans of a text, in order; the arguments are those of the functions above."""
         return self.read(character_scores(text, tokens, self.calibration.apply(logits)), labels)
 
+    def token_labels(
+        self, logits: Float[Values, "token label"], labels: Sequence[str]
+    ) -> list[TokenLabel]:
+        """The tokens that reach the threshold of a label: no other can be part of a span."""
+        probabilities = self.calibration.apply(logits)
+        return [
+            (token, labels[label], float(probabilities[token, label]))
+            for token, label in np.argwhere(probabilities >= self.thresholds).tolist()
+        ]
+
+    def labelled_spans(
+        self,
+        text: str,
+        tokens: Sequence[tuple[int, int]],
+        token_labels: Iterable[TokenLabel],
+        labels: Sequence[str],
+    ) -> list[Span]:
+        """The spans of a text, as ``spans`` gives them, from the labels of its tokens alone."""
+        scores = np.zeros((len(tokens), len(labels)))
+        for token, label, probability in token_labels:
+            scores[token, labels.index(label)] = probability
+        return self.read(character_scores(text, tokens, scores), labels) if scores.any() else []
+
     def read(self, scores: Float[Values, "character label"], labels: Sequence[str]) -> list[Span]:
         """The spans of a text by the probabilities of its characters."""
         columns = [
             within_margin(own, margin) for own, margin in zip(scores.T, self.margins, strict=True)
         ]
         return read_spans(np.stack(columns, 1), labels, self.thresholds)
+
+
+def settled_characters(text: str, characters: int) -> int:
+    """How many first characters of a growing text keep their spans, whatever follows.
+
+    A word counts once it is complete, and the blanks after it once the next word is.
+
+    Args:
+        text: So far.
+        characters: Those whose tokens have their final labels.
+    """
+    while characters and (text[characters - 1].isalnum() or text[characters - 1] in _JOINERS):
+        characters -= 1
+    return len(text[:characters].rstrip())
 
 
 def character_f1(

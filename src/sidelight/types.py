@@ -1,9 +1,9 @@
 """A probe's mechanism by name, its task, its verdict on a text; the judgement of several probes."""
 
 import unicodedata
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +87,29 @@ class Task:
         return Verdict(probe, best, labels, dict(probabilities), flagged=bool(held))
 
 
+@dataclass(frozen=True, order=True)
+class Span:
+    """Characters of a text that have a label.
+
+    Attributes:
+        start: The first, in Unicode code points.
+        end: The one after the last.
+        label: What they are.
+        probability: Of their surest token, calibrated; None if somebody has labelled them.
+        message: The message that they are part of, from 0, if a conversation has several.
+    """
+
+    start: int
+    end: int
+    label: str
+    probability: float | None = field(default=None, compare=False)
+    message: int | None = field(default=None, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values; those that are None are left out."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What one probe says about one text.
@@ -103,6 +126,8 @@ class Verdict:
             several were judged together); None if the whole did.
         is_unfamiliar: Whether the whole text is unlike all that the probe was trained on; None if
             that was not measured.
+        spans: The words that have a label, in order, of the prompt or the response; None if the
+            probe labels none, or if nobody knows where in the text its tokens stand.
     """
 
     probe: str
@@ -112,6 +137,22 @@ class Verdict:
     flagged: bool
     turn: int | None = None
     is_unfamiliar: bool | None = None
+    spans: tuple[Span, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values; ``spans`` only if there are any to tell of."""
+        values = asdict(self)
+        del values["spans"]
+        return values if self.spans is None else {**values, "spans": spans_json(self.spans)}
+
+
+def spans_json(spans: Iterable[Span]) -> list[dict[str, Any]]:
+    """The form in which spans are read from and written to files and answers."""
+    return [span.to_dict() for span in spans]
+
+
+TokenLabel = tuple[int, str, float]
+"""A token, counted among those that a probe reads, a label of it, and the label's probability."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +162,15 @@ class Judgement:
     Attributes:
         verdicts: One for each probe that gave one.
         failed: Names of the probes that gave none; never to be taken for a harmless verdict.
+        token_labels: Of probes that label spans, by name: what an engine makes spans of, since it
+            knows the characters of tokens.
     """
 
     verdicts: tuple[Verdict, ...] = ()
     failed: tuple[str, ...] = ()
+    token_labels: Mapping[str, Sequence[TokenLabel]] = field(
+        default_factory=dict[str, Sequence[TokenLabel]], compare=False
+    )
 
     def __or__(self, newer: "Judgement") -> "Judgement":
         """Both together; where a probe is in both, the newer verdict or failure counts."""
@@ -133,6 +179,7 @@ class Judgement:
             tuple(verdict for verdict in self.verdicts if verdict.probe not in said)
             + newer.verdicts,
             tuple(name for name in self.failed if name not in said) + newer.failed,
+            {**self.token_labels, **newer.token_labels},
         )
 
     def verdict(self, probe: str) -> Verdict | None:
@@ -144,4 +191,5 @@ class Judgement:
         return Judgement(
             tuple(verdict for verdict in self.verdicts if verdict.probe in names),
             tuple(name for name in self.failed if name in names),
+            {name: labels for name, labels in self.token_labels.items() if name in names},
         )

@@ -235,7 +235,7 @@ def predict(
                 click.echo(why(as_example(item), explanation))
             return
         verdicts = (
-            {**asdict(explanation.verdict), "explanation": explanation.to_dict()}
+            {**explanation.verdict.to_dict(), "explanation": explanation.to_dict()}
             for _, explanation in explained
         )
     elif classifier.probe.spans is not None:
@@ -244,15 +244,18 @@ def predict(
         examples = [as_example(item) for item in items]
         logits, spans = find_spans(classifier.backbone, classifier.probe, examples)
         verdicts = (
-            {**asdict(classifier.probe.verdict(own)), "spans": [asdict(span) for span in of_text]}
+            replace(classifier.probe.verdict(own), spans=tuple(of_text)).to_dict()
             for own, of_text in zip(logits, spans, strict=True)
         )
     elif runtime.engine == "vllm":
         from sidelight.vllm.offline import predict as predict_by_vllm
 
-        verdicts = map(asdict, predict_by_vllm(classifier, items, options=runtime.engine_option))
+        verdicts = (
+            verdict.to_dict()
+            for verdict in predict_by_vllm(classifier, items, options=runtime.engine_option)
+        )
     else:
-        verdicts = map(asdict, classifier.predict(items))
+        verdicts = (verdict.to_dict() for verdict in classifier.predict(items))
     if classifier.probe.task.kind == "multiclass":
         click.echo(f"'{classifier.probe.name}' flags {classifier.probe.task.flags}.", err=True)
     lines = (json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in verdicts)

@@ -15,8 +15,7 @@ from sidelight.data.labels import is_missing, label_name
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory, is_list, is_mapping
 from sidelight.errors import SidelightError
-from sidelight.spans import Span
-from sidelight.types import NONE, Task, is_label
+from sidelight.types import NONE, Span, Task, is_label
 
 _KEYS = ("start", "end", "label")
 _FORM = '[{"start": 0, "end": 5, "label": "NAME"}], or [] for a text without any'

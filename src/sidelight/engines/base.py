@@ -60,11 +60,14 @@ class ResponseScored:
         tokens: How many sampled tokens they have read. A ``TextDelta`` is judged once this reaches
             its own ``tokens``.
         judgement: By the watched probes, on the response so far, as if it ended here.
+        settled: How many characters of the text have spans that no later token changes; None: no
+            probe labels spans.
         judging_s: As in ``Finished``, so far.
     """
 
     tokens: int
     judgement: Judgement
+    settled: int | None = None
     judging_s: float = field(default=0.0, compare=False)
 
 

@@ -25,6 +25,7 @@ from sidelight.engines.base import (
     TextDelta,
 )
 from sidelight.engines.decoder import CachedRows, Decoder
+from sidelight.engines.marks import AnswerMarks
 from sidelight.engines.queue import Emission, Request
 from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
 from sidelight.prompts import Part
@@ -63,6 +64,7 @@ class Generation:
         self._text_tokens = 0
         self._end_tokens = end_tokens
         self._detokenizer = Detokenizer(codec.decode)
+        self._marks = AnswerMarks(request.panel.probes)
         self._gate = StopGate(request.sampling.stop)
 
     def accept(self, token: int) -> TextDelta | None:
@@ -74,7 +76,9 @@ class Generation:
             text = self._gate.flush()
         else:
             self._text_tokens += 1
-            text = self._gate.push(self._detokenizer.push(token))
+            text = self._detokenizer.push(token)
+            self._marks.push(text)
+            text = self._gate.push(text)
             if self._gate.is_closed:
                 self.reason = "stop"
             elif self.tokens == self.request.max_tokens:
@@ -84,6 +88,13 @@ class Generation:
             self.is_settled = self.reason is not None and not self.request.watch
         return TextDelta(text, tokens=self._text_tokens) if text else None
 
+    def scored(self, judgement: Judgement) -> ResponseScored:
+        """What the watched probes say of all tokens so far, which have been read."""
+        said = self._marks.mark(judgement.of(self.request.watch))
+        return ResponseScored(
+            self.tokens, said, settled=self._marks.settled(self.tokens), judging_s=self.judging_s
+        )
+
     def finished(self, judgement: Judgement) -> Finished:
         """The last event of a settled text."""
         assert self.reason is not None
@@ -91,7 +102,7 @@ class Generation:
             reason=self.reason,
             prompt_tokens=len(self.request.prompt),
             completion_tokens=self.tokens,
-            judgement=judgement,
+            judgement=self._marks.mark(judgement),
             judging_s=self.judging_s,
         )
 
@@ -272,9 +283,7 @@ class Batch:
             generation.is_settled = generation.reason is not None
         scored: list[Emission] = []
         for generation, judgement in zip(watched, judgements, strict=True):
-            said = judgement.of(generation.request.watch)
-            event = ResponseScored(generation.tokens, said, generation.judging_s)
-            scored.append(Emission(generation.request, event))
+            scored.append(Emission(generation.request, generation.scored(judgement)))
         return scored, logits
 
     def _put(self, group: Group, rows: Rows | None) -> None:
@@ -302,7 +311,11 @@ def _judge(
     late = panel.judge_responses([states[i] for i in answered], [is_plain[i] for i in answered])
     for i, judgement in zip(answered, late, strict=True):
         judgements[i] |= judgement
-    return judgements, states
+    marked = [
+        request.mark(judgement) if request.mark else judgement
+        for request, judgement in zip(requests, judgements, strict=True)
+    ]
+    return marked, states
 
 
 def _judge_responses(panel: Panel, generations: Sequence[Generation]) -> list[Judgement]:

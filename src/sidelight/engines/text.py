@@ -1,8 +1,9 @@
 """From texts to tokens and back: encoding, drawing, decoding, stop strings."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.engines.base import Sampling
+from sidelight.engines.marks import labels_spans, mark_text
 from sidelight.errors import ContextLengthError
+from sidelight.probe import Probe
 from sidelight.prompts import (
     Conversation,
     EncodedPrompt,
@@ -21,6 +24,7 @@ from sidelight.prompts import (
     characters,
     has_response,
 )
+from sidelight.types import Judgement
 
 # What a decoder writes for bytes that are not a character, or not yet.
 UNFINISHED = "\ufffd"
@@ -191,13 +195,28 @@ class TextCodec:
         Raises:
             ContextLengthError: The text is too long; it is never cut.
         """
-        prompt = self._encoder.encode(*_with_response(text))
+        prompt = self._encoder.encode(*with_response(text))
         self.require_within_context(prompt)
         return prompt
 
     def places(self, text: Conversation) -> list[Place | None]:
         """Where each token of ``encode`` stands in the messages."""
-        return self._encoder.places(*_with_response(text))
+        return self._encoder.places(*with_response(text))
+
+    def marker(
+        self,
+        text: Conversation,
+        response: str | None,
+        prompt: EncodedPrompt,
+        probes: Iterable[Probe],
+    ) -> Callable[[Judgement], Judgement] | None:
+        """Gives a judgement of these tokens its spans; None: no probe labels any."""
+        if not labels_spans(probes):
+            return None
+        places = self._encoder.places(text, response)
+        return partial(
+            mark_text, probes=probes, text=text, response=response, prompt=prompt, places=places
+        )
 
     def encode_to_continue(
         self, text: Conversation, max_tokens: int | None
@@ -231,7 +250,7 @@ class TextCodec:
             )
 
 
-def _with_response(text: Conversation) -> tuple[Conversation, str | None]:
+def with_response(text: Conversation) -> tuple[Conversation, str | None]:
     """The turns before the response, and the response, if the text ends with one."""
     if isinstance(text, PlainText) or not has_response(text):
         return text, None

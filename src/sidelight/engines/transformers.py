@@ -34,7 +34,7 @@ from sidelight.engines.base import (
 )
 from sidelight.engines.batch import Batch, Prefill
 from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
-from sidelight.engines.text import WARM_UP, TextCodec
+from sidelight.engines.text import WARM_UP, TextCodec, with_response
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation, Message, has_response
@@ -138,9 +138,14 @@ class TransformersEngine(Engine):
         watched = require_watched(watch, panel.probes)
 
         async def events() -> AsyncGenerator[Event, None]:
-            encode = partial(self._codec.encode_to_continue, messages, sampling.max_tokens)
-            prompt, room = await self._encoded([messages], encode)
-            request = Request(prompt, sampling, room, panel, watch=watched, admits=admits)
+            def encode() -> Request:
+                prompt, room = self._codec.encode_to_continue(messages, sampling.max_tokens)
+                mark = self._codec.marker(messages, None, prompt, panel.probes)
+                return Request(
+                    prompt, sampling, room, panel, watch=watched, admits=admits, mark=mark
+                )
+
+            request = await self._encoded([messages], encode)
             self._require_ready()
             self._queue.join([request])
             try:
@@ -169,14 +174,16 @@ class TransformersEngine(Engine):
         explain: frozenset[str] = frozenset(),
     ) -> list[PromptJudged]:
         def encode(turns: Sequence[Message]) -> Request:
+            prompt = self._codec.encode(turns)
             return Request(
-                self._codec.encode(turns),
+                prompt,
                 Sampling(),
                 max_tokens=0,
                 panel=panel,
                 has_response=has_response(turns),
                 explain=explain,
                 places=self._codec.places(turns) if explain else (),
+                mark=self._codec.marker(*with_response(turns), prompt, panel.probes),
             )
 
         requests = await self._encoded(

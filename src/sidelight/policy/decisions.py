@@ -6,10 +6,10 @@ from typing import Literal
 
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import FAILED_LABEL, BoundRule
-from sidelight.types import Judgement, Verdict
+from sidelight.types import Judgement, Span, Verdict
 
 Outcome = Literal["flagged", "passed", "failed", "unfinished"]
-Action = Literal["none", "flag", "route", "block", "fail_closed", "fail_open", "shadow"]
+Action = Literal["none", "flag", "route", "redact", "block", "fail_closed", "fail_open", "shadow"]
 Fault = Literal["request", "forbidden", "failed"]
 Agreement = Literal["same", "different", "failed"]
 
@@ -21,8 +21,9 @@ class Decision:
     Attributes:
         rule: The probe and its rule.
         verdict: At the rule's thresholds; None: there is none.
-        action: What was done. ``fail_closed`` and ``fail_open`` are what a blocking rule does when
-            the verdict could not be computed; ``shadow`` is a flag that clients do not see.
+        action: What was done. ``fail_closed`` and ``fail_open`` are what a rule that blocks or
+            redacts does when the verdict could not be computed; ``shadow`` is a flag that clients
+            do not see.
         is_too_long: Whether there is no verdict because the text is longer than the rule allows.
         is_unfinished: Whether the text was cancelled while it was written: then the verdict is on
             its first tokens, or missing.
@@ -51,7 +52,13 @@ class Decision:
     def is_marked(self) -> bool:
         """Whether the answer marks a flag for the gateway."""
         marks = self.rule.is_blocking or self.rule.mode == "flag"
-        return marks and self.verdict is not None and self.verdict.flagged
+        is_flagged = marks and self.verdict is not None and self.verdict.flagged
+        return is_flagged or self.action == "redact"
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """The words that the probe has labelled, and that its rule counts."""
+        return (self.verdict and self.verdict.spans) or ()
 
     @property
     def route(self) -> str | None:
@@ -96,9 +103,9 @@ def decide(bound: BoundRule, judgement: Judgement, *, tokens: int) -> Decision:
     """
     is_too_long = bound.is_too_long(tokens)
     verdict = None if is_too_long else judgement.verdict(bound.name)
-    if verdict is None:
+    if verdict is None or (bound.is_redacting and verdict.spans is None):
         action: Action = "none"
-        if bound.is_blocking:
+        if bound.is_enforced:
             action = "fail_closed" if bound.fails_closed else "fail_open"
         return Decision(bound, None, action, is_too_long)
     decided = bound.decide(verdict)
@@ -129,6 +136,8 @@ def _action(bound: BoundRule, verdict: Verdict) -> Action:
             return "none"
         case "route":
             return "none" if _route(bound, verdict) is None else "route"
+        case "redact":
+            return "redact" if verdict.spans else "none"
         case "flag" | "shadow" as mode:
             return mode if verdict.flagged else "none"
 

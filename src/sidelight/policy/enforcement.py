@@ -85,8 +85,8 @@ class Enforcement:
 
     @property
     def watch(self) -> list[str]:
-        """The probes to read after each token: those of the output, if one may cut it."""
-        is_read = self._tells_scores or any(bound.is_blocking for bound in self._output)
+        """The probes to read after each token: those of the output, if one may cut or redact it."""
+        is_read = self._tells_scores or any(bound.is_enforced for bound in self._output)
         return [bound.name for bound in self._output] if is_read else []
 
     def admits(self, event: PromptJudged) -> bool:

@@ -1,4 +1,4 @@
-"""Text between engine and client: sent once it is judged, cut if a blocking rule says so.
+"""Text between engine and client: sent once it is judged, cut or redacted if a rule says so.
 
 A token is sent once it and ``hold_back`` more are judged, and nothing is sent before every rule
 could have cut the text. With a warm-up of 3 tokens, 2 in a row that cut, and 2 held back:
@@ -9,6 +9,9 @@ could have cut the text. With a warm-up of 3 tokens, 2 in a row that cut, and 2 
 If tokens 7 and 8 are over the threshold, the text is cut at 8, and 6, 7 and 8 are never sent. The
 verdict on the whole text decides about the last tokens at its end. A single token over the
 threshold is often noise, so a rule wants several in a row.
+
+A rule that redacts holds back what a later token can still label: the words of the last tokens, as
+many as its probe looks ahead. It cuts nothing unless there is no verdict.
 """
 
 import math
@@ -24,6 +27,7 @@ from sidelight.engines.base import (
     TextDelta,
 )
 from sidelight.policy.decisions import Decision, decide
+from sidelight.policy.redaction import redacted
 from sidelight.policy.rules import BoundRule
 from sidelight.types import Judgement
 
@@ -46,15 +50,17 @@ class Ended:
 class HoldBack:
     """One answer's text between the engine and the client, under the rules of the output.
 
-    Without a blocking rule, each piece of text is sent as it comes.
+    Without a rule that blocks or redacts, each piece of text is sent as it comes.
     """
 
     def __init__(self, rules: Sequence[BoundRule]):
         self._rules = rules
-        self._blocking = {
-            bound.name: _BlockingRuleState(bound) for bound in rules if bound.is_blocking
-        }
+        self._enforced = {bound.name: _RuleState(bound) for bound in rules if bound.is_enforced}
+        self._redacts = any(bound.is_redacting for bound in rules)
         self._held: list[TextDelta] = []
+        # All that was written, and how many characters of it were released.
+        self._text = ""
+        self._released = 0
         self._scored_tokens = 0
         self._written_tokens = 0
         self._running = Judgement()
@@ -64,9 +70,10 @@ class HoldBack:
         match event:
             case TextDelta():
                 self._written_tokens = event.tokens
-                if not self._blocking:
+                if not self._enforced:
                     return [event]
                 self._held.append(event)
+                self._text += event.text
                 return []
             case ResponseScored():
                 return self._after_score(event)
@@ -83,47 +90,66 @@ class HoldBack:
     def _after_score(self, event: ResponseScored) -> Sequence[TextDelta | Ended]:
         self._scored_tokens = event.tokens
         self._running = event.judgement
-        states = self._blocking.values()
+        states = self._enforced.values()
         cuts = [state.step(self._running, tokens=event.tokens) for state in states]
         if any(cuts):
             return [self._cut(self._running)]
         if any(event.tokens < state.first_decidable_token for state in states):
             return []
-        return self._release(event.tokens - max((state.held_tokens for state in states), default=0))
+        tokens = event.tokens - max((state.held_tokens for state in states), default=0)
+        characters = event.settled or 0 if self._redacts else None
+        return self._release(tokens, self._running, characters=characters)
 
     def _after_all(self, event: Finished) -> Sequence[TextDelta | Ended]:
         judgement, tokens = event.judgement, self._written_tokens
-        for state in self._blocking.values():
+        for state in self._enforced.values():
             state.finish(judgement, tokens=tokens, is_judged=self._scored_tokens >= tokens)
-        if any(state.is_cut for state in self._blocking.values()):
+        if any(state.is_cut for state in self._enforced.values()):
             return [self._cut(judgement)]
         decisions = self._decisions(judgement)
         end = Ended(event.reason, event.completion_tokens, decisions)
-        return [*self._release(tokens), end]
+        return [*self._release(tokens, judgement), end]
 
-    def _release(self, tokens: int) -> list[TextDelta]:
-        """The held text that comes from the first tokens."""
-        released = [delta for delta in self._held if delta.tokens <= tokens]
-        self._held = self._held[len(released) :]
+    def _release(
+        self, tokens: int, judgement: Judgement, *, characters: int | None = None
+    ) -> list[TextDelta]:
+        """The held text that comes from the first tokens, and ends within the first characters."""
+        spans = [
+            span
+            for bound in self._rules
+            if bound.is_redacting and (verdict := judgement.verdict(bound.name)) is not None
+            for span in bound.decide(verdict).spans or ()
+        ]
+        released: list[TextDelta] = []
+        while self._held and self._held[0].tokens <= tokens:
+            end = self._released + len(self._held[0].text)
+            if characters is not None and end > characters:
+                break
+            delta = self._held.pop(0)
+            if spans:
+                text = redacted(self._text, spans, start=self._released, end=end)
+                delta = replace(delta, text=text)
+            released.append(delta)
+            self._released = end
         return released
 
     def _cut(self, judgement: Judgement) -> Ended:
-        self._held = []
+        self._held.clear()
         tokens = max(self._scored_tokens, self._written_tokens)
         return Ended("content_filter", tokens, self._decisions(judgement))
 
     def _decisions(self, judgement: Judgement) -> tuple[Decision, ...]:
         tokens = max(self._scored_tokens, self._written_tokens)
         return tuple(
-            self._blocking[bound.name].decision(judgement, tokens=tokens)
-            if bound.is_blocking
+            self._enforced[bound.name].decision(judgement, tokens=tokens)
+            if bound.is_enforced
             else decide(bound, judgement, tokens=self._written_tokens)
             for bound in self._rules
         )
 
 
-class _BlockingRuleState:
-    """What one blocking rule has seen of a text, and whether it cuts it.
+class _RuleState:
+    """What a rule that blocks or redacts has seen of a text, and whether it cuts it.
 
     Attributes:
         held_tokens: How many judged tokens are held back.
@@ -134,8 +160,10 @@ class _BlockingRuleState:
 
     def __init__(self, bound: BoundRule):
         rule = bound.rule
-        self.held_tokens = rule.consecutive if rule.hold_back is None else rule.hold_back
-        self.first_decidable_token = rule.warm_up + rule.consecutive
+        hold_back = rule.consecutive if rule.hold_back is None else rule.hold_back
+        # What a rule that redacts holds back are characters.
+        self.held_tokens = hold_back if bound.is_blocking else 0
+        self.first_decidable_token = rule.warm_up + rule.consecutive if bound.is_blocking else 0
         self.is_cut = False
         self._bound = bound
         self._has_flagged = False
@@ -153,7 +181,7 @@ class _BlockingRuleState:
             self._fail()
             return self.is_cut
         flags = any(scores[label] >= limit for label, limit in self._bound.thresholds.items())
-        counts = flags and tokens > self._bound.rule.warm_up
+        counts = flags and self._bound.is_blocking and tokens > self._bound.rule.warm_up
         self._streak = self._streak + 1 if counts else 0
         if self._streak >= self._bound.rule.consecutive:
             self._has_flagged = self.is_cut = True
@@ -166,12 +194,14 @@ class _BlockingRuleState:
         verdict = decide(self._bound, judgement, tokens=tokens).verdict
         if verdict is None or not is_judged:
             self._fail()
-        elif verdict.flagged:
+        elif verdict.flagged and self._bound.is_blocking:
             self._has_flagged = self.is_cut = True
 
     def decision(self, judgement: Judgement, *, tokens: int) -> Decision:
         if self._has_failed and not self._has_flagged:
             return decide(self._bound, Judgement(), tokens=tokens)
+        if self._bound.is_redacting:
+            return decide(self._bound, judgement, tokens=tokens)
         verdict = judgement.verdict(self._bound.name)
         if verdict is None:
             return Decision(self._bound, None, "none")

@@ -22,7 +22,7 @@ from sidelight.policy.decisions import Decision, PolicyError
 from sidelight.policy.enforcement import Admitted, Enforcement, TextObserver
 from sidelight.policy.rules import BoundRule, Policy
 from sidelight.probe import Probe
-from sidelight.types import Verdict
+from sidelight.types import Verdict, spans_json
 
 VERDICTS_HEADER = "x-sidelight-verdicts"
 FLAGGED_HEADER = "x-sidelight-flagged"
@@ -44,7 +44,7 @@ class LabelsOnly(Verdict):
 
     ``label`` is the first that holds, or "" if a multi-label probe finds none, and there is no
     ``turn``: the most probable label beside others that hold, or the turn with the highest score,
-    would rank scores that are withheld.
+    would rank scores that are withheld. Nor are there ``spans``, which would tell what to change.
     """
 
     @classmethod
@@ -95,7 +95,7 @@ class Terms:
                 )
         chosen = dict.fromkeys(visible if names is None else names)
         if for_text:
-            chosen |= dict.fromkeys(b.name for b in visible.values() if b.is_blocking)
+            chosen |= dict.fromkeys(b.name for b in visible.values() if b.is_enforced)
         return replace(self, chosen=tuple(visible[name] for name in chosen))
 
     def choose_disclosed(self, names: Sequence[str] | None) -> "Terms":
@@ -327,17 +327,18 @@ def _as_disclosed(decisions: Iterable[Decision], *, sees_all: bool) -> list[Deci
 def verdict_json(verdict: Verdict) -> Json:
     """One verdict; ``labels`` are those that hold, for a multi-label probe none to all.
 
-    ``turn`` is there if one turn of several has decided.
+    ``turn`` is there if one turn of several has decided, ``spans`` if the probe labels words.
     """
     has_scores = not isinstance(verdict, LabelsOnly)
-    fields = {
+    return {
         "probe": verdict.probe,
         "label": verdict.label,
         "labels": list(verdict.labels),
         **({"probabilities": verdict.probabilities} if has_scores else {}),
         "flagged": verdict.flagged,
+        **({} if verdict.turn is None else {"turn": verdict.turn}),
+        **({} if verdict.spans is None else {"spans": spans_json(verdict.spans)}),
     }
-    return fields if verdict.turn is None else {**fields, "turn": verdict.turn}
 
 
 def refusal_headers(decisions: Sequence[Decision], *, sees_all: bool) -> dict[str, str]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sidelight.probe import Probe
 
 Side = Literal["input", "output"]
-Mode = Literal["score", "flag", "route", "block", "shadow"]
+Mode = Literal["score", "flag", "route", "redact", "block", "shadow"]
 Disclosure = Literal["scores", "labels", "none"]
 
 # What a rule's routes call a verdict that could not be computed.
@@ -33,10 +33,11 @@ class Rule:
 
     Attributes:
         mode: ``score``: nothing. ``flag``: a mark for the gateway. ``route``: a name for the
-            gateway. ``block``: no answer, or no more of it. ``shadow``: counted, never shown.
+            gateway. ``redact``: labelled words are replaced. ``block``: no answer, or no more of
+            it. ``shadow``: counted, never shown.
         threshold: Probability from which a label counts; None: the artifact's own.
         labels: The labels that count; empty: the positive one, or all of a multi-label probe.
-        on_failure: Whether a blocking rule blocks what could not be judged.
+        on_failure: Whether a rule that blocks or redacts blocks what could not be judged.
         max_tokens: Longest text that the probe judges; None: any.
         routes: Input only: route by label; empty: a flagged label is its own route.
         shadow_of: The probe that a shadow is compared with.
@@ -45,7 +46,7 @@ class Rule:
         hold_back: Output only: judged tokens that are not sent yet; None: ``consecutive``, so that
             the streak that cuts the text is never sent.
         disclose: What answers tell keys without the admin role; None: ``labels`` if the rule
-            blocks, otherwise ``scores``.
+            blocks or redacts answers, otherwise ``scores``.
     """
 
     mode: Mode = "score"
@@ -116,9 +117,19 @@ class BoundRule:
         return self.mode == "block"
 
     @property
+    def is_redacting(self) -> bool:
+        """Whether labelled words of the answer are replaced. A prompt is read as it is."""
+        return self.mode == "redact" and self.side == "output"
+
+    @property
+    def is_enforced(self) -> bool:
+        """Whether text must not pass before it is judged."""
+        return self.is_blocking or self.is_redacting
+
+    @property
     def fails_closed(self) -> bool:
         """Whether a missing verdict ends the answer."""
-        return self.is_blocking and self.rule.on_failure == "block"
+        return self.is_enforced and self.rule.on_failure == "block"
 
     @property
     def is_shadow(self) -> bool:
@@ -133,7 +144,7 @@ class BoundRule:
         """
         if self.is_shadow:
             return "none"
-        return self.rule.disclose or ("labels" if self.is_blocking else "scores")
+        return self.rule.disclose or ("labels" if self.is_enforced else "scores")
 
     @property
     def explains(self) -> bool:
@@ -141,7 +152,7 @@ class BoundRule:
 
         A client that sees which words block it needs few attempts to find others.
         """
-        return self.disclosure == "scores" and not self.is_blocking
+        return self.disclosure == "scores" and not self.is_enforced
 
     @property
     def thresholds(self) -> Mapping[str, float]:
@@ -164,7 +175,10 @@ class BoundRule:
     def decide(self, verdict: Verdict) -> Verdict:
         """The verdict at the rule's thresholds."""
         decided = self.probe.task.decide(self.name, verdict.probabilities, self.thresholds)
-        return replace(decided, turn=verdict.turn, is_unfamiliar=verdict.is_unfamiliar)
+        spans = verdict.spans
+        if spans is not None and self.rule.labels:
+            spans = tuple(span for span in spans if span.label in self.rule.labels)
+        return replace(decided, turn=verdict.turn, is_unfamiliar=verdict.is_unfamiliar, spans=spans)
 
 
 def side_of(probe: "Probe") -> Side:
@@ -202,13 +216,18 @@ def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
                     f"The rule of probe '{bound.name}' names label '{label}', which the probe does "
                     f"not have.{did_you_mean(label, known)}"
                 )
-    if bound.mode not in ("score", "route", "shadow") and not bound.thresholds:
+    if bound.mode not in ("score", "route", "redact", "shadow") and not bound.thresholds:
         why = "is multi-class, so it flags no label by default. Set 'labels' and 'threshold'."
         if bound.probe.task.kind != "multiclass":
             flagged = ", ".join(bound.probe.label_thresholds)
             why = f"flags only {flagged}, which is not in the rule's 'labels'. Name it there."
         raise SidelightError(
             f"Rule '{bound.mode}' of probe '{bound.name}' would never apply: the probe {why}"
+        )
+    if bound.mode == "redact" and bound.probe.spans is None:
+        raise SidelightError(
+            f"Probe '{bound.name}' labels no spans, so rule 'redact' would never apply. Train one "
+            "that does (sidelight train --spans COLUMN), or use another mode."
         )
     if bound.mode == "route" and bound.side == "output":
         raise SidelightError(
@@ -225,10 +244,10 @@ def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
 
 
 _KEYS = {key.name for key in fields(Rule)}
-_RULE_KEYS = {
-    "input": _KEYS - {"consecutive", "warm_up", "hold_back"},
-    "output": _KEYS - {"routes"},
-}
+_CUTTING = {"consecutive", "warm_up", "hold_back"}
+_RULE_KEYS = {"input": _KEYS - _CUTTING, "output": _KEYS - {"routes"}}
+# Words are labelled by the thresholds that training chose for them.
+_REDACT_KEYS = _KEYS - _CUTTING - {"routes", "threshold", "shadow_of"}
 
 
 def read_policy(path: Path) -> Policy:
@@ -258,10 +277,17 @@ def _require_known_keys(path: Path, table: Mapping[str, Any]) -> None:
     for side, keys in _RULE_KEYS.items():
         rules = table.get(side)
         if isinstance(rules, dict):
-            tables += [(f"{side}.{name}.", own, keys) for name, own in rules.items()]
+            tables += [
+                (f"{side}.{name}.", rule, _REDACT_KEYS if _redacts(rule) else keys)
+                for name, rule in rules.items()
+            ]
     for place, own, known in tables:
         for key in own if isinstance(own, dict) else ():
             if key not in known:
                 raise SidelightError(
                     f"{path} has an unknown key: {place}{key}.{did_you_mean(key, known)}"
                 )
+
+
+def _redacts(rule: Any) -> bool:
+    return isinstance(rule, dict) and rule.get("mode") == "redact"

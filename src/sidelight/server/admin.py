@@ -29,6 +29,7 @@ class ProbeCard(BaseModel):
     kind: TaskKind
     labels: list[str]
     reads: Side
+    labels_spans: bool
     version: str
 
 
@@ -82,6 +83,7 @@ def _described(probe: Probe) -> dict[str, Any]:
         "kind": probe.task.kind,
         "labels": list(probe.task.labels),
         "reads": probe.reads.side,
+        "labels_spans": probe.spans is not None,
         "version": probe.version,
     }
 

@@ -104,7 +104,9 @@ class CompletionFormat:
                 async for index, event in events:
                     match event:
                         case TextDelta(text):
-                            yield self._chunk([self._piece(index, text)])
+                            # Of a placeholder, the pieces after the first are empty.
+                            if text:
+                                yield self._chunk([self._piece(index, text)])
                         case Running():
                             yield self._chunk([], sidelight=self._running(index, event))
                         case Ended(reason):

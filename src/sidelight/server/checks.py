@@ -2,18 +2,20 @@
 
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sidelight.engines.base import verdict_failure
 from sidelight.explanation import Explanation
+from sidelight.policy.decisions import Decision
 from sidelight.policy.enforcement import check_decisions
+from sidelight.policy.redaction import Placeholders
 from sidelight.policy.request import Terms, category_fields, verdict_json
-from sidelight.policy.rules import Side
+from sidelight.policy.rules import BoundRule, Side
 from sidelight.prompts import Message, has_response
 from sidelight.server.errors import RequestError
 from sidelight.server.requests import Route, ServerRequest, unless_left
@@ -27,7 +29,7 @@ from sidelight.server.schemas import (
     Texts,
     ToolCall,
 )
-from sidelight.types import Verdict
+from sidelight.types import Span, Verdict, spans_json
 
 # Clients send OpenAI's own names by default; here they mean: every probe.
 _OPENAI_MODELS = ("omni-moderation-", "text-moderation-")
@@ -41,13 +43,13 @@ class Checked:
 
     Attributes:
         verdicts: As the client may see them.
-        flagged: Names of those that flag it, also if the client does not see their verdicts.
+        decisions: What follows from each, also if the client does not see it.
         tokens: How many were read.
         explanations: Of the probes that were named for it.
     """
 
     verdicts: Sequence[Verdict]
-    flagged: Sequence[str]
+    decisions: Sequence[Decision]
     tokens: int
     explanations: Sequence[Explanation]
 
@@ -105,8 +107,7 @@ async def check(
         if silent := [decision.rule.name for decision in chosen if decision.verdict is None]:
             raise verdict_failure(silent)
         verdicts = [d.verdict for d in terms.shown(decisions) if d.verdict is not None]
-        flagged = [d.rule.name for d in chosen if d.verdict is not None and d.verdict.flagged]
-        checked.append(Checked(verdicts, flagged, event.tokens, event.explanations))
+        checked.append(Checked(verdicts, chosen, event.tokens, event.explanations))
     return checked
 
 
@@ -231,6 +232,81 @@ def _classifier(body: ClassifyRequest, request: ServerRequest, terms: Terms) -> 
     return terms
 
 
+class RedactionRequest(StrictBody):
+    """Texts whose labelled words are to be replaced."""
+
+    input: Texts = Field(min_length=1)
+    model: Name | None = None
+    probes: ProbeNames = None
+
+
+class Redaction(BaseModel):
+    """A text with its placeholders, and the spans that they stand for, in the text as sent."""
+
+    text: str
+    spans: list[dict[str, Any]]
+
+
+class RedactionResponse(BaseModel):
+    """One redaction per text, in order."""
+
+    id: str
+    model: str
+    results: list[Redaction]
+
+
+@router.post("/v1/redact", name="create")
+async def redact(body: RedactionRequest, request: ServerRequest) -> RedactionResponse:
+    """Words that probes label become ``[LABEL_1]``: equal words alike in all texts of a request."""
+    if body.model is not None:
+        request.require_model(body.model)
+    texts = [as_user(text) for text in body.input]
+    terms = (await request.begin(texts, max_tokens=0)).choose(body.probes)
+    # What is replaced says which words a probe has found.
+    labelling = tuple(
+        bound
+        for bound in terms.chosen
+        if bound.probe.spans is not None
+        and bound.side == "input"
+        and (terms.sees_all or bound.mode == "redact" or bound.disclosure == "scores")
+    )
+    if not labelling or (body.probes and len(labelling) < len(terms.chosen)):
+        raise RequestError(
+            "Words are replaced by probes that label spans of prompts, and that the policy lets "
+            f"you read. Got {_listed(terms.chosen)}, of which these can: {_listed(labelling)}.",
+            code="no_span_probe",
+            param="probes",
+        )
+    checked = await check(request, replace(terms, chosen=labelling), texts)
+    placeholders = Placeholders()
+    results: list[Redaction] = []
+    for text, judged in zip(body.input, checked, strict=True):
+        spans = _spans_of(judged.decisions)
+        masked = placeholders.mask(text, spans)
+        results.append(Redaction(text=masked, spans=spans_json(spans)))
+    return RedactionResponse(
+        id=f"redact-{uuid.uuid4().hex}", model=request.engine.model, results=results
+    )
+
+
+def _spans_of(decisions: Iterable[Decision]) -> list[Span]:
+    """The words that these probes have labelled, in order.
+
+    Raises:
+        VerdictError: Nobody knows where those of a probe stand.
+    """
+    every: list[Span] = []
+    for decision in decisions:
+        if decision.verdict is None or decision.verdict.spans is None:
+            raise verdict_failure([decision.rule.name])
+        every += decision.verdict.spans
+    return sorted(every)
+
+
+def _listed(rules: Iterable[BoundRule]) -> str:
+    return ", ".join(bound.name for bound in rules) or "none"
+
+
 class GuardrailParameters(StrictBody):
     """What a proxy's configuration passes to this guardrail."""
 
@@ -264,18 +340,22 @@ class GuardrailRequest(StrictBody):
             )
         return self
 
-    def judged(self) -> list[str]:
-        """The texts, then the calls; empty ones have nothing to judge."""
+    def judged(self) -> dict[int, str]:
+        """The texts, then the calls, by number; empty ones have nothing to judge."""
         functions = [call.function for call in self.tool_calls or ()]
         calls = ["\n".join(filter(None, (f.name, f.arguments))) for f in functions]
-        return [text for text in (*(self.texts or ()), *calls) if text]
+        return {i: text for i, text in enumerate((*(self.texts or ()), *calls)) if text}
 
 
 class GuardrailResponse(BaseModel):
-    """``BLOCKED`` if a probe flags a text, else ``NONE``."""
+    """``BLOCKED`` if a probe flags a text, else ``NONE``.
 
-    action: Literal["BLOCKED", "NONE"]
+    ``GUARDRAIL_INTERVENED`` if a rule redacts: then ``texts`` are what is to be sent on.
+    """
+
+    action: Literal["BLOCKED", "GUARDRAIL_INTERVENED", "NONE"]
     blocked_reason: str | None
+    texts: Annotated[list[str] | None, Field(exclude_if=lambda texts: texts is None)] = None
     sidelight: Extension
 
 
@@ -283,13 +363,14 @@ class GuardrailResponse(BaseModel):
 async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResponse:
     """Texts of a request are judged as users' messages, those of a response as answers.
 
-    The answer has no ``texts``: a proxy keeps its own.
+    The answer has ``texts`` only if a rule redacts: a proxy keeps its own.
     """
     parameters = body.additional_provider_specific_params or GuardrailParameters()
     is_response = body.input_type == "response"
+    judged = body.judged()
     texts = [
         [*as_user(""), Message("assistant", text)] if is_response else as_user(text)
-        for text in body.judged()
+        for text in judged.values()
     ]
     terms = (await request.begin(texts, max_tokens=0)).choose(parameters.probes)
     if is_response:
@@ -302,10 +383,27 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
             )
         terms = replace(terms, chosen=late)
     checked = await check(request, terms, texts, judges_prompt=not is_response)
-    verdicts = [verdict for text in checked for verdict in text.verdicts]
-    flagged = list(dict.fromkeys(name for text in checked for name in text.flagged))
+    flagged: dict[str, None] = {}
+    masked, placeholders = [*(body.texts or ())], Placeholders()
+    for (index, text), each in zip(judged.items(), checked, strict=True):
+        redacting = [d for d in each.decisions if d.rule.mode == "redact"]
+        spans = _spans_of(redacting)
+        if index < len(masked):
+            masked[index] = placeholders.mask(text, spans)
+        elif spans:
+            # The protocol has no way to send a call on in other words.
+            flagged |= dict.fromkeys(d.rule.name for d in redacting if d.spans)
+        flagged |= dict.fromkeys(
+            d.rule.name
+            for d in each.decisions
+            if d not in redacting and d.verdict is not None and d.verdict.flagged
+        )
+    is_masked = not flagged and masked != (body.texts or [])
     return GuardrailResponse(
-        action="BLOCKED" if flagged else "NONE",
+        action="BLOCKED" if flagged else "GUARDRAIL_INTERVENED" if is_masked else "NONE",
         blocked_reason=f"Flagged by {', '.join(flagged)}." if flagged else None,
-        sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in verdicts]),
+        texts=masked if is_masked else None,
+        sidelight=Extension(
+            verdicts=[verdict_json(verdict) for each in checked for verdict in each.verdicts]
+        ),
     )

@@ -14,7 +14,7 @@ from sidelight.policy.request import Json, Terms
 from sidelight.server.checks import check, is_answered
 from sidelight.server.requests import Route, ServerRequest
 from sidelight.server.schemas import FIRST_ERROR, ChatMessage, Listed, Name, StrictBody, Unread
-from sidelight.types import Task, Verdict
+from sidelight.types import Task, Verdict, spans_json
 
 _MAX_QUESTIONS = 400
 _MAX_CHOICES = 255
@@ -29,6 +29,10 @@ Explain = Annotated[
 # Explanations, in the order of the verdicts; only if the request asks.
 Explanations = Annotated[
     list[dict[str, Any]] | None, Field(exclude_if=lambda explanations: explanations is None)
+]
+# By probe; only if one of them labels words and its rule discloses them.
+SpansByProbe = Annotated[
+    dict[str, list[dict[str, Any]]] | None, Field(exclude_if=lambda spans: spans is None)
 ]
 # The probe and label that a name in a question means.
 Meanings = Mapping[str, tuple[str, str]]
@@ -107,6 +111,7 @@ class DecisionResponse(Decision):
     """OpenAI's decision, whose answers are in the order of the questions."""
 
     explanations: Explanations = None
+    spans: SpansByProbe = None
 
 
 @router.post("/v1/decisions", name="create")
@@ -154,6 +159,12 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
                 "total_tokens": tokens,
             },
             "explanations": explanations,
+            "spans": {
+                name: spans_json(verdict.spans)
+                for name, verdict in verdicts.items()
+                if verdict.spans is not None
+            }
+            or None,
         }
     )
 

@@ -27,7 +27,6 @@ from sidelight.progress import progress
 from sidelight.prompts import Reads
 from sidelight.ragged import Ragged, by_length
 from sidelight.spans import (
-    Span,
     SpanRule,
     character_scores,
     labelled_characters,
@@ -50,6 +49,7 @@ from sidelight.training.dataset import (
 from sidelight.training.fit import calibrate_probe
 from sidelight.training.loop import divergence, train_mechanisms
 from sidelight.training.settings import FitOptions, Job, suggested_settings
+from sidelight.types import Span
 
 LOOKAHEADS = (0, 1, 2, 4)
 # Of log-odds.

@@ -57,6 +57,7 @@ export function startThresholds(server) {
     const rule = rules.get(probe.name);
     mode.value = rule?.mode ?? (probe.mode === "score" ? "block" : probe.mode);
     mode.querySelector("[value=route]").disabled = probe.reads !== "prompt";
+    mode.querySelector("[value=redact]").disabled = !probe.labels_spans;
     const threshold = rule && (rule.label ?? card.label) === card.label ? rule.threshold : card.threshold;
     place(threshold);
     draw(threshold);
@@ -114,8 +115,10 @@ export function startThresholds(server) {
     if (!rules.size) return "# Move the slider, or choose what a flag does.";
     const name = (text) => (/^[\w-]+$/.test(text) ? text : JSON.stringify(text));
     const tables = [...rules].map(([probe, rule]) =>
-      `[${rule.side}.${name(probe)}]\nmode = "${rule.mode}"\nthreshold = ${rule.threshold}\n`
-      + (rule.label === null ? "" : `# The rule has one threshold, so it counts one label.\nlabels = [${JSON.stringify(rule.label)}]\n`));
+      `[${rule.side}.${name(probe)}]\nmode = "${rule.mode}"\n`
+      // Words are labelled at the thresholds that training chose for them.
+      + (rule.mode === "redact" ? "" : `threshold = ${rule.threshold}\n`)
+      + (rule.label === null || rule.mode === "redact" ? "" : `# The rule has one threshold, so it counts one label.\nlabels = [${JSON.stringify(rule.label)}]\n`));
     const blocks = [...rules.values()].some((rule) => rule.mode === "block" && rule.side === "input");
     const head = blocks ? '# "trust" if only your application writes system turns: no probe reads them.\nsystem_turns = "refuse"\n\n' : "";
     return head + tables.join("\n");

@@ -1,0 +1,136 @@
+"""Spans of prompts and answers: from the labels of tokens to characters of the text.
+
+A bank knows which tokens have a label; an engine knows where each of them stands.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from sidelight.mechanisms.spans import Spans
+from sidelight.probe import Probe
+from sidelight.prompts import Conversation, EncodedPrompt, Place, contents
+from sidelight.spans import settled_characters
+from sidelight.types import Judgement, Span, TokenLabel
+
+
+def labels_spans(probes: Iterable[Probe]) -> bool:
+    """Whether one of them labels spans, so that tokens need their places."""
+    return any(probe.spans is not None for probe in probes)
+
+
+def mark_text(
+    judgement: Judgement,
+    probes: Iterable[Probe],
+    text: Conversation,
+    response: str | None,
+    prompt: EncodedPrompt,
+    places: Sequence[Place | None],
+) -> Judgement:
+    """The judgement of a text, whose verdicts have the spans.
+
+    Args:
+        judgement: As the bank gives it.
+        probes: Those that judged.
+        text: The prompt.
+        response: What follows it; None: nothing.
+        prompt: Their tokens.
+        places: Where these stand.
+    """
+    messages = contents(text, response)
+    # The response is the last of them, and the prompt may be a single one.
+    unnamed = {len(messages) - 1, *([0] if len(messages) == 2 else [])}
+    by_name = {probe.name: probe for probe in probes}
+
+    def spans(name: str, labels: Iterable[TokenLabel]) -> tuple[Span, ...] | None:
+        probe = by_name[name]
+        is_read = prompt.mask(probe.reads).tolist()
+        read = [place for place, counts in zip(places, is_read, strict=True) if counts]
+        labels_of: dict[int, list[TokenLabel]] = defaultdict(list)
+        for token, label, probability in labels:
+            if (place := read[token]) is None:
+                return None
+            labels_of[place.message].append((token, label, probability))
+        found: list[Span] = []
+        for message, own in sorted(labels_of.items()):
+            tokens = [i for i, place in enumerate(read) if place and place.message == message]
+            index = {token: i for i, token in enumerate(tokens)}
+            characters = [(place.start, place.end) for i in tokens if (place := read[i])]
+            renumbered = [(index[token], label, score) for token, label, score in own]
+            assert probe.spans is not None
+            marked = probe.spans.labelled_spans(
+                messages[message], characters, renumbered, probe.span_labels
+            )
+            named = None if message in unnamed else message
+            found += [replace(span, message=named) for span in marked]
+        return tuple(found)
+
+    return _with_spans(
+        judgement, {name: spans(name, labels) for name, labels in judgement.token_labels.items()}
+    )
+
+
+class AnswerMarks:
+    """The spans of an answer that is being written.
+
+    Args:
+        probes: Those that judge it.
+
+    Attributes:
+        text: What its tokens say so far.
+    """
+
+    def __init__(self, probes: Iterable[Probe]):
+        self._probes = {
+            probe.name: probe for probe in probes if probe.spans and probe.reads.includes_response
+        }
+        mechanisms = (probe.mechanism for probe in self._probes.values())
+        self._lookahead = max((m.lookahead for m in mechanisms if isinstance(m, Spans)), default=0)
+        self.text = ""
+        self._places: list[tuple[int, int]] = []
+        self._pending = 0
+
+    def push(self, text: str) -> None:
+        """One more token, and the text that it completes; several tokens may hold a character."""
+        self._pending += 1
+        if text:
+            start = len(self.text)
+            self.text += text
+            self._places += [(start, len(self.text))] * self._pending
+            self._pending = 0
+
+    def mark(self, judgement: Judgement) -> Judgement:
+        """The judgement of its tokens so far, whose verdicts have the spans."""
+        spans: dict[str, tuple[Span, ...] | None] = {}
+        for name, labels in judgement.token_labels.items():
+            if (probe := self._probes.get(name)) is not None:
+                assert probe.spans is not None
+                # The characters of the others are not complete.
+                whole = [label for label in labels if label[0] < len(self._places)]
+                found = probe.spans.labelled_spans(
+                    self.text, self._places, whole, probe.span_labels
+                )
+                spans[name] = tuple(found)
+        return _with_spans(judgement, spans)
+
+    def settled(self, tokens: int) -> int | None:
+        """How many characters keep their spans, whatever follows; None: no probe labels spans.
+
+        Args:
+            tokens: How many of them the probes have read.
+        """
+        if not self._probes:
+            return None
+        final = max(0, tokens - self._lookahead)
+        end = self._places[final][0] if final < len(self._places) else len(self.text)
+        return settled_characters(self.text, end)
+
+
+def _with_spans(judgement: Judgement, spans: dict[str, tuple[Span, ...] | None]) -> Judgement:
+    if not spans:
+        return judgement
+    verdicts = (
+        replace(verdict, spans=spans[verdict.probe]) if verdict.probe in spans else verdict
+        for verdict in judgement.verdicts
+    )
+    return replace(judgement, verdicts=tuple(verdicts))

@@ -1,0 +1,245 @@
+"""Labelled words are replaced before they leave: in answers, and in what a gateway sends on."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from in_process import in_process
+from sidelight.engines.base import Finished, ResponseScored, TextDelta
+from sidelight.engines.marks import AnswerMarks
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.errors import SidelightError
+from sidelight.policy.hold_back import HoldBack
+from sidelight.policy.redaction import Placeholders, redacted
+from sidelight.policy.rules import (
+    BoundRule,
+    Policy,
+    Rule,
+    read_policy,
+    require_policy_applies,
+)
+from sidelight.types import Judgement, Span, Verdict
+from tiny import PIECES, spans_probe, untrained_probe
+
+GUARDRAIL = "/beta/litellm_basic_guardrail_api"
+QUESTION = [{"role": "user", "content": "Who is it?"}]
+
+
+@pytest.fixture(scope="module")
+def late(tiny):
+    return spans_probe(tiny, "late", side="response")
+
+
+@pytest.fixture(scope="module")
+def early(tiny):
+    return spans_probe(tiny, "early")
+
+
+# Pieces of words, blanks and marks, of one to five characters.
+PIECE = st.text(st.sampled_from("ab1'é_ \n.,("), min_size=1, max_size=5)
+SCORE = st.sampled_from([0.0, 0.0, 0.0, 0.95])
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(data=st.data(), lookahead=st.integers(0, 4))
+def test_a_streamed_answer_joins_to_the_redacted_whole(late, data, lookahead):
+    late.mechanism.lookahead = lookahead
+    pieces = data.draw(st.lists(PIECE, min_size=1, max_size=25))
+    count, text = len(pieces), "".join(pieces)
+    ends = np.cumsum([*map(len, pieces)]).tolist()
+    places = [*zip([0, *ends], ends, strict=False)]
+    final = data.draw(st.lists(st.tuples(SCORE, SCORE), min_size=count, max_size=count))
+
+    def labels(scores):
+        return [
+            (token, PIECES.labels[label], score)
+            for token, row in enumerate(scores)
+            for label, score in enumerate(row)
+            if score
+        ]
+
+    def judged(scores):
+        verdict = Verdict("late", "NAME", (), {"NAME": 0.5, "PLACE": 0.5}, flagged=False)
+        judgement = Judgement((verdict,), token_labels={"late": labels(scores)})
+        return marks.mark(judgement)
+
+    marks, holding = AnswerMarks([late]), HoldBack([BoundRule(late, Rule("redact"))])
+    sent, waiting = "", 0
+    for tokens, piece in enumerate(pieces, start=1):
+        marks.push(piece)
+        waiting += 1
+        # An engine may send several tokens at once.
+        if tokens == count or data.draw(st.booleans()):
+            holding.push(TextDelta("".join(pieces[tokens - waiting : tokens]), tokens=tokens))
+            waiting = 0
+        # What is not final yet is drawn again for every step.
+        settled = max(0, tokens - lookahead)
+        rest = data.draw(
+            st.lists(st.tuples(SCORE, SCORE), min_size=tokens - settled, max_size=tokens - settled)
+        )
+        event = ResponseScored(
+            tokens, judged([*final[:settled], *rest]), settled=marks.settled(tokens)
+        )
+        released = "".join(delta.text for delta in holding.push(event))
+        assert not released or tokens > lookahead
+        sent += released
+    *released, end = holding.push(Finished("stop", 3, count, judgement=judged(final)))
+    sent += "".join(delta.text for delta in released)
+    spans = late.spans.labelled_spans(text, places, labels(final), PIECES.labels)
+    assert sent == redacted(text, spans)
+    (decision,) = end.decisions
+    assert decision.action == ("redact" if spans else "none")
+    late.mechanism.lookahead = 1
+
+
+def test_overlapping_spans_are_one_placeholder():
+    spans = [Span(0, 3, "B"), Span(2, 6, "A"), Span(6, 8, "A"), Span(10, 12, "C")]
+    assert redacted("abcdefghijklm", spans) == "[B][A]ij[C]m"
+    assert redacted("abcdefghijklm", spans, start=3, end=11) == "[A]ij[C]"
+
+
+def test_equal_words_have_equal_placeholders():
+    names = Placeholders()
+    assert names.mask("Ann met Bo", [Span(0, 3, "NAME"), Span(8, 10, "NAME")]) == (
+        "[NAME_1] met [NAME_2]"
+    )
+    assert names.mask("ANN, 3", [Span(0, 3, "NAME"), Span(5, 6, "AGE")]) == "[NAME_1], [AGE_1]"
+
+
+def answers(http, **changes):
+    """The texts of a chat's choices, and all bytes that came, plain and streamed."""
+    body = {"model": "tiny/llama", "messages": QUESTION, "max_tokens": 60, "seed": 3, **changes}
+    plain = http.post("/v1/chat/completions", json=body)
+    streamed = http.post("/v1/chat/completions", json={**body, "stream": True})
+    texts = [choice["message"]["content"] for choice in plain.json()["choices"]]
+    chunks = [json.loads(line[6:]) for line in streamed.text.splitlines() if "{" in line]
+    joined = [""] * len(texts)
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        joined[choice["index"]] += choice["delta"].get("content") or ""
+    told = [f"{[*each.headers.items()]}{each.text}" for each in (plain, streamed)]
+    return texts, joined, told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threshold", [0.6, 0.9])
+def test_nothing_of_a_labelled_word_leaves_the_server(tiny, threshold, caplog):
+    probe = spans_probe(tiny, "late", side="response", threshold=threshold)
+
+    def served(**rules):
+        policy = Policy(output={name: Rule("redact", disclose=d) for name, d in rules.items()})
+        with in_process(TransformersEngine(tiny, [probe]), policy=policy) as http:
+            return answers(http, n=3)
+
+    raw, streamed, _ = served()
+    assert raw == streamed
+    open_texts, open_streamed, (open_plain, _) = served(late="scores")
+    texts, joined, told = served(late=None)
+    assert texts == joined == open_texts == open_streamed
+    verdicts = json.loads(open_plain[open_plain.index('{"id"') :])["sidelight"]["verdicts"]
+    spans = [[Span(**span) for span in verdict["spans"]] for verdict in verdicts]
+    assert texts == [redacted(text, own) for text, own in zip(raw, spans, strict=True)]
+    words = {t[s.start : s.end] for t, own in zip(raw, spans, strict=True) for s in own}
+    assert len(words) > 3
+    # Shorter ones are parts of other words.
+    for word in (json.dumps(word)[1:-1] for word in words if len(word) > 3):
+        assert not any(word in each for each in (*told, caplog.text))
+    assert '"spans"' not in told[0]
+    assert "x-sidelight-flagged" in told[0]
+
+
+def test_without_a_verdict_no_text_leaves(tiny, late):
+    broken = replace(late, mechanism=spans_probe(tiny, "late", side="response").mechanism)
+    with torch.no_grad():
+        broken.mechanism.bias.fill_(torch.nan)
+    for rule, reason, is_sent in (
+        (Rule("redact"), "content_filter", False),
+        (Rule("redact", on_failure="pass"), "length", True),
+        (Rule("redact", max_tokens=1), "content_filter", False),
+    ):
+        probe = late if rule.max_tokens else broken
+        policy = Policy(output={"late": rule})
+        with in_process(TransformersEngine(tiny, [probe]), policy=policy) as http:
+            body = {"model": "tiny/llama", "messages": QUESTION, "max_tokens": 12}
+            (choice,) = http.post("/v1/chat/completions", json=body).json()["choices"]
+        assert choice["finish_reason"] == reason
+        assert bool(choice["message"]["content"]) is is_sent
+
+
+def test_words_of_texts_are_replaced_alike(tiny, early, late):
+    texts = ["Ann Lee and Bo came to Rome", "Bo left Rome", ""]
+    with in_process(TransformersEngine(tiny, [early, late])) as http:
+        answer = http.post("/v1/redact", json={"input": texts[:2]}).json()
+        moderated = http.post("/v1/moderations", json={"input": texts[:2]}).json()
+        refused = http.post("/v1/redact", json={"input": texts[:2], "probes": ["late"]})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "no_span_probe"
+    names = Placeholders()
+    for text, result, check in zip(texts[:2], answer["results"], moderated["results"], strict=True):
+        (verdict,) = check["sidelight"]["verdicts"]
+        assert verdict["spans"] == result["spans"]
+        assert result["text"] == names.mask(text, [Span(**span) for span in result["spans"]])
+    assert any(result["spans"] for result in answer["results"])
+
+
+def test_a_gateway_gets_what_it_may_send_on(tiny, early, late):
+    policy = Policy(input={"early": Rule("redact")}, output={"late": Rule("redact")})
+    text = "Ann Lee and Bo came to Rome, and then 400 more"
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": text}}
+    with in_process(TransformersEngine(tiny, [early, late]), policy=policy) as http:
+        masked = http.post("/v1/redact", json={"input": text}).json()["results"][0]["text"]
+        for kind in ("request", "response"):
+            body = {"input_type": kind, "texts": ["", text]}
+            answer = http.post(GUARDRAIL, json=body).json()
+            assert answer["action"] == "GUARDRAIL_INTERVENED"
+            assert answer["texts"][0] == ""
+            assert answer["texts"][1] != text
+            if kind == "request":
+                assert answer["texts"][1] == masked
+        called = http.post(GUARDRAIL, json={"input_type": "request", "tool_calls": [call]}).json()
+        chat = {"model": "tiny/llama", "messages": QUESTION, "max_tokens": 1}
+        assert http.post("/v1/chat/completions", json=chat).status_code == 200
+    assert (called["action"], called["blocked_reason"]) == ("BLOCKED", "Flagged by early.")
+
+
+def test_spans_of_a_conversation_name_their_message(tiny, early):
+    turns = [("user", "Ann Lee is"), ("assistant", "and Bo"), ("user", "in Rome, not 400")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    with in_process(TransformersEngine(tiny, [early])) as http:
+        body = {"model": "tiny/llama", "messages": messages, "max_tokens": 1}
+        chat = http.post("/v1/chat/completions", json=body).json()
+        question = {"type": "predicate", "name": "NAME"}
+        body = {"model": "tiny/llama", "input": messages, "questions": [question]}
+        decided = http.post("/v1/decisions", json=body).json()
+    (verdict,) = chat["sidelight"]["verdicts"]
+    spans = verdict["spans"]
+    assert {span["message"] for span in spans} <= {0, 1, 2}
+    assert len({span["message"] for span in spans}) > 1
+    for span in spans:
+        word = turns[span["message"]][1][span["start"] : span["end"]]
+        assert word
+        assert word == word.strip()
+    asked = [(span["message"], span["start"], span["end"]) for span in decided["spans"]["early"]]
+    assert asked
+
+
+def test_a_rule_that_redacts_fits_a_probe_that_labels_spans(tiny, early, tmp_path):
+    readout = untrained_probe(tiny, "readout")
+    with pytest.raises(SidelightError, match="labels no spans"):
+        require_policy_applies(Policy(input={"readout": Rule("redact")}), [readout])
+    path = tmp_path / "policy.toml"
+    for key in ("threshold = 0.5", "consecutive = 2", "hold_back = 3", "routes = {}"):
+        path.write_text(f'[output.late]\nmode = "redact"\n{key}\n')
+        with pytest.raises(SidelightError, match="unknown key"):
+            read_policy(path)
+    path.write_text('[input.early]\nmode = "redact"\nlabels = ["NAME"]\n')
+    rule = read_policy(path).input["early"]
+    bound = BoundRule(early, rule)
+    spans = (Span(0, 2, "NAME"), Span(3, 4, "PLACE"))
+    verdict = Verdict("early", "NAME", (), {"NAME": 0.9, "PLACE": 0.9}, flagged=True, spans=spans)
+    assert bound.decide(verdict).spans == spans[:1]
