@@ -29,14 +29,10 @@ from sidelight.server.config import ServerConfig
 from sidelight.server.metrics import Metrics
 from sidelight.server.observe import RequestObserver, audit_of
 from sidelight.server.probes import ProbeRegistry
+from sidelight.vllm.answers import GuardedText, OutputDelta, together
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.internals import wrap
-from sidelight.vllm.outputs import (
-    GuardedText,
-    OutputDelta,
-    together,
-    without_report,
-)
+from sidelight.vllm.outputs import without_report
 from sidelight.vllm.recogniser import PromptRecogniser, require_drawable, require_own_words
 from sidelight.vllm.requests import request_params
 from sidelight.vllm.settings import (

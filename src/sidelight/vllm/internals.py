@@ -3,9 +3,9 @@
 ``plugin`` wraps methods of ``AsyncLLM``, ``EngineArgs``, ``BaseModelLoader`` and ``Executor``;
 ``guard`` wraps one of ``BeamSearchOnlineMixin``, and replaces three of each ``AsyncLLM``. Others
 use ``Scheduler.update_from_output``, ``MultiConnector._connectors`` and its
-``_requests_to_connector`` (``connector``), ``merge_async_iterators`` and
-``OutputProcessor.process_outputs`` (``outputs``), ``OutputProcessor.has_unfinished_requests`` and
-the number of API servers (``exchange``), ``ResponsesResponse.from_request`` (``endpoint``), and
+``_requests_to_connector`` (``connector``), ``OutputProcessor.process_outputs`` (``outputs``),
+``merge_async_iterators`` (``answers``), ``OutputProcessor.has_unfinished_requests`` and the number
+of API servers (``exchange``), ``ResponsesResponse.from_request`` (``endpoint``), and
 ``AsyncLLM.shutdown`` (``server``); the rest of the names are here.
 """
 
