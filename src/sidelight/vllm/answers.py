@@ -217,7 +217,7 @@ class GuardedText:
 
     def _score(self, tokens: int, judgement: Judgement) -> ResponseScored:
         self._scored = tokens
-        return ResponseScored(tokens, judgement.of(self._watch), self._judging_s)
+        return ResponseScored(tokens, judgement.of(self._watch), judging_s=self._judging_s)
 
     async def _whole(self) -> Judgement:
         """What the probes say of the text with its last token; the cache has all but the end."""
