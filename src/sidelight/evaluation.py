@@ -1,5 +1,6 @@
 """Reports how good probabilities or spans are, with intervals, as a table and as JSON."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -266,6 +267,35 @@ def evaluate_spans(
         bootstrap: Resamples of texts for the intervals; with 0 there are none.
         seed: Of the resamples.
     """
+    values = measure_span_resamples(
+        texts, actual, predicted, labels, resamples=bootstrap, seed=seed
+    )
+    everything, *by_label = (
+        {name: Estimate.of(own[:, group]) for name, own in values.items()}
+        for group in range(1 + len(labels))
+    )
+    counts = Counter(span.label for spans in actual for span in {*spans})
+    return SpanReport(
+        len(texts),
+        everything,
+        dict(zip(labels, by_label, strict=True)),
+        {label: counts[label] for label in labels},
+    )
+
+
+def measure_span_resamples(
+    texts: Sequence[str],
+    actual: Sequence[Sequence[Span]],
+    predicted: Sequence[Sequence[Span]],
+    labels: Sequence[str],
+    *,
+    resamples: int,
+    seed: int = 0,
+) -> dict[str, Float[Values, "draw group"]]:
+    """The metrics of a ``SpanReport``, over all labels and of each, on the texts and on resamples.
+
+    Equal seeds draw the same texts. The other arguments are those of ``evaluate_spans``.
+    """
     # All labels together, then each.
     groups = [[*labels], *([label] for label in labels)]
     f1 = np.empty((len(texts), len(groups)))
@@ -278,27 +308,17 @@ def evaluate_spans(
             exact = [{span for span in spans if span.label in group} for spans in pair]
             counts[:, i, j] = len(exact[0] & exact[1]), len(exact[1]), len(exact[0])
     draws = np.random.default_rng(seed).multinomial(
-        len(texts), [1 / len(texts)] * len(texts), size=bootstrap
+        len(texts), [1 / len(texts)] * len(texts), size=resamples
     )
     weights = np.vstack([np.ones(len(texts)), draws])
     hits, claims, truths = (weights @ own for own in counts)
     with np.errstate(invalid="ignore"):
-        values = {
+        return {
             "character_f1": weights @ f1 / len(texts),
             "precision": hits / claims,
             "recall": hits / truths,
             "f1": 2 * hits / (claims + truths),
         }
-    estimates = [
-        {name: Estimate.of(own[:, j]) for name, own in values.items()} for j in range(len(groups))
-    ]
-    sums = counts[2, :, 1:].sum(0).astype(int).tolist()
-    return SpanReport(
-        len(texts),
-        estimates[0],
-        dict(zip(labels, estimates[1:], strict=True)),
-        dict(zip(labels, sums, strict=True)),
-    )
 
 
 def _number(value: float) -> float | None:

@@ -122,7 +122,7 @@ def fit_spans(
     warnings += shared_texts(training, validation)
     # Whatever the template writes has no label.
     options = replace(options, reads=Reads(side, template=False))
-    split = partial(_split, backbone, options=options, source=source)
+    split = partial(span_split, backbone, options=options, source=source)
     learned, _ = split(training, title="Training texts")
     measured, places = split(validation, title="Validation texts")
     dataset = ProbeDataset(backbone, learned, measured, given_sha256=given)
@@ -153,7 +153,7 @@ def fit_spans(
     return FittedSpans(probe, report, fitted.report, tuple(warnings))
 
 
-def _split(
+def span_split(
     backbone: TransformersBackbone,
     examples: SpanExamples,
     *,

@@ -23,6 +23,8 @@ from sidelight_lab.baselines.training import finite
 
 # A text as transformers' Trainer takes it: input_ids, read (which tokens are pooled), labels.
 Item = dict[str, Tensor]
+# The label of a token that has none, as in transformers.
+UNLABELLED = -100
 # Padded tokens of a forward and backward pass: what is kept for the backward pass is large.
 _PASS_TOKENS = 4096
 
@@ -33,11 +35,16 @@ class SequenceClassifier(nn.Module):
     Args:
         body: A model of ``transformers`` without its language-model head.
         dataset: What it will be trained on.
-        pooling: ``mean`` of the tokens that are read, or the ``last`` of them.
+        pooling: ``mean`` of the tokens that are read, or the ``last`` of them; with ``none`` each
+            of them has logits and labels of its own.
     """
 
     def __init__(
-        self, body: Any, dataset: ProbeDataset, *, pooling: Literal["mean", "last"] = "mean"
+        self,
+        body: Any,
+        dataset: ProbeDataset,
+        *,
+        pooling: Literal["mean", "last", "none"] = "mean",
     ):
         super().__init__()
         self.body = body
@@ -57,6 +64,9 @@ class SequenceClassifier(nn.Module):
         with torch.autocast(input_ids.device.type, dtype=torch.bfloat16):
             output = self.body(input_ids=input_ids, attention_mask=present.long())
         hidden = output.last_hidden_state.float()
+        if self._pooling == "none":
+            logits = self.head(hidden)
+            return {"loss": self._loss(logits[read], labels[read]), "logits": logits}
         if self._pooling == "mean":
             pooled = (hidden * (read / read.sum(1, keepdim=True))[:, :, None]).sum(1)
         else:
@@ -113,7 +123,11 @@ class FineTuned(Baseline):
 
         def metrics(evaluated: Any) -> dict[str, float]:
             logits = finite(evaluated.predictions, learning_rate=self.learning_rate)
-            return {"score": validation_score(dataset.task, logits, evaluated.label_ids)}
+            labels = evaluated.label_ids
+            if labels.ndim == 3:
+                is_labelled = labels[..., 0] != UNLABELLED
+                logits, labels = logits[is_labelled], labels[is_labelled]
+            return {"score": validation_score(dataset.task, logits, labels)}
 
         fitting = max(1, _PASS_TOKENS // max(len(item["input_ids"]) for item in training))
         pass_texts = next(n for n in range(fitting, 0, -1) if self.batch_size % n == 0)
@@ -168,17 +182,31 @@ class FineTuned(Baseline):
 def _padded(items: Sequence[Item]) -> dict[str, Tensor]:
     """A batch, padded on the right."""
     present = [torch.ones_like(item["read"]) for item in items]
+    labels = [item["labels"] for item in items]
+    of_tokens = labels[0].dim() == 2
     return {
         "input_ids": pad_sequence([item["input_ids"] for item in items], batch_first=True),
         "present": pad_sequence(present, batch_first=True),
         "read": pad_sequence([item["read"] for item in items], batch_first=True),
-        "labels": torch.stack([item["labels"] for item in items]),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=UNLABELLED)
+        if of_tokens
+        else torch.stack(labels),
     }
 
 
-@torch.inference_mode()
 def score_items(model: nn.Module, items: Sequence[Item]) -> Float[np.ndarray, "text output"]:
     """The logits of all texts, in their order."""
+    return torch.stack(_logits_of(model, items)).numpy()
+
+
+def score_tokens(model: nn.Module, items: Sequence[Item]) -> list[Float[np.ndarray, "_ output"]]:
+    """Of each text the logits of the tokens that are read, by a model that does not pool them."""
+    pairs = zip(items, _logits_of(model, items), strict=True)
+    return [own[: len(item["read"])][item["read"]].numpy() for item, own in pairs]
+
+
+@torch.inference_mode()
+def _logits_of(model: nn.Module, items: Sequence[Item]) -> list[Tensor]:
     model.eval()
     device = next(model.parameters()).device
     lengths = [len(item["input_ids"]) for item in items]
@@ -189,7 +217,7 @@ def score_items(model: nn.Module, items: Sequence[Item]) -> Float[np.ndarray, "t
             logits = model(**{name: part.to(device) for name, part in batch.items()})["logits"]
             found |= dict(zip(rows, logits.cpu(), strict=True))
             shown.advance(sum(lengths[row] for row in rows))
-    return torch.stack([found[row] for row in range(len(items))]).numpy()
+    return [found[row] for row in range(len(items))]
 
 
 @dataclass(frozen=True)
@@ -289,7 +317,7 @@ class FineTunedEncoder(FineTuned):
                     "labels": label,
                 }
                 for own, label in zip(
-                    encoder.ids(split), torch.from_numpy(split.labels), strict=True
+                    encoder.ids(split.texts), torch.from_numpy(split.labels), strict=True
                 )
             ]
 

@@ -3,8 +3,9 @@
 import json
 import sys
 import tempfile
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -14,6 +15,7 @@ from sidelight.storage import write_json
 from sidelight_lab.cli.options import AT_LEAST_TWO, POSITIVE, names, publish, split_numbers
 
 if TYPE_CHECKING:
+    from sidelight.data.spans import SpanExamples
     from sidelight_lab.redteam.attacks import Messages
 
 
@@ -155,6 +157,70 @@ def bench_everyday(
             click.echo(f"Real prompts and padding are left out: {error}", err=True)
     examples = load_examples(data, text=text, label=label, task=classifier.probe.task)
     record = measure_everyday(target, examples, prompts=prompts, own=own, **given)
+    publish(record, out, as_json=as_json)
+
+
+@bench.command(
+    "spans",
+    epilog=options.examples(
+        "sidelight bench spans --data t.jsonl --validation v.jsonl --test test.jsonl --out spans",
+    ),
+)
+@options.training("And every setting of the optimisation of `sidelight train`.")
+@click.option("--test", required=True, help="Texts to measure on.")
+@click.option("--spans", default="spans", help="Column of the spans.")
+@click.option("--seeds", type=options.AT_LEAST_ONE, default=3, help="Of the probe of all layers.")
+@click.option(
+    "--rivals",
+    callback=names,
+    default="last layer,mean of layers,lexicon,window,encoder",
+    help="What stands beside it.  ",
+)
+@options.as_json
+@options.backbone
+def bench_spans(
+    runtime: options.Runtime,
+    inputs: options.TrainingInputs,
+    assigned: dict[str, str],
+    out: Path,
+    as_json: bool,
+    test: str,
+    spans: str,
+    seeds: int,
+    rivals: list[str],
+) -> None:
+    """Compare a probe of spans with rivals that learn from the same texts.
+
+    Rivals are the same probe of the last layer alone and of the mean over layers, the words of
+    labelled spans (lexicon), a logistic regression on TF-IDF of a word and its neighbours (window),
+    and a MiniLM that is fine-tuned to label its tokens (encoder). Differences are paired by text.
+    """
+    from sidelight.data.examples import validation_share
+    from sidelight.data.spans import load_spans
+    from sidelight.smollm2 import cache_root
+    from sidelight.training.settings import TrainingSettings, suggested_settings
+    from sidelight_lab.bench.spans import compare_spans
+
+    kinds = {field.name: field.type for field in fields(TrainingSettings)}
+    settings = suggested_settings("spans").changed(**options.typed(assigned, kinds))
+    given = replace(inputs.fit_options(), seeds=tuple(range(seeds)), settings={"spans": settings})
+    training, validation = inputs.load(spans)
+    if validation is None:
+        training, validation = training.split(validation_share(len(training)), seed=0)
+    tested = load_spans(
+        test, text=inputs.text, response=inputs.response, spans=spans, task=training.task
+    )
+    for warning in (*training.warnings, *validation.warnings, *tested.warnings):
+        click.echo(f"Warning: {warning}", err=True)
+    with tempfile.TemporaryDirectory(dir=inputs.cache) as scratch:
+        kept = given.cache_root or cache_root() / "activations"
+        record = compare_spans(
+            runtime.load_backbone(),
+            *(cast("SpanExamples", texts) for texts in (training, validation, tested)),
+            options=given,
+            root=kept if inputs.keep_cache else Path(scratch),
+            rivals=rivals,
+        )
     publish(record, out, as_json=as_json)
 
 

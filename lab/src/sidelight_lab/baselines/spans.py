@@ -1,0 +1,146 @@
+"""What probes of spans are compared with: each gives logits to the tokens or words of texts.
+
+Calibration and thresholds are not here: ``bench/spans.py`` gives all rows those of a probe.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
+
+from sidelight.data.spans import SpanExamples, span_text
+from sidelight.spans import token_labels, words
+from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.spans import TokenPlaces, TokenScores
+from sidelight_lab.baselines.encoders import Encoder
+from sidelight_lab.baselines.fine_tuning import (
+    UNLABELLED,
+    FineTunedEncoder,
+    Item,
+    SequenceClassifier,
+    score_tokens,
+)
+
+# Gives the characters and the logits of each text's tokens.
+Scorer = Callable[[SpanExamples], tuple[TokenPlaces, TokenScores]]
+
+# Words that the lexicon adds to those that it has seen, with the share of labelled ones.
+_PRIOR_WORDS = 4.0
+# Words on each side of a word, and lengths of its parts, that the window's regression reads.
+_WINDOW = 3
+_PARTS = (1, 2, 3, 4)
+# Inverse penalties, of which validation texts choose one.
+_STRENGTHS = (1.0, 10.0)
+
+
+def lexicon(dataset: ProbeDataset) -> Iterator[Scorer]:
+    """How often each word was labelled in training, whatever stood beside it."""
+    names, labels = _labelled_words(dataset.training)
+    seen, base = Counter(names), labels.mean(0)
+    hits: dict[str, np.ndarray] = dict.fromkeys(seen, np.zeros(len(base)))
+    for name, own in zip(names, labels, strict=True):
+        hits[name] = hits[name] + own
+
+    def logits(text: str) -> list[np.ndarray]:
+        found = [(name, hits.get(name, 0) + _PRIOR_WORDS * base) for name in _names(text)]
+        return [np.log(own) - np.log(seen[name] + _PRIOR_WORDS - own) for name, own in found]
+
+    yield _of_words(logits, dataset)
+
+
+def window(dataset: ProbeDataset) -> Iterator[Scorer]:
+    """Logistic regressions on TF-IDF of a word's letters, its shape, and the words around it."""
+    _, labels = _labelled_words(dataset.training)
+    # What it is given is a list of features already.
+    options: dict[str, Any] = {"analyzer": list, "min_df": 2}
+    vectorizer: Any = TfidfVectorizer(**options)
+    inputs = vectorizer.fit_transform(
+        [own for item in dataset.training.examples.items for own in _features(span_text(item))]
+    )
+    targets = labels if labels.shape[1] > 1 else labels[:, 0]
+    for strength in _STRENGTHS:
+        model: Any = OneVsRestClassifier(LogisticRegression(C=strength, solver="liblinear"))
+        model.fit(inputs, targets.astype(int))
+
+        def logits(text: str, model: Any = model) -> Any:
+            return model.decision_function(vectorizer.transform(_features(text)))
+
+        yield _of_words(logits, dataset)
+
+
+def encoder(dataset: ProbeDataset, tuning: FineTunedEncoder | None = None) -> Iterator[Scorer]:
+    """A second model that reads in both directions, fine-tuned to label its tokens."""
+    tuning = tuning or FineTunedEncoder()
+    reader = Encoder(tuning.path, max_tokens=tuning.max_tokens)
+
+    def items_of(examples: SpanExamples) -> tuple[list[Item], TokenPlaces]:
+        texts = [span_text(item) for item in examples.items]
+        places = reader.places(texts)
+        items: list[Item] = []
+        rows = zip(texts, reader.ids(texts), places, examples.spans, strict=True)
+        for text, ids, own, spans in rows:
+            is_read = torch.tensor([start < end for start, end in own])
+            labels = torch.from_numpy(token_labels(text, own, spans, examples.span_labels)).long()
+            labels[~is_read] = UNLABELLED
+            items.append({"input_ids": torch.tensor(ids), "read": is_read, "labels": labels})
+        return items, [[place for place in own if place[0] < place[1]] for own in places]
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SequenceClassifier(reader.body, dataset, pooling="none")
+        model = model.to(dataset.backbone.device)
+    tuning.tune(model, dataset, lambda split: items_of(_span_examples(split))[0], seed=0)
+
+    def scores(examples: SpanExamples) -> tuple[TokenPlaces, TokenScores]:
+        items, places = items_of(examples)
+        return places, score_tokens(model, items)
+
+    yield scores
+
+
+def _span_examples(split: Split) -> SpanExamples:
+    assert isinstance(split.examples, SpanExamples)
+    return split.examples
+
+
+def _names(text: str) -> list[str]:
+    return [text[start:end].lower() for start, end in words(text)]
+
+
+def _labelled_words(split: Split) -> tuple[list[str], np.ndarray]:
+    """All words of some texts, and the labels of each."""
+    examples = _span_examples(split)
+    rows = [
+        (span_text(item), own) for item, own in zip(examples.items, examples.spans, strict=True)
+    ]
+    labels = [token_labels(text, words(text), own, examples.span_labels) for text, own in rows]
+    return [name for text, _ in rows for name in _names(text)], np.concatenate(labels)
+
+
+def _features(text: str) -> list[list[str]]:
+    """Of each word."""
+    names, features = _names(text), list[list[str]]()
+    for place, (start, end) in enumerate(words(text)):
+        word = f"<{text[start:end]}>"
+        parts = [word[i : i + size] for size in _PARTS for i in range(len(word) - size + 1)]
+        shape = re.sub(r"\d", "0", re.sub(r"[A-Z]", "A", re.sub(r"[a-z]", "a", word)))
+        near = range(max(0, place - _WINDOW), min(len(names), place + _WINDOW + 1))
+        features.append([*parts, shape, *(f"{i - place}:{names[i]}" for i in near)])
+    return features
+
+
+def _of_words(logits: Callable[[str], Any], dataset: ProbeDataset) -> Scorer:
+    outputs = dataset.task.outputs
+
+    def scores(examples: SpanExamples) -> tuple[TokenPlaces, TokenScores]:
+        texts = [span_text(item) for item in examples.items]
+        rows = [logits(text) if words(text) else [] for text in texts]
+        return [*map(words, texts)], [np.array(own, float).reshape(-1, outputs) for own in rows]
+
+    return scores

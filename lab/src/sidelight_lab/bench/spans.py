@@ -1,0 +1,284 @@
+"""How well probes find spans, beside rivals that learn from the same texts.
+
+Validation texts choose, calibrate and set the thresholds of every row, by the product's own code;
+test texts are read once all rows are fitted.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sidelight.backbone import TransformersBackbone
+from sidelight.data.spans import SpanExamples, span_text
+from sidelight.errors import SidelightError, did_you_mean
+from sidelight.evaluation import Estimate, SpanReport, measure_span_resamples
+from sidelight.mechanisms.spans import Spans
+from sidelight.probe import Probe
+from sidelight.progress import Progress
+from sidelight.prompts import Reads
+from sidelight.ragged import Ragged
+from sidelight.spans import Span, SpanRule
+from sidelight.standardisation import normalised
+from sidelight.states.cache import ActivationCache
+from sidelight.states.extraction import BackboneSource, StateSource, extract
+from sidelight.thresholds import F1
+from sidelight.training.dataset import ProbeDataset
+from sidelight.training.settings import FitOptions
+from sidelight.training.spans import calibrate_spans, fit_spans, span_split
+from sidelight.types import Values
+from sidelight_lab.baselines import spans as baselines
+from sidelight_lab.baselines.spans import Scorer
+from sidelight_lab.bench.measurement import Record, conditions, table
+from sidelight_lab.tables.figures import difference
+
+OURS = "all layers"
+# Probes of one layer, and whether that is the mean over all.
+_ONE_LAYER = {"last layer": False, "mean of layers": True}
+_BASELINES: dict[str, Callable[[ProbeDataset], Iterable[Scorer]]] = {
+    "lexicon": baselines.lexicon,
+    "window": baselines.window,
+    "encoder": baselines.encoder,
+}
+RIVALS = (*_ONE_LAYER, *_BASELINES)
+_METRICS = ("character_f1", "precision", "recall", "f1")
+_COMPARED = ("character_f1", "f1")
+_RESAMPLES = 1000
+
+# Metrics of some texts and of resamples of them, over all labels and of each.
+Draws = Mapping[str, Float[Values, "draw group"]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A fitted row.
+
+    Attributes:
+        rules: How logits become spans; one for each seed.
+        scorers: Give the logits; likewise.
+        reports: Of validation texts, fold by fold; likewise.
+        lookaheads: How many tokens each probe looks ahead; none for a baseline.
+    """
+
+    rules: Sequence[SpanRule]
+    scorers: Sequence[Scorer]
+    reports: Sequence[SpanReport]
+    lookaheads: Sequence[int] = ()
+
+    def measure(self, test: SpanExamples) -> list[Draws]:
+        """With each seed."""
+        texts, labels = [span_text(item) for item in test.items], test.span_labels
+        draws: list[Draws] = []
+        for rule, score in zip(self.rules, self.scorers, strict=True):
+            rows = zip(texts, *score(test), strict=True)
+            spans: list[list[Span]] = [rule.spans(*row, labels) for row in rows]
+            draws.append(
+                measure_span_resamples(texts, test.spans, spans, labels, resamples=_RESAMPLES)
+            )
+        return draws
+
+
+class _OneLayer(BackboneSource):
+    """The last layer's states, or the mean over layers, from those of all layers on disk."""
+
+    def __init__(self, backbone: TransformersBackbone, root: Path, *, is_mean: bool):
+        super().__init__(backbone)
+        self.engine = "mean of layers" if is_mean else "last layer"
+        self._root = root
+        self._is_mean = is_mean
+
+    def states(
+        self, cache: ActivationCache, rows: Sequence[int], shown: Progress
+    ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
+        """From a cache of the same texts, which is filled if it is not there."""
+        fingerprint = self.backbone.fingerprint
+        whole = ActivationCache(
+            self._root, cache.prompts, reads=cache.reads, fingerprint=fingerprint
+        )
+        extract(BackboneSource(self.backbone), whole)
+        for row in rows:
+            hidden = whole.text(row)
+            if self._is_mean:
+                # Layers differ in size by a factor of hundreds.
+                hidden = torch.stack([*map(normalised, hidden)]).mean(0, keepdim=True)
+            yield {row: hidden[-1:].bfloat16()}
+            shown.advance(len(cache.prompts[row]))
+
+
+def compare_spans(
+    backbone: TransformersBackbone,
+    training: SpanExamples,
+    validation: SpanExamples,
+    test: SpanExamples,
+    *,
+    options: FitOptions,
+    root: Path,
+    rivals: Sequence[str],
+) -> Record:
+    """Fits all rows, then finds the spans of the test texts.
+
+    Args:
+        backbone: The frozen LLM.
+        training: Texts that all rows learn from.
+        validation: Texts that choose, calibrate and set thresholds.
+        test: Texts that are measured.
+        options: Of the probes; rivals have one seed.
+        root: Folder of the hidden states, which stay there.
+        rivals: Some of ``RIVALS``.
+    """
+    for rival in rivals:
+        if rival not in RIVALS:
+            raise SidelightError(f"Unknown rival '{rival}'.{did_you_mean(rival, RIVALS)}")
+    reads = Reads(options.reads.side, template=False)
+    options = replace(options, reads=reads, cache_root=root, keep_cache=True)
+    rows = {OURS: _probes(backbone, None, training, validation, options)}
+    alone = copy(backbone)
+    alone.fingerprint = replace(backbone.fingerprint, layers=1)
+    learned, measured = (
+        span_split(backbone, texts, options=options, source=None, title="Texts")[0]
+        for texts in (training, validation)
+    )
+    dataset = ProbeDataset(backbone, learned, measured)
+    for rival in rivals:
+        if rival in _ONE_LAYER:
+            source = _OneLayer(backbone, root, is_mean=_ONE_LAYER[rival])
+            one_seed = replace(options, seeds=options.seeds[:1])
+            rows[rival] = _probes(alone, source, training, validation, one_seed)
+        else:
+            candidates = [_calibrated(score, validation) for score in _BASELINES[rival](dataset)]
+            rows[rival] = max(candidates, key=lambda row: _worth(row.reports[0]))
+    draws = {name: row.measure(test) for name, row in rows.items()}
+    counts = Counter(span.label for spans in test.spans for span in spans)
+    labels = sorted(test.span_labels, key=lambda label: -counts[label])
+    results = {name: _described(row, draws[name], draws[OURS], test) for name, row in rows.items()}
+    sizes = {"training": len(training), "validation": len(validation), "test": len(test)}
+    return Record(
+        "spans",
+        conditions(backbone, sizes),
+        {"spans": {label: counts[label] for label in labels}, "rows": results},
+        _tables(results, {label: counts[label] for label in labels}),
+    )
+
+
+def _probes(
+    backbone: TransformersBackbone,
+    source: StateSource | None,
+    training: SpanExamples,
+    validation: SpanExamples,
+    options: FitOptions,
+) -> Row:
+    """What ``sidelight train --spans`` makes with each seed."""
+    fits = [
+        fit_spans(
+            backbone,
+            training,
+            validation,
+            name="spans",
+            options=replace(options, seeds=(seed,)),
+            source=source,
+        )
+        for seed in options.seeds
+    ]
+    probes = [fitted.probe for fitted in fits]
+    return Row(
+        [probe.spans for probe in probes if probe.spans is not None],
+        [partial(_token_logits, backbone, source, options, probe) for probe in probes],
+        [fitted.report for fitted in fits],
+        [int(probe.spec.options["lookahead"]) for probe in probes],
+    )
+
+
+@torch.inference_mode()
+def _token_logits(
+    backbone: TransformersBackbone,
+    source: StateSource | None,
+    options: FitOptions,
+    probe: Probe,
+    examples: SpanExamples,
+) -> tuple[list[list[tuple[int, int]]], list[Float[np.ndarray, "_ label"]]]:
+    """Those that ``find_spans`` computes, from hidden states that all seeds share."""
+    split, places = span_split(
+        backbone, examples, options=options, source=source, title="Test texts"
+    )
+    mechanism, projection = probe.mechanism, probe.projection()
+    assert isinstance(mechanism, Spans)
+    logits: list[np.ndarray] = []
+    for row in range(len(split)):
+        columns = projection.layers(split.states.text(row).float()).transpose(0, 1)
+        state = mechanism.summarise(Ragged(columns, torch.tensor([len(columns)])))
+        logits.append(mechanism.token_logits(state).values.double().numpy())
+    return places, logits
+
+
+def _calibrated(score: Scorer, validation: SpanExamples) -> Row:
+    rule, report = calibrate_spans(validation, *score(validation), rule=F1, bootstrap=0)
+    return Row([rule], [score], [report])
+
+
+def _worth(report: SpanReport) -> float:
+    """As the lookahead of a probe is chosen."""
+    return float(np.mean([own["character_f1"].value or 0.0 for own in report.per_label.values()]))
+
+
+def _described(
+    row: Row, draws: Sequence[Draws], ours: Sequence[Draws], test: SpanExamples
+) -> dict[str, Any]:
+    """A row's figures as JSON-ready values: means over seeds, with intervals over texts."""
+    means = {name: np.mean([own[name] for own in draws], 0) for name in _METRICS}
+    gains = {
+        name: difference(np.mean([own[name] for own in ours], 0)[:, 0], means[name][:, 0])
+        for name in _COMPARED
+    }
+
+    def of_group(group: int) -> dict[str, Any]:
+        return {name: Estimate.of(own[:, group]).to_dict() for name, own in means.items()}
+
+    return {
+        **of_group(0),
+        "seeds": [float(own["character_f1"][0, 0]) for own in draws],
+        "validation": [report.metrics["character_f1"].value for report in row.reports],
+        "lookaheads": [*row.lookaheads],
+        "ours_minus_this": {
+            name: {**gain.estimate.to_dict(), "p": gain.p_value} for name, gain in gains.items()
+        },
+        "per_label": {
+            label: of_group(group) for group, label in enumerate(test.span_labels, start=1)
+        },
+    }
+
+
+def _tables(results: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) -> Sequence[str]:
+    """All rows over all labels; and if there are several, the F1 of each label's exact spans."""
+    headings = ["row", *(name.replace("_", " ") for name in _METRICS)]
+    headings += ["of each seed", "on validation texts", "lookahead"]
+    headings += [f"{OURS} - row, {name.replace('_', ' ')}" for name in _COMPARED]
+    lines = [
+        [
+            name,
+            *(_shown(row[metric]) for metric in _METRICS),
+            *(", ".join(f"{value:.3f}" for value in row[part]) for part in ("seeds", "validation")),
+            ", ".join(map(str, row["lookaheads"])) or "-",
+            *("" if name == OURS else _shown(row["ours_minus_this"][one]) for one in _COMPARED),
+        ]
+        for name, row in results.items()
+    ]
+    tables = [table("Means over seeds [95 % interval over test texts]", headings, lines)]
+    if len(counts) > 1:
+        by_label = [
+            [label, count, *(_shown(row["per_label"][label]["f1"]) for row in results.values())]
+            for label, count in counts.items()
+        ]
+        tables.append(table("F1 of exact spans", ["label", "spans", *results], by_label))
+    return tables
+
+
+def _shown(estimate: Mapping[str, Any]) -> str:
+    return str(Estimate(estimate["value"], *estimate["ci"]))

@@ -1,0 +1,111 @@
+"""Probes of spans beside rivals, on texts in which numbers and shouts are labelled."""
+
+import json
+import random
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from commands import run, saved
+from sidelight.data.spans import load_spans
+from sidelight.evaluation import evaluate_spans
+from sidelight.prompts import Reads
+from sidelight.thresholds import F1
+from sidelight.training.dataset import ProbeDataset
+from sidelight.training.settings import FitOptions
+from sidelight.training.spans import calibrate_spans, span_split
+from sidelight_lab.baselines import spans as baselines
+from sidelight_lab.baselines.fine_tuning import FineTunedEncoder
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
+ALPHABETS = {"word": "abcde", "NUMBER": "123456", "SHOUT": "VWXYZ"}
+
+
+def rows(count, seed):
+    draw = random.Random(seed)
+    made = []
+    for _ in range(count):
+        text, spans = "", []
+        for _ in range(draw.randint(2, 6)):
+            kind = draw.choice(["word", "word", "NUMBER", "SHOUT"])
+            word = "".join(draw.choices(ALPHABETS[kind], k=draw.randint(3, 6)))
+            if kind != "word":
+                spans.append({"start": len(text), "end": len(text) + len(word), "label": kind})
+            text += word + " a "
+        made.append({"text": text, "spans": spans})
+    return made
+
+
+def test_all_rows_are_measured_on_the_same_texts_and_compared_with_ours(tiny, tmp_path, capsys):
+    for name, seed in {"train": 0, "validation": 1, "test": 2}.items():
+        lines = "\n".join(map(json.dumps, rows(60, seed)))
+        (tmp_path / f"{name}.jsonl").write_text(lines, "utf-8")
+    files = [f"--{name}={tmp_path / name}.jsonl" for name in ("validation", "test")]
+    rivals = "last layer,mean of layers,lexicon,window"
+    command = ["bench", "spans", f"--data={tmp_path}/train.jsonl", *files, "--seeds=2"]
+    command += ["--set=epochs=2", f"--set=cache={tmp_path}", f"--out={tmp_path / 'out'}"]
+    command += [f"--model={saved(tiny, tmp_path / 'model')}"]
+    assert run(*command, f"--rivals={rivals}") == 0
+    record = json.loads((tmp_path / "out" / "spans.json").read_text())
+    assert [*record["rows"]] == ["all layers", *rivals.split(",")]
+    ours = record["rows"]["all layers"]
+    assert len(ours["seeds"]) == len(ours["lookaheads"]) == 2
+    assert ours["character_f1"]["value"] == pytest.approx(sum(ours["seeds"]) / 2)
+    for row in record["rows"].values():
+        for metric, gain in row["ours_minus_this"].items():
+            assert gain["value"] == pytest.approx(ours[metric]["value"] - row[metric]["value"])
+        assert row["character_f1"]["ci"][0] <= row["character_f1"]["value"]
+        assert {*row["per_label"]} == {"NUMBER", "SHOUT"}
+    # Letters tell what no lexicon holds.
+    assert record["rows"]["window"]["f1"]["value"] > 0.9 > record["rows"]["lexicon"]["f1"]["value"]
+    assert record["rows"]["window"]["per_label"]["SHOUT"]["f1"]["value"] > 0.9
+    assert capsys.readouterr().out.count("| window") == 1
+    # Hidden states of a run that keeps none are gone.
+    assert not [*tmp_path.rglob("[0-9]*.safetensors")]
+    assert run(*command, "--rivals=lexikon") == 2
+    assert "Did you mean 'lexicon'" in capsys.readouterr().err
+
+
+def test_an_encoder_learns_to_label_its_tokens(tiny, tmp_path):
+    letters = sorted({letter for alphabet in ALPHABETS.values() for letter in alphabet})
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{c}" for c in letters),
+    ]
+    BertTokenizerFast(
+        vocab={word: index for index, word in enumerate(vocabulary)}, do_lower_case=False
+    ).save_pretrained(tmp_path / "bert")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
+    config = BertConfig(
+        vocab_size=len(vocabulary), num_hidden_layers=2, num_attention_heads=2, **sizes
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    options = FitOptions(reads=Reads("prompt", template=False), cache_root=tmp_path)
+    texts = [load_spans(rows(80, seed)) for seed in (0, 1)]
+    splits = [
+        span_split(tiny, own, options=options, source=None, title="Texts")[0] for own in texts
+    ]
+    tuning = FineTunedEncoder(
+        path=str(tmp_path / "bert"), epochs=8, batch_size=8, learning_rate=1e-2
+    )
+    (score,) = baselines.encoder(ProbeDataset(tiny, *splits), tuning)
+    rule, _ = calibrate_spans(texts[1], *score(texts[1]), rule=F1, bootstrap=0)
+    test = load_spans(rows(40, 2))
+    places, logits = score(test)
+    assert all(map(len, places))
+    labels = test.span_labels
+    found = [
+        rule.spans(item.text, *own, labels)
+        for item, *own in zip(test.items, places, logits, strict=True)
+    ]
+    report = evaluate_spans(
+        [item.text for item in test.items], test.spans, found, labels, bootstrap=0
+    )
+    assert report.metrics["f1"].value > 0.9
