@@ -16,7 +16,7 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
 from sidelight.prompts import Reads
 from sidelight.thresholds import read_curves
-from tiny import INTENT, TOPICS, tiny_backbone, untrained_probe
+from tiny import INTENT, PIECES, TOPICS, spans_probe, tiny_backbone, untrained_probe
 
 pytestmark = [needs_chromium, pytest.mark.xdist_group("playground")]
 KEY = "user-key"
@@ -291,6 +291,117 @@ def test_the_slider_says_what_a_threshold_catches_and_writes_a_policy_that_the_s
     assert policy.output["refusal"].mode == "block"
     curve = read_curves(probes[0].record["validation"]["curves"])["toxic"]
     assert min(abs(policy.input["toxicity"].threshold - each) for each in curve.thresholds) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def labelling(backbone):
+    """A probe of prompts and one of answers that label words."""
+    sides = {"early": "prompt", "late": "response"}
+    return [
+        with_curves(spans_probe(backbone, name, side=side, threshold=0.6))
+        for name, side in sides.items()
+    ]
+
+
+def marks(article):
+    """The marked words of a message, each with its labels."""
+    return article.locator("mark").evaluate_all(
+        "all => all.map(mark => [mark.firstChild.data, mark.lastChild.lastChild.data])"
+    )
+
+
+def labelled(text, spans):
+    """The words of overlapping spans, each with all labels, from the spans themselves."""
+    runs = []
+    for span in spans:
+        start, end = span["start"], span["end"]
+        if runs and start < runs[-1][1]:
+            start, last, labels = runs.pop()
+            end, labels = max(last, end), labels | {span["label"]: None}
+        else:
+            labels = {span["label"]: None}
+        runs.append((start, end, labels))
+    return [[text[start:end], ", ".join(labels)] for start, end, labels in runs]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_words_that_probes_label_are_marked_in_prompts_and_answers(
+    browser, backbone, labelling, scheme
+):
+    texts = ["Is 💶 for Ann Lee in Rome?", "Or <b>for</b> Bo?"]
+    turns = []
+    with (
+        served(TransformersEngine(backbone, labelling), playground=True) as address,
+        page_at(browser, f"{address}/playground", color_scheme=scheme) as page,
+    ):
+        page.get_by_text(f"{MODEL}, 2 probes").wait_for()
+        for number, text in enumerate(texts):
+            say(page, text)
+            page.get_by_text("20 tokens, then").nth(number).wait_for()
+            turns.append({"role": "user", "content": text})
+            body = {"model": MODEL, "messages": turns, "max_tokens": 20, "temperature": 0}
+            said = ask(address, "/v1/chat/completions", body)
+            turns.append(said["choices"][0]["message"])
+            early, late = (verdict["spans"] for verdict in said["sidelight"]["verdicts"])
+            own = [span for span in early if span.get("message", 2 * number) == 2 * number]
+            for who, content, spans in (("You", text, own), (MODEL, turns[-1]["content"], late)):
+                article = page.get_by_role("article", name=who).nth(number)
+                assert marks(article) == labelled(content, spans)
+                assert marks(article)
+        assert {label for _, label in marks(page)} >= {*PIECES.labels}
+        title = page.locator("mark").first.get_attribute("title")
+        assert re.match(r"“.+” (NAME|PLACE) [01]\.\d\d, by early", title)
+        assert violations(page) == []
+        # Shaded words have no marks, and they come back.
+        asked = page.get_by_role("article", name="You").last
+        before = marks(asked)
+        chip = asked.get_by_role("button", name="early")
+        chip.click()
+        asked.locator("small").first.wait_for(state="detached")
+        chip.click()
+        assert marks(asked) == before
+
+
+def test_words_that_a_rule_replaces_are_shown_as_sent(browser, backbone, labelling):
+    # This key sees the spans of the text as it was.
+    policy = Policy(output={"late": Rule("redact", disclose="scores")})
+    with (
+        served(TransformersEngine(backbone, labelling), policy=policy, playground=True) as address,
+        page_at(browser, f"{address}/playground") as page,
+    ):
+        page.get_by_text(f"{MODEL}, 2 probes").wait_for()
+        say(page)
+        page.get_by_text("20 tokens, then").wait_for()
+        answer = page.get_by_role("article", name=MODEL)
+        assert re.search(r"\[(NAME|PLACE)\]", answer.locator(".text").inner_text())
+        assert marks(answer) == []
+        assert marks(page.get_by_role("article", name="You"))
+
+
+def test_only_a_probe_that_labels_words_can_be_told_to_replace_them(
+    browser, backbone, probes, labelling, tmp_path
+):
+    loaded = [*labelling, *probes[:1]]
+    with (
+        served(TransformersEngine(backbone, loaded), playground=True) as address,
+        page_at(browser, f"{address}/playground") as page,
+    ):
+        page.get_by_text(f"{MODEL}, 3 probes").wait_for()
+        choose(page, "Thresholds")
+        chosen = page.get_by_role("combobox", name="Probe", exact=True)
+        mode = page.get_by_label("What a flag does")
+        redact = mode.locator("[value=redact]")
+        chosen.select_option("toxicity")
+        assert redact.is_disabled()
+        for name in ("early", "late"):
+            chosen.select_option(name)
+            assert redact.is_enabled()
+            mode.select_option("redact")
+        path = tmp_path / "policy.toml"
+        path.write_text(page.get_by_role("region", name="Policy file").inner_text())
+    policy = read_policy(path)
+    require_policy_applies(policy, loaded)
+    assert policy == Policy(input={"early": Rule("redact")}, output={"late": Rule("redact")})
 
 
 def test_two_probes_judge_the_same_text_side_by_side(page, address):

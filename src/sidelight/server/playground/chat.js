@@ -1,8 +1,8 @@
-// The chat: streamed text, verdicts as they come, running scores, and shaded words.
+// The chat: streamed text, verdicts as they come, running scores, marked and shaded words.
 
 import { stream, why } from "./api.js";
 import { el, find } from "./dom.js";
-import { chip, legend, shadedText, strongest } from "./explain.js";
+import { chip, legend, markedText, shadedText, spansOf, strongest } from "./explain.js";
 
 const WIDTH = 300;
 const invitation = "Press a verdict to shade the words by what they add to it.";
@@ -33,7 +33,7 @@ export function startChat(server, openWhy) {
     const asked = turnOf("You", "user", text), written = turnOf(server.model, "assistant", "");
     const messages = [...turns, { role: "user", content: text }];
     const scores = new Map();
-    let reason = null, tokens = 0;
+    let answer = "", reason = null, tokens = 0;
     asked.state("Judging…");
     log.append(asked.box);
     asked.box.scrollIntoView({ block: "nearest" });
@@ -55,11 +55,19 @@ export function startChat(server, openWhy) {
         }
         if (choice?.delta.role) {
           asked.verdicts(verdicts);
+          asked.mark(text, spansOf(verdicts, messages.length - 1));
           if (verdicts.length) asked.explain(messages, server.model, (name) => openWhy(text, name));
           log.append(written.box);
           written.box.setAttribute("aria-busy", "true");
-        } else if (verdicts) written.verdicts(verdicts);
-        if (choice?.delta.content) written.text.append(choice.delta.content);
+        } else if (verdicts) {
+          written.verdicts(verdicts);
+          // Spans are those of the text as it was before words of it were replaced.
+          if (!server.redacts()) written.mark(answer, spansOf(verdicts, messages.length));
+        }
+        if (choice?.delta.content) {
+          answer += choice.delta.content;
+          written.text.append(choice.delta.content);
+        }
         reason = choice?.finish_reason ?? reason;
         tokens = chunk.usage?.completion_tokens ?? tokens;
       }
@@ -67,7 +75,7 @@ export function startChat(server, openWhy) {
         written.box.classList.add("cut");
         written.state(`✂ Cut by the policy after ${tokens} tokens; the last of them were never sent.`);
       } else written.state(`${tokens} tokens${reason === "length" ? ", then the limit of tokens" : ""}.`);
-      turns = [...messages, { role: "assistant", content: written.text.textContent }];
+      turns = [...messages, { role: "assistant", content: answer }];
     } catch (error) {
       const failed = written.box.isConnected ? written : asked;
       if (error.name === "AbortError") failed.state("Stopped.");
@@ -106,10 +114,14 @@ export function startChat(server, openWhy) {
     const chips = el("ul", { class: "chips", "aria-label": `Verdicts on this ${role === "user" ? "prompt" : "answer"}` });
     const state = el("p", { class: "quiet" }), words = el("div", {});
     const box = el("article", { class: `turn ${role}`, "aria-label": who }, el("div", { class: "who" }, who), text, chips, state, words);
-    let shade = () => {};
+    let shade = () => {}, spans = [];
     chips.hidden = true;
     return {
       box, text,
+      mark(said, labelled) {
+        spans = labelled;
+        text.replaceChildren(...markedText(said, spans));
+      },
       state(message, isError = false) {
         state.textContent = message;
         state.className = isError ? "error" : "quiet";
@@ -131,7 +143,7 @@ export function startChat(server, openWhy) {
           const isOn = pressed.getAttribute("aria-pressed") === "true";
           for (const other of chips.querySelectorAll("[aria-pressed]")) other.setAttribute("aria-pressed", "false");
           words.replaceChildren();
-          text.replaceChildren(content);
+          text.replaceChildren(...markedText(content, spans));
           state.textContent = invitation;
           if (isOn) return;
           pressed.setAttribute("aria-pressed", "true");

@@ -1,4 +1,4 @@
-// Why a probe says what it says: shaded words, and a heat map of tokens and layers.
+// What a probe says, and why: chips, marked and shaded words, a heat map of tokens and layers.
 
 import { el, signed } from "./dom.js";
 
@@ -19,8 +19,39 @@ export function chip(verdict, press) {
     : el("span", { class: look }, ...parts);
 }
 
-// The words of a text with the shares of their tokens. Offsets count characters as Python does, so
-// an emoji is one.
+// The words of one message that verdicts label; a span without a message is of the only one.
+export function spansOf(verdicts, message) {
+  return verdicts.flatMap(({ probe, spans = [] }) => spans
+    .filter((span) => (span.message ?? message) === message)
+    .map((span) => ({ ...span, probe })));
+}
+
+// A text whose labelled words are marked; spans that overlap share a mark. Offsets count characters
+// as Python does, so an emoji is one.
+export function markedText(text, spans) {
+  const characters = Array.from(text), parts = [], runs = [];
+  const slice = (start, end) => characters.slice(start, end).join("");
+  for (const span of [...spans].sort((a, b) => a.start - b.start)) {
+    const run = runs.at(-1);
+    if (run && span.start < run.end) {
+      run.end = Math.max(run.end, span.end);
+      run.spans.push(span);
+    } else runs.push({ start: span.start, end: span.end, spans: [span] });
+  }
+  let written = 0;
+  for (const run of runs) {
+    const told = run.spans.map((span) => `“${slice(span.start, span.end)}” ${span.label} ${span.probability.toFixed(2)}, by ${span.probe}`);
+    const labels = [...new Set(run.spans.map((span) => span.label))].join(", ");
+    parts.push(slice(written, run.start), el(
+      "mark", { title: told.join("; ") }, slice(run.start, run.end),
+      el("small", {}, el("span", { class: "unseen" }, " labelled "), labels),
+    ));
+    written = run.end;
+  }
+  return [...parts, slice(written)];
+}
+
+// The words of a text with the shares of their tokens.
 export function wordShares(text, tokens) {
   const words = [];
   let start = 0;

@@ -14,6 +14,8 @@ const server = {
   model: "", probes: [],
   probe: (name) => server.probes.find((one) => one.name === name),
   limits: (name) => server.probe(name)?.thresholds ?? [],
+  // Whether words of answers are replaced before they are sent.
+  redacts: () => server.probes.some((one) => one.reads !== "prompt" && one.mode === "redact"),
   onProbes: (listen) => listeners.push(listen),
   needsKey() {
     say(find("#key").value ? "The server does not know this key. Enter another one under “Key”." : "This server needs an API key. Enter yours under “Key”.", true);

@@ -116,8 +116,7 @@ export function startThresholds(server) {
     const name = (text) => (/^[\w-]+$/.test(text) ? text : JSON.stringify(text));
     const tables = [...rules].map(([probe, rule]) =>
       `[${rule.side}.${name(probe)}]\nmode = "${rule.mode}"\n`
-      // Words are labelled at the thresholds that training chose for them.
-      + (rule.mode === "redact" ? "" : `threshold = ${rule.threshold}\n`)
+      + (rule.mode === "redact" ? "# Words have thresholds of their own, from training.\n" : `threshold = ${rule.threshold}\n`)
       + (rule.label === null || rule.mode === "redact" ? "" : `# The rule has one threshold, so it counts one label.\nlabels = [${JSON.stringify(rule.label)}]\n`));
     const blocks = [...rules.values()].some((rule) => rule.mode === "block" && rule.side === "input");
     const head = blocks ? '# "trust" if only your application writes system turns: no probe reads them.\nsystem_turns = "refuse"\n\n' : "";
