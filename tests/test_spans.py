@@ -15,6 +15,7 @@ from sidelight.data.spans import load_spans
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
+from sidelight.evaluation import worst_spans_page
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Message, Reads
 from sidelight.spans import (
@@ -132,6 +133,19 @@ def test_a_word_far_less_likely_than_the_surest_of_its_text_is_left_out():
     assert within_margin(scores, None).tolist() == scores.tolist()
     assert within_margin(np.array([1.0, 0.9]), 1.0).tolist() == [1.0, 0.0]
     assert within_margin(np.zeros(2), 1.0).tolist() == [0.0, 0.0]
+
+
+def test_a_page_has_the_worst_texts_first_and_marks_what_is_found_missed_and_wrong():
+    texts = ["all <b> right", TEXT, "Ann and Lee"]
+    actual = [[Span(0, 3, "NAME")], [Span(5, 12, "NAME")], [Span(0, 3, "NAME")]]
+    predicted = [[Span(0, 3, "NAME")], [Span(9, 17, "NAME")], [Span(8, 11, "NAME")]]
+    page = worst_spans_page(texts, actual, predicted, ["NAME"], title="<a>")
+    assert "&lt;a&gt;: the worst 2 texts" in page
+    assert page.index("0.000, text 3") < page.index("0.400, text 2")
+    assert '<span class="missed" title="missed: NAME">Ann </span>' in page
+    assert '<span class="found" title="found: NAME">Lee</span>' in page
+    assert '<span class="wrong" title="wrong: NAME">, now</span>' in page
+    assert "right" not in page
 
 
 def test_character_f1_is_that_of_the_shared_task():
@@ -319,7 +333,9 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     assert run("eval", probe, *texts, "--spans", "pii") == 0
     assert "Left out 1 spans" in capsys.readouterr().err
     texts = write("test.jsonl", 30, 1)
-    assert run("eval", probe, *texts, "--spans", "pii", "--json") == 0
+    pages = tmp_path / "pages"
+    assert run("eval", probe, *texts, "--spans", "pii", "--json", "--plots", str(pages)) == 0
+    assert {path.name for path in pages.iterdir()} == {"thresholds.png", "worst.html"}
     report = json.loads(capsys.readouterr().out)
     assert report["character_f1"]["value"] > 0.9
     assert report["character_f1"]["ci"][0] <= report["character_f1"]["value"]

@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -319,6 +321,59 @@ def measure_span_resamples(
             "recall": hits / truths,
             "f1": 2 * hits / (claims + truths),
         }
+
+
+# Of a page of worst texts.
+_WORST_TEXTS = 50
+_STYLE = """body { font: 16px/1.5 sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em }
+.found { background: #bfe5d3 } .missed { background: #ffd0a8 } .wrong { background: #cfe2f3 }
+p { white-space: pre-wrap; border-top: 1px solid #ccc; padding-top: .5em }"""
+
+
+def worst_spans_page(
+    texts: Sequence[str],
+    actual: Sequence[Sequence[Span]],
+    predicted: Sequence[Sequence[Span]],
+    labels: Sequence[str],
+    *,
+    title: str,
+) -> str:
+    """The texts with the lowest F1 of characters in HTML, with what is found, missed and wrong.
+
+    The arguments are those of ``evaluate_spans``.
+    """
+    rows = zip(texts, actual, predicted, strict=True)
+    flags = [[labelled_characters(text, own, labels) for own in spans] for text, *spans in rows]
+    order = sorted(range(len(texts)), key=lambda i: character_f1(*flags[i]))[:_WORST_TEXTS]
+    shown: list[str] = []
+    for i in order:
+        f1, parts = character_f1(*flags[i]), ""
+        if f1 == 1:
+            break
+        kinds = [
+            tuple(
+                (name, label)
+                for j, label in enumerate(labels)
+                for name, is_kind in (
+                    ("missed", holds[j] and not finds[j]),
+                    ("wrong", finds[j] and not holds[j]),
+                    ("found", finds[j] and holds[j]),
+                )
+                if is_kind
+            )
+            for holds, finds in zip(*flags[i], strict=True)
+        ]
+        for kind, run in groupby(zip(texts[i], kinds, strict=True), key=lambda pair: pair[1]):
+            text = escape("".join(character for character, _ in run))
+            named = escape(", ".join(f"{name}: {label}" for name, label in kind))
+            parts += f'<span class="{kind[0][0]}" title="{named}">{text}</span>' if kind else text
+        shown.append(f"<p>{f1:.3f}, text {i + 1}\n{parts}</p>")
+    legend = " ".join(
+        f'<span class="{name}">{name}</span>' for name in ("found", "missed", "wrong")
+    )
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+    heading = f"<h1>{escape(title)}: the worst {len(shown)} texts</h1>\n{legend}"
+    return "\n".join([f"{head}<style>{_STYLE}</style>", heading, *shown, "</html>"]) + "\n"
 
 
 def _number(value: float) -> float | None:

@@ -173,10 +173,14 @@ class SpanRule:
 
     def read(self, scores: Float[Values, "character label"], labels: Sequence[str]) -> list[Span]:
         """The spans of a text by the probabilities of its characters."""
-        columns = [
-            within_margin(own, margin) for own, margin in zip(scores.T, self.margins, strict=True)
-        ]
-        return read_spans(np.stack(columns, 1), labels, self.thresholds)
+        return read_spans(self.within_margins(scores), labels, self.thresholds)
+
+    def within_margins(
+        self, scores: Float[Values, "character label"]
+    ) -> Float[Values, "character label"]:
+        """``within_margin`` of each label's probabilities."""
+        pairs = zip(scores.T, self.margins, strict=True)
+        return np.stack([within_margin(own, margin) for own, margin in pairs], 1)
 
 
 def settled_characters(text: str, characters: int) -> int:

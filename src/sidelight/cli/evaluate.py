@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     "--plots",
     type=options.PATH,
     callback=options.checked_folder,
-    help="Folder for precision-recall, reliability and confusion plots.",
+    help="Folder for precision-recall, reliability and confusion plots; of spans, for a plot over "
+    "thresholds and a page of the worst texts.",
 )
 @options.json_file
 @options.backbone
@@ -76,11 +77,9 @@ def evaluate(
     # Before imports that take seconds: a wrong file or column is refused at once.
     manifest = read_manifest(probe)
     if manifest.spans is not None:
-        if subset is not None or plots is not None:
-            raise SidelightError(
-                "--subset and --plots are for probes of whole texts. Leave them out."
-            )
-        _evaluate_spans(probe, data, spans, manifest.task, runtime, out, as_json, **columns)
+        if subset is not None:
+            raise SidelightError("--subset is for probes of whole texts. Leave it out.")
+        _evaluate_spans(probe, data, spans, manifest.task, runtime, plots, out, as_json, **columns)
         return
     examples = load_examples(data, task=manifest.task, on_missing_label=missing_label, **columns)
     options.announce("Loading the model")
@@ -119,6 +118,7 @@ def _evaluate_spans(
     spans: str,
     task: "Task",
     runtime: options.Runtime,
+    plots: Path | None,
     out: Path | None,
     as_json: bool,
     *,
@@ -143,7 +143,10 @@ def _evaluate_spans(
         *trained_text_warnings(classifier.probe.record, examples),
     ):
         click.echo(f"Warning: {warning}", err=True)
-    report, of_texts = assess_spans(classifier.backbone, classifier.probe, examples)
+    assessed = assess_spans(classifier.backbone, classifier.probe, examples)
+    report, of_texts = assessed.report, assessed.whole_texts
+    if plots is not None:
+        assessed.write_pages(plots, f"{classifier.probe.name} on {Path(data).name}")
     described = {
         "probe": classifier.probe.name,
         "mechanism": classifier.probe.spec.name,

@@ -4,9 +4,10 @@ Every token of a text is an example. Candidates that look ahead by different num
 side by side, and left-out texts decide among them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,13 @@ from sidelight.calibration import fit_calibration, suggested_calibration
 from sidelight.data.examples import Example, located, validation_share
 from sidelight.data.spans import SpanExamples, span_text
 from sidelight.errors import SidelightError
-from sidelight.evaluation import Report, SpanReport, evaluate, evaluate_spans
+from sidelight.evaluation import (
+    Report,
+    SpanReport,
+    evaluate,
+    evaluate_spans,
+    worst_spans_page,
+)
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.mechanisms.spans import Spans
 from sidelight.probe import Probe
@@ -36,6 +43,7 @@ from sidelight.spans import (
     words,
 )
 from sidelight.states.extraction import StateSource
+from sidelight.storage import write_text
 from sidelight.thresholds import F1, OperatingCurve, ThresholdRule
 from sidelight.training.classifier import encode, require_responses
 from sidelight.training.dataset import (
@@ -270,7 +278,6 @@ def measure_spans(
     )
 
 
-@torch.inference_mode()
 def find_spans(
     backbone: TransformersBackbone, probe: Probe, examples: Sequence[Example]
 ) -> tuple[Float[np.ndarray, "text output"], list[list[Span]]]:
@@ -282,6 +289,21 @@ def find_spans(
         SidelightError: The probe reads responses and a text has none, or the reverse.
     """
     assert probe.spans is not None
+    labels = probe.task.labels[-probe.task.outputs :]
+    logits = np.full((len(examples), probe.task.outputs), np.nan)
+    found: list[list[Span]] = [[] for _ in examples]
+    for i, of_text, scores in _judge_characters(backbone, probe, examples):
+        logits[i] = of_text
+        found[i] = probe.spans.read(scores, labels)
+    return logits, found
+
+
+@torch.inference_mode()
+def _judge_characters(
+    backbone: TransformersBackbone, probe: Probe, examples: Sequence[Example]
+) -> Generator[tuple[int, Float[np.ndarray, " output"], Float[np.ndarray, "character label"]]]:
+    """Of each text its place, its logits, and the probabilities of its characters."""
+    assert probe.spans is not None
     require_responses(probe, examples)
     if not probe.reads.includes_response and any(item.response is not None for item in examples):
         raise SidelightError(
@@ -291,12 +313,9 @@ def find_spans(
     bank = Bank([probe], device=backbone.device)
     mechanism = bank.probes[0].mechanism
     assert isinstance(mechanism, Spans)
-    labels = probe.task.labels[-probe.task.outputs :]
     prompts = encode(backbone, examples)
     masks = [prompt.mask(probe.reads) for prompt in prompts]
     places = span_places(backbone, examples, [int(mask.sum()) for mask in masks])
-    logits = np.full((len(examples), probe.task.outputs), np.nan)
-    found: list[list[Span]] = [[] for _ in examples]
     with progress("Judging", sum(map(len, prompts)), unit="tokens") as shown:
         for batch in by_length([*map(len, prompts)]):
             tap = bank.tap()
@@ -305,21 +324,63 @@ def find_spans(
             for i, columns in zip(batch, tap.projected(), strict=True):
                 own = columns[: len(masks[i])][masks[i].to(columns.device)]
                 state = mechanism.summarise(Ragged(own, torch.tensor([len(own)]).to(own.device)))
-                logits[i] = mechanism.finish(state)[0].double().cpu().numpy()
+                logits = mechanism.finish(state)[0].double().cpu().numpy()
                 with located(examples[i], i):
-                    probe.require_finite(logits[i])
+                    probe.require_finite(logits)
                 tokens = mechanism.token_logits(state).values.double().cpu().numpy()
+                probabilities = probe.spans.calibration.apply(tokens)
                 text = span_text(examples[i])
-                found[i] = probe.spans.spans(text, places[i], tokens, labels)
+                yield i, logits, character_scores(text, places[i], probabilities)
                 shown.advance(len(prompts[i]))
-    return logits, found
+
+
+@dataclass(frozen=True)
+class SpanAssessment:
+    """A probe's spans of labelled texts.
+
+    Attributes:
+        report: How well spans are found.
+        whole_texts: How well the texts are judged as a whole.
+        found: The spans of each text.
+        scores: The probabilities of each text's characters, of which the margins leave some out.
+    """
+
+    probe: Probe
+    examples: SpanExamples
+    report: SpanReport
+    whole_texts: Report
+    found: Sequence[Sequence[Span]]
+    scores: Sequence[Float[np.ndarray, "_ label"]]
+
+    def write_pages(self, folder: Path, title: str) -> None:
+        """A plot over thresholds, ``thresholds.png``, and the worst texts, ``worst.html``."""
+        from sidelight.plots import plot_thresholds
+
+        assert self.probe.spans is not None
+        labels = self.examples.span_labels
+        texts = [span_text(item) for item in self.examples.items]
+        rows = zip(texts, self.examples.spans, strict=True)
+        plot_thresholds(
+            np.concatenate([labelled_characters(*row, labels) for row in rows]),
+            np.concatenate(self.scores),
+            labels,
+            folder,
+            thresholds=self.probe.spans.thresholds,
+            title=title,
+        )
+        page = worst_spans_page(texts, self.examples.spans, self.found, labels, title=title)
+        write_text(folder / "worst.html", page)
 
 
 def assess_spans(
     backbone: TransformersBackbone, probe: Probe, examples: SpanExamples
-) -> tuple[SpanReport, Report]:
+) -> SpanAssessment:
     """How well a probe finds the spans of texts, and how well it judges the texts as a whole."""
-    logits, found = find_spans(backbone, probe, examples.items)
-    probabilities = probe.calibration.apply(logits)
+    assert probe.spans is not None
+    judged = sorted(_judge_characters(backbone, probe, examples.items), key=lambda row: row[0])
+    probabilities = probe.calibration.apply(np.stack([logits for _, logits, _ in judged]))
     of_texts = evaluate(probe.task, probabilities, examples.labels, thresholds=probe.thresholds)
-    return measure_spans(examples, found), of_texts
+    scores = [probe.spans.within_margins(own) for _, _, own in judged]
+    found = [probe.spans.read(own, examples.span_labels) for _, _, own in judged]
+    report = measure_spans(examples, found)
+    return SpanAssessment(probe, examples, report, of_texts, found, scores)

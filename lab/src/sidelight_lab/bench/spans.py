@@ -17,10 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.spans import SpanExamples, span_text
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.evaluation import Estimate, SpanReport, measure_span_resamples
+from sidelight.evaluation import Estimate, measure_span_resamples
+from sidelight.manifest import holds_probe
 from sidelight.mechanisms.spans import Spans
 from sidelight.probe import Probe
 from sidelight.progress import Progress
@@ -39,6 +41,7 @@ from sidelight_lab.baselines import spans as baselines
 from sidelight_lab.baselines.spans import Scorer
 from sidelight_lab.bench.measurement import Record, conditions, table
 from sidelight_lab.tables.figures import difference
+from sidelight_lab.tables.runs import digest
 
 OURS = "all layers"
 # Probes of one layer, and whether that is the mean over all.
@@ -64,13 +67,13 @@ class Row:
     Attributes:
         rules: How logits become spans; one for each seed.
         scorers: Give the logits; likewise.
-        reports: Of validation texts, fold by fold; likewise.
+        validation: Character F1 of validation texts, fold by fold; likewise.
         lookaheads: How many tokens each probe looks ahead; none for a baseline.
     """
 
     rules: Sequence[SpanRule]
     scorers: Sequence[Scorer]
-    reports: Sequence[SpanReport]
+    validation: Sequence[float]
     lookaheads: Sequence[int] = ()
 
     def measure(self, test: SpanExamples) -> list[Draws]:
@@ -121,6 +124,7 @@ def compare_spans(
     *,
     options: FitOptions,
     root: Path,
+    out: Path,
     rivals: Sequence[str],
 ) -> Record:
     """Fits all rows, then finds the spans of the test texts.
@@ -132,6 +136,7 @@ def compare_spans(
         test: Texts that are measured.
         options: Of the probes; rivals have one seed.
         root: Folder of the hidden states, which stay there.
+        out: Folder of the trained probes, which another run with it does not train again.
         rivals: Some of ``RIVALS``.
     """
     for rival in rivals:
@@ -139,7 +144,7 @@ def compare_spans(
             raise SidelightError(f"Unknown rival '{rival}'.{did_you_mean(rival, RIVALS)}")
     reads = Reads(options.reads.side, template=False)
     options = replace(options, reads=reads, cache_root=root, keep_cache=True)
-    rows = {OURS: _probes(backbone, None, training, validation, options)}
+    rows = {OURS: _probes(backbone, None, training, validation, options, out)}
     alone = copy(backbone)
     alone.fingerprint = replace(backbone.fingerprint, layers=1)
     learned, measured = (
@@ -151,10 +156,9 @@ def compare_spans(
         if rival in _ONE_LAYER:
             source = _OneLayer(backbone, root, is_mean=_ONE_LAYER[rival])
             one_seed = replace(options, seeds=options.seeds[:1])
-            rows[rival] = _probes(alone, source, training, validation, one_seed)
+            rows[rival] = _probes(alone, source, training, validation, one_seed, out)
         else:
-            candidates = [_calibrated(score, validation) for score in _BASELINES[rival](dataset)]
-            rows[rival] = max(candidates, key=lambda row: _worth(row.reports[0]))
+            rows[rival] = _best(_BASELINES[rival](dataset), validation)
     draws = {name: row.measure(test) for name, row in rows.items()}
     counts = Counter(span.label for spans in test.spans for span in spans)
     labels = sorted(test.span_labels, key=lambda label: -counts[label])
@@ -174,24 +178,30 @@ def _probes(
     training: SpanExamples,
     validation: SpanExamples,
     options: FitOptions,
+    out: Path,
 ) -> Row:
-    """What ``sidelight train --spans`` makes with each seed."""
-    fits = [
-        fit_spans(
-            backbone,
-            training,
-            validation,
-            name="spans",
-            options=replace(options, seeds=(seed,)),
-            source=source,
-        )
-        for seed in options.seeds
-    ]
-    probes = [fitted.probe for fitted in fits]
+    """What ``sidelight train --spans`` makes with each seed; what is there is not trained again."""
+    probes: list[Probe] = []
+    engine = "all layers" if source is None else source.engine
+    for seed in options.seeds:
+        who = {
+            "texts": [(texts.content_hash, texts.spans) for texts in (training, validation)],
+            "backbone": backbone.fingerprint.digest,
+            "settings": repr((options.settings, options.max_tokens)),
+        }
+        name = f"{engine.replace(' ', '-')}-{seed}"
+        folder = out / "probes" / f"{name}-{digest(who)[:12]}"
+        if not holds_probe(folder):
+            own = replace(options, seeds=(seed,))
+            fitted = fit_spans(
+                backbone, training, validation, name=name, options=own, source=source
+            )
+            save_probe(fitted.probe, folder)
+        probes.append(load_probe(folder))
     return Row(
         [probe.spans for probe in probes if probe.spans is not None],
         [partial(_token_logits, backbone, source, options, probe) for probe in probes],
-        [fitted.report for fitted in fits],
+        [probe.record["spans"]["character_f1"]["value"] for probe in probes],
         [int(probe.spec.options["lookahead"]) for probe in probes],
     )
 
@@ -218,14 +228,15 @@ def _token_logits(
     return places, logits
 
 
-def _calibrated(score: Scorer, validation: SpanExamples) -> Row:
-    rule, report = calibrate_spans(validation, *score(validation), rule=F1, bootstrap=0)
-    return Row([rule], [score], [report])
-
-
-def _worth(report: SpanReport) -> float:
-    """As the lookahead of a probe is chosen."""
-    return float(np.mean([own["character_f1"].value or 0.0 for own in report.per_label.values()]))
+def _best(candidates: Iterable[Scorer], validation: SpanExamples) -> Row:
+    """Calibrated as probes are, the best by what chooses their lookahead."""
+    rows: list[tuple[float, Row]] = []
+    for score in candidates:
+        rule, report = calibrate_spans(validation, *score(validation), rule=F1, bootstrap=0)
+        by_label = [own["character_f1"].value or 0.0 for own in report.per_label.values()]
+        f1 = report.metrics["character_f1"].value or 0.0
+        rows.append((float(np.mean(by_label)), Row([rule], [score], [f1])))
+    return max(rows, key=lambda row: row[0])[1]
 
 
 def _described(
@@ -244,7 +255,7 @@ def _described(
     return {
         **of_group(0),
         "seeds": [float(own["character_f1"][0, 0]) for own in draws],
-        "validation": [report.metrics["character_f1"].value for report in row.reports],
+        "validation": [*row.validation],
         "lookaheads": [*row.lookaheads],
         "ours_minus_this": {
             name: {**gain.estimate.to_dict(), "p": gain.p_value} for name, gain in gains.items()

@@ -219,6 +219,7 @@ def bench_spans(
             *(cast("SpanExamples", texts) for texts in (training, validation, tested)),
             options=given,
             root=kept if inputs.keep_cache else Path(scratch),
+            out=out,
             rivals=rivals,
         )
     publish(record, out, as_json=as_json)
