@@ -1,7 +1,10 @@
 """Spans: read from files, learned from tokens, found in texts, and measured by characters."""
 
 import json
+import os
 import random
+import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -350,3 +353,35 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     found = load_spans(given)
     assert measure_spans(load_spans(rows(30, 1)), found.spans).metrics["character_f1"].value > 0.9
     assert run("predict", probe, *texts, "--engine", "vllm") == 2
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_labelled_words_in_colour_and_no_text_can_steer_it(
+    tiny, fitted, tmp_path, monkeypatch, capsys
+):
+    probe, model = str(tmp_path / "probe"), saved(tiny, tmp_path / "model")
+    save_probe(fitted.probe, tmp_path / "probe")
+    texts = "ab and 123, or VWX", "\x1b[31mab\x07 and [b]123[/b], or :smile:\x9b2J\tab"
+    command = ("predict", probe, "--model", model, *texts)
+    assert run(*command) == 0
+    (first, _) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [span["label"] for span in first["spans"]] == ["NUMBER", "SHOUT"]
+    assert run(*command, "--spans") == 0
+    plain = capsys.readouterr().out
+    known, strange = plain.splitlines()
+    assert known == "ab and 123[NUMBER], or VWX[SHOUT]"
+    assert re.sub(r"\[(NUMBER|SHOUT)\]", "", strange) == (
+        r"\x1b[31mab\x07 and [b]123[/b], or :smile:\x9b2J\tab"
+    )
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    reader, writer = os.openpty()
+    with open(writer, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert run(*command) == 0
+    shown = os.read(reader, 10_000).decode().replace("\r\n", "\n")
+    os.close(reader)
+    assert "\x1b[30;43m123\x1b[0m\x1b[1;33m[NUMBER]\x1b[0m" in shown
+    assert re.sub(r"\x1b\[[\d;]*m", "", shown) == plain
+    for wrong in (("--explain",), ("--out", str(tmp_path / "out"))):
+        assert run(*command, "--spans", *wrong) == 2

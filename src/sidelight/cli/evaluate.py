@@ -2,10 +2,12 @@
 
 import json
 import sys
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +18,16 @@ from sidelight.errors import SidelightError
 from sidelight.storage import replacing, write_json
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from sidelight.data.examples import Example
     from sidelight.data.loading import OnMissingLabel
     from sidelight.explanation import Explanation
     from sidelight.prompts import Message
-    from sidelight.types import Task
+    from sidelight.types import Span, Task
+
+# Of the labels of spans, in turn; black is legible on each.
+_COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
 
 
 @click.command(
@@ -167,6 +174,7 @@ def _evaluate_spans(
         "sidelight predict probes/toxicity 'How do I bake bread?'",
         "sidelight predict probes/toxicity --data texts.jsonl --out verdicts.jsonl",
         "sidelight predict probes/toxicity --explain 'How do I bake bread?'",
+        "sidelight predict probes/pii --spans 'My name is Ann Lee.'",
         "sidelight predict probes/toxicity --data texts.jsonl --engine vllm --out verdicts.jsonl",
     )
 )
@@ -188,6 +196,12 @@ def _evaluate_spans(
     is_flag=True,
     help="Also say what each token and each layer adds to the logit; a terminal shows the most.",
 )
+@click.option(
+    "--spans",
+    "prints_spans",
+    is_flag=True,
+    help="Print the texts with their labelled words instead, as a terminal shows them anyway.",
+)
 @options.engine
 @options.backbone
 def predict(
@@ -196,6 +210,7 @@ def predict(
     data: str | None,
     out: Path | None,
     explains: bool,
+    prints_spans: bool,
     runtime: options.Runtime,
     **columns: Any,
 ) -> None:
@@ -212,8 +227,14 @@ def predict(
     from sidelight.manifest import read_manifest
 
     # Before imports that take seconds: a folder without a probe is refused at once.
-    if read_manifest(probe).spans is not None and runtime.engine == "vllm":
+    labels_spans = read_manifest(probe).spans is not None
+    if labels_spans and runtime.engine == "vllm":
         raise SidelightError("vLLM does not find spans yet: leave --engine out.")
+    if prints_spans and (out is not None or explains or not labels_spans):
+        raise SidelightError(
+            "--spans prints the words that a probe labels. Leave out --out and --explain, and name "
+            "a probe that was trained with --spans COLUMN."
+        )
     items: Sequence[str | Example] = texts
     if data is not None:
         examples = load_examples(data, label=None, **columns)
@@ -246,6 +267,15 @@ def predict(
 
         examples = [as_example(item) for item in items]
         logits, spans = find_spans(classifier.backbone, classifier.probe, examples)
+        if prints_spans or (out is None and sys.stdout.isatty()):
+            from sidelight.data.spans import span_text
+            from sidelight.training.runs import console
+
+            terminal = console()
+            for example, of_text in zip(examples, spans, strict=True):
+                marked = marked_text(span_text(example), of_text, classifier.probe.task.labels)
+                terminal.print(marked, soft_wrap=True)
+            return
         verdicts = (
             replace(classifier.probe.verdict(own), spans=tuple(of_text)).to_dict()
             for own, of_text in zip(logits, spans, strict=True)
@@ -267,6 +297,31 @@ def predict(
         return
     with replacing(out) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(lines)
+
+
+def marked_text(text: str, spans: Sequence["Span"], labels: Sequence[str]) -> "Text":
+    """A text in which each span has a colour, and its label behind it.
+
+    Control characters are shown by their escapes, so that no text can steer a terminal.
+    """
+    from rich.text import Text
+
+    marked = Text()
+    edges = {0, len(text), *(span.start for span in spans), *(span.end for span in spans)}
+    for start, end in pairwise(sorted(edges)):
+        visible = "".join(
+            character.encode("unicode_escape").decode()
+            if character != "\n" and unicodedata.category(character) in ("Cc", "Cs")
+            else character
+            for character in text[start:end]
+        )
+        covering = [span for span in spans if span.start < end and span.end > start]
+        colours = [_COLOURS[labels.index(span.label) % len(_COLOURS)] for span in covering]
+        marked.append(visible, f"black on {colours[-1]}" if colours else "")
+        for span, colour in zip(covering, colours, strict=True):
+            if span.end == end:
+                marked.append(f"[{span.label}]", f"bold {colour}")
+    return marked
 
 
 def why(example: "Example", explanation: "Explanation") -> str:
