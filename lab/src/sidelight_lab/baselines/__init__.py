@@ -1,10 +1,11 @@
 """Baselines that probes are compared with, fitted to the same texts, by the names in recipes.
 
 Some read the hidden states that probes read (`pooled`, `siren`, `muli`, `token_heads`), others run
-a whole model of their own (`encoders`, `fine_tuning`, `prompting`, `endpoints`).
+a whole model of their own (`encoders`, `fine_tuning`, `prompting`).
+`spans` is for `bench spans` alone.
 """
 
-from sidelight_lab.baselines import encoders, endpoints, fine_tuning, pooled, prompting, token_heads
+from sidelight_lab.baselines import encoders, fine_tuning, pooled, prompting, token_heads
 from sidelight_lab.baselines.base import Baseline, TfIdf
 from sidelight_lab.baselines.muli import Muli
 from sidelight_lab.baselines.siren import Siren
@@ -28,6 +29,4 @@ BASELINES: dict[str, type[Baseline]] = {
     "lora": fine_tuning.Lora,
     "zero_shot": prompting.ZeroShot,
     "few_shot": prompting.FewShot,
-    "moderation_endpoint": endpoints.ModerationEndpoint,
-    "guard_endpoint": endpoints.GuardEndpoint,
 }
