@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -15,18 +16,18 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, pipeli
 import corpora
 from commands import saved
 from corpora import TASKS
-from sidelight.artifact import save_probe
+from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.data.loading import load_examples
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Reads
+from sidelight.training.assessment import assess
 from sidelight.training.classifier import Classifier, load, train
-from sidelight.training.dataset import shared_texts
 from sidelight.training.fit import fit
-from sidelight.training.measuring import beginning
-from sidelight.training.runs import assess
 from sidelight.training.settings import FitOptions, TrainingSettings
+from sidelight.training.traffic import beginning
+from sidelight.training.validation import shared_texts
 from tiny import SIZES, untrained_probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
@@ -141,6 +142,23 @@ def test_activations_are_gone_after_a_fit_unless_kept(tiny, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
     fit(tiny, rows, rows, name="p", options=replace(options, keep_cache=True))
     assert list(tmp_path.rglob("*.safetensors"))
+
+
+def test_activations_stay_until_the_probe_is_written(tiny, tmp_path, capsys):
+    rows = load_examples(corpora.rows("binary", 30), positive="toxic")
+    cache, out = tmp_path / "cache", tmp_path / "probe"
+    training = partial(
+        fit, tiny, rows, None, name="p", options=options_of("linear", cache_root=cache), out=out
+    )
+    out.write_text("a file in the place of the folder")
+    with pytest.raises(SidelightError, match="Cannot write the probe"):
+        training()
+    assert list(cache.rglob("*.safetensors"))
+    assert "on disk already" not in capsys.readouterr().err
+    out.unlink()
+    made = training()
+    assert "hidden states of 30 of 30 are on disk already" in capsys.readouterr().err
+    assert load_probe(out).calibration == made.best.probe.calibration
 
 
 def test_train_gives_a_classifier_of_the_format_that_loads_with_its_model(tiny, tmp_path, offline):

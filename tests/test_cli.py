@@ -331,6 +331,12 @@ def test_the_help_names_every_option_that_can_be_set():
         assert re.search(rf"\b{name}\b", own.help), name
 
 
+def test_names_that_are_set_are_known_without_torch():
+    code = "from sidelight.cli.train import _kinds; _kinds(); import sys; print(*sys.modules)"
+    known = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch" not in known.stdout.split()
+
+
 # Mistakes.
 
 TRAIN = "train --data {data} --out o --label toxic "
@@ -345,6 +351,7 @@ TRAIN = "train --data {data} --out o --label toxic "
         (TRAIN + "--set gate.x=1", "--mechanism gate"),
         (TRAIN + "--set epochs", "NAME=VALUE"),
         (TRAIN + "--set epoch=3", "Did you mean 'epochs'"),
+        ("train --data nowhere --out o --set epoch=3", "Did you mean 'epochs'"),
         (TRAIN + "--set epochs=few", "--set epochs=few"),
         (TRAIN + "--set calibration=isotonic", "'none', 'temperature' or 'platt'"),
         (TRAIN + "--model {model} --set cache_budget=0.0000001", "cache_budget=GIB"),

@@ -23,7 +23,8 @@ from sidelight.training.contexts import Context, ContextSampler, load_background
 from sidelight.training.dataset import ProbeDataset, make_split, prepare
 from sidelight.training.fit import calibrate_probe, fit
 from sidelight.training.loop import train_mechanisms
-from sidelight.training.measuring import (
+from sidelight.training.settings import Background, FitOptions, Job, TrainingSettings
+from sidelight.training.traffic import (
     Traffic,
     highest_logits,
     kept_logits,
@@ -32,7 +33,6 @@ from sidelight.training.measuring import (
     quiet_thresholds,
     traffic_warnings,
 )
-from sidelight.training.settings import Background, FitOptions, Job, TrainingSettings
 from tiny import INTENT, TOXICITY, tiny_backbone, untrained_probe
 
 TEXTS = [f"number {i:02d} has a text of its own" for i in range(60)]
@@ -187,7 +187,12 @@ def test_validation_texts_share_no_background_with_training_texts(tiny, examples
 @pytest.mark.slow
 def test_without_background_texts_are_shown_alone(tiny, examples, tmp_path):
     made = prepare(tiny, examples, None, options=FitOptions(cache_root=tmp_path))
-    assert (made.contexts, len(made.training), made.training.parts) == ((), 60, None)
+    assert (made.contexts, len(made.training), made.training.group_of) == ((), 60, None)
+    # Plain text is a context without background, which says nothing of ordinary traffic.
+    both = tiny_backbone(prompt_format="both")
+    options = FitOptions(mechanisms=(mechanism_spec("linear"),), cache_root=tmp_path)
+    fitted = fit(both, examples, None, name="p", options=options).best
+    assert (fitted.probe.distance, fitted.traffic.conversations) == (None, 0)
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from sidelight.prompts import Message, Reads
 from sidelight.ragged import Ragged
 from sidelight.thresholds import ThresholdRule, choose_thresholds, read_curves
 from sidelight.training import loop
-from sidelight.training.dataset import FOLDS, ProbeDataset, choose_folds, make_split
-from sidelight.training.fit import better_words, fit, mixtures, taken_by_none
+from sidelight.training.dataset import ProbeDataset, make_split
+from sidelight.training.fit import fit, jobs_of, mixtures, taken_by_none
 from sidelight.training.loop import cross_fit, train_mechanisms
 from sidelight.training.measuring import calibrate_examples
 from sidelight.training.runs import RUNS, read_runs, write_fit
@@ -29,6 +29,8 @@ from sidelight.training.settings import (
     TrainingSettings,
     suggested_settings,
 )
+from sidelight.training.tfidf import better_words
+from sidelight.training.validation import FOLDS, choose_folds
 
 # Two float32 programs of the same sums.
 ROUNDING = 1e-4
@@ -84,7 +86,7 @@ def test_the_default_is_a_mixture_as_left_out_texts_decide(tiny, tmp_path):
     assert made.best.losses.mean() < least + 0.05
     # Parts of responses have no linear solution.
     responses = FitOptions(reads=Reads("response"))
-    assert [job.spec.name for job in responses.jobs()] == ["readout"]
+    assert [job.spec.name for job in jobs_of(responses)] == ["readout"]
 
 
 def test_words_are_told_to_be_better_where_they_clearly_are():
@@ -169,7 +171,7 @@ def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(whole, cross_f
     expected = train_mechanisms(JOBS, training=whole.training, validation=None)
     for one, alone in zip(cross_fitted, expected, strict=True):
         assert one.best_epoch == one.job.settings.epochs
-        assert one.history == ()
+        assert one.history == []
         for name, parameter in alone.mechanism.state_dict().items():
             assert one.mechanism.state_dict()[name].equal(parameter)
 

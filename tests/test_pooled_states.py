@@ -16,13 +16,13 @@ from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Pooled
 from sidelight.training import linear
 from sidelight.training.contexts import load_background
-from sidelight.training.dataset import choose_folds
-from sidelight.training.fit import fit
+from sidelight.training.fit import fit, jobs_of
 from sidelight.training.linear import solve_linear
 from sidelight.training.loop import cross_fit, means_state, train_mechanisms
 from sidelight.training.optimisation import TrainingRun
 from sidelight.training.scaling import layer_weights, view_worths
 from sidelight.training.settings import FitOptions, Job, suggested_settings
+from sidelight.training.validation import choose_folds
 from sidelight.types import Task
 
 TEXTS, LAYERS, WIDTH = 90, 3, 8
@@ -285,7 +285,7 @@ def test_the_strength_that_the_folds_choose_is_that_of_each_of_them(corpora):
 
 def test_it_is_solved_once_whatever_the_seeds():
     specs = (mechanism_spec("linear"), mechanism_spec("readout"))
-    jobs = FitOptions(mechanisms=specs, seeds=(0, 1, 2)).jobs()
+    jobs = jobs_of(FitOptions(mechanisms=specs, seeds=(0, 1, 2)))
     assert [job.spec.name for job in jobs] == ["linear", *["readout"] * 3]
     for strength in (0.0, -1.0, float("inf")):
         with pytest.raises(SidelightError, match="give a number above 0"):

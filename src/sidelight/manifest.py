@@ -104,7 +104,7 @@ class Manifest:
     @property
     def curves(self) -> dict[str, OperatingCurve]:
         """The curve of each label's threshold; none of several classes."""
-        return read_curves(reference(self.record).get("curves", {}))
+        return curves_of(self.record)
 
     @property
     def version(self) -> str:
@@ -122,6 +122,11 @@ def reference(record: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     later: Sequence[Mapping[str, Any]] = record.get("recalibrations", ())
     return later[-1] if later else record.get("validation", {})
+
+
+def curves_of(record: Mapping[str, Any]) -> dict[str, OperatingCurve]:
+    """The curve of each label's threshold in a probe's record; none of several classes."""
+    return read_curves(reference(record).get("curves", {}))
 
 
 def read_manifest(directory: str | Path) -> Manifest:

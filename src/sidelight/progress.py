@@ -32,6 +32,12 @@ def quiet() -> Generator[None]:
         _is_quiet.reset(token)
 
 
+def say(sentence: str) -> None:
+    """Prints a line where progress is shown."""
+    if not _is_quiet.get():
+        print(sentence, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress(title: str, total: int | float, *, unit: str) -> Generator[Progress]:
     """A progress bar on a terminal; elsewhere, as in a log, a line every 15 seconds.

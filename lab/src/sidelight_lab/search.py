@@ -22,10 +22,11 @@ from optuna.trial import TrialState
 
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
-from sidelight.training.dataset import Folds, ProbeDataset
+from sidelight.training.dataset import ProbeDataset
 from sidelight.training.loop import cross_fit, train_mechanisms
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import Job, TrainingSettings, suggested_settings
+from sidelight.training.validation import Folds
 from sidelight.types import MechanismSpec, OptionValue
 
 # Random trials before the estimator has enough scores to learn from.

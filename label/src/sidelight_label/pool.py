@@ -33,7 +33,7 @@ from sidelight.states.cache import (
     write_tensors,
 )
 from sidelight.states.extraction import BackboneSource, require_finite, shard_logits
-from sidelight.training.dataset import FOLDS, Folds, encode_shortened
+from sidelight.training.dataset import encode_shortened
 from sidelight.training.linear import LinearSolution, solve_linear
 from sidelight.training.measuring import (
     Calibrated,
@@ -42,6 +42,7 @@ from sidelight.training.measuring import (
     describe_scores,
     text_hashes,
 )
+from sidelight.training.validation import FOLDS, Folds
 from sidelight.types import Task
 
 

@@ -24,7 +24,7 @@ from sidelight.errors import SidelightError
 from sidelight.evaluation import evaluate
 from sidelight.manifest import holds_probe, read_manifest
 from sidelight.probe import Probe
-from sidelight.training.dataset import FOLDS
+from sidelight.training.validation import FOLDS
 from sidelight.types import Task
 from sidelight_label.file import LabelFile
 from sidelight_label.pool import Pool, folds_of

@@ -90,7 +90,8 @@ def evaluate(
         return
     examples = load_examples(data, task=manifest.task, on_missing_label=missing_label, **columns)
     options.announce("Loading the model")
-    from sidelight.training.runs import assess, comparison_table, console, describe, plot
+    from sidelight.training.assessment import assess, describe, plot
+    from sidelight.training.runs import comparison_table, console
 
     assessments = assess(
         probe,
@@ -111,12 +112,12 @@ def evaluate(
         click.echo(json.dumps(described, indent=2))
         return
     terminal = console()
-    for one in assessments:
-        if sum(map(len, one.runs.values())) > 1:
-            terminal.print(comparison_table(f"{one.title}: every run", one.runs))
-        terminal.print(f"\n{one.title}: '{one.chosen.name}', {one.chosen.spec.name}")
-        terminal.print(one.report.table())
-        click.echo(str(one))
+    for each in assessments:
+        if sum(map(len, each.runs.values())) > 1:
+            terminal.print(comparison_table(f"{each.title}: every run", each.runs))
+        terminal.print(f"\n{each.title}: '{each.probe.name}', {each.probe.spec.name}")
+        terminal.print(each.report.table())
+        click.echo(str(each))
 
 
 def _evaluate_spans(

@@ -56,8 +56,8 @@ def recalibrate(
     move to what --threshold wants, by the curve of left-out texts in the manifest. The probe stays,
     and a new one is written, whose manifest says what it was recalibrated on.
     """
-    from sidelight.manifest import holds_probe, read_manifest
-    from sidelight.thresholds import ThresholdRule, read_curves, require_thresholds
+    from sidelight.manifest import curves_of, holds_probe, read_manifest
+    from sidelight.thresholds import ThresholdRule, require_thresholds
 
     rule = None if threshold is None else ThresholdRule.parse(threshold)
     if data is None and rule is None:
@@ -114,7 +114,7 @@ def recalibrate(
         title = f"{made.figures[0].rows:,} labelled texts, each calibrated without it"
         console().print(comparison_table(title, figures))
     click.echo(f"{made.what[0].upper()}{made.what[1:]}.")
-    curves = read_curves(entry.get("curves", {}))
+    curves = curves_of(made.probe.record)
     moved = zip(loaded.label_thresholds.items(), made.probe.thresholds, strict=True)
     for (flagged, before), now in moved:
         click.echo(f"Threshold of '{flagged}': {before:.3f} before, {now:.3f} now.")

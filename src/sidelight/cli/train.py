@@ -12,7 +12,6 @@ from click.core import ParameterSource
 
 from sidelight.cli import options
 from sidelight.errors import SidelightError
-from sidelight.storage import write_json
 
 if TYPE_CHECKING:
     from sidelight.data.spans import SpanExamples
@@ -97,18 +96,20 @@ def train(
         raise SidelightError(
             "--background and --positive are for labels of whole texts. Leave them out of --spans."
         )
-    options.announce(f"Reading {inputs.data}")
+    # Before the texts and torch, which take seconds: a misspelt name or value is refused at once.
     from sidelight.manifest import holds_probe, require_name
+    from sidelight.thresholds import ThresholdRule
 
-    require_name(name or out.resolve().name)
+    settings = {setting: text for setting, text in assigned.items() if "." not in setting}
+    chosen = options.typed(settings, _kinds())
+    rule = ThresholdRule.parse(threshold)
+    name = name or out.resolve().name
+    require_name(name)
     if holds_probe(out) and not force:
         raise SidelightError(
             f"{out} holds a probe. Name another folder with --out, or replace it with --force."
         )
-    from sidelight.thresholds import ThresholdRule
-
-    rule = ThresholdRule.parse(threshold)
-    # Before imports that take seconds: a wrong file or column is refused at once.
+    options.announce(f"Reading {inputs.data}")
     training, validation = inputs.load(spans)
     told = [*training.warnings, *(validation.warnings if validation is not None else ())]
     for warning in told:
@@ -117,26 +118,19 @@ def train(
     options.announce("Loading the model")
     from sidelight.mechanisms.base import mechanism_names
     from sidelight.training.contexts import default_background, load_background
+    from sidelight.training.settings import suggested_settings
 
     traffic = None if background is None else load_background(background)
     is_automatic = mechanisms == [_AUTO]
-    specs = None if is_automatic else _specs(mechanisms, assigned)
-    from sidelight.training.fit import fit
-    from sidelight.training.runs import console, describe_fit, fit_table, write_fit
-    from sidelight.training.settings import suggested_settings
-
-    shared = inputs.fit_options()
-    chosen = options.typed(
-        {own: text for own, text in assigned.items() if "." not in own}, _kinds()
-    )
     prompt_format = chosen.pop("format", None)
+    fit_options = inputs.fit_options()
     fit_options = replace(
-        shared,
-        mechanisms=specs,
+        fit_options,
+        mechanisms=None if is_automatic else _specs(mechanisms, assigned),
         seeds=tuple(range(chosen.pop("seeds", 1))),
         reads=replace(
-            shared.reads,
-            side=chosen.pop("reads", shared.reads.side),
+            fit_options.reads,
+            side=chosen.pop("reads", fit_options.reads.side),
             template=chosen.pop("template", True),
         ),
         calibration=chosen.pop("calibration", None),
@@ -148,55 +142,42 @@ def train(
             for mechanism in (mechanism_names() if is_automatic else mechanisms)
         },
     )
-    backbone = runtime.load_backbone(prompt_format=prompt_format)
-    if spans is not None:
-        from sidelight.artifact import save_probe
-        from sidelight.training.spans import fit_spans
+    from sidelight.training.fit import fit
+    from sidelight.training.runs import console
+    from sidelight.training.spans import fit_spans
 
-        with runtime.state_source(backbone) as source:
-            found = fit_spans(
+    backbone = runtime.load_backbone(prompt_format=prompt_format)
+    with runtime.state_source(backbone) as source:
+        if spans is None:
+            traffic = traffic or default_background(backbone.fingerprint)
+            fit_options = replace(fit_options, background=traffic)
+            made = fit(
+                backbone,
+                training,
+                validation,
+                name=name,
+                options=fit_options,
+                source=source,
+                out=out,
+            )
+        else:
+            made = fit_spans(
                 backbone,
                 cast("SpanExamples", training),
                 cast("SpanExamples | None", validation),
-                name=name or out.resolve().name,
+                name=name,
                 options=fit_options,
                 source=source,
+                out=out,
             )
-        save_probe(found.probe, out)
-        write_json(out / "training.json", found.to_dict())
-        for warning in found.warnings:
-            if warning not in told:
-                click.echo(f"Warning: {warning}", err=True)
-        if as_json:
-            click.echo(json.dumps(found.to_dict(), indent=2))
-            return
-        console().print(found.report.table())
-        lookahead = found.probe.spec.options["lookahead"]
-        click.echo(f"Looks {lookahead} tokens ahead. Saved to {out}")
-        click.echo(f"Next: {_eval_command(out)}")
-        return
-    with runtime.state_source(backbone) as source:
-        made = fit(
-            backbone,
-            training,
-            validation,
-            name=name or out.resolve().name,
-            options=replace(
-                fit_options, background=traffic or default_background(backbone.fingerprint)
-            ),
-            source=source,
-        )
-    write_fit(made, out)
     for warning in made.warnings:
         if warning not in told:
             click.echo(f"Warning: {warning}", err=True)
     if as_json:
-        click.echo(json.dumps(describe_fit(made), indent=2))
+        click.echo(json.dumps(made.to_dict(), indent=2))
         return
-    console().print(fit_table(made))
-    if made.best.traffic is not None and made.best.traffic.conversations:
-        click.echo(str(made.best.traffic))
-    click.echo(f"Best: {made.best.probe.spec.name}, seed {made.best.seed}. Saved to {out}")
+    console().print(made.table())
+    click.echo(f"{made} Saved to {out}")
     click.echo(f"Next: {_eval_command(out)}")
 
 

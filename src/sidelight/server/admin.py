@@ -8,14 +8,14 @@ from fastapi import APIRouter
 from openai.types import Model
 from pydantic import BaseModel, Field
 
-from sidelight.manifest import OrdinaryText, reference
+from sidelight.manifest import OrdinaryText, curves_of
 from sidelight.policy.rules import Mode
 from sidelight.policy.rules import Side as RuleSide
 from sidelight.probe import Probe
 from sidelight.prompts import Side
 from sidelight.server.requests import AdminOnly, Route, ServerRequest
 from sidelight.server.schemas import Listed, StrictBody
-from sidelight.thresholds import OperatingCurve, read_curves
+from sidelight.thresholds import OperatingCurve
 from sidelight.types import TaskKind
 
 models_router = APIRouter(route_class=Route)
@@ -118,7 +118,7 @@ async def list_rules(request: ServerRequest) -> Probes[RuleCard]:
         if bound.is_shadow:
             continue
         is_told = request.is_admin or bound.disclosure == "scores"
-        curves = read_curves(reference(bound.probe.record).get("curves", {}))
+        curves = curves_of(bound.probe.record)
         thresholds = [
             ThresholdCard(label=label, threshold=threshold, curve=curves.get(label))
             for label, threshold in bound.thresholds.items()

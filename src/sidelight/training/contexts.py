@@ -10,6 +10,7 @@ and so does the background that it is made of.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -41,19 +42,22 @@ Kind = Literal["inside", "turn", "pieces", "plain", "disguised", "background", "
 PACKAGED = Path(__file__).with_name("background_smollm2.jsonl.gz")
 # How often each context of a text is drawn; plain text and disguises, where a probe allows them.
 _SHARES: dict[Kind, float] = {"inside": 0.55, "turn": 0.15, "pieces": 0.2, "disguised": 0.1}
-# Words around a text, log-uniform.
-_SURROUNDINGS = (5, 400)
-_PIECE_WORDS, _REPLY_WORDS = (3, 8), (5, 60)
+# Words around a text, log-uniform; of a piece of it; of a reply between pieces; and of background
+# in place of a text.
+_SURROUNDING_WORDS, _PIECE_WORDS, _REPLY_WORDS, _FILLER_WORDS = (5, 400), (3, 8), (5, 60), (3, 40)
 _JOINTS = ("\n\n", "\n", " ")
 _SENTENCE_END = re.compile(r"(?<=[.!?\n])\s+")
-# How often one of the parts that serving judges stands for a context without a label.
-_UNITS = 0.7
+# How often the text's turns alone are judged: where it is one turn of several, and where it is in
+# pieces. How often one of the units that serving judges stands for a context without a label.
+_TURN_ALONE, _PIECES_ALONE, _UNIT_ALONE = 0.5, 0.7, 0.7
 # The tokens of contexts: relative to those of the texts, but at least so many; and the share of
 # them that is background alone.
 _CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS = 0.6, 16_000
 _BACKGROUND_SHARE = 0.4
 # Cosine from which background counts as a labelled text, and the most texts that it is compared to.
 _SAME_TEXT, _COMPARED_TEXTS = 0.85, 5000
+# With fewer conversations, training warns.
+_FEW_CONVERSATIONS = 50
 # No probe reads these turns where they lead.
 _SYSTEM = ("system", "developer")
 # A text gets so many contexts at most, and so many attempts at one.
@@ -75,14 +79,16 @@ def load_background(name: str | Path) -> Background:
         return Background()
     if name == "packaged":
         return Background(_read(PACKAGED), "packaged")
-    own = _read(Path(name))
-    return Background((*own, *_read(PACKAGED)), f"{name}, and packaged", private=len(own))
+    conversations = _read(Path(name))
+    return Background(
+        (*conversations, *_read(PACKAGED)), f"{name}, and packaged", private=len(conversations)
+    )
 
 
 def default_background(fingerprint: Fingerprint) -> Background:
     """The set that this LLM has written, which is kept in the cache, or else the packaged one."""
-    own = own_set(fingerprint)
-    return Background(_read(own), str(own)) if own.exists() else load_background("packaged")
+    path = own_set(fingerprint)
+    return Background(_read(path), str(path)) if path.exists() else load_background("packaged")
 
 
 def own_set(fingerprint: Fingerprint) -> Path:
@@ -106,8 +112,8 @@ class Context:
         prompt: The same, encoded; what is not judged is not read.
         words: How many words stand around the text, or in the background.
         text: The labelled text, by its place in its data set; None for background.
-        part: The part of the data set that it was drawn for.
-        is_whole: Whether all parts that serving judges are read, not one of them alone.
+        group: The group of texts that it was drawn for.
+        is_whole: Whether all units that serving judges are read, not one of them alone.
     """
 
     kind: Kind
@@ -115,34 +121,45 @@ class Context:
     prompt: EncodedPrompt
     words: int
     text: int | None = None
-    part: int = 0
+    group: int = 0
     is_whole: bool = True
 
 
-def without_labelled(
-    conversations: Sequence[Turns], examples: LabelledExamples
-) -> tuple[tuple[Turns, ...], int]:
-    """The conversations without a turn that is a labelled text, and how many have one."""
+def choose_conversations(
+    background: Background, examples: LabelledExamples
+) -> tuple[tuple[Turns, ...], list[str]]:
+    """The conversations without a turn that is a labelled text, and warnings."""
+    conversations, warnings = background.conversations, list[str]()
     keys = {item.text_key for item in examples.items}
-    turns = [[Example((turn,)).text_key for turn in own] for own in conversations]
-    known = {index for index, own in enumerate(turns) if keys & {*own}}
+    turns = [[Example((turn,)).text_key for turn in messages] for messages in conversations]
+    labelled = {index for index, texts in enumerate(turns) if keys & {*texts}}
     if len(keys) <= _COMPARED_TEXTS and conversations:
-        flat = [(index, key) for index, own in enumerate(turns) for key in own]
-        compared = NearDuplicates.among([*keys, *(key for _, key in flat)])
-        numbers = compared.texts[len(keys) :]
+        owners = [index for index, texts in enumerate(turns) for _ in texts]
+        compared = NearDuplicates.among([*keys, *chain(*turns)])
         is_alike = compared.cosines >= _SAME_TEXT
         pairs = np.stack([compared.left[is_alike], compared.right[is_alike]])
         # Equal keys have equal numbers, and labelled texts the first ones.
-        alike = {*pairs[:, (pairs < len(keys)).any(0)].flatten().tolist()}
-        known |= {index for (index, _), n in zip(flat, numbers.tolist(), strict=True) if n in alike}
-    kept = tuple(own for index, own in enumerate(conversations) if index not in known)
-    return kept, len(known)
+        alike = pairs[:, (pairs < len(keys)).any(0)]
+        is_labelled = np.isin(compared.texts[len(keys) :], alike)
+        labelled |= {owners[turn] for turn in np.flatnonzero(is_labelled)}
+    kept = tuple(own for index, own in enumerate(conversations) if index not in labelled)
+    if labelled:
+        warnings.append(
+            f"{len(labelled)} conversations of the background hold a text of the training data, "
+            "and were left out: its label beats the assumption that ordinary traffic has none."
+        )
+    if 0 < len(kept) < _FEW_CONVERSATIONS:
+        warnings.append(
+            f"The background has {len(kept)} conversations: they say little about "
+            f"ordinary traffic. Give {_FEW_CONVERSATIONS} or more (--background)."
+        )
+    return kept, warnings
 
 
 def draw_contexts(
     backbone: TransformersBackbone,
     examples: LabelledExamples,
-    parts: Sequence[Int[Numbers, " _"]],
+    groups: Sequence[Int[Numbers, " _"]],
     conversations: Sequence[Turns],
     options: FitOptions,
 ) -> tuple[Context, ...]:
@@ -151,7 +168,7 @@ def draw_contexts(
     Args:
         backbone: Encodes them.
         examples: The texts.
-        parts: Which of them each part of the data set has. A part gets background of its own.
+        groups: Which of them each group has. A group gets background of its own.
         conversations: The background.
         options: What is read, and the longest context.
     """
@@ -162,24 +179,24 @@ def draw_contexts(
     is_part = options.reads_of(task).scope == "each_turn"
     limit = min(options.max_tokens, encoder.max_tokens)
     contexts: list[Context] = []
-    for number, texts in enumerate(parts):
+    for group, texts in enumerate(groups):
         sampler = ContextSampler(
             encoder,
             options.reads,
-            conversations[number :: len(parts)],
+            conversations[group :: len(groups)],
             is_part=is_part,
             max_tokens=limit,
             seed=int(texts[0]),
         )
         lengths = (len(encoder.encode_any_length(examples.items[i].conversation)) for i in texts)
-        own = sum(min(length, limit) for length in lengths)
-        tokens = round(max(_LEAST_CONTEXT_TOKENS / len(parts), _CONTEXT_TOKENS * own))
+        of_texts = sum(min(length, limit) for length in lengths)
+        tokens = round(max(_LEAST_CONTEXT_TOKENS / len(groups), _CONTEXT_TOKENS * of_texts))
         alone: list[Context] = []
         if is_part or task.abstains:
             alone = sampler.background(tokens=round(tokens * _BACKGROUND_SHARE))
             tokens -= sum(len(context.prompt) for context in alone)
         drawn = (*alone, *sampler.of_texts(examples, texts, tokens=tokens))
-        contexts += [replace(context, part=number) for context in drawn]
+        contexts += [replace(context, group=group) for context in drawn]
     return tuple(contexts)
 
 
@@ -240,12 +257,13 @@ class ContextSampler:
             if prompt is not None:
                 contexts.append(Context("background", example, prompt, len(example.text.split())))
                 tokens -= len(prompt)
-            words = self._random.randint(3, 40)
+            words = self._random.randint(*_FILLER_WORDS)
             filler = Example((Message("user", " ".join(self._sentences(words))),))
-            made = self._context(filler, is_labelled=not self._is_part) if index % 2 else None
-            if made is not None:
-                contexts.append(replace(made, kind="filler"))
-                tokens -= len(made.prompt)
+            # One for every other conversation.
+            context = self._context(filler, is_labelled=not self._is_part) if index % 2 else None
+            if context is not None:
+                contexts.append(replace(context, kind="filler"))
+                tokens -= len(context.prompt)
         return contexts
 
     def of_texts(
@@ -283,7 +301,7 @@ class ContextSampler:
     def _context(self, example: Example, *, is_labelled: bool) -> Context | None:
         """One context; None for what has none, such as a conversation or a long text.
 
-        Without a label, any part that serving would judge may stand for the whole: all are
+        Without a label, any unit that serving would judge may stand for the whole: all are
         negative.
         """
         if [message.role for message in example.messages] != ["user"] or example.response:
@@ -301,7 +319,7 @@ class ContextSampler:
             words = max(0, len(shown.text.split()) - len(example.text.split()))
             units = [] if is_labelled else judged_units(bytes(prompt.parts))
             pieces = piece_lengths(bytes(prompt.parts))
-            is_whole = not units or self._random.random() >= _UNITS
+            is_whole = not units or self._random.random() >= _UNIT_ALONE
             if not is_whole:
                 prompt = prompt.only(self._random.choice(units).tokens)
             elif judged and len(pieces) == len(shown.messages):
@@ -334,11 +352,11 @@ class ContextSampler:
         place = random.choice([*users, random.randrange(len(turns))])
         turns[place] = Message(turns[place].role, text)
         turns = turns[: random.randrange(place, len(turns)) + 1]
-        return Example(tuple(turns)), {place} if random.random() < 0.5 else set()
+        return Example(tuple(turns)), {place} if random.random() < _TURN_ALONE else set()
 
     def _inside(self, text: str) -> str:
         """The text before, after or between sentences of the background."""
-        shortest, longest = _SURROUNDINGS
+        shortest, longest = _SURROUNDING_WORDS
         words = round(shortest * (longest / shortest) ** self._random.random())
         sentences = self._sentences(words)
         place = self._random.choice([0, len(sentences), self._random.randint(0, len(sentences))])
@@ -353,8 +371,9 @@ class ContextSampler:
             reply = self._sentences(self._random.randint(*_REPLY_WORDS))
             turns.append(Message("user", " ".join(words[first : first + size])))
             turns.append(Message("assistant", " ".join(reply)))
-        judged = set(range(0, len(turns) - 1, 2)) if self._random.random() < 0.7 else set[int]()
-        return Example(tuple(turns[:-1])), judged if len(judged) > 1 else set()
+        pieces = set(range(0, len(turns) - 1, 2))
+        is_alone = self._random.random() < _PIECES_ALONE and len(pieces) > 1
+        return Example(tuple(turns[:-1])), pieces if is_alone else set()
 
     def _sentences(self, words: int) -> list[str]:
         """Neighbouring sentences from random conversations, of about so many words in all."""

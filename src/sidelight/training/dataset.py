@@ -1,4 +1,4 @@
-"""Labelled texts with their hidden states, split into training and validation texts.
+"""Labelled texts with their hidden states: those that train, and those that measure.
 
 Probes and baselines of one table read the same splits, so that no row of it has an advantage.
 """
@@ -14,18 +14,10 @@ from jaxtyping import Bool, Int
 from safetensors.torch import load_file
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.calibration import require_calibratable, suggested_calibration
-from sidelight.data.examples import (
-    Examples,
-    LabelledExamples,
-    located,
-    place_of,
-    validation_share,
-)
+from sidelight.data.examples import Examples, LabelledExamples, located, place_of
 from sidelight.errors import SidelightError
-from sidelight.progress import progress
+from sidelight.progress import progress, say
 from sidelight.prompts import EncodedPrompt, Reads, judged_units
-from sidelight.ragged import Ragged
 from sidelight.smollm2 import cache_root
 from sidelight.states.cache import (
     SHARD_BYTES,
@@ -35,19 +27,13 @@ from sidelight.states.cache import (
     write_tensors,
 )
 from sidelight.states.extraction import BackboneSource, StateSource, extract
-from sidelight.thresholds import threshold_doubts
-from sidelight.training.contexts import Context, draw_contexts, without_labelled
-from sidelight.training.settings import FEW_TEXTS, FitOptions
+from sidelight.training.contexts import Context, choose_conversations, draw_contexts
+from sidelight.training.settings import FitOptions
+from sidelight.training.validation import FOLDS, Folds, choose_validation, shared_texts
 from sidelight.types import Task
 
-Folds = tuple[Int[np.ndarray, " _"], ...]
-FOLDS = 5
-# Of the background what measures, where texts are held out.
-_MEASURED_SHARE = 0.3
-# With fewer conversations, training warns.
-_FEW_CONVERSATIONS = 50
-# With fewer validation texts of a class, training warns.
-_ROUGH_BELOW = 10
+# The share of the background that measures, where texts are held out.
+_MEASURING_SHARE = 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +45,7 @@ class Split:
         prompts: Their token ids.
         states: Hidden states of the whole data set that the texts are part of.
         rows: The index of each text in that data set.
-        parts: For each of that data set the part that folds keep together: texts, their contexts,
+        group_of: For each of that data set the group that stays in one fold: texts, their contexts,
             and the background of these. None: there are no contexts.
         is_alone: For each of that data set whether it is a text without a context.
         token_labels: Of each text which labels its tokens have; None: texts are labelled.
@@ -69,7 +55,7 @@ class Split:
     prompts: tuple[EncodedPrompt, ...]
     states: ActivationCache
     rows: Int[np.ndarray, " text"]
-    parts: Int[np.ndarray, " _"] | None = None
+    group_of: Int[np.ndarray, " _"] | None = None
     is_alone: Bool[np.ndarray, " _"] | None = None
     token_labels: Sequence[Bool[np.ndarray, "_ label"]] | None = None
 
@@ -101,7 +87,7 @@ class Split:
             tuple(self.prompts[text] for text in chosen),
             self.states,
             self.rows[chosen],
-            self.parts,
+            self.group_of,
             self.is_alone,
             self.token_labels and [self.token_labels[text] for text in chosen],
         )
@@ -123,17 +109,21 @@ class Split:
 
         There are none if all texts are the same.
         """
-        if self.parts is None:
+        if self.group_of is None:
             count = min(count, self.examples.distinct)
             return self.examples.folds(count, seed=0) if count > 1 else ()
-        parts = np.unique(self.parts[self.rows], return_inverse=True)[1]
-        count = min(count, int(parts.max()) + 1)
-        folds = [np.flatnonzero(parts % count == fold) for fold in range(count)]
+        groups = np.unique(self.group_of[self.rows], return_inverse=True)[1]
+        count = min(count, int(groups.max()) + 1)
+        folds = [np.flatnonzero(groups % count == fold) for fold in range(count)]
         return tuple(folds) if count > 1 else ()
 
     def without(self, texts: Int[np.ndarray, " _"]) -> "Split":
         """All but these texts."""
         return self.select(np.setdiff1d(np.arange(len(self)), texts))
+
+    def without_contexts(self) -> "Split":
+        """The texts that are shown alone."""
+        return self if self.group_of is None else self.select(self.alone)
 
     @cached_property
     def units(self) -> list[list[Int[np.ndarray, " _"]]]:
@@ -145,9 +135,9 @@ class Split:
         for prompt in self.prompts:
             mask = prompt.mask(reads).numpy()
             stored = mask.cumsum() - 1
-            own = (unit.tokens for unit in judged_units(bytes(prompt.parts)))
-            kept = (stored[tokens[mask[tokens]]] for tokens in own)
-            units.append([tokens for tokens in kept if len(tokens)])
+            tokens = (unit.tokens for unit in judged_units(bytes(prompt.parts)))
+            kept = (stored[positions[mask[positions]]] for positions in tokens)
+            units.append([positions for positions in kept if len(positions)])
         return units
 
     @cached_property
@@ -169,18 +159,13 @@ class Split:
             means, lasts = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
             with progress("Pooling", shape[0], unit="texts") as shown:
                 for shard in map(self.states.read, range(len(self.states))):
-                    own = shard.pooled(is_normalised=is_normalised)
-                    means[shard.rows], lasts[shard.rows] = own.means, own.lasts.bfloat16()
+                    pooled = shard.pooled(is_normalised=is_normalised)
+                    means[shard.rows], lasts[shard.rows] = pooled.means, pooled.lasts.bfloat16()
                     shown.advance(len(shard.rows))
             write_tensors({"means": means, "lasts": lasts}, path)
         stored = load_file(path)
         rows = torch.from_numpy(self.rows)
         return Pooled(stored["means"][rows], stored["lasts"][rows].float())
-
-    def tokens(self, layer: int) -> Ragged:
-        """One layer's hidden states, ``[token, width]`` in bf16, text after text."""
-        chosen = [self.states.text(row)[layer].clone() for row in self.rows.tolist()]
-        return Ragged(torch.cat(chosen), torch.tensor([len(part) for part in chosen]))
 
     def own_states(self) -> States:
         """The hidden states of these texts alone, as training reads them."""
@@ -215,16 +200,21 @@ class ProbeDataset:
     @cached_property
     def originals(self) -> Split:
         """The training texts without their contexts."""
-        return _without_contexts(self.training)
+        return self.training.without_contexts()
 
     @cached_property
     def validation(self) -> Split:
         """The texts of ``measured`` without their contexts."""
-        return _without_contexts(self.measured)
+        return self.measured.without_contexts()
 
     @property
     def task(self) -> Task:
         return self.training.task
+
+    def remove_states(self) -> None:
+        """Deletes the hidden states, unless they are kept for another run."""
+        for split in (self.training, self.measured):
+            split.states.remove()
 
 
 def prepare(
@@ -235,7 +225,7 @@ def prepare(
     options: FitOptions,
     source: StateSource | None = None,
 ) -> ProbeDataset:
-    """Chooses the validation texts, and runs the backbone over all texts.
+    """Chooses the validation texts, draws contexts, and runs the backbone over all texts.
 
     A fit and a search both begin here, so that a search chooses by the texts that calibrate later.
     The arguments are those of ``fit``.
@@ -244,81 +234,41 @@ def prepare(
         SidelightError: The validation texts do not allow a choice or a calibration, or the hidden
             states do not fit the disk.
     """
-    folds: Folds = ()
-    warnings, given = list(training.warnings), training.content_hash
-    if validation is not None:
-        warnings += validation.warnings
-    elif folds := choose_folds(training):
-        validation = training
-        warnings += training.grouping_warnings()
-    else:
-        warnings += _why_held_out(training)
-        whole = training
-        training, validation = whole.split(validation_share(len(whole)), seed=0)
-        warnings += training.warnings
-        is_binary = whole.task.kind == "binary"
-        if not len(validation) or (is_binary and not validation.label_counts.all()):
-            raise SidelightError(
-                "Too few distinct texts to hold some of each label out for validation: got "
-                f"{whole.distinct} in all, and equal texts stay together. Give {FOLDS} or more of "
-                "each label, or others to validate on (--validation, validation=)."
-            )
-    require_same_task(training, validation)
-    kind = options.calibration or suggested_calibration(training.task)
-    require_calibratable(kind, validation.labels, training.task)
-    counts = dict(zip(training.task.labels, validation.label_counts.tolist(), strict=True))
-    doubts = threshold_doubts(training.task, counts, len(validation), options.threshold)
-    warnings += doubts
-    rarest = min(counts.values())
-    if rarest < _ROUGH_BELOW and not doubts:
-        warnings.append(
-            f"The rarest class has {rarest} validation texts: calibration and the validation "
-            "figures are rough. More labelled texts of it would help most."
-        )
+    given_sha256 = training.content_hash
+    training, validation, folds, warnings = choose_validation(training, validation, options)
     task = options.with_none(training.task)
     training, validation = replace(training, task=task), replace(validation, task=task)
-    conversations, known = without_labelled(options.background.conversations, training)
-    if known:
-        warnings.append(
-            f"{known} conversations of the background hold a text of the training data, and were "
-            "left out: its label beats the assumption that ordinary traffic has none."
-        )
-    if 0 < len(conversations) < _FEW_CONVERSATIONS:
-        warnings.append(
-            f"The background has {len(conversations)} conversations: they say little about "
-            f"ordinary traffic. Give {_FEW_CONVERSATIONS} or more (--background)."
-        )
-    held = 0 if folds else round(len(conversations) * _MEASURED_SHARE)
+    conversations, doubts = choose_conversations(options.background, training)
+    warnings += doubts
+    measuring = 0 if folds else round(len(conversations) * _MEASURING_SHARE)
     count = min(FOLDS, training.distinct)
-    parts = training.folds(count, seed=0) if count > 1 else (np.arange(len(training)),)
+    groups = training.folds(count, seed=0) if count > 1 else (np.arange(len(training)),)
     # Of few texts of several classes, the first folds may take all.
-    parts = tuple(part for part in parts if len(part))
-    shown = draw_contexts(backbone, training, parts, conversations[held:], options)
-    refusal = linear_refusal(backbone, len(training) + len(shown), options)
-    if refusal and options.names("linear"):
+    groups = tuple(group for group in groups if len(group))
+    contexts = draw_contexts(backbone, training, groups, conversations[measuring:], options)
+    refusal = linear_refusal(backbone, len(training) + len(contexts), options)
+    if refusal and any(spec.name == "linear" for spec in options.mechanisms or ()):
         raise SidelightError(
             f"{refusal}. Allow more (--set memory=GIB, memory_bytes=), "
             "name another mechanism, or use fewer rows (--set limit=N)."
         )
+    is_familiar = [True] * len(training) + [context.kind != "disguised" for context in contexts]
+    has_traffic = bool(conversations and contexts)
     split = partial(make_split, backbone, options=options, source=source)
-    fitted = measured = split(training, contexts=shown, parts=parts, title="Training texts")
+    fitted = measured = split(training, contexts=contexts, groups=groups, title="Training texts")
     if folds:
-        contexts, folds = shown, fitted.folds(len(folds))
+        folds = fitted.folds(len(folds))
     else:
         warnings += shared_texts(training, validation)
-        whole = (np.arange(len(validation)),)
-        contexts = draw_contexts(backbone, validation, whole, conversations[:held], options)
-        measured = split(validation, contexts=contexts, parts=whole, title="Validation texts")
-    is_disguised = [False] * len(training) + [context.kind == "disguised" for context in shown]
-    familiar: list[int] = []
-    if conversations and shown:
-        familiar = np.flatnonzero(np.invert(is_disguised)).tolist()
-    for part in (fitted,) if folds else (fitted, measured):
-        cut = [prompt for prompt in part.prompts if prompt.dropped]
+        groups = (np.arange(len(validation)),)
+        contexts = draw_contexts(backbone, validation, groups, conversations[:measuring], options)
+        measured = split(validation, contexts=contexts, groups=groups, title="Validation texts")
+    for texts in (fitted,) if folds else (fitted, measured):
+        cut = [prompt for prompt in texts.prompts if prompt.dropped]
         if cut:
             limit = min(options.max_tokens, max(map(len, cut)))
             warnings.append(
-                f"{len(cut)} of {len(part)} texts were cut to {limit} tokens for training "
+                f"{len(cut)} of {len(texts)} texts were cut to {limit} tokens for training "
                 "(--set max_tokens=N); judging never cuts."
             )
     return ProbeDataset(
@@ -327,9 +277,9 @@ def prepare(
         measured,
         folds,
         tuple(warnings),
-        tuple(contexts),
-        tuple(familiar),
-        given,
+        contexts,
+        tuple(np.flatnonzero(is_familiar).tolist() if has_traffic else ()),
+        given_sha256,
     )
 
 
@@ -345,67 +295,6 @@ def linear_refusal(backbone: TransformersBackbone, texts: int, options: FitOptio
     )
 
 
-def _without_contexts(split: Split) -> Split:
-    return split if split.parts is None else split.select(split.alone)
-
-
-def choose_folds(examples: LabelledExamples) -> Folds:
-    """The folds to cross-fit by; none if there are many texts, or if a fold would lack a class."""
-    rarest = int(examples.label_counts.min())
-    if len(examples) >= FEW_TEXTS or min(rarest, examples.distinct) < FOLDS:
-        return ()
-    folds = examples.folds(FOLDS, seed=0)
-    return folds if all(examples.select(fold).label_counts.all() for fold in folds) else ()
-
-
-def _why_held_out(examples: LabelledExamples) -> list[str]:
-    """Why texts that are few enough to be cross-fitted are not."""
-    if len(examples) >= FEW_TEXTS:
-        return []
-    rarest = int(examples.label_counts.argmin())
-    label = examples.task.labels[rarest]
-    return [
-        f"Cross-fitting needs {FOLDS} distinct texts per label; '{label}' has "
-        f"{examples.label_counts[rarest]}, or some of them are equal. Instead, "
-        f"{validation_share(len(examples)):.0%} of the texts were held out for validation. Add "
-        f"more texts of '{label}'."
-    ]
-
-
-def require_same_task(training: LabelledExamples, validation: LabelledExamples) -> None:
-    """Checks that validation can choose what training needs.
-
-    Raises:
-        SidelightError: The labels differ, a class of a binary task has no text, or every label of
-            a multi-label task is on all texts or on none.
-    """
-    task = training.task
-    if validation.task != task:
-        raise SidelightError(
-            f"The validation data has the labels {validation.task}, the training data {task}. "
-            "Load it with task=training.task."
-        )
-    counts = validation.label_counts
-    missing = [label for label, count in zip(task.labels, counts, strict=True) if count == 0]
-    if missing and task.kind == "binary":
-        raise SidelightError(
-            f"The validation data has no '{missing[0]}' text, so no threshold can be chosen. "
-            "Add some, or leave validation data out: part of the training data is held out then."
-        )
-    if task.kind == "multilabel" and not ((counts > 0) & (counts < len(validation))).any():
-        raise SidelightError(
-            "In the validation data every label is on all texts or on none, so no threshold can be "
-            "chosen. Add texts with and without a label."
-        )
-
-
-def shared_texts(training: LabelledExamples, validation: LabelledExamples) -> list[str]:
-    """A warning if texts, with the same response if any, are on both sides."""
-    seen = {(item.text, item.response) for item in training.items}
-    shared = sum((item.text, item.response) in seen for item in validation.items)
-    return [f"{shared} validation texts are also training texts."] if shared else []
-
-
 def make_split(
     backbone: TransformersBackbone,
     examples: LabelledExamples,
@@ -414,7 +303,7 @@ def make_split(
     title: str = "Extracting",
     source: StateSource | None = None,
     contexts: Sequence[Context] = (),
-    parts: Folds = (),
+    groups: Folds = (),
 ) -> Split:
     """Runs the backbone over labelled texts, or finds their hidden states on disk.
 
@@ -426,7 +315,7 @@ def make_split(
         title: The title of the progress bar.
         source: The engine that computes the states; None is the backbone itself.
         contexts: Further settings of the texts, which follow them.
-        parts: The texts of each part that contexts were drawn for.
+        groups: The texts of each group that contexts were drawn for.
 
     Raises:
         SidelightError: A text without a token to read, or no room for the states.
@@ -444,17 +333,20 @@ def make_split(
         shard_bytes=min(SHARD_BYTES, max(1, options.memory_bytes // 2)),
         memory_bytes=options.memory_bytes,
     )
+    stored = len(prompts) - len(cache.missing())
+    if stored:
+        say(f"{title}: the hidden states of {stored:,} of {len(prompts):,} are on disk already.")
     states = extract(source, cache, budget_bytes=options.cache_budget_bytes, title=title)
     if options.keep_cache:
         states.keep()
     rows = np.arange(len(prompts))
     if not contexts:
         return Split(examples, tuple(prompts), states, rows)
-    part_of = np.array([0] * len(examples) + [context.part for context in contexts])
-    for part, texts in enumerate(parts):
-        part_of[texts] = part
+    group_of = np.array([0] * len(examples) + [context.group for context in contexts])
+    for group, texts in enumerate(groups):
+        group_of[texts] = group
     shown = _with_contexts(examples, contexts)
-    return Split(shown, tuple(prompts), states, rows, part_of, rows < len(examples))
+    return Split(shown, tuple(prompts), states, rows, group_of, rows < len(examples))
 
 
 def _with_contexts(examples: LabelledExamples, contexts: Sequence[Context]) -> LabelledExamples:
@@ -482,16 +374,9 @@ def encode_shortened(
         with located(item, index):
             whole = backbone.encoder.encode_any_length(item.conversation, item.response)
             prompts.append(whole.shortened(limit, reads))
-    _require_read(prompts, examples, reads, limit)
-    return prompts
-
-
-def _require_read(
-    prompts: Sequence[EncodedPrompt], examples: Examples, reads: Reads, limit: int
-) -> None:
     unread = [index for index, prompt in enumerate(prompts) if not prompt.mask(reads).any()]
     if not unread:
-        return
+        return prompts
     cut = sum(prompts[index].dropped > 0 for index in unread)
     remedy = (
         f"{cut} of them were cut to {limit} tokens: raise the limit (--max-tokens N, in training "

@@ -12,7 +12,8 @@ from sidelight.mechanisms.base import Geometry
 from sidelight.mechanisms.distance import Distance
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
-from sidelight.training.dataset import FOLDS, ProbeDataset, Split
+from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.validation import FOLDS
 
 # Of familiar texts that no fold has seen, so many are farther away than the limit.
 UNFAMILIAR_RATE = 0.015
@@ -27,9 +28,11 @@ def fit_distance(dataset: ProbeDataset) -> Distance | None:
     None without background, since ordinary traffic would be unfamiliar, or with few texts.
     """
     chosen = np.random.default_rng(0).permutation(dataset.familiar)[:_MOST_TEXTS]
+    if len(chosen) < _LEAST_TEXTS:
+        return None
     part = dataset.training.select(chosen)
     folds = part.folds(FOLDS)
-    if len(chosen) < _LEAST_TEXTS or not folds:
+    if not folds:
         return None
     sizes = part.states.fingerprint
     distance = Distance(Geometry(sizes.layers, sizes.width, 1))

@@ -2,77 +2,139 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from copy import copy
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import CalibrationKind
-from sidelight.data.examples import Example, LabelledExamples
-from sidelight.evaluation import Report
+from sidelight.data.examples import LabelledExamples
+from sidelight.manifest import curves_of
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.mechanisms.distance import Distance
 from sidelight.mechanisms.linear import Linear
 from sidelight.mechanisms.readout import Readout
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
-from sidelight.thresholds import ThresholdRule, read_curves, require_thresholds
+from sidelight.thresholds import require_thresholds
 from sidelight.training.dataset import ProbeDataset, linear_refusal, prepare
 from sidelight.training.distance import fit_distance
 from sidelight.training.linear import LinearSolution
-from sidelight.training.loop import Trained, cross_fit, divergence, train_mechanisms
+from sidelight.training.loop import cross_fit, divergence, train_mechanisms
 from sidelight.training.measuring import (
     FLATTERING,
-    Calibrated,
-    Traffic,
-    beginning,
     calibrate_examples,
     describe_examples,
     describe_scores,
-    highest_logits,
-    measure_traffic,
     text_hashes,
-    traffic_warnings,
 )
-from sidelight.training.optimisation import validation_score
-from sidelight.training.settings import Background, FitOptions
-from sidelight.training.tfidf import fit_tfidf
+from sidelight.training.optimisation import TrainingRun, validation_score
+from sidelight.training.runs import Fit, FittedProbe, write_fit
+from sidelight.training.settings import FitOptions, Job, suggested_settings
+from sidelight.training.tfidf import better_words, measure_baseline
+from sidelight.training.traffic import highest_logits, measure_traffic, traffic_warnings
 from sidelight.types import NONE
 
 # Shares of the linear solution.
 _SHARES = (0.25, 0.5, 0.75)
-# Standard errors of a difference that make TF-IDF clearly better, and texts of the rarest label
-# that are enough to say so.
-_CLEAR, _ENOUGH_TEXTS = 2.0, 30
 # The share of labelled texts that may be taken for ordinary traffic without a word.
 _TAKEN = 0.02
 
 
-@dataclass(frozen=True)
-class FittedProbe:
-    """One trained probe.
+def jobs_of(options: FitOptions) -> list[Job]:
+    """Every mechanism with every seed."""
+    specs = options.mechanisms
+    if specs is None:
+        specs = (mechanism_spec("linear"), mechanism_spec("readout"))
+        # A linear mechanism does not learn from beginnings of responses.
+        specs = specs[1:] if options.reads.includes_response else specs
+    return [
+        Job(spec, seed, options.settings.get(spec.name, suggested_settings(spec.name)))
+        for spec in specs
+        # Nothing in a solution is random.
+        for seed in (options.seeds[:1] if spec.name == "linear" else options.seeds)
+    ]
 
-    Attributes:
-        probe: Ready to serve.
-        seed: The seed that it was trained with.
-        score: ``validation_score`` of its final logits; the best run is chosen by it.
-        report: Its figures on validation data, each text calibrated without it.
-        losses: The log loss of each validation text, likewise.
-        traffic: Its figures in ordinary traffic; None if it was trained without.
+
+def fit(
+    backbone: TransformersBackbone,
+    training: LabelledExamples,
+    validation: LabelledExamples | None,
+    *,
+    name: str,
+    options: FitOptions,
+    source: StateSource | None = None,
+    out: Path | None = None,
+) -> Fit:
+    """Trains every mechanism with every seed, from one pass of the backbone over the texts.
+
+    Args:
+        backbone: The frozen LLM.
+        training: Labelled texts.
+        validation: Labelled texts for early stopping, threshold and calibration; None holds out
+            part of ``training``, or cross-fits it if it is small.
+        name: How verdicts will name the probe.
+        options: What to train.
+        source: The engine that computes the hidden states; None is the backbone itself.
+        out: Folder that the probes are written to, before the hidden states are removed.
+
+    Raises:
+        SidelightError: There are no labels, the hidden states do not fit the disk, or every
+            training diverged.
     """
-
-    probe: Probe
-    seed: int
-    score: float
-    report: Report
-    losses: Float[np.ndarray, " text"]
-    traffic: Traffic | None = None
+    require_thresholds(training.task, options.threshold)
+    options.with_none(training.task)
+    dataset = prepare(backbone, training, validation, options=options, source=source)
+    refusal = linear_refusal(backbone, len(dataset.training), options)
+    jobs = [job for job in jobs_of(options) if not (refusal and job.spec.name == "linear")]
+    # The baseline first: what it refuses in seconds must not cost the hours of training.
+    baseline = measure_baseline(dataset, options)
+    if dataset.folds:
+        results = cross_fit(jobs, dataset.training, dataset.folds, device=backbone.device)
+    else:
+        results = train_mechanisms(
+            jobs,
+            training=dataset.training,
+            validation=dataset.validation,
+            to_score=dataset.measured,
+            device=backbone.device,
+        )
+    trained = [run for run in results if run is not None]
+    if not trained:
+        raise divergence(jobs[0])
+    diverged = [job for job, run in zip(jobs, results, strict=True) if run is None]
+    warnings = [
+        *dataset.warnings,
+        *(f"{divergence(job)} This run is left out." for job in diverged),
+        *(() if baseline.folds else (FLATTERING,)),
+    ]
+    if options.mechanisms is None:
+        warnings += [f"{refusal}: the readout is alone."] if refusal else []
+        trained = mix(trained, dataset, kind=options.calibration)
+    distance = fit_distance(dataset)
+    runs = [
+        calibrate_probe(run, dataset, name=name, options=options, distance=distance)
+        for run in trained
+    ]
+    best = _best(runs)
+    warnings += better_words(best.losses, baseline.losses, dataset.validation.examples)
+    warnings += taken_by_none(best)
+    if best.traffic is not None and best.probe.thresholds:
+        warnings += traffic_warnings(
+            best.traffic, curves_of(best.probe.record), best.probe.thresholds, options.threshold
+        )
+    made = Fit(tuple(runs), best, baseline.report, tuple(warnings))
+    if out is not None:
+        write_fit(made, out)
+    dataset.remove_states()
+    return made
 
 
 def calibrate_probe(
-    trained: Trained,
+    trained: TrainingRun,
     dataset: ProbeDataset,
     *,
     name: str,
@@ -82,24 +144,27 @@ def calibrate_probe(
     """Calibrates on validation logits, chooses the threshold there, and measures fold by fold."""
     task, texts = dataset.task, len(dataset.validation)
     logits, in_contexts = trained.logits[:texts], trained.logits[texts:]
-    rule = options.threshold
     highest = highest_logits(dataset.contexts, in_contexts)
     calibrated = calibrate_examples(
         logits,
         dataset.validation.examples,
         folds=dataset.folds,
         kind=options.calibration,
-        rule=rule,
+        rule=options.threshold,
         traffic=highest,
     )
     probabilities = calibrated.calibration.apply(logits)
     thresholds, traffic = calibrated.report.thresholds, None
-    kept: dict[str, Any] = {}
+    of_traffic: dict[str, Any] = {}
     if (thresholds or task.abstains) and dataset.contexts:
-        chances = calibrated.calibration.apply(in_contexts)
-        labels = dataset.measured.labels[texts:]
-        traffic = measure_traffic(task, dataset.contexts, chances, labels, thresholds)
-        kept = {"traffic": _kept(traffic, highest, options.background)}
+        traffic = measure_traffic(
+            task,
+            dataset.contexts,
+            calibrated.calibration.apply(in_contexts),
+            dataset.measured.labels[texts:],
+            thresholds,
+        )
+        of_traffic = {"traffic": traffic.record(highest, options.background)}
     probe = Probe(
         name=name,
         task=task,
@@ -120,7 +185,7 @@ def calibrate_probe(
                 **({"given_sha256": dataset.given_sha256} if dataset.given_sha256 else {}),
             },
             "contexts": dict(Counter(context.kind for context in dataset.contexts)),
-            **kept,
+            **of_traffic,
             "validation": {
                 **describe_examples(dataset.validation.examples),
                 "metrics": calibrated.report.to_dict(),
@@ -136,116 +201,7 @@ def calibrate_probe(
         },
     )
     score = validation_score(task, logits, dataset.validation.labels)
-    return FittedProbe(
-        probe, trained.job.seed, score, calibrated.report, calibrated.losses, traffic
-    )
-
-
-def _kept(
-    traffic: Traffic, logits: Float[np.ndarray, "conversation output"], background: Background
-) -> dict[str, Any]:
-    """What an artifact keeps of traffic: no text that is a user's own."""
-    own = background.conversations[: background.private]
-    private = {beginning(Example(turns).text) for turns in own}
-    return {
-        **traffic.to_dict(),
-        # A threshold may lie just above one of them: not rounded.
-        "logits": logits.tolist(),
-        "worst": [
-            {"probability": round(probability, 4), "text": text}
-            for probability, text in traffic.worst
-            if text not in private
-        ],
-    }
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Everything that one call to ``fit`` made.
-
-    Attributes:
-        runs: One per mechanism and seed.
-        best: The best run of the mechanism whose mean validation score is the best.
-        baseline: The figures of TF-IDF with logistic regression on the same validation texts.
-        warnings: What the user should know, one sentence each.
-    """
-
-    runs: tuple[FittedProbe, ...]
-    best: FittedProbe
-    baseline: Report
-    warnings: tuple[str, ...]
-
-
-def fit(
-    backbone: TransformersBackbone,
-    training: LabelledExamples,
-    validation: LabelledExamples | None,
-    *,
-    name: str,
-    options: FitOptions,
-    source: StateSource | None = None,
-) -> Fit:
-    """Trains every mechanism with every seed, from one pass of the backbone over the texts.
-
-    Args:
-        backbone: The frozen LLM.
-        training: Labelled texts.
-        validation: Labelled texts for early stopping, threshold and calibration; None holds out
-            part of ``training``, or cross-fits it if it is small.
-        name: How verdicts will name the probe.
-        options: What to train.
-        source: The engine that computes the hidden states; None is the backbone itself.
-
-    Raises:
-        SidelightError: There are no labels, the hidden states do not fit the disk, or every
-            training diverged.
-    """
-    require_thresholds(training.task, options.threshold)
-    options.with_none(training.task)
-    dataset = prepare(backbone, training, validation, options=options, source=source)
-    refusal = linear_refusal(backbone, len(dataset.training), options)
-    jobs = [job for job in options.jobs() if not (refusal and job.spec.name == "linear")]
-    # The baseline first: what it refuses in seconds must not cost the hours of training.
-    words = _baseline(dataset, options.threshold, options.calibration)
-    if dataset.folds:
-        trained = cross_fit(jobs, dataset.training, dataset.folds, device=backbone.device)
-    else:
-        trained = train_mechanisms(
-            jobs,
-            training=dataset.training,
-            validation=dataset.validation,
-            to_score=dataset.measured,
-            device=backbone.device,
-        )
-    finite = [one for one in trained if one is not None]
-    if not finite:
-        raise divergence(jobs[0])
-    pairs = zip(jobs, trained, strict=True)
-    warnings = [
-        *dataset.warnings,
-        *(f"{divergence(job)} This run is left out." for job, one in pairs if one is None),
-    ]
-    measured = dataset.validation.examples
-    if not words.folds:
-        warnings.append(FLATTERING)
-    if options.mechanisms is None:
-        warnings += [f"{refusal}: the readout is alone."] if refusal else []
-        finite = mix(finite, dataset, kind=options.calibration)
-    distance = fit_distance(dataset)
-    runs = [
-        calibrate_probe(one, dataset, name=name, options=options, distance=distance)
-        for one in finite
-    ]
-    best = _best(runs)
-    warnings += better_words(best.losses, words.losses, measured)
-    warnings += taken_by_none(best)
-    if best.traffic is not None and best.probe.thresholds:
-        curves = read_curves(best.probe.record["validation"]["curves"])
-        warnings += traffic_warnings(best.traffic, curves, best.probe.thresholds, options.threshold)
-    if not options.keep_cache:
-        for split in (dataset.training, dataset.measured):
-            split.states.remove()
-    return Fit(tuple(runs), best, words.report, tuple(warnings))
+    return FittedProbe(probe, score, calibrated.report, calibrated.losses, traffic)
 
 
 def taken_by_none(run: FittedProbe) -> list[str]:
@@ -262,38 +218,19 @@ def taken_by_none(run: FittedProbe) -> list[str]:
 
 
 def _best(runs: Sequence[FittedProbe]) -> FittedProbe:
-    by_mechanism: dict[str, list[float]] = {}
-    for run in runs:
-        by_mechanism.setdefault(repr(run.probe.spec), []).append(run.score)
-    return max(
-        runs, key=lambda run: (float(np.mean(by_mechanism[repr(run.probe.spec)])), run.score)
-    )
+    def rank(run: FittedProbe) -> tuple[float, float]:
+        scores = [other.score for other in runs if other.probe.spec == run.probe.spec]
+        return float(np.mean(scores)), run.score
 
-
-def _baseline(
-    dataset: ProbeDataset, rule: ThresholdRule, kind: CalibrationKind | None
-) -> Calibrated:
-    """The figures of TF-IDF with logistic regression, trained on texts alone."""
-    task, training = dataset.task, dataset.originals
-    if dataset.folds:
-        logits = np.empty((len(training), task.outputs))
-        for fold in (fold[fold < len(training)] for fold in dataset.folds):
-            rest = training.without(fold)
-            words = fit_tfidf(rest.texts, rest.labels, task)
-            logits[fold] = words.logits(training.select(fold).texts)
-    else:
-        words = fit_tfidf(training.texts, training.labels, task)
-        logits = words.logits(dataset.validation.texts)
-    texts = dataset.validation.examples
-    return calibrate_examples(logits, texts, folds=dataset.folds, kind=kind, rule=rule)
+    return max(runs, key=rank)
 
 
 # The default probe: a readout and a linear solution, mixed as left-out texts decide.
 
 
 def mix(
-    trained: Sequence[Trained], dataset: ProbeDataset, *, kind: CalibrationKind | None
-) -> list[Trained]:
+    trained: Sequence[TrainingRun], dataset: ProbeDataset, *, kind: CalibrationKind | None
+) -> list[TrainingRun]:
     """Each readout mixed with the linear solution; as they are if there is none.
 
     The share is the one with the lowest log loss of left-out texts.
@@ -303,14 +240,14 @@ def mix(
         dataset: The texts.
         kind: How logits are calibrated before they are compared.
     """
-    linear = next((one for one in trained if isinstance(one.mechanism, Linear)), None)
-    readouts = [one for one in trained if isinstance(one.mechanism, Readout)]
+    linear = next((run for run in trained if isinstance(run.mechanism, Linear)), None)
+    readouts = [run for run in trained if isinstance(run.mechanism, Readout)]
     if linear is None or not readouts:
         return [*trained]
 
     texts, folds = dataset.validation.examples, dataset.folds
 
-    def loss(candidate: Trained) -> float:
+    def loss(candidate: TrainingRun) -> float:
         logits = candidate.logits[: len(texts)]
         calibrated = calibrate_examples(logits, texts, folds=folds, kind=kind, bootstrap=0)
         return float(calibrated.losses.mean())
@@ -318,7 +255,7 @@ def mix(
     return [min(mixtures(linear, readout) or [readout], key=loss) for readout in readouts]
 
 
-def mixtures(linear: Trained, readout: Trained) -> list[Trained]:
+def mixtures(linear: TrainingRun, readout: TrainingRun) -> list[TrainingRun]:
     """Readouts whose logits are between a readout's and a linear mechanism's.
 
     Such a mixture is a readout again, with one more gate, which is zero. There is none if the two
@@ -332,39 +269,13 @@ def mixtures(linear: Trained, readout: Trained) -> list[Trained]:
     device = readout.mechanism.bias.device
     moved = solution.standardised(readout.standardisation)
     parameters = {name: value.to(device) for name, value in moved.items()}
-    spec = readout.job.spec
     heads = readout.mechanism.gate.shape[2] + 1
-    return [
-        replace(
-            readout,
-            job=replace(
-                readout.job, spec=mechanism_spec(spec.name, {**spec.options, "heads": heads})
-            ),
-            mechanism=readout.mechanism.mixed(**parameters, share=share),
-            logits=(1 - share) * readout.logits + share * linear.logits,
-        )
-        for share in _SHARES
-    ]
-
-
-def better_words(
-    losses: Float[np.ndarray, " text"],
-    of_words: Float[np.ndarray, " text"],
-    examples: LabelledExamples,
-) -> list[str]:
-    """A warning if TF-IDF's loss is clearly below that of the probe.
-
-    Args:
-        losses: Log loss of each left-out text by the probe.
-        of_words: The same by TF-IDF.
-        examples: The texts; with few of a label, chance could decide.
-    """
-    lost = losses - of_words
-    is_clear = lost.mean() > _CLEAR * lost.std() / np.sqrt(len(lost))
-    if not is_clear or examples.label_counts.min() < _ENOUGH_TEXTS:
-        return []
-    return [
-        "The words alone (TF-IDF) predict left-out texts better than the probe: a log loss of "
-        f"{of_words.mean():.3f} against {losses.mean():.3f}. Add texts, or try another model "
-        "(--model)."
-    ]
+    spec = mechanism_spec(readout.job.spec.name, {**readout.job.spec.options, "heads": heads})
+    candidates: list[TrainingRun] = []
+    for share in _SHARES:
+        mixture = copy(readout)
+        mixture.job = replace(readout.job, spec=spec)
+        mixture.mechanism = readout.mechanism.mixed(**parameters, share=share)
+        mixture.logits = (1 - share) * readout.logits + share * linear.logits
+        candidates.append(mixture)
+    return candidates

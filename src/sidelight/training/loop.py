@@ -1,8 +1,8 @@
 """Trains many mechanisms from one cache: each shard that is read updates all of them."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,18 +10,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.base import Mechanism
 from sidelight.mechanisms.linear import Linear
 from sidelight.mechanisms.readout import Readout
 from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
-from sidelight.standardisation import Projection, Standardisation, inverse_rms
+from sidelight.standardisation import Projection, inverse_rms
 from sidelight.states.cache import Shard
-from sidelight.training.dataset import FOLDS, Folds, Split
+from sidelight.training.dataset import Split
 from sidelight.training.linear import LinearSolution, solve_linear
 from sidelight.training.optimisation import TrainingRun, validation_score
 from sidelight.training.scaling import Scaling
 from sidelight.training.settings import Job, TrainingSettings
+from sidelight.training.validation import FOLDS, Folds
 
 _VALIDATION_BATCH = 128
 # Of one matmul while training, so that many runs with many classes do not fill the memory.
@@ -31,29 +31,6 @@ _MANY_TEXTS = 2048
 _NOTHING = np.array([], dtype=np.int64)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A trained mechanism.
-
-    Attributes:
-        job: The job that it was trained for.
-        mechanism: The mechanism with the parameters of its best epoch.
-        standardisation: How the states that it reads are standardised.
-        logits: The logits of the texts to score, ``[text, output]``, in their order.
-        history: The validation score of each epoch; empty without validation texts.
-        best_epoch: Counted from 1.
-        token_logits: Of each text those of its tokens, if tokens are labelled.
-    """
-
-    job: Job
-    mechanism: Mechanism
-    standardisation: Standardisation
-    logits: np.ndarray
-    history: tuple[float, ...]
-    best_epoch: int
-    token_logits: Sequence[Float[np.ndarray, "_ output"]] = ()
-
-
 def train_mechanisms(
     jobs: Sequence[Job],
     *,
@@ -61,7 +38,7 @@ def train_mechanisms(
     validation: Split | None,
     to_score: Split | None = None,
     device: torch.device | str = "cpu",
-) -> list[Trained | None]:
+) -> list[TrainingRun | None]:
     """Trains all jobs side by side; the result of a job does not depend on its neighbours.
 
     Args:
@@ -72,27 +49,26 @@ def train_mechanisms(
         device: Where to train.
 
     Returns:
-        The results in the order of the jobs; None for a job whose numbers are no longer finite.
+        A run for each job, in their order; None for one whose numbers are no longer finite.
     """
     trainer = _Trainer(jobs, training, torch.device(device))
     trainer.train(validation)
     texts = validation if to_score is None else to_score
-    logits = [np.empty((0, training.task.outputs)) for _ in jobs]
     if texts is not None:
         logits = trainer.score(trainer.runs, texts, dtype=torch.float32)
-    results = [_result(run, own) for run, own in zip(trainer.runs, logits, strict=True)]
-    if texts is None or training.token_labels is None:
-        return results
-    of_tokens = trainer.score_tokens(trainer.runs, texts, dtype=torch.float32)
-    return [
-        result and replace(result, token_logits=own)
-        for result, own in zip(results, of_tokens, strict=True)
-    ]
+        for run, scores in zip(trainer.runs, logits, strict=True):
+            run.logits = scores
+        if training.token_labels is not None:
+            ends = np.cumsum(texts.own_states().lengths)[:-1]
+            logits = trainer.score(trainer.runs, texts, dtype=torch.float32, of_tokens=True)
+            for run, scores in zip(trainer.runs, logits, strict=True):
+                run.token_logits = np.split(scores, ends)
+    return [_if_finite(run) for run in trainer.runs]
 
 
 def cross_fit(
     jobs: Sequence[Job], training: Split, folds: Folds, *, device: torch.device | str = "cpu"
-) -> list[Trained | None]:
+) -> list[TrainingRun | None]:
     """Trains each job on all texts, and once without each fold, side by side from one read.
 
     Every text trains the probe, and is scored by a probe that did not train on it: calibration,
@@ -112,14 +88,15 @@ def cross_fit(
     ]
     trainer = _Trainer(jobs, training, torch.device(device), (_NOTHING, *folds))
     trainer.train(None)
-    logits = [np.empty((len(training), training.task.outputs)) for _ in jobs]
+    whole = trainer.runs[: len(jobs)]
+    for run in whole:
+        run.logits = np.empty((len(training), training.task.outputs))
     for part, fold in enumerate(folds, start=1):
         runs = trainer.runs[part * len(jobs) : (part + 1) * len(jobs)]
-        scores = trainer.score(runs, training.select(fold), dtype=torch.float32)
-        for own, run, score in zip(logits, runs, scores, strict=True):
-            own[fold] = np.nan if run.has_diverged else score
-    whole = trainer.runs[: len(jobs)]
-    return [_result(run, own) for run, own in zip(whole, logits, strict=True)]
+        logits = trainer.score(runs, training.select(fold), dtype=torch.float32)
+        for result, run, scores in zip(whole, runs, logits, strict=True):
+            result.logits[fold] = np.nan if run.has_diverged else scores
+    return [_if_finite(run) for run in whole]
 
 
 def divergence(job: Job) -> SidelightError:
@@ -130,17 +107,8 @@ def divergence(job: Job) -> SidelightError:
     )
 
 
-def _result(run: TrainingRun, logits: Float[np.ndarray, "text output"]) -> Trained | None:
-    if run.has_diverged or not np.isfinite(logits).all():
-        return None
-    return Trained(
-        job=run.job,
-        mechanism=run.mechanism,
-        standardisation=run.standardisation,
-        logits=logits,
-        history=tuple(run.history),
-        best_epoch=run.best_epoch,
-    )
+def _if_finite(run: TrainingRun) -> TrainingRun | None:
+    return None if run.has_diverged or not np.isfinite(run.logits).all() else run
 
 
 def _strength(job: Job, training: Split, folds: Folds) -> float | None:
@@ -194,12 +162,12 @@ class _Trainer:
         self._states = states = training.own_states()
         self._labels = _labels_of(training, device)
         self._device = device
-        parts = [torch.ones(len(training), dtype=torch.bool) for _ in left_out]
-        for kept, rows in zip(parts, left_out, strict=True):
+        kept_texts = [torch.ones(len(training), dtype=torch.bool) for _ in left_out]
+        for kept, rows in zip(kept_texts, left_out, strict=True):
             kept[rows] = False
-        scaling = Scaling(training, states, parts)
+        scaling = Scaling(training, states, kept_texts)
         self.runs: list[TrainingRun] = []
-        for part, kept in enumerate(parts):
+        for part, kept in enumerate(kept_texts):
             for job in jobs:
                 settings = job.settings.fitted_to(len(training), training.task)
                 run = TrainingRun(
@@ -294,11 +262,8 @@ class _Trainer:
 
     def _validate(self, runs: Sequence[TrainingRun], validation: Split) -> None:
         labels = _labels_of(validation, torch.device("cpu")).values.numpy()
-        if validation.token_labels is None:
-            scores = self.score(runs, validation, dtype=torch.bfloat16)
-        else:
-            of_tokens = self.score_tokens(runs, validation, dtype=torch.bfloat16)
-            scores = [np.concatenate(own) for own in of_tokens]
+        of_tokens = validation.token_labels is not None
+        scores = self.score(runs, validation, dtype=torch.bfloat16, of_tokens=of_tokens)
         for run, logits in zip(runs, scores, strict=True):
             if np.isfinite(logits).all():
                 run.end_epoch(validation_score(validation.task, logits, labels))
@@ -307,44 +272,40 @@ class _Trainer:
 
     @torch.inference_mode()
     def score(
-        self, runs: Sequence[TrainingRun], split: Split, *, dtype: torch.dtype
-    ) -> list[Float[np.ndarray, "text output"]]:
-        """The logits of every text as they are served, for each run.
+        self,
+        runs: Sequence[TrainingRun],
+        split: Split,
+        *,
+        dtype: torch.dtype,
+        of_tokens: bool = False,
+    ) -> list[Float[np.ndarray, "row output"]]:
+        """The logits of every text as they are served, or of all tokens text after text, by run.
 
         Args:
             runs: What scores.
             split: The texts.
             dtype: Of the matmuls; float32, as in serving, for what calibration is fitted to.
+            of_tokens: Whether tokens are scored.
         """
-        logits = {run: np.zeros((len(split), split.task.outputs)) for run in runs}
-        for run, rows, tokens in self._projected(runs, split, dtype):
-            served = _served(run, tokens, [split.units[row] for row in rows])
-            logits[run][rows] = served.cpu().numpy()
-        return [*logits.values()]
-
-    @torch.inference_mode()
-    def score_tokens(
-        self, runs: Sequence[TrainingRun], split: Split, *, dtype: torch.dtype
-    ) -> list[list[Float[np.ndarray, "_ output"]]]:
-        """As ``score``, of every token of every text."""
-        logits = {run: [np.empty((0, split.task.outputs))] * len(split) for run in runs}
-        for run, rows, tokens in self._projected(runs, split, dtype):
-            for row, own in zip(rows, run.token_logits(tokens), strict=True):
-                logits[run][row] = own.double().cpu().numpy()
-        return [*logits.values()]
-
-    def _projected(
-        self, runs: Sequence[TrainingRun], split: Split, dtype: torch.dtype
-    ) -> Iterator[tuple[TrainingRun, list[int], Ragged]]:
-        """Each run's columns of each batch of texts, and which texts these are."""
         states = split.own_states()
+        lengths = np.array(states.lengths) if of_tokens else np.ones(len(split), np.int64)
+        rows_of = np.split(np.arange(lengths.sum()), lengths.cumsum()[:-1])
+        logits = {run: np.zeros((int(lengths.sum()), split.task.outputs)) for run in runs}
         for index in range(len(states)):
             shuffle = torch.Generator().manual_seed(0)
             for batch in states.batches(index, size=_VALIDATION_BATCH, shuffle=shuffle):
-                hidden, lengths = batch.hidden.to(self._device), batch.lengths.to(self._device)
+                hidden = batch.hidden.to(self._device)
+                texts = batch.rows.tolist()
+                rows = np.concatenate([rows_of[text] for text in texts])
+                units = [split.units[text] for text in texts]
                 for group in _sharing_a_matmul(runs):
                     for run, columns in zip(group, _project(hidden, group, dtype), strict=True):
-                        yield run, batch.rows.tolist(), Ragged(columns, lengths)
+                        tokens = Ragged(columns, batch.lengths.to(self._device))
+                        scores = (
+                            run.score_tokens(tokens) if of_tokens else _served(run, tokens, units)
+                        )
+                        logits[run][rows] = scores.cpu().numpy()
+        return [*logits.values()]
 
 
 def _labels_of(split: Split, device: torch.device) -> Ragged:
@@ -429,15 +390,14 @@ def _served(
     run: TrainingRun, tokens: Ragged, units: Sequence[Sequence[Int[np.ndarray, " _"]]]
 ) -> Float[Tensor, "text output"]:
     """The highest logit of each label, of the parts of a text that are judged and of the whole."""
-    logits = run.logits(tokens)
+    logits = run.score(tokens)
     starts = (tokens.lengths.cumsum(0) - tokens.lengths).tolist()
-    parts = [start + unit for start, own in zip(starts, units, strict=True) for unit in own]
-    if not parts:
+    rows = [start + unit for start, own in zip(starts, units, strict=True) for unit in own]
+    if not rows:
         return logits
     device = tokens.values.device
-    rows = torch.from_numpy(np.concatenate(parts)).to(device)
-    lengths = torch.tensor([*map(len, parts)], device=device)
+    lengths = torch.tensor([*map(len, rows)], device=device)
     owners = torch.tensor([text for text, own in enumerate(units) for _ in own], device=device)
-    of_parts = run.logits(Ragged(tokens.values[rows], lengths))
-    index = owners[:, None].expand_as(of_parts)
-    return logits.scatter_reduce(0, index, of_parts, "amax")
+    of_units = run.score(Ragged(tokens.values[np.concatenate(rows)], lengths))
+    index = owners[:, None].expand_as(of_units)
+    return logits.scatter_reduce(0, index, of_units, "amax")

@@ -1,19 +1,17 @@
-"""Logits made into probabilities, measured on labelled texts and in ordinary traffic.
+"""Logits of labelled texts made into probabilities, and measured.
 
-All logits are out-of-fold. Labelled texts are measured at calibrations and thresholds that the
-other folds gave; ordinary conversations at the probe's own threshold, which was raised to let them
-pass.
+All logits are out-of-fold, and texts are measured at calibrations and thresholds that the other
+folds gave.
 """
 
 import base64
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from sidelight.calibration import (
     Calibration,
@@ -25,17 +23,10 @@ from sidelight.calibration import (
 from sidelight.data.examples import Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
-from sidelight.metrics import log_losses, score_counts, wilson
-from sidelight.probe import Probe
-from sidelight.thresholds import (
-    F1,
-    OperatingCurve,
-    ThresholdRule,
-    choose_thresholds,
-    operating_curves,
-)
-from sidelight.training.contexts import Context
-from sidelight.training.dataset import FOLDS, Folds
+from sidelight.metrics import log_losses, score_counts
+from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, operating_curves
+from sidelight.training.traffic import quiet_thresholds
+from sidelight.training.validation import FOLDS, Folds
 from sidelight.types import Task
 
 # Where there are no folds to measure by.
@@ -44,15 +35,6 @@ FLATTERING = (
     "flattering. Add more texts of it."
 )
 
-# The share of ordinary conversations that may be flagged, unless a rule says otherwise.
-FALSE_ALARMS = 0.04
-# Of the recall: where ordinary traffic costs more, training warns.
-_COSTLY = 0.05
-# No threshold is raised further.
-_HIGHEST = 1 - 1e-9
-# Words around a text, from one limit to the next.
-_LENGTHS = (50, 150, 600)
-_SHOWN, _SHOWN_CHARACTERS = 3, 160
 # Of a text's hash: among 100,000 training texts, one of 10 million others has an equal one.
 _HASH_BYTES = 5
 
@@ -213,245 +195,3 @@ def trained_text_warnings(record: Mapping[str, Any], examples: Examples) -> tupl
 def _hashes(examples: Examples) -> list[bytes]:
     keys = ([item.text_key, item.response_key] for item in examples.items)
     return [hashlib.sha256(repr(key).encode()).digest()[:_HASH_BYTES] for key in keys]
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """Texts inside so many words, and as many words without one.
-
-    Attributes:
-        words: At most so many stand around the text.
-        positives: How many texts of a label, and ``found`` how many of them are flagged.
-        ordinary: How many have no such text in them, and ``flagged`` how many are flagged.
-    """
-
-    words: int
-    positives: int
-    found: int
-    ordinary: int
-    flagged: int
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """A probe in front of ordinary traffic.
-
-    Attributes:
-        conversations: How many ordinary conversations were judged.
-        flagged: How many of them were flagged.
-        surroundings: Texts and ordinary text by length.
-        worst: The beginnings of the conversations with the highest probabilities.
-        abstains: Whether to be flagged is to be given a class other than ``none``.
-    """
-
-    conversations: int
-    flagged: int
-    surroundings: tuple[Surroundings, ...]
-    worst: tuple[tuple[float, str], ...]
-    abstains: bool = False
-
-    def __str__(self) -> str:
-        """A few lines for a terminal."""
-        lines = [rate_sentence(self.flagged, self.conversations, abstains=self.abstains)]
-        for own in self.surroundings:
-            if own.positives and own.ordinary:
-                lines.append(
-                    f"Your positive texts inside up to {own.words} words of other text: "
-                    f"{own.found} of {own.positives} found. Other text of that length: "
-                    f"{own.flagged} of {own.ordinary} flagged."
-                )
-        if self.worst:
-            lines.append("Ordinary conversations with the highest probabilities:")
-            lines += [f"  {probability:.2f}  {text}" for probability, text in self.worst]
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values, without texts, which may be an operator's own."""
-        values = asdict(self)
-        del values["worst"], values["abstains"]
-        return values
-
-
-def rate_sentence(flagged: int, conversations: int, *, abstains: bool) -> str:
-    """How many ordinary conversations are flagged, or given a class."""
-    does = "it gives another class than 'none' to" if abstains else "it flags"
-    return (
-        f"Of {conversations} ordinary conversations that it was not trained on, {does} "
-        f"{flagged / max(1, conversations):.1%} ({flagged})."
-    )
-
-
-def flags_of(
-    task: Task, probabilities: Float[np.ndarray, "text output"], thresholds: Sequence[float]
-) -> Bool[np.ndarray, " text"]:
-    """Which texts are flagged, or given a class other than ``none``."""
-    if task.abstains:
-        return probabilities.argmax(1) < task.outputs - 1
-    return np.asarray((probabilities >= np.array(thresholds)).any(1))
-
-
-def measure_traffic(
-    task: Task,
-    contexts: Sequence[Context],
-    probabilities: Float[np.ndarray, "context output"],
-    labels: Int[np.ndarray, "context ..."],
-    thresholds: Sequence[float],
-) -> Traffic:
-    """Counts what is flagged.
-
-    Args:
-        task: The classes.
-        contexts: What was judged.
-        probabilities: Out-of-fold, of each.
-        labels: Of each, as in ``LabelledExamples.labels``.
-        thresholds: Of each label.
-    """
-    flags = flags_of(task, probabilities, thresholds)
-    judged = probabilities[:, :-1] if task.abstains else probabilities
-    conversations = conversations_of(contexts)
-    highest = [float(judged[rows].max()) for rows in conversations]
-    order = sorted(range(len(highest)), key=highest.__getitem__, reverse=True)[:_SHOWN]
-    worst = [(highest[i], beginning(contexts[conversations[i][0]].example.text)) for i in order]
-    surroundings: list[Surroundings] = []
-    for shortest, longest in zip((0, *_LENGTHS), _LENGTHS, strict=False):
-        # Every text of several classes is one of them.
-        if task.abstains:
-            break
-        holds = labels.reshape(len(contexts), -1).any(1)
-        near = np.array([shortest < context.words <= longest for context in contexts])
-        shown = np.array([context.kind not in ("disguised", "plain") for context in contexts])
-        positive, ordinary = near & shown & holds, near & ~holds
-        # One part of a text is flagged less often than the highest of all.
-        ordinary &= np.array([c.text is None and c.is_whole for c in contexts])
-        counts = [int(rows.sum()) for rows in (positive, positive & flags)]
-        counts += [int(rows.sum()) for rows in (ordinary, ordinary & flags)]
-        surroundings.append(Surroundings(longest, *counts))
-    flagged = sum(bool(flags[rows].any()) for rows in conversations)
-    return Traffic(len(conversations), flagged, tuple(surroundings), tuple(worst), task.abstains)
-
-
-def traffic_warnings(
-    traffic: Traffic,
-    curves: Mapping[str, OperatingCurve],
-    thresholds: Sequence[float],
-    rule: ThresholdRule,
-) -> list[str]:
-    """Where ordinary traffic and the labelled texts ask for different thresholds, as sentences.
-
-    Args:
-        traffic: Figures at these thresholds.
-        curves: Of the labelled texts, by label.
-        thresholds: Of each label.
-        rule: What they were chosen for.
-    """
-    remedy = (
-        "Give ordinary traffic of your own (--background FILE), or name the rate of false alarms "
-        "that you accept (--threshold fpr=0.05)."
-    )
-    doubts: list[str] = []
-    of_file: list[tuple[float, int]] = []
-    for (label, curve), threshold in zip(curves.items(), thresholds, strict=True):
-        found, alarms = curve.at(threshold)
-        alone, _ = curve.at(curve.threshold(rule))
-        of_file.append((alarms / max(1, curve.negatives), max(1, curve.negatives)))
-        if alone - found > _COSTLY * curve.positives:
-            doubts.append(
-                f"The threshold that lets ordinary traffic pass finds {found} of {curve.positives} "
-                f"texts that are '{label}', that of the texts alone {alone}. {remedy}"
-            )
-    if not of_file:
-        return doubts
-    count = max(1, traffic.conversations)
-    rates, sizes = np.array([*of_file, (traffic.flagged / count, count)]).T
-    lowest, highest = wilson(rates, sizes.astype(np.int64))
-    # Beyond what chance explains on either side.
-    if lowest[-1] > highest[:-1].max():
-        doubts.append(
-            f"It flags {rates[-1]:.1%} of ordinary conversations, but {rates[:-1].max():.1%} of "
-            f"the labelled texts that it should let pass. {remedy}"
-        )
-    return doubts
-
-
-def quiet_thresholds(
-    thresholds: Sequence[float],
-    calibration: Calibration,
-    logits: Float[np.ndarray, "conversation output"],
-    rule: ThresholdRule,
-) -> tuple[float, ...]:
-    """Thresholds that flag little ordinary traffic, if the rule does not say what a miss costs.
-
-    Each is raised until at most so many conversations reach it: the rate of ``fpr``, or else
-    ``FALSE_ALARMS``. Labelled texts alone, of which half may be positive, ask for less.
-
-    Args:
-        thresholds: What the rule gives on texts alone.
-        calibration: Makes logits probabilities.
-        logits: Out-of-fold, the highest of each conversation.
-        rule: What the thresholds are chosen for.
-    """
-    # A rate that was asked for holds; that of few conversations is rough in any case.
-    is_asked = rule.kind == "fpr"
-    rate = (rule.value if is_asked else FALSE_ALARMS) * len(logits)
-    allowed = int(rate) if is_asked or rate < 1 else math.ceil(rate)
-    # Fewer conversations cannot tell such a rate.
-    if rule.kind in ("recall", "cost") or not allowed or not thresholds:
-        return tuple(thresholds)
-    # Just above the probability of the first conversation that may not be flagged.
-    bounds = np.sort(calibration.apply(logits), 0)[::-1][allowed].tolist()
-    # A threshold that no score reaches would find nothing: what is as sure as that is flagged.
-    return tuple(
-        max(threshold, min(math.nextafter(bound, 1.0), _HIGHEST))
-        for threshold, bound in zip(thresholds, bounds, strict=True)
-    )
-
-
-def kept_logits(probe: Probe) -> Float[np.ndarray, "conversation output"]:
-    """The logits of ordinary conversations that training has kept with a probe.
-
-    Raises:
-        SidelightError: They are no table of numbers.
-    """
-    kept, outputs = probe.record.get("traffic", {}).get("logits", []), probe.task.outputs
-    try:
-        return np.array(kept, dtype=float).reshape(len(kept), outputs)
-    except (TypeError, ValueError) as error:
-        raise SidelightError(
-            "The probe's manifest keeps no numbers in traffic.logits. Train the probe again."
-        ) from error
-
-
-def kept_rate(probe: Probe) -> tuple[int, int]:
-    """How many ordinary conversations a probe flags at its thresholds, of those that it keeps.
-
-    Raises:
-        SidelightError: As ``kept_logits``.
-    """
-    logits = kept_logits(probe)
-    if not len(logits):
-        return 0, 0
-    flags = flags_of(probe.task, probe.calibration.apply(logits), probe.thresholds)
-    return int(flags.sum()), len(logits)
-
-
-def highest_logits(
-    contexts: Sequence[Context], logits: Float[np.ndarray, "context output"]
-) -> Float[np.ndarray, "conversation output"]:
-    """The highest logit of each label, by conversation."""
-    rows = conversations_of(contexts)
-    return np.array([logits[own].max(0) for own in rows]).reshape(len(rows), logits.shape[1])
-
-
-def conversations_of(contexts: Sequence[Context]) -> list[list[int]]:
-    """The rows of each ordinary conversation: the whole, and what is judged beside it."""
-    rows: dict[int, list[int]] = {}
-    for row, context in enumerate(contexts):
-        if context.kind == "background":
-            rows.setdefault(id(context.example), []).append(row)
-    return [*rows.values()]
-
-
-def beginning(text: str) -> str:
-    """A text on one line, shortened."""
-    words = " ".join(text.split())
-    return words if len(words) <= _SHOWN_CHARACTERS else f"{words[:_SHOWN_CHARACTERS]}..."

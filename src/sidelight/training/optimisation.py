@@ -76,10 +76,14 @@ class TrainingRun:
     """The training of one job by AdamW on a cosine schedule; its best epoch is restored at the end.
 
     Attributes:
-        mechanism: What is trained, in place.
+        job: What is trained.
+        mechanism: Trained in place.
+        standardisation: How the states that it reads are scaled.
         texts: Which of the training texts it learns from.
         history: The validation score of each epoch; empty without validation texts.
         has_diverged: Whether its parameters or its validation logits stopped being finite.
+        logits: Of the texts that are scored after training, in their order; until then of none.
+        token_logits: Of the tokens of each of these texts, if tokens are labelled.
 
     Args:
         job: What to train.
@@ -109,6 +113,8 @@ class TrainingRun:
         self.texts = texts
         self.history: list[float] = []
         self.has_diverged = False
+        self.logits: Float[np.ndarray, "text output"] = np.empty((0, task.outputs))
+        self.token_logits: Sequence[Float[np.ndarray, "_ output"]] = ()
         layers, width = standardisation.mean.shape
         with torch.random.fork_rng():
             torch.manual_seed(job.seed)
@@ -159,16 +165,15 @@ class TrainingRun:
         is_plain = isinstance(self.mechanism, Readout) and not self.mechanism.extremes.numel()
         return is_plain and self._task.outputs >= _MANY_OUTPUTS and not self._reads_beginnings
 
-    def logits(self, tokens: Ragged) -> Float[Tensor, "text output"]:
-        """The logits of projected tokens, ``[token, layer, column]``, as in serving."""
+    def score(self, tokens: Ragged) -> Float[Tensor, "text output"]:
+        """The logits of texts of projected tokens, ``[token, layer, column]``, as in serving."""
         self.mechanism.eval()
         return self.mechanism.logits(tokens)
 
-    def token_logits(self, tokens: Ragged) -> list[Float[Tensor, "_ output"]]:
-        """The logits of each token of each text."""
+    def score_tokens(self, tokens: Ragged) -> Float[Tensor, "token output"]:
+        """The logits of each of these tokens."""
         assert isinstance(self.mechanism, Spans)
-        scores = self.mechanism.token_logits(self.mechanism.summarise(tokens))
-        return [own.values for own in scores.split()]
+        return self.mechanism.token_logits(self.mechanism.summarise(tokens)).values
 
     def _votes(self, state: Ragged) -> Float[Tensor, "label voter output"]:
         if not self._labels_tokens:
@@ -234,6 +239,8 @@ class TrainingRun:
         """Puts the best epoch's parameters back and freezes them."""
         self.mechanism.load_state_dict(self._best)
         self.mechanism.eval().requires_grad_(False)
+        # The run stays, with its results; the optimiser's moments are twice as large.
+        self._optimizer.state.clear()
         self.has_diverged |= not all(bool(p.isfinite().all()) for p in self.mechanism.parameters())
 
 

@@ -16,11 +16,10 @@ from sidelight.calibration import suggested_calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
-from sidelight.manifest import reference
+from sidelight.manifest import curves_of, reference
 from sidelight.probe import Probe
 from sidelight.thresholds import (
     ThresholdRule,
-    read_curves,
     require_thresholds,
     threshold_doubts,
 )
@@ -29,10 +28,9 @@ from sidelight.training.measuring import (
     calibrate_examples,
     describe_examples,
     describe_scores,
-    kept_logits,
-    quiet_thresholds,
     trained_texts,
 )
+from sidelight.training.traffic import kept_logits, quiet_thresholds
 from sidelight.types import Task
 
 # With fewer texts a probe is better off as it is.
@@ -203,8 +201,7 @@ def _follow_rule(probe: Probe, rule: ThresholdRule) -> tuple[Recalibrated, dict[
             f"Probe '{probe.name}' has several classes, of which the most probable one wins, "
             "without a threshold. Name texts to recalibrate it on (--data)."
         )
-    stored = reference(probe.record)
-    curves = read_curves(stored.get("curves", {}))
+    curves = curves_of(probe.record)
     if not curves:
         raise SidelightError(
             f"Probe '{probe.name}' keeps no curve to choose thresholds on. Name labelled texts to "
@@ -223,5 +220,5 @@ def _follow_rule(probe: Probe, rule: ThresholdRule) -> tuple[Recalibrated, dict[
     }
     doubts += _losses(recalls)
     fitted = replace(probe, thresholds=thresholds)
-    entry = {name: stored[name] for name in ("scores", "curves")}
+    entry = {name: reference(probe.record)[name] for name in ("scores", "curves")}
     return Recalibrated(fitted, f"thresholds for {rule}", None, (*doubts,)), entry

@@ -1,4 +1,7 @@
-"""What to train and how: mechanisms, seeds, optimisation, and where the hidden states go."""
+"""What to train and how: mechanisms, seeds, optimisation, and where the hidden states go.
+
+Imports no torch, so that the command line checks names at once.
+"""
 
 import math
 from collections.abc import Mapping
@@ -8,9 +11,7 @@ from typing import Any, Literal, get_args
 
 from sidelight.calibration import CalibrationKind
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Message, Reads
-from sidelight.states.cache import MEMORY_BYTES
 from sidelight.thresholds import F1, ThresholdRule
 from sidelight.types import NONE, MechanismSpec, Task
 
@@ -200,7 +201,7 @@ class FitOptions:
     cache_root: Path | None = None
     cache_budget_bytes: int | None = None
     keep_cache: bool = False
-    memory_bytes: int = MEMORY_BYTES
+    memory_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         """Refuses to train nothing."""
@@ -211,10 +212,6 @@ class FitOptions:
                 "There is no mechanism to train. Name at least one, or give None to mix a readout "
                 "and a linear solution."
             )
-
-    def names(self, mechanism: str) -> bool:
-        """Whether the user named this mechanism."""
-        return any(spec.name == mechanism for spec in self.mechanisms or ())
 
     def reads_of(self, task: Task) -> Reads:
         """What a probe of these labels reads.
@@ -243,18 +240,3 @@ class FitOptions:
                 "--set none=false (none=False) to train on the file's, or rename it."
             )
         return replace(task, labels=(*task.labels, NONE))
-
-    def jobs(self) -> list[Job]:
-        """Every mechanism with every seed."""
-        specs = self.mechanisms
-        if specs is None:
-            specs = (mechanism_spec("linear"), mechanism_spec("readout"))
-            # A linear mechanism does not learn from beginnings of responses.
-            specs = specs[1:] if self.reads.includes_response else specs
-        jobs: list[Job] = []
-        for spec in specs:
-            settings = self.settings.get(spec.name, suggested_settings(spec.name))
-            # Nothing in a solution is random.
-            seeds = self.seeds[:1] if spec.name == "linear" else self.seeds
-            jobs += [Job(spec, seed, settings) for seed in seeds]
-        return jobs

@@ -8,12 +8,13 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
+from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
 from sidelight.calibration import fit_calibration, suggested_calibration
@@ -43,21 +44,18 @@ from sidelight.spans import (
     words,
 )
 from sidelight.states.extraction import StateSource
-from sidelight.storage import write_text
+from sidelight.storage import write_json, write_text
 from sidelight.thresholds import F1, OperatingCurve, ThresholdRule
 from sidelight.training.classifier import encode, require_responses
-from sidelight.training.dataset import (
-    FOLDS,
-    ProbeDataset,
-    Split,
-    make_split,
-    require_same_task,
-    shared_texts,
-)
+from sidelight.training.dataset import ProbeDataset, Split, make_split
 from sidelight.training.fit import calibrate_probe
 from sidelight.training.loop import divergence, train_mechanisms
 from sidelight.training.settings import FitOptions, Job, suggested_settings
+from sidelight.training.validation import FOLDS, require_same_task, shared_texts
 from sidelight.types import Span
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 LOOKAHEADS = (0, 1, 2, 4)
 # Of log-odds.
@@ -91,6 +89,14 @@ class FittedSpans:
         whole = self.whole_texts.to_dict()
         return {**self.report.to_dict(), "whole_texts": whole, "warnings": list(self.warnings)}
 
+    def table(self) -> "Table":
+        """The figures of spans, for a terminal."""
+        return self.report.table()
+
+    def __str__(self) -> str:
+        """How far the probe looks ahead."""
+        return f"Looks {self.probe.spec.options['lookahead']} tokens ahead."
+
 
 def fit_spans(
     backbone: TransformersBackbone,
@@ -100,6 +106,7 @@ def fit_spans(
     name: str,
     options: FitOptions,
     source: StateSource | None = None,
+    out: Path | None = None,
 ) -> FittedSpans:
     """Trains a probe of spans.
 
@@ -111,6 +118,7 @@ def fit_spans(
         options: Texts are shown alone, and the first seed counts. If they name no mechanism, the
             left-out texts choose a lookahead.
         source: As for ``fit``.
+        out: As for ``fit``.
 
     Raises:
         SidelightError: As for ``fit``.
@@ -139,26 +147,28 @@ def fit_spans(
     ]
     settings = options.settings.get("spans", suggested_settings("spans"))
     jobs = [Job(spec, options.seeds[0], settings) for spec in specs]
-    made = train_mechanisms(jobs, training=learned, validation=measured, device=backbone.device)
-    candidates = [one for one in made if one is not None]
+    results = train_mechanisms(jobs, training=learned, validation=measured, device=backbone.device)
+    candidates = [run for run in results if run is not None]
     if not candidates:
         raise divergence(jobs[0])
-    worths: dict[str, float] = {}
-    for one in candidates:
-        _, report = calibrate_spans(validation, places, one.token_logits, rule=F1, bootstrap=0)
-        f1 = [own["character_f1"].value or 0.0 for own in report.per_label.values()]
-        worths[str(one.job.spec.options["lookahead"])] = float(np.mean(f1))
-    least = max(worths.values()) - _WORTH_WAITING
-    pairs = zip(candidates, worths.values(), strict=True)
-    trained = next(one for one, worth in pairs if worth >= least)
+    scores: dict[str, float] = {}
+    for run in candidates:
+        _, report = calibrate_spans(validation, places, run.token_logits, rule=F1, bootstrap=0)
+        f1 = [figures["character_f1"].value or 0.0 for figures in report.per_label.values()]
+        scores[str(run.job.spec.options["lookahead"])] = float(np.mean(f1))
+    least = max(scores.values()) - _WORTH_WAITING
+    pairs = zip(candidates, scores.values(), strict=True)
+    trained = next(run for run, score in pairs if score >= least)
     fitted = calibrate_probe(trained, dataset, name=name, options=options)
     rule, report = calibrate_spans(validation, places, trained.token_logits, rule=options.threshold)
-    record = {**fitted.probe.record, "spans": report.to_dict(), "lookaheads": worths}
-    if not options.keep_cache:
-        for part in (learned, measured):
-            part.states.remove()
+    record = {**fitted.probe.record, "spans": report.to_dict(), "lookaheads": scores}
     probe = replace(fitted.probe, spans=rule, record=record)
-    return FittedSpans(probe, report, fitted.report, tuple(warnings))
+    made = FittedSpans(probe, report, fitted.report, tuple(warnings))
+    if out is not None:
+        save_probe(probe, out)
+        write_json(out / "training.json", made.to_dict())
+    dataset.remove_states()
+    return made
 
 
 def span_split(

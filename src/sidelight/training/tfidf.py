@@ -1,4 +1,4 @@
-"""TF-IDF of words and characters with a logistic regression: what the words alone give away."""
+"""The baseline, which knows words alone: TF-IDF with a logistic regression."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,18 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline, make_union
 
+from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
+from sidelight.training.dataset import ProbeDataset
+from sidelight.training.measuring import Calibrated, calibrate_examples
+from sidelight.training.settings import FitOptions
 from sidelight.types import Task
 
 # Probabilities are kept this far from 0 and 1, so that log-odds are finite.
 _LEAST = 1e-9
+# Standard errors of a difference that make TF-IDF clearly better, and texts of the rarest label
+# that are enough to say so.
+_CLEAR, _ENOUGH_TEXTS = 2.0, 30
 
 
 @dataclass(frozen=True)
@@ -86,3 +93,47 @@ def fit_tfidf(
     head.fit(inputs, labels)
     parameters = (len(features.get_feature_names_out()) + 1) * task.outputs
     return TfIdf(task, make_pipeline(features, head), parameters)
+
+
+def measure_baseline(dataset: ProbeDataset, options: FitOptions) -> Calibrated:
+    """Trains the baseline on the texts alone, and measures it on those that measure a probe."""
+    task, training = dataset.task, dataset.originals
+    if dataset.folds:
+        logits = np.empty((len(training), task.outputs))
+        for fold in (fold[fold < len(training)] for fold in dataset.folds):
+            rest = training.without(fold)
+            words = fit_tfidf(rest.texts, rest.labels, task)
+            logits[fold] = words.logits(training.select(fold).texts)
+    else:
+        words = fit_tfidf(training.texts, training.labels, task)
+        logits = words.logits(dataset.validation.texts)
+    return calibrate_examples(
+        logits,
+        dataset.validation.examples,
+        folds=dataset.folds,
+        kind=options.calibration,
+        rule=options.threshold,
+    )
+
+
+def better_words(
+    losses: Float[np.ndarray, " text"],
+    of_words: Float[np.ndarray, " text"],
+    examples: LabelledExamples,
+) -> list[str]:
+    """A warning if TF-IDF's loss is clearly below that of the probe.
+
+    Args:
+        losses: Log loss of each left-out text by the probe.
+        of_words: The same by TF-IDF.
+        examples: The texts; with few of a label, chance could decide.
+    """
+    lost = losses - of_words
+    is_clear = lost.mean() > _CLEAR * lost.std() / np.sqrt(len(lost))
+    if not is_clear or examples.label_counts.min() < _ENOUGH_TEXTS:
+        return []
+    return [
+        "The words alone (TF-IDF) predict left-out texts better than the probe: a log loss of "
+        f"{of_words.mean():.3f} against {losses.mean():.3f}. Add texts, or try another model "
+        "(--model)."
+    ]

@@ -18,17 +18,12 @@ from sidelight.errors import SidelightError, did_you_mean
 from sidelight.evaluation import evaluate
 from sidelight.metrics import log_losses
 from sidelight.states.extraction import SharedSource
-from sidelight.training.dataset import (
-    FOLDS,
-    ProbeDataset,
-    Split,
-    draw_contexts,
-    make_split,
-    prepare,
-)
+from sidelight.training.contexts import draw_contexts
+from sidelight.training.dataset import ProbeDataset, Split, make_split, prepare
 from sidelight.training.fit import fit
 from sidelight.training.settings import Background, FitOptions
 from sidelight.training.tfidf import TfIdf, fit_tfidf
+from sidelight.training.validation import FOLDS
 from sidelight.types import MechanismSpec, Task
 from sidelight_lab.baselines.encoders import Encoder
 from sidelight_lab.baselines.pooled import PENALTIES, Linear, fit_logistic, out_of_fold
@@ -162,8 +157,7 @@ def compare_defaults(
                 calibration = fit_calibration(kind, calibrating, labels, dataset.task)
                 chances = calibration.apply(logits)
                 judged.append(Judged(size, row, seed, *_measured(dataset.task, chances, held, {})))
-        dataset.training.states.remove()
-        dataset.measured.states.remove()
+        dataset.remove_states()
     held.states.remove()
     return judged
 

@@ -85,9 +85,7 @@ def search(
             on_generation=lambda tried: _report(tried, trials),
         )
         write_search(trials_of, out)
-    if not inputs.keep_cache:
-        for split in {dataset.training, dataset.validation}:
-            split.states.remove()
+    dataset.remove_states()
     if as_json:
         click.echo((out / "best.json").read_text("utf-8"), nl=False)
         return

@@ -18,9 +18,10 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.storage import write_json, write_text
-from sidelight.training.dataset import ProbeDataset, Split, make_split, require_same_task
+from sidelight.training.dataset import ProbeDataset, Split, make_split
 from sidelight.training.optimisation import score_name
 from sidelight.training.settings import FitOptions
+from sidelight.training.validation import require_same_task
 from sidelight.types import Task
 from sidelight_lab.datasets import DataSet, overlap_notes
 from sidelight_lab.environment import environment, package_versions

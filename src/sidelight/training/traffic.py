@@ -1,0 +1,314 @@
+"""Ordinary traffic: which thresholds let it pass, and what a probe flags of it.
+
+All logits are out-of-fold, and conversations are measured at the probe's own threshold, which was
+raised to let them pass.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from sidelight.calibration import Calibration
+from sidelight.data.examples import Example
+from sidelight.errors import SidelightError
+from sidelight.metrics import wilson
+from sidelight.probe import Probe
+from sidelight.thresholds import OperatingCurve, ThresholdRule
+from sidelight.training.contexts import Context
+from sidelight.training.settings import Background
+from sidelight.types import Task
+
+# The share of ordinary conversations that may be flagged, unless a rule says otherwise.
+FALSE_ALARMS = 0.04
+# Of the recall: where ordinary traffic costs more, training warns.
+_COSTLY = 0.05
+# No threshold is raised further.
+_HIGHEST = 1 - 1e-9
+# Words around a text, from one limit to the next.
+_LENGTHS = (0, 50, 150, 600)
+_SHOWN, _SHOWN_CHARACTERS = 3, 160
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is flagged of texts inside other text, and of other text of the same length.
+
+    Attributes:
+        words: The most words of other text.
+        positives: Positive texts inside other text.
+        found: How many of them are flagged.
+        ordinary: Other text alone.
+        flagged: How often it is flagged.
+    """
+
+    words: int
+    positives: int
+    found: int
+    ordinary: int
+    flagged: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """A probe in front of ordinary traffic.
+
+    Attributes:
+        conversations: How many ordinary conversations were judged.
+        flagged: How many of them were flagged.
+        surroundings: Texts inside other text, by its length; none of several classes.
+        worst: The highest probabilities, with the beginnings of these conversations.
+        abstains: Whether to be flagged is to be given a class other than ``none``.
+    """
+
+    conversations: int
+    flagged: int
+    surroundings: tuple[Surroundings, ...]
+    worst: tuple[tuple[float, str], ...]
+    abstains: bool = False
+
+    def __str__(self) -> str:
+        """A few lines for a terminal."""
+        lines = [rate_sentence(self.flagged, self.conversations, abstains=self.abstains)]
+        lines += [
+            f"Your positive texts inside up to {at.words} words of other text: {at.found} of "
+            f"{at.positives} found. Other text of that length: {at.flagged} of {at.ordinary} "
+            "flagged."
+            for at in self.surroundings
+            if at.positives and at.ordinary
+        ]
+        if self.worst:
+            lines.append("Ordinary conversations with the highest probabilities:")
+            lines += [f"  {probability:.2f}  {text}" for probability, text in self.worst]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, without texts, which may be an operator's own."""
+        values = asdict(self)
+        del values["worst"], values["abstains"]
+        return values
+
+    def record(
+        self,
+        logits: Float[np.ndarray, "conversation output"],
+        background: Background,
+    ) -> dict[str, Any]:
+        """What an artifact keeps: no text that is a user's own.
+
+        Args:
+            logits: The highest of each conversation, which are not rounded: a threshold may lie
+                just above one of them.
+            background: Says which texts are a user's own.
+        """
+        private = {
+            beginning(Example(turns).text)
+            for turns in background.conversations[: background.private]
+        }
+        return {
+            **self.to_dict(),
+            "logits": logits.tolist(),
+            "worst": [
+                {"probability": round(probability, 4), "text": text}
+                for probability, text in self.worst
+                if text not in private
+            ],
+        }
+
+
+def rate_sentence(flagged: int, conversations: int, *, abstains: bool) -> str:
+    """How many ordinary conversations are flagged, or given a class."""
+    does = "it gives another class than 'none' to" if abstains else "it flags"
+    return (
+        f"Of {conversations} ordinary conversations that it was not trained on, {does} "
+        f"{flagged / max(1, conversations):.1%} ({flagged})."
+    )
+
+
+def flags_of(
+    task: Task, probabilities: Float[np.ndarray, "text output"], thresholds: Sequence[float]
+) -> Bool[np.ndarray, " text"]:
+    """Which texts are flagged, or given a class other than ``none``."""
+    if task.abstains:
+        return probabilities.argmax(1) < task.outputs - 1
+    return np.asarray((probabilities >= np.array(thresholds)).any(1))
+
+
+def measure_traffic(
+    task: Task,
+    contexts: Sequence[Context],
+    probabilities: Float[np.ndarray, "context output"],
+    labels: Int[np.ndarray, "context ..."],
+    thresholds: Sequence[float],
+) -> Traffic:
+    """Counts what is flagged.
+
+    Args:
+        task: The classes.
+        contexts: What was judged.
+        probabilities: Out-of-fold, of each.
+        labels: Of each, as in ``LabelledExamples.labels``.
+        thresholds: Of each label.
+    """
+    flags = flags_of(task, probabilities, thresholds)
+    judged = probabilities[:, :-1] if task.abstains else probabilities
+    conversations = conversations_of(contexts)
+    highest = [float(judged[rows].max()) for rows in conversations]
+    order = sorted(range(len(highest)), key=highest.__getitem__, reverse=True)[:_SHOWN]
+    worst = [(highest[i], beginning(contexts[conversations[i][0]].example.text)) for i in order]
+    flagged = sum(bool(flags[rows].any()) for rows in conversations)
+    # Every text of several classes is one of them.
+    holds = np.asarray(labels.reshape(len(contexts), -1).any(1))
+    surroundings = () if task.abstains else _measure_surroundings(contexts, holds, flags)
+    return Traffic(len(conversations), flagged, surroundings, tuple(worst), task.abstains)
+
+
+def _measure_surroundings(
+    contexts: Sequence[Context],
+    holds: Bool[np.ndarray, " context"],
+    flags: Bool[np.ndarray, " context"],
+) -> tuple[Surroundings, ...]:
+    words = np.array([context.words for context in contexts])
+    is_inside = np.array([context.kind not in ("disguised", "plain") for context in contexts])
+    # One part of a text is flagged less often than the highest of all.
+    is_other = np.array([context.text is None and context.is_whole for context in contexts])
+    surroundings: list[Surroundings] = []
+    for shorter, longest in pairwise(_LENGTHS):
+        is_near = (shorter < words) & (words <= longest)
+        positive, ordinary = is_near & is_inside & holds, is_near & is_other & ~holds
+        counts = (positive, positive & flags, ordinary, ordinary & flags)
+        surroundings.append(Surroundings(longest, *(int(rows.sum()) for rows in counts)))
+    return tuple(surroundings)
+
+
+def traffic_warnings(
+    traffic: Traffic,
+    curves: Mapping[str, OperatingCurve],
+    thresholds: Sequence[float],
+    rule: ThresholdRule,
+) -> list[str]:
+    """Where ordinary traffic and the labelled texts ask for different thresholds, as sentences.
+
+    Args:
+        traffic: Figures at these thresholds.
+        curves: Of the labelled texts, by label.
+        thresholds: Of each label.
+        rule: What they were chosen for.
+    """
+    remedy = (
+        "Give ordinary traffic of your own (--background FILE), or name the rate of false alarms "
+        "that you accept (--threshold fpr=0.05)."
+    )
+    doubts: list[str] = []
+    # False alarms among labelled texts, then among ordinary conversations; and how many there are.
+    alarms: list[int] = []
+    sizes: list[int] = []
+    for (label, curve), threshold in zip(curves.items(), thresholds, strict=True):
+        hits, false_alarms = curve.at(threshold)
+        hits_alone, _ = curve.at(curve.threshold(rule))
+        alarms.append(false_alarms)
+        sizes.append(max(1, curve.negatives))
+        if hits_alone - hits > _COSTLY * curve.positives:
+            doubts.append(
+                f"The threshold that lets ordinary traffic pass finds {hits} of {curve.positives} "
+                f"texts that are '{label}', that of the texts alone {hits_alone}. {remedy}"
+            )
+    if not alarms:
+        return doubts
+    counts = np.array([*sizes, max(1, traffic.conversations)])
+    rates = np.array([*alarms, traffic.flagged]) / counts
+    lowest, highest = wilson(rates, counts)
+    # Beyond what chance explains on either side.
+    if lowest[-1] > highest[:-1].max():
+        doubts.append(
+            f"It flags {rates[-1]:.1%} of ordinary conversations, but {rates[:-1].max():.1%} of "
+            f"the labelled texts that it should let pass. {remedy}"
+        )
+    return doubts
+
+
+def quiet_thresholds(
+    thresholds: Sequence[float],
+    calibration: Calibration,
+    logits: Float[np.ndarray, "conversation output"],
+    rule: ThresholdRule,
+) -> tuple[float, ...]:
+    """Thresholds that flag little ordinary traffic, if the rule does not say what a miss costs.
+
+    Each is raised until at most so many conversations reach it: the rate of ``fpr``, or else
+    ``FALSE_ALARMS``. Labelled texts alone, of which half may be positive, ask for less.
+
+    Args:
+        thresholds: What the rule gives on texts alone.
+        calibration: Makes logits probabilities.
+        logits: Out-of-fold, the highest of each conversation.
+        rule: What the thresholds are chosen for.
+    """
+    # A rate that was asked for holds; that of few conversations is rough in any case.
+    is_asked = rule.kind == "fpr"
+    rate = (rule.value if is_asked else FALSE_ALARMS) * len(logits)
+    allowed = int(rate) if is_asked or rate < 1 else math.ceil(rate)
+    # Fewer conversations cannot tell such a rate.
+    if rule.kind in ("recall", "cost") or not allowed or not thresholds:
+        return tuple(thresholds)
+    # Just above the probability of the first conversation that may not be flagged.
+    bounds = np.sort(calibration.apply(logits), 0)[::-1][allowed].tolist()
+    # A threshold that no score reaches would find nothing: what is as sure as that is flagged.
+    return tuple(
+        max(threshold, min(math.nextafter(bound, 1.0), _HIGHEST))
+        for threshold, bound in zip(thresholds, bounds, strict=True)
+    )
+
+
+def kept_logits(probe: Probe) -> Float[np.ndarray, "conversation output"]:
+    """The logits of ordinary conversations that training has kept with a probe.
+
+    Raises:
+        SidelightError: They are no table of numbers.
+    """
+    kept, outputs = probe.record.get("traffic", {}).get("logits", []), probe.task.outputs
+    try:
+        return np.array(kept, dtype=float).reshape(len(kept), outputs)
+    except (TypeError, ValueError) as error:
+        raise SidelightError(
+            "The probe's manifest keeps no numbers in traffic.logits. Train the probe again."
+        ) from error
+
+
+def kept_rate(probe: Probe) -> tuple[int, int]:
+    """How many ordinary conversations a probe flags at its thresholds, of those that it keeps.
+
+    Raises:
+        SidelightError: As ``kept_logits``.
+    """
+    logits = kept_logits(probe)
+    if not len(logits):
+        return 0, 0
+    flags = flags_of(probe.task, probe.calibration.apply(logits), probe.thresholds)
+    return int(flags.sum()), len(logits)
+
+
+def highest_logits(
+    contexts: Sequence[Context], logits: Float[np.ndarray, "context output"]
+) -> Float[np.ndarray, "conversation output"]:
+    """The highest logit of each label, by conversation."""
+    rows = conversations_of(contexts)
+    return np.array([logits[own].max(0) for own in rows]).reshape(len(rows), logits.shape[1])
+
+
+def conversations_of(contexts: Sequence[Context]) -> list[list[int]]:
+    """The rows of each ordinary conversation: the whole, and what is judged beside it."""
+    rows: dict[int, list[int]] = {}
+    for row, context in enumerate(contexts):
+        if context.kind == "background":
+            rows.setdefault(id(context.example), []).append(row)
+    return [*rows.values()]
+
+
+def beginning(text: str) -> str:
+    """A text on one line, shortened."""
+    words = " ".join(text.split())
+    return words if len(words) <= _SHOWN_CHARACTERS else f"{words[:_SHOWN_CHARACTERS]}..."

@@ -1,0 +1,120 @@
+"""Which texts validate: others, a part that is held out, or each fold of the training texts."""
+
+import numpy as np
+from jaxtyping import Int
+
+from sidelight.calibration import require_calibratable, suggested_calibration
+from sidelight.data.examples import LabelledExamples, validation_share
+from sidelight.errors import SidelightError
+from sidelight.thresholds import threshold_doubts
+from sidelight.training.settings import FEW_TEXTS, FitOptions
+
+Folds = tuple[Int[np.ndarray, " _"], ...]
+FOLDS = 5
+# With fewer validation texts of a class, training warns.
+_ROUGH_BELOW = 10
+
+
+def choose_validation(
+    training: LabelledExamples, validation: LabelledExamples | None, options: FitOptions
+) -> tuple[LabelledExamples, LabelledExamples, Folds, list[str]]:
+    """Chooses validation texts where none are given.
+
+    Returns:
+        The texts that train, those that validate, the folds if both are the same texts, and what is
+        doubtful about them, one sentence each.
+
+    Raises:
+        SidelightError: The validation texts do not allow a choice or a calibration.
+    """
+    folds: Folds = ()
+    warnings = [*training.warnings]
+    if validation is not None:
+        warnings += validation.warnings
+    elif folds := choose_folds(training):
+        validation = training
+        warnings += training.grouping_warnings()
+    else:
+        training, validation, doubts = _hold_out(training)
+        warnings += doubts
+    require_same_task(training, validation)
+    task = training.task
+    kind = options.calibration or suggested_calibration(task)
+    require_calibratable(kind, validation.labels, task)
+    counts = dict(zip(task.labels, validation.label_counts.tolist(), strict=True))
+    doubts = threshold_doubts(task, counts, len(validation), options.threshold)
+    rarest = min(counts.values())
+    if rarest < _ROUGH_BELOW and not doubts:
+        doubts = [
+            f"The rarest class has {rarest} validation texts: calibration and the validation "
+            "figures are rough. More labelled texts of it would help most."
+        ]
+    return training, validation, folds, [*warnings, *doubts]
+
+
+def _hold_out(
+    examples: LabelledExamples,
+) -> tuple[LabelledExamples, LabelledExamples, list[str]]:
+    """A part to train on, one to validate on, and why few texts are not cross-fitted."""
+    warnings: list[str] = []
+    if len(examples) < FEW_TEXTS:
+        rarest = int(examples.label_counts.argmin())
+        label = examples.task.labels[rarest]
+        warnings.append(
+            f"Cross-fitting needs {FOLDS} distinct texts per label; '{label}' has "
+            f"{examples.label_counts[rarest]}, or some of them are equal. Instead, "
+            f"{validation_share(len(examples)):.0%} of the texts were held out for validation. Add "
+            f"more texts of '{label}'."
+        )
+    training, validation = examples.split(validation_share(len(examples)), seed=0)
+    is_binary = examples.task.kind == "binary"
+    if not len(validation) or (is_binary and not validation.label_counts.all()):
+        raise SidelightError(
+            "Too few distinct texts to hold some of each label out for validation: got "
+            f"{examples.distinct} in all, and equal texts stay together. Give {FOLDS} or more of "
+            "each label, or others to validate on (--validation, validation=)."
+        )
+    return training, validation, [*warnings, *training.warnings]
+
+
+def choose_folds(examples: LabelledExamples) -> Folds:
+    """The folds to cross-fit by; none if there are many texts, or if a fold would lack a class."""
+    rarest = int(examples.label_counts.min())
+    if len(examples) >= FEW_TEXTS or min(rarest, examples.distinct) < FOLDS:
+        return ()
+    folds = examples.folds(FOLDS, seed=0)
+    return folds if all(examples.select(fold).label_counts.all() for fold in folds) else ()
+
+
+def require_same_task(training: LabelledExamples, validation: LabelledExamples) -> None:
+    """Checks that validation can choose what training needs.
+
+    Raises:
+        SidelightError: The labels differ, a class of a binary task has no text, or every label of
+            a multi-label task is on all texts or on none.
+    """
+    task = training.task
+    if validation.task != task:
+        raise SidelightError(
+            f"The validation data has the labels {validation.task}, the training data {task}. "
+            "Load it with task=training.task."
+        )
+    counts = validation.label_counts
+    missing = [label for label, count in zip(task.labels, counts, strict=True) if count == 0]
+    if missing and task.kind == "binary":
+        raise SidelightError(
+            f"The validation data has no '{missing[0]}' text, so no threshold can be chosen. "
+            "Add some, or leave validation data out: part of the training data is held out then."
+        )
+    if task.kind == "multilabel" and not ((counts > 0) & (counts < len(validation))).any():
+        raise SidelightError(
+            "In the validation data every label is on all texts or on none, so no threshold can be "
+            "chosen. Add texts with and without a label."
+        )
+
+
+def shared_texts(training: LabelledExamples, validation: LabelledExamples) -> list[str]:
+    """A warning if texts, with the same response if any, are on both sides."""
+    seen = {(item.text, item.response) for item in training.items}
+    shared = sum((item.text, item.response) in seen for item in validation.items)
+    return [f"{shared} validation texts are also training texts."] if shared else []
