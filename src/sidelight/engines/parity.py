@@ -29,6 +29,7 @@ class Difference:
         median: Median of the same.
         flips: Texts that get other labels at the probe's thresholds, or are flagged by one only.
         texts: How many were judged.
+        is_of_engines: Whether two engines differ, not two batch sizes.
     """
 
     probe: str
@@ -38,11 +39,7 @@ class Difference:
     median: float
     flips: int
     texts: int
-
-    @property
-    def is_of_engines(self) -> bool:
-        """Whether two engines differ, not two batch sizes."""
-        return ", batch " not in self.between
+    is_of_engines: bool
 
 
 def compare_engines(
@@ -67,17 +64,17 @@ def compare_engines(
     }
     first = batch_sizes[0]
     pairs = [
-        (f"{left} - {right}", judged[left][first], judged[right][first])
+        (f"{left} - {right}", judged[left][first], judged[right][first], True)
         for left, right in combinations(engines, 2)
     ]
     pairs += [
-        (f"{name}, batch {size} - {first}", judged[name][size], judged[name][first])
+        (f"{name}, batch {size} - {first}", judged[name][size], judged[name][first], False)
         for name in engines
         for size in batch_sizes[1:]
     ]
     return [
-        _difference(probe, between, left[probe], right[probe])
-        for between, left, right in pairs
+        _difference(probe, between, left[probe], right[probe], is_of_engines=is_of_engines)
+        for between, left, right, is_of_engines in pairs
         for probe in left
     ]
 
@@ -105,7 +102,12 @@ async def _judge_in_batches(
 
 
 def _difference(
-    probe: str, between: str, left: Sequence[Verdict], right: Sequence[Verdict]
+    probe: str,
+    between: str,
+    left: Sequence[Verdict],
+    right: Sequence[Verdict],
+    *,
+    is_of_engines: bool,
 ) -> Difference:
     probabilities = (
         np.array([[*verdict.probabilities.values()] for verdict in verdicts])
@@ -121,4 +123,5 @@ def _difference(
         median=float(np.median(apart)),
         flips=sum((a.labels, a.flagged) != (b.labels, b.flagged) for a, b in pairs),
         texts=len(left),
+        is_of_engines=is_of_engines,
     )
