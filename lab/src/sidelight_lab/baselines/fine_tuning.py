@@ -26,7 +26,7 @@ Item = dict[str, Tensor]
 # The label of a token that has none, as in transformers.
 UNLABELLED = -100
 # Padded tokens of a forward and backward pass: what is kept for the backward pass is large.
-_PASS_TOKENS = 4096
+_PASS_TOKENS = 8192
 
 
 class SequenceClassifier(nn.Module):

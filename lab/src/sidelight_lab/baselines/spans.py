@@ -3,6 +3,7 @@
 Calibration and thresholds are not here: ``bench/spans.py`` gives all rows those of a probe.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ _WINDOW = 3
 _PARTS = (1, 2, 3, 4)
 # Inverse penalties, of which validation texts choose one.
 _STRENGTHS = (1.0, 10.0)
+# At least so many batches are what an encoder is fine-tuned on.
+_STEPS = 400
 
 
 def lexicon(dataset: ProbeDataset) -> Iterator[Scorer]:
@@ -76,7 +79,9 @@ def window(dataset: ProbeDataset) -> Iterator[Scorer]:
 
 def encoder(dataset: ProbeDataset, tuning: FineTunedEncoder | None = None) -> Iterator[Scorer]:
     """A second model that reads in both directions, fine-tuned to label its tokens."""
-    tuning = tuning or FineTunedEncoder()
+    batch_size = FineTunedEncoder.batch_size
+    epochs = math.ceil(_STEPS * batch_size / len(dataset.training))
+    tuning = tuning or FineTunedEncoder(epochs=epochs)
     reader = Encoder(tuning.path, max_tokens=tuning.max_tokens)
 
     def items_of(examples: SpanExamples) -> tuple[list[Item], TokenPlaces]:
