@@ -1,7 +1,9 @@
 """Examples that need LangChain, LiteLLM, scikit-learn's search or Ray, against a live server."""
 
 import asyncio
+import copy
 import importlib.util
+import json
 import os
 import runpy
 import signal
@@ -10,19 +12,27 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 import yaml
+from fastapi import FastAPI, Request
 
 from commands import saved
-from live import http_client, openai_client, served
+from live import http_client, listening, openai_client, served
 from sidelight.artifact import load_probe, save_probe
+from sidelight.data.spans import load_spans
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.policy.rules import read_policy
+from sidelight.training.settings import FitOptions, TrainingSettings
+from sidelight.training.spans import fit_spans
 from sockets import free_port
 from test_examples import EXAMPLES, KEY, address, require_verdicts_printed, server
+from test_spans import rows
 from tiny import untrained_probe
 
 __all__ = ["address", "server"]
@@ -60,22 +70,125 @@ def test_the_proxy_configuration_blocks_where_no_server_answers(monkeypatch):
         asyncio.run(ask_proxy_guardrail(TEXTS))
 
 
-async def ask_proxy_guardrail(said: dict[str, Any]) -> bool:
-    """Whether the guardrail that LiteLLM's proxy makes of the configuration blocks a prompt."""
+def proxy_guardrail() -> Any:
+    """The guardrail that LiteLLM's proxy makes of the configuration."""
     import litellm
-    from litellm.exceptions import GuardrailRaisedException
     from litellm.proxy.guardrails.guardrail_hooks.generic_guardrail_api import initialize_guardrail
     from litellm.types.guardrails import LitellmParams
 
     (entry,) = yaml.safe_load((EXAMPLES / "litellm_proxy.yaml").read_text())["guardrails"]
-    given = entry["litellm_params"]
-    given["api_base"] = litellm.get_secret_str(given["api_base"])
-    guardrail = initialize_guardrail(LitellmParams(**given), entry)
+    settings = entry["litellm_params"]
+    settings["api_base"] = litellm.get_secret_str(settings["api_base"])
+    return initialize_guardrail(LitellmParams(**settings), entry)
+
+
+async def ask_proxy_guardrail(said: dict[str, Any]) -> bool:
+    """Whether it blocks a prompt."""
+    from litellm.exceptions import GuardrailRaisedException
+
     try:
-        await guardrail.apply_guardrail(said, {}, "request")
+        await proxy_guardrail().apply_guardrail(said, {}, "request")
     except GuardrailRaisedException:
         return True
     return False
+
+
+@pytest.fixture(scope="module")
+def pii(tiny, tmp_path_factory):
+    """A probe for which people are words in capitals."""
+    tickets = json.loads(json.dumps(rows(160)).replace("SHOUT", "PERSON"))
+    settings = TrainingSettings(learning_rate=2e-2, epochs=6, batch_size=16)
+    options = FitOptions(settings={"spans": settings}, cache_root=tmp_path_factory.mktemp("cache"))
+    return fit_spans(tiny, load_spans(tickets), None, name="pii", options=options).probe
+
+
+async def ask_through_proxy(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What another model reads of a chat that comes through the proxy's guardrail."""
+    import litellm
+    from litellm.caching.dual_cache import DualCache
+    from litellm.proxy._types import UserAPIKeyAuth
+    from litellm.proxy.guardrails.guardrail_hooks.unified_guardrail.unified_guardrail import (
+        UnifiedLLMGuardrails,
+    )
+
+    asked: list[dict[str, Any]] = []
+    other = FastAPI()
+
+    @other.post("/chat/completions")
+    async def answer(request: Request) -> dict[str, Any]:
+        asked.append(await request.json())
+        message = {"role": "assistant", "content": "Dear [PERSON_1]"}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        return {"id": "1", "object": "chat.completion", "created": 1, "choices": [choice]}
+
+    chat = {"messages": copy.deepcopy(messages), "guardrail_to_apply": proxy_guardrail()}
+    with listening(other) as address:
+        try:
+            masked: Any = await UnifiedLLMGuardrails().async_pre_call_hook(
+                UserAPIKeyAuth(), DualCache(), chat, "acompletion"
+            )
+            await litellm.acompletion(
+                model="openai/any", messages=masked["messages"], api_base=address, api_key="x"
+            )
+        except Exception:
+            assert not asked
+            raise
+    (body,) = asked
+    return body["messages"]
+
+
+CHAT = [
+    {"role": "system", "content": "ab and VWX"},
+    {"role": "user", "content": "ce or XYZ, or bd"},
+    {"role": "assistant", "content": "ad XYZ"},
+    {"role": "user", "content": [{"type": "text", "text": "bc VWX and 123"}]},
+]
+
+
+def test_another_model_reads_placeholders_for_what_a_rule_redacts(tiny, pii, monkeypatch):
+    policy = read_policy(EXAMPLES / "masking_policy.toml")
+    with served(TransformersEngine(tiny, [pii]), policy=policy) as address:
+        monkeypatch.setenv("SIDELIGHT_URL", address)
+        messages = asyncio.run(ask_through_proxy(CHAT))
+    assert [message["role"] for message in messages] == [turn["role"] for turn in CHAT]
+    *first, last = [message["content"] for message in messages]
+    assert first == ["ab and [PERSON_1]", "ce or [PERSON_2], or bd", "ad [PERSON_2]"]
+    assert last == [{"type": "text", "text": "bc [PERSON_1] and [NUMBER_1]"}]
+
+
+def test_another_model_reads_nothing_that_could_not_be_masked(tiny, pii, monkeypatch):
+    policy = read_policy(EXAMPLES / "masking_policy.toml")
+    broken = replace(pii, mechanism=copy.deepcopy(pii.mechanism))
+    with torch.no_grad():
+        broken.mechanism.bias.fill_(torch.nan)
+    with served(TransformersEngine(tiny, [broken]), policy=policy) as address:
+        for url, says in (
+            (address, "500 Internal Server Error"),
+            ("http://127.0.0.1:9", "connect"),
+        ):
+            monkeypatch.setenv("SIDELIGHT_URL", url)
+            with pytest.raises(Exception, match=says):
+                asyncio.run(ask_through_proxy(CHAT))
+
+
+def test_the_tickets_of_the_example_are_labelled(tmp_path, monkeypatch):
+    files = [tmp_path / "tickets.jsonl", tmp_path / "unseen.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["support_tickets.py", *map(str, files)])
+    runpy.run_path(str(EXAMPLES / "support_tickets.py"), run_name="__main__")
+    tickets, unseen = (load_spans(str(path)) for path in files)
+    assert len(tickets) == 240
+    assert tickets.span_labels == unseen.span_labels
+    assert any(not spans for spans in tickets.spans)
+    people = [
+        {
+            row["text"][span["start"] : span["end"]]
+            for row in map(json.loads, path.read_text().splitlines())
+            for span in row["spans"]
+            if span["label"] == "PERSON"
+        }
+        for path in files
+    ]
+    assert not people[0] & people[1]
 
 
 def test_the_notebook_of_scikit_learn_ends_with_a_probe(tiny, tmp_path, monkeypatch, capsys):
