@@ -26,6 +26,7 @@ from sidelight.spans import (
     character_scores,
     labelled_characters,
     read_spans,
+    settled_characters,
     threshold_f1,
     token_labels,
     within_margin,
@@ -112,6 +113,12 @@ def test_a_token_has_the_labels_of_its_characters_without_the_blanks_around():
         TEXT, tokens, [Span(5, 8, "NAME"), Span(9, 17, "PLACE")], ["NAME", "PLACE"]
     )
     assert flags.T.tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0]]
+
+
+def test_scripts_without_blanks_have_a_word_a_character():
+    text = "我叫李安, Bob's"
+    assert [text[start:end] for start, end in words(text)] == [*"我叫李安,", "Bob's"]
+    assert [settled_characters(text, n) for n in (3, 5, 6, 8, 11)] == [3, 5, 5, 5, 5]
 
 
 def test_words_have_the_score_of_their_highest_token_and_neighbours_join():
@@ -304,6 +311,7 @@ def test_a_probe_of_responses_finds_spans_in_them(tiny, tmp_path):
     examples = load_spans(answers, response="answer")
     made = fit_spans(tiny, examples, None, name="pii", options=options)
     assert made.probe.spec.options["lookahead"] == 1
+    assert {*made.probe.spans.margins} == {None}
     _, found = find_spans(tiny, made.probe, examples.items[:40])
     report = measure_spans(examples.select(range(40)), found, bootstrap=0)
     assert report.metrics["character_f1"].value > 0.9

@@ -13,10 +13,16 @@ from jaxtyping import Bool, Float
 from sidelight.calibration import Calibration
 from sidelight.types import Flags, Span, Task, TokenLabel, Values
 
+# Scripts without blanks between words, of which each character counts as one: Thai to Lao, Myanmar,
+# Khmer, kana and Han.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+)
+_LETTER = rf"[^\W{_UNSPACED}]"
+_APOSTROPHE = "['\N{RIGHT SINGLE QUOTATION MARK}]"
 # A word, or a mark by itself.
-_WORD = re.compile(r"\w+(?:['\N{RIGHT SINGLE QUOTATION MARK}]\w+)*|[^\w\s]")
-# What beside letters and digits a word can go on with.
-_JOINERS = "_'\N{RIGHT SINGLE QUOTATION MARK}"
+_WORD = re.compile(rf"{_LETTER}+(?:{_APOSTROPHE}{_LETTER}+)*|[{_UNSPACED}]|[^\w\s]")
+_UNFINISHED_WORD = re.compile(rf"{_LETTER}|{_APOSTROPHE}")
 
 
 def words(text: str) -> list[tuple[int, int]]:
@@ -192,7 +198,7 @@ def settled_characters(text: str, characters: int) -> int:
         text: So far.
         characters: Those whose tokens have their final labels.
     """
-    while characters and (text[characters - 1].isalnum() or text[characters - 1] in _JOINERS):
+    while characters and _UNFINISHED_WORD.match(text, characters - 1):
         characters -= 1
     return len(text[:characters].rstrip())
 

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LOOKAHEADS = (0, 1, 2, 4)
-# Of log-odds.
+# Of log-odds. An answer has none: it is redacted before its surest word is written.
 MARGINS = (None, 3.0, 2.0, 1.5, 1.25, 1.0, 0.75)
 # A candidate that looks ahead farther must be better by so much of character F1: it judges later.
 _WORTH_WAITING = 0.003
@@ -238,6 +238,7 @@ def calibrate_spans(
     scores = [character_scores(text, own, calibration.apply(z)) for text, own, _, z in rows]
     actual = [labelled_characters(text, spans, labels) for text, _, spans, _ in rows]
     of_words = [words(text) for text in texts]
+    margins = MARGINS if examples.items[0].response is None else MARGINS[:1]
 
     def rule_of(chosen: Sequence[int]) -> SpanRule:
         """With the thresholds and margins that are best on these texts."""
@@ -260,11 +261,11 @@ def calibrate_spans(
                 threshold_f1(
                     holds, [within_margin(scores[i][:, label], margin) for i in chosen], points
                 )
-                for margin in MARGINS
+                for margin in margins
             ]
         )
         margin, point = np.unravel_index(worths.argmax(), worths.shape)
-        return float(points[point]), MARGINS[margin]
+        return float(points[point]), margins[margin]
 
     made = rule_of(range(len(rows)))
     predicted: list[list[Span]] = [[]] * len(rows)
