@@ -201,6 +201,9 @@ def test_a_gateway_gets_what_it_may_send_on(tiny, early, late):
             assert answer["texts"][1] != text
             if kind == "request":
                 assert answer["texts"][1] == masked
+                assert "stream_holdback_chars" not in answer
+            else:
+                assert answer["stream_holdback_chars"] == [*map(len, answer["texts"])]
         called = http.post(GUARDRAIL, json={"input_type": "request", "tool_calls": [call]}).json()
         chat = {"model": "tiny/llama", "messages": QUESTION, "max_tokens": 1}
         assert http.post("/v1/chat/completions", json=chat).status_code == 200

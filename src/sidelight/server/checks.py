@@ -350,12 +350,16 @@ class GuardrailRequest(StrictBody):
 class GuardrailResponse(BaseModel):
     """``BLOCKED`` if a probe flags a text, else ``NONE``.
 
-    ``GUARDRAIL_INTERVENED`` if a rule redacts: then ``texts`` are what is to be sent on.
+    ``GUARDRAIL_INTERVENED`` if a rule redacts: then ``texts`` are what is to be sent on. Of a text
+    that is still being written, ``stream_holdback_chars`` are to wait for what follows.
     """
 
     action: Literal["BLOCKED", "GUARDRAIL_INTERVENED", "NONE"]
     blocked_reason: str | None
     texts: Annotated[list[str] | None, Field(exclude_if=lambda texts: texts is None)] = None
+    stream_holdback_chars: Annotated[
+        list[int] | None, Field(exclude_if=lambda characters: characters is None)
+    ] = None
     sidelight: Extension
 
 
@@ -383,6 +387,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
             )
         terms = replace(terms, chosen=late)
     checked = await check(request, terms, texts, judges_prompt=not is_response)
+    redacts = any(bound.mode == "redact" for bound in terms.chosen)
     flagged: dict[str, None] = {}
     masked, placeholders = [*(body.texts or ())], Placeholders()
     for (index, text), each in zip(judged.items(), checked, strict=True):
@@ -403,6 +408,8 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         action="BLOCKED" if flagged else "GUARDRAIL_INTERVENED" if is_masked else "NONE",
         blocked_reason=f"Flagged by {', '.join(flagged)}." if flagged else None,
         texts=masked if is_masked else None,
+        # The next words may label the last ones anew, so a proxy sends a text once it is whole.
+        stream_holdback_chars=[*map(len, masked)] if is_response and redacts else None,
         sidelight=Extension(
             verdicts=[verdict_json(verdict) for each in checked for verdict in each.verdicts]
         ),

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +27,13 @@ from live import http_client, listening, openai_client, served
 from sidelight.artifact import load_probe, save_probe
 from sidelight.data.spans import load_spans
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.policy.rules import read_policy
+from sidelight.policy.rules import Policy, Rule, read_policy
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.spans import fit_spans
 from sockets import free_port
 from test_examples import EXAMPLES, KEY, address, require_verdicts_printed, server
 from test_spans import rows
-from tiny import untrained_probe
+from tiny import spans_probe, untrained_probe
 
 __all__ = ["address", "server"]
 # Else the import of LiteLLM asks the internet for prices.
@@ -70,14 +70,14 @@ def test_the_proxy_configuration_blocks_where_no_server_answers(monkeypatch):
         asyncio.run(ask_proxy_guardrail(TEXTS))
 
 
-def proxy_guardrail() -> Any:
+def proxy_guardrail(**changes: Any) -> Any:
     """The guardrail that LiteLLM's proxy makes of the configuration."""
     import litellm
     from litellm.proxy.guardrails.guardrail_hooks.generic_guardrail_api import initialize_guardrail
     from litellm.types.guardrails import LitellmParams
 
     (entry,) = yaml.safe_load((EXAMPLES / "litellm_proxy.yaml").read_text())["guardrails"]
-    settings = entry["litellm_params"]
+    settings = entry["litellm_params"] | changes
     settings["api_base"] = litellm.get_secret_str(settings["api_base"])
     return initialize_guardrail(LitellmParams(**settings), entry)
 
@@ -169,6 +169,46 @@ def test_another_model_reads_nothing_that_could_not_be_masked(tiny, pii, monkeyp
             monkeypatch.setenv("SIDELIGHT_URL", url)
             with pytest.raises(Exception, match=says):
                 asyncio.run(ask_through_proxy(CHAT))
+
+
+async def streamed_through_proxy(text: str) -> str:
+    """What a client gets of an answer that comes in small pieces, each of which is judged."""
+    from litellm.proxy._types import UserAPIKeyAuth
+    from litellm.proxy.guardrails.guardrail_hooks.unified_guardrail.unified_guardrail import (
+        UnifiedLLMGuardrails,
+    )
+    from litellm.types.utils import Delta, ModelResponseStream, StreamingChoices
+
+    async def chunks() -> AsyncIterator[ModelResponseStream]:
+        for start in range(0, len(text), 3):
+            delta = Delta(content=text[start : start + 3], role="assistant")
+            yield ModelResponseStream(choices=[StreamingChoices(index=0, delta=delta)])
+        end = StreamingChoices(index=0, delta=Delta(), finish_reason="stop")
+        yield ModelResponseStream(choices=[end])
+
+    guardrail = proxy_guardrail(
+        mode="post_call", streaming_transform_mode="incremental_diff", streaming_sampling_rate=1
+    )
+    key = UserAPIKeyAuth(request_route="/v1/chat/completions")
+    sent = UnifiedLLMGuardrails().async_post_call_streaming_iterator_hook(
+        key, chunks(), {"messages": []}, guardrail
+    )
+    return "".join([chunk.choices[0].delta.content or "" async for chunk in sent])
+
+
+@pytest.mark.parametrize("threshold", [0.6, 0.9])
+def test_no_piece_of_a_word_leaves_before_it_is_replaced(tiny, threshold, monkeypatch):
+    text = "Dear Hassan Ali, we wrote to you on Monday and will call. Regards, Olga"
+    probe = spans_probe(tiny, "late", side="response", threshold=threshold)
+    policy = Policy(output={"late": Rule("redact")})
+    with served(TransformersEngine(tiny, [probe]), policy=policy) as address:
+        monkeypatch.setenv("SIDELIGHT_URL", address)
+        streamed = asyncio.run(streamed_through_proxy(text))
+        with http_client(address) as http:
+            body = {"input_type": "response", "texts": [text]}
+            whole = http.post("/beta/litellm_basic_guardrail_api", json=body).json()
+    assert whole["texts"] == [streamed]
+    assert streamed.count("[") > 1
 
 
 def test_the_tickets_of_the_example_are_labelled(tmp_path, monkeypatch):
