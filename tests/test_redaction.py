@@ -46,7 +46,7 @@ SCORE = st.sampled_from([0.0, 0.0, 0.0, 0.95])
 
 
 @pytest.mark.slow
-@settings(max_examples=1000)
+@settings(max_examples=1000, deadline=None)
 @given(data=st.data(), lookahead=st.integers(0, 4))
 def test_a_streamed_answer_joins_to_the_redacted_whole(late, data, lookahead):
     late.mechanism.lookahead = lookahead
