@@ -274,13 +274,13 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 def _gathered(name: str, kind: type[Any]) -> Callable[[Command], Command]:
     """Options that are fields of ``kind`` reach the command as one object, named ``name``."""
-    own = {field.name for field in fields(kind)}
+    names = {field.name for field in fields(kind)}
 
     def decorate(command: Command) -> Command:
         @wraps(command)
-        def gathered(**given: Any) -> Any:
-            options = {option: given.pop(option) for option in own & given.keys()}
-            return command(**{name: kind(**options)}, **given)
+        def gathered(**values: Any) -> Any:
+            options = {option: values.pop(option) for option in names & values.keys()}
+            return command(**{name: kind(**options)}, **values)
 
         return gathered
 
@@ -387,12 +387,12 @@ def _inputs(command: Command) -> Command:
     """What ``--set`` says of the texts goes to ``inputs``; the rest stays in ``assigned``."""
 
     @wraps(command)
-    def gathered(*, assigned: Mapping[str, str], **given: Any) -> Any:
-        columns = {name: given.pop(name) for name in _INPUT_OPTIONS}
-        own = {name: text for name, text in assigned.items() if name in INPUT_SETTINGS}
-        rest = {name: text for name, text in assigned.items() if name not in own}
-        inputs = TrainingInputs(**columns, **typed(own, INPUT_SETTINGS))
-        return command(inputs=inputs, assigned=rest, **given)
+    def gathered(*, assigned: Mapping[str, str], **values: Any) -> Any:
+        columns = {name: values.pop(name) for name in _INPUT_OPTIONS}
+        settings = {name: text for name, text in assigned.items() if name in INPUT_SETTINGS}
+        rest = {name: text for name, text in assigned.items() if name not in settings}
+        inputs = TrainingInputs(**columns, **typed(settings, INPUT_SETTINGS))
+        return command(inputs=inputs, assigned=rest, **values)
 
     return gathered
 

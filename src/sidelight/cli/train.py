@@ -120,7 +120,7 @@ def train(
     from sidelight.training.contexts import default_background, load_background
     from sidelight.training.settings import suggested_settings
 
-    traffic = None if background is None else load_background(background)
+    background_set = None if background is None else load_background(background)
     is_automatic = mechanisms == [_AUTO]
     prompt_format = chosen.pop("format", None)
     fit_options = inputs.fit_options()
@@ -149,9 +149,9 @@ def train(
     backbone = runtime.load_backbone(prompt_format=prompt_format)
     with runtime.state_source(backbone) as source:
         if spans is None:
-            traffic = traffic or default_background(backbone.fingerprint)
-            fit_options = replace(fit_options, background=traffic)
-            made = fit(
+            background_set = background_set or default_background(backbone.fingerprint)
+            fit_options = replace(fit_options, background=background_set)
+            result = fit(
                 backbone,
                 training,
                 validation,
@@ -161,7 +161,7 @@ def train(
                 out=out,
             )
         else:
-            made = fit_spans(
+            result = fit_spans(
                 backbone,
                 cast("SpanExamples", training),
                 cast("SpanExamples | None", validation),
@@ -170,14 +170,14 @@ def train(
                 source=source,
                 out=out,
             )
-    for warning in made.warnings:
+    for warning in result.warnings:
         if warning not in told:
             click.echo(f"Warning: {warning}", err=True)
     if as_json:
-        click.echo(json.dumps(made.to_dict(), indent=2))
+        click.echo(json.dumps(result.to_dict(), indent=2))
         return
-    console().print(made.table())
-    click.echo(f"{made} Saved to {out}")
+    console().print(result.table())
+    click.echo(f"{result} Saved to {out}")
     click.echo(f"Next: {_eval_command(out)}")
 
 
@@ -195,12 +195,12 @@ def _specs(mechanisms: list[str], assigned: Mapping[str, str]) -> "tuple[Mechani
     """The mechanisms with their options, ``MECHANISM.OPTION``."""
     from sidelight.mechanisms.base import mechanism_spec
 
-    given: dict[str, dict[str, int | str]] = {}
+    values: dict[str, dict[str, int | str]] = {}
     for name, text in assigned.items():
         mechanism, dot, option = name.partition(".")
         if dot:
-            given.setdefault(mechanism, {})[option] = int(text) if text.isdigit() else text
-    return tuple(mechanism_spec(mechanism, given.get(mechanism)) for mechanism in mechanisms)
+            values.setdefault(mechanism, {})[option] = int(text) if text.isdigit() else text
+    return tuple(mechanism_spec(mechanism, values.get(mechanism)) for mechanism in mechanisms)
 
 
 def _kinds() -> dict[str, Any]:

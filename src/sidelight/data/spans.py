@@ -88,24 +88,22 @@ def load_spans(
             or no text has any.
     """
     examples = load_examples(source, text=text, label=None, response=response, split=split)
-    cells = examples.column(spans)
-    pairs = zip(examples.items, cells, strict=True)
-    every: list[tuple[Span, ...]] = []
-    for index, (item, cell) in enumerate(pairs):
+    rows: list[tuple[Span, ...]] = []
+    for index, (item, cell) in enumerate(zip(examples.items, examples.column(spans), strict=True)):
         with located(item, index):
-            every.append(_parse_spans(cell, span_text(item), column=spans))
-    names = sorted({span.label for own in every for span in own})
-    task = task or _task(names, spans)
-    known = task.labels[-task.outputs :]
-    unknown = Counter(span.label for own in every for span in own if span.label not in known)
-    every = [tuple(span for span in own if span.label in known) for own in every]
+            rows.append(_parse_spans(cell, span_text(item), column=spans))
+    names = Counter(span.label for row in rows for span in row)
+    task = task or _task(sorted(names), spans)
+    judged = task.labels[-task.outputs :]
+    unknown = {name: count for name, count in names.items() if name not in judged}
     warnings = examples.warnings
     if unknown:
         warnings += (
-            f"Left out {unknown.total()} spans of labels that training did not know "
+            f"Left out {sum(unknown.values())} spans of labels that training did not know "
             f"({', '.join(unknown)[:200]}). What is found there counts as a false alarm.",
         )
-    holds = [[any(span.label == label for span in own) for label in known] for own in every]
+    rows = [tuple(span for span in row if span.label in judged) for row in rows]
+    holds = [[any(span.label == label for span in row) for label in judged] for row in rows]
     labels = np.array(holds, dtype=np.int64)
     return SpanExamples(
         examples.items,
@@ -114,7 +112,7 @@ def load_spans(
         warnings,
         task=task,
         labels=labels[:, 0] if task.kind == "binary" else labels,
-        spans=tuple(every),
+        spans=tuple(rows),
     )
 
 

@@ -69,7 +69,7 @@ class Classifier:
         named = [
             [
                 {"label": label, "score": score}
-                for label, score in sorted(verdict.probabilities.items(), key=lambda own: -own[1])
+                for label, score in sorted(verdict.probabilities.items(), key=lambda item: -item[1])
             ]
             for verdict in verdicts
         ]
@@ -105,8 +105,8 @@ class Classifier:
         logits, *measured = judge(self.backbone, probes, examples)
         distances = measured[0][:, 0].tolist() if measured else [None] * len(logits)
         return [
-            self.probe.text_verdict(TextLogits(own, distance=distance))
-            for own, distance in zip(logits, distances, strict=True)
+            self.probe.text_verdict(TextLogits(row, distance=distance))
+            for row, distance in zip(logits, distances, strict=True)
         ]
 
     def explain(self, text: str | Example, *, response: str | None = None) -> Explanation:
@@ -231,7 +231,7 @@ def train(
         SidelightError: The data or the model cannot be used; the message names the remedy.
     """
     # Before the model loads, which takes seconds.
-    traffic = None if background is None else load_background(background)
+    background_set = None if background is None else load_background(background)
     options = FitOptions(
         mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
         seeds=tuple(range(seeds)),
@@ -254,11 +254,13 @@ def train(
         if validation is None
         else _as_examples(validation, text=text, label=label, response=response, task=training.task)
     )
-    options = replace(options, background=traffic or default_background(backbone.fingerprint))
+    options = replace(
+        options, background=background_set or default_background(backbone.fingerprint)
+    )
     _tell(training.warnings)
-    made = fit(backbone, training, held_out, name=name, options=options, source=source)
-    _tell([warning for warning in made.warnings if warning not in training.warnings])
-    return Classifier(backbone, made.best.probe)
+    result = fit(backbone, training, held_out, name=name, options=options, source=source)
+    _tell([warning for warning in result.warnings if warning not in training.warnings])
+    return Classifier(backbone, result.best.probe)
 
 
 def load(
@@ -329,10 +331,10 @@ def judge(
     renamed = [replace(probe, name=f"{probe.name}/{i}") for i, probe in enumerate(probes)]
     bank = Bank(renamed, device=backbone.device)
     logits = score(backbone, bank, encode(backbone, examples), shown)
-    for probe, own in zip(probes, logits, strict=True):
-        for index in np.flatnonzero(~np.isfinite(own).all(axis=1)).tolist():
+    for probe, rows in zip(probes, logits, strict=True):
+        for index in np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist():
             with located(examples[index], index):
-                probe.require_finite(own[index])
+                probe.require_finite(rows[index])
     return logits
 
 

@@ -142,7 +142,8 @@ def choose_conversations(
         alike = pairs[:, (pairs < len(keys)).any(0)]
         is_labelled = np.isin(compared.texts[len(keys) :], alike)
         labelled |= {owners[turn] for turn in np.flatnonzero(is_labelled)}
-    kept = tuple(own for index, own in enumerate(conversations) if index not in labelled)
+    unlabelled = np.setdiff1d(np.arange(len(conversations)), [*labelled])
+    kept = tuple(conversations[index] for index in unlabelled)
     if labelled:
         warnings.append(
             f"{len(labelled)} conversations of the background hold a text of the training data, "

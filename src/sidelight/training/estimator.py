@@ -124,7 +124,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         )
         shared = _shared(str(self.model))
         with nullcontext() if self.verbose else quiet():
-            made = fit(
+            result = fit(
                 shared.backbone,
                 examples,
                 None,
@@ -132,9 +132,9 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
                 options=self._options(),
                 source=shared,
             )
-        for sentence in made.warnings:
+        for sentence in result.warnings:
             warnings.warn(sentence, stacklevel=2)
-        self.classes_, self.probe_ = classes, made.best.probe
+        self.classes_, self.probe_ = classes, result.best.probe
         return self
 
     def predict_proba(self, X: Any) -> Float[np.ndarray, "text class"]:  # noqa: N803
@@ -150,9 +150,9 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         probe.fingerprint.require(shared.backbone.fingerprint, probe=probe.name)
         prompts = encode(shared.backbone, examples)
         is_known = np.array([shared.remembers(prompt, probe.reads) for prompt in prompts])
-        known, new = np.flatnonzero(is_known), np.flatnonzero(~is_known)
+        old, new = np.flatnonzero(is_known), np.flatnonzero(~is_known)
         logits = np.empty((len(prompts), probe.task.outputs))
-        logits[known] = shared.logits(probe, [prompts[text] for text in known])
+        logits[old] = shared.logits(probe, [prompts[text] for text in old])
         if len(new):
             with nullcontext() if self.verbose else quiet():
                 logits[new] = judge(shared.backbone, [probe], [examples[text] for text in new])[0]
@@ -183,7 +183,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
 
     def _options(self) -> FitOptions:
         is_automatic = self.mechanism == AUTO
-        given = {
+        settings = {
             "learning_rate": self.learning_rate,
             "weight_decay": self.weight_decay,
             "epochs": self.epochs,
@@ -193,7 +193,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         # NumPy's numbers, as of a grid, cannot be written to a manifest.
         chosen = {
             setting: value.item() if isinstance(value, np.generic) else value
-            for setting, value in given.items()
+            for setting, value in settings.items()
             if value is not None
         }
         return FitOptions(
@@ -217,9 +217,9 @@ def _shared(model: str) -> SharedSource:
     return SharedSource(load_backbone(model), cache_root() / "activations")
 
 
-def _texts(given: Any) -> Sequence[str]:
+def _texts(values: Any) -> Sequence[str]:
     """The texts of a list, an array or a Series."""
-    texts = np.asarray(given, dtype=object)
+    texts = np.asarray(values, dtype=object)
     if texts.ndim != 1 or not len(texts):
         raise ValueError(
             f"Got texts of the shape {texts.shape}, wanted a list of one or more strings."

@@ -126,11 +126,11 @@ def fit(
         warnings += traffic_warnings(
             best.traffic, curves_of(best.probe.record), best.probe.thresholds, options.threshold
         )
-    made = Fit(tuple(runs), best, baseline.report, tuple(warnings))
+    result = Fit(tuple(runs), best, baseline.report, tuple(warnings))
     if out is not None:
-        write_fit(made, out)
+        write_fit(result, out)
     dataset.remove_states()
-    return made
+    return result
 
 
 def calibrate_probe(
@@ -144,18 +144,18 @@ def calibrate_probe(
     """Calibrates on validation logits, chooses the threshold there, and measures fold by fold."""
     task, texts = dataset.task, len(dataset.validation)
     logits, in_contexts = trained.logits[:texts], trained.logits[texts:]
-    highest = highest_logits(dataset.contexts, in_contexts)
+    ordinary = highest_logits(dataset.contexts, in_contexts)
     calibrated = calibrate_examples(
         logits,
         dataset.validation.examples,
         folds=dataset.folds,
         kind=options.calibration,
         rule=options.threshold,
-        traffic=highest,
+        ordinary=ordinary,
     )
     probabilities = calibrated.calibration.apply(logits)
     thresholds, traffic = calibrated.report.thresholds, None
-    of_traffic: dict[str, Any] = {}
+    traffic_record: dict[str, Any] = {}
     if (thresholds or task.abstains) and dataset.contexts:
         traffic = measure_traffic(
             task,
@@ -164,7 +164,7 @@ def calibrate_probe(
             dataset.measured.labels[texts:],
             thresholds,
         )
-        of_traffic = {"traffic": traffic.record(highest, options.background)}
+        traffic_record = {"traffic": traffic.record(ordinary, options.background)}
     probe = Probe(
         name=name,
         task=task,
@@ -185,7 +185,7 @@ def calibrate_probe(
                 **({"given_sha256": dataset.given_sha256} if dataset.given_sha256 else {}),
             },
             "contexts": dict(Counter(context.kind for context in dataset.contexts)),
-            **of_traffic,
+            **traffic_record,
             "validation": {
                 **describe_examples(dataset.validation.examples),
                 "metrics": calibrated.report.to_dict(),

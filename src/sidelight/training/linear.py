@@ -132,8 +132,8 @@ def solve_linear(
     left_out = None
     if folds:
         coordinates = [
-            _coordinates_without(fold, own, landmarks)
-            for fold, own in zip(folds, kernels, strict=True)
+            _coordinates_without(fold, kernel_without, landmarks)
+            for fold, kernel_without in zip(folds, kernels, strict=True)
         ]
         losses, left_out = _path(folds, coordinates, labels, task, balanced=balanced)
         strength = min(losses, key=losses.__getitem__)
@@ -141,14 +141,14 @@ def solve_linear(
         strength = 1.0
     whitening = _whitening(kernel[landmarks])
     coordinates = (kernel @ whitening).numpy()
-    views = [view.weighted(own) for view, own in zip(views, weights, strict=True)]
+    views = [view.weighted(of_layers) for view, of_layers in zip(views, weights, strict=True)]
     regression = _Regression(task, strength, balanced=balanced)
     weight, bias = regression.fit(coordinates, labels)
     dual = whitening @ torch.from_numpy(weight)  # (landmark, output)
     bias = torch.from_numpy(bias)
     value, last = (view.weight(landmarks, dual) for view in views)
-    for view, own in zip(views, (value, last), strict=True):
-        bias = bias - torch.einsum("ld,ldc->c", view.center.double(), own.double())
+    for view, parameter in zip(views, (value, last), strict=True):
+        bias = bias - torch.einsum("ld,ldc->c", view.center.double(), parameter.double())
     return LinearSolution(value, last, bias, strength, losses, left_out)
 
 
@@ -187,8 +187,8 @@ class _View:
     ) -> Float[Tensor, "layer width output"]:
         """The weights of the vectors as they are."""
         layers = range(self.vectors.shape[1])
-        own = [self.layer(layer, landmarks).T @ dual.float() for layer in layers]
-        return torch.stack(own) * self.inverse[..., None]
+        products = [self.layer(layer, landmarks).T @ dual.float() for layer in layers]
+        return torch.stack(products) * self.inverse[..., None]
 
 
 def _weights(worths: Float[Tensor, "view layer"]) -> Float[Tensor, "view layer"]:
@@ -211,8 +211,8 @@ def _kernels(
         for layer in range(view.vectors.shape[1]):
             features = view.layer(layer)
             products = features @ features[landmarks].T
-            for kernel, own in zip(kernels, weights, strict=True):
-                kernel.add_(products, alpha=float(own[index, layer]))
+            for kernel, of_views in zip(kernels, weights, strict=True):
+                kernel.add_(products, alpha=float(of_views[index, layer]))
     return kernels
 
 

@@ -323,17 +323,17 @@ def _sharing_a_matmul(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
     A run is rounded the same whoever runs beside it.
     """
     groups: list[list[TrainingRun]] = []
-    columns = 0
+    filled = 0
     for run in sorted(runs, key=lambda run: run.standardisation.is_normalised):
-        own = run.mechanism.columns().shape[2]
+        columns = run.mechanism.columns().shape[2]
         is_normalised = run.standardisation.is_normalised
-        fits = columns + own <= _MOST_COLUMNS
+        fits = filled + columns <= _MOST_COLUMNS
         if groups and fits and groups[-1][0].standardisation.is_normalised == is_normalised:
             groups[-1].append(run)
-            columns += own
+            filled += columns
         else:
             groups.append([run])
-            columns = own
+            filled = columns
     return groups
 
 
@@ -392,12 +392,12 @@ def _served(
     """The highest logit of each label, of the parts of a text that are judged and of the whole."""
     logits = run.score(tokens)
     starts = (tokens.lengths.cumsum(0) - tokens.lengths).tolist()
-    rows = [start + unit for start, own in zip(starts, units, strict=True) for unit in own]
+    rows = [start + unit for start, text in zip(starts, units, strict=True) for unit in text]
     if not rows:
         return logits
     device = tokens.values.device
     lengths = torch.tensor([*map(len, rows)], device=device)
-    owners = torch.tensor([text for text, own in enumerate(units) for _ in own], device=device)
+    owners = torch.tensor([i for i, text in enumerate(units) for _ in text], device=device)
     of_units = run.score(Ragged(tokens.values[np.concatenate(rows)], lengths))
     index = owners[:, None].expand_as(of_units)
     return logits.scatter_reduce(0, index, of_units, "amax")

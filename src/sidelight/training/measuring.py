@@ -68,7 +68,7 @@ def calibrate_examples(
     rule: ThresholdRule = F1,
     bootstrap: int = 1000,
     around: Sequence[float] = (),
-    traffic: Float[np.ndarray, "conversation output"] | None = None,
+    ordinary: Float[np.ndarray, "conversation output"] | None = None,
 ) -> Calibrated:
     """Calibrates logits of labelled texts, and measures each fold by what calibrates on the others.
 
@@ -81,10 +81,10 @@ def calibrate_examples(
         rule: What the thresholds are chosen for.
         bootstrap: As for ``evaluate``.
         around: As for ``fit_calibration``.
-        traffic: Logits of ordinary conversations, which thresholds let pass: see
+        ordinary: Logits of ordinary conversations, which thresholds let pass: see
             ``quiet_thresholds``. They calibrate too where they are a class of their own.
     """
-    quiet = np.empty((0, logits.shape[1])) if traffic is None else traffic
+    ordinary = np.empty((0, logits.shape[1])) if ordinary is None else ordinary
     task, labels = examples.task, examples.labels
     kind = kind or suggested_calibration(task)
 
@@ -92,14 +92,14 @@ def calibrate_examples(
         """To these texts, and to ordinary traffic if it is a class."""
         counted, numbers = logits[rows], labels[rows]
         if task.abstains:
-            counted = np.concatenate([counted, quiet])
-            numbers = np.append(numbers, np.full(len(quiet), task.outputs - 1))
+            counted = np.concatenate([counted, ordinary])
+            numbers = np.append(numbers, np.full(len(ordinary), task.outputs - 1))
         return fit_calibration(kind, counted, numbers, task, around=around)
 
     def points(calibration: Calibration, rows: Int[np.ndarray, " _"]) -> tuple[float, ...]:
         chances = calibration.apply(logits[rows])
         thresholds = choose_thresholds(task, chances, labels[rows], rule=rule)
-        return quiet_thresholds(thresholds, calibration, quiet, rule)
+        return quiet_thresholds(thresholds, calibration, ordinary, rule)
 
     every = np.arange(len(labels))
     calibration = fitted(every)
@@ -153,7 +153,7 @@ def describe_scores(
     columns = dict(zip(task.labels[-task.outputs :], probabilities.T, strict=True))
     curves = {} if labels is None else operating_curves(task, probabilities, labels)
     return {
-        "scores": {label: score_counts(own.tolist()) for label, own in columns.items()},
+        "scores": {label: score_counts(column.tolist()) for label, column in columns.items()},
         "curves": {label: curve.to_dict() for label, curve in curves.items()},
     }
 
@@ -180,8 +180,8 @@ def trained_texts(record: Mapping[str, Any], examples: Examples) -> int:
     """How many of the texts trained the probe with this record."""
     stored = base64.b64decode(record.get("training", {}).get("texts", ""))
     starts = range(0, len(stored), _HASH_BYTES)
-    known = {stored[start : start + _HASH_BYTES] for start in starts}
-    return sum(text in known for text in _hashes(examples))
+    hashes = {stored[start : start + _HASH_BYTES] for start in starts}
+    return sum(text in hashes for text in _hashes(examples))
 
 
 def trained_text_warnings(record: Mapping[str, Any], examples: Examples) -> tuple[str, ...]:

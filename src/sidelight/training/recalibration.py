@@ -82,20 +82,20 @@ def recalibrate(
     rule = rule or ThresholdRule.parse(probe.record.get("threshold_rule", "f1"))
     require_thresholds(probe.task, rule)
     if examples is None or logits is None:
-        made, entry = _follow_rule(probe, rule)
+        recalibrated, entry = _follow_rule(probe, rule)
     else:
-        made, entry = _follow_labels(probe, examples, logits, rule)
+        recalibrated, entry = _follow_labels(probe, examples, logits, rule)
     seen = 0 if examples is None else trained_texts(probe.record, examples)
     if examples is not None and seen:
         warning = (
             f"{seen} of {len(examples)} texts were trained on: the probe scores them too well, so "
             "its probabilities will be over-confident, and the figures flatter it. Leave them out."
         )
-        made = replace(made, warnings=(warning, *made.warnings))
+        recalibrated = replace(recalibrated, warnings=(warning, *recalibrated.warnings))
     origin = {"version": probe.version, "calibration": asdict(probe.calibration)}
     entry = {
         "date": datetime.now(UTC).date().isoformat(),
-        "what": made.what,
+        "what": recalibrated.what,
         "from": {**origin, "thresholds": list(probe.thresholds)},
         **entry,
     }
@@ -104,7 +104,8 @@ def recalibrate(
         "threshold_rule": str(rule),
         "recalibrations": [*probe.record.get("recalibrations", ()), entry],
     }
-    return replace(made, probe=replace(made.probe, record=record, version=""))
+    probe = replace(recalibrated.probe, record=record, version="")
+    return replace(recalibrated, probe=probe)
 
 
 def _follow_labels(
@@ -126,44 +127,46 @@ def _follow_labels(
     kind = suggested_calibration(task)
     before = evaluate(task, probe.calibration.apply(logits), labels, thresholds=probe.thresholds)
     around = probe.calibration.scale
-    made = calibrate_examples(
+    calibrated = calibrate_examples(
         logits,
         examples,
         kind=kind,
         rule=rule,
         around=around,
-        traffic=kept_logits(probe),
+        ordinary=kept_logits(probe),
     )
-    fitted = replace(probe, calibration=made.calibration, thresholds=made.report.thresholds)
+    fitted = replace(
+        probe, calibration=calibrated.calibration, thresholds=calibrated.report.thresholds
+    )
     entry = {
         **describe_examples(examples),
         "before": before.to_dict(),
-        "after": made.report.to_dict(),
-        **describe_scores(task, made.calibration.apply(logits), labels),
+        "after": calibrated.report.to_dict(),
+        **describe_scores(task, calibrated.calibration.apply(logits), labels),
     }
     what = f"calibrated by {kind} on {len(examples):,} labelled texts"
     recalls = {
-        label: (before.per_class[label].recall, made.report.per_class[label].recall)
+        label: (before.per_class[label].recall, calibrated.report.per_class[label].recall)
         for label in before.per_class
         if label in probe.label_thresholds
     }
     doubts = (
-        *(() if made.folds else (FLATTERING,)),
+        *(() if calibrated.folds else (FLATTERING,)),
         *threshold_doubts(task, counts, len(examples), rule),
         *_losses(recalls),
         *(_strangers(before) if task.kind != "multiclass" else ()),
     )
-    return Recalibrated(fitted, what, (before, made.report), doubts), entry
+    return Recalibrated(fitted, what, (before, calibrated.report), doubts), entry
 
 
 def _strangers(before: Report) -> list[str]:
     """Which labels the probe's scores do not follow, one sentence each."""
     judged = before.task.labels[-before.task.outputs :]
-    found = {label: before.per_class[label].auroc for label in judged}
+    aurocs = {label: before.per_class[label].auroc for label in judged}
     return [
         f"The probe's scores hardly tell '{label}' from the other texts (AUROC {auroc:.2f}), so no "
         "threshold will do. Check the labels, or train a probe on them."
-        for label, auroc in found.items()
+        for label, auroc in aurocs.items()
         if auroc is not None and auroc < _LEAST_AUROC
     ]
 
@@ -187,9 +190,9 @@ def _require_enough(task: Task, counts: dict[str, int], texts: int) -> None:
         label: counts[label] for label in judged if not LEAST_PER_SIDE <= counts[label] <= most
     }
     if texts < LEAST_LABELLED or short:
-        found = "".join(f", {count} of them '{label}'" for label, count in short.items())
+        counted = "".join(f", {count} of them '{label}'" for label, count in short.items())
         raise SidelightError(
-            f"Too few labelled texts to recalibrate on: got {texts}{found}; wanted "
+            f"Too few labelled texts to recalibrate on: got {texts}{counted}; wanted "
             f"{LEAST_LABELLED} or more, with and without each label {LEAST_PER_SIDE} or more. "
             "Label more texts."
         )

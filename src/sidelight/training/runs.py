@@ -122,17 +122,17 @@ class Fit:
         return f"{traffic}\n{best}" if traffic is not None and traffic.conversations else best
 
 
-def write_fit(made: Fit, directory: Path) -> None:
+def write_fit(result: Fit, directory: Path) -> None:
     """Stores the best probe, every run, and the comparison (``training.json``).
 
     The runs of an earlier training in the folder are removed; what else lies in ``runs/`` stays.
     """
     for folder in _run_folders(directory):
         shutil.rmtree(folder)
-    for name, run in made.by_folder.items():
+    for name, run in result.by_folder.items():
         save_probe(run.probe, directory / RUNS / name)
-    save_probe(made.best.probe, directory)
-    write_json(directory / "training.json", made.to_dict())
+    save_probe(result.best.probe, directory)
+    write_json(directory / "training.json", result.to_dict())
 
 
 def read_runs(directory: Path) -> tuple[Sequence[Probe], int]:

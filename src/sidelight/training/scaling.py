@@ -75,12 +75,12 @@ class Scaling:
     def _measure_moments(self, is_normalised: bool) -> Standardisation:
         """Mean and scale of each layer's values, from the first shards: random samples of texts."""
         hidden: list[Tensor] = []
-        left = _MOMENT_TOKENS
+        remaining = _MOMENT_TOKENS
         for index in range(len(self._states)):
-            first = self._states.read(index).hidden[:, :left]
+            first = self._states.read(index).hidden[:, :remaining]
             hidden.append(first)
-            left -= first.shape[1]
-            if not left:
+            remaining -= first.shape[1]
+            if not remaining:
                 break
         # Layer by layer: all of them in float32 would be large.
         layers = map(torch.cat, zip(*hidden, strict=True))

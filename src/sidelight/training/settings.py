@@ -94,10 +94,10 @@ class TrainingSettings:
                     f"Cannot train with {name} = {getattr(self, name)}: give {least} or more."
                 )
 
-    def changed(self, **given: Any) -> "TrainingSettings":
+    def changed(self, **values: Any) -> "TrainingSettings":
         """The same with other values. Given epochs or batch sizes also hold for few texts."""
-        exact = {"least_steps": 0} if {"epochs", "batch_size"} & given.keys() else {}
-        return replace(self, **{**exact, **given})
+        exact = {"least_steps": 0} if {"epochs", "batch_size"} & values.keys() else {}
+        return replace(self, **{**exact, **values})
 
     def fitted_to(self, texts: int, task: Task) -> "TrainingSettings":
         """What suits the training texts and labels, where it is not given.

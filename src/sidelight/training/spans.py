@@ -130,7 +130,7 @@ def fit_spans(
             f"what is labelled (--set reads={side}, or leave it out)."
         )
     warnings = [*training.warnings, *(validation.warnings if validation is not None else ())]
-    given = training.content_hash
+    given_sha256 = training.content_hash
     if validation is None:
         training, validation = training.split(validation_share(len(training)), seed=0)
         warnings += training.warnings
@@ -141,7 +141,7 @@ def fit_spans(
     split = partial(span_split, backbone, options=options, source=source)
     learned, _ = split(training, title="Training texts")
     measured, places = split(validation, title="Validation texts")
-    dataset = ProbeDataset(backbone, learned, measured, given_sha256=given)
+    dataset = ProbeDataset(backbone, learned, measured, given_sha256=given_sha256)
     specs = options.mechanisms or [
         mechanism_spec("spans", {"lookahead": lookahead}) for lookahead in LOOKAHEADS
     ]
@@ -163,12 +163,12 @@ def fit_spans(
     rule, report = calibrate_spans(validation, places, trained.token_logits, rule=options.threshold)
     record = {**fitted.probe.record, "spans": report.to_dict(), "lookaheads": scores}
     probe = replace(fitted.probe, spans=rule, record=record)
-    made = FittedSpans(probe, report, fitted.report, tuple(warnings))
+    result = FittedSpans(probe, report, fitted.report, tuple(warnings))
     if out is not None:
         save_probe(probe, out)
-        write_json(out / "training.json", made.to_dict())
+        write_json(out / "training.json", result.to_dict())
     dataset.remove_states()
-    return made
+    return result
 
 
 def span_split(
@@ -199,13 +199,13 @@ def span_places(
             span_text(example)
             whole = backbone.encoder.places(example.conversation, example.response)
         message = len(example.messages) - (example.response is None)
-        own = [place for place in whole if place is not None and place.message == message]
-        if len(own) < count:
+        of_message = [place for place in whole if place is not None and place.message == message]
+        if len(of_message) < count:
             raise SidelightError(
                 "The chat template rewrites the text, so its tokens have no characters. Use the "
                 "raw prompt format for this model (--set format=raw)."
             )
-        places.append([(place.start, place.end) for place in own[:count]])
+        places.append([(place.start, place.end) for place in of_message[:count]])
     return places
 
 
@@ -267,16 +267,16 @@ def calibrate_spans(
         margin, point = np.unravel_index(worths.argmax(), worths.shape)
         return float(points[point]), margins[margin]
 
-    made = rule_of(range(len(rows)))
+    whole_rule = rule_of(range(len(rows)))
     predicted: list[list[Span]] = [[]] * len(rows)
     count = min(FOLDS, examples.distinct)
     folds = examples.folds(count, seed=0) if count > 1 else (np.arange(len(rows)),)
     for fold in folds:
         rest = np.setdiff1d(np.arange(len(rows)), fold).tolist()
-        own = rule_of(rest) if rest else made
+        rule_of_rest = rule_of(rest) if rest else whole_rule
         for i in fold.tolist():
-            predicted[i] = own.read(scores[i], labels)
-    return made, measure_spans(examples, predicted, bootstrap=bootstrap)
+            predicted[i] = rule_of_rest.read(scores[i], labels)
+    return whole_rule, measure_spans(examples, predicted, bootstrap=bootstrap)
 
 
 def measure_spans(

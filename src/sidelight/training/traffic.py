@@ -296,7 +296,9 @@ def highest_logits(
 ) -> Float[np.ndarray, "conversation output"]:
     """The highest logit of each label, by conversation."""
     rows = conversations_of(contexts)
-    return np.array([logits[own].max(0) for own in rows]).reshape(len(rows), logits.shape[1])
+    return np.array([logits[conversation].max(0) for conversation in rows]).reshape(
+        len(rows), logits.shape[1]
+    )
 
 
 def conversations_of(contexts: Sequence[Context]) -> list[list[int]]:
