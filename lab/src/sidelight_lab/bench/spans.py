@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sidelight.artifact import load_probe, save_probe
+from sidelight.artifact import load_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.spans import SpanExamples, span_text
 from sidelight.errors import SidelightError, did_you_mean
@@ -192,11 +192,15 @@ def _probes(
         name = f"{engine.replace(' ', '-')}-{seed}"
         folder = out / "probes" / f"{name}-{digest(who)[:12]}"
         if not holds_probe(folder):
-            own = replace(options, seeds=(seed,))
-            fitted = fit_spans(
-                backbone, training, validation, name=name, options=own, source=source
+            fit_spans(
+                backbone,
+                training,
+                validation,
+                name=name,
+                options=replace(options, seeds=(seed,)),
+                source=source,
+                out=folder,
             )
-            save_probe(fitted.probe, folder)
         probes.append(load_probe(folder))
     return Row(
         [probe.spans for probe in probes if probe.spans is not None],
