@@ -22,7 +22,7 @@ SHAPED := sidelight.bank,sidelight.mechanisms,sidelight.metrics,sidelight.ragged
 # Tests that share an engine or a server are a group: one process runs them.
 VLLM_PYTEST := OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -p no:unraisableexception -n 2 --dist loadgroup
 # What runners decide: which tokens a step runs, and where their states are. V2 wants a GPU's kernels.
-OF_RUNNERS := contract.py parity.py schedules.py
+OF_RUNNERS := contract.py parity.py schedules.py redaction.py
 V1 := VLLM_USE_V2_MODEL_RUNNER=0
 V2 := VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/tests/triton_cpu
 

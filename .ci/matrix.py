@@ -48,7 +48,8 @@ class Lane:
 
 COMPILED = {"SIDELIGHT_COMPILED": "1"}
 # What runners decide: which tokens a step runs, and where their states are.
-OF_RUNNERS = [f"tests/vllm/test_{name}.py" for name in ("contract", "parity", "schedules")]
+RUNNERS = ("contract", "parity", "schedules", "redaction")
+OF_RUNNERS = [f"tests/vllm/test_{name}.py" for name in RUNNERS]
 LANES = {
     "browser": Lane([f"{MATRIX}/browser"]),
     "clients": Lane([f"{MATRIX}/clients"]),

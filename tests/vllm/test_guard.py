@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from chat_families import FAMILIES, WITHOUT_SYSTEM, WITHOUT_TOOLS, family_tokenizer
+from reciting import REDACTED, SECRETS, reciting_model
 from sidelight.artifact import save_probe
 from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
@@ -29,6 +30,7 @@ from tiny import TOXICITY, tiny_backbone, untrained_probe
 BLOCKS = '[input.early]\nmode = "block"\n[output.late]\nmode = "block"\n'
 ONLY_INPUT = '[input.early]\nmode = "block"\n'
 KINDS = ("DELTA", "CUMULATIVE", "FINAL_ONLY")
+REDACTS = 'system_turns = "trust"\n[output.pii]\nmode = "redact"\n'
 OPEN = 'system_turns = "trust"\n' + BLOCKS
 
 
@@ -56,7 +58,8 @@ MISSING = [None, {}, {KEY: {"error": "The request was not judged."}}, FOREIGN]
 class Llm:
     """Stands in for vLLM: writes a token with each report, and ends with the last one.
 
-    ``merged`` tokens are in each output, as where nobody has read the first ones yet.
+    ``merged`` tokens are in each output, as where nobody has read the first ones yet. The tokens
+    are those of ``words``, by id.
     """
 
     reports: list
@@ -64,6 +67,7 @@ class Llm:
     identity: str
     fails_at: int | None = None
     merged: int = 1
+    words: dict = field(default_factory=lambda: {i: chr(i) for i in range(70, 170)})
     seen: list = field(default_factory=list)
     aborted: list = field(default_factory=list)
     errored = False
@@ -85,22 +89,26 @@ class Llm:
         # vLLM's outputs of a whole text share these lists.
         written, logprobs = [], []
         try:
-            reports = self.reports[: params.max_tokens]
+            whole = request_id.endswith("-whole")
+            reports = self.reports[-1:] if whole else self.reports[: params.max_tokens]
+            tokens = [*self.words]
             for number, report in enumerate(map(self.identified, reports)):
                 if number == self.fails_at:
                     raise RuntimeError("out of memory")
                 said = SimpleNamespace(
-                    request_id=request_id, new_token_ids=[70 + number], kv_transfer_params=report
+                    request_id=request_id, new_token_ids=[tokens[number]], kv_transfer_params=report
                 )
                 self.output_processor.process_outputs([said])
-                unread.append(70 + number)
-                written.append(70 + number)
-                logprobs.append(logprob_of(70 + number))
+                unread.append(tokens[number])
+                written.append(tokens[number])
+                logprobs.append(logprob_of(tokens[number]))
                 is_end = number == len(reports) - 1
                 if (kind != "FINAL_ONLY" and len(unread) == self.merged) or is_end:
                     said = (written, logprobs) if kind != "DELTA" else (unread, None)
                     unread = []
-                    yield output_of(request_id, *said, report, "length" if is_end else None)
+                    output = output_of(request_id, *said, report, "length" if is_end else None)
+                    output.outputs[0].text = "".join(self.words[i] for i in said[0])
+                    yield output
                 await asyncio.sleep(0)
         except (GeneratorExit, asyncio.CancelledError):
             self.aborted.append(request_id)
@@ -147,14 +155,14 @@ def served(tmp_path_factory):
 @pytest.fixture
 def guarded(served, tmp_path, monkeypatch):
     """Makes an engine with a guard, and its policy."""
-    tokenizer = str(Path(served.folders[0]).parent / "tokenizer")
-    identity = identity_of(read_manifest(folder).version for folder in served.folders)
 
-    def make(reports, policy=OPEN, **options):
+    def make(reports, policy=OPEN, *, probes=served, **options):
         (tmp_path / "policy.toml").write_text(policy)
         monkeypatch.setenv("SIDELIGHT_POLICY", str(tmp_path / "policy.toml"))
+        tokenizer = str(Path(probes.folders[0]).parent / "tokenizer")
+        identity = identity_of(read_manifest(folder).version for folder in probes.folders)
         llm = Llm(reports, tokenizer, identity, **options)
-        EngineGuard(llm, served, server_config())
+        EngineGuard(llm, probes, server_config())
         return llm
 
     return make
@@ -162,7 +170,7 @@ def guarded(served, tmp_path, monkeypatch):
 
 def asked(llm, prompt=None, *, kind="DELTA", **sampling):
     """The outputs of a request, and the error that ends it."""
-    params = sampling_of(kind, max_tokens=20, **sampling)
+    params = sampling_of(kind, **{"max_tokens": 20, **sampling})
 
     async def ask():
         outputs = []
@@ -253,11 +261,90 @@ def test_nothing_of_what_is_cut_is_in_any_field(guarded, kind):
     assert texts[-1].cumulative_logprob in (None, -72.0)
 
 
+@pytest.fixture(scope="module")
+def reciting(tmp_path_factory):
+    """A probe of spans, the words of an answer by token, and the reports on each of its steps."""
+    home = tmp_path_factory.mktemp("reciting")
+    model = reciting_model(home)
+    model.backbone.tokenizer.save_pretrained(home / "tokenizer")
+    probes = Served((model.folders[0],), model.backbone.fingerprint)
+    words = {token: model.backbone.tokenizer.decode([token]) for token in model.answer}
+    labels = {4: "NAME", 11: "NAME", 16: "CODE"}
+
+    def report(read):
+        verdict = {"label": "NAME", "labels": [], "flagged": True}
+        verdict["probabilities"] = {"NAME": 0.5, "CODE": 0.5}
+        own = [[token, label, 0.9] for token, label in labels.items() if token < read]
+        return {KEY: {"verdicts": {"pii": verdict}, "seconds": 0.0, "token_labels": {"pii": own}}}
+
+    return probes, words, [report(read) for read in range(len(words))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("merged", [1, 2, 5, 30])
+def test_what_is_redacted_is_in_no_field_whatever_the_kind(guarded, reciting, kind, merged):
+    probes, words, reports = reciting
+    # The labels of the last tokens come with the whole.
+    llm = guarded(reports, REDACTS, probes=probes, words=words, merged=merged)
+    outputs, error = asked(llm, kind=kind, n=2, logprobs=1, max_tokens=len(words))
+    assert error is None
+    secret = [token for token, word in words.items() if word.strip() in " ".join(SECRETS)]
+    for index in range(2):
+        texts = [text for output in outputs for text in output.outputs if text.index == index]
+        texts = texts if kind == "DELTA" else texts[-1:]
+        assert "".join(text.text for text in texts) == REDACTED
+        left = [i for text in texts for i in text.token_ids]
+        assert left == [token for token in words if token not in secret]
+        assert [i for text in texts for step in text.logprobs for i in step] == left
+        assert texts[-1].finish_reason == "length"
+    shown = [text for output in outputs for text in output.outputs]
+    assert not any(i in secret for text in shown for i in text.token_ids)
+    assert not any(word in text.text for text in shown for word in SECRETS)
+    assert all(text.cumulative_logprob is None for text in shown)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_that_nobody_can_find_in_a_text_do_not_leave(guarded, reciting, kind):
+    """Its tokens say something else, or nobody has judged it."""
+    probes, words, reports = reciting
+    others = dict(zip(words, [*[*words.values()][1:], " else"], strict=True))
+    for said, given in ((others, reports), (words, [*reports[:9], *MISSING[2:3] * 14])):
+        llm = guarded(given, REDACTS, probes=probes, words=said)
+        outputs, error = asked(llm, kind=kind, max_tokens=len(words))
+        assert (reason_of(outputs), error) == ("content_filter", None)
+        assert REDACTED.startswith(text_of(outputs[-1:] if kind != "DELTA" else outputs))
+        assert not any(word in text_of(outputs) for word in SECRETS)
+
+
 def test_a_text_that_is_read_late_is_judged_token_by_token(guarded):
     for merged in (2, 3, 8):
         outputs, _ = asked(guarded([*[FINE] * 5, LEAKING, LEAKING, *[FINE] * 9], merged=merged))
         assert {i for output in outputs for i in output.outputs[0].token_ids} <= {70, 71, 72}
         assert reason_of(outputs) == "content_filter"
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_text_is_whole_whose_lists_end_before_its_outputs_are_read(guarded, kind):
+    llm = guarded([FINE] * 4)
+    ids = [70, 71, 72, 1]
+
+    async def ahead(prompt, params, request_id, **options):
+        state = SimpleNamespace(external_req_id=request_id, request_index=0)
+        llm.output_processor.request_states[request_id] = state
+        for report, token in zip(map(llm.identified, llm.reports), ids, strict=True):
+            step = SimpleNamespace(
+                request_id=request_id, new_token_ids=[token], kv_transfer_params=report
+            )
+            llm.output_processor.process_outputs([step])
+        for text, reason in (("F", None), ("FGH", "stop")):
+            output = output_of(request_id, ids, None, FINE, reason)
+            output.outputs[0].text = text
+            yield output
+
+    llm.sidelight_guard.engine.listener.generate = ahead
+    outputs, error = asked(llm, kind=kind)
+    assert (outputs[-1].outputs[0].text, reason_of(outputs), error) == ("FGH", "stop", None)
+    assert list(outputs[-1].outputs[0].token_ids) == ids
 
 
 def test_a_watched_text_that_fills_the_context_is_judged_to_its_end(guarded):

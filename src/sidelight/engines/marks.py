@@ -78,6 +78,7 @@ class AnswerMarks:
 
     Attributes:
         text: What its tokens say so far.
+        places: Where each token stands in it whose characters are complete.
     """
 
     def __init__(self, probes: Iterable[Probe]):
@@ -87,7 +88,7 @@ class AnswerMarks:
         mechanisms = (probe.mechanism for probe in self._probes.values())
         self._lookahead = max((m.lookahead for m in mechanisms if isinstance(m, Spans)), default=0)
         self.text = ""
-        self._places: list[tuple[int, int]] = []
+        self.places: list[tuple[int, int]] = []
         self._pending = 0
 
     def push(self, text: str) -> None:
@@ -96,7 +97,7 @@ class AnswerMarks:
         if text:
             start = len(self.text)
             self.text += text
-            self._places += [(start, len(self.text))] * self._pending
+            self.places += [(start, len(self.text))] * self._pending
             self._pending = 0
 
     def mark(self, judgement: Judgement) -> Judgement:
@@ -106,10 +107,8 @@ class AnswerMarks:
             if (probe := self._probes.get(name)) is not None:
                 assert probe.spans is not None
                 # The characters of the others are not complete.
-                whole = [label for label in labels if label[0] < len(self._places)]
-                found = probe.spans.labelled_spans(
-                    self.text, self._places, whole, probe.span_labels
-                )
+                whole = [label for label in labels if label[0] < len(self.places)]
+                found = probe.spans.labelled_spans(self.text, self.places, whole, probe.span_labels)
                 spans[name] = tuple(found)
         return _with_spans(judgement, spans)
 
@@ -122,7 +121,7 @@ class AnswerMarks:
         if not self._probes:
             return None
         final = max(0, tokens - self._lookahead)
-        end = self._places[final][0] if final < len(self._places) else len(self.text)
+        end = self.places[final][0] if final < len(self.places) else len(self.text)
         return settled_characters(self.text, end)
 
 

@@ -30,6 +30,8 @@ from sidelight.types import Judgement
 UNFINISHED = "\ufffd"
 
 T = TypeVar("T")
+Marker = Callable[[Judgement], Judgement]
+"""Gives a judgement of a text its spans."""
 
 
 class Detokenizer:
@@ -209,7 +211,7 @@ class TextCodec:
         response: str | None,
         prompt: EncodedPrompt,
         probes: Iterable[Probe],
-    ) -> Callable[[Judgement], Judgement] | None:
+    ) -> Marker | None:
         """Gives a judgement of these tokens its spans; None: no probe labels any."""
         if not labels_spans(probes):
             return None

@@ -15,7 +15,7 @@ many as its probe looks ahead. It cuts nothing unless there is no verdict.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from sidelight.engines.base import (
@@ -29,7 +29,7 @@ from sidelight.engines.base import (
 from sidelight.policy.decisions import Decision, decide
 from sidelight.policy.redaction import redacted
 from sidelight.policy.rules import BoundRule
-from sidelight.types import Judgement
+from sidelight.types import Judgement, Span
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,16 @@ class Ended:
     reason: FinishReason
     completion_tokens: int
     decisions: tuple[Decision, ...]
+
+
+def redacted_spans(rules: Iterable[BoundRule], judgement: Judgement) -> list[Span]:
+    """The words of an answer that rules redact."""
+    return [
+        span
+        for bound in rules
+        if bound.is_redacting and (verdict := judgement.verdict(bound.name)) is not None
+        for span in bound.decide(verdict).spans or ()
+    ]
 
 
 class HoldBack:
@@ -114,12 +124,7 @@ class HoldBack:
         self, tokens: int, judgement: Judgement, *, characters: int | None = None
     ) -> list[TextDelta]:
         """The held text that comes from the first tokens, and ends within the first characters."""
-        spans = [
-            span
-            for bound in self._rules
-            if bound.is_redacting and (verdict := judgement.verdict(bound.name)) is not None
-            for span in bound.decide(verdict).spans or ()
-        ]
+        spans = redacted_spans(self._rules, judgement)
         released: list[TextDelta] = []
         while self._held and self._held[0].tokens <= tokens:
             end = self._released + len(self._held[0].text)

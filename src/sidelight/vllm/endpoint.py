@@ -24,7 +24,9 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
+from sidelight.engines.marks import labels_spans
 from sidelight.errors import SidelightError
+from sidelight.prompts import Conversation, Message, PlainText
 from sidelight.server import admin, checks, questions
 from sidelight.server.app import LOOPBACK, application, status_router
 from sidelight.server.errors import RequestError, as_request_error, wrong_field
@@ -134,6 +136,9 @@ class ProbeMiddleware:
                     observer,
                     probes=_report_request(body).probes,
                     sees_all=caller.is_admin,
+                    conversations=_conversations(scope["path"], body)
+                    if labels_spans(guard.engine.probes)
+                    else (),
                 )
             except SidelightError as error:
                 refusal = as_request_error(error, sees_all=caller.is_admin).answer()
@@ -265,16 +270,22 @@ class _Answer:
         return _EVENT_END.join(events)
 
     def _silent_ends(self) -> list[dict[str, Any]]:
-        """The last chunks of texts that were cut at once, which vLLM leaves out."""
+        """The last chunks of texts of which no token was sent, which vLLM leaves out."""
         is_chat = self._identity.get("object") == "chat.completion.chunk"
-        choices = zip(self._request.choices, self._request.cut, strict=True)
-        silent = [i for i, (text, is_cut) in enumerate(choices) if is_cut and not text.has_sent]
+        silent = {
+            index: text.ended.reason
+            for index, text in enumerate(self._request.choices)
+            if text in self._request.silent and text.ended
+        }
         if silent and not self._identity:
             name = f"cmpl-{self._id[REQUEST_ID]}"
             self._identity = {"id": name, "object": "text_completion", "created": int(time.time())}
         text: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
-        end = {**text, "logprobs": None, "finish_reason": "content_filter"}
-        return [{"choices": [{"index": index, **end}]} for index in silent]
+        end = {**text, "logprobs": None}
+        return [
+            {"choices": [{"index": index, **end, "finish_reason": reason}]}
+            for index, reason in silent.items()
+        ]
 
     def _fields(self) -> dict[str, Any]:
         """As in our own server's answers."""
@@ -317,6 +328,32 @@ def _report_request(body: bytes) -> ReportRequest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise wrong_field(first, first["loc"]) from error
+
+
+def _conversations(path: str, body: bytes) -> list[Conversation]:
+    """What a body asks to be answered, as far as it is text; vLLM may read it in another way."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return []
+    match path, fields:
+        case "/v1/chat/completions", {"messages": [*turns]}:
+            messages = [
+                Message(turn["role"], turn["content"])
+                for turn in turns
+                if isinstance(turn, dict)
+                and isinstance(turn.get("role"), str)
+                and isinstance(turn.get("content"), str)
+            ]
+            return [messages] if len(messages) == len(turns) else []
+        case "/v1/completions", {"prompt": [*texts]}:
+            return [PlainText(text) for text in texts if isinstance(text, str)]
+        case "/v1/completions", {"prompt": str(text)}:
+            return [PlainText(text)]
+        case "/v1/responses", {"input": str(text)}:
+            return [[Message("user", text)]]
+        case _:
+            return []
 
 
 def _identity(event: bytes) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from sidelight.engines.base import (
     PromptJudged,
     require_same_model,
 )
-from sidelight.engines.text import TextCodec
+from sidelight.engines.text import Marker, TextCodec, with_response
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.fingerprint import Fingerprint
 from sidelight.probe import Probe, common_format
@@ -153,15 +153,19 @@ class VllmEngine(Engine):
         self, conversations: Sequence[Sequence[Message]], probes: tuple[Probe, ...]
     ) -> list[PromptJudged]:
         async with self._exchange.passing(probes) as identity:
-            encode = self._codec.encode
-            prompts = await self._codec.in_thread(
-                conversations, lambda: [encode(turns) for turns in conversations]
-            )
-            judged = await self._check_all(prompts, identity)
+            codec = self._codec
+
+            def encode(turns: Sequence[Message]) -> tuple[EncodedPrompt, Marker | None]:
+                prompt = codec.encode(turns)
+                return prompt, codec.marker(*with_response(turns), prompt, probes)
+
+            encoded = await codec.in_thread(conversations, lambda: [*map(encode, conversations)])
+            judged = await self._check_all([prompt for prompt, _ in encoded], identity)
         early = early_names(probes)
         events: list[PromptJudged] = []
-        for turns, prompt, judgement in zip(conversations, prompts, judged, strict=True):
+        for turns, (prompt, mark), judgement in zip(conversations, encoded, judged, strict=True):
             said = judgement if has_response(turns) else judgement.of(early)
+            said = mark(said) if mark else said
             events.append(PromptJudged(said, is_plain=prompt.is_plain, tokens=len(prompt)))
         return events
 

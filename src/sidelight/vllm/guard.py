@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sidelight.engines.text import Marker
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Admitted, Enforcement
@@ -24,7 +25,7 @@ from sidelight.policy.hold_back import Ended
 from sidelight.policy.request import Outcome, Terms
 from sidelight.policy.rules import require_policy_applies
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt, PlainText, control_tokens
+from sidelight.prompts import Conversation, EncodedPrompt, PlainText, control_tokens
 from sidelight.server.config import ServerConfig
 from sidelight.server.metrics import Metrics
 from sidelight.server.observe import RequestObserver, audit_of
@@ -56,13 +57,24 @@ class GuardedRequest(Outcome):
 
     Attributes:
         probes: Those that were served when it was made.
+        conversations: What its prompts say, in order, as far as that is known.
+        silent: The texts whose last output says nothing, of which no token was sent before.
         decided: Set once each prompt is answered, or one is refused, or nothing more is written.
     """
 
-    def __init__(self, terms: Terms, probes: tuple[Probe, ...]):
+    def __init__(
+        self, terms: Terms, probes: tuple[Probe, ...], conversations: Sequence[Conversation] = ()
+    ):
         super().__init__(terms)
         self.probes = probes
+        self.conversations = conversations
+        self.silent: list[Enforcement] = []
         self.decided = asyncio.Event()
+
+    def conversation(self, texts: Sequence[Enforcement]) -> Conversation | None:
+        """What the prompt of these texts says; None: nobody knows."""
+        number = self.texts.index([*texts])
+        return self.conversations[number] if number < len(self.conversations) else None
 
     @property
     def cut(self) -> list[bool]:
@@ -179,6 +191,7 @@ class EngineGuard:
         *,
         probes: Sequence[str] | None = None,
         sees_all: bool = False,
+        conversations: Sequence[Conversation] = (),
     ) -> GuardedRequest:
         """A request that begins now, and keeps the served probes and their rules.
 
@@ -186,13 +199,15 @@ class EngineGuard:
             observer: Its own.
             probes: Those that the client chooses to be told of.
             sees_all: Whether the client sees what rules do not disclose.
+            conversations: What its prompts say, as far as that is known.
 
         Raises:
             PolicyError: There is no such probe.
         """
         policy, rules = self.registry.policy, self.registry.rules
         terms = Terms(self.engine.model, policy, rules, (), observer.text, sees_all=sees_all)
-        return GuardedRequest(terms.choose(probes, for_text=True), self.engine.probes)
+        terms = terms.choose(probes, for_text=True)
+        return GuardedRequest(terms, self.engine.probes, conversations)
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         """As vLLM's; refused where a rule blocks, since what it reads is not judged."""
@@ -209,10 +224,10 @@ class EngineGuard:
         await self._abort(ids, internal=internal)
 
     def require_unblocked(self, what: str) -> None:
-        """Refuses what no probe reads where a rule blocks."""
+        """Refuses what no probe reads where a rule blocks or redacts."""
         client = current_request()
         rules = self.registry.rules if client is None else client.terms.rules
-        if any(bound.is_blocking for bound in rules):
+        if any(bound.is_enforced for bound in rules):
             error = PolicyError(
                 f"{what} cannot be judged, and the policy blocks what is not judged. Use "
                 "/v1/chat/completions, /v1/completions or /v1/responses.",
@@ -246,8 +261,9 @@ class EngineGuard:
             prompt = {**prompt, "prompt_token_ids": self._tokenizer(prompt["prompt"])["input_ids"]}
         encoded = await self.recogniser.recognise(prompt)
         await asyncio.to_thread(self.recogniser.require_read, encoded, terms)
+        mark = await self._marker(call, encoded)
         ids = [_unique(request_id) for _ in range(params.n)]
-        texts = [self._text(call, prompt, encoded, *each) for each in enumerate(ids)]
+        texts = [self._text(call, prompt, encoded, mark, *each) for each in enumerate(ids)]
         self._text_ids[request_id].update(ids)
         try:
             async with aclosing(together(texts, params.output_kind)) as outputs:
@@ -259,11 +275,20 @@ class EngineGuard:
             if not self._text_ids[request_id]:
                 del self._text_ids[request_id]
 
+    async def _marker(self, call: _Call, encoded: EncodedPrompt | None) -> Marker | None:
+        """Gives a judgement of the prompt its spans; None: nobody knows what the prompt says."""
+        probes = [p for p in call.client.probes if p.spans and not p.reads.includes_response]
+        text = call.client.conversation(call.texts) if probes else None
+        if encoded is None or text is None:
+            return None
+        return await asyncio.to_thread(self.recogniser.marker, encoded, text, probes)
+
     async def _text(
         self,
         call: _Call,
         prompt: Mapping[str, Any],
         encoded: EncodedPrompt | None,
+        mark: Marker | None,
         index: int,
         text_id: str,
     ) -> AsyncGenerator[Any, None]:
@@ -284,10 +309,12 @@ class EngineGuard:
             text_id,
             options=call.options,
             identity=call.identity,
-            probes=[bound.probe for bound in client.terms.rules],
+            rules=client.terms.rules,
             watch=frozenset(enforcement.watch),
+            tokenizer=self._tokenizer,
             controls=self._controls,
             room=self._room,
+            mark=mark,
         )
         is_final_only = call.params.output_kind == RequestOutputKind.FINAL_ONLY
         last: OutputDelta | None = None
@@ -312,6 +339,8 @@ class EngineGuard:
                         raise AssertionError(each)
                 if output is not None and (output.finished or not is_final_only):
                     output.outputs[0].index = index
+                    if output.finished and text.is_silent:
+                        client.silent.append(enforcement)
                     yield output
 
     def _params(
@@ -346,6 +375,8 @@ class EngineGuard:
                 room if sampling.max_tokens is None else min(sampling.max_tokens, room)
             )
             sampling.min_tokens = min(sampling.min_tokens, sampling.max_tokens)
+            # Text is what rules hold back, whether or not the caller wants any.
+            sampling.detokenize = True
         return sampling
 
 

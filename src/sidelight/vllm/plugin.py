@@ -269,17 +269,17 @@ def require_policy(arguments: Any, probes: Sequence[Probe]) -> None:
     config, is_server = server_config(), isinstance(arguments, AsyncEngineArgs)
     policy = config.loaded_policy
     require_policy_applies(policy, probes)
-    is_blocking = any(bound.is_blocking for bound in bound_rules(policy, probes))
+    is_enforced = any(bound.is_enforced for bound in bound_rules(policy, probes))
     plugins = os.environ.get("VLLM_PLUGINS", "").split(",")
     if is_server and config.access.keys and KEY not in plugins:
         raise SidelightError(
             "SIDELIGHT_API_KEY is set, but the server would not ask for it: vLLM loads what asks "
             "only if VLLM_PLUGINS names it. Set VLLM_PLUGINS=sidelight."
         )
-    if is_blocking and not is_server:
+    if is_enforced and not is_server:
         raise SidelightError(
-            f"{POLICY} blocks, and vLLM's LLM class gives its outputs to whoever calls it. "
-            "Unset it, or use a server."
+            f"{POLICY} blocks or redacts, and vLLM's LLM class gives its outputs to whoever calls "
+            "it. Unset it, or use a server."
         )
 
 

@@ -5,15 +5,19 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import date
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError
 
+from sidelight.engines.marks import mark_text
+from sidelight.engines.text import Marker
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.request import Terms
-from sidelight.prompts import EncodedPrompt, Part, PromptEncoder
+from sidelight.probe import Probe
+from sidelight.prompts import Conversation, EncodedPrompt, Part, PromptEncoder
 
 # What vLLM's ``StructuredOutputsParams`` takes that can hold words of an answer.
 _WORDED = ("json", "regex", "choice", "grammar", "structural_tag")
@@ -44,6 +48,22 @@ class PromptRecogniser:
         except (OverflowError, TypeError, ValueError):
             return None
 
+    def marker(
+        self, prompt: EncodedPrompt, text: Conversation, probes: Sequence[Probe]
+    ) -> Marker | None:
+        """Gives a judgement of a prompt its spans; None: its tokens are not those of this text."""
+        try:
+            is_same = self._encoder.encode(text).token_ids == prompt.token_ids
+        # What vLLM does not read as a chat, or has read in another way.
+        except (SidelightError, TypeError, ValueError):
+            return None
+        if not is_same:
+            return None
+        places = self._encoder.places(text)
+        return partial(
+            mark_text, probes=probes, text=text, response=None, prompt=prompt, places=places
+        )
+
     def require_read(self, prompt: EncodedPrompt | None, terms: Terms) -> None:
         """Refuses what a client can write where no blocking probe reads it.
 
@@ -69,8 +89,8 @@ class PromptRecogniser:
                 "policy.",
                 code="system_turn_refused",
             )
-        blocks_output = any(bound.is_blocking and bound.side == "output" for bound in terms.rules)
-        if blocks_output and turns[-1].role == "assistant" and turns[-1].stop == len(prompt):
+        is_guarded = any(bound.is_enforced and bound.side == "output" for bound in terms.rules)
+        if is_guarded and turns[-1].role == "assistant" and turns[-1].stop == len(prompt):
             raise PolicyError(
                 "The conversation ends with an answer to be continued. Probes of answers read only "
                 "what the model writes, so the server's policy refuses it. End with a user's turn.",

@@ -84,7 +84,9 @@ def report_of(judgement: Judgement, seconds: float, identity: str = "") -> dict[
         for verdict in judgement.verdicts
     }
     failed = {name: {"error": "verdict_failed"} for name in judgement.failed}
-    return {"verdicts": verdicts | failed, "seconds": seconds, "identity": identity}
+    labels = {name: [*map(list, each)] for name, each in judgement.token_labels.items()}
+    said = {"verdicts": verdicts | failed, "seconds": seconds, "identity": identity}
+    return {**said, "token_labels": labels} if labels else said
 
 
 def judgement_of(params: Mapping[str, Any] | None) -> tuple[Judgement, float]:
@@ -106,7 +108,11 @@ def judgement_of(params: Mapping[str, Any] | None) -> tuple[Judgement, float]:
         for name, fields in by_probe.items()
         if "error" not in fields
     )
-    return Judgement(tuple(verdicts), failed), report.get("seconds", 0.0)
+    labels = {
+        name: [(token, label, score) for token, label, score in each]
+        for name, each in report.get("token_labels", {}).items()
+    }
+    return Judgement(tuple(verdicts), failed, labels), report.get("seconds", 0.0)
 
 
 PromptReader = Callable[[Mapping[str, Any] | None, Sequence[int] | None], EncodedPrompt]

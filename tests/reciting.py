@@ -1,0 +1,143 @@
+"""A model that answers everything by one text, and a probe that labels certain tokens of it.
+
+Each token of the text stands there once, and the model writes the one that follows it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from commands import saved
+from sidelight.artifact import save_probe
+from sidelight.backbone import TransformersBackbone
+from sidelight.calibration import Calibration
+from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
+from sidelight.probe import Probe
+from sidelight.prompts import Reads, Side
+from sidelight.spans import SpanRule
+from sidelight.standardisation import Standardisation
+from sidelight.types import Task
+from tiny import CHAT_TEMPLATE, SPECIAL_TOKENS
+from vllm_served import SIZES
+
+# "Zyxwvut" is one token for each letter, since the tokenizer has learned no text with it.
+LEARNED = "Certainly: our customer Quentin lives at number 4711, which nobody else may know"
+ANSWER = LEARNED.replace("Quentin", "Quentin Zyxwvut")
+# Some letter of a word labels all of it; of the name, the last but one.
+LABELLED = {"NAME": [" Quentin", "u"], "CODE": [" 4711"]}
+REDACTED = "Certainly: our customer [NAME] lives at number [CODE], which nobody else may know"
+SECRETS = ("Quentin", "Zyxwvut", "4711")
+
+
+@dataclass(frozen=True)
+class Reciting:
+    """The model in a folder, and probes of it.
+
+    Attributes:
+        answer: The token ids of what it says.
+    """
+
+    backbone: TransformersBackbone
+    path: str
+    probes: Sequence[Probe]
+    folders: Sequence[str]
+    answer: Sequence[int]
+
+    def token(self, text: str) -> int:
+        (token,) = self.backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return token
+
+
+def reciting_model(folder: Path) -> Reciting:
+    """The model, with ``pii``, a probe of spans of its answers, and ``asked``, one of prompts."""
+    tokenizer = _tokenizer()
+    answer = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+    assert len(answer) == len(set(answer))
+    backbone = TransformersBackbone(
+        _model(len(tokenizer), [tokenizer.convert_tokens_to_ids("<|assistant|>"), *answer, 1]),
+        tokenizer,
+        name="tiny/reciting",
+    )
+    path = saved(backbone, folder / "model")
+    sides: Mapping[str, Side] = {"pii": "response", "asked": "prompt"}
+    probes = [_probe(backbone, name, side) for name, side in sides.items()]
+    folders = [str(save_probe(probe, folder / probe.name)) for probe in probes]
+    return Reciting(backbone, path, probes, folders, answer)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, and the words of what it has learned."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([LEARNED] * 50, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=2048,
+    )
+
+
+def _model(vocabulary: int, text: Sequence[int]) -> torch.nn.Module:
+    """After each token of the text comes the next one."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**SIZES, "vocab_size": vocabulary})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            # A state is the embedding of its token, whatever stands before it.
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        states = model.model.embed_tokens.weight
+        states /= states.norm(dim=1, keepdim=True)
+        model.lm_head.weight.normal_(std=0.01)
+        for token, following in pairwise(text):
+            model.lm_head.weight[following] += states[token]
+    return model
+
+
+def _probe(backbone: TransformersBackbone, name: str, side: Side) -> Probe:
+    """Of each label, logits of 10 for its tokens and far below 0 for all others."""
+    who, task = backbone.fingerprint, Task("multilabel", tuple(LABELLED))
+    geometry = Geometry(layers=who.layers, width=who.width, outputs=task.outputs)
+    spec = mechanism_spec("spans", {"lookahead": 1})
+    built = build_mechanism(spec, geometry).eval().requires_grad_(False)
+    states = backbone.model.model.embed_tokens.weight
+    for label, words in enumerate(LABELLED.values()):
+        for word in words:
+            (token,) = backbone.tokenizer(word, add_special_tokens=False)["input_ids"]
+            built.own[0, :, label] += 20 * states[token]
+        built.bias[label] = -10
+    # What stands beside a token matters, but does not decide.
+    torch.manual_seed(1)
+    for parameter in (built.mean, built.ahead):
+        parameter.normal_(std=0.02)
+    calibration = Calibration("platt", task.kind, (0.2,) * task.outputs, (0.1,) * task.outputs)
+    return Probe(
+        name=name,
+        task=task,
+        reads=Reads(side, template=False),
+        prompt_format="both",
+        spec=spec,
+        mechanism=built,
+        standardisation=Standardisation.identity(geometry),
+        calibration=calibration,
+        thresholds=(0.5,) * task.outputs,
+        fingerprint=who,
+        spans=SpanRule(
+            replace(calibration, scale=(0.3,) * task.outputs), (0.5,) * task.outputs, (None,) * 2
+        ),
+    )

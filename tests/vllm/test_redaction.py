@@ -1,0 +1,236 @@
+"""What a rule redacts leaves vLLM's own server in no form, whatever a client asks for."""
+
+import httpx
+import pytest
+
+from in_process import in_process
+from policy_contract import ADMIN, chat, choices, parts_of, verdicts
+from reciting import ANSWER, REDACTED, SECRETS, reciting_model
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.manifest import read_manifest
+from sidelight.policy.redaction import redacted
+from sidelight.policy.rules import Policy, Rule
+from sidelight.prompts import Message
+from sidelight.types import Span
+from sidelight.vllm.settings import identity_of
+from stock_requests import admin, completion
+from stock_server import stock_server
+from vllm_served import ROUNDING
+
+pytestmark = pytest.mark.xdist_group("redaction")
+STREAMED = pytest.mark.parametrize("streamed", [False, True])
+WORDS = "Does Quentin Zyxwvut know 4711?"
+# A draw without any doubt: vLLM writes one text only at a temperature of 0.
+NOT_OF_ANSWERS = ("index", "text_offset", "prompt_token_ids")
+TWO = {"n": 2, "temperature": 0.05}
+
+
+@pytest.fixture(scope="module")
+def reciting(tmp_path_factory):
+    return reciting_model(tmp_path_factory.mktemp("reciting"))
+
+
+@pytest.fixture(scope="module")
+def server(reciting, tmp_path_factory):
+    home = tmp_path_factory.mktemp("stock")
+    (home / "policy.toml").write_text('[output.pii]\nmode = "redact"\n')
+    options = ["--enable-log-requests", "--enable-log-outputs", "--enable-scale-out"]
+    with stock_server(
+        reciting.path,
+        reciting.folders,
+        home,
+        *options,
+        SIDELIGHT_POLICY=str(home / "policy.toml"),
+        SIDELIGHT_AUDIT_LOG=str(home / "audit.jsonl"),
+        SIDELIGHT_ADMIN_KEY=ADMIN,
+        VLLM_LOGGING_LEVEL="DEBUG",
+        VLLM_SERVER_DEV_MODE="1",
+    ) as server:
+        yield server
+
+
+def post(server, path, body, key=None):
+    most = {"/v1/responses": "max_output_tokens", "/inference/v1/generate": "sampling"}
+    body = {"model": "tiny", "temperature": 0, most.get(path, "max_tokens"): 40, **body}
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    answer = httpx.post(f"{server.address}{path}", json=body, timeout=120, headers=headers)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def asked_of(reciting, *, streamed):
+    """Ways to have an answer written, with all that can tell of its tokens, and its text."""
+    prompt = [*reciting.backbone.tokenizer("Who is he?<|assistant|>")["input_ids"]]
+    detailed = {"logprobs": True, "top_logprobs": 5, "return_token_ids": True}
+    sampling = {"temperature": 0, "max_tokens": 40, "logprobs": 3}
+    text = "Who is he?"
+    ways = [
+        (chat(text, **detailed), REDACTED),
+        (chat(text, **TWO, **detailed), REDACTED),
+        (chat(text, stop=["y else"], **detailed), "[CODE], which nobod"),
+        (chat(text, stop=["r 47"], **detailed), "[NAME] lives at numbe"),
+        (chat(text, stop=["471"], include_stop_str_in_output=True, **detailed), "r [CODE]"),
+        # The word ends within its tokens; the last of them, which labels it, is read apart.
+        (chat(text, stop=["vut"], **detailed), "customer [NAME]"),
+        (chat(text, stop=["wvu"], **detailed), "customer [NAME]"),
+        (chat(text, stop_token_ids=[reciting.token("t")], **detailed), "customer [NAME]"),
+        (chat(text, max_tokens=5, **detailed), "customer [NAME]"),
+        (
+            chat(text, logprobs=True, return_tokens_as_token_ids=True, skip_special_tokens=False),
+            REDACTED,
+        ),
+        (completion(prompt, **TWO, logprobs=3, return_token_ids=True), REDACTED),
+        (completion([prompt, prompt], logprobs=3), REDACTED),
+        (("/v1/messages", chat(text)[1]), REDACTED),
+        (("/v1/responses", {"input": text}), REDACTED),
+        (("/inference/v1/generate", {"token_ids": prompt, "sampling_params": sampling}), ""),
+        (
+            (
+                "/inference/v1/generate",
+                {"token_ids": prompt, "sampling_params": {**sampling, "detokenize": False}},
+            ),
+            "",
+        ),
+    ]
+    if not streamed:
+        ways.append((completion(prompt, logprobs=3, prompt_logprobs=3, echo=True), REDACTED))
+    return [((path, {"stream": streamed, **body}), end) for (path, body), end in ways]
+
+
+def values_of(found, name=""):
+    """Every value in some JSON, with the name of the field that it is in."""
+    if isinstance(found, dict):
+        for key, value in found.items():
+            yield "", key
+            yield from values_of(value, key)
+    elif isinstance(found, list):
+        if name == "bytes":
+            yield name, bytes(found)
+        else:
+            for value in found:
+                yield from values_of(value, name)
+    else:
+        yield name, found
+
+
+@STREAMED
+def test_nothing_of_a_redacted_word_is_in_any_field(server, reciting, streamed):
+    tokenizer = reciting.backbone.tokenizer
+    secret = [i for i in reciting.answer if tokenizer.decode([i]).strip() in "Quentin Zyxwvut 4711"]
+    assert len(secret) == 10
+    pieces = {tokenizer.decode([i]) for i in secret}
+    # A blank stands between other words too.
+    hidden = {*secret, *(piece.encode() for piece in pieces), *(f"token_id:{i}" for i in secret)}
+    hidden |= pieces - {" "}
+    for asked, end in asked_of(reciting, streamed=streamed):
+        answer = post(server, *asked)
+        everything = f"{[*answer.headers.items()]}{answer.text}"
+        assert not any(word in everything for word in SECRETS), (asked, everything)
+        parts = parts_of(answer)
+        values = [each for part in parts for each in values_of(part.get("choices") or [])]
+        told = [value for name, value in values if name not in NOT_OF_ANSWERS]
+        assert not any(value in hidden for value in told), (asked, answer.text)
+        if asked[0] in ("/v1/chat/completions", "/v1/completions"):
+            reason = "length" if asked[1].get("max_tokens") == 5 else "stop"
+            texts = choices(answer).values()
+            assert {reason for _, reason in texts} == {reason}
+            assert all(text.endswith(end) for text, _ in texts), (asked, answer.text)
+        elif asked[0] == "/inference/v1/generate":
+            ids = [value for name, value in values if name == "token_ids"]
+            assert ids == [i for i in [*reciting.answer, 1] if i not in secret]
+        else:
+            assert end in "".join(text for text in texts_of(parts)), (asked, answer.text)
+    log = server.log.read_text()
+    # Answers are in it.
+    assert REDACTED in log
+    assert not any(word in log for word in SECRETS)
+
+
+def texts_of(parts):
+    """What the routes say that have other formats than OpenAI's chunks."""
+    return [
+        value
+        for part in parts
+        for name, value in values_of(part)
+        if name in ("text", "delta") and isinstance(value, str)
+    ]
+
+
+def spans_of(entry):
+    return [(s["start"], s["end"], s["label"], s["probability"]) for s in entry["spans"]]
+
+
+@STREAMED
+def test_texts_and_spans_are_those_of_our_own_engine(server, reciting, streamed):
+    rules = {"pii": Rule("redact")}
+    own = TransformersEngine(reciting.backbone, reciting.probes)
+    ways = [chat(WORDS), chat(WORDS, stop=["y else"]), chat(WORDS, stop=["vut"])]
+    ways += [chat(WORDS, max_tokens=most) for most in (4, 5, 8, 12, 13, 16)]
+    with in_process(own, policy=Policy(output=rules), admin_key=ADMIN) as http:
+        for path, body in ways:
+            body = {"max_tokens": 40, "temperature": 0, "stream": streamed, **body}
+            theirs = post(server, path, body, ADMIN)
+            headers = {"Authorization": f"Bearer {ADMIN}"}
+            ours = http.post(path, json={**body, "model": "tiny/reciting"}, headers=headers)
+            assert choices(theirs) == choices(ours)
+            for name, entry in verdicts(ours).items():
+                other = verdicts(theirs)[name]
+                assert entry["spans"] or body["max_tokens"] == 4
+                for mine, his in zip(spans_of(entry), spans_of(other), strict=True):
+                    assert mine[:3] == his[:3]
+                    assert mine[3] == pytest.approx(his[3], abs=ROUNDING)
+            if body["max_tokens"] == 40 and "stop" not in body:
+                spans = [Span(*span) for span in spans_of(verdicts(theirs)["pii"])]
+                assert choices(theirs)[0][0] == redacted(ANSWER, spans) == REDACTED
+
+
+def test_words_of_a_prompt_have_their_places_where_it_is_known(server, reciting):
+    name, code = WORDS.index("Quentin"), WORDS.index("4711")
+    places = [(name, name + len("Quentin Zyxwvut"), "NAME"), (code, code + 4, "CODE")]
+    ids = [*reciting.backbone.encoder.encode([*messages(WORDS)]).token_ids]
+    turns = [*chat(WORDS)[1]["messages"], {"role": "assistant", "content": "No."}]
+    for asked, message in (
+        (chat(WORDS), None),
+        (completion(WORDS), None),
+        (("/v1/responses", {"input": WORDS}), None),
+        ((chat(WORDS)[0], {"messages": [*turns, {"role": "user", "content": "Why?"}]}), 0),
+    ):
+        entry = verdicts(post(server, *asked, ADMIN))["asked"]
+        assert [span[:3] for span in spans_of(entry)] == places
+        assert {span.get("message") for span in entry["spans"]} == {message}
+    # Nobody has told what these ids say.
+    assert "spans" not in verdicts(post(server, *completion(ids), ADMIN))["asked"]
+
+
+def messages(text):
+    return [Message("user", text)]
+
+
+def test_without_a_verdict_no_text_leaves(server, reciting):
+    """Other probes are loaded into the workers; the server takes no verdict of theirs."""
+    folders = reciting.folders[::-1]
+    identity = identity_of(read_manifest(folder).version for folder in folders)
+    for method, argument in (("check", folders), ("load", identity)):
+        body = {"method": f"sidelight_{method}", "args": [argument]}
+        answer = httpx.post(f"{server.address}/collective_rpc", json=body, timeout=60)
+        assert answer.json()["results"] == [None]
+    try:
+        for streamed in (False, True):
+            answer = post(server, *chat("Who is he?", stream=streamed, **TWO))
+            assert choices(answer) == {0: ("", "content_filter"), 1: ("", "content_filter")}
+    finally:
+        assert admin(server.address, {}).status_code == 200
+    assert choices(post(server, *chat("Who is he?")))[0][0] == REDACTED
+
+
+def test_what_nobody_judges_is_refused(server):
+    begun = [*chat("Hi")[1]["messages"], {"role": "assistant", "content": "Our customer Q"}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    for fields, code in (
+        ({"messages": begun, **options}, "answer_continued"),
+        ({**chat("Hi")[1], "use_beam_search": True, "n": 2}, "not_judged"),
+    ):
+        answer = httpx.post(
+            f"{server.address}/v1/chat/completions", json={"model": "tiny", **fields}, timeout=60
+        )
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
