@@ -165,7 +165,7 @@ def test_without_a_verdict_no_text_leaves(tiny, late):
         probe = late if rule.max_tokens else broken
         policy = Policy(output={"late": rule})
         with in_process(TransformersEngine(tiny, [probe]), policy=policy) as http:
-            body = {"model": "tiny/llama", "messages": QUESTION, "max_tokens": 12}
+            body = {"model": "tiny/llama", "messages": QUESTION, "max_tokens": 12, "seed": 3}
             (choice,) = http.post("/v1/chat/completions", json=body).json()["choices"]
         assert choice["finish_reason"] == reason
         assert bool(choice["message"]["content"]) is is_sent
