@@ -174,17 +174,35 @@ def test_without_a_verdict_no_text_leaves(tiny, late):
 def test_words_of_texts_are_replaced_alike(tiny, early, late):
     texts = ["Ann Lee and Bo came to Rome", "Bo left Rome", ""]
     with in_process(TransformersEngine(tiny, [early, late])) as http:
-        answer = http.post("/v1/redact", json={"input": texts[:2]}).json()
+        answer = http.post("/v1/redact", json={"input": texts}).json()
+        nothing = http.post("/v1/redact", json={"input": ""}).json()
         moderated = http.post("/v1/moderations", json={"input": texts[:2]}).json()
         refused = http.post("/v1/redact", json={"input": texts[:2], "probes": ["late"]})
     assert refused.status_code == 400
     assert refused.json()["error"]["code"] == "no_span_probe"
+    assert [answer["results"].pop()] == nothing["results"] == [{"text": "", "spans": []}]
     names = Placeholders()
     for text, result, check in zip(texts[:2], answer["results"], moderated["results"], strict=True):
         (verdict,) = check["sidelight"]["verdicts"]
         assert verdict["spans"] == result["spans"]
         assert result["text"] == names.mask(text, [Span(**span) for span in result["spans"]])
     assert any(result["spans"] for result in answer["results"])
+
+
+@pytest.mark.parametrize("disclose", ["labels", "none"])
+def test_words_are_replaced_without_spans_that_are_not_disclosed(tiny, early, disclose):
+    body = {"input": "Ann Lee and Bo came to Rome"}
+    keys = {"api_key": ("client",), "admin_key": ("boss",)}
+
+    def redaction(http, key):
+        answer = http.post("/v1/redact", json=body, headers={"Authorization": f"Bearer {key}"})
+        return answer.json()["results"][0]
+
+    policy = Policy(input={"early": Rule("redact", disclose=disclose)})
+    with in_process(TransformersEngine(tiny, [early]), policy=policy, **keys) as http:
+        client, boss = redaction(http, "client"), redaction(http, "boss")
+    assert client == {"text": boss["text"], "spans": []}
+    assert boss["spans"]
 
 
 def test_a_gateway_gets_what_it_may_send_on(tiny, early, late):

@@ -241,7 +241,10 @@ class RedactionRequest(StrictBody):
 
 
 class Redaction(BaseModel):
-    """A text with its placeholders, and the spans that they stand for, in the text as sent."""
+    """A text with its placeholders, and the spans that they stand for, in the text as sent.
+
+    Spans have probabilities, so only those of rules that disclose scores are there.
+    """
 
     text: str
     spans: list[dict[str, Any]]
@@ -277,13 +280,17 @@ async def redact(body: RedactionRequest, request: ServerRequest) -> RedactionRes
             code="no_span_probe",
             param="probes",
         )
-    checked = await check(request, replace(terms, chosen=labelling), texts)
+    # An empty text has nothing to judge.
+    judged = [index for index, text in enumerate(body.input) if text]
+    checked = await check(request, replace(terms, chosen=labelling), [texts[i] for i in judged])
+    results = [Redaction(text="", spans=[]) for _ in texts]
     placeholders = Placeholders()
-    results: list[Redaction] = []
-    for text, judged in zip(body.input, checked, strict=True):
-        spans = _spans_of(judged.decisions)
-        masked = placeholders.mask(text, spans)
-        results.append(Redaction(text=masked, spans=spans_json(spans)))
+    for index, each in zip(judged, checked, strict=True):
+        shown = (d for d in each.decisions if terms.sees_all or d.rule.disclosure == "scores")
+        results[index] = Redaction(
+            text=placeholders.mask(body.input[index], _spans_of(each.decisions)),
+            spans=spans_json(_spans_of(shown)),
+        )
     return RedactionResponse(
         id=f"redact-{uuid.uuid4().hex}", model=request.engine.model, results=results
     )
