@@ -102,7 +102,8 @@ def _model(vocabulary: int, text: Sequence[int]) -> torch.nn.Module:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         states = model.model.embed_tokens.weight
-        states /= states.norm(dim=1, keepdim=True)
+        # That of padding is 0.
+        states /= states.norm(dim=1, keepdim=True).clamp(min=1e-6)
         model.lm_head.weight.normal_(std=0.01)
         for token, following in pairwise(text):
             model.lm_head.weight[following] += states[token]

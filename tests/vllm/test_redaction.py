@@ -140,10 +140,11 @@ def test_nothing_of_a_redacted_word_is_in_any_field(server, reciting, streamed):
             assert ids == [i for i in [*reciting.answer, 1] if i not in secret]
         else:
             assert end in "".join(text for text in texts_of(parts)), (asked, answer.text)
-    log = server.log.read_text()
+    log, audit = server.log.read_text(), (server.log.parent / "audit.jsonl").read_text()
     # Answers are in it.
     assert REDACTED in log
-    assert not any(word in log for word in SECRETS)
+    assert '"pii"' in audit
+    assert not any(word in place for place in (log, audit) for word in SECRETS)
 
 
 def texts_of(parts):
@@ -187,7 +188,7 @@ def test_texts_and_spans_are_those_of_our_own_engine(server, reciting, streamed)
 def test_words_of_a_prompt_have_their_places_where_it_is_known(server, reciting):
     name, code = WORDS.index("Quentin"), WORDS.index("4711")
     places = [(name, name + len("Quentin Zyxwvut"), "NAME"), (code, code + 4, "CODE")]
-    ids = [*reciting.backbone.encoder.encode([*messages(WORDS)]).token_ids]
+    ids = [*reciting.backbone.encoder.encode([Message("user", WORDS)]).token_ids]
     turns = [*chat(WORDS)[1]["messages"], {"role": "assistant", "content": "No."}]
     for asked, message in (
         (chat(WORDS), None),
@@ -202,8 +203,30 @@ def test_words_of_a_prompt_have_their_places_where_it_is_known(server, reciting)
     assert "spans" not in verdicts(post(server, *completion(ids), ADMIN))["asked"]
 
 
-def messages(text):
-    return [Message("user", text)]
+def test_texts_that_are_only_judged_have_the_spans_of_our_own_engine(server, reciting):
+    texts = [WORDS, "Who is Quentin?", "Nobody."]
+    own = TransformersEngine(reciting.backbone, reciting.probes)
+    with in_process(own, policy=Policy(output={"pii": Rule("redact")})) as http:
+        for path, body in (
+            ("/v1/redact", {"input": texts}),
+            ("/v1/moderations", {"input": texts}),
+            ("/beta/litellm_basic_guardrail_api", {"input_type": "response", "texts": texts}),
+        ):
+            theirs = httpx.post(f"{server.address}{path}", json=body, timeout=60)
+            ours = http.post(path, json=body)
+            assert theirs.status_code == 200, theirs.text
+            for name in ("results", "texts", "action"):
+                assert ours.json().get(name) == rounded(theirs.json().get(name))
+            assert "NAME" in ours.text
+
+
+def rounded(found):
+    """Numbers that may differ in their last digits, equal to those that are near."""
+    if isinstance(found, dict):
+        return {name: rounded(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [rounded(value) for value in found]
+    return pytest.approx(found, abs=ROUNDING) if isinstance(found, float) else found
 
 
 def test_without_a_verdict_no_text_leaves(server, reciting):

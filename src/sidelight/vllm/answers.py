@@ -292,10 +292,12 @@ class GuardedText:
             raise GenerationError(f"vLLM ended this request: {reason}. Retry.")
         self._first, self._newest = self._first or output, output
         without_report(output)
-        if self._is_redacting and output.prompt_logprobs:
-            pairs = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
-            output.prompt_logprobs = [step and {i: step[i]} for i, step in pairs]
+        if self._is_redacting:
+            # Alternatives of the prompt's tokens tell what the model would say there.
             output.prompt_token_id_logprobs = None
+            if output.prompt_logprobs:
+                pairs = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+                output.prompt_logprobs = [step and {i: step[i]} for i, step in pairs]
         text, before = completion.text, self._read
         if self._is_delta:
             self._written += tokens
