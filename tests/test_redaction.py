@@ -41,7 +41,7 @@ def early(tiny):
 
 
 # Pieces of words, blanks and marks, of one to five characters.
-PIECE = st.text(st.sampled_from("ab1'é李_ \n.,("), min_size=1, max_size=5)
+PIECE = st.text(st.sampled_from("ab1'é\u0301\u200d李_ \n.,("), min_size=1, max_size=5)
 SCORE = st.sampled_from([0.0, 0.0, 0.0, 0.95])
 
 

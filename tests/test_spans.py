@@ -122,6 +122,23 @@ def test_scripts_without_blanks_have_a_word_a_character():
     assert [settled_characters(text, n) for n in (3, 5, 6, 8, 11)] == [3, 5, 5, 5, 5]
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        "नरेन्द्र",  # Vowel signs, and a virama.
+        "\u0645\u064f\u062d\u064e\u0645\u064e\u0651\u062f",
+        "Nguye\u0302\u0303n",
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "Jo\u00adhn\u2019s",
+    ],
+)
+def test_a_word_has_its_combining_characters(word):
+    assert words(word) == [(0, len(word))]
+    assert words(f"{word}\u200b. {word}")[0] == (0, len(word))
+    # Any character of it may be the last so far.
+    assert all(settled_characters(word[:end], end) == 0 for end in range(len(word) + 1))
+
+
 def test_words_have_the_score_of_their_highest_token_and_neighbours_join():
     # "Call", " A", "nn", " Lee", ",", " now"; nobody has read "now".
     tokens = [(0, 4), (4, 6), (6, 8), (8, 12), (12, 13)]

@@ -4,6 +4,7 @@ Knows characters and scores, and neither probes nor files.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,9 +21,18 @@ _UNSPACED = (
 )
 _LETTER = rf"[^\W{_UNSPACED}]"
 _APOSTROPHE = "['\N{RIGHT SINGLE QUOTATION MARK}]"
+# Accents, vowel signs, joiners and soft hyphens belong to the letter before them (Unicode's annex
+# 29, rule WB4); a zero-width space does not. No more than the basic plane, of which sets are fast.
+_EXTENSIONS = "".join(
+    character
+    for character in map(chr, range(0x80, 0x10000))
+    if unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf") and character != "\u200b"
+)
 # A word, or a mark by itself.
-_WORD = re.compile(rf"{_LETTER}+(?:{_APOSTROPHE}{_LETTER}+)*|[{_UNSPACED}]|[^\w\s]")
-_UNFINISHED_WORD = re.compile(rf"{_LETTER}|{_APOSTROPHE}")
+_WORD = re.compile(
+    rf"{_LETTER}+(?:[{_EXTENSIONS}]+{_LETTER}*|{_APOSTROPHE}{_LETTER}+)*|[{_UNSPACED}]|[^\w\s]"
+)
+_UNFINISHED_WORD = re.compile(rf"{_LETTER}|{_APOSTROPHE}|[{_EXTENSIONS}]")
 
 
 def words(text: str) -> list[tuple[int, int]]:
