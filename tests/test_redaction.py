@@ -112,6 +112,15 @@ def test_equal_words_have_equal_placeholders():
     assert names.mask("ANN, 3", [Span(0, 3, "NAME"), Span(5, 6, "AGE")]) == "[NAME_1], [AGE_1]"
 
 
+def test_no_other_words_have_a_placeholder_that_a_text_has():
+    names = Placeholders()
+    # As in an answer to a masked question, and in what follows it.
+    assert names.mask("Bo met [NAME_1]", [Span(0, 2, "NAME")]) == "[NAME_2] met [NAME_1]"
+    assert names.mask("[NAME_3], [AGE_1]", []) == "[NAME_3], [AGE_1]"
+    assert names.mask("Cy, bo", [Span(0, 2, "NAME"), Span(4, 6, "NAME")]) == "[NAME_4], [NAME_2]"
+    assert names.mask("Di, 3", [Span(0, 2, "NAME"), Span(4, 5, "AGE")]) == "[NAME_5], [AGE_2]"
+
+
 def answers(http, **changes):
     """The texts of a chat's choices, and all bytes that came, plain and streamed."""
     body = {"model": "tiny/llama", "messages": QUESTION, "max_tokens": 60, "seed": 3, **changes}

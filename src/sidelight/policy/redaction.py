@@ -1,8 +1,11 @@
 """Text whose labelled words are replaced by placeholders."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 from sidelight.types import Span
+
+_PLACEHOLDER = re.compile(r"\[[^\[\]]+_[1-9][0-9]*\]")
 
 
 def redacted(
@@ -52,18 +55,26 @@ def _runs(spans: Iterable[Span]) -> list[tuple[int, int, str]]:
 class Placeholders:
     """Numbered placeholders, such as ``[PERSON_1]``, the same for equal words of a label.
 
-    Letter case and blanks do not tell words apart.
+    Letter case and blanks do not tell words apart. Nothing gets a placeholder that a text so far
+    has already, such as an answer to a question that was masked.
     """
 
     def __init__(self) -> None:
         self._numbers: dict[str, dict[str, int]] = {}
+        self._taken: set[str] = set()
 
     def name(self, label: str, words: str) -> str:
         """The placeholder of these words."""
         numbers = self._numbers.setdefault(label, {})
-        number = numbers.setdefault(" ".join(words.casefold().split()), len(numbers) + 1)
-        return f"[{label}_{number}]"
+        key = " ".join(words.casefold().split())
+        if key not in numbers:
+            number = next(reversed(numbers.values()), 0) + 1
+            while f"[{label}_{number}]" in self._taken:
+                number += 1
+            numbers[key] = number
+        return f"[{label}_{numbers[key]}]"
 
     def mask(self, text: str, spans: Sequence[Span]) -> str:
         """The text, in which spans are placeholders."""
+        self._taken.update(_PLACEHOLDER.findall(text))
         return redacted(text, spans, name=self.name)
