@@ -30,7 +30,7 @@ from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import score
 from sidelight.training.classifier import load
 from sidelight.training.measuring import describe_scores
-from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
+from tiny import INTENT, PIECES, TOPICS, TOXICITY, spans_probe, untrained_probe
 
 TASKS = [TOXICITY, INTENT, TOPICS]
 
@@ -111,6 +111,14 @@ def test_an_artifact_tells_what_its_threshold_flags_of_which_states(tiny, tmp_pa
     assert told["states"].startswith(states)
     flagging = "1 of 2 'toxic' and 1 of 2 others, of left-out texts (--threshold recall=0.9)"
     assert told["flagging"] == flagging
+
+
+def test_spans_without_logits_of_tokens_are_refused(tiny, tmp_path):
+    """Such a probe would find none in any text, and a rule that redacts would let all pass."""
+    rule = spans_probe(tiny, "pii").spans
+    probe = replace(untrained_probe(tiny, "pii", task=PIECES), spans=rule)
+    with pytest.raises(SidelightError, match=r"impossible values of spans"):
+        load_probe(save_probe(probe, tmp_path / "pii"))
 
 
 @pytest.mark.parametrize(
