@@ -29,6 +29,7 @@ from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.progress import progress
 from sidelight.prompts import Message, Reads
+from sidelight.spans import SpanRule
 from sidelight.vllm.engine import require_options, require_vllm
 from sidelight.vllm.settings import KEY
 from sidelight.vllm.worker import Worker, current_worker
@@ -50,9 +51,13 @@ _RESAMPLES = 10_000
 
 
 def probe_sets(who: Fingerprint) -> dict[str, list[Probe]]:
-    """No probes, readouts, an attention probe, and a readout of responses, with random weights."""
+    """No probes, readouts, an attention probe, and two of responses, with random weights."""
     readouts = [untrained_probe(who, f"readout-{i}", seed=i) for i in range(100)]
     attention = untrained_probe(who, "attention", spec=mechanism_spec("attention"))
+    labelling = untrained_probe(
+        who, "spans", spec=mechanism_spec("spans"), reads=Reads("response", template=False)
+    )
+    rule = SpanRule(labelling.calibration, (0.95,), (None,))
     return {
         NOTHING: [],
         "1 readout": readouts[:1],
@@ -60,6 +65,7 @@ def probe_sets(who: Fingerprint) -> dict[str, list[Probe]]:
         "100 readouts": readouts,
         "1 attention": [attention],
         "1 of responses": [untrained_probe(who, "late", reads=Reads("response"))],
+        "1 of spans": [replace(labelling, spans=rule)],
     }
 
 

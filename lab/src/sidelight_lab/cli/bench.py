@@ -288,9 +288,10 @@ def bench_serve(
 ) -> None:
     """Do the same work with and without probes in one running vLLM, in paired rounds.
 
-    The probes have random weights: 0, 1, 10 and 100 readout probes, one attention probe, and a
-    readout of responses. What they add is a share of the value without probes, with a 95 % interval
-    over rounds. --out is written after every round, so a run that is stopped keeps those before.
+    The probes have random weights: 0, 1, 10 and 100 readout probes, one attention probe, and of
+    responses a readout and a probe of spans. What they add is a share of the value without probes,
+    with a 95 % interval over rounds. --out is written after every round, so a run that is stopped
+    keeps those before.
     """
     from sidelight_lab.bench.serving import measure_costs
 
