@@ -92,6 +92,7 @@ def test_a_streamed_answer_joins_to_the_redacted_whole(late, data, lookahead):
     *released, end = holding.push(Finished("stop", 3, count, judgement=judged(final)))
     sent += "".join(delta.text for delta in released)
     spans = late.spans.labelled_spans(text, places, labels(final), PIECES.labels)
+    assert judged(final).verdicts[0].spans == tuple(spans)
     assert sent == redacted(text, spans)
     (decision,) = end.decisions
     assert decision.action == ("redact" if spans else "none")

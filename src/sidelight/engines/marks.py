@@ -3,6 +3,7 @@
 A bank knows which tokens have a label; an engine knows where each of them stands.
 """
 
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from dataclasses import replace
 from sidelight.mechanisms.spans import Spans
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation, EncodedPrompt, Place, contents
-from sidelight.spans import settled_characters
+from sidelight.spans import settled_characters, words
 from sidelight.types import Judgement, Span, TokenLabel
 
 
@@ -73,6 +74,8 @@ def mark_text(
 class AnswerMarks:
     """The spans of an answer that is being written.
 
+    What no later token changes is read once, or each token of a long answer would read all of it.
+
     Args:
         probes: Those that judge it.
 
@@ -90,6 +93,11 @@ class AnswerMarks:
         self.text = ""
         self.places: list[tuple[int, int]] = []
         self._pending = 0
+        self._settled = 0
+        # By probe: the last word that nothing changes any more, and the spans that begin before it.
+        self._beginnings: dict[str, tuple[int, list[Span]]] = {
+            name: (0, []) for name in self._probes
+        }
 
     def push(self, text: str) -> None:
         """One more token, and the text that it completes; several tokens may hold a character."""
@@ -104,13 +112,39 @@ class AnswerMarks:
         """The judgement of its tokens so far, whose verdicts have the spans."""
         spans: dict[str, tuple[Span, ...] | None] = {}
         for name, labels in judgement.token_labels.items():
-            if (probe := self._probes.get(name)) is not None:
-                assert probe.spans is not None
-                # The characters of the others are not complete.
-                whole = [label for label in labels if label[0] < len(self.places)]
-                found = probe.spans.labelled_spans(self.text, self.places, whole, probe.span_labels)
-                spans[name] = tuple(found)
+            if name in self._probes:
+                settled = words(self.text[self._beginnings[name][0] : self._settled])
+                if len(settled) > 1:
+                    first, last = (edge + self._beginnings[name][0] for edge in settled[-1])
+                    beginning = self._spans(name, labels, last)
+                    kept = [span for span in beginning if span.start < first]
+                    self._beginnings[name] = first, kept
+                spans[name] = tuple(self._spans(name, labels, len(self.text)))
         return _with_spans(judgement, spans)
+
+    def _spans(self, name: str, labels: Iterable[TokenLabel], end: int) -> list[Span]:
+        """The spans of the text before ``end``, where a word ends."""
+        probe, (start, kept) = self._probes[name], self._beginnings[name]
+        assert probe.spans is not None
+        first = bisect_right(self.places, start, key=lambda place: place[1])
+        stop = bisect_left(self.places, end, key=lambda place: place[0])
+        rest = probe.spans.labelled_spans(
+            self.text[start:end],
+            [(place[0] - start, place[1] - start) for place in self.places[first:stop]],
+            # The characters of later ones are not complete.
+            [(i - first, label, score) for i, label, score in labels if first <= i < stop],
+            probe.span_labels,
+        )
+        # By label: the span that reaches the word from which the text is read again.
+        reaching = {span.label: span for span in kept if span.end >= start}
+        spans = [span for span in kept if reaching.get(span.label) is not span]
+        for span in rest:
+            moved = replace(span, start=span.start + start, end=span.end + start)
+            if span.start == 0 and (before := reaching.pop(span.label, None)) is not None:
+                probability = max(before.probability or 0, moved.probability or 0)
+                moved = replace(moved, start=before.start, probability=probability)
+            spans.append(moved)
+        return sorted([*spans, *reaching.values()])
 
     def settled(self, tokens: int) -> int | None:
         """How many characters keep their spans, whatever follows; None: no probe labels spans.
@@ -122,7 +156,8 @@ class AnswerMarks:
             return None
         final = max(0, tokens - self._lookahead)
         end = self.places[final][0] if final < len(self.places) else len(self.text)
-        return settled_characters(self.text, end)
+        self._settled = settled_characters(self.text, end)
+        return self._settled
 
 
 def _with_spans(judgement: Judgement, spans: dict[str, tuple[Span, ...] | None]) -> Judgement:
