@@ -113,6 +113,7 @@ def test_the_list_has_every_probe_with_its_rule(tiny, folders):
         "kind": "binary",
         "labels": ["fine", "toxic"],
         "reads": "prompt",
+        "labels_spans": False,
         "side": "input",
         "mode": "block",
         "thresholds": {"toxic": 0.0},

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sidelight.bank import NUMBERS_AT_ONCE, Bank, BankState, Panel
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_names
+from sidelight.probe import TextLogits
 from sidelight.prompts import Message, Part, Reads, Unit, judged_units, piece_lengths
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import score

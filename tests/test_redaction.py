@@ -188,8 +188,10 @@ def test_words_of_texts_are_replaced_alike(tiny, early, late):
         nothing = http.post("/v1/redact", json={"input": ""}).json()
         moderated = http.post("/v1/moderations", json={"input": texts[:2]}).json()
         refused = http.post("/v1/redact", json={"input": texts[:2], "probes": ["late"]})
+        empty = http.post("/v1/moderations", json={"input": texts})
     assert refused.status_code == 400
     assert refused.json()["error"]["code"] == "no_span_probe"
+    assert (empty.status_code, empty.json()["error"]["code"]) == (400, "verdict_failed")
     assert [answer["results"].pop()] == nothing["results"] == [{"text": "", "spans": []}]
     names = Placeholders()
     for text, result, check in zip(texts[:2], answer["results"], moderated["results"], strict=True):

@@ -14,7 +14,7 @@ from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
 from sidelight.server.observe import LogFormatter, without_message
 from sockets import connection, read_all, request
-from tiny import three_probes, tiny_backbone, untrained_probe
+from tiny import spans_probe, three_probes, tiny_backbone, untrained_probe
 
 KEY = "sk-canary-key-7f3a"
 WORD = "canary-prompt-91bc"
@@ -30,6 +30,7 @@ BODIES = {
         "questions": [{"type": "predicate", "name": WORD}, {"type": "predicate", "name": "topics"}],
     },
     "/classify": {"input": WORD, "model": "intent"},
+    "/v1/redact": {"input": WORD},
     "/beta/litellm_basic_guardrail_api": {"input_type": "request", "texts": [WORD]},
 }
 CHANGES = [{}, {"stream": True, "n": 2}, {"model": WORD}, {"probes": [WORD]}, {"messages": WORD}]
@@ -93,6 +94,7 @@ def test_a_canary_is_found_nowhere(logged, capfd, tmp_path):
         *three_probes(backbone),
         untrained_probe(backbone, "refusal", reads=Reads("response")),
         untrained_probe(backbone, "always", threshold=0.0),
+        spans_probe(backbone, "words", threshold=0.5),
     ]
     path = tmp_path / "audit.jsonl"
     options = {

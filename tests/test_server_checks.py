@@ -85,7 +85,7 @@ def test_the_served_model_is_listed_with_its_probes(client, http):
     (model,) = client.models.list().data
     assert (model.id, model.object) == (MODEL, "model")
     card = {"name": "toxicity", "kind": "binary", "labels": ["fine", "toxic"]}
-    card |= {"reads": "prompt", "version": ""}
+    card |= {"reads": "prompt", "labels_spans": False, "version": ""}
     assert model.model_extra["sidelight"]["probes"][0] == card
     assert client.models.retrieve(MODEL) == model
     assert http.get("/version").json()["version"]

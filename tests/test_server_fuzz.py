@@ -27,7 +27,7 @@ from live import MODEL, http_client, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Reads
 from sockets import connection, read_all, request
-from tiny import three_probes, untrained_probe
+from tiny import spans_probe, three_probes, untrained_probe
 
 # The server's thread shares this process's random numbers, which hypothesis watches.
 pytestmark = [
@@ -50,6 +50,7 @@ VALID = {
         "explain": True,
     },
     "/classify": {"input": ["hello"], "model": "intent"},
+    "/v1/redact": {"input": ["hello", "you"], "probes": ["words"]},
     "/beta/litellm_basic_guardrail_api": {
         "input_type": "request",
         "texts": ["hello"],
@@ -68,7 +69,7 @@ FEW = settings(SOME, max_examples=6)
 @pytest.fixture(scope="module")
 def running(tiny):
     late = untrained_probe(tiny, "refusal", reads=Reads("response"))
-    engine = TransformersEngine(tiny, [*three_probes(tiny), late])
+    engine = TransformersEngine(tiny, [*three_probes(tiny), late, spans_probe(tiny, "words")])
     options = {"max_body_bytes": BODY_BYTES, "api_key": "key"}
     with served(engine, **options) as address, http_client(address) as http:
         http.headers.update(KEY)

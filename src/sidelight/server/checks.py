@@ -105,6 +105,12 @@ async def check(
                     code="verdict_failed",
                 )
         if silent := [decision.rule.name for decision in chosen if decision.verdict is None]:
+            if not any(turn.content for turn in turns):
+                raise RequestError(
+                    f"Text {index} (counted from 0) is empty, so {', '.join(silent)} has nothing "
+                    "to read. Leave it out, or choose other probes.",
+                    code="verdict_failed",
+                )
             raise verdict_failure(silent)
         verdicts = [d.verdict for d in terms.shown(decisions) if d.verdict is not None]
         checked.append(Checked(verdicts, chosen, event.tokens, event.explanations))
