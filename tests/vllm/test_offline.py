@@ -17,6 +17,7 @@ from sidelight.prompts import Reads
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, extract
 from sidelight.vllm.settings import KEY, STATES
+from tiny import spans_probe
 from vllm_served import mixed_prompts
 
 OPTIONS = {
@@ -145,3 +146,19 @@ def test_a_text_that_leaves_no_room_is_refused_before_vllm_starts(backbone, llam
     probe = llama_model.probes[0]
     with pytest.raises(ContextLengthError, match="at most 511"):
         predict(Classifier(backbone, probe), ["x" * 600], options={"max_model_len": 512})
+
+
+def test_words_of_texts_are_labelled_as_by_transformers(backbone):
+    from sidelight.training.classifier import Classifier, as_example
+    from sidelight.training.spans import find_spans
+    from sidelight.vllm.offline import predict
+
+    probe = spans_probe(backbone, "words", threshold=0.7)
+    texts = ["Ann Lee and Bo came to Rome", "400 more, é李 in a lake", "yes"]
+    _, expected = find_spans(backbone, probe, [as_example(text) for text in texts])
+    assert sum(map(len, expected)) > 3
+    verdicts = predict(Classifier(backbone, probe), texts, options=OPTIONS)
+    for verdict, spans in zip(verdicts, expected, strict=True):
+        assert verdict.spans == tuple(spans)
+        scores = [span.probability for span in verdict.spans]
+        np.testing.assert_allclose(scores, [s.probability for s in spans], rtol=0, atol=VERDICTS)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from sidelight.data.loading import OnMissingLabel
     from sidelight.explanation import Explanation
     from sidelight.prompts import Message
-    from sidelight.types import Span, Task
+    from sidelight.training.classifier import Classifier
+    from sidelight.types import Span, Task, Verdict
 
 # Of the labels of spans, in turn; black is legible on each.
 _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
@@ -229,8 +230,6 @@ def predict(
 
     # Before imports that take seconds: a folder without a probe is refused at once.
     labels_spans = read_manifest(probe).spans is not None
-    if labels_spans and runtime.engine == "vllm":
-        raise SidelightError("vLLM does not find spans yet: leave --engine out.")
     if prints_spans and (out is not None or explains or not labels_spans):
         raise SidelightError(
             "--spans prints the words that a probe labels. Leave out --out and --explain, and name "
@@ -263,33 +262,18 @@ def predict(
             {**explanation.verdict.to_dict(), "explanation": explanation.to_dict()}
             for _, explanation in explained
         )
-    elif classifier.probe.spans is not None:
-        from sidelight.training.spans import find_spans
-
-        examples = [as_example(item) for item in items]
-        logits, spans = find_spans(classifier.backbone, classifier.probe, examples)
-        if prints_spans or (out is None and sys.stdout.isatty()):
+    else:
+        judged = _judged(classifier, items, runtime)
+        if prints_spans or (labels_spans and out is None and sys.stdout.isatty()):
             from sidelight.data.spans import span_text
             from sidelight.training.runs import console
 
             terminal = console()
-            for example, of_text in zip(examples, spans, strict=True):
-                marked = marked_text(span_text(example), of_text, classifier.probe.task.labels)
-                terminal.print(marked, soft_wrap=True)
+            for item, verdict in zip(items, judged, strict=True):
+                text, labels = span_text(as_example(item)), classifier.probe.task.labels
+                terminal.print(marked_text(text, verdict.spans or (), labels), soft_wrap=True)
             return
-        verdicts = (
-            replace(classifier.probe.verdict(own), spans=tuple(of_text)).to_dict()
-            for own, of_text in zip(logits, spans, strict=True)
-        )
-    elif runtime.engine == "vllm":
-        from sidelight.vllm.offline import predict as predict_by_vllm
-
-        verdicts = (
-            verdict.to_dict()
-            for verdict in predict_by_vllm(classifier, items, options=runtime.engine_option)
-        )
-    else:
-        verdicts = (verdict.to_dict() for verdict in classifier.predict(items))
+        verdicts = (verdict.to_dict() for verdict in judged)
     if classifier.probe.task.kind == "multiclass":
         click.echo(f"'{classifier.probe.name}' flags {classifier.probe.task.flags}.", err=True)
     lines = (json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in verdicts)
@@ -298,6 +282,27 @@ def predict(
         return
     with replacing(out) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(lines)
+
+
+def _judged(
+    classifier: "Classifier", items: Sequence["str | Example"], runtime: options.Runtime
+) -> Sequence["Verdict"]:
+    """The verdicts on texts, with spans if the probe labels them, by the engine that was chosen."""
+    if runtime.engine == "vllm":
+        from sidelight.vllm.offline import predict as predict_by_vllm
+
+        return predict_by_vllm(classifier, items, options=runtime.engine_option)
+    if classifier.probe.spans is None:
+        return classifier.predict(items)
+    from sidelight.training.classifier import as_example
+    from sidelight.training.spans import find_spans
+
+    examples = [as_example(item) for item in items]
+    logits, spans = find_spans(classifier.backbone, classifier.probe, examples)
+    return [
+        replace(classifier.probe.verdict(of_text), spans=tuple(marked))
+        for of_text, marked in zip(logits, spans, strict=True)
+    ]
 
 
 def marked_text(text: str, spans: Sequence["Span"], labels: Sequence[str]) -> "Text":

@@ -24,6 +24,7 @@ from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Panel
 from sidelight.data.examples import Example
+from sidelight.engines.marks import mark_text
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.progress import Progress, progress
 from sidelight.prompts import EncodedPrompt, Part, Reads
@@ -148,7 +149,7 @@ def predict(
     *,
     options: Mapping[str, Any] | None = None,
 ) -> list[Verdict]:
-    """The verdict on each text, in order.
+    """The verdict on each text, in order, with spans if the probe labels them.
 
     Args:
         classifier: The probe. Its backbone says which weights, but runs nothing itself.
@@ -162,7 +163,8 @@ def predict(
         SidelightError: As ``Offline.start``, or vLLM stops.
     """
     probe, backbone = classifier.probe, classifier.backbone
-    prompts = encode(backbone, [as_example(text) for text in texts])
+    examples = [as_example(text) for text in texts]
+    prompts = encode(backbone, examples)
     limit = _longest(backbone, options or {})
     longest = max(map(len, prompts), default=0)
     if longest > limit:
@@ -185,6 +187,16 @@ def predict(
                     raise VerdictError(
                         f"Probe '{probe.name}' gave no verdict. Either the text has no token that "
                         "the probe reads, or the backbone's arithmetic overflowed."
+                    )
+                if probe.spans is not None:
+                    example = examples[request.index]
+                    prompt = example.conversation, example.response
+                    judgement = mark_text(
+                        judgement,
+                        [probe],
+                        *prompt,
+                        request.prompt,
+                        backbone.encoder.places(*prompt),
                     )
                 verdicts[request.index] = judgement.verdicts[0]
                 shown.advance(len(request.prompt))
