@@ -238,12 +238,8 @@ def _classifier(body: ClassifyRequest, request: ServerRequest, terms: Terms) -> 
     return terms
 
 
-class RedactionRequest(StrictBody):
+class RedactionRequest(ModerationRequest):
     """Texts whose labelled words are to be replaced."""
-
-    input: Texts = Field(min_length=1)
-    model: Name | None = None
-    probes: ProbeNames = None
 
 
 class Redaction(BaseModel):
