@@ -4,22 +4,18 @@ import asyncio
 import gc
 import io
 import logging
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from unittest.mock import Mock
 
 import pytest
-from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
 from live import MODEL, http_client, served
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.server.app import LoadingApp, create_app
 from sidelight.server.checks import GuardrailRequest
-from sidelight.server.config import ServerConfig
 from sidelight.server.observe import without_message
 from sidelight.server.questions import DecisionRequest
 from sidelight.server.schemas import ChatRequest, CompletionRequest, ModerationRequest
@@ -222,40 +218,6 @@ def test_a_busy_engine_is_a_429_with_a_time_to_retry(tiny):
     for response in refused:
         assert error_of(response, 429)["code"] == "engine_busy"
         assert int(response.headers["retry-after"]) >= 1
-
-
-def test_while_the_model_loads_all_but_health_is_a_503(tiny):
-    may_load, engine = threading.Event(), TransformersEngine(tiny, three_probes(tiny))
-
-    def load():
-        may_load.wait(10)
-        return create_app(engine, ServerConfig(log_level="warning"))
-
-    with TestClient(LoadingApp(load, on_failure=Mock()), "http://localhost") as http:
-        assert http.get("/health").status_code == 200
-        refused = [http.get("/ready"), http.get("/v1/models"), http.post(CHAT, json=VALID)]
-        for response in refused:
-            error_of(response, 503)
-        assert response.headers["retry-after"]
-        assert not engine.is_ready
-        may_load.set()
-        while http.get("/ready").status_code != 200:
-            pass
-        http.post(CHAT, json=VALID).raise_for_status()
-    assert not engine.is_ready
-
-
-def test_a_model_that_cannot_be_loaded_ends_the_server_and_one_that_still_loads_does_not_hold_it():
-    is_over, failed = threading.Event(), threading.Event()
-    app = LoadingApp(Mock(side_effect=OSError("no such model")), on_failure=failed.set)
-    with TestClient(app):
-        assert failed.wait(10)
-    assert isinstance(app.failure, OSError)
-    slow = LoadingApp(lambda: is_over.wait(10), on_failure=Mock())
-    with TestClient(slow) as http:
-        assert http.get("/health").status_code == 200
-    is_over.set()
-    assert slow.failure is None
 
 
 def test_a_crash_of_the_server_is_a_500_and_logged_by_its_id_without_its_message(

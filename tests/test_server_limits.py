@@ -259,3 +259,25 @@ def test_after_a_signal_running_requests_finish_and_no_other_is_taken(first):
     finally:
         signal.signal(signal.SIGTERM, previous)
     assert seen["answer"].json()["usage"]["completion_tokens"] == 40
+
+
+@pytest.mark.slow
+def test_who_connects_while_the_model_loads_is_answered_once_it_is_loaded():
+    port, (loaded, _) = free_port(), engine()
+
+    def ask():
+        answer = httpx.get(f"http://127.0.0.1:{port}/ready", timeout=PATIENCE_S)
+        os.kill(os.getpid(), signal.SIGINT)
+        return answer
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = []
+
+        def load():
+            asked.append(pool.submit(ask))
+            with pytest.raises(TimeoutError):
+                asked[0].result(timeout=0.2)
+            return loaded
+
+        serve(load, ServerConfig(port=port))
+        assert asked[0].result().json() == {"status": "ready"}

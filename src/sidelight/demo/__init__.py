@@ -4,7 +4,6 @@ Trains three probes on the bundled texts, serves them, and asks one question.
 """
 
 import json
-import socket
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -21,7 +20,7 @@ from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.data.loading import load_examples
 from sidelight.engines.base import Engine
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.server.app import cannot_listen, create_app, server_settings
+from sidelight.server.app import create_app, listen, server_settings
 from sidelight.server.config import ServerConfig
 from sidelight.smollm2 import EMBEDDED_NAME, cache_root
 from sidelight.training.classifier import Classifier
@@ -67,12 +66,8 @@ def run_demo(*, keep: bool, port: int) -> None:
 @contextmanager
 def _serving(engine: Engine, config: ServerConfig) -> Generator[str]:
     """The address of a server in a thread of its own, which ends with the block."""
-    settings = server_settings(create_app(engine, config), config)
-    try:
-        listener = socket.create_server((config.host, config.port))
-    except OSError as error:
-        raise cannot_listen(config, error) from error
-    server = uvicorn.Server(settings)
+    listener = listen(config)
+    server = uvicorn.Server(server_settings(create_app(engine, config), config))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -1,26 +1,26 @@
 """The HTTP application, an engine behind OpenAI's API, and the server that runs it."""
 
-import asyncio
 import logging
 import socket
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from importlib.metadata import version
+from logging.config import dictConfig
 from math import ceil
 from pathlib import Path
 
 import uvicorn
 from fastapi import APIRouter, FastAPI
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from sidelight.engines.base import Engine, EngineUnavailableError
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, require_policy_applies
 from sidelight.server import admin, chat, checks, questions
 from sidelight.server.config import ServerConfig
-from sidelight.server.errors import add_error_handlers, as_request_error
+from sidelight.server.errors import add_error_handlers
 from sidelight.server.keys import Caller
 from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import Gatekeeper, RequestScope
@@ -46,7 +46,7 @@ status_router.head("/health", include_in_schema=False)(health)
 
 @status_router.get("/ready")
 async def ready(request: ServerRequest) -> dict[str, str]:
-    """200 while the engine takes requests; 503 otherwise, and before the model is loaded."""
+    """200 while the engine takes requests; 503 otherwise."""
     if not request.engine.is_ready:
         raise EngineUnavailableError("The engine has stopped. Start the server again.")
     return {"status": "ready"}
@@ -162,60 +162,6 @@ def application(
     return app
 
 
-class LoadingApp:
-    """Answers ``/health`` while the application is made, and 503 to the rest; then it answers all.
-
-    Args:
-        load: Makes the application; runs once, in a thread of its own.
-        on_failure: Called in the event loop when ``load`` has raised.
-
-    Attributes:
-        failure: What ``load`` raised.
-    """
-
-    def __init__(self, load: Callable[[], FastAPI], *, on_failure: Callable[[], None]):
-        self._load, self._on_failure = load, on_failure
-        self._app: FastAPI | None = None
-        self.failure: BaseException | None = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._live(receive, send)
-        elif self._app is not None:
-            await self._app(scope, receive, send)
-        elif scope["path"] == "/health":
-            await JSONResponse(await health())(scope, receive, send)
-        else:
-            error = EngineUnavailableError(
-                "The model is still loading. Retry when /ready answers 200."
-            )
-            await as_request_error(error).answer()(scope, receive, send)
-
-    async def _live(self, receive: Receive, send: Send) -> None:
-        await receive()
-        is_over = asyncio.Event()
-        running = asyncio.create_task(self._run(is_over))
-        running.add_done_callback(self._note_failure)
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        is_over.set()
-        if self._app is None:
-            running.cancel()
-        await asyncio.wait({running})
-        await send({"type": "lifespan.shutdown.complete"})
-
-    async def _run(self, is_over: asyncio.Event) -> None:
-        app = await asyncio.to_thread(self._load)
-        async with app.router.lifespan_context(app):
-            self._app = app
-            await is_over.wait()
-
-    def _note_failure(self, running: asyncio.Task[None]) -> None:
-        self.failure = None if running.cancelled() else running.exception()
-        if self.failure is not None:
-            self._on_failure()
-
-
 def serve(
     load: Callable[[], Engine],
     config: ServerConfig,
@@ -224,41 +170,44 @@ def serve(
 ) -> None:
     """Serves until SIGINT or SIGTERM; running requests may finish.
 
-    The port is open at once; until ``load`` returns, routes that need the model answer 503.
+    The port is taken at once; who connects before ``load`` has returned waits until then.
 
     Args:
-        load: Gives the engine; runs in a thread of its own.
+        load: Gives the engine.
         config: The configuration.
         sources: As for ``create_app``.
 
     Raises:
-        SidelightError: The address cannot be listened on, everybody beyond this machine would be
-            served, or ``load`` failed.
+        SidelightError: The address cannot be listened on, or everybody beyond this machine would be
+            served.
     """
     require_keys(config)
     # A file that cannot be written is refused before the model is loaded.
     if audit := audit_of(config):
         audit.close()
+    with listen(config) as listener:
+        dictConfig(log_settings(config.log_level, as_json=config.json_logs))
+        app = create_app(load(), config, sources=sources)
+        place = (config.host, listener.getsockname()[1])
+        _log.info("Listening on http://%s:%d (Ctrl-C stops)", *place)
+        if config.playground:
+            _log.info("The playground is at http://%s:%d/playground", *place)
+        # uvicorn raises a SIGINT again once it has drained.
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(server_settings(app, config)).run(sockets=[listener])
 
-    def stop() -> None:
-        server.should_exit = True
 
-    app = LoadingApp(lambda: create_app(load(), config, sources=sources), on_failure=stop)
-    server = uvicorn.Server(server_settings(app, config))
+def listen(config: ServerConfig) -> socket.socket:
+    """Takes the server's address.
+
+    Raises:
+        SidelightError: It cannot be listened on.
+    """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        listener = socket.create_server((config.host, config.port), family=family)
+        return socket.create_server((config.host, config.port), family=family)
     except OSError as error:
         raise cannot_listen(config, error) from error
-    port = listener.getsockname()[1]
-    _log.info("Listening on http://%s:%d (Ctrl-C stops)", config.host, port)
-    if config.playground:
-        _log.info("The playground is at http://%s:%d/playground", config.host, port)
-    # uvicorn raises a SIGINT again once it has drained.
-    with suppress(KeyboardInterrupt):
-        server.run(sockets=[listener])
-    if app.failure is not None:
-        raise app.failure
 
 
 def require_keys(config: ServerConfig) -> None:

@@ -123,7 +123,7 @@ class RequestScope:
             "status": status,
             "seconds": round(seconds, 4),
         }
-        # Probes ask every other second, and are told nothing else while the model loads.
+        # Probes ask every other second.
         is_routine = scope["path"] in _OPERATORS and status in (200, 503)
         level = logging.DEBUG if is_routine else logging.INFO
         line = "%(method)s %(route)s %(status)d %(seconds).3f s"
