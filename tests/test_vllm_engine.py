@@ -23,10 +23,9 @@ from sidelight.engines.base import (
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
 from sidelight.server.config import ServerConfig
-from sidelight.vllm.engine import SET_HERE, VllmEngine, require_options
-from sidelight.vllm.exchange import saved
+from sidelight.vllm.engine import VllmEngine, saved
 from sidelight.vllm.server import NO_PLACE, arguments, serve
-from sidelight.vllm.settings import KEY, identity_of
+from sidelight.vllm.settings import KEY, SET_HERE, identity_of, require_options
 from tiny import untrained_probe
 
 ROOT = Path(__file__).parents[1]
@@ -136,8 +135,8 @@ def replacing(tiny, change, **options):
     async def main():
         llm = Workers(**options)
         old, new = (untrained_probe(tiny, name) for name in ("old", "new"))
-        with saved([old]) as own:
-            llm.loaded = [load_probe(folder) for folder in own.folders]
+        with saved([old]) as (folders, identity):
+            llm.loaded = [load_probe(folder) for folder in folders]
         engine = VllmEngine(
             llm,
             [old],
@@ -145,7 +144,7 @@ def replacing(tiny, change, **options):
             encoder=tiny.encoder,
             tokenizer=tiny.tokenizer,
             fingerprint=tiny.fingerprint,
-            identity=own.identity,
+            identity=identity,
         )
         await engine.start()
         async with asyncio.timeout(20):
@@ -208,7 +207,7 @@ def test_a_change_ends_whole_although_its_caller_gives_up(tiny):
     async def change_too_early(engine, llm, new):
         async with writing(engine, llm):
             changing = asyncio.create_task(engine.replace_probes([new]))
-            while engine._exchange._open.is_set():
+            while engine._admission.is_set():
                 await asyncio.sleep(0.001)
             changing.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -226,7 +225,7 @@ def test_a_change_waits_for_texts_of_begun_requests_and_newcomers_for_the_change
         stale = engine.judge(HELLO)
         async with writing(engine, llm):
             changing = asyncio.create_task(engine.replace_probes([new]))
-            while engine._exchange._open.is_set():
+            while engine._admission.is_set():
                 await asyncio.sleep(0.001)
             waiting = asyncio.create_task(engine.settled())
             async with writing(engine, llm):
@@ -259,7 +258,7 @@ def test_a_missing_verdict_is_an_error(tiny):
 
 
 def test_a_client_that_reads_slowly_holds_up_no_change_and_gets_no_other_verdict(tiny, monkeypatch):
-    monkeypatch.setattr("sidelight.vllm.exchange._SLOW_AFTER_S", 0.05)
+    monkeypatch.setattr("sidelight.vllm.engine._SLOW_AFTER_S", 0.05)
 
     async def change(engine, llm, new):
         old = engine.probes
@@ -276,7 +275,7 @@ def test_a_client_that_reads_slowly_holds_up_no_change_and_gets_no_other_verdict
 
 
 def test_answers_that_take_too_long_and_several_api_servers_keep_the_old_probes(tiny, monkeypatch):
-    monkeypatch.setattr("sidelight.vllm.exchange._PATIENCE_S", 0.05)
+    monkeypatch.setattr("sidelight.vllm.engine._PATIENCE_S", 0.05)
 
     async def change(engine, llm, new):
         async with writing(engine, llm):

@@ -323,12 +323,13 @@ def test_a_text_that_is_read_late_is_judged_token_by_token(guarded):
         assert reason_of(outputs) == "content_filter"
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_a_text_is_whole_whose_lists_end_before_its_outputs_are_read(guarded, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_is_whole_whose_steps_end_before_its_outputs_are_read(guarded, kind):
     llm = guarded([FINE] * 4)
     ids = [70, 71, 72, 1]
 
     async def ahead(prompt, params, request_id, **options):
+        assert params.output_kind.name == "DELTA"
         state = SimpleNamespace(external_req_id=request_id, request_index=0)
         llm.output_processor.request_states[request_id] = state
         for report, token in zip(map(llm.identified, llm.reports), ids, strict=True):
@@ -336,15 +337,17 @@ def test_a_text_is_whole_whose_lists_end_before_its_outputs_are_read(guarded, ki
                 request_id=request_id, new_token_ids=[token], kv_transfer_params=report
             )
             llm.output_processor.process_outputs([step])
-        for text, reason in (("F", None), ("FGH", "stop")):
-            output = output_of(request_id, ids, None, FINE, reason)
+        for tokens, text, reason in (([70], "F", None), ([71, 72, 1], "GH", "stop")):
+            output = output_of(request_id, tokens, None, FINE, reason)
             output.outputs[0].text = text
             yield output
 
     llm.sidelight_guard.engine.listener.generate = ahead
     outputs, error = asked(llm, kind=kind)
-    assert (outputs[-1].outputs[0].text, reason_of(outputs), error) == ("FGH", "stop", None)
-    assert list(outputs[-1].outputs[0].token_ids) == ids
+    texts = [output.outputs[0] for output in (outputs if kind == "DELTA" else outputs[-1:])]
+    assert "".join(text.text for text in texts) == "FGH"
+    assert [i for text in texts for i in text.token_ids] == ids
+    assert (reason_of(outputs), error) == ("stop", None)
 
 
 def test_a_watched_text_that_fills_the_context_is_judged_to_its_end(guarded):

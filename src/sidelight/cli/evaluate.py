@@ -417,9 +417,8 @@ def parity(
     examples = load_examples(data, text=text, label=None, response=response)
     from sidelight.artifact import load_probe
     from sidelight.engines.parity import compare_engines
-    from sidelight.vllm.engine import copy_of
     from sidelight.vllm.internals import QUANTISING
-    from sidelight.vllm.settings import ACCEPTED, acceptance
+    from sidelight.vllm.settings import ACCEPTED, acceptance, copy_of
 
     loaded = [load_probe(probe) for probe in probes]
     drawn = examples.draw(limit or len(examples), seed=0)

@@ -1,10 +1,14 @@
-"""One answer in vLLM: its outputs as the events of an engine, and those that may be sent of it."""
+"""One call of ``generate``, and each of its texts: as events of an engine, and what may be sent.
+
+vLLM is asked for pieces of a text, whatever the caller wants, and what has passed is put together
+here. Only a whole text that nobody watches comes in one piece.
+"""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
 from dataclasses import dataclass, replace
@@ -22,11 +26,41 @@ from sidelight.engines.base import (
 )
 from sidelight.engines.marks import AnswerMarks, labels_spans
 from sidelight.engines.text import Marker
-from sidelight.policy.hold_back import redacted_spans
-from sidelight.policy.rules import BoundRule
-from sidelight.prompts import EncodedPrompt, Part
+from sidelight.policy.enforcement import Admitted, Enforcement
+from sidelight.policy.hold_back import Ended, redacted_spans
+from sidelight.policy.request import Outcome, Terms
+from sidelight.probe import Probe
+from sidelight.prompts import Conversation, EncodedPrompt, Part, PlainText
 from sidelight.types import Judgement, Span
 from sidelight.vllm.outputs import OutputListener, StepReport, early_names, without_report
+from sidelight.vllm.requests import request_params
+from sidelight.vllm.settings import KEY
+
+
+class GuardedRequest(Outcome):
+    """One client's request, and what has come of it.
+
+    Attributes:
+        probes: Those that were served when it was made.
+        conversations: What its prompts say, in order, as far as that is known.
+        silent: The texts that end without a token, whose end vLLM leaves out of its streams.
+        decided: Set once each prompt is answered, or one is refused, or nothing more is written.
+    """
+
+    def __init__(
+        self, terms: Terms, probes: tuple[Probe, ...], conversations: Sequence[Conversation] = ()
+    ):
+        super().__init__(terms)
+        self.probes = probes
+        self.conversations = conversations
+        self.silent: list[Enforcement] = []
+        self.decided = asyncio.Event()
+
+    @property
+    def cut(self) -> list[bool]:
+        """Whether each text was cut, in the order of choices."""
+        ends = [text.ended for text in self.choices]
+        return [end is not None and end.reason == "content_filter" for end in ends]
 
 
 @dataclass(frozen=True)
@@ -44,137 +78,153 @@ class OutputDelta(TextDelta):
     is_last: bool = False
 
 
-class TokenQueue:
-    """Tokens of an answer that wait until their text is sent: vLLM gives some before it.
-
-    Each has its id and vLLM's log-probabilities.
-
-    Args:
-        controls: Ids of control tokens.
+@dataclass(frozen=True)
+class Call:
+    """One call of vLLM's ``generate``: what its texts have in common.
 
     Attributes:
-        count: How many have ever waited.
-    """
-
-    def __init__(self, controls: Collection[int]):
-        self._controls = controls
-        self._waiting = deque[tuple[int, Any]]()
-        self.count = 0
-
-    def push(self, ids: Sequence[int], logprobs: Sequence[Any] | None) -> None:
-        """More tokens. Their alternatives are left out: they may spell a word that is redacted."""
-        steps = [None] * len(ids) if logprobs is None else logprobs
-        self._waiting += ((i, step and {i: step[i]}) for i, step in zip(ids, steps, strict=True))
-        self.count += len(ids)
-
-    def release(
-        self, places: Sequence[tuple[int, int]], spans: Sequence[Span], characters: int | None
-    ) -> list[tuple[int, Any]]:
-        """The tokens within the first characters that are in no span.
-
-        Args:
-            places: Where each token stands that has a text.
-            spans: What is redacted.
-            characters: None at the end: then control tokens without a text stay, and no others.
-        """
-        released: list[tuple[int, Any]] = []
-        while self._waiting:
-            number = self.count - len(self._waiting)
-            place = places[number] if number < len(places) else None
-            if characters is not None and (place is None or place[1] > characters):
-                break
-            token = self._waiting.popleft()
-            if place is None:
-                stays = token[0] in self._controls
-            else:
-                stays = all(span.end <= place[0] or place[1] <= span.start for span in spans)
-            if stays:
-                released.append(token)
-        return released
-
-
-class GuardedText:
-    """One request in vLLM, of one text.
-
-    Args:
-        listener: Hears the reports of its steps, and runs it.
+        client: Whose request it is part of.
+        texts: What enforces the policy on each of its texts.
         prompt: As vLLM takes it.
         encoded: What its tokens belong to; None: unknown.
-        params: Its ``SamplingParams``. If a probe is watched, not for the final output alone.
-        request_id: Unique.
+        words: The prompt as the model reads it; empty if nobody audits it.
+        mark: Gives a judgement of the prompt its spans; None: nobody knows what it says.
+        params: Its ``SamplingParams``.
         options: As ``AsyncLLM.generate`` takes them.
         identity: That of the probes which judge it.
-        rules: Those of all probes.
-        watch: Names of the probes that are read after every token.
+        listener: Runs the texts, and hears the reports of their steps.
         tokenizer: The model's.
         controls: Ids of control tokens, which are no part of a text where they end it.
         room: Most tokens of a text that is judged whole.
-        mark: Gives a judgement of the prompt its spans; None: nobody knows what it says.
-
-    Attributes:
-        is_silent: Whether vLLM leaves out the end of its stream: no token was sent.
     """
 
-    def __init__(
-        self,
-        listener: OutputListener,
-        prompt: Any,
-        encoded: EncodedPrompt | None,
-        params: Any,
-        request_id: str,
-        *,
-        options: Mapping[str, Any],
-        identity: str,
-        rules: Sequence[BoundRule],
-        watch: Collection[str],
-        tokenizer: Any,
-        controls: Collection[int],
-        room: int,
-        mark: Marker | None = None,
-    ):
-        probes = [bound.probe for bound in rules]
-        self._listener, self._options = listener, options
-        self._prompt, self._encoded = prompt, encoded
-        self._prompt_tokens = 0 if encoded is None else len(encoded)
-        self._params, self._id, self._identity = params, request_id, identity
-        self._is_delta = params.output_kind.name == "DELTA"
+    client: GuardedRequest
+    texts: Sequence[Enforcement]
+    prompt: Mapping[str, Any]
+    encoded: EncodedPrompt | None
+    words: PlainText
+    mark: Marker | None
+    params: Any
+    options: Mapping[str, Any]
+    identity: str
+    listener: OutputListener
+    tokenizer: Any
+    controls: Collection[int]
+    room: int
+
+    async def outputs(self, request_id: str, ids: Sequence[str]) -> AsyncGenerator[Any, None]:
+        """What may be sent of its texts, as vLLM gives it for ``n`` over 1.
+
+        Args:
+            request_id: The caller's name for it.
+            ids: A unique name of each text.
+        """
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.utils.async_utils import merge_async_iterators
+
+        texts = [GuardedText(self, index, name).outputs() for index, name in enumerate(ids)]
+        left, ends = len(texts), dict[int, Any]()
+        async with aclosing(merge_async_iterators(*texts)) as outputs:
+            async for index, output in outputs:
+                left -= output.finished
+                output.finished = not left
+                output.request_id = request_id
+                if self.params.output_kind == RequestOutputKind.FINAL_ONLY:
+                    ends[index] = output
+                else:
+                    yield output
+        if ends:
+            whole = ends[min(ends)]
+            whole.outputs = [text for index in sorted(ends) for text in ends[index].outputs]
+            whole.finished = True
+            yield whole
+
+
+class GuardedText:
+    """One text of a call.
+
+    Args:
+        call: The call.
+        index: Which of its texts.
+        name: A unique name for vLLM.
+    """
+
+    def __init__(self, call: Call, index: int, name: str):
+        from vllm.sampling_params import RequestOutputKind
+
+        self._call, self._index, self._id = call, index, name
+        self._enforcement = call.texts[index]
+        self._watch = frozenset(self._enforcement.watch)
+        self._rules = call.client.terms.rules
+        self._is_redacting = any(bound.is_redacting for bound in self._rules)
+        probes = [bound.probe for bound in self._rules]
         self._early = early_names(probes)
         self._late = frozenset(probe.name for probe in probes) - self._early
-        self._watch, self._controls, self._room = watch, controls, room
-        self._mark = mark
-        self._rules = rules
-        self._is_redacting = any(bound.is_redacting for bound in rules)
+        self._prompt_tokens = 0 if call.encoded is None else len(call.encoded)
+        self._kind, kinds = call.params.output_kind, RequestOutputKind
+        self._params = own_params(call.params, index, call.encoded)
+        if self._watch or self._kind != kinds.FINAL_ONLY:
+            # What is judged before the end may be all that is sent.
+            self._params.output_kind = kinds.DELTA
+        if self._watch:
+            # A place is kept free, so that the last token can be judged too.
+            room = max(1, call.room - self._prompt_tokens)
+            self._params.max_tokens = min(self._params.max_tokens or room, room)
+            self._params.min_tokens = min(self._params.min_tokens, self._params.max_tokens)
+            # Text is what rules hold back, whether or not the caller wants any.
+            self._params.detokenize = True
         self._judgement = Judgement()
         self._marks: AnswerMarks | None = None
         if labels_spans(probe for probe in probes if probe.name in self._late):
             self._marks = AnswerMarks(probes)
-            self._tokenizer = tokenizer.backend_tokenizer
             self._stream = DecodeStream(
-                ids=[] if encoded is None else [*encoded.token_ids],
-                skip_special_tokens=params.skip_special_tokens,
+                ids=[] if call.encoded is None else [*call.encoded.token_ids],
+                skip_special_tokens=call.params.skip_special_tokens,
             )
         # Of the steps: the first, the newest, and, if a probe is watched, those to be scored.
         self._first_step: StepReport | None = None
         self._newest_step: StepReport | None = None
         self._steps = deque[StepReport]()
         self._written: list[int] = []
-        self._read = self._heard = self._scored = 0
+        self._characters = self._heard = self._scored = 0
         self._prompt_s = self._judging_s = 0.0
-        # Of the outputs: the first, the newest, and the last that was sent, with its text.
+        # Of the outputs: the first, and all that was sent if the caller wants the whole.
         self._first: Any = None
-        self._newest: Any = None
-        self._sent: Any = None
-        self._text = ""
-        self._characters = 0
-        # Where words are redacted: the tokens of the last output that was sent.
-        self._tokens = TokenQueue(controls)
-        self._kept: list[tuple[int, Any]] = []
+        self._whole: Any = None
+        # Where words are redacted: tokens whose text is held back, and how many were not.
+        self._waiting = deque[tuple[int, Any]]()
+        self._released = 0
         self._has_sent_tokens = False
-        self.is_silent = True
+
+    async def outputs(self) -> AsyncGenerator[Any, None]:
+        """What may be sent of it, in the form that the caller wants."""
+        client, last = self._call.client, None
+        guarded = self._enforcement.guard(self._call.words, self.events())
+        async with aclosing(guarded) as passed:
+            async for each in passed:
+                output = None
+                match each:
+                    case Admitted():
+                        if client.is_decided:
+                            client.decided.set()
+                    case Ended("content_filter"):
+                        output = self._cut()
+                    case Ended():
+                        assert last is not None
+                        output = self._sent(last)
+                    case OutputDelta() if each.is_last:
+                        # Sent with the end, which follows at once.
+                        last = each
+                    case OutputDelta():
+                        output = self._sent(each)
+                    case _:
+                        raise AssertionError(each)
+                if output is not None:
+                    yield output
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """As those of ``Engine.generate``; each text is an ``OutputDelta``."""
-        is_judged = asyncio.get_running_loop().create_future()
+        call, is_judged = self._call, asyncio.get_running_loop().create_future()
 
         def hear(step: StepReport) -> None:
             self._newest_step = step
@@ -184,8 +234,8 @@ class GuardedText:
                 self._first_step = step
                 is_judged.set_result(None)
 
-        written = self._listener.generate(self._prompt, self._params, self._id, **self._options)
-        with self._listener.to(self._id, self._identity, hear):
+        written = call.listener.generate(call.prompt, self._params, self._id, **call.options)
+        with call.listener.to(self._id, call.identity, hear):
             async with aclosing(written) as outputs:
                 # The first output may come long after the verdicts.
                 first = asyncio.ensure_future(anext(outputs))
@@ -205,92 +255,105 @@ class GuardedText:
                     async for event in self._events_of(output):
                         yield event
 
-    def sent(self, delta: OutputDelta) -> Any:
+    def _sent(self, delta: OutputDelta) -> Any:
         """The output to send of text that has passed; None: there is nothing in it."""
-        output = delta.output
-        (text,) = output.outputs
-        if not self._is_delta:
-            self._text += delta.text
-        # vLLM adds to the same lists what has not been judged.
-        tokens = None if self._is_delta or output.finished else delta.tokens
+        (piece,) = delta.output.outputs
         if self._is_redacting:
-            text = self._redacted(text, delta, tokens)
-            if not (text.text or text.token_ids or output.finished):
-                return None
-        elif self._watch and not self._is_delta:
-            logprobs = None if text.logprobs is None else text.logprobs[:tokens]
-            ids = [*text.token_ids[:tokens]]
-            text = replace(text, text=self._text, token_ids=ids, logprobs=logprobs)
-        output.outputs = [text]
-        self._has_sent_tokens |= bool(text.token_ids)
-        self.is_silent = not (self._has_sent_tokens or text.text)
-        self._sent = output
-        return output
+            piece = self._redacted(piece, delta)
+        return self._joined(delta.output, piece)
 
-    def _redacted(self, text: Any, delta: OutputDelta, tokens: int | None) -> Any:
-        """vLLM's ``CompletionOutput``, with what the rules leave of so many tokens."""
+    def _cut(self) -> Any:
+        """The output with which the text ends where it is cut."""
+        from vllm.outputs import CompletionOutput
+
+        logprobs = None if self._first.outputs[0].logprobs is None else []
+        nothing = CompletionOutput(0, "", [], None, logprobs, finish_reason="content_filter")
+        # It has the log-probabilities of the prompt.
+        output = copy(self._first)
+        output.finished = True
+        return self._joined(output, nothing)
+
+    def _joined(self, output: Any, piece: Any) -> Any:
+        """A piece of the text in the form that the caller wants; None: nothing to be sent."""
+        from vllm.sampling_params import RequestOutputKind
+
+        piece.index = self._index
+        output.outputs = [piece]
+        self._has_sent_tokens |= bool(piece.token_ids)
+        is_empty = not (piece.text or piece.token_ids)
+        if output.finished and is_empty and not self._has_sent_tokens:
+            self._call.client.silent.append(self._enforcement)
+        if self._kind == RequestOutputKind.DELTA:
+            return None if is_empty and not output.finished else output
+        if self._whole is None:
+            self._whole = output
+        else:
+            self._whole.add(output, aggregate=True)
+        if self._kind == RequestOutputKind.FINAL_ONLY and not output.finished:
+            return None
+        whole = copy(self._whole)
+        whole.outputs = [copy(self._whole.outputs[0])]
+        return whole
+
+    def _redacted(self, piece: Any, delta: OutputDelta) -> Any:
+        """vLLM's ``CompletionOutput``, with what the rules leave of it."""
         spans = redacted_spans(self._rules, self._judgement)
-        first = 0 if self._is_delta else self._tokens.count
-        logprobs = None if text.logprobs is None else text.logprobs[first:tokens]
-        self._tokens.push(text.token_ids[first:tokens], logprobs)
-        if self._is_delta:
-            self._kept.clear()
-        self._kept += self._tokens.release(
-            self._marks.places if self._marks else (),
-            spans,
-            None if delta.is_last else delta.characters,
-        )
+        steps = piece.logprobs or [None] * len(piece.token_ids)
+        # Alternatives of a token may spell a word that is redacted.
+        pairs = zip(piece.token_ids, steps, strict=True)
+        self._waiting += ((token, step and {token: step[token]}) for token, step in pairs)
+        kept = [*self._release(spans, None if delta.is_last else delta.characters)]
         return replace(
-            text,
-            text=delta.text if self._is_delta else self._text,
-            token_ids=[token for token, _ in self._kept],
-            logprobs=None if text.logprobs is None else [step for _, step in self._kept],
+            piece,
+            text=delta.text,
+            token_ids=[token for token, _ in kept],
+            logprobs=None if piece.logprobs is None else [step for _, step in kept],
             # A client asks by a stop for words that the text may have.
-            stop_reason=None if spans else text.stop_reason,
+            stop_reason=None if spans else piece.stop_reason,
             # What follows tells of tokens that are not sent.
             cumulative_logprob=None,
             routed_experts=None,
             sampling_mask=None,
         )
 
-    def cut(self) -> Any:
-        """The output with which the text ends where it is cut."""
-        from vllm.outputs import CompletionOutput
+    def _release(self, spans: Sequence[Span], characters: int | None) -> Iterator[tuple[int, Any]]:
+        """The tokens within the first characters that are in no span.
 
-        if self._sent is not None and not self._is_delta:
-            output = copy(self._sent)
-            (text,) = output.outputs
-            output.outputs = [replace(text, finish_reason="content_filter")]
-        else:
-            self.is_silent = not self._has_sent_tokens
-            output = copy(self._newest)
-            logprobs = None if output.outputs[0].logprobs is None else []
-            nothing = CompletionOutput(0, "", [], None, logprobs, finish_reason="content_filter")
-            output.outputs = [nothing]
-            if self._sent is None:
-                # They are the prompt's.
-                output.prompt_logprobs = self._first.prompt_logprobs
-        output.finished = True
-        return output
+        At the end, where ``characters`` is None, those without a text stay only if they control.
+        """
+        places = self._marks.places if self._marks else []
+        while self._waiting:
+            place = places[self._released] if self._released < len(places) else None
+            if characters is not None and (place is None or place[1] > characters):
+                return
+            token = self._waiting.popleft()
+            self._released += 1
+            if place is None:
+                stays = token[0] in self._call.controls
+            else:
+                stays = all(span.end <= place[0] or place[1] <= span.start for span in spans)
+            if stays:
+                yield token
 
     def _prompt_judged(self) -> PromptJudged:
         judgement = Judgement()
         if self._first_step is not None:
             judgement, self._prompt_s = self._first_step.judged()
         judgement = judgement.of(self._early)
+        encoded, mark = self._call.encoded, self._call.mark
         return PromptJudged(
-            self._mark(judgement) if self._mark else judgement,
-            is_plain=self._encoded is not None and self._encoded.is_plain,
+            mark(judgement) if mark else judgement,
+            is_plain=encoded is not None and encoded.is_plain,
             tokens=self._prompt_tokens,
             judging_s=self._prompt_s,
         )
 
     async def _events_of(self, output: Any) -> AsyncGenerator[Event, None]:
-        (completion,) = output.outputs
-        reason, tokens = completion.finish_reason, completion.token_ids
+        (piece,) = output.outputs
+        reason, tokens = piece.finish_reason, piece.token_ids
         if self._watch and reason in ("abort", "error"):
             raise GenerationError(f"vLLM ended this request: {reason}. Retry.")
-        self._first, self._newest = self._first or output, output
+        self._first = self._first or output
         without_report(output)
         if self._is_redacting:
             # Alternatives of the prompt's tokens tell what the model would say there.
@@ -298,17 +361,9 @@ class GuardedText:
             if output.prompt_logprobs:
                 pairs = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
                 output.prompt_logprobs = [step and {i: step[i]} for i, step in pairs]
-        text, before = completion.text, self._read
-        if self._is_delta:
-            self._written += tokens
-        else:
-            self._written = tokens
-            text = text[self._characters :]
-            if self._watch:
-                # Many outputs may be held back, so none of them keeps the text before its own.
-                completion.text = ""
-        written = self._read = len(self._written)
-        self._note(self._written[before:written], text)
+        self._written += tokens
+        written = len(self._written)
+        self._note(tokens, piece.text)
         # The steps that wrote these tokens; the last one may have written none.
         while self._steps and (self._heard < written or reason is not None):
             step = self._steps.popleft()
@@ -316,12 +371,11 @@ class GuardedText:
             # The newest token has not been read yet.
             if step.tokens and self._heard > 1:
                 yield self._score(self._heard - 1, self._judged(step))
-        # No probe reads the token that ends a turn, which may be in vLLM's list before the end.
-        is_end = reason == "stop" and not isinstance(completion.stop_reason, str)
-        may_end = is_end or (reason is None and not self._is_delta)
-        readable = written - (may_end and bool(tokens) and tokens[-1] in self._controls)
+        # No probe reads the token that ends a turn.
+        is_end = reason == "stop" and not isinstance(piece.stop_reason, str)
+        readable = written - (is_end and bool(tokens) and tokens[-1] in self._call.controls)
         yield OutputDelta(
-            text,
+            piece.text,
             tokens=readable,
             output=output,
             characters=self._characters,
@@ -331,7 +385,7 @@ class GuardedText:
             return
         judgement = self._judged(self._newest_step)
         if self._watch and self._scored < readable:
-            judgement = await self._whole()
+            judgement = await self._judged_whole()
             yield self._score(readable, judgement)
         yield Finished(
             reason="length" if reason == "length" else "stop",
@@ -352,7 +406,9 @@ class GuardedText:
             return
         try:
             for token in tokens:
-                self._marks.push(self._stream.step(self._tokenizer, token) or "")
+                self._marks.push(
+                    self._stream.step(self._call.tokenizer.backend_tokenizer, token) or ""
+                )
         # The library raises nothing more specific for bytes that are no text.
         except Exception:  # noqa: BLE001
             self._marks = None
@@ -377,44 +433,36 @@ class GuardedText:
             judging_s=self._judging_s,
         )
 
-    async def _whole(self) -> Judgement:
+    async def _judged_whole(self) -> Judgement:
         """What the probes say of the text with its last token; the cache has all but the end."""
-        written, prompt = tuple(self._written), self._encoded
-        if prompt is None or len(prompt) + len(written) > self._room:
+        call, written, prompt = self._call, tuple(self._written), self._call.encoded
+        if prompt is None or len(prompt) + len(written) > call.room:
             return Judgement()
         whole = replace(
             prompt,
             token_ids=prompt.token_ids + written,
             parts=prompt.parts + (Part.RESPONSE,) * len(written),
         )
-        report = await self._listener.read_whole(
+        report = await call.listener.read_whole(
             whole,
             f"{self._id}-whole",
-            identity=self._identity,
-            fields={k: self._prompt[k] for k in ("type", "cache_salt") if k in self._prompt},
-            **self._options,
+            identity=call.identity,
+            fields={k: call.prompt[k] for k in ("type", "cache_salt") if k in call.prompt},
+            **call.options,
         )
         return report.judged()[0] if report else Judgement()
 
 
-async def together(
-    texts: Sequence[AsyncGenerator[Any, None]], wanted: Any
-) -> AsyncGenerator[Any, None]:
-    """The outputs of the texts of one request, as vLLM gives them for ``n`` over 1."""
-    from vllm.sampling_params import RequestOutputKind
-    from vllm.utils.async_utils import merge_async_iterators
-
-    left, ends = len(texts), dict[int, Any]()
-    async with aclosing(merge_async_iterators(*texts)) as outputs:
-        async for index, output in outputs:
-            left -= output.finished
-            output.finished = not left
-            if wanted == RequestOutputKind.FINAL_ONLY:
-                ends[index] = output
-            else:
-                yield output
-    if ends:
-        whole = ends[min(ends)]
-        whole.outputs = [text for index in sorted(ends) for text in ends[index].outputs]
-        whole.finished = True
-        yield whole
+def own_params(params: Any, index: int, encoded: EncodedPrompt | None) -> Any:
+    """A copy of ``SamplingParams`` for one text, with what its prompt's tokens belong to."""
+    own = params.clone()
+    own.n = 1
+    if params.n > 1 and params.seed is not None:
+        own.seed = params.seed + index
+    extra = dict(own.extra_args or {})
+    transfer = extra.get("kv_transfer_params")
+    # Whatever the client says that its tokens belong to.
+    kept = {k: v for k, v in transfer.items() if k != KEY} if isinstance(transfer, dict) else {}
+    described = {} if encoded is None else request_params(encoded)
+    own.extra_args = {**extra, "kv_transfer_params": kept | described}
+    return own

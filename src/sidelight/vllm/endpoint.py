@@ -35,7 +35,8 @@ from sidelight.server.metrics import DisclosedSeries
 from sidelight.server.middleware import REQUEST_ID, Gatekeeper
 from sidelight.server.requests import Context
 from sidelight.server.schemas import ReportRequest
-from sidelight.vllm.guard import EngineGuard, GuardedRequest, current_request, requested
+from sidelight.vllm.answers import GuardedRequest
+from sidelight.vllm.guard import EngineGuard, current_request, requested
 from sidelight.vllm.settings import KEY, server_config
 
 _DONE = b"data: [DONE]"

@@ -1,16 +1,20 @@
-"""Verdicts on conversations through vLLM, and how vLLM is started."""
+"""Verdicts on conversations through vLLM, and how its probes are replaced."""
 
 # pyright: reportMissingImports=false
 
 import asyncio
-import os
+import logging
 import uuid
-from collections.abc import Collection, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Collection, Coroutine, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
 from typing import Any, NoReturn
 
+from sidelight.artifact import save_probe
 from sidelight.backbone import read_backbone
 from sidelight.engines.base import (
     Engine,
@@ -23,23 +27,54 @@ from sidelight.engines.base import (
     require_same_model,
 )
 from sidelight.engines.text import Marker, TextCodec, with_response
-from sidelight.errors import SidelightError, did_you_mean
+from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
+from sidelight.manifest import read_manifest
 from sidelight.probe import Probe, common_format
 from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncoder, has_response
 from sidelight.types import Judgement
-from sidelight.vllm.exchange import Exchange, saved
-from sidelight.vllm.internals import QUANTISING, quantisation
+from sidelight.vllm.internals import guesses_responses
 from sidelight.vllm.outputs import OutputListener, early_names
 from sidelight.vllm.requests import judgement_of
-from sidelight.vllm.settings import DESCRIBED, KEY, Served, of_the_original
+from sidelight.vllm.settings import (
+    DESCRIBED,
+    KEY,
+    Served,
+    identity_of,
+    require_options,
+    require_vllm,
+)
+from sidelight.vllm.worker import require_verdicts
+
+# vLLM shows what is logged under its own name.
+_log = logging.getLogger("vllm.sidelight")
 
 # At most so many texts wait for their verdicts; of one list, so many are in vLLM at a time.
 _WAITING, _RUNNING = 128, 16
+_LOOKS_EVERY_S = 0.02
+# Nothing runs in vLLM, so whoever is inside waits for its client.
+_SLOW_AFTER_S = 5.0
+_PATIENCE_S = 300.0
+_NOT_WHOLE = (
+    "Replacing the probes failed on some workers, so they may differ now. Restart the server."
+)
+
+
+@contextmanager
+def saved(probes: Sequence[Probe]) -> Generator[tuple[list[str], str]]:
+    """Saves probes for as long as they take to load; gives their folders and identity."""
+    with TemporaryDirectory(prefix="sidelight-probes-") as home:
+        folders = [str(save_probe(probe, Path(home) / str(i))) for i, probe in enumerate(probes)]
+        yield folders, identity_of(read_manifest(folder).version for folder in folders)
 
 
 class VllmEngine(Engine):
     """Judges by one model with its probes, and writes nothing.
+
+    All workers check new probes while the old ones serve. Then vLLM pauses, as for other weights,
+    and loads them. It would refuse requests meanwhile, or queue them behind the change, so they
+    wait here, before they have any probes. A running request keeps the probes that it started with;
+    verdicts of other versions are ignored.
 
     Args:
         llm: vLLM's engine client, with the plugin loaded in it.
@@ -67,7 +102,8 @@ class VllmEngine(Engine):
     ):
         self._llm = llm
         self.listener = OutputListener(llm)
-        self._exchange = Exchange(llm, probes, identity)
+        self._probes = tuple(probes)
+        self._identity = identity
         self._name = name
         self._fingerprint = fingerprint
         # vLLM always writes a token, also when a text is only judged, so one position is kept free.
@@ -75,6 +111,14 @@ class VllmEngine(Engine):
         self._codec = TextCodec(encoder, tokenizer, max_tokens=room)
         self._waiting = 0
         self._is_open = False
+        # Of a change of probes: requests inside, whether others may come in, whether workers load,
+        # whether all of them have the same.
+        self._inside = 0
+        self._admission = asyncio.Event()
+        self._admission.set()
+        self._is_changing = False
+        self._is_whole = True
+        self._turn = asyncio.Lock()
 
     @property
     def model(self) -> str:
@@ -82,7 +126,7 @@ class VllmEngine(Engine):
 
     @property
     def probes(self) -> tuple[Probe, ...]:
-        return self._exchange.probes
+        return self._probes
 
     @property
     def max_tokens(self) -> int:
@@ -95,7 +139,7 @@ class VllmEngine(Engine):
 
     @property
     def is_ready(self) -> bool:
-        return self._is_open and self._exchange.is_whole and not self._llm.errored
+        return self._is_open and self._is_whole and not self._llm.errored
 
     async def start(self) -> None:
         self._is_open = True
@@ -108,6 +152,8 @@ class VllmEngine(Engine):
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
         """As for every engine, once the requests in it are done; new ones wait (``settled``).
 
+        A caller that gives up before vLLM pauses changes nothing; after that, the change ends.
+
         Raises:
             SidelightError: One cannot be served, there is no room for its columns, or several API
                 servers share the engine: the old probes stay. Or replacing failed on some workers:
@@ -116,14 +162,97 @@ class VllmEngine(Engine):
         require_same_model(probes, self._fingerprint)
         if not self.is_ready:
             raise EngineUnavailableError()
-        await self._exchange.replace(probes)
+        config = self._llm.vllm_config
+        if guesses_responses(config, probes):
+            raise SidelightError(
+                "Probes of the response are not supported under speculative decoding. Start vLLM "
+                "without it, or load probes of the prompt."
+            )
+        servers = config.parallel_config._api_process_count
+        if servers > 1:
+            raise SidelightError(
+                f"Probes cannot be replaced while {servers} API servers share an engine, since the "
+                "others would keep their policies' old ones. Start vLLM with --api-server-count 1."
+            )
+        await asyncio.to_thread(require_verdicts, probes)
+        async with self._turn:
+            with saved(probes) as (folders, identity):
+                try:
+                    await self._llm.collective_rpc("sidelight_check", args=(folders,))
+                # Whatever a worker raises, vLLM gives it as this.
+                except Exception as error:
+                    raise SidelightError(f"vLLM cannot serve these probes. {error}") from error
+                self._admission.clear()
+                try:
+                    await self._drained()
+                    loading = asyncio.create_task(self._load(tuple(probes), identity))
+                    try:
+                        await asyncio.shield(loading)
+                    except asyncio.CancelledError:
+                        await loading
+                finally:
+                    self._admission.set()
+
+    async def _drained(self) -> None:
+        """Waits until nobody is inside but those whose clients read slowly.
+
+        Raises:
+            EngineUnavailableError: Some texts take too long.
+        """
+        start = busy = monotonic()
+        # Whoever found it open has a moment to come in.
+        await asyncio.sleep(_LOOKS_EVERY_S)
+        while self._inside and monotonic() - busy < _SLOW_AFTER_S:
+            if self._llm.output_processor.has_unfinished_requests():
+                busy = monotonic()
+            if busy - start > _PATIENCE_S:
+                raise EngineUnavailableError(
+                    f"Answers are still being written after {_PATIENCE_S:.0f} s, so the old probes "
+                    "stay. Retry when fewer or shorter ones are."
+                )
+            await asyncio.sleep(_LOOKS_EVERY_S)
+
+    async def _load(self, probes: tuple[Probe, ...], identity: str) -> None:
+        """Has every worker take the probes that it has checked."""
+        self._is_changing = True
+        try:
+            # Cached blocks hold what the old probes read.
+            await self._llm.pause_generation(mode="wait", clear_cache=True)
+            try:
+                await self._llm.collective_rpc("sidelight_load", args=(identity,))
+            finally:
+                await self._llm.resume_generation()
+            self._probes, self._identity = probes, identity
+        # Nobody knows what the workers have, whatever went wrong.
+        except Exception as error:
+            self._is_whole = False
+            _log.critical("%s", _NOT_WHOLE)
+            raise EngineUnavailableError(_NOT_WHOLE) from error
+        finally:
+            self._is_changing = False
 
     async def settled(self) -> None:
-        await self._exchange.settled()
+        while not self._admission.is_set():
+            await self._admission.wait()
 
-    def passing(self, probes: tuple[Probe, ...]) -> AbstractAsyncContextManager[str]:
-        """As ``Exchange.passing``, for requests that come another way."""
-        return self._exchange.passing(probes)
+    @asynccontextmanager
+    async def passing(self, probes: tuple[Probe, ...]) -> AsyncGenerator[str]:
+        """These probes stay while somebody is inside; yields their identity.
+
+        It does not wait: the request may have another text inside that goes on after this one does.
+
+        Raises:
+            EngineUnavailableError: They are being replaced, or have been, since the request began.
+        """
+        if not self._is_whole:
+            raise EngineUnavailableError(_NOT_WHOLE)
+        if self._is_changing or probes is not self._probes:
+            raise EngineUnavailableError("The probes have just been replaced. Retry.")
+        self._inside += 1
+        try:
+            yield self._identity
+        finally:
+            self._inside -= 1
 
     async def tokenize(self, text: Conversation) -> tuple[int, ...]:
         return (await self._codec.in_thread([text], partial(self._codec.encode, text))).token_ids
@@ -147,12 +276,12 @@ class VllmEngine(Engine):
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
         if explain is not None:
             raise NotExplainedError()
-        return self._judge(conversations, self._exchange.probes)
+        return self._judge(conversations, self._probes)
 
     async def _judge(
         self, conversations: Sequence[Sequence[Message]], probes: tuple[Probe, ...]
     ) -> list[PromptJudged]:
-        async with self._exchange.passing(probes) as identity:
+        async with self.passing(probes) as identity:
             codec = self._codec
 
             def encode(turns: Sequence[Message]) -> tuple[EncodedPrompt, Marker | None]:
@@ -220,15 +349,6 @@ class VllmEngine(Engine):
         return judgement_of(report and report.params)[0]
 
 
-# vLLM's options that Sidelight sets itself, and what to do instead, in any command.
-SET_HERE = {
-    "model": "Give --model instead.",
-    "dtype": "Give --dtype instead.",
-    "additional_config": "Leave it out; it carries the plugin's settings.",
-    "disable_log_stats": "Leave it out; a server has its figures at /metrics.",
-}
-
-
 def load_vllm_engine(
     model: str,
     probes: Sequence[Probe],
@@ -257,9 +377,9 @@ def load_vllm_engine(
     fields = {"max_model_len": backbone.encoder.max_tokens, **(options or {})}
     require_options(fields, AsyncEngineArgs)
     arguments = AsyncEngineArgs(model=backbone.path, dtype=dtype, disable_log_stats=True, **fields)
-    with saved(probes) as on_disk:
+    with saved(probes) as (folders, identity):
         files = asdict(backbone.fingerprint)
-        named = {"probes": on_disk.folders, "fingerprint": files, DESCRIBED: True}
+        named = {"probes": folders, "fingerprint": files, DESCRIBED: True}
         arguments.additional_config = {KEY: named}
         try:
             llm = AsyncLLM.from_engine_args(arguments)
@@ -277,63 +397,5 @@ def load_vllm_engine(
         encoder=backbone.encoder,
         tokenizer=backbone.tokenizer,
         fingerprint=served.fingerprint,
-        identity=on_disk.identity,
+        identity=identity,
     )
-
-
-def copy_of(model: str, probes: Sequence[Probe], options: Mapping[str, Any]) -> Fingerprint:
-    """The fingerprint of a quantised copy of the model that probes were trained on.
-
-    Args:
-        model: Folder or hub id of the copy; or of the original, which the options quantise.
-        probes: Probes of the original.
-        options: Fields of vLLM's ``EngineArgs``.
-
-    Raises:
-        FingerprintMismatchError: It is no copy: more than the weights differ.
-        SidelightError: It is the model that a probe was trained on.
-    """
-    require_vllm()
-    from vllm.engine.arg_utils import EngineArgs
-
-    backbone = read_backbone(model, prompt_format=common_format(probes))
-    fields = {name: value for name, value in options.items() if name in QUANTISING}
-    how = quantisation(EngineArgs(model=backbone.path, **fields))
-    copy = backbone.fingerprint.quantised(how) if how else backbone.fingerprint
-    if len(of_the_original(probes, copy)) < len(probes):
-        raise SidelightError(
-            f"A probe was trained on {model}, so it serves there as it is. Name a quantised copy, "
-            "or say how vLLM is to quantise it, such as --engine-option quantization=fp8."
-        )
-    return copy
-
-
-def require_options(options: Mapping[str, Any], args_type: Any) -> None:
-    """Checks that these are fields of vLLM's arguments that Sidelight does not set.
-
-    Raises:
-        SidelightError: One is not.
-    """
-    known = args_type.__dataclass_fields__
-    for name in options:
-        if name in SET_HERE:
-            raise SidelightError(f"vLLM's option '{name}' is set by Sidelight. {SET_HERE[name]}")
-        if name not in known:
-            raise SidelightError(f"vLLM has no option '{name}'.{did_you_mean(name, known)}")
-
-
-def require_vllm() -> None:
-    """Checks that vLLM can be imported.
-
-    Raises:
-        SidelightError: It is not installed.
-    """
-    # Standard output belongs to what a command prints.
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    try:
-        import vllm.engine.arg_utils  # noqa: F401 # pyright: ignore[reportUnusedImport]
-    except ImportError as error:
-        raise SidelightError(
-            "vLLM is not installed in this environment. docs/vllm.md says how; or use "
-            "--engine transformers."
-        ) from error

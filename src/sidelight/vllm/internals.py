@@ -4,8 +4,9 @@
 ``guard`` wraps one of ``BeamSearchOnlineMixin``, and replaces three of each ``AsyncLLM``. Others
 use ``Scheduler.update_from_output``, ``MultiConnector._connectors`` and its
 ``_requests_to_connector`` (``connector``), ``OutputProcessor.process_outputs`` (``outputs``),
-``merge_async_iterators`` (``answers``), ``OutputProcessor.has_unfinished_requests`` and the number
-of API servers (``exchange``), ``ResponsesResponse.from_request`` (``endpoint``), and
+``merge_async_iterators`` and ``RequestOutput.add`` (``answers``),
+``OutputProcessor.has_unfinished_requests`` and the number of API servers (``engine``),
+``ResponsesResponse.from_request`` (``endpoint``), and
 ``AsyncLLM.shutdown`` (``server``); the rest of the names are here.
 """
 

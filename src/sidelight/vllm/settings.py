@@ -7,6 +7,8 @@
 ``SIDELIGHT_POLICY`` and ``SIDELIGHT_AUDIT_LOG`` name the files of a server of vLLM's.
 """
 
+# pyright: reportMissingImports=false
+
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,10 +20,11 @@ from transformers import AutoTokenizer
 
 from sidelight.artifact import load_probe
 from sidelight.backbone import read_backbone
-from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.errors import FingerprintMismatchError, SidelightError, did_you_mean
 from sidelight.fingerprint import Fingerprint, hash_of
 from sidelight.probe import Probe, common_format, require_distinct_names
 from sidelight.prompts import PromptEncoder
+from sidelight.vllm.internals import QUANTISING, quantisation
 
 if TYPE_CHECKING:
     from sidelight.server.config import ServerConfig
@@ -127,6 +130,33 @@ def acceptance(copy: Fingerprint, probes: Iterable[Probe]) -> str:
     return hash_of(copy.digest, sorted(probe.version for probe in probes))
 
 
+def copy_of(model: str, probes: Sequence[Probe], options: Mapping[str, Any]) -> Fingerprint:
+    """The fingerprint of a quantised copy of the model that probes were trained on.
+
+    Args:
+        model: Folder or hub id of the copy; or of the original, which the options quantise.
+        probes: Probes of the original.
+        options: Fields of vLLM's ``EngineArgs``.
+
+    Raises:
+        FingerprintMismatchError: It is no copy: more than the weights differ.
+        SidelightError: It is the model that a probe was trained on.
+    """
+    require_vllm()
+    from vllm.engine.arg_utils import EngineArgs
+
+    backbone = read_backbone(model, prompt_format=common_format(probes))
+    fields = {name: value for name, value in options.items() if name in QUANTISING}
+    how = quantisation(EngineArgs(model=backbone.path, **fields))
+    copy = backbone.fingerprint.quantised(how) if how else backbone.fingerprint
+    if len(of_the_original(probes, copy)) < len(probes):
+        raise SidelightError(
+            f"A probe was trained on {model}, so it serves there as it is. Name a quantised copy, "
+            "or say how vLLM is to quantise it, such as --engine-option quantization=fp8."
+        )
+    return copy
+
+
 def identity_of(versions: Iterable[str]) -> str:
     """What stands for a set of probes in reports: the same for the same artifacts in this order."""
     return hashlib.blake2b(" ".join(versions).encode(), digest_size=8).hexdigest()
@@ -208,3 +238,43 @@ def prompt_encoder(vllm_config: Any, probes: Sequence[Probe]) -> PromptEncoder:
         prompt_format=common_format(probes) or "chat",
         max_tokens=vllm_config.model_config.max_model_len,
     )
+
+
+# vLLM's options that Sidelight sets itself, and what to do instead, in any command.
+SET_HERE = {
+    "model": "Give --model instead.",
+    "dtype": "Give --dtype instead.",
+    "additional_config": "Leave it out; it carries the plugin's settings.",
+    "disable_log_stats": "Leave it out; a server has its figures at /metrics.",
+}
+
+
+def require_options(options: Mapping[str, Any], args_type: Any) -> None:
+    """Checks that these are fields of vLLM's arguments that Sidelight does not set.
+
+    Raises:
+        SidelightError: One is not.
+    """
+    known = args_type.__dataclass_fields__
+    for name in options:
+        if name in SET_HERE:
+            raise SidelightError(f"vLLM's option '{name}' is set by Sidelight. {SET_HERE[name]}")
+        if name not in known:
+            raise SidelightError(f"vLLM has no option '{name}'.{did_you_mean(name, known)}")
+
+
+def require_vllm() -> None:
+    """Checks that vLLM can be imported.
+
+    Raises:
+        SidelightError: It is not installed.
+    """
+    # Standard output belongs to what a command prints.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    try:
+        import vllm.engine.arg_utils  # noqa: F401 # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise SidelightError(
+            "vLLM is not installed in this environment. docs/vllm.md says how; or use "
+            "--engine transformers."
+        ) from error

@@ -16,7 +16,7 @@ from sidelight.artifact import save_probe
 from sidelight.backbone import load_backbone
 from sidelight.engines.base import GenerationError
 from sidelight.manifest import read_manifest
-from sidelight.vllm.exchange import saved
+from sidelight.vllm.engine import saved
 from sidelight.vllm.settings import KEY, identity_of
 from tiny import untrained_probe
 from vllm_served import (
@@ -231,9 +231,9 @@ def test_every_rank_judges_and_takes_other_probes(model):
             await engine.replace_probes(others)
             answers.append(await judged(engine))
             # The first rank alone, which nobody has told the others.
-            with saved(model.probes) as old:
+            with saved(model.probes) as (folders, identity):
                 core = engine._llm.engine_core
-                for order in (("check", old.folders), ("load", old.identity)):
+                for order in (("check", folders), ("load", identity)):
                     call = ("collective_rpc", f"sidelight_{order[0]}", None, (order[1],))
                     await core._call_utility_async(*call, engine=core.core_engines[0])
                 failed = await judged(engine, return_exceptions=True)

@@ -32,9 +32,8 @@ from sidelight.standardisation import Projection, Standardisation
 from sidelight.states.extraction import score
 from sidelight.storage import write_json
 from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, slots_of
-from sidelight.vllm.engine import require_options, require_vllm
 from sidelight.vllm.requests import request_params
-from sidelight.vllm.settings import DESCRIBED, KEY
+from sidelight.vllm.settings import DESCRIBED, KEY, require_options, require_vllm
 from sidelight_lab.bench.subjects import untrained_probe
 
 # Width, width of the MLP, layers, heads, heads of keys and values, vocabulary.

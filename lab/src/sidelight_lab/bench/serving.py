@@ -30,8 +30,7 @@ from sidelight.probe import Probe
 from sidelight.progress import progress
 from sidelight.prompts import Message, Reads
 from sidelight.spans import SpanRule
-from sidelight.vllm.engine import require_options, require_vllm
-from sidelight.vllm.settings import KEY
+from sidelight.vllm.settings import KEY, require_options, require_vllm
 from sidelight.vllm.worker import Worker, current_worker
 from sidelight_lab.bench.subjects import untrained_probe
 
