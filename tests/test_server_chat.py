@@ -36,7 +36,7 @@ ROUNDING = 1e-5
 def address(tiny):
     late = untrained_probe(tiny, "late", reads=Reads("response"))
     engine = TransformersEngine(tiny, [*three_probes(tiny), late])
-    with served(engine, max_messages=8) as address:
+    with served(engine) as address:
         yield address
 
 
@@ -345,7 +345,7 @@ def test_nothing_that_a_call_or_an_answer_holds_reaches_the_model_past_the_probe
         (changed(2, content=None), "content"),
         (changed(2, content=[{"type": "image_url", "image_url": {"url": "x"}}]), "image_url"),
         (changed(2, content=[{"type": "text", "text": "a", "more": "b"}]), "more"),
-        (changed(1, tool_calls=[CALL] * 8), "Too many messages"),
+        (changed(1, tool_calls=[CALL] * 2049), "at most 2048 items"),
     ],
 )
 def test_what_would_not_be_read_of_a_message_is_refused(client, turns, word):

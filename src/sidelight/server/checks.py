@@ -27,7 +27,7 @@ from sidelight.server.schemas import (
     ProbeNames,
     StrictBody,
     Texts,
-    ToolCall,
+    ToolCalls,
 )
 from sidelight.types import Span, Verdict, spans_json
 
@@ -151,7 +151,7 @@ async def moderate(body: ModerationRequest, request: ServerRequest) -> Moderatio
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
         request.require_model(body.model)
     texts = [as_user(text) for text in body.input]
-    terms = (await request.begin(texts, max_tokens=0)).choose_disclosed(body.probes)
+    terms = (await request.begin(texts)).choose_disclosed(body.probes)
     checked = await check(request, terms, texts)
     results = [
         ModerationResult(
@@ -197,7 +197,7 @@ class ClassifyResponse(BaseModel):
 async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyResponse:
     """Each text is judged as a user's message; the answer is that of vLLM's classifiers."""
     texts = [as_user(text) for text in body.input]
-    terms = _classifier(body, request, await request.begin(texts, max_tokens=0))
+    terms = _classifier(body, request, await request.begin(texts))
     (probe,) = terms.probes
     checked = await check(request, terms, texts)
     tokens = sum(text.tokens for text in checked)
@@ -266,7 +266,7 @@ async def redact(body: RedactionRequest, request: ServerRequest) -> RedactionRes
     if body.model is not None:
         request.require_model(body.model)
     texts = [as_user(text) for text in body.input]
-    terms = (await request.begin(texts, max_tokens=0)).choose(body.probes)
+    terms = (await request.begin(texts)).choose(body.probes)
     # What is replaced says which words a probe has found.
     labelling = tuple(
         bound
@@ -332,7 +332,7 @@ class GuardrailRequest(StrictBody):
 
     input_type: Literal["request", "response"]
     texts: Listed[str] | None = None
-    tool_calls: Listed[ToolCall] | None = None
+    tool_calls: ToolCalls = None
     images: list[Any] | None = Field(
         None, max_length=0, description="Must be empty: probes read text only."
     )
@@ -385,7 +385,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         [*as_user(""), Message("assistant", text)] if is_response else as_user(text)
         for text in judged.values()
     ]
-    terms = (await request.begin(texts, max_tokens=0)).choose(parameters.probes)
+    terms = (await request.begin(texts)).choose(parameters.probes)
     if is_response:
         late = tuple(bound for bound in terms.chosen if bound.side == "output")
         if not late:

@@ -119,16 +119,7 @@ class ServerConfig(BaseSettings):
         "addresses; may be repeated.",
     )
     max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="Largest body of a request.")
-    max_messages: int = Field(
-        default=2048, ge=1, description="Most messages in a request, and parts of messages."
-    )
     max_batch_items: int = Field(default=512, ge=1, le=512, description="Most texts in a request.")
-    max_request_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        description="Most tokens that a request may read and write. [default: 65536, or the "
-        "context of one text and its n answers if that is more]",
-    )
     deadline: float = Field(
         default=600, gt=0, description="Seconds after which a request is cancelled."
     )

@@ -13,7 +13,15 @@ from pydantic import BeforeValidator, Field, StrictBool, StrictStr
 from sidelight.policy.request import Json, Terms
 from sidelight.server.checks import check, is_answered
 from sidelight.server.requests import Route, ServerRequest
-from sidelight.server.schemas import FIRST_ERROR, ChatMessage, Listed, Name, StrictBody, Unread
+from sidelight.server.schemas import (
+    FIRST_ERROR,
+    MAX_MESSAGES,
+    ChatMessage,
+    Listed,
+    Name,
+    StrictBody,
+    Unread,
+)
 from sidelight.types import Task, Verdict, spans_json
 
 _MAX_QUESTIONS = 400
@@ -97,7 +105,7 @@ class DecisionRequest(StrictBody):
     input: Annotated[
         list[InputMessage],
         FIRST_ERROR,
-        Field(min_length=1),
+        Field(min_length=1, max_length=MAX_MESSAGES),
         BeforeValidator(
             lambda v: [{"role": "user", "content": v}] if isinstance(v, str) else v,
             json_schema_input_type=str | list[InputMessage],
@@ -119,7 +127,7 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
     """The input is read once, however many questions there are; each names its probe."""
     request.require_model(body.model)
     turns = [message.as_message() for message in body.input]
-    terms = await request.begin([turns], max_tokens=0)
+    terms = await request.begin([turns])
     meanings = _meanings(terms)
     named = {question.name or "" for question in body.questions}
     asked = named | {meanings[name][0] for name in named if name in meanings}

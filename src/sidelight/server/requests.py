@@ -22,8 +22,6 @@ from sidelight.server.observe import RequestObserver
 from sidelight.server.probes import ProbeRegistry
 
 T = TypeVar("T")
-# Most tokens of all texts of a request, unless one text alone may have more.
-_REQUEST_TOKENS = 2**16
 
 
 @dataclass(frozen=True)
@@ -51,16 +49,13 @@ class ServerRequest(Request):
     async def read(self) -> None:
         """Reads the body, which must be strict JSON within the server's limit of size.
 
-        Messages are counted here too, before pydantic makes objects of them.
-
         Refused with 400: a name twice in an object, of which two readers might take different
         ones; ``NaN``, ``Infinity``, half surrogate pairs, invalid UTF-8, endless nesting. The
         standard library's parser accepts all but the last two. ``1e999`` arrives as an
         infinity, which the field that reads it has to refuse: ``StrictBody`` does so for fields of
         numbers.
         """
-        config, received, size = self.context.config, bytearray(), 0
-        limit = config.max_body_bytes
+        limit, received, size = self.context.config.max_body_bytes, bytearray(), 0
         async for chunk in self.stream():
             size += len(chunk)
             # The rest is read and dropped: closing the connection on a client that still sends
@@ -80,7 +75,6 @@ class ServerRequest(Request):
             )
         except ValueError as error:
             raise RequestError(f"The body is not valid JSON: {error}.") from error
-        _require_few_items(self._value, config)
 
     async def body(self) -> bytes:
         return self._received
@@ -104,82 +98,29 @@ class ServerRequest(Request):
                 param="model",
             )
 
-    async def begin(
-        self, texts: Sequence[Conversation], *, n: int = 1, max_tokens: int | None = None
-    ) -> Terms:
+    async def begin(self, texts: Sequence[Conversation], *, n: int = 1) -> Terms:
         """What holds for it from now on; until others are chosen, all probes are reported.
 
         Args:
             texts: What is read.
             n: How often each is read.
-            max_tokens: Most tokens written after each; None: as many as fit.
 
         Raises:
-            RequestError: It is beyond the limits of items and tokens.
+            RequestError: They are too many.
             PolicyError: The policy refuses the turns that a text begins with.
         """
-        await self._require_size(texts, n=n, max_tokens=max_tokens)
+        count, limit = n * len(texts), self.context.config.max_batch_items
+        if count > limit:
+            raise RequestError(
+                f"Too many inputs: got {count}, the limit is {limit} (--max-batch-items). Split "
+                "the request.",
+                code="too_many_inputs",
+            )
         await unless_left(self, self.engine.settled())
         policy, rules = self.registry.policy, self.registry.rules
         require_trusted_turns(policy, texts)
         terms = Terms(self.engine.model, policy, rules, (), self.observer.text, self.is_admin)
         return terms.choose(None)
-
-    async def _require_size(
-        self, texts: Sequence[Conversation], *, n: int, max_tokens: int | None
-    ) -> None:
-        count = n * len(texts)
-        if count > self.context.config.max_batch_items:
-            raise RequestError(
-                f"Too many inputs: got {count}, the limit is {self.context.config.max_batch_items} "
-                "(--max-batch-items). Split the request.",
-                code="too_many_inputs",
-            )
-        longest, limit = self.engine.max_tokens, self.context.config.max_request_tokens
-        if limit is None:
-            limit = max(_REQUEST_TOKENS, n * longest)
-            if count * longest <= limit:
-                # The engine refuses a text that is longer than its context.
-                return
-        tokens = 0
-        for number, text in enumerate(texts, 1):
-            size = len(await self.engine.tokenize(text))
-            tokens += n * (longest if max_tokens is None else min(longest, size + max_tokens))
-            if tokens > limit:
-                remedy = "" if max_tokens == 0 else ", or lower max_tokens"
-                raise RequestError(
-                    f"Too many tokens: text {number} of {len(texts)} brings them to {tokens}, the "
-                    f"limit of a request is {limit} (--max-request-tokens). Send fewer or shorter "
-                    f"texts at a time{remedy}.",
-                    code="request_too_large",
-                )
-
-
-def _require_few_items(body: Any, config: ServerConfig) -> None:
-    """Refuses lists of too many objects, counting the parts of a message too, and of any items."""
-    limit = config.max_messages
-    for name in ("messages", "input", "texts", "tool_calls") if isinstance(body, dict) else ():
-        items: Any = body.get(name)
-        if not isinstance(items, list):
-            continue
-        objects = [one for one in items if isinstance(one, dict)]
-        parts = (one.get(part) for one in objects for part in ("content", "tool_calls"))
-        count = len(objects) + sum(len(own) for own in parts if isinstance(own, list))
-        if count > limit:
-            raise RequestError(
-                f"Too many messages: got {count} with their parts, the limit is {limit} "
-                "(--max-messages). Send fewer.",
-                code="too_many_messages",
-                param=name,
-            )
-        most = max(limit, config.max_batch_items)
-        if len(items) > most:
-            raise RequestError(
-                f"Too many inputs: got {len(items)}, the limit of a list is {most} "
-                "(--max-messages, --max-batch-items). Split the request.",
-                code="too_many_inputs",
-                param=name,
-            )
 
 
 class Route(APIRoute):

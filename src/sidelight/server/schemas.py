@@ -56,6 +56,8 @@ EVENTS: dict[str, Any] = {"text/event-stream": {}}
 _MAX_NAME = 4096
 _MAX_QUOTED = 100
 _MAX_STOPS = 16
+# Of a conversation, and of the parts and calls of each: every object costs time.
+MAX_MESSAGES = 2048
 _MAX_TEXTS = 16
 # OpenAI's default of this older endpoint.
 _COMPLETION_TOKENS = 16
@@ -178,6 +180,9 @@ class ToolCall(StrictBody):
     function: CalledFunction
 
 
+ToolCalls = Annotated[Listed[ToolCall] | None, Field(max_length=MAX_MESSAGES)]
+
+
 class ChatMessage(StrictBody):
     """One turn: text, the tools that the assistant calls, or what a tool has answered.
 
@@ -194,10 +199,11 @@ class ChatMessage(StrictBody):
     content: Annotated[
         list[ContentPart],
         FIRST_ERROR,
+        Field(max_length=MAX_MESSAGES),
         BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart]),
     ]
 
-    tool_calls: Listed[ToolCall] | None = None
+    tool_calls: ToolCalls = None
     name: str | None = None
     tool_call_id: str | None = None
 
@@ -278,7 +284,7 @@ class WritingRequest(ReportRequest):
 class ChatRequest(WritingRequest):
     """The body of ``POST /v1/chat/completions``."""
 
-    messages: Listed[ChatMessage] = Field(min_length=1)
+    messages: Listed[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     def conversation(self) -> list[Message]:
