@@ -102,11 +102,6 @@ class Manifest:
         return _ADAPTER.dump_json(self, indent=2).decode() + "\n"
 
     @property
-    def curves(self) -> dict[str, OperatingCurve]:
-        """The curve of each label's threshold; none of several classes."""
-        return curves_of(self.record)
-
-    @property
     def version(self) -> str:
         """Twelve hexadecimal digits that stand for the whole artifact, weights included."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
@@ -167,7 +162,7 @@ def _require_sense(directory: Path, manifest: Manifest) -> None:
     require_name(manifest.name)
     labels, kind = manifest.task.labels, manifest.task.kind
     thresholds = {"binary": 1, "multiclass": 0, "multilabel": len(labels)}[kind]
-    curves, calibration = manifest.curves, manifest.calibration
+    curves, calibration = curves_of(manifest.record), manifest.calibration
     checks = {
         "task.labels": len(set(labels)) == len(labels) >= 2
         and (kind != "binary" or len(labels) == 2)
@@ -264,9 +259,8 @@ def summary(manifest: Manifest) -> dict[str, str]:
         "thresholds": ", ".join(f"{t:.3f}" for t in manifest.thresholds) or "the largest wins",
     }
     flagged: list[str] = []
-    for (label, curve), threshold in zip(
-        manifest.curves.items(), manifest.thresholds, strict=False
-    ):
+    curves = curves_of(record).items()
+    for (label, curve), threshold in zip(curves, manifest.thresholds, strict=False):
         hits, alarms = curve.at(threshold)
         caught = f"{hits:,} of {curve.positives:,} '{label}'"
         flagged.append(f"{caught} and {alarms:,} of {curve.negatives:,} others")

@@ -18,7 +18,6 @@ from sidelight.prompts import (
     Conversation,
     EncodedPrompt,
     Message,
-    Place,
     PlainText,
     PromptEncoder,
     characters,
@@ -160,13 +159,11 @@ class TextCodec:
     Args:
         encoder: Turns texts into tokens as the model reads them, within its chat template.
         tokenizer: Turns tokens back into text; the model's own, from transformers.
-        max_tokens: The most tokens that the model reads and writes together.
     """
 
-    def __init__(self, encoder: PromptEncoder, tokenizer: Any, *, max_tokens: int):
+    def __init__(self, encoder: PromptEncoder, tokenizer: Any):
         self._encoder = encoder
         self._tokenizer = tokenizer
-        self.max_tokens = max_tokens
         self._threads = [
             ThreadPoolExecutor(1, thread_name_prefix=f"sidelight-{kind}-texts")
             for kind in ("short", "long")
@@ -197,13 +194,7 @@ class TextCodec:
         Raises:
             ContextLengthError: The text is too long; it is never cut.
         """
-        prompt = self._encoder.encode(*with_response(text))
-        self.require_within_context(prompt)
-        return prompt
-
-    def places(self, text: Conversation) -> list[Place | None]:
-        """Where each token of ``encode`` stands in the messages."""
-        return self._encoder.places(*with_response(text))
+        return self._encoder.encode(*with_response(text))
 
     def marker(
         self,
@@ -228,28 +219,14 @@ class TextCodec:
         Raises:
             ContextLengthError: The text leaves no room for a token.
         """
-        prompt = self._encoder.encode(text)
-        room = self.max_tokens - len(prompt)
+        prompt, most = self._encoder.encode(text), self._encoder.max_tokens
+        room = most - len(prompt)
         if room < 1:
             raise ContextLengthError(
                 f"The prompt has {len(prompt)} tokens with its template, which leaves no room for "
-                f"an answer: the context has {self.max_tokens}. Shorten it."
+                f"an answer: the context has {most}. Shorten it."
             )
         return prompt, room if max_tokens is None else min(room, max_tokens)
-
-    def require_within_context(self, prompt: EncodedPrompt) -> None:
-        """Checks that the model can read the prompt.
-
-        ``encode`` calls it; so does vLLM's engine, for prompts that its caller has encoded.
-
-        Raises:
-            ContextLengthError: It is too long.
-        """
-        if len(prompt) > self.max_tokens:
-            raise ContextLengthError(
-                f"The text has {len(prompt)} tokens with its template, but this engine judges "
-                f"{self.max_tokens} at most. Shorten it, or judge it in parts."
-            )
 
 
 def with_response(text: Conversation) -> tuple[Conversation, str | None]:

@@ -70,9 +70,7 @@ class TransformersEngine(Engine):
         self._model = model or backbone.name
         self._backbone = backbone
         self._panel = self._load_panel(probes)
-        self._codec = TextCodec(
-            backbone.encoder, backbone.tokenizer, max_tokens=backbone.encoder.max_tokens
-        )
+        self._codec = TextCodec(backbone.encoder, backbone.tokenizer)
         if limits is None:
             is_slow = backbone.device.type == "cpu"
             limits = Limits(prefill_tokens=_PREFILL_TOKENS_ON_CPU) if is_slow else Limits()
@@ -92,7 +90,7 @@ class TransformersEngine(Engine):
 
     @property
     def max_tokens(self) -> int:
-        return self._codec.max_tokens
+        return self._backbone.encoder.max_tokens
 
     @property
     def load(self) -> Load:
@@ -171,7 +169,7 @@ class TransformersEngine(Engine):
         explain: frozenset[str] = frozenset(),
     ) -> list[PromptJudged]:
         def encode(turns: Sequence[Message]) -> Request:
-            prompt = self._codec.encode(turns)
+            prompt, text = self._codec.encode(turns), with_response(turns)
             return Request(
                 prompt,
                 Sampling(),
@@ -179,8 +177,8 @@ class TransformersEngine(Engine):
                 panel=panel,
                 has_response=has_response(turns),
                 explain=explain,
-                places=self._codec.places(turns) if explain else (),
-                mark=self._codec.marker(*with_response(turns), prompt, panel.probes),
+                places=self._backbone.encoder.places(*text) if explain else (),
+                mark=self._codec.marker(*text, prompt, panel.probes),
             )
 
         requests = await self._encoded(

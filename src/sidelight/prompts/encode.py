@@ -149,9 +149,17 @@ class PromptEncoder:
         encoded = self.encode_any_length(messages, response)
         if not len(encoded):
             raise SidelightError("The text is empty: there is no token to read. Send some text.")
-        if len(encoded) > self.max_tokens:
-            raise self._excess(f"{len(encoded)} tokens with its template")
+        self.require_within_context(encoded)
         return encoded
+
+    def require_within_context(self, prompt: EncodedPrompt) -> None:
+        """Checks that the backbone accepts a prompt, whoever has encoded it.
+
+        Raises:
+            ContextLengthError: It is too long.
+        """
+        if len(prompt) > self.max_tokens:
+            raise self._excess(f"{len(prompt)} tokens with its template")
 
     def require_few_characters(self, messages: Conversation, response: str | None = None) -> None:
         """Refuses by its length alone what is longer than the longest tokens could make it.

@@ -86,6 +86,7 @@ class RequestScope:
                 )
                 await error.answer()(scope, receive, named)
             raise
+        # Whatever fails: the answer to a crash must have the id under which it is logged.
         except Exception as failure:
             is_late = isinstance(failure, TimeoutError) and timeout.expired()
             error = self._lateness() if is_late else _crash(observer.request_id)

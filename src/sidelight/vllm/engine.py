@@ -106,8 +106,9 @@ class VllmEngine(Engine):
         self._name = name
         self._fingerprint = fingerprint
         # vLLM always writes a token, also when a text is only judged, so one position is kept free.
-        room = min(encoder.max_tokens, llm.vllm_config.model_config.max_model_len - 1)
-        self._codec = TextCodec(encoder, tokenizer, max_tokens=room)
+        room = llm.vllm_config.model_config.max_model_len - 1
+        encoder.max_tokens = min(encoder.max_tokens, room)
+        self._encoder, self._codec = encoder, TextCodec(encoder, tokenizer)
         self._waiting = 0
         self._is_open = False
         # Of a change of probes: requests inside, whether others may come in, whether workers load,
@@ -129,7 +130,7 @@ class VllmEngine(Engine):
 
     @property
     def max_tokens(self) -> int:
-        return self._codec.max_tokens
+        return self._encoder.max_tokens
 
     @property
     def load(self) -> Load:
@@ -331,7 +332,7 @@ class VllmEngine(Engine):
         """
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        self._codec.require_within_context(prompt)
+        self._encoder.require_within_context(prompt)
         if not self.is_ready:
             raise EngineUnavailableError()
         try:
