@@ -350,7 +350,7 @@ def pass_of(worker, backbone, readings=(READING,)):
     hidden = states_of(backbone, range(10, 14))
     for layer, states in enumerate(hidden[worker._layers.start :]):
         worker.receive(layer, states)
-    worker.keep(torch.arange(4, 8))
+    worker._pages.keep(torch.arange(4, 8))
     return worker.judge(readings).result()
 
 
@@ -363,7 +363,7 @@ def test_a_worker_keeps_its_stage_when_the_cache_comes(backbone, folders):
     for layer, states in enumerate(states_of(backbone, range(10, 14))):
         torch.ops.sidelight.project(states, None, layer, torch.zeros(()))
     worker.allocate(blocks=2, block_size=4)
-    worker.keep(torch.arange(4, 8))
+    worker._pages.keep(torch.arange(4, 8))
     (probe,) = Served((folders["old"],), backbone.fingerprint).load()
     require_equal([probe], worker.judge([READING]).result().judgements["r"], backbone, PROMPT)
 
@@ -373,7 +373,7 @@ def test_a_step_waits_for_no_value_of_the_device(backbone, worker):
     with _Steps():
         for layer, states in enumerate(hidden):
             worker.receive(layer, states)
-        worker.keep(torch.arange(4, 8))
+        worker._pages.keep(torch.arange(4, 8))
         work = worker.judge([READING])
     assert len(work.result().judgements["r"].verdicts) == 2
 

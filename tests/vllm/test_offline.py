@@ -128,11 +128,11 @@ def test_a_server_writes_no_hidden_states(backbone):
 
 
 def test_hidden_states_that_were_not_written_are_an_error(source, backbone, tmp_path):
-    from sidelight.vllm.offline import OfflineRequest, capture_params, captured
+    from sidelight.vllm.offline import capture_params, captured
 
     (prompt,) = mixed_prompts(backbone, 1, longest=20)
     params = capture_params(prompt, Reads(), tmp_path / "gone" / "0")
-    ((_, output),) = source.running().run([OfflineRequest(0, prompt, params)])
+    ((_, _, output),) = source.running().run([(0, prompt, params)])
     assert "error" in output.kv_transfer_params[KEY]["verdicts"]["states"]
     with pytest.raises(SidelightError, match="hidden states are missing"):
         captured(tmp_path / "gone" / "0", backbone.fingerprint.layers)

@@ -63,7 +63,6 @@ class Enforcement:
     Attributes:
         admitted: What was decided on the prompt; None: nothing yet, or it is refused.
         ended: How the text has ended; None while it is written.
-        has_sent: Whether any of it was sent.
     """
 
     def __init__(
@@ -77,11 +76,8 @@ class Enforcement:
         self._input = [bound for bound in rules if bound.side == "input"]
         self._output = [bound for bound in rules if bound.side == "output"]
         self._observe = observe
-        self._judged: PromptJudged | None = None
-        self._decisions: tuple[Decision, ...] = ()
         self.admitted: Admitted | None = None
         self.ended: Ended | None = None
-        self.has_sent = False
 
     @property
     def watch(self) -> list[str]:
@@ -91,7 +87,7 @@ class Enforcement:
 
     def admits(self, event: PromptJudged) -> bool:
         """Whether the prompt is answered; the engine asks before it draws the first token."""
-        return not any(decision.is_blocking for decision in self._on_prompt(event))
+        return not any(decision.is_blocking for decision in _decide_all(self._input, event))
 
     async def guard(
         self, text: Conversation, events: AsyncGenerator[Event, None]
@@ -105,13 +101,13 @@ class Enforcement:
         async with aclosing(events):
             prompt = await anext(events)
             assert isinstance(prompt, PromptJudged)
-            decisions = self._on_prompt(prompt)
+            decisions = _decide_all(self._input, prompt)
             observer.prompt(prompt, decisions)
             _require_passed(prompt, decisions)
             self.admitted = Admitted(prompt.tokens, decisions)
             yield self.admitted
             holding = HoldBack(self._output)
-            has_told = False
+            is_begun = False
             try:
                 async for event in events:
                     observer.read(event)
@@ -122,29 +118,19 @@ class Enforcement:
                         self.ended = passed[-1]
                         observer.end(self.ended.decisions)
                     if self._tells_scores and isinstance(event, ResponseScored):
-                        has_told = True
-                        yield self._running(event)
+                        is_begun = True
+                        decisions = _decide_all(self._output, event)
+                        nothing = tuple(replace(each, action="none") for each in decisions)
+                        yield Running(event.tokens, nothing)
                     for each in passed:
                         if isinstance(each, TextDelta):
-                            self.has_sent = True
+                            is_begun = True
                             observer.delta()
                         yield each
             finally:
                 # No effect if `end` was called above. If neither text nor scores were sent, there
                 # is no partial verdict to record.
-                is_partial = self.has_sent or has_told
-                observer.end(holding.unfinished() if is_partial else (), is_cancelled=True)
-
-    def _on_prompt(self, event: PromptJudged) -> tuple[Decision, ...]:
-        """The decisions on the prompt: made when first asked, and again only for another event."""
-        if event != self._judged:
-            self._decisions = _decide_all(self._input, event)
-            self._judged = event
-        return self._decisions
-
-    def _running(self, event: ResponseScored) -> Running:
-        decisions = [decide(b, event.judgement, tokens=event.tokens) for b in self._output]
-        return Running(event.tokens, tuple(replace(d, action="none") for d in decisions))
+                observer.end(holding.unfinished() if is_begun else (), is_cancelled=True)
 
 
 def check_decisions(
@@ -170,7 +156,9 @@ def require_trusted_turns(policy: Policy, texts: Sequence[Conversation]) -> None
             )
 
 
-def _decide_all(rules: Sequence[BoundRule], event: PromptJudged) -> tuple[Decision, ...]:
+def _decide_all(
+    rules: Sequence[BoundRule], event: PromptJudged | ResponseScored
+) -> tuple[Decision, ...]:
     return tuple(decide(bound, event.judgement, tokens=event.tokens) for bound in rules)
 
 

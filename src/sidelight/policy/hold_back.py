@@ -101,8 +101,9 @@ class HoldBack:
         self._scored_tokens = event.tokens
         self._running = event.judgement
         states = self._enforced.values()
-        cuts = [state.step(self._running, tokens=event.tokens) for state in states]
-        if any(cuts):
+        for state in states:
+            state.step(self._running, tokens=event.tokens)
+        if any(state.is_cut for state in states):
             return [self._cut(self._running)]
         if any(event.tokens < state.first_decidable_token for state in states):
             return []
@@ -160,7 +161,6 @@ class _RuleState:
         held_tokens: How many judged tokens are held back.
         first_decidable_token: The first token at which the rule can cut, once its warm-up and a
             whole streak are over. Nothing is sent before it is judged.
-        is_cut: Whether the rule cuts the text: it flagged, or could not judge and fails closed.
     """
 
     def __init__(self, bound: BoundRule):
@@ -169,7 +169,6 @@ class _RuleState:
         # What a rule that redacts holds back are characters.
         self.held_tokens = hold_back if bound.is_blocking else 0
         self.first_decidable_token = rule.warm_up + rule.consecutive if bound.is_blocking else 0
-        self.is_cut = False
         self._bound = bound
         self._has_flagged = False
         self._has_failed = False
@@ -177,20 +176,23 @@ class _RuleState:
         # Tokens in a row, up to the last one, of which a label counts: the same one or another.
         self._streak = 0
 
-    def step(self, judgement: Judgement, *, tokens: int) -> bool:
-        """Whether the text is cut after one more token; a token without a score is a failure."""
+    @property
+    def is_cut(self) -> bool:
+        """Whether the rule cuts the text: it flagged, or could not judge and fails closed."""
+        return self._has_flagged or (self._has_failed and self._bound.fails_closed)
+
+    def step(self, judgement: Judgement, *, tokens: int) -> None:
+        """Takes the scores of one more token; one without a score is a failure."""
         verdict, expected = decide(self._bound, judgement, tokens=tokens).verdict, self._tokens + 1
         self._tokens = tokens
         scores = {} if verdict is None else verdict.probabilities
         if verdict is None or tokens != expected or not all(map(math.isfinite, scores.values())):
-            self._fail()
-            return self.is_cut
+            self._has_failed = True
+            return
         flags = any(scores[label] >= limit for label, limit in self._bound.thresholds.items())
         counts = flags and self._bound.is_blocking and tokens > self._bound.rule.warm_up
         self._streak = self._streak + 1 if counts else 0
-        if self._streak >= self._bound.rule.consecutive:
-            self._has_flagged = self.is_cut = True
-        return self.is_cut
+        self._has_flagged |= self._streak >= self._bound.rule.consecutive
 
     def finish(self, judgement: Judgement, *, tokens: int, is_judged: bool) -> None:
         """Takes the verdict on the whole text; an empty one has nothing to judge."""
@@ -198,9 +200,9 @@ class _RuleState:
             return
         verdict = decide(self._bound, judgement, tokens=tokens).verdict
         if verdict is None or not is_judged:
-            self._fail()
-        elif verdict.flagged and self._bound.is_blocking:
-            self._has_flagged = self.is_cut = True
+            self._has_failed = True
+        else:
+            self._has_flagged |= verdict.flagged and self._bound.is_blocking
 
     def decision(self, judgement: Judgement, *, tokens: int) -> Decision:
         if self._has_failed and not self._has_flagged:
@@ -212,7 +214,3 @@ class _RuleState:
             return Decision(self._bound, None, "none")
         action = "block" if self._has_flagged else "none"
         return Decision(self._bound, self._bound.decide(verdict), action)
-
-    def _fail(self) -> None:
-        self._has_failed = True
-        self.is_cut = self.is_cut or self._bound.fails_closed

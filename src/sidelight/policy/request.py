@@ -312,10 +312,11 @@ def category_fields(verdicts: Sequence[Verdict], names: CategoryNames) -> Json:
 
 
 def _as_disclosed(decisions: Iterable[Decision], *, sees_all: bool) -> list[Decision]:
-    """What a client sees of decisions; ``sees_all`` of one that has an admin key."""
+    """What a client sees of decisions, never a shadow; ``sees_all`` of one with an admin key."""
     shown: list[Decision] = []
     for decision in decisions:
-        disclosure = "scores" if sees_all else decision.rule.disclosure
+        is_open = sees_all and not decision.rule.is_shadow
+        disclosure = "scores" if is_open else decision.rule.disclosure
         if disclosure == "scores":
             shown.append(decision)
         elif disclosure == "labels":
@@ -343,8 +344,7 @@ def verdict_json(verdict: Verdict) -> Json:
 
 def refusal_headers(decisions: Sequence[Decision], *, sees_all: bool) -> dict[str, str]:
     """The headers of a refused prompt: every verdict but those of shadows, and the marks."""
-    visible = [decision for decision in decisions if not decision.rule.is_shadow]
-    shown = _as_disclosed(visible, sees_all=sees_all)
+    shown = _as_disclosed(decisions, sees_all=sees_all)
     return {**_verdict_header(shown), **_marks(shown)}
 
 
@@ -375,11 +375,10 @@ def _verdict_header(decisions: Sequence[Decision]) -> dict[str, str]:
     return {VERDICTS_HEADER: fitting}
 
 
-def _marks(decisions: Iterable[Decision]) -> dict[str, str]:
-    """Headers for a gateway: which probes flagged, and the routes. Shadows are left out."""
-    shown = [decision for decision in decisions if not decision.rule.is_shadow]
-    flagged = dict.fromkeys(d.rule.name for d in shown if d.is_marked)
-    routes = dict.fromkeys(route for d in shown if (route := d.route) is not None)
+def _marks(decisions: Sequence[Decision]) -> dict[str, str]:
+    """Headers for a gateway: which probes flagged, and the routes."""
+    flagged = dict.fromkeys(d.rule.name for d in decisions if d.is_marked)
+    routes = dict.fromkeys(route for d in decisions if (route := d.route) is not None)
     # Labels are a user's own words: a comma or a line break must not reach a header.
     return {
         header: ", ".join(quote(name, safe=" /-_.:@") for name in names)

@@ -32,7 +32,8 @@ from sidelight.policy.request import Outcome, Terms
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation, EncodedPrompt, Part, PlainText
 from sidelight.types import Judgement, Span
-from sidelight.vllm.outputs import OutputListener, StepReport, early_names, without_report
+from sidelight.vllm.engine import VllmEngine
+from sidelight.vllm.outputs import StepReport, early_names, without_report
 from sidelight.vllm.requests import request_params
 from sidelight.vllm.settings import KEY
 
@@ -92,10 +93,8 @@ class Call:
         params: Its ``SamplingParams``.
         options: As ``AsyncLLM.generate`` takes them.
         identity: That of the probes which judge it.
-        listener: Runs the texts, and hears the reports of their steps.
-        tokenizer: The model's.
+        engine: Runs the texts, hears the reports of their steps, and knows the tokenizer.
         controls: Ids of control tokens, which are no part of a text where they end it.
-        room: Most tokens of a text that is judged whole.
     """
 
     client: GuardedRequest
@@ -107,10 +106,8 @@ class Call:
     params: Any
     options: Mapping[str, Any]
     identity: str
-    listener: OutputListener
-    tokenizer: Any
+    engine: VllmEngine
     controls: Collection[int]
-    room: int
 
     async def outputs(self, request_id: str, ids: Sequence[str]) -> AsyncGenerator[Any, None]:
         """What may be sent of its texts, as vLLM gives it for ``n`` over 1.
@@ -168,7 +165,7 @@ class GuardedText:
             self._params.output_kind = kinds.DELTA
         if self._watch:
             # A place is kept free, so that the last token can be judged too.
-            room = max(1, call.room - self._prompt_tokens)
+            room = max(1, call.engine.max_tokens - self._prompt_tokens)
             self._params.max_tokens = min(self._params.max_tokens or room, room)
             self._params.min_tokens = min(self._params.min_tokens, self._params.max_tokens)
             # Text is what rules hold back, whether or not the caller wants any.
@@ -234,8 +231,8 @@ class GuardedText:
                 self._first_step = step
                 is_judged.set_result(None)
 
-        written = call.listener.generate(call.prompt, self._params, self._id, **call.options)
-        with call.listener.to(self._id, call.identity, hear):
+        written = call.engine.listener.generate(call.prompt, self._params, self._id, **call.options)
+        with call.engine.listener.to(self._id, call.identity, hear):
             async with aclosing(written) as outputs:
                 # The first output may come long after the verdicts.
                 first = asyncio.ensure_future(anext(outputs))
@@ -407,7 +404,7 @@ class GuardedText:
         try:
             for token in tokens:
                 self._marks.push(
-                    self._stream.step(self._call.tokenizer.backend_tokenizer, token) or ""
+                    self._stream.step(self._call.engine.tokenizer.backend_tokenizer, token) or ""
                 )
         # The library raises nothing more specific for bytes that are no text.
         except Exception:  # noqa: BLE001
@@ -436,14 +433,14 @@ class GuardedText:
     async def _judged_whole(self) -> Judgement:
         """What the probes say of the text with its last token; the cache has all but the end."""
         call, written, prompt = self._call, tuple(self._written), self._call.encoded
-        if prompt is None or len(prompt) + len(written) > call.room:
+        if prompt is None or len(prompt) + len(written) > call.engine.max_tokens:
             return Judgement()
         whole = replace(
             prompt,
             token_ids=prompt.token_ids + written,
             parts=prompt.parts + (Part.RESPONSE,) * len(written),
         )
-        report = await call.listener.read_whole(
+        report = await call.engine.listener.read_whole(
             whole,
             f"{self._id}-whole",
             identity=call.identity,

@@ -14,7 +14,6 @@ GPU). A graph holds their addresses: other probes are copied into them, as far a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sidelight.errors import SidelightError
-from sidelight.standardisation import Projection, project
+from sidelight.standardisation import Projection
 from sidelight.vllm.settings import COLUMNS
 
 
@@ -200,20 +199,12 @@ class Stage:
             self.projection.is_normalised.copy_(padded.is_normalised)
 
     def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None:
-        rows, weight, shift = (of[layer] for of in self._layers)
-        flags = self.projection.is_normalised
-        project(weight, shift, flags, stream.float(), out=rows[: len(stream)])
+        self.projection.layer(layer, stream.float(), out=self.rows[layer, : len(stream)])
 
-    @cached_property
+    @property
     def columns(self) -> int:
         """How many a layer has room for."""
         return self.rows.shape[2]
-
-    # The views are made once: a pass asks for every layer, and it may have a single token.
-    @cached_property
-    def _layers(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-        weight, shift = self.projection.weight, self.projection.shift
-        return self.rows.unbind(), weight.unbind(), shift.unbind()
 
 
 @dataclass(frozen=True)

@@ -135,15 +135,8 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         readings = self.tracking.plan(steps_of(scheduler_output, self._index))
         return Orders(readings, scheduler_output.total_num_scheduled_tokens > 0)
 
-    def take_verdicts(self, connector_output: Any) -> None:
-        """Takes the verdicts of a step, before vLLM makes its outputs."""
-        results, connector_output.kv_connector_worker_meta = (
-            connector_output.kv_connector_worker_meta, None
-        )  # fmt: skip
-        self.take(results)
-
     def take(self, results: Results | None) -> None:
-        """As ``take_verdicts``, if there are any."""
+        """Takes the verdicts of a step, before vLLM makes its outputs; leaves nothing to vLLM."""
         if results is None:
             return
         verdicts = results.verdicts
@@ -251,13 +244,12 @@ class SharedConnector(MultiConnector):
     def tracking(self) -> Tracking:
         return self._connectors[0].tracking
 
-    def take_verdicts(self, connector_output: Any) -> None:
-        """As ``ProbeConnector.take_verdicts``; vLLM hands the rest to the other one afterwards."""
-        results = connector_output.kv_connector_worker_meta
-        if results is not None:
-            ours, *others = results.metadata
-            self._connectors[0].take(ours)
-            connector_output.kv_connector_worker_meta = replace(results, metadata=(None, *others))
+    def take(self, results: Any) -> Any:
+        """As ``ProbeConnector.take``; what is left is for the other one."""
+        if results is None:
+            return None
+        ours, *others = results.metadata
+        return replace(results, metadata=(self._connectors[0].take(ours), *others))
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -274,7 +266,7 @@ class ProbeScheduler(Scheduler):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Puts the verdicts of the step on its outputs."""
         if (results := model_runner_output.kv_connector_output) is not None:
-            self.connector.take_verdicts(results)
+            results.kv_connector_worker_meta = self.connector.take(results.kv_connector_worker_meta)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         # On every output, since a slow reader gets the first one merged with the next.
         for of_client in outputs.values():

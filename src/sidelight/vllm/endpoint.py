@@ -12,7 +12,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import wraps
 from typing import Any
@@ -24,7 +24,6 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
-from sidelight.engines.marks import labels_spans
 from sidelight.errors import SidelightError
 from sidelight.prompts import Conversation, Message, PlainText
 from sidelight.server import admin, checks, questions
@@ -128,18 +127,16 @@ class ProbeMiddleware:
         authorization = Headers(scope=scope).get("authorization", "")
         caller = self._endpoint.access.caller(authorization) or Caller()
         observer = guard.observer.of(f"req_{uuid.uuid4().hex}", key_id=caller.key_id)
-        body, receive = await _read(receive)
+        fields, receive = await _read(receive)
         await guard.engine.settled()
         async with AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(guard.engine.passing(guard.engine.probes))
                 request = guard.request(
                     observer,
-                    probes=_report_request(body).probes,
+                    probes=_report_request(fields).probes,
                     sees_all=caller.is_admin,
-                    conversations=_conversations(scope["path"], body)
-                    if labels_spans(guard.engine.probes)
-                    else (),
+                    conversations=_conversations(scope["path"], fields),
                 )
             except SidelightError as error:
                 refusal = as_request_error(error, sees_all=caller.is_admin).answer()
@@ -151,6 +148,7 @@ class ProbeMiddleware:
             with requested(request):
                 try:
                     await self._app(scope, receive, answer)
+                # vLLM raises anything after a refusal.
                 except Exception:
                     if not await answer.fail():
                         raise
@@ -182,18 +180,25 @@ class _Answer:
             return
         self._body += event.get("body", b"")
         is_end = not event.get("more_body")
-        # Routes may send words of their own before the engine has read the prompt.
-        is_due = is_end or (self._is_stream and self._request.is_decided)
         if not self._has_begun:
-            if not is_due:
+            # Routes may send words of their own before the engine has read the prompt.
+            if not is_end and not (self._is_stream and self._request.is_decided):
                 return
             if self._request.refusal is not None:
                 await self._refuse()
                 return
-        if self._is_stream:
-            await self._pass_on(is_end=is_end)
-        else:
-            await self._finish()
+        body, self._body, self._is_over = self._body, b"", is_end
+        if not self._is_stream:
+            body = await self._with_fields(body)
+            if self._request.refusal is not None:
+                await self._refuse()
+                return
+        elif self._request.is_decided:
+            body = self._with_chunks(body)
+        if not self._has_begun:
+            self._has_begun = True
+            await self._send(self._with_headers(len(body)))
+        await self._send({"type": "http.response.body", "body": body, "more_body": not is_end})
 
     async def fail(self) -> bool:
         """Ends the answer after an exception; whether the request was refused."""
@@ -216,40 +221,26 @@ class _Answer:
         answer.headers.update(self._id)
         await answer(self._scope, self._receive, self._send)
 
-    async def _pass_on(self, *, is_end: bool) -> None:
-        if not self._has_begun:
-            self._has_begun = True
-            await self._send(self._with_headers())
-        body, self._body, self._is_over = self._body, b"", is_end
-        if self._request.is_decided:
-            body = self._with_chunks(body)
-        await self._send({"type": "http.response.body", "body": body, "more_body": not is_end})
-
-    async def _finish(self) -> None:
-        self._is_over = True
-        body = self._body
-        if self._request.texts and self._start["status"] == 200:
-            answer = json.loads(body)
-            if isinstance(answer, dict):
-                if answer.get("status") == "queued":
-                    # It is written in the background, where vLLM has no answer to a refusal.
-                    await self._request.decided.wait()
-                    if self._request.refusal is not None:
-                        await self._refuse()
-                        return
-                _mark_cuts(answer, self._request.cut)
-                body = json.dumps({**answer, **self._fields()}).encode()
-        start = self._with_headers()
-        MutableHeaders(scope=start)["content-length"] = str(len(body))
-        await self._send(start)
-        await self._send({"type": "http.response.body", "body": body})
-
-    def _with_headers(self) -> Event:
+    def _with_headers(self, length: int) -> Event:
         start = {**self._start, "headers": [*self._start["headers"]]}
+        headers = MutableHeaders(scope=start)
         if self._request.texts:
             verdicts = self._request.headers(is_stream=self._is_stream)
-            MutableHeaders(scope=start).update({**self._id, **verdicts})
+            headers.update({**self._id, **verdicts})
+        if not self._is_stream:
+            headers["content-length"] = str(length)
         return start
+
+    async def _with_fields(self, body: bytes) -> bytes:
+        """The body of a plain answer, with the verdicts."""
+        answer = json.loads(body) if self._request.texts and self._start["status"] == 200 else None
+        if not isinstance(answer, dict):
+            return body
+        if answer.get("status") == "queued":
+            # It is written in the background, where vLLM has no answer to a refusal.
+            await self._request.decided.wait()
+        _mark_cuts(answer, self._request.cut)
+        return json.dumps({**answer, **self._fields()}).encode()
 
     def _with_chunks(self, body: bytes) -> bytes:
         """Adds a chunk with the verdicts at the start, and one at the end if they have changed."""
@@ -301,8 +292,8 @@ def _keys_of_vllm(args: Any) -> list[str]:
     return [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
 
 
-async def _read(receive: Receive) -> tuple[bytes, Receive]:
-    """The body, and what gives it again."""
+async def _read(receive: Receive) -> tuple[dict[str, Any], Receive]:
+    """The fields of the body, and what gives it again. Of other bodies, vLLM says what is wrong."""
     events: list[Event] = []
     while not events or events[-1].get("more_body"):
         events.append(await receive())
@@ -311,42 +302,35 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
     async def again() -> Event:
         return next(left, None) or await receive()
 
-    return b"".join(event.get("body", b"") for event in events), again
-
-
-def _report_request(body: bytes) -> ReportRequest:
-    """What a body asks of the report. Of a body that is no JSON object, vLLM says what is wrong."""
-    names = [*ReportRequest.model_fields, *_NOT_OURS]
-    if not any(name.encode() in body for name in names):
-        return ReportRequest()
     try:
-        fields = json.loads(body)
+        fields = json.loads(b"".join(event.get("body", b"") for event in events))
     except (ValueError, RecursionError):
-        return ReportRequest()
-    options = {n: fields[n] for n in names if n in fields} if isinstance(fields, dict) else {}
+        fields = None
+    return fields if isinstance(fields, dict) else {}, again
+
+
+def _report_request(fields: Mapping[str, Any]) -> ReportRequest:
+    """What a body asks of the report."""
+    names = [*ReportRequest.model_fields, *_NOT_OURS]
     try:
-        return ReportRequest.model_validate(options)
+        return ReportRequest.model_validate({n: fields[n] for n in names if n in fields})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise wrong_field(first, first["loc"]) from error
 
 
-def _conversations(path: str, body: bytes) -> list[Conversation]:
+def _conversations(path: str, fields: Mapping[str, Any]) -> list[Conversation]:
     """What a body asks to be answered, as far as it is text; vLLM may read it in another way."""
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError):
-        return []
     match path, fields:
         case "/v1/chat/completions", {"messages": [*turns]}:
-            messages = [
-                Message(turn["role"], turn["content"])
-                for turn in turns
-                if isinstance(turn, dict)
-                and isinstance(turn.get("role"), str)
-                and isinstance(turn.get("content"), str)
-            ]
-            return [messages] if len(messages) == len(turns) else []
+            messages: list[Message] = []
+            for turn in turns:
+                match turn:
+                    case {"role": str(role), "content": str(content)}:
+                        messages.append(Message(role, content))
+                    case _:
+                        return []
+            return [messages]
         case "/v1/completions", {"prompt": [*texts]}:
             return [PlainText(text) for text in texts if isinstance(text, str)]
         case "/v1/completions", {"prompt": str(text)}:

@@ -7,7 +7,6 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Collection, Coroutine, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
@@ -86,6 +85,7 @@ class VllmEngine(Engine):
 
     Attributes:
         listener: Hears every report of vLLM's.
+        tokenizer: The model's.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class VllmEngine(Engine):
         self.listener = OutputListener(llm)
         self._probes = tuple(probes)
         self._identity = identity
+        self.tokenizer = tokenizer
         self._name = name
         self._fingerprint = fingerprint
         # vLLM always writes a token, also when a text is only judged, so one position is kept free.
@@ -375,9 +376,7 @@ def load_vllm_engine(
     require_options(fields, AsyncEngineArgs)
     arguments = AsyncEngineArgs(model=backbone.path, dtype=dtype, disable_log_stats=True, **fields)
     with saved(probes) as (folders, identity):
-        files = asdict(backbone.fingerprint)
-        named = {"probes": folders, "fingerprint": files, DESCRIBED: True}
-        arguments.additional_config = {KEY: named}
+        arguments.additional_config = {KEY: {"probes": folders, DESCRIBED: True}}
         try:
             llm = AsyncLLM.from_engine_args(arguments)
         except TypeError as error:

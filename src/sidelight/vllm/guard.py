@@ -204,12 +204,12 @@ class EngineGuard:
             prompt = {"prompt_token_ids": prompt}
         elif isinstance(prompt, str):
             prompt = {"prompt": prompt}
-        listener = self.engine.listener
         if not isinstance(prompt, Mapping):
             # Text that arrives while the model writes, or a request that its caller has prepared.
             self.require_unblocked("Prompts that are neither text nor token ids")
             own = own_params(params, 0, None)
-            async with aclosing(listener.generate(prompt, own, request_id, **options)) as outputs:
+            written = self.engine.listener.generate(prompt, own, request_id, **options)
+            async with aclosing(written) as outputs:
                 async for output in outputs:
                     yield without_report(output)
             return
@@ -232,10 +232,8 @@ class EngineGuard:
             params=params,
             options=options,
             identity=identity,
-            listener=listener,
-            tokenizer=self._tokenizer,
+            engine=self.engine,
             controls=self._controls,
-            room=self.engine.max_tokens,
         )
         ids = [_unique(request_id) for _ in texts]
         self._text_ids[request_id].update(ids)

@@ -10,7 +10,7 @@ worker writes the states of its layers to a file, whose name the request says.
 import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,13 +48,8 @@ _STEPS_AHEAD = 2
 _STATES = "states"
 
 
-@dataclass(frozen=True)
-class OfflineRequest:
-    """A prompt to run once, the caller's name for it, and its ``kv_transfer_params``."""
-
-    index: int
-    prompt: EncodedPrompt
-    params: Mapping[str, Any]
+OfflineRequest = tuple[int, EncodedPrompt, Mapping[str, Any]]
+"""A number, a prompt to run once under it, and its ``kv_transfer_params``."""
 
 
 class Offline:
@@ -63,7 +58,6 @@ class Offline:
     def __init__(self, llm: Any):
         self._llm = llm
         self._most_tokens = _STEPS_AHEAD * llm.vllm_config.scheduler_config.max_num_batched_tokens
-        self._count = 0
 
     @classmethod
     def start(
@@ -84,15 +78,13 @@ class Offline:
             model=backbone.model.config._name_or_path,  # pyright: ignore[reportPrivateUsage]
             dtype=backbone.fingerprint.dtype,
             disable_log_stats=True,
-            additional_config={
-                KEY: {**config, DESCRIBED: True, "fingerprint": asdict(backbone.fingerprint)}
-            },
+            additional_config={KEY: {**config, DESCRIBED: True}},
             **{"max_model_len": backbone.encoder.max_tokens, **options},
         )
         return cls(LLMEngine.from_engine_args(arguments))
 
-    def run(self, requests: Iterable[OfflineRequest]) -> Generator[tuple[OfflineRequest, Any]]:
-        """Yields each request with vLLM's output, in the order in which they end.
+    def run(self, requests: Iterable[OfflineRequest]) -> Generator[tuple[int, EncodedPrompt, Any]]:
+        """Yields each number and prompt with vLLM's output, in the order in which they end.
 
         Requests are taken when vLLM has room for them; closing the generator cancels those running.
 
@@ -102,21 +94,28 @@ class Offline:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         coming = iter(requests)
-        running: dict[str, OfflineRequest] = {}
+        running: dict[str, EncodedPrompt] = {}
         try:
-            while self._fill(running, coming):
+            while True:
+                while sum(map(len, running.values())) < self._most_tokens:
+                    if (request := next(coming, None)) is None:
+                        break
+                    self._add(*request)
+                    running[str(request[0])] = request[1]
+                if not running:
+                    return
                 try:
                     ended = [output for output in self._llm.step() if output.finished]
                 except EngineDeadError as error:
                     raise SidelightError("vLLM has stopped; its log says why.") from error
                 for output in ended:
-                    request = running.pop(output.request_id)
+                    prompt = running.pop(output.request_id)
                     reason = output.outputs[0].finish_reason
                     if reason not in ("stop", "length"):
                         raise SidelightError(
                             f"vLLM ended a text without reading it ({reason}); its log says why."
                         )
-                    yield request, output
+                    yield int(output.request_id), prompt, output
         finally:
             self._llm.abort_request([*running])
 
@@ -124,29 +123,20 @@ class Offline:
         """Ends vLLM's processes."""
         self._llm.engine_core.shutdown()
 
-    def _fill(self, running: dict[str, OfflineRequest], coming: Iterable[OfflineRequest]) -> bool:
-        """Adds requests while there is room; returns whether any is running."""
+    def _add(self, index: int, prompt: EncodedPrompt, params: Mapping[str, Any]) -> None:
         from vllm.sampling_params import RequestOutputKind
 
         from vllm import SamplingParams
 
-        tokens = sum(len(request.prompt) for request in running.values())
-        while tokens < self._most_tokens and (request := next(iter(coming), None)) is not None:
-            self._count += 1
-            name = str(self._count)
-            # vLLM writes at least one token, which nobody reads.
-            params = SamplingParams(
-                max_tokens=1,
-                temperature=0,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-                extra_args={"kv_transfer_params": dict(request.params)},
-            )
-            text = {"prompt_token_ids": list(request.prompt.token_ids)}
-            self._llm.add_request(name, text, params)
-            running[name] = request
-            tokens += len(request.prompt)
-        return bool(running)
+        # vLLM writes at least one token, which nobody reads.
+        sampling = SamplingParams(
+            max_tokens=1,
+            temperature=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"kv_transfer_params": dict(params)},
+        )
+        self._llm.add_request(str(index), {"prompt_token_ids": [*prompt.token_ids]}, sampling)
 
 
 def predict(
@@ -181,13 +171,13 @@ def predict(
     with TemporaryDirectory(prefix="sidelight-probe-") as folder:
         # A probe that was just trained has no folder for vLLM's processes to read.
         config = {"probes": [str(save_probe(probe, Path(folder)))]}
-        requests = (OfflineRequest(i, p, request_params(p)) for i, p in enumerate(prompts))
+        requests = ((i, prompt, request_params(prompt)) for i, prompt in enumerate(prompts))
         verdicts: dict[int, Verdict] = {}
         with (
             closing(Offline.start(backbone, config, options or {})) as llm,
             progress("Judging", sum(map(len, prompts)), unit="tokens") as shown,
         ):
-            for request, output in llm.run(requests):
+            for index, prompt, output in llm.run(requests):
                 judgement, _ = judgement_of(output.kv_transfer_params)
                 if not judgement.verdicts:
                     raise VerdictError(
@@ -195,17 +185,12 @@ def predict(
                         "the probe reads, or the backbone's arithmetic overflowed."
                     )
                 if probe.spans is not None:
-                    example = examples[request.index]
-                    prompt = example.conversation, example.response
-                    judgement = mark_text(
-                        judgement,
-                        [probe],
-                        *prompt,
-                        request.prompt,
-                        backbone.encoder.places(*prompt),
-                    )
-                verdicts[request.index] = judgement.verdicts[0]
-                shown.advance(len(request.prompt))
+                    example = examples[index]
+                    text = example.conversation, example.response
+                    places = backbone.encoder.places(*text)
+                    judgement = mark_text(judgement, [probe], *text, prompt, places)
+                verdicts[index] = judgement.verdicts[0]
+                shown.advance(len(prompt))
     return [verdicts[i] for i in range(len(prompts))]
 
 
@@ -254,14 +239,12 @@ class VllmSource:
         with TemporaryDirectory(dir=cache.directory) as folder:
             places = {row: Path(folder) / str(row) for row in rows}
             requests = (
-                OfflineRequest(row, prompt, capture_params(prompt, cache.reads, place))
+                (row, cache.prompts[row], capture_params(cache.prompts[row], cache.reads, place))
                 for row, place in places.items()
-                for prompt in [cache.prompts[row]]
             )
-            for request, _ in self.running().run(requests):
-                shown.advance(len(request.prompt))
-                place = places[request.index]
-                yield {request.index: captured(place, self._backbone.fingerprint.layers)}
+            for row, prompt, _ in self.running().run(requests):
+                shown.advance(len(prompt))
+                yield {row: captured(places[row], self._backbone.fingerprint.layers)}
 
     def close(self) -> None:
         """Ends vLLM if it is running."""

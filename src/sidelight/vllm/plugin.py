@@ -225,58 +225,48 @@ def _guard(original: Callable[..., Any], llm: Any, *args: Any, **kwargs: Any) ->
 
 
 def require_arguments(arguments: Any) -> None:
-    """Checks vLLM's version, and that nothing in its ``EngineArgs`` takes the place of our parts.
-
-    Raises:
-        SidelightError: The version is not tested, an option is one that we set, or the files by
-            which the model is identified are not those that vLLM loads.
-    """
+    """Checks vLLM's version, and that no option takes the place of our parts."""
     if Version(vllm.__version__) not in TESTED and not _allows_untested():
         raise SidelightError(
             f"This is vLLM {vllm.__version__}; probes inside vLLM were tested with {TESTED}. "
             f"Install such a version, serve with the transformers engine, or set {UNTESTED}=1 and "
             "compare with 'sidelight parity'."
         )
-    if names := _used(
+    _refuse(
         {
             # It is short for a --kv-transfer-config.
             "--kv-offloading-size": arguments.kv_offloading_size,
             "--scheduler-cls": arguments.scheduler_cls,
             "--worker-extension-cls": arguments.worker_extension_cls,
-        }
-    ):
-        raise SidelightError(
-            f"Probes inside vLLM set {names} themselves. Leave it out, or unset {ENVIRONMENT}."
-        )
-    if names := _used(
+        },
+        f"Probes inside vLLM set {{}} themselves. Leave it out, or unset {ENVIRONMENT}.",
+    )
+    _refuse(
         {
             "--revision": arguments.revision,
             "--tokenizer": arguments.tokenizer not in (None, arguments.model),
             "--tokenizer-revision": arguments.tokenizer_revision,
             "--hf-config-path": arguments.hf_config_path,
             f"--load-format {arguments.load_format}": arguments.load_format not in _LOAD_FORMATS,
-        }
-    ):
-        raise SidelightError(
-            f"Probes inside vLLM belong to a model with its own tokenizer and configuration, and "
-            f"weights in safetensors files, so {names} cannot be used. Name a folder that has the "
-            "files you want."
-        )
+        },
+        "Probes inside vLLM belong to a model with its own tokenizer and configuration, and "
+        "weights in safetensors files, so {} cannot be used. Name a folder that has the files you "
+        "want.",
+    )
 
 
 def require_policy(arguments: Any, probes: Sequence[Probe]) -> None:
     """Checks that the policy fits the probes, and that what enforces it and the keys is there."""
     config, is_server = server_config(), isinstance(arguments, AsyncEngineArgs)
-    policy = config.loaded_policy
-    require_policy_applies(policy, probes)
-    is_enforced = any(bound.is_enforced for bound in bound_rules(policy, probes))
+    require_policy_applies(config.loaded_policy, probes)
     plugins = os.environ.get("VLLM_PLUGINS", "").split(",")
     if is_server and config.access.keys and KEY not in plugins:
         raise SidelightError(
             "SIDELIGHT_API_KEY is set, but the server would not ask for it: vLLM loads what asks "
             "only if VLLM_PLUGINS names it. Set VLLM_PLUGINS=sidelight."
         )
-    if is_enforced and not is_server:
+    rules = bound_rules(config.loaded_policy, probes)
+    if not is_server and any(bound.is_enforced for bound in rules):
         raise SidelightError(
             f"{POLICY} blocks or redacts, and vLLM's LLM class gives its outputs to whoever calls "
             "it. Unset it, or use a server."
@@ -284,12 +274,8 @@ def require_policy(arguments: Any, probes: Sequence[Probe]) -> None:
 
 
 def require_states(arguments: Any) -> None:
-    """Checks that hidden states may be written, and are those of the model's files.
-
-    Raises:
-        SidelightError: Requests, which name the files that are written, could come from a network,
-            or vLLM quantises the model.
-    """
+    """Checks that hidden states may be written, and are those of the model's files."""
+    # Requests name the files that are written.
     if isinstance(arguments, AsyncEngineArgs):
         raise SidelightError(
             "Hidden states are kept offline only. Use vLLM's LLM or LLMEngine, not a server."
@@ -333,26 +319,22 @@ def require_supported(config: Any, probes: Sequence[Probe]) -> None:
         f"the architecture {architecture}": architecture not in ARCHITECTURES,
         f"speculative decoding by {speculation}": speculation and speculation not in _SPECULATION,
     }
-    if not _allows_untested():
-        refused = {**refused, **untested}
-    if names := _used(refused):
-        raise SidelightError(
-            f"Probes inside vLLM do not support: {names}. docs/vllm.md says what they support; "
-            "turn it off, or serve with the transformers engine."
-        )
+    _refuse(
+        refused if _allows_untested() else {**refused, **untested},
+        "Probes inside vLLM do not support: {}. docs/vllm.md says what they support; turn it off, "
+        "or serve with the transformers engine.",
+    )
     if config.device_config.device_type != "cpu":
         _log.warning(
-            "Probes inside vLLM have not run on a GPU yet. On CPUs, verdicts were compared with "
-            "those of transformers, under every schedule that the tests draw; kernels, captured "
-            "graphs and copies between devices are written and have never run. Before you rely on "
-            "a verdict, measure this machine: 'sidelight bench gpu --out gpu-check', or 'make "
-            "gpu-check' in the repository (25 minutes)."
+            "Probes inside vLLM have never run on a GPU. Before you rely on a verdict, measure "
+            "this machine: 'sidelight bench gpu --out gpu-check' (25 minutes)."
         )
 
 
-def _used(options: Mapping[str, Any]) -> str:
-    """Names of those that are set, with commas."""
-    return ", ".join(name for name, value in options.items() if value)
+def _refuse(options: Mapping[str, Any], message: str) -> None:
+    """Refuses those that are set, which the message names."""
+    if names := ", ".join(name for name, value in options.items() if value):
+        raise SidelightError(message.format(names))
 
 
 def _allows_untested() -> bool:

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sidelight.bank import NUMBERS_AT_ONCE, BankState, Panel
@@ -199,11 +199,9 @@ class Worker:
         Raises:
             SidelightError: A probe cannot be served, or there is no room for it.
         """
-        panel, loaded = load_panel(
-            replace(self._served, folders=tuple(folders)), device=self._device
-        )
-        self._stage.require_room(self._projection(panel))
-        self._checked = panel, loaded
+        checked = load_panel(replace(self._served, folders=tuple(folders)), device=self._device)
+        self._stage.require_room(self._projection(checked[0]))
+        self._checked = checked
 
     @torch.inference_mode()
     def load(self, identity: str) -> None:
@@ -234,23 +232,17 @@ class Worker:
             self._stage.receive(layer, stream)
 
     def end_pass(self, tokens: int) -> None:
-        # There are no pages yet while vLLM profiles its memory.
-        if self._pages is not None:
-            slots = pass_slots(self._attention)
-            if slots is None:
-                return
-            if len(slots) != tokens:
-                raise SidelightError(
-                    f"The layers of this model give {tokens} states for {len(slots)} tokens, so "
-                    "Sidelight cannot tell them apart. Serve it without sequence parallelism, or "
-                    "with the transformers engine."
-                )
-            self.keep(slots)
-
-    def keep(self, slots: Int[Tensor, " token"]) -> None:
         """Moves the columns of a forward pass to the KV slots of its tokens."""
-        if self._pages is not None:
-            self._pages.keep(slots)
+        # There are no pages yet while vLLM profiles its memory.
+        if self._pages is None or (slots := pass_slots(self._attention)) is None:
+            return
+        if len(slots) != tokens:
+            raise SidelightError(
+                f"The layers of this model give {tokens} states for {len(slots)} tokens, so "
+                "Sidelight cannot tell them apart. Serve it without sequence parallelism, or with "
+                "the transformers engine."
+            )
+        self._pages.keep(slots)
 
     def judge(self, readings: Sequence[Reading]) -> Future[StepVerdicts]:
         """The verdicts on readings, or their columns if this worker lacks some layers.
