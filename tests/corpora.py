@@ -1,6 +1,6 @@
 """Small labelled corpora with a planted signal: a capital letter that decides the class."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,5 +88,5 @@ def with_curves(probe: Probe) -> Probe:
     curves = {}
     for label in probe.label_thresholds:
         scores = random.random(200)
-        curves[label] = OperatingCurve.of(scores, random.random(200) < scores).to_dict()
+        curves[label] = asdict(OperatingCurve.of(scores, random.random(200) < scores))
     return replace(probe, record={"validation": {"curves": curves}})

@@ -1,6 +1,7 @@
 """Thresholds follow their rule, lean on the calibration where texts are few, and warn of it."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_a_curve_is_bounded_and_loses_little(texts, rule):
     whole = OperatingCurve.of(scores, holds, points=texts + 1)
     bounded = OperatingCurve.of(scores, holds)
     assert len(bounded.thresholds) <= POINTS
-    assert len(json.dumps(bounded.to_dict())) < 10_000
+    assert len(json.dumps(asdict(bounded))) < 10_000
     assert bounded.thresholds[0] == whole.thresholds[0]
     assert bounded.thresholds[-1] == whole.thresholds[-1]
     rule = ThresholdRule.parse(rule)
@@ -173,11 +174,11 @@ def test_a_curve_is_bounded_and_loses_little(texts, rule):
 def test_curves_survive_json_exactly_and_damaged_ones_are_refused():
     scores = np.random.default_rng(0).random((50, 3))
     curves = operating_curves(MULTILABEL, scores, (scores > 0.6).astype(int))
-    stored = {label: curve.to_dict() for label, curve in curves.items()}
+    stored = {label: asdict(curve) for label, curve in curves.items()}
     assert tuple(curves) == MULTILABEL.labels
     assert read_curves(json.loads(json.dumps(stored))) == curves
     curve = OperatingCurve((0.7, 0.2), (0, 1), (0, 1), (0.0, 1.1), 1, 1)
-    assert read_curves({"x": curve.to_dict()}) == {"x": curve}
+    assert read_curves({"x": asdict(curve)}) == {"x": curve}
     for change in (
         {"thresholds": []}, {"thresholds": [0.5, 0.5]}, {"thresholds": [1.5, 0.6]},
         {"thresholds": [0.5, float("nan")]}, {"thresholds": [i / 1000 for i in range(200, 0, -1)]},
@@ -185,7 +186,7 @@ def test_curves_survive_json_exactly_and_damaged_ones_are_refused():
         {"expected": [0.1]}, {"surprise": 1},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="x"):
-            read_curves({"x": curve.to_dict() | change})
+            read_curves({"x": asdict(curve) | change})
 
 
 @pytest.mark.parametrize(

@@ -76,13 +76,9 @@ class Calibration:
         """Calibrated probabilities; in a multi-class task, each row sums to 1.
 
         Raises:
-            SidelightError: The logits have another number of outputs, or are NaN or infinite.
+            SidelightError: A logit is NaN or infinite.
         """
-        if logits.ndim != 2 or logits.shape[1] != len(self.scale):
-            raise SidelightError(
-                f"Got logits of shape {logits.shape}, but this calibration was fitted to "
-                f"[row, {len(self.scale)}]. Use the calibration that was saved with the probe."
-            )
+        assert logits.shape[1:] == (len(self.scale),), logits.shape
         if not np.isfinite(logits).all():
             raise SidelightError(
                 "Got NaN or infinite logits, wanted finite ones. The hidden states may overflow in "

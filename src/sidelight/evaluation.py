@@ -159,8 +159,7 @@ def evaluate(
         seed: Seed of the resamples.
 
     Raises:
-        SidelightError: The arrays do not fit the task or each other, hold NaN, or are not
-            probabilities (see `metrics.decide`).
+        SidelightError: A probability is NaN.
     """
     predictions = decide(
         task, probabilities, labels, thresholds=thresholds, row_thresholds=row_thresholds

