@@ -43,7 +43,7 @@ from sidelight.vllm.settings import (
     named_columns,
     named_folders,
 )
-from sidelight.vllm.worker import LayerColumns, RequestJudge, Worker, load_panel
+from sidelight.vllm.worker import LayerColumns, RequestJudge, Worker
 from tiny import TOPICS, tiny_backbone, untrained_probe
 from vllm_served import followed
 
@@ -357,7 +357,7 @@ def pass_of(worker, backbone, readings=(READING,)):
 def test_a_worker_keeps_its_stage_when_the_cache_comes(backbone, folders):
     """Graphs may have been captured before that: what passes through a tap lands in its pages."""
     worker = worker_of(backbone, folders["old"])
-    columns = load_panel(worker._served)[0].projection.shift
+    columns = RequestJudge.load(worker._served).panel.projection.shift
     # One float32 number for each.
     assert worker.bytes_per_token == columns.numel() * 4
     for layer, states in enumerate(states_of(backbone, range(10, 14))):

@@ -13,7 +13,7 @@ from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.vllm.internals import Step, full_group, steps_of
 from sidelight.vllm.requests import Tracking, request_params
 from sidelight.vllm.settings import KEY, Served
-from sidelight.vllm.worker import LayerColumns, Loaded, RequestJudge, StepVerdicts, load_panel
+from sidelight.vllm.worker import LayerColumns, Loaded, RequestJudge, StepVerdicts
 from tiny import tiny_backbone, untrained_probe
 
 
@@ -21,7 +21,8 @@ def test_a_share_of_a_request_that_has_ended_leaves_no_state():
     """Under pipeline parallel a step may still run when its request ends."""
     from sidelight.vllm.connector import ProbeConnector, Results
 
-    judge = RequestJudge(Panel([untrained_probe(tiny_backbone(), "late", reads=Reads("both"))]))
+    panel = Panel([untrained_probe(tiny_backbone(), "late", reads=Reads("both"))])
+    judge = RequestJudge(panel, Loaded(identity="old"))
     tracking = Tracking(reads_responses=True)
     prompt = EncodedPrompt((5, 6, 7), (Part.PROMPT,) * 3)
     for request_id in ("ended", "running"):
@@ -31,8 +32,8 @@ def test_a_share_of_a_request_that_has_ended_leaves_no_state():
     shares = [LayerColumns(reading, 0, columns) for reading in tracking.plan(steps)]
     tracking.leave("ended")
     connector = object.__new__(ProbeConnector)
-    connector.tracking, connector._judge, connector._identity = tracking, judge, "old"
-    connector.take(Results(StepVerdicts(columns=shares, probes=Loaded(identity="old"))))
+    connector.tracking, connector._judge = tracking, judge
+    connector.take(Results(StepVerdicts(columns=shares, probes=judge.loaded)))
     assert list(judge._states) == ["running"]
     assert "verdicts" in tracking.report("running")[KEY]
 
@@ -46,13 +47,12 @@ def test_the_scheduler_follows_its_stages_to_other_probes_or_gives_no_verdict(tm
         Served((str(save_probe(probe, tmp_path / probe.name)),), backbone.fingerprint)
         for probe in probes
     ]
-    panel, old = load_panel(served[0])
-    _, new = load_panel(served[1])
+    judge = RequestJudge.load(served[0])
+    old, new = judge.loaded, RequestJudge.load(served[1]).loaded
     prompt = EncodedPrompt((5, 6, 7), (Part.PROMPT,) * 3)
-    columns = torch.zeros(3, backbone.fingerprint.layers, panel.projection.weight.shape[-1])
+    columns = torch.zeros(3, backbone.fingerprint.layers, judge.panel.projection.weight.shape[-1])
     connector = object.__new__(ProbeConnector)
-    connector._served, connector._identity = served[0], old.identity
-    connector._judge = RequestJudge(panel)
+    connector._served, connector._judge = served[0], judge
 
     def judged_after(loaded):
         connector.tracking = Tracking(reads_responses=False)

@@ -145,7 +145,7 @@ class Terms:
         shown = self.shown(decisions)
         verdicts = [verdict_json(d.verdict) for d in shown if d.verdict is not None]
         failed = dict.fromkeys(d.rule.name for d in shown if d.verdict is None)
-        return [*verdicts, *map(_failure_json, failed)]
+        return [*verdicts, *({"probe": name, "error": "verdict_failed"} for name in failed)]
 
     def headers(self, decisions: Sequence[Decision]) -> dict[str, str]:
         """The headers of an answer: verdicts, and marks of every probe for a gateway."""
@@ -365,7 +365,9 @@ def _verdict_header(decisions: Sequence[Decision]) -> dict[str, str]:
         }
         for v, entry in zip(verdicts, short, strict=True)
     ]
-    failed = [_failure_json(d.rule.name) for d in decisions if d.verdict is None]
+    failed = [
+        {"probe": d.rule.name, "error": "verdict_failed"} for d in decisions if d.verdict is None
+    ]
     too_long = [{"error": "too_long"}]
     texts = [
         json.dumps(each, separators=(",", ":"))
@@ -397,10 +399,6 @@ def _failure(failed: Sequence[Decision]) -> str:
             "judge. Treat the text as not judged."
         )
     return " ".join(reasons)
-
-
-def _failure_json(probe: str) -> Json:
-    return {"probe": probe, "error": "verdict_failed"}
 
 
 def _error(code: str, message: str) -> Json:

@@ -276,18 +276,14 @@ def _require_known_keys(path: Path, table: Mapping[str, Any]) -> None:
     tables: list[tuple[str, Any, set[str]]] = [("", table, {key.name for key in fields(Policy)})]
     for side, keys in _RULE_KEYS.items():
         rules = table.get(side)
-        if isinstance(rules, dict):
-            tables += [
-                (f"{side}.{name}.", rule, _REDACT_KEYS if _redacts(rule) else keys)
-                for name, rule in rules.items()
-            ]
-    for place, own, known in tables:
-        for key in own if isinstance(own, dict) else ():
+        # What is no table is refused by its type.
+        for name, rule in rules.items() if isinstance(rules, dict) else ():
+            if isinstance(rule, dict):
+                redacts = rule.get("mode") == "redact"
+                tables.append((f"{side}.{name}.", rule, _REDACT_KEYS if redacts else keys))
+    for place, keys_of, known in tables:
+        for key in keys_of:
             if key not in known:
                 raise SidelightError(
                     f"{path} has an unknown key: {place}{key}.{did_you_mean(key, known)}"
                 )
-
-
-def _redacts(rule: Any) -> bool:
-    return isinstance(rule, dict) and rule.get("mode") == "redact"

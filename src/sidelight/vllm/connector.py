@@ -42,7 +42,6 @@ from sidelight.vllm.worker import (
     RequestJudge,
     StepVerdicts,
     current_worker,
-    load_panel,
 )
 
 _log = init_logger("vllm.sidelight")
@@ -96,14 +95,12 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             end_with_parent()
             served = Served.of(vllm_config)
             assert served is not None
-            panel, loaded = load_panel(served)
-            self._identity = loaded.identity
-            self._served, self._judge = served, RequestJudge(panel)
+            self._served, self._judge = served, RequestJudge.load(served)
             self.tracking = Tracking(
-                reads_responses=panel.late is not None,
+                reads_responses=self._judge.loaded.reads_responses,
                 prompt_of=described_prompt if served.is_described else self._recognised,
             )
-            self._encoder = prompt_encoder(vllm_config, panel.probes)
+            self._encoder = prompt_encoder(vllm_config, self._judge.panel.probes)
 
     # Beside the scheduler.
 
@@ -160,15 +157,14 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _follows(self, loaded: Loaded) -> bool:
         """Whether the probes here are those of the stages, which may have taken others."""
-        if loaded.identity not in ("", self._identity):
+        if loaded.identity not in ("", self._judge.loaded.identity):
             try:
-                panel, changed = load_panel(replace(self._served, folders=loaded.folders))
+                self._judge = RequestJudge.load(replace(self._served, folders=loaded.folders))
             # An error here would end the engine.
             except (SidelightError, OSError):
                 _log.exception("The scheduler cannot load the probes of its workers.")
                 return False
-            self._judge, self._identity = RequestJudge(panel), changed.identity
-        return loaded.identity == self._identity
+        return loaded.identity == self._judge.loaded.identity
 
     def request_finished(
         self, request: Any, block_ids: list[int]

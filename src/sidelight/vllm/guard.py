@@ -216,7 +216,7 @@ class EngineGuard:
         if prompt.keys() <= {"prompt", "cache_salt"}:
             # As vLLM's own reading of a text gives them.
             prompt = {**prompt, "prompt_token_ids": self._tokenizer(prompt["prompt"])["input_ids"]}
-        encoded = await self.recogniser.recognise(prompt)
+        encoded = await asyncio.to_thread(self.recogniser.recognise, prompt)
         await asyncio.to_thread(self.recogniser.require_read, encoded, client.terms)
         words = ""
         if encoded is not None and self.observer.audit is not None:

@@ -3,11 +3,11 @@
 ``plugin`` wraps methods of ``AsyncLLM``, ``EngineArgs``, ``BaseModelLoader`` and ``Executor``;
 ``guard`` wraps one of ``BeamSearchOnlineMixin``, and replaces three of each ``AsyncLLM``. Others
 use ``Scheduler.update_from_output``, ``MultiConnector._connectors`` and its
-``_requests_to_connector`` (``connector``), ``OutputProcessor.process_outputs`` (``outputs``),
-``merge_async_iterators`` and ``RequestOutput.add`` (``answers``),
+``_requests_to_connector`` (``connector``), ``OutputProcessor.process_outputs`` and its
+``request_states`` (``outputs``), ``merge_async_iterators`` and ``RequestOutput.add`` (``answers``),
 ``OutputProcessor.has_unfinished_requests`` and the number of API servers (``engine``),
-``ResponsesResponse.from_request`` (``endpoint``), and
-``AsyncLLM.shutdown`` (``server``); the rest of the names are here.
+``ResponsesResponse.from_request`` (``endpoint``), and ``AsyncLLM.shutdown`` (``server``); the rest
+of the names are here.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -154,15 +154,6 @@ def quantisation(arguments: Any) -> str:
     if str(options["kv_cache_dtype"]).startswith(_CACHES_OF_FLOATS):
         del options["kv_cache_dtype"]
     return ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
-
-
-def named_outputs(processor: Any, outputs: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """Each output that vLLM is about to process, with its caller's name for the request."""
-    for output in outputs:
-        state = processor.request_states.get(output.request_id)
-        # vLLM may still write for a request that has been cancelled.
-        if state is not None:
-            yield state.external_req_id, output
 
 
 def end_with_parent() -> None:

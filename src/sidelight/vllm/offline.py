@@ -22,7 +22,6 @@ from torch import Tensor
 
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
-from sidelight.bank import Panel
 from sidelight.data.examples import Example
 from sidelight.engines.marks import mark_text
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
@@ -41,7 +40,7 @@ from sidelight.vllm.settings import (
     require_options,
     require_vllm,
 )
-from sidelight.vllm.worker import RequestJudge, Worker
+from sidelight.vllm.worker import Worker, log
 
 # How much vLLM is given, in full steps: one runs while the next waits, so that none is half empty.
 _STEPS_AHEAD = 2
@@ -301,35 +300,13 @@ class StateStage(Stage):
         self.rows[layer, : len(stream)].copy_(stream)
 
 
-class StateWriter(RequestJudge):
-    """Writes the hidden states of readings where probes would judge them."""
-
-    def __init__(self, first_layer: int):
-        super().__init__(Panel([]))
-        self._first_layer = first_layer
-
-    def judge(
-        self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
-    ) -> Mapping[str, Judgement]:
-        pieces = columns.split([len(reading.parts) for reading in readings])
-        for reading, states in zip(readings, pieces, strict=True):
-            is_read = torch.frombuffer(bytearray(reading.parts), dtype=torch.uint8) != Part.UNREAD
-            hidden = states[is_read].transpose(0, 1).contiguous()
-            save_file({_STATES: hidden}, f"{reading.path}.{self._first_layer}")
-        return {reading.request_id: Judgement() for reading in readings}
-
-    def fail(self, readings: Sequence[Reading]) -> dict[str, Judgement]:
-        return {reading.request_id: Judgement(failed=(_STATES,)) for reading in readings}
-
-
 class StateWorker(Worker):
-    """Holds the hidden states of one worker process."""
+    """Holds the hidden states of one worker process, and writes those of readings to files."""
 
     def __init__(self, served: Served, *, layers: range, tokens: int, device: torch.device):
         super().__init__(served, layers=layers, tokens=tokens, device=device)
         self._stage = StateStage.of(self._stage, served.fingerprint.width)
         self._columns = self._stage.columns
-        self._judge = StateWriter(layers.start)
         # Each pipeline stage writes the states of its layers.
         self._is_whole = True
 
@@ -338,3 +315,20 @@ class StateWorker(Worker):
         # Layer by layer: those of a long text would take much of a GPU's memory.
         slots = self._pages.slots(readings)
         return torch.stack([rows[slots].cpu() for rows in self._pages.rows.unbind(1)], 1)
+
+    def _judged(
+        self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
+    ) -> Mapping[str, Judgement]:
+        judgements: dict[str, Judgement] = {}
+        pieces = columns.split([len(reading.parts) for reading in readings])
+        for reading, states in zip(readings, pieces, strict=True):
+            is_read = torch.frombuffer(bytearray(reading.parts), dtype=torch.uint8) != Part.UNREAD
+            hidden = states[is_read].transpose(0, 1).contiguous()
+            judgements[reading.request_id] = Judgement()
+            try:
+                save_file({_STATES: hidden}, f"{reading.path}.{self._layers.start}")
+            # As for verdicts, vLLM would wait for the step's output.
+            except Exception:  # noqa: BLE001
+                log.exception("Hidden states cannot be written to %s.", reading.path)
+                judgements[reading.request_id] = Judgement(failed=(_STATES,))
+        return judgements

@@ -11,7 +11,6 @@ from sidelight.engines.base import GenerationError
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt
 from sidelight.types import Judgement
-from sidelight.vllm.internals import named_outputs
 from sidelight.vllm.requests import judgement_of, request_params
 from sidelight.vllm.settings import KEY
 
@@ -106,9 +105,11 @@ class OutputListener:
         return reports[-1] if reports else None
 
     def _hear(self, outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        for name, output in named_outputs(self._processor, outputs):
-            if name in self._listeners:
-                identity, listener = self._listeners[name]
+        for output in outputs:
+            # vLLM may still write for a request that has been cancelled.
+            state = self._processor.request_states.get(output.request_id)
+            if state is not None and state.external_req_id in self._listeners:
+                identity, listener = self._listeners[state.external_req_id]
                 report = (output.kv_transfer_params or {}).get(KEY, {})
                 if "verdicts" in report and report.get("identity") != identity:
                     error = "Other probes have judged than those that the request began with."

@@ -2,7 +2,6 @@
 
 # pyright: reportMissingImports=false
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import partial
@@ -37,13 +36,13 @@ class PromptRecogniser:
         self.template: tuple[str | None, Mapping[str, Any]] = (None, {})
         self._heads: tuple[date | None, Sequence[tuple[int, ...]]] = (None, ())
 
-    async def recognise(self, prompt: Mapping[str, Any]) -> EncodedPrompt | None:
+    def recognise(self, prompt: Mapping[str, Any]) -> EncodedPrompt | None:
         """What the tokens of vLLM's form of a prompt belong to; None: no probe can tell."""
         ids = prompt.get("prompt_token_ids")
         if ids is None or prompt.get("type", "token") != "token":
             return None
         try:
-            return await asyncio.to_thread(self._encoder.recognise, ids)
+            return self._encoder.recognise(ids)
         # Ids that the tokenizer does not take.
         except (OverflowError, TypeError, ValueError):
             return None

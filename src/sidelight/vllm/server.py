@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from math import ceil
 from typing import Any
@@ -112,21 +112,13 @@ def arguments(config: ServerConfig, model: str, path: str) -> list[str]:
     return [word for name, value in options.items() for word in _words(name, value)]
 
 
-def _words(name: str, value: Any) -> Iterator[str]:
+def _words(name: str, value: Any) -> list[str]:
     option = name.replace("_", "-")
-    match value:
-        case bool():
-            yield f"--{option}" if value else f"--no-{option}"
-        case list() if name not in _JSON_LISTS:
-            yield f"--{option}"
-            yield from map(_word, value)
-        case _:
-            yield f"--{option}"
-            yield _word(value)
-
-
-def _word(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+    if isinstance(value, bool):
+        return [f"--{option}" if value else f"--no-{option}"]
+    values = value if isinstance(value, list) and name not in _JSON_LISTS else [value]
+    words = (json.dumps(each) if isinstance(each, dict | list) else str(each) for each in values)
+    return [f"--{option}", *words]
 
 
 def _require_places(config: ServerConfig) -> None:

@@ -27,7 +27,7 @@ from sidelight.vllm.internals import pass_slots
 from sidelight.vllm.settings import Served, identity_of
 
 # vLLM shows what is logged under its own name.
-_log = logging.getLogger("vllm.sidelight")
+log = logging.getLogger("vllm.sidelight")
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,29 @@ class StepVerdicts:
 
 
 class RequestJudge:
-    """Judges readings, and keeps what the probes of the response know of running requests."""
+    """Judges readings, and keeps what the probes of the response know of running requests.
 
-    def __init__(self, panel: Panel):
-        self.panel = panel
+    Attributes:
+        panel: The probes.
+        loaded: Which they are.
+    """
+
+    def __init__(self, panel: Panel, loaded: Loaded | None = None):
+        self.panel, self.loaded = panel, loaded or Loaded()
         self._states: dict[str, BankState | None] = {}
         self._broken: set[str] = set()
+
+    @classmethod
+    def load(cls, served: Served, *, device: torch.device | str = "cpu") -> "RequestJudge":
+        """One with the probes as they are on disk now.
+
+        Raises:
+            SidelightError: One is damaged, two share a name, or one belongs to another model.
+        """
+        probes = served.load()
+        panel = Panel(probes, device=device)
+        identity = identity_of(probe.version for probe in probes)
+        return cls(panel, Loaded(served.folders, identity, panel.late is not None))
 
     def judge(
         self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
@@ -180,10 +197,8 @@ class Worker:
         self._is_blind = False
         self._is_whole = len(layers) == served.fingerprint.layers
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._checked = load_panel(served, device=device)
-        panel, self._loaded = self._checked
-        self._judge = RequestJudge(panel)
-        projection = self._projection(panel)
+        self._judge = self._checked = RequestJudge.load(served, device=device)
+        projection = self._projection(self._judge.panel)
         self._columns = projection.shift.shape[1]
         self._stage = Stage.empty(projection, tokens=tokens, columns=served.columns)
         set_receiver(self)
@@ -199,8 +214,9 @@ class Worker:
         Raises:
             SidelightError: A probe cannot be served, or there is no room for it.
         """
-        checked = load_panel(replace(self._served, folders=tuple(folders)), device=self._device)
-        self._stage.require_room(self._projection(checked[0]))
+        served = replace(self._served, folders=tuple(folders))
+        checked = RequestJudge.load(served, device=self._device)
+        self._stage.require_room(self._projection(checked.panel))
         self._checked = checked
 
     @torch.inference_mode()
@@ -210,17 +226,16 @@ class Worker:
         Raises:
             SidelightError: Those have another identity.
         """
-        panel, loaded = self._checked
-        if loaded.identity != identity:
+        if self._checked.loaded.identity != identity:
             raise SidelightError("These probes were not checked before they were loaded.")
-        projection = self._projection(panel)
+        projection = self._projection(self._checked.panel)
         # Wait for pending verdicts of the old probes.
         self._thread.submit(int).result()
         self._stage.load(projection)
         if self._pages is not None:
             self._pages.clear()
         self._columns = projection.shift.shape[1]
-        self._judge, self._loaded = RequestJudge(panel), loaded
+        self._judge = self._checked
 
     @property
     def bytes_per_token(self) -> int:
@@ -250,7 +265,8 @@ class Worker:
         To be called after each forward pass, also if there is nothing to read. Reads no value of
         the device and waits for nothing; the future does.
         """
-        has_kept = self._pages.has_kept() if self._pages else torch.ones((), dtype=torch.bool)
+        assert self._pages is not None
+        has_kept = self._pages.has_kept()
         pieces = [(group, self._read(group)) for group in self._in_turn(readings)]
         columns = [has_kept, *(gathered for _, gathered in pieces)]
         ready: torch.cuda.Event | None = None
@@ -280,7 +296,7 @@ class Worker:
                 self._stream.wait_event(ready)
             if not self._is_blind and not has_kept.item():
                 self._is_blind = True
-                _log.error(
+                log.error(
                     "vLLM ran a forward pass whose columns were not kept, so no probe gives a "
                     "verdict from now on. Restart the engine."
                 )
@@ -297,7 +313,8 @@ class Worker:
                         LayerColumns(reading, first, part)
                         for reading, part in zip(readings, split, strict=True)
                     ]
-        return StepVerdicts(judgements, of_layers, time.perf_counter() - start, self._loaded)
+        seconds = time.perf_counter() - start
+        return StepVerdicts(judgements, of_layers, seconds, self._judge.loaded)
 
     def _judged(
         self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
@@ -305,8 +322,8 @@ class Worker:
         try:
             return self._judge.judge(readings, columns)
         # An error in this thread would leave vLLM waiting for the step's output.
-        except Exception:  # noqa: BLE001
-            _log.exception("Judging failed, so %d requests have no verdict.", len(readings))
+        except Exception:
+            log.exception("Judging failed, so %d requests have no verdict.", len(readings))
             return self._judge.fail(readings)
 
     def _in_turn(self, readings: Sequence[Reading]) -> Iterator[list[Reading]]:
@@ -323,10 +340,8 @@ class Worker:
             yield group
 
     def _read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
-        if self._pages is not None:
-            return self._pages.read(readings)[..., : self._columns]
-        tokens = sum(len(reading.parts) for reading in readings)
-        return torch.empty(tokens, len(self._layers), 0)
+        assert self._pages is not None
+        return self._pages.read(readings)[..., : self._columns]
 
     def _projection(self, panel: Panel) -> Projection:
         """The columns of these probes from the layers of this worker."""
@@ -337,18 +352,6 @@ class Worker:
             return Projection(nothing, nothing[:, 0])
         local = slice(self._layers.start, self._layers.stop)
         return Projection(whole.weight[local], whole.shift[local], whole.is_normalised)
-
-
-def load_panel(served: Served, *, device: torch.device | str = "cpu") -> tuple[Panel, Loaded]:
-    """The probes as they are on disk now, and which these are.
-
-    Raises:
-        SidelightError: One is damaged, two share a name, or one belongs to another model.
-    """
-    probes = served.load()
-    panel = Panel(probes, device=device)
-    identity = identity_of(probe.version for probe in probes)
-    return panel, Loaded(served.folders, identity, panel.late is not None)
 
 
 def current_worker() -> Worker:
