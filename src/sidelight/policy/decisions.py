@@ -63,9 +63,7 @@ class Decision:
     @property
     def route(self) -> str | None:
         """Where a gateway should send the request; None: the rule names no place."""
-        if self.is_blocking or self.rule.mode != "route":
-            return None
-        return _route(self.rule, self.verdict)
+        return _route(self.rule, self.verdict) if self.rule.mode == "route" else None
 
 
 class PolicyError(SidelightError):

@@ -128,8 +128,25 @@ class Terms:
 
     @cached_property
     def categories(self) -> CategoryNames:
-        """Of all probes that clients see."""
-        return category_names([bound.probe for bound in self.rules if not bound.is_shadow])
+        """Of all probes that clients see; a name that two of them share is ``probe/name``."""
+        unprefixed: dict[str, dict[str, str]] = {}
+        for bound in self.rules:
+            if bound.is_shadow:
+                continue
+            task = bound.probe.task
+            unprefixed[bound.name] = {label: label for label in task.labels}
+            if task.kind == "binary":
+                positive = task.labels[1]
+                says_only_yes = positive.lower() in _TRUTH_LABELS
+                unprefixed[bound.name] = {positive: bound.name if says_only_yes else positive}
+        uses = Counter(name for names in unprefixed.values() for name in names.values())
+        return {
+            probe: {
+                label: name if uses[name] == 1 else f"{probe}/{name}"
+                for label, name in names.items()
+            }
+            for probe, names in unprefixed.items()
+        }
 
     def reported(self, decisions: Iterable[Decision]) -> list[Decision]:
         """Only those of the chosen probes, whether or not the client sees them."""
@@ -270,25 +287,6 @@ class Outcome:
 def _admitted(texts: Sequence[Enforcement]) -> Admitted | None:
     """That of a prompt, by the first of its texts that was admitted."""
     return next((text.admitted for text in texts if text.admitted), None)
-
-
-def category_names(probes: Sequence[Probe]) -> CategoryNames:
-    """Each label's name where it is unique, ``probe/name`` where probes share one."""
-    unprefixed: dict[str, dict[str, str]] = {}
-    for probe in probes:
-        labels = probe.task.labels
-        categories = {label: label for label in labels}
-        if probe.task.kind == "binary":
-            says_only_yes = labels[1].lower() in _TRUTH_LABELS
-            categories = {labels[1]: probe.name if says_only_yes else labels[1]}
-        unprefixed[probe.name] = categories
-    uses = Counter(name for names in unprefixed.values() for name in names.values())
-    return {
-        probe: {
-            label: name if uses[name] == 1 else f"{probe}/{name}" for label, name in names.items()
-        }
-        for probe, names in unprefixed.items()
-    }
 
 
 def category_fields(verdicts: Sequence[Verdict], names: CategoryNames) -> Json:

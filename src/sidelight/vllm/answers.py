@@ -158,11 +158,11 @@ class GuardedText:
         self._early = early_names(probes)
         self._late = frozenset(probe.name for probe in probes) - self._early
         self._prompt_tokens = 0 if call.encoded is None else len(call.encoded)
-        self._kind, kinds = call.params.output_kind, RequestOutputKind
+        self._kind = call.params.output_kind
         self._params = own_params(call.params, index, call.encoded)
-        if self._watch or self._kind != kinds.FINAL_ONLY:
+        if self._watch or self._kind != RequestOutputKind.FINAL_ONLY:
             # What is judged before the end may be all that is sent.
-            self._params.output_kind = kinds.DELTA
+            self._params.output_kind = RequestOutputKind.DELTA
         if self._watch:
             # A place is kept free, so that the last token can be judged too.
             room = max(1, call.engine.max_tokens - self._prompt_tokens)

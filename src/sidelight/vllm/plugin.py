@@ -61,33 +61,17 @@ _GRAPH = {KEY: "taps-1"}
 TESTED = SpecifierSet(">=0.32,<0.34")
 UNTESTED = "SIDELIGHT_VLLM_UNTESTED"
 """Set it to 1 to allow versions, devices and architectures that have not been tested."""
-DEVICES = frozenset({"cpu", "cuda"})
-ARCHITECTURES = frozenset(
-    {
-        "Gemma2ForCausalLM",
-        "Gemma3ForCausalLM",
-        "Gemma3ForConditionalGeneration",
-        "Glm4ForCausalLM",
-        "Glm4MoeForCausalLM",
-        "GptOssForCausalLM",
-        "GraniteForCausalLM",
-        "Llama4ForCausalLM",
-        "LlamaForCausalLM",
-        "Mistral3ForConditionalGeneration",
-        "MistralForCausalLM",
-        "Olmo2ForCausalLM",
-        "Olmo3ForCausalLM",
-        "Phi3ForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-        "Qwen3MoeForCausalLM",
-    }
-)
+ARCHITECTURES = {
+    "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Glm4ForCausalLM",
+    "Glm4MoeForCausalLM", "GptOssForCausalLM", "GraniteForCausalLM", "Llama4ForCausalLM",
+    "LlamaForCausalLM", "Mistral3ForConditionalGeneration", "MistralForCausalLM",
+    "Olmo2ForCausalLM", "Olmo3ForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
+}  # fmt: skip
 """Each has a parity test (``tests/matrix/vllm/test_families.py``)."""
 _SEVERAL_STREAMS = {
     "DeepseekV4ForCausalLM", "Gemma3nForCausalLM", "Gemma3nForConditionalGeneration",
 }  # fmt: skip
-_SPECULATION = {"ngram", "draft_model"}
 # Those that read a checkpoint's safetensors files; "dummy", random weights, is for benchmarks.
 _LOAD_FORMATS = {
     "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "runai_streamer",
@@ -315,9 +299,10 @@ def require_supported(config: Any, probes: Sequence[Probe]) -> None:
     }
     untested = {
         f"the device {config.device_config.device_type}": config.device_config.device_type
-        not in DEVICES,
+        not in ("cpu", "cuda"),
         f"the architecture {architecture}": architecture not in ARCHITECTURES,
-        f"speculative decoding by {speculation}": speculation and speculation not in _SPECULATION,
+        f"speculative decoding by {speculation}": speculation
+        and speculation not in ("ngram", "draft_model"),
     }
     _refuse(
         refused if _allows_untested() else {**refused, **untested},
