@@ -242,7 +242,7 @@ def test_a_developer_speaks_as_the_system(name):
     assert by_developer == by_system
 
 
-def test_long_conversations_are_encoded_as_short_ones():
+def test_long_conversations_are_encoded_as_short_ones_and_kept_nowhere():
     own = encoder(CHATML)
     turns = [Message(role, "a b") for _ in range(120) for role in ("user", "assistant")]
     long = own.encode(turns)
@@ -251,11 +251,4 @@ def test_long_conversations_are_encoded_as_short_ones():
     assert long.token_ids[:shared] == begun.token_ids[:shared]
     assert long.parts[:shared] == begun.parts[:shared]
     assert words(long, Part.PROMPT, Part.REPLY) == "a b" * 240
-
-
-def test_blanks_around_a_text_are_kept_as_they_are_and_nowhere_else():
-    own = encoder(CHATML)
-    own.encode([user("a")])
-    cached = own._contents._cached_controls.cache_info().currsize
-    assert own.encode([user(" " * 20_000 + "a b" + "\n" * 20_000)])
-    assert own._contents._cached_controls.cache_info().currsize == cached
+    assert own._cached_frame.cache_info().currsize == 3

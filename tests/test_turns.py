@@ -209,10 +209,11 @@ def test_a_system_prompt_marked_by_words_inside_a_turn_is_part_of_that_turn(make
     assert "zqz" in text.replace(" ", "")
 
 
-def test_a_day_that_changes_is_read(monkeypatch):
+def test_a_day_that_changes_changes_the_frame(monkeypatch):
     encoder = PromptEncoder(family_tokenizer("granite"), prompt_format="chat", max_tokens=999)
     for day in (datetime(2026, 5, 31), datetime(2026, 6, 1)):
-        clock = SimpleNamespace(now=lambda day=day: day)
+        clock = SimpleNamespace(now=lambda day=day: day, today=lambda day=day: day.date())
         monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        monkeypatch.setattr("sidelight.prompts.encode.date", clock)
         ids = encoder.encode([Message("user", "Hello")]).token_ids
         assert day.strftime("%B %d") in text_of(encoder, ids)

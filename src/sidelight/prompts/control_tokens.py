@@ -57,10 +57,6 @@ def control_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     }
 
 
-# Blanks that a client writes at the ends of a text stand in the pieces of the template.
-_CACHED_CHARACTERS = 10_000
-
-
 @dataclass(frozen=True)
 class Tokenised:
     """Token ids, and the characters that each covers."""
@@ -107,12 +103,11 @@ class ContentTokenizer:
         Raises:
             SidelightError: The tokenizer cannot write a content without a control token.
         """
-        controls: list[Control] = []
-        for begin, stop in template:
-            is_short = stop - begin <= _CACHED_CHARACTERS
-            find = self._cached_controls if is_short else self._find_controls
-            found = find(text[begin:stop])
-            controls += [(token_id, begin + start, begin + end) for token_id, start, end in found]
+        controls = [
+            (token_id, begin + start, begin + end)
+            for begin, stop in template
+            for token_id, start, end in self._cached_controls(text[begin:stop])
+        ]
         tokens = self._tokenise(text, add_special_tokens=False)
         if self._has_only(controls, tokens, text):
             return tokens

@@ -4,12 +4,12 @@
 """
 
 import json
-import secrets
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import accumulate, pairwise
+from datetime import date
+from functools import cached_property, lru_cache
+from itertools import accumulate
 
 from jinja2 import TemplateError
 
@@ -81,8 +81,8 @@ class _Written:
         return places
 
 
-# Stands for each text where only what the template writes around texts matters.
-_ANY_TEXT = "text"
+# What a template writes around longer conversations is not cached.
+_CACHED_TURNS = 200
 _USE_RAW = "train with the raw prompt format (--set format=raw)"
 
 
@@ -105,6 +105,8 @@ class PromptEncoder:
         self._contents = ContentTokenizer(tokenizer)
         self.prompt_format: PromptFormat = prompt_format
         self.max_tokens = max_tokens
+        # Clients choose the sequences of roles, so both their number and length are bounded.
+        self._cached_frame = lru_cache(maxsize=256)(self._render_frame)
 
     @cached_property
     def chat_format(self) -> ChatFormat:
@@ -237,14 +239,22 @@ class PromptEncoder:
         turns = [replace(m, role="system") if m.role == "developer" else m for m in messages]
         if response is not None:
             turns.append(Message("assistant", response))
-        pieces = self._pieces(turns, for_generation=response is None)
-        edges = [0, *accumulate(map(len, pieces))]
-        bounds = list(pairwise(edges))
-        tokens = self._contents.encode_chat("".join(pieces), bounds[::2])
-        skipped = [turn.content.find(text) for turn, text in zip(turns, pieces[1::2], strict=True)]
-        frame = _ANY_TEXT.join(pieces[::2])
-        ids = self._tokenizer(frame, add_special_tokens=False, verbose=False)["input_ids"]
-        return _Written(tokens, bounds[1::2], skipped, self.chat_format.markers(ids))
+        roles = tuple(turn.role for turn in turns)
+        for_generation = response is None
+        rendered = self._render(turns, for_generation=for_generation)
+        is_short = len(roles) <= _CACHED_TURNS
+        find_frame = self._cached_frame if is_short else self._render_frame
+        # A template may write today's date.
+        literals, markers = find_frame(roles, for_generation=for_generation, _day=date.today())
+        spans = self._content_spans(rendered, turns, literals)
+        edges = [0, *(edge for span in spans for edge in span), len(rendered)]
+        template = list(zip(edges[::2], edges[1::2], strict=True))
+        tokens = self._contents.encode_chat(rendered, template)
+        skipped = [
+            turn.content.find(rendered[start:end])
+            for turn, (start, end) in zip(turns, spans, strict=True)
+        ]
+        return _Written(tokens, spans, skipped, markers)
 
     def _render(self, turns: Sequence[Message], *, for_generation: bool) -> str:
         conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
@@ -258,40 +268,49 @@ class PromptEncoder:
                 f"or their order, or {_USE_RAW}."
             ) from error
 
-    def _pieces(self, turns: Sequence[Message], *, for_generation: bool) -> list[str]:
-        """What the template writes before, between and after the turns, and each text between.
+    def _content_spans(
+        self, rendered: str, turns: Sequence[Message], literals: Sequence[str]
+    ) -> list[Span]:
+        """The characters that each turn's text takes in the rendered template."""
+        spans: list[Span] = []
+        cursor = len(literals[0])
+        for turn, literal in zip(turns, literals[1:], strict=True):
+            text = turn.content
+            # Templates may strip a turn's text, or write what a tool has answered as JSON.
+            forms = (text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"))
+            forms = (*forms, json.dumps(text, ensure_ascii=False)[1:-1])
+            ends = [cursor + len(f) for f in forms if rendered.startswith(f + literal, cursor)]
+            if not ends:
+                raise SidelightError(
+                    "The chat template rewrites the text, so its tokens cannot be told from those "
+                    f"of the template. To judge such texts, {_USE_RAW}."
+                )
+            spans.append((cursor, ends[0]))
+            cursor = ends[0] + len(literal)
+        return spans
 
-        The turns are rendered once more with a mark, which nobody can guess, at both ends of each
-        text. Templates may strip a text, so blanks at its ends are the template's.
-        """
-        mark = f"edge{secrets.token_hex(8)}"
-        texts = [turn.content.strip() for turn in turns]
-        marked = [
-            replace(turn, content=turn.content.replace(text, f"{mark}{text}{mark}", 1))
-            if text
-            else replace(turn, content=mark + mark + turn.content)
-            for turn, text in zip(turns, texts, strict=True)
-        ]
-        pieces = self._render(marked, for_generation=for_generation).split(mark)
-        if len(pieces) < 2 * len(turns) + 1:
-            roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
-            raise SidelightError(
-                f"The chat template leaves a turn out (roles: {roles}). Use roles that the model "
-                f"knows, or {_USE_RAW}."
-            )
-        # What a tool has answered may be written as JSON.
-        forms = [(text, json.dumps(text, ensure_ascii=False)[1:-1]) for text in texts]
-        written = zip(pieces[1::2], forms, strict=False)
-        if (
-            len(pieces) > 2 * len(turns) + 1
-            or not all(piece in form for piece, form in written)
-            or "".join(pieces) != self._render(turns, for_generation=for_generation)
-        ):
-            raise SidelightError(
-                "The chat template rewrites the text, so its tokens cannot be told from those of "
-                f"the template. To judge such texts, {_USE_RAW}."
-            )
-        return pieces
+    def _render_frame(
+        self, roles: tuple[str, ...], *, for_generation: bool, _day: date
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What the template writes before, between and after turns of these roles; its markers."""
+        marks = [f"sidelight-turn-{i}-text" for i in range(len(roles))]
+        marked = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
+        rendered = self._render(marked, for_generation=for_generation)
+        literals: list[str] = []
+        cursor = 0
+        for mark in marks:
+            start = rendered.find(mark, cursor)
+            if start < 0:
+                raise SidelightError(
+                    "The chat template leaves a turn out (roles: "
+                    f"{', '.join(dict.fromkeys(roles))}). Use roles that the model knows, or "
+                    f"{_USE_RAW}."
+                )
+            literals.append(rendered[cursor:start])
+            cursor = start + len(mark)
+        tokens = self._tokenizer(rendered, add_special_tokens=False, verbose=False)
+        literals.append(rendered[cursor:])
+        return tuple(literals), self.chat_format.markers(tokens["input_ids"])
 
 
 def _whole(offset: tuple[int, int]) -> tuple[int, int]:
