@@ -218,7 +218,7 @@ def hashed(damage):
 
     def damaged(folder):
         damage(folder)
-        rewritten(folder, weights_sha256=artifact._sha256(folder / WEIGHTS))
+        rewritten(folder, weights_sha256=artifact._sha256((folder / WEIGHTS).read_bytes()))
 
     return damaged
 

@@ -61,7 +61,8 @@ def _replace(probe: Probe, scratch: Path, directory: Path) -> None:
         kept = probe.distance.state_dict().items()
         tensors |= {f"{_DISTANCE}{key}": value.cpu().contiguous() for key, value in kept}
     # Written as bytes: only its owner could read a file that the library writes itself.
-    _write_through(scratch / WEIGHTS, save(tensors))
+    weights = save(tensors)
+    _write_through(scratch / WEIGHTS, weights)
     manifest = Manifest(
         format=FORMAT_VERSION,
         name=probe.name,
@@ -74,7 +75,7 @@ def _replace(probe: Probe, scratch: Path, directory: Path) -> None:
         thresholds=probe.thresholds,
         backbone=probe.fingerprint,
         record=probe.record,
-        weights_sha256=_sha256(scratch / WEIGHTS),
+        weights_sha256=_sha256(weights),
         spans=probe.spans,
     )
     _write_through(scratch / MANIFEST, manifest.to_json().encode())
@@ -93,7 +94,7 @@ def _replace(probe: Probe, scratch: Path, directory: Path) -> None:
 def _is_needed(previous: Path) -> bool:
     """Whether the manifest still names these weights: a save was killed before replacing it."""
     try:
-        return _sha256(previous) == read_manifest(previous.parent).weights_sha256
+        return _sha256(_read(previous)) == read_manifest(previous.parent).weights_sha256
     except SidelightError:
         return False
 
@@ -127,7 +128,7 @@ def _read_weights(manifest: Manifest, directory: Path) -> bytes:
     current, previous = directory / WEIGHTS, directory / _PREVIOUS_WEIGHTS
     for path in (current, previous) if previous.exists() else (current,):
         weights = _read(path)
-        if hashlib.sha256(weights).hexdigest() == manifest.weights_sha256:
+        if _sha256(weights) == manifest.weights_sha256:
             return weights
     raise SidelightError(
         f"{current} is not the file that {MANIFEST} was written with. "
@@ -173,8 +174,8 @@ def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
     )
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(_read(path)).hexdigest()
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _read(path: Path) -> bytes:

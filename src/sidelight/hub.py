@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 
 from sidelight.artifact import load_probe, save_probe
 from sidelight.errors import SidelightError, transport_errors
@@ -12,6 +12,8 @@ from sidelight.manifest import CARD, MANIFEST, WEIGHTS, model_card, read_manifes
 from sidelight.storage import write_text
 
 _FILES = [MANIFEST, WEIGHTS, CARD]
+# Other errors of the hub's client are errors of the operating system.
+_FAILURES = (OSError, HFValidationError, *transport_errors())
 
 
 def push(directory: str | Path, repository: str | Path, *, private: bool = False) -> str:
@@ -46,7 +48,7 @@ def push(directory: str | Path, repository: str | Path, *, private: bool = False
             allow_patterns=_FILES,
             commit_message="Upload Sidelight probe",
         )
-    except (HfHubHTTPError, HFValidationError, OSError, *transport_errors()) as error:
+    except _FAILURES as error:
         raise _refused("push to", repository, error) from error
     return str(commit)
 
@@ -68,13 +70,7 @@ def pull(repository: str | Path, directory: str | Path, *, revision: str | None 
         return directory
     try:
         snapshot_download(repository, revision=revision, local_dir=directory, allow_patterns=_FILES)
-    except (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OSError,
-        *transport_errors(),
-    ) as error:
+    except _FAILURES as error:
         raise _refused("pull", repository, error) from error
     load_probe(directory)
     return directory

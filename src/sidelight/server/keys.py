@@ -32,18 +32,14 @@ class Key:
         """The key with a secret, or with ``sha256:`` and the secret's digest in hexadecimal.
 
         Raises:
-            SidelightError: The secret is blank, or it begins like a digest but is none, so that
-                the text in the file would itself be the secret.
+            SidelightError: It begins like a digest but is none, so that the text in the file would
+                itself be the secret.
         """
-        if not secret.strip():
-            raise SidelightError(f"Key '{id}' is blank: everybody could send it. Give it a secret.")
         hashed = _DIGEST.fullmatch(secret)
         if not hashed and secret.startswith("sha256:"):
             raise SidelightError(
                 f"Key '{id}' is not a SHA-256 digest. Write 64 hexadecimal digits after 'sha256:'."
             )
-        if not is_utf8(secret):
-            raise SidelightError(f"Key '{id}' is not UTF-8. Give it another secret.")
         digest = bytes.fromhex(hashed[1]) if hashed else _digest(secret.encode())
         return cls(id, digest)
 
@@ -134,11 +130,6 @@ def _match(keys: Sequence[Key], given: bytes) -> Key | None:
     # All are compared, each in constant time: the time taken reveals nothing about them.
     matches = [key for key in keys if hmac.compare_digest(key.digest, given)]
     return matches[0] if matches else None
-
-
-def is_utf8(secret: str) -> bool:
-    # Bytes of an environment variable that are not UTF-8 become half characters.
-    return not any(0xD800 <= ord(character) <= 0xDFFF for character in secret)
 
 
 def _digest(secret: bytes) -> bytes:

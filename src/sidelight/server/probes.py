@@ -90,15 +90,12 @@ class ProbeRegistry:
 
     def _read(self, folders: Sequence[Path] | None) -> tuple[list[Probe], dict[str, Path]]:
         if folders is None:
-            sources = {probe.name: self._paths.get(probe.name) for probe in self._engine.probes}
-            known = {probe.name: probe for probe in self._engine.probes}
-            places = [*sources.values()]
-            probes = [load_probe(path) if path else known[n] for n, path in sources.items()]
-            # What was read again may have another name.
-            pairs = zip(probes, places, strict=True)
-            return probes, {probe.name: path for probe, path in pairs if path}
-        probes = [load_probe(folder) for folder in folders]
-        return probes, {p.name: folder for p, folder in zip(probes, folders, strict=True)}
+            served = [(self._paths.get(probe.name), probe) for probe in self._engine.probes]
+            pairs = [(load_probe(path) if path else probe, path) for path, probe in served]
+        else:
+            pairs = [(load_probe(folder), folder) for folder in folders]
+        # What was read again may have another name.
+        return [probe for probe, _ in pairs], {probe.name: path for probe, path in pairs if path}
 
 
 def _versions(probes: Sequence[Probe]) -> list[str]:
