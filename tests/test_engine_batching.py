@@ -230,9 +230,8 @@ def test_a_full_queue_refuses_and_who_leaves_it_is_not_taken():
     stays, leaves, other = request(), request(), request()
     queue.join([stays, leaves])
     queue.join([other])
-    with pytest.raises(EngineBusyError, match="2 waiting, the limit is 2") as busy:
+    with pytest.raises(EngineBusyError, match="2 waiting, the limit is 2"):
         queue.join([request()])
-    assert busy.value.retry_after_s > 0
     assert len(queue) == 3
     queue.leave([leaves])
     assert queue.find_next([]) == [stays, other]

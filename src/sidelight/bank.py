@@ -177,6 +177,12 @@ class Bank:
         """A tap for ``Backbone.tapped``."""
         return BankTap(self._projection)
 
+    def columns_of(
+        self, probe: str, columns: Float[Tensor, "token layer column"]
+    ) -> Float[Tensor, "token layer own"]:
+        """A probe's own columns, among those of all."""
+        return columns[..., self._columns[probe]]
+
     @torch.inference_mode()
     def summarise(
         self,
@@ -292,29 +298,6 @@ class Bank:
         ends = [*accumulate(map(len, units))]
         logits = self.logits(self.summarise_texts(chosen, unit_parts))
         return [np.split(of_probe, ends[:-1]) for of_probe in logits]
-
-    def explain(
-        self,
-        columns: Float[Tensor, "token layer column"],
-        prompt: EncodedPrompt,
-        places: Sequence[Place | None],
-        names: Collection[str],
-    ) -> list[Explanation]:
-        """Why these probes say what they say of one text; one without a verdict is left out.
-
-        Args:
-            columns: Of all probes, for every token.
-            prompt: The text, with any response.
-            places: Where every token stands.
-            names: Names of probes; others than its own are ignored.
-        """
-        explanations: list[Explanation] = []
-        for probe in self.probes:
-            if probe.name in names:
-                with suppress(VerdictError):
-                    part = columns[..., self._columns[probe.name]]
-                    explanations.append(explain(probe, part, prompt, places))
-        return explanations
 
     def summarise_texts(
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
@@ -456,13 +439,23 @@ class Panel:
         places: Sequence[Place | None],
         names: Collection[str],
     ) -> tuple[Explanation, ...]:
-        """As ``Bank.explain``, for a text that all these probes have read to its end."""
+        """Why these probes say what they say of one text; one without a verdict is left out.
+
+        Args:
+            columns: Of all probes, for every token.
+            prompt: The text, with any response.
+            places: Where every token stands.
+            names: Names of probes; others are ignored.
+        """
         explanations: list[Explanation] = []
-        for bank in (self.early, self.late):
-            if bank is not None:
-                width = bank.projection.weight.shape[2]
-                part, columns = columns[..., :width], columns[..., width:]
-                explanations += bank.explain(part, prompt, places, names)
+        for bank in filter(None, (self.early, self.late)):
+            width = bank.projection.weight.shape[2]
+            part, columns = columns[..., :width], columns[..., width:]
+            for probe in bank.probes:
+                if probe.name in names:
+                    with suppress(VerdictError):
+                        own = bank.columns_of(probe.name, part)
+                        explanations.append(explain(probe, own, prompt, places))
         return tuple(explanations)
 
     def _failing_on_plain_text(

@@ -96,13 +96,12 @@ Event = PromptJudged | TextDelta | ResponseScored | Finished
 
 
 class EngineBusyError(SidelightError):
-    """The queue is full; try again after ``retry_after_s`` seconds."""
+    """The queue is full; try again in a moment."""
 
-    def __init__(self, *, waiting: int, limit: int, retry_after_s: int = 1):
+    def __init__(self, *, waiting: int, limit: int):
         super().__init__(
             f"The queue is full ({waiting} waiting, the limit is {limit}). Retry in a moment."
         )
-        self.retry_after_s = retry_after_s
 
 
 class EngineUnavailableError(SidelightError):

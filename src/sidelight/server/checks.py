@@ -4,7 +4,7 @@ import time
 import uuid
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -35,6 +35,7 @@ from sidelight.types import Span, Verdict, spans_json
 _OPENAI_MODELS = ("omni-moderation-", "text-moderation-")
 
 router = APIRouter(route_class=Route)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -137,16 +138,16 @@ class ModerationResult(BaseModel):
     sidelight: Extension
 
 
-class ModerationResponse(BaseModel):
+class Results(BaseModel, Generic[Result]):
     """One result per text, in order."""
 
     id: str
     model: str
-    results: list[ModerationResult]
+    results: list[Result]
 
 
 @router.post("/v1/moderations", name="create")
-async def moderate(body: ModerationRequest, request: ServerRequest) -> ModerationResponse:
+async def moderate(body: ModerationRequest, request: ServerRequest) -> Results[ModerationResult]:
     """Each text is judged as a user's message, by the probes that read the prompt alone."""
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
         request.require_model(body.model)
@@ -160,9 +161,7 @@ async def moderate(body: ModerationRequest, request: ServerRequest) -> Moderatio
         )
         for text in checked
     ]
-    return ModerationResponse(
-        id=f"modr-{uuid.uuid4().hex}", model=request.engine.model, results=results
-    )
+    return Results(id=f"modr-{uuid.uuid4().hex}", model=request.engine.model, results=results)
 
 
 class ClassifyRequest(StrictBody):
@@ -238,10 +237,6 @@ def _classifier(body: ClassifyRequest, request: ServerRequest, terms: Terms) -> 
     return terms
 
 
-class RedactionRequest(ModerationRequest):
-    """Texts whose labelled words are to be replaced."""
-
-
 class Redaction(BaseModel):
     """A text with its placeholders, and the spans that they stand for, in the text as sent.
 
@@ -252,16 +247,8 @@ class Redaction(BaseModel):
     spans: list[dict[str, Any]]
 
 
-class RedactionResponse(BaseModel):
-    """One redaction per text, in order."""
-
-    id: str
-    model: str
-    results: list[Redaction]
-
-
 @router.post("/v1/redact", name="create")
-async def redact(body: RedactionRequest, request: ServerRequest) -> RedactionResponse:
+async def redact(body: ModerationRequest, request: ServerRequest) -> Results[Redaction]:
     """Words that probes label become ``[LABEL_1]``: equal words alike in all texts of a request."""
     if body.model is not None:
         request.require_model(body.model)
@@ -293,9 +280,7 @@ async def redact(body: RedactionRequest, request: ServerRequest) -> RedactionRes
             text=placeholders.mask(body.input[index], _spans_of(each.decisions)),
             spans=spans_json(_spans_of(shown)),
         )
-    return RedactionResponse(
-        id=f"redact-{uuid.uuid4().hex}", model=request.engine.model, results=results
-    )
+    return Results(id=f"redact-{uuid.uuid4().hex}", model=request.engine.model, results=results)
 
 
 def _spans_of(decisions: Iterable[Decision]) -> list[Span]:

@@ -20,7 +20,6 @@ from sidelight.policy.decisions import PolicyError
 from sidelight.policy.request import refusal_headers
 from sidelight.server.keys import Caller
 
-_RELOAD_S = 5
 # As nginx logs a client that left; nobody receives it.
 _CLIENT_LEFT = 499
 _MAX_QUOTED = 500
@@ -76,9 +75,9 @@ def as_request_error(error: SidelightError, *, sees_all: bool = False) -> Reques
                 message, status=status, code=code, param=error.param, headers=headers
             )
         case EngineBusyError():
-            headers = {"Retry-After": str(error.retry_after_s)}
+            headers = {"Retry-After": "1"}
         case EngineUnavailableError():
-            headers = {"Retry-After": str(_RELOAD_S)}
+            headers = {"Retry-After": "5"}
         case _:
             pass
     status, code = next(_KINDS[base] for base in type(error).__mro__ if base in _KINDS)

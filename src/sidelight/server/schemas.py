@@ -309,7 +309,7 @@ class CompletionRequest(WritingRequest):
 
 
 class ModerationRequest(StrictBody):
-    """The body of ``POST /v1/moderations``; each text is judged by itself."""
+    """The body of ``POST /v1/moderations`` and ``/v1/redact``; each text is judged by itself."""
 
     input: Texts = Field(min_length=1)
     model: Name | None = None
