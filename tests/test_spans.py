@@ -294,7 +294,8 @@ def test_thresholds_follow_the_rule_over_words():
         for item, own, z, spans, of_words in zip(
             texts.items, places, logits, texts.spans, texts_of_words, strict=True
         ):
-            found = rule.spans(item.text, own, z, texts.span_labels)
+            scores = character_scores(item.text, own, rule.calibration.apply(z))
+            found = rule.read(scores, texts.span_labels)
             actual, claimed = (
                 labelled_characters(item.text, each, texts.span_labels)[:, 0]
                 for each in (spans, found)

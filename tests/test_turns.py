@@ -22,14 +22,12 @@ from chat_families import (
 )
 from sidelight.errors import SidelightError
 from sidelight.prompts import (
-    OUTSIDE,
-    ChatFormat,
     Message,
     Part,
     PromptEncoder,
     control_tokens,
-    token_parts,
 )
+from sidelight.prompts.turns import OUTSIDE, ChatFormat, token_parts
 from templates import merging_tokenizer, written
 
 ASKED = {"role": "user", "content": "Say it"}

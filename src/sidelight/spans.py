@@ -154,16 +154,6 @@ class SpanRule:
         is_complete = {*map(len, parts)} == {task.outputs}
         return is_complete and all(0 <= least <= 1 for least in self.thresholds)
 
-    def spans(
-        self,
-        text: str,
-        tokens: Sequence[tuple[int, int]],
-        logits: Float[Values, "token label"],
-        labels: Sequence[str],
-    ) -> list[Span]:
-        """The spans of a text, in order; the arguments are those of the functions above."""
-        return self.read(character_scores(text, tokens, self.calibration.apply(logits)), labels)
-
     def token_labels(
         self, logits: Float[Values, "token label"], labels: Sequence[str]
     ) -> list[TokenLabel]:
@@ -181,7 +171,7 @@ class SpanRule:
         token_labels: Iterable[TokenLabel],
         labels: Sequence[str],
     ) -> list[Span]:
-        """The spans of a text, as ``spans`` gives them, from the labels of its tokens alone."""
+        """The spans of a text, from the labels of its tokens alone."""
         scores = np.zeros((len(tokens), len(labels)))
         for token, label, probability in token_labels:
             scores[token, labels.index(label)] = probability

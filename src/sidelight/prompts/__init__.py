@@ -26,11 +26,8 @@ from sidelight.prompts.conversation import (
     shared_unread,
 )
 from sidelight.prompts.encode import Place, PromptEncoder
-from sidelight.prompts.turns import OUTSIDE, ChatFormat, Turn, token_parts
 
 __all__ = [
-    "OUTSIDE",
-    "ChatFormat",
     "Conversation",
     "EncodedPrompt",
     "Message",
@@ -43,7 +40,6 @@ __all__ = [
     "Scope",
     "Side",
     "Tokenizer",
-    "Turn",
     "Unit",
     "characters",
     "contents",
@@ -55,5 +51,4 @@ __all__ = [
     "require_whole_characters",
     "shared_length",
     "shared_unread",
-    "token_parts",
 ]

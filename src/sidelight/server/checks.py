@@ -4,7 +4,7 @@ import time
 import uuid
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -21,6 +21,7 @@ from sidelight.server.errors import RequestError
 from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import (
     Extension,
+    IfAny,
     Listed,
     ModerationRequest,
     Name,
@@ -350,10 +351,8 @@ class GuardrailResponse(BaseModel):
 
     action: Literal["BLOCKED", "GUARDRAIL_INTERVENED", "NONE"]
     blocked_reason: str | None
-    texts: Annotated[list[str] | None, Field(exclude_if=lambda texts: texts is None)] = None
-    stream_holdback_chars: Annotated[
-        list[int] | None, Field(exclude_if=lambda characters: characters is None)
-    ] = None
+    texts: IfAny[list[str]] = None
+    stream_holdback_chars: IfAny[list[int]] = None
     sidelight: Extension
 
 

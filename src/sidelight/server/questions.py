@@ -17,6 +17,7 @@ from sidelight.server.schemas import (
     FIRST_ERROR,
     MAX_MESSAGES,
     ChatMessage,
+    IfAny,
     Listed,
     Name,
     StrictBody,
@@ -35,13 +36,9 @@ Explain = Annotated[
     ),
 ]
 # Explanations, in the order of the verdicts; only if the request asks.
-Explanations = Annotated[
-    list[dict[str, Any]] | None, Field(exclude_if=lambda explanations: explanations is None)
-]
+Explanations = IfAny[list[dict[str, Any]]]
 # By probe; only if one of them labels words and its rule discloses them.
-SpansByProbe = Annotated[
-    dict[str, list[dict[str, Any]]] | None, Field(exclude_if=lambda spans: spans is None)
-]
+SpansByProbe = IfAny[dict[str, list[dict[str, Any]]]]
 # The probe and label that a name in a question means.
 Meanings = Mapping[str, tuple[str, str]]
 

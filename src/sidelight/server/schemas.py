@@ -106,6 +106,8 @@ class _FirstError(FailFast):
 
 T = TypeVar("T")
 FIRST_ERROR = _FirstError()
+# A field of an answer that is there only if it says something.
+IfAny = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
 Name = Annotated[str, Field(max_length=_MAX_NAME)]
 Listed = Annotated[list[T], FIRST_ERROR]
 # One text or several. Not a union: that would blame one member for an error in the other.

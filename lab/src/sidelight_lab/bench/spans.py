@@ -28,7 +28,7 @@ from sidelight.probe import Probe
 from sidelight.progress import Progress
 from sidelight.prompts import Reads
 from sidelight.ragged import Ragged
-from sidelight.spans import Span, SpanRule
+from sidelight.spans import Span, SpanRule, character_scores
 from sidelight.standardisation import normalised
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, StateSource, extract
@@ -81,8 +81,10 @@ class Row:
         texts, labels = [span_text(item) for item in test.items], test.span_labels
         draws: list[Draws] = []
         for rule, score in zip(self.rules, self.scorers, strict=True):
-            rows = zip(texts, *score(test), strict=True)
-            spans: list[list[Span]] = [rule.spans(*row, labels) for row in rows]
+            spans: list[list[Span]] = []
+            for text, tokens, logits in zip(texts, *score(test), strict=True):
+                scores = character_scores(text, tokens, rule.calibration.apply(logits))
+                spans.append(rule.read(scores, labels))
             draws.append(
                 measure_span_resamples(texts, test.spans, spans, labels, resamples=_RESAMPLES)
             )
