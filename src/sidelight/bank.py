@@ -135,6 +135,9 @@ class Bank:
         probes: Probes of one backbone, with distinct names.
         device: Where the backbone's hidden states are.
 
+    Attributes:
+        projection: What a tap computes, for engines that project hidden states themselves.
+
     Raises:
         SidelightError: No probe, or two of the same name.
     """
@@ -161,21 +164,16 @@ class Bank:
             for index, end in zip(in_order, ends, strict=True)
             if index < len(probes)
         }
-        self._projection = Projection.joined([projections[i] for i in in_order]).to(device)
+        self.projection = Projection.joined([projections[i] for i in in_order]).to(device)
 
     @property
     def reads(self) -> frozenset[Reads]:
         """What the probes read; some may read alike."""
         return frozenset(group.reads for group in self._groups)
 
-    @property
-    def projection(self) -> Projection:
-        """What a tap computes, for engines that project hidden states themselves."""
-        return self._projection
-
     def tap(self) -> BankTap:
         """A tap for ``Backbone.tapped``."""
-        return BankTap(self._projection)
+        return BankTap(self.projection)
 
     def columns_of(
         self, probe: str, columns: Float[Tensor, "token layer column"]

@@ -148,36 +148,29 @@ class OperatingCurve:
             negatives,
         )
 
-    def rates(
-        self, *, prior_texts: float = PRIOR_TEXTS
-    ) -> tuple[Float[Values, " point"], Float[Values, " point"], float]:
-        """Recall and rate of false alarms of each point, and the share of positives, smoothed.
+    def threshold(self, rule: ThresholdRule = F1, *, prior_texts: float = PRIOR_TEXTS) -> float:
+        """The threshold that follows the rule best; of several equally good ones the middle one.
+
+        Without a positive text it is 0.5. Where no threshold keeps the rate of false alarms or
+        reaches the recall, it is the highest or the lowest.
 
         Each text counts as positive by a mean of its label and its probability. The probability
         weighs as much as ``prior_texts`` texts of the rarer side, so many texts speak for
         themselves, and few lean on the calibration. With the calibration alone, the best cost is
         at Bayes' threshold and the best F1 at half its value (Lipton et al. 2014).
         """
+        if self.positives == 0:
+            return 0.5
         weight = prior_texts / (prior_texts + min(self.positives, self.negatives))
         labels = np.array(self.true_positives, dtype=float)
         expected = np.array(self.expected)
         flagged = labels + np.array(self.false_positives)
-        hits = (1 - weight) * labels + weight * expected
+        true = (1 - weight) * labels + weight * expected
         texts = self.positives + self.negatives
         positives = (1 - weight) * self.positives + weight * self.expected[-1]
-        recall = hits / max(positives, _SATURATED)
-        alarms = (flagged - hits) / max(texts - positives, _SATURATED)
-        return recall, alarms, positives / texts
-
-    def threshold(self, rule: ThresholdRule = F1, *, prior_texts: float = PRIOR_TEXTS) -> float:
-        """The threshold that follows the rule best; of several equally good ones the middle one.
-
-        Without a positive text it is 0.5. Where no threshold keeps the rate of false alarms or
-        reaches the recall, it is the highest or the lowest.
-        """
-        if self.positives == 0:
-            return 0.5
-        recall, alarms, share = self.rates(prior_texts=prior_texts)
+        recall = true / max(positives, _SATURATED)
+        alarms = (flagged - true) / max(texts - positives, _SATURATED)
+        share = positives / texts
         if rule.kind == "fpr":
             point = max(int((alarms <= rule.value).sum()) - 1, 0)
         elif rule.kind == "recall":
