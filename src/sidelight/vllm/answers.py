@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Seque
 from contextlib import aclosing
 from copy import copy
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
@@ -71,12 +72,10 @@ class OutputDelta(TextDelta):
     Attributes:
         output: vLLM's ``RequestOutput``, with one text in it.
         characters: How many the text has with it.
-        is_last: Whether the text ends with it.
     """
 
     output: Any = None
     characters: int = 0
-    is_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,20 +119,20 @@ class Call:
         from vllm.utils.async_utils import merge_async_iterators
 
         texts = [GuardedText(self, index, name).outputs() for index, name in enumerate(ids)]
-        left, ends = len(texts), dict[int, Any]()
+        left, whole = len(texts), None
         async with aclosing(merge_async_iterators(*texts)) as outputs:
-            async for index, output in outputs:
+            async for _, output in outputs:
                 left -= output.finished
                 output.finished = not left
                 output.request_id = request_id
-                if self.params.output_kind == RequestOutputKind.FINAL_ONLY:
-                    ends[index] = output
-                else:
+                if self.params.output_kind != RequestOutputKind.FINAL_ONLY:
                     yield output
-        if ends:
-            whole = ends[min(ends)]
-            whole.outputs = [text for index in sorted(ends) for text in ends[index].outputs]
-            whole.finished = True
+                elif whole is None:
+                    whole = output
+                else:
+                    whole.add(output, aggregate=False)
+        if whole is not None:
+            whole.outputs.sort(key=attrgetter("index"))
             yield whole
 
 
@@ -209,7 +208,7 @@ class GuardedText:
                     case Ended():
                         assert last is not None
                         output = self._sent(last)
-                    case OutputDelta() if each.is_last:
+                    case OutputDelta() if each.output.finished:
                         # Sent with the end, which follows at once.
                         last = each
                     case OutputDelta():
@@ -246,11 +245,10 @@ class GuardedText:
                 finally:
                     first.cancel()
                     await asyncio.gather(first, return_exceptions=True)
-                async for event in self._events_of(output):
-                    yield event
-                async for output in outputs:
+                while output is not None:
                     async for event in self._events_of(output):
                         yield event
+                    output = await anext(outputs, None)
 
     def _sent(self, delta: OutputDelta) -> Any:
         """The output to send of text that has passed; None: there is nothing in it."""
@@ -299,7 +297,7 @@ class GuardedText:
         # Alternatives of a token may spell a word that is redacted.
         pairs = zip(piece.token_ids, steps, strict=True)
         self._waiting += ((token, step and {token: step[token]}) for token, step in pairs)
-        kept = [*self._release(spans, None if delta.is_last else delta.characters)]
+        kept = [*self._release(spans, None if delta.output.finished else delta.characters)]
         return replace(
             piece,
             text=delta.text,
@@ -376,7 +374,6 @@ class GuardedText:
             tokens=readable,
             output=output,
             characters=self._characters,
-            is_last=reason is not None,
         )
         if reason is None:
             return
@@ -401,11 +398,10 @@ class GuardedText:
         start, self._characters = self._characters, self._characters + len(text)
         if self._marks is None:
             return
+        tokenizer = self._call.engine.tokenizer.backend_tokenizer
         try:
             for token in tokens:
-                self._marks.push(
-                    self._stream.step(self._call.engine.tokenizer.backend_tokenizer, token) or ""
-                )
+                self._marks.push(self._stream.step(tokenizer, token) or "")
         # The library raises nothing more specific for bytes that are no text.
         except Exception:  # noqa: BLE001
             self._marks = None

@@ -36,13 +36,7 @@ from sidelight.vllm.columns import Reading
 from sidelight.vllm.internals import end_with_parent, full_group, steps_of
 from sidelight.vllm.requests import Tracking, described_prompt
 from sidelight.vllm.settings import KEY, Served, prompt_encoder
-from sidelight.vllm.worker import (
-    LayerColumns,
-    Loaded,
-    RequestJudge,
-    StepVerdicts,
-    current_worker,
-)
+from sidelight.vllm.worker import LayerColumns, Loaded, RequestJudge, StepVerdicts, current_worker
 
 _log = init_logger("vllm.sidelight")
 
@@ -100,7 +94,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
                 reads_responses=self._judge.loaded.reads_responses,
                 prompt_of=described_prompt if served.is_described else self._recognised,
             )
-            self._encoder = prompt_encoder(vllm_config, self._judge.panel.probes)
+            self._encoder, _ = prompt_encoder(vllm_config, self._judge.panel.probes)
 
     # Beside the scheduler.
 

@@ -32,12 +32,7 @@ from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.internals import wrap
 from sidelight.vllm.outputs import without_report
 from sidelight.vllm.recogniser import PromptRecogniser, require_drawable, require_own_words
-from sidelight.vllm.settings import (
-    Served,
-    identity_of,
-    model_tokenizer,
-    prompt_encoder,
-)
+from sidelight.vllm.settings import Served, identity_of, prompt_encoder
 
 
 class RefusedError(SidelightError, ValueError):
@@ -83,8 +78,7 @@ class EngineGuard:
         self._encode, self._abort = llm.encode, llm.abort
         self._text_ids: dict[str, set[str]] = defaultdict(set)
         probes, names = served.load(), llm.vllm_config.model_config.served_model_name
-        self._tokenizer = model_tokenizer(llm.vllm_config)
-        encoder = prompt_encoder(llm.vllm_config, probes)
+        encoder, self._tokenizer = prompt_encoder(llm.vllm_config, probes)
         self.recogniser = PromptRecogniser(encoder, self._tokenizer)
         self._controls = control_tokens(self._tokenizer).keys()
         self.engine = VllmEngine(

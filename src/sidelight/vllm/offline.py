@@ -32,14 +32,7 @@ from sidelight.training.classifier import Classifier, as_example, encode
 from sidelight.types import Judgement, Verdict
 from sidelight.vllm.columns import Reading, Stage
 from sidelight.vllm.requests import judgement_of, request_params
-from sidelight.vllm.settings import (
-    DESCRIBED,
-    KEY,
-    STATES,
-    Served,
-    require_options,
-    require_vllm,
-)
+from sidelight.vllm.settings import DESCRIBED, KEY, STATES, Served, require_options, require_vllm
 from sidelight.vllm.worker import Worker, log
 
 # How much vLLM is given, in full steps: one runs while the next waits, so that none is half empty.

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import wraps
 from math import ceil
 from typing import Any
 
@@ -20,6 +19,7 @@ from sidelight.errors import SidelightError
 from sidelight.probe import Probe, common_format
 from sidelight.server.app import cannot_listen, require_keys
 from sidelight.server.config import ServerConfig
+from sidelight.vllm.internals import wrap
 from sidelight.vllm.settings import KEY, SET_HERE, require_vllm, serve_with
 
 _PROXY = "Limit it in a proxy in front of the server."
@@ -85,14 +85,12 @@ def _noted_failure() -> Callable[[], bool]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     states: list[bool] = []
-    shutdown: Callable[..., None] = AsyncLLM.shutdown
 
-    @wraps(shutdown)
-    def noted(llm: Any, *args: Any, **kwargs: Any) -> None:
+    def note(shutdown: Callable[..., None], llm: Any, *args: Any, **kwargs: Any) -> None:
         states.append(llm.errored)
         shutdown(llm, *args, **kwargs)
 
-    AsyncLLM.shutdown = noted
+    wrap(AsyncLLM, "shutdown", note)
     return lambda: states[:1] == [True]
 
 

@@ -224,20 +224,13 @@ def server_config(**options: Any) -> "ServerConfig":
     return read_config(**{name: value for name, value in named.items() if value}, **options)
 
 
-def model_tokenizer(vllm_config: Any) -> Any:
-    """The tokenizer of the served model, as transformers loads it."""
-    return AutoTokenizer.from_pretrained(
-        vllm_config.model_config.tokenizer, trust_remote_code=False
-    )
-
-
-def prompt_encoder(vllm_config: Any, probes: Sequence[Probe]) -> PromptEncoder:
-    """Encodes conversations for the served model, and recognises those that others have encoded."""
-    return PromptEncoder(
-        model_tokenizer(vllm_config),
-        prompt_format=common_format(probes) or "chat",
-        max_tokens=vllm_config.model_config.max_model_len,
-    )
+def prompt_encoder(vllm_config: Any, probes: Sequence[Probe]) -> tuple[PromptEncoder, Any]:
+    """Recognises conversations that others have encoded for the served model; and its tokenizer."""
+    model = vllm_config.model_config
+    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, trust_remote_code=False)
+    prompt_format = common_format(probes) or "chat"
+    encoder = PromptEncoder(tokenizer, prompt_format=prompt_format, max_tokens=model.max_model_len)
+    return encoder, tokenizer
 
 
 # vLLM's options that Sidelight sets itself, and what to do instead, in any command.
