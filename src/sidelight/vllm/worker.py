@@ -7,7 +7,7 @@ pipeline stages, verdicts are made in the scheduler, from the columns that the s
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -127,9 +127,8 @@ class RequestJudge:
         if ending:
             pieces = columns.split([len(reading.parts) for reading in readings])
             chosen = [p for r, p in zip(readings, pieces, strict=True) if r.ends_prompt]
-            columns = columns if len(ending) == len(readings) else torch.cat(chosen)
             early = self.panel.judge_prompts(
-                columns,
+                torch.cat(chosen),
                 [reading.parts for reading in ending],
                 [reading.is_plain for reading in ending],
             )
@@ -326,18 +325,17 @@ class Worker:
             log.exception("Judging failed, so %d requests have no verdict.", len(readings))
             return self._judge.fail(readings)
 
-    def _in_turn(self, readings: Sequence[Reading]) -> Iterator[list[Reading]]:
+    def _in_turn(self, readings: Sequence[Reading]) -> list[list[Reading]]:
         """Groups of readings with few columns together, each of at least one reading."""
-        per_token = self._stage.rows[:, 0].numel()
-        group: list[Reading] = []
+        per_token, tokens = self._stage.rows[:, 0].numel(), 0
+        groups: list[list[Reading]] = []
         for reading in readings:
-            tokens = sum(len(member.parts) for member in (*group, reading))
-            if group and tokens * per_token > NUMBERS_AT_ONCE:
-                yield group
-                group = []
-            group.append(reading)
-        if group:
-            yield group
+            tokens += len(reading.parts)
+            if not groups or tokens * per_token > NUMBERS_AT_ONCE:
+                groups.append([])
+                tokens = len(reading.parts)
+            groups[-1].append(reading)
+        return groups
 
     def _read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
         assert self._pages is not None
