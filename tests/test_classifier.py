@@ -290,7 +290,7 @@ def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, 
         classifier.evaluate(rows)
     folder = classifier.save(tmp_path / "probe")
     examples = load_examples(rows, task=classifier.probe.task)
-    (assessment,) = assess(folder, examples, model=saved(tiny, tmp_path / "model"))
+    assessment = assess(folder, examples, model=saved(tiny, tmp_path / "model"))
     assert assessment.warnings[-1].startswith("12 of 40 texts were trained on")
 
 
@@ -306,7 +306,7 @@ def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fit
     for folder, one in (("kept", replace(probe, record=record)), ("none", probe)):
         save_probe(one, tmp_path / folder)
     kept, none = (
-        assess(tmp_path / folder, examples, model=model)[0] for folder in ("kept", "none")
+        assess(tmp_path / folder, examples, model=model) for folder in ("kept", "none")
     )
     assert 0 < len(kept.mistakes) <= 5
     texts = [item.text for item in examples.items]

@@ -125,6 +125,16 @@ def test_a_grid_search_of_a_pipeline_extracts_each_text_once(model, ran):
     assert Counter(Counter(ran).values()) == {1: 15, 2: 15}
 
 
+def test_states_that_take_too_much_are_forgotten_before_the_next_fit(model, ran, monkeypatch):
+    texts, numbers = planted("binary", 30, seed=4)
+    texts = [f"{text}-{number}" for number, text in enumerate(texts)]
+    classifier = SidelightClassifier(model, **QUICK)
+    for most, times in ((2**30, 1), (2**30, 1), (0, 2)):
+        monkeypatch.setattr("sidelight.training.estimator._MOST_BYTES", most)
+        classifier.fit(texts, numbers)
+        assert {*Counter(ran).values()} == {times}
+
+
 @pytest.mark.parametrize(
     ("texts", "labels", "says"),
     [

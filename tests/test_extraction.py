@@ -17,7 +17,7 @@ from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads, shared_unread
 from sidelight.ragged import by_length
 from sidelight.states.cache import ActivationCache, States, random_shards
-from sidelight.states.extraction import BackboneSource, SharedSource, extract
+from sidelight.states.extraction import BackboneSource, extract
 from tiny import tiny_backbone
 
 TEXTS = ["one", "two words", "a third text that is longer than the others", "four", "five"]
@@ -179,42 +179,23 @@ def ran(monkeypatch):
     return prompts
 
 
-def shared_states(source, prompts, root, shard_bytes=10**6):
-    cache = cache_of(source.backbone, root, prompts, shard_bytes=shard_bytes)
-    states = states_by_row(extract(source, cache))
-    cache.remove()
-    return states
-
-
 @pytest.mark.parametrize("shard_bytes", [5_000, 10**6])
-def test_a_shared_source_runs_each_text_once_for_all_caches(tiny, tmp_path, ran, shard_bytes):
-    source = SharedSource(tiny, tmp_path)
+def test_kept_caches_run_each_text_once_for_all_of_them(tiny, tmp_path, ran, shard_bytes):
     # Equal texts are one.
     prompts = encoded(tiny, [*TEXTS, TEXTS[0]])
     alone = states_by_row(extracted(tiny, tmp_path, prompts))
     ran.clear()
     for rows in ([0, 1, 2], [3, 1, 5], [4, 3, 2, 1, 0]):
-        states = shared_states(source, [prompts[row] for row in rows], tmp_path, shard_bytes)
+        chosen = [prompts[row] for row in rows]
+        cache = extracted(tiny, tmp_path, chosen, shard_bytes=shard_bytes, is_kept=True)
+        states = states_by_row(cache)
+        cache.remove()
         for place, row in enumerate(rows):
             torch.testing.assert_close(states[place], alone[row], **ROUNDING_TO_BF16)
     assert sorted(map(prompts.index, ran)) == [0, 1, 2, 3, 4]
-
-
-def test_a_shared_source_forgets_what_has_no_room_and_at_its_end_all(tiny, tmp_path, ran):
-    prompts = encoded(tiny, TEXTS)
-    room = 2 * tiny.fingerprint.layers * tiny.fingerprint.width * max(map(len, prompts))
-    source = SharedSource(tiny, tmp_path, budget_bytes=room)
-    for text, is_known in ((0, False), (0, True), (1, False), (2, False), (0, False)):
-        ran.clear()
-        shared_states(source, prompts[text : text + 1], tmp_path)
-        assert (not ran) == is_known
-    # More than all the room: as without sharing.
-    assert len(shared_states(source, prompts, tmp_path)) == len(prompts)
-    assert source.remembers(prompts[0], Reads())
-    assert not source.remembers(prompts[2], Reads())
-    assert list(tmp_path.rglob("*.safetensors"))
-    del source
-    assert not list(tmp_path.iterdir())
+    whole = cache_of(tiny, tmp_path, prompts, is_kept=True)
+    assert not whole.missing()
+    assert cache_of(tiny, tmp_path, prompts, reads=Reads("both"), is_kept=True).missing()
 
 
 @law
@@ -271,7 +252,7 @@ def test_a_cache_with_other_sizes_in_memory_takes_the_files_of_another(tiny, tmp
 def test_a_text_is_read_as_it_was_written_and_half_of_one_is_missing(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
     cache.directory.mkdir()
-    (cache.directory / "0.safetensors.1.partial").write_bytes(b"half")
+    (cache.directory / f"{cache.path(0).name}.1.partial").write_bytes(b"half")
     assert sorted(cache.open()) == list(range(len(TEXTS)))
     assert not [*cache.directory.glob("*.partial")]
     texts = {row: torch.randn(4, tokens, 32).bfloat16() for row, tokens in ((1, 2), (0, 3))}
@@ -281,7 +262,7 @@ def test_a_text_is_read_as_it_was_written_and_half_of_one_is_missing(tiny, tmp_p
     assert sorted(cache.missing()) == list(range(2, len(TEXTS)))
 
 
-def test_remove_deletes_a_cache_that_no_other_run_reads_or_keeps(tiny, tmp_path):
+def test_remove_deletes_a_cache_that_no_other_run_reads_and_that_is_not_kept(tiny, tmp_path):
     first, second = (extracted(tiny, tmp_path) for _ in range(2))
     other = extracted(tiny, tmp_path, encoded(tiny, ["other"]))
     first.remove()
@@ -291,10 +272,9 @@ def test_remove_deletes_a_cache_that_no_other_run_reads_or_keeps(tiny, tmp_path)
     assert not first.directory.exists()
     assert other.directory.exists()
     first.remove()
-    extracted(tiny, tmp_path).keep()
-    later = extracted(tiny, tmp_path)
-    later.remove()
-    assert not later.missing()
+    kept = extracted(tiny, tmp_path, is_kept=True)
+    kept.remove()
+    assert not kept.missing()
 
 
 def test_runs_that_write_the_same_states_disturb_neither_each_other_nor_a_later_one(tiny, tmp_path):
@@ -314,11 +294,11 @@ def test_runs_that_write_the_same_states_disturb_neither_each_other_nor_a_later_
 def test_states_that_cannot_be_written_or_read_are_an_error_with_a_remedy(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
     cache.directory.write_text("no folder")
-    with pytest.raises(SidelightError, match=r"Cannot write .*0\.safetensors.*SIDELIGHT_CACHE"):
+    with pytest.raises(SidelightError, match=r"Cannot write .*\.safetensors.*SIDELIGHT_CACHE"):
         cache.write({0: torch.zeros(4, 5, 32).bfloat16()})
     cache.directory.unlink()
     cache.open()
-    (cache.directory / "0.safetensors").write_bytes(b"")
+    cache.path(0).write_bytes(b"")
     for row in (0, 1):
         with pytest.raises(SidelightError, match=r"Cannot read .*Delete .*again"):
             cache.text(row)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sidelight.explanation import Explanation
     from sidelight.prompts import Message
     from sidelight.training.classifier import Classifier
-    from sidelight.types import Span, Task, Verdict
+    from sidelight.types import Span, Verdict
 
 # Of the labels of spans, in turn; black is legible on each.
 _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
@@ -35,8 +35,7 @@ _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
     "eval",
     epilog=options.examples(
         "sidelight eval probes/toxicity --data test.jsonl.gz --label toxicity",
-        "sidelight eval probes/toxicity --data test.jsonl.gz --label toxicity "
-        "--subset human_annotation --plots plots",
+        "sidelight eval probes/toxicity --data test.jsonl.gz --label toxicity --plots plots",
     ),
 )
 @click.argument("probe", type=options.PATH)
@@ -44,9 +43,6 @@ _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
 @options.columns
 @click.option("--spans", default="spans", help="Column of the spans, if the probe labels spans.")
 @options.missing_label
-@click.option(
-    "--subset", metavar="COLUMN", help="Also report on the rows where this column is true."
-)
 @click.option(
     "--plots",
     type=options.PATH,
@@ -60,9 +56,9 @@ _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
 def evaluate(
     probe: Path,
     data: str,
+    label: str,
     spans: str,
     missing_label: "OnMissingLabel",
-    subset: str | None,
     runtime: options.Runtime,
     plots: Path | None,
     out: Path | None,
@@ -77,6 +73,7 @@ def evaluate(
     """
     options.announce(f"Reading {data}")
     from sidelight.data.loading import load_examples
+    from sidelight.data.spans import load_spans
     from sidelight.manifest import read_manifest
 
     if plots is not None:
@@ -85,90 +82,30 @@ def evaluate(
     # Before imports that take seconds: a wrong file or column is refused at once.
     manifest = read_manifest(probe)
     if manifest.spans is not None:
-        if subset is not None:
-            raise SidelightError("--subset is for probes of whole texts. Leave it out.")
-        _evaluate_spans(probe, data, spans, manifest.task, runtime, plots, out, as_json, **columns)
-        return
-    examples = load_examples(data, task=manifest.task, on_missing_label=missing_label, **columns)
+        examples = load_spans(data, spans=spans, task=manifest.task, **columns)
+    else:
+        columns |= {"label": label, "on_missing_label": missing_label}
+        examples = load_examples(data, task=manifest.task, **columns)
     options.announce("Loading the model")
-    from sidelight.training.assessment import assess, describe, plot
-    from sidelight.training.runs import comparison_table, console
+    from sidelight.training.assessment import assess
+    from sidelight.training.runs import console
 
-    assessments = assess(
-        probe,
-        examples,
-        subset=subset,
-        model=runtime.model,
-        dtype=runtime.dtype,
-        device=runtime.device,
+    assessment = assess(
+        probe, examples, model=runtime.model, dtype=runtime.dtype, device=runtime.device
     )
-    for warning in assessments[0].warnings:
+    for warning in assessment.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    described = describe(assessments)
     if out is not None:
-        write_json(out, described)
+        write_json(out, assessment.to_dict())
     if plots is not None:
-        plot(assessments, plots)
+        assessment.plot(plots)
     if as_json:
-        click.echo(json.dumps(described, indent=2))
+        click.echo(json.dumps(assessment.to_dict(), indent=2))
         return
     terminal = console()
-    for each in assessments:
-        if sum(map(len, each.runs.values())) > 1:
-            terminal.print(comparison_table(f"{each.title}: every run", each.runs))
-        terminal.print(f"\n{each.title}: '{each.probe.name}', {each.probe.spec.name}")
-        terminal.print(each.report.table())
-        click.echo(str(each))
-
-
-def _evaluate_spans(
-    probe: Path,
-    data: str,
-    spans: str,
-    task: "Task",
-    runtime: options.Runtime,
-    plots: Path | None,
-    out: Path | None,
-    as_json: bool,
-    *,
-    text: str,
-    response: str | None,
-    split: str | None,
-    **_labels: Any,
-) -> None:
-    """Measures the spans that a probe finds, and its verdicts on whole texts."""
-    from sidelight.data.spans import load_spans
-
-    examples = load_spans(data, text=text, response=response, split=split, spans=spans, task=task)
-    options.announce("Loading the model")
-    from sidelight.training.classifier import load
-    from sidelight.training.measuring import trained_text_warnings
-    from sidelight.training.runs import console
-    from sidelight.training.spans import assess_spans
-
-    classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
-    for warning in (
-        *examples.warnings,
-        *trained_text_warnings(classifier.probe.record, examples),
-    ):
-        click.echo(f"Warning: {warning}", err=True)
-    assessed = assess_spans(classifier.backbone, classifier.probe, examples)
-    report, of_texts = assessed.report, assessed.whole_texts
-    if plots is not None:
-        assessed.write_pages(plots, f"{classifier.probe.name} on {Path(data).name}")
-    described = {
-        "probe": classifier.probe.name,
-        "mechanism": classifier.probe.spec.name,
-        **report.to_dict(),
-        "whole_texts": of_texts.to_dict(),
-    }
-    if out is not None:
-        write_json(out, described)
-    if as_json:
-        click.echo(json.dumps(described, indent=2))
-        return
-    console().print(report.table())
-    console().print(of_texts.table())
+    for part in assessment.shown():
+        terminal.print(part)
+    click.echo(str(assessment))
 
 
 @click.command(

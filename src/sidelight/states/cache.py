@@ -26,13 +26,11 @@ from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.standardisation import inverse_rms
 from sidelight.storage import replacing
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SHARD_BYTES = 512 * 2**20
 _BYTES_PER_VALUE = 2
 # Left free on the disk whatever the budget says.
 _RESERVE_BYTES = 2 * 2**30
-# A file of this name says that a run was told to keep the hidden states.
-_KEPT = "kept"
 # Locked by each process that reads the folder.
 _READERS = "readers"
 # What may be held in memory: two shards, some texts of a cache, or pooled states.
@@ -120,20 +118,22 @@ class ActivationCache:
     """The hidden states of one data set under one backbone, computed by one engine.
 
     Attributes:
+        key: Covers the backbone and its dtype, the engine, what is read, and every token id.
         directory: The folder of the texts' files.
         lengths: The stored tokens of each text.
         shards: The texts that are read together.
         token_bytes: Size of a token.
 
     Args:
-        root: Folder of all caches; this one gets a folder of its own in it, named by a key that
-            covers the backbone and its dtype, the engine, what is read, and every token id.
+        root: Folder of all caches; this one gets a folder of its own in it, named by its key.
         prompts: The texts of the data set.
         reads: Which tokens are stored.
         fingerprint: The backbone.
         engine: What computes the states; engines round differently, so they share no cache.
         shard_bytes: The most that is read together, or else one text; no file depends on it.
         memory_bytes: The most that ``States`` holds in memory.
+        is_kept: Whether the states stay, in a folder that all kept caches of the backbone and the
+            engine share: what another one has had is there.
     """
 
     def __init__(
@@ -146,6 +146,7 @@ class ActivationCache:
         engine: str = "transformers",
         shard_bytes: int = SHARD_BYTES,
         memory_bytes: int = MEMORY_BYTES,
+        is_kept: bool = False,
     ):
         self.prompts = prompts
         self.reads = reads
@@ -156,8 +157,10 @@ class ActivationCache:
         self.lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
         self.shards = random_shards(self.lengths, tokens=max(1, shard_bytes // self.token_bytes))
         who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine)
-        names = [text_name(prompt, reads) for prompt in prompts]
-        self.directory = root / hashlib.sha256(repr((who, names)).encode()).hexdigest()[:24]
+        self._names = [text_name(prompt, reads) for prompt in prompts]
+        self.key = _hash((who, self._names))
+        self.directory = root / (_hash(who) if is_kept else self.key)
+        self._is_kept = is_kept
         self._lock: IO[str] | None = None
 
     def __len__(self) -> int:
@@ -165,8 +168,9 @@ class ActivationCache:
         return len(self.shards)
 
     def missing(self) -> list[int]:
-        """The texts that have not been written yet, in the order of the shards."""
-        return [row for row in chain(*self.shards) if not self._path(row).exists()]
+        """The texts that have not been written yet, in the order of the shards; equal ones once."""
+        rows = {self._names[row]: row for row in chain(*self.shards)}
+        return [row for row in rows.values() if not self.path(row).exists()]
 
     def open(self, *, budget_bytes: int | None = None) -> list[int]:
         """Makes the folder, which other runs do not remove while this object exists.
@@ -205,35 +209,42 @@ class ActivationCache:
     def write(self, texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> None:
         """Stores the states of each row."""
         for row, hidden in texts.items():
-            write_tensors({"hidden": hidden.contiguous()}, self._path(row))
+            write_tensors({"hidden": hidden.contiguous()}, self.path(row))
 
     def text(self, row: int) -> Float[Tensor, "layer token width"]:
-        """A text's states, mapped from disk."""
-        return read_states(self._path(row))
+        """A text's states, mapped from disk.
+
+        Raises:
+            SidelightError: The file is absent or broken.
+        """
+        path = self.path(row)
+        try:
+            return load_file(path)["hidden"]
+        except (OSError, SafetensorError) as error:
+            raise SidelightError(
+                f"Cannot read the hidden states in {path}: {error}. Delete {path.parent}, and run "
+                "the same command again."
+            ) from error
 
     def read(self, index: int) -> Shard:
         """The texts of a shard."""
         return Shard.joined({row: self.text(row) for row in self.shards[index]})
 
-    def keep(self) -> None:
-        """Keeps the cache from ``remove``, also from that of other runs."""
-        (self.directory / _KEPT).touch()
-
     def remove(self) -> None:
-        """Deletes the cache, unless a run was told to keep it.
+        """Deletes the cache, unless it is kept.
 
         While another run reads it nothing happens: it is left to that run's ``remove``.
         """
         if self._lock is None:
             return
-        is_kept = (self.directory / _KEPT).exists()
-        if not is_kept and _has_locked(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if not self._is_kept and _has_locked(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
             shutil.rmtree(self.directory, ignore_errors=True)
         self._lock.close()
         self._lock = None
 
-    def _path(self, row: int) -> Path:
-        return self.directory / f"{row}.safetensors"
+    def path(self, row: int) -> Path:
+        """The file of a text."""
+        return self.directory / f"{self._names[row]}.safetensors"
 
 
 class States:
@@ -305,7 +316,11 @@ def text_name(prompt: EncodedPrompt, reads: Reads) -> str:
     # ``each_turn`` and ``conversation`` store the same tokens, so they share a name.
     is_last = reads.scope == "last_turn"
     who = (prompt.token_ids, prompt.parts, reads.side, reads.template, is_last)
-    return hashlib.sha256(repr(who).encode()).hexdigest()[:24]
+    return _hash(who)
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:24]
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -321,21 +336,6 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise SidelightError(
             f"Cannot write {path}: {error}. Free some space, or name another disk "
             "(SIDELIGHT_CACHE)."
-        ) from error
-
-
-def read_states(path: Path) -> Float[Tensor, "layer token width"]:
-    """The states of a text, mapped from disk.
-
-    Raises:
-        SidelightError: The file is absent or broken.
-    """
-    try:
-        return load_file(path)["hidden"]
-    except (OSError, SafetensorError) as error:
-        raise SidelightError(
-            f"Cannot read the hidden states in {path}: {error}. Delete {path.parent}, and run the "
-            "same command again."
         ) from error
 
 

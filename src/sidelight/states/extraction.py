@@ -1,13 +1,9 @@
 """One forward pass over each of many texts: for their hidden states, or for logits alone."""
 
-import shutil
-import tempfile
-import weakref
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -20,18 +16,10 @@ from sidelight.bank import Bank
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.progress import Progress, progress
-from sidelight.prompts import EncodedPrompt, Reads, shared_unread
+from sidelight.prompts import EncodedPrompt, shared_unread
 from sidelight.ragged import Ragged, by_length
-from sidelight.states.cache import (
-    ActivationCache,
-    Shard,
-    read_states,
-    text_name,
-    write_tensors,
-)
+from sidelight.states.cache import ActivationCache, Shard
 
-# More is not remembered by a ``SharedSource``.
-_SHARED_BYTES = 16 * 2**30
 _SCORED_TEXTS = 32
 
 
@@ -131,76 +119,15 @@ class BackboneSource:
             yield {rows[i]: hidden for i, hidden in zip(batch, texts, strict=True)}
 
 
-class SharedSource(BackboneSource):
-    """A backbone's forward passes, over each text once, for all caches of a process.
-
-    Caches that overlap, as those of the folds of a cross-validation do, get the states of texts
-    that another has had. The states are kept on disk while this object exists.
-
-    Args:
-        backbone: Runs the texts.
-        root: The folder that gets a folder for the states.
-        budget_bytes: If all states together would take more, all are forgotten, and made again as
-            they are needed.
-    """
-
-    def __init__(
-        self, backbone: TransformersBackbone, root: Path, *, budget_bytes: int = _SHARED_BYTES
-    ):
-        super().__init__(backbone)
-        root.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix="shared-", dir=root))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self._budget_bytes = budget_bytes
-        self._bytes = 0
-
-    def states(
-        self, cache: ActivationCache, rows: Sequence[int], shown: Progress
-    ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
-        """Runs the texts that are new, then gives each text."""
-
-        def size(texts: Iterable[int]) -> int:
-            return cache.token_bytes * sum(cache.lengths[row] for row in texts)
-
-        paths = {row: self._path(cache.prompts[row], cache.reads) for row in rows}
-        # Equal texts are one.
-        distinct = {path: row for row, path in paths.items()}
-        new = [row for path, row in distinct.items() if not path.exists()]
-        if self._bytes + size(new) > self._budget_bytes:
-            new = [*distinct.values()]
-            if size(new) > self._budget_bytes:
-                yield from super().states(cache, rows, shown)
-                return
-            for path in self._folder.iterdir():
-                path.unlink()
-            self._bytes = 0
-        self._bytes += size(new)
-        for texts in super().states(cache, new, shown):
-            for row, hidden in texts.items():
-                write_tensors({"hidden": hidden}, paths[row])
-        shown.advance(sum(len(cache.prompts[row]) for row in {*rows} - {*new}))
-        for row, path in paths.items():
-            yield {row: read_states(path)}
-
-    def remembers(self, prompt: EncodedPrompt, reads: Reads) -> bool:
-        """Whether the states of this prompt are known."""
-        return self._path(prompt, reads).exists()
-
-    def logits(
-        self, probe: Probe, prompts: Sequence[EncodedPrompt]
-    ) -> Float[np.ndarray, "prompt output"]:
-        """A probe's logits of whole prompts that are remembered, without a forward pass."""
-        logits = [np.empty((0, probe.task.outputs))]
-        for start in range(0, len(prompts), _SCORED_TEXTS):
-            chosen = prompts[start : start + _SCORED_TEXTS]
-            paths = (self._path(prompt, probe.reads) for prompt in chosen)
-            logits.append(
-                shard_logits(probe, Shard.joined(dict(enumerate(map(read_states, paths)))))
-            )
-        return np.concatenate(logits)
-
-    def _path(self, prompt: EncodedPrompt, reads: Reads) -> Path:
-        return self._folder / f"{text_name(prompt, reads)}.safetensors"
+def cached_logits(
+    probe: Probe, cache: ActivationCache, rows: Sequence[int]
+) -> Float[np.ndarray, "row output"]:
+    """A probe's logits of whole texts of a cache, without a forward pass."""
+    logits = [np.empty((0, probe.task.outputs))]
+    for start in range(0, len(rows), _SCORED_TEXTS):
+        texts = {row: cache.text(row) for row in rows[start : start + _SCORED_TEXTS]}
+        logits.append(shard_logits(probe, Shard.joined(texts)))
+    return np.concatenate(logits)
 
 
 @torch.inference_mode()

@@ -1,32 +1,38 @@
-"""Probes of one training, measured on labelled rows that it did not see."""
+"""The probes of a folder, measured on labelled rows that training did not see."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
 from sidelight.backbone import DtypeName, load_backbone
 from sidelight.data.examples import LabelledExamples
-from sidelight.errors import SidelightError
-from sidelight.evaluation import Report, evaluate
+from sidelight.data.spans import SpanExamples, span_text
+from sidelight.evaluation import Report, SpanReport, evaluate, worst_spans_page
 from sidelight.probe import Probe
+from sidelight.spans import labelled_characters
+from sidelight.storage import write_text
 from sidelight.training.classifier import judge, require_responses
 from sidelight.training.measuring import trained_text_warnings
-from sidelight.training.runs import by_title, read_runs, summarise
+from sidelight.training.runs import by_title, comparison_table, read_runs, summarise
+from sidelight.training.spans import judge_characters, measure_spans
 from sidelight.training.traffic import beginning, kept_rate, rate_sentence
+from sidelight.types import Span
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _SHOWN_MISTAKES = 5
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """How the probes did on some rows.
+    """How the probes of whole texts did.
 
     Attributes:
-        title: Which rows.
         examples: The rows.
         probe: The artifact's own: the run that validation data chose.
         probabilities: Its probabilities.
@@ -34,7 +40,6 @@ class Assessment:
         runs: The reports of every run trained with it, itself included, by title.
     """
 
-    title: str
     examples: LabelledExamples
     probe: Probe
     probabilities: Float[np.ndarray, "row output"]
@@ -46,6 +51,39 @@ class Assessment:
         """What the user should know of the rows, one sentence each."""
         warnings = trained_text_warnings(self.probe.record, self.examples)
         return (*self.examples.warnings, *warnings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The probe's metrics at the top level, then those of the runs, as JSON values."""
+        return {
+            "probe": self.probe.name,
+            "mechanism": self.probe.spec.name,
+            **self.report.to_dict(),
+            "traffic": dict(zip(("flagged", "conversations"), kept_rate(self.probe), strict=True)),
+            "warnings": list(self.warnings),
+            "runs": summarise(self.runs),
+        }
+
+    def shown(self) -> list["RenderableType"]:
+        """The figures for a terminal."""
+        runs = sum(map(len, self.runs.values()))
+        return [
+            *([comparison_table("Every run", self.runs)] if runs > 1 else []),
+            f"\n'{self.probe.name}', {self.probe.spec.name}",
+            self.report.table(),
+        ]
+
+    def plot(self, folder: Path) -> None:
+        """Draws the probe's plots."""
+        from sidelight.plots import plot_report
+
+        plot_report(
+            self.probe.task,
+            self.probabilities,
+            self.examples.labels,
+            folder,
+            thresholds=self.probe.thresholds,
+            title=self.probe.name,
+        )
 
     @property
     def mistakes(self) -> list[str]:
@@ -86,21 +124,70 @@ class Assessment:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class SpanAssessment(Assessment):
+    """How a probe of spans did, whose ``report`` is that of whole texts.
+
+    Attributes:
+        spans: How well spans are found.
+        found: The spans of each text.
+        scores: The probabilities of each text's characters, of which the margins leave some out.
+    """
+
+    spans: SpanReport
+    found: Sequence[Sequence[Span]]
+    scores: Sequence[Float[np.ndarray, "_ label"]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "probe": self.probe.name,
+            "mechanism": self.probe.spec.name,
+            **self.spans.to_dict(),
+            "whole_texts": self.report.to_dict(),
+            "warnings": list(self.warnings),
+        }
+
+    def shown(self) -> list["RenderableType"]:
+        return [self.spans.table(), self.report.table()]
+
+    def plot(self, folder: Path) -> None:
+        """A plot over thresholds, ``thresholds.png``, and the worst texts, ``worst.html``."""
+        from sidelight.plots import plot_thresholds
+
+        assert isinstance(self.examples, SpanExamples)
+        assert self.probe.spans is not None
+        labels, spans = self.examples.span_labels, self.examples.spans
+        texts = [span_text(item) for item in self.examples.items]
+        rows = zip(texts, spans, strict=True)
+        plot_thresholds(
+            np.concatenate([labelled_characters(*row, labels) for row in rows]),
+            np.concatenate(self.scores),
+            labels,
+            folder,
+            thresholds=self.probe.spans.thresholds,
+            title=self.probe.name,
+        )
+        page = worst_spans_page(texts, spans, self.found, labels, title=self.probe.name)
+        write_text(folder / "worst.html", page)
+
+    def __str__(self) -> str:
+        """Nothing: the tables say all."""
+        return ""
+
+
 def assess(
     directory: Path,
     examples: LabelledExamples,
     *,
-    subset: str | None = None,
     model: str | None = None,
     dtype: DtypeName = "auto",
     device: str = "auto",
-) -> list[Assessment]:
-    """Measures a folder's probes, by one forward pass: on all rows, then on those of ``subset``.
+) -> Assessment:
+    """Measures a folder's probes on labelled rows, by one forward pass.
 
     Args:
         directory: An artifact that ``sidelight train`` wrote.
-        examples: Loaded with the task in its manifest.
-        subset: A column; its true rows are reported as well.
+        examples: Loaded with the task in its manifest; ``SpanExamples`` for a probe of spans.
         model: The backbone's name; None takes the one that the probe was trained under.
         dtype: Of the backbone.
         device: Of the backbone.
@@ -112,14 +199,6 @@ def assess(
     probes, index = read_runs(directory)
     chosen = probes[index]
     require_responses(chosen, examples.items)
-    every = np.arange(len(examples))
-    rows = {"All rows": every}
-    if subset is not None:
-        rows[subset] = every[[value is True for value in examples.truth_values(subset)]]
-        if not len(rows[subset]):
-            raise SidelightError(
-                f"No row has a true '{subset}' (1, true or yes). Name another column with --subset."
-            )
     backbone = load_backbone(
         model or chosen.fingerprint.name,
         dtype=dtype,
@@ -128,55 +207,22 @@ def assess(
     )
     for probe in probes:
         probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
-    pairs = zip(probes, judge(backbone, probes, examples.items), strict=True)
-    probabilities = [probe.calibration.apply(logits) for probe, logits in pairs]
-    assessments: list[Assessment] = []
-    for title, selected in rows.items():
-        labels = examples.labels[selected]
-        reports = [
-            evaluate(probe.task, values[selected], labels, thresholds=probe.thresholds)
-            for probe, values in zip(probes, probabilities, strict=True)
-        ]
-        assessments.append(
-            Assessment(
-                title,
-                examples if selected is every else examples.select(selected),
-                chosen,
-                probabilities[index][selected],
-                reports[index],
-                by_title(probes, reports),
-            )
-        )
-    return assessments
-
-
-def describe(assessments: Sequence[Assessment]) -> dict[str, Any]:
-    """The chosen probe's metrics on all rows at the top level, then the subset and the runs."""
-    whole, *subsets = assessments
-    return {
-        "probe": whole.probe.name,
-        "mechanism": whole.probe.spec.name,
-        **whole.report.to_dict(),
-        "traffic": dict(zip(("flagged", "conversations"), kept_rate(whole.probe), strict=True)),
-        "warnings": list(whole.warnings),
-        "runs": summarise(whole.runs),
-        "subsets": {
-            subset.title: {**subset.report.to_dict(), "runs": summarise(subset.runs)}
-            for subset in subsets
-        },
-    }
-
-
-def plot(assessments: Sequence[Assessment], directory: Path) -> None:
-    """Draws the chosen probe's plots, a folder for each set of rows."""
-    from sidelight.plots import plot_report
-
-    for assessment in assessments:
-        plot_report(
-            assessment.probe.task,
-            assessment.probabilities,
-            assessment.examples.labels,
-            directory / assessment.title.lower().replace(" ", "_"),
-            thresholds=assessment.probe.thresholds,
-            title=f"{assessment.probe.name}: {assessment.title.lower()}",
-        )
+    if isinstance(examples, SpanExamples):
+        assert chosen.spans is not None
+        texts = sorted(judge_characters(backbone, chosen, examples.items), key=lambda row: row[0])
+        logits = [np.stack([of_text for _, of_text, _ in texts])]
+    else:
+        texts, logits = [], judge(backbone, probes, examples.items)
+    probabilities = [
+        probe.calibration.apply(own) for probe, own in zip(probes, logits, strict=True)
+    ]
+    reports = [
+        evaluate(probe.task, own, examples.labels, thresholds=probe.thresholds)
+        for probe, own in zip(probes, probabilities, strict=True)
+    ]
+    figures = (examples, chosen, probabilities[index], reports[index], by_title(probes, reports))
+    if not isinstance(examples, SpanExamples) or chosen.spans is None:
+        return Assessment(*figures)
+    found = [chosen.spans.read(scores, examples.span_labels) for _, _, scores in texts]
+    scores = [chosen.spans.within_margins(scores) for _, _, scores in texts]
+    return SpanAssessment(*figures, measure_spans(examples, found), found, scores)

@@ -152,7 +152,7 @@ class Split:
 
     def _pooled(self, *, is_normalised: bool) -> Pooled:
         name = "pooled-normalised" if is_normalised else "pooled"
-        path = self.states.directory / f"{name}.safetensors"
+        path = self.states.directory / f"{self.states.key}-{name}.safetensors"
         if not path.exists():
             sizes = self.states.fingerprint
             shape = (len(self.states.lengths), sizes.layers, sizes.width)
@@ -310,8 +310,7 @@ def make_split(
     Args:
         backbone: The frozen LLM.
         examples: The texts.
-        options: How texts are read, where their hidden states go, and whether they stay there
-            whichever run calls ``states.remove``.
+        options: How texts are read, where their hidden states go, and whether they stay there.
         title: The title of the progress bar.
         source: The engine that computes the states; None is the backbone itself.
         contexts: Further settings of the texts, which follow them.
@@ -332,13 +331,12 @@ def make_split(
         engine=source.engine,
         shard_bytes=min(SHARD_BYTES, max(1, options.memory_bytes // 2)),
         memory_bytes=options.memory_bytes,
+        is_kept=options.keep_cache,
     )
-    stored = len(prompts) - len(cache.missing())
+    stored = sum(cache.path(row).exists() for row in range(len(prompts)))
     if stored:
         say(f"{title}: the hidden states of {stored:,} of {len(prompts):,} are on disk already.")
     states = extract(source, cache, budget_bytes=options.cache_budget_bytes, title=title)
-    if options.keep_cache:
-        states.keep()
     rows = np.arange(len(prompts))
     if not contexts:
         return Split(examples, tuple(prompts), states, rows)

@@ -1,6 +1,9 @@
 """scikit-learn's face: a classifier of texts for pipelines, cross-validation and grid search."""
 
+import shutil
+import tempfile
 import warnings
+import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,14 +18,15 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 
 from sidelight.artifact import save_probe
-from sidelight.backbone import load_backbone
+from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.calibration import CalibrationKind
 from sidelight.data.examples import LabelledExamples
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.progress import quiet
 from sidelight.prompts import Reads
 from sidelight.smollm2 import cache_root
-from sidelight.states.extraction import SharedSource
+from sidelight.states.cache import ActivationCache
+from sidelight.states.extraction import cached_logits
 from sidelight.training.classifier import Classifier, as_example, encode, judge
 from sidelight.training.fit import fit
 from sidelight.training.settings import (
@@ -32,6 +36,9 @@ from sidelight.training.settings import (
     suggested_settings,
 )
 from sidelight.types import Task
+
+# Where the states of all texts take more, they are made again.
+_MOST_BYTES = 16 * 2**30
 
 
 class SidelightClassifier(ClassifierMixin, BaseEstimator):
@@ -122,16 +129,13 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         examples = LabelledExamples(
             tuple(items), ({},) * len(items), task=task, labels=numbers.astype(np.int64)
         )
-        shared = _shared(str(self.model))
+        backbone, folder = _shared(str(self.model))
+        if sum(file.stat().st_size for file in folder.rglob("*")) > _MOST_BYTES:
+            for states in folder.iterdir():
+                shutil.rmtree(states)
+        options = replace(self._options(), cache_root=folder, keep_cache=True)
         with nullcontext() if self.verbose else quiet():
-            result = fit(
-                shared.backbone,
-                examples,
-                None,
-                name="probe",
-                options=self._options(),
-                source=shared,
-            )
+            result = fit(backbone, examples, None, name="probe", options=options)
         for sentence in result.warnings:
             warnings.warn(sentence, stacklevel=2)
         self.classes_, self.probe_ = classes, result.best.probe
@@ -146,16 +150,17 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         examples = [as_example(text) for text in _texts(X)]
-        shared, probe = _shared(str(self.model)), self.probe_
-        probe.fingerprint.require(shared.backbone.fingerprint, probe=probe.name)
-        prompts = encode(shared.backbone, examples)
-        is_known = np.array([shared.remembers(prompt, probe.reads) for prompt in prompts])
-        old, new = np.flatnonzero(is_known), np.flatnonzero(~is_known)
+        (backbone, folder), probe = _shared(str(self.model)), self.probe_
+        probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
+        prompts, who = encode(backbone, examples), backbone.fingerprint
+        cache = ActivationCache(folder, prompts, reads=probe.reads, fingerprint=who, is_kept=True)
+        is_known = np.array([cache.path(text).exists() for text in range(len(prompts))])
+        known, new = np.flatnonzero(is_known), np.flatnonzero(~is_known)
         logits = np.empty((len(prompts), probe.task.outputs))
-        logits[old] = shared.logits(probe, [prompts[text] for text in old])
+        logits[known] = cached_logits(probe, cache, known.tolist())
         if len(new):
             with nullcontext() if self.verbose else quiet():
-                logits[new] = judge(shared.backbone, [probe], [examples[text] for text in new])[0]
+                logits[new] = judge(backbone, [probe], [examples[text] for text in new])[0]
         probabilities = probe.calibration.apply(logits)
         if probe.task.kind == "binary":
             return np.column_stack([1 - probabilities, probabilities])
@@ -170,7 +175,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
     def classifier_(self) -> Classifier:
         """The probe on its model: verdicts with the probe's threshold."""
         check_is_fitted(self)
-        return Classifier(_shared(str(self.model)).backbone, self.probe_)
+        return Classifier(_shared(str(self.model))[0], self.probe_)
 
     def save(self, directory: str | Path) -> Path:
         """Writes the probe as an artifact, to serve or to load with ``sidelight.load``.
@@ -212,9 +217,13 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
 
 # One, since a second LLM would double the memory.
 @lru_cache(maxsize=1)
-def _shared(model: str) -> SharedSource:
-    """A model and the states that all classifiers of this process have of it."""
-    return SharedSource(load_backbone(model), cache_root() / "activations")
+def _shared(model: str) -> tuple[TransformersBackbone, Path]:
+    """A model, and the folder of its states, which all classifiers of this process share."""
+    backbone, root = load_backbone(model), cache_root() / "activations"
+    root.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="shared-", dir=root))
+    weakref.finalize(backbone, shutil.rmtree, folder, ignore_errors=True)
+    return backbone, folder
 
 
 def _texts(values: Any) -> Sequence[str]:

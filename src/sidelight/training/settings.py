@@ -184,7 +184,7 @@ class FitOptions:
         cache_root: Folder for the hidden states while training; None is the user's cache.
         cache_budget_bytes: The most that the hidden states of the training texts may take, and the
             most for those of the validation texts; None allows what the disk has.
-        keep_cache: Whether the hidden states stay for another training.
+        keep_cache: Whether the hidden states stay for other trainings, which share those of a text.
         memory_bytes: The most that hidden states may take in memory while training; more are read
             from disk again in each epoch.
     """

@@ -24,9 +24,7 @@ from sidelight.errors import SidelightError
 from sidelight.evaluation import (
     Report,
     SpanReport,
-    evaluate,
     evaluate_spans,
-    worst_spans_page,
 )
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.mechanisms.spans import Spans
@@ -44,7 +42,7 @@ from sidelight.spans import (
     words,
 )
 from sidelight.states.extraction import StateSource
-from sidelight.storage import write_json, write_text
+from sidelight.storage import write_json
 from sidelight.thresholds import F1, OperatingCurve, ThresholdRule
 from sidelight.training.classifier import encode, require_responses
 from sidelight.training.dataset import ProbeDataset, Split, make_split
@@ -300,17 +298,16 @@ def find_spans(
         SidelightError: The probe reads responses and a text has none, or the reverse.
     """
     assert probe.spans is not None
-    labels = probe.task.labels[-probe.task.outputs :]
     logits = np.full((len(examples), probe.task.outputs), np.nan)
     found: list[list[Span]] = [[] for _ in examples]
-    for i, of_text, scores in _judge_characters(backbone, probe, examples):
+    for i, of_text, scores in judge_characters(backbone, probe, examples):
         logits[i] = of_text
-        found[i] = probe.spans.read(scores, labels)
+        found[i] = probe.spans.read(scores, probe.span_labels)
     return logits, found
 
 
 @torch.inference_mode()
-def _judge_characters(
+def judge_characters(
     backbone: TransformersBackbone, probe: Probe, examples: Sequence[Example]
 ) -> Generator[tuple[int, Float[np.ndarray, " output"], Float[np.ndarray, "character label"]]]:
     """Of each text its place, its logits, and the probabilities of its characters."""
@@ -343,55 +340,3 @@ def _judge_characters(
                 text = span_text(examples[i])
                 yield i, logits, character_scores(text, places[i], probabilities)
                 shown.advance(len(prompts[i]))
-
-
-@dataclass(frozen=True)
-class SpanAssessment:
-    """A probe's spans of labelled texts.
-
-    Attributes:
-        report: How well spans are found.
-        whole_texts: How well the texts are judged as a whole.
-        found: The spans of each text.
-        scores: The probabilities of each text's characters, of which the margins leave some out.
-    """
-
-    probe: Probe
-    examples: SpanExamples
-    report: SpanReport
-    whole_texts: Report
-    found: Sequence[Sequence[Span]]
-    scores: Sequence[Float[np.ndarray, "_ label"]]
-
-    def write_pages(self, folder: Path, title: str) -> None:
-        """A plot over thresholds, ``thresholds.png``, and the worst texts, ``worst.html``."""
-        from sidelight.plots import plot_thresholds
-
-        assert self.probe.spans is not None
-        labels = self.examples.span_labels
-        texts = [span_text(item) for item in self.examples.items]
-        rows = zip(texts, self.examples.spans, strict=True)
-        plot_thresholds(
-            np.concatenate([labelled_characters(*row, labels) for row in rows]),
-            np.concatenate(self.scores),
-            labels,
-            folder,
-            thresholds=self.probe.spans.thresholds,
-            title=title,
-        )
-        page = worst_spans_page(texts, self.examples.spans, self.found, labels, title=title)
-        write_text(folder / "worst.html", page)
-
-
-def assess_spans(
-    backbone: TransformersBackbone, probe: Probe, examples: SpanExamples
-) -> SpanAssessment:
-    """How well a probe finds the spans of texts, and how well it judges the texts as a whole."""
-    assert probe.spans is not None
-    judged = sorted(_judge_characters(backbone, probe, examples.items), key=lambda row: row[0])
-    probabilities = probe.calibration.apply(np.stack([logits for _, logits, _ in judged]))
-    of_texts = evaluate(probe.task, probabilities, examples.labels, thresholds=probe.thresholds)
-    scores = [probe.spans.within_margins(own) for _, _, own in judged]
-    found = [probe.spans.read(own, examples.span_labels) for _, _, own in judged]
-    report = measure_spans(examples, found)
-    return SpanAssessment(probe, examples, report, of_texts, found, scores)

@@ -17,7 +17,7 @@ from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.evaluation import evaluate
 from sidelight.metrics import log_losses
-from sidelight.states.extraction import SharedSource
+from sidelight.states.extraction import cached_logits
 from sidelight.training.contexts import draw_contexts
 from sidelight.training.dataset import ProbeDataset, Split, make_split, prepare
 from sidelight.training.fit import fit
@@ -92,7 +92,7 @@ def compare_defaults(
         draws: Draws of training texts; those that are held out are the same for all.
         held_out: Texts to measure on, in the file's shares of the classes.
         rivals: Some of ``RIVALS``, trained on the same texts.
-        cache_root: Folder of the hidden states.
+        cache_root: Folder of the hidden states, which stay there.
     """
     for rival in rivals:
         if rival not in RIVALS:
@@ -112,14 +112,13 @@ def compare_defaults(
         },
     }
     encoder = Encoder(None, max_tokens=512) if "sentence_embeddings" in rivals else None
-    shared = SharedSource(backbone, cache_root)
-    options = FitOptions(cache_root=cache_root)
+    options = FitOptions(cache_root=cache_root, keep_cache=True)
     shown = replace(background, conversations=background.conversations[::2])
     held_texts = examples.select(held_rows)
     unseen = background.conversations[1::2]
     everyone = (np.arange(len(held_texts)),)
     contexts = draw_contexts(backbone, held_texts, everyone, unseen, options)
-    held = make_split(backbone, held_texts, options, source=shared, contexts=contexts)
+    held = make_split(backbone, held_texts, options, contexts=contexts)
     in_contexts = replace(options, background=shown)
     ours = {
         DEFAULT: in_contexts,
@@ -130,8 +129,9 @@ def compare_defaults(
     for (size, seed), rows in draws_of.items():
         drawn = examples.select(rows)
         for row, own in ours.items():
-            run = fit(backbone, drawn, None, name="default", options=own, source=shared).best
-            chances = run.probe.calibration.apply(shared.logits(run.probe, held.prompts))
+            run = fit(backbone, drawn, None, name="default", options=own).best
+            logits = cached_logits(run.probe, held.states, range(len(held.prompts)))
+            chances = run.probe.calibration.apply(logits)
             at_threshold = evaluate(
                 run.probe.task,
                 chances[held.alone],
@@ -145,7 +145,7 @@ def compare_defaults(
             judged.append(
                 Judged(size, row, seed, *_measured(run.probe.task, chances, held, printed))
             )
-        dataset = prepare(backbone, drawn, None, options=in_contexts, source=shared)
+        dataset = prepare(backbone, drawn, None, options=in_contexts)
         for rival in rivals:
             splits = {rival: dataset.originals}
             if rival in _REGRESSIONS:
@@ -157,8 +157,6 @@ def compare_defaults(
                 calibration = fit_calibration(kind, calibrating, labels, dataset.task)
                 chances = calibration.apply(logits)
                 judged.append(Judged(size, row, seed, *_measured(dataset.task, chances, held, {})))
-        dataset.remove_states()
-    held.states.remove()
     return judged
 
 
