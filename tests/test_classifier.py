@@ -305,9 +305,7 @@ def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fit
     model = saved(tiny, tmp_path / "model")
     for folder, one in (("kept", replace(probe, record=record)), ("none", probe)):
         save_probe(one, tmp_path / folder)
-    kept, none = (
-        assess(tmp_path / folder, examples, model=model) for folder in ("kept", "none")
-    )
+    kept, none = (assess(tmp_path / folder, examples, model=model) for folder in ("kept", "none"))
     assert 0 < len(kept.mistakes) <= 5
     texts = [item.text for item in examples.items]
     assert all(any(line.endswith(beginning(text)) for text in texts) for line in kept.mistakes)

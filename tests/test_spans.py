@@ -7,6 +7,7 @@ import re
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from commands import run, saved
 from in_process import in_process
 from sidelight.artifact import load_probe, save_probe
 from sidelight.data.examples import Example
-from sidelight.data.spans import load_spans
+from sidelight.data.loading import load_examples
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
@@ -38,6 +39,7 @@ from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.spans import calibrate_spans, find_spans, fit_spans, measure_spans
 from sidelight.types import Span
 
+load_spans = partial(load_examples, spans="spans")
 TEXT = "Call Ann Lee, now"
 NAME = {"start": 5, "end": 12, "label": "NAME"}
 # Prompts in other batches and parts: sums in another order, in float32.
@@ -81,6 +83,18 @@ def rows(count, seed=0):
 def test_a_malformed_span_is_refused_with_its_place_and_the_remedy(cell, says):
     with pytest.raises(SidelightError, match=says):
         load_spans([{"text": TEXT, "spans": cell}])
+
+
+def test_a_missing_column_is_named_with_its_file_and_spans_with_their_option(tmp_path):
+    path = tmp_path / "letters.jsonl"
+    path.write_text(json.dumps({"text": TEXT, "spans": []}) + "\n")
+    with pytest.raises(SidelightError, match=r"letters\.jsonl, line 1: no column 'span'.*--spans"):
+        load_examples(path, spans="span")
+    with pytest.raises(SidelightError, match=r"no column 'label'.*--label \(label= in Python\)\.$"):
+        load_examples(path)
+    path.write_text(json.dumps({"text": TEXT, "pii": [NAME]}) + "\n")
+    with pytest.raises(SidelightError, match=r"no column 'label'.*To find spans, give --spans pii"):
+        load_examples(path)
 
 
 def test_spans_overlap_and_rows_without_any_are_negatives():

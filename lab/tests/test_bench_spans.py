@@ -8,13 +8,14 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from commands import run, saved
-from sidelight.data.spans import load_spans
+from sidelight.data.loading import load_examples
 from sidelight.evaluation import evaluate_spans
+from sidelight.manifest import WEIGHTS
 from sidelight.prompts import Reads
 from sidelight.thresholds import F1
-from sidelight.training.dataset import ProbeDataset
+from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.settings import FitOptions
-from sidelight.training.spans import calibrate_spans, span_split
+from sidelight.training.spans import calibrate_spans
 from sidelight_lab.baselines import spans as baselines
 from sidelight_lab.baselines.fine_tuning import FineTunedEncoder
 
@@ -62,7 +63,7 @@ def test_all_rows_are_measured_on_the_same_texts_and_compared_with_ours(tiny, tm
     assert record["rows"]["window"]["per_label"]["SHOUT"]["f1"]["value"] > 0.9
     assert capsys.readouterr().out.count("| window") == 1
     # Hidden states of a run that keeps none are gone.
-    assert not [*tmp_path.rglob("[0-9]*.safetensors")]
+    assert {path.name for path in tmp_path.rglob("*.safetensors")} == {WEIGHTS}
     assert run(*command, "--rivals=lexikon") == 2
     assert "Did you mean 'lexicon'" in capsys.readouterr().err
 
@@ -88,16 +89,14 @@ def test_an_encoder_learns_to_label_its_tokens(tiny, tmp_path):
     )
     BertModel(config).save_pretrained(tmp_path / "bert")
     options = FitOptions(reads=Reads("prompt", template=False), cache_root=tmp_path)
-    texts = [load_spans(rows(80, seed)) for seed in (0, 1)]
-    splits = [
-        span_split(tiny, own, options=options, source=None, title="Texts")[0] for own in texts
-    ]
+    texts = [load_examples(rows(80, seed), spans="spans") for seed in (0, 1)]
+    splits = [make_split(tiny, own, options) for own in texts]
     tuning = FineTunedEncoder(
         path=str(tmp_path / "bert"), epochs=8, batch_size=8, learning_rate=1e-2
     )
     (score,) = baselines.encoder(ProbeDataset(tiny, *splits), tuning)
     rule, _ = calibrate_spans(texts[1], *score(texts[1]), rule=F1, bootstrap=0)
-    test = load_spans(rows(40, 2))
+    test = load_examples(rows(40, 2), spans="spans")
     places, logits = score(test)
     assert all(map(len, places))
     labels = test.span_labels

@@ -73,7 +73,6 @@ def evaluate(
     """
     options.announce(f"Reading {data}")
     from sidelight.data.loading import load_examples
-    from sidelight.data.spans import load_spans
     from sidelight.manifest import read_manifest
 
     if plots is not None:
@@ -81,11 +80,9 @@ def evaluate(
         import_module("sidelight.plots")
     # Before imports that take seconds: a wrong file or column is refused at once.
     manifest = read_manifest(probe)
-    if manifest.spans is not None:
-        examples = load_spans(data, spans=spans, task=manifest.task, **columns)
-    else:
-        columns |= {"label": label, "on_missing_label": missing_label}
-        examples = load_examples(data, task=manifest.task, **columns)
+    labels = {"label": label, "on_missing_label": missing_label}
+    columns |= labels if manifest.spans is None else {"spans": spans}
+    examples = load_examples(data, task=manifest.task, **columns)
     options.announce("Loading the model")
     from sidelight.training.assessment import assess
     from sidelight.training.runs import console

@@ -223,27 +223,20 @@ class TrainingInputs:
             spans: The column of spans, whose texts are ``SpanExamples``; None reads labels.
         """
         from sidelight.data.loading import load_examples
-        from sidelight.data.spans import load_spans
 
-        labelled = partial(
+        labels = {"label": self.label, "on_missing_label": self.missing_label}
+        read: Callable[..., LabelledExamples] = partial(
             load_examples,
             text=self.text,
-            label=self.label,
             response=self.response,
-            on_missing_label=self.missing_label,
+            **(labels if spans is None else {"spans": spans}),
         )
-        with_spans = partial(load_spans, text=self.text, response=self.response, spans=spans or "")
-        whole = (
-            labelled(self.data, split=self.split, positive=self.positive)
-            if spans is None
-            else with_spans(self.data, split=self.split)
-        )
+        whole = read(self.data, split=self.split, positive=self.positive)
         rows = whole.draw(self.limit or len(whole), seed=0)
         # Warnings about the file hold for some of its rows too.
         training = replace(whole.select(rows), warnings=whole.warnings)
         if self.validation is None:
             return training, None
-        read = labelled if spans is None else with_spans
         return training, read(self.validation, split=self.validation_split, task=training.task)
 
     def fit_options(self) -> "FitOptions":

@@ -2,10 +2,10 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -14,7 +14,6 @@ from sidelight.cli import options
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
-    from sidelight.data.spans import SpanExamples
     from sidelight.types import MechanismSpec
 
 # As ``training.settings.AUTO``, whose import takes seconds.
@@ -151,25 +150,10 @@ def train(
         if spans is None:
             background_set = background_set or default_background(backbone.fingerprint)
             fit_options = replace(fit_options, background=background_set)
-            result = fit(
-                backbone,
-                training,
-                validation,
-                name=name,
-                options=fit_options,
-                source=source,
-                out=out,
-            )
-        else:
-            result = fit_spans(
-                backbone,
-                cast("SpanExamples", training),
-                cast("SpanExamples | None", validation),
-                name=name,
-                options=fit_options,
-                source=source,
-                out=out,
-            )
+        run: Callable[..., Any] = fit if spans is None else fit_spans
+        result = run(
+            backbone, training, validation, name=name, options=fit_options, source=source, out=out
+        )
     for warning in result.warnings:
         if warning not in told:
             click.echo(f"Warning: {warning}", err=True)

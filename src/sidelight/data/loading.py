@@ -8,6 +8,7 @@ from typing import Literal, overload
 from sidelight.data.examples import Example, Examples, LabelledExamples, Skipped
 from sidelight.data.labels import encode_labels, is_missing
 from sidelight.data.readers import InMemory, Row, is_list, is_mapping, read_rows
+from sidelight.data.spans import SpanExamples, holds_spans, label_spans
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import Message, require_whole_characters
 from sidelight.types import Task
@@ -36,6 +37,16 @@ def load_examples(
     response: str | None = None,
     split: str | None = None,
 ) -> Examples: ...
+@overload
+def load_examples(
+    source: str | Path | InMemory,
+    *,
+    text: str = "text",
+    response: str | None = None,
+    split: str | None = None,
+    task: Task | None = None,
+    spans: str,
+) -> SpanExamples: ...
 def load_examples(
     source: str | Path | InMemory,
     *,
@@ -46,6 +57,7 @@ def load_examples(
     positive: str | None = None,
     task: Task | None = None,
     on_missing_label: OnMissingLabel = "error",
+    spans: str | None = None,
 ) -> Examples:
     """Loads texts with their labels, and infers the task from the labels.
 
@@ -65,13 +77,19 @@ def load_examples(
             the rarer label, else the last in the alphabet.
         task: Label space to map to, such as a trained probe's; None infers one.
         on_missing_label: Whether a row without a label is an error, or is left out and counted.
+        spans: Column of spans in place of labels: a list of ``{"start": 0, "end": 5, "label":
+            "NAME"}``, in characters (Unicode code points) of the text, or of the answer if there is
+            one, the end exclusive. Spans of different labels may overlap; rows without any are
+            negatives. A ``probability``, which ``predict`` writes, is ignored, and spans of labels
+            that ``task`` lacks are left out and counted.
 
     Raises:
         SidelightError: The source cannot be read, or a row is malformed; the message names the
             place and the remedy.
     """
     rows = read_rows(source, split=split, text=text, label=label or "label")
-    columns = _find_columns(rows, text=text, label=label, response=response)
+    label = label if spans is None else None
+    columns = _find_columns(rows, text=text, label=label, response=response, spans=spans)
     kept: list[Row] = []
     items: list[Example] = []
     empty: list[Row] = []
@@ -105,7 +123,8 @@ def load_examples(
     )
     cells = tuple(row.cells for row in kept)
     if not columns:
-        return Examples(tuple(items), cells, skipped, warnings)
+        examples = Examples(tuple(items), cells, skipped, warnings)
+        return examples if spans is None else label_spans(examples, spans, task=task)
     task, labels, doubts = encode_labels(kept, columns, positive=positive, task=task)
     labellings = {(i.messages, i.response, n.tobytes()) for i, n in zip(items, labels, strict=True)}
     counts = Counter((messages, answer) for messages, answer, _ in labellings)
@@ -116,20 +135,24 @@ def load_examples(
 
 
 def _find_columns(
-    rows: Sequence[Row], *, text: str, label: str | None, response: str | None
+    rows: Sequence[Row], *, text: str, label: str | None, response: str | None, spans: str | None
 ) -> tuple[str, ...]:
     """The columns of labels: `label` names several, or a single one whose name has a comma."""
     known = tuple(dict.fromkeys(name for row in rows for name in row.cells))
     labels = () if label is None else (label,)
     if label is not None and label not in known:
         labels = tuple(dict.fromkeys(name.strip() for name in label.split(",")))
-    wanted = [("text", text), ("response", response), *(("label", name) for name in labels)]
+    wanted = [("text", text), ("response", response), ("spans", spans)]
+    wanted += [("label", name) for name in labels]
     for option, name in wanted:
         if name is not None and name not in known:
+            labelled = [c for c in known if any(holds_spans(row.cells.get(c)) for row in rows)]
+            hint = f" To find spans, give --spans {labelled[0]}." if labelled else ""
             raise SidelightError(
                 f"{rows[0].place}: no column '{name}'."
                 f"{did_you_mean(name, [column[:40] for column in known])} "
                 f"Name another with --{option} ({option}= in Python)."
+                f"{hint if option == 'label' else ''}"
             )
     return labels
 

@@ -1,19 +1,17 @@
-"""Loads texts whose characters are labelled: one column has a list of spans."""
+"""Texts whose characters are labelled: one column has a list of spans."""
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import SupportsIndex, cast
 
 import numpy as np
 
-from sidelight.data.examples import Example, LabelledExamples, located
+from sidelight.data.examples import Example, Examples, LabelledExamples, located
 from sidelight.data.labels import is_missing, label_name
-from sidelight.data.loading import load_examples
-from sidelight.data.readers import InMemory, is_list, is_mapping
+from sidelight.data.readers import is_list, is_mapping
 from sidelight.errors import SidelightError
 from sidelight.types import NONE, Span, Task, is_label
 
@@ -60,40 +58,14 @@ def span_text(example: Example) -> str:
     return example.text
 
 
-def load_spans(
-    source: str | Path | InMemory,
-    *,
-    text: str = "text",
-    spans: str = "spans",
-    response: str | None = None,
-    split: str | None = None,
-    task: Task | None = None,
-) -> SpanExamples:
-    """Loads texts with labelled spans.
-
-    Args:
-        source: As for ``load_examples``.
-        text: Column of the text; of chats, if the spans are of a response.
-        spans: Column of the spans: a list of ``{"start": 0, "end": 5, "label": "NAME"}``, in
-            characters (Unicode code points), the end exclusive. Spans of different labels may
-            overlap. Rows without spans are negatives. A ``probability``, which ``predict``
-            writes, is ignored.
-        response: Column of the assistant's answer, whose characters are labelled then.
-        split: As for ``load_examples``.
-        task: That of a trained probe; None infers the labels. Spans of other labels are left out
-            and counted.
-
-    Raises:
-        SidelightError: As ``load_examples``; or a span is malformed, outside of its text or blank,
-            or no text has any.
-    """
-    examples = load_examples(source, text=text, label=None, response=response, split=split)
+def label_spans(examples: Examples, column: str, *, task: Task | None) -> SpanExamples:
+    """Texts with the spans that a column holds; the labels are as for ``load_examples``."""
     rows: list[tuple[Span, ...]] = []
-    for index, (item, cell) in enumerate(zip(examples.items, examples.column(spans), strict=True)):
+    for index, (item, cell) in enumerate(zip(examples.items, examples.column(column), strict=True)):
         with located(item, index):
-            rows.append(_parse_spans(cell, span_text(item), column=spans))
+            rows.append(_parse_spans(cell, span_text(item), column=column))
     names = Counter(span.label for row in rows for span in row)
-    task = task or _task(sorted(names), spans)
+    task = task or _task(sorted(names), column)
     judged = task.labels[-task.outputs :]
     unknown = {name: count for name, count in names.items() if name not in judged}
     warnings = examples.warnings
@@ -127,6 +99,11 @@ def _task(names: Sequence[str], column: str) -> Task:
     if len(names) == 1:
         return Task("binary", (NONE, names[0]))
     return Task("multilabel", tuple(names))
+
+
+def holds_spans(cell: object) -> bool:
+    """Whether a cell is a list of spans, and not an empty one."""
+    return is_list(cell) and bool(cell) and is_mapping(cell[0]) and {*_KEYS} <= {*cell[0]}
 
 
 def _parse_spans(cell: object, text: str, *, column: str) -> tuple[Span, ...]:

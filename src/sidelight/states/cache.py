@@ -133,7 +133,7 @@ class ActivationCache:
         shard_bytes: The most that is read together, or else one text; no file depends on it.
         memory_bytes: The most that ``States`` holds in memory.
         is_kept: Whether the states stay, in a folder that all kept caches of the backbone and the
-            engine share: what another one has had is there.
+            engine share: what another one has had is there, and equal texts are one.
     """
 
     def __init__(
@@ -157,8 +157,9 @@ class ActivationCache:
         self.lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
         self.shards = random_shards(self.lengths, tokens=max(1, shard_bytes // self.token_bytes))
         who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine)
-        self._names = [text_name(prompt, reads) for prompt in prompts]
-        self.key = _hash((who, self._names))
+        names = [text_name(prompt, reads) for prompt in prompts]
+        self.key = _hash((who, names))
+        self._names = names if is_kept else [*map(str, range(len(prompts)))]
         self.directory = root / (_hash(who) if is_kept else self.key)
         self._is_kept = is_kept
         self._lock: IO[str] | None = None
@@ -168,7 +169,7 @@ class ActivationCache:
         return len(self.shards)
 
     def missing(self) -> list[int]:
-        """The texts that have not been written yet, in the order of the shards; equal ones once."""
+        """The texts that have not been written yet, in the order of the shards."""
         rows = {self._names[row]: row for row in chain(*self.shards)}
         return [row for row in rows.values() if not self.path(row).exists()]
 

@@ -22,6 +22,7 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.data.near_duplicates import NearDuplicates
+from sidelight.data.spans import SpanExamples
 from sidelight.disguises import DISGUISES
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
@@ -164,7 +165,7 @@ def draw_contexts(
     conversations: Sequence[Turns],
     options: FitOptions,
 ) -> tuple[Context, ...]:
-    """Contexts of texts, and background alone; none without background.
+    """Contexts of texts, and background alone; none without background, or of labelled spans.
 
     Args:
         backbone: Encodes them.
@@ -175,7 +176,7 @@ def draw_contexts(
     """
     task, encoder = examples.task, backbone.encoder
     is_shown = bool(conversations) or encoder.prompt_format == "both"
-    if options.reads.includes_response or not is_shown:
+    if options.reads.includes_response or not is_shown or isinstance(examples, SpanExamples):
         return ()
     is_part = options.reads_of(task).scope == "each_turn"
     limit = min(options.max_tokens, encoder.max_tokens)

@@ -14,11 +14,13 @@ from jaxtyping import Bool, Int
 from safetensors.torch import load_file
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.examples import Examples, LabelledExamples, located, place_of
+from sidelight.data.examples import Example, Examples, LabelledExamples, located, place_of
+from sidelight.data.spans import SpanExamples, span_text
 from sidelight.errors import SidelightError
 from sidelight.progress import progress, say
 from sidelight.prompts import EncodedPrompt, Reads, judged_units
 from sidelight.smollm2 import cache_root
+from sidelight.spans import token_labels
 from sidelight.states.cache import (
     SHARD_BYTES,
     ActivationCache,
@@ -31,6 +33,9 @@ from sidelight.training.contexts import Context, choose_conversations, draw_cont
 from sidelight.training.settings import FitOptions
 from sidelight.training.validation import FOLDS, Folds, choose_validation, shared_texts
 from sidelight.types import Task
+
+# The characters of each text's tokens.
+TokenPlaces = Sequence[Sequence[tuple[int, int]]]
 
 # The share of the background that measures, where texts are held out.
 _MEASURING_SHARE = 0.3
@@ -49,6 +54,7 @@ class Split:
             and the background of these. None: there are no contexts.
         is_alone: For each of that data set whether it is a text without a context.
         token_labels: Of each text which labels its tokens have; None: texts are labelled.
+        places: Of each text, if its tokens are labelled, the characters of these.
     """
 
     examples: LabelledExamples
@@ -58,6 +64,7 @@ class Split:
     group_of: Int[np.ndarray, " _"] | None = None
     is_alone: Bool[np.ndarray, " _"] | None = None
     token_labels: Sequence[Bool[np.ndarray, "_ label"]] | None = None
+    places: TokenPlaces = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -90,6 +97,7 @@ class Split:
             self.group_of,
             self.is_alone,
             self.token_labels and [self.token_labels[text] for text in chosen],
+            self.places and [self.places[text] for text in chosen],
         )
 
     @cached_property
@@ -338,6 +346,13 @@ def make_split(
         say(f"{title}: the hidden states of {stored:,} of {len(prompts):,} are on disk already.")
     states = extract(source, cache, budget_bytes=options.cache_budget_bytes, title=title)
     rows = np.arange(len(prompts))
+    if isinstance(examples, SpanExamples):
+        places = span_places(backbone, examples.items, states.lengths)
+        labels = [
+            token_labels(span_text(item), own, spans, examples.span_labels)
+            for item, own, spans in zip(examples.items, places, examples.spans, strict=True)
+        ]
+        return Split(examples, tuple(prompts), states, rows, None, None, labels, places)
     if not contexts:
         return Split(examples, tuple(prompts), states, rows)
     group_of = np.array([0] * len(examples) + [context.group for context in contexts])
@@ -387,3 +402,23 @@ def encode_shortened(
         f"{len(unread)} of {len(prompts)} texts have no token that the probe would read "
         f"({reads.side}), first {place_of(examples.items[unread[0]], unread[0])}. {remedy}"
     )
+
+
+def span_places(
+    backbone: TransformersBackbone, examples: Sequence[Example], read: Sequence[int]
+) -> list[list[tuple[int, int]]]:
+    """The characters of each text's first tokens; ``read`` says of how many."""
+    places: list[list[tuple[int, int]]] = []
+    for index, (example, count) in enumerate(zip(examples, read, strict=True)):
+        with located(example, index):
+            span_text(example)
+            whole = backbone.encoder.places(example.conversation, example.response)
+        message = len(example.messages) - (example.response is None)
+        of_message = [place for place in whole if place is not None and place.message == message]
+        if len(of_message) < count:
+            raise SidelightError(
+                "The chat template rewrites the text, so its tokens have no characters. Use the "
+                "raw prompt format for this model (--set format=raw)."
+            )
+        places.append([(place.start, place.end) for place in of_message[:count]])
+    return places

@@ -6,7 +6,6 @@ side by side, and left-out texts decide among them.
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
 from sidelight.calibration import fit_calibration, suggested_calibration
-from sidelight.data.examples import Example, located, validation_share
+from sidelight.data.examples import Example, located
 from sidelight.data.spans import SpanExamples, span_text
 from sidelight.errors import SidelightError
 from sidelight.evaluation import (
@@ -45,11 +44,11 @@ from sidelight.states.extraction import StateSource
 from sidelight.storage import write_json
 from sidelight.thresholds import F1, OperatingCurve, ThresholdRule
 from sidelight.training.classifier import encode, require_responses
-from sidelight.training.dataset import ProbeDataset, Split, make_split
+from sidelight.training.dataset import TokenPlaces, prepare, span_places
 from sidelight.training.fit import calibrate_probe
 from sidelight.training.loop import divergence, train_mechanisms
 from sidelight.training.settings import FitOptions, Job, suggested_settings
-from sidelight.training.validation import FOLDS, require_same_task, shared_texts
+from sidelight.training.validation import FOLDS
 from sidelight.types import Span
 
 if TYPE_CHECKING:
@@ -63,7 +62,6 @@ _WORTH_WAITING = 0.003
 
 # The probabilities or logits of each text's tokens, ``[token, label]``.
 TokenScores = Sequence[Float[np.ndarray, "_ label"]]
-TokenPlaces = Sequence[Sequence[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -127,84 +125,40 @@ def fit_spans(
             f"The spans are of each {side}, but the probe would read: {options.reads.side}. Read "
             f"what is labelled (--set reads={side}, or leave it out)."
         )
-    warnings = [*training.warnings, *(validation.warnings if validation is not None else ())]
-    given_sha256 = training.content_hash
-    if validation is None:
-        training, validation = training.split(validation_share(len(training)), seed=0)
-        warnings += training.warnings
-    require_same_task(training, validation)
-    warnings += shared_texts(training, validation)
     # Whatever the template writes has no label.
     options = replace(options, reads=Reads(side, template=False))
-    split = partial(span_split, backbone, options=options, source=source)
-    learned, _ = split(training, title="Training texts")
-    measured, places = split(validation, title="Validation texts")
-    dataset = ProbeDataset(backbone, learned, measured, given_sha256=given_sha256)
+    dataset = prepare(backbone, training, validation, options=options, source=source)
+    texts, places = dataset.measured.examples, dataset.measured.places
+    assert isinstance(texts, SpanExamples)
     specs = options.mechanisms or [
         mechanism_spec("spans", {"lookahead": lookahead}) for lookahead in LOOKAHEADS
     ]
     settings = options.settings.get("spans", suggested_settings("spans"))
     jobs = [Job(spec, options.seeds[0], settings) for spec in specs]
-    results = train_mechanisms(jobs, training=learned, validation=measured, device=backbone.device)
+    results = train_mechanisms(
+        jobs, training=dataset.training, validation=dataset.measured, device=backbone.device
+    )
     candidates = [run for run in results if run is not None]
     if not candidates:
         raise divergence(jobs[0])
     scores: dict[str, float] = {}
     for run in candidates:
-        _, report = calibrate_spans(validation, places, run.token_logits, rule=F1, bootstrap=0)
+        _, report = calibrate_spans(texts, places, run.token_logits, rule=F1, bootstrap=0)
         f1 = [figures["character_f1"].value or 0.0 for figures in report.per_label.values()]
         scores[str(run.job.spec.options["lookahead"])] = float(np.mean(f1))
     least = max(scores.values()) - _WORTH_WAITING
     pairs = zip(candidates, scores.values(), strict=True)
     trained = next(run for run, score in pairs if score >= least)
     fitted = calibrate_probe(trained, dataset, name=name, options=options)
-    rule, report = calibrate_spans(validation, places, trained.token_logits, rule=options.threshold)
+    rule, report = calibrate_spans(texts, places, trained.token_logits, rule=options.threshold)
     record = {**fitted.probe.record, "spans": report.to_dict(), "lookaheads": scores}
     probe = replace(fitted.probe, spans=rule, record=record)
-    result = FittedSpans(probe, report, fitted.report, tuple(warnings))
+    result = FittedSpans(probe, report, fitted.report, dataset.warnings)
     if out is not None:
         save_probe(probe, out)
         write_json(out / "training.json", result.to_dict())
     dataset.remove_states()
     return result
-
-
-def span_split(
-    backbone: TransformersBackbone,
-    examples: SpanExamples,
-    *,
-    options: FitOptions,
-    source: StateSource | None,
-    title: str,
-) -> tuple[Split, list[list[tuple[int, int]]]]:
-    """Texts with their states and the labels of their tokens, and the characters of these."""
-    split = make_split(backbone, examples, options, source=source, title=title)
-    places = span_places(backbone, examples.items, split.states.lengths)
-    labels = [
-        token_labels(span_text(item), own, spans, examples.span_labels)
-        for item, own, spans in zip(examples.items, places, examples.spans, strict=True)
-    ]
-    return replace(split, token_labels=labels), places
-
-
-def span_places(
-    backbone: TransformersBackbone, examples: Sequence[Example], read: Sequence[int]
-) -> list[list[tuple[int, int]]]:
-    """The characters of each text's first tokens; ``read`` says of how many."""
-    places: list[list[tuple[int, int]]] = []
-    for index, (example, count) in enumerate(zip(examples, read, strict=True)):
-        with located(example, index):
-            span_text(example)
-            whole = backbone.encoder.places(example.conversation, example.response)
-        message = len(example.messages) - (example.response is None)
-        of_message = [place for place in whole if place is not None and place.message == message]
-        if len(of_message) < count:
-            raise SidelightError(
-                "The chat template rewrites the text, so its tokens have no characters. Use the "
-                "raw prompt format for this model (--set format=raw)."
-            )
-        places.append([(place.start, place.end) for place in of_message[:count]])
-    return places
 
 
 def calibrate_spans(

@@ -5,6 +5,7 @@ from jaxtyping import Int
 
 from sidelight.calibration import require_calibratable, suggested_calibration
 from sidelight.data.examples import LabelledExamples, validation_share
+from sidelight.data.spans import SpanExamples
 from sidelight.errors import SidelightError
 from sidelight.thresholds import threshold_doubts
 from sidelight.training.settings import FEW_TEXTS, FitOptions
@@ -42,7 +43,10 @@ def choose_validation(
     kind = options.calibration or suggested_calibration(task)
     require_calibratable(kind, validation.labels, task)
     counts = dict(zip(task.labels, validation.label_counts.tolist(), strict=True))
-    doubts = threshold_doubts(task, counts, len(validation), options.threshold)
+    doubts: list[str] = []
+    # A rule for spans counts words.
+    if not isinstance(training, SpanExamples):
+        doubts = threshold_doubts(task, counts, len(validation), options.threshold)
     rarest = min(counts.values())
     if rarest < _ROUGH_BELOW and not doubts:
         doubts = [
@@ -57,7 +61,7 @@ def _hold_out(
 ) -> tuple[LabelledExamples, LabelledExamples, list[str]]:
     """A part to train on, one to validate on, and why few texts are not cross-fitted."""
     warnings: list[str] = []
-    if len(examples) < FEW_TEXTS:
+    if len(examples) < FEW_TEXTS and not isinstance(examples, SpanExamples):
         rarest = int(examples.label_counts.argmin())
         label = examples.task.labels[rarest]
         warnings.append(
@@ -78,9 +82,14 @@ def _hold_out(
 
 
 def choose_folds(examples: LabelledExamples) -> Folds:
-    """The folds to cross-fit by; none if there are many texts, or if a fold would lack a class."""
+    """The folds to cross-fit by.
+
+    There are none if there are many texts, if their spans are labelled, or if a fold would lack a
+    class.
+    """
     rarest = int(examples.label_counts.min())
-    if len(examples) >= FEW_TEXTS or min(rarest, examples.distinct) < FOLDS:
+    is_many = len(examples) >= FEW_TEXTS or isinstance(examples, SpanExamples)
+    if is_many or min(rarest, examples.distinct) < FOLDS:
         return ()
     folds = examples.folds(FOLDS, seed=0)
     return folds if all(examples.select(fold).label_counts.all() for fold in folds) else ()

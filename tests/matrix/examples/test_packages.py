@@ -25,14 +25,13 @@ from fastapi import FastAPI, Request
 from commands import saved
 from live import http_client, listening, openai_client, served
 from sidelight.artifact import load_probe, save_probe
-from sidelight.data.spans import load_spans
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule, read_policy
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.spans import fit_spans
 from sockets import free_port
 from test_examples import EXAMPLES, KEY, address, require_verdicts_printed, server
-from test_spans import rows
+from test_spans import load_spans, rows
 from tiny import spans_probe, untrained_probe
 
 __all__ = ["address", "server"]

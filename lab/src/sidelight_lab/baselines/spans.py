@@ -17,8 +17,8 @@ from sklearn.multiclass import OneVsRestClassifier
 
 from sidelight.data.spans import SpanExamples, span_text
 from sidelight.spans import token_labels, words
-from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.spans import TokenPlaces, TokenScores
+from sidelight.training.dataset import ProbeDataset, Split, TokenPlaces
+from sidelight.training.spans import TokenScores
 from sidelight_lab.baselines.encoders import Encoder
 from sidelight_lab.baselines.fine_tuning import (
     UNLABELLED,

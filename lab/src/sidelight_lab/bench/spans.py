@@ -33,9 +33,9 @@ from sidelight.standardisation import normalised
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, StateSource, extract
 from sidelight.thresholds import F1
-from sidelight.training.dataset import ProbeDataset
+from sidelight.training.dataset import ProbeDataset, TokenPlaces, make_split
 from sidelight.training.settings import FitOptions
-from sidelight.training.spans import calibrate_spans, fit_spans, span_split
+from sidelight.training.spans import calibrate_spans, fit_spans
 from sidelight.types import Values
 from sidelight_lab.baselines import spans as baselines
 from sidelight_lab.baselines.spans import Scorer
@@ -150,8 +150,7 @@ def compare_spans(
     alone = copy(backbone)
     alone.fingerprint = replace(backbone.fingerprint, layers=1)
     learned, measured = (
-        span_split(backbone, texts, options=options, source=None, title="Texts")[0]
-        for texts in (training, validation)
+        make_split(backbone, texts, options, title="Texts") for texts in (training, validation)
     )
     dataset = ProbeDataset(backbone, learned, measured)
     for rival in rivals:
@@ -219,11 +218,9 @@ def _token_logits(
     options: FitOptions,
     probe: Probe,
     examples: SpanExamples,
-) -> tuple[list[list[tuple[int, int]]], list[Float[np.ndarray, "_ label"]]]:
+) -> tuple[TokenPlaces, list[Float[np.ndarray, "_ label"]]]:
     """Those that ``find_spans`` computes, from hidden states that all seeds share."""
-    split, places = span_split(
-        backbone, examples, options=options, source=source, title="Test texts"
-    )
+    split = make_split(backbone, examples, options, title="Test texts", source=source)
     mechanism, projection = probe.mechanism, probe.projection()
     assert isinstance(mechanism, Spans)
     logits: list[np.ndarray] = []
@@ -231,7 +228,7 @@ def _token_logits(
         columns = projection.layers(split.states.text(row).float()).transpose(0, 1)
         state = mechanism.summarise(Ragged(columns, torch.tensor([len(columns)])))
         logits.append(mechanism.token_logits(state).values.double().numpy())
-    return places, logits
+    return split.places, logits
 
 
 def _best(candidates: Iterable[Scorer], validation: SpanExamples) -> Row:

@@ -196,7 +196,7 @@ def bench_spans(
     and a MiniLM that is fine-tuned to label its tokens (encoder). Differences are paired by text.
     """
     from sidelight.data.examples import validation_share
-    from sidelight.data.spans import load_spans
+    from sidelight.data.loading import load_examples
     from sidelight.smollm2 import cache_root
     from sidelight.training.settings import TrainingSettings, suggested_settings
     from sidelight_lab.bench.spans import compare_spans
@@ -207,7 +207,7 @@ def bench_spans(
     training, validation = inputs.load(spans)
     if validation is None:
         training, validation = training.split(validation_share(len(training)), seed=0)
-    tested = load_spans(
+    tested = load_examples(
         test, text=inputs.text, response=inputs.response, spans=spans, task=training.task
     )
     for warning in (*training.warnings, *validation.warnings, *tested.warnings):
