@@ -35,8 +35,10 @@ from sidelight.spans import (
     words,
 )
 from sidelight.thresholds import ThresholdRule
+from sidelight.training.fit import fit
+from sidelight.training.judging import find_spans
 from sidelight.training.settings import FitOptions, TrainingSettings
-from sidelight.training.spans import calibrate_spans, find_spans, fit_spans, measure_spans
+from sidelight.training.spans import calibrate_spans, measure_spans
 from sidelight.types import Span
 
 load_spans = partial(load_examples, spans="spans")
@@ -233,7 +235,7 @@ def test_a_report_counts_characters_and_exact_spans():
 def fitted(tiny, tmp_path_factory):
     settings = TrainingSettings(learning_rate=2e-2, epochs=6, batch_size=16)
     options = FitOptions(settings={"spans": settings}, cache_root=tmp_path_factory.mktemp("cache"))
-    return fit_spans(tiny, load_spans(rows(160)), None, name="pii", options=options)
+    return fit(tiny, load_spans(rows(160)), None, name="pii", options=options).best
 
 
 def test_what_is_trained_finds_spans_in_new_texts_also_after_it_was_saved(tiny, fitted, tmp_path):
@@ -244,7 +246,7 @@ def test_what_is_trained_finds_spans_in_new_texts_also_after_it_was_saved(tiny, 
     report = measure_spans(examples, found, bootstrap=10)
     assert report.metrics["f1"].value > 0.9
     assert report.metrics["character_f1"].value > 0.9
-    assert fitted.report.metrics["character_f1"].value > 0.9
+    assert fitted.spans.metrics["character_f1"].value > 0.9
     verdicts = [probe.verdict(own).labels for own in logits]
     names = [tuple(sorted({span.label for span in own})) for own in examples.spans]
     assert np.mean([a == b for a, b in zip(verdicts, names, strict=True)]) > 0.9
@@ -288,7 +290,7 @@ def test_spans_are_found_in_what_the_probe_reads_alone(tiny, fitted):
         find_spans(tiny, late, [Example((Message("user", "12"),))])
     options = FitOptions(reads=Reads("response"))
     with pytest.raises(SidelightError, match=r"of each prompt.*would read: response"):
-        fit_spans(tiny, load_spans(rows(40)), None, name="pii", options=options)
+        fit(tiny, load_spans(rows(40)), None, name="pii", options=options)
 
 
 def test_thresholds_follow_the_rule_over_words():
@@ -342,7 +344,7 @@ def test_a_probe_of_responses_finds_spans_in_them(tiny, tmp_path):
         mechanisms=(mechanism_spec("spans", {"lookahead": 1}),),
     )
     examples = load_spans(answers, response="answer")
-    made = fit_spans(tiny, examples, None, name="pii", options=options)
+    made = fit(tiny, examples, None, name="pii", options=options).best
     assert made.probe.spec.options["lookahead"] == 1
     assert {*made.probe.spans.margins} == {None}
     _, found = find_spans(tiny, made.probe, examples.items[:40])

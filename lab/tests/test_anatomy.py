@@ -15,7 +15,8 @@ from sidelight.artifact import save_probe
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_names, mechanism_spec
 from sidelight.prompts import Part
-from sidelight.training.classifier import Classifier, encode
+from sidelight.training.classifier import Classifier
+from sidelight.training.judging import encode
 from sidelight_lab.anatomy import (
     ablated,
     examine,

@@ -19,7 +19,7 @@ from sidelight.data.loading import load_examples
 from sidelight.data.readers import read_file
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
-from sidelight.training.classifier import judge
+from sidelight.training.judging import judge
 from sidelight.types import Task
 from sidelight_label.file import LabelFile
 from sidelight_label.pool import Pool, merged

@@ -149,8 +149,8 @@ def test_a_text_that_leaves_no_room_is_refused_before_vllm_starts(backbone, llam
 
 
 def test_words_of_texts_are_labelled_as_by_transformers(backbone):
-    from sidelight.training.classifier import Classifier, as_example
-    from sidelight.training.spans import find_spans
+    from sidelight.training.classifier import Classifier
+    from sidelight.training.judging import as_example, find_spans
     from sidelight.vllm.offline import predict
 
     probe = spans_probe(backbone, "words", threshold=0.7)

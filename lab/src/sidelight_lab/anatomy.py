@@ -26,7 +26,8 @@ from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.ragged import Ragged, by_length
 from sidelight.storage import write_json, write_text
-from sidelight.training.classifier import Classifier, encode
+from sidelight.training.classifier import Classifier
+from sidelight.training.judging import encode
 from sidelight.training.optimisation import score_name, validation_score
 from sidelight.types import Task
 from sidelight_lab.plots import COLOURS, LEGEND, literal, open_frame

@@ -103,7 +103,7 @@ def label(
     from sidelight.probe import common_format, require_distinct_names
     from sidelight.prompts import Reads
     from sidelight.smollm2 import cache_root
-    from sidelight.training.classifier import require_responses
+    from sidelight.training.judging import require_responses
     from sidelight_label.app import HOST, serve
     from sidelight_label.file import LabelFile
     from sidelight_label.pool import Pool, merged

@@ -180,7 +180,8 @@ def predict(
             )
         items = examples.items
     options.announce("Loading the model")
-    from sidelight.training.classifier import as_example, load
+    from sidelight.training.classifier import load
+    from sidelight.training.judging import as_example
 
     classifier = load(
         probe, model=runtime.model, dtype=runtime.dtype, device=runtime.backbone_device
@@ -228,8 +229,7 @@ def _judged(
         return predict_by_vllm(classifier, items, options=runtime.engine_option)
     if classifier.probe.spans is None:
         return classifier.predict(items)
-    from sidelight.training.classifier import as_example
-    from sidelight.training.spans import find_spans
+    from sidelight.training.judging import as_example, find_spans
 
     examples = [as_example(item) for item in items]
     logits, spans = find_spans(classifier.backbone, classifier.probe, examples)

@@ -90,7 +90,8 @@ def recalibrate(
     if examples is None:
         made = refit(loaded, rule=rule)
     else:
-        from sidelight.training.classifier import judge, load, require_responses
+        from sidelight.training.classifier import load
+        from sidelight.training.judging import judge, require_responses
 
         require_responses(loaded, examples.items)
         classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)

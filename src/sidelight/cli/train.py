@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,15 +143,13 @@ def train(
     )
     from sidelight.training.fit import fit
     from sidelight.training.runs import console
-    from sidelight.training.spans import fit_spans
 
     backbone = runtime.load_backbone(prompt_format=prompt_format)
     with runtime.state_source(backbone) as source:
         if spans is None:
             background_set = background_set or default_background(backbone.fingerprint)
             fit_options = replace(fit_options, background=background_set)
-        run: Callable[..., Any] = fit if spans is None else fit_spans
-        result = run(
+        result = fit(
             backbone, training, validation, name=name, options=fit_options, source=source, out=out
         )
     for warning in result.warnings:

@@ -15,10 +15,10 @@ from sidelight.evaluation import Report, SpanReport, evaluate, worst_spans_page
 from sidelight.probe import Probe
 from sidelight.spans import labelled_characters
 from sidelight.storage import write_text
-from sidelight.training.classifier import judge, require_responses
+from sidelight.training.judging import judge, judge_characters, require_responses
 from sidelight.training.measuring import trained_text_warnings
 from sidelight.training.runs import by_title, comparison_table, read_runs, summarise
-from sidelight.training.spans import judge_characters, measure_spans
+from sidelight.training.spans import measure_spans
 from sidelight.training.traffic import beginning, kept_rate, rate_sentence
 from sidelight.types import Span
 

@@ -12,11 +12,10 @@ from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import (
     DtypeName,
     TransformersBackbone,
-    UnloadedBackbone,
     load_backbone,
 )
 from sidelight.bank import Bank
-from sidelight.data.examples import Example, Examples, LabelledExamples, located, require_labelled
+from sidelight.data.examples import Example, Examples, LabelledExamples, require_labelled
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
 from sidelight.errors import SidelightError
@@ -24,12 +23,12 @@ from sidelight.evaluation import Report, evaluate
 from sidelight.explanation import Explanation, explain
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe, TextLogits
-from sidelight.progress import Progress
-from sidelight.prompts import EncodedPrompt, Message, PromptFormat
-from sidelight.states.extraction import StateSource, score
+from sidelight.prompts import PromptFormat
+from sidelight.states.extraction import StateSource
 from sidelight.thresholds import ThresholdRule
 from sidelight.training.contexts import default_background, load_background
 from sidelight.training.fit import fit
+from sidelight.training.judging import as_example, judge, require_responses
 from sidelight.training.measuring import trained_text_warnings
 from sidelight.training.settings import AUTO, READS, FitOptions
 from sidelight.types import Task, Verdict
@@ -291,72 +290,6 @@ def load(
     )
     probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
     return Classifier(backbone, probe)
-
-
-def encode(
-    backbone: TransformersBackbone | UnloadedBackbone, examples: Sequence[Example]
-) -> list[EncodedPrompt]:
-    """The examples' token ids.
-
-    Raises:
-        ContextLengthError: One is longer than the backbone reads.
-        SidelightError: One cannot be rendered.
-    """
-    prompts: list[EncodedPrompt] = []
-    for index, example in enumerate(examples):
-        with located(example, index):
-            prompts.append(backbone.encoder.encode(example.conversation, example.response))
-    return prompts
-
-
-def judge(
-    backbone: TransformersBackbone,
-    probes: Sequence[Probe],
-    examples: Sequence[Example],
-    shown: Progress | None = None,
-) -> list[np.ndarray]:
-    """Each probe's logits of the texts, ``[text, output]``, from one forward pass.
-
-    Args:
-        backbone: Runs the texts.
-        probes: Judge them.
-        examples: The texts.
-        shown: The progress bar of a larger work; None shows one for these texts.
-
-    Raises:
-        ContextLengthError: A text is longer than the backbone reads.
-        VerdictError: A logit is not finite; the message names the first text with one.
-    """
-    # Runs of one training share a name, which a bank does not allow.
-    renamed = [replace(probe, name=f"{probe.name}/{i}") for i, probe in enumerate(probes)]
-    bank = Bank(renamed, device=backbone.device)
-    logits = score(backbone, bank, encode(backbone, examples), shown)
-    for probe, rows in zip(probes, logits, strict=True):
-        for index in np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist():
-            with located(examples[index], index):
-                probe.require_finite(rows[index])
-    return logits
-
-
-def require_responses(probe: Probe, examples: Sequence[Example]) -> None:
-    """Refuses to measure a probe that reads responses on prompts alone.
-
-    Raises:
-        SidelightError: A text has no response.
-    """
-    if not probe.reads.includes_response:
-        return
-    missing = sum(example.response is None for example in examples)
-    if missing:
-        raise SidelightError(
-            f"Probe '{probe.name}' reads responses, but {missing} of {len(examples)} examples have "
-            "none. Name the column of answers with --response (response= in Python)."
-        )
-
-
-def as_example(text: str | Example) -> Example:
-    """A plain text as a conversation of one message."""
-    return text if isinstance(text, Example) else Example((Message("user", text),))
 
 
 def _tell(sentences: Sequence[str]) -> None:

@@ -27,8 +27,9 @@ from sidelight.prompts import Reads
 from sidelight.smollm2 import cache_root
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import cached_logits
-from sidelight.training.classifier import Classifier, as_example, encode, judge
+from sidelight.training.classifier import Classifier
 from sidelight.training.fit import fit
+from sidelight.training.judging import as_example, encode, judge
 from sidelight.training.settings import (
     AUTO,
     TRAINING_MAX_TOKENS,

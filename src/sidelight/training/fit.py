@@ -1,7 +1,7 @@
 """From labelled examples to calibrated probes with their figures."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import CalibrationKind
 from sidelight.data.examples import LabelledExamples
+from sidelight.data.spans import SpanExamples
 from sidelight.manifest import curves_of
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.mechanisms.distance import Distance
@@ -34,6 +35,7 @@ from sidelight.training.measuring import (
 from sidelight.training.optimisation import TrainingRun, validation_score
 from sidelight.training.runs import Fit, FittedProbe, write_fit
 from sidelight.training.settings import FitOptions, Job, suggested_settings
+from sidelight.training.spans import LOOKAHEADS, calibrate_spans, choose_lookahead, span_reads
 from sidelight.training.tfidf import better_words, measure_baseline
 from sidelight.training.traffic import highest_logits, measure_traffic, traffic_warnings
 from sidelight.types import NONE
@@ -44,10 +46,12 @@ _SHARES = (0.25, 0.5, 0.75)
 _TAKEN = 0.02
 
 
-def jobs_of(options: FitOptions) -> list[Job]:
-    """Every mechanism with every seed."""
+def jobs_of(options: FitOptions, *, of_spans: bool = False) -> list[Job]:
+    """Every mechanism with every seed; of spans, with the first."""
     specs = options.mechanisms
-    if specs is None:
+    if specs is None and of_spans:
+        specs = [mechanism_spec("spans", {"lookahead": lookahead}) for lookahead in LOOKAHEADS]
+    elif specs is None:
         specs = (mechanism_spec("linear"), mechanism_spec("readout"))
         # A linear mechanism does not learn from beginnings of responses.
         specs = specs[1:] if options.reads.includes_response else specs
@@ -55,7 +59,7 @@ def jobs_of(options: FitOptions) -> list[Job]:
         Job(spec, seed, options.settings.get(spec.name, suggested_settings(spec.name)))
         for spec in specs
         # Nothing in a solution is random.
-        for seed in (options.seeds[:1] if spec.name == "linear" else options.seeds)
+        for seed in (options.seeds[:1] if of_spans or spec.name == "linear" else options.seeds)
     ]
 
 
@@ -73,7 +77,8 @@ def fit(
 
     Args:
         backbone: The frozen LLM.
-        training: Labelled texts.
+        training: Labelled texts. Of ``SpanExamples``, the probe labels spans; they are shown alone,
+            and if the options name no mechanism, left-out texts choose how far it looks ahead.
         validation: Labelled texts for early stopping, threshold and calibration; None holds out
             part of ``training``, or cross-fits it if it is small.
         name: How verdicts will name the probe.
@@ -82,16 +87,20 @@ def fit(
         out: Folder that the probes are written to, before the hidden states are removed.
 
     Raises:
-        SidelightError: There are no labels, the hidden states do not fit the disk, or every
-            training diverged.
+        SidelightError: There are no labels, the hidden states do not fit the disk, every training
+            diverged, or the spans are of what the probe would not read.
     """
+    of_spans = isinstance(training, SpanExamples)
+    if of_spans:
+        options = replace(options, reads=span_reads(training, options.reads))
     require_thresholds(training.task, options.threshold)
     options.with_none(training.task)
     dataset = prepare(backbone, training, validation, options=options, source=source)
     refusal = linear_refusal(backbone, len(dataset.training), options)
-    jobs = [job for job in jobs_of(options) if not (refusal and job.spec.name == "linear")]
+    jobs = jobs_of(options, of_spans=of_spans)
+    jobs = [job for job in jobs if not (refusal and job.spec.name == "linear")]
     # The baseline first: what it refuses in seconds must not cost the hours of training.
-    baseline = measure_baseline(dataset, options)
+    baseline = None if of_spans else measure_baseline(dataset, options)
     if dataset.folds:
         results = cross_fit(jobs, dataset.training, dataset.folds, device=backbone.device)
     else:
@@ -109,24 +118,31 @@ def fit(
     warnings = [
         *dataset.warnings,
         *(f"{divergence(job)} This run is left out." for job in diverged),
-        *(() if baseline.folds else (FLATTERING,)),
+        *(() if baseline is None or baseline.folds else (FLATTERING,)),
     ]
-    if options.mechanisms is None:
+    lookaheads: dict[str, float] = {}
+    if of_spans:
+        chosen, lookaheads = choose_lookahead(trained, dataset.measured)
+        trained = [chosen]
+    elif options.mechanisms is None:
         warnings += [f"{refusal}: the readout is alone."] if refusal else []
         trained = mix(trained, dataset, kind=options.calibration)
     distance = fit_distance(dataset)
     runs = [
-        calibrate_probe(run, dataset, name=name, options=options, distance=distance)
+        calibrate_probe(
+            run, dataset, name=name, options=options, distance=distance, lookaheads=lookaheads
+        )
         for run in trained
     ]
     best = _best(runs)
-    warnings += better_words(best.losses, baseline.losses, dataset.validation.examples)
+    if baseline is not None:
+        warnings += better_words(best.losses, baseline.losses, dataset.validation.examples)
     warnings += taken_by_none(best)
     if best.traffic is not None and best.probe.thresholds:
         warnings += traffic_warnings(
             best.traffic, curves_of(best.probe.record), best.probe.thresholds, options.threshold
         )
-    result = Fit(tuple(runs), best, baseline.report, tuple(warnings))
+    result = Fit(tuple(runs), best, baseline and baseline.report, tuple(warnings))
     if out is not None:
         write_fit(result, out)
     dataset.remove_states()
@@ -140,8 +156,18 @@ def calibrate_probe(
     name: str,
     options: FitOptions,
     distance: Distance | None = None,
+    lookaheads: Mapping[str, float] | None = None,
 ) -> FittedProbe:
-    """Calibrates on validation logits, chooses the threshold there, and measures fold by fold."""
+    """Calibrates on validation logits, chooses the threshold there, and measures fold by fold.
+
+    Args:
+        trained: The training.
+        dataset: Its texts.
+        name: Of the probe.
+        options: Of the training.
+        distance: From familiar texts.
+        lookaheads: The scores that a probe of spans was chosen by.
+    """
     task, texts = dataset.task, len(dataset.validation)
     logits, in_contexts = trained.logits[:texts], trained.logits[texts:]
     ordinary = highest_logits(dataset.contexts, in_contexts)
@@ -165,6 +191,11 @@ def calibrate_probe(
             thresholds,
         )
         traffic_record = {"traffic": traffic.record(ordinary, options.background)}
+    rule, spans = None, None
+    if isinstance(examples := dataset.measured.examples, SpanExamples):
+        rule, spans = calibrate_spans(
+            examples, dataset.measured.places, trained.token_logits, rule=options.threshold
+        )
     probe = Probe(
         name=name,
         task=task,
@@ -177,6 +208,7 @@ def calibrate_probe(
         thresholds=thresholds,
         fingerprint=dataset.backbone.fingerprint,
         distance=distance,
+        spans=rule,
         record={
             "engine": dataset.training.states.engine,
             "training": {
@@ -198,10 +230,11 @@ def calibrate_probe(
             "seed": trained.job.seed,
             "epochs": {"scores": list(trained.history), "best": trained.best_epoch},
             "parameters": sum(p.numel() for p in trained.mechanism.parameters()),
+            **({} if spans is None else {"spans": spans.to_dict(), "lookaheads": lookaheads}),
         },
     )
     score = validation_score(task, logits, dataset.validation.labels)
-    return FittedProbe(probe, score, calibrated.report, calibrated.losses, traffic)
+    return FittedProbe(probe, score, calibrated.report, calibrated.losses, traffic, spans)
 
 
 def taken_by_none(run: FittedProbe) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sidelight.artifact import load_probe, save_probe
-from sidelight.evaluation import Report
+from sidelight.evaluation import Report, SpanReport
 from sidelight.manifest import MANIFEST, WEIGHTS, read_manifest
 from sidelight.mechanisms.base import spec_titles
 from sidelight.probe import Probe
@@ -43,6 +43,8 @@ class FittedProbe:
         report: Its figures on validation data, each text calibrated without it.
         losses: The log loss of each validation text, likewise.
         traffic: Its figures in ordinary traffic; None if it was trained without.
+        spans: Its figures of the spans of validation texts, by thresholds that other texts gave;
+            None if it labels whole texts.
     """
 
     probe: Probe
@@ -50,6 +52,7 @@ class FittedProbe:
     report: Report
     losses: Float[np.ndarray, " text"]
     traffic: Traffic | None = None
+    spans: SpanReport | None = None
 
     @property
     def seed(self) -> int:
@@ -64,13 +67,14 @@ class Fit:
     Attributes:
         runs: One per mechanism and seed.
         best: The best run of the mechanism whose mean validation score is the best.
-        baseline: The figures of TF-IDF with logistic regression on the same validation texts.
+        baseline: The figures of TF-IDF with logistic regression on the same validation texts; None
+            for spans.
         warnings: What the user should know, one sentence each.
     """
 
     runs: tuple[FittedProbe, ...]
     best: FittedProbe
-    baseline: Report
+    baseline: Report | None
     warnings: tuple[str, ...]
 
     @property
@@ -86,7 +90,7 @@ class Fit:
     def comparison(self) -> dict[str, list[Report]]:
         """The reports of each mechanism's seeds, and of the baseline, by title."""
         runs = by_title([run.probe for run in self.runs], [run.report for run in self.runs])
-        return {**runs, "TF-IDF baseline": [self.baseline]}
+        return runs if self.baseline is None else {**runs, "TF-IDF baseline": [self.baseline]}
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison on validation data, as JSON values."""
@@ -101,6 +105,7 @@ class Fit:
                     "score": run.score,
                     "validation": run.report.to_dict(),
                     "traffic": None if run.traffic is None else run.traffic.to_dict(),
+                    **({} if run.spans is None else {"spans": run.spans.to_dict()}),
                 }
                 for name, run in self.by_folder.items()
             ],
@@ -109,16 +114,18 @@ class Fit:
 
     def table(self) -> "Table":
         """The comparison on validation data, for a terminal."""
+        if self.best.spans is not None:
+            return self.best.spans.table()
         folds = self.best.probe.record["folds"]
         title = f"All texts, each judged without it ({folds} folds)" if folds else "Validation data"
         return comparison_table(title, self.comparison)
 
     def __str__(self) -> str:
         """The figures in ordinary traffic, and the best run."""
-        traffic, best = (
-            self.best.traffic,
-            f"Best: {self.best.probe.spec.name}, seed {self.best.seed}.",
-        )
+        traffic, spec = self.best.traffic, self.best.probe.spec
+        best = f"Best: {spec.name}, seed {self.best.seed}."
+        if self.best.spans is not None:
+            best += f" Looks {spec.options['lookahead']} tokens ahead."
         return f"{traffic}\n{best}" if traffic is not None and traffic.conversations else best
 
 

@@ -28,7 +28,8 @@ from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.progress import Progress, progress
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.states.cache import ActivationCache
-from sidelight.training.classifier import Classifier, as_example, encode
+from sidelight.training.classifier import Classifier
+from sidelight.training.judging import as_example, encode
 from sidelight.types import Judgement, Verdict
 from sidelight.vllm.columns import Reading, Stage
 from sidelight.vllm.requests import judgement_of, request_params

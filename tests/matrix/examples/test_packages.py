@@ -27,8 +27,8 @@ from live import http_client, listening, openai_client, served
 from sidelight.artifact import load_probe, save_probe
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule, read_policy
+from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, TrainingSettings
-from sidelight.training.spans import fit_spans
 from sockets import free_port
 from test_examples import EXAMPLES, KEY, address, require_verdicts_printed, server
 from test_spans import load_spans, rows
@@ -98,7 +98,7 @@ def pii(tiny, tmp_path_factory):
     tickets = json.loads(json.dumps(rows(160)).replace("SHOUT", "PERSON"))
     settings = TrainingSettings(learning_rate=2e-2, epochs=6, batch_size=16)
     options = FitOptions(settings={"spans": settings}, cache_root=tmp_path_factory.mktemp("cache"))
-    return fit_spans(tiny, load_spans(tickets), None, name="pii", options=options).probe
+    return fit(tiny, load_spans(tickets), None, name="pii", options=options).best.probe
 
 
 async def ask_through_proxy(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

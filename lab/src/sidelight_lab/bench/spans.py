@@ -34,8 +34,9 @@ from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, StateSource, extract
 from sidelight.thresholds import F1
 from sidelight.training.dataset import ProbeDataset, TokenPlaces, make_split
+from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions
-from sidelight.training.spans import calibrate_spans, fit_spans
+from sidelight.training.spans import calibrate_spans
 from sidelight.types import Values
 from sidelight_lab.baselines import spans as baselines
 from sidelight_lab.baselines.spans import Scorer
@@ -193,7 +194,7 @@ def _probes(
         name = f"{engine.replace(' ', '-')}-{seed}"
         folder = out / "probes" / f"{name}-{digest(who)[:12]}"
         if not holds_probe(folder):
-            fit_spans(
+            fit(
                 backbone,
                 training,
                 validation,

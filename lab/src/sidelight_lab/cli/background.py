@@ -120,7 +120,7 @@ def _chosen(data: Path | None, backbone: "TransformersBackbone") -> "Background"
 def _probabilities(classifier: "Classifier", background: "Background") -> "list[float]":
     """The highest probability of a label that the probe flags, of each conversation."""
     from sidelight.data.examples import Example
-    from sidelight.training.classifier import require_responses
+    from sidelight.training.judging import require_responses
 
     flagged = [*classifier.probe.label_thresholds]
     if not flagged:

@@ -20,7 +20,7 @@ from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.evaluation import Estimate
 from sidelight.progress import progress
 from sidelight.prompts import Message
-from sidelight.training.classifier import encode
+from sidelight.training.judging import encode
 from sidelight.types import Flags
 from sidelight_lab.redteam.attacks import ATTACKS, SEARCH, Attack, Markup, Messages, Surroundings
 from sidelight_lab.redteam.targets import Target

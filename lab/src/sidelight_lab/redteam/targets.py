@@ -17,7 +17,7 @@ from sidelight.policy.rules import BoundRule, Rule, require_rule_applies
 from sidelight.probe import Probe
 from sidelight.progress import quiet
 from sidelight.prompts import Message
-from sidelight.training.classifier import judge
+from sidelight.training.judging import judge
 from sidelight_lab.redteam.attacks import Messages
 
 _AT_ONCE = 8
