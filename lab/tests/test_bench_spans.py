@@ -63,7 +63,8 @@ def test_all_rows_are_measured_on_the_same_texts_and_compared_with_ours(tiny, tm
     assert record["rows"]["window"]["per_label"]["SHOUT"]["f1"]["value"] > 0.9
     assert capsys.readouterr().out.count("| window") == 1
     # Hidden states of a run that keeps none are gone.
-    assert {path.name for path in tmp_path.rglob("*.safetensors")} == {WEIGHTS}
+    kept = {path.name for path in tmp_path.rglob("*.safetensors")}
+    assert kept == {WEIGHTS, "model.safetensors"}
     assert run(*command, "--rivals=lexikon") == 2
     assert "Did you mean 'lexicon'" in capsys.readouterr().err
 

@@ -200,8 +200,7 @@ def search_settings(
     sides = {"training set": dataset.training, "validation set": dataset.validation}
     # A cache's folder name covers backbone, reads and token ids.
     subject = {
-        name: f"{split.states.directory.name} {split.examples.content_hash}"
-        for name, split in sides.items()
+        name: f"{split.states.key} {split.examples.content_hash}" for name, split in sides.items()
     }
     subject |= {"seed": str(seed), "space": repr(space)}
     study = _open_study(mechanism, storage, subject)

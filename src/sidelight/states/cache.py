@@ -26,7 +26,7 @@ from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.standardisation import inverse_rms
 from sidelight.storage import replacing
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 3
 SHARD_BYTES = 512 * 2**20
 _BYTES_PER_VALUE = 2
 # Left free on the disk whatever the budget says.

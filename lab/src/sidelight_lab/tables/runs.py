@@ -118,7 +118,7 @@ def plan_runs(
         "sidelight": version("sidelight"),
         "labels": [split.examples.content_hash for split in splits],
         # A cache's name is a hash of texts, backbone, limit and what is read.
-        "states": [split.states.directory.name for split in splits],
+        "states": [split.states.key for split in splits],
     }
     runs: list[Run] = []
     for row in rows:
@@ -278,7 +278,7 @@ def judge_runs(rows: Sequence[Row], runs: Sequence[Run], split: Split) -> Judged
     Runs that were scored on these texts before are read from their files.
     """
     assert all(run.is_fitted for run in runs)
-    test = digest({"labels": split.examples.content_hash, "states": split.states.directory.name})
+    test = digest({"labels": split.examples.content_hash, "states": split.states.key})
     missing = [run for run in runs if not run.is_tested(test)]
     trained = [run for run in missing if isinstance(run.row, ProbeConfig)]
     if trained:
