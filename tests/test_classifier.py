@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoModelForSequenceClassification, LlamaConfig, pipeline
 
 import corpora
 from commands import saved
@@ -28,7 +27,7 @@ from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.traffic import beginning
 from sidelight.training.validation import shared_texts
-from tiny import SIZES, untrained_probe
+from tiny import untrained_probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 BRIEF = TrainingSettings(
@@ -189,28 +188,6 @@ def test_a_probe_of_the_response_is_trained_and_asked_with_responses(tiny):
         classifier.predict(["question"])
     with pytest.raises(SidelightError, match="2 texts"):
         classifier.predict(["a", "b"], responses=["c"])
-
-
-@pytest.mark.parametrize("kind", TASKS)
-def test_a_call_gives_what_a_pipeline_of_transformers_gives(tiny, fits, kind):
-    probe = fits[kind].best.probe
-    classifier, labels = Classifier(tiny, probe), probe.task.labels
-    config = LlamaConfig(**SIZES, num_labels=len(labels), id2label=dict(enumerate(labels)))
-    model = AutoModelForSequenceClassification.from_config(config)
-    reference = pipeline("text-classification", model=model, tokenizer=tiny.tokenizer)
-    texts = ["tabX", "tcbZ", "tde"]
-    for given in (texts[0], texts[:1], texts):
-        for options in ({}, {"top_k": 1}, {"top_k": 2}, {"top_k": None}):
-            ours, theirs = classifier(given, **options), reference(given, **options)
-            assert np.shape(ours) == np.shape(theirs), (given, options)
-            assert {*np.ravel(ours)[0]} == {*np.ravel(theirs)[0]}
-    verdicts = classifier.predict(texts)
-    for verdict, best, ranked in zip(
-        verdicts, classifier(texts), classifier(texts, top_k=None), strict=True
-    ):
-        assert {entry["label"]: entry["score"] for entry in ranked} == verdict.probabilities
-        assert ranked == sorted(ranked, key=lambda entry: -entry["score"])
-        assert best == ranked[0]
 
 
 LONG = "tab " * 300

@@ -354,7 +354,6 @@ TRAIN = "train --data {data} --out o --label toxic "
         ("train --data nowhere --out o --set epoch=3", "Did you mean 'epochs'"),
         (TRAIN + "--set epochs=few", "--set epochs=few"),
         (TRAIN + "--set calibration=isotonic", "'none', 'temperature' or 'platt'"),
-        (TRAIN + "--model {model} --set cache_budget=0.0000001", "cache_budget=GIB"),
         (TRAIN + "--set limits=9", "Did you mean 'limit'"),
         (TRAIN + "--set memory=0", "0.01 or more"),
         (TRAIN + "--set seeds=0", "Give at least one"),

@@ -188,7 +188,6 @@ class TrainingInputs:
         limit: Use so many rows, drawn at random; each class keeps its share.
         max_tokens: Longer texts are cut, and counted; judging never cuts.
         cache: Folder for hidden states; None is the user's cache.
-        cache_budget: The most disk that the hidden states of one file may take, in GiB.
         keep_cache: Whether the hidden states stay for another run.
         memory: The most memory that hidden states may take, above the model, in GiB.
     """
@@ -205,7 +204,6 @@ class TrainingInputs:
     limit: int | None = None
     max_tokens: int = 1024
     cache: Path | None = None
-    cache_budget: float | None = None
     keep_cache: bool = False
     memory: float = 1.0
 
@@ -243,12 +241,10 @@ class TrainingInputs:
         """How the texts are read, and where their hidden states go."""
         from sidelight.training.settings import READS, FitOptions
 
-        budget = self.cache_budget
         return FitOptions(
             reads=replace(READS, side="response" if self.response else "prompt"),
             max_tokens=self.max_tokens,
             cache_root=self.cache,
-            cache_budget_bytes=None if budget is None else int(budget * 2**30),
             keep_cache=self.keep_cache,
             memory_bytes=int(self.memory * 2**30),
         )

@@ -29,7 +29,7 @@ from sidelight.storage import replacing
 FORMAT_VERSION = 3
 SHARD_BYTES = 512 * 2**20
 _BYTES_PER_VALUE = 2
-# Left free on the disk whatever the budget says.
+# Left free on the disk.
 _RESERVE_BYTES = 2 * 2**30
 # Locked by each process that reads the folder.
 _READERS = "readers"
@@ -173,17 +173,14 @@ class ActivationCache:
         rows = {self._names[row]: row for row in chain(*self.shards)}
         return [row for row in rows.values() if not self.path(row).exists()]
 
-    def open(self, *, budget_bytes: int | None = None) -> list[int]:
+    def open(self) -> list[int]:
         """Makes the folder, which other runs do not remove while this object exists.
-
-        Args:
-            budget_bytes: The most that this cache may take; None allows what the disk has.
 
         Returns:
             The texts to write, as ``missing`` gives them.
 
         Raises:
-            SidelightError: They would not fit.
+            SidelightError: They would not fit the disk.
         """
         if self._lock is None:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -194,16 +191,14 @@ class ActivationCache:
                 for partial in self.directory.glob("*.partial"):
                     partial.unlink()
             _has_locked(self._lock, fcntl.LOCK_SH)
-        missing, whole = self.missing(), self.token_bytes * sum(self.lengths)
-        to_write = self.token_bytes * sum(self.lengths[row] for row in missing)
+        missing = self.missing()
+        needed = self.token_bytes * sum(self.lengths[row] for row in missing)
         free = shutil.disk_usage(self.directory).free - _RESERVE_BYTES
-        limit = free if budget_bytes is None else min(free, budget_bytes)
-        if to_write > free or (missing and whole > limit):
+        if needed > free:
             raise SidelightError(
-                f"The hidden states need {whole / 2**30:.1f} GiB, but only "
-                f"{max(limit, 0) / 2**30:.1f} GiB may be used at {self.directory.parent}. "
-                "Name another disk (SIDELIGHT_CACHE), use fewer rows, or in training raise "
-                "--set cache_budget=GIB."
+                f"The hidden states need {needed / 2**30:.1f} GiB, but only "
+                f"{max(free, 0) / 2**30:.1f} GiB may be used at {self.directory.parent}. "
+                "Name another disk (SIDELIGHT_CACHE), or use fewer rows."
             )
         return missing
 

@@ -54,7 +54,6 @@ def extract(
     source: StateSource,
     cache: ActivationCache,
     *,
-    budget_bytes: int | None = None,
     title: str = "Extracting",
 ) -> ActivationCache:
     """Writes the missing texts; after a kill, a second call writes only the rest.
@@ -62,15 +61,14 @@ def extract(
     Args:
         source: The engine that computes the hidden states.
         cache: The cache to fill, made for the source's engine.
-        budget_bytes: The most that the cache may take; None allows what the disk has.
         title: Of the progress bar.
 
     Raises:
-        SidelightError: The states would not fit the disk or the budget, or one is not finite.
+        SidelightError: The states would not fit the disk, or one is not finite.
     """
     # Engines round differently.
     assert cache.engine == source.engine
-    missing = cache.open(budget_bytes=budget_bytes)
+    missing = cache.open()
     if not missing:
         return cache
     # Writing overlaps the next forward pass; one at a time, so little is in memory.

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
@@ -45,37 +44,6 @@ class Classifier:
 
     backbone: TransformersBackbone
     probe: Probe
-
-    def __call__(
-        self, texts: str | Sequence[str], *, top_k: int | Literal[""] | None = ""
-    ) -> list[Any]:
-        """What the text-classification pipeline of ``transformers`` gives, in its form.
-
-        Args:
-            texts: One or several texts.
-            top_k: How many labels to give, the most probable first; None gives all. Without it,
-                a text has one label.
-
-        Returns:
-            Without ``top_k``, ``{"label": ..., "score": ...}`` for each text. With it, a list of
-            these for each text, or for the one text a single list.
-
-        Raises:
-            ContextLengthError: As ``predict``.
-            VerdictError: As ``predict``.
-        """
-        verdicts = self.predict([texts] if isinstance(texts, str) else texts)
-        named = [
-            [
-                {"label": label, "score": score}
-                for label, score in sorted(verdict.probabilities.items(), key=lambda item: -item[1])
-            ]
-            for verdict in verdicts
-        ]
-        if top_k == "":
-            return [best for best, *_ in named]
-        shown = [labels[:top_k] for labels in named]
-        return shown[0] if isinstance(texts, str) else shown
 
     def predict(
         self, texts: Sequence[str | Example], *, responses: Sequence[str] | None = None

@@ -344,7 +344,7 @@ def make_split(
     stored = sum(cache.path(row).exists() for row in range(len(prompts)))
     if stored:
         say(f"{title}: the hidden states of {stored:,} of {len(prompts):,} are on disk already.")
-    states = extract(source, cache, budget_bytes=options.cache_budget_bytes, title=title)
+    states = extract(source, cache, title=title)
     rows = np.arange(len(prompts))
     if isinstance(examples, SpanExamples):
         places = span_places(backbone, examples.items, states.lengths)

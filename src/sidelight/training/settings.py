@@ -182,8 +182,6 @@ class FitOptions:
         threshold: What the thresholds are chosen for.
         max_tokens: Longer training texts are cut, and counted.
         cache_root: Folder for the hidden states while training; None is the user's cache.
-        cache_budget_bytes: The most that the hidden states of the training texts may take, and the
-            most for those of the validation texts; None allows what the disk has.
         keep_cache: Whether the hidden states stay for other trainings, which share those of a text.
         memory_bytes: The most that hidden states may take in memory while training; more are read
             from disk again in each epoch.
@@ -199,7 +197,6 @@ class FitOptions:
     threshold: ThresholdRule = F1
     max_tokens: int = TRAINING_MAX_TOKENS
     cache_root: Path | None = None
-    cache_budget_bytes: int | None = None
     keep_cache: bool = False
     memory_bytes: int = 2**30
 
