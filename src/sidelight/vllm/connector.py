@@ -143,8 +143,11 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             if request_id not in self.tracking:
                 continue
             # Stages may have probes that cannot be loaded here, or each may have others.
-            judged = None if follows else self._judge.fail([layers[0].reading])[request_id]
-            self._record(request_id, judged or self._judge.join(layers), verdicts)
+            if follows:
+                judgement = self._judge.join(layers)
+            else:
+                judgement = self._judge.fail([layers[0].reading])[request_id]
+            self._record(request_id, judgement, verdicts)
 
     def _record(self, request_id: str, judgement: Judgement, verdicts: StepVerdicts) -> None:
         self.tracking.record(request_id, judgement, verdicts.seconds, verdicts.probes.identity)

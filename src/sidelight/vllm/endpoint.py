@@ -35,7 +35,7 @@ from sidelight.server.middleware import REQUEST_ID, Gatekeeper
 from sidelight.server.requests import Context
 from sidelight.server.schemas import ReportRequest
 from sidelight.vllm.answers import GuardedRequest
-from sidelight.vllm.guard import EngineGuard, current_request, requested
+from sidelight.vllm.guard import EngineGuard, client_request
 from sidelight.vllm.settings import KEY, server_config
 
 _DONE = b"data: [DONE]"
@@ -145,13 +145,13 @@ class ProbeMiddleware:
             answer = _Answer(
                 scope, receive, observer.annotating(send), request, observer.request_id
             )
-            with requested(request):
-                try:
-                    await self._app(scope, receive, answer)
-                # vLLM raises anything after a refusal.
-                except Exception:
-                    if not await answer.fail():
-                        raise
+            client_request.set(request)
+            try:
+                await self._app(scope, receive, answer)
+            # vLLM raises anything after a refusal.
+            except Exception:
+                if not await answer.fail():
+                    raise
 
 
 class _Answer:
@@ -380,7 +380,7 @@ def _mark_cut_responses() -> None:
     @wraps(original)
     def from_request(cls: Any, *args: Any, **kwargs: Any) -> Any:
         response = original(cls, *args, **kwargs)
-        request = current_request()
+        request = client_request.get()
         if request is not None and any(request.cut):
             response.status = "incomplete"
             response.incomplete_details = IncompleteDetails(reason="content_filter")

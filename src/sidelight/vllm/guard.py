@@ -11,7 +11,7 @@ import asyncio
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -42,18 +42,8 @@ class RefusedError(SidelightError, ValueError):
     """
 
 
-_request: ContextVar[GuardedRequest | None] = ContextVar("sidelight_request", default=None)
-current_request = _request.get
-
-
-@contextmanager
-def requested(request: GuardedRequest) -> Any:
-    """What the engine does in this context, and in tasks that it starts, belongs to the request."""
-    token = _request.set(request)
-    try:
-        yield
-    finally:
-        _request.reset(token)
+# What the engine does in a context, and in tasks that start there, belongs to its request.
+client_request: ContextVar[GuardedRequest | None] = ContextVar("sidelight_request", default=None)
 
 
 class EngineGuard:
@@ -108,7 +98,7 @@ class EngineGuard:
         Raises:
             RefusedError: The policy refuses the prompt, or something could not be judged.
         """
-        client = current_request()
+        client = client_request.get()
         if client is None:
             await self.engine.settled()
             client = self.request(self.observer.of(_unique(request_id)))
@@ -168,7 +158,7 @@ class EngineGuard:
 
     def require_unblocked(self, what: str) -> None:
         """Refuses what no probe reads where a rule blocks or redacts."""
-        client = current_request()
+        client = client_request.get()
         rules = self.registry.rules if client is None else client.terms.rules
         if any(bound.is_enforced for bound in rules):
             error = PolicyError(
