@@ -35,6 +35,7 @@ from sidelight.spans import (
     words,
 )
 from sidelight.thresholds import ThresholdRule
+from sidelight.training.classifier import Classifier
 from sidelight.training.fit import fit
 from sidelight.training.judging import find_spans
 from sidelight.training.settings import FitOptions, TrainingSettings
@@ -251,6 +252,8 @@ def test_what_is_trained_finds_spans_in_new_texts_also_after_it_was_saved(tiny, 
     names = [tuple(sorted({span.label for span in own})) for own in examples.spans]
     assert np.mean([a == b for a, b in zip(verdicts, names, strict=True)]) > 0.9
     assert {*probe.record["lookaheads"]} == {"0", "1", "2", "4"}
+    verdicts = Classifier(tiny, probe).predict(examples.items)
+    assert [verdict.spans for verdict in verdicts] == [*map(tuple, found)]
     chat = tuple(Message("user", text) for text in ("a word", "WWXX"))
     (_, (alone,)) = find_spans(tiny, probe, [Example(chat[1:])])
     assert [(span.start, span.end, span.label) for span in alone] == [(0, 4, "SHOUT")]

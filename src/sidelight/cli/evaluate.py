@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from sidelight.data.loading import OnMissingLabel
     from sidelight.explanation import Explanation
     from sidelight.prompts import Message
-    from sidelight.training.classifier import Classifier
-    from sidelight.types import Span, Verdict
+    from sidelight.types import Span
 
 # Of the labels of spans, in turn; black is legible on each.
 _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
@@ -198,7 +197,12 @@ def predict(
             for _, explanation in explained
         )
     else:
-        judged = _judged(classifier, items, runtime)
+        if runtime.engine == "vllm":
+            from sidelight.vllm.offline import predict as predict_by_vllm
+
+            judged = predict_by_vllm(classifier, items, options=runtime.engine_option)
+        else:
+            judged = classifier.predict(items)
         if prints_spans or (labels_spans and out is None and sys.stdout.isatty()):
             from sidelight.data.spans import span_text
             from sidelight.training.runs import console
@@ -217,26 +221,6 @@ def predict(
         return
     with replacing(out) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(lines)
-
-
-def _judged(
-    classifier: "Classifier", items: Sequence["str | Example"], runtime: options.Runtime
-) -> Sequence["Verdict"]:
-    """The verdicts on texts, with spans if the probe labels them, by the engine that was chosen."""
-    if runtime.engine == "vllm":
-        from sidelight.vllm.offline import predict as predict_by_vllm
-
-        return predict_by_vllm(classifier, items, options=runtime.engine_option)
-    if classifier.probe.spans is None:
-        return classifier.predict(items)
-    from sidelight.training.judging import as_example, find_spans
-
-    examples = [as_example(item) for item in items]
-    logits, spans = find_spans(classifier.backbone, classifier.probe, examples)
-    return [
-        replace(classifier.probe.verdict(of_text), spans=tuple(marked))
-        for of_text, marked in zip(logits, spans, strict=True)
-    ]
 
 
 def marked_text(text: str, spans: Sequence["Span"], labels: Sequence[str]) -> "Text":

@@ -27,7 +27,7 @@ from sidelight.states.extraction import StateSource
 from sidelight.thresholds import ThresholdRule
 from sidelight.training.contexts import default_background, load_background
 from sidelight.training.fit import fit
-from sidelight.training.judging import as_example, judge, require_responses
+from sidelight.training.judging import as_example, find_spans, judge, require_responses
 from sidelight.training.measuring import trained_text_warnings
 from sidelight.training.settings import AUTO, READS, FitOptions
 from sidelight.types import Task, Verdict
@@ -48,7 +48,7 @@ class Classifier:
     def predict(
         self, texts: Sequence[str | Example], *, responses: Sequence[str] | None = None
     ) -> list[Verdict]:
-        """The verdict on each text.
+        """The verdict on each text, with its spans if the probe labels spans.
 
         Args:
             texts: Plain texts, or examples with several messages.
@@ -57,6 +57,7 @@ class Classifier:
         Raises:
             ContextLengthError: A text is longer than the backbone reads; none is cut.
             VerdictError: A verdict cannot be computed.
+            SidelightError: The probe labels spans of one message, and a text has several.
         """
         if type(texts) is str:
             raise SidelightError("predict takes a list of texts: write predict([text]).")
@@ -68,6 +69,9 @@ class Classifier:
         if responses is not None:
             pairs = zip(examples, responses, strict=True)
             examples = [replace(example, response=response) for example, response in pairs]
+        if self.probe.spans is not None:
+            pairs = zip(*find_spans(self.backbone, self.probe, examples), strict=True)
+            return [replace(self.probe.verdict(row), spans=tuple(spans)) for row, spans in pairs]
         probes = [self.probe, *filter(None, [self.probe.distance_probe])]
         logits, *measured = judge(self.backbone, probes, examples)
         distances = measured[0][:, 0].tolist() if measured else [None] * len(logits)
