@@ -8,7 +8,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from openai import APIError, APIStatusError, AsyncOpenAI
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.data.examples import Example, LabelledExamples
+from sidelight.data.spans import SpanExamples, span_text
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.progress import progress
@@ -28,7 +29,8 @@ from sidelight.prompts import Message, Reads
 from sidelight.training.classifier import load
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, suggested_settings
-from sidelight.types import Task
+from sidelight.training.spans import fit_spans
+from sidelight.types import Span, Task
 from sidelight_lab.bench.measurement import (
     Range,
     Record,
@@ -103,8 +105,11 @@ def tickets(first: int = 100_000) -> Iterator[Ticket]:
         yield Ticket(number, WORDS[number * 7 % len(WORDS)], is_abuse)
 
 
-def _prepare(backbone: TransformersBackbone, folder: Path) -> tuple[list[Path], Path]:
-    """Trains the probes on tickets that are not asked later.
+def _prepare(
+    backbone: TransformersBackbone, folder: Path, *, spans: bool
+) -> tuple[list[Path], Path]:
+    """Trains the probes on tickets that are not asked later; with ``spans``, those of abuse on its
+    words.
 
     Returns their folders, and the file of a policy that blocks by them. Fails if a probe of the
     prompt is wrong about an unseen ticket.
@@ -122,8 +127,13 @@ def _prepare(backbone: TransformersBackbone, folder: Path) -> tuple[list[Path], 
             cache_root=folder / "activations",
         )
         examples = _examples(name, training[: _TRAINING_TICKETS[name]])
-        made = fit(backbone, examples, None, name=name, options=options)
-        folders.append(save_probe(made.best.probe, folder / name))
+        folders.append(folder / name)
+        if spans and isinstance(examples, SpanExamples):
+            options = replace(options, mechanisms=(mechanism_spec("spans"),))
+            fit_spans(backbone, examples, None, name=name, options=options, out=folders[-1])
+        else:
+            made = fit(backbone, examples, None, name=name, options=options)
+            save_probe(made.best.probe, folders[-1])
         if name != "reply":
             report = load(folders[-1], model=backbone).evaluate(_examples(name, checked))
             accuracy = report.metrics["accuracy"].value
@@ -139,7 +149,7 @@ def _prepare(backbone: TransformersBackbone, folder: Path) -> tuple[list[Path], 
 
 
 def _examples(probe: str, some: Sequence[Ticket]) -> LabelledExamples:
-    """The tickets as prompts, or as responses for the probe `reply`."""
+    """The tickets as prompts, or as responses for the probe `reply`; abuse has its place."""
     if probe == "reply":
         asked = "Write to number {}."
         items = [Example((Message("user", asked.format(t.number)),), t.text) for t in some]
@@ -148,8 +158,17 @@ def _examples(probe: str, some: Sequence[Ticket]) -> LabelledExamples:
     labels = [
         WORDS.index(ticket.word) if probe == "word" else int(ticket.is_abuse) for ticket in some
     ]
-    rows = ({},) * len(items)
-    return LabelledExamples(tuple(items), rows, task=PROBES[probe], labels=np.array(labels))
+    made = LabelledExamples(
+        tuple(items), ({},) * len(items), task=PROBES[probe], labels=np.array(labels)
+    )
+    if probe == "word":
+        return made
+    texts = [span_text(item) for item in items]
+    places = [
+        (Span(text.index(":") + 2, len(text), _ABUSE.labels[1]),) if label else ()
+        for text, label in zip(texts, labels, strict=True)
+    ]
+    return SpanExamples(**vars(made), spans=tuple(places))
 
 
 @dataclass(frozen=True)
@@ -193,6 +212,7 @@ def run_load(
     round_s: float,
     plain_round_s: float,
     max_tokens: int,
+    spans: bool = False,
 ) -> Record:
     """Trains the probes into the folder, starts both servers, and asks them in turn.
 
@@ -201,7 +221,7 @@ def run_load(
     """
     backbone = load_backbone(model)
     rounds = max(1, round(seconds / round_s))
-    probes, policy = _prepare(backbone, folder)
+    probes, policy = _prepare(backbone, folder, spans=spans)
     where = conditions(
         backbone,
         {
@@ -211,6 +231,7 @@ def run_load(
             "without probes s": plain_round_s,
             "tokens of an answer": max_tokens,
             "probes": len(probes),
+            "probes of spans": 2 if spans else 0,
         },
     )
     ask = partial(

@@ -242,6 +242,7 @@ def bench_spans(
     "--plain-round", "plain_round_s", type=POSITIVE, default=20.0, help="Seconds without them."
 )
 @click.option("--max-tokens", type=AT_LEAST_TWO, default=16, help="Tokens of an answer.")
+@click.option("--spans", is_flag=True, help="Two of the three probes find words.")
 @_record
 def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) -> None:
     """Let many chat clients ask at once, with blocking policies on prompt and response.
