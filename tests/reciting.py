@@ -3,6 +3,7 @@
 Each token of the text stands there once, and the model writes the one that follows it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -17,6 +18,7 @@ from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import Calibration
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
+from sidelight.mechanisms.spans import Spans
 from sidelight.probe import Probe
 from sidelight.prompts import Reads, Side
 from sidelight.spans import SpanRule
@@ -114,18 +116,21 @@ def _probe(backbone: TransformersBackbone, name: str, side: Side) -> Probe:
     """Of each label, logits of 10 for its tokens and far below 0 for all others."""
     who, task = backbone.fingerprint, Task("multilabel", tuple(LABELLED))
     geometry = Geometry(layers=who.layers, width=who.width, outputs=task.outputs)
-    spec = mechanism_spec("spans", {"lookahead": 1})
+    spec = mechanism_spec("spans", {"lookahead": 1, "rank": task.outputs})
     built = build_mechanism(spec, geometry).eval().requires_grad_(False)
+    assert isinstance(built, Spans)
+    for parameter in built.parameters():
+        parameter.zero_()
     states = backbone.model.model.embed_tokens.weight
     for label, words in enumerate(LABELLED.values()):
         for word in words:
             (token,) = backbone.tokenizer(word, add_special_tokens=False)["input_ids"]
-            built.own[0, :, label] += 20 * states[token]
+            built.features[0, :, label] += 20 * math.sqrt(geometry.layers) * states[token]
+        built.mixing[label, label] = built.value[label, label] = 1
         built.bias[label] = -10
     # What stands beside a token matters, but does not decide.
     torch.manual_seed(1)
-    for parameter in (built.mean, built.ahead):
-        parameter.normal_(std=0.02)
+    built.mixing[task.outputs :].normal_(std=0.02)
     calibration = Calibration("platt", task.kind, (0.2,) * task.outputs, (0.1,) * task.outputs)
     return Probe(
         name=name,

@@ -30,11 +30,11 @@ VARIANTS = [
     ("readout", {"extremes": "pair"}),
     ("fusion", {"rank": 3, "heads": 1}),
     ("blend", {"fusions": 1, "rank": 4}),
-    ("spans", {"window": 1, "lookahead": 0}),
+    ("spans", {"window": 1, "lookahead": 0, "rank": 3}),
     ("spans", {"window": 3, "lookahead": 4}),
 ]
 # Their features are not linear in the columns, so their shares are integrated gradients.
-INTEGRATED = ("fusion", "blend")
+INTEGRATED = ("fusion", "blend", "spans")
 # float32: the same sums of up to a few hundred products, in another order.
 ROUNDING = {"rtol": 1e-4, "atol": 2e-5}
 POISON = [math.nan, math.inf, -math.inf, 3e38]
@@ -254,21 +254,21 @@ def blend_logits(own, states, fusions, **_options):
 
 
 def token_logits(own, states, window, lookahead):
-    """Of each token: its own states, the mean of the last few, and each of the next few."""
-    tokens = states.shape[1]
-    logits = np.tile(own["bias"], (tokens, 1))
-    for t in range(tokens):
-        for states_of, *weights in zip(states, own["own"], own["mean"], own["ahead"], strict=True):
-            single, mean, ahead = weights
-            logits[t] += states_of[t] @ single
-            logits[t] += states_of[max(0, t - window + 1) : t + 1].mean(0) @ mean
-            for j in range(1, min(lookahead, tokens - 1 - t) + 1):
-                logits[t] += states_of[t + j] @ ahead[:, j - 1]
-    return logits
+    """From the features of each token, their mean over the last few, and those of the next few."""
+    features = np.einsum("ltd,ldr->tr", states, own["features"]) / math.sqrt(LAYERS)
+    single, mean, *ahead = np.split(own["mixing"], 2 + lookahead)
+    logits = []
+    for t in range(len(features)):
+        inner = own["threshold"] + features[t] @ single
+        inner += features[max(0, t - window + 1) : t + 1].mean(0) @ mean
+        for j, weights in enumerate(ahead[: len(features) - 1 - t], start=1):
+            inner += features[t + j] @ weights
+        logits.append(own["bias"] + inner * ndtr(inner) @ own["value"])
+    return np.array(logits).reshape(-1, len(own["bias"]))
 
 
-def spans_logits(own, states, **options):
-    return token_logits(own, states, **options).max(0)
+def spans_logits(own, states, window, lookahead, **_options):
+    return token_logits(own, states, window, lookahead).max(0)
 
 
 EQUATIONS = {
@@ -326,7 +326,7 @@ GPT_OSS_20B = Geometry(layers=25, width=2880, outputs=1)
         # (L + 1) (1 + C) H d and a bias.
         (LLAMA_3B, "linear", {}, 29 * 2 * 3072 + 1),
         (LLAMA_3B, "readout", {"extremes": "pair"}, 29 * (2 * 2 + 1 + 2) * 3072 + 1),
-        (LLAMA_3B, "spans", {"lookahead": 2}, 29 * (2 + 2) * 3072 + 1),
+        (LLAMA_3B, "spans", {"lookahead": 2}, (29 * 3072 + 4 * 64 + 1 + 1) * 64 + 1),
     ],
 )
 def test_parameter_counts_are_the_papers(geometry, name, options, count):
@@ -360,7 +360,8 @@ COMPLETE = 1e-4
 
 
 def shares_of(mechanism, tokens, output):
-    outputs = mechanism.logits(tokens).shape[1]
+    with torch.no_grad():
+        outputs = mechanism.logits(tokens).shape[1]
     return mechanism.shares(tokens, torch.eye(outputs)[output].expand(len(tokens.lengths), -1))
 
 

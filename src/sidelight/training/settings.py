@@ -125,7 +125,7 @@ _SUGGESTED = {
     "fusion": TrainingSettings(weight_decay=0.3, epochs=6),
     "blend": TrainingSettings(weight_decay=0.3, epochs=6, layer_weights="predictive"),
     # Every token is an example.
-    "spans": TrainingSettings(learning_rate=1e-4, epochs=4, least_steps=600),
+    "spans": TrainingSettings(learning_rate=2e-3, epochs=4, least_steps=240),
 }
 
 
