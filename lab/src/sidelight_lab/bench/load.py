@@ -8,7 +8,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -29,7 +29,6 @@ from sidelight.prompts import Message, Reads
 from sidelight.training.classifier import load
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, suggested_settings
-from sidelight.training.spans import fit_spans
 from sidelight.types import Span, Task
 from sidelight_lab.bench.measurement import (
     Range,
@@ -65,6 +64,7 @@ _ABUSE = Task("binary", ("fine", "abuse"))
 # `word` and `abuse` read the prompt, `reply` reads the response.
 PROBES = {"word": Task("multiclass", WORDS), "abuse": _ABUSE, "reply": _ABUSE}
 # Enough for such plain words; more would only take longer.
+_EXTREMES = {"extremes": "pair"}
 _TRAINING_TICKETS = {"word": 320, "abuse": 96, "reply": 96}
 _CHECKED_TICKETS = 64
 # The rule on the output is checked after every token but never fires, so answers keep their length.
@@ -120,20 +120,17 @@ def _prepare(
     checked = list(islice(tickets(first=900_000), _CHECKED_TICKETS))
     folders: list[Path] = []
     for name in PROBES:
+        marks = spans and name != "word"
+        spec = mechanism_spec("spans" if marks else "readout", None if marks else _EXTREMES)
         options = FitOptions(
-            mechanisms=(mechanism_spec("readout", {"extremes": "pair"}),),
+            mechanisms=(spec,),
             settings={"readout": suggested_settings("readout").changed(normalise=False)},
             reads=Reads("response" if name == "reply" else "prompt"),
             cache_root=folder / "activations",
         )
-        examples = _examples(name, training[: _TRAINING_TICKETS[name]])
-        folders.append(folder / name)
-        if spans and isinstance(examples, SpanExamples):
-            options = replace(options, mechanisms=(mechanism_spec("spans"),))
-            fit_spans(backbone, examples, None, name=name, options=options, out=folders[-1])
-        else:
-            made = fit(backbone, examples, None, name=name, options=options)
-            save_probe(made.best.probe, folders[-1])
+        examples = _examples(name, training[: _TRAINING_TICKETS[name]], spans=marks)
+        made = fit(backbone, examples, None, name=name, options=options)
+        folders.append(save_probe(made.best.probe, folder / name))
         if name != "reply":
             report = load(folders[-1], model=backbone).evaluate(_examples(name, checked))
             accuracy = report.metrics["accuracy"].value
@@ -148,8 +145,8 @@ def _prepare(
     return folders, policy
 
 
-def _examples(probe: str, some: Sequence[Ticket]) -> LabelledExamples:
-    """The tickets as prompts, or as responses for the probe `reply`; abuse has its place."""
+def _examples(probe: str, some: Sequence[Ticket], *, spans: bool = False) -> LabelledExamples:
+    """The tickets as prompts, or as responses for the probe `reply`, with the places of abuse."""
     if probe == "reply":
         asked = "Write to number {}."
         items = [Example((Message("user", asked.format(t.number)),), t.text) for t in some]
@@ -161,7 +158,7 @@ def _examples(probe: str, some: Sequence[Ticket]) -> LabelledExamples:
     made = LabelledExamples(
         tuple(items), ({},) * len(items), task=PROBES[probe], labels=np.array(labels)
     )
-    if probe == "word":
+    if not spans:
         return made
     texts = [span_text(item) for item in items]
     places = [
