@@ -126,11 +126,18 @@ class EngineContract:
         engine = subject.engine
         room = engine.max_tokens - len(subject.encode(user("")))
         longest = user("x" * room)
+        assert len(subject.run(engine.tokenize(longest))) == engine.max_tokens
         (judged,) = subject.judge([longest])
         assert judged.tokens == engine.max_tokens
         subject.require([judged], [longest])
-        with pytest.raises(ContextLengthError, match=str(engine.max_tokens)):
-            subject.judge([user("x" * (room + 1))])
+        for work in (engine.judge, engine.tokenize):
+            text = user("x" * (room + 1))
+            with pytest.raises(ContextLengthError, match=str(engine.max_tokens)):
+                subject.run(work(text if work == engine.tokenize else [text]))
+
+    def test_what_tokenize_tells_is_what_is_read(self, subject):
+        for turns in (user("hello <|end|>"), [*user("hello"), Message("assistant", "no")]):
+            assert subject.run(subject.engine.tokenize(turns)) == subject.encode(turns).token_ids
 
     def test_new_probes_judge_at_once_and_read_no_state_of_the_old_ones(self, subject):
         others = other_probes(subject.model)

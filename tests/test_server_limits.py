@@ -7,11 +7,13 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from unittest.mock import Mock, patch
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from in_process import in_process
 from live import MODEL, served, wait_until_ready
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.server.app import create_app, serve
@@ -29,9 +31,13 @@ PART = {"type": "text", "text": "hello"}
 CALL = {"function": {"arguments": ""}}
 DECISION = {"model": MODEL, "questions": [{"name": "toxicity", "type": "predicate"}]}
 GUARDRAIL, CALLS = "/beta/litellm_basic_guardrail_api", {"input_type": "request"}
+TOO_LARGE = "request_too_large"
 # Greedy: a drawn end of the text must not end what a test waits for.
 VALID = {"model": MODEL, "messages": [HELLO], "max_tokens": 2, "temperature": 0}
-BYTES, TEXTS = 2**20, 3
+# One text that fills the context is within the last one, two are not.
+BYTES, TEXTS, TOKENS = 2**20, 3, 300
+# Of the chat in `VALID`, as the tiny model's template renders it.
+PROMPT = 9
 # How long what has to happen may take at most.
 PATIENCE_S = 60.0
 
@@ -56,7 +62,7 @@ class Gate:
 
 @pytest.fixture(scope="module")
 def http():
-    config = ServerConfig(max_body_bytes=BYTES, max_batch_items=TEXTS)
+    config = ServerConfig(max_body_bytes=BYTES, max_batch_items=TEXTS, max_request_tokens=TOKENS)
     with TestClient(create_app(engine()[0], config), "http://localhost") as client:
         yield client
 
@@ -75,14 +81,25 @@ def chat(**changed):
     return {**VALID, **changed}
 
 
+# A route, its body of a size, the largest size, and the code of what is larger. The tokens of a
+# text are those of its letters and of the template.
+LIMITS = [
+    (MODERATIONS, lambda n: {"input": ["x"] * n}, TEXTS, "too_many_inputs"),
+    (CHAT, lambda n: chat(n=n), TEXTS, "too_many_inputs"),
+    # However many tokens are asked for, a text has no more than the context holds.
+    (TEXT, lambda n: {"model": MODEL, "prompt": ["x"] * n, "max_tokens": 9999}, 1, TOO_LARGE),
+    (CHAT, lambda n: chat(n=2, max_tokens=n - PROMPT), TOKENS // 2, TOO_LARGE),
+    (MODERATIONS, lambda n: {"input": ["x" * (n - PROMPT + 5)] * 2}, TOKENS // 2, TOO_LARGE),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [(MODERATIONS, lambda n: {"input": ["x"] * n}), (CHAT, lambda n: chat(n=n))],
-)
-def test_a_request_of_so_many_texts_is_answered_and_one_of_more_refused(http, path, body):
-    assert post(http, path, body(TEXTS)).status_code == 200
-    assert error_of(post(http, path, body(TEXTS + 1))) == (400, "too_many_inputs")
+@pytest.mark.parametrize(("path", "body", "most", "code"), LIMITS)
+def test_a_request_within_a_limit_is_answered_and_one_beyond_it_refused(
+    http, path, body, most, code
+):
+    assert post(http, path, body(most)).status_code == 200
+    assert error_of(post(http, path, body(most + 1))) == (400, code)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +124,22 @@ def test_a_body_may_have_so_many_bytes_and_what_might_not_fit_is_refused(http):
     assert error_of(post(http, MODERATIONS, body.ljust(BYTES + 1))) == (413, "request_too_large")
     long = post(http, MODERATIONS, {"input": "word " * 200_000})
     assert error_of(long) == (400, "context_length_exceeded")
+    assert error_of(post(http, CHAT, chat(n=2, max_tokens=None))) == (400, "request_too_large")
+
+
+def test_by_default_too_the_tokens_of_all_texts_are_limited(tiny):
+    """Otherwise one request of 500 long texts would run for minutes."""
+    judging = TransformersEngine(tiny, three_probes(tiny))
+    with in_process(judging) as http, patch.object(judging, "judge", Mock(side_effect=OSError)):
+        # Each has 184 tokens: 356 of them are within the limit.
+        beyond = post(http, MODERATIONS, {"input": ["x" * 180] * 512})
+        assert error_of(beyond) == (400, "request_too_large")
+        message = beyond.json()["error"]["message"]
+        assert "text 357 of 512 brings them to 65688" in message
+        assert "65536 (--max-request-tokens). Send fewer or shorter texts at a time." in message
+        # As many as may fit get as far as the engine.
+        assert post(http, MODERATIONS, {"input": ["x" * 180] * 356}).status_code == 500
+        assert judging.judge.call_count == 1
 
 
 @pytest.mark.parametrize("first", ["Content-Length: 5", "Transfer-Encoding: chunked"])

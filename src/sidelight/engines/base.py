@@ -221,6 +221,15 @@ class Engine(ABC):
         return
 
     @abstractmethod
+    async def tokenize(self, text: Conversation) -> tuple[int, ...]:
+        """The token ids that ``generate``, or ``judge`` for a text with a response, would read.
+
+        Raises:
+            ContextLengthError: The text is too long; it is never cut.
+            EngineUnavailableError: The model is loading.
+        """
+
+    @abstractmethod
     def generate(
         self,
         messages: Conversation,

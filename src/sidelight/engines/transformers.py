@@ -120,6 +120,9 @@ class TransformersEngine(Engine):
             raise verdict_failure(judged.judgement.failed)
         self._panel = panel
 
+    async def tokenize(self, text: Conversation) -> tuple[int, ...]:
+        return (await self._codec.in_thread([text], partial(self._codec.encode, text))).token_ids
+
     def generate(
         self,
         messages: Conversation,

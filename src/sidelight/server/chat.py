@@ -252,7 +252,7 @@ async def _answer(
 ) -> Response:
     request.require_model(body.model)
     sampling, n, options = body.sampling(), body.n or 1, body.stream_options or StreamOptions()
-    terms = await request.begin(prompts, n=n)
+    terms = await request.begin(prompts, n=n, max_tokens=sampling.max_tokens)
     # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
     outcome = Outcome(terms.choose(body.probes, for_text=True))
     answer = CompletionFormat(outcome, is_chat=is_chat, includes_usage=options.include_usage)

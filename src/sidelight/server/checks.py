@@ -153,7 +153,7 @@ async def moderate(body: ModerationRequest, request: ServerRequest) -> Results[M
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
         request.require_model(body.model)
     texts = [as_user(text) for text in body.input]
-    terms = (await request.begin(texts)).choose_disclosed(body.probes)
+    terms = (await request.begin(texts, max_tokens=0)).choose_disclosed(body.probes)
     checked = await check(request, terms, texts)
     results = [
         ModerationResult(
@@ -197,7 +197,7 @@ class ClassifyResponse(BaseModel):
 async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyResponse:
     """Each text is judged as a user's message; the answer is that of vLLM's classifiers."""
     texts = [as_user(text) for text in body.input]
-    terms = _classifier(body, request, await request.begin(texts))
+    terms = _classifier(body, request, await request.begin(texts, max_tokens=0))
     (probe,) = terms.probes
     checked = await check(request, terms, texts)
     tokens = sum(text.tokens for text in checked)
@@ -254,7 +254,7 @@ async def redact(body: ModerationRequest, request: ServerRequest) -> Results[Red
     if body.model is not None:
         request.require_model(body.model)
     texts = [as_user(text) for text in body.input]
-    terms = (await request.begin(texts)).choose(body.probes)
+    terms = (await request.begin(texts, max_tokens=0)).choose(body.probes)
     # What is replaced says which words a probe has found.
     labelling = tuple(
         bound
@@ -369,7 +369,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         [*as_user(""), Message("assistant", text)] if is_response else as_user(text)
         for text in judged.values()
     ]
-    terms = (await request.begin(texts)).choose(parameters.probes)
+    terms = (await request.begin(texts, max_tokens=0)).choose(parameters.probes)
     if is_response:
         late = tuple(bound for bound in terms.chosen if bound.side == "output")
         if not late:

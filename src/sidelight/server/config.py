@@ -119,6 +119,12 @@ class ServerConfig(BaseSettings):
     )
     max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="Largest body of a request.")
     max_batch_items: int = Field(default=512, ge=1, le=512, description="Most texts in a request.")
+    max_request_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens that a request may read and write. [default: 65536, or the "
+        "context of one text and its n answers if that is more]",
+    )
     deadline: float = Field(
         default=600, gt=0, description="Seconds after which a request is cancelled."
     )

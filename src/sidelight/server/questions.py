@@ -124,7 +124,7 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
     """The input is read once, however many questions there are; each names its probe."""
     request.require_model(body.model)
     turns = [message.as_message() for message in body.input]
-    terms = await request.begin([turns])
+    terms = await request.begin([turns], max_tokens=0)
     meanings = _meanings(terms)
     named = {question.name or "" for question in body.questions}
     asked = named | {meanings[name][0] for name in named if name in meanings}

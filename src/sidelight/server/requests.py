@@ -22,6 +22,8 @@ from sidelight.server.observe import RequestObserver
 from sidelight.server.probes import ProbeRegistry
 
 T = TypeVar("T")
+# Most tokens of all texts of a request, unless one text alone may have more.
+_REQUEST_TOKENS = 2**16
 
 
 @dataclass(frozen=True)
@@ -98,29 +100,55 @@ class ServerRequest(Request):
                 param="model",
             )
 
-    async def begin(self, texts: Sequence[Conversation], *, n: int = 1) -> Terms:
+    async def begin(
+        self, texts: Sequence[Conversation], *, n: int = 1, max_tokens: int | None = None
+    ) -> Terms:
         """What holds for it from now on; until others are chosen, all probes are reported.
 
         Args:
             texts: What is read.
             n: How often each is read.
+            max_tokens: Most tokens written after each; None: as many as fit.
 
         Raises:
-            RequestError: They are too many.
+            RequestError: It is beyond the limits of texts and tokens.
             PolicyError: The policy refuses the turns that a text begins with.
         """
-        count, limit = n * len(texts), self.context.config.max_batch_items
-        if count > limit:
-            raise RequestError(
-                f"Too many inputs: got {count}, the limit is {limit} (--max-batch-items). Split "
-                "the request.",
-                code="too_many_inputs",
-            )
+        await self._require_size(texts, n=n, max_tokens=max_tokens)
         await unless_left(self, self.engine.settled())
         policy, rules = self.registry.policy, self.registry.rules
         require_trusted_turns(policy, texts)
         terms = Terms(self.engine.model, policy, rules, (), self.observer.text, self.is_admin)
         return terms.choose(None)
+
+    async def _require_size(
+        self, texts: Sequence[Conversation], *, n: int, max_tokens: int | None
+    ) -> None:
+        count = n * len(texts)
+        if count > self.context.config.max_batch_items:
+            raise RequestError(
+                f"Too many inputs: got {count}, the limit is {self.context.config.max_batch_items} "
+                "(--max-batch-items). Split the request.",
+                code="too_many_inputs",
+            )
+        longest, limit = self.engine.max_tokens, self.context.config.max_request_tokens
+        if limit is None:
+            limit = max(_REQUEST_TOKENS, n * longest)
+            if count * longest <= limit:
+                # The engine refuses a text that is longer than its context.
+                return
+        tokens = 0
+        for number, text in enumerate(texts, 1):
+            size = len(await self.engine.tokenize(text))
+            tokens += n * (longest if max_tokens is None else min(longest, size + max_tokens))
+            if tokens > limit:
+                remedy = "" if max_tokens == 0 else ", or lower max_tokens"
+                raise RequestError(
+                    f"Too many tokens: text {number} of {len(texts)} brings them to {tokens}, the "
+                    f"limit of a request is {limit} (--max-request-tokens). Send fewer or shorter "
+                    f"texts at a time{remedy}.",
+                    code="request_too_large",
+                )
 
 
 class Route(APIRoute):

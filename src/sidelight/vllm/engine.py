@@ -7,6 +7,7 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Collection, Coroutine, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
@@ -29,7 +30,7 @@ from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.manifest import read_manifest
 from sidelight.probe import Probe, common_format
-from sidelight.prompts import EncodedPrompt, Message, PromptEncoder, has_response
+from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncoder, has_response
 from sidelight.types import Judgement
 from sidelight.vllm.internals import guesses_responses
 from sidelight.vllm.outputs import OutputListener, early_names
@@ -254,6 +255,9 @@ class VllmEngine(Engine):
             yield self._identity
         finally:
             self._inside -= 1
+
+    async def tokenize(self, text: Conversation) -> tuple[int, ...]:
+        return (await self._codec.in_thread([text], partial(self._codec.encode, text))).token_ids
 
     def generate(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: vLLM's own server writes texts, and a guard in it has them judged.

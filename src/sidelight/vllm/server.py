@@ -29,6 +29,7 @@ NO_PLACE = {
     "json_logs": "Name a logging configuration in VLLM_LOGGING_CONFIG_PATH.",
     "max_body_bytes": _PROXY,
     "max_batch_items": _PROXY,
+    "max_request_tokens": "Limit each text with --engine-option max_model_len=N.",
     "deadline": _PROXY,
 }
 # vLLM's options for which ours stand.
