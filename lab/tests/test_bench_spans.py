@@ -12,6 +12,7 @@ from sidelight.data.loading import load_examples
 from sidelight.evaluation import evaluate_spans
 from sidelight.manifest import WEIGHTS
 from sidelight.prompts import Reads
+from sidelight.spans import character_scores
 from sidelight.thresholds import F1
 from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.settings import FitOptions
@@ -102,8 +103,8 @@ def test_an_encoder_learns_to_label_its_tokens(tiny, tmp_path):
     assert all(map(len, places))
     labels = test.span_labels
     found = [
-        rule.spans(item.text, *own, labels)
-        for item, *own in zip(test.items, places, logits, strict=True)
+        rule.read(character_scores(item.text, own, rule.calibration.apply(z)), labels)
+        for item, own, z in zip(test.items, places, logits, strict=True)
     ]
     report = evaluate_spans(
         [item.text for item in test.items], test.spans, found, labels, bootstrap=0

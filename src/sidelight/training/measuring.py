@@ -131,9 +131,12 @@ def _measuring_folds(examples: LabelledExamples, folds: Folds, kind: Calibration
     else:
         count = min(FOLDS, examples.distinct)
         folds = examples.folds(count, seed=0) if count > 1 else ()
+    rests = [np.setdiff1d(np.arange(len(examples)), fold) for fold in folds]
+    # Of few texts, one fold may have all.
+    if not all(map(len, rests)):
+        return ()
     try:
-        for fold in folds:
-            rest = np.setdiff1d(np.arange(len(examples)), fold)
+        for rest in rests:
             require_calibratable(kind, examples.labels[rest], examples.task)
     except SidelightError:
         return ()
