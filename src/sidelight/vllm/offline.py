@@ -316,10 +316,10 @@ class StateWorker(Worker):
         judgements: dict[str, Judgement] = {}
         pieces = columns.split([len(reading.parts) for reading in readings])
         for reading, states in zip(readings, pieces, strict=True):
-            is_read = torch.frombuffer(bytearray(reading.parts), dtype=torch.uint8) != Part.UNREAD
-            hidden = states[is_read].transpose(0, 1).contiguous()
             judgements[reading.request_id] = Judgement()
             try:
+                parts = torch.frombuffer(bytearray(reading.parts), dtype=torch.uint8)
+                hidden = states[parts != Part.UNREAD].transpose(0, 1).contiguous()
                 save_file({_STATES: hidden}, f"{reading.path}.{self._layers.start}")
             # As for verdicts, vLLM would wait for the step's output.
             except Exception:  # noqa: BLE001
