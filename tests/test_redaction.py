@@ -1,6 +1,7 @@
 """Labelled words are replaced before they leave: in answers, and in what a gateway sends on."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -161,6 +162,21 @@ def test_nothing_of_a_labelled_word_leaves_the_server(tiny, threshold, caplog):
         assert not any(word in each for each in (*told, caplog.text))
     assert '"spans"' not in told[0]
     assert "x-sidelight-flagged" in told[0]
+
+
+@pytest.mark.slow
+def test_an_answer_that_a_request_ends_tells_no_word_that_more_of_it_redacts(tiny):
+    probe = spans_probe(tiny, "late", side="response", threshold=0.6)
+    policy = Policy(output={"late": Rule("redact")})
+    with in_process(TransformersEngine(tiny, [probe]), policy=policy) as http:
+        ((whole,), _, _) = answers(http, max_tokens=40)
+        ends = [{"max_tokens": most} for most in range(1, 25)]
+        ends += [{"max_tokens": 40, "stop": [letter]} for letter in "aeiou"]
+        for end in ends:
+            ((text,), streamed, _) = answers(http, **end)
+            assert [text] == streamed
+            # What follows may speak against a label of the last words.
+            assert whole.startswith(re.sub(r"(\s|\[[A-Z]+\])+$", "", text))
 
 
 def test_without_a_verdict_no_text_leaves(tiny, late):

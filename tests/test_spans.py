@@ -137,6 +137,7 @@ def test_scripts_without_blanks_have_a_word_a_character():
     text = "我叫李安, Bob's"
     assert [text[start:end] for start, end in words(text)] == [*"我叫李安,", "Bob's"]
     assert [settled_characters(text, n) for n in (3, 5, 6, 8, 11)] == [3, 5, 5, 5, 5]
+    assert [settled_characters("Ann Lee", n) for n in (2, 3, 4, 7)] == [0, 3, 3, 3]
 
 
 @pytest.mark.parametrize(

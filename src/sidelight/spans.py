@@ -198,8 +198,9 @@ def settled_characters(text: str, characters: int) -> int:
         text: So far.
         characters: Those whose tokens have their final labels.
     """
-    while characters and _UNFINISHED_WORD.match(text, characters - 1):
-        characters -= 1
+    if characters == len(text) or _UNFINISHED_WORD.match(text, characters):
+        while characters and _UNFINISHED_WORD.match(text, characters - 1):
+            characters -= 1
     return len(text[:characters].rstrip())
 
 

@@ -75,6 +75,16 @@ def asked_of(reciting, *, streamed):
         (chat(text, stop=["wvu"], **detailed), "customer [NAME]"),
         (chat(text, stop_token_ids=[reciting.token("t")], **detailed), "customer [NAME]"),
         (chat(text, max_tokens=5, **detailed), "customer [NAME]"),
+        # The word is not labelled yet.
+        *((chat(text, max_tokens=m, **detailed), "customer [NAME]") for m in (7, 9, 11)),
+        (chat(text, stop=["Zyx"], **detailed), "customer [NAME] "),
+        (
+            chat(text, stop=["Zyx"], include_stop_str_in_output=True, **detailed),
+            "customer [NAME]",
+        ),
+        (chat(text, stop_token_ids=[reciting.token("x")], **detailed), "customer [NAME]"),
+        (("/v1/responses", {"input": text, "max_output_tokens": 9}), "customer [NAME]"),
+        (("/v1/messages", {**chat(text)[1], "max_tokens": 9}), "customer [NAME]"),
         (
             chat(text, logprobs=True, return_tokens_as_token_ids=True, skip_special_tokens=False),
             REDACTED,
@@ -131,7 +141,7 @@ def test_nothing_of_a_redacted_word_is_in_any_field(server, reciting, streamed):
         told = [value for name, value in values if name not in NOT_OF_ANSWERS]
         assert not any(value in hidden for value in told), (asked, answer.text)
         if asked[0] in ("/v1/chat/completions", "/v1/completions"):
-            reason = "length" if asked[1].get("max_tokens") == 5 else "stop"
+            reason = "length" if "max_tokens" in asked[1] else "stop"
             texts = choices(answer).values()
             assert {reason for _, reason in texts} == {reason}
             assert all(text.endswith(end) for text, _ in texts), (asked, answer.text)

@@ -83,6 +83,7 @@ class Finished:
             If no probe is watched, the last sampled token is not run through the model either, so
             at ``length`` or a stop string the verdicts do not cover the last token of the text.
         judging_s: Seconds that the probes added to all steps after the prompt.
+        is_stopped: Whether the request ended the text, perhaps within a word, and not the model.
     """
 
     reason: FinishReason
@@ -90,6 +91,7 @@ class Finished:
     completion_tokens: int
     judgement: Judgement = field(default_factory=Judgement)
     judging_s: float = field(default=0.0, compare=False)
+    is_stopped: bool = False
 
 
 Event = PromptJudged | TextDelta | ResponseScored | Finished

@@ -104,6 +104,7 @@ class Generation:
             completion_tokens=self.tokens,
             judgement=self._marks.mark(judgement),
             judging_s=self.judging_s,
+            is_stopped=self.last_token not in self._end_tokens,
         )
 
 

@@ -11,10 +11,12 @@ verdict on the whole text decides about the last tokens at its end. A single tok
 threshold is often noise, so a rule wants several in a row.
 
 A rule that redacts holds back what a later token can still label: the words of the last tokens, as
-many as its probe looks ahead. It cuts nothing unless there is no verdict.
+many as its probe looks ahead. It cuts nothing unless there is no verdict. Where a limit or a stop
+ends the text, nothing follows that could label its last words, so they are not sent.
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -71,6 +73,8 @@ class HoldBack:
         # All that was written, and how many characters of it were released.
         self._text = ""
         self._released = 0
+        # Characters that keep their spans, whatever follows; None: nobody knows.
+        self._settled: int | None = None
         self._scored_tokens = 0
         self._written_tokens = 0
         self._running = Judgement()
@@ -98,7 +102,7 @@ class HoldBack:
         return [replace(decision, action="none", is_unfinished=True) for decision in known]
 
     def _after_score(self, event: ResponseScored) -> Sequence[TextDelta | Ended]:
-        self._scored_tokens = event.tokens
+        self._scored_tokens, self._settled = event.tokens, event.settled
         self._running = event.judgement
         states = self._enforced.values()
         for state in states:
@@ -119,6 +123,8 @@ class HoldBack:
             return [self._cut(judgement)]
         decisions = self._decisions(judgement)
         end = Ended(event.reason, event.completion_tokens, decisions)
+        if self._redacts and event.is_stopped and self._settled is not None:
+            self._forget(self._settled, redacted_spans(self._rules, judgement))
         return [*self._release(tokens, judgement), end]
 
     def _release(
@@ -138,6 +144,19 @@ class HoldBack:
             released.append(delta)
             self._released = end
         return released
+
+    def _forget(self, characters: int, spans: Iterable[Span]) -> None:
+        """Drops the words held after the first characters that are not labelled."""
+        for span in sorted(spans):
+            if not self._text[characters : span.start].strip():
+                characters = max(characters, span.end)
+        if not re.search(r"\w", self._text[characters:]):
+            return
+        self._text, start = self._text[:characters], self._released
+        for i, delta in enumerate(self._held):
+            end = start + len(delta.text)
+            self._held[i] = replace(delta, text=self._text[start:end])
+            start = end
 
     def _cut(self, judgement: Judgement) -> Ended:
         self._held.clear()

@@ -183,6 +183,8 @@ class GuardedText:
         self._steps = deque[StepReport]()
         self._written: list[int] = []
         self._characters = self._heard = self._scored = 0
+        # Characters that keep their spans, whatever follows; None: all of them.
+        self._settled: int | None = None
         self._prompt_s = self._judging_s = 0.0
         # Of the outputs: the first, and all that was sent if the caller wants the whole.
         self._first: Any = None
@@ -314,7 +316,8 @@ class GuardedText:
     def _release(self, spans: Sequence[Span], characters: int | None) -> Iterator[tuple[int, Any]]:
         """The tokens within the first characters that are in no span.
 
-        At the end, where ``characters`` is None, those without a text stay only if they control.
+        At the end, where ``characters`` is None, those without a text stay only if they control,
+        and no others that a later token could have labelled.
         """
         places = self._marks.places if self._marks else []
         while self._waiting:
@@ -326,7 +329,8 @@ class GuardedText:
             if place is None:
                 stays = token[0] in self._call.controls
             else:
-                stays = all(span.end <= place[0] or place[1] <= span.start for span in spans)
+                stays = self._settled is None or place[1] <= self._settled
+                stays &= all(span.end <= place[0] or place[1] <= span.start for span in spans)
             if stays:
                 yield token
 
@@ -381,12 +385,16 @@ class GuardedText:
         if self._watch and self._scored < readable:
             judgement = await self._judged_whole()
             yield self._score(readable, judgement)
+        is_stopped = readable == written
+        if is_stopped and self._marks:
+            self._settled = self._marks.settled(readable)
         yield Finished(
             reason="length" if reason == "length" else "stop",
             prompt_tokens=self._prompt_tokens,
             completion_tokens=written,
             judgement=self._marked(judgement.of(self._late)),
             judging_s=self._judging_s,
+            is_stopped=is_stopped,
         )
 
     def _note(self, tokens: Sequence[int], text: str) -> None:
