@@ -107,6 +107,19 @@ def asked_of(reciting, *, streamed):
     return [((path, {"stream": streamed, **body}), end) for (path, body), end in ways]
 
 
+@STREAMED
+def test_an_echo_has_its_log_probabilities_though_a_stop_holds_back_the_first_text(
+    server, reciting, streamed
+):
+    prompt = [*reciting.backbone.tokenizer("Who is he?<|assistant|>")["input_ids"]]
+    asked = completion(prompt, logprobs=1, echo=True, stop=["know not, or so"], stream=streamed)
+    answer = post(server, *asked)
+    assert choices(answer)[0][0].endswith(REDACTED)
+    logprobs = [each.get("logprobs") or {} for part in parts_of(answer) for each in part["choices"]]
+    tokens = [token for each in logprobs for token in each.get("tokens", ())]
+    assert len(tokens) > len(prompt)
+
+
 def values_of(found, name=""):
     """Every value in some JSON, with the name of the field that it is in."""
     if isinstance(found, dict):

@@ -189,6 +189,8 @@ class GuardedText:
         # Of the outputs: the first, and all that was sent if the caller wants the whole.
         self._first: Any = None
         self._whole: Any = None
+        # Those of an output of which nothing else was sent.
+        self._prompt_logprobs: Any = None
         # Where words are redacted: tokens whose text is held back, and how many were not.
         self._waiting = deque[tuple[int, Any]]()
         self._released = 0
@@ -281,7 +283,12 @@ class GuardedText:
         if output.finished and is_empty and not self._has_sent_tokens:
             self._call.client.silent.append(self._enforcement)
         if self._kind == RequestOutputKind.DELTA:
-            return None if is_empty and not output.finished else output
+            if is_empty and not output.finished:
+                self._prompt_logprobs = self._prompt_logprobs or output.prompt_logprobs
+                return None
+            output.prompt_logprobs = output.prompt_logprobs or self._prompt_logprobs
+            self._prompt_logprobs = None
+            return output
         if self._whole is None:
             self._whole = output
         else:
