@@ -80,7 +80,10 @@ def test_a_wrong_key_or_value_is_an_error_that_names_it(read, text, told):
     ("policy", "told"),
     [
         (Policy(input={"toxic": Rule()}), "Did you mean 'toxicity'"),
-        (Policy(input={"late": Rule("block")}), "no probe 'late' judges it"),
+        (
+            Policy(input={"late": Rule("block")}),
+            r"no probe 'late' judges it. It reads the other side: write \[output.late\]",
+        ),
         (Policy(output={"toxicity": Rule("block")}), "no probe 'toxicity' judges it"),
         (Policy(input={"intent": Rule("block")}), "flags no label by default"),
         (Policy(input={"toxicity": Rule("flag", labels=("fine",))}), "flags only toxic"),

@@ -96,7 +96,8 @@ def test_a_missing_column_is_named_with_its_file_and_spans_with_their_option(tmp
     with pytest.raises(SidelightError, match=r"no column 'label'.*--label \(label= in Python\)\.$"):
         load_examples(path)
     path.write_text(json.dumps({"text": TEXT, "pii": [NAME]}) + "\n")
-    with pytest.raises(SidelightError, match=r"no column 'label'.*To find spans, give --spans pii"):
+    hint = r"no column 'label'.*Column 'pii' has spans, for train --spans pii"
+    with pytest.raises(SidelightError, match=hint):
         load_examples(path)
 
 
@@ -391,6 +392,8 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     assert report["character_f1"]["ci"][0] <= report["character_f1"]["value"]
     assert report["whole_texts"]["f1"]["value"] > 0.9
     assert {*report["per_label"]} == {"NUMBER", "SHOUT"}
+    assert run("recalibrate", probe, "--threshold", "fpr=0.01") == 2
+    assert "Train it again" in capsys.readouterr().err
     assert run("predict", probe, *texts) == 0
     verdicts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     given = [

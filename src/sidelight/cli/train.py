@@ -93,7 +93,7 @@ def train(
         )
     if spans is not None and (background is not None or inputs.positive is not None):
         raise SidelightError(
-            "--background and --positive are for labels of whole texts. Leave them out of --spans."
+            "--background and --positive are for labels of whole texts. Leave them out, or --spans."
         )
     # Before the texts and torch, which take seconds: a misspelt name or value is refused at once.
     from sidelight.manifest import holds_probe, require_name

@@ -147,7 +147,11 @@ def _find_columns(
     for option, name in wanted:
         if name is not None and name not in known:
             labelled = [c for c in known if any(holds_spans(row.cells.get(c)) for row in rows)]
-            hint = f" To find spans, give --spans {labelled[0]}." if labelled else ""
+            hint = (
+                f" Column '{labelled[0]}' has spans, for train --spans {labelled[0]}."
+                if labelled
+                else ""
+            )
             raise SidelightError(
                 f"{rows[0].place}: no column '{name}'."
                 f"{did_you_mean(name, [column[:40] for column in known])} "

@@ -198,9 +198,16 @@ def require_policy_applies(policy: Policy, probes: "Sequence[Probe]") -> None:
         known = [probe.name for probe in probes if side_of(probe) == side]
         for name in policy.side(side):
             if name not in known:
+                others = [probe.name for probe in probes if side_of(probe) != side]
+                table = f"{'input' if side == 'output' else 'output'}.{name}"
+                remedy = (
+                    f" It reads the other side: write [{table}], or train it on the {side}."
+                    if name in others
+                    else did_you_mean(name, known)
+                )
                 raise SidelightError(
                     f"The policy has a rule for the {side}, but no probe '{name}' judges it."
-                    f"{did_you_mean(name, known)}"
+                    f"{remedy}"
                 )
     for bound in bound_rules(policy, probes):
         require_rule_applies(bound, probes)

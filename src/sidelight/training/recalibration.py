@@ -77,8 +77,13 @@ def recalibrate(
         rule: What thresholds are chosen for; None is what they were chosen for before.
 
     Raises:
-        SidelightError: There are too few texts, or the probe was trained on them.
+        SidelightError: The probe labels spans, there are too few texts, or it was trained on them.
     """
+    if probe.spans is not None:
+        raise SidelightError(
+            f"Probe '{probe.name}' labels spans, and recalibration fits verdicts on whole texts. "
+            "Train it again, with your recent texts or another --threshold."
+        )
     rule = rule or ThresholdRule.parse(probe.record.get("threshold_rule", "f1"))
     require_thresholds(probe.task, rule)
     if examples is None or logits is None:
