@@ -41,5 +41,5 @@ for text, row in zip(new := ["Thanks a lot!", "Useless."], best.predict_proba(ne
 
 # %% The same probe, to serve
 folder = best.save(f"{mkdtemp()}/manners")
-print(sidelight.load(folder, model=model)(new))
+print(sidelight.load(folder, model=model).predict(new))
 print(f"Next: sidelight serve --probe {folder}")
