@@ -21,7 +21,7 @@ from sidelight.server.config import ServerConfig
 from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import RequestScope
 from sidelight.server.observe import RequestObserver
-from sidelight.server.schemas import MAX_MESSAGES
+from sidelight.server.schemas import MAX_ITEMS
 from sockets import connection, free_port, read_all
 from tiny import three_probes, tiny_backbone
 
@@ -108,14 +108,19 @@ def test_a_request_within_a_limit_is_answered_and_one_beyond_it_refused(
         (CHAT, lambda n: chat(messages=[HELLO] * n)),
         (CHAT, lambda n: chat(messages=[HELLO | {"content": [PART] * n}])),
         ("/v1/decisions", lambda n: DECISION | {"input": [HELLO] * n}),
+        (CHAT, lambda n: chat(messages=[HELLO | {"content": [PART] * 8}] * (n // 9 + 1))),
         (GUARDRAIL, lambda n: CALLS | {"tool_calls": [CALL] * n}),
+        (GUARDRAIL, lambda n: CALLS | {"texts": ["x"] * n}),
+        (MODERATIONS, lambda n: {"input": ["x"] * n}),
+        ("/v1/redact", lambda n: {"input": ["x"] * n}),
+        ("/classify", lambda n: {"input": ["x"] * n}),
     ],
 )
 def test_a_conversation_and_a_message_have_so_many_parts_at_most(http, path, body):
     """Beyond that, their number is refused, whatever else is wrong with them."""
-    refused = post(http, path, body(MAX_MESSAGES + 1))
+    refused = post(http, path, body(MAX_ITEMS + 1))
     assert refused.status_code == 400
-    assert f"at most {MAX_MESSAGES} items" in refused.json()["error"]["message"]
+    assert f"at most {MAX_ITEMS} items" in refused.json()["error"]["message"]
 
 
 def test_a_body_may_have_so_many_bytes_and_what_might_not_fit_is_refused(http):

@@ -20,15 +20,16 @@ from sidelight.prompts import Message, has_response
 from sidelight.server.errors import RequestError
 from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import (
+    MAX_ITEMS,
     Extension,
     IfAny,
-    Listed,
+    Many,
     ModerationRequest,
     Name,
     ProbeNames,
     StrictBody,
     Texts,
-    ToolCalls,
+    ToolCall,
 )
 from sidelight.types import Span, Verdict, spans_json
 
@@ -169,7 +170,7 @@ class ClassifyRequest(StrictBody):
     """Texts for one probe: the one in ``model`` or ``probes``, or the only one loaded."""
 
     model: Name | None = Field(None, description="A probe's name, or the served model's.")
-    input: Texts = Field(min_length=1)
+    input: Texts = Field(min_length=1, max_length=MAX_ITEMS)
     probes: ProbeNames = None
 
 
@@ -317,8 +318,8 @@ class GuardrailRequest(StrictBody):
     model_config = ConfigDict(extra="ignore")
 
     input_type: Literal["request", "response"]
-    texts: Listed[str] | None = None
-    tool_calls: ToolCalls = None
+    texts: Many[str] = None
+    tool_calls: Many[ToolCall] = None
     images: list[Any] | None = Field(
         None, max_length=0, description="Must be empty: probes read text only."
     )

@@ -14,13 +14,12 @@ from sidelight.policy.request import Json, Terms
 from sidelight.server.checks import check, is_answered
 from sidelight.server.requests import Route, ServerRequest
 from sidelight.server.schemas import (
-    FIRST_ERROR,
-    MAX_MESSAGES,
     ChatMessage,
     IfAny,
     Listed,
     Name,
     StrictBody,
+    Turns,
     Unread,
 )
 from sidelight.types import Task, Verdict, spans_json
@@ -100,9 +99,8 @@ class DecisionRequest(StrictBody):
 
     model: Name
     input: Annotated[
-        list[InputMessage],
-        FIRST_ERROR,
-        Field(min_length=1, max_length=MAX_MESSAGES),
+        Turns[InputMessage],
+        Field(min_length=1),
         BeforeValidator(
             lambda v: [{"role": "user", "content": v}] if isinstance(v, str) else v,
             json_schema_input_type=str | list[InputMessage],

@@ -6,7 +6,7 @@ would not be what the client asks for.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 from openai.types.chat.completion_create_params import (
     CompletionCreateParamsBase as ChatParameters,
@@ -56,8 +56,9 @@ EVENTS: dict[str, Any] = {"text/event-stream": {}}
 _MAX_NAME = 4096
 _MAX_QUOTED = 100
 _MAX_STOPS = 16
-# Of a conversation, and of the parts and calls of each: every object costs time.
-MAX_MESSAGES = 2048
+# Of a list, and of the messages of a conversation with their parts and calls: every object costs
+# time, in which nobody else is served.
+MAX_ITEMS = 2048
 _MAX_TEXTS = 16
 # OpenAI's default of this older endpoint.
 _COMPLETION_TOKENS = 16
@@ -96,6 +97,16 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+def _require_few(messages: Any) -> Any:
+    if isinstance(messages, list):
+        turns = [turn for turn in cast("list[Any]", messages) if isinstance(turn, dict)]
+        parts = [turn.get(name) for turn in turns for name in ("content", "tool_calls")]
+        count = len(messages) + sum(len(part) for part in parts if isinstance(part, list))
+        if count > MAX_ITEMS:
+            raise ValueError(f"got {count} messages with their parts, at most {MAX_ITEMS} items")
+    return messages
+
+
 class _FirstError(FailFast):
     """Ends a list at its first wrong item: only that one is reported, and each error costs time."""
 
@@ -110,10 +121,11 @@ FIRST_ERROR = _FirstError()
 IfAny = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
 Name = Annotated[str, Field(max_length=_MAX_NAME)]
 Listed = Annotated[list[T], FIRST_ERROR]
+Many = Annotated[Listed[T] | None, Field(max_length=MAX_ITEMS)]
+# Counted as a whole before pydantic makes objects of it.
+Turns = Annotated[list[T], FIRST_ERROR, BeforeValidator(_require_few)]
 # One text or several. Not a union: that would blame one member for an error in the other.
-Texts = Annotated[
-    list[str], FIRST_ERROR, BeforeValidator(_as_list, json_schema_input_type=str | list[str])
-]
+Texts = Annotated[Listed[str], BeforeValidator(_as_list, json_schema_input_type=str | Listed[str])]
 ProbeNames = Annotated[Listed[Name] | None, Field(description="Only these probes; null: all.")]
 
 
@@ -182,9 +194,6 @@ class ToolCall(StrictBody):
     function: CalledFunction
 
 
-ToolCalls = Annotated[Listed[ToolCall] | None, Field(max_length=MAX_MESSAGES)]
-
-
 class ChatMessage(StrictBody):
     """One turn: text, the tools that the assistant calls, or what a tool has answered.
 
@@ -199,13 +208,12 @@ class ChatMessage(StrictBody):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
-        list[ContentPart],
-        FIRST_ERROR,
-        Field(max_length=MAX_MESSAGES),
+        Listed[ContentPart],
+        Field(max_length=MAX_ITEMS),
         BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart]),
     ]
 
-    tool_calls: ToolCalls = None
+    tool_calls: Many[ToolCall] = None
     name: str | None = None
     tool_call_id: str | None = None
 
@@ -286,7 +294,7 @@ class WritingRequest(ReportRequest):
 class ChatRequest(WritingRequest):
     """The body of ``POST /v1/chat/completions``."""
 
-    messages: Listed[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Turns[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     def conversation(self) -> list[Message]:
@@ -313,6 +321,6 @@ class CompletionRequest(WritingRequest):
 class ModerationRequest(StrictBody):
     """The body of ``POST /v1/moderations`` and ``/v1/redact``; each text is judged by itself."""
 
-    input: Texts = Field(min_length=1)
+    input: Texts = Field(min_length=1, max_length=MAX_ITEMS)
     model: Name | None = None
     probes: ProbeNames = None
