@@ -106,9 +106,15 @@ def test_a_request_within_a_limit_is_answered_and_one_beyond_it_refused(
     ("path", "body"),
     [
         (CHAT, lambda n: chat(messages=[HELLO] * n)),
-        (CHAT, lambda n: chat(messages=[HELLO | {"content": [PART] * n}])),
+        # The message counts too.
+        (CHAT, lambda n: chat(messages=[HELLO | {"content": [PART] * (n - 1)}])),
         ("/v1/decisions", lambda n: DECISION | {"input": [HELLO] * n}),
-        (CHAT, lambda n: chat(messages=[HELLO | {"content": [PART] * 8}] * (n // 9 + 1))),
+        (
+            CHAT,
+            lambda n: chat(
+                messages=[HELLO | {"content": [PART] * (n // 2 - 1)}] * 2 + [HELLO] * (n % 2)
+            ),
+        ),
         (GUARDRAIL, lambda n: CALLS | {"tool_calls": [CALL] * n}),
         (GUARDRAIL, lambda n: CALLS | {"texts": ["x"] * n}),
         (MODERATIONS, lambda n: {"input": ["x"] * n}),
@@ -118,6 +124,8 @@ def test_a_request_within_a_limit_is_answered_and_one_beyond_it_refused(
 )
 def test_a_conversation_and_a_message_have_so_many_parts_at_most(http, path, body):
     """Beyond that, their number is refused, whatever else is wrong with them."""
+    within = post(http, path, body(MAX_ITEMS))
+    assert f"at most {MAX_ITEMS} items" not in within.text
     refused = post(http, path, body(MAX_ITEMS + 1))
     assert refused.status_code == 400
     assert f"at most {MAX_ITEMS} items" in refused.json()["error"]["message"]

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from sidelight_lab.bench.load import WORDS, Answer, Ticket, faults, tickets
+from sidelight_lab.bench.load import WORDS, Answer, Ticket, examples_of, faults, tickets
 from sidelight_lab.bench.measurement import total
 from sidelight_lab.bench.serving import MEASURES, NOTHING, costs_of
 
@@ -57,6 +57,16 @@ def test_tickets_have_numbers_and_words_of_their_own():
     assert len({ticket.number for ticket in some}) == len({ticket.text for ticket in some}) == 320
     assert Counter(ticket.word for ticket in some) == dict.fromkeys(WORDS, 20)
     assert sum(ticket.is_abuse for ticket in some) == 40
+
+
+@pytest.mark.parametrize("probe", ["abuse", "reply"])
+def test_the_words_of_abuse_are_labelled_where_they_stand(probe):
+    some = [*islice(tickets(), 32)]
+    examples = examples_of(probe, some, spans=True)
+    for ticket, item, spans in zip(some, examples.items, examples.spans, strict=True):
+        marked = [(item.response or item.text)[span.start : span.end] for span in spans]
+        assert marked == ([ticket.text.partition(": ")[2]] if ticket.is_abuse else [])
+    assert sum(map(bool, examples.spans)) == 4
 
 
 def test_series_are_added_over_their_labels():

