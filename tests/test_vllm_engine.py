@@ -152,6 +152,7 @@ def replacing(tiny, change, **options):
         served = [probe.name for probe in llm.loaded]
         found = [probe.name for probe in engine.probes], served, engine.is_ready
         await engine.close()
+        assert engine.max_tokens < tiny.encoder.max_tokens
         return found
 
     return asyncio.run(main())

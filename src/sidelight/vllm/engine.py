@@ -109,8 +109,12 @@ class VllmEngine(Engine):
         self._fingerprint = fingerprint
         # vLLM always writes a token, also when a text is only judged, so one position is kept free.
         room = llm.vllm_config.model_config.max_model_len - 1
-        encoder.max_tokens = min(encoder.max_tokens, room)
-        self._encoder, self._codec = encoder, TextCodec(encoder, tokenizer)
+        self._encoder = PromptEncoder(
+            tokenizer,
+            prompt_format=encoder.prompt_format,
+            max_tokens=min(encoder.max_tokens, room),
+        )
+        self._codec = TextCodec(self._encoder, tokenizer)
         self._waiting = 0
         self._is_open = False
         # Of a change of probes: requests inside, whether others may come in, whether workers load,
