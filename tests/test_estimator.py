@@ -23,7 +23,7 @@ from sidelight.errors import SidelightError
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.usefixtures("offline"),
-    pytest.mark.filterwarnings("ignore:The rarest class has"),
+    pytest.mark.filterwarnings("ignore:Of the rarest class"),
 ]
 QUICK = {"mechanism": "pooling", "epochs": 6, "batch_size": 16, "learning_rate": 0.03}
 # A known text is judged from states in bf16, a new one from those of the model.

@@ -284,7 +284,7 @@ def test_a_rule_that_redacts_fits_a_probe_that_labels_spans(tiny, early, tmp_pat
     path = tmp_path / "policy.toml"
     for key in ("threshold = 0.5", "consecutive = 2", "hold_back = 3", "routes = {}"):
         path.write_text(f'[output.late]\nmode = "redact"\n{key}\n')
-        with pytest.raises(SidelightError, match="unknown key"):
+        with pytest.raises(SidelightError, match="cannot hold there"):
             read_policy(path)
     path.write_text('[input.early]\nmode = "redact"\nlabels = ["NAME"]\n')
     rule = read_policy(path).input["early"]

@@ -113,7 +113,7 @@ def test_spans_overlap_and_rows_without_any_are_negatives():
     cell = [NAME, place]
     known = load_spans([{"text": TEXT, "spans": cell}], task=alone.task)
     assert (known.spans, known.labels.tolist()) == (((Span(5, 12, "NAME"),),), [1])
-    assert "1 spans of labels that training did not know (PLACE)" in known.warnings[0]
+    assert "labels that training did not know (PLACE; 1 in all)" in known.warnings[0]
     with pytest.raises(SidelightError, match="No text has a span"):
         load_spans([{"text": TEXT, "spans": []}])
 
@@ -375,14 +375,14 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     command += ["--mechanism", "spans", "--set", "spans.lookahead=2"]
     assert run(*command) == 0
     told = capsys.readouterr().out
-    assert "Looks 2 tokens ahead" in told
+    assert "looks ahead: 2" in told
     assert f"eval {probe} --data TEST_FILE --text letter --spans pii" in " ".join(told.split())
     texts = write("test.jsonl", 30, 1)
     unknown = {"letter": "Is it ABC?", "pii": [{"start": 6, "end": 9, "label": "OTHER"}]}
     with (tmp_path / "test.jsonl").open("a") as file:
         file.write("\n" + json.dumps(unknown))
     assert run("eval", probe, *texts, "--spans", "pii") == 0
-    assert "Left out 1 spans" in capsys.readouterr().err
+    assert "Left out the spans of labels" in capsys.readouterr().err
     texts = write("test.jsonl", 30, 1)
     pages = tmp_path / "pages"
     assert run("eval", probe, *texts, "--spans", "pii", "--json", "--plots", str(pages)) == 0

@@ -71,8 +71,9 @@ def label_spans(examples: Examples, column: str, *, task: Task | None) -> SpanEx
     warnings = examples.warnings
     if unknown:
         warnings += (
-            f"Left out {sum(unknown.values())} spans of labels that training did not know "
-            f"({', '.join(unknown)[:200]}). What is found there counts as a false alarm.",
+            "Left out the spans of labels that training did not know "
+            f"({', '.join(unknown)[:200]}; {sum(unknown.values())} in all). What is found there "
+            "counts as a false alarm.",
         )
     rows = [tuple(span for span in row if span.label in judged) for row in rows]
     holds = [[any(span.label == label for span in row) for label in judged] for row in rows]

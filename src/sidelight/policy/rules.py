@@ -291,6 +291,5 @@ def _require_known_keys(path: Path, table: Mapping[str, Any]) -> None:
     for place, keys_of, known in tables:
         for key in keys_of:
             if key not in known:
-                raise SidelightError(
-                    f"{path} has an unknown key: {place}{key}.{did_you_mean(key, known)}"
-                )
+                what = "a key that cannot hold there" if key in _KEYS else "an unknown key"
+                raise SidelightError(f"{path} has {what}: {place}{key}.{did_you_mean(key, known)}")

@@ -187,6 +187,7 @@ def serve(
         audit.close()
     with listen(config) as listener:
         dictConfig(log_settings(config.log_level, as_json=config.json_logs))
+        _log.info("Loading the model")
         app = create_app(load(), config, sources=sources)
         place = (config.host, listener.getsockname()[1])
         _log.info("Listening on http://%s:%d (Ctrl-C stops)", *place)

@@ -267,7 +267,8 @@ async def redact(body: ModerationRequest, request: ServerRequest) -> Results[Red
     if not labelling or (body.probes and len(labelling) < len(terms.chosen)):
         raise RequestError(
             "Words are replaced by probes that label spans of prompts, and that the policy lets "
-            f"you read. Got {_listed(terms.chosen)}, of which these can: {_listed(labelling)}.",
+            f"you read. Got {_listed(terms.chosen)}, of which these can: {_listed(labelling)}. "
+            "Serve one that was trained with --spans.",
             code="no_span_probe",
             param="probes",
         )

@@ -125,7 +125,7 @@ class Fit:
         traffic, spec = self.best.traffic, self.best.probe.spec
         best = f"Best: {spec.name}, seed {self.best.seed}."
         if self.best.spans is not None:
-            best += f" Looks {spec.options['lookahead']} tokens ahead."
+            best += f" Tokens that it looks ahead: {spec.options['lookahead']}."
         return f"{traffic}\n{best}" if traffic is not None and traffic.conversations else best
 
 

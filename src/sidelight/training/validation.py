@@ -47,11 +47,11 @@ def choose_validation(
     # A rule for spans counts words.
     if not isinstance(training, SpanExamples):
         doubts = threshold_doubts(task, counts, len(validation), options.threshold)
-    rarest = min(counts.values())
-    if rarest < _ROUGH_BELOW and not doubts:
+    rarest, texts = min(counts.items(), key=lambda count: count[1])
+    if texts < _ROUGH_BELOW and not doubts:
         doubts = [
-            f"The rarest class has {rarest} validation texts: calibration and the validation "
-            "figures are rough. More labelled texts of it would help most."
+            f"Of the rarest class, '{rarest}', validation has few texts ({texts}): calibration and "
+            "the validation figures are rough. More labelled texts of it would help most."
         ]
     return training, validation, folds, [*warnings, *doubts]
 
