@@ -8,7 +8,6 @@ from planted_data import write_rows
 
 from commands import run, saved
 from sidelight.errors import SidelightError
-from sidelight_lab.bench import latency
 from sidelight_lab.cli.reproduce import reproduce as command
 
 
@@ -17,32 +16,11 @@ from sidelight_lab.cli.reproduce import reproduce as command
     [
         (["own"], "give --train and --test"),
         (["sst2", "--only", " , "], "No row is named. Known: .*pooling"),
-        (["latency", "--seeds", "3"], "takes no --seeds"),
     ],
 )
 def test_options_that_cannot_apply_are_refused_with_the_remedy(arguments, remedy, tmp_path):
     with pytest.raises(SidelightError, match=remedy):
         CliRunner().invoke(command, [*arguments, "--out", str(tmp_path)], catch_exceptions=False)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("own_cache")
-def test_a_latency_recipe_times_random_and_real_prompts(tiny, tmp_path, monkeypatch, capsys):
-    # Each timing is of one run: how long one takes does not matter here.
-    monkeypatch.setattr(latency, "SHORTEST_S", 0.0)
-    path, folder, out = tmp_path / "latency.toml", tmp_path / "data" / "sst2", tmp_path / "out"
-    path.write_text(
-        'title = "Latency"\nkind = "latency"\ndata = "sst2"\n'
-        "[latency]\nbatch_sizes = [1]\ntokens = [16]\ntexts = 2\nrepeats = 1\n"
-    )
-    folder.mkdir(parents=True)
-    for seed, split in enumerate(("train_sentences", "validation", "test")):
-        write_rows(folder / f"{split}.jsonl", 60, seed, columns=("text", "label"))
-    places = ["--model", saved(tiny, tmp_path / "model"), "--data", str(folder.parent)]
-    assert run("reproduce", str(path), *places, "--out", str(out), "--json") == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert {row["load"] for row in rows} == {"16 tokens", "2 SST-2 texts"}
-    assert (out / "latency.md").exists()
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ from sidelight.storage import write_json
 from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, slots_of
 from sidelight.vllm.requests import request_params
 from sidelight.vllm.settings import DESCRIBED, KEY, require_options, require_vllm
-from sidelight_lab.bench.subjects import untrained_probe
+from sidelight_lab.bench.measurement import untrained_probe
 
 # Width, width of the MLP, layers, heads, heads of keys and values, vocabulary.
 SHAPES = {

@@ -1,130 +1,277 @@
-"""Time and memory of one new token: every subject on every load, in turns."""
+"""Time to one new token: the LLM alone, with probes, and with what probes replace, in turns."""
 
-import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BertConfig, BertForSequenceClassification
 
+from sidelight.backbone import TransformersBackbone
+from sidelight.bank import Panel
+from sidelight.engines.decoder import Decoder
+from sidelight.errors import ContextLengthError
+from sidelight.mechanisms.base import mechanism_names, mechanism_spec
+from sidelight.probe import Probe
 from sidelight.progress import progress
-from sidelight_lab.bench.measurement import (
-    MB,
-    Range,
-    Record,
-    interleaved,
-    peak_bytes,
-    ratios,
-    table,
-)
-from sidelight_lab.bench.subjects import Kind, Load, Subject
+from sidelight.prompts import EncodedPrompt, Part
+from sidelight.types import Judgement, Verdict
+from sidelight_lab.bench.measurement import Range, Record, conditions, table, untrained_probe
 
-# A timing averages as many runs as the first subject needs to fill this: one interrupt would decide
-# a shorter one.
+Batch = Sequence[EncodedPrompt]
+
+BANK_SIZE = 10
+# A timing is the mean of as many runs as fill this: one interrupt would decide a shorter one.
 SHORTEST_S = 0.2
+# Pairs of tokens in a batch, B T^2. Dense attention holds a score of each pair, layer and head:
+# this many take a few gigabytes. 16 texts of 512 tokens, or 1 of 2,048, are just within.
+_MOST_DENSE_PAIRS = 2**22
+# The sizes of MiniLM-L6 (Wang et al. 2020), which the usual small text classifiers share.
+_MINILM = BertConfig(
+    vocab_size=30522,
+    hidden_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=12,
+    intermediate_size=1536,
+    max_position_embeddings=512,
+)
+
+
+class Answer(NamedTuple):
+    """The LLM's next token for each prompt, and the probes' verdicts on it.
+
+    Both are on the host, so the work is done when the run returns.
+    """
+
+    tokens: tuple[int, ...]
+    verdicts: tuple[tuple[Verdict, ...], ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A row of the table: a program that reads a batch and writes one token for each prompt.
+
+    Batches of more than ``most_pairs`` pairs of tokens, B T^2, do not fit a usual machine and get
+    no row.
+    """
+
+    name: str
+    run: Callable[[Batch], Answer]
+    most_pairs: float = math.inf
+
+    def accepts(self, batch: Batch) -> bool:
+        return len(batch) * max(map(len, batch)) ** 2 <= self.most_pairs
+
+    def seconds(self, batch: Batch) -> float:
+        start, runs = perf_counter(), 0
+        while not runs or perf_counter() - start < SHORTEST_S:
+            self.run(batch)
+            runs += 1
+        return (perf_counter() - start) / runs
 
 
 @dataclass(frozen=True)
 class Row:
-    """One subject on one load.
-
-    Attributes:
-        ms: Milliseconds per prompt, over the rounds.
-        ratio: Time over the first subject's time in the same round.
-        working_bytes: Peak memory beyond what was resident; None where it cannot be measured.
-    """
+    """One subject on one batch; ``ratio`` is over the first subject's time in the same round."""
 
     subject: str
-    kind: Kind
-    load: str
     batch_size: int
-    mean_tokens: float
+    tokens: int
     ms: Range
     ratio: Range
-    weights_bytes: int
-    working_bytes: int | None
+
+
+def measure_latency(
+    backbone: TransformersBackbone,
+    *,
+    tokens: Sequence[int],
+    batch_sizes: Sequence[int],
+    rounds: int,
+) -> Record:
+    """A table for each batch size and length: time of a prompt, and time over the LLM's alone."""
+    batches = random_batches(backbone, tokens, batch_sizes=batch_sizes)
+    rows = compare_latency(all_subjects(backbone), batches, rounds=rounds)
+    headings = ["median (range)", "ms of a prompt", f"time over that of {rows[0].subject}"]
+    sections = [
+        table(
+            f"{size} x {length} tokens",
+            headings,
+            [
+                [row.subject, row.ms.text(1), row.ratio.text(2)]
+                for row in rows
+                if (row.batch_size, row.tokens) == (size, length)
+            ],
+        )
+        for size, length in product(batch_sizes, tokens)
+    ]
+    where = conditions(backbone, {"rounds": rounds})
+    return Record("latency", where, {"rows": [asdict(row) for row in rows]}, sections)
+
+
+def random_batches(
+    backbone: TransformersBackbone, lengths: Sequence[int], *, batch_sizes: Sequence[int]
+) -> list[Batch]:
+    """One batch of random token ids for each size and length, all prompts of the same length.
+
+    Raises:
+        ContextLengthError: The backbone cannot read prompts of a length.
+    """
+    limit = backbone.encoder.max_tokens
+    if max(lengths) > limit:
+        raise ContextLengthError(
+            f"Got prompts of {max(lengths)} tokens, but {backbone.name} reads up to {limit}. "
+            "Choose shorter ones with --tokens."
+        )
+    vocabulary = backbone.model.config.get_text_config().vocab_size
+    batches: list[Batch] = []
+    for size, length in product(batch_sizes, lengths):
+        ids = np.random.default_rng(0).integers(vocabulary, size=(size, length)).tolist()
+        batches.append([EncodedPrompt(tuple(row), (Part.PROMPT,) * length) for row in ids])
+    return batches
 
 
 def compare_latency(
-    subjects: Sequence[Subject],
-    loads: Sequence[Load],
-    *,
-    repeats: int,
-    device: torch.device,
+    subjects: Sequence[Subject], batches: Sequence[Batch], *, rounds: int
 ) -> list[Row]:
-    """A row for every subject on every load that it accepts.
+    """A row for every subject on every batch that it accepts; the first accepts every batch.
 
-    The others are compared with the first subject, which accepts every load.
+    Each round begins with another subject, so neither a drift of the machine nor the order
+    favours any.
     """
-    with progress("Timing", len(loads) * len(subjects) * repeats, unit="timings") as shown:
-        rows: list[Row] = []
-        # Memory is measured after a garbage collection, which then skips all that is alive now.
-        gc.collect()
-        gc.freeze()
-        for load in loads:
-            able = [subject for subject in subjects if subject.accepts(load)]
-            shown.advance((len(subjects) - len(able)) * repeats)
+    rows: list[Row] = []
+    with progress("Timing", len(batches) * rounds, unit="rounds") as shown:
+        for batch in batches:
+            able = [subject for subject in subjects if subject.accepts(batch)]
             for subject in able:
-                _run(subject, load)
-            peaks = [peak_bytes(partial(_run, one, load), device=device) for one in able]
-            start = perf_counter()
-            _run(able[0], load)
-            calls = max(1, math.ceil(SHORTEST_S / (perf_counter() - start)))
-            actions = {one.name: partial(_run, one, load, calls=calls) for one in able}
-            found = interleaved(actions, repeats=repeats, advance=shown.advance)
+                subject.run(batch)
+            seconds: dict[str, list[float]] = {subject.name: [] for subject in able}
+            for number in range(rounds):
+                first = number % len(able)
+                for subject in able[first:] + able[:first]:
+                    seconds[subject.name].append(subject.seconds(batch))
+                shown.advance(1)
+            base, size = np.array(seconds[able[0].name]), len(batch)
             rows += [
                 Row(
-                    subject=subject.name,
-                    kind=subject.kind,
-                    load=load.title,
-                    batch_size=load.batch_size,
-                    mean_tokens=load.mean_tokens,
-                    ms=Range.of([1000 * total / calls / load.texts for total in seconds]),
-                    ratio=Range.of(ratios(seconds, found[able[0].name])),
-                    weights_bytes=subject.weights_bytes,
-                    working_bytes=peak,
+                    name,
+                    batch_size=size,
+                    tokens=len(batch[0]),
+                    ms=Range.of([1000 * own / size for own in times]),
+                    ratio=Range.of((np.array(times) / base).tolist()),
                 )
-                for subject, seconds, peak in zip(able, found.values(), peaks, strict=True)
+                for name, times in seconds.items()
             ]
-        gc.unfreeze()
     return rows
 
 
-def _run(subject: Subject, load: Load, *, calls: int = 1) -> None:
-    for _ in range(calls):
-        for batch in load.batches:
-            subject.run(batch)
+def all_subjects(backbone: TransformersBackbone) -> list[Subject]:
+    """The LLM alone, with each mechanism, with ten probes, and what probes replace."""
+    probe_of = partial(
+        untrained_probe, backbone.fingerprint, prompt_format=backbone.encoder.prompt_format
+    )
+    probes = [probe_of(name, spec=mechanism_spec(name)) for name in mechanism_names()]
+    bank = [probe_of(f"probe {i}", seed=i) for i in range(BANK_SIZE)]
+    llm = _served(backbone, [])
+
+    def guarded(batch: Batch) -> Answer:
+        """A generative guard of the LLM's size writes its one-token verdict first."""
+        llm(batch)
+        return llm(batch)
+
+    return [
+        Subject("LLM", llm),
+        *(Subject(f"+ {probe.name}", _served(backbone, [probe])) for probe in probes),
+        Subject(f"+ {BANK_SIZE} probes", _served(backbone, bank)),
+        *(
+            Subject(f"+ {probe.name}, naive", _naive(backbone, probe), _MOST_DENSE_PAIRS)
+            for probe in probes
+        ),
+        Subject("MiniLM, then LLM", _encoder_first(backbone, llm)),
+        Subject("guard of its size, then LLM", guarded),
+    ]
 
 
-def latency_record(rows: Sequence[Row], conditions: Mapping[str, Any]) -> Record:
-    """Three tables for each batch size: time, time over the first row's, and memory."""
+def _served(backbone: TransformersBackbone, probes: Sequence[Probe]) -> Callable[[Batch], Answer]:
+    """The engine's prefill of a batch with probes in the same pass, and a greedy token."""
+    decoder = Decoder(backbone)
+    panel = Panel(probes, device=backbone.device)
 
-    def memory(row: Row) -> str:
-        if row.working_bytes is None:
-            return "-"
-        return (
-            f"{(row.weights_bytes + row.working_bytes) / MB:,.0f} ({row.weights_bytes / MB:,.0f})"
+    def run(batch: Batch) -> Answer:
+        tap = panel.prompt_tap()
+        ((logits, cached),) = decoder.read_prompts(batch, tap)
+        judgements = [Judgement()] * len(batch)
+        if tap:
+            parts = [bytes(prompt.parts) for prompt in batch]
+            is_plain = [prompt.is_plain for prompt in batch]
+            judgements = panel.judge_prompts(tap.projected()[cached.mask], parts, is_plain)
+        tokens = tuple(logits.argmax(1).tolist())
+        return Answer(tokens, tuple(judgement.verdicts for judgement in judgements))
+
+    return run
+
+
+def _naive(backbone: TransformersBackbone, probe: Probe) -> Callable[[Batch], Answer]:
+    """The LLM with ``output_hidden_states=True``, then the mechanism's dense form.
+
+    Every hidden state is kept, stacked and read again, as when probes are thought to be expensive.
+    The mechanism runs in the LLM's dtype, the faster choice; serving uses float32. The
+    probe's standardisation must be the identity.
+    """
+    mechanism = deepcopy(probe.mechanism).to(backbone.device, backbone.model.dtype)
+
+    @torch.inference_mode()
+    def run(batch: Batch) -> Answer:
+        token_ids, mask = backbone.pad(batch, side="left")
+        output = backbone.model(
+            input_ids=token_ids,
+            attention_mask=mask.long(),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            output_hidden_states=True,
+            use_cache=True,
+            logits_to_keep=backbone.last_position,
         )
+        reads = [prompt.mask(probe.reads) for prompt in batch]
+        is_read = pad_sequence(reads, batch_first=True, padding_side="left").to(backbone.device)
+        hidden = torch.stack(output.hidden_states, 1)  # (B, L, T, D)
+        logits = mechanism(hidden, is_read)
+        verdicts = tuple((probe.verdict(row),) for row in logits.double().cpu().numpy())
+        return Answer(tuple(output.logits[:, -1].argmax(1).tolist()), verdicts)
 
-    base = rows[0].subject
-    shown: dict[str, Callable[[Row], str]] = {
-        "ms per text, median (range)": lambda row: row.ms.text(1),
-        f"time over {base}'s, median (range)": lambda row: row.ratio.text(2),
-        "peak memory, MB (weights)": memory,
-    }
-    sections: list[str] = []
-    for size in dict.fromkeys(row.batch_size for row in rows):
-        own = [row for row in rows if row.batch_size == size]
-        loads = list(dict.fromkeys(row.load for row in own))
-        for title, cell in shown.items():
-            cells = {(row.subject, row.load): cell(row) for row in own}
-            lines = [
-                [subject, *(cells.get((subject, load), "-") for load in loads)]
-                for subject in dict.fromkeys(row.subject for row in own)
-            ]
-            sections.append(table(f"Batch {size}: {title}", ["", *loads], lines))
-    results = {"rows": [asdict(row) for row in rows]}
-    return Record("latency", conditions, results, sections)
+    return run
+
+
+def _encoder_first(
+    backbone: TransformersBackbone, llm: Callable[[Batch], Answer]
+) -> Callable[[Batch], Answer]:
+    """An encoder of MiniLM's size classifies the prompts, then the LLM answers them.
+
+    Random weights do not change the encoder's speed. It reads the LLM's token ids modulo its own
+    vocabulary, so both read the same number of tokens. A text longer than its 512 positions is read
+    in windows.
+    """
+    device = backbone.device
+    with torch.random.fork_rng():
+        encoder: Any = BertForSequenceClassification(_MINILM).eval().requires_grad_(False)
+    encoder.to(device, backbone.model.dtype)
+
+    @torch.inference_mode()
+    def run(batch: Batch) -> Answer:
+        ids = [torch.tensor(prompt.token_ids) % _MINILM.vocab_size for prompt in batch]
+        windows = [part for own in ids for part in own.split(_MINILM.max_position_embeddings)]
+        mask = pad_sequence([torch.ones_like(window) for window in windows], batch_first=True)
+        output = encoder(
+            input_ids=pad_sequence(windows, batch_first=True).to(device),
+            attention_mask=mask.to(device),
+        )
+        # Its classes are read back before the LLM begins.
+        output.logits.argmax(1).tolist()
+        return llm(batch)
+
+    return run

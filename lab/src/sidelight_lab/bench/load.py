@@ -35,7 +35,6 @@ from sidelight_lab.bench.measurement import (
     Record,
     conditions,
     cpu_seconds,
-    ratios,
     read_metrics,
     table,
     total,
@@ -391,7 +390,7 @@ def _sections(results: Mapping[str, Any]) -> list[str]:
         known = [pair for pair in pairs if None not in pair]
         if known:
             judging, plain = zip(*known, strict=True)
-            values = (judging, plain, ratios(judging, plain))
+            values = (judging, plain, [a / b for a, b in zip(judging, plain, strict=True)])
             times.append([title, *(Range.of(own).text(2) for own in values)])
     ends = ", ".join(f"{name} {number}" for name, number in results["endings"].items())
     return [

@@ -1,16 +1,12 @@
-"""Measures time and memory, and writes what was found as JSON and as Markdown."""
+"""What benches share: untrained probes, conditions, and records as JSON and as Markdown."""
 
-import ctypes
-import gc
 import json
 import os
 import platform
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 from urllib.request import urlopen
 
@@ -19,12 +15,18 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidelight.backbone import TransformersBackbone
+from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError
+from sidelight.fingerprint import Fingerprint
+from sidelight.mechanisms import DEFAULT_MECHANISM
+from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
+from sidelight.probe import Probe
+from sidelight.prompts import PromptFormat, Reads
+from sidelight.standardisation import Standardisation
 from sidelight.storage import write_text
+from sidelight.types import MechanismSpec, Task
 from sidelight_lab.environment import package_versions
 from sidelight_lab.tables.writing import Grid
-
-MB = 1e6
 
 
 @dataclass(frozen=True)
@@ -42,61 +44,6 @@ class Range:
     def text(self, digits: int = 3) -> str:
         """For example ``1.02 (0.99 to 1.20)``."""
         return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
-
-
-def ratios(values: Sequence[float], base: Sequence[float]) -> list[float]:
-    """Each value over the base's in the same round."""
-    return [own / other for own, other in zip(values, base, strict=True)]
-
-
-def interleaved(
-    actions: Mapping[str, Callable[[], object]],
-    *,
-    repeats: int,
-    advance: Callable[[int], object] = lambda _: None,
-) -> dict[str, list[float]]:
-    """Seconds of each action in each round; calls ``advance`` after each timing.
-
-    A round runs all actions one after the other, and each round begins with another one, so neither
-    a drift of the machine nor the order favours any.
-    """
-    names = list(actions)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(repeats):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            start = perf_counter()
-            actions[name]()
-            seconds[name].append(perf_counter() - start)
-            advance(1)
-    return seconds
-
-
-def peak_bytes(work: Callable[[], object], *, device: torch.device) -> int | None:
-    """How far memory rose during the work: tensors on a GPU, else resident pages of this process.
-
-    Run the work once before, so that one-time allocations do not count. None where the system
-    cannot tell (any but Linux).
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    # Give freed pages back to the system, or the work would reuse them unnoticed.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    try:
-        # Sets the peak to what is resident now (proc(5), clear_refs).
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    before = psutil.Process().memory_info().rss
-    work()
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return max(0, int(peak[1]) * 1024 - before) if peak else None
 
 
 def cpu_seconds(pid: int) -> float:
@@ -151,6 +98,39 @@ def conditions(backbone: TransformersBackbone, settings: Mapping[str, Any]) -> d
         "load before": round(os.getloadavg()[0], 2),
         **{name: versions.get(name) for name in ("torch", "transformers", "sidelight")},
     }
+
+
+def untrained_probe(
+    who: Fingerprint,
+    name: str,
+    *,
+    prompt_format: PromptFormat = "chat",
+    spec: MechanismSpec | None = None,
+    reads: Reads | None = None,
+    seed: int = 0,
+) -> Probe:
+    """A binary probe with random weights, which costs as much as a trained one."""
+    task = Task("binary", ("no", "yes"))
+    geometry = Geometry(layers=who.layers, width=who.width, outputs=task.outputs)
+    spec = spec or mechanism_spec(DEFAULT_MECHANISM)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        mechanism = build_mechanism(spec, geometry).eval().requires_grad_(False)
+        for parameter in mechanism.parameters():
+            # Parameters that start at zero would hide a wrong verdict.
+            parameter.normal_(std=who.width**-0.5)
+    return Probe(
+        name=name,
+        task=task,
+        reads=reads or Reads(),
+        prompt_format=prompt_format,
+        spec=spec,
+        mechanism=mechanism,
+        standardisation=Standardisation.identity(geometry),
+        calibration=Calibration("none", task.kind, (1.0,), (0.0,)),
+        thresholds=(0.5,),
+        fingerprint=who,
+    )
 
 
 @dataclass(frozen=True)

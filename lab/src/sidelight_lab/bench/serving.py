@@ -32,7 +32,7 @@ from sidelight.prompts import Message, Reads
 from sidelight.spans import SpanRule
 from sidelight.vllm.settings import KEY, require_options, require_vllm
 from sidelight.vllm.worker import Worker, current_worker
-from sidelight_lab.bench.subjects import untrained_probe
+from sidelight_lab.bench.measurement import untrained_probe
 
 NOTHING = "no probe"
 # With their units. The first is of a single request, the others of requests that run together; the

@@ -260,6 +260,28 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
         raise SidelightError("Some answers were faulty: see the table of faults.")
 
 
+@bench.command("latency", epilog=options.examples("sidelight bench latency --out latency"))
+@click.option(
+    "--tokens",
+    callback=split_numbers,
+    default="16,64,256,512,1024,2048",
+    help="Lengths of the prompts.  ",
+)
+@click.option("--batch-sizes", callback=split_numbers, default="1,16", help="Prompts at once.  ")
+@click.option("--rounds", type=options.AT_LEAST_ONE, default=5, help="Rounds of all rows in turn.")
+@_record
+@options.backbone
+def bench_latency(runtime: options.Runtime, out: Path | None, as_json: bool, **given: Any) -> None:
+    """Time one new token with every mechanism, with ten probes, and with what they replace.
+
+    That is each mechanism in its dense form on hidden states that are kept, a small encoder before
+    the LLM, and a guard of the LLM's own size before it. Prompts and weights of probes are random.
+    """
+    from sidelight_lab.bench.latency import measure_latency
+
+    publish(measure_latency(runtime.load_backbone(), **given), out, as_json=as_json)
+
+
 @bench.command(
     "serve",
     epilog=options.examples(

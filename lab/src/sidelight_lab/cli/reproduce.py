@@ -3,24 +3,20 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from sidelight.cli import options
 from sidelight.errors import SidelightError
-from sidelight_lab.cli.options import names, publish
-
-if TYPE_CHECKING:
-    from sidelight_lab.tables.reproduce import RecipeContext
-
+from sidelight_lab.cli.options import names
 
 _NAMES = """
 
 \b
 Names: toxicchat, sst2, emotion, imdb, wildguardmix (every row on one data set),
 ood (trained on WildGuardMix, tested on ToxicChat), downcast, sensitivity,
-fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on your own files)."""
+fewshot, fewshot-sst2, fewshot-emotion; own (every row on your own files)."""
 
 
 @click.command(
@@ -72,14 +68,6 @@ def reproduce(
 
     text = recipe_text(recipe)
     parsed = parse_recipe(text, name=recipe)
-    if parsed.kind == "latency":
-        refused = ("train", "test", "validation", "seeds", "only", "limit")
-        useless = [f"--{name}" for name in refused if given[name] is not None]
-        if useless:
-            raise SidelightError(
-                f"A latency table trains nothing and takes no {', '.join(useless)}. Leave it out; "
-                "set lengths, batch sizes and texts in the recipe's [latency]."
-            )
     if parsed.data == "own" and given["train"] is None:
         raise SidelightError("'own' is a table of your own files: give --train and --test.")
     if (given["train"] is None) != (given["test"] is None):
@@ -93,6 +81,7 @@ def reproduce(
     from sidelight.smollm2 import cache_root
     from sidelight_lab.datasets import from_files, load_data_set
     from sidelight_lab.tables.reproduce import RecipeContext
+    from sidelight_lab.tables.reproduce import reproduce as make_table
 
     def load(name: str) -> Any:
         if given["train"] is None:
@@ -109,41 +98,8 @@ def reproduce(
         cache_root=given["cache"] or cache_root() / "activations",
         limit=given["limit"],
     )
-    if parsed.kind == "latency":
-        _time(context, as_json)
-    else:
-        _make_table(context, as_json)
-
-
-def _make_table(context: "RecipeContext", as_json: bool) -> None:
-    from sidelight_lab.tables.reproduce import reproduce
-
-    table = reproduce(context)
+    table = make_table(context)
     if as_json:
         click.echo(json.dumps(table.to_dict(), indent=2))
         return
-    click.echo((context.directory / "table.md").read_text("utf-8"), nl=False)
-
-
-def _time(context: "RecipeContext", as_json: bool) -> None:
-    from sidelight_lab.bench.latency import compare_latency, latency_record
-    from sidelight_lab.bench.measurement import conditions
-    from sidelight_lab.bench.subjects import default_subjects, random_loads, text_loads
-
-    recipe, backbone, out = context.recipe, context.backbone, context.directory
-    wanted = recipe.latency
-    loads = random_loads(backbone, wanted.tokens, batch_sizes=wanted.batch_sizes)
-    if recipe.data:
-        data = context.load(recipe.data)
-        loads += text_loads(
-            backbone,
-            data.validation.items[: wanted.texts],
-            batch_sizes=wanted.batch_sizes,
-            max_tokens=recipe.max_tokens,
-            title=f"{data.title} texts",
-        )
-    context.write_origin()
-    where = conditions(backbone, {"rounds": wanted.repeats})
-    subjects, device = default_subjects(backbone), backbone.device
-    rows = compare_latency(subjects, loads, repeats=wanted.repeats, device=device)
-    publish(latency_record(rows, where), out, as_json=as_json)
+    click.echo((out / "table.md").read_text("utf-8"), nl=False)

@@ -20,7 +20,7 @@ from sidelight.types import MechanismSpec
 from sidelight_lab.baselines import BASELINES
 from sidelight_lab.baselines.base import Baseline
 
-Kind = Literal["comparison", "transfer", "few-shot", "sensitivity", "latency"]
+Kind = Literal["comparison", "transfer", "few-shot", "sensitivity"]
 Value = bool | int | float | str
 
 _FOLDER = files("sidelight_lab.tables") / "recipes"
@@ -54,16 +54,6 @@ class Sweep:
     values: tuple[Value, ...]
 
 
-@dataclass(frozen=True)
-class LatencyRow:
-    """What a latency table measures."""
-
-    batch_sizes: tuple[int, ...] = (1, 16)
-    tokens: tuple[int, ...] = (16, 64, 256, 512, 1024, 2048)  # lengths of random prompts
-    texts: int = 64  # validation texts to run as well, if the recipe names a data set
-    repeats: int = 5
-
-
 # The strict configuration holds for the nested dataclasses as well.
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class Recipe:
@@ -72,8 +62,7 @@ class Recipe:
     Attributes:
         kind: ``comparison``; ``transfer``: trained on one data set, tested on another;
             ``few-shot``: a few labels per class, drawn again for each seed; ``sensitivity``: one
-            parameter is swept; ``latency``: the time of every mechanism and of what it replaces,
-            without any training.
+            parameter is swept.
         test_data: Name of the data set that a transfer is tested on.
         metric: What rows are compared by, one of ``METRICS``.
         ours: The row that the others are compared with; validation chooses one of several. Empty in
@@ -95,7 +84,6 @@ class Recipe:
     labels_per_class: int = 64
     draws: int = 10
     sweep: Sweep | None = None
-    latency: LatencyRow = field(default_factory=LatencyRow)
     probe: tuple[ProbeRow, ...] = ()
     baseline: tuple[BaselineRow, ...] = ()
 
@@ -122,7 +110,6 @@ _SECTIONS: dict[str, type[Any]] = {
     "probe": ProbeRow,
     "baseline": BaselineRow,
     "sweep": Sweep,
-    "latency": LatencyRow,
     "reads": Reads,
 }
 
@@ -181,10 +168,8 @@ def _requirements(recipe: Recipe) -> dict[str, bool]:
     return {
         f"'metric' must be one of {', '.join(METRICS)}": recipe.metric in METRICS,
         "every row needs a name of its own": len(set(rows)) == len(rows),
-        "a latency table takes no rows, and any other kind needs a [[probe]] or a [[baseline]]": (
-            bool(rows) == (kind != "latency")
-        ),
-        "'data' must name a data set": bool(recipe.data) or kind == "latency",
+        "a table needs a [[probe]] or a [[baseline]]": bool(rows),
+        "'data' must name a data set": bool(recipe.data),
         f"'ours' must name rows of the table ({', '.join(rows)})": set(recipe.ours) <= set(rows),
         "a transfer needs 'test_data', and no other kind takes it": (
             (kind == "transfer") == (recipe.test_data is not None)
