@@ -45,10 +45,6 @@ class Sitting:
         )
         return self
 
-    def begin_again(self, **options):
-        self.file.close()
-        return self.begin(**options)
-
     def label(self, count):
         """Labels the next texts truly, and says which they were."""
         shown = []

@@ -2,8 +2,7 @@
 
 import secrets
 import shlex
-import socket
-from contextlib import closing
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,12 +98,16 @@ def label(
     examples = load_examples(texts, text=text, label=None, response=response, split=split)
     if limit is not None:
         examples = examples.select(examples.draw(limit, seed=0))
+    import uvicorn
+
     from sidelight.artifact import load_probe
     from sidelight.probe import common_format, require_distinct_names
     from sidelight.prompts import Reads
+    from sidelight.server.app import listen, server_settings
+    from sidelight.server.config import ServerConfig
     from sidelight.smollm2 import cache_root
     from sidelight.training.judging import require_responses
-    from sidelight_label.app import HOST, serve
+    from sidelight_label.app import create_app
     from sidelight_label.file import LabelFile
     from sidelight_label.pool import Pool, merged
     from sidelight_label.queue import LabelQueue, require_replaceable, task_of
@@ -119,9 +122,10 @@ def label(
     stem = Path(Path(texts).name.removesuffix(".gz")).stem.replace(":", "-")
     path = out or Path(f"{stem}-labels.jsonl")
     folder = probe_out or path.with_name(f"{path.stem}-probe")
-    with closing(LabelFile(path)) as file, _listener(HOST, port) as listener:
-        if file.has_lost_end:
-            click.echo(f"Warning: {path} ended within a row, which was removed.", err=True)
+    # A browser keeps its connection open.
+    config = ServerConfig(port=port, log_level="warning", drain_s=1)
+    with listen(config) as listener:
+        file = LabelFile(path)
         require_replaceable(folder, file)
         labelled = None
         if not file.is_empty:
@@ -130,9 +134,8 @@ def label(
                 click.echo(f"Warning: {path.name}: {warning}", err=True)
         pool_examples, decided = merged(examples, labelled)
         runtime = replace(runtime, model=runtime.model_of(loaded))
-        backbone = runtime.load_backbone(prompt_format=common_format(loaded))
         pool = Pool(
-            backbone,
+            runtime.load_backbone(prompt_format=common_format(loaded)),
             pool_examples,
             task,
             reads=replace(reads, scope="conversation"),
@@ -143,11 +146,13 @@ def label(
         )
         queue = LabelQueue(pool, file, column=label, labelled=decided, folder=folder)
         token = secrets.token_urlsafe(32)
-        address = f"http://{HOST}:{listener.getsockname()[1]}/#{token}"
+        address = f"http://{config.host}:{listener.getsockname()[1]}/#{token}"
         click.echo(f"{len(decided)} of {len(pool_examples)} texts are labelled in {path}.")
         click.echo(f"Label at {address} (Ctrl-C stops)")
-        serve(queue, listener, token)
-        made = len(queue.decided)
+        # uvicorn raises a SIGINT again once it has stopped.
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(server_settings(create_app(queue, token), config)).run([listener])
+    made = len(queue.decided)
     click.echo(f"{made} texts are labelled in {path} ({made - len(decided)} of them just now).")
     command = ["sidelight", "train", "--data", str(path), "--out", f"{folder}-trained"]
     for option, given, default in (
@@ -160,12 +165,3 @@ def label(
         command += [] if given == default else [option, str(given)]
     if made:
         click.echo(f"Next: {shlex.join(command)}")
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((host, port))
-    except OSError as error:
-        raise SidelightError(
-            f"Cannot listen on {host}:{port} ({error.strerror}). Choose another --port."
-        ) from error

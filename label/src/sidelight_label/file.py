@@ -1,29 +1,26 @@
 """The file of labels: rows as ``sidelight train`` reads them, each on disk before it counts."""
 
-import fcntl
 import json
-import os
-import weakref
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sidelight.errors import SidelightError
-from sidelight.storage import sync
+from sidelight.storage import replacing, sync
 
 
 class LabelFile:
-    """JSON lines that one process appends to.
+    """JSON lines: those that the file had, which stay as they are, and those of this sitting.
 
-    A row is synced to disk before ``append`` returns. ``take_back`` removes rows that this object
-    has appended, the newest first. The file is locked until ``close``, or until the object ends.
+    Each change writes the file anew and puts it in the old one's place, so it is whole at any time.
+    The change is on disk before the call returns.
 
     Args:
         path: The file. If it is absent, it is made with its folder, and only its owner can read it.
 
     Raises:
-        SidelightError: It is no file of JSON lines, another process appends to it, or it cannot be
-            written.
+        SidelightError: It is no file of JSON lines, or it cannot be written.
     """
 
     def __init__(self, path: Path):
@@ -33,25 +30,17 @@ class LabelFile:
                 "ends in .jsonl with --out."
             )
         self.path = path.resolve()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        self.close = weakref.finalize(self, os.close, self._file)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.close()
-            raise SidelightError(
-                f"Cannot lock {path} ({error.strerror}): another 'sidelight label' appends to it. "
-                "Stop that one, or name another file with --out."
-            ) from error
-        sync(self.path.parent)
-        self._ends: list[int] = []
-        self.has_lost_end = self._mend()
-        self._seen = os.fstat(self._file)
+        self._seen = self._state()
+        self._before = b"" if self._seen is None else self.path.read_bytes()
+        if self._before and not self._before.endswith(b"\n"):
+            self._before += b"\n"
+        self._rows: tuple[bytes, ...] = ()
+        if self._seen is None:
+            self._write(())
 
     @property
     def is_empty(self) -> bool:
-        return os.fstat(self._file).st_size == 0
+        return not self._before and not self._rows
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds a row.
@@ -60,67 +49,45 @@ class LabelFile:
             SidelightError: It is not on disk: the disk is full, or another program has changed the
                 file.
         """
-        self._require_unchanged()
-        end = self._seen.st_size
         # Half a character in another cell is written as JSON's escape of it.
         text = json.dumps(row, ensure_ascii=False, default=str)
-        line = text.encode("utf-8", "backslashreplace") + b"\n"
-        try:
-            written = os.write(self._file, line)
-            if written != len(line):
-                raise OSError(f"{written} of {len(line)} bytes were written")
-            os.fsync(self._file)
-        except OSError as error:
-            self._cut(end)
-            raise SidelightError(
-                f"The label was not saved to {self.path} ({error.strerror or error}). Free some "
-                "space, and label the text again."
-            ) from error
-        self._ends.append(end)
-        self._seen = os.fstat(self._file)
+        self._write((*self._rows, text.encode("utf-8", "backslashreplace") + b"\n"))
 
     def take_back(self) -> None:
         """Removes the row that was appended last.
 
         Raises:
-            SidelightError: Another program has changed the file.
+            SidelightError: As for ``append``.
         """
-        self._require_unchanged()
-        self._cut(self._ends.pop())
+        self._write(self._rows[:-1])
 
-    def _cut(self, size: int) -> None:
-        os.ftruncate(self._file, size)
-        os.fsync(self._file)
-        self._seen = os.fstat(self._file)
-
-    def _mend(self) -> bool:
-        """Ends the last line; whether it was the beginning of one, which is removed.
-
-        A power cut or a full disk can leave such a beginning. It was never reported as saved.
-        """
-        content = self.path.read_bytes()
-        if not content or content.endswith(b"\n"):
-            return False
-        whole, _, last = content.rpartition(b"\n")
+    def _write(self, rows: Sequence[bytes]) -> None:
         try:
-            json.loads(last)
-        except ValueError:
-            self._cut(len(whole) + 1 if whole else 0)
-            return True
-        os.write(self._file, b"\n")
-        return False
+            with replacing(self.path) as partial:
+                partial.touch(0o600)
+                partial.write_bytes(self._before + b"".join(rows))
+                sync(partial)
+                self._require_unchanged()
+                if self._seen is not None:
+                    shutil.copymode(self.path, partial)
+            sync(self.path.parent)
+        except OSError as error:
+            raise SidelightError(
+                f"The labels were not saved to {self.path} ({error.strerror}). Free some space, or "
+                "name another file with --out, and label the text again."
+            ) from error
+        self._rows, self._seen = tuple(rows), self._state()
 
     def _require_unchanged(self) -> None:
-        try:
-            now = self.path.stat()
-        except FileNotFoundError:
-            now = None
-        if now is None or _identity(now) != _identity(self._seen):
+        if self._state() != self._seen:
             raise SidelightError(
                 f"Another program has changed {self.path}, so nothing is written to it. Stop "
                 "'sidelight label' and start it again: it reads the file as it is now."
             )
 
-
-def _identity(state: os.stat_result) -> tuple[int, int, int]:
-    return state.st_ino, state.st_size, state.st_mtime_ns
+    def _state(self) -> tuple[int, int, int] | None:
+        try:
+            state = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return state.st_ino, state.st_size, state.st_mtime_ns

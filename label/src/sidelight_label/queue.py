@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
 from itertools import chain, takewhile
 from pathlib import Path
 from threading import Lock
@@ -21,45 +21,16 @@ from sidelight.artifact import save_probe
 from sidelight.data.examples import Examples, LabelledExamples
 from sidelight.data.labels import is_missing, label_name
 from sidelight.errors import SidelightError
-from sidelight.evaluation import evaluate
+from sidelight.evaluation import Report, evaluate
 from sidelight.manifest import holds_probe, read_manifest
-from sidelight.probe import Probe
 from sidelight.training.validation import FOLDS
 from sidelight.types import Task
 from sidelight_label.file import LabelFile
-from sidelight_label.pool import Pool, folds_of
+from sidelight_label.pool import Judge, Pool
 
 # What the record of a probe calls the labels that it was fitted to here.
 _RECORD = "labelling"
 _RANDOM_EVERY = 4
-
-
-class ConflictError(SidelightError):
-    """Another tab was faster."""
-
-
-@dataclass(frozen=True)
-class Figures:
-    """How probes did on some labelled texts.
-
-    Attributes:
-        title: Which texts.
-        note: What to make of them.
-        rows: By the name of a probe what ``Report.to_dict`` gives.
-    """
-
-    title: str
-    note: str
-    rows: Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """A probe, and its probabilities of each text: out-of-fold for those that it learned from."""
-
-    title: str
-    probe: Probe
-    probabilities: Float[np.ndarray, "text output"]
 
 
 def task_of(names: Sequence[str], *, is_multilabel: bool = False) -> Task:
@@ -89,18 +60,15 @@ class LabelQueue:
     Training runs beside other calls.
 
     Attributes:
-        figures: Of the newest training; none before.
+        figures: Of the newest training, none before: which texts (``title``), what to make of them
+            (``note``), and by the name of a probe what ``Report.to_dict`` gives (``rows``).
 
     Args:
         pool: The texts, those that are labelled already included.
         file: Gets a row for each decision.
         column: Of the label in the file.
-        labelled: The rows of the pool that are labelled already, in the order of the file, with the
-            labels of each.
+        labelled: What the file says of texts of the pool, in its order.
         folder: Where the newest probe is kept.
-
-    Raises:
-        SidelightError: The folder holds a probe that was not made from this file of labels.
     """
 
     def __init__(
@@ -114,28 +82,21 @@ class LabelQueue:
     ):
         self.pool = pool
         self.folder = folder
-        self.figures: tuple[Figures, ...] = ()
+        self.figures: list[dict[str, Any]] = []
         self._file = file
         self._column = column
         self._lock = Lock()
-        self._training = Lock()
         self._decided = dict(labelled)
-        self._skipped: dict[int, None] = {}
         # Decided or skipped in this sitting, oldest first.
         self._history: list[int] = []
         # Undone, to be shown first; the last one is the first.
         self._again: list[int] = []
         self._shuffled = shuffled(pool.examples)
-        self._given = [_Judge(probe.name, probe, chances) for probe, chances in pool.given]
-        self._trained: _Judge | None = None
-        require_replaceable(folder, file)
-        if not self.obstacle and folds_of(self._labelled(self._decided)):
-            self._trained, _ = self._fitted(self._decided)
+        self._judges = [*pool.given]
+        # With too few labels there is no more yet.
+        with suppress(SidelightError):
+            self._judges.append(self._fit(self._decided)[0])
         self._order = self._ordered()
-
-    @property
-    def is_training(self) -> bool:
-        return self._training.locked()
 
     @property
     def order(self) -> str:
@@ -152,8 +113,10 @@ class LabelQueue:
             return dict(self._decided)
 
     @property
-    def skipped(self) -> int:
-        return len(self._skipped)
+    def skipped(self) -> list[int]:
+        """The texts that were skipped and have no label; the one that was skipped last ends it."""
+        undecided = (row for row in reversed(self._history) if row not in self._decided)
+        return [*dict.fromkeys(undecided)][::-1]
 
     @property
     def last(self) -> int | None:
@@ -165,8 +128,9 @@ class LabelQueue:
         with self._lock:
             is_random = len(self._decided) % _RANDOM_EVERY == _RANDOM_EVERY - 1
             order = self._shuffled if is_random else self._order
-            fresh = (row for row in order if row not in self._skipped)
-            rows = chain(reversed(self._again), fresh, self._skipped)
+            skipped = {*self.skipped}
+            fresh = (row for row in order if row not in skipped)
+            rows = chain(reversed(self._again), fresh, self.skipped)
             return next((row for row in rows if row not in self._decided), None)
 
     def opinions(self, row: int) -> dict[str, dict[str, float]]:
@@ -182,8 +146,8 @@ class LabelQueue:
         """Decides a text.
 
         Raises:
-            ConflictError: It has been decided.
-            SidelightError: The labels are not the task's, or the row is not on disk.
+            SidelightError: It has been decided, the labels are not the task's, or the row is not on
+                disk.
         """
         names = self._checked(labels)
         with self._lock:
@@ -191,19 +155,16 @@ class LabelQueue:
             value = list(names) if self.pool.task.kind == "multilabel" else names[0]
             self._file.append({**self.pool.examples.rows[row], self._column: value})
             self._decided[row] = names
-            self._skipped.pop(row, None)
             self._history.append(row)
 
     def skip(self, row: int) -> None:
         """Puts a text behind all others.
 
         Raises:
-            ConflictError: It has been decided.
+            SidelightError: It has been decided.
         """
         with self._lock:
             self._require_open(row)
-            self._skipped.pop(row, None)
-            self._skipped[row] = None
             self._again = [other for other in self._again if other != row]
             self._history.append(row)
 
@@ -211,18 +172,16 @@ class LabelQueue:
         """Takes the last decision or skip of this sitting back; its text comes next.
 
         Raises:
-            ConflictError: ``row`` is not the last one.
-            SidelightError: The file could not be changed.
+            SidelightError: ``row`` is not the last one, or the file could not be changed.
         """
         with self._lock:
             if self.last != row:
-                raise ConflictError(
+                raise SidelightError(
                     "Another tab has decided a text since. Undo that one first, or label on."
                 )
             if row in self._decided:
                 self._file.take_back()
                 del self._decided[row]
-            self._skipped.pop(row, None)
             self._history.pop()
             self._again.append(row)
 
@@ -249,41 +208,24 @@ class LabelQueue:
         """Fits a probe to all labels, keeps it, and reorders the texts.
 
         Raises:
-            SidelightError: There are too few labels, a training runs already, or the probe could
-                not be written.
+            SidelightError: There are too few labels, or the probe could not be written.
         """
-        if not self._training.acquire(blocking=False):
-            raise SidelightError("A training is running already. Wait for it.")
-        try:
-            if obstacle := self.obstacle:
-                raise SidelightError(obstacle)
-            decided = self.decided
-            labelled = self._labelled(decided)
-            if not folds_of(labelled):
-                raise SidelightError(
-                    "Some texts are too alike to be measured on others. Label more of each label."
-                )
-            trained, report = self._fitted(decided)
-            save_probe(trained.probe, self.folder)
-            figures = self._compared(trained, report, [*decided], labelled)
-            with self._lock:
-                self._trained = trained
-                self.figures = figures
-                self._order = self._ordered()
-        finally:
-            self._training.release()
-
-    @property
-    def _judges(self) -> list[_Judge]:
-        trained = self._trained
-        return self._given if trained is None else [*self._given, trained]
+        decided = self.decided
+        trained, report = self._fit(decided)
+        save_probe(trained.probe, self.folder)
+        figures = self._compared(trained, report, decided)
+        with self._lock:
+            self._judges = [*self.pool.given, trained]
+            self.figures = figures
+            self._order = self._ordered()
 
     def _at_random(self) -> list[int]:
         """The decided texts that are like all texts: those first in the random order.
 
         A text that was chosen early counts once its turn has come, so no kind of text is missing.
         """
-        passed = takewhile(lambda row: row in self._decided or row in self._skipped, self._shuffled)
+        seen = {*self._decided, *self._history}
+        passed = takewhile(seen.__contains__, self._shuffled)
         return [row for row in passed if row in self._decided]
 
     def _require_open(self, row: int) -> None:
@@ -291,7 +233,9 @@ class LabelQueue:
             raise SidelightError(f"There is no text {row}. Load the page again.")
         if row in self._decided:
             labels = ", ".join(self._decided[row]) or "none of the labels"
-            raise ConflictError(f"This text has been labelled already: {labels}. See the next one.")
+            raise SidelightError(
+                f"This text has been labelled already: {labels}. See the next one."
+            )
 
     def _checked(self, labels: Sequence[str]) -> tuple[str, ...]:
         task = self.pool.task
@@ -313,57 +257,47 @@ class LabelQueue:
         return LabelledExamples(chosen.items, chosen.rows, task=task, labels=labels)
 
     def _ordered(self) -> list[int]:
-        judges = self._judges
-        if not judges:
+        if not self._judges:
             return self._shuffled
-        probabilities = np.stack([judge.probabilities for judge in judges])
+        probabilities = np.stack([judge.probabilities for judge in self._judges])
         return np.argsort(certainty(self.pool.task, probabilities), kind="stable").tolist()
 
-    def _fitted(self, decided: Mapping[int, tuple[str, ...]]) -> tuple[_Judge, Mapping[str, Any]]:
+    def _fit(self, decided: Mapping[int, tuple[str, ...]]) -> tuple[Judge, Report]:
         """A probe of these labels, and its figures as ``sidelight train`` prints them."""
-        rows = [*decided]
+        if obstacle := self.obstacle:
+            raise SidelightError(obstacle)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.folder.resolve().name)[:64]
-        probe, calibrated = self.pool.fit(rows, self._labelled(decided), name=name)
-        probe = replace(probe, record={**probe.record, _RECORD: self._file.path.name})
-        probabilities = self.pool.probabilities(probe)
-        probabilities[rows] = calibrated.probabilities
-        judge = _Judge(f"the probe of {len(rows)} labels", probe, probabilities)
-        return judge, calibrated.report.to_dict()
+        record = {_RECORD: self._file.path.name}
+        return self.pool.fit([*decided], self._labelled(decided), name=name, record=record)
 
     def _compared(
-        self,
-        trained: _Judge,
-        report: Mapping[str, Any],
-        rows: Sequence[int],
-        labelled: LabelledExamples,
-    ) -> tuple[Figures, ...]:
+        self, trained: Judge, report: Report, decided: Mapping[int, tuple[str, ...]]
+    ) -> list[dict[str, Any]]:
         """The new probe beside the earlier ones, on the same texts; none learned from them."""
-        earlier, task = self._judges, labelled.task
+        earlier, labelled, rows = self._judges, self._labelled(decided), np.array([*decided])
 
-        def measured(judge: _Judge, places: Sequence[int]) -> Mapping[str, Any]:
-            probabilities = judge.probabilities[[rows[place] for place in places]]
-            labels, thresholds = labelled.labels[[*places]], judge.probe.thresholds
-            return evaluate(task, probabilities, labels, thresholds=thresholds).to_dict()
+        def measured(judge: Judge, places: Sequence[int]) -> dict[str, Any]:
+            probabilities, labels = judge.probabilities[rows[places]], labelled.labels[places]
+            thresholds = judge.probe.thresholds
+            return evaluate(labelled.task, probabilities, labels, thresholds=thresholds).to_dict()
 
-        everything = range(len(rows))
         chosen = "Most were chosen because they are hard, so these look worse than all texts."
-        whole = Figures(
-            f"All {len(rows)} labelled texts",
-            chosen if earlier else "",
-            {judge.title: measured(judge, everything) for judge in earlier}
-            | {trained.title: report},
-        )
+        every = {judge.title: measured(judge, range(len(rows))) for judge in earlier}
+        whole = {
+            "title": f"All {len(rows)} labelled texts",
+            "note": chosen if earlier else "",
+            "rows": {**every, trained.title: report.to_dict()},
+        }
         with self._lock:
-            random = set(self._at_random())
-        places = [place for place in everything if rows[place] in random]
+            places = np.flatnonzero(np.isin(rows, self._at_random())).tolist()
         if not 0 < len(places) < len(rows):
-            return (whole,)
-        at_random = Figures(
-            f"The {len(places)} texts that came at random",
-            "They are like all of the texts, so these are the figures to go by.",
-            {judge.title: measured(judge, places) for judge in (*earlier, trained)},
-        )
-        return (at_random, whole)
+            return [whole]
+        at_random = {
+            "title": f"The {len(places)} texts that came at random",
+            "note": "They are like all of the texts, so these are the figures to go by.",
+            "rows": {judge.title: measured(judge, places) for judge in (*earlier, trained)},
+        }
+        return [at_random, whole]
 
 
 def require_replaceable(folder: Path, file: LabelFile) -> None:

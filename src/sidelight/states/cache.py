@@ -192,7 +192,7 @@ class ActivationCache:
                     partial.unlink()
             _has_locked(self._lock, fcntl.LOCK_SH)
         missing = self.missing()
-        needed = self.token_bytes * sum(self.lengths[row] for row in missing)
+        needed = sum(map(self.stored_bytes, missing))
         free = shutil.disk_usage(self.directory).free - _RESERVE_BYTES
         if needed > free:
             raise SidelightError(
@@ -201,6 +201,10 @@ class ActivationCache:
                 "Name another disk (SIDELIGHT_CACHE), or use fewer rows."
             )
         return missing
+
+    def stored_bytes(self, row: int) -> int:
+        """What ``write`` takes of the disk for a text."""
+        return self.token_bytes * self.lengths[row]
 
     def write(self, texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> None:
         """Stores the states of each row."""

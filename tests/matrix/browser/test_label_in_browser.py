@@ -12,10 +12,10 @@ from browser import PHONE, chromium, needs_chromium, page_at, violations
 from sitting import TOKEN, Sitting, saved_labels, texts_of
 
 from commands import saved
-from live import running
+from live import listening
 from sidelight.artifact import save_probe
 from sidelight.manifest import read_manifest
-from sidelight_label.app import server_settings
+from sidelight_label.app import create_app
 from tiny import untrained_probe
 
 pytestmark = [needs_chromium, pytest.mark.xdist_group("label")]
@@ -29,7 +29,7 @@ def sitting(tiny, tmp_path):
 
 @pytest.fixture
 def address(sitting) -> Iterator[str]:
-    with running(server_settings(sitting.queue, TOKEN)) as address:
+    with listening(create_app(sitting.queue, TOKEN)) as address:
         yield address
 
 
@@ -116,7 +116,7 @@ def test_a_second_tab_that_is_late_sees_what_the_first_decided_and_one_without_a
     sitting, page, browser, address
 ):
     with opened(browser, address) as late:
-        late.expected_errors = ("409",)
+        late.expected_errors = ("400",)
         press_truth(page, sitting)
         late.keyboard.press("1")
         late.get_by_text("has been labelled already").wait_for()
@@ -134,14 +134,14 @@ def test_html_in_a_text_is_shown_as_its_letters_and_a_long_text_scrolls(tiny, tm
     sitting = Sitting(tiny, tmp_path)
     attack = "<img src=x onerror='document.title=1'><script>document.title=2</script></div>"
     sitting.rows = [{"text": attack}]
-    queue = sitting.begin_again().queue
-    with running(server_settings(queue, TOKEN)) as at, opened(browser, at, 1) as page:
+    queue = sitting.begin().queue
+    with listening(create_app(queue, TOKEN)) as at, opened(browser, at, 1) as page:
         assert page.locator("#text .text").inner_text() == attack
         assert page.title() == "Sidelight: label"
     sitting.rows = [{"text": "a very long text\n" * 200}]
-    queue = sitting.begin_again().queue
+    queue = sitting.begin().queue
     with (
-        running(server_settings(queue, TOKEN)) as at,
+        listening(create_app(queue, TOKEN)) as at,
         opened(browser, at, 1, viewport=PHONE) as page,
     ):
         page.get_by_text("Probes read").wait_for()
@@ -154,7 +154,7 @@ def test_html_in_a_text_is_shown_as_its_letters_and_a_long_text_scrolls(tiny, tm
 def test_several_labels_are_chosen_and_saved(tiny, tmp_path, browser):
     sitting = Sitting(tiny, tmp_path, "multilabel")
     with (
-        running(server_settings(sitting.queue, TOKEN)) as at,
+        listening(create_app(sitting.queue, TOKEN)) as at,
         opened(browser, at, color_scheme="dark") as page,
     ):
         for key in ("1", "3", "3", "2"):
