@@ -35,17 +35,13 @@ from sidelight.errors import SidelightError
 @click.option("--label", default="label", help="Column of the label in --out.")
 @options.response
 @options.split
-@click.option(
+@options.new_file(
     "--out",
-    type=options.PATH,
-    callback=options.checked_file,
     help="File (.jsonl) to append labels to; what it holds already counts. [default: "
     "TEXTS-labels.jsonl]",
 )
-@click.option(
+@options.new_folder(
     "--probe-out",
-    type=options.PATH,
-    callback=options.checked_folder,
     help="Folder for the newest probe. [default: --out without its ending, and -probe]",
 )
 @options.limit

@@ -37,15 +37,10 @@ _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
         "sidelight eval probes/toxicity --data test.jsonl.gz --label toxicity --plots plots",
     ),
 )
-@click.argument("probe", type=options.PATH)
-@options.data
-@options.columns
+@options.measured
 @click.option("--spans", default="spans", help="Column of the spans, if the probe labels spans.")
-@options.missing_label
-@click.option(
+@options.new_folder(
     "--plots",
-    type=options.PATH,
-    callback=options.checked_folder,
     help="Folder for precision-recall, reliability and confusion plots; of spans, for a plot over "
     "thresholds and a page of the worst texts.",
 )
@@ -119,12 +114,7 @@ def evaluate(
 @options.text
 @options.response
 @options.split
-@click.option(
-    "--out",
-    type=options.PATH,
-    callback=options.checked_file,
-    help="File for the verdicts. [default: standard output]",
-)
+@options.new_file("--out", help="File for the verdicts. [default: standard output]")
 @click.option(
     "--explain",
     "explains",
@@ -292,11 +282,7 @@ def _turns(example: "Example") -> "tuple[Message, ...]":
 @options.response
 @options.limit
 @click.option("--engines", default="transformers,vllm", help="Engines to compare, with commas.")
-@click.option(
-    "--quantised",
-    metavar="MODEL",
-    help="Also compare with this quantised copy in vLLM.",
-)
+@click.option("--quantised", metavar="MODEL", help="Compare with this quantised copy in vLLM too.")
 @click.option(
     "--gate",
     type=click.FloatRange(0, 1),

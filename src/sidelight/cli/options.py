@@ -281,10 +281,11 @@ _data = partial(
 )
 data = _data(required=True)
 optional_data = _data()
-out = click.option(
-    "--out", required=True, type=PATH, callback=checked_folder, help="Folder to write."
-)
-json_file = click.option("--out", type=PATH, callback=checked_file, help="File for the JSON.")
+# A file, or a folder, to write.
+new_file = partial(click.option, type=PATH, callback=checked_file)
+new_folder = partial(click.option, type=PATH, callback=checked_folder)
+out = new_folder("--out", required=True, help="Folder to write.")
+json_file = new_file("--out", help="File for the JSON.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 text = click.option("--text", default="text", help="Column of the text (or chat messages).")
 label = click.option(
@@ -355,6 +356,8 @@ free_port = click.option(
 )
 # Where a data file has text, label and response.
 columns = together(text, label, response, split)
+# A probe and labelled texts to measure it on.
+measured = together(click.argument("probe", type=PATH), data, columns, missing_label)
 # Which engine. With ``backbone``, which gathers these too, the command gets one ``runtime``.
 engine = together(
     click.option(

@@ -26,12 +26,7 @@ if TYPE_CHECKING:
 @options.columns
 @options.missing_label
 @options.threshold(show_default="what they were chosen for before")
-@click.option(
-    "--out",
-    type=options.PATH,
-    callback=options.checked_folder,
-    help="Folder to write. [default: PROBE-recalibrated]",
-)
+@options.new_folder("--out", help="Folder to write. [default: PROBE-recalibrated]")
 @click.option("--force", is_flag=True, help="Replace the probe that --out holds.")
 @click.option(
     "--name", help="Name of the new probe, to serve it beside the old one. [default: the same]"
