@@ -21,7 +21,7 @@ from sidelight.errors import (
 )
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Message, Part, Reads, has_response
-from tiny import SIZES, SPECIAL_TOKENS, tiny_backbone, untrained_probe
+from tiny import SIZES, SPECIAL_TOKENS, broken, tiny_backbone, untrained_probe
 from vllm_served import ROUNDING, Model, expected
 
 TEXTS = [f"{'word ' * (i % 9)}number {i}" for i in range(12)]
@@ -182,12 +182,11 @@ class EngineContract:
     def test_probes_that_cannot_serve_are_refused_and_nothing_changes(self, subject):
         backbone = subject.model.backbone
         foreign = tiny_backbone(LlamaConfig(**{**SIZES, "rope_theta": 5000.0}))
-        broken = untrained_probe(backbone, "broken", reads=Reads("both"))
-        broken.mechanism.bias.fill_(float("nan"))
         good = untrained_probe(backbone, "good")
+        unsound = broken(untrained_probe(backbone, "broken", reads=Reads("both")))
         for error, probes in (
             (FingerprintMismatchError, [good, untrained_probe(foreign, "foreign")]),
-            (VerdictError, [good, broken]),
+            (VerdictError, [good, unsound]),
             (SidelightError, [good, good]),
         ):
             with pytest.raises(error):

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sidelight.bank import Bank
 from sidelight.engines.base import Finished, PromptJudged, Sampling, TextDelta
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Message
@@ -92,15 +91,3 @@ def reference(backbone, text):
 
 def probabilities(verdicts):
     return [p for verdict in verdicts for p in verdict.probabilities.values()]
-
-
-def expected(backbone, probe, prompt):
-    """The probe's probabilities by one plain pass over the tokens."""
-    bank = Bank([probe])
-    tap = bank.tap()
-    with backbone.tapped(tap):
-        backbone.run([prompt])
-    state = bank.summarise_texts(tap.projected()[0], [bytes(prompt.parts)])
-    (judgement,) = bank.judge(state)
-    assert not judgement.failed
-    return probabilities(judgement.verdicts)

@@ -57,6 +57,7 @@ threshold = {leak}
 [input.newer]
 mode = "shadow"
 shadow_of = "injection"
+disclose = "scores"
 [input.intent]
 mode = "route"
 routes = {{ billing = "desk of billing", refund = "desk of refund", other = "desk of other" }}

@@ -26,7 +26,7 @@ from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.requests import ServerRequest
-from tiny import INTENT, SIZES, tiny_backbone, untrained_probe
+from tiny import INTENT, SIZES, broken, tiny_backbone, untrained_probe
 
 ADMIN = {"Authorization": "Bearer admin-key"}
 USER = {"Authorization": "Bearer user-key"}
@@ -92,15 +92,6 @@ def serving(backbone, folders, **options):
     keys = {"api_key": "user-key", "admin_key": "admin-key"}
     with in_process(engine, sources=sources, **keys, **options) as http:
         yield Admin(http, folders)
-
-
-def test_only_an_admin_key_opens_the_routes(tiny, folders):
-    with serving(tiny, folders) as admin:
-        for method in ("GET", "PUT"):
-            refused = admin.http.request(method, PROBES, json={"probe": []}, headers=USER)
-            assert refused.status_code == 403, method
-            assert refused.json()["error"]["code"] == "admin_key_required"
-        assert admin.entries.keys() == {"toxicity", "late"}
 
 
 def test_the_list_has_every_probe_with_its_rule(tiny, folders):
@@ -182,13 +173,12 @@ DAMAGES = {
 @pytest.mark.slow
 def test_what_cannot_be_served_leaves_the_last_good_set(tiny, folders, tmp_path):
     other = tiny_backbone(LlamaConfig(**{**SIZES, "rope_theta": 5000.0}))
-    broken, raw = untrained_probe(tiny, "toxicity"), untrained_probe(tiny, "toxicity")
-    broken.mechanism.bias.fill_(float("nan"))
+    plain = untrained_probe(tiny, "toxicity")
     wrong = (
         (untrained_probe(other, "toxicity"), "was trained on", 400),
-        (broken, "No verdict from toxicity", 500),
+        (broken(plain), "No verdict from toxicity", 500),
         (untrained_probe(tiny, "toxicity", reads=Reads("both")), "no probe 'toxicity' judges", 400),
-        (replace(raw, prompt_format="raw"), "and of raw texts, such as 'toxicity'", 400),
+        (replace(plain, prompt_format="raw"), "and of raw texts, such as 'toxicity'", 400),
         (untrained_probe(tiny, "toxicity", task=INTENT), "would never apply", 400),
         (
             untrained_probe(tiny, "late", reads=Reads("response")),

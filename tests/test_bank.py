@@ -144,19 +144,6 @@ def test_a_logit_that_is_not_finite_is_an_error_not_a_verdict(tiny):
             probe.verdict(np.array([0.0, logit]))
 
 
-def test_a_text_without_a_token_to_read_is_an_error_and_spares_the_others(tiny):
-    message = [Message("user", "hello")]
-    prompts = [tiny.encoder.encode(message, response) for response in ("an answer", None)]
-    probe = untrained_probe(tiny, "reply", reads=Reads("response"))
-    bank = Bank([probe])
-    state = summarised(tiny, bank, prompts)
-    answered, unanswered = bank.judge(state)
-    assert (len(answered.verdicts), answered.failed) == (1, ())
-    assert unanswered == Judgement((), ("reply",))
-    with pytest.raises(VerdictError, match="'reply'"):
-        probe.verdict(bank.logits(state)[0][1])
-
-
 def test_hidden_states_that_overflowed_are_an_error(tiny):
     probe = untrained_probe(tiny, "p")
     bank = Bank([probe])

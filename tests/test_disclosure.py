@@ -13,9 +13,9 @@ from live import MODEL
 from policy_contract import ADMIN, CHATS, GUARDRAIL
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.request import LabelsOnly
-from sidelight.policy.rules import BoundRule, Policy, Rule
+from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from tiny import INTENT, TOPICS, TOXICITY, three_probes, untrained_probe
+from tiny import INTENT, TOPICS, TOXICITY, broken, three_probes, untrained_probe
 
 TEXT = "Where is my refund?"
 TURNS = [{"role": "user", "content": TEXT}]
@@ -198,10 +198,9 @@ def test_what_is_not_disclosed_blocks_all_the_same(tiny):
 
 
 def test_a_failed_verdict_of_which_nothing_is_disclosed_is_in_no_answer(tiny):
-    broken = untrained_probe(tiny, "toxicity")
-    broken.mechanism.bias.fill_(float("nan"))
+    first, *rest = probes_of(tiny)
     policy = policy_of(Rule("flag", disclose="none"), "toxicity")
-    with asking(tiny, [broken, *probes_of(tiny)[1:]], policy) as http:
+    with asking(tiny, [broken(first), *rest], policy) as http:
         chat, checked = ask(http, CHATS, CHAT), ask(http, "/v1/moderations", {"input": TEXT})
         alone = ask(http, CHATS, {**CHAT, "probes": ["toxicity"]}).json()["moderation"]["input"]
         guarded = ask(http, GUARDRAIL, {"input_type": "request", "texts": [TEXT]})
@@ -257,17 +256,3 @@ def test_the_turn_with_the_highest_score_is_told_with_scores_alone(tiny):
         told = [ask(http, CHATS, body, key).json()["sidelight"]["verdicts"] for key in ("", ADMIN)]
     assert told[0] == [{"probe": "toxicity", "label": "fine", "labels": ["fine"], "flagged": False}]
     assert told[1][0]["turn"] == 2
-
-
-def test_what_blocks_tells_labels_and_what_reports_tells_scores(tiny):
-    probe = untrained_probe(tiny, "toxicity")
-    for rule, disclosure in (
-        (Rule(), "scores"),
-        (Rule("flag"), "scores"),
-        (Rule("route"), "scores"),
-        (Rule("block"), "labels"),
-        (Rule("block", disclose="scores"), "scores"),
-        (Rule("flag", disclose="none"), "none"),
-        (Rule("shadow", disclose="scores"), "none"),
-    ):
-        assert BoundRule(probe, rule).disclosure == disclosure, rule

@@ -23,7 +23,6 @@ from sidelight.bank import Panel
 from sidelight.engines.base import (
     EngineBusyError,
     Finished,
-    PromptJudged,
     Sampling,
     admit_all,
 )
@@ -45,6 +44,7 @@ TURNS = [
     for text in TEXTS[:2]
     for reply in ([], [Message("assistant", "an answer that is judged too")])
 ]
+CHECKS = [[Message("user", text)] for text in TEXTS]
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +69,20 @@ def test_a_batch_writes_and_judges_as_the_model_alone_also_of_prompts_in_parts(m
         # Together first; then one enters and leaves while another is being written.
         together = await asyncio.gather(*(ask(engine, text) for text in TEXTS))
         staggered = (ask(engine, text, delay_s=i / 100) for i, text in enumerate(TEXTS))
-        return [together, await asyncio.gather(*staggered)], await engine.judge(TURNS)
+        written = [together, await asyncio.gather(*staggered)]
+        return written, await engine.judge(TURNS), await engine.judge(CHECKS)
 
     expected, told = [reference(backbone, text) for text in TEXTS], []
     passes = count_passes(backbone)
     roomy, small = Limits(), Limits(running=2, prefill_tokens=64, cache_tokens=256)
     for limits in (roomy, small, Limits(prefill_tokens=7)):
         passes.clear()
-        written, judged = run(backbone, ask_all, probes=probes, limits=limits)
+        written, judged, checked = run(backbone, ask_all, probes=probes, limits=limits)
         for answers in written:
             assert [(a.text, a.finished.completion_tokens) for a in answers] == expected
-            events = [event for a in answers for event in (a.judged, a.finished)]
-            told.append([event.judgement for event in (*events, *judged)])
+            events = [*(a.finished for a in answers), *judged]
+            told.append([event.judgement for event in (*events, *(a.judged for a in answers))])
+            told.append([event.judgement for event in (*events, *checked)])
     assert max(shape.numel() for shape in passes if shape[1] > 1) <= 7
     for judgements in told[1:]:
         for own, wanted in zip(judgements, told[0], strict=True):
@@ -138,22 +140,6 @@ def test_another_kind_of_state_is_refused():
     backbone.model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
     with pytest.raises(SidelightError, match="linear_attention"):
         TransformersEngine(backbone, [])
-
-
-def test_nothing_is_written_for_what_is_not_admitted(llama):
-    seen: list[PromptJudged] = []
-
-    async def refused(engine):
-        # ``append`` returns None, so nobody is admitted.
-        events = await events_of(engine, "hello", admits=seen.append)
-        assert engine.load.running == engine.load.waiting == 0
-        return events
-
-    passes = count_passes(llama)
-    late = untrained_probe(llama, "late", reads=Reads("response"))
-    assert run(llama, refused, probes=[untrained_probe(llama, "early"), late]) == seen
-    assert [verdict.probe for verdict in seen[0].judgement.verdicts] == ["early"]
-    assert len(passes) == 1
 
 
 @pytest.mark.slow
@@ -305,10 +291,14 @@ def test_others_are_read_and_written_between_the_parts_of_a_prompt(llama):
     assert (short.text, long.text) == (reference(llama, "hi")[0], reference(llama, "x" * 200)[0])
 
 
-def test_a_prompt_that_is_given_up_is_not_read_on(llama):
+@pytest.mark.parametrize(
+    "work",
+    [lambda engine, text: anext(engine.generate(text, GREEDY)), lambda e, text: e.judge([text])],
+    ids=["answer", "check"],
+)
+def test_a_prompt_that_is_given_up_is_not_read_on(llama, work):
     async def leave(engine):
-        events = engine.generate([Message("user", "x" * 200)], GREEDY)
-        asking = asyncio.ensure_future(anext(events))
+        asking = asyncio.ensure_future(work(engine, [Message("user", "x" * 200)]))
         while not engine.load.running:
             await asyncio.sleep(0)
         asking.cancel()

@@ -5,13 +5,12 @@ import asyncio
 import pytest
 import torch
 
-from engine_runs import ask, count_passes, run, until_idle
+from engine_runs import ask, count_passes, run
 from sidelight.engines.base import (
     EngineBusyError,
     EngineUnavailableError,
     GenerationError,
     Sampling,
-    TextDelta,
 )
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
@@ -98,35 +97,9 @@ def test_requests_whose_texts_wait_to_be_encoded_are_bounded(backbone):
     run(backbone, crowd, limits=Limits(running=1, waiting=2))
 
 
-def test_leaving_frees_the_row_and_the_place_in_line(backbone):
-    steps = count_passes(backbone)
-
-    async def leave(engine):
-        events = engine.generate(HELLO, LONG)
-        async for event in events:
-            if isinstance(event, TextDelta):
-                break
-        assert engine.load.running == 1
-        waiting = asyncio.create_task(ask(engine, "b"))
-        while not engine.load.waiting:
-            await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.wait({waiting})
-        assert engine.load.waiting == 0
-        await events.aclose()
-        await until_idle(engine)
-        return await ask(engine, "b")
-
-    run(backbone, leave, limits=Limits(running=1))
-    # The last request's passes, and few of the first's 200.
-    assert len(steps) < 16 + 60
-
-
 def test_requests_in_a_closed_engine_fail(backbone):
     async def main():
         engine = TransformersEngine(backbone, [])
-        with pytest.raises(EngineUnavailableError):
-            await ask(engine, "too early")
         await engine.start()
         running = asyncio.create_task(ask(engine, "a", LONG))
         while not engine.load.running:

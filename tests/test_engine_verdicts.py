@@ -17,22 +17,22 @@ from engine_runs import (
     ask,
     count_passes,
     events_of,
-    expected,
     probabilities,
     reference,
     run,
     written_alone,
 )
+from sidelight.bank import Bank
 from sidelight.engines.base import Finished, PromptJudged, ResponseScored, Sampling, TextDelta
 from sidelight.engines.parity import compare_engines
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
+from sidelight.states.extraction import score
 from tiny import three_probes, tiny_backbone, untrained_probe
 from vllm_served import followed
 
-TEXTS = [f"{'word ' * (i % 7)}number {i}" for i in range(16)]
 WATCHED_TEXTS = ["hello", "a longer text than the other ones", "word " * 6]
 TEXT = "a prompt of some length, to be told from anything else by its shape"
 WIDTH = 32
@@ -45,23 +45,14 @@ def backbone():
     return tiny_backbone()
 
 
+def of_one_pass(backbone, probe, prompt):
+    """The probe's probabilities by one plain pass over the tokens."""
+    (logits,) = score(backbone, Bank([probe]), [prompt])
+    return probabilities([probe.verdict(logits[0])])
+
+
 def late(backbone, name="late", side="response", **options):
     return untrained_probe(backbone, name, reads=Reads(side), **options)
-
-
-def test_completions_together_get_the_verdicts_of_their_checks(backbone):
-    async def ask_all(engine):
-        together = await asyncio.gather(*(ask(engine, text) for text in TEXTS))
-        return together, await engine.judge([[Message("user", text)] for text in TEXTS])
-
-    together, checked = run(backbone, ask_all, probes=three_probes(backbone))
-    assert len({str(probabilities(each.judgement.verdicts)) for each in checked}) == len(TEXTS)
-    for answer, judged in zip(together, checked, strict=True):
-        verdicts = answer.judged.judgement.verdicts
-        assert [v.probe for v in verdicts] == ["toxicity", "intent", "topics"]
-        assert probabilities(verdicts) == pytest.approx(
-            probabilities(judged.judgement.verdicts), abs=ROUNDING
-        )
 
 
 @pytest.mark.slow
@@ -83,16 +74,16 @@ def test_a_running_verdict_is_that_of_the_text_so_far(backbone, side, mechanism)
         scores = [event for event in events if isinstance(event, ResponseScored)]
         assert events[0].judgement.verdicts == ()
         assert [score.tokens for score in scores] == list(range(1, len(tokens) + 1))
-        for score in scores:
-            read = followed(prompt, tokens[: score.tokens])
-            assert probabilities(score.judgement.verdicts) == pytest.approx(
-                expected(backbone, probe, read), abs=ROUNDING
+        for event in scores:
+            read = followed(prompt, tokens[: event.tokens])
+            assert probabilities(event.judgement.verdicts) == pytest.approx(
+                of_one_pass(backbone, probe, read), abs=ROUNDING
             )
         assert events[-1].judgement.verdicts == scores[-1].judgement.verdicts
     # A probe that nobody watches reads all but the last token.
     prompt, written = written_alone(backbone, WATCHED_TEXTS[0])
     assert probabilities(plain.finished.judgement.verdicts) == pytest.approx(
-        expected(backbone, probe, followed(prompt, written[:-1])), abs=ROUNDING
+        of_one_pass(backbone, probe, followed(prompt, written[:-1])), abs=ROUNDING
     )
 
 
@@ -106,9 +97,9 @@ def test_a_probe_that_overflows_gives_no_verdict_and_the_others_theirs(backbone)
     assert [verdict.probe for verdict in events[0].judgement.verdicts] == ["sound"]
     scores = [event for event in events if isinstance(event, ResponseScored)]
     assert scores
-    for score in (*scores, events[-1]):
-        assert "late" in score.judgement.failed
-        assert "late" not in [verdict.probe for verdict in score.judgement.verdicts]
+    for event in (*scores, events[-1]):
+        assert "late" in event.judgement.failed
+        assert "late" not in [verdict.probe for verdict in event.judgement.verdicts]
 
 
 def test_watching_changes_no_text_and_costs_the_reading_of_the_last_token(backbone):
@@ -185,27 +176,8 @@ def test_a_completion_keeps_the_probes_of_its_call_to_its_end(backbone):
     assert names == [["old"], ["old"], ["new"], ["old"]]
     prompt, written = written_alone(backbone, "before 0", max_tokens=60)
     assert probabilities(ends[0].judgement.verdicts) == pytest.approx(
-        expected(backbone, old, followed(prompt, written[:-1])), abs=ROUNDING
+        of_one_pass(backbone, old, followed(prompt, written[:-1])), abs=ROUNDING
     )
-
-
-def test_probes_add_no_forward_pass_and_no_token():
-    backbone = tiny_backbone()
-    shapes = count_passes(backbone)
-    found = {}
-    for name, probes in {
-        "none": [],
-        "three": three_probes(backbone),
-        "late": [late(backbone, side="both")],
-    }.items():
-        shapes.clear()
-        answer = run(backbone, lambda engine: ask(engine, TEXT), probes=probes)
-        found[name] = [tuple(shape) for shape in shapes], answer.text
-        said = answer.judged.judgement.verdicts + answer.finished.judgement.verdicts
-        assert len(said) == len(probes)
-    assert found["none"] == found["three"] == found["late"]
-    tokens = len(backbone.encoder.encode([Message("user", TEXT)]))
-    assert found["none"][0] == [(1, tokens)] + [(1, 1)] * 15
 
 
 def test_probes_keep_nothing_as_wide_as_a_hidden_state_in_any_layer_or_after_the_pass():

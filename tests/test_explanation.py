@@ -1,7 +1,5 @@
 """Explanations: shares sum to the logit, stand where the client wrote, and cost no pass."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -13,7 +11,7 @@ from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Reads
 from sidelight.states.extraction import score
 from sidelight.training.classifier import Classifier
-from tiny import INTENT, TOPICS, TOXICITY, three_probes, tiny_backbone, untrained_probe
+from tiny import INTENT, TOPICS, TOXICITY, broken, three_probes, tiny_backbone, untrained_probe
 
 # In logits; as in test_mechanisms.py.
 COMPLETE = 1e-4
@@ -101,10 +99,8 @@ def test_a_text_without_a_verdict_is_not_explained(backbone):
     plain = Example((Message("user", "hello"),), is_plain=True)
     with pytest.raises(VerdictError, match="plain text"):
         Classifier(backbone, probe).explain(plain)
-    broken = replace(probe, mechanism=untrained_probe(backbone, "q").mechanism)
-    broken.mechanism.bias.fill_(float("nan"))
     with pytest.raises(VerdictError, match="not finite"):
-        Classifier(backbone, broken).explain("hello")
+        Classifier(backbone, broken(probe)).explain("hello")
 
 
 def test_an_engine_explains_by_the_pass_that_judges(backbone):

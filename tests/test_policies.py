@@ -23,7 +23,7 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, Rule, read_policy
 from sidelight.prompts import Reads
-from tiny import INTENT, three_probes, untrained_probe
+from tiny import INTENT, broken, three_probes, untrained_probe
 
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_tokens": 6}
@@ -86,12 +86,6 @@ def asked(tiny, loaded, policy, **request):
         return http.post(CHATS, json={**GREEDY, **request})
 
 
-def broken(tiny, name, **options):
-    probe = untrained_probe(tiny, name, **options)
-    probe.mechanism.bias.fill_(float("nan"))
-    return probe
-
-
 def test_a_server_does_not_start_with_a_policy_that_does_not_fit(tiny, probes):
     engine, policy = TransformersEngine(tiny, probes), Policy(input={"toxic": Rule()})
     with (
@@ -111,7 +105,8 @@ def test_thresholds_and_labels_decide_what_is_flagged_and_marks_tell_it_a_gatewa
         },
         output={"late": Rule("flag", threshold=0.0)},
     )
-    answer = asked(tiny, [*probes[2:], *probes[:1], broken(tiny, "intent", task=INTENT)], policy)
+    intent = untrained_probe(tiny, "intent", task=INTENT)
+    answer = asked(tiny, [*probes[2:], *probes[:1], broken(intent)], policy)
     assert answer.headers["x-sidelight-flagged"] == "toxicity, late"
     assert answer.headers["x-sidelight-route"] == "violence, verdict_failed"
     labels = {v["probe"]: v.get("labels") for v in answer.json()["sidelight"]["verdicts"]}
@@ -133,7 +128,7 @@ def test_a_shadow_makes_no_category_ambiguous_and_a_failing_one_is_counted(tiny,
     rule = Rule("shadow", threshold=0.0, shadow_of="toxicity")
     shadows = {"hidden": rule, "failing": rule}
     policy = Policy(input={"toxicity": Rule(threshold=0.0), **shadows})
-    loaded = [*probes, untrained_probe(tiny, "hidden"), broken(tiny, "failing")]
+    loaded = [*probes, untrained_probe(tiny, "hidden"), broken(untrained_probe(tiny, "failing"))]
     with serving(tiny, loaded, policy) as http:
         answer = http.post("/v1/moderations", json={"input": "x", "probes": ["toxicity"]})
         chat = http.post(CHATS, json=GREEDY)
@@ -220,7 +215,7 @@ def test_a_text_longer_than_its_rule_allows_is_refused_in_a_check_and_told_in_an
 
 
 def test_what_was_not_judged_is_logged_and_counted(tiny, caplog):
-    probe, rule = broken(tiny, "early"), Rule("block")
+    probe, rule = broken(untrained_probe(tiny, "early")), Rule("block")
     for on_failure, status, action in (("pass", 200, "fail_open"), ("block", 500, "fail_closed")):
         policy = Policy(input={"early": replace(rule, on_failure=on_failure)})
         with serving(tiny, [probe], policy) as http:

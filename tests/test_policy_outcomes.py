@@ -188,6 +188,7 @@ def streamed_outcome(http):
     text = "".join(delta["delta"].get("content", "") for delta in deltas)
     if "error" in chunks[-1]:
         assert "[DONE]" not in response.text
+        assert "out of memory" not in response.text
         return f"200 error {chunks[-1]['error']['code']}", text
     moderation = [chunk["moderation"] for chunk in chunks if "moderation" in chunk][-1]
     return told(deltas[-1]["finish_reason"], moderation), text

@@ -2,11 +2,9 @@
 
 import json
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +23,7 @@ from sidelight.policy.rules import (
     require_policy_applies,
 )
 from sidelight.types import Judgement, Span, Verdict
-from tiny import PIECES, spans_probe, untrained_probe
+from tiny import PIECES, broken, spans_probe, untrained_probe
 
 GUARDRAIL = "/beta/litellm_basic_guardrail_api"
 QUESTION = [{"role": "user", "content": "Who is it?"}]
@@ -180,15 +178,12 @@ def test_an_answer_that_a_request_ends_tells_no_word_that_more_of_it_redacts(tin
 
 
 def test_without_a_verdict_no_text_leaves(tiny, late):
-    broken = replace(late, mechanism=spans_probe(tiny, "late", side="response").mechanism)
-    with torch.no_grad():
-        broken.mechanism.bias.fill_(torch.nan)
     for rule, reason, is_sent in (
         (Rule("redact"), "content_filter", False),
         (Rule("redact", on_failure="pass"), "length", True),
         (Rule("redact", max_tokens=1), "content_filter", False),
     ):
-        probe = late if rule.max_tokens else broken
+        probe = late if rule.max_tokens else broken(late)
         policy = Policy(output={"late": rule})
         with in_process(TransformersEngine(tiny, [probe]), policy=policy) as http:
             body = {"model": "tiny/llama", "messages": QUESTION, "max_tokens": 12, "seed": 3}

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.server.app import create_app, serve
+from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig, read_config
 from sidelight.server.keys import Access, Caller, Key, read_keys
 from sidelight.server.middleware import Gatekeeper
@@ -171,8 +171,3 @@ def test_nothing_prints_a_key():
     access = config.access
     assert USER not in f"{access!r} {config!r} {config.model_dump()} {config.model_dump_json()}"
     assert access.keys[0].digest.hex() not in repr(access)
-
-
-def test_the_server_listens_beyond_this_machine_only_with_keys_or_on_request():
-    with pytest.raises(SidelightError, match="--allow-anonymous"):
-        serve(lambda: pytest.fail("must not load"), ServerConfig(host="0.0.0.0", port=0))

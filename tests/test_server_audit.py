@@ -105,16 +105,20 @@ def test_a_text_that_does_not_end_is_audited_as_unfinished_and_counted(tiny, eng
         assert (own["scores"] is None) == (policy == Policy())
 
 
-def test_a_text_of_which_nothing_was_sent_is_not_audited(tiny, path):
+@pytest.mark.parametrize("are_scores_told", [False, True])
+def test_a_text_of_which_neither_words_nor_scores_were_sent_is_not_audited(
+    tiny, path, are_scores_told
+):
     """All of it is held back by the warm-up when the engine fails."""
     late = untrained_probe(tiny, "late", reads=Reads("response"))
-    policy = Policy(output={"late": Rule("block", threshold=1.0, warm_up=100)})
-    settings = {"audit_log": path, "policy": policy}
+    rule = Rule("block", threshold=1.0, warm_up=100, disclose="scores")
+    settings = {"audit_log": path, "policy": Policy(output={"late": rule})}
+    body = {**BODY, "stream": True, "stream_options": {"include_scores": are_scores_told}}
     with faults(tiny, {5: fail}), in_process(TransformersEngine(tiny, [late]), **settings) as http:
-        answer = http.post(CHAT, json={**BODY, "stream": True, "max_tokens": 20})
+        answer = http.post(CHAT, json={**body, "max_tokens": 20})
         assert "generation_failed" in answer.text
         series = http.get("/metrics").text
-    assert lines(path) == []
+    assert [line["outcome"] for line in lines(path)] == ["unfinished"] * are_scores_told
     # The fourth token was drawn, but gave no text and was not read.
     assert "sidelight_completion_tokens_total 3.0" in series
 

@@ -13,7 +13,7 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.decisions import decide
 from sidelight.policy.enforcement import Admitted
 from sidelight.policy.request import Outcome, Terms
-from sidelight.policy.rules import Policy, Rule, bound_rules
+from sidelight.policy.rules import Policy, bound_rules
 from sidelight.prompts import Message, Reads
 from sidelight.types import Judgement, Task
 from tiny import INTENT, TOPICS, three_probes, untrained_probe
@@ -113,36 +113,6 @@ def test_a_moderation_reports_every_category_and_no_other(client, http):
     body = {"input": "hello", "probes": ["topics", "spam"]}
     (chosen,) = http.post(MODERATIONS, json=body).json()["results"]
     assert chosen["categories"].keys() == {"violence", "sexual", "spam"}
-
-
-def test_each_text_of_a_list_is_judged_by_itself_and_as_a_chat(client):
-    texts = ["hello", *(f"text {'long ' * i}" for i in range(5))]
-    together = client.moderations.create(input=texts, model=MODEL).results
-    for text, result in zip(texts, together, strict=True):
-        (alone,) = client.moderations.create(input=text).results
-        scores = alone.category_scores.to_dict()
-        assert result.category_scores.to_dict() == pytest.approx(scores, abs=ROUNDING)
-    message = {"role": "user", "content": "hello"}
-    chat = client.chat.completions.create(model=MODEL, messages=[message], max_tokens=1)
-    in_chat = {k: v for r in chat.moderation.input.results for k, v in r.category_scores.items()}
-    assert together[0].category_scores.to_dict() == pytest.approx(in_chat, abs=ROUNDING)
-
-
-@pytest.mark.slow
-def test_thresholds_decide_the_flags_and_a_probe_of_responses_judges_no_prompt(tiny):
-    probes = [
-        untrained_probe(tiny, "always", threshold=0.0),
-        untrained_probe(tiny, "never", threshold=1.0),
-        untrained_probe(tiny, "topics", task=TOPICS, threshold=0.0),
-        untrained_probe(tiny, "late", reads=Reads("both")),
-    ]
-    with in_process(TransformersEngine(tiny, probes)) as http:
-        (result,) = http.post(MODERATIONS, json={"input": "x"}).json()["results"]
-        late = http.post(MODERATIONS, json={"input": "x", "probes": ["late"]})
-    assert result["flagged"]
-    flags = {"always/toxic": True, "never/toxic": False, "violence": True, "sexual": True}
-    assert {name: result["categories"][name] for name in flags} == flags
-    assert (late.status_code, late.json()["error"]["code"]) == (400, "no_prompt_probe")
 
 
 def test_true_and_false_are_choices_of_a_binary_probe(http, expected):
@@ -347,16 +317,6 @@ def test_a_probe_without_a_verdict_is_an_error(tiny):
         for path, body in ((MODERATIONS, {"input": "x"}), (CLASSIFY, {"input": "x"})):
             failed = http.post(path, json={**body, "probes": ["early"]})
             assert (failed.status_code, failed.json()["error"]["code"]) == (500, "verdict_failed")
-
-
-def test_each_failure_has_its_own_reason(tiny):
-    policy = Policy(output={"late": Rule(max_tokens=8)})
-    probes = [untrained_probe(tiny, n, reads=Reads("response")) for n in ("early", "late")]
-    rules = bound_rules(policy, probes)
-    response = [decide(bound, Judgement(), tokens=9) for bound in rules]
-    message = Terms(MODEL, policy, rules, rules, Mock()).moderation(response, "")["message"]
-    assert "early: the output was not a finite number" in message
-    assert "late: the text is longer than the policy" in message
 
 
 def test_each_text_of_a_prompt_shows_its_verdicts_once_the_prompt_is_admitted(tiny):

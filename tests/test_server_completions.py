@@ -11,7 +11,7 @@ from live import MODEL, served
 from sidelight.engines.base import Sampling, TextDelta
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts import Message, PlainText, Reads
+from sidelight.prompts import PlainText, Reads
 from tiny import three_probes, tiny_backbone, untrained_probe
 
 PATH = "/v1/completions"
@@ -142,15 +142,6 @@ def test_probes_of_both_judge_plain_text_as_probes_of_raw_texts_do(tiny, raw, mi
         assert probabilities(mine.verdicts) == pytest.approx(
             probabilities(theirs.verdicts), abs=ROUNDING
         )
-
-
-def test_probes_of_both_judge_chats_as_probes_of_chats_do(tiny, mixed_probes):
-    as_chat = [replace(probe, prompt_format="chat") for probe in mixed_probes]
-    chat = [Message("user", "hello"), Message("assistant", "go away")]
-    kinds = (mixed_probes, as_chat)
-    mixed, alone = (run(tiny, lambda e: e.judge([chat]), probes=probes) for probes in kinds)
-    assert mixed == alone
-    assert len(mixed[0].judgement.verdicts) == 5
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Tiny, randomly initialised models and untrained probes: real, and fast."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -44,17 +45,30 @@ TOPICS = Task("multilabel", ("violence", "sexual"))
 PIECES = Task("multilabel", ("NAME", "PLACE"))
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens, and a chat template."""
+def byte_level(
+    texts: Sequence[str] = (),
+    *,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    vocab_size: int = 400,
+) -> Tokenizer:
+    """Bytes as tokens, and what is frequent in the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        [], trainers.BpeTrainer(special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*special_tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def tiny_tokenizer(plain: Tokenizer | None = None) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, unless another is given, and a chat template."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=plain or byte_level(),
         eos_token="<|end|>",
         pad_token="<|pad|>",
         chat_template=CHAT_TEMPLATE,
@@ -114,6 +128,14 @@ def spans_probe(
     outputs = probe.task.outputs
     rule = SpanRule(probe.calibration, (threshold,) * outputs, (None,) * outputs)
     return replace(probe, spans=rule)
+
+
+def broken(probe: Probe) -> Probe:
+    """The same, but it has no verdict on any text."""
+    mechanism = deepcopy(probe.mechanism)
+    with torch.no_grad():
+        mechanism.bias.fill_(torch.nan)
+    return replace(probe, mechanism=mechanism)
 
 
 def three_probes(backbone: TransformersBackbone) -> Sequence[Probe]:
