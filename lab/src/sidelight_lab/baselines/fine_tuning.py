@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
@@ -289,21 +289,16 @@ class FineTunedEncoder(FineTuned):
     This is not single-pass: it is a second model that reads every text.
 
     Attributes:
-        path: A folder or hub id of an encoder; None takes the packaged MiniLM (22M parameters).
+        path: A folder or hub id of an encoder.
         max_tokens: Longer texts are cut at their end; the encoder's own limit if that is lower.
     """
 
     title: ClassVar[str] = "Fine-tuned encoder"
-    path: str | None = None
+    path: str = field(default_factory=packaged_encoder)
     learning_rate: float = 1e-4
     epochs: int = 4
     batch_size: int = 32
     max_tokens: int = 512
-
-    def require(self) -> None:
-        """Checks that the packaged encoder is there, unless another one is named."""
-        if self.path is None:
-            packaged_encoder()
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Fits all weights; the epoch is chosen on the validation texts."""

@@ -26,7 +26,7 @@ from sidelight.standardisation import Standardisation
 from sidelight.storage import write_text
 from sidelight.types import MechanismSpec, Task
 from sidelight_lab.environment import package_versions
-from sidelight_lab.tables.writing import Grid
+from sidelight_lab.tables.writing import markdown_table
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ def total(text: str, series: str, **labels: str) -> float:
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table under its title."""
-    lines = tuple(tuple(map(str, row)) for row in rows)
-    return Grid(title, tuple(headings), lines).markdown().strip()
+    return markdown_table(title, headings, rows).strip()
 
 
 def conditions(backbone: TransformersBackbone, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,17 +5,19 @@ metric is measured for every seed of both rows, averaged over the seeds of each,
 What makes texts hard for both rows cancels out, which is much sharper than comparing two intervals.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from sidelight.evaluation import Estimate, Report, evaluate
 from sidelight.metrics import decide, measure_resamples
-from sidelight.types import Values
-from sidelight_lab.tables.runs import JudgedRow, JudgedTable
+from sidelight.types import Task, Values
+from sidelight_lab.tables.recipes import Row
+from sidelight_lab.tables.runs import JudgedRun
 
 
 @dataclass(frozen=True)
@@ -27,17 +29,26 @@ class Difference:
 
 
 def mean_draws(
-    judged: JudgedTable, row: JudgedRow, *, metric: str, resamples: int = 1000
+    task: Task,
+    runs: Sequence[JudgedRun],
+    labels: np.ndarray,
+    *,
+    texts: Int[np.ndarray, " part"] | slice = slice(None),
+    metric: str,
+    resamples: int = 1000,
 ) -> Float[Values, " draw"]:
-    """The mean over seeds of a metric: first on the texts themselves, then on each resample.
+    """The mean over seeds of a metric: first on some texts themselves, then on each resample.
 
     The texts are resampled with replacement, in the same way for every row.
     """
-    decided = [
-        decide(judged.task, run.probabilities, judged.labels, thresholds=run.thresholds)
-        for run in row.runs
+    drawn = [
+        measure_resamples(
+            decide(task, run.probabilities[texts], labels[texts], thresholds=run.thresholds),
+            resamples=resamples,
+            seed=0,
+        )[metric]
+        for run in runs
     ]
-    drawn = [measure_resamples(one, resamples=resamples, seed=0)[metric] for one in decided]
     return np.mean(drawn, 0)
 
 
@@ -67,22 +78,22 @@ def difference_over_draws(
     """
     from scipy.stats import permutation_test  # pyright: ignore
 
-    def mean_difference(ours: Float[Values, " draw"], theirs: Float[Values, " draw"]) -> float:
-        return float(np.mean(ours - theirs))
+    def mean(gains: Float[Values, " draw"]) -> float:
+        return float(np.mean(gains))
 
-    defined = ~np.isnan(ours - theirs)
-    ours, theirs = ours[defined], theirs[defined]
-    value = mean_difference(ours, theirs) if len(ours) else None
-    if len(ours) < 2:
-        return Difference(Estimate(value, None, None), None)
+    gains = ours - theirs
+    gains = gains[~np.isnan(gains)]
+    estimate = Estimate(mean(gains) if len(gains) else None, None, None)
+    if len(gains) < 2:
+        return Difference(estimate, None)
     found = permutation_test(
-        (ours, theirs),
-        mean_difference,
+        (gains,),
+        mean,
         permutation_type="samples",
         n_resamples=9999,
         rng=np.random.default_rng(0),
     )
-    return Difference(Estimate(value, None, None), float(found.pvalue))
+    return Difference(estimate, float(found.pvalue))
 
 
 @dataclass(frozen=True)
@@ -90,16 +101,20 @@ class Spread:
     """A number over the seeds or draws in which it is defined."""
 
     mean: float | None
-    deviation: float  # of the sample; 0 for a single value
+    sd: float  # of the sample; 0 for a single value
     values: tuple[float | None, ...]
 
     @staticmethod
     def of(values: Sequence[float | None]) -> "Spread":
         defined = [value for value in values if value is not None]
-        if not defined:
-            return Spread(None, 0.0, tuple(values))
         deviation = float(np.std(defined, ddof=1)) if len(defined) > 1 else 0.0
-        return Spread(float(np.mean(defined)), deviation, tuple(values))
+        return Spread(float(np.mean(defined)) if defined else None, deviation, tuple(values))
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return "-"
+        deviation = f" ± {self.sd:.3f}" if len(self.values) > 1 else ""
+        return f"{self.mean:.3f}{deviation}"
 
 
 @dataclass(frozen=True)
@@ -107,50 +122,46 @@ class RowFigures:
     """A row of the table.
 
     Attributes:
-        reports: One per seed; the chosen seed's has bootstrap intervals, except for few-shot draws.
+        runs: One for each seed.
+        reports: Likewise; the chosen seed's has bootstrap intervals, except for few-shot draws.
         difference: How much higher ours is in the table's metric; None for ours itself.
     """
 
-    row: JudgedRow
+    runs: tuple[JudgedRun, ...]
     reports: tuple[Report, ...]
     difference: Difference | None
 
     @property
-    def chosen(self) -> Report:
-        """The report of the seed with the best validation score."""
-        return self.reports[self.row.chosen]
+    def row(self) -> Row:
+        return self.runs[0].row
 
     @property
-    def parameters(self) -> int:
-        return self.row.runs[self.row.chosen].parameters
+    def chosen(self) -> int:
+        return chosen_run(self.runs)
+
+    @cached_property
+    def metrics(self) -> dict[str, Spread]:
+        names = self.reports[0].metrics
+        return {name: Spread.of([r.metrics[name].value for r in self.reports]) for name in names}
 
     @property
     def validation(self) -> Spread:
         """``validation_score`` over seeds."""
-        return Spread.of([run.score for run in self.row.runs])
-
-    def spread(self, metric: str) -> Spread:
-        return Spread.of([report.metrics[metric].value for report in self.reports])
+        return Spread.of([run.score for run in self.runs])
 
     def to_dict(self) -> dict[str, Any]:
-        metrics = {
-            name: {"mean": one.mean, "sd": one.deviation, "values": list(one.values)}
-            for name in self.chosen.metrics
-            for one in [self.spread(name)]
-        }
+        chosen, compared = self.chosen, self.difference
         return {
             "name": self.row.name,
             "title": self.row.title,
             "single_pass": self.row.is_single_pass,
-            "parameters": self.parameters,
-            "seeds": [run.seed for run in self.row.runs],
-            "validation": {"mean": self.validation.mean, "values": list(self.validation.values)},
-            "seconds": [run.seconds for run in self.row.runs],
-            "metrics": metrics,
-            "chosen": {"seed": self.row.runs[self.row.chosen].seed, **self.chosen.to_dict()},
-            "ours_minus_this": None
-            if self.difference is None
-            else {**self.difference.estimate.to_dict(), "p": self.difference.p_value},
+            "parameters": self.runs[chosen].parameters,
+            "seeds": [run.seed for run in self.runs],
+            "validation": asdict(self.validation),
+            "seconds": [run.seconds for run in self.runs],
+            "metrics": {name: asdict(spread) for name, spread in self.metrics.items()},
+            "chosen": {"seed": self.runs[chosen].seed, **self.reports[chosen].to_dict()},
+            "ours_minus_this": compared and {**compared.estimate.to_dict(), "p": compared.p_value},
         }
 
 
@@ -164,49 +175,65 @@ class TableFigures:
     ours: str  # the row that the others are compared with; "" if there is none
     rows: tuple[RowFigures, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "rows": [row.to_dict() for row in self.rows]}
+
 
 def measure_rows(
-    judged: JudgedTable, *, title: str, metric: str, ours: str, are_draws: bool
+    task: Task,
+    judged: Mapping[str, Sequence[JudgedRun]],
+    labels: np.ndarray,
+    texts: Int[np.ndarray, " part"],
+    *,
+    title: str,
+    metric: str,
+    ours: str,
+    are_draws: bool,
 ) -> TableFigures:
     """Measures all rows on the same texts; nothing is compared if there is no row of ours.
 
     Few-shot draws differ in their training texts, so they have a spread over draws instead of an
     interval.
     """
-    reports = {row.name: _report_runs(judged, row, are_draws=are_draws) for row in judged.rows}
-    draws = 1 + max(run.seed for row in judged.rows for run in row.runs)
-    samples = {
-        row.name: _by_draw(row, reports[row.name], metric, draws=draws)
-        if are_draws
-        else mean_draws(judged, row, metric=metric)
-        for row in judged.rows
-    }
+    draws = 1 + max(run.seed for runs in judged.values() for run in runs)
+    rows: dict[str, RowFigures] = {}
+    samples: dict[str, Float[Values, " draw"]] = {}
+    for name, runs in judged.items():
+        reports = [
+            evaluate(
+                task,
+                run.probabilities[texts],
+                labels[texts],
+                thresholds=run.thresholds,
+                bootstrap=1000 if place == chosen_run(runs) and not are_draws else 0,
+            )
+            for place, run in enumerate(runs)
+        ]
+        rows[name] = RowFigures(tuple(runs), tuple(reports), None)
+        if are_draws:
+            # NaN for a draw that the row lacks, as slow rows do.
+            samples[name] = np.full(draws, np.nan)
+            values = rows[name].metrics[metric].values
+            samples[name][[run.seed for run in runs]] = np.array(values, dtype=float)
+        else:
+            samples[name] = mean_draws(task, runs, labels, texts=texts, metric=metric)
     compare = difference_over_draws if are_draws else difference
-    others = {*samples} - {ours} if ours in samples else set[str]()
-    differences = {name: compare(samples[ours], samples[name]) for name in others}
-    rows = [RowFigures(row, reports[row.name], differences.get(row.name)) for row in judged.rows]
-    return TableFigures(title, len(judged.labels), metric, ours, tuple(rows))
+    for name in {*rows} - {ours} if ours in rows else ():
+        compared = compare(samples[ours], samples[name])
+        rows[name] = replace(rows[name], difference=compared)
+    return TableFigures(title, len(texts), metric, ours, tuple(rows.values()))
 
 
-def _report_runs(judged: JudgedTable, row: JudgedRow, *, are_draws: bool) -> tuple[Report, ...]:
-    return tuple(
-        evaluate(
-            judged.task,
-            run.probabilities,
-            judged.labels,
-            thresholds=run.thresholds,
-            bootstrap=1000 if place == row.chosen and not are_draws else 0,
-        )
-        for place, run in enumerate(row.runs)
-    )
+def chosen_run(runs: Sequence[JudgedRun]) -> int:
+    """The run with the best validation score; of equal runs, the first."""
+    return int(np.argmax([run.score for run in runs]))
 
 
-def _by_draw(
-    row: JudgedRow, reports: Sequence[Report], metric: str, *, draws: int
-) -> Float[Values, " draw"]:
-    """The metric of each draw; NaN for a draw that the row lacks, as slow rows do."""
-    values = np.full(draws, np.nan)
-    for run, report in zip(row.runs, reports, strict=True):
-        value = report.metrics[metric].value
-        values[run.seed] = np.nan if value is None else value
-    return values
+def preferred_row(judged: Mapping[str, Sequence[JudgedRun]], names: Collection[str]) -> str:
+    """Whichever of these rows has the best mean validation score; "" if none is there."""
+    means = {
+        name: float(np.mean([run.score for run in runs]))
+        for name, runs in judged.items()
+        if name in names
+    }
+    return max(means, key=means.__getitem__, default="")

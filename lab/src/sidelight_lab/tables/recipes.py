@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pydantic.dataclasses
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
 
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.mechanisms.base import mechanism_spec
@@ -24,6 +24,7 @@ Kind = Literal["comparison", "transfer", "few-shot", "sensitivity"]
 Value = bool | int | float | str
 
 _FOLDER = files("sidelight_lab.tables") / "recipes"
+_SETTINGS = tuple(setting.name for setting in fields(TrainingSettings))
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,45 @@ class ProbeRow:
 
     name: str
     mechanism: str
-    options: Mapping[str, int | str] = field(default_factory=dict)
+    options: Mapping[str, Value] = field(default_factory=dict)
     settings: Mapping[str, Value] = field(default_factory=dict)
+    is_single_pass: ClassVar[bool] = True
+
+    @property
+    def title(self) -> str:
+        return self.name
+
+    @property
+    def seeds(self) -> int | None:
+        """Nothing in a linear probe's solution is random."""
+        return 1 if self.mechanism == "linear" else None
+
+    def spec(self) -> MechanismSpec:
+        return mechanism_spec(self.mechanism, self.options)  # pyright: ignore[reportArgumentType]
+
+    def training_settings(self) -> TrainingSettings:
+        suggested = suggested_settings(self.mechanism)
+        for name in self.settings:
+            if name not in _SETTINGS:
+                raise SidelightError(f"Unknown setting '{name}'.{did_you_mean(name, _SETTINGS)}")
+        try:
+            # Through JSON: in strict mode, a Python dict is no dataclass.
+            values = json.dumps({**asdict(suggested), **self.settings})
+            checked = TypeAdapter(TrainingSettings).validate_json(values, strict=True)
+        except ValidationError as error:
+            raise SidelightError(f"Setting {_complaint(error)}") from error
+        return suggested.changed(**{name: getattr(checked, name) for name in self.settings})
+
+    def changed(self, parameter: str, value: Value) -> "ProbeRow":
+        """With another value of a setting or an option, which the name tells."""
+        row = replace(self, name=f"{self.name}, {parameter} {value}")
+        if parameter in _SETTINGS:
+            return replace(row, settings={**self.settings, parameter: value})
+        return replace(row, options={**self.options, parameter: value})
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides a result besides texts and seed, for its hash."""
+        return {"spec": asdict(self.spec()), "settings": asdict(self.training_settings())}
 
 
 @dataclass(frozen=True)
@@ -43,7 +81,45 @@ class BaselineRow:
     name: str
     baseline: str | None = None  # its key in ``BASELINES``; None takes the row's name
     options: Mapping[str, Any] = field(default_factory=dict)
-    seeds: int | None = None  # 1 for one in which nothing is random; None means the table's seeds
+    # 1 for one in which nothing is random; None means the table's seeds.
+    seeds: PositiveInt | None = None
+
+    @property
+    def kind(self) -> type[Baseline]:
+        key = self.baseline or self.name
+        if key not in BASELINES:
+            raise SidelightError(f"Unknown baseline '{key}'.{did_you_mean(key, BASELINES)}")
+        return BASELINES[key]
+
+    @property
+    def title(self) -> str:
+        """A row that has its own name tells two configurations of one baseline apart."""
+        return self.kind.title if self.baseline in (None, self.name) else self.name
+
+    @property
+    def is_single_pass(self) -> bool:
+        return self.kind.is_single_pass
+
+    def model(self) -> Baseline:
+        """The baseline, ready to be fitted."""
+        key, kind = self.baseline or self.name, self.kind
+        known = [option.name for option in fields(kind)]  # pyright: ignore[reportArgumentType]
+        for option in self.options:
+            if option not in known:
+                raise SidelightError(
+                    f"Unknown option '{option}' of baseline '{key}'.{did_you_mean(option, known)}"
+                )
+        try:
+            return TypeAdapter(kind).validate_python(self.options)
+        except ValidationError as error:
+            raise SidelightError(f"Option {key}.{_complaint(error)}") from error
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides a result besides texts and seed, for its hash."""
+        return {"baseline": self.kind.__name__, "options": repr(self.model())}
+
+
+Row = ProbeRow | BaselineRow
 
 
 @dataclass(frozen=True)
@@ -79,10 +155,10 @@ class Recipe:
     metric: str = "auprc"
     ours: tuple[str, ...] = ()
     reads: Reads = field(default_factory=Reads)
-    max_tokens: int = 512
-    seeds: int = 3
-    labels_per_class: int = 64
-    draws: int = 10
+    max_tokens: PositiveInt = 512
+    seeds: PositiveInt = 3
+    labels_per_class: PositiveInt = 64
+    draws: PositiveInt = 10
     sweep: Sweep | None = None
     probe: tuple[ProbeRow, ...] = ()
     baseline: tuple[BaselineRow, ...] = ()
@@ -90,6 +166,13 @@ class Recipe:
     def names(self) -> tuple[str, ...]:
         """The rows, in the order of the file."""
         return tuple(row.name for row in (*self.probe, *self.baseline))
+
+    def rows(self) -> tuple[Row, ...]:
+        """The rows in the order of the file; a sweep makes one of each probe and value."""
+        if self.sweep is None:
+            return (*self.probe, *self.baseline)
+        parameter, values = self.sweep.parameter, self.sweep.values
+        return tuple(row.changed(parameter, value) for row in self.probe for value in values)
 
     def only(self, names: Iterable[str]) -> "Recipe":
         """The recipe with these rows only; nothing is compared if no row of ours is left."""
@@ -106,11 +189,8 @@ class Recipe:
         )
 
 
-_SECTIONS: dict[str, type[Any]] = {
-    "probe": ProbeRow,
-    "baseline": BaselineRow,
-    "sweep": Sweep,
-    "reads": Reads,
+_KNOWN_KEYS = {
+    key.name for section in (Recipe, ProbeRow, BaselineRow, Sweep, Reads) for key in fields(section)
 }
 
 
@@ -153,18 +233,15 @@ def parse_recipe(text: str, *, name: str) -> Recipe:
 def _complaint(error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
-    if first["type"] != "unexpected_keyword_argument":
-        return f"{place} cannot be {first['input']!r}: {first['msg']}."
-    section, _, key = place.rpartition(".")
-    known = fields(_SECTIONS[section.partition(".")[0]] if section else Recipe)
-    return f"unknown key '{place}'.{did_you_mean(key, [one.name for one in known])}"
+    if first["type"] == "unexpected_keyword_argument":
+        return f"unknown key '{place}'.{did_you_mean(str(first['loc'][-1]), _KNOWN_KEYS)}"
+    return f"{place} cannot be {first['input']!r}: {first['msg']}."
 
 
 def _requirements(recipe: Recipe) -> dict[str, bool]:
     """Each requirement across keys, and whether it is met."""
     rows, kind = recipe.names(), recipe.kind
     swept = recipe.sweep.values if recipe.sweep else None
-    counts = (recipe.seeds, recipe.draws, recipe.labels_per_class, recipe.max_tokens)
     return {
         f"'metric' must be one of {', '.join(METRICS)}": recipe.metric in METRICS,
         "every row needs a name of its own": len(set(rows)) == len(rows),
@@ -180,120 +257,4 @@ def _requirements(recipe: Recipe) -> dict[str, bool]:
         "a [sweep] needs values that differ": swept is None or 0 < len(swept) == len(set(swept)),
         "a sensitivity table takes no [[baseline]] and no 'ours': its rows are probes, each with a "
         "value": swept is None or not (recipe.baseline or recipe.ours),
-        "'seeds', 'draws', 'labels_per_class' and 'max_tokens' must be 1 or more": min(counts) >= 1,
-        "the 'seeds' of a baseline must be 1 or more": all(
-            row.seeds is None or row.seeds >= 1 for row in recipe.baseline
-        ),
     }
-
-
-@dataclass(frozen=True)
-class ProbeConfig:
-    """A mechanism with everything that decides how it is trained.
-
-    Attributes:
-        swept: The value of the swept parameter; None outside a sensitivity table.
-        line: Name of the probe that is swept: rows with the same line make one curve.
-    """
-
-    name: str
-    spec: MechanismSpec
-    settings: TrainingSettings
-    swept: Value | None = None
-    line: str = ""
-    is_single_pass: ClassVar[bool] = True
-
-    @property
-    def seeds(self) -> int | None:
-        """Nothing in a linear probe's solution is random."""
-        return 1 if self.spec.name == "linear" else None
-
-    @property
-    def title(self) -> str:
-        return self.name
-
-    def describe(self) -> dict[str, Any]:
-        """Everything that decides a result besides texts and seed, for its hash."""
-        return {"spec": asdict(self.spec), "settings": asdict(self.settings)}
-
-
-@dataclass(frozen=True)
-class BaselineConfig:
-    """A baseline that is ready to be fitted, at most ``seeds`` times."""
-
-    name: str
-    title: str
-    baseline: Baseline
-    seeds: int | None
-
-    @property
-    def is_single_pass(self) -> bool:
-        return self.baseline.is_single_pass
-
-    def describe(self) -> dict[str, Any]:
-        """Everything that decides a result besides texts and seed, for its hash."""
-        return {"baseline": type(self.baseline).__name__, "options": repr(self.baseline)}
-
-
-Row = ProbeConfig | BaselineConfig
-
-
-def build_rows(recipe: Recipe) -> tuple[Row, ...]:
-    """The rows in the order of the recipe, swept if it says so."""
-    probes = [_probe(row) for row in recipe.probe]
-    if recipe.sweep is not None:
-        parameter, values = recipe.sweep.parameter, recipe.sweep.values
-        probes = [_swept(probe, parameter, value) for probe in probes for value in values]
-    return (*probes, *map(_baseline, recipe.baseline))
-
-
-def _probe(row: ProbeRow) -> ProbeConfig:
-    settings = _changed(suggested_settings(row.mechanism), row.settings)
-    spec = mechanism_spec(row.mechanism, row.options)
-    return ProbeConfig(row.name, spec, settings, line=row.name)
-
-
-def _swept(probe: ProbeConfig, parameter: str, value: Value) -> ProbeConfig:
-    spec, settings = probe.spec, probe.settings
-    if parameter in _SETTINGS:
-        settings = _changed(settings, {parameter: value})
-    else:
-        spec = mechanism_spec(spec.name, {**spec.options, parameter: value})  # pyright: ignore
-    name = f"{probe.name}, {parameter} {value}"
-    return replace(probe, name=name, spec=spec, settings=settings, swept=value)
-
-
-_SETTINGS = tuple(setting.name for setting in fields(TrainingSettings))
-
-
-def _changed(settings: TrainingSettings, given: Mapping[str, Value]) -> TrainingSettings:
-    for name in given:
-        if name not in _SETTINGS:
-            raise SidelightError(f"Unknown setting '{name}'.{did_you_mean(name, _SETTINGS)}")
-    try:
-        # Through JSON: in strict mode, a Python dict is no dataclass.
-        values = json.dumps({**asdict(settings), **given})
-        checked = TypeAdapter(TrainingSettings).validate_json(values, strict=True)
-    except ValidationError as error:
-        raise SidelightError(f"Setting {_complaint(error)}") from error
-    return settings.changed(**{name: getattr(checked, name) for name in given})
-
-
-def _baseline(row: BaselineRow) -> BaselineConfig:
-    key = row.baseline or row.name
-    if key not in BASELINES:
-        raise SidelightError(f"Unknown baseline '{key}'.{did_you_mean(key, BASELINES)}")
-    kind = BASELINES[key]
-    known = [option.name for option in fields(kind)]  # pyright: ignore[reportArgumentType]
-    for option in row.options:
-        if option not in known:
-            raise SidelightError(
-                f"Unknown option '{option}' of baseline '{key}'.{did_you_mean(option, known)}"
-            )
-    try:
-        baseline = TypeAdapter(kind).validate_python(row.options)
-    except ValidationError as error:
-        raise SidelightError(f"Option {key}.{_complaint(error)}") from error
-    # A row that has its own name tells two configurations of one baseline apart.
-    title = kind.title if row.name == key else row.name
-    return BaselineConfig(row.name, title, baseline, row.seeds)

@@ -25,18 +25,10 @@ from sidelight.training.validation import require_same_task
 from sidelight.types import Task
 from sidelight_lab.datasets import DataSet, overlap_notes
 from sidelight_lab.environment import environment, package_versions
-from sidelight_lab.tables.figures import TableFigures, measure_rows
-from sidelight_lab.tables.recipes import BaselineConfig, ProbeConfig, Recipe, Row, build_rows
-from sidelight_lab.tables.runs import (
-    JudgedTable,
-    Run,
-    digest,
-    draw_few,
-    fit_runs,
-    judge_runs,
-    plan_runs,
-)
-from sidelight_lab.tables.writing import HOW, HOW_DRAWS, FinishedTable, draw_bars, draw_sweep
+from sidelight_lab.tables.figures import TableFigures, measure_rows, preferred_row
+from sidelight_lab.tables.recipes import ProbeRow, Recipe, Row
+from sidelight_lab.tables.runs import Run, digest, draw_few, fit_runs, judge_runs, plan_runs
+from sidelight_lab.tables.writing import HOW, HOW_DRAWS, FinishedTable
 
 
 @dataclass(frozen=True)
@@ -64,12 +56,12 @@ class RecipeContext:
             return examples
         return examples.select(examples.draw(self.limit, seed=0))
 
-    def notes(self, notes: Sequence[str]) -> tuple[str, ...]:
+    def notes(self, data: DataSet) -> tuple[str, ...]:
         """The notes on the data, and one on the limit if there is any."""
         if self.limit is None:
-            return tuple(notes)
+            return data.notes
         return (
-            *notes,
+            *data.notes,
             f"At most {self.limit} rows of each split were used, drawn at random, class by class.",
         )
 
@@ -96,11 +88,8 @@ class RecipeContext:
             title=title,
         )
 
-    def write_origin(self, data: DataSet | None = None) -> None:
+    def write_origin(self, data: DataSet) -> None:
         """Records the recipe, the environment and the data, before the work begins."""
-        notes: tuple[str, ...] = ()
-        if data is not None:
-            notes = data.notes if self.recipe.test_data is None else data.training_notes
         origin = {
             **environment(),
             "backbone": asdict(self.backbone.fingerprint),
@@ -109,18 +98,17 @@ class RecipeContext:
         }
         write_text(self.directory / "recipe.toml", self.text)
         write_json(self.directory / "environment.json", origin)
-        lines = (f"- {note}\n" for note in self.notes(notes))
+        lines = (f"- {note}\n" for note in self.notes(data))
         write_text(self.directory / "data.md", "".join(lines))
 
 
 def reproduce(context: RecipeContext) -> FinishedTable:
     """Makes the table of a recipe; what an earlier, killed run finished is not repeated."""
     recipe, directory = context.recipe, context.directory
-    # A misspelt name or a missing package is refused before hours of extraction.
-    rows = build_rows(recipe)
+    rows = recipe.rows()
     for row in rows:
-        if isinstance(row, BaselineConfig):
-            row.baseline.require()
+        # A misspelt name or a missing package is refused before hours of extraction.
+        row.describe()
     data = context.load(recipe.data)
     context.write_origin(data)
     dataset = context.dataset(data)
@@ -142,20 +130,36 @@ def reproduce(context: RecipeContext) -> FinishedTable:
     tested = data if recipe.test_data is None else context.load(recipe.test_data)
     test = _fit_to_task(context.sample(tested.test), dataset.task)
     earlier = _record_opening(directory, config=config, test=test.content_hash)
-    judged = judge_runs(rows, runs, context.extract(test, "Test texts"))
-
-    notes = context.notes(data.notes)
+    results = judge_runs(runs, context.extract(test, "Test texts"))
+    # A row whose runs all diverged is left out.
+    judged = {row.name: [run for run in results if run.row.name == row.name] for row in rows}
+    judged = {name: own for name, own in judged.items() if own}
+    ours = preferred_row(judged, recipe.ours)
+    tables: list[TableFigures] = []
+    for name, texts in {"all": np.arange(len(test)), **_subsets(context, tested)}.items():
+        tables.append(
+            measure_rows(
+                dataset.task,
+                judged,
+                test.labels,
+                texts,
+                title=f"{tested.title}, {name}",
+                metric=recipe.metric,
+                ours=ours,
+                are_draws=recipe.kind == "few-shot",
+            )
+        )
+    notes = context.notes(data)
     if tested is not data:
         notes = (
-            *(f"{data.title}: {note}" for note in context.notes(data.training_notes)),
-            *(f"{tested.title}: {note}" for note in context.notes(tested.test_notes)),
+            *(f"{part.title}: {note}" for part in (data, tested) for note in context.notes(part)),
             *overlap_notes(dataset.training.examples, test),
         )
     table = FinishedTable(
         recipe.title,
         HOW_DRAWS if recipe.kind == "few-shot" else HOW,
-        (*notes, *_further_notes(recipe, tried, judged, earlier)),
-        tuple(_measured(context, rows, judged, tested)),
+        (*notes, *_further_notes(recipe, tried, ours, earlier)),
+        tuple(tables),
     )
     table.write(directory)
     return table
@@ -214,7 +218,7 @@ def _fit_to_task(test: LabelledExamples, task: Task) -> LabelledExamples:
 
 
 def _further_notes(
-    recipe: Recipe, tried: Sequence[Run], judged: JudgedTable, earlier: Sequence[str]
+    recipe: Recipe, tried: Sequence[Run], ours: str, earlier: Sequence[str]
 ) -> Iterator[str]:
     """Notes on earlier uses of the test data, on runs that diverged, and on how ours was chosen."""
     if earlier:
@@ -228,43 +232,19 @@ def _further_notes(
             "row had its validation results first."
         )
     for run in tried:
-        if run.has_diverged and isinstance(run.row, ProbeConfig):
+        if run.has_diverged and isinstance(run.row, ProbeRow):
+            rate = run.row.training_settings().learning_rate
             yield (
-                f"Training '{run.row.name}' with seed {run.seed} diverged (learning rate "
-                f"{run.row.settings.learning_rate}): this run is left out."
+                f"Training '{run.row.name}' with seed {run.seed} diverged (learning rate {rate}): "
+                "this run is left out."
             )
-    ours = judged.preferred(recipe.ours)
     if ours and len(recipe.ours) == 1:
         yield f"Ours is '{ours}'."
     elif ours:
         yield (
             f"Ours is '{ours}': among {', '.join(recipe.ours)}, it has the best mean validation "
-            f"{score_name(judged.task)}."
+            f"{score_name(tried[0].dataset.task)}."
         )
-
-
-def _measured(
-    context: RecipeContext, rows: Sequence[Row], judged: JudgedTable, tested: DataSet
-) -> Iterator[TableFigures]:
-    """All rows measured and drawn on all test texts, then on each subset."""
-    recipe = context.recipe
-    parameter = recipe.sweep.parameter if recipe.sweep else ""
-    ours = judged.preferred(recipe.ours)
-    for name, texts in {"all": np.arange(len(judged.labels)), **_subsets(context, tested)}.items():
-        part = judged.part(texts)
-        figures = measure_rows(
-            part,
-            title=f"{tested.title}, {name}",
-            metric=recipe.metric,
-            ours=ours,
-            are_draws=recipe.kind == "few-shot",
-        )
-        ending = f"{name.replace(' ', '_').replace('/', '_')}.png"
-        plots = context.directory / "plots"
-        draw_bars(figures, plots / f"bars_{ending}")
-        if parameter:
-            draw_sweep(figures, rows, parameter, plots / f"sweep_{ending}")
-        yield figures
 
 
 def _subsets(context: RecipeContext, tested: DataSet) -> Mapping[str, Int[np.ndarray, " row"]]:

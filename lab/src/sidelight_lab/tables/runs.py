@@ -7,8 +7,8 @@ fitted to validation logits, for probes and baselines alike.
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -20,9 +20,8 @@ from jaxtyping import Float, Int
 from sidelight.artifact import load_probe, save_probe
 from sidelight.calibration import fit_calibration, suggested_calibration
 from sidelight.errors import SidelightError
-from sidelight.probe import Probe
-from sidelight.progress import progress
-from sidelight.states.extraction import shard_logits
+from sidelight.progress import progress, say
+from sidelight.states.extraction import cached_logits
 from sidelight.storage import replacing
 from sidelight.thresholds import choose_thresholds
 from sidelight.training.dataset import ProbeDataset, Split
@@ -30,9 +29,8 @@ from sidelight.training.fit import calibrate_probe
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import FitOptions, Job
-from sidelight.types import Task
 from sidelight_lab.baselines.base import FittedBaseline
-from sidelight_lab.tables.recipes import BaselineConfig, ProbeConfig, Recipe, Row
+from sidelight_lab.tables.recipes import BaselineRow, ProbeRow, Recipe, Row
 
 
 @dataclass
@@ -53,54 +51,20 @@ class Run:
 
     @property
     def is_fitted(self) -> bool:
-        return self._result.exists()
+        return (self.folder / "result.npz").exists()
 
     @property
     def has_diverged(self) -> bool:
         return (self.folder / "diverged").exists()
 
-    @property
-    def probe_folder(self) -> Path:
-        return self.folder / "probe"
+    def save(self, name: str, **arrays: Any) -> None:
+        """Stores arrays completely or, if killed, not at all."""
+        with replacing(self.folder / f"{name}.npz") as partial, partial.open("wb") as file:
+            np.savez(file, **arrays)
 
-    def save(
-        self, validation_logits: Float[np.ndarray, "text output"], seconds: float, parameters: int
-    ) -> None:
-        """Stores the result completely or, if killed, not at all.
-
-        Args:
-            validation_logits: Before calibration.
-            seconds: Of fitting; probes that are trained together share it evenly.
-            parameters: Fitted numbers that prediction needs.
-        """
-        _save_arrays(self._result, logits=validation_logits, seconds=seconds, parameters=parameters)
-
-    def load(self) -> tuple[Float[np.ndarray, "text output"], float, int]:
-        with np.load(self._result, allow_pickle=False) as stored:
-            return stored["logits"], float(stored["seconds"]), int(stored["parameters"])
-
-    def is_tested(self, test: str) -> bool:
-        """Whether logits of the test texts with this hash are stored."""
-        return self._test(test).exists()
-
-    def save_test(self, test: str, logits: Float[np.ndarray, "text output"]) -> None:
-        _save_arrays(self._test(test), logits=logits)
-
-    def load_test(self, test: str) -> Float[np.ndarray, "text output"]:
-        with np.load(self._test(test), allow_pickle=False) as stored:
-            return stored["logits"]
-
-    @property
-    def _result(self) -> Path:
-        return self.folder / "result.npz"
-
-    def _test(self, test: str) -> Path:
-        return self.folder / f"test-{test[:12]}.npz"
-
-
-def _save_arrays(path: Path, **arrays: Any) -> None:
-    with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, **arrays)
+    def load(self, name: str) -> Mapping[str, np.ndarray]:
+        with np.load(self.folder / f"{name}.npz", allow_pickle=False) as stored:
+            return dict(stored)
 
 
 def digest(described: Mapping[str, Any]) -> str:
@@ -122,10 +86,10 @@ def plan_runs(
     }
     runs: list[Run] = []
     for row in rows:
-        name = plain_name(row)
         for seed in seeds[: row.seeds]:
             key = digest({"row": row.name, "seed": seed, **row.describe(), **texts})
-            runs.append(Run(row, seed, dataset, folder / f"{name}-seed{seed}-{key[:12]}"))
+            name = f"{plain_name(row)}-seed{seed}-{key[:12]}"
+            runs.append(Run(row, seed, dataset, folder / name))
     return runs
 
 
@@ -157,10 +121,10 @@ def draw_few(dataset: ProbeDataset, recipe: Recipe) -> list[ProbeDataset]:
 
 
 def _balanced(split: Split, count: int, random: np.random.Generator) -> Int[np.ndarray, " text"]:
-    by_class = [np.flatnonzero(split.labels == label) for label in range(len(split.task.labels))]
-    smallest = min(map(len, by_class))
+    smallest = int(split.examples.label_counts.min())
     if smallest == 0:
         raise SidelightError("A class has no text to draw. Use more rows (--limit).")
+    by_class = (np.flatnonzero(split.labels == label) for label in range(len(split.task.labels)))
     drawn = [random.choice(rows, min(count, smallest), replace=False) for rows in by_class]
     return random.permutation(np.concatenate(drawn))
 
@@ -173,50 +137,47 @@ def fit_runs(runs: Sequence[Run], *, max_tokens: int) -> None:
     cut to, for the probes' records.
     """
     missing = [run for run in runs if not (run.is_fitted or run.has_diverged)]
-    _train(
-        [(run, run.row) for run in missing if isinstance(run.row, ProbeConfig)],
-        max_tokens=max_tokens,
-    )
-    fits = [run for run in missing if isinstance(run.row, BaselineConfig)]
-    if fits:
-        with progress("Baselines", len(fits), unit="fits") as shown:
-            for run in fits:
-                run.fitted = fit_baseline(run)
-                shown.advance(1)
+    probes = [(run, run.row) for run in missing if isinstance(run.row, ProbeRow)]
+    if probes:
+        _train(probes, max_tokens=max_tokens)
+    for run in missing:
+        if isinstance(run.row, BaselineRow):
+            run.fitted = _fit_baseline(run, run.row)
 
 
-def _train(missing: Sequence[tuple[Run, ProbeConfig]], *, max_tokens: int) -> None:
-    if not missing:
-        return
-    dataset = missing[0][0].dataset
+def _train(runs: Sequence[tuple[Run, ProbeRow]], *, max_tokens: int) -> None:
+    dataset = runs[0][0].dataset
     start = perf_counter()
     trained = train_mechanisms(
-        [Job(row.spec, run.seed, row.settings) for run, row in missing],
+        [Job(row.spec(), run.seed, row.training_settings()) for run, row in runs],
         training=dataset.training,
         validation=dataset.validation,
         device=dataset.backbone.device,
     )
-    seconds = (perf_counter() - start) / len(missing)
+    # Probes that are trained together share the time evenly.
+    seconds = (perf_counter() - start) / len(runs)
     options = FitOptions(reads=dataset.training.states.reads, max_tokens=max_tokens)
-    for (run, row), one in zip(missing, trained, strict=True):
+    for (run, row), one in zip(runs, trained, strict=True):
         if one is None:
             run.folder.mkdir(parents=True, exist_ok=True)
             (run.folder / "diverged").touch()
             continue
         probe = calibrate_probe(one, dataset, name=plain_name(row), options=options).probe
         # The probe comes first: a run counts as fitted once its result is stored.
-        save_probe(probe, run.probe_folder)
-        run.save(one.logits, seconds, probe.record["parameters"])
+        save_probe(probe, run.folder / "probe")
+        parameters = probe.record["parameters"]
+        run.save("result", logits=one.logits, seconds=seconds, parameters=parameters)
 
 
-def fit_baseline(run: Run) -> FittedBaseline:
+def _fit_baseline(run: Run, row: BaselineRow) -> FittedBaseline:
     """Fits the baseline of a run with its seed, and stores the result."""
-    assert isinstance(run.row, BaselineConfig)
+    say(f"Fitting '{row.name}' with seed {run.seed}.")
     start = perf_counter()
-    fitted = run.row.baseline.fit(run.dataset, seed=run.seed)
+    fitted = row.model().fit(run.dataset, seed=run.seed)
     # The first fit counts: a second one, for the test, has the model's files in memory.
-    seconds = run.load()[1] if run.is_fitted else perf_counter() - start
-    run.save(fitted.logits(run.dataset.validation), seconds, fitted.parameters)
+    seconds = run.load("result")["seconds"] if run.is_fitted else perf_counter() - start
+    logits = fitted.logits(run.dataset.validation)
+    run.save("result", logits=logits, seconds=seconds, parameters=fitted.parameters)
     return fitted
 
 
@@ -224,6 +185,7 @@ def fit_baseline(run: Run) -> FittedBaseline:
 class JudgedRun:
     """One run on the test texts, calibrated."""
 
+    row: Row
     seed: int
     score: float  # on validation texts, which early stopping maximises
     probabilities: Float[np.ndarray, "text output"]
@@ -232,106 +194,40 @@ class JudgedRun:
     parameters: int
 
 
-@dataclass(frozen=True)
-class JudgedRow:
-    """A row of the table with its run for each seed."""
+def judge_runs(runs: Sequence[Run], split: Split) -> list[JudgedRun]:
+    """All runs on the test texts, calibrated and with thresholds by validation texts.
 
-    name: str
-    title: str
-    is_single_pass: bool
-    runs: tuple[JudgedRun, ...]
-
-    @property
-    def chosen(self) -> int:
-        """The run with the best validation score; of equal runs, the first."""
-        return int(np.argmax([run.score for run in self.runs]))
-
-
-@dataclass(frozen=True)
-class JudgedTable:
-    """All rows of a table on the same texts, in the recipe's order."""
-
-    task: Task
-    labels: np.ndarray
-    rows: tuple[JudgedRow, ...]
-
-    def preferred(self, names: Collection[str]) -> str:
-        """Whichever of these rows has the best mean validation score; "" if none is there."""
-        rows = [row for row in self.rows if row.name in names]
-        means = [float(np.mean([run.score for run in row.runs])) for row in rows]
-        return rows[int(np.argmax(means))].name if rows else ""
-
-    def part(self, texts: Int[np.ndarray, " part"]) -> "JudgedTable":
-        rows = [
-            replace(
-                row,
-                runs=tuple(replace(r, probabilities=r.probabilities[texts]) for r in row.runs),
-            )
-            for row in self.rows
-        ]
-        return JudgedTable(self.task, self.labels[texts], tuple(rows))
-
-
-def judge_runs(rows: Sequence[Row], runs: Sequence[Run], split: Split) -> JudgedTable:
-    """All runs on the test texts by row; a row whose runs all diverged is left out.
-
-    Runs that were scored on these texts before are read from their files.
+    Runs that were scored on these texts before are read from their files. The artifact of a probe
+    holds the same calibration and thresholds.
     """
     assert all(run.is_fitted for run in runs)
-    test = digest({"labels": split.examples.content_hash, "states": split.states.key})
-    missing = [run for run in runs if not run.is_tested(test)]
-    trained = [run for run in missing if isinstance(run.row, ProbeConfig)]
-    if trained:
-        probes = [load_probe(run.probe_folder) for run in trained]
-        for run, logits in zip(trained, score_split(probes, split), strict=True):
-            run.save_test(test, logits)
-    fits = [run for run in missing if not isinstance(run.row, ProbeConfig)]
-    if fits:
-        with progress("Baselines on the test", len(fits), unit="fits") as shown:
-            for run in fits:
-                fitted, run.fitted = run.fitted or fit_baseline(run), None
-                run.save_test(test, fitted.logits(split))
-                shown.advance(1)
-    judged: dict[str, list[JudgedRun]] = {}
-    for run in runs:
-        judged.setdefault(run.row.name, []).append(_judge(run, test))
-    found = [
-        JudgedRow(row.name, row.title, row.is_single_pass, tuple(judged[row.name]))
-        for row in rows
-        if row.name in judged
-    ]
-    return JudgedTable(runs[0].dataset.task, split.labels, tuple(found))
+    key = digest({"labels": split.examples.content_hash, "states": split.states.key})
+    test, judged = f"test-{key[:12]}", list[JudgedRun]()
+    with progress("Testing", len(runs), unit="runs") as shown:
+        for run in runs:
+            if not (run.folder / f"{test}.npz").exists():
+                run.save(test, logits=_test_logits(run, split))
+            task, labels = run.dataset.task, run.dataset.validation.labels
+            result = run.load("result")
+            logits = result["logits"]
+            calibration = fit_calibration(suggested_calibration(task), logits, labels, task)
+            judged.append(
+                JudgedRun(
+                    run.row,
+                    run.seed,
+                    score=validation_score(task, logits, labels),
+                    probabilities=calibration.apply(run.load(test)["logits"]),
+                    thresholds=choose_thresholds(task, calibration.apply(logits), labels),
+                    seconds=float(result["seconds"]),
+                    parameters=int(result["parameters"]),
+                )
+            )
+            shown.advance(1)
+    return judged
 
 
-def _judge(run: Run, test: str) -> JudgedRun:
-    """Calibrates and chooses thresholds on validation, and applies both to the test.
-
-    The artifact of a probe holds the same numbers.
-    """
-    task, labels = run.dataset.task, run.dataset.validation.labels
-    logits, seconds, parameters = run.load()
-    calibration = fit_calibration(suggested_calibration(task), logits, labels, task)
-    return JudgedRun(
-        seed=run.seed,
-        score=validation_score(task, logits, labels),
-        probabilities=calibration.apply(run.load_test(test)),
-        thresholds=choose_thresholds(task, calibration.apply(logits), labels),
-        seconds=seconds,
-        parameters=parameters,
-    )
-
-
-def score_split(probes: Sequence[Probe], split: Split) -> list[np.ndarray]:
-    """For each probe ``[text, output]`` on cached states, in float32 as when serving.
-
-    The split must be a whole data set, as ``make_split`` gives it.
-    """
-    assert len(split) == len(split.states.lengths)
-    scores = [np.empty((len(split), probe.task.outputs)) for probe in probes]
-    with progress("Scoring", len(split), unit="texts") as shown:
-        for index in range(len(split.states)):
-            shard = split.states.read(index)
-            for own, probe in zip(scores, probes, strict=True):
-                own[shard.rows] = shard_logits(probe, shard)
-            shown.advance(len(shard.rows))
-    return scores
+def _test_logits(run: Run, split: Split) -> Float[np.ndarray, "text output"]:
+    if isinstance(run.row, ProbeRow):
+        return cached_logits(load_probe(run.folder / "probe"), split.states, split.rows.tolist())
+    fitted, run.fitted = run.fitted or _fit_baseline(run, run.row), None
+    return fitted.logits(split)
