@@ -10,8 +10,11 @@ from openai import OpenAI
 from families import FAMILIES, family_backbone
 from live import http_client, openai_client
 from sidelight.backbone import TransformersBackbone
+from sidelight.prompts import EncodedPrompt
 from tiny import tiny_backbone
 
+# What only tests inside vLLM use.
+pytest_plugins = ("vllm_suite",)
 # Laws that several test files run say as much as tests do where they fail.
 pytest.register_assert_rewrite("engine_contract", "policy_contract")
 
@@ -32,6 +35,20 @@ def tiny() -> TransformersBackbone:
 def family(request: pytest.FixtureRequest) -> TransformersBackbone:
     """A tiny backbone of each family, with a chat template."""
     return family_backbone(request.param)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[EncodedPrompt]:
+    """Every prompt that a backbone runs from now on."""
+    prompts: list[EncodedPrompt] = []
+    run = TransformersBackbone.run
+
+    def counted(self, batch, **options):
+        prompts.extend(batch)
+        return run(self, batch, **options)
+
+    monkeypatch.setattr(TransformersBackbone, "run", counted)
+    return prompts
 
 
 @pytest.fixture

@@ -132,11 +132,6 @@ def test_fifty_probes_run_as_many_matmuls_as_one(tiny, prompts):
     assert matmuls(gates) == matmuls([]) + tiny.fingerprint.layers
 
 
-def test_a_tap_is_ready_for_the_next_pass(tiny, prompts):
-    tap = Bank([untrained_probe(tiny, "p")]).tap()
-    assert torch.equal(*(projected(tiny, tap, prompts) for _ in range(2)))
-
-
 def test_a_logit_that_is_not_finite_is_an_error_not_a_verdict(tiny):
     probe = untrained_probe(tiny, "topics", task=TOPICS)
     for logit in (np.nan, np.inf, -np.inf):
@@ -192,14 +187,6 @@ def test_a_panel_judges_each_probe_when_its_tokens_have_been_read(tiny, probes, 
             for probe, logits, verdict in zip(bank.probes, wanted, judgement.verdicts, strict=True):
                 expected = probe.verdict(logits[0]).probabilities
                 assert verdict.probabilities == pytest.approx(expected, rel=1e-4, abs=1e-4)
-
-
-def test_a_panel_without_probes_says_nothing():
-    panel = Panel([])
-    assert panel.projection is panel.prompt_tap() is panel.response_tap() is None
-    assert panel.judge_prompts(torch.zeros(1, 2, 0), [b"\1"], [False]) == [Judgement()]
-    states = panel.read(torch.zeros(1, 2, 0), [b"\1"], [None])
-    assert panel.judge_responses(states, [False]) == [Judgement()]
 
 
 CONVERSATION = ["Where is my refund?", "OK.", "I asked nicely", "Sure.", "Now what"]

@@ -316,10 +316,6 @@ FINE = [{**row, "label": "fine"} for row in GOOD]
 @pytest.mark.parametrize(
     ("data", "options", "remedy"),
     [
-        ([], {}, "row"),
-        (GOOD, {"label": "nonesuch"}, "nonesuch"),
-        (FINE, {}, "label"),
-        ([{**row, "text": "\ud83d"} for row in GOOD], {}, "surrogate"),
         ("nowhere.jsonl", {}, "nowhere.jsonl"),
         (GOOD, {"validation": "nowhere.jsonl"}, "nowhere.jsonl"),
         (GOOD, {"validation": FINE, "positive": "toxic"}, "toxic"),

@@ -35,12 +35,6 @@ def test_deltas_add_up_to_the_text_and_never_hold_half_a_character(data):
             assert text == decode_bytes(data[:count])
 
 
-def test_a_character_of_four_tokens_comes_with_its_last():
-    detokenizer = Detokenizer(decode_bytes)
-    deltas = [detokenizer.push(token) for token in "a\U0001f600".encode()]
-    assert deltas == ["a", "", "", "", "\U0001f600"]
-
-
 @pytest.mark.slow
 @given(st.lists(SHORT_TEXT, max_size=8), STOPS)
 def test_text_ends_before_a_stop_string_whatever_the_pieces(pieces, stops):
@@ -56,11 +50,6 @@ def test_text_ends_before_a_stop_string_whatever_the_pieces(pieces, stops):
     assert text.startswith(sent)
     assert cuts or sent == text
     assert written == [sent] * 3
-
-
-def test_the_beginning_of_a_stop_string_is_held_back():
-    gate = StopGate(["###"])
-    assert [gate.push(c) for c in "a##b###c"] == ["a", "", "", "##b", "", "", "", ""]
 
 
 def test_a_long_stop_string_costs_no_more_than_the_text_that_is_held():

@@ -17,7 +17,6 @@ import sidelight
 from commands import saved
 from corpora import SIGNALS, planted
 from sidelight import SidelightClassifier
-from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 
 pytestmark = [
@@ -49,20 +48,6 @@ def model(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitted(model):
     return SidelightClassifier(model, **QUICK).fit(TEXTS, LETTERS)
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """Every prompt that the backbone runs."""
-    prompts = []
-    run = TransformersBackbone.run
-
-    def counted(self, batch, **options):
-        prompts.extend(prompt.token_ids for prompt in batch)
-        return run(self, batch, **options)
-
-    monkeypatch.setattr(TransformersBackbone, "run", counted)
-    return prompts
 
 
 CHECKS = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engine_runs import count_passes, run
-from sidelight.bank import Bank, Panel
+from sidelight.bank import Bank
 from sidelight.data.examples import Example
 from sidelight.errors import VerdictError
 from sidelight.mechanisms.base import mechanism_names
@@ -136,14 +136,3 @@ def test_an_engine_explains_by_the_pass_that_judges(backbone):
             )
             np.testing.assert_allclose(explanation.shares, alone.shares, atol=COMPLETE)
             assert explanation.places == alone.places
-
-
-def test_a_panel_explains_the_probes_that_are_named_and_no_others(backbone):
-    panel = Panel([untrained_probe(backbone, name) for name in ("a", "b", "c")])
-    prompt, tap = backbone.encoder.encode(TURNS), panel.prompt_tap()
-    with backbone.tapped(tap):
-        backbone.run([prompt])
-    columns, places = tap.projected()[0], backbone.encoder.places(TURNS)
-    for names in ({"b"}, {"c", "a", "unknown"}, set()):
-        told = panel.explain(columns, prompt, places, names)
-        assert [own.verdict.probe for own in told] == sorted(names & {"a", "b", "c"})

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpora import encoded
-from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads, shared_unread
 from sidelight.ragged import by_length
@@ -163,20 +162,6 @@ def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_p
     wanted = states_by_row(whole)
     for row, states in states_by_row(cache).items():
         torch.testing.assert_close(states, wanted[row], **ROUNDING_TO_BF16)
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """Every prompt that a backbone runs."""
-    prompts = []
-    run = TransformersBackbone.run
-
-    def counted(self, batch, **options):
-        prompts.extend(batch)
-        return run(self, batch, **options)
-
-    monkeypatch.setattr(TransformersBackbone, "run", counted)
-    return prompts
 
 
 @pytest.mark.parametrize("shard_bytes", [5_000, 10**6])

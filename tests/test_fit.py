@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from corpora import rows, training_set
+from corpora import rows, split_of
 from sidelight.artifact import load_probe, save_probe
 from sidelight.calibration import fit_calibration
 from sidelight.data.examples import LabelledExamples
@@ -52,7 +52,7 @@ def fitted(tiny, root, texts, validation=None, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "extremes"), [("binary", "none"), ("multiclass", "pair")])
 def test_a_mixture_gives_the_logits_between_those_of_its_parts(tiny, tmp_path, kind, extremes):
-    training = training_set(tiny, tmp_path, kind, 60, seed=0)
+    training = split_of(tiny, tmp_path, kind, 60, seed=0)
     spec = mechanism_spec("readout", {"extremes": extremes})
     weighted = TrainingSettings(epochs=2, least_steps=0, layer_weights="predictive")
     linear, readout = train_mechanisms(

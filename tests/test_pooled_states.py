@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, RidgeCV
 
-from corpora import TASKS, rows, training_set
+from corpora import TASKS, rows, split_of
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
@@ -242,7 +242,7 @@ def test_a_worth_is_that_of_a_ridge_regression_on_texts_left_out(texts, width):
 @pytest.fixture(scope="module")
 def corpora(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("activations")
-    return {kind: training_set(tiny, root, kind, 60, seed=0) for kind in TASKS}
+    return {kind: split_of(tiny, root, kind, 60, seed=0) for kind in TASKS}
 
 
 def job(mechanism="linear", **settings):

@@ -232,16 +232,6 @@ def test_shortened_refuses_a_limit_below_the_template():
         led.shortened(60)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["chatml", "llama-3"])
-def test_a_developer_speaks_as_the_system(name):
-    by_developer, by_system = (
-        ENCODERS[name].encode([Message(role, "Be brief."), user("hello")], "hi")
-        for role in ("developer", "system")
-    )
-    assert by_developer == by_system
-
-
 def test_long_conversations_are_encoded_as_short_ones_and_kept_nowhere():
     own = encoder(CHATML)
     turns = [Message(role, "a b") for _ in range(120) for role in ("user", "assistant")]

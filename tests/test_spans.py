@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import sys
 from contextlib import suppress
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from commands import run, saved
+from corpora import span_rows
 from in_process import in_process
 from sidelight.artifact import load_probe, save_probe
 from sidelight.data.examples import Example
@@ -47,24 +47,6 @@ TEXT = "Call Ann Lee, now"
 NAME = {"start": 5, "end": 12, "label": "NAME"}
 # Prompts in other batches and parts: sums in another order, in float32.
 SERVED = 1e-4
-
-
-def rows(count, seed=0):
-    """Words, of which numbers and shouts are labelled."""
-    draw = random.Random(seed)
-    made = []
-    for _ in range(count):
-        text, spans = "", []
-        for _ in range(draw.randint(2, 6)):
-            kind = draw.choice(["word", "word", "word", "number", "shout"])
-            alphabet = {"word": "abcde", "number": "123456", "shout": "VWXYZ"}[kind]
-            word = "".join(draw.choices(alphabet, k=draw.randint(2, 5)))
-            if kind != "word":
-                label = {"number": "NUMBER", "shout": "SHOUT"}[kind]
-                spans.append({"start": len(text), "end": len(text) + len(word), "label": label})
-            text += word + draw.choice([" and ", ", or "])
-        made.append({"text": text, "spans": spans})
-    return made
 
 
 @pytest.mark.parametrize(
@@ -238,11 +220,11 @@ def test_a_report_counts_characters_and_exact_spans():
 def fitted(tiny, tmp_path_factory):
     settings = TrainingSettings(learning_rate=2e-2, epochs=6, batch_size=16)
     options = FitOptions(settings={"spans": settings}, cache_root=tmp_path_factory.mktemp("cache"))
-    return fit(tiny, load_spans(rows(160)), None, name="pii", options=options).best
+    return fit(tiny, load_spans(span_rows(160)), None, name="pii", options=options).best
 
 
 def test_what_is_trained_finds_spans_in_new_texts_also_after_it_was_saved(tiny, fitted, tmp_path):
-    examples = load_spans(rows(30, seed=1))
+    examples = load_spans(span_rows(30, seed=1))
     probe = load_probe(save_probe(fitted.probe, tmp_path))
     assert probe.spans == fitted.probe.spans
     logits, found = find_spans(tiny, probe, examples.items)
@@ -266,7 +248,7 @@ def test_what_is_trained_finds_spans_in_new_texts_also_after_it_was_saved(tiny, 
 def test_a_server_gives_a_text_the_verdict_and_spans_of_predict_however_its_prompt_is_cut(
     tiny, fitted
 ):
-    texts = [row["text"] for row in rows(12, seed=4)]
+    texts = [row["text"] for row in span_rows(12, seed=4)]
     examples = [Example((Message("user", text),)) for text in texts]
     logits, found = find_spans(tiny, fitted.probe, examples)
     expected = [fitted.probe.verdict(own).probabilities for own in logits]
@@ -295,11 +277,11 @@ def test_spans_are_found_in_what_the_probe_reads_alone(tiny, fitted):
         find_spans(tiny, late, [Example((Message("user", "12"),))])
     options = FitOptions(reads=Reads("response"))
     with pytest.raises(SidelightError, match=r"of each prompt.*would read: response"):
-        fit(tiny, load_spans(rows(40)), None, name="pii", options=options)
+        fit(tiny, load_spans(span_rows(40)), None, name="pii", options=options)
 
 
 def test_thresholds_follow_the_rule_over_words():
-    texts = load_spans(rows(200, seed=2))
+    texts = load_spans(span_rows(200, seed=2))
     draw = np.random.default_rng(0)
     places = [[(i, i + 1) for i in range(len(item.text))] for item in texts.items]
     pairs = zip(texts.items, places, texts.spans, strict=True)
@@ -337,7 +319,7 @@ def test_a_probe_of_responses_finds_spans_in_them(tiny, tmp_path):
             "answer": row["text"],
             "spans": [span for span in row["spans"] if span["label"] == "SHOUT"],
         }
-        for row in rows(120)
+        for row in span_rows(120)
     ]
     options = FitOptions(
         settings={"spans": TrainingSettings(learning_rate=2e-2, epochs=6, batch_size=16)},
@@ -362,7 +344,7 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     tiny, own_cache, tmp_path, capsys
 ):
     def write(name, count, seed):
-        lines = [{"letter": row["text"], "pii": row["spans"]} for row in rows(count, seed)]
+        lines = [{"letter": row["text"], "pii": row["spans"]} for row in span_rows(count, seed)]
         (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
         return ["--data", str(tmp_path / name), "--text", "letter"]
 
@@ -398,10 +380,12 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     verdicts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     given = [
         {"text": row["text"], "spans": said["spans"]}
-        for row, said in zip(rows(30, 1), verdicts, strict=True)
+        for row, said in zip(span_rows(30, 1), verdicts, strict=True)
     ]
     found = load_spans(given)
-    assert measure_spans(load_spans(rows(30, 1)), found.spans).metrics["character_f1"].value > 0.9
+    assert (
+        measure_spans(load_spans(span_rows(30, 1)), found.spans).metrics["character_f1"].value > 0.9
+    )
 
 
 @pytest.mark.slow

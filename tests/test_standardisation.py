@@ -3,7 +3,7 @@
 import torch
 
 from sidelight.mechanisms.base import Geometry
-from sidelight.standardisation import Projection, Standardisation
+from sidelight.standardisation import Standardisation
 
 # Standardisation subtracts means a hundred times the spread, which costs two digits.
 CANCELLATION = {"rtol": 1e-2, "atol": 2e-3}
@@ -63,17 +63,3 @@ def test_a_norm_that_overflows_gives_no_number():
     scaling = Standardisation(torch.zeros(1, 2), torch.ones(1, 2), is_normalised=True)
     numbers = scaling.fold(torch.ones(1, 2, 1)).layers(states)
     assert numbers[0, :, 0].isfinite().tolist() == [False, True, True]
-
-
-def test_joined_projections_keep_what_each_does():
-    states = 40 * normal(3, 20, 32)
-    parts = [
-        Standardisation(normal(3, 32, seed=i), torch.ones(3, 32), i == 1).fold(
-            normal(3, 32, 4, seed=i + 4)
-        )
-        for i in range(2)
-    ]
-    together = Projection.joined(parts).layers(states)
-    apart = torch.cat([part.layers(states) for part in parts], 2)
-    torch.testing.assert_close(together, apart, **ROUNDING)
-    assert Projection.joined(parts[:1]).is_normalised is None

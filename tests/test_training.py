@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch.nn import functional
 
-from corpora import TASKS, rows, training_set
+from corpora import TASKS, rows, split_of
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
@@ -40,7 +40,7 @@ def corpora(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("activations")
     sizes = {"training": 120, "validation": 60}
     return {
-        kind: {split: training_set(tiny, root, kind, n, seed=n) for split, n in sizes.items()}
+        kind: {split: split_of(tiny, root, kind, n, seed=n) for split, n in sizes.items()}
         for kind in TASKS
     }
 
@@ -124,9 +124,8 @@ def test_results_are_those_of_the_best_epoch_and_patience_ends(corpora):
     assert [len(one.history) for one in made] == [6, 6, 3]
 
 
-@pytest.fixture
-def gate_run():
-    return TrainingRun(
+def test_the_rate_follows_a_cosine_to_zero():
+    gate_run = TrainingRun(
         job("gate", settings=replace(QUICK, epochs=2, weight_decay=0.0)),
         Standardisation.identity(Geometry(2, 4, 1)),
         TASKS["binary"],
@@ -134,19 +133,6 @@ def gate_run():
         torch.tensor([True, True]),
         steps=3,
     )
-
-
-def test_restoring_brings_back_the_best_epochs_parameters(gate_run):
-    bias = gate_run.mechanism.head.bias
-    for value, score in [(1.0, 0.5), (2.0, 0.9), (3.0, 0.9), (4.0, 0.1)]:
-        with torch.no_grad():
-            bias.fill_(value)
-        gate_run.end_epoch(score)
-    gate_run.restore_best()
-    assert (gate_run.best_epoch, bias.item(), gate_run.mechanism.training) == (2, 2.0, False)
-
-
-def test_the_rate_follows_a_cosine_to_zero(gate_run):
     rates = []
     for _ in range(6):
         rates.append(gate_run._optimizer.param_groups[0]["lr"])
@@ -300,7 +286,7 @@ def test_a_job_that_diverges_leaves_its_neighbours_alone(corpora):
 
 @pytest.mark.parametrize(("side", "differs"), [("response", True), ("prompt", False)])
 def test_only_a_probe_of_responses_learns_from_beginnings(tiny, tmp_path, side, differs):
-    training = training_set(tiny, tmp_path, "binary", 40, seed=0)
+    training = split_of(tiny, tmp_path, "binary", 40, seed=0)
     training.states.reads = Reads(side)
     whole = replace(BRIEF, beginnings=False)
     jobs = [job(settings=BRIEF), job(settings=whole)]
@@ -325,7 +311,7 @@ def test_a_beginning_is_the_first_tokens_of_its_text():
 def test_shards_smaller_than_a_batch_fill_it_together(tiny, tmp_path, monkeypatch):
     texts, size = 60, 20
     token_bytes = tiny.fingerprint.layers * tiny.fingerprint.width * 2
-    training = training_set(tiny, tmp_path, "binary", texts, seed=0, shard_bytes=60 * token_bytes)
+    training = split_of(tiny, tmp_path, "binary", texts, seed=0, shard_bytes=60 * token_bytes)
     assert max(map(len, training.states.shards)) < size
     steps = []
     step = torch.optim.AdamW.step

@@ -5,40 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from corpora import TASKS, planted
+from corpora import examples, planted, split_of
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.examples import Example, LabelledExamples
-from sidelight.prompts import Message, Reads
-from sidelight.states.cache import ActivationCache
-from sidelight.training.dataset import ProbeDataset, Split, make_split
-from sidelight.training.settings import FitOptions
+from sidelight.data.examples import LabelledExamples
+from sidelight.training.dataset import ProbeDataset
 from sidelight.types import TaskKind
 from sidelight_lab.datasets import DataSet
 from sidelight_lab.tables.recipes import Recipe, parse_recipe
 from sidelight_lab.tables.reproduce import RecipeContext
 from sidelight_lab.tables.writing import FinishedTable
-
-
-def examples(kind: TaskKind, count: int, seed: int) -> LabelledExamples:
-    texts, labels = planted(kind, count, seed=seed)
-    items = tuple(Example((Message("user", text),)) for text in texts)
-    rows = tuple({"text": text} for text in texts)
-    return LabelledExamples(items, rows, task=TASKS[kind], labels=labels)
-
-
-def split_of(
-    backbone: TransformersBackbone,
-    root: Path,
-    kind: TaskKind,
-    count: int,
-    seed: int,
-    *,
-    reads: Reads | None = None,
-) -> Split:
-    """Extracted texts."""
-    options = FitOptions(reads=reads or Reads(), max_tokens=256, cache_root=root)
-    return make_split(backbone, examples(kind, count, seed), options)
 
 
 def dataset_without_states(
@@ -50,14 +28,23 @@ def dataset_without_states(
     validation: int = 60,
 ) -> ProbeDataset:
     """So many texts of each; nothing is extracted."""
+    splits = (
+        split_of(backbone, root, kind, count, seed, is_extracted=False)
+        for seed, count in enumerate((training, validation))
+    )
+    return ProbeDataset(backbone, *splits)
 
-    def split(count: int, seed: int) -> Split:
-        texts = examples(kind, count, seed)
-        prompts = tuple(backbone.encoder.encode(item.messages) for item in texts.items)
-        states = ActivationCache(root, prompts, reads=Reads(), fingerprint=backbone.fingerprint)
-        return Split(texts, prompts, states, np.arange(count))
 
-    return ProbeDataset(backbone, split(training, 0), split(validation, 1))
+def tiny_bert(folder: Path, letters: Sequence[str]) -> str:
+    """The folder of a BERT of random weights that reads these letters."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    BertTokenizerFast(vocab=vocabulary, do_lower_case=False).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(words), **sizes, **layers)).save_pretrained(folder)
+    return str(folder)
 
 
 def write_rows(

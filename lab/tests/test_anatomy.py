@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from planted_data import examples, write_rows
+from planted_data import write_rows
 
 from commands import saved
-from corpora import TASKS
+from corpora import TASKS, examples
 from sidelight.artifact import save_probe
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_names, mechanism_spec

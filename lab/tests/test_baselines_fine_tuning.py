@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from planted_data import dataset_without_states
+from planted_data import dataset_without_states, tiny_bert
 from sklearn.metrics import roc_auc_score
 from torch import nn
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertModel
 
 from sidelight.checkpoint import Checkpoint, fingerprint
 from sidelight.errors import SidelightError
@@ -134,17 +134,7 @@ def test_lora_takes_every_kind_of_task(tiny, tmp_path, kind):
 
 @pytest.fixture(scope="module")
 def encoder_folder(tmp_path_factory):
-    """A tiny BERT that reads letters."""
-    folder = tmp_path_factory.mktemp("encoder")
-    letters = [*"abcdefghijklmnopqrstuvwxyzXYZ"]
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    BertTokenizerFast(vocab=vocabulary, do_lower_case=False).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32}
-    layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
-    BertModel(BertConfig(vocab_size=len(words), **sizes, **layers)).save_pretrained(folder)
-    return str(folder)
+    return tiny_bert(tmp_path_factory.mktemp("encoder"), "abcdefghijklmnopqrstuvwxyzXYZ")
 
 
 def test_a_fine_tuned_encoder_and_its_embeddings_learn_a_separable_task(dataset, encoder_folder):

@@ -6,12 +6,11 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from planted_data import split_of
 from scipy.special import softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
-from corpora import TASKS
+from corpora import TASKS, split_of
 from families import FAMILIES, family_backbone
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from planted_data import split_of
 from torch.nn import functional
 
-from corpora import TASKS, planted
+from corpora import TASKS, planted, split_of
 from sidelight.errors import SidelightError
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation

@@ -1,13 +1,12 @@
 """Probes of spans beside rivals, on texts in which numbers and shouts are labelled."""
 
 import json
-import random
 
 import pytest
-import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from planted_data import tiny_bert
 
 from commands import run, saved
+from corpora import ALPHABETS, span_rows
 from sidelight.data.loading import load_examples
 from sidelight.evaluation import evaluate_spans
 from sidelight.manifest import WEIGHTS
@@ -21,27 +20,11 @@ from sidelight_lab.baselines import spans as baselines
 from sidelight_lab.baselines.fine_tuning import FineTunedEncoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
-ALPHABETS = {"word": "abcde", "NUMBER": "123456", "SHOUT": "VWXYZ"}
-
-
-def rows(count, seed):
-    draw = random.Random(seed)
-    made = []
-    for _ in range(count):
-        text, spans = "", []
-        for _ in range(draw.randint(2, 6)):
-            kind = draw.choice(["word", "word", "NUMBER", "SHOUT"])
-            word = "".join(draw.choices(ALPHABETS[kind], k=draw.randint(3, 6)))
-            if kind != "word":
-                spans.append({"start": len(text), "end": len(text) + len(word), "label": kind})
-            text += word + " a "
-        made.append({"text": text, "spans": spans})
-    return made
 
 
 def test_all_rows_are_measured_on_the_same_texts_and_compared_with_ours(tiny, tmp_path, capsys):
     for name, seed in {"train": 0, "validation": 1, "test": 2}.items():
-        lines = "\n".join(map(json.dumps, rows(60, seed)))
+        lines = "\n".join(map(json.dumps, span_rows(60, seed)))
         (tmp_path / f"{name}.jsonl").write_text(lines, "utf-8")
     files = [f"--{name}={tmp_path / name}.jsonl" for name in ("validation", "test")]
     rivals = "last layer,mean of layers,lexicon,window"
@@ -71,34 +54,14 @@ def test_all_rows_are_measured_on_the_same_texts_and_compared_with_ours(tiny, tm
 
 
 def test_an_encoder_learns_to_label_its_tokens(tiny, tmp_path):
-    letters = sorted({letter for alphabet in ALPHABETS.values() for letter in alphabet})
-    vocabulary = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *letters,
-        *(f"##{c}" for c in letters),
-    ]
-    BertTokenizerFast(
-        vocab={word: index for index, word in enumerate(vocabulary)}, do_lower_case=False
-    ).save_pretrained(tmp_path / "bert")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
-    config = BertConfig(
-        vocab_size=len(vocabulary), num_hidden_layers=2, num_attention_heads=2, **sizes
-    )
-    BertModel(config).save_pretrained(tmp_path / "bert")
+    path = tiny_bert(tmp_path / "bert", sorted({*"".join(ALPHABETS.values())} | {*"andor,"}))
     options = FitOptions(reads=Reads("prompt", template=False), cache_root=tmp_path)
-    texts = [load_examples(rows(80, seed), spans="spans") for seed in (0, 1)]
+    texts = [load_examples(span_rows(80, seed), spans="spans") for seed in (0, 1)]
     splits = [make_split(tiny, own, options) for own in texts]
-    tuning = FineTunedEncoder(
-        path=str(tmp_path / "bert"), epochs=8, batch_size=8, learning_rate=1e-2
-    )
+    tuning = FineTunedEncoder(path=path, epochs=8, batch_size=8, learning_rate=1e-2)
     (score,) = baselines.encoder(ProbeDataset(tiny, *splits), tuning)
     rule, _ = calibrate_spans(texts[1], *score(texts[1]), rule=F1, bootstrap=0)
-    test = load_examples(rows(40, 2), spans="spans")
+    test = load_examples(span_rows(40, 2), spans="spans")
     places, logits = score(test)
     assert all(map(len, places))
     labels = test.span_labels

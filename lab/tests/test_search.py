@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import optuna
 import pytest
-from planted_data import split_of, write_rows
+from planted_data import write_rows
 from sklearn.metrics import average_precision_score
 
 from commands import run, saved
+from corpora import split_of
 from sidelight.errors import SidelightError
 from sidelight.manifest import read_manifest
 from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec

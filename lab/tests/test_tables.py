@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from planted_data import TABLE, Data, context_of, examples, recipe, rows_of, stored
+from planted_data import TABLE, Data, context_of, recipe, rows_of, stored
 
-from corpora import TASKS
+from corpora import TASKS, examples
 from sidelight.artifact import load_probe
 from sidelight.bank import Bank
 from sidelight.evaluation import evaluate

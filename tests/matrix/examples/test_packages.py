@@ -12,17 +12,16 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
 import yaml
 from fastapi import FastAPI, Request
 
 from commands import saved
+from corpora import span_rows
 from live import http_client, listening, openai_client, served
 from sidelight.artifact import load_probe, save_probe
 from sidelight.engines.transformers import TransformersEngine
@@ -31,8 +30,8 @@ from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sockets import free_port
 from test_examples import EXAMPLES, KEY, address, require_verdicts_printed, server
-from test_spans import load_spans, rows
-from tiny import spans_probe, untrained_probe
+from test_spans import load_spans
+from tiny import broken, spans_probe, untrained_probe
 
 __all__ = ["address", "server"]
 # Else the import of LiteLLM asks the internet for prices.
@@ -95,7 +94,7 @@ async def ask_proxy_guardrail(said: dict[str, Any]) -> bool:
 @pytest.fixture(scope="module")
 def pii(tiny, tmp_path_factory):
     """A probe for which people are words in capitals."""
-    tickets = json.loads(json.dumps(rows(160)).replace("SHOUT", "PERSON"))
+    tickets = json.loads(json.dumps(span_rows(160)).replace("SHOUT", "PERSON"))
     settings = TrainingSettings(learning_rate=2e-2, epochs=6, batch_size=16)
     options = FitOptions(settings={"spans": settings}, cache_root=tmp_path_factory.mktemp("cache"))
     return fit(tiny, load_spans(tickets), None, name="pii", options=options).best.probe
@@ -157,10 +156,7 @@ def test_another_model_reads_placeholders_for_what_a_rule_redacts(tiny, pii, mon
 
 def test_another_model_reads_nothing_that_could_not_be_masked(tiny, pii, monkeypatch):
     policy = read_policy(EXAMPLES / "masking_policy.toml")
-    broken = replace(pii, mechanism=copy.deepcopy(pii.mechanism))
-    with torch.no_grad():
-        broken.mechanism.bias.fill_(torch.nan)
-    with served(TransformersEngine(tiny, [broken]), policy=policy) as address:
+    with served(TransformersEngine(tiny, [broken(pii)]), policy=policy) as address:
         for url, says in (
             (address, "500 Internal Server Error"),
             ("http://127.0.0.1:9", "connect"),
