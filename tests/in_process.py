@@ -6,32 +6,22 @@ Requests go straight into the application.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 from starlette.testclient import TestClient
 
+from live import app_of
 from sidelight.backbone import TransformersBackbone
 from sidelight.engines.base import Engine
-from sidelight.policy.rules import Policy
-from sidelight.server.app import create_app
-from sidelight.server.config import ServerConfig
 
 
 @contextmanager
-def in_process(
-    engine: Engine,
-    *,
-    policy: Policy | None = None,
-    sources: Mapping[str, Path] | None = None,
-    **settings: Any,
-) -> Iterator[TestClient]:
-    """A client of a server of ``engine``; the settings are those of ``ServerConfig``.
+def in_process(engine: Engine, **options: Any) -> Iterator[TestClient]:
+    """A client of a server of ``engine``; the options are those of ``app_of``.
 
     An answer arrives as a whole, a stream too.
     """
-    config = ServerConfig(log_level="warning", **settings)
-    app = create_app(engine, config, policy=policy, sources=sources)
+    app = app_of(engine, **options)
     with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
         yield client
 

@@ -20,31 +20,30 @@ from sidelight.server.config import ServerConfig
 MODEL = "tiny/llama"
 
 
-@contextmanager
-def served(
+def app_of(
     engine: Engine,
     *,
     policy: Policy | None = None,
     sources: Mapping[str, Path] | None = None,
     **settings: Any,
-) -> Iterator[str]:
-    """The address of a live server of ``engine``; the settings are those of ``ServerConfig``."""
+) -> FastAPI:
+    """Our own server of ``engine``; the settings are those of ``ServerConfig``."""
     config = ServerConfig(log_level="warning", **settings)
-    app = create_app(engine, config, policy=policy, sources=sources)
-    with listening(app, config) as address:
+    return create_app(engine, config, policy=policy, sources=sources)
+
+
+@contextmanager
+def served(engine: Engine, **options: Any) -> Iterator[str]:
+    """The address of a live server of ``engine``; the options are those of ``app_of``."""
+    app = app_of(engine, **options)
+    with listening(app, app.state.context.config) as address:
         yield address
 
 
 @contextmanager
 def listening(app: FastAPI, config: ServerConfig | None = None) -> Iterator[str]:
-    """The address of a live server of ``app``."""
-    with running(server_settings(app, config or ServerConfig(log_level="warning"))) as address:
-        yield address
-
-
-@contextmanager
-def running(settings: uvicorn.Config) -> Iterator[str]:
-    """The address of what uvicorn serves with these settings, on a free port."""
+    """The address of a live server of ``app``, on a free port."""
+    settings = server_settings(app, config or ServerConfig(log_level="warning"))
     settings.port = 0
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run)

@@ -167,6 +167,11 @@ def reported(output) -> dict[str, np.ndarray]:
     }
 
 
+def verdicts(outputs) -> list[dict[str, np.ndarray]]:
+    """The same from each of vLLM's outputs."""
+    return [reported(output) for output in outputs]
+
+
 def require_equal(actual, wanted, *, rounding=ROUNDING) -> None:
     """Every probe's probabilities agree, and so do their failures."""
     for row, (mine, theirs) in enumerate(zip(actual, wanted, strict=True)):

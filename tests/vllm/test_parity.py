@@ -19,6 +19,7 @@ from vllm_served import (
     reported,
     require_equal,
     sampling_of,
+    verdicts,
 )
 from vllm_suite import IS_INTERPRETED
 
@@ -57,10 +58,6 @@ def run(subject, prompts, **sampling) -> list:
         return await asyncio.gather(*map(output_of, prompts))
 
     return subject.run(all_outputs())
-
-
-def verdicts(outputs) -> list:
-    return [reported(output) for output in outputs]
 
 
 def test_the_reference_would_show_a_difference(subject, wanted):

@@ -16,7 +16,7 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
 from sidelight.prompts import Reads
 from sidelight.thresholds import read_curves
-from tiny import INTENT, PIECES, TOPICS, spans_probe, tiny_backbone, untrained_probe
+from tiny import INTENT, PIECES, TOPICS, spans_probe, untrained_probe
 
 pytestmark = [needs_chromium, pytest.mark.xdist_group("playground")]
 KEY = "user-key"
@@ -26,24 +26,19 @@ TABS = ("Chat", "Why", "Thresholds", "Compare")
 
 
 @pytest.fixture(scope="module")
-def backbone():
-    return tiny_backbone()
-
-
-@pytest.fixture(scope="module")
-def probes(backbone):
+def probes(tiny):
     return [
-        with_curves(untrained_probe(backbone, "toxicity")),
-        with_curves(untrained_probe(backbone, "spam", reads=Reads(scope="each_turn"))),
-        untrained_probe(backbone, "intent", task=INTENT, mechanism="gate"),
-        with_curves(untrained_probe(backbone, "topics", task=TOPICS)),
-        with_curves(untrained_probe(backbone, "refusal", reads=Reads("response"))),
+        with_curves(untrained_probe(tiny, "toxicity")),
+        with_curves(untrained_probe(tiny, "spam", reads=Reads(scope="each_turn"))),
+        untrained_probe(tiny, "intent", task=INTENT, mechanism="gate"),
+        with_curves(untrained_probe(tiny, "topics", task=TOPICS)),
+        with_curves(untrained_probe(tiny, "refusal", reads=Reads("response"))),
     ]
 
 
 @pytest.fixture(scope="module")
-def address(backbone, probes):
-    with served(TransformersEngine(backbone, probes), playground=True) as address:
+def address(tiny, probes):
+    with served(TransformersEngine(tiny, probes), playground=True) as address:
         yield address
 
 
@@ -67,10 +62,10 @@ def opened(browser, address, **settings):
 
 
 @contextmanager
-def gated(backbone):
+def gated(tiny):
     """The model waits before each pass until one more is released."""
     passes = Semaphore(0)
-    hook = backbone.model.register_forward_pre_hook(lambda *_: passes.acquire(timeout=60) and None)
+    hook = tiny.model.register_forward_pre_hook(lambda *_: passes.acquire(timeout=60) and None)
     try:
         yield passes
     finally:
@@ -129,11 +124,9 @@ def prompts_chips(page, count=4):
     return chips
 
 
-def test_verdicts_come_first_then_the_text_and_the_running_score_as_they_are_written(
-    page, backbone
-):
+def test_verdicts_come_first_then_the_text_and_the_running_score_as_they_are_written(page, tiny):
     answer = page.get_by_role("article", name=MODEL).locator(".text")
-    with gated(backbone) as passes:
+    with gated(tiny) as passes:
         say(page)
         page.get_by_text("Judging…").wait_for()
         passes.release()
@@ -160,8 +153,8 @@ def test_verdicts_come_first_then_the_text_and_the_running_score_as_they_are_wri
     assert drawn.count("L") >= 18
 
 
-def test_an_answer_can_be_stopped(page, backbone):
-    with gated(backbone) as passes:
+def test_an_answer_can_be_stopped(page, tiny):
+    with gated(tiny) as passes:
         say(page)
         passes.release(4)
         page.get_by_role("article", name=MODEL).wait_for()
@@ -222,11 +215,11 @@ def test_a_conversation_goes_on_and_an_earlier_message_may_decide(page, address)
     assert page.get_by_role("article").count() == 0
 
 
-def test_who_blocks_a_prompt_and_where_a_text_is_cut_are_shown(browser, backbone, probes):
+def test_who_blocks_a_prompt_and_where_a_text_is_cut_are_shown(browser, tiny, probes):
     always = Rule("block", threshold=0.0)
     blocking, cutting = Policy(input={"toxicity": always}), Policy(output={"refusal": always})
     with (
-        served(TransformersEngine(backbone, probes), policy=blocking, playground=True) as address,
+        served(TransformersEngine(tiny, probes), policy=blocking, playground=True) as address,
         opened(browser, address) as page,
     ):
         page.expected_errors = ("status of 400",)
@@ -240,7 +233,7 @@ def test_who_blocks_a_prompt_and_where_a_text_is_cut_are_shown(browser, backbone
         page.get_by_role("combobox", name="Probe", exact=True).select_option("toxicity")
         assert page.get_by_text("discloses no scores of this probe to your key").is_visible()
     with (
-        served(TransformersEngine(backbone, probes), policy=cutting, playground=True) as address,
+        served(TransformersEngine(tiny, probes), policy=cutting, playground=True) as address,
         opened(browser, address) as page,
     ):
         say(page)
@@ -294,11 +287,11 @@ def test_the_slider_says_what_a_threshold_catches_and_writes_a_policy_that_the_s
 
 
 @pytest.fixture(scope="module")
-def labelling(backbone):
+def labelling(tiny):
     """A probe of prompts and one of answers that label words."""
     sides = {"early": "prompt", "late": "response"}
     return [
-        with_curves(spans_probe(backbone, name, side=side, threshold=0.8))
+        with_curves(spans_probe(tiny, name, side=side, threshold=0.8))
         for name, side in sides.items()
     ]
 
@@ -326,12 +319,12 @@ def labelled(text, spans):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_words_that_probes_label_are_marked_in_prompts_and_answers(
-    browser, backbone, labelling, scheme
+    browser, tiny, labelling, scheme
 ):
     texts = ["Is 💶 for Ann Lee in Rome?", "Or <b>for</b> Bo?"]
     turns = []
     with (
-        served(TransformersEngine(backbone, labelling), playground=True) as address,
+        served(TransformersEngine(tiny, labelling), playground=True) as address,
         page_at(browser, f"{address}/playground", color_scheme=scheme) as page,
     ):
         page.get_by_text(f"{MODEL}, 2 probes").wait_for()
@@ -362,11 +355,11 @@ def test_the_words_that_probes_label_are_marked_in_prompts_and_answers(
         assert marks(asked) == before
 
 
-def test_words_that_a_rule_replaces_are_shown_as_sent(browser, backbone, labelling):
+def test_words_that_a_rule_replaces_are_shown_as_sent(browser, tiny, labelling):
     # This key sees the spans of the text as it was.
     policy = Policy(output={"late": Rule("redact", disclose="scores")})
     with (
-        served(TransformersEngine(backbone, labelling), policy=policy, playground=True) as address,
+        served(TransformersEngine(tiny, labelling), policy=policy, playground=True) as address,
         page_at(browser, f"{address}/playground") as page,
     ):
         page.get_by_text(f"{MODEL}, 2 probes").wait_for()
@@ -379,11 +372,11 @@ def test_words_that_a_rule_replaces_are_shown_as_sent(browser, backbone, labelli
 
 
 def test_only_a_probe_that_labels_words_can_be_told_to_replace_them(
-    browser, backbone, probes, labelling, tmp_path
+    browser, tiny, probes, labelling, tmp_path
 ):
     loaded = [*labelling, *probes[:1]]
     with (
-        served(TransformersEngine(backbone, loaded), playground=True) as address,
+        served(TransformersEngine(tiny, loaded), playground=True) as address,
         page_at(browser, f"{address}/playground") as page,
     ):
         page.get_by_text(f"{MODEL}, 3 probes").wait_for()
@@ -477,8 +470,8 @@ def test_a_keyboard_is_enough(page):
     page.get_by_role("article", name="You").get_by_role("table").wait_for()
 
 
-def test_the_page_needs_no_key_and_its_calls_do(browser, backbone, probes):
-    engine = TransformersEngine(backbone, probes)
+def test_the_page_needs_no_key_and_its_calls_do(browser, tiny, probes):
+    engine = TransformersEngine(tiny, probes)
     with (
         served(engine, playground=True, api_key=KEY) as address,
         page_at(browser, f"{address}/playground") as page,

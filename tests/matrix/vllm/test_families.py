@@ -8,7 +8,7 @@ import os
 import pytest
 
 from architectures import TESTED, architecture_model
-from vllm_served import expected, followed, llm_of, mixed_prompts, reported, require_equal, run
+from vllm_served import expected, followed, llm_of, mixed_prompts, require_equal, run, verdicts
 from vllm_suite import WARM_UP
 
 PROMPTS = 16
@@ -38,7 +38,7 @@ def test_verdicts_are_those_of_transformers(name, tmp_path, monkeypatch):
         assert config.model_config.architecture == name
         assert (config.compilation_config.mode == 0) == IS_EAGER
         for _ in ("computed", "from the prefix cache"):
-            require_equal([reported(output) for output in run(llm, prompts)], wanted)
+            require_equal(verdicts(run(llm, prompts)), wanted)
         begun = [prompt for prompt in prompts if len(prompt) < LONGEST // 2][:6]
         outputs = run(llm, begun, max_tokens=WRITTEN, ignore_eos=True)
     cleanup_dist_env_and_memory()
@@ -46,4 +46,4 @@ def test_verdicts_are_those_of_transformers(name, tmp_path, monkeypatch):
         followed(prompt, output.outputs[0].token_ids[:-1])
         for prompt, output in zip(begun, outputs, strict=True)
     ]
-    require_equal([reported(output) for output in outputs], expected(model, read))
+    require_equal(verdicts(outputs), expected(model, read))

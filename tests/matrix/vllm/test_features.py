@@ -24,10 +24,10 @@ from vllm_served import (
     expected,
     llm_of,
     mixed_prompts,
-    reported,
     require_equal,
     run,
     sampling_of,
+    verdicts,
     with_probes,
 )
 
@@ -96,7 +96,7 @@ def test_an_adapter_is_judged_as_its_merged_weights_are(model, prompts, tmp_path
         # Twice each: the prefix cache must not mix them.
         for lora, wanted in ((None, plain), (request, adapted)) * 2:
             outputs = llm.generate(texts, sampling, use_tqdm=False, lora_request=lora)
-            require_equal([reported(output) for output in outputs], wanted)
+            require_equal(verdicts(outputs), wanted)
             named = {output.kv_transfer_params[KEY].get("adapter") for output in outputs}
             assert named == {lora and "formal"}
 
@@ -113,7 +113,7 @@ def test_guessed_tokens_change_no_verdict_on_the_prompt(early, prompts, method):
     with llm_of(early, speculative_config=guesses) as llm:
         for _ in range(2):
             outputs = run(llm, prompts, max_tokens=30, ignore_eos=True)
-            require_equal([reported(output) for output in outputs], expected(early, prompts))
+            require_equal(verdicts(outputs), expected(early, prompts))
         metrics = {metric.name: metric for metric in llm.get_metrics()}
     assert metrics["vllm:spec_decode_num_accepted_tokens"].value > 0
 
@@ -129,7 +129,7 @@ def test_keys_and_values_from_elsewhere_are_not_taken(model, prompts, tmp_path, 
     with llm_of(model, kv_transfer_config=theirs) as llm:
         for _ in range(2):
             outputs = run(llm, prompts)
-            require_equal([reported(output) for output in outputs], expected(model, prompts))
+            require_equal(verdicts(outputs), expected(model, prompts))
     if name == "ExampleConnector":
         assert any(tmp_path.iterdir())
 
@@ -185,7 +185,7 @@ def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path
     with llm_of(model, enforce_eager=eager, **{parallel: 2}) as engine:
         for _ in range(2):
             outputs = run(engine, prompts)
-            require_equal([reported(output) for output in outputs], wanted)
+            require_equal(verdicts(outputs), wanted)
         # Other probes take their place in all processes, and none if one of them cannot.
         probes = [*reversed(model.probes)]
         folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in probes]
@@ -197,14 +197,14 @@ def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path
             engine.collective_rpc("sidelight_check", args=(chosen.folders,))
             engine.collective_rpc("sidelight_load", args=(identity(chosen.folders),))
             outputs = run(engine, some)
-            require_equal([reported(output) for output in outputs], expected(chosen, some))
+            require_equal(verdicts(outputs), expected(chosen, some))
             assert engine.collective_rpc(addresses) == before
         wide = untrained_probe(model.backbone, "wide")
         too_wide = [str(save_probe(wide, tmp_path / "wide")), *others.folders]
         with pytest.raises(Exception, match="SIDELIGHT_COLUMNS="):
             engine.collective_rpc("sidelight_check", args=(too_wide,))
         outputs = run(engine, some)
-        require_equal([reported(output) for output in outputs], expected(others, some))
+        require_equal(verdicts(outputs), expected(others, some))
 
 
 def test_every_rank_judges_and_takes_other_probes(model):
@@ -256,7 +256,7 @@ def test_every_rank_judges_and_takes_other_probes(model):
 def test_verdicts_need_neither_a_cache_nor_neighbours_nor_asynchronous_steps(model, prompts):
     alone = {"max_num_seqs": 1, "enable_prefix_caching": False, "async_scheduling": False}
     with llm_of(model, **alone) as llm:
-        require_equal([reported(output) for output in run(llm, prompts)], expected(model, prompts))
+        require_equal(verdicts(run(llm, prompts)), expected(model, prompts))
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
@@ -266,7 +266,7 @@ def test_the_real_model_gives_the_same_verdicts(tmp_path, eager):
     prompts = mixed_prompts(backbone, 20, longest=500)
     wanted = expected(real, prompts)
     with llm_of(real, enforce_eager=eager, max_num_batched_tokens=200) as engine:
-        require_equal([reported(output) for output in run(engine, prompts)], wanted)
+        require_equal(verdicts(run(engine, prompts)), wanted)
 
 
 def test_parity_finds_no_difference_but_rounding(early, tmp_path, capsys):

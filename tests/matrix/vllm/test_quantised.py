@@ -20,13 +20,12 @@ from sidelight.vllm.engine import load_vllm_engine
 from sidelight.vllm.settings import ACCEPTED, KEY, STATES, Served
 from vllm_served import (
     ROUNDING,
-    Model,
     expected,
     llm_of,
     mixed_prompts,
-    reported,
     require_equal,
     run,
+    verdicts,
 )
 
 pytestmark = pytest.mark.xdist_group("quantised")
@@ -49,13 +48,8 @@ class Copy:
 
 
 @pytest.fixture(scope="module")
-def original(llama_model) -> Model:
-    return llama_model
-
-
-@pytest.fixture(scope="module")
-def copy(original, tmp_path_factory) -> Copy:
-    return quantised(original.path, tmp_path_factory.mktemp("copy"))
+def copy(llama_model, tmp_path_factory) -> Copy:
+    return quantised(llama_model.path, tmp_path_factory.mktemp("copy"))
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +61,10 @@ def texts(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def digest(original, copy, texts) -> str:
+def digest(llama_model, copy, texts) -> str:
     """What parity prints for all probes on the copy."""
     with redirect_stdout(StringIO()) as said:
-        assert measure(original, copy.path, texts) == 0
+        assert measure(llama_model, copy.path, texts) == 0
     last = said.getvalue().splitlines()[-1]
     assert last.startswith(f"{ACCEPTED}=")
     return last.partition("=")[2]
@@ -129,7 +123,7 @@ def rounded(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (numbers / scale).round() * scale, scale
 
 
-def measure(original: Model, copy: str, texts: str, *, gate="1", **options) -> int:
+def measure(original, copy: str, texts: str, *, gate="1", **options) -> int:
     given = {**SMALL, "num_gpu_blocks_override": 64, **options}
     given.pop("dtype")
     words = [w for key, v in given.items() for w in ("--engine-option", f"{key}={json.dumps(v)}")]
@@ -149,42 +143,42 @@ def configured(path: str, folders, digest: str = "", **options):
 
 
 def test_verdicts_on_a_quantised_copy_are_those_of_transformers_with_the_same_numbers(
-    original, copy, digest, monkeypatch
+    llama_model, copy, digest, monkeypatch
 ):
     monkeypatch.setenv(ACCEPTED, digest)
-    prompts = mixed_prompts(original.backbone, PROMPTS, longest=300)
-    wanted = expected(replace(original, backbone=copy.rounded), prompts)
-    with llm_of(replace(original, path=copy.path)) as llm:
+    prompts = mixed_prompts(llama_model.backbone, PROMPTS, longest=300)
+    wanted = expected(replace(llama_model, backbone=copy.rounded), prompts)
+    with llm_of(replace(llama_model, path=copy.path)) as llm:
         assert llm.llm_engine.vllm_config.model_config.quantization == "compressed-tensors"
-        found = [reported(output) for output in run(llm, prompts)]
-    same, moved = apart(found, wanted), apart(found, expected(original, prompts))
+        found = verdicts(run(llm, prompts))
+    same, moved = apart(found, wanted), apart(found, expected(llama_model, prompts))
     assert sum(same.max(1) < ROUNDING) >= PROMPTS / 4
     assert same.mean() < moved.mean() / 4
 
 
-def test_nothing_quantised_is_served_that_is_not_accepted(original, copy, digest):
+def test_nothing_quantised_is_served_that_is_not_accepted(llama_model, copy, digest):
     with pytest.raises(FingerprintMismatchError, match=r"parity PROBE .* --quantised"):
-        configured(copy.path, original.folders)
+        configured(copy.path, llama_model.folders)
     with pytest.raises(FingerprintMismatchError, match=f"{ACCEPTED} is not set"):
-        load_vllm_engine(copy.path, original.probes)
+        load_vllm_engine(copy.path, llama_model.probes)
     # What vLLM quantises itself is another model.
     for options in ({"quantization": "fp8"}, KV_IN_FP8):
         for given in ("", digest):
             with pytest.raises(FingerprintMismatchError, match=f"{ACCEPTED} is {given or 'not'}"):
-                configured(original.path, original.folders, given, **options)
+                configured(llama_model.path, llama_model.folders, given, **options)
     with pytest.raises(SidelightError, match="quantization=fp8"):
-        configured(original.path, CAPTURED, quantization="fp8")
+        configured(llama_model.path, CAPTURED, quantization="fp8")
 
 
 def test_a_digest_is_of_one_copy_one_set_of_options_and_these_versions_of_probes(
-    original, copy, digest, texts, tmp_path, capsys
+    llama_model, copy, digest, texts, tmp_path, capsys
 ):
-    served = Served.of(configured(copy.path, original.folders, digest))
+    served = Served.of(configured(copy.path, llama_model.folders, digest))
     assert served is not None
     served.load()
-    later = str(save_probe(replace(original.probes[-1], thresholds=(0.7,)), tmp_path / "later"))
+    later = str(save_probe(replace(llama_model.probes[-1], thresholds=(0.7,)), tmp_path / "later"))
     # Workers take no probe that was not accepted.
-    with pytest.raises(FingerprintMismatchError, match=original.probes[-1].name):
+    with pytest.raises(FingerprintMismatchError, match=llama_model.probes[-1].name):
         replace(served, folders=(later,)).load()
     other = tmp_path / "other"
     shutil.copytree(copy.path, other)
@@ -192,28 +186,28 @@ def test_a_digest_is_of_one_copy_one_set_of_options_and_these_versions_of_probes
     weights["model.norm.weight"] += 1
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     for path, folders, options in (
-        (copy.path, original.folders, KV_IN_FP8),
-        (str(other), original.folders, {}),
-        (copy.path, [*original.folders[:-1], later], {}),
-        (copy.path, original.folders[:-1], {}),
+        (copy.path, llama_model.folders, KV_IN_FP8),
+        (str(other), llama_model.folders, {}),
+        (copy.path, [*llama_model.folders[:-1], later], {}),
+        (copy.path, llama_model.folders[:-1], {}),
     ):
         with pytest.raises(FingerprintMismatchError, match=f"{ACCEPTED} is {digest}"):
             configured(path, folders, digest, **options)
     # The model itself needs no digest.
-    assert measure(original, original.path, texts) == 2
+    assert measure(llama_model, llama_model.path, texts) == 2
     assert "serves there as it is" in capsys.readouterr().err
 
 
 def test_a_copy_whose_verdicts_flip_ends_with_1_and_is_not_accepted(
-    original, texts, tmp_path, capsys
+    llama_model, texts, tmp_path, capsys
 ):
     noisy = tmp_path / "noisy"
-    shutil.copytree(original.path, noisy)
+    shutil.copytree(llama_model.path, noisy)
     weights = load_file(noisy / "model.safetensors")
     for name, weight in weights.items():
         weights[name] = weight + 0.2 * torch.randn_like(weight)
     save_file(weights, noisy / "model.safetensors", {"format": "pt"})
-    assert measure(original, str(noisy), texts, gate="0") == 1
+    assert measure(llama_model, str(noisy), texts, gate="0") == 1
     said = capsys.readouterr()
     assert ACCEPTED not in said.out
     assert "flipped" in said.err
