@@ -15,7 +15,6 @@ from policy_contract import (
     STREAMED,
     PolicyContract,
     PolicyServer,
-    Subjects,
     chat,
     choices,
 )
@@ -27,11 +26,6 @@ from tiny import INTENT, broken, three_probes, untrained_probe
 
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_tokens": 6}
-
-
-@pytest.fixture(scope="module")
-def subjects(tmp_path_factory):
-    return Subjects(tmp_path_factory.mktemp("subjects"))
 
 
 @pytest.fixture(scope="module")

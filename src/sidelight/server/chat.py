@@ -8,7 +8,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
@@ -221,23 +221,19 @@ class CompletionAnswer(Completion):
     sidelight: Extension
 
 
-@router.post(
-    "/v1/chat/completions",
-    name="create",
-    response_class=Response,
-    responses={200: {"model": ChatAnswer, "content": EVENTS}},
-)
+def _writing(path: str, answer: type[Completion | ChatCompletion]) -> Callable[..., Any]:
+    """A route whose answer is one object of this type, or a stream."""
+    responses: dict[int | str, dict[str, Any]] = {200: {"model": answer, "content": EVENTS}}
+    return router.post(path, name="create", response_class=Response, responses=responses)
+
+
+@_writing("/v1/chat/completions", ChatAnswer)
 async def complete_chat(body: ChatRequest, request: ServerRequest) -> Response:
     """The text, plain or streamed; either begins once the prompt has been judged."""
     return await _answer(body, request, [body.conversation()], is_chat=True)
 
 
-@router.post(
-    "/v1/completions",
-    name="create",
-    response_class=Response,
-    responses={200: {"model": CompletionAnswer, "content": EVENTS}},
-)
+@_writing("/v1/completions", CompletionAnswer)
 async def complete_text(body: CompletionRequest, request: ServerRequest) -> Response:
     """The texts, plain or streamed; prompts get no chat template."""
     return await _answer(body, request, body.texts(), is_chat=False)
