@@ -36,7 +36,7 @@ class Sitting:
     def begin(self, **options):
         task = TASKS[self.kind]
         self.file = LabelFile(self.out)
-        labelled = None if self.file.is_empty else load_examples(self.out, task=task)
+        labelled = load_examples(self.out, task=task) if self.out.stat().st_size else None
         examples, decided = merged(load_examples(self.rows, label=None), labelled)
         options = {"reads": READS, "probes": self.probes, **options}
         self.pool = Pool(self.tiny, examples, task, root=self.folder / "cache", **options)

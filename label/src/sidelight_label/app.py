@@ -26,14 +26,11 @@ _FILES: Mapping[str, Path] = {
 }
 
 
-class _Text(BaseModel):
+class _Decision(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     row: int
-
-
-class _Decision(_Text):
-    labels: list[str]
+    labels: list[str] = []
 
 
 def create_app(queue: LabelQueue, token: str) -> FastAPI:
@@ -56,12 +53,12 @@ def create_app(queue: LabelQueue, token: str) -> FastAPI:
         return state()
 
     @app.post("/api/skip")
-    def skip(body: _Text) -> dict[str, Any]:
+    def skip(body: _Decision) -> dict[str, Any]:
         queue.skip(body.row)
         return state()
 
     @app.post("/api/undo")
-    def undo(body: _Text) -> dict[str, Any]:
+    def undo(body: _Decision) -> dict[str, Any]:
         queue.undo(body.row)
         return state()
 

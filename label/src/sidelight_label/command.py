@@ -45,7 +45,6 @@ from sidelight.errors import SidelightError
     help="Folder for the newest probe. [default: --out without its ending, and -probe]",
 )
 @options.limit
-@options.max_tokens
 @options.memory
 @click.option("--cache", type=options.PATH, help="Folder for what was read. [default: the user's]")
 @options.free_port
@@ -62,7 +61,6 @@ def label(
     out: Path | None,
     probe_out: Path | None,
     limit: int | None,
-    max_tokens: int,
     memory: float,
     cache: Path | None,
     port: int,
@@ -100,7 +98,7 @@ def label(
     from sidelight.probe import common_format, require_distinct_names
     from sidelight.prompts import Reads
     from sidelight.server.app import listen, server_settings
-    from sidelight.server.config import ServerConfig
+    from sidelight.server.config import read_config
     from sidelight.smollm2 import cache_root
     from sidelight.training.judging import require_responses
     from sidelight_label.app import create_app
@@ -119,12 +117,12 @@ def label(
     path = out or Path(f"{stem}-labels.jsonl")
     folder = probe_out or path.with_name(f"{path.stem}-probe")
     # A browser keeps its connection open.
-    config = ServerConfig(port=port, log_level="warning", drain_s=1)
+    config = read_config(port=port, log_level="warning", drain_s=1)
     with listen(config) as listener:
         file = LabelFile(path)
         require_replaceable(folder, file)
         labelled = None
-        if not file.is_empty:
+        if path.stat().st_size:
             labelled = load_examples(path, text=text, label=label, response=response, task=task)
             for warning in labelled.warnings:
                 click.echo(f"Warning: {path.name}: {warning}", err=True)
@@ -137,7 +135,6 @@ def label(
             reads=replace(reads, scope="conversation"),
             root=cache or cache_root() / "labelling",
             probes=loaded,
-            max_tokens=max_tokens,
             memory_bytes=int(memory * 2**30),
         )
         queue = LabelQueue(pool, file, column=label, labelled=decided, folder=folder)

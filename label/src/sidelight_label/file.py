@@ -38,10 +38,6 @@ class LabelFile:
         if self._seen is None:
             self._write(())
 
-    @property
-    def is_empty(self) -> bool:
-        return not self._before and not self._rows
-
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds a row.
 

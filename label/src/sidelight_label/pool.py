@@ -39,8 +39,12 @@ from sidelight.training.measuring import (
     describe_scores,
     text_hashes,
 )
+from sidelight.training.settings import TRAINING_MAX_TOKENS
 from sidelight.training.validation import FOLDS
 from sidelight.types import Task
+
+# Of one text, as a row of ``LabelledExamples.labels``.
+Labels = int | list[int]
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,6 @@ class Pool:
         reads: The tokens that probes read.
         root: The folder that gets a folder for the vectors.
         probes: They judge each text while its states are at hand.
-        max_tokens: Longer texts are cut, as in training.
         memory_bytes: The most that the vectors may take.
 
     Raises:
@@ -84,7 +87,6 @@ class Pool:
         reads: Reads,
         root: Path,
         probes: Sequence[Probe] = (),
-        max_tokens: int = 1024,
         memory_bytes: int = MEMORY_BYTES,
     ):
         self.backbone = backbone
@@ -102,7 +104,7 @@ class Pool:
                 f"that probes learn from, the limit is {memory_bytes / 2**30:.1f} GiB. Allow more "
                 "(--memory), or use fewer texts (--limit)."
             )
-        self._max_tokens = min(max_tokens, backbone.encoder.max_tokens)
+        self._max_tokens = min(TRAINING_MAX_TOKENS, backbone.encoder.max_tokens)
         self.prompts = encode_shortened(backbone, examples, reads=reads, limit=self._max_tokens)
         # As in `sidelight train`: of several classes, a large norm says something.
         self.is_normalised = task.kind != "multiclass"
@@ -130,25 +132,26 @@ class Pool:
                 "Name probes of the same labels that read the same part of a text."
             )
 
+    def labelled(self, decided: Mapping[int, Labels]) -> LabelledExamples:
+        """These rows with their labels."""
+        chosen = self.examples.select(decided)
+        labels = np.array([*decided.values()], dtype=np.int64)
+        return LabelledExamples(chosen.items, chosen.rows, task=self.task, labels=labels)
+
     def fit(
-        self,
-        rows: Sequence[int],
-        labelled: LabelledExamples,
-        *,
-        name: str,
-        record: Mapping[str, Any],
+        self, decided: Mapping[int, Labels], *, name: str, record: Mapping[str, Any]
     ) -> tuple[Judge, Report]:
-        """A probe of some of the texts, and its figures as ``sidelight train`` prints them.
+        """A probe of these labels, and its figures as ``sidelight train`` prints them.
 
         Args:
-            rows: Which texts.
-            labelled: The same texts with their labels.
+            decided: The labels, by row.
             name: Of the probe.
             record: What else its manifest says of its training.
 
         Raises:
             SidelightError: A fold would lack a label.
         """
+        rows, labelled = [*decided], self.labelled(decided)
         folds = labelled.folds(FOLDS, seed=0) if labelled.distinct >= FOLDS else ()
         if not (folds and all(labelled.select(fold).label_counts.all() for fold in folds)):
             raise SidelightError(
@@ -230,7 +233,7 @@ class _VectorCache(ActivationCache):
 
 def merged(
     texts: Examples, labelled: LabelledExamples | None
-) -> tuple[Examples, dict[int, tuple[str, ...]]]:
+) -> tuple[Examples, dict[int, Labels]]:
     """Each distinct text once, and those that are labelled with their labels.
 
     Labelled texts that are not among ``texts`` follow them. Of a text that was labelled twice, the
@@ -241,9 +244,9 @@ def merged(
         for item, row in zip(part.items, part.rows, strict=True):
             distinct.setdefault((item.messages, item.response), (item, row))
     items, rows = (tuple(values) for values in zip(*distinct.values(), strict=True))
-    decided: dict[int, tuple[str, ...]] = {}
+    decided: dict[int, Labels] = {}
     if labelled is not None:
         numbers = {key: number for number, key in enumerate(distinct)}
-        for item, names in zip(labelled.items, labelled.label_names(), strict=True):
-            decided[numbers[item.messages, item.response]] = tuple(names)
+        for item, labels in zip(labelled.items, labelled.labels.tolist(), strict=True):
+            decided[numbers[item.messages, item.response]] = labels
     return Examples(items, rows), decided

@@ -6,7 +6,6 @@ like all texts, so only they can measure a probe.
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, takewhile
@@ -18,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sidelight.artifact import save_probe
-from sidelight.data.examples import Examples, LabelledExamples
+from sidelight.data.examples import Examples
 from sidelight.data.labels import is_missing, label_name
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
@@ -26,7 +25,7 @@ from sidelight.manifest import holds_probe, read_manifest
 from sidelight.training.validation import FOLDS
 from sidelight.types import Task
 from sidelight_label.file import LabelFile
-from sidelight_label.pool import Judge, Pool
+from sidelight_label.pool import Judge, Labels, Pool
 
 # What the record of a probe calls the labels that it was fitted to here.
 _RECORD = "labelling"
@@ -77,7 +76,7 @@ class LabelQueue:
         file: LabelFile,
         *,
         column: str,
-        labelled: Mapping[int, tuple[str, ...]],
+        labelled: Mapping[int, Labels],
         folder: Path,
     ):
         self.pool = pool
@@ -107,7 +106,7 @@ class LabelQueue:
         return f"least certain first, by {' and '.join(titles)}; one in {_RANDOM_EVERY} at random"
 
     @property
-    def decided(self) -> Mapping[int, tuple[str, ...]]:
+    def decided(self) -> dict[int, Labels]:
         """The labels of each text that has been labelled, in the order of the file."""
         with self._lock:
             return dict(self._decided)
@@ -149,12 +148,20 @@ class LabelQueue:
             SidelightError: It has been decided, the labels are not the task's, or the row is not on
                 disk.
         """
-        names = self._checked(labels)
+        task = self.pool.task
+        is_set = task.kind == "multilabel"
+        if set(labels) - {*task.labels} or (len(labels) != 1 and not is_set):
+            raise SidelightError(
+                f"Got the labels {', '.join(labels) or 'none'}, wanted "
+                f"{'any' if is_set else 'one'} of {', '.join(task.labels)}."
+            )
         with self._lock:
             self._require_open(row)
-            value = list(names) if self.pool.task.kind == "multilabel" else names[0]
-            self._file.append({**self.pool.examples.rows[row], self._column: value})
-            self._decided[row] = names
+            held = [label for label in task.labels if label in labels]
+            cell = held if is_set else held[0]
+            self._file.append({**self.pool.examples.rows[row], self._column: cell})
+            flags = [int(label in held) for label in task.labels]
+            self._decided[row] = flags if is_set else flags.index(1)
             self._history.append(row)
 
     def skip(self, row: int) -> None:
@@ -188,8 +195,8 @@ class LabelQueue:
     @property
     def counts(self) -> dict[str, int]:
         """How many texts have each label."""
-        counts = Counter(chain.from_iterable(self.decided.values()))
-        return {label: counts[label] for label in self.pool.task.labels}
+        counts = self.pool.labelled(self.decided).label_counts.tolist()
+        return dict(zip(self.pool.task.labels, counts, strict=True))
 
     @property
     def obstacle(self) -> str:
@@ -232,29 +239,7 @@ class LabelQueue:
         if not 0 <= row < len(self.pool.examples):
             raise SidelightError(f"There is no text {row}. Load the page again.")
         if row in self._decided:
-            labels = ", ".join(self._decided[row]) or "none of the labels"
-            raise SidelightError(
-                f"This text has been labelled already: {labels}. See the next one."
-            )
-
-    def _checked(self, labels: Sequence[str]) -> tuple[str, ...]:
-        task = self.pool.task
-        unknown = set(labels) - {*task.labels}
-        if unknown or (task.kind != "multilabel" and len(labels) != 1):
-            raise SidelightError(
-                f"Got the labels {', '.join(labels) or 'none'}, wanted "
-                f"{'any' if task.kind == 'multilabel' else 'one'} of {', '.join(task.labels)}."
-            )
-        return tuple(label for label in task.labels if label in labels)
-
-    def _labelled(self, decided: Mapping[int, tuple[str, ...]]) -> LabelledExamples:
-        task, chosen = self.pool.task, self.pool.examples.select(decided)
-        if task.kind == "multilabel":
-            numbers = [[label in names for label in task.labels] for names in decided.values()]
-        else:
-            numbers = [task.labels.index(name) for (name,) in decided.values()]
-        labels = np.array(numbers, dtype=np.int64)
-        return LabelledExamples(chosen.items, chosen.rows, task=task, labels=labels)
+            raise SidelightError("This text has been labelled already. See the next one.")
 
     def _ordered(self) -> list[int]:
         if not self._judges:
@@ -262,40 +247,40 @@ class LabelQueue:
         probabilities = np.stack([judge.probabilities for judge in self._judges])
         return np.argsort(certainty(self.pool.task, probabilities), kind="stable").tolist()
 
-    def _fit(self, decided: Mapping[int, tuple[str, ...]]) -> tuple[Judge, Report]:
+    def _fit(self, decided: Mapping[int, Labels]) -> tuple[Judge, Report]:
         """A probe of these labels, and its figures as ``sidelight train`` prints them."""
         if obstacle := self.obstacle:
             raise SidelightError(obstacle)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.folder.resolve().name)[:64]
-        record = {_RECORD: self._file.path.name}
-        return self.pool.fit([*decided], self._labelled(decided), name=name, record=record)
+        return self.pool.fit(decided, name=name, record={_RECORD: self._file.path.name})
 
     def _compared(
-        self, trained: Judge, report: Report, decided: Mapping[int, tuple[str, ...]]
+        self, trained: Judge, report: Report, decided: Mapping[int, Labels]
     ) -> list[dict[str, Any]]:
         """The new probe beside the earlier ones, on the same texts; none learned from them."""
-        earlier, labelled, rows = self._judges, self._labelled(decided), np.array([*decided])
+        earlier = self._judges
 
-        def measured(judge: Judge, places: Sequence[int]) -> dict[str, Any]:
-            probabilities, labels = judge.probabilities[rows[places]], labelled.labels[places]
-            thresholds = judge.probe.thresholds
-            return evaluate(labelled.task, probabilities, labels, thresholds=thresholds).to_dict()
+        def measured(judge: Judge, rows: Sequence[int]) -> dict[str, Any]:
+            labels = self.pool.labelled({row: decided[row] for row in rows}).labels
+            probabilities, thresholds = judge.probabilities[rows], judge.probe.thresholds
+            return evaluate(self.pool.task, probabilities, labels, thresholds=thresholds).to_dict()
 
+        rows = [*decided]
         chosen = "Most were chosen because they are hard, so these look worse than all texts."
-        every = {judge.title: measured(judge, range(len(rows))) for judge in earlier}
+        every = {judge.title: measured(judge, rows) for judge in earlier}
         whole = {
             "title": f"All {len(rows)} labelled texts",
             "note": chosen if earlier else "",
             "rows": {**every, trained.title: report.to_dict()},
         }
         with self._lock:
-            places = np.flatnonzero(np.isin(rows, self._at_random())).tolist()
-        if not 0 < len(places) < len(rows):
+            typical = [row for row in self._at_random() if row in decided]
+        if not 0 < len(typical) < len(rows):
             return [whole]
         at_random = {
-            "title": f"The {len(places)} texts that came at random",
+            "title": f"The {len(typical)} texts that came at random",
             "note": "They are like all of the texts, so these are the figures to go by.",
-            "rows": {judge.title: measured(judge, places) for judge in (*earlier, trained)},
+            "rows": {judge.title: measured(judge, typical) for judge in (*earlier, trained)},
         }
         return [at_random, whole]
 

@@ -306,12 +306,6 @@ limit = click.option(
     type=click.IntRange(min=2),
     help="Use N rows, drawn at random; each class keeps its share.",
 )
-max_tokens = click.option(
-    "--max-tokens",
-    type=click.IntRange(min=8),
-    default=1024,
-    help="Cut longer texts, and count them; judging never cuts.",
-)
 memory = click.option(
     "--memory",
     type=click.FloatRange(min=0.01),

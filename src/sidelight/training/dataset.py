@@ -392,8 +392,7 @@ def encode_shortened(
         return prompts
     cut = sum(prompts[index].dropped > 0 for index in unread)
     remedy = (
-        f"{cut} of them were cut to {limit} tokens: raise the limit (--max-tokens N, in training "
-        "--set max_tokens=N)."
+        f"{cut} of them were cut to {limit} tokens: raise the limit (--set max_tokens=N)."
         if cut
         else "Name the column with the answers (--response COLUMN). In training use --set "
         "reads=prompt to read prompts instead."

@@ -109,7 +109,7 @@ function showText() {
   if (!text) place.textContent = "All texts are labelled. Press t to train on them, then end the command in the terminal: it prints what comes next.";
   place.scrollTop = 0;
   find("#cut").hidden = !text?.dropped;
-  if (text?.dropped) find("#cut").textContent = `Probes read ${text.tokens - text.dropped} of its ${text.tokens} tokens (--max-tokens).`;
+  if (text?.dropped) find("#cut").textContent = `Probes read ${text.tokens - text.dropped} of its ${text.tokens} tokens.`;
   showOpinions();
   find("#labels").replaceChildren(...state.labels.map(labelButton));
   find("#save").hidden = state.kind !== "multilabel";
