@@ -105,9 +105,10 @@ def test_a_probe_that_reads_one_layer_is_attributed_to_it(make):
     found = examine(classifier, examples("binary", 40, 0))
     for use in found.use.values():
         np.testing.assert_allclose(use.layer_shares, np.eye(4)[2], atol=1e-5)
-    np.testing.assert_allclose(found.layers["drop"][others], found.score)
-    assert found.layers["only"][2] == pytest.approx(found.score)
-    assert found.layers["drop"][2] != pytest.approx(found.score)
+    scores = {view: np.array(by_layer) for view, by_layer in found.layer_ablation.items()}
+    np.testing.assert_allclose(scores["drop"][others], found.score)
+    assert scores["only"][2] == pytest.approx(found.score)
+    assert scores["drop"][2] != pytest.approx(found.score)
 
 
 def test_every_token_is_in_one_group_and_template_tokens_are_those_of_the_prompt(tiny, make):

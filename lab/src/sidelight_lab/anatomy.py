@@ -5,14 +5,13 @@ is trained. ``write_anatomy`` makes a table, a picture and JSON of it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
@@ -21,7 +20,6 @@ from sidelight.bank import Bank
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.plots import save_figure
-from sidelight.probe import Probe
 from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.ragged import Ragged, by_length
@@ -30,7 +28,6 @@ from sidelight.training.classifier import Classifier
 from sidelight.training.judging import encode
 from sidelight.training.optimisation import score_name, validation_score
 from sidelight.types import Task
-from sidelight_lab.plots import COLOURS, LEGEND, literal, open_frame
 
 # A token is in the first of these that applies.
 GROUPS = ("first", "last", "template", "content")
@@ -38,6 +35,7 @@ GROUPS = ("first", "last", "template", "content")
 _NAMED_LAYERS = 3
 # Score that may be lost by reading the deepest layers only.
 _NEGLIGIBLE = 0.01
+_DRAWN_CLASSES = 6
 _VIEWS = {"drop": "all but this layer", "only": "this layer only", "from": "from this layer on"}
 
 
@@ -54,28 +52,34 @@ class Use:
     """
 
     texts: int
-    layer_shares: Float[np.ndarray, " layer"]
-    layer_effects: Float[np.ndarray, " layer"]
-    token_shares: Float[np.ndarray, " group"]
-    tokens: Float[np.ndarray, " group"]
+    layer_shares: list[float]
+    layer_effects: list[float]
+    token_shares: list[float]
+    tokens: list[float]
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a probe uses, and what it can do without.
+    """What a probe uses, and what it can do without; as ``anatomy.json`` has it.
 
     Attributes:
-        score: ``validation_score`` on all texts, like every score here.
+        metric: What every score here is: ``validation_score``.
+        score: On all texts.
+        token_groups: The names of ``GROUPS``.
         use: By true class.
-        layers: For each of ``_VIEWS`` the score by layer.
-        tokens: The score without some tokens; see ``token_views``.
+        layer_ablation: For each of ``_VIEWS`` the score by layer.
+        token_ablation: The score without some tokens; see ``token_views``.
     """
 
-    probe: Probe
+    probe: str
+    mechanism: str
+    options: Mapping[str, Any]
+    metric: str
     score: float
+    token_groups: tuple[str, ...]
     use: Mapping[str, Use]
-    layers: Mapping[str, Float[np.ndarray, " layer"]]
-    tokens: Mapping[str, float]
+    layer_ablation: Mapping[str, list[float]]
+    token_ablation: Mapping[str, float]
 
 
 def examine(classifier: Classifier, examples: LabelledExamples) -> Anatomy:
@@ -112,16 +116,20 @@ def examine(classifier: Classifier, examples: LabelledExamples) -> Anatomy:
                 logits.setdefault(view, np.empty((len(examples), task.outputs)))[rows] = found
             shown.advance(len(rows))
     scores = {view: validation_score(task, own, examples.labels) for view, own in logits.items()}
-    layers = range(classifier.backbone.fingerprint.layers)
+    layers, probe = range(classifier.backbone.fingerprint.layers), classifier.probe
     return Anatomy(
-        classifier.probe,
+        probe.name,
+        probe.spec.name,
+        dict(probe.spec.options),
+        score_name(task),
         scores["everything"],
+        GROUPS,
         {
             name: _use([shares[row] for row in own], [groups[row].numpy() for row in own])
             for name, own in members.items()
         },
-        {view: np.array([scores[f"{view} {layer}"] for layer in layers]) for view in _VIEWS},
-        {view: scores[view] for view in token_views(torch.zeros(1, len(GROUPS), dtype=torch.bool))},
+        {view: [scores[f"{view} {layer}"] for layer in layers] for view in _VIEWS},
+        {view: scores[view] for view in token_views(groups[0])},
     )
 
 
@@ -229,79 +237,52 @@ def _members(task: Task, labels: Int[np.ndarray, "text ..."]) -> dict[str, list[
 
 def _use(shares: Sequence[np.ndarray], groups: Sequence[np.ndarray]) -> Use:
     """The mean over texts, of shares ``[token, layer]`` and groups ``[token, group]``."""
-    pairs = list(zip(shares, groups, strict=True))
-    totals = [max(abs(own).sum(), 1e-30) for own in shares]
-
-    def mean(parts: Iterator[np.ndarray]) -> np.ndarray:
-        return np.mean(list(parts), 0)
-
-    return Use(
-        texts=len(pairs),
-        layer_shares=mean(abs(own.sum(0)) / max(abs(own.sum(0)).sum(), 1e-30) for own in shares),
-        layer_effects=mean(own.sum(0) for own in shares),
-        token_shares=mean(
-            abs(own).sum(1) @ marks / total
-            for (own, marks), total in zip(pairs, totals, strict=True)
-        ),
-        tokens=mean(marks.mean(0) for marks in groups),
+    by_layer = np.stack([own.sum(0) for own in shares])
+    by_group = np.stack(
+        [abs(own).sum(1) @ marks for own, marks in zip(shares, groups, strict=True)]
     )
+    return Use(
+        len(shares),
+        layer_shares=_proportions(abs(by_layer)).mean(0).tolist(),
+        layer_effects=by_layer.mean(0).tolist(),
+        token_shares=_proportions(by_group).mean(0).tolist(),
+        tokens=np.mean([marks.mean(0) for marks in groups], 0).tolist(),
+    )
+
+
+def _proportions(values: Float[np.ndarray, "text part"]) -> Float[np.ndarray, "text part"]:
+    return values / values.sum(1, keepdims=True).clip(1e-30)
 
 
 def write_anatomy(anatomy: Anatomy, directory: Path) -> list[Path]:
     """Writes anatomy.json, anatomy.png and report.md, and returns their paths."""
     values, picture, report = (directory / n for n in ("anatomy.json", "anatomy.png", "report.md"))
-    write_json(values, _to_json(anatomy))
+    write_json(values, asdict(anatomy))
     write_text(report, _to_markdown(anatomy))
-    _draw(anatomy, picture)
+    save_figure(_draw(anatomy), picture)
     return [values, picture, report]
 
 
-def _to_json(anatomy: Anatomy) -> dict[str, Any]:
-    return {
-        "probe": anatomy.probe.name,
-        "mechanism": anatomy.probe.spec.name,
-        "options": dict(anatomy.probe.spec.options),
-        "metric": score_name(anatomy.probe.task),
-        "score": anatomy.score,
-        "token_groups": list(GROUPS),
-        "use": {
-            name: {field: np.asarray(value).tolist() for field, value in vars(own).items()}
-            for name, own in anatomy.use.items()
-        },
-        "layer_ablation": {view: own.tolist() for view, own in anatomy.layers.items()},
-        "token_ablation": dict(anatomy.tokens),
-    }
-
-
 def _to_markdown(anatomy: Anatomy) -> str:
-    metric = score_name(anatomy.probe.task)
-    classes = [
-        [
-            name.replace("|", "/"),
-            str(own.texts),
-            ", ".join(
-                f"{layer} ({own.layer_shares[layer]:.0%})"
-                for layer in np.argsort(-own.layer_shares, kind="stable")[:_NAMED_LAYERS]
-            ),
-            *(
-                f"{share:.0%} ({of_all:.0%})"
-                for share, of_all in zip(own.token_shares, own.tokens, strict=True)
-            ),
-        ]
-        for name, own in anatomy.use.items()
-    ]
+    classes: list[list[str]] = []
+    for name, own in anatomy.use.items():
+        ranked = np.argsort(-np.array(own.layer_shares), kind="stable")[:_NAMED_LAYERS]
+        layers = ", ".join(f"{layer} ({own.layer_shares[layer]:.0%})" for layer in ranked)
+        shares = zip(own.token_shares, own.tokens, strict=True)
+        tokens = [f"{share:.0%} ({of_all:.0%})" for share, of_all in shares]
+        classes.append([name.replace("|", "/"), str(own.texts), layers, *tokens])
     ablations = [
         [what, f"{score:.3f}", f"{score - anatomy.score:+.3f}"]
         for what, score in _ablations(anatomy).items()
     ]
-    heads = ["class", "texts", "layers by share", *GROUPS], ["what", metric, "change"]
+    heads = ["class", "texts", "layers by share", *GROUPS], ["what", anatomy.metric, "change"]
     tables = [
         tabulate(rows, head, "github", disable_numparse=True)
         for rows, head in zip((classes, ablations), heads, strict=True)
     ]
-    return f"""# {anatomy.probe.name}: {anatomy.probe.spec.name}
+    return f"""# {anatomy.probe}: {anatomy.mechanism}
 
-{metric} {anatomy.score:.3f}. Shares are shares of the absolute contributions to the logit; those
+{anatomy.metric} {anatomy.score:.3f}. Shares are of the absolute contributions to the logit; those
 of the tokens stand in brackets. *first* and *last* are one token each, which may belong to the
 template; *template* is the rest of the template.
 
@@ -315,7 +296,7 @@ its mean in training.
 
 
 def _ablations(anatomy: Anatomy) -> dict[str, float]:
-    drop, only, later = (anatomy.layers[view] for view in _VIEWS)
+    drop, only, later = (np.array(anatomy.layer_ablation[view]) for view in _VIEWS)
     worst, best = int(drop.argmin()), int(only.argmax())
     start = int(np.flatnonzero(later >= anatomy.score - _NEGLIGIBLE).max())
     return {
@@ -323,40 +304,24 @@ def _ablations(anatomy: Anatomy) -> dict[str, float]:
         f"without layer {worst}, the costliest one to lose": drop[worst],
         f"layer {best} only, the best one alone": only[best],
         f"from layer {start} on, the deepest start that loses at most {_NEGLIGIBLE}": later[start],
-        **anatomy.tokens,
+        **anatomy.token_ablation,
     }
 
 
-def _draw(anatomy: Anatomy, path: Path) -> None:
-    """What is used per class, then what ablation costs; the six largest classes are drawn."""
-    figure = Figure(figsize=(11.0, 7.0), layout="constrained")
-    figure.suptitle(literal(f"{anatomy.probe.name}: anatomy of {anatomy.probe.spec.name}"))
-    places: list[Axes] = figure.subplots(2, 2).ravel().tolist()
-    layers, tokens, without_layers, without_tokens = places
-    largest = sorted(anatomy.use, key=lambda name: -anatomy.use[name].texts)[: len(COLOURS)]
-    height = 0.8 / len(largest)
-    for number, (name, colour) in enumerate(zip(largest, COLOURS, strict=False)):
-        own = anatomy.use[name]
-        layers.plot(own.layer_shares, color=colour, label=literal(name), marker="o", markersize=3)
-        places_of = np.arange(len(GROUPS)) + number * height
-        tokens.barh(places_of, own.token_shares, height * 0.9, color=colour)
-        tokens.plot(own.tokens, places_of, "|", color="#222222", markersize=14)
-    layers.set(xlabel="Layer", ylabel="Share of contributions", ylim=(0, None))
-    layers.legend(**LEGEND)
-    tokens.set_yticks(np.arange(len(GROUPS)) + 0.4 - height / 2, GROUPS)
-    tokens.set(xlabel="Share of contributions; the lines are shares of the tokens", xlim=(0, 1))
-    for (view, label), colour in zip(_VIEWS.items(), COLOURS, strict=False):
-        without_layers.plot(
-            anatomy.layers[view], color=colour, label=label, marker="o", markersize=3
-        )
-    without_layers.set(xlabel="Layer", ylabel=score_name(anatomy.probe.task))
-    without_layers.legend(**LEGEND)
-    without_tokens.barh(list(anatomy.tokens), list(anatomy.tokens.values()), color=COLOURS[0])
-    without_tokens.set(xlabel=score_name(anatomy.probe.task), xlim=(0, 1))
-    without_layers.axhline(anatomy.score, color="#8a8a8a", linestyle="--")
-    without_tokens.axvline(anatomy.score, color="#8a8a8a", linestyle="--")
-    for axes in places:
-        open_frame(axes)
-    for axes in (tokens, without_tokens):
-        axes.invert_yaxis()
-    save_figure(figure, path)
+def _draw(anatomy: Anatomy) -> Figure:
+    """What is used of each layer, for the six largest classes, and what ablation costs."""
+    figure = Figure(figsize=(11.0, 4.0), layout="constrained")
+    shares, scores = figure.subplots(1, 2)
+    largest = sorted(anatomy.use, key=lambda name: -anatomy.use[name].texts)[:_DRAWN_CLASSES]
+    for name in largest:
+        # A dollar sign starts a formula in matplotlib, and a leading underscore hides a name.
+        label = name.replace("$", r"\$").lstrip("_")
+        shares.plot(anatomy.use[name].layer_shares, label=label, marker="o", markersize=3)
+    shares.set(xlabel="Layer", ylabel="Share of contributions", ylim=(0, None))
+    for view, label in _VIEWS.items():
+        scores.plot(anatomy.layer_ablation[view], label=label, marker="o", markersize=3)
+    scores.axhline(anatomy.score, color="grey", linestyle="--", label="all layers")
+    scores.set(xlabel="Layer", ylabel=anatomy.metric)
+    for axes in (shares, scores):
+        axes.legend(frameon=False, fontsize=8)
+    return figure
