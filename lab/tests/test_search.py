@@ -19,7 +19,7 @@ from sidelight.training.dataset import ProbeDataset
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import Job, suggested_settings
 from sidelight_lab.cli.search import write_search
-from sidelight_lab.search import SPACES, Range, Space, best_of, possible_specs, search_settings
+from sidelight_lab.search import SPACES, Space, best_of, possible_specs, search_settings
 
 pytestmark = pytest.mark.slow
 PLAN = {"trials": 6, "generation": 3, "seed": 0}
@@ -137,8 +137,9 @@ def test_every_mechanism_has_a_usable_space_that_starts_at_its_defaults(name, da
     # Not adapted to few texts: a search says what it trains.
     exactly = replace(suggested_settings(name), least_steps=0)
     assert (defaults.spec, defaults.settings) == (mechanism_spec(name), exactly)
-    assert space.learning_rate.low <= drawn.settings.learning_rate <= space.learning_rate.high
-    assert space.weight_decay.low <= drawn.settings.weight_decay <= space.weight_decay.high
+    for name in ("learning_rate", "weight_decay"):
+        low, high = getattr(space, name)
+        assert low <= getattr(drawn.settings, name) <= high
     assert 1 <= drawn.settings.epochs <= 10
     assert None not in (defaults.score, drawn.score)
 
@@ -173,19 +174,19 @@ def test_another_search_in_the_same_file_is_refused(dataset, tiny, cache):
 def test_a_training_that_diverges_ends_neither_the_search_nor_its_neighbours(
     dataset, tmp_path, monkeypatch
 ):
-    def search_with(decay: Range, trials: int):
+    def search_with(decay: tuple[float, float], trials: int):
         explosive = Space(weight_decay=decay)
         monkeypatch.setattr("sidelight_lab.search.SPACES", {**SPACES, "pooling": explosive})
         storage = tmp_path / f"{trials}"
         return search_settings(dataset, "pooling", trials=trials, seed=0, storage=storage)
 
-    trials = search_with(Range(0.0, 1e38), 5)
+    trials = search_with((0.0, 1e38), 5)
     assert [trial.score is None for trial in trials] == [False, True, True, True, True]
     assert best_of(trials) == trials[0]
     write_search({"pooling": trials}, tmp_path)
     assert (tmp_path / "trials.csv").read_text().count("diverged") == 4
     with pytest.raises(SidelightError, match="diverged"):
-        search_with(Range(1e37, 1e38), 2)
+        search_with((1e37, 1e38), 2)
 
 
 def test_a_search_leaves_a_table_and_the_best(found, tmp_path):

@@ -8,7 +8,7 @@ own seed from the trials before it, so a search that was killed goes on with the
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,12 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -34,16 +40,9 @@ _RANDOM_TRIALS = 12
 # A diverged training has no score; as pruned, it ranks below all that have one.
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _KNOWN = (*_FINISHED, TrialState.RUNNING)
-# Names of what the storage keeps beside parameters and scores.
-_SUBJECT, _CONFIGURATION = "subject", "configuration"
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from ``low`` to ``high``, both included."""
-
-    low: float
-    high: float
+# What the storage keeps of a search beside parameters and scores.
+_SUBJECT = "subject"
+_BATCH_SIZES = (8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,36 @@ class Space:
     at most 10 epochs (Meyoyan & Del Corro 2026). Standardised states bear more decay.
 
     Attributes:
-        learning_rate: Drawn uniformly on a logarithmic scale.
-        weight_decay: Drawn uniformly on a linear scale.
-        most_epochs: The most epochs; early stopping may end a trial sooner.
+        learning_rate: From and to; drawn uniformly on a logarithmic scale.
+        weight_decay: From and to; drawn uniformly on a linear scale.
         options: Values of the mechanism's options; a missing option keeps its default.
     """
 
-    learning_rate: Range = Range(1e-5, 5e-2)
-    weight_decay: Range = Range(0.0, 0.5)
-    most_epochs: int = 10
-    batch_sizes: tuple[int, ...] = (8, 16, 32, 64)
+    learning_rate: tuple[float, float] = (1e-5, 5e-2)
+    weight_decay: tuple[float, float] = (0.0, 0.5)
     options: Mapping[str, tuple[OptionValue, ...]] = field(default_factory=dict)
+
+    def distributions(self, specs: Sequence[MechanismSpec]) -> dict[str, BaseDistribution]:
+        """What a trial draws; of epochs, early stopping may train fewer."""
+        return {
+            "options": CategoricalDistribution([*map(_options_name, specs)]),
+            "learning rate": FloatDistribution(*self.learning_rate, log=True),
+            "weight decay": FloatDistribution(*self.weight_decay),
+            "epochs": IntDistribution(1, 10),
+            "batch size": CategoricalDistribution(_BATCH_SIZES),
+        }
+
+    def default_parameters(self, specs: Sequence[MechanismSpec]) -> dict[str, Any]:
+        """The mechanism's default options and settings, or the nearest ones."""
+        mechanism = specs[0].name
+        settings, default = suggested_settings(mechanism), mechanism_spec(mechanism)
+        return {
+            "options": _options_name(default if default in specs else specs[0]),
+            "learning rate": float(np.clip(settings.learning_rate, *self.learning_rate)),
+            "weight decay": float(np.clip(settings.weight_decay, *self.weight_decay)),
+            "epochs": min(settings.epochs, 10),
+            "batch size": min(_BATCH_SIZES, key=lambda size: abs(size - settings.batch_size)),
+        }
 
 
 # Heads of a single layer learn best above the paper's rates.
@@ -73,16 +91,16 @@ SPACES: Mapping[str, Space] = {
     "pooling": Space(options={"kind": ("mean", "max")}),
     "gate": Space(options={"activation": ("tanh", "identity")}),
     "attention": Space(
-        learning_rate=Range(1e-5, 1e-3),
+        learning_rate=(1e-5, 1e-3),
         options={"factor": (4, 8, 16, 32, 64), "heads": (4, 8, 16), "pooling": ("mean", "max")},
     ),
     "readout": Space(
-        learning_rate=Range(1e-5, 1e-2),
+        learning_rate=(1e-5, 1e-2),
         options={"heads": (1, 2, 4, 8), "extremes": ("none", "pair")},
     ),
-    "fusion": Space(learning_rate=Range(1e-4, 1e-2), options={"rank": (16, 32, 64, 128)}),
+    "fusion": Space(learning_rate=(1e-4, 1e-2), options={"rank": (16, 32, 64, 128)}),
     "blend": Space(
-        learning_rate=Range(1e-4, 1e-2),
+        learning_rate=(1e-4, 1e-2),
         options={"extremes": ("none", "pair"), "fusions": (1, 2), "rank": (16, 32, 64)},
     ),
 }
@@ -110,39 +128,6 @@ def possible_specs(
             f"{geometry.width}. Search other mechanisms. The last refusal: {refusal}"
         )
     return possible
-
-
-def draw(
-    trial: optuna.Trial, space: Space, specs: Sequence[MechanismSpec]
-) -> tuple[MechanismSpec, TrainingSettings]:
-    """One of the possible specifications, and settings from the space.
-
-    Settings that the space does not cover are the suggested ones of the mechanism.
-    """
-    by_name = {_options_name(spec): spec for spec in specs}
-    spec = by_name[trial.suggest_categorical("options", list(by_name))]
-    rate, decay = space.learning_rate, space.weight_decay
-    settings = suggested_settings(spec.name).changed(
-        learning_rate=trial.suggest_float("learning rate", rate.low, rate.high, log=True),
-        weight_decay=trial.suggest_float("weight decay", decay.low, decay.high),
-        epochs=trial.suggest_int("epochs", 1, space.most_epochs),
-        batch_size=trial.suggest_categorical("batch size", space.batch_sizes),
-    )
-    return spec, settings
-
-
-def default_parameters(space: Space, specs: Sequence[MechanismSpec]) -> dict[str, Any]:
-    """The parameters of the mechanism's default options and settings, or the nearest ones."""
-    mechanism = specs[0].name
-    settings, default = suggested_settings(mechanism), mechanism_spec(mechanism)
-    rate, decay = space.learning_rate, space.weight_decay
-    return {
-        "options": _options_name(default if default in specs else specs[0]),
-        "learning rate": min(max(settings.learning_rate, rate.low), rate.high),
-        "weight decay": min(max(settings.weight_decay, decay.low), decay.high),
-        "epochs": min(settings.epochs, space.most_epochs),
-        "batch size": min(space.batch_sizes, key=lambda size: abs(size - settings.batch_size)),
-    }
 
 
 def _options_name(spec: MechanismSpec) -> str:
@@ -205,13 +190,13 @@ def search_settings(
     subject |= {"seed": str(seed), "space": repr(space)}
     study = _open_study(mechanism, storage, subject)
     if not study.get_trials(deepcopy=False, states=(*_KNOWN, TrialState.WAITING)):
-        study.enqueue_trial(default_parameters(space, specs))
+        study.enqueue_trial(space.default_parameters(specs))
+    distributions = space.distributions(specs)
     while (missing := trials - len(_trials(study, _FINISHED))) > 0:
         count = min(generation, missing)
         # The untrained trials of a killed search come first.
-        asked = _trials(study, (TrialState.RUNNING,))[:count]
-        while len(asked) < count:
-            asked.append(_propose(study, space, specs, seed))
+        while len(asked := _trials(study, (TrialState.RUNNING,))[:count]) < count:
+            _propose(study, distributions, seed)
         jobs = [Job(trial.spec, seed, trial.settings) for trial in asked]
         for trial, logits in zip(asked, _judge(jobs, dataset, folds), strict=True):
             if logits is None:
@@ -252,12 +237,14 @@ def _open_study(name: str, storage: Path, subject: Mapping[str, str]) -> optuna.
             "whose scores cannot be compared with new ones. Name another folder, or delete it."
         )
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _CONFIGURATION not in trial.user_attrs:
+        # The parameter that is drawn last.
+        if "batch size" not in trial.params:
             study.tell(trial.number, state=TrialState.FAIL)
     return study
 
 
-def _propose(study: optuna.Study, space: Space, specs: Sequence[MechanismSpec], seed: int) -> Trial:
+def _propose(study: optuna.Study, distributions: dict[str, BaseDistribution], seed: int) -> None:
+    """Draws a trial by a seed of its own."""
     drawn = len(study.get_trials(deepcopy=False, states=_KNOWN))
     study.sampler = optuna.samplers.TPESampler(
         seed=int(np.random.SeedSequence([seed, drawn]).generate_state(1)[0]),
@@ -265,12 +252,7 @@ def _propose(study: optuna.Study, space: Space, specs: Sequence[MechanismSpec], 
         multivariate=True,
         constant_liar=True,
     )
-    trial = study.ask()
-    spec, settings = draw(trial, space, specs)
-    # Written last: a trial that has it is complete.
-    configuration = {"options": dict(spec.options), "settings": asdict(settings)}
-    trial.set_user_attr(_CONFIGURATION, configuration)
-    return Trial(trial.number, spec, settings, None)
+    study.ask(distributions)
 
 
 def _judge(jobs: Sequence[Job], dataset: ProbeDataset, folds: Folds) -> list[np.ndarray | None]:
@@ -286,12 +268,19 @@ def _judge(jobs: Sequence[Job], dataset: ProbeDataset, folds: Folds) -> list[np.
 
 
 def _trials(study: optuna.Study, states: Sequence[TrialState]) -> list[Trial]:
-    """The study's trials in these states, by their numbers in the storage."""
+    """The study's trials in these states, by their numbers in the storage.
+
+    Settings that are not searched are the suggested ones of the mechanism.
+    """
     found: list[Trial] = []
     for trial in study.get_trials(deepcopy=False, states=tuple(states)):
-        stored = trial.user_attrs[_CONFIGURATION]
-        spec = mechanism_spec(study.study_name, stored["options"])
-        settings = TrainingSettings(**stored["settings"])
+        spec = mechanism_spec(study.study_name, json.loads(trial.params["options"]))
+        searched = {
+            name.replace(" ", "_"): value
+            for name, value in trial.params.items()
+            if name != "options"
+        }
+        settings = suggested_settings(spec.name).changed(**searched)
         found.append(Trial(trial.number, spec, settings, trial.value))
     return found
 
