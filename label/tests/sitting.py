@@ -7,6 +7,7 @@ import numpy as np
 from corpora import TASKS, planted
 from sidelight.data.loading import load_examples
 from sidelight.prompts import Reads
+from sidelight.training.settings import FitOptions
 from sidelight_label.file import LabelFile
 from sidelight_label.pool import Pool, merged
 from sidelight_label.queue import LabelQueue
@@ -33,13 +34,13 @@ class Sitting:
         self.out = folder / "labels.jsonl"
         self.begin()
 
-    def begin(self, **options):
+    def begin(self, **settings):
         task = TASKS[self.kind]
         self.file = LabelFile(self.out)
         labelled = load_examples(self.out, task=task) if self.out.stat().st_size else None
         examples, decided = merged(load_examples(self.rows, label=None), labelled)
-        options = {"reads": READS, "probes": self.probes, **options}
-        self.pool = Pool(self.tiny, examples, task, root=self.folder / "cache", **options)
+        options = FitOptions(reads=READS, cache_root=self.folder / "cache", **settings)
+        self.pool = Pool(self.tiny, examples, task, options, self.probes)
         self.queue = LabelQueue(
             self.pool, self.file, column="label", labelled=decided, folder=self.folder / "probe"
         )

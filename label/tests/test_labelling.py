@@ -19,6 +19,7 @@ from sidelight.data.readers import read_file
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
 from sidelight.training.judging import judge as judge_texts
+from sidelight.training.settings import FitOptions
 from sidelight.types import Task
 from sidelight_label.file import LabelFile
 from sidelight_label.pool import Pool, merged
@@ -326,7 +327,7 @@ def test_texts_longer_than_the_model_reads_are_cut_and_too_many_for_the_memory_r
     cut = [prompt.dropped for prompt in sitting.pool.prompts]
     assert cut[0] > 0
     assert not any(cut[1:])
-    with pytest.raises(SidelightError, match="60 texts need"):
+    with pytest.raises(SidelightError, match="Allow more"):
         sitting.begin(memory_bytes=10_000)
 
 
@@ -337,7 +338,7 @@ def test_chats_and_responses_are_labelled_like_texts(tiny, tmp_path):
     file = LabelFile(tmp_path / "labels.jsonl")
     examples, decided = merged(load_examples(rows, label=None, response="answer"), None)
     reads = Reads("response", scope="conversation")
-    pool = Pool(tiny, examples, TOXICITY, reads=reads, root=tmp_path / "cache")
+    pool = Pool(tiny, examples, TOXICITY, FitOptions(reads=reads, cache_root=tmp_path / "cache"))
     queue = LabelQueue(pool, file, column="said", labelled=decided, folder=tmp_path / "probe")
     while (row := queue.next()) is not None:
         queue.label(row, ["toxic" if row % 2 else "fine"])

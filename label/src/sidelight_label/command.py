@@ -99,8 +99,8 @@ def label(
     from sidelight.prompts import Reads
     from sidelight.server.app import listen, server_settings
     from sidelight.server.config import read_config
-    from sidelight.smollm2 import cache_root
     from sidelight.training.judging import require_responses
+    from sidelight.training.settings import FitOptions
     from sidelight_label.app import create_app
     from sidelight_label.file import LabelFile
     from sidelight_label.pool import Pool, merged
@@ -128,15 +128,13 @@ def label(
                 click.echo(f"Warning: {path.name}: {warning}", err=True)
         pool_examples, decided = merged(examples, labelled)
         runtime = replace(runtime, model=runtime.model_of(loaded))
-        pool = Pool(
-            runtime.load_backbone(prompt_format=common_format(loaded)),
-            pool_examples,
-            task,
+        fit_options = FitOptions(
             reads=replace(reads, scope="conversation"),
-            root=cache or cache_root() / "labelling",
-            probes=loaded,
+            cache_root=cache,
             memory_bytes=int(memory * 2**30),
         )
+        backbone = runtime.load_backbone(prompt_format=common_format(loaded))
+        pool = Pool(backbone, pool_examples, task, fit_options, loaded)
         queue = LabelQueue(pool, file, column=label, labelled=decided, folder=folder)
         token = secrets.token_urlsafe(32)
         address = f"http://{config.host}:{listener.getsockname()[1]}/#{token}"

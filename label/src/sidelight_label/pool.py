@@ -6,7 +6,6 @@ the states of all tokens. The model reads each text once, and a fit takes second
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,17 +20,16 @@ from sidelight.errors import SidelightError
 from sidelight.evaluation import Report
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
-from sidelight.prompts import Reads
+from sidelight.smollm2 import cache_root
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import (
-    MEMORY_BYTES,
     ActivationCache,
     Pooled,
     Shard,
     write_tensors,
 )
 from sidelight.states.extraction import BackboneSource, extract, shard_logits
-from sidelight.training.dataset import encode_shortened
+from sidelight.training.dataset import encode_shortened, linear_refusal
 from sidelight.training.linear import solve_linear
 from sidelight.training.measuring import (
     calibrate_examples,
@@ -39,8 +37,8 @@ from sidelight.training.measuring import (
     describe_scores,
     text_hashes,
 )
-from sidelight.training.settings import TRAINING_MAX_TOKENS
-from sidelight.training.validation import FOLDS
+from sidelight.training.settings import FitOptions
+from sidelight.training.validation import complete_folds
 from sidelight.types import Task
 
 # Of one text, as a row of ``LabelledExamples.labels``.
@@ -68,10 +66,8 @@ class Pool:
         backbone: The frozen LLM; it reads what no earlier sitting read.
         examples: The texts.
         task: The labels to decide between.
-        reads: The tokens that probes read.
-        root: The folder that gets a folder for the vectors.
+        options: What is read of the texts, and where their vectors go.
         probes: They judge each text while its states are at hand.
-        memory_bytes: The most that the vectors may take.
 
     Raises:
         SidelightError: A probe is another model's, of other labels, or reads something else; the
@@ -83,33 +79,25 @@ class Pool:
         backbone: TransformersBackbone,
         examples: Examples,
         task: Task,
-        *,
-        reads: Reads,
-        root: Path,
+        options: FitOptions,
         probes: Sequence[Probe] = (),
-        memory_bytes: int = MEMORY_BYTES,
     ):
         self.backbone = backbone
         self.examples = examples
         self.task = task
-        self.reads = reads
+        self.options = options
         for probe in probes:
             self._require_fits(probe)
-        sizes = backbone.fingerprint
-        shape = (len(examples), sizes.layers, sizes.width)
-        needed = 8 * np.prod(shape)
-        if needed > memory_bytes:
-            raise SidelightError(
-                f"{len(examples):,} texts need {needed / 2**30:.1f} GiB of memory for the vectors "
-                f"that probes learn from, the limit is {memory_bytes / 2**30:.1f} GiB. Allow more "
-                "(--memory), or use fewer texts (--limit)."
-            )
-        self._max_tokens = min(TRAINING_MAX_TOKENS, backbone.encoder.max_tokens)
-        self.prompts = encode_shortened(backbone, examples, reads=reads, limit=self._max_tokens)
+        if refusal := linear_refusal(backbone, len(examples), options):
+            raise SidelightError(f"{refusal}. Allow more (--memory), or use fewer texts (--limit).")
+        limit = min(options.max_tokens, backbone.encoder.max_tokens)
+        self.prompts = encode_shortened(backbone, examples, reads=options.reads, limit=limit)
         # As in `sidelight train`: of several classes, a large norm says something.
         self.is_normalised = task.kind != "multiclass"
-        cache = _VectorCache(root, self, probes)
+        cache = _VectorCache(self, probes)
         extract(BackboneSource(backbone), cache, title="Reading")
+        sizes = backbone.fingerprint
+        shape = (len(examples), sizes.layers, sizes.width)
         self._pooled = Pooled(torch.empty(shape), torch.empty(shape))
         logits = np.empty((len(probes), len(examples), task.outputs))
         for row in range(len(examples)):
@@ -124,11 +112,12 @@ class Pool:
 
     def _require_fits(self, probe: Probe) -> None:
         probe.fingerprint.require(self.backbone.fingerprint, probe=probe.name)
-        if (probe.task, probe.reads.parts) != (self.task, self.reads.parts):
+        reads = self.options.reads
+        if (probe.task, probe.reads.parts) != (self.task, reads.parts):
             raise SidelightError(
                 f"Probe '{probe.name}' decides between {', '.join(probe.task.labels)} "
                 f"({probe.task.kind}) and reads {probe.reads.side}, but here the labels are "
-                f"{', '.join(self.task.labels)} ({self.task.kind}) and {self.reads.side} is read. "
+                f"{', '.join(self.task.labels)} ({self.task.kind}) and {reads.side} is read. "
                 "Name probes of the same labels that read the same part of a text."
             )
 
@@ -152,8 +141,8 @@ class Pool:
             SidelightError: A fold would lack a label.
         """
         rows, labelled = [*decided], self.labelled(decided)
-        folds = labelled.folds(FOLDS, seed=0) if labelled.distinct >= FOLDS else ()
-        if not (folds and all(labelled.select(fold).label_counts.all() for fold in folds)):
+        folds = complete_folds(labelled)
+        if not folds:
             raise SidelightError(
                 "Some texts are too alike to be measured on others. Label more of each label."
             )
@@ -173,7 +162,7 @@ class Pool:
         probe = Probe(
             name=name,
             task=self.task,
-            reads=self.reads,
+            reads=self.options.reads,
             prompt_format=self.backbone.encoder.prompt_format,
             spec=spec,
             mechanism=mechanism,
@@ -190,7 +179,7 @@ class Pool:
                 },
                 "folds": len(calibrated.folds),
                 "settings": {"strength": solution.strength},
-                "max_tokens": self._max_tokens,
+                "max_tokens": self.options.max_tokens,
                 "seed": 0,
                 "parameters": sum(values.numel() for values in mechanism.parameters()),
                 **record,
@@ -205,12 +194,13 @@ class Pool:
 class _VectorCache(ActivationCache):
     """Two vectors of each text and layer, and probes' logits of it, in place of its states."""
 
-    def __init__(self, root: Path, pool: Pool, probes: Sequence[Probe]):
+    def __init__(self, pool: Pool, probes: Sequence[Probe]):
+        root = pool.options.cache_root or cache_root() / "labelling"
         kind = "normalised" if pool.is_normalised else "plain"
         super().__init__(
             root.joinpath(kind, *(probe.version for probe in probes)),
             pool.prompts,
-            reads=pool.reads,
+            reads=pool.options.reads,
             fingerprint=pool.backbone.fingerprint,
             is_kept=True,
         )

@@ -87,9 +87,13 @@ def choose_folds(examples: LabelledExamples) -> Folds:
     There are none if there are many texts, if their spans are labelled, or if a fold would lack a
     class.
     """
-    rarest = int(examples.label_counts.min())
     is_many = len(examples) >= FEW_TEXTS or isinstance(examples, SpanExamples)
-    if is_many or min(rarest, examples.distinct) < FOLDS:
+    return () if is_many else complete_folds(examples)
+
+
+def complete_folds(examples: LabelledExamples) -> Folds:
+    """Folds that have each class; none if there are too few distinct texts."""
+    if min(int(examples.label_counts.min()), examples.distinct) < FOLDS:
         return ()
     folds = examples.folds(FOLDS, seed=0)
     return folds if all(examples.select(fold).label_counts.all() for fold in folds) else ()
