@@ -240,7 +240,7 @@ def test_every_policy_and_configuration_shown_is_one(tmp_path: Path):
 
 
 def test_the_mechanism_of_the_how_to_streams_what_it_defines(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(base, "_ENTRIES", dict(base._ENTRIES))
+    monkeypatch.setattr(base, "_BUILDERS", dict(base._BUILDERS))
     page = (ROOT / "docs" / "own-mechanism.md").read_text()
     exec(page.split("```python\n")[1].split("```")[0], {"__name__": "linear_mean"})
     mechanism = base.build_mechanism(base.mechanism_spec("linear_mean"), base.Geometry(3, 32, 2))

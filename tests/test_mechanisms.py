@@ -219,8 +219,9 @@ def two_stages(stage):
 
 
 def linear_logits(own, states):
-    layers = zip(states, own["value"], own["last"], strict=True)
-    return own["bias"] + sum(s.mean(0) @ value + s[-1] @ last for s, value, last in layers)
+    layers = zip(states, own["value"][:, :, 0], own["last"], strict=True)
+    logits = sum(s.mean(0) @ value + s[-1] @ last for s, value, last in layers)
+    return own["bias"] + logits / math.sqrt(LAYERS)
 
 
 def gated(tokens, own):

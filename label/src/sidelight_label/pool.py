@@ -18,7 +18,8 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report
-from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
+from sidelight.mechanisms.base import Geometry, mechanism_spec
+from sidelight.mechanisms.readout import Linear
 from sidelight.probe import Probe
 from sidelight.smollm2 import cache_root
 from sidelight.standardisation import Standardisation
@@ -154,9 +155,7 @@ class Pool:
         sizes = self.backbone.fingerprint
         geometry = Geometry(sizes.layers, sizes.width, self.task.outputs)
         scaling = Standardisation.identity(geometry, is_normalised=self.is_normalised)
-        spec = mechanism_spec("linear")
-        mechanism = build_mechanism(spec, geometry).eval().requires_grad_(False)
-        mechanism.load_state_dict(solution.standardised(scaling))
+        mechanism = solution.mechanism(scaling)
         described = describe_examples(labelled)
         left_out = calibration.apply(solution.left_out)
         probe = Probe(
@@ -164,7 +163,7 @@ class Pool:
             task=self.task,
             reads=self.options.reads,
             prompt_format=self.backbone.encoder.prompt_format,
-            spec=spec,
+            spec=mechanism_spec("linear"),
             mechanism=mechanism,
             standardisation=scaling,
             calibration=calibration,

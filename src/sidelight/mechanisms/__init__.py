@@ -3,7 +3,7 @@
 To add one, write its file and import it here; the law tests find it in the registry (``base``).
 """
 
-from sidelight.mechanisms import attention, blend, fusion, gate, linear, pooling, readout, spans
+from sidelight.mechanisms import attention, blend, fusion, gate, pooling, readout, spans
 
 DEFAULT_MECHANISM = "readout"
 
@@ -13,7 +13,6 @@ __all__ = [
     "blend",
     "fusion",
     "gate",
-    "linear",
     "pooling",
     "readout",
     "spans",

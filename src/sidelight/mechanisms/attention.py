@@ -1,7 +1,6 @@
 """Downcast multi-head self-attention, the paper's strongest and most expensive mechanism."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn import functional
 
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Aggregator, Geometry, hide, register
-from sidelight.mechanisms.pooling import pooling
+from sidelight.mechanisms.pooling import pooling_stage
 from sidelight.mechanisms.shares import held
 from sidelight.mechanisms.stages import TwoStage, masked_softmax
 from sidelight.ragged import Ragged
@@ -53,7 +52,7 @@ class DowncastAttention(Aggregator):
         nn.init.normal_(self.out, std=inner**-0.5)
         self._heads = heads
         self._over_items = over_items
-        self._pool = pooling(over_items)
+        self._pool = pooling_stage(over_items)
         self._training_queries = training_queries
 
     def forward(
@@ -166,39 +165,38 @@ def _padded(
         yield chosen, items, position[None] < state.lengths[chosen][:, None]
 
 
-@dataclass(frozen=True)
-class AttentionOptions:
-    """Options of ``attention``.
+@register("attention")
+def attention(
+    geometry: Geometry,
+    *,
+    factor: int = 8,
+    heads: int = 4,
+    pooling: Literal["mean", "max"] = "mean",
+) -> TwoStage:
+    """Downcast attention in both stages.
 
-    Attributes:
+    Args:
+        geometry: Sizes.
         factor: Hidden-state width over inner width (the paper searches 4 to 64).
         heads: Attention heads.
-        pooling: ``mean`` or ``max`` over the attended items.
+        pooling: Over the attended items.
     """
-
-    factor: int = 8
-    heads: int = 4
-    pooling: Literal["mean", "max"] = "mean"
-
-
-@register("attention", AttentionOptions)
-def _build(geometry: Geometry, options: AttentionOptions) -> TwoStage:
-    inner = geometry.width // options.factor
-    if inner == 0 or inner % options.heads:
+    inner = geometry.width // factor
+    if inner == 0 or inner % heads:
         raise SidelightError(
-            f"Attention with factor {options.factor} has {inner} inner columns, which "
-            f"{options.heads} heads cannot share. Choose heads that divide {inner}."
+            f"Attention with factor {factor} has {inner} inner columns, which {heads} heads cannot "
+            f"share. Choose heads that divide {inner}."
         )
 
     def stage(groups: int) -> DowncastAttention:
         # Tokens can be sampled. Layers are few and differ, and a maximum needs all items.
-        samples = groups == geometry.layers and options.pooling == "mean"
+        samples = groups == geometry.layers and pooling == "mean"
         return DowncastAttention(
             groups=groups,
             width=geometry.width,
             inner=inner,
-            heads=options.heads,
-            over_items=options.pooling,
+            heads=heads,
+            over_items=pooling,
             training_queries=TRAINING_QUERIES if samples else None,
         )
 

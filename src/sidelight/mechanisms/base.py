@@ -11,8 +11,9 @@ packing. Knows hidden states, which the probe standardises if at all, and no tex
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import Any, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -145,21 +146,23 @@ def hide(
     return torch.where(mask[:, None, :, None], items, items.new_zeros(()))
 
 
-Builder = Callable[[Geometry, Any], Mechanism]
-_ENTRIES: dict[str, tuple[type[Any], Builder]] = {}
-"""The options and the builder of each mechanism."""
+Builder = Callable[..., Mechanism]
+_Builder = TypeVar("_Builder", bound=Builder)
+_BUILDERS: dict[str, Builder] = {}
 
 
-def register(name: str, options: type[Any]) -> Callable[[Builder], Builder]:
-    """Registers the decorated builder of mechanisms.
+def register(name: str) -> Callable[[_Builder], _Builder]:
+    """Registers the decorated class, or a function that builds a mechanism.
+
+    It is called with a ``Geometry``. Its keyword-only arguments are the options, each with a
+    default: positive whole numbers, or a ``Literal`` of names.
 
     Args:
         name: What users call the mechanism.
-        options: A frozen dataclass, whose fields are the options with their defaults.
     """
 
-    def remember(build: Builder) -> Builder:
-        _ENTRIES[name] = (options, build)
+    def remember(build: _Builder) -> _Builder:
+        _BUILDERS[name] = build
         return build
 
     return remember
@@ -167,7 +170,7 @@ def register(name: str, options: type[Any]) -> Callable[[Builder], Builder]:
 
 def mechanism_names() -> tuple[str, ...]:
     """All registered names, in alphabetical order."""
-    return tuple(sorted(_ENTRIES))
+    return tuple(sorted(_BUILDERS))
 
 
 def mechanism_spec(name: str, options: Mapping[str, OptionValue] | None = None) -> MechanismSpec:
@@ -176,21 +179,22 @@ def mechanism_spec(name: str, options: Mapping[str, OptionValue] | None = None) 
     Raises:
         SidelightError: The mechanism or an option is unknown, or a value is not allowed.
     """
-    options_class, _ = _registered(name)
-    kinds = {field.name: field.type for field in fields(options_class)}
+    parameters = signature(_registered(name)).parameters.values()
+    known = {each.name: each for each in parameters if each.kind is Parameter.KEYWORD_ONLY}
     for option, value in (options or {}).items():
-        if option not in kinds:
+        if option not in known:
             raise SidelightError(
-                f"Unknown option '{option}' of mechanism '{name}'.{did_you_mean(option, kinds)}"
+                f"Unknown option '{option}' of mechanism '{name}'.{did_you_mean(option, known)}"
             )
-        _check_value(f"{name}.{option}", value, kinds[option])
-    return MechanismSpec(name, asdict(options_class(**(options or {}))))
+        _check_value(f"{name}.{option}", value, known[option].annotation)
+    return MechanismSpec(
+        name, {each.name: each.default for each in known.values()} | {**(options or {})}
+    )
 
 
 def build_mechanism(spec: MechanismSpec, geometry: Geometry) -> Mechanism:
     """A mechanism with fresh parameters, drawn with torch's current seed."""
-    options_class, build = _registered(spec.name)
-    return build(geometry, options_class(**spec.options))
+    return _registered(spec.name)(geometry, **spec.options)
 
 
 def spec_titles(specs: Sequence[MechanismSpec]) -> list[str]:
@@ -218,7 +222,7 @@ def _check_value(option: str, value: OptionValue, kind: Any) -> None:
         raise SidelightError(f"{option} cannot be {value!r}: give a whole number, 1 or more.")
 
 
-def _registered(name: str) -> tuple[type[Any], Builder]:
-    if name not in _ENTRIES:
-        raise SidelightError(f"Unknown mechanism '{name}'.{did_you_mean(name, _ENTRIES)}")
-    return _ENTRIES[name]
+def _registered(name: str) -> Builder:
+    if name not in _BUILDERS:
+        raise SidelightError(f"Unknown mechanism '{name}'.{did_you_mean(name, _BUILDERS)}")
+    return _BUILDERS[name]

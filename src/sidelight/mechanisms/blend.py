@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, cast
 
@@ -107,25 +106,23 @@ def _state_shape(member: Mechanism) -> torch.Size:
     return member.summarise(Ragged(nothing, lengths)).values.shape[1:]
 
 
-@dataclass(frozen=True)
-class BlendOptions:
-    """Options of ``blend``.
+@register("blend")
+def blend(
+    geometry: Geometry,
+    *,
+    heads: int = 2,
+    extremes: Literal["none", "pair"] = "none",
+    fusions: int = 1,
+    rank: int = 64,
+) -> Blend:
+    """A readout, and fusions that differ by their initial parameters.
 
-    Attributes:
+    Args:
+        geometry: Sizes.
         heads: Gates per layer of the readout.
         extremes: As in the readout.
-        fusions: Number of layer fusions, which differ by their initial parameters.
+        fusions: Number of layer fusions.
         rank: Features of a token in each fusion.
     """
-
-    heads: int = 2
-    extremes: Literal["none", "pair"] = "none"
-    fusions: int = 1
-    rank: int = 64
-
-
-@register("blend", BlendOptions)
-def _build(geometry: Geometry, options: BlendOptions) -> Blend:
-    fusions = [Fusion(geometry, rank=options.rank) for _ in range(options.fusions)]
-    readout = Readout(geometry, heads=options.heads, has_extremes=options.extremes == "pair")
-    return Blend([readout, *fusions])
+    members = [Fusion(geometry, rank=rank) for _ in range(fusions)]
+    return Blend([Readout(geometry, heads=heads, extremes=extremes), *members])

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sidelight.mechanisms.base import Geometry, Mechanism, hide
+from sidelight.mechanisms.pooling import MeanPooling
 from sidelight.ragged import Ragged
 
 # Random directions of each layer: more of them find little more.
@@ -37,6 +38,7 @@ class Distance(Mechanism):
     def __init__(self, geometry: Geometry):
         super().__init__()
         self.geometry = geometry
+        self._mean = MeanPooling()
         layers, width = geometry.layers, geometry.width
         directions = torch.randn(
             layers, width, _DIRECTIONS, generator=torch.Generator().manual_seed(0)
@@ -67,21 +69,18 @@ class Distance(Mechanism):
 
     def summarise(self, tokens: Ragged) -> Ragged:
         """``[segment, layer, (count, *sums)]``."""
-        values = tokens.values.float()
-        counted = torch.cat([torch.ones_like(values[..., :1]), values], -1)
-        return Ragged.one_row_each(Ragged(counted, tokens.lengths).sums())
+        return self._mean.summarise(tokens)
 
     def summary_kind(self) -> Hashable:
         """All distances."""
         return Distance
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
-        """Counts and sums add up."""
-        return Ragged.one_row_each(left.values + right.values)
+        return self._mean.merge(left, right)
 
     def means(self, state: Ragged) -> Float[Tensor, "segment layer column"]:
         """m of each segment; NaN for a segment without tokens."""
-        return state.values[..., 1:] / state.values[..., :1]
+        return self._mean.finish(state, self.directions)
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         return self._distance(self.means(state), state.values[:, 0, 0])

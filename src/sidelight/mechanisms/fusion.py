@@ -1,7 +1,6 @@
 """Layer fusion: each token's layers meet in a few non-linear features, read by attention heads."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,6 +23,7 @@ from sidelight.ragged import Ragged
 DROPOUT = 0.3
 
 
+@register("fusion")
 class Fusion(Mechanism):
     """Reads a text by attention heads over features that a token's layers share.
 
@@ -82,21 +82,3 @@ class Fusion(Mechanism):
     def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
         """By integrated gradients: features are not linear."""
         return integrated(self.logits, tokens, targets, sums_layers=True)
-
-
-@dataclass(frozen=True)
-class FusionOptions:
-    """Options of ``fusion``.
-
-    Attributes:
-        rank: Features of a token.
-        heads: Attention heads over the tokens.
-    """
-
-    rank: int = 64
-    heads: int = 4
-
-
-@register("fusion", FusionOptions)
-def _build(geometry: Geometry, options: FusionOptions) -> Fusion:
-    return Fusion(geometry, rank=options.rank, heads=options.heads)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -80,20 +79,11 @@ class Gate(Aggregator):
         return finish_softmax(state)[:, :, 0]
 
 
-@dataclass(frozen=True)
-class GateOptions:
-    """Options of ``gate``.
+@register("gate")
+def gate(geometry: Geometry, *, activation: Activation = "tanh") -> TwoStage:
+    """Gates in both stages: ``tanh`` as in the paper, or ``identity`` for unbounded scores."""
 
-    Attributes:
-        activation: ``tanh`` as in the paper, or ``identity`` for unbounded scores.
-    """
+    def stage(groups: int) -> Gate:
+        return Gate(groups=groups, width=geometry.width, activation=activation)
 
-    activation: Activation = "tanh"
-
-
-@register("gate", GateOptions)
-def _build(geometry: Geometry, options: GateOptions) -> TwoStage:
-    return TwoStage(
-        lambda groups: Gate(groups=groups, width=geometry.width, activation=options.activation),
-        geometry,
-    )
+    return TwoStage(stage, geometry)

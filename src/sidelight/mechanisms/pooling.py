@@ -1,7 +1,6 @@
 """Direct pooling: the mean or the maximum over items, no parameters of its own."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -94,7 +93,7 @@ class MaxPooling(Aggregator):
         return torch.einsum("sgd,gdk->sgk", _nan_if_empty(state.values), carry)
 
 
-def pooling(kind: Literal["mean", "max"]) -> Aggregator:
+def pooling_stage(kind: Literal["mean", "max"]) -> Aggregator:
     """A pooling stage by name."""
     return {"mean": MeanPooling, "max": MaxPooling}[kind]()
 
@@ -103,17 +102,7 @@ def _nan_if_empty(top: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
     return torch.where(top <= LOWEST, torch.nan, top)
 
 
-@dataclass(frozen=True)
-class PoolingOptions:
-    """Options of ``pooling``.
-
-    Attributes:
-        kind: ``mean`` or ``max``, in both stages.
-    """
-
-    kind: Literal["mean", "max"] = "mean"
-
-
-@register("pooling", PoolingOptions)
-def _build(geometry: Geometry, options: PoolingOptions) -> TwoStage:
-    return TwoStage(lambda _groups: pooling(options.kind), geometry)
+@register("pooling")
+def pooling(geometry: Geometry, *, kind: Literal["mean", "max"] = "mean") -> TwoStage:
+    """The mean or the maximum in both stages."""
+    return TwoStage(lambda _groups: pooling_stage(kind), geometry)

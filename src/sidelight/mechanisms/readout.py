@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,6 +24,7 @@ from sidelight.ragged import LOWEST, Ragged
 _SIGNS = (1.0, -1.0)
 
 
+@register("readout")
 class Readout(Mechanism):
     """Adds the logits of gated means, of the last token and of extremes, over all layers.
 
@@ -39,13 +39,16 @@ class Readout(Mechanism):
     Args:
         geometry: Sizes.
         heads: Gates per layer (H).
-        has_extremes: Whether there are e_l.
+        extremes: ``pair`` adds e_l, the difference of two maxima: better with a thousand labels or
+            more, worse with few.
     """
 
-    def __init__(self, geometry: Geometry, *, heads: int, has_extremes: bool):
+    def __init__(
+        self, geometry: Geometry, *, heads: int = 2, extremes: Literal["none", "pair"] = "none"
+    ):
         super().__init__()
         layers, width, outputs = geometry.layers, geometry.width, geometry.outputs
-        signs = len(_SIGNS) if has_extremes else 0
+        signs = len(_SIGNS) if extremes == "pair" else 0
         self.gate = nn.Parameter(torch.randn(layers, width, heads) * 0.01)
         self.value = nn.Parameter(torch.zeros(layers, width, heads, outputs))
         self.last = nn.Parameter(torch.zeros(layers, width, outputs))
@@ -117,37 +120,24 @@ class Readout(Mechanism):
         return self.logits(Ragged(columns, tokens.lengths))
 
     @torch.no_grad()
-    def mixed(
-        self,
-        value: Float[Tensor, "layer width output"],
-        last: Float[Tensor, "layer width output"],
-        bias: Float[Tensor, " output"],
-        *,
-        share: float,
-    ) -> "Readout":
-        """A readout between this one and a linear mechanism with these parameters.
-
-        The mean that the linear one takes is a gate of zeros.
+    def mixed(self, other: "Readout", *, share: float) -> "Readout":
+        """A readout between this one and another one of the same kind, with the gates of both.
 
         Args:
-            value: Of the linear mechanism, as the others.
+            other: Reads the same states.
             share: Of its logits in those of the mixture, between 0 and 1.
         """
         layers, width, heads, outputs = self.value.shape
         mixture = Readout(
             Geometry(layers, width, outputs),
-            heads=heads + 1,
-            has_extremes=bool(self.extremes.shape[2]),
+            heads=heads + other.value.shape[2],
+            extremes="pair" if self.extremes.shape[2] else "none",
         ).to(self.bias.device)
-        root, rest = math.sqrt(layers), 1 - share
-        parameters = {
-            "gate": torch.cat([self.gate, torch.zeros_like(self.gate[..., :1])], 2),
-            "value": torch.cat([rest * self.value, share * root * value[:, :, None]], 2),
-            "last": rest * self.last + share * root * last,
-            "extremes": rest * self.extremes,
-            "bias": rest * self.bias + share * bias,
-        }
-        mixture.load_state_dict(parameters)
+        mixture.gate.copy_(torch.cat([self.gate, other.gate], 2))
+        mixture.value.copy_(torch.cat([(1 - share) * self.value, share * other.value], 2))
+        mixture.last.copy_((1 - share) * self.last + share * other.last)
+        mixture.extremes.copy_((1 - share) * self.extremes)
+        mixture.bias.copy_((1 - share) * self.bias + share * other.bias)
         return mixture.eval().requires_grad_(False)
 
     def _means_and_maxima(
@@ -169,20 +159,18 @@ class Readout(Mechanism):
         return readouts.sum(1) / math.sqrt(readouts.shape[1]) + self.bias
 
 
-@dataclass(frozen=True)
-class ReadoutOptions:
-    """Options of ``readout``.
+@register("linear")
+class Linear(Readout):
+    """A readout whose one gate is zero, so that it takes the mean over tokens.
 
-    Attributes:
-        heads: Gates per layer.
-        extremes: ``pair`` adds the difference of two maxima to every layer: better with a thousand
-            labels or more, worse with few.
+    What it learns has one optimum, which training solves for (``training/linear.py``).
+
+    Args:
+        geometry: Sizes.
     """
 
-    heads: int = 2
-    extremes: Literal["none", "pair"] = "none"
-
-
-@register("readout", ReadoutOptions)
-def _build(geometry: Geometry, options: ReadoutOptions) -> Readout:
-    return Readout(geometry, heads=options.heads, has_extremes=options.extremes == "pair")
+    def __init__(self, geometry: Geometry):
+        super().__init__(geometry, heads=1)
+        zeros = torch.zeros_like(self.gate)
+        del self.gate
+        self.register_buffer("gate", zeros, persistent=False)

@@ -1,7 +1,6 @@
 """The spans mechanism: logits of every token, the largest of which are those of the text."""
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,6 +13,7 @@ from sidelight.mechanisms.shares import Shares, integrated
 from sidelight.ragged import Ragged
 
 
+@register("spans")
 class Spans(Mechanism):
     """logits = max_t z_t, where z_t = b + V gelu(c + M_0 u_t + M_1 mean(u_t-k+1 ... u_t)
     + sum_j M_1+j u_t+j) and u_t = (1 / sqrt(L + 1)) sum_l A_l x_lt: r features of the token itself,
@@ -29,11 +29,18 @@ class Spans(Mechanism):
         lookahead: How many tokens after it count.
     """
 
-    def __init__(self, geometry: Geometry, *, rank: int, window: int, lookahead: int):
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        rank: int = 64,
+        window: int = 8,
+        lookahead: Literal[0, 1, 2, 3, 4] = 1,
+    ):
         super().__init__()
         layers, width, outputs = geometry.layers, geometry.width, geometry.outputs
         self.window = window
-        self.lookahead = lookahead
+        self.lookahead: int = lookahead
         read = (2 + lookahead) * rank
         self.features = nn.Parameter(torch.randn(layers, width, rank) / math.sqrt(width))
         self.mixing = nn.Parameter(torch.randn(read, rank) / math.sqrt(read))
@@ -110,23 +117,3 @@ class Spans(Mechanism):
             return Ragged(kept, columns.lengths).sums() + self.bias
 
         return integrated(logits, tokens, targets, sums_layers=True)
-
-
-@dataclass(frozen=True)
-class SpansOptions:
-    """Options of ``spans``.
-
-    Attributes:
-        rank: Features of a token.
-        window: Tokens whose mean is read, the token itself among them.
-        lookahead: Tokens after it that are read.
-    """
-
-    rank: int = 64
-    window: int = 8
-    lookahead: Literal[0, 1, 2, 3, 4] = 1
-
-
-@register("spans", SpansOptions)
-def _build(geometry: Geometry, options: SpansOptions) -> Spans:
-    return Spans(geometry, rank=options.rank, window=options.window, lookahead=options.lookahead)

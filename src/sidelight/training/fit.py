@@ -16,8 +16,7 @@ from sidelight.data.spans import SpanExamples
 from sidelight.manifest import curves_of
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.mechanisms.distance import Distance
-from sidelight.mechanisms.linear import Linear
-from sidelight.mechanisms.readout import Readout
+from sidelight.mechanisms.readout import Linear, Readout
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import require_thresholds
@@ -274,7 +273,7 @@ def mix(
         kind: How logits are calibrated before they are compared.
     """
     linear = next((run for run in trained if isinstance(run.mechanism, Linear)), None)
-    readouts = [run for run in trained if isinstance(run.mechanism, Readout)]
+    readouts = [run for run in trained if run is not linear]
     if linear is None or not readouts:
         return [*trained]
 
@@ -299,16 +298,14 @@ def mixtures(linear: TrainingRun, readout: TrainingRun) -> list[TrainingRun]:
     if linear.standardisation.is_normalised != readout.standardisation.is_normalised:
         return []
     solution = LinearSolution.of(linear.mechanism, linear.standardisation)
-    device = readout.mechanism.bias.device
-    moved = solution.standardised(readout.standardisation)
-    parameters = {name: value.to(device) for name, value in moved.items()}
+    moved = solution.mechanism(readout.standardisation).to(readout.mechanism.bias.device)
     heads = readout.mechanism.gate.shape[2] + 1
     spec = mechanism_spec(readout.job.spec.name, {**readout.job.spec.options, "heads": heads})
     candidates: list[TrainingRun] = []
     for share in _SHARES:
         mixture = copy(readout)
         mixture.job = replace(readout.job, spec=spec)
-        mixture.mechanism = readout.mechanism.mixed(**parameters, share=share)
+        mixture.mechanism = readout.mechanism.mixed(moved, share=share)
         mixture.logits = (1 - share) * readout.logits + share * linear.logits
         candidates.append(mixture)
     return candidates

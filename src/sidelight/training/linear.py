@@ -27,7 +27,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from sidelight.calibration import link
-from sidelight.mechanisms.linear import Linear
+from sidelight.mechanisms.base import Geometry
+from sidelight.mechanisms.readout import Linear
 from sidelight.metrics import log_losses
 from sidelight.standardisation import Standardisation, spread_and_mean
 from sidelight.states.cache import Pooled
@@ -71,19 +72,24 @@ class LinearSolution:
     ) -> "LinearSolution":
         """What a mechanism on standardised states is on states as they are."""
         scale, mean = standardisation.scale.cpu()[..., None], standardisation.mean.cpu().double()
-        value, last = mechanism.value.detach().cpu() / scale, mechanism.last.detach().cpu() / scale
+        # A readout divides by the root of the number of layers.
+        scale = scale * math.sqrt(len(scale))
+        value, last = mechanism.value[:, :, 0].detach().cpu(), mechanism.last.detach().cpu()
+        value, last = value / scale, last / scale
         moved = torch.einsum("ld,ldc->c", mean, (value + last).double())
         return LinearSolution(value, last, mechanism.bias.detach().cpu() - moved, strength)
 
-    def standardised(self, standardisation: Standardisation) -> dict[str, Tensor]:
-        """The parameters of ``Linear`` on states that are standardised first."""
+    @torch.no_grad()
+    def mechanism(self, standardisation: Standardisation) -> Linear:
+        """The mechanism on states that are standardised first."""
         scale, mean = standardisation.scale.cpu()[..., None], standardisation.mean.cpu().double()
         moved = torch.einsum("ld,ldc->c", mean, (self.value + self.last).double())
-        return {
-            "value": self.value * scale,
-            "last": self.last * scale,
-            "bias": (self.bias + moved).float(),
-        }
+        scale = scale * math.sqrt(len(scale))
+        linear = Linear(Geometry(*self.value.shape))
+        linear.value.copy_((self.value * scale)[:, :, None])
+        linear.last.copy_(self.last * scale)
+        linear.bias.copy_(self.bias + moved)
+        return linear.eval().requires_grad_(False)
 
     def logits(self, pooled: Pooled) -> Float[np.ndarray, "text output"]:
         """Of texts' pooled states as they are."""

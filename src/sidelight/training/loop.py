@@ -10,8 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.linear import Linear
-from sidelight.mechanisms.readout import Readout
+from sidelight.mechanisms.readout import Linear, Readout
 from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection, inverse_rms
@@ -198,7 +197,7 @@ class _Trainer:
         """Gives a linear mechanism its optimum, which needs no epoch."""
         texts = self._training.select(run.texts.nonzero()[:, 0].tolist())
         solution = _solution(texts, run.job.settings, worths=worths)
-        run.settle(solution.standardised(run.standardisation))
+        run.settle(solution.mechanism(run.standardisation).state_dict())
         run.job = replace(run.job, settings=replace(run.job.settings, strength=solution.strength))
 
     def train(self, validation: Split | None) -> None:
