@@ -317,8 +317,10 @@ def test_traffic_is_counted_by_conversation_and_by_length():
     traffic = measure_traffic(TOXICITY, contexts, chance, labels, [0.5])
     assert (traffic.conversations, traffic.flagged) == (2, 1)
     short, middle, _ = traffic.surroundings
-    assert (short.positives, short.found, short.ordinary, short.flagged) == (1, 1, 3, 2)
-    assert (middle.positives, middle.found, middle.ordinary, middle.flagged) == (1, 0, 1, 0)
+    expected = {"positives": 1, "found": 1, "ordinary": 3, "flagged": 2}
+    assert short == {"words": short["words"], **expected}
+    expected = {"positives": 1, "found": 0, "ordinary": 1, "flagged": 0}
+    assert middle == {"words": middle["words"], **expected}
     assert [probability for probability, _ in traffic.worst] == [0.9, 0.2]
     # What is kept with a probe holds no text, which may be somebody's own.
     assert "w w" in str(traffic)

@@ -240,7 +240,8 @@ def test_per_class_and_confusion_matrix_agree_with_the_reference(task):
         strict=True,
     )
     for one, theirs in zip(report_on(task, bootstrap=0).per_class.values(), columns, strict=True):
-        ours = (one.precision, one.recall, one.f1, one.support, one.auprc, one.auroc)
+        names = ("precision", "recall", "f1", "support", "auprc", "auroc")
+        ours = tuple(one[name] for name in names)
         assert ours == pytest.approx(theirs)
 
 

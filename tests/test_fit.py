@@ -60,7 +60,7 @@ def test_a_mixture_gives_the_logits_between_those_of_its_parts(tiny, tmp_path, k
         training=training,
         validation=training,
     )
-    shard = training.states.read(0)
+    shard = training.own_states().read(0)
     made = mixtures(linear, readout)
     assert [one.job.spec.options["heads"] for one in made] == [3, 3, 3]
     for one in made:

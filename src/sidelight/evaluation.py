@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -68,22 +68,6 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class ClassReport:
-    """One label against the rest; a metric is None where it is undefined.
-
-    Attributes:
-        support: Number of rows that have the label.
-    """
-
-    precision: float | None
-    recall: float | None
-    f1: float | None
-    auprc: float | None
-    auroc: float | None
-    support: int
-
-
-@dataclass(frozen=True)
 class Report:
     """How good a task's probabilities are on some rows.
 
@@ -91,7 +75,9 @@ class Report:
         task: The classes.
         rows: Number of rows.
         metrics: Those of `METRICS`, averaged over labels as `metrics.measure` says.
-        per_class: Each label against the rest; both classes of a binary task.
+        per_class: Each label against the rest, both classes of a binary task: ``precision``,
+            ``recall``, ``f1``, ``auprc`` and ``auroc``, None where undefined; and ``support``, the
+            number of rows that have the label.
         thresholds: What the decisions were made with; none for a multi-class task.
         confusion_matrix: [actual, predicted] counts; for a multi-label task one 2 x 2 matrix per
             label, [label, actual, predicted].
@@ -100,7 +86,7 @@ class Report:
     task: Task
     rows: int
     metrics: dict[str, Estimate]
-    per_class: dict[str, ClassReport]
+    per_class: dict[str, dict[str, float | None]]
     thresholds: tuple[float, ...]
     confusion_matrix: Int[Numbers, "..."]
 
@@ -112,7 +98,7 @@ class Report:
             "rows": self.rows,
             "thresholds": list(self.thresholds),
             **{name: estimate.to_dict() for name, estimate in self.metrics.items()},
-            "per_class": {label: asdict(one) for label, one in self.per_class.items()},
+            "per_class": self.per_class,
             "confusion_matrix": self.confusion_matrix.tolist(),
         }
 
@@ -131,9 +117,9 @@ class Report:
         labels.add_column("label")
         for name in ("precision", "recall", "f1", "auprc", "auroc", "rows"):
             labels.add_column(name, justify="right")
-        for label, one in self.per_class.items():
-            numbers = (one.precision, one.recall, one.f1, one.auprc, one.auroc)
-            labels.add_row(Text(label), *map(_short, numbers), f"{one.support:,}")
+        for label, figures in self.per_class.items():
+            *numbers, support = figures.values()
+            labels.add_row(Text(label), *map(_short, numbers), f"{support:,}")
         return Group(metrics, labels)
 
 
@@ -192,17 +178,17 @@ def evaluate(
     )
 
 
-def _per_class(task: Task, predictions: Predictions) -> dict[str, ClassReport]:
+def _per_class(task: Task, predictions: Predictions) -> dict[str, dict[str, float | None]]:
     columns = zip(predictions.scores.T, predictions.targets.T, strict=True)
     ranked = [ranking_metrics(*column, predictions.once) for column in columns]
     metrics = decision_metrics(predictions, predictions.once)
     metrics |= {name: np.array([values[name] for values in ranked]) for name in ("auprc", "auroc")}
     support = predictions.targets.sum(axis=0).tolist()
     return {
-        label: ClassReport(
+        label: {
             **{name: _number(values[index, 0]) for name, values in metrics.items()},
-            support=support[index],
-        )
+            "support": support[index],
+        }
         for index, label in enumerate(task.labels[: len(support)])
     }
 

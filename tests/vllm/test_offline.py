@@ -80,11 +80,8 @@ def test_a_cache_has_the_states_of_transformers_and_goes_on_after_a_stop(
     assert not any(path.is_dir() for path in cache.directory.iterdir())
     other = extract(BackboneSource(backbone), cache_of("transformers"))
     assert other.directory != cache.directory
-    assert len(cache) == len(other) > 2
-    for mine, theirs in ((cache.read(i), other.read(i)) for i in range(len(cache))):
-        assert torch.equal(mine.rows, theirs.rows)
-        assert torch.equal(mine.lengths, theirs.lengths)
-        torch.testing.assert_close(mine.hidden, theirs.hidden, **ROUNDING_TO_BF16)
+    for row in range(len(prompts)):
+        torch.testing.assert_close(cache.text(row), other.text(row), **ROUNDING_TO_BF16)
 
 
 def test_train_and_predict_through_vllm(backbone, tmp_path):

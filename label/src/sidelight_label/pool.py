@@ -19,7 +19,6 @@ from sidelight.data.examples import Example, Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report
 from sidelight.mechanisms.base import Geometry, mechanism_spec
-from sidelight.mechanisms.readout import Linear
 from sidelight.probe import Probe
 from sidelight.smollm2 import cache_root
 from sidelight.standardisation import Standardisation

@@ -85,17 +85,19 @@ def recalibrate(
     if examples is None:
         made = refit(loaded, rule=rule)
     else:
+        import numpy as np
+
         from sidelight.training.classifier import load
         from sidelight.training.judging import judge, require_responses
 
         require_responses(loaded, examples.items)
         classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
-        probes = [loaded, *filter(None, [loaded.distance_probe])]
-        logits, *distances = judge(classifier.backbone, probes, examples.items)
-        made = refit(loaded, examples, logits, rule=rule)
-        for distance in distances:
-            rate = f"{(distance > 1).mean():.1%} of the texts are unfamiliar"
-            click.echo(f"{rate}: unlike all that the probe was trained on.", err=True)
+        (judged,) = judge(classifier.backbone, [loaded], examples.items)
+        made = refit(loaded, examples, np.stack([text.logits for text in judged]), rule=rule)
+        distances = [text.distance for text in judged if text.distance is not None]
+        if distances:
+            rate = f"{np.mean([distance > 1 for distance in distances]):.1%} of the texts are"
+            click.echo(f"{rate} unfamiliar: unlike all that the probe was trained on.", err=True)
         for warning in examples.warnings:
             click.echo(f"Warning: {warning}", err=True)
     for warning in made.warnings:

@@ -10,7 +10,7 @@ import shutil
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
@@ -101,19 +101,6 @@ class Pooled:
         return Pooled(self.means[texts], self.lasts[texts])
 
 
-def random_shards(lengths: Sequence[int], *, tokens: int) -> list[list[int]]:
-    """Texts in a random but fixed order, cut before a shard would have more than ``tokens``."""
-    shards: list[list[int]] = [[]]
-    filled = 0
-    for row in torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist():
-        if shards[-1] and filled + lengths[row] > tokens:
-            shards.append([])
-            filled = 0
-        shards[-1].append(row)
-        filled += lengths[row]
-    return shards
-
-
 class ActivationCache:
     """The hidden states of one data set under one backbone, computed by one engine.
 
@@ -121,7 +108,7 @@ class ActivationCache:
         key: Covers the backbone and its dtype, the engine, what is read, and every token id.
         directory: The folder of the texts' files.
         lengths: The stored tokens of each text.
-        shards: The texts that are read together.
+        shard_tokens: The most tokens that are read together, or else one text.
         token_bytes: Size of a token.
 
     Args:
@@ -130,7 +117,7 @@ class ActivationCache:
         reads: Which tokens are stored.
         fingerprint: The backbone.
         engine: What computes the states; engines round differently, so they share no cache.
-        shard_bytes: The most that is read together, or else one text; no file depends on it.
+        shard_bytes: The most that ``States`` reads together, or else one text.
         memory_bytes: The most that ``States`` holds in memory.
         is_kept: Whether the states stay, in a folder that all kept caches of the backbone and the
             engine share: what another one has had is there, and equal texts are one.
@@ -155,7 +142,7 @@ class ActivationCache:
         self.memory_bytes = memory_bytes
         self.token_bytes = fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
         self.lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
-        self.shards = random_shards(self.lengths, tokens=max(1, shard_bytes // self.token_bytes))
+        self.shard_tokens = max(1, shard_bytes // self.token_bytes)
         who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine)
         names = [text_name(prompt, reads) for prompt in prompts]
         self.key = _hash((who, names))
@@ -164,13 +151,9 @@ class ActivationCache:
         self._is_kept = is_kept
         self._lock: IO[str] | None = None
 
-    def __len__(self) -> int:
-        """The number of shards."""
-        return len(self.shards)
-
     def missing(self) -> list[int]:
-        """The texts that have not been written yet, in the order of the shards."""
-        rows = {self._names[row]: row for row in chain(*self.shards)}
+        """The texts that have not been written yet, in random order; equal texts are one."""
+        rows = {self._names[row]: row for row in _random_order(len(self.lengths))}
         return [row for row in rows.values() if not self.path(row).exists()]
 
     def open(self) -> list[int]:
@@ -226,10 +209,6 @@ class ActivationCache:
                 "the same command again."
             ) from error
 
-    def read(self, index: int) -> Shard:
-        """The texts of a shard."""
-        return Shard.joined({row: self.text(row) for row in self.shards[index]})
-
     def remove(self) -> None:
         """Deletes the cache, unless it is kept.
 
@@ -269,14 +248,8 @@ class States:
         self._cache = cache
         self._rows = rows
         self.lengths = [cache.lengths[row] for row in rows]
+        self.shards = random_shards(self.lengths, tokens=cache.shard_tokens)
         is_small = cache.token_bytes * sum(self.lengths) <= cache.memory_bytes
-        # In memory, a part of the cache or another order of it gets shards of its own.
-        if is_small and list(rows) != list(range(len(cache.lengths))):
-            self.shards = random_shards(self.lengths, tokens=sum(self.lengths))
-        else:
-            text_of = {row: text for text, row in enumerate(rows)}
-            shards = ([text_of[row] for row in held if row in text_of] for held in cache.shards)
-            self.shards = [shard for shard in shards if shard]
         self._held = [cache.text(row).clone() for row in rows] if is_small else None
 
     def __len__(self) -> int:
@@ -297,6 +270,23 @@ class States:
         held = self._held
         states = (held[t] if held else self._cache.text(self._rows[t]) for t in texts)
         return Shard.joined(dict(zip(texts, states, strict=True)))
+
+
+def random_shards(lengths: Sequence[int], *, tokens: int) -> list[list[int]]:
+    """Texts in a random but fixed order, cut before a shard would have more than ``tokens``."""
+    shards: list[list[int]] = []
+    filled = 0
+    for row in _random_order(len(lengths)):
+        if not shards or filled + lengths[row] > tokens:
+            shards.append([])
+            filled = 0
+        shards[-1].append(row)
+        filled += lengths[row]
+    return shards
+
+
+def _random_order(texts: int) -> list[int]:
+    return torch.randperm(texts, generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def random_batches(texts: int, *, size: int, shuffle: torch.Generator) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
 from sidelight.errors import SidelightError
-from sidelight.probe import Probe
+from sidelight.probe import Probe, TextLogits
 from sidelight.progress import Progress, progress
 from sidelight.prompts import EncodedPrompt, shared_unread
 from sidelight.ragged import Ragged, by_length
@@ -168,19 +168,27 @@ def require_finite(texts: Mapping[int, Float[Tensor, "layer _ width"]], *, dtype
 
 
 def score(
+    backbone: TransformersBackbone, bank: Bank, prompts: Sequence[EncodedPrompt]
+) -> list[np.ndarray]:
+    """For each probe the logits of all prompts, ``[prompt, output]``, as ``text_logits``."""
+    by_probe = text_logits(backbone, bank, prompts)
+    return [np.stack([text.logits for text in of_probe]) for of_probe in by_probe]
+
+
+def text_logits(
     backbone: TransformersBackbone,
     bank: Bank,
     prompts: Sequence[EncodedPrompt],
     shown: Progress | None = None,
-) -> list[np.ndarray]:
-    """For each probe the logits of all prompts, ``[prompt, output]``, in the given order.
+) -> list[list[TextLogits]]:
+    """For each probe what it says of all prompts, in the given order.
 
     Hidden states are projected while the pass runs and then gone. A prompt without any token that
     a probe reads gets NaN, and so does plain text from a probe of chats alone. ``shown`` is the
     progress bar of a larger work; without it, this has its own.
     """
     lengths = [len(prompt) for prompt in prompts]
-    scores = [np.full((len(prompts), probe.task.outputs), np.nan) for probe in bank.probes]
+    judged: list[dict[int, TextLogits]] = [{} for _ in bank.probes]
     tap = bank.tap()
     own_bar = progress("Judging", sum(lengths), unit="tokens")
     with own_bar if shown is None else nullcontext(shown) as bar:
@@ -192,9 +200,9 @@ def score(
             is_text = [torch.arange(projected.shape[1]) < len(prompt) for prompt in chosen]
             columns = projected[torch.stack(is_text)]
             by_probe = bank.prompt_logits(columns, [bytes(prompt.parts) for prompt in chosen])
-            for probe, logits, of_prompts in zip(bank.probes, scores, by_probe, strict=True):
-                logits[batch] = [of_prompt.logits for of_prompt in of_prompts]
-                unjudged = [i for i in batch if not probe.can_judge(is_plain=prompts[i].is_plain)]
-                logits[unjudged] = np.nan
+            for probe, texts, of_prompts in zip(bank.probes, judged, by_probe, strict=True):
+                for i, text in zip(batch, of_prompts, strict=True):
+                    can_judge = probe.can_judge(is_plain=prompts[i].is_plain)
+                    texts[i] = text if can_judge else TextLogits(np.full_like(text.logits, np.nan))
             bar.advance(sum(lengths[i] for i in batch))
-    return scores
+    return [[texts[i] for i in range(len(prompts))] for texts in judged]

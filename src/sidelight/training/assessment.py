@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from sidelight.backbone import DtypeName, load_backbone
+from sidelight.backbone import DtypeName
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.spans import SpanExamples, span_text
 from sidelight.evaluation import Report, SpanReport, evaluate, worst_spans_page
+from sidelight.metrics import decide
 from sidelight.probe import Probe
 from sidelight.spans import labelled_characters
 from sidelight.storage import write_text
+from sidelight.training.classifier import load
 from sidelight.training.judging import judge, judge_characters, require_responses
 from sidelight.training.measuring import trained_text_warnings
 from sidelight.training.runs import by_title, comparison_table, read_runs, summarise
@@ -88,16 +90,14 @@ class Assessment:
     @property
     def mistakes(self) -> list[str]:
         """The wrong decisions of which the probe was surest, a line each."""
-        task, probabilities = self.probe.task, self.probabilities
+        task, probabilities, thresholds = self.probe.task, self.probabilities, self.probe.thresholds
+        predictions = decide(task, probabilities, self.examples.labels, thresholds=thresholds)
+        holds = predictions.targets[:, predictions.headline]
+        is_wrong = predictions.decisions[:, predictions.headline] != holds
         if task.kind == "multiclass":
-            holds = self.examples.labels[:, None] == np.arange(task.outputs)
-            thresholds = np.zeros(task.outputs)
-            is_wrong = (probabilities == probabilities.max(1, keepdims=True)) & ~holds
-        else:
-            holds = self.examples.labels.reshape(probabilities.shape).astype(bool)
-            thresholds = np.array(self.probe.thresholds)
-            is_wrong = (probabilities >= thresholds) != holds
-        distances = np.where(is_wrong, np.abs(probabilities - thresholds), 0)
+            # Two of its labels are wrong: the one that it names counts.
+            is_wrong &= ~holds
+        distances = np.where(is_wrong, np.abs(probabilities - np.array(thresholds or 0)), 0)
         order = np.argsort(-distances, axis=None, kind="stable")[:_SHOWN_MISTAKES].tolist()
         worst = [divmod(place, task.outputs) for place in order if distances.flat[place]]
         names = task.labels[-task.outputs :]
@@ -199,22 +199,18 @@ def assess(
     probes, index = read_runs(directory)
     chosen = probes[index]
     require_responses(chosen, examples.items)
-    backbone = load_backbone(
-        model or chosen.fingerprint.name,
-        dtype=dtype,
-        device=device,
-        prompt_format=chosen.prompt_format,
-    )
+    backbone = load(directory, model=model, dtype=dtype, device=device).backbone
     for probe in probes:
         probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
-    if isinstance(examples, SpanExamples):
-        assert chosen.spans is not None
-        texts = sorted(judge_characters(backbone, chosen, examples.items), key=lambda row: row[0])
-        logits = [np.stack([of_text for _, of_text, _ in texts])]
+    scores: Sequence[Float[np.ndarray, "_ label"]] = ()
+    if chosen.spans is None:
+        judged = judge(backbone, probes, examples.items)
     else:
-        texts, logits = [], judge(backbone, probes, examples.items)
+        texts, scores = zip(*judge_characters(backbone, chosen, examples.items), strict=True)
+        judged = [texts]
     probabilities = [
-        probe.calibration.apply(own) for probe, own in zip(probes, logits, strict=True)
+        probe.calibration.apply(np.stack([text.logits for text in texts]))
+        for probe, texts in zip(probes, judged, strict=True)
     ]
     reports = [
         evaluate(probe.task, own, examples.labels, thresholds=probe.thresholds)
@@ -223,6 +219,6 @@ def assess(
     figures = (examples, chosen, probabilities[index], reports[index], by_title(probes, reports))
     if not isinstance(examples, SpanExamples) or chosen.spans is None:
         return Assessment(*figures)
-    found = [chosen.spans.read(scores, examples.span_labels) for _, _, scores in texts]
-    scores = [chosen.spans.within_margins(scores) for _, _, scores in texts]
-    return SpanAssessment(*figures, measure_spans(examples, found), found, scores)
+    found = [chosen.spans.read(own, examples.span_labels) for own in scores]
+    within = [chosen.spans.within_margins(own) for own in scores]
+    return SpanAssessment(*figures, measure_spans(examples, found), found, within)

@@ -21,7 +21,7 @@ from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.explanation import Explanation, explain
 from sidelight.mechanisms.base import mechanism_spec
-from sidelight.probe import Probe, TextLogits
+from sidelight.probe import Probe
 from sidelight.prompts import PromptFormat
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import ThresholdRule
@@ -72,13 +72,8 @@ class Classifier:
         if self.probe.spans is not None:
             pairs = zip(*find_spans(self.backbone, self.probe, examples), strict=True)
             return [replace(self.probe.verdict(row), spans=tuple(spans)) for row, spans in pairs]
-        probes = [self.probe, *filter(None, [self.probe.distance_probe])]
-        logits, *measured = judge(self.backbone, probes, examples)
-        distances = measured[0][:, 0].tolist() if measured else [None] * len(logits)
-        return [
-            self.probe.text_verdict(TextLogits(row, distance=distance))
-            for row, distance in zip(logits, distances, strict=True)
-        ]
+        (judged,) = judge(self.backbone, [self.probe], examples)
+        return [self.probe.text_verdict(text) for text in judged]
 
     def explain(self, text: str | Example, *, response: str | None = None) -> Explanation:
         """The verdict on one text, and how its logit divides among tokens and layers.
@@ -146,7 +141,8 @@ class Classifier:
             ContextLengthError: A text is longer than the backbone reads.
             VerdictError: A logit is not finite.
         """
-        return judge(self.backbone, [self.probe], examples)[0]
+        (judged,) = judge(self.backbone, [self.probe], examples)
+        return np.reshape([text.logits for text in judged], (len(judged), self.probe.task.outputs))
 
     def save(self, directory: str | Path) -> Path:
         """Writes the artifact and returns its folder."""

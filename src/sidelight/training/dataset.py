@@ -166,7 +166,8 @@ class Split:
             shape = (len(self.states.lengths), sizes.layers, sizes.width)
             means, lasts = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
             with progress("Pooling", shape[0], unit="texts") as shown:
-                for shard in map(self.states.read, range(len(self.states))):
+                states = States(self.states, range(shape[0]))
+                for shard in map(states.read, range(len(states))):
                     pooled = shard.pooled(is_normalised=is_normalised)
                     means[shard.rows], lasts[shard.rows] = pooled.means, pooled.lasts.bfloat16()
                     shown.advance(len(shard.rows))

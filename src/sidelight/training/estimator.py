@@ -29,7 +29,7 @@ from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import cached_logits
 from sidelight.training.classifier import Classifier
 from sidelight.training.fit import fit
-from sidelight.training.judging import as_example, encode, judge
+from sidelight.training.judging import as_example, encode
 from sidelight.training.settings import (
     AUTO,
     TRAINING_MAX_TOKENS,
@@ -161,7 +161,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         logits[known] = cached_logits(probe, cache, known.tolist())
         if len(new):
             with nullcontext() if self.verbose else quiet():
-                logits[new] = judge(backbone, [probe], [examples[text] for text in new])[0]
+                logits[new] = Classifier(backbone, probe).logits([examples[i] for i in new])
         probabilities = probe.calibration.apply(logits)
         if probe.task.kind == "binary":
             return np.column_stack([1 - probabilities, probabilities])

@@ -1,10 +1,9 @@
 """Texts judged by probes on their backbone: logits, and the spans of a probe that labels tokens."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from sidelight.backbone import TransformersBackbone, UnloadedBackbone
@@ -12,13 +11,11 @@ from sidelight.bank import Bank
 from sidelight.data.examples import Example, located
 from sidelight.data.spans import span_text
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.spans import Spans
-from sidelight.probe import Probe
-from sidelight.progress import Progress, progress
+from sidelight.probe import Probe, TextLogits
+from sidelight.progress import Progress
 from sidelight.prompts import EncodedPrompt, Message
-from sidelight.ragged import Ragged, by_length
 from sidelight.spans import character_scores
-from sidelight.states.extraction import score
+from sidelight.states.extraction import text_logits
 from sidelight.training.dataset import span_places
 from sidelight.types import Span
 
@@ -44,8 +41,8 @@ def judge(
     probes: Sequence[Probe],
     examples: Sequence[Example],
     shown: Progress | None = None,
-) -> list[np.ndarray]:
-    """Each probe's logits of the texts, ``[text, output]``, from one forward pass.
+) -> list[list[TextLogits]]:
+    """What each probe says of the texts, from one forward pass.
 
     Args:
         backbone: Runs the texts.
@@ -60,12 +57,12 @@ def judge(
     # Runs of one training share a name, which a bank does not allow.
     renamed = [replace(probe, name=f"{probe.name}/{i}") for i, probe in enumerate(probes)]
     bank = Bank(renamed, device=backbone.device)
-    logits = score(backbone, bank, encode(backbone, examples), shown)
-    for probe, rows in zip(probes, logits, strict=True):
-        for index in np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist():
+    judged = text_logits(backbone, bank, encode(backbone, examples), shown)
+    for probe, texts in zip(probes, judged, strict=True):
+        for index, text in enumerate(texts):
             with located(examples[index], index):
-                probe.require_finite(rows[index])
-    return logits
+                probe.require_finite(text.logits)
+    return judged
 
 
 def require_responses(probe: Probe, examples: Sequence[Example]) -> None:
@@ -100,19 +97,15 @@ def find_spans(
         SidelightError: The probe reads responses and a text has none, or the reverse.
     """
     assert probe.spans is not None
-    logits = np.full((len(examples), probe.task.outputs), np.nan)
-    found: list[list[Span]] = [[] for _ in examples]
-    for i, of_text, scores in judge_characters(backbone, probe, examples):
-        logits[i] = of_text
-        found[i] = probe.spans.read(scores, probe.span_labels)
-    return logits, found
+    judged = judge_characters(backbone, probe, examples)
+    logits = np.reshape([text.logits for text, _ in judged], (len(examples), probe.task.outputs))
+    return logits, [probe.spans.read(scores, probe.span_labels) for _, scores in judged]
 
 
-@torch.inference_mode()
 def judge_characters(
     backbone: TransformersBackbone, probe: Probe, examples: Sequence[Example]
-) -> Generator[tuple[int, Float[np.ndarray, " output"], Float[np.ndarray, "character label"]]]:
-    """Of each text its place, its logits, and the probabilities of its characters."""
+) -> list[tuple[TextLogits, Float[np.ndarray, "character label"]]]:
+    """What a probe of spans says of each text, and the probabilities of its characters."""
     assert probe.spans is not None
     require_responses(probe, examples)
     if not probe.reads.includes_response and any(item.response is not None for item in examples):
@@ -120,25 +113,13 @@ def judge_characters(
             f"Probe '{probe.name}' finds spans in prompts, and these texts have responses. Leave "
             "--response out (response= in Python)."
         )
-    bank = Bank([probe], device=backbone.device)
-    mechanism = bank.probes[0].mechanism
-    assert isinstance(mechanism, Spans)
-    prompts = encode(backbone, examples)
-    masks = [prompt.mask(probe.reads) for prompt in prompts]
-    places = span_places(backbone, examples, [int(mask.sum()) for mask in masks])
-    with progress("Judging", sum(map(len, prompts)), unit="tokens") as shown:
-        for batch in by_length([*map(len, prompts)]):
-            tap = bank.tap()
-            with backbone.tapped(tap):
-                backbone.run([prompts[i] for i in batch])
-            for i, columns in zip(batch, tap.projected(), strict=True):
-                own = columns[: len(masks[i])][masks[i].to(columns.device)]
-                state = mechanism.summarise(Ragged(own, torch.tensor([len(own)]).to(own.device)))
-                logits = mechanism.finish(state)[0].double().cpu().numpy()
-                with located(examples[i], i):
-                    probe.require_finite(logits)
-                tokens = mechanism.token_logits(state).values.double().cpu().numpy()
-                probabilities = probe.spans.calibration.apply(tokens)
-                text = span_text(examples[i])
-                yield i, logits, character_scores(text, places[i], probabilities)
-                shown.advance(len(prompts[i]))
+    texts: list[str] = []
+    for index, example in enumerate(examples):
+        with located(example, index):
+            texts.append(span_text(example))
+    (judged,) = judge(backbone, [probe], examples)
+    calibration = probe.spans.calibration
+    tokens = [calibration.apply(text.tokens) for text in judged if text.tokens is not None]
+    places = span_places(backbone, examples, [*map(len, tokens)])
+    scores = map(character_scores, texts, places, tokens)
+    return list(zip(judged, scores, strict=True))

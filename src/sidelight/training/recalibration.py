@@ -151,7 +151,7 @@ def _follow_labels(
     }
     what = f"calibrated by {kind} on {len(examples):,} labelled texts"
     recalls = {
-        label: (before.per_class[label].recall, calibrated.report.per_class[label].recall)
+        label: (before.per_class[label]["recall"], calibrated.report.per_class[label]["recall"])
         for label in before.per_class
         if label in probe.label_thresholds
     }
@@ -167,7 +167,7 @@ def _follow_labels(
 def _strangers(before: Report) -> list[str]:
     """Which labels the probe's scores do not follow, one sentence each."""
     judged = before.task.labels[-before.task.outputs :]
-    aurocs = {label: before.per_class[label].auroc for label in judged}
+    aurocs = {label: before.per_class[label]["auroc"] for label in judged}
     return [
         f"The probe's scores hardly tell '{label}' from the other texts (AUROC {auroc:.2f}), so no "
         "threshold will do. Check the labels, or train a probe on them."

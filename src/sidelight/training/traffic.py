@@ -35,39 +35,22 @@ _SHOWN, _SHOWN_CHARACTERS = 3, 160
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What is flagged of texts inside other text, and of other text of the same length.
-
-    Attributes:
-        words: The most words of other text.
-        positives: Positive texts inside other text.
-        found: How many of them are flagged.
-        ordinary: Other text alone.
-        flagged: How often it is flagged.
-    """
-
-    words: int
-    positives: int
-    found: int
-    ordinary: int
-    flagged: int
-
-
-@dataclass(frozen=True)
 class Traffic:
     """A probe in front of ordinary traffic.
 
     Attributes:
         conversations: How many ordinary conversations were judged.
         flagged: How many of them were flagged.
-        surroundings: Texts inside other text, by its length; none of several classes.
+        surroundings: Of up to so many ``words`` of other text, the ``positives`` inside it, how
+            many are ``found``, the ``ordinary`` texts of that length alone, and how many of these
+            are ``flagged``; none of several classes.
         worst: The highest probabilities, with the beginnings of these conversations.
         abstains: Whether to be flagged is to be given a class other than ``none``.
     """
 
     conversations: int
     flagged: int
-    surroundings: tuple[Surroundings, ...]
+    surroundings: tuple[dict[str, int], ...]
     worst: tuple[tuple[float, str], ...]
     abstains: bool = False
 
@@ -75,11 +58,10 @@ class Traffic:
         """A few lines for a terminal."""
         lines = [rate_sentence(self.flagged, self.conversations, abstains=self.abstains)]
         lines += [
-            f"Your positive texts inside up to {at.words} words of other text: {at.found} of "
-            f"{at.positives} found. Other text of that length: {at.flagged} of {at.ordinary} "
-            "flagged."
-            for at in self.surroundings
-            if at.positives and at.ordinary
+            "Your positive texts inside up to {words} words of other text: {found} of {positives} "
+            "found. Other text of that length: {flagged} of {ordinary} flagged.".format(**counts)
+            for counts in self.surroundings
+            if counts["positives"] and counts["ordinary"]
         ]
         if self.worst:
             lines.append("Ordinary conversations with the highest probabilities:")
@@ -170,17 +152,19 @@ def _measure_surroundings(
     contexts: Sequence[Context],
     holds: Bool[np.ndarray, " context"],
     flags: Bool[np.ndarray, " context"],
-) -> tuple[Surroundings, ...]:
+) -> tuple[dict[str, int], ...]:
     words = np.array([context.words for context in contexts])
     is_inside = np.array([context.kind not in ("disguised", "plain") for context in contexts])
     # One part of a text is flagged less often than the highest of all.
     is_other = np.array([context.text is None and context.is_whole for context in contexts])
-    surroundings: list[Surroundings] = []
+    surroundings: list[dict[str, int]] = []
     for shorter, longest in pairwise(_LENGTHS):
         is_near = (shorter < words) & (words <= longest)
         positive, ordinary = is_near & is_inside & holds, is_near & is_other & ~holds
-        counts = (positive, positive & flags, ordinary, ordinary & flags)
-        surroundings.append(Surroundings(longest, *(int(rows.sum()) for rows in counts)))
+        rows = {"positives": positive, "found": positive & flags}
+        rows |= {"ordinary": ordinary, "flagged": ordinary & flags}
+        counts = {name: int(own.sum()) for name, own in rows.items()}
+        surroundings.append({"words": longest, **counts})
     return tuple(surroundings)
 
 
