@@ -173,7 +173,7 @@ def test_the_artifact_says_what_it_was_recalibrated_on(tmp_path):
     assert (curve.positives, curve.negatives) == (labels.sum(), 200 - labels.sum())
     assert curve.threshold(rule) == new.thresholds[0]
     told = summary(read_manifest(tmp_path / "new"))
-    assert told["recalibrated 1"] == f"{entry['date']}: {made.what}"
+    assert told["recalibrated 1"] == f"{entry['date']}: {entry['what']}"
 
 
 def test_too_few_texts_are_refused():

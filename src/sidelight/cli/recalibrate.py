@@ -111,7 +111,7 @@ def recalibrate(
         figures = {"before": [made.figures[0]], "after": [made.figures[1]]}
         title = f"{made.figures[0].rows:,} labelled texts, each calibrated without it"
         console().print(comparison_table(title, figures))
-    click.echo(f"{made.what[0].upper()}{made.what[1:]}.")
+    click.echo(f"{entry['what'][0].upper()}{entry['what'][1:]}.")
     curves = curves_of(made.probe.record)
     moved = zip(loaded.label_thresholds.items(), made.probe.thresholds, strict=True)
     for (flagged, before), now in moved:

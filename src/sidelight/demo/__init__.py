@@ -36,7 +36,6 @@ _QUESTION = (
     "I was charged twice for my subscription this month and I need the money back today, "
     "before my rent is due. What can I do?"
 )
-_METRICS = ("accuracy", "macro_f1", "auprc", "ece")
 _console = console()
 
 
@@ -86,11 +85,7 @@ def _train(backbone: TransformersBackbone, task: str, positive: str | None) -> P
     classifier = Classifier(backbone, best.probe)
     test = load_examples(_DATA / f"{task}_test.jsonl", task=best.probe.task)
     report = classifier.evaluate(test)
-    table = Table(title=f"{task}: {report.rows} test texts", title_justify="left")
-    for metric in _METRICS:
-        table.add_column(f"{metric} [95 % interval]")
-    table.add_row(*(str(report.metrics[metric]) for metric in _METRICS))
-    _console.print(table)
+    _console.print(report.table())
     return save_probe(best.probe, cache_root() / "demo" / task)
 
 

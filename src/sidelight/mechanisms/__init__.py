@@ -5,10 +5,7 @@ To add one, write its file and import it here; the law tests find it in the regi
 
 from sidelight.mechanisms import attention, blend, fusion, gate, pooling, readout, spans
 
-DEFAULT_MECHANISM = "readout"
-
 __all__ = [
-    "DEFAULT_MECHANISM",
     "attention",
     "blend",
     "fusion",

@@ -79,17 +79,15 @@ def load_background(name: str | Path) -> Background:
     if name == "none":
         return Background()
     if name == "packaged":
-        return Background(_read(PACKAGED), "packaged")
+        return Background(_read(PACKAGED))
     conversations = _read(Path(name))
-    return Background(
-        (*conversations, *_read(PACKAGED)), f"{name}, and packaged", private=len(conversations)
-    )
+    return Background((*conversations, *_read(PACKAGED)), private=len(conversations))
 
 
 def default_background(fingerprint: Fingerprint) -> Background:
     """The set that this LLM has written, which is kept in the cache, or else the packaged one."""
     path = own_set(fingerprint)
-    return Background(_read(path), str(path)) if path.exists() else load_background("packaged")
+    return Background(_read(path)) if path.exists() else load_background("packaged")
 
 
 def own_set(fingerprint: Fingerprint) -> Path:

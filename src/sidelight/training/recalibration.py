@@ -48,14 +48,12 @@ class Recalibrated:
 
     Attributes:
         probe: For the new traffic; its record says what it was recalibrated on.
-        what: What was done, in a sentence.
         figures: Before and after, on the new texts if there are some; each text is calibrated
             without it.
         warnings: What the user should know, one sentence each.
     """
 
     probe: Probe
-    what: str
     figures: tuple[Report, Report] | None
     warnings: tuple[str, ...]
 
@@ -87,30 +85,24 @@ def recalibrate(
     rule = rule or ThresholdRule.parse(probe.record.get("threshold_rule", "f1"))
     require_thresholds(probe.task, rule)
     if examples is None or logits is None:
-        recalibrated, entry = _follow_rule(probe, rule)
-    else:
-        recalibrated, entry = _follow_labels(probe, examples, logits, rule)
-    seen = 0 if examples is None else trained_texts(probe.record, examples)
-    if examples is not None and seen:
-        warning = (
-            f"{seen} of {len(examples)} texts were trained on: the probe scores them too well, so "
-            "its probabilities will be over-confident, and the figures flatter it. Leave them out."
-        )
-        recalibrated = replace(recalibrated, warnings=(warning, *recalibrated.warnings))
-    origin = {"version": probe.version, "calibration": asdict(probe.calibration)}
-    entry = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "what": recalibrated.what,
-        "from": {**origin, "thresholds": list(probe.thresholds)},
-        **entry,
+        return _follow_rule(probe, rule)
+    return _follow_labels(probe, examples, logits, rule)
+
+
+def _recorded(probe: Probe, fitted: Probe, rule: ThresholdRule, entry: Mapping[str, Any]) -> Probe:
+    """What was fitted, with an entry in its record."""
+    before = {
+        "version": probe.version,
+        "calibration": asdict(probe.calibration),
+        "thresholds": list(probe.thresholds),
     }
+    entry = {"date": datetime.now(UTC).date().isoformat(), "from": before, **entry}
     record = {
         **probe.record,
         "threshold_rule": str(rule),
         "recalibrations": [*probe.record.get("recalibrations", ()), entry],
     }
-    probe = replace(recalibrated.probe, record=record, version="")
-    return replace(recalibrated, probe=probe)
+    return replace(fitted, record=record, version="")
 
 
 def _follow_labels(
@@ -118,50 +110,53 @@ def _follow_labels(
     examples: LabelledExamples,
     logits: Float[np.ndarray, "text output"],
     rule: ThresholdRule,
-) -> tuple[Recalibrated, dict[str, Any]]:
+) -> Recalibrated:
     task, labels = probe.task, examples.labels
     counts = dict(zip(task.labels, examples.label_counts.tolist(), strict=True))
     _require_enough(task, counts, len(examples))
-    trained = probe.record.get("training") or {}
+    trained, seen = probe.record.get("training") or {}, trained_texts(probe.record, examples)
     is_training_file = examples.content_hash in (trained.get("sha256"), trained.get("given_sha256"))
-    if is_training_file or trained_texts(probe.record, examples) == len(examples):
+    if is_training_file or seen == len(examples):
         raise SidelightError(
             f"Probe '{probe.name}' was trained on these texts, and scores them too well. "
             "Training has calibrated it by left-out texts already; give texts of the new traffic."
         )
     kind = suggested_calibration(task)
     before = evaluate(task, probe.calibration.apply(logits), labels, thresholds=probe.thresholds)
-    around = probe.calibration.scale
     calibrated = calibrate_examples(
         logits,
         examples,
         kind=kind,
         rule=rule,
-        around=around,
+        around=probe.calibration.scale,
         ordinary=kept_logits(probe),
     )
-    fitted = replace(
-        probe, calibration=calibrated.calibration, thresholds=calibrated.report.thresholds
-    )
+    after = calibrated.report
+    fitted = replace(probe, calibration=calibrated.calibration, thresholds=after.thresholds)
     entry = {
+        "what": f"calibrated by {kind} on {len(examples):,} labelled texts",
         **describe_examples(examples),
         "before": before.to_dict(),
-        "after": calibrated.report.to_dict(),
+        "after": after.to_dict(),
         **describe_scores(task, calibrated.calibration.apply(logits), labels),
     }
-    what = f"calibrated by {kind} on {len(examples):,} labelled texts"
     recalls = {
-        label: (before.per_class[label]["recall"], calibrated.report.per_class[label]["recall"])
+        label: (before.per_class[label]["recall"], after.per_class[label]["recall"])
         for label in before.per_class
         if label in probe.label_thresholds
     }
+    warning = (
+        f"{seen} of {len(examples)} texts were trained on: the probe scores them too well, so its "
+        "probabilities will be over-confident, and the figures flatter it. Leave them out."
+    )
     doubts = (
+        *([warning] if seen else ()),
         *(() if calibrated.folds else (FLATTERING,)),
         *threshold_doubts(task, counts, len(examples), rule),
         *_losses(recalls),
         *(_strangers(before) if task.kind != "multiclass" else ()),
     )
-    return Recalibrated(fitted, what, (before, calibrated.report), doubts), entry
+    return Recalibrated(_recorded(probe, fitted, rule, entry), (before, after), doubts)
 
 
 def _strangers(before: Report) -> list[str]:
@@ -203,7 +198,7 @@ def _require_enough(task: Task, counts: dict[str, int], texts: int) -> None:
         )
 
 
-def _follow_rule(probe: Probe, rule: ThresholdRule) -> tuple[Recalibrated, dict[str, Any]]:
+def _follow_rule(probe: Probe, rule: ThresholdRule) -> Recalibrated:
     if probe.task.kind == "multiclass":
         raise SidelightError(
             f"Probe '{probe.name}' has several classes, of which the most probable one wins, "
@@ -228,5 +223,6 @@ def _follow_rule(probe: Probe, rule: ThresholdRule) -> tuple[Recalibrated, dict[
     }
     doubts += _losses(recalls)
     fitted = replace(probe, thresholds=thresholds)
-    entry = {name: reference(probe.record)[name] for name in ("scores", "curves")}
-    return Recalibrated(fitted, f"thresholds for {rule}", None, (*doubts,)), entry
+    kept = {name: reference(probe.record)[name] for name in ("scores", "curves")}
+    entry = {"what": f"thresholds for {rule}", **kept}
+    return Recalibrated(_recorded(probe, fitted, rule, entry), None, (*doubts,))

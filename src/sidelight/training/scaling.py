@@ -65,8 +65,8 @@ class Scaling:
         is_normalised = bool(settings.normalise)
         if not settings.standardise:
             who = self._states.fingerprint
-            identity = Standardisation.identity(Geometry(who.layers, who.width, 1))
-            return replace(identity, is_normalised=is_normalised)
+            geometry = Geometry(who.layers, who.width, 1)
+            return Standardisation.identity(geometry, is_normalised=is_normalised)
         moments = self._moments(is_normalised)
         if settings.layer_weights == "equal":
             return moments

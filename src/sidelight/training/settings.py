@@ -155,13 +155,11 @@ class Background:
 
     Attributes:
         conversations: Their turns; none if training goes without.
-        origin: Where they are from, for the manifest and for messages.
         private: How many of them, the first ones, are a user's own, so that no artifact may hold
             their texts.
     """
 
     conversations: tuple[Turns, ...] = ()
-    origin: str = "none"
     private: int = 0
 
 

@@ -139,7 +139,7 @@ def _tell(background: "Background", *, show: bool) -> None:
     kinds: dict[str, list[Turns]] = {}
     for turns in background.conversations:
         kinds.setdefault(_kind(turns), []).append(turns)
-    click.echo(f"{len(background.conversations)} conversations ({background.origin})")
+    click.echo(f"{len(background.conversations)} conversations")
     for kind, conversations in sorted(kinds.items()):
         lengths = sorted(map(_words, conversations))
         low, middle, high = (lengths[len(lengths) * share // 10] for share in (1, 5, 9))
