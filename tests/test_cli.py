@@ -205,7 +205,7 @@ def test_a_probe_is_recalibrated_on_labelled_texts_and_by_a_rule_alone(trained, 
     by_rule = ["recalibrate", str(hesitant), "--threshold", "recall=0.99", "--out", str(hesitant)]
     # No probe is replaced unless it is told to.
     assert run(*by_rule) == 2
-    assert "holds a probe already" in capsys.readouterr().err
+    assert "holds a probe" in capsys.readouterr().err
     assert (hesitant / "manifest.json").read_bytes() == before
     assert run(*by_rule, "--name", "strict", "--force") == 0
     assert "It flags " in capsys.readouterr().out

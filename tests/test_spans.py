@@ -285,7 +285,9 @@ def test_thresholds_follow_the_rule_over_words():
     draw = np.random.default_rng(0)
     places = [[(i, i + 1) for i in range(len(item.text))] for item in texts.items]
     pairs = zip(texts.items, places, texts.spans, strict=True)
-    holds = [token_labels(item.text, own, spans, texts.span_labels) for item, own, spans in pairs]
+    holds = [
+        token_labels(item.text, own, spans, texts.task.output_labels) for item, own, spans in pairs
+    ]
     logits = [3.0 * own + draw.normal(size=own.shape) for own in holds]
     texts_of_words = [words(item.text) for item in texts.items]
     rates = {}
@@ -298,9 +300,9 @@ def test_thresholds_follow_the_rule_over_words():
             texts.items, places, logits, texts.spans, texts_of_words, strict=True
         ):
             scores = character_scores(item.text, own, rule.calibration.apply(z))
-            found = rule.read(scores, texts.span_labels)
+            found = rule.read(scores, texts.task.output_labels)
             actual, claimed = (
-                labelled_characters(item.text, each, texts.span_labels)[:, 0]
+                labelled_characters(item.text, each, texts.task.output_labels)[:, 0]
                 for each in (spans, found)
             )
             for start, _ in of_words:

@@ -64,7 +64,7 @@ def test_an_encoder_learns_to_label_its_tokens(tiny, tmp_path):
     test = load_examples(span_rows(40, 2), spans="spans")
     places, logits = score(test)
     assert all(map(len, places))
-    labels = test.span_labels
+    labels = test.task.output_labels
     found = [
         rule.read(character_scores(item.text, own, rule.calibration.apply(z)), labels)
         for item, own, z in zip(test.items, places, logits, strict=True)

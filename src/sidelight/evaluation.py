@@ -242,7 +242,6 @@ def evaluate_spans(
     labels: Sequence[str],
     *,
     bootstrap: int = 1000,
-    seed: int = 0,
 ) -> SpanReport:
     """Compares found spans with labelled ones, text by text.
 
@@ -252,11 +251,8 @@ def evaluate_spans(
         predicted: The spans that were found in each.
         labels: Those that spans can have.
         bootstrap: Resamples of texts for the intervals; with 0 there are none.
-        seed: Of the resamples.
     """
-    values = measure_span_resamples(
-        texts, actual, predicted, labels, resamples=bootstrap, seed=seed
-    )
+    values = measure_span_resamples(texts, actual, predicted, labels, resamples=bootstrap)
     everything, *by_label = (
         {name: Estimate.of(own[:, group]) for name, own in values.items()}
         for group in range(1 + len(labels))

@@ -124,7 +124,7 @@ def explain(
         logits = probe.mechanism.logits(_texts(columns, read)).double().cpu().numpy()
     decisive = probe.highest(logits[:-1], units, TextLogits(logits[-1]))
     verdict = replace(probe.verdict(decisive.logits), turn=decisive.turn)
-    labels = probe.task.labels[-probe.task.outputs :]
+    labels = probe.task.output_labels
     label = labels[0] if probe.task.kind == "binary" else verdict.label
     targets = np.eye(len(labels), dtype=np.float32)[labels.index(label)]
     if probe.task.kind == "multiclass":

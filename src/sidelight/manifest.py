@@ -212,6 +212,19 @@ def holds_probe(directory: Path) -> bool:
     return has_manifest
 
 
+def require_free(directory: Path, *, force: bool) -> None:
+    """Checks that a probe may be written to a folder.
+
+    Raises:
+        SidelightError: It holds another program's manifest, or a probe that is not to be replaced.
+    """
+    if holds_probe(directory) and not force:
+        raise SidelightError(
+            f"{directory} holds a probe. Name another folder with --out, or replace it with "
+            "--force."
+        )
+
+
 _CARD = """---
 library_name: sidelight
 tags: [sidelight, probe, text-classification]

@@ -120,16 +120,11 @@ class Probe:
             return verdict
         return replace(verdict, is_unfamiliar=text.distance > 1)
 
-    @property
-    def span_labels(self) -> tuple[str, ...]:
-        """The labels that spans can have, in the order of the outputs."""
-        return self.task.labels[-self.task.outputs :]
-
     def token_labels(self, text: TextLogits) -> list[TokenLabel]:
         """Which tokens have a label; none unless the probe labels spans."""
         if self.spans is None or text.tokens is None:
             return []
-        return self.spans.token_labels(text.tokens, self.span_labels)
+        return self.spans.token_labels(text.tokens, self.task.output_labels)
 
     def can_judge(self, *, is_plain: bool) -> bool:
         """Whether it judges plain text, or chats: a probe of chats alone fails on plain text."""

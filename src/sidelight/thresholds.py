@@ -239,7 +239,7 @@ def operating_curves(
     holds = integers.reshape(probabilities.shape) == 1
     columns = zip(probabilities.T.astype(np.float64), holds.T, strict=True)
     curves = [OperatingCurve.of(*column) for column in columns]
-    return dict(zip(task.labels[-task.outputs :], curves, strict=True))
+    return dict(zip(task.output_labels, curves, strict=True))
 
 
 def choose_thresholds(
@@ -283,7 +283,7 @@ def threshold_doubts(
     """
     if task.kind == "multiclass":
         return []
-    judged = {label: positives[label] for label in task.labels[-task.outputs :]}
+    judged = {label: positives[label] for label in task.output_labels}
     few = {label: count for label, count in judged.items() if count < ENOUGH_POSITIVES}
     doubts: list[str] = []
     if few:

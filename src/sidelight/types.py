@@ -56,6 +56,11 @@ class Task:
         return 1 if self.kind == "binary" else len(self.labels)
 
     @property
+    def output_labels(self) -> tuple[str, ...]:
+        """The label of each logit: of a binary task, that of the positive class."""
+        return self.labels[-self.outputs :]
+
+    @property
     def abstains(self) -> bool:
         """Whether the last of several classes is ``none``, for what is of no other."""
         return self.kind == "multiclass" and self.labels[-1] == NONE

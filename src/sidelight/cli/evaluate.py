@@ -84,8 +84,7 @@ def evaluate(
     assessment = assess(
         probe, examples, model=runtime.model, dtype=runtime.dtype, device=runtime.device
     )
-    for warning in assessment.warnings:
-        click.echo(f"Warning: {warning}", err=True)
+    options.warn(assessment.warnings)
     if out is not None:
         write_json(out, assessment.to_dict())
     if plots is not None:

@@ -1,7 +1,7 @@
 """Options that several commands share, and what the commands make of them."""
 
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial, wraps
@@ -101,6 +101,12 @@ def _names(_context: click.Context, _option: Any, value: str) -> list[str]:
 def announce(step: str) -> None:
     """Says on standard error what comes next, before imports and models that take seconds."""
     click.echo(f"{step} ...", err=True)
+
+
+def warn(sentences: Iterable[str]) -> None:
+    """Prints warnings on standard error."""
+    for sentence in sentences:
+        click.echo(f"Warning: {sentence}", err=True)
 
 
 def examples(*commands: str) -> str:

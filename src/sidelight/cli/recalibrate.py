@@ -51,7 +51,7 @@ def recalibrate(
     move to what --threshold wants, by the curve of left-out texts in the manifest. The probe stays,
     and a new one is written, whose manifest says what it was recalibrated on.
     """
-    from sidelight.manifest import curves_of, holds_probe, read_manifest
+    from sidelight.manifest import curves_of, read_manifest, require_free
     from sidelight.thresholds import ThresholdRule, require_thresholds
 
     rule = None if threshold is None else ThresholdRule.parse(threshold)
@@ -61,11 +61,7 @@ def recalibrate(
             "--threshold."
         )
     folder = out or probe.resolve().with_name(f"{probe.resolve().name}-recalibrated")
-    if holds_probe(folder) and not force:
-        raise SidelightError(
-            f"{folder} holds a probe already. Name another folder with --out, or replace it with "
-            "--force."
-        )
+    require_free(folder, force=force)
     # Before imports that take seconds: a wrong probe, rule, file or column is refused at once.
     task = read_manifest(probe).task
     if rule is not None:
@@ -98,10 +94,8 @@ def recalibrate(
         if distances:
             rate = f"{np.mean([distance > 1 for distance in distances]):.1%} of the texts are"
             click.echo(f"{rate} unfamiliar: unlike all that the probe was trained on.", err=True)
-        for warning in examples.warnings:
-            click.echo(f"Warning: {warning}", err=True)
-    for warning in made.warnings:
-        click.echo(f"Warning: {warning}", err=True)
+        options.warn(examples.warnings)
+    options.warn(made.warnings)
     save_probe(made.probe if name is None else replace(made.probe, name=name), folder)
     entry = made.probe.record["recalibrations"][-1]
     if as_json:

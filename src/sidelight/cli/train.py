@@ -96,7 +96,7 @@ def train(
             "--background and --positive are for labels of whole texts. Leave them out, or --spans."
         )
     # Before the texts and torch, which take seconds: a misspelt name or value is refused at once.
-    from sidelight.manifest import holds_probe, require_name
+    from sidelight.manifest import require_free, require_name
     from sidelight.thresholds import ThresholdRule
 
     settings = {setting: text for setting, text in assigned.items() if "." not in setting}
@@ -104,15 +104,11 @@ def train(
     rule = ThresholdRule.parse(threshold)
     name = name or out.resolve().name
     require_name(name)
-    if holds_probe(out) and not force:
-        raise SidelightError(
-            f"{out} holds a probe. Name another folder with --out, or replace it with --force."
-        )
+    require_free(out, force=force)
     options.announce(f"Reading {inputs.data}")
     training, validation = inputs.load(spans)
     told = [*training.warnings, *(validation.warnings if validation is not None else ())]
-    for warning in told:
-        click.echo(f"Warning: {warning}", err=True)
+    options.warn(told)
     click.echo(f"Read {len(training)} texts. The probe will flag {training.task.flags}.", err=True)
     options.announce("Loading the model")
     from sidelight.mechanisms.base import mechanism_names
@@ -152,9 +148,7 @@ def train(
         result = fit(
             backbone, training, validation, name=name, options=fit_options, source=source, out=out
         )
-    for warning in result.warnings:
-        if warning not in told:
-            click.echo(f"Warning: {warning}", err=True)
+    options.warn(warning for warning in result.warnings if warning not in told)
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
         return

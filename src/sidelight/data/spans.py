@@ -29,11 +29,6 @@ class SpanExamples(LabelledExamples):
 
     spans: tuple[tuple[Span, ...], ...]
 
-    @property
-    def span_labels(self) -> tuple[str, ...]:
-        """The labels that spans can have."""
-        return self.task.labels[-self.task.outputs :]
-
     def select(self, indices: Iterable[SupportsIndex]) -> "SpanExamples":
         chosen = [int(position) for position in indices]
         # The superclass makes a copy of this class that still has all spans.
@@ -66,7 +61,7 @@ def label_spans(examples: Examples, column: str, *, task: Task | None) -> SpanEx
             rows.append(_parse_spans(cell, span_text(item), column=column))
     names = Counter(span.label for row in rows for span in row)
     task = task or _task(sorted(names), column)
-    judged = task.labels[-task.outputs :]
+    judged = task.output_labels
     unknown = {name: count for name, count in names.items() if name not in judged}
     warnings = examples.warnings
     if unknown:

@@ -58,7 +58,7 @@ def mark_text(
                 content,
                 [(place.start, place.end) for _, place in own],
                 [(index[token], label, score) for token, label, score in labels if token in index],
-                probe.span_labels,
+                probe.task.output_labels,
             )
             named = None if message in unnamed else message
             marked += [replace(span, message=named) for span in of_message]
@@ -131,7 +131,7 @@ class AnswerMarks:
             [(place[0] - start, place[1] - start) for place in self.places[first:stop]],
             # The characters of later ones are not complete.
             [(i - first, label, score) for i, label, score in labels if first <= i < stop],
-            probe.span_labels,
+            probe.task.output_labels,
         )
         # By label: the span that reaches the word from which the text is read again.
         reaching = {span.label: span for span in kept if span.end >= start}

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -176,22 +176,17 @@ def score(
 
 
 def text_logits(
-    backbone: TransformersBackbone,
-    bank: Bank,
-    prompts: Sequence[EncodedPrompt],
-    shown: Progress | None = None,
+    backbone: TransformersBackbone, bank: Bank, prompts: Sequence[EncodedPrompt]
 ) -> list[list[TextLogits]]:
     """For each probe what it says of all prompts, in the given order.
 
     Hidden states are projected while the pass runs and then gone. A prompt without any token that
-    a probe reads gets NaN, and so does plain text from a probe of chats alone. ``shown`` is the
-    progress bar of a larger work; without it, this has its own.
+    a probe reads gets NaN, and so does plain text from a probe of chats alone.
     """
     lengths = [len(prompt) for prompt in prompts]
     judged: list[dict[int, TextLogits]] = [{} for _ in bank.probes]
     tap = bank.tap()
-    own_bar = progress("Judging", sum(lengths), unit="tokens")
-    with own_bar if shown is None else nullcontext(shown) as bar:
+    with progress("Judging", sum(lengths), unit="tokens") as shown:
         for batch in by_length(lengths):
             chosen = [prompts[i] for i in batch]
             with backbone.tapped(tap):
@@ -204,5 +199,5 @@ def text_logits(
                 for i, text in zip(batch, of_prompts, strict=True):
                     can_judge = probe.can_judge(is_plain=prompts[i].is_plain)
                     texts[i] = text if can_judge else TextLogits(np.full_like(text.logits, np.nan))
-            bar.advance(sum(lengths[i] for i in batch))
+            shown.advance(sum(lengths[i] for i in batch))
     return [[texts[i] for i in range(len(prompts))] for texts in judged]

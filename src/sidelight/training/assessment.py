@@ -100,7 +100,7 @@ class Assessment:
         distances = np.where(is_wrong, np.abs(probabilities - np.array(thresholds or 0)), 0)
         order = np.argsort(-distances, axis=None, kind="stable")[:_SHOWN_MISTAKES].tolist()
         worst = [divmod(place, task.outputs) for place in order if distances.flat[place]]
-        names = task.labels[-task.outputs :]
+        names = task.output_labels
         return [
             f"  {'missed' if holds[row, output] else 'wrongly'} '{names[output]}' "
             f"{probabilities[row, output]:.2f}  {beginning(self.examples.items[row].text)}"
@@ -156,7 +156,7 @@ class SpanAssessment(Assessment):
 
         assert isinstance(self.examples, SpanExamples)
         assert self.probe.spans is not None
-        labels, spans = self.examples.span_labels, self.examples.spans
+        labels, spans = self.examples.task.output_labels, self.examples.spans
         texts = [span_text(item) for item in self.examples.items]
         rows = zip(texts, spans, strict=True)
         plot_thresholds(
@@ -219,6 +219,6 @@ def assess(
     figures = (examples, chosen, probabilities[index], reports[index], by_title(probes, reports))
     if not isinstance(examples, SpanExamples) or chosen.spans is None:
         return Assessment(*figures)
-    found = [chosen.spans.read(own, examples.span_labels) for own in scores]
+    found = [chosen.spans.read(own, examples.task.output_labels) for own in scores]
     within = [chosen.spans.within_margins(own) for own in scores]
     return SpanAssessment(*figures, measure_spans(examples, found), found, within)

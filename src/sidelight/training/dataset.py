@@ -350,7 +350,7 @@ def make_split(
     if isinstance(examples, SpanExamples):
         places = span_places(backbone, examples.items, states.lengths)
         labels = [
-            token_labels(span_text(item), own, spans, examples.span_labels)
+            token_labels(span_text(item), own, spans, examples.task.output_labels)
             for item, own, spans in zip(examples.items, places, examples.spans, strict=True)
         ]
         return Split(examples, tuple(prompts), states, rows, None, None, labels, places)

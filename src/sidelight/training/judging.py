@@ -12,7 +12,6 @@ from sidelight.data.examples import Example, located
 from sidelight.data.spans import span_text
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe, TextLogits
-from sidelight.progress import Progress
 from sidelight.prompts import EncodedPrompt, Message
 from sidelight.spans import character_scores
 from sidelight.states.extraction import text_logits
@@ -40,7 +39,6 @@ def judge(
     backbone: TransformersBackbone,
     probes: Sequence[Probe],
     examples: Sequence[Example],
-    shown: Progress | None = None,
 ) -> list[list[TextLogits]]:
     """What each probe says of the texts, from one forward pass.
 
@@ -48,7 +46,6 @@ def judge(
         backbone: Runs the texts.
         probes: Judge them.
         examples: The texts.
-        shown: The progress bar of a larger work; None shows one for these texts.
 
     Raises:
         ContextLengthError: A text is longer than the backbone reads.
@@ -57,7 +54,7 @@ def judge(
     # Runs of one training share a name, which a bank does not allow.
     renamed = [replace(probe, name=f"{probe.name}/{i}") for i, probe in enumerate(probes)]
     bank = Bank(renamed, device=backbone.device)
-    judged = text_logits(backbone, bank, encode(backbone, examples), shown)
+    judged = text_logits(backbone, bank, encode(backbone, examples))
     for probe, texts in zip(probes, judged, strict=True):
         for index, text in enumerate(texts):
             with located(examples[index], index):
@@ -99,7 +96,7 @@ def find_spans(
     assert probe.spans is not None
     judged = judge_characters(backbone, probe, examples)
     logits = np.reshape([text.logits for text, _ in judged], (len(examples), probe.task.outputs))
-    return logits, [probe.spans.read(scores, probe.span_labels) for _, scores in judged]
+    return logits, [probe.spans.read(scores, probe.task.output_labels) for _, scores in judged]
 
 
 def judge_characters(

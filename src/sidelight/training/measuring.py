@@ -153,7 +153,7 @@ def describe_scores(
     ``scores`` are histograms, which drift is measured from; ``curves``, of labelled texts, what
     each threshold flags.
     """
-    columns = dict(zip(task.labels[-task.outputs :], probabilities.T, strict=True))
+    columns = dict(zip(task.output_labels, probabilities.T, strict=True))
     curves = {} if labels is None else operating_curves(task, probabilities, labels)
     return {
         "scores": {label: score_counts(column.tolist()) for label, column in columns.items()},

@@ -161,7 +161,7 @@ def _follow_labels(
 
 def _strangers(before: Report) -> list[str]:
     """Which labels the probe's scores do not follow, one sentence each."""
-    judged = before.task.labels[-before.task.outputs :]
+    judged = before.task.output_labels
     aurocs = {label: before.per_class[label]["auroc"] for label in judged}
     return [
         f"The probe's scores hardly tell '{label}' from the other texts (AUROC {auroc:.2f}), so no "
@@ -184,7 +184,7 @@ def _losses(recalls: Mapping[str, tuple[float | None, float | None]]) -> list[st
 
 def _require_enough(task: Task, counts: dict[str, int], texts: int) -> None:
     """Refuses labelled texts that are too few to calibrate on."""
-    judged = () if task.kind == "multiclass" else task.labels[-task.outputs :]
+    judged = () if task.kind == "multiclass" else task.output_labels
     most = texts - LEAST_PER_SIDE
     short = {
         label: counts[label] for label in judged if not LEAST_PER_SIDE <= counts[label] <= most

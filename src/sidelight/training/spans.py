@@ -89,7 +89,7 @@ def calibrate_spans(
             are of words, so ``fpr=0.005`` are 5 false alarms in 1,000 words.
         bootstrap: As for ``measure_spans``.
     """
-    task, labels = examples.task, examples.span_labels
+    task, labels = examples.task, examples.task.output_labels
     texts = [span_text(item) for item in examples.items]
     rows = list(zip(texts, places, examples.spans, logits, strict=True))
     holds = np.concatenate([token_labels(text, own, spans, labels) for text, own, spans, _ in rows])
@@ -147,5 +147,5 @@ def measure_spans(
     """``evaluate_spans`` of these texts."""
     texts = [span_text(item) for item in examples.items]
     return evaluate_spans(
-        texts, examples.spans, predicted, examples.span_labels, bootstrap=bootstrap
+        texts, examples.spans, predicted, examples.task.output_labels, bootstrap=bootstrap
     )

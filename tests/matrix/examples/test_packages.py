@@ -212,7 +212,7 @@ def test_the_tickets_of_the_example_are_labelled(tmp_path, monkeypatch):
     runpy.run_path(str(EXAMPLES / "support_tickets.py"), run_name="__main__")
     tickets, unseen = (load_spans(str(path)) for path in files)
     assert len(tickets) == 240
-    assert tickets.span_labels == unseen.span_labels
+    assert tickets.task.output_labels == unseen.task.output_labels
     assert any(not spans for spans in tickets.spans)
     people = [
         {

@@ -91,7 +91,9 @@ def encoder(dataset: ProbeDataset, tuning: FineTunedEncoder | None = None) -> It
         rows = zip(texts, reader.ids(texts), places, examples.spans, strict=True)
         for text, ids, own, spans in rows:
             is_read = torch.tensor([start < end for start, end in own])
-            labels = torch.from_numpy(token_labels(text, own, spans, examples.span_labels)).long()
+            labels = torch.from_numpy(
+                token_labels(text, own, spans, examples.task.output_labels)
+            ).long()
             labels[~is_read] = UNLABELLED
             items.append({"input_ids": torch.tensor(ids), "read": is_read, "labels": labels})
         return items, [[place for place in own if place[0] < place[1]] for own in places]
@@ -124,7 +126,9 @@ def _labelled_words(split: Split) -> tuple[list[str], np.ndarray]:
     rows = [
         (span_text(item), own) for item, own in zip(examples.items, examples.spans, strict=True)
     ]
-    labels = [token_labels(text, words(text), own, examples.span_labels) for text, own in rows]
+    labels = [
+        token_labels(text, words(text), own, examples.task.output_labels) for text, own in rows
+    ]
     return [name for text, _ in rows for name in _names(text)], np.concatenate(labels)
 
 

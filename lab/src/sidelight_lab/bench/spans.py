@@ -79,7 +79,7 @@ class Row:
 
     def measure(self, test: SpanExamples) -> list[Draws]:
         """With each seed."""
-        texts, labels = [span_text(item) for item in test.items], test.span_labels
+        texts, labels = [span_text(item) for item in test.items], test.task.output_labels
         draws: list[Draws] = []
         for rule, score in zip(self.rules, self.scorers, strict=True):
             spans: list[list[Span]] = []
@@ -163,7 +163,7 @@ def compare_spans(
             rows[rival] = _best(_BASELINES[rival](dataset), validation)
     draws = {name: row.measure(test) for name, row in rows.items()}
     counts = Counter(span.label for spans in test.spans for span in spans)
-    labels = sorted(test.span_labels, key=lambda label: -counts[label])
+    labels = sorted(test.task.output_labels, key=lambda label: -counts[label])
     results = {name: _described(row, draws[name], draws[OURS], test) for name, row in rows.items()}
     sizes = {"training": len(training), "validation": len(validation), "test": len(test)}
     return Record(
@@ -265,7 +265,7 @@ def _described(
             name: {**gain.estimate.to_dict(), "p": gain.p_value} for name, gain in gains.items()
         },
         "per_label": {
-            label: of_group(group) for group, label in enumerate(test.span_labels, start=1)
+            label: of_group(group) for group, label in enumerate(test.task.output_labels, start=1)
         },
     }
 
