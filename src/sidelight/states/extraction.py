@@ -133,12 +133,9 @@ def shard_logits(probe: Probe, shard: Shard) -> Float[np.ndarray, "text output"]
     """A probe's logits of whole texts, from their hidden states."""
     device = probe.standardisation.mean.device
     projection = probe.projection().to(device)
-    logits = [np.empty((0, probe.task.outputs))]
-    for part in map(shard.chosen, torch.arange(len(shard.rows)).split(_SCORED_TEXTS)):
-        columns = projection.layers(part.hidden.to(device, torch.float32)).transpose(0, 1)
-        state = probe.mechanism.summarise(Ragged(columns, part.lengths.to(device)))
-        logits.append(probe.mechanism.finish(state).double().cpu().numpy())
-    return np.concatenate(logits)
+    columns = projection.layers(shard.hidden.to(device, torch.float32)).transpose(0, 1)
+    state = probe.mechanism.summarise(Ragged(columns, shard.lengths.to(device)))
+    return probe.mechanism.finish(state).double().cpu().numpy()
 
 
 def _keep_read(

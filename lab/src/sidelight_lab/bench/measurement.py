@@ -18,7 +18,6 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
-from sidelight.mechanisms import DEFAULT_MECHANISM
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts import PromptFormat, Reads
@@ -111,7 +110,7 @@ def untrained_probe(
     """A binary probe with random weights, which costs as much as a trained one."""
     task = Task("binary", ("no", "yes"))
     geometry = Geometry(layers=who.layers, width=who.width, outputs=task.outputs)
-    spec = spec or mechanism_spec(DEFAULT_MECHANISM)
+    spec = spec or mechanism_spec("readout")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         mechanism = build_mechanism(spec, geometry).eval().requires_grad_(False)
