@@ -7,15 +7,14 @@ served, so they need a forward pass of their own.
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import DynamicCache
+from jaxtyping import Float
 
-from sidelight.backbone import TransformersBackbone, cache_name, cache_prefix, run_with_prefix
+from sidelight.backbone import TransformersBackbone, cache_prefix, run_with_prefix
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Message, shared_length
@@ -142,82 +141,46 @@ def score_answers(
     shared = min(shared_length(prompts), min(map(len, prompts)) - 1)
     prefix = torch.tensor(prompts[0][:shared], dtype=torch.long, device=backbone.device)
     begun = cache_prefix(backbone.model, prefix)
-    rests = [prompt[shared:] for prompt in prompts]
+    pairs = [*product(range(len(prompts)), range(len(answers)))]
+    texts = [(*prompts[prompt], *answers[answer]) for prompt, answer in pairs]
     scores = np.empty((len(prompts), len(answers)))
-    with progress("Prompting", sum(map(len, rests)), unit="tokens") as shown:
+    with progress("Prompting", len(texts), unit="answers") as shown:
         # Padding between the prefix and a text would shift what a sliding window sees.
         most = BATCH_TOKENS if backbone.can_share_prefixes else 1
         # Lengths include the prefix: each row has its keys and values too.
-        for batch in by_length([len(prompt) for prompt in prompts], batch_tokens=most):
-            # On the left, so that every answer begins at the same place.
-            token_ids, present = backbone.pad(
-                [EncodedPrompt(tuple(rests[row]), ()) for row in batch], side="left"
+        for batch in by_length([*map(len, texts)], batch_tokens=most):
+            # On the left, so that every answer ends at the same place.
+            rests = [EncodedPrompt(texts[row][shared:], ()) for row in batch]
+            token_ids, present = backbone.pad(rests, side="left")
+            longest = max(len(answers[pairs[row][1]]) for row in batch)
+            output = run_with_prefix(
+                backbone.model,
+                deepcopy(begun),
+                token_ids,
+                present,
+                logits_to_keep=torch.arange(-longest - 1, 0, device=backbone.device),
             )
-            found = _score_batch(backbone, deepcopy(begun), token_ids, present, answers)
-            scores[batch] = found.cpu().numpy()
-            shown.advance(sum(len(rests[row]) for row in batch))
+            chances = output.logits.float().log_softmax(-1)[:, :-1]
+            chances = chances.gather(2, token_ids[:, -longest:, None])[:, :, 0].cpu().numpy()
+            for row, of_text in zip(batch, chances, strict=True):
+                scores[pairs[row]] = of_text[-len(answers[pairs[row][1]]) :].mean()
+            shown.advance(len(batch))
     return scores
-
-
-def _score_batch(
-    backbone: TransformersBackbone,
-    cache: DynamicCache,
-    token_ids: Int[Tensor, "text token"],
-    present: Bool[Tensor, "text token"],
-    answers: Sequence[Sequence[int]],
-) -> Float[Tensor, "text answer"]:
-    """Computes the prompts' keys and values once, and runs each answer after them.
-
-    Args:
-        backbone: The model that is asked.
-        cache: Keys and values of the prompts' common beginning; it is used up.
-        token_ids: The rest of each prompt, padded on the left.
-        present: Where there is a token.
-        answers: Token ids of each possible answer.
-    """
-    model = backbone.model
-    shared = cache.get_seq_length()
-    last = backbone.last_position
-    output = run_with_prefix(model, cache, token_ids, present, logits_to_keep=last)
-    first = output.logits[:, -1].float().log_softmax(-1)
-    held = cache.get_seq_length()
-    before = torch.cat([present.new_ones(len(present), shared), present], 1)
-    scores: list[Tensor] = []
-    for answer in answers:
-        total = first[:, answer[0]]
-        if len(answer) > 1:
-            fed = torch.tensor(answer[:-1], device=present.device).expand(len(present), -1)
-            mask = torch.cat([before, torch.ones_like(fed, dtype=torch.bool)], 1)
-            later = model(
-                input_ids=fed,
-                attention_mask=mask.long(),
-                position_ids=(mask.cumsum(1) - 1)[:, held:],
-                use_cache=True,
-                **{cache_name(model): cache},
-            ).logits
-            cache.crop(-fed.shape[1])
-            wanted = torch.tensor(answer[1:], device=present.device).expand(len(present), -1)
-            chosen = later.float().log_softmax(-1).gather(2, wanted[:, :, None])
-            total = total + chosen.sum((1, 2))
-        scores.append(total / len(answer))
-    return torch.stack(scores, 1)
 
 
 def _balanced(labels: np.ndarray, *, count: int, seed: int) -> list[int]:
     """Rows of training texts, drawn from each label in turn; no row is drawn twice."""
     random = np.random.default_rng(seed)
     order = random.permutation(len(labels))
-    classes = labels.shape[1] if labels.ndim > 1 else int(labels.max()) + 1
-    holds = labels.astype(bool) if labels.ndim > 1 else np.eye(classes, dtype=bool)[labels]
-    queues = [[row for row in order if holds[row, label]] for label in range(classes)]
+    holds = labels.astype(bool) if labels.ndim > 1 else labels[:, None] == np.unique(labels)
+    queues = [order[holds[order, label]].tolist() for label in range(holds.shape[1])]
     drawn: list[int] = []
     while len(drawn) < count and any(queues):
         for queue in queues:
-            while queue and queue[0] in drawn:
-                queue.pop(0)
-            if queue and len(drawn) < count:
-                drawn.append(int(queue.pop(0)))
-    return [drawn[index] for index in random.permutation(len(drawn))]
+            left = [row for row in queue if row not in drawn]
+            drawn += left[:1]
+            queue[:] = left[1:]
+    return random.permutation(drawn[:count]).tolist()
 
 
 def _answer(label: np.integer[Any] | np.ndarray, names: Sequence[str]) -> str:
