@@ -26,6 +26,14 @@ def test_rows_that_are_left_are_those_compared():
     assert recipe(text).only(["tfidf", "pooling"]).ours == ("pooling",)
 
 
+def test_a_recipe_like_another_has_its_rows_but_for_those_of_the_same_name():
+    ours = recipe(TABLE.replace("seeds = 2", 'like = "own"'))
+    other = parse_recipe(recipe_text("own"), name="own")
+    assert ours.names() == other.names()
+    for own, theirs in zip(ours.rows(), other.rows(), strict=True):
+        assert (own == theirs) == (own.name not in {"pooling", "readout"})
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_of_the_package_name_what_exists(name, monkeypatch):
     # As if the small encoder were installed.

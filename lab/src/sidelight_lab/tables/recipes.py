@@ -139,6 +139,7 @@ class Recipe:
         kind: ``comparison``; ``transfer``: trained on one data set, tested on another;
             ``few-shot``: a few labels per class, drawn again for each seed; ``sensitivity``: one
             parameter is swept.
+        like: Another recipe, whose rows this one has too; a row of the same name replaces its row.
         test_data: Name of the data set that a transfer is tested on.
         metric: What rows are compared by, one of ``METRICS``.
         ours: The row that the others are compared with; validation chooses one of several. Empty in
@@ -150,6 +151,7 @@ class Recipe:
 
     title: str
     kind: Kind
+    like: str | None = None
     data: str = ""
     test_data: str | None = None
     metric: str = "auprc"
@@ -224,6 +226,11 @@ def parse_recipe(text: str, *, name: str) -> Recipe:
         raise SidelightError(f"Recipe {name} is not plain TOML: {error}.") from error
     except ValidationError as error:
         raise SidelightError(f"Recipe {name}: {_complaint(error)}") from error
+    if recipe.like is not None:
+        other = parse_recipe(recipe_text(recipe.like), name=recipe.like)
+        probes = {row.name: row for row in (*other.probe, *recipe.probe)}
+        baselines = {row.name: row for row in (*other.baseline, *recipe.baseline)}
+        recipe = replace(recipe, probe=tuple(probes.values()), baseline=tuple(baselines.values()))
     for requirement, holds in _requirements(recipe).items():
         if not holds:
             raise SidelightError(f"Recipe {name}: {requirement}.")
