@@ -124,8 +124,9 @@ def test_results_are_those_of_the_best_epoch_and_patience_ends(corpora):
     assert [len(one.history) for one in made] == [6, 6, 3]
 
 
-def test_the_rate_follows_a_cosine_to_zero():
-    gate_run = TrainingRun(
+@pytest.fixture
+def gate_run():
+    return TrainingRun(
         job("gate", settings=replace(QUICK, epochs=2, weight_decay=0.0)),
         Standardisation.identity(Geometry(2, 4, 1)),
         TASKS["binary"],
@@ -133,6 +134,19 @@ def test_the_rate_follows_a_cosine_to_zero():
         torch.tensor([True, True]),
         steps=3,
     )
+
+
+def test_restoring_brings_back_the_best_epochs_parameters(gate_run):
+    bias = gate_run.mechanism.head.bias
+    for value, score in [(1.0, 0.5), (2.0, 0.9), (3.0, 0.9), (4.0, 0.1)]:
+        with torch.no_grad():
+            bias.fill_(value)
+        gate_run.end_epoch(score)
+    gate_run.restore_best()
+    assert (gate_run.best_epoch, bias.item(), gate_run.mechanism.training) == (2, 2.0, False)
+
+
+def test_the_rate_follows_a_cosine_to_zero(gate_run):
     rates = []
     for _ in range(6):
         rates.append(gate_run._optimizer.param_groups[0]["lr"])
