@@ -10,8 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from commands import saved
 from sidelight.artifact import save_probe
@@ -22,9 +21,8 @@ from sidelight.mechanisms.spans import Spans
 from sidelight.probe import Probe
 from sidelight.prompts import Reads, Side
 from sidelight.spans import SpanRule
-from sidelight.standardisation import Standardisation
 from sidelight.types import Task
-from tiny import CHAT_TEMPLATE, SPECIAL_TOKENS
+from tiny import byte_level, tiny_tokenizer, untrained_probe
 from vllm_served import SIZES
 
 # "Zyxwvut" is one token for each letter, since the tokenizer has learned no text with it.
@@ -57,7 +55,8 @@ class Reciting:
 
 def reciting_model(folder: Path) -> Reciting:
     """The model, with ``pii``, a probe of spans of its answers, and ``asked``, one of prompts."""
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer(byte_level([LEARNED] * 50, vocab_size=500))
+    tokenizer.model_max_length = 2048
     answer = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     assert len(answer) == len(set(answer))
     backbone = TransformersBackbone(
@@ -70,27 +69,6 @@ def reciting_model(folder: Path) -> Reciting:
     probes = [_probe(backbone, name, side) for name, side in sides.items()]
     folders = [str(save_probe(probe, folder / probe.name)) for probe in probes]
     return Reciting(backbone, path, probes, folders, answer)
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens, and the words of what it has learned."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([LEARNED] * 50, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=2048,
-    )
 
 
 def _model(vocabulary: int, text: Sequence[int]) -> torch.nn.Module:
@@ -132,18 +110,10 @@ def _probe(backbone: TransformersBackbone, name: str, side: Side) -> Probe:
     torch.manual_seed(1)
     built.mixing[task.outputs :].normal_(std=0.02)
     calibration = Calibration("platt", task.kind, (0.2,) * task.outputs, (0.1,) * task.outputs)
-    return Probe(
-        name=name,
-        task=task,
-        reads=Reads(side, template=False),
-        prompt_format="both",
-        spec=spec,
-        mechanism=built,
-        standardisation=Standardisation.identity(geometry),
-        calibration=calibration,
-        thresholds=(0.5,) * task.outputs,
-        fingerprint=who,
-        spans=SpanRule(
-            replace(calibration, scale=(0.3,) * task.outputs), (0.5,) * task.outputs, (None,) * 2
-        ),
+    rule = SpanRule(
+        replace(calibration, scale=(0.3,) * task.outputs), (0.5,) * task.outputs, (None,) * 2
+    )
+    plain = untrained_probe(backbone, name, task=task, reads=Reads(side, template=False))
+    return replace(
+        plain, prompt_format="both", spec=spec, mechanism=built, calibration=calibration, spans=rule
     )

@@ -1,11 +1,15 @@
 """Every way to have a text written by vLLM's own server, and what is in its answers."""
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 
 from policy_contract import ADMIN, Asked, Subjects, chat, parts_of
+from sidelight.manifest import read_manifest
+from sidelight.vllm.settings import identity_of
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 NAMED_SCHEMA = {"name": "x", "schema": SCHEMA}
@@ -100,6 +104,22 @@ def replace_probe(address: str, name: str, folder: str) -> httpx.Response:
     """Serves one probe from another folder, and the others as they are."""
     served = admin(address).json()["probes"]
     return admin(address, {"probe": [folder if p["name"] == name else p["path"] for p in served]})
+
+
+@contextmanager
+def unjudged(address: str, folders: Sequence[str]) -> Iterator[None]:
+    """Has other probes in the workers; the server takes no verdict of theirs."""
+    others = folders[::-1]
+    identity = identity_of(read_manifest(folder).version for folder in others)
+    for method, argument in (("check", others), ("load", identity)):
+        body = {"method": f"sidelight_{method}", "args": [argument]}
+        answer = httpx.post(f"{address}/collective_rpc", json=body, timeout=60)
+        assert answer.json()["results"] == [None]
+    try:
+        yield
+    finally:
+        # A reload loads all probes.
+        assert admin(address, {}).status_code == 200
 
 
 # Fields that hold what a model has written.

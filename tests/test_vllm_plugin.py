@@ -8,8 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -143,38 +141,6 @@ def require_equal(probes, judgement, backbone, prompt):
         values = list(wanted.probabilities.values())
         assert list(actual.probabilities.values()) == pytest.approx(values, abs=ROUNDING)
         assert actual.labels == wanted.labels
-
-
-@pytest.mark.slow
-@given(data=st.data())
-@settings(max_examples=20, deadline=None)
-def test_any_schedule_gives_the_verdicts_of_one_pass(backbone, probes, data):
-    """Chunks, prompts that share a prefix, blocks used again, preemption at any point."""
-    played = Played(probes)
-    random = np.random.default_rng(data.draw(st.integers(0, 2**16)))
-    shared = [int(t) for t in random.integers(5, 300, BLOCK * data.draw(st.integers(0, 3)))]
-    free = list(range(BLOCKS))
-    cached: list[int] = []
-    for number in range(data.draw(st.integers(1, 3))):
-        tail = [int(t) for t in random.integers(5, 300, data.draw(st.integers(1, 14)))]
-        prompt = prompt_of([*shared, *tail], seed=number)
-        hidden = states_of(backbone, prompt.token_ids)
-        own = [free.pop() for _ in range(-(-len(prompt) // BLOCK) - len(cached))]
-        blocks = cached + own
-        request = f"r{number}"
-        played.enter(request, prompt)
-        begin = min(len(cached) * BLOCK, len(prompt) - 1)
-        if data.draw(st.booleans()) and len(prompt) - begin > 1:
-            # Half of it is computed, then it is preempted, loses its blocks, and begins again.
-            played.step([(request, hidden, blocks, begin, len(prompt) - 1)], resumed={request})
-            blocks = cached + own[::-1]
-        cuts = sorted({begin, len(prompt), *data.draw(st.lists(st.integers(begin, len(prompt))))})
-        for start, stop in pairwise(cuts):
-            played.step([(request, hidden, blocks, start, stop)], resumed={request})
-        require_equal(probes, played.judgement(request), backbone, prompt)
-        cached = blocks[: len(shared) // BLOCK]
-        # What is not shared is used again by the next request.
-        free += [block for block in blocks if block not in cached]
 
 
 def shares_of(reading, columns):

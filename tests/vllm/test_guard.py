@@ -249,16 +249,20 @@ def test_what_passes_is_what_vllm_gives_whatever_its_kind(guarded, kind, n, poli
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_of_what_is_cut_is_in_any_field(guarded, kind):
-    outputs, _ = asked(guarded([*[FINE] * 5, LEAKING, LEAKING, FINE]), kind=kind)
+@pytest.mark.parametrize("merged", [1, 2, 3, 8])
+def test_nothing_of_what_is_cut_is_in_any_field(guarded, kind, merged):
+    """Also of a text that is read late."""
+    reports = [*[FINE] * 5, LEAKING, LEAKING, *[FINE] * 9]
+    outputs, _ = asked(guarded(reports, merged=merged), kind=kind)
     texts = [text for output in outputs for text in output.outputs]
     shown = {i for text in texts for i in text.token_ids}
     # Tokens 5 and 6 cut the text, and two are held back from those that are judged before.
-    assert shown == {70, 71, 72}
+    assert shown <= {70, 71, 72}
+    assert merged > 1 or len(shown) == 3
     assert {i for text in texts for own in text.logprobs for i in own} == shown
-    assert set("".join(text.text for text in texts)) == {"F", "G", "H"}
+    assert set("".join(text.text for text in texts)) == {*map(chr, shown)}
     assert texts[-1].finish_reason == "content_filter"
-    assert texts[-1].cumulative_logprob in (None, -72.0)
+    assert texts[-1].cumulative_logprob in (None, -float(max(shown, default=0)))
 
 
 @pytest.fixture(scope="module")
@@ -316,13 +320,6 @@ def test_words_that_nobody_can_find_in_a_text_do_not_leave(guarded, reciting, ki
         assert (reason_of(outputs), error) == ("content_filter", None)
         assert REDACTED.startswith(text_of(outputs[-1:] if kind != "DELTA" else outputs))
         assert not any(word in text_of(outputs) for word in SECRETS)
-
-
-def test_a_text_that_is_read_late_is_judged_token_by_token(guarded):
-    for merged in (2, 3, 8):
-        outputs, _ = asked(guarded([*[FINE] * 5, LEAKING, LEAKING, *[FINE] * 9], merged=merged))
-        assert {i for output in outputs for i in output.outputs[0].token_ids} <= {70, 71, 72}
-        assert reason_of(outputs) == "content_filter"
 
 
 @pytest.mark.parametrize("kind", KINDS)

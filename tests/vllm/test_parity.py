@@ -84,18 +84,6 @@ def test_verdicts_equal_computed_and_from_the_cache_to_the_last_digit(subject, p
         np.testing.assert_array_equal(values, alone[1][name])
 
 
-def test_several_texts_of_one_prompt_have_its_verdict(subject, prompts, wanted):
-    longest = max(range(PROMPTS), key=lambda i: len(prompts[i]))
-    (output,) = run(subject, [prompts[longest]], n=3, temperature=1.0, max_tokens=4)
-    assert len(output.outputs) == 3
-    said = reported(output)
-    early = [p.name for p in subject.model.probes if not p.reads.includes_response]
-    require_equal(
-        [{name: said[name] for name in early}],
-        [{name: wanted[longest][name] for name in early}],
-    )
-
-
 def test_probes_of_the_response_read_what_is_written(subject, prompts):
     """Also in later turns, whose prompt holds tokens that were computed while they were decoded."""
     chosen = [prompt for prompt in prompts if len(prompt) < 300][:8]

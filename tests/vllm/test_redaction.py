@@ -1,5 +1,7 @@
 """What a rule redacts leaves vLLM's own server in no form, whatever a client asks for."""
 
+import re
+
 import httpx
 import pytest
 
@@ -7,13 +9,11 @@ from in_process import in_process
 from policy_contract import ADMIN, chat, choices, parts_of, verdicts
 from reciting import ANSWER, REDACTED, SECRETS, reciting_model
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.manifest import read_manifest
 from sidelight.policy.redaction import redacted
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Message
 from sidelight.types import Span
-from sidelight.vllm.settings import identity_of
-from stock_requests import admin, completion
+from stock_requests import completion, unjudged
 from stock_server import stock_server
 from vllm_served import ROUNDING
 
@@ -147,7 +147,7 @@ def test_nothing_of_a_redacted_word_is_in_any_field(server, reciting, streamed):
     hidden |= pieces - {" "}
     for asked, end in asked_of(reciting, streamed=streamed):
         answer = post(server, *asked)
-        everything = f"{[*answer.headers.items()]}{answer.text}"
+        everything = without_ids(f"{[*answer.headers.items()]}{answer.text}")
         assert not any(word in everything for word in SECRETS), (asked, everything)
         parts = parts_of(answer)
         values = [each for part in parts for each in values_of(part.get("choices") or [])]
@@ -167,7 +167,12 @@ def test_nothing_of_a_redacted_word_is_in_any_field(server, reciting, streamed):
     # Answers are in it.
     assert REDACTED in log
     assert '"pii"' in audit
-    assert not any(word in place for place in (log, audit) for word in SECRETS)
+    assert not any(word in without_ids(place) for place in (log, audit) for word in SECRETS)
+
+
+def without_ids(text):
+    """Random ones have the digits of a secret now and then."""
+    return re.sub("[0-9a-f]{16,}", "", text)
 
 
 def texts_of(parts):
@@ -253,19 +258,10 @@ def rounded(found):
 
 
 def test_without_a_verdict_no_text_leaves(server, reciting):
-    """Other probes are loaded into the workers; the server takes no verdict of theirs."""
-    folders = reciting.folders[::-1]
-    identity = identity_of(read_manifest(folder).version for folder in folders)
-    for method, argument in (("check", folders), ("load", identity)):
-        body = {"method": f"sidelight_{method}", "args": [argument]}
-        answer = httpx.post(f"{server.address}/collective_rpc", json=body, timeout=60)
-        assert answer.json()["results"] == [None]
-    try:
+    with unjudged(server.address, reciting.folders):
         for streamed in (False, True):
             answer = post(server, *chat("Who is he?", stream=streamed, **TWO))
             assert choices(answer) == {0: ("", "content_filter"), 1: ("", "content_filter")}
-    finally:
-        assert admin(server.address, {}).status_code == 200
     assert choices(post(server, *chat("Who is he?")))[0][0] == REDACTED
 
 

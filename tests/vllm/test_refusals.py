@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,21 +146,16 @@ def test_another_version_or_architecture_or_type_of_an_option_is_refused(
         configured(model.path, model.folders)
 
 
-def test_a_damaged_probe_one_of_another_model_and_a_mixture_of_formats_are_refused(model, tmp_path):
+def test_a_damaged_probe_and_one_of_another_model_are_refused(model, tmp_path):
     plain = untrained_probe(model.backbone, "p")
     folder = save_probe(plain, tmp_path / "p")
     weights = Path(folder) / "probe.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     foreign = save_probe(untrained_probe(tiny_backbone(), "foreign"), tmp_path / "foreign")
-    chat, raw = replace(plain, name="chat"), replace(plain, name="raw", prompt_format="raw")
-    both = [save_probe(probe, tmp_path / probe.name) for probe in (chat, raw)]
     for folders, kind, message in (
         ([folder], SidelightError, "not the file"),
         ([tmp_path / "missing"], SidelightError, "holds no probe"),
         ([foreign], FingerprintMismatchError, "foreign"),
-        (both, SidelightError, "cannot be served together"),
     ):
         with pytest.raises(kind, match=message):
             configured(model.path, [*map(str, folders)])
-    with pytest.raises(SidelightError, match="cannot be served together"):
-        load_vllm_engine(model.path, [chat, raw])

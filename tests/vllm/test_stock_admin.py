@@ -4,15 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Event
 
-import httpx
 import pytest
 
 from policy_contract import TOKENS, chat, parts_of
 from sidelight.artifact import save_probe
-from sidelight.manifest import read_manifest
 from sidelight.prompts import Reads
-from stock_requests import admin, post, replace_probe
-from tiny import tiny_backbone, untrained_probe
+from stock_requests import post, replace_probe
 from vllm_served import ROUNDING, judging_any_text
 
 pytestmark = pytest.mark.xdist_group("stock")
@@ -37,37 +34,6 @@ def asked(stock, text, *, streamed=False):
             if verdict["probe"] in READS:
                 said[verdict["probe"]] = verdict["probabilities"]["toxic"]
     return tuple(ids), said
-
-
-def test_an_admin_alone_sees_and_changes_probes(stock, subjects):
-    url, body = f"{stock.address}/admin/probes", {"probe": subjects.folders[:1]}
-    for headers in ({}, {"Authorization": "Bearer other"}):
-        for answer in (
-            httpx.get(url, headers=headers),
-            httpx.put(url, json=body, headers=headers),
-        ):
-            assert answer.status_code in (401, 403)
-    paths = [own["path"] for own in admin(stock.address).json()["probes"]]
-    assert paths == subjects.folders
-
-
-def test_probes_that_cannot_be_served_leave_the_old_ones(stock, subjects, tmp_path):
-    text, old, reads = subjects.passing, subjects.folder_of["heard"], READS["heard"]
-    before = asked(stock, text)
-    wide = untrained_probe(subjects.backbone, "heard", mechanism="attention", reads=reads)
-    foreign = untrained_probe(tiny_backbone(), "heard", reads=reads)
-    broken = untrained_probe(subjects.backbone, "heard", reads=reads)
-    broken.mechanism.bias.fill_(float("nan"))
-    wrong = {"SIDELIGHT_COLUMNS=": wide, "was trained on": foreign, "No verdict from": broken}
-    for number, (message, probe) in enumerate(wrong.items()):
-        folder = str(save_probe(probe, tmp_path / str(number)))
-        answer = replace_probe(stock.address, "heard", folder)
-        assert answer.status_code >= 400
-        assert message in answer.text
-        assert asked(stock, text) == before
-    entries = {own["name"]: own for own in admin(stock.address).json()["probes"]}
-    own = entries["heard"]
-    assert (own["path"], own["version"]) == (old, read_manifest(old).version)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import json
 import time
-from contextlib import contextmanager
+from functools import partial
 
 import httpx
 import numpy as np
@@ -24,10 +24,8 @@ from policy_contract import (
     refusal,
     verdicts,
 )
-from sidelight.manifest import read_manifest
 from sidelight.prompts import Message
-from sidelight.vllm.settings import identity_of
-from stock_requests import admin, completion, posts, token_ids
+from stock_requests import completion, posts, token_ids, unjudged
 from vllm_served import ROUNDING
 
 pytestmark = pytest.mark.xdist_group("stock")
@@ -35,21 +33,6 @@ pytestmark = pytest.mark.xdist_group("stock")
 
 @pytest.fixture(scope="module")
 def server(stock, subjects):
-    @contextmanager
-    def unjudged():
-        """Loads other probes into the workers; the server takes no verdict of theirs."""
-        folders = subjects.folders[::-1]
-        identity = identity_of(read_manifest(folder).version for folder in folders)
-        for method, argument in (("check", folders), ("load", identity)):
-            body = {"method": f"sidelight_{method}", "args": [argument]}
-            answer = httpx.post(f"{stock.address}/collective_rpc", json=body, timeout=60)
-            assert answer.json()["results"] == [None]
-        try:
-            yield
-        finally:
-            # A reload loads all probes.
-            assert admin(stock.address, {}).status_code == 200
-
     def ways(text):
         return [
             completion(text),
@@ -66,7 +49,8 @@ def server(stock, subjects):
         absent.add("`/v1/decisions`, `probability`")
     audit = stock.log.parent / "audit.jsonl"
     with httpx.Client(base_url=stock.address, timeout=120) as http:
-        yield PolicyServer(http, "tiny", audit, ways, unjudged, frozenset(absent))
+        without = partial(unjudged, stock.address, subjects.folders)
+        yield PolicyServer(http, "tiny", audit, ways, without, frozenset(absent))
 
 
 class TestStockServer(PolicyContract):

@@ -80,8 +80,8 @@ def test_every_route_but_those_of_load_balancers_needs_a_key_and_shows_none(serv
         models = get(server, "/v1/models", key).json()["data"]
         assert [model["id"] for model in models] == [subjects.path]
     assert get(server, "/metrics", ADMIN).status_code == 200
-    refused = get(server, "/metrics", KEY).json()
-    assert refused["error"]["code"] == "metrics_key_required"
+    for path, code in (("/metrics", "metrics_key"), ("/admin/probes", "admin_key")):
+        assert get(server, path, KEY).json()["error"]["code"] == f"{code}_required"
     processes = [psutil.Process(server.process.pid)]
     processes += processes[0].children(recursive=True)
     seen = server.log.read_text() + "".join(word for p in processes for word in p.cmdline())

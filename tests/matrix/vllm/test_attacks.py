@@ -3,7 +3,6 @@
 import json
 
 from commands import run
-from vllm_suite import stock  # noqa: F401
 
 # Whoever writes the template by hand can write control tokens too, which the routes of chats and
 # the probe by itself read as other tokens.
@@ -14,7 +13,7 @@ def rates(row):
     return [row[key]["flagged"] for key in ("recall", "false_alarms")]
 
 
-def test_every_route_blocks_what_the_probe_flags_by_itself(stock, subjects, tmp_path):  # noqa: F811
+def test_every_route_blocks_what_the_probe_flags_by_itself(stock, subjects, tmp_path):
     scores = subjects.scores([subjects.chat(text) for text in subjects.texts])
     labels = ["toxic" if own >= subjects.threshold else "fine" for own in scores]
     rows = [{"text": t, "label": n} for t, n in zip(subjects.texts, labels, strict=True)]
