@@ -9,6 +9,7 @@ import pytest
 from corpora import with_curves
 from in_process import in_process
 from live import MODEL
+from policy_contract import CHATS, choices, parts_of
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
@@ -20,7 +21,7 @@ from tiny import INTENT, TOPICS, untrained_probe
 
 KEY, ADMIN = "user-key", "admin-key"
 TEXT = "Where is my refund?"
-CHATS, DECISIONS = "/v1/chat/completions", "/v1/decisions"
+DECISIONS = "/v1/decisions"
 CHAT = {
     "model": MODEL,
     "messages": [{"role": "user", "content": TEXT}],
@@ -66,11 +67,6 @@ def ask(tiny, probes):
         yield ask
 
 
-def chunks_of(answer):
-    events = answer.text.split("\n\n")
-    return [json.loads(event.removeprefix("data: ")) for event in events if "{" in event]
-
-
 def running_of(chunks):
     return [chunk["sidelight"]["running"] for chunk in chunks if "running" in str(chunk)]
 
@@ -82,7 +78,8 @@ def why(ask, *names, explain=True, turns=ANSWERED, **options):
 
 
 def test_a_stream_tells_the_score_after_each_token_before_its_text(ask):
-    chunks = chunks_of(ask(CHATS, CHAT))
+    answer = ask(CHATS, CHAT)
+    chunks = parts_of(answer)
     running = running_of(chunks)
     assert [each["tokens"] for each in running] == [*range(1, len(running) + 1)]
     assert {each["index"] for each in running} == {0}
@@ -92,15 +89,11 @@ def test_a_stream_tells_the_score_after_each_token_before_its_text(ask):
     # The last token that is drawn is read too, since the probe is read after each.
     assert last["probabilities"] == pytest.approx(whole["probabilities"], abs=1e-5)
 
-    def text(chunks):
-        pieces = (choice["delta"] for chunk in chunks for choice in chunk["choices"])
-        return "".join(piece.get("content", "") for piece in pieces)
-
     # Only where they are asked for, and they change no text.
     for options in (None, {}, {"include_scores": False}):
-        plain = chunks_of(ask(CHATS, {**CHAT, "stream_options": options}))
-        assert running_of(plain) == []
-        assert text(plain) == text(chunks)
+        plain = ask(CHATS, {**CHAT, "stream_options": options})
+        assert running_of(parts_of(plain)) == []
+        assert choices(plain) == choices(answer)
 
 
 def test_a_decision_says_why(ask):
@@ -148,7 +141,7 @@ def test_a_rule_decides_who_sees_running_scores_thresholds_curves_and_shares(
     is_shown = rule.mode != "shadow"
     with asking(tiny, probes, Policy(output={"late": rule})) as ask:
         for key, sees, learns in ((KEY, scores, shares), (ADMIN, is_shown, is_shown or None)):
-            running = running_of(chunks_of(ask(CHATS, CHAT, key=key)))
+            running = running_of(parts_of(ask(CHATS, CHAT, key=key)))
             assert any(each["verdicts"] for each in running) == sees
             cards = ask("/v1/probes", key=key).json()["probes"]
             own = [card for card in cards if card["name"] == "late"]
@@ -164,10 +157,9 @@ def test_a_rule_decides_who_sees_running_scores_thresholds_curves_and_shares(
 def test_the_stream_of_a_cut_answer_ends_as_without_scores(tiny, probes):
     rule = Rule("block", threshold=0.0, disclose="scores")
     with asking(tiny, probes, Policy(output={"late": rule})) as ask:
-        chunks = chunks_of(ask(CHATS, CHAT))
-    assert [each["tokens"] for each in running_of(chunks)] == [1, 2]
-    assert chunks[-2]["choices"][0]["finish_reason"] == "content_filter"
-    assert all(not choice["delta"].get("content") for c in chunks for choice in c["choices"])
+        answer = ask(CHATS, CHAT)
+    assert [each["tokens"] for each in running_of(parts_of(answer))] == [1, 2]
+    assert choices(answer) == {0: ("", "content_filter")}
 
 
 def test_probes_are_listed_with_thresholds_curves_and_the_worst_of_ordinary_traffic(tiny, probes):

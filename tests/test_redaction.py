@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from in_process import in_process
+from policy_contract import CHATS, GUARDRAIL, choices
 from sidelight.engines.base import Finished, ResponseScored, TextDelta
 from sidelight.engines.marks import AnswerMarks
 from sidelight.engines.transformers import TransformersEngine
@@ -25,7 +26,6 @@ from sidelight.policy.rules import (
 from sidelight.types import Judgement, Span, Verdict
 from tiny import PIECES, broken, spans_probe, untrained_probe
 
-GUARDRAIL = "/beta/litellm_basic_guardrail_api"
 QUESTION = [{"role": "user", "content": "Who is it?"}]
 
 
@@ -124,15 +124,9 @@ def test_no_other_words_have_a_placeholder_that_a_text_has():
 def answers(http, **changes):
     """The texts of a chat's choices, and all bytes that came, plain and streamed."""
     body = {"model": "tiny/llama", "messages": QUESTION, "max_tokens": 60, "seed": 3, **changes}
-    plain = http.post("/v1/chat/completions", json=body)
-    streamed = http.post("/v1/chat/completions", json={**body, "stream": True})
-    texts = [choice["message"]["content"] for choice in plain.json()["choices"]]
-    chunks = [json.loads(line[6:]) for line in streamed.text.splitlines() if "{" in line]
-    joined = [""] * len(texts)
-    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
-        joined[choice["index"]] += choice["delta"].get("content") or ""
-    told = [f"{[*each.headers.items()]}{each.text}" for each in (plain, streamed)]
-    return texts, joined, told
+    both = [http.post(CHATS, json={**body, "stream": stream}) for stream in (False, True)]
+    texts, joined = ([text for text, _ in choices(answer).values()] for answer in both)
+    return texts, joined, [f"{[*answer.headers.items()]}{answer.text}" for answer in both]
 
 
 @pytest.mark.slow
@@ -187,7 +181,7 @@ def test_without_a_verdict_no_text_leaves(tiny, late):
         policy = Policy(output={"late": rule})
         with in_process(TransformersEngine(tiny, [probe]), policy=policy) as http:
             body = {"model": "tiny/llama", "messages": QUESTION, "max_tokens": 12, "seed": 3}
-            (choice,) = http.post("/v1/chat/completions", json=body).json()["choices"]
+            (choice,) = http.post(CHATS, json=body).json()["choices"]
         assert choice["finish_reason"] == reason
         assert bool(choice["message"]["content"]) is is_sent
 
@@ -247,7 +241,7 @@ def test_a_gateway_gets_what_it_may_send_on(tiny, early, late):
                 assert answer["stream_holdback_chars"] == [*map(len, answer["texts"])]
         called = http.post(GUARDRAIL, json={"input_type": "request", "tool_calls": [call]}).json()
         chat = {"model": "tiny/llama", "messages": QUESTION, "max_tokens": 1}
-        assert http.post("/v1/chat/completions", json=chat).status_code == 200
+        assert http.post(CHATS, json=chat).status_code == 200
     assert (called["action"], called["blocked_reason"]) == ("BLOCKED", "Flagged by early.")
 
 
@@ -256,7 +250,7 @@ def test_spans_of_a_conversation_name_their_message(tiny, early):
     messages = [{"role": role, "content": content} for role, content in turns]
     with in_process(TransformersEngine(tiny, [early])) as http:
         body = {"model": "tiny/llama", "messages": messages, "max_tokens": 1}
-        chat = http.post("/v1/chat/completions", json=body).json()
+        chat = http.post(CHATS, json=body).json()
         question = {"type": "predicate", "name": "NAME"}
         body = {"model": "tiny/llama", "input": messages, "questions": [question]}
         decided = http.post("/v1/decisions", json=body).json()

@@ -8,6 +8,7 @@ import pytest
 from engine_runs import ROUNDING, probabilities, run
 from in_process import in_process
 from live import MODEL, served
+from policy_contract import choices
 from sidelight.engines.base import Sampling, TextDelta
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
@@ -64,11 +65,11 @@ def test_a_streamed_text_says_what_the_plain_one_says(client):
     plain = client.completions.create(**TEXT)
     usage = {"stream_options": {"include_usage": True}}
     chunks = list(client.completions.create(**TEXT, stream=True, **usage))
-    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
-    assert "".join(choice.text for choice in choices) == plain.choices[0].text
-    assert choices[-1].finish_reason == plain.choices[0].finish_reason
-    assert names(choices[0].model_extra["sidelight"]["verdicts"]) == PROMPT_PROBES
-    assert names(choices[-1].model_extra["sidelight"]["verdicts"]) == ["refusal"]
+    pieces = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(choice.text for choice in pieces) == plain.choices[0].text
+    assert pieces[-1].finish_reason == plain.choices[0].finish_reason
+    assert names(pieces[0].model_extra["sidelight"]["verdicts"]) == PROMPT_PROBES
+    assert names(pieces[-1].model_extra["sidelight"]["verdicts"]) == ["refusal"]
     assert chunks[-1].usage == plain.usage
     assert [chunk.moderation for chunk in chunks if "moderation" in (chunk.model_extra or {})]
 
@@ -184,12 +185,7 @@ def test_nothing_is_sent_of_plain_text_whose_response_probe_blocks(tiny, chat_pr
         answers = [http.post(PATH, json={**TEXT, "stream": stream}) for stream in (False, True)]
         chat = http.post("/v1/chat/completions", json=CHAT).json()
     for answer in answers:
-        assert answer.status_code == 200
-        lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
-        chunks = [json.loads(line) for line in lines if line != "[DONE]"]
-        choices = [choice for chunk in chunks for choice in chunk["choices"]]
-        assert "".join(choice["text"] for choice in choices) == ""
-        assert choices[-1]["finish_reason"] == "content_filter"
+        assert choices(answer) == {0: ("", "content_filter")}
         assert '"code":"verdict_failed"' in answer.text.replace(" ", "")
     assert chat["choices"][0]["finish_reason"] != "content_filter"
 

@@ -189,20 +189,14 @@ def test_what_two_readers_could_take_differently_is_no_json(http, body):
     assert "not valid JSON" in refused.json()["error"]["message"]
 
 
-async def answer_of(app, path="/thing"):
-    """The messages that answer a bare request; its client stays and says nothing."""
-    sent = []
+async def answer(app, sent):
+    """Adds the messages that answer a bare request; its client stays and says nothing."""
 
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b""}
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
     await app(scope, asyncio.Event().wait, send)
-    return sent
-
-
-def status_of(answer):
-    return answer[0]["status"]
 
 
 def ending(kind=None, *, deadline=0.001):
@@ -220,37 +214,32 @@ def ending(kind=None, *, deadline=0.001):
 
 def test_a_request_that_outlasts_the_servers_end_is_told_so():
     async def main():
-        sent = []
-
-        async def send(message):
-            sent.append(message)
-
-        scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
-        app = ending(deadline=60)
-        task = asyncio.create_task(app(scope, asyncio.Event().wait, send))
+        task = asyncio.create_task(answer(ending(deadline=60), sent))
         await asyncio.sleep(0)
         task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        return sent
+        await task
 
-    sent = asyncio.run(main())
-    assert status_of(sent) == 503
+    sent = []
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(main())
+    assert sent[0]["status"] == 503
     assert json.loads(sent[1]["body"])["error"]["code"] == "shutting_down"
 
 
 def test_a_request_past_its_deadline_is_an_error_and_its_stream_has_no_done():
-    plain = asyncio.run(answer_of(ending()))
+    plain, streamed = [], []
+    asyncio.run(answer(ending(), plain))
     code = json.loads(plain[1]["body"])["error"]["code"]
-    assert (status_of(plain), code) == (504, "deadline_exceeded")
-    *_, last = asyncio.run(answer_of(ending(b"text/event-stream; charset=utf-8")))
+    assert (plain[0]["status"], code) == (504, "deadline_exceeded")
+    asyncio.run(answer(ending(b"text/event-stream; charset=utf-8"), streamed))
+    last = streamed[-1]
     assert last["body"].endswith(b"\n\n")
     event = json.loads(last["body"].removeprefix(b"data: "))
     assert event["error"]["code"] == "deadline_exceeded"
     assert not last.get("more_body")
     # Nothing can be added to another kind of answer.
     with pytest.raises(TimeoutError):
-        asyncio.run(answer_of(ending(b"application/json")))
+        asyncio.run(answer(ending(b"application/json"), []))
 
 
 @pytest.mark.slow
