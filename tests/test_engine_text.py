@@ -52,6 +52,11 @@ def test_text_ends_before_a_stop_string_whatever_the_pieces(pieces, stops):
     assert written == [sent] * 3
 
 
+def test_the_beginning_of_a_stop_string_is_held_back():
+    gate = StopGate(["###"])
+    assert [gate.push(c) for c in "a##b###c"] == ["a", "", "", "##b", "", "", "", ""]
+
+
 def test_a_long_stop_string_costs_no_more_than_the_text_that_is_held():
     """The passes of all clients wait for it."""
     gate, start = StopGate(["x" * 100_000] * 16), time.process_time()

@@ -16,7 +16,6 @@ from vllm_served import (
     followed,
     mixed_prompts,
     random_prompt,
-    reported,
     require_equal,
     sampling_of,
     verdicts,
