@@ -60,7 +60,7 @@ def examples():
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     monkeypatch.setattr(contexts, "_LEAST_CONTEXT_TOKENS", 20_000)
-    return FitOptions(cache_root=tmp_path, reads=EACH_TURN, background=Background(TRAFFIC, "test"))
+    return FitOptions(cache_root=tmp_path, reads=EACH_TURN, background=Background(TRAFFIC))
 
 
 def drawn(backbone, examples, *, is_part=True, traffic=TRAFFIC, tokens=40_000):
@@ -277,7 +277,7 @@ def test_thresholds_let_ordinary_conversations_pass(tiny, rule, most):
 @pytest.mark.slow
 def test_background_that_holds_a_labelled_text_is_left_out(tiny, examples, options):
     copies = tuple((Message("user", text.upper()),) for text in TEXTS[:10])
-    given = replace(options, background=Background((*copies, *TRAFFIC), "test"))
+    given = replace(options, background=Background((*copies, *TRAFFIC)))
     made = prepare(tiny, examples, None, options=given)
     assert any("10 conversations" in warning for warning in made.warnings)
     shown = {context.example.text for context in made.contexts if context.kind == "background"}
@@ -288,7 +288,7 @@ def test_background_that_holds_a_labelled_text_is_left_out(tiny, examples, optio
 def test_the_figures_are_those_of_the_threshold_that_is_served(tiny, examples, options):
     positives = [text for text, label in zip(TEXTS, examples.labels, strict=True) if label]
     alike = tuple((Message("user", f"{text}. Ordinary{i}"),) for i, text in enumerate(positives))
-    given = replace(options, background=Background(TRAFFIC + alike * 3, "test"))
+    given = replace(options, background=Background(TRAFFIC + alike * 3))
     settings = {"readout": TrainingSettings(epochs=2, batch_size=16, least_steps=0)}
     made = fit(tiny, examples, None, name="p", options=replace(given, settings=settings)).best
     kept = made.probe.record["traffic"]["worst"]

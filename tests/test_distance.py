@@ -51,7 +51,7 @@ def trained(tiny, tmp_path_factory):
         mechanisms=(mechanism_spec("linear"),),
         reads=Reads(scope="each_turn"),
         cache_root=tmp_path_factory.mktemp("cache"),
-        background=Background(TRAFFIC, "test"),
+        background=Background(TRAFFIC),
     )
     examples = load_examples(rows("binary", 120), positive="toxic")
     with pytest.MonkeyPatch.context() as patch:

@@ -44,7 +44,7 @@ def read_background(path: Path) -> Background:
         SidelightError: There is no such file, or no text in it.
     """
     items = load_examples(path, label=None).items
-    return Background(tuple(item.messages for item in items), str(path), private=len(items))
+    return Background(tuple(item.messages for item in items), private=len(items))
 
 
 def write_background(
@@ -91,7 +91,7 @@ def write_background(
         )
     save_background(kept[:count], path)
     batches.unlink()
-    return Background(tuple(kept[:count]), str(path))
+    return Background(tuple(kept[:count]))
 
 
 def save_background(conversations: Iterable[Turns], path: Path) -> None:
