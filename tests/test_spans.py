@@ -20,7 +20,7 @@ from sidelight.data.loading import load_examples
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.evaluation import worst_spans_page
+from sidelight.evaluation import evaluate_spans, worst_spans_page
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Message, Reads
 from sidelight.spans import (
@@ -39,7 +39,7 @@ from sidelight.training.classifier import Classifier
 from sidelight.training.fit import fit
 from sidelight.training.judging import find_spans
 from sidelight.training.settings import FitOptions, TrainingSettings
-from sidelight.training.spans import calibrate_spans, measure_spans
+from sidelight.training.spans import calibrate_spans
 from sidelight.types import Span
 
 load_spans = partial(load_examples, spans="spans")
@@ -165,10 +165,15 @@ def test_a_word_far_less_likely_than_the_surest_of_its_text_is_left_out():
 
 
 def test_a_page_has_the_worst_texts_first_and_marks_what_is_found_missed_and_wrong():
-    texts = ["all <b> right", TEXT, "Ann and Lee"]
-    actual = [[Span(0, 3, "NAME")], [Span(5, 12, "NAME")], [Span(0, 3, "NAME")]]
+    rows = [("all <b> right", 0, 3), (TEXT, 5, 12), ("Ann and Lee", 0, 3)]
+    examples = load_spans(
+        [
+            {"text": text, "spans": [{"start": start, "end": end, "label": "NAME"}]}
+            for text, start, end in rows
+        ]
+    )
     predicted = [[Span(0, 3, "NAME")], [Span(9, 17, "NAME")], [Span(8, 11, "NAME")]]
-    page = worst_spans_page(texts, actual, predicted, ["NAME"], title="<a>")
+    page = worst_spans_page(examples, predicted, title="<a>")
     assert "&lt;a&gt;: the worst 2 texts" in page
     assert page.index("0.000, text 3") < page.index("0.400, text 2")
     assert '<span class="missed" title="missed: NAME">Ann </span>' in page
@@ -202,7 +207,7 @@ def test_a_report_counts_characters_and_exact_spans():
     texts += [{"text": TEXT, "spans": [{"start": 14, "end": 17, "label": "TIME"}]}]
     examples = load_spans(texts)
     found = [[Span(5, 12, "NAME"), Span(14, 17, "TIME")], [], [Span(0, 17, "TIME")]]
-    report = measure_spans(examples, found, bootstrap=50)
+    report = evaluate_spans(examples, found, bootstrap=50)
     values = {name: estimate.value for name, estimate in report.metrics.items()}
     f1 = np.mean([2 * 7 / (7 + 10), 1, 2 * 3 / (3 + 17)])
     assert values == pytest.approx(
@@ -228,7 +233,7 @@ def test_what_is_trained_finds_spans_in_new_texts_also_after_it_was_saved(tiny, 
     probe = load_probe(save_probe(fitted.probe, tmp_path))
     assert probe.spans == fitted.probe.spans
     logits, found = find_spans(tiny, probe, examples.items)
-    report = measure_spans(examples, found, bootstrap=10)
+    report = evaluate_spans(examples, found, bootstrap=10)
     assert report.metrics["f1"].value > 0.9
     assert report.metrics["character_f1"].value > 0.9
     assert fitted.spans.metrics["character_f1"].value > 0.9
@@ -337,7 +342,7 @@ def test_a_probe_of_responses_finds_spans_in_them(tiny, tmp_path):
     assert made.probe.spec.options["lookahead"] == 1
     assert {*made.probe.spans.margins} == {None}
     _, found = find_spans(tiny, made.probe, examples.items[:40])
-    report = measure_spans(examples.select(range(40)), found, bootstrap=0)
+    report = evaluate_spans(examples.select(range(40)), found, bootstrap=0)
     assert report.metrics["character_f1"].value > 0.9
 
 
@@ -386,7 +391,8 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     ]
     found = load_spans(given)
     assert (
-        measure_spans(load_spans(span_rows(30, 1)), found.spans).metrics["character_f1"].value > 0.9
+        evaluate_spans(load_spans(span_rows(30, 1)), found.spans).metrics["character_f1"].value
+        > 0.9
     )
 
 

@@ -69,7 +69,5 @@ def test_an_encoder_learns_to_label_its_tokens(tiny, tmp_path):
         rule.read(character_scores(item.text, own, rule.calibration.apply(z)), labels)
         for item, own, z in zip(test.items, places, logits, strict=True)
     ]
-    report = evaluate_spans(
-        [item.text for item in test.items], test.spans, found, labels, bootstrap=0
-    )
+    report = evaluate_spans(test, found, bootstrap=0)
     assert report.metrics["f1"].value > 0.9

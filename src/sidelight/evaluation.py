@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from sidelight.data.spans import SpanExamples
 from sidelight.metrics import (
     METRICS,
     Predictions,
@@ -236,30 +237,24 @@ class SpanReport:
 
 
 def evaluate_spans(
-    texts: Sequence[str],
-    actual: Sequence[Sequence[Span]],
-    predicted: Sequence[Sequence[Span]],
-    labels: Sequence[str],
-    *,
-    bootstrap: int = 1000,
+    examples: SpanExamples, predicted: Sequence[Sequence[Span]], *, bootstrap: int = 1000
 ) -> SpanReport:
     """Compares found spans with labelled ones, text by text.
 
     Args:
-        texts: What the spans are in.
-        actual: The labelled spans of each.
+        examples: The texts and their spans.
         predicted: The spans that were found in each.
-        labels: Those that spans can have.
         bootstrap: Resamples of texts for the intervals; with 0 there are none.
     """
-    values = measure_span_resamples(texts, actual, predicted, labels, resamples=bootstrap)
+    labels = examples.task.output_labels
+    values = measure_span_resamples(examples, predicted, resamples=bootstrap)
     everything, *by_label = (
         {name: Estimate.of(own[:, group]) for name, own in values.items()}
         for group in range(1 + len(labels))
     )
-    counts = Counter(span.label for spans in actual for span in {*spans})
+    counts = Counter(span.label for spans in examples.spans for span in {*spans})
     return SpanReport(
-        len(texts),
+        len(examples),
         everything,
         dict(zip(labels, by_label, strict=True)),
         {label: counts[label] for label in labels},
@@ -267,30 +262,25 @@ def evaluate_spans(
 
 
 def measure_span_resamples(
-    texts: Sequence[str],
-    actual: Sequence[Sequence[Span]],
-    predicted: Sequence[Sequence[Span]],
-    labels: Sequence[str],
-    *,
-    resamples: int,
-    seed: int = 0,
+    examples: SpanExamples, predicted: Sequence[Sequence[Span]], *, resamples: int
 ) -> dict[str, Float[Values, "draw group"]]:
     """The metrics of a ``SpanReport``, over all labels and of each, on the texts and on resamples.
 
-    Equal seeds draw the same texts. The other arguments are those of ``evaluate_spans``.
+    Every call draws the same resamples of as many texts.
     """
+    texts, labels = examples.texts, examples.task.output_labels
     # All labels together, then each.
     groups = [[*labels], *([label] for label in labels)]
     f1 = np.empty((len(texts), len(groups)))
     counts = np.empty((3, len(texts), len(groups)))  # hits, predicted, actual
-    for i, (text, *pair) in enumerate(zip(texts, actual, predicted, strict=True)):
+    for i, (text, *pair) in enumerate(zip(texts, examples.spans, predicted, strict=True)):
         flags = [labelled_characters(text, spans, labels) for spans in pair]
         for j, group in enumerate(groups):
             columns = [labels.index(label) for label in group]
             f1[i, j] = character_f1(*(own[:, columns] for own in flags))
             exact = [{span for span in spans if span.label in group} for spans in pair]
             counts[:, i, j] = len(exact[0] & exact[1]), len(exact[1]), len(exact[0])
-    draws = np.random.default_rng(seed).multinomial(
+    draws = np.random.default_rng(0).multinomial(
         len(texts), [1 / len(texts)] * len(texts), size=resamples
     )
     weights = np.vstack([np.ones(len(texts)), draws])
@@ -313,18 +303,11 @@ p { white-space: pre-wrap; border-top: 1px solid #ccc; padding-top: .5em }"""
 
 
 def worst_spans_page(
-    texts: Sequence[str],
-    actual: Sequence[Sequence[Span]],
-    predicted: Sequence[Sequence[Span]],
-    labels: Sequence[str],
-    *,
-    title: str,
+    examples: SpanExamples, predicted: Sequence[Sequence[Span]], *, title: str
 ) -> str:
-    """The texts with the lowest F1 of characters in HTML, with what is found, missed and wrong.
-
-    The arguments are those of ``evaluate_spans``.
-    """
-    rows = zip(texts, actual, predicted, strict=True)
+    """The texts with the lowest F1 of characters in HTML, with what is found, missed and wrong."""
+    texts, labels = examples.texts, examples.task.output_labels
+    rows = zip(texts, examples.spans, predicted, strict=True)
     flags = [[labelled_characters(text, own, labels) for own in spans] for text, *spans in rows]
     order = sorted(range(len(texts)), key=lambda i: character_f1(*flags[i]))[:_WORST_TEXTS]
     shown: list[str] = []

@@ -29,6 +29,11 @@ class SpanExamples(LabelledExamples):
 
     spans: tuple[tuple[Span, ...], ...]
 
+    @property
+    def texts(self) -> list[str]:
+        """What the spans are in."""
+        return [span_text(item) for item in self.items]
+
     def select(self, indices: Iterable[SupportsIndex]) -> "SpanExamples":
         chosen = [int(position) for position in indices]
         # The superclass makes a copy of this class that still has all spans.

@@ -10,8 +10,8 @@ from jaxtyping import Float
 
 from sidelight.backbone import DtypeName
 from sidelight.data.examples import LabelledExamples
-from sidelight.data.spans import SpanExamples, span_text
-from sidelight.evaluation import Report, SpanReport, evaluate, worst_spans_page
+from sidelight.data.spans import SpanExamples
+from sidelight.evaluation import Report, SpanReport, evaluate, evaluate_spans, worst_spans_page
 from sidelight.metrics import decide
 from sidelight.probe import Probe
 from sidelight.spans import labelled_characters
@@ -20,7 +20,6 @@ from sidelight.training.classifier import load
 from sidelight.training.judging import judge, judge_characters, require_responses
 from sidelight.training.measuring import trained_text_warnings
 from sidelight.training.runs import by_title, comparison_table, read_runs, summarise
-from sidelight.training.spans import measure_spans
 from sidelight.training.traffic import beginning, kept_rate, rate_sentence
 from sidelight.types import Span
 
@@ -156,9 +155,8 @@ class SpanAssessment(Assessment):
 
         assert isinstance(self.examples, SpanExamples)
         assert self.probe.spans is not None
-        labels, spans = self.examples.task.output_labels, self.examples.spans
-        texts = [span_text(item) for item in self.examples.items]
-        rows = zip(texts, spans, strict=True)
+        labels = self.examples.task.output_labels
+        rows = zip(self.examples.texts, self.examples.spans, strict=True)
         plot_thresholds(
             np.concatenate([labelled_characters(*row, labels) for row in rows]),
             np.concatenate(self.scores),
@@ -167,7 +165,7 @@ class SpanAssessment(Assessment):
             thresholds=self.probe.spans.thresholds,
             title=self.probe.name,
         )
-        page = worst_spans_page(texts, spans, self.found, labels, title=self.probe.name)
+        page = worst_spans_page(self.examples, self.found, title=self.probe.name)
         write_text(folder / "worst.html", page)
 
     def __str__(self) -> str:
@@ -221,4 +219,4 @@ def assess(
         return Assessment(*figures)
     found = [chosen.spans.read(own, examples.task.output_labels) for own in scores]
     within = [chosen.spans.within_margins(own) for own in scores]
-    return SpanAssessment(*figures, measure_spans(examples, found), found, within)
+    return SpanAssessment(*figures, evaluate_spans(examples, found), found, within)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sidelight.calibration import fit_calibration, suggested_calibration
-from sidelight.data.spans import SpanExamples, span_text
+from sidelight.data.spans import SpanExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import SpanReport, evaluate_spans
 from sidelight.prompts import Reads
@@ -87,10 +87,10 @@ def calibrate_spans(
         logits: Of these tokens.
         rule: What thresholds are chosen for: ``f1`` is that of characters; the rates of the others
             are of words, so ``fpr=0.005`` are 5 false alarms in 1,000 words.
-        bootstrap: As for ``measure_spans``.
+        bootstrap: As for ``evaluate_spans``.
     """
     task, labels = examples.task, examples.task.output_labels
-    texts = [span_text(item) for item in examples.items]
+    texts = examples.texts
     rows = list(zip(texts, places, examples.spans, logits, strict=True))
     holds = np.concatenate([token_labels(text, own, spans, labels) for text, own, spans, _ in rows])
     numbers = holds.astype(np.int64).reshape(len(holds), *([] if task.kind == "binary" else [-1]))
@@ -138,14 +138,4 @@ def calibrate_spans(
         rule_of_rest = rule_of(rest) if rest else whole_rule
         for i in fold.tolist():
             predicted[i] = rule_of_rest.read(scores[i], labels)
-    return whole_rule, measure_spans(examples, predicted, bootstrap=bootstrap)
-
-
-def measure_spans(
-    examples: SpanExamples, predicted: Sequence[Sequence[Span]], *, bootstrap: int = 1000
-) -> SpanReport:
-    """``evaluate_spans`` of these texts."""
-    texts = [span_text(item) for item in examples.items]
-    return evaluate_spans(
-        texts, examples.spans, predicted, examples.task.output_labels, bootstrap=bootstrap
-    )
+    return whole_rule, evaluate_spans(examples, predicted, bootstrap=bootstrap)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sidelight.artifact import load_probe
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.spans import SpanExamples, span_text
+from sidelight.data.spans import SpanExamples
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.evaluation import Estimate, measure_span_resamples
 from sidelight.manifest import holds_probe
@@ -79,16 +79,14 @@ class Row:
 
     def measure(self, test: SpanExamples) -> list[Draws]:
         """With each seed."""
-        texts, labels = [span_text(item) for item in test.items], test.task.output_labels
+        labels = test.task.output_labels
         draws: list[Draws] = []
         for rule, score in zip(self.rules, self.scorers, strict=True):
             spans: list[list[Span]] = []
-            for text, tokens, logits in zip(texts, *score(test), strict=True):
+            for text, tokens, logits in zip(test.texts, *score(test), strict=True):
                 scores = character_scores(text, tokens, rule.calibration.apply(logits))
                 spans.append(rule.read(scores, labels))
-            draws.append(
-                measure_span_resamples(texts, test.spans, spans, labels, resamples=_RESAMPLES)
-            )
+            draws.append(measure_span_resamples(test, spans, resamples=_RESAMPLES))
         return draws
 
 
