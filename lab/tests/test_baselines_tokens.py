@@ -259,8 +259,8 @@ def source_of(values, labels):
     return TokenSource((count,), lambda _: shard, torch.tensor(labels))
 
 
-def score_of(model, settings, *, validation=((1.0, 2.0), (0, 1))):
-    return train_on_tokens(
+def trained(model, settings, *, validation=((1.0, 2.0), (0, 1))):
+    train_on_tokens(
         model,
         model.loss,
         task=TASKS["binary"],
@@ -273,12 +273,12 @@ def score_of(model, settings, *, validation=((1.0, 2.0), (0, 1))):
 
 def test_training_stops_when_its_patience_is_over_and_keeps_the_first_of_equals():
     model, after_one = Counting(), Counting()
-    assert score_of(model, replace(QUICK, epochs=9, patience=2)) == 1.0
+    trained(model, replace(QUICK, epochs=9, patience=2))
     assert model.steps == 3 * 40
-    score_of(after_one, replace(QUICK, epochs=9, patience=1))
+    trained(after_one, replace(QUICK, epochs=9, patience=1))
     assert after_one.steps == 2 * 40
     assert model.slope == after_one.slope
     assert not model.slope.requires_grad
     # Logits that are not finite are an error that names the rate.
     with pytest.raises(SidelightError, match=r"Lower its learning rate \(it was 0.01\)"):
-        score_of(Counting(), QUICK, validation=((1.0, torch.inf), (0, 1)))
+        trained(Counting(), QUICK, validation=((1.0, torch.inf), (0, 1)))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,28 +30,22 @@ _PASS_TOKENS = 8192
 
 
 class SequenceClassifier(nn.Module):
-    """A linear head on the pooled last hidden states of a model.
+    """A linear head on the mean last hidden state of the tokens that are read.
 
     Args:
         body: A model of ``transformers`` without its language-model head.
         dataset: What it will be trained on.
-        pooling: ``mean`` of the tokens that are read, or the ``last`` of them; with ``none`` each
-            of them has logits and labels of its own.
+        labels_tokens: Whether each token that is read has logits and labels of its own, and not
+            their mean.
     """
 
-    def __init__(
-        self,
-        body: Any,
-        dataset: ProbeDataset,
-        *,
-        pooling: Literal["mean", "last", "none"] = "mean",
-    ):
+    def __init__(self, body: Any, dataset: ProbeDataset, *, labels_tokens: bool = False):
         super().__init__()
         self.body = body
         self.head = nn.Linear(body.config.hidden_size, dataset.task.outputs)
         labels = torch.from_numpy(dataset.training.labels)
         self._loss = make_loss(dataset.task, labels, balanced=False)
-        self._pooling = pooling
+        self._labels_tokens = labels_tokens
 
     def forward(
         self,
@@ -64,15 +58,10 @@ class SequenceClassifier(nn.Module):
         with torch.autocast(input_ids.device.type, dtype=torch.bfloat16):
             output = self.body(input_ids=input_ids, attention_mask=present.long())
         hidden = output.last_hidden_state.float()
-        if self._pooling == "none":
+        if self._labels_tokens:
             logits = self.head(hidden)
             return {"loss": self._loss(logits[read], labels[read]), "logits": logits}
-        if self._pooling == "mean":
-            pooled = (hidden * (read / read.sum(1, keepdim=True))[:, :, None]).sum(1)
-        else:
-            last = torch.where(read, torch.arange(read.shape[1], device=read.device), -1).amax(1)
-            pooled = hidden[torch.arange(len(hidden), device=read.device), last]
-        logits = self.head(pooled)
+        logits = self.head((hidden * (read / read.sum(1, keepdim=True))[:, :, None]).sum(1))
         return {"loss": self._loss(logits, labels), "logits": logits}
 
 
@@ -176,7 +165,7 @@ class FineTuned(Baseline):
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         model.eval().requires_grad_(False)
-        return FittedBaseline(lambda split: score_items(model, encode(split)), parameters)
+        return FittedBaseline(lambda split: np.stack(score_items(model, encode(split))), parameters)
 
 
 def _padded(items: Sequence[Item]) -> dict[str, Tensor]:
@@ -194,28 +183,18 @@ def _padded(items: Sequence[Item]) -> dict[str, Tensor]:
     }
 
 
-def score_items(model: nn.Module, items: Sequence[Item]) -> Float[np.ndarray, "text output"]:
-    """The logits of all texts, in their order."""
-    return torch.stack(_logits_of(model, items)).numpy()
-
-
-def score_tokens(model: nn.Module, items: Sequence[Item]) -> list[Float[np.ndarray, "_ output"]]:
-    """Of each text the logits of the tokens that are read, by a model that does not pool them."""
-    pairs = zip(items, _logits_of(model, items), strict=True)
-    return [own[: len(item["read"])][item["read"]].numpy() for item, own in pairs]
-
-
 @torch.inference_mode()
-def _logits_of(model: nn.Module, items: Sequence[Item]) -> list[Tensor]:
+def score_items(model: nn.Module, items: Sequence[Item]) -> list[Float[np.ndarray, "*_ output"]]:
+    """The logits of each text, or of each of its tokens, with padding behind them."""
     model.eval()
     device = next(model.parameters()).device
     lengths = [len(item["input_ids"]) for item in items]
-    found: dict[int, Tensor] = {}
+    found: dict[int, np.ndarray] = {}
     with progress("Scoring", sum(lengths), unit="tokens") as shown:
         for rows in by_length(lengths):
             batch = _padded([items[row] for row in rows])
             logits = model(**{name: part.to(device) for name, part in batch.items()})["logits"]
-            found |= dict(zip(rows, logits.cpu(), strict=True))
+            found |= dict(zip(rows, logits.cpu().numpy(), strict=True))
             shown.advance(sum(lengths[row] for row in rows))
     return [found[row] for row in range(len(items))]
 
@@ -230,14 +209,12 @@ class Lora(FineTuned):
         rank: Rank (r) of the update of each weight.
         alpha: Updates are multiplied by ``alpha / rank``.
         dropout: Dropout on the input of an update.
-        pooling: Which final-norm hidden states the head reads: their mean, or the last.
     """
 
     title: ClassVar[str] = "LoRA fine-tuning"
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.05
-    pooling: Literal["mean", "last"] = "mean"
     learning_rate: float = 5e-4
     epochs: int = 3
     batch_size: int = 32
@@ -265,20 +242,16 @@ class Lora(FineTuned):
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = SequenceClassifier(body, dataset, pooling=self.pooling)
+            model = SequenceClassifier(body, dataset)
             return get_peft_model(model, config).to(dataset.backbone.device)  # pyright: ignore[reportArgumentType]
 
 
 def prompt_items(split: Split) -> list[Item]:
-    """The backbone's tokens; those that a probe would read are pooled."""
+    """The backbone's tokens; the mean is of those that a probe would read."""
+    reads, labels = split.states.reads, torch.from_numpy(split.labels)
     return [
-        {"input_ids": torch.tensor(prompt.token_ids), "read": mask, "labels": label}
-        for prompt, mask, label in zip(
-            split.prompts,
-            (prompt.mask(split.states.reads) for prompt in split.prompts),
-            torch.from_numpy(split.labels),
-            strict=True,
-        )
+        {"input_ids": torch.tensor(prompt.token_ids), "read": prompt.mask(reads), "labels": label}
+        for prompt, label in zip(split.prompts, labels, strict=True)
     ]
 
 
@@ -305,15 +278,10 @@ class FineTunedEncoder(FineTuned):
         encoder = Encoder(self.path, max_tokens=self.max_tokens)
 
         def encode(split: Split) -> list[Item]:
+            texts = map(torch.tensor, encoder.ids(split.texts))
             return [
-                {
-                    "input_ids": torch.tensor(own),
-                    "read": torch.ones(len(own), dtype=torch.bool),
-                    "labels": label,
-                }
-                for own, label in zip(
-                    encoder.ids(split.texts), torch.from_numpy(split.labels), strict=True
-                )
+                {"input_ids": ids, "read": torch.ones_like(ids, dtype=torch.bool), "labels": label}
+                for ids, label in zip(texts, torch.from_numpy(split.labels), strict=True)
             ]
 
         with torch.random.fork_rng():

@@ -25,7 +25,7 @@ from sidelight_lab.baselines.fine_tuning import (
     FineTunedEncoder,
     Item,
     SequenceClassifier,
-    score_tokens,
+    score_items,
 )
 
 # Gives the characters and the logits of each text's tokens.
@@ -100,13 +100,14 @@ def encoder(dataset: ProbeDataset, tuning: FineTunedEncoder | None = None) -> It
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = SequenceClassifier(reader.body, dataset, pooling="none")
+        model = SequenceClassifier(reader.body, dataset, labels_tokens=True)
         model = model.to(dataset.backbone.device)
     tuning.tune(model, dataset, lambda split: items_of(_span_examples(split))[0], seed=0)
 
     def scores(examples: SpanExamples) -> tuple[TokenPlaces, TokenScores]:
         items, places = items_of(examples)
-        return places, score_tokens(model, items)
+        pairs = zip(items, score_items(model, items), strict=True)
+        return places, [logits[: len(item["read"])][item["read"]] for item, logits in pairs]
 
     yield scores
 

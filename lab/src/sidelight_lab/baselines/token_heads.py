@@ -1,6 +1,5 @@
 """Baselines that read every token: attention heads, rolling windows, a smoothed linear probe."""
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +17,7 @@ from sidelight.training.dataset import ProbeDataset
 from sidelight.training.optimisation import make_loss
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
-from sidelight_lab.baselines.base import Baseline, FittedBaseline
+from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_validation
 from sidelight_lab.baselines.training import (
     TokenSource,
     class_targets,
@@ -115,30 +114,28 @@ class BestLayer(Baseline):
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Chooses the layer and the epoch on validation texts."""
         width, task, settings = dataset.backbone.fingerprint.width, dataset.task, self.settings
-        best_score, best = -math.inf, None
-        for layer in ranked_layers(dataset)[: self.layers]:
+
+        def fitted(layer: int) -> FittedBaseline:
             training = TokenSource.one_layer(dataset.training, layer)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = OneLayer(training.scaling(), self.network(width, task.outputs))
             loss = make_loss(task, training.labels, balanced=settings.class_weight == "balanced")
-            score = train_on_tokens(
+            train_on_tokens(
                 model,
-                lambda batch, labels, model=model, loss=loss: loss(model(batch), labels),
+                lambda batch, labels: loss(model(batch), labels),
                 task=task,
                 training=training,
                 validation=TokenSource.one_layer(dataset.validation, layer),
                 settings=settings,
                 seed=seed,
             )
-            if score > best_score:
-                best_score, best = score, (layer, model)
-        assert best is not None
-        layer, model = best
-        return FittedBaseline(
-            lambda split: token_logits(model, TokenSource.one_layer(split, layer)),
-            count_parameters(model),
-        )
+            return FittedBaseline(
+                lambda split: token_logits(model, TokenSource.one_layer(split, layer)),
+                count_parameters(model),
+            )
+
+        return best_on_validation(map(fitted, ranked_layers(dataset)[: self.layers]), dataset)
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,10 @@ def train(
     labels: np.ndarray,
     steps: int,
     settings: TrainingSettings,
-) -> float:
+) -> None:
     """AdamW with a cosine schedule and early stopping; the model ends frozen at its best epoch.
+
+    Of equally good epochs, the first is kept.
 
     Args:
         model: Trained in place.
@@ -56,9 +58,6 @@ def train(
         labels: Labels of the validation texts.
         steps: Batches of an epoch; at least 40 are taken.
         settings: Settings of the optimisation; ``loss`` has to heed ``class_weight``.
-
-    Returns:
-        The best validation score; of equal epochs, the first is kept.
 
     Raises:
         SidelightError: The logits are no longer finite.
@@ -87,7 +86,6 @@ def train(
             break
     model.load_state_dict(best_state)
     model.requires_grad_(False)
-    return best_score
 
 
 def finite(
@@ -175,10 +173,10 @@ def train_on_tokens(
     validation: TokenSource,
     settings: TrainingSettings,
     seed: int,
-) -> float:
+) -> None:
     """Trains a model that takes shards; see ``train``. The seed decides the order of the texts."""
     size = settings.batch_size
-    return train(
+    train(
         model,
         training.batches(size=size, seed=seed),
         lambda batch: loss(batch, training.labels[batch.rows]),
