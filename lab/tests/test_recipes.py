@@ -79,7 +79,12 @@ def test_a_name_or_value_that_does_not_exist_is_refused_before_any_work(tiny, tm
         (("epochs = 2", "epoch = 2"), "Did you mean 'epochs'"),
         (("heads = 2", "head = 2"), "Did you mean 'heads'"),
         (("epochs = 2", "epochs = 2.5"), "Setting epochs cannot be 2.5"),
-        (("seeds = 1", 'options = { strength = "x" }'), "tfidf.strength cannot be 'x'"),
+        (("seeds = 1", 'options = { strength = "x" }'), "Row 'tfidf': strength cannot be 'x'"),
+        (("seeds = 1", "options = { strenth = 1.0 }"), "Did you mean 'strength'"),
+        (
+            ('"tfidf"', '"mean_last_layer"\noptions = { penaltis = [1] }'),
+            "Did you mean 'penalties'",
+        ),
     ):
         text = TABLE.replace(*change, 1)
         with pytest.raises(SidelightError, match=re.escape(complaint)):

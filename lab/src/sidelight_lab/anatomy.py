@@ -36,6 +36,7 @@ _NAMED_LAYERS = 3
 # Score that may be lost by reading the deepest layers only.
 _NEGLIGIBLE = 0.01
 _DRAWN_CLASSES = 6
+_NO_LABEL = "(none)"
 _VIEWS = {"drop": "all but this layer", "only": "this layer only", "from": "from this layer on"}
 
 
@@ -92,7 +93,7 @@ def examine(classifier: Classifier, examples: LabelledExamples) -> Anatomy:
         SidelightError: All texts are of one class, so that nothing can be scored.
     """
     task, mechanism = examples.task, classifier.probe.mechanism
-    members = _members(task, examples.labels)
+    members = _members(examples)
     if len(members) < 2:
         raise SidelightError(
             f"All {len(examples)} texts are of class '{next(iter(members), None)}', but an anatomy "
@@ -225,14 +226,14 @@ def true_targets(task: Task, labels: Int[np.ndarray, "text ..."]) -> Float[Tenso
     return held / held.sum(1, keepdim=True)
 
 
-def _members(task: Task, labels: Int[np.ndarray, "text ..."]) -> dict[str, list[int]]:
+def _members(examples: LabelledExamples) -> dict[str, list[int]]:
     """The texts of each true class that has any; a multi-label text may be in several."""
-    if task.kind == "multilabel":
-        held = {name: labels[:, i] == 1 for i, name in enumerate(task.labels)}
-        held["(none)"] = ~labels.any(1)
-    else:
-        held = {name: labels == i for i, name in enumerate(task.labels)}
-    return {name: np.flatnonzero(own).tolist() for name, own in held.items() if own.any()}
+    names = [labels or [_NO_LABEL] for labels in examples.label_names()]
+    members = {
+        name: [row for row, own in enumerate(names) if name in own]
+        for name in (*examples.task.labels, _NO_LABEL)
+    }
+    return {name: rows for name, rows in members.items() if rows}
 
 
 def _use(shares: Sequence[np.ndarray], groups: Sequence[np.ndarray]) -> Use:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
+from pydantic import ConfigDict
 
 from sidelight.training import tfidf
 from sidelight.training.dataset import ProbeDataset, Split
@@ -46,6 +47,8 @@ class Baseline(ABC):
         is_single_pass: Whether it reads nothing but the served LLM's own forward pass.
     """
 
+    # Options that a recipe misspells are refused.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     title: ClassVar[str]
     is_single_pass: ClassVar[bool]
 

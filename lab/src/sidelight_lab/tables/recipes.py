@@ -50,17 +50,17 @@ class ProbeRow:
         return mechanism_spec(self.mechanism, self.options)  # pyright: ignore[reportArgumentType]
 
     def training_settings(self) -> TrainingSettings:
-        suggested = suggested_settings(self.mechanism)
         for name in self.settings:
             if name not in _SETTINGS:
                 raise SidelightError(f"Unknown setting '{name}'.{did_you_mean(name, _SETTINGS)}")
         try:
             # Through JSON: in strict mode, a Python dict is no dataclass.
-            values = json.dumps({**asdict(suggested), **self.settings})
+            values = json.dumps(dict(self.settings))
             checked = TypeAdapter(TrainingSettings).validate_json(values, strict=True)
         except ValidationError as error:
-            raise SidelightError(f"Setting {_complaint(error)}") from error
-        return suggested.changed(**{name: getattr(checked, name) for name in self.settings})
+            raise SidelightError(f"Setting {_complaint(error, _SETTINGS)}") from error
+        settings = {name: getattr(checked, name) for name in self.settings}
+        return suggested_settings(self.mechanism).changed(**settings)
 
     def changed(self, parameter: str, value: Value) -> "ProbeRow":
         """With another value of a setting or an option, which the name tells."""
@@ -102,17 +102,11 @@ class BaselineRow:
 
     def model(self) -> Baseline:
         """The baseline, ready to be fitted."""
-        key, kind = self.baseline or self.name, self.kind
-        known = [option.name for option in fields(kind)]  # pyright: ignore[reportArgumentType]
-        for option in self.options:
-            if option not in known:
-                raise SidelightError(
-                    f"Unknown option '{option}' of baseline '{key}'.{did_you_mean(option, known)}"
-                )
+        known = [option.name for option in fields(self.kind)]  # pyright: ignore[reportArgumentType]
         try:
-            return TypeAdapter(kind).validate_python(self.options)
+            return TypeAdapter(self.kind).validate_python(self.options)
         except ValidationError as error:
-            raise SidelightError(f"Option {key}.{_complaint(error)}") from error
+            raise SidelightError(f"Row '{self.name}': {_complaint(error, known)}") from error
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides a result besides texts and seed, for its hash."""
@@ -191,9 +185,8 @@ class Recipe:
         )
 
 
-_KNOWN_KEYS = {
-    key.name for section in (Recipe, ProbeRow, BaselineRow, Sweep, Reads) for key in fields(section)
-}
+_SECTIONS = (Recipe, ProbeRow, BaselineRow, Sweep, Reads)
+_KEYS = {key.name for section in _SECTIONS for key in fields(section)}
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -225,7 +218,7 @@ def parse_recipe(text: str, *, name: str) -> Recipe:
     except (tomllib.TOMLDecodeError, TypeError) as error:
         raise SidelightError(f"Recipe {name} is not plain TOML: {error}.") from error
     except ValidationError as error:
-        raise SidelightError(f"Recipe {name}: {_complaint(error)}") from error
+        raise SidelightError(f"Recipe {name}: {_complaint(error, _KEYS)}") from error
     if recipe.like is not None:
         other = parse_recipe(recipe_text(recipe.like), name=recipe.like)
         probes = {row.name: row for row in (*other.probe, *recipe.probe)}
@@ -237,11 +230,11 @@ def parse_recipe(text: str, *, name: str) -> Recipe:
     return recipe
 
 
-def _complaint(error: ValidationError) -> str:
+def _complaint(error: ValidationError, known: Iterable[str]) -> str:
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "unexpected_keyword_argument":
-        return f"unknown key '{place}'.{did_you_mean(str(first['loc'][-1]), _KNOWN_KEYS)}"
+        return f"unknown key '{place}'.{did_you_mean(str(first['loc'][-1]), known)}"
     return f"{place} cannot be {first['input']!r}: {first['msg']}."
 
 
