@@ -15,16 +15,16 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import torch
 
 from commands import saved
+from engine_runs import written_alone
 from sidelight.artifact import save_probe
 from sidelight.bank import Bank
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
+from sidelight.prompts import EncodedPrompt, Message, PlainText, Reads
 from sidelight.states.extraction import score
 from tiny import INTENT, untrained_probe
-from vllm_served import ROUNDING, judging_any_text, measured, tiny_llama
+from vllm_served import ROUNDING, followed, judging_any_text, measured, tiny_llama
 
 PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
 ADMIN = "admin-key"
@@ -121,20 +121,14 @@ class Subjects:
 
     def answered(self, text: str, ids: Sequence[int]) -> EncodedPrompt:
         """A prompt and its response."""
-        prompt = self.chat(text)
-        parts = prompt.parts + (Part.RESPONSE,) * len(ids)
-        return EncodedPrompt((*prompt.token_ids, *ids), parts)
+        return followed(self.chat(text), ids)
 
     def written(self, text: str) -> tuple[list[int], np.ndarray]:
         """What the model writes greedily, and the score of each token of it."""
-        prompt = self.chat(text)
-        read = torch.tensor([prompt.token_ids])
-        options = {"do_sample": False, "max_new_tokens": TOKENS, "pad_token_id": 0}
-        whole = self.backbone.model.generate(read, attention_mask=torch.ones_like(read), **options)
-        ids, end = whole[0, len(prompt) :].tolist(), self.backbone.tokenizer.eos_token_id
+        _, ids = written_alone(self.backbone, text, max_tokens=TOKENS)
         texts = [self.answered(text, ids[:k]) for k in range(1, len(ids) + 1)]
         scores = self.scores(texts, "leak")
-        return ids, scores[:-1] if ids[-1] == end else scores
+        return ids, scores[:-1] if ids[-1] == self.backbone.tokenizer.eos_token_id else scores
 
     @cached_property
     def answers(self) -> dict[str, tuple[list[int], np.ndarray, int | None]]:

@@ -152,20 +152,6 @@ def test_a_row_that_is_not_a_number_is_named():
         evaluate(BINARY, np.array([[0.1], [np.nan], [0.2]]), np.zeros(3, int), thresholds=(0.5,))
 
 
-@pytest.mark.parametrize(
-    ("probabilities", "labels"),
-    [
-        (np.zeros((3, 2)), np.zeros(3, int)),
-        (np.zeros((3, 1)), np.zeros(4, int)),
-        (np.zeros((3, 1)), np.array([0, 1, 2])),
-        (np.array([[0.1], [3.0], [-2]]), np.zeros(3, int)),
-    ],
-)
-def test_what_does_not_fit_is_not_measured(probabilities, labels):
-    with pytest.raises(AssertionError):
-        evaluate(BINARY, probabilities, labels, thresholds=(0.5,))
-
-
 @every_task
 def test_log_losses_agree_with_the_reference(task):
     probabilities, labels = draw_rows(task, rows=50, seed=0)
