@@ -75,7 +75,7 @@ def test_a_bank_gives_each_probe_its_dense_form_however_texts_are_cut(tiny, prob
     columns = projected(tiny, bank.tap(), prompts)
     masks = read_masks(prompts, bank.reads)
     state = summarise(bank, columns, masks)
-    whole, judgements = bank.logits(state), bank.judge(state)
+    whole, judgements = bank.logits(state), bank.judge(state, [False] * len(state.split()))
     edges = [0, 9, 10, 40, columns.shape[1]]
     chunks = [
         summarise(bank, columns[:, a:b], {way: mask[:, a:b] for way, mask in masks.items()})
@@ -146,7 +146,7 @@ def test_hidden_states_that_overflowed_are_an_error(tiny):
     for layer in range(tiny.fingerprint.layers):
         tap(layer, torch.full((1, 2, 32), torch.inf))
     state = summarise(bank, tap.projected(), {Reads(): torch.ones(1, 2, dtype=torch.bool)})
-    assert bank.judge(state) == [Judgement((), ("p",))]
+    assert bank.judge(state, [False]) == [Judgement((), ("p",))]
     with pytest.raises(VerdictError, match="overflowed"):
         probe.verdict(bank.logits(state)[0][0])
 

@@ -244,16 +244,25 @@ class Bank:
             by_probe[index] = [replace(logits, distance=distance) for logits, distance in pairs]
         return by_probe
 
-    def judge(self, state: BankState) -> list[Judgement]:
-        """For each request, what the probes say; those without a verdict are named as failed."""
-        return [self._judgement(each) for each in zip(*self._text_logits(state), strict=True)]
+    def judge(self, state: BankState, is_plain: Sequence[bool]) -> list[Judgement]:
+        """For each request, what the probes say; those without a verdict are named as failed.
+
+        Args:
+            state: What they know.
+            is_plain: For each request, whether it is plain text, on which probes of chats fail.
+        """
+        by_request = zip(*self._text_logits(state), strict=True)
+        return [self._judgement(*each) for each in zip(by_request, is_plain, strict=True)]
 
     def judge_prompts(
-        self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
+        self,
+        columns: Float[Tensor, "token layer column"],
+        parts: Sequence[bytes],
+        is_plain: Sequence[bool],
     ) -> list[Judgement]:
-        """As ``judge``, for whole prompts; arguments as for ``prompt_logits``."""
+        """As ``judge``, for whole prompts; other arguments as for ``prompt_logits``."""
         by_prompt = zip(*self.prompt_logits(columns, parts), strict=True)
-        return [self._judgement(of_prompt) for of_prompt in by_prompt]
+        return [self._judgement(*each) for each in zip(by_prompt, is_plain, strict=True)]
 
     def prompt_logits(
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
@@ -310,11 +319,14 @@ class Bank:
         lengths = torch.tensor([*map(len, parts)], device=columns.device)
         return self.summarise(columns, masks, lengths)
 
-    def _judgement(self, logits: Sequence[TextLogits]) -> Judgement:
+    def _judgement(self, logits: Sequence[TextLogits], is_plain: bool) -> Judgement:
         verdicts: list[Verdict] = []
         failed: list[str] = []
         token_labels: dict[str, Sequence[TokenLabel]] = {}
         for probe, each in zip(self.probes, logits, strict=True):
+            if not probe.can_judge(is_plain=is_plain):
+                failed.append(probe.name)
+                continue
             try:
                 verdicts.append(probe.text_verdict(each))
             except VerdictError:
@@ -379,13 +391,12 @@ class Panel:
         Args:
             columns: The columns of all probes for all tokens, one prompt after the other.
             parts: For each prompt, the ``Part`` of every token.
-            is_plain: For each prompt, whether it is plain text, on which probes of chats fail.
+            is_plain: As for ``Bank.judge``.
         """
         if self.early is None:
             return [Judgement()] * len(parts)
         width = self.early.projection.weight.shape[2]
-        judgements = self.early.judge_prompts(columns[..., :width], parts)
-        return self._failing_on_plain_text(judgements, is_plain)
+        return self.early.judge_prompts(columns[..., :width], parts, is_plain)
 
     def read(
         self,
@@ -422,13 +433,13 @@ class Panel:
 
         Args:
             states: As ``read`` gives them.
-            is_plain: As for ``judge_prompts``, of the prompts that the texts begin with.
+            is_plain: As for ``Bank.judge``, of the prompts that the texts begin with.
         """
         present = [state for state in states if state is not None]
         if self.late is None or not present:
             return [Judgement()] * len(states)
         assert len(present) == len(states)
-        return self._failing_on_plain_text(self.late.judge(BankState.pack(present)), is_plain)
+        return self.late.judge(BankState.pack(present), is_plain)
 
     def explain(
         self,
@@ -455,17 +466,6 @@ class Panel:
                         own = bank.columns_of(probe.name, part)
                         explanations.append(explain(probe, own, prompt, places))
         return tuple(explanations)
-
-    def _failing_on_plain_text(
-        self, judgements: Sequence[Judgement], is_plain: Sequence[bool]
-    ) -> list[Judgement]:
-        """The judgements, in which probes of chats have failed on plain text."""
-        chats = {probe.name for probe in self.probes if not probe.can_judge(is_plain=True)}
-        counted = [*judgements]
-        for i in np.flatnonzero(is_plain).tolist():
-            failed = (v.probe for v in judgements[i].verdicts if v.probe in chats)
-            counted[i] |= Judgement(failed=tuple(failed))
-        return counted
 
 
 def _groups(probes: Sequence[Probe], widths: Sequence[int]) -> list[_ProbeGroup]:

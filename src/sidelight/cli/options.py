@@ -378,18 +378,17 @@ INPUT_SETTINGS = {
 def _inputs(command: Command) -> Command:
     """What ``--set`` says of the texts goes to ``inputs``; the rest stays in ``assigned``."""
 
+    gathered = _gathered("inputs", TrainingInputs)(command)
+
     @wraps(command)
-    def gathered(*, assigned: Mapping[str, str], **values: Any) -> Any:
-        columns = {name: values.pop(name) for name in _INPUT_OPTIONS}
+    def divided(*, assigned: Mapping[str, str], **values: Any) -> Any:
         settings = {name: text for name, text in assigned.items() if name in INPUT_SETTINGS}
         rest = {name: text for name, text in assigned.items() if name not in settings}
-        inputs = TrainingInputs(**columns, **typed(settings, INPUT_SETTINGS))
-        return command(inputs=inputs, assigned=rest, **values)
+        return gathered(assigned=rest, **values, **typed(settings, INPUT_SETTINGS))
 
-    return gathered
+    return divided
 
 
-_INPUT_OPTIONS = ("data", "text", "label", "response", "positive", "validation")
 _ABOUT_INPUTS = f"Any other option; may be repeated. Of the texts: {', '.join(INPUT_SETTINGS)}."
 
 

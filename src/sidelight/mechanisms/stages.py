@@ -120,15 +120,12 @@ class TwoStage(Mechanism):
         return self.token_stage.columns(self._carried())
 
     def summarise(self, tokens: Ragged) -> Ragged:
-        """The token stage's state."""
         return self.token_stage.summarise(tokens)
 
     def summary_kind(self) -> Hashable | None:
-        """The token stage's kind."""
         return self.token_stage.summary_kind()
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
-        """The token stage's merge."""
         return self.token_stage.merge(left, right)
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:

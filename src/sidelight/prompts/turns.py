@@ -113,8 +113,11 @@ class ChatFormat:
         self._symbols = {
             token_id: chr(ord(_START) + i) for i, token_id in enumerate(sorted(controls), 1)
         }
-        literals = _Literals((self._spelled(each.text), each) for each in _rendered(tokenizer))
-        headers = _headers(literals.before)
+        before_contents, first, after = _literals(
+            (self._spelled(text), roles, is_prompting)
+            for text, roles, is_prompting in _rendered(tokenizer)
+        )
+        headers = _headers(before_contents)
         self._roles = [role for role, _ in headers]
         # A tokenizer may write a blank before a text, and none where the text is empty.
         self._header = re.compile(
@@ -124,12 +127,12 @@ class ChatFormat:
             or _NEVER
         )
         footers: dict[tuple[str, bool], set[str]] = defaultdict(set)
-        for role, literal, is_end in literals.after:
+        for role, literal, is_end in after:
             before = self._to_header(literal)
             if before is not None or is_end:
                 footers[role, before is None].add(literal if before is None else before)
         self._footers = {key: _ending_pattern(literals) for key, literals in footers.items()}
-        preambles = {self._to_header(literal) or literal for literal in literals.first}
+        preambles = {self._to_header(literal) or literal for literal in first}
         self._preamble = re.compile(f"{'|'.join(map(_as_pattern, preambles))}|{_SYMBOL}*")
         # What the tokenizer writes before any text does not make it a conversation.
         self._no_evidence = {"", self._text(self._names(tokenizer("")["input_ids"]))[1:]}
@@ -207,53 +210,51 @@ class ChatFormat:
         return self._text(self._names(tokens["input_ids"]))
 
 
-@dataclass(frozen=True)
-class _Rendered:
-    """A conversation of known contents as the template writes it; ``roles`` numbers its marks."""
-
-    text: str
-    roles: tuple[str, ...]
-    is_for_generation: bool
+# A conversation of known contents as the template writes it, the roles that its marks number, and
+# whether a generation prompt follows.
+_Rendered = tuple[str, tuple[str, ...], bool]
 
 
-class _Literals:
+def _literals(
+    conversations: Iterable[_Rendered],
+) -> tuple[dict[str, set[str]], set[str], set[tuple[str, str, bool]]]:
     """What a template writes around contents, spelled as the names of tokens.
 
-    Attributes:
-        before: What stands before a content, up to the content before it, by role.
-        first: What stands before the first content of a conversation.
-        after: A role, what stands after its contents, and whether the conversation ends with it.
+    Returns:
+        What stands before a content, up to the content before it, by role; what stands before the
+        first content of a conversation; and of each role what stands after its contents, and
+        whether the conversation ends with it.
     """
+    before: dict[str, set[str]] = {role: set() for role in _ROLES}
+    first: set[str] = set()
+    after: set[tuple[str, str, bool]] = set()
 
-    def __init__(self, conversations: Iterable[tuple[str, _Rendered]]):
-        self.before: dict[str, set[str]] = {role: set() for role in _ROLES}
-        self.first: set[str] = set()
-        self.after: set[tuple[str, str, bool]] = set()
-        for text, rendered in conversations:
-            cursor, role, turn, marks = 0, "", -1, 0
-            for mark in _MARK.finditer(text):
-                if _TURNS.index(mark[1]) == turn:
-                    # What stands between the marks of one turn is part of its content.
-                    marks += 1
-                else:
-                    self._add(text[cursor : mark.start()], after=role, marks=marks)
-                    turn, marks = _TURNS.index(mark[1]), 1
-                    role = rendered.roles[turn]
-                    self.before[role].add(text[cursor : mark.start()])
-                cursor = mark.end()
-            self._add(text[cursor:], after=role, marks=marks, is_end=True)
-            if role and rendered.is_for_generation:
-                self.before["assistant"].add(text[cursor:])
-
-    def _add(self, literal: str, *, after: str, marks: int, is_end: bool = False) -> None:
-        if not after:
-            self.first.add(literal)
+    def add(literal: str, *, role: str, marks: int, is_end: bool = False) -> None:
+        if not role:
+            first.add(literal)
             return
         if marks > 1:
             # The end of a call's arguments, which a content may end like.
             symbol = re.search(_SYMBOL, literal)
             literal = literal[symbol.start() :] if symbol else ""
-        self.after.add((after, literal, is_end))
+        after.add((role, literal, is_end))
+
+    for text, roles, is_for_generation in conversations:
+        cursor, role, turn, marks = 0, "", -1, 0
+        for mark in _MARK.finditer(text):
+            if _TURNS.index(mark[1]) == turn:
+                # What stands between the marks of one turn is part of its content.
+                marks += 1
+            else:
+                add(text[cursor : mark.start()], role=role, marks=marks)
+                turn, marks = _TURNS.index(mark[1]), 1
+                role = roles[turn]
+                before[role].add(text[cursor : mark.start()])
+            cursor = mark.end()
+        add(text[cursor:], role=role, marks=marks, is_end=True)
+        if role and is_for_generation:
+            before["assistant"].add(text[cursor:])
+    return before, first, after
 
 
 def _rendered(tokenizer: Tokenizer) -> Iterator[_Rendered]:
@@ -299,9 +300,9 @@ def _renderings(
     # Templates refuse conversations in many ways, and read fields of messages as they like.
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
         return
-    yield _Rendered(plain, roles, is_for_generation=False)
+    yield plain, roles, False
     if prompting != plain and roles[-1] != "assistant":
-        yield _Rendered(prompting, roles, is_for_generation=True)
+        yield prompting, roles, True
 
 
 def _headers(before: Mapping[str, set[str]]) -> list[tuple[str, str]]:

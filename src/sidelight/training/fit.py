@@ -16,13 +16,12 @@ from sidelight.data.spans import SpanExamples
 from sidelight.manifest import curves_of
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.mechanisms.distance import Distance
-from sidelight.mechanisms.readout import Linear, Readout
+from sidelight.mechanisms.readout import Readout
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import require_thresholds
 from sidelight.training.dataset import ProbeDataset, linear_refusal, prepare
 from sidelight.training.distance import fit_distance
-from sidelight.training.linear import LinearSolution
 from sidelight.training.loop import cross_fit, divergence, train_mechanisms
 from sidelight.training.measuring import (
     FLATTERING,
@@ -272,7 +271,7 @@ def mix(
         dataset: The texts.
         kind: How logits are calibrated before they are compared.
     """
-    linear = next((run for run in trained if isinstance(run.mechanism, Linear)), None)
+    linear = next((run for run in trained if run.solution is not None), None)
     readouts = [run for run in trained if run is not linear]
     if linear is None or not readouts:
         return [*trained]
@@ -293,12 +292,11 @@ def mixtures(linear: TrainingRun, readout: TrainingRun) -> list[TrainingRun]:
     Such a mixture is a readout again, with one more gate, which is zero. There is none if the two
     read different states.
     """
-    assert isinstance(linear.mechanism, Linear)
+    assert linear.solution is not None
     assert isinstance(readout.mechanism, Readout)
     if linear.standardisation.is_normalised != readout.standardisation.is_normalised:
         return []
-    solution = LinearSolution.of(linear.mechanism, linear.standardisation)
-    moved = solution.mechanism(readout.standardisation).to(readout.mechanism.bias.device)
+    moved = linear.solution.mechanism(readout.standardisation).to(readout.mechanism.bias.device)
     heads = readout.mechanism.gate.shape[2] + 1
     spec = mechanism_spec(readout.job.spec.name, {**readout.job.spec.options, "heads": heads})
     candidates: list[TrainingRun] = []

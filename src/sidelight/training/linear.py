@@ -66,19 +66,6 @@ class LinearSolution:
     losses: Mapping[float, float] = field(default_factory=dict[float, float])
     left_out: Float[np.ndarray, "text output"] | None = None
 
-    @staticmethod
-    def of(
-        mechanism: Linear, standardisation: Standardisation, *, strength: float = math.nan
-    ) -> "LinearSolution":
-        """What a mechanism on standardised states is on states as they are."""
-        scale, mean = standardisation.scale.cpu()[..., None], standardisation.mean.cpu().double()
-        # A readout divides by the root of the number of layers.
-        scale = scale * math.sqrt(len(scale))
-        value, last = mechanism.value[:, :, 0].detach().cpu(), mechanism.last.detach().cpu()
-        value, last = value / scale, last / scale
-        moved = torch.einsum("ld,ldc->c", mean, (value + last).double())
-        return LinearSolution(value, last, mechanism.bias.detach().cpu() - moved, strength)
-
     @torch.no_grad()
     def mechanism(self, standardisation: Standardisation) -> Linear:
         """The mechanism on states that are standardised first."""

@@ -197,7 +197,7 @@ class _Trainer:
         """Gives a linear mechanism its optimum, which needs no epoch."""
         texts = self._training.select(run.texts.nonzero()[:, 0].tolist())
         solution = _solution(texts, run.job.settings, worths=worths)
-        run.settle(solution.mechanism(run.standardisation).state_dict())
+        run.settle(solution)
         run.job = replace(run.job, settings=replace(run.job.settings, strength=solution.strength))
 
     def train(self, validation: Split | None) -> None:

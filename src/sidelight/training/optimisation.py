@@ -1,6 +1,6 @@
 """One mechanism in training: its loss, parameters, optimiser, validation score and best epoch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 
 import numpy as np
@@ -16,6 +16,7 @@ from sidelight.mechanisms.readout import Readout
 from sidelight.mechanisms.spans import Spans
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
+from sidelight.training.linear import LinearSolution
 from sidelight.training.settings import Job
 from sidelight.types import Task
 
@@ -82,6 +83,7 @@ class TrainingRun:
         texts: Which of the training texts it learns from.
         history: The validation score of each epoch; empty without validation texts.
         has_diverged: Whether its parameters or its validation logits stopped being finite.
+        solution: Where a linear mechanism was solved, what it is on states as they are.
         logits: Of the texts that are scored after training, in their order; until then of none.
         token_logits: Of the tokens of each of these texts, if tokens are labelled.
 
@@ -113,6 +115,7 @@ class TrainingRun:
         self.texts = texts
         self.history: list[float] = []
         self.has_diverged = False
+        self.solution: LinearSolution | None = None
         self.logits: Float[np.ndarray, "text output"] = np.empty((0, task.outputs))
         self.token_logits: Sequence[Float[np.ndarray, "_ output"]] = ()
         layers, width = standardisation.mean.shape
@@ -230,9 +233,10 @@ class TrainingRun:
         if self.best_epoch == self._epochs:
             self._best = deepcopy(self.mechanism.state_dict())
 
-    def settle(self, parameters: Mapping[str, Tensor]) -> None:
-        """Takes the parameters that a solver found, and has finished."""
-        self._best = dict(parameters)
+    def settle(self, solution: LinearSolution) -> None:
+        """Takes the optimum of a linear mechanism, and has finished."""
+        self.solution = solution
+        self._best = solution.mechanism(self.standardisation).state_dict()
         self._epochs = self.job.settings.epochs
 
     def restore_best(self) -> None:
