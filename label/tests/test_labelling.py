@@ -18,7 +18,7 @@ from sidelight.data.loading import load_examples
 from sidelight.data.readers import read_file
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
-from sidelight.training.judging import judge as judge_texts
+from sidelight.training.judging import judge
 from sidelight.training.settings import FitOptions
 from sidelight.types import Task
 from sidelight_label.file import LabelFile
@@ -28,6 +28,12 @@ from tiny import TOXICITY, untrained_probe
 
 # A text is judged from vectors in bf16, and live from states of the model.
 ROUNDING_TO_BF16 = 0.03
+
+
+def logits_of(backbone, probes, examples):
+    """By each probe."""
+    judged = judge(backbone, probes, examples)
+    return [np.stack([text.logits for text in texts]) for texts in judged]
 
 
 @pytest.fixture
@@ -74,7 +80,7 @@ def test_from_no_labels_to_a_probe_in_one_sitting(tiny, tmp_path, kind):
     assert probe.task == TASKS[kind]
     # It judges live texts as it judged them in the pool.
     rows = [row for row in range(90) if row not in sitting.queue.decided][:10]
-    live = judge_texts(tiny, [probe], [sitting.pool.examples.items[row] for row in rows])[0]
+    live = logits_of(tiny, [probe], [sitting.pool.examples.items[row] for row in rows])[0]
     known = sitting.queue._judges[-1].probabilities[rows]
     np.testing.assert_allclose(probe.calibration.apply(live), known, atol=ROUNDING_TO_BF16)
 
@@ -94,7 +100,7 @@ def test_the_figures_are_of_texts_that_the_probe_did_not_learn_from(tiny, first_
     count = len(trained.queue._at_random())
     assert [row["rows"] for row in at_random["rows"].values()] == [count, count]
     # New texts are judged by the earlier probe itself, those that it learned from by its folds.
-    live = first.calibration.apply(judge_texts(tiny, [first], trained.pool.examples.items)[0])
+    live = first.calibration.apply(logits_of(tiny, [first], trained.pool.examples.items)[0])
     np.testing.assert_allclose(judge.probabilities[batch], live[batch], atol=ROUNDING_TO_BF16)
     assert abs(judge.probabilities[known] - live[known]).max() > ROUNDING_TO_BF16
     rows = known + batch
@@ -156,7 +162,7 @@ def test_given_probes_order_the_texts_from_the_start(tiny, tmp_path):
     save_probe(untrained_probe(tiny, "two", mechanism="gate"), tmp_path / "two")
     probes = [load_probe(tmp_path / name) for name in ("one", "two")]
     sitting = Sitting(tiny, tmp_path, probes=probes)
-    logits = judge_texts(tiny, probes, sitting.pool.examples.items)
+    logits = logits_of(tiny, probes, sitting.pool.examples.items)
     mean = np.mean([1 / (1 + np.exp(-own[:, 0])) for own in logits], 0)
     said = sitting.queue.opinions(3)
     assert list(said) == ["one", "two"]
