@@ -14,8 +14,7 @@ from sidelight.mechanisms.stages import (
     last_token,
     masked_softmax,
     merge_with_last,
-    summarise_softmax,
-    with_last,
+    summarise_with_last,
 )
 from sidelight.ragged import Ragged
 
@@ -69,8 +68,8 @@ class Fusion(Mechanism):
         features = functional.gelu(self.norm(tokens.values.float().sum(1)))
         features = functional.dropout(features, DROPOUT, self.training)
         values = torch.einsum("tr,rhc->thc", features, self.value)
-        gated = summarise_softmax((features @ self.gate)[:, None], values[:, None], tokens)
-        return with_last(gated, (features @ self.last)[:, None], tokens)
+        scores, ends = features @ self.gate, features @ self.last
+        return summarise_with_last(scores[:, None], values[:, None], ends[:, None], tokens)
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
         return merge_with_last(left, right)

@@ -15,8 +15,7 @@ from sidelight.mechanisms.stages import (
     last_token,
     masked_softmax,
     merge_with_last,
-    summarise_softmax,
-    with_last,
+    summarise_with_last,
 )
 from sidelight.ragged import LOWEST, Ragged
 
@@ -84,8 +83,7 @@ class Readout(Mechanism):
         signs = self.extremes.shape[2]
         sizes = [heads, heads * outputs, outputs, signs * outputs]
         scores, values, last, candidates = tokens.values.float().split(sizes, -1)
-        gated = summarise_softmax(scores, values.unflatten(-1, (heads, -1)), tokens)
-        means = with_last(gated, last, tokens)
+        means = summarise_with_last(scores, values.unflatten(-1, (heads, -1)), last, tokens)
         if not signs:
             return means
         maxima = Ragged(candidates, tokens.lengths).maxima().unflatten(-1, (signs, outputs))

@@ -55,21 +55,28 @@ def masked_softmax(
     return torch.where(mask, scores, LOWEST).softmax(-2)
 
 
-def with_last(gated: Ragged, values: Float[Tensor, "row group value"], tokens: Ragged) -> Ragged:
-    """The state of a running softmax with the last token as one more head.
+def summarise_with_last(
+    scores: Float[Tensor, "row group head"],
+    values: Float[Tensor, "row group head value"],
+    ends: Float[Tensor, "row group value"],
+    tokens: Ragged,
+) -> Ragged:
+    """As ``summarise_softmax``, with the last token as one more head.
 
     Args:
-        gated: ``[segment, group, head, (maximum, normaliser, *sums)]``.
-        values: Those of every token; only a segment's last one counts.
+        scores: Logits of the weights, float32.
+        values: What is weighted, float32.
+        ends: The last head's values of every token; only a segment's last one counts.
         tokens: Gives the rows' segments.
     """
+    gated = summarise_softmax(scores, values, tokens).values
     has_token = tokens.lengths > 0
-    last = gated.values.new_zeros(*gated.values.shape[:2], 2 + values.shape[2])
+    last = gated.new_zeros(*gated.shape[:2], 2 + ends.shape[2])
     last[..., 0] = LOWEST
-    ends = (tokens.lengths.cumsum(0) - 1)[has_token]
-    weight = torch.ones_like(values[ends][..., :1])
-    last = last.index_put((has_token,), torch.cat([0 * weight, weight, values[ends]], -1))
-    return Ragged.one_row_each(torch.cat([gated.values, last[:, :, None]], 2))
+    ends = ends[(tokens.lengths.cumsum(0) - 1)[has_token]]
+    weight = torch.ones_like(ends[..., :1])
+    last = last.index_put((has_token,), torch.cat([0 * weight, weight, ends], -1))
+    return Ragged.one_row_each(torch.cat([gated, last[:, :, None]], 2))
 
 
 def merge_with_last(left: Ragged, right: Ragged) -> Ragged:
