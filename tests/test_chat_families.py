@@ -225,8 +225,9 @@ def test_turns_without_text_add_nothing_to_a_text(key, text, pairs):
 def test_places_of_tokens_are_the_characters_that_the_client_sent(key, text):
     contents = [text, f"Re: {text}", "Hi"]
     for sent in ((spoken(*contents), None), (spoken(text), contents[1])):
-        places = encoder_of(key).places(*sent)
-        assert len(places) == len(encoder_of(key).encode(*sent))
+        encoded = encoder_of(key).encode(*sent, with_places=True)
+        places = encoded.places
+        assert len(places) == len(encoded)
         for message, content in enumerate(contents if sent[1] is None else contents[:2]):
             own = [p for p in places if p is not None and p.message == message]
             assert all(0 <= p.start < p.end <= len(content) for p in own)

@@ -123,13 +123,13 @@ def test_what_a_tool_has_answered_is_a_turn_or_refused(chosen, encoder, text):
         with pytest.raises(SidelightError, match="template"):
             encoder.encode(sent)
         return
-    encoded = encoder.encode(sent)
+    encoded = encoder.encode(sent, with_places=True)
     turns = turns_of(encoder, encoded.token_ids)[-3:]
     assert [role for role, _ in turns] == ["user", "assistant", "tool"]
     # Some templates write it as JSON.
     plain, escaped = (form.strip() for form in (text, json.dumps(text, ensure_ascii=False)[1:-1]))
     assert plain in turns[2][1] or escaped in turns[2][1]
-    assert len(encoder.places(sent)) == len(encoded)
+    assert len(encoded.places) == len(encoded)
 
 
 def test_plain_text_has_no_turns_and_before_the_first_one_it_is_outside(encoder):

@@ -22,7 +22,7 @@ from sidelight.errors import SidelightError, VerdictError
 from sidelight.explanation import Explanation, explain
 from sidelight.mechanisms.spans import Spans
 from sidelight.probe import Probe, TextLogits, require_distinct_names
-from sidelight.prompts import EncodedPrompt, Place, Reads, Unit, judged_units, read_tokens
+from sidelight.prompts import EncodedPrompt, Reads, Unit, judged_units, read_tokens
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement, TokenLabel, Verdict
@@ -445,15 +445,13 @@ class Panel:
         self,
         columns: Float[Tensor, "token layer column"],
         prompt: EncodedPrompt,
-        places: Sequence[Place | None],
         names: Collection[str],
     ) -> tuple[Explanation, ...]:
         """Why these probes say what they say of one text; one without a verdict is left out.
 
         Args:
             columns: Of all probes, for every token.
-            prompt: The text, with any response.
-            places: Where every token stands.
+            prompt: The text, with any response, and the places of its tokens.
             names: Names of probes; others are ignored.
         """
         explanations: list[Explanation] = []
@@ -464,7 +462,7 @@ class Panel:
                 if probe.name in names:
                     with suppress(VerdictError):
                         own = bank.columns_of(probe.name, part)
-                        explanations.append(explain(probe, own, prompt, places))
+                        explanations.append(explain(probe, own, prompt))
         return tuple(explanations)
 
 

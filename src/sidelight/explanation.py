@@ -94,18 +94,14 @@ class Explanation:
 
 
 def explain(
-    probe: Probe,
-    columns: Float[Tensor, "token layer column"],
-    prompt: EncodedPrompt,
-    places: Sequence[Place | None],
+    probe: Probe, columns: Float[Tensor, "token layer column"], prompt: EncodedPrompt
 ) -> Explanation:
     """The verdict on one text, and why.
 
     Args:
         probe: In evaluation mode, on the device of the columns.
         columns: The probe's own, of every token.
-        prompt: The text, with any response.
-        places: Where every token stands.
+        prompt: The text, with any response, and the places of its tokens.
 
     Raises:
         VerdictError: A logit is not finite, or a probe of chats would have to judge plain text.
@@ -140,7 +136,7 @@ def explain(
         baseline=float(shares.baseline),
         steps=shares.steps,
         shares=shares.values.cpu().numpy(),
-        places=tuple(places[row] for row in read[unit].tolist()),
+        places=tuple(prompt.places[row] for row in read[unit].tolist()),
     )
 
 

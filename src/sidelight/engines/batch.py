@@ -25,7 +25,7 @@ from sidelight.engines.base import (
     TextDelta,
 )
 from sidelight.engines.decoder import CachedRows, Decoder
-from sidelight.engines.marks import AnswerMarks
+from sidelight.engines.marks import AnswerMarks, mark_text
 from sidelight.engines.queue import Emission, Request
 from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
 from sidelight.prompts import Part
@@ -220,7 +220,7 @@ class Batch:
         columns = tap.projected()[cached.mask] if tap else torch.empty(sum(map(len, prompts)), 0, 0)
         judgements, states = _judge(panel, requests, columns)
         explanations = [
-            panel.explain(of_request, request.prompt, request.places, request.explain)
+            panel.explain(of_request, request.prompt, request.explain)
             for request, of_request in zip(
                 requests, columns.split([*map(len, prompts)]), strict=True
             )
@@ -313,7 +313,7 @@ def _judge(
     for i, judgement in zip(answered, late, strict=True):
         judgements[i] |= judgement
     marked = [
-        request.mark(judgement) if request.mark else judgement
+        mark_text(judgement, panel.probes, request.prompt)
         for request, judgement in zip(requests, judgements, strict=True)
     ]
     return marked, states

@@ -4,12 +4,12 @@ A bank knows which tokens have a label; an engine knows where each of them stand
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 from sidelight.mechanisms.spans import Spans
 from sidelight.probe import Probe
-from sidelight.prompts import Conversation, EncodedPrompt, Place, contents
+from sidelight.prompts import EncodedPrompt
 from sidelight.spans import settled_characters, words
 from sidelight.types import Judgement, Span, TokenLabel
 
@@ -19,25 +19,17 @@ def labels_spans(probes: Iterable[Probe]) -> bool:
     return any(probe.spans is not None for probe in probes)
 
 
-def mark_text(
-    judgement: Judgement,
-    probes: Iterable[Probe],
-    text: Conversation,
-    response: str | None,
-    prompt: EncodedPrompt,
-    places: Sequence[Place | None],
-) -> Judgement:
-    """The judgement of a text, whose verdicts have the spans.
+def mark_text(judgement: Judgement, probes: Iterable[Probe], prompt: EncodedPrompt) -> Judgement:
+    """The judgement of a text, whose verdicts have the spans if its tokens have places.
 
     Args:
         judgement: As the bank gives it.
         probes: Those that judged.
-        text: The prompt.
-        response: What follows it; None: nothing.
-        prompt: Their tokens.
-        places: Where these stand.
+        prompt: The text, with any response.
     """
-    messages = contents(text, response)
+    if not prompt.places:
+        return judgement
+    messages = prompt.texts
     # The response is the last of them, and the prompt may be a single one.
     unnamed = {len(messages) - 1, *([0] if len(messages) == 2 else [])}
     by_name = {probe.name: probe for probe in probes}
@@ -45,7 +37,7 @@ def mark_text(
     def spans(name: str, labels: Iterable[TokenLabel]) -> tuple[Span, ...] | None:
         probe = by_name[name]
         is_read = prompt.mask(probe.reads).tolist()
-        read = [place for place, counts in zip(places, is_read, strict=True) if counts]
+        read = [place for place, counts in zip(prompt.places, is_read, strict=True) if counts]
         labels = [*labels]
         if any(read[token] is None for token, _, _ in labels):
             return None

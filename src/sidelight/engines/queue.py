@@ -1,14 +1,13 @@
 """The requests of an engine: which of them wait, which go next, and what happens to them."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from sidelight.bank import Panel
 from sidelight.engines.base import Admission, EngineBusyError, Event, Sampling, admit_all
 from sidelight.errors import SidelightError
-from sidelight.prompts import EncodedPrompt, Place
-from sidelight.types import Judgement
+from sidelight.prompts import EncodedPrompt
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,6 @@ class Request:
         watch: Names of probes that are judged after each token of the response.
         admits: Whether to write at all, once the prompt has been judged.
         explain: Names of probes whose verdicts on the prompt are explained.
-        places: Where each of its tokens stands, if that matters to any probe.
-        mark: Gives a judgement of the prompt its spans.
         outbox: What happens to it, for whoever waits.
     """
 
@@ -54,8 +51,6 @@ class Request:
     watch: frozenset[str] = frozenset()
     admits: Admission = admit_all
     explain: frozenset[str] = frozenset()
-    places: Sequence[Place | None] = ()
-    mark: Callable[[Judgement], Judgement] | None = None
     outbox: "asyncio.Queue[Emission]" = field(default_factory=lambda: asyncio.Queue())
 
     @property

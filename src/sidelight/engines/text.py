@@ -1,9 +1,8 @@
 """From texts to tokens and back: encoding, drawing, decoding, stop strings."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -11,9 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.engines.base import Sampling
-from sidelight.engines.marks import labels_spans, mark_text
 from sidelight.errors import ContextLengthError
-from sidelight.probe import Probe
 from sidelight.prompts import (
     Conversation,
     EncodedPrompt,
@@ -23,14 +20,11 @@ from sidelight.prompts import (
     characters,
     has_response,
 )
-from sidelight.types import Judgement
 
 # What a decoder writes for bytes that are not a character, or not yet.
 UNFINISHED = "\ufffd"
 
 T = TypeVar("T")
-Marker = Callable[[Judgement], Judgement]
-"""Gives a judgement of a text its spans."""
 
 
 class Detokenizer:
@@ -188,38 +182,26 @@ class TextCodec:
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def encode(self, text: Conversation) -> EncodedPrompt:
+    def encode(self, text: Conversation, *, with_places: bool = False) -> EncodedPrompt:
         """A text to judge. If the last turn is the assistant's, it is the response.
 
         Raises:
             ContextLengthError: The text is too long; it is never cut.
         """
-        return self._encoder.encode(*with_response(text))
-
-    def marker(
-        self,
-        text: Conversation,
-        response: str | None,
-        prompt: EncodedPrompt,
-        probes: Iterable[Probe],
-    ) -> Marker | None:
-        """Gives a judgement of these tokens its spans; None: no probe labels any."""
-        if not labels_spans(probes):
-            return None
-        places = self._encoder.places(text, response)
-        return partial(
-            mark_text, probes=probes, text=text, response=response, prompt=prompt, places=places
-        )
+        if isinstance(text, PlainText) or not has_response(text):
+            return self._encoder.encode(text, with_places=with_places)
+        return self._encoder.encode(text[:-1], text[-1].content, with_places=with_places)
 
     def encode_to_continue(
-        self, text: Conversation, max_tokens: int | None
+        self, text: Conversation, max_tokens: int | None, *, with_places: bool = False
     ) -> tuple[EncodedPrompt, int]:
         """A text to continue, and how many tokens can follow: at most ``max_tokens``.
 
         Raises:
             ContextLengthError: The text leaves no room for a token.
         """
-        prompt, most = self._encoder.encode(text), self._encoder.max_tokens
+        prompt = self._encoder.encode(text, with_places=with_places)
+        most = self._encoder.max_tokens
         room = most - len(prompt)
         if room < 1:
             raise ContextLengthError(
@@ -227,10 +209,3 @@ class TextCodec:
                 f"an answer: the context has {most}. Shorten it."
             )
         return prompt, room if max_tokens is None else min(room, max_tokens)
-
-
-def with_response(text: Conversation) -> tuple[Conversation, str | None]:
-    """The turns before the response, and the response, if the text ends with one."""
-    if isinstance(text, PlainText) or not has_response(text):
-        return text, None
-    return text[:-1], text[-1].content

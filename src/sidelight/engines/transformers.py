@@ -33,8 +33,9 @@ from sidelight.engines.base import (
     verdict_failure,
 )
 from sidelight.engines.batch import Batch, Prefill
+from sidelight.engines.marks import labels_spans
 from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
-from sidelight.engines.text import WARM_UP, TextCodec, with_response
+from sidelight.engines.text import WARM_UP, TextCodec
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation, Message, has_response
@@ -137,11 +138,10 @@ class TransformersEngine(Engine):
 
         async def events() -> AsyncGenerator[Event, None]:
             def encode() -> Request:
-                prompt, room = self._codec.encode_to_continue(messages, sampling.max_tokens)
-                mark = self._codec.marker(messages, None, prompt, panel.probes)
-                return Request(
-                    prompt, sampling, room, panel, watch=watched, admits=admits, mark=mark
+                prompt, room = self._codec.encode_to_continue(
+                    messages, sampling.max_tokens, with_places=labels_spans(panel.probes)
                 )
+                return Request(prompt, sampling, room, panel, watch=watched, admits=admits)
 
             request = await self._encoded([messages], encode)
             self._require_ready()
@@ -171,17 +171,16 @@ class TransformersEngine(Engine):
         panel: Panel,
         explain: frozenset[str] = frozenset(),
     ) -> list[PromptJudged]:
+        with_places = bool(explain) or labels_spans(panel.probes)
+
         def encode(turns: Sequence[Message]) -> Request:
-            prompt, text = self._codec.encode(turns), with_response(turns)
             return Request(
-                prompt,
+                self._codec.encode(turns, with_places=with_places),
                 Sampling(),
                 max_tokens=0,
                 panel=panel,
                 has_response=has_response(turns),
                 explain=explain,
-                places=self._backbone.encoder.places(*text) if explain else (),
-                mark=self._codec.marker(*text, prompt, panel.probes),
             )
 
         requests = await self._encoded(

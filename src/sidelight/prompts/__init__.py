@@ -9,6 +9,7 @@ from sidelight.prompts.conversation import (
     EncodedPrompt,
     Message,
     Part,
+    Place,
     PlainText,
     PromptFormat,
     Reads,
@@ -25,7 +26,7 @@ from sidelight.prompts.conversation import (
     shared_length,
     shared_unread,
 )
-from sidelight.prompts.encode import Place, PromptEncoder
+from sidelight.prompts.encode import PromptEncoder
 
 __all__ = [
     "Conversation",

@@ -120,6 +120,21 @@ def require_whole_characters(text: str, *, place: str) -> None:
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a token stands in the texts of a conversation.
+
+    Attributes:
+        message: The message, from 0. System turns count; a response follows the last message.
+        start: The first character of that message that it stands for, in Unicode code points.
+        end: The one after the last.
+    """
+
+    message: int
+    start: int
+    end: int
+
+
 @dataclass(frozen=True)
 class EncodedPrompt:
     """Token ids and what each token belongs to.
@@ -129,12 +144,16 @@ class EncodedPrompt:
         parts: One ``Part`` per token.
         is_plain: Whether it is plain text, without a chat template around it.
         dropped: Tokens of text that were removed to fit a training limit; 0 outside training.
+        texts: What each message says, and the response; empty if no places are known.
+        places: Where each token stands in them; None: only the template or tokenizer wrote it.
     """
 
     token_ids: tuple[int, ...]
     parts: tuple[Part, ...]
     is_plain: bool = field(default=False, kw_only=True)
     dropped: int = field(default=0, kw_only=True)
+    texts: tuple[str, ...] = field(default=(), kw_only=True, compare=False, repr=False)
+    places: tuple[Place | None, ...] = field(default=(), kw_only=True, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -20,6 +20,7 @@ from sidelight.prompts.conversation import (
     EncodedPrompt,
     Message,
     Part,
+    Place,
     PlainText,
     PromptFormat,
     characters,
@@ -27,21 +28,6 @@ from sidelight.prompts.conversation import (
     require_whole_characters,
 )
 from sidelight.prompts.turns import ChatFormat, token_parts
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a token stands in the texts of a conversation.
-
-    Attributes:
-        message: The message, from 0. System turns count; a response follows the last message.
-        start: The first character of that message that it stands for, in Unicode code points.
-        end: The one after the last.
-    """
-
-    message: int
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -130,8 +116,12 @@ class PromptEncoder:
         )
         return EncodedPrompt(ids, tuple(parts), is_plain=True)
 
-    def encode(self, messages: Conversation, response: str | None = None) -> EncodedPrompt:
+    def encode(
+        self, messages: Conversation, response: str | None = None, *, with_places: bool = False
+    ) -> EncodedPrompt:
         """Token ids of the conversation, ready for generation or followed by ``response``.
+
+        ``with_places`` says in which characters each token stands, too.
 
         Raises:
             ContextLengthError: It is longer than ``max_tokens``; nothing is cut.
@@ -146,7 +136,7 @@ class PromptEncoder:
             tokens = self._contents.count(whole)
             if tokens > 2 * self.max_tokens:
                 raise self._excess(f"{tokens} tokens without its template")
-        encoded = self.encode_any_length(messages, response)
+        encoded = self.encode_any_length(messages, response, with_places=with_places)
         if not len(encoded):
             raise SidelightError("The text is empty: there is no token to read. Send some text.")
         self.require_within_context(encoded)
@@ -178,15 +168,22 @@ class PromptEncoder:
         )
 
     def encode_any_length(
-        self, messages: Conversation, response: str | None = None
+        self, messages: Conversation, response: str | None = None, *, with_places: bool = False
     ) -> EncodedPrompt:
         """As ``encode``, without a limit: for training, which cuts by itself and reports it."""
-        for text in contents(messages, response):
+        texts = contents(messages, response)
+        for text in texts:
             require_whole_characters(text, place="The text")
         written = self._write(messages, response)
+        prompt = self._prompt_of(written, has_response=response is not None)
+        if not with_places:
+            return prompt
+        return replace(prompt, texts=tuple(texts), places=tuple(written.places()))
+
+    def _prompt_of(self, written: _Written, *, has_response: bool) -> EncodedPrompt:
         token_ids = tuple(written.tokens.token_ids)
         if written.markers is None:
-            _, stop = written.spans[-1 if response is None else -2]
+            _, stop = written.spans[-2 if has_response else -1]
             parts = (
                 # The tokenizer's own special tokens cover no text: their offsets are (0, 0).
                 Part.TEMPLATE if end == 0 else Part.PROMPT if start < stop else Part.RESPONSE
@@ -204,14 +201,9 @@ class PromptEncoder:
                 "The text contains what the model's chat template writes between turns. Remove it, "
                 f"or {_USE_RAW}."
             )
-        has_response = response is not None
         return EncodedPrompt(
             token_ids, token_parts(turns, len(token_ids), has_response=has_response)
         )
-
-    def places(self, messages: Conversation, response: str | None = None) -> list[Place | None]:
-        """Where each token of ``encode`` stands; None: only the template or tokenizer wrote it."""
-        return self._write(messages, response).places()
 
     def _write(self, messages: Conversation, response: str | None) -> _Written:
         is_plain = isinstance(messages, PlainText)

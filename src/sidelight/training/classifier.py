@@ -89,14 +89,13 @@ class Classifier:
         """
         example = as_example(text)
         answer = example.response if response is None else response
-        prompt = self.backbone.encoder.encode(example.conversation, answer)
-        places = self.backbone.encoder.places(example.conversation, answer)
+        prompt = self.backbone.encoder.encode(example.conversation, answer, with_places=True)
         # Without the columns that measure its distance.
         bank = Bank([replace(self.probe, distance=None)], device=self.backbone.device)
         tap = bank.tap()
         with self.backbone.tapped(tap):
             self.backbone.run([prompt])
-        return explain(self.probe, tap.projected()[0], prompt, places)
+        return explain(self.probe, tap.projected()[0], prompt)
 
     def evaluate(
         self,

@@ -412,7 +412,9 @@ def span_places(
     for index, (example, count) in enumerate(zip(examples, read, strict=True)):
         with located(example, index):
             span_text(example)
-            whole = backbone.encoder.places(example.conversation, example.response)
+            whole = backbone.encoder.encode_any_length(
+                example.conversation, example.response, with_places=True
+            ).places
         message = len(example.messages) - (example.response is None)
         of_message = [place for place in whole if place is not None and place.message == message]
         if len(of_message) < count:

@@ -25,8 +25,7 @@ from sidelight.engines.base import (
     ResponseScored,
     TextDelta,
 )
-from sidelight.engines.marks import AnswerMarks, labels_spans
-from sidelight.engines.text import Marker
+from sidelight.engines.marks import AnswerMarks, labels_spans, mark_text
 from sidelight.policy.enforcement import Admitted, Enforcement
 from sidelight.policy.hold_back import Ended, redacted_spans
 from sidelight.policy.request import Outcome, Terms
@@ -88,7 +87,6 @@ class Call:
         prompt: As vLLM takes it.
         encoded: What its tokens belong to; None: unknown.
         words: The prompt as the model reads it; empty if nobody audits it.
-        mark: Gives a judgement of the prompt its spans; None: nobody knows what it says.
         params: Its ``SamplingParams``.
         options: As ``AsyncLLM.generate`` takes them.
         identity: That of the probes which judge it.
@@ -101,7 +99,6 @@ class Call:
     prompt: Mapping[str, Any]
     encoded: EncodedPrompt | None
     words: PlainText
-    mark: Marker | None
     params: Any
     options: Mapping[str, Any]
     identity: str
@@ -346,9 +343,11 @@ class GuardedText:
         if self._first_step is not None:
             judgement, self._prompt_s = self._first_step.judged()
         judgement = judgement.of(self._early)
-        encoded, mark = self._call.encoded, self._call.mark
+        encoded = self._call.encoded
+        if encoded is not None:
+            judgement = mark_text(judgement, self._call.client.probes, encoded)
         return PromptJudged(
-            mark(judgement) if mark else judgement,
+            judgement,
             is_plain=encoded is not None and encoded.is_plain,
             tokens=self._prompt_tokens,
             judging_s=self._prompt_s,

@@ -25,7 +25,8 @@ from sidelight.engines.base import (
     PromptJudged,
     require_same_model,
 )
-from sidelight.engines.text import Marker, TextCodec, with_response
+from sidelight.engines.marks import labels_spans, mark_text
+from sidelight.engines.text import TextCodec
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.manifest import read_manifest
@@ -288,19 +289,16 @@ class VllmEngine(Engine):
         self, conversations: Sequence[Sequence[Message]], probes: tuple[Probe, ...]
     ) -> list[PromptJudged]:
         async with self.passing(probes) as identity:
-            codec = self._codec
-
-            def encode(turns: Sequence[Message]) -> tuple[EncodedPrompt, Marker | None]:
-                prompt = codec.encode(turns)
-                return prompt, codec.marker(*with_response(turns), prompt, probes)
-
-            encoded = await codec.in_thread(conversations, lambda: [*map(encode, conversations)])
-            judged = await self._check_all([prompt for prompt, _ in encoded], identity)
+            encode = partial(self._codec.encode, with_places=labels_spans(probes))
+            prompts = await self._codec.in_thread(
+                conversations, lambda: [*map(encode, conversations)]
+            )
+            judged = await self._check_all(prompts, identity)
         early = early_names(probes)
         events: list[PromptJudged] = []
-        for turns, (prompt, mark), judgement in zip(conversations, encoded, judged, strict=True):
+        for turns, prompt, judgement in zip(conversations, prompts, judged, strict=True):
             said = judgement if has_response(turns) else judgement.of(early)
-            said = mark(said) if mark else said
+            said = mark_text(said, probes, prompt)
             events.append(PromptJudged(said, is_plain=prompt.is_plain, tokens=len(prompt)))
         return events
 

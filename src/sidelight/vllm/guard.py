@@ -16,13 +16,13 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from sidelight.engines.text import Marker
+from sidelight.engines.marks import labels_spans
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Enforcement
 from sidelight.policy.request import Terms
 from sidelight.policy.rules import require_policy_applies
-from sidelight.prompts import Conversation, EncodedPrompt, PlainText, control_tokens
+from sidelight.prompts import Conversation, PlainText, control_tokens
 from sidelight.server.config import ServerConfig
 from sidelight.server.metrics import Metrics
 from sidelight.server.observe import RequestObserver, audit_of
@@ -200,7 +200,11 @@ class EngineGuard:
         if prompt.keys() <= {"prompt", "cache_salt"}:
             # As vLLM's own reading of a text gives them.
             prompt = {**prompt, "prompt_token_ids": self._tokenizer(prompt["prompt"])["input_ids"]}
-        encoded = await asyncio.to_thread(self.recogniser.recognise, prompt)
+        said, number = None, client.texts.index([*texts])
+        is_labelled = labels_spans(p for p in client.probes if not p.reads.includes_response)
+        if is_labelled and number < len(client.conversations):
+            said = client.conversations[number]
+        encoded = await asyncio.to_thread(self.recogniser.recognise, prompt, said)
         await asyncio.to_thread(self.recogniser.require_read, encoded, client.terms)
         words = ""
         if encoded is not None and self.observer.audit is not None:
@@ -212,7 +216,6 @@ class EngineGuard:
             prompt,
             encoded,
             words=PlainText(words),
-            mark=await self._marker(client, texts, encoded),
             params=params,
             options=options,
             identity=identity,
@@ -229,17 +232,6 @@ class EngineGuard:
             self._text_ids[request_id].difference_update(ids)
             if not self._text_ids[request_id]:
                 del self._text_ids[request_id]
-
-    async def _marker(
-        self, client: GuardedRequest, texts: Sequence[Enforcement], encoded: EncodedPrompt | None
-    ) -> Marker | None:
-        """Gives a judgement of the prompt its spans; None: nobody knows what the prompt says."""
-        probes = [p for p in client.probes if p.spans and not p.reads.includes_response]
-        number = client.texts.index([*texts])
-        if encoded is None or not probes or number >= len(client.conversations):
-            return None
-        said = client.conversations[number]
-        return await asyncio.to_thread(self.recogniser.marker, encoded, said, probes)
 
 
 def _search_beams(original: Callable[..., Any], serving: Any, *args: Any, **kwargs: Any) -> Any:

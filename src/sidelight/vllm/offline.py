@@ -178,10 +178,9 @@ def predict(
                         "the probe reads, or the backbone's arithmetic overflowed."
                     )
                 if probe.spans is not None:
-                    example = examples[index]
-                    text = example.conversation, example.response
-                    places = backbone.encoder.places(*text)
-                    judgement = mark_text(judgement, [probe], *text, prompt, places)
+                    text = examples[index].conversation, examples[index].response
+                    located = backbone.encoder.encode(*text, with_places=True)
+                    judgement = mark_text(judgement, [probe], located)
                 verdicts[index] = judgement.verdicts[0]
                 shown.advance(len(prompt))
     return [verdicts[i] for i in range(len(prompts))]

@@ -3,19 +3,16 @@
 # pyright: reportMissingImports=false
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import date
-from functools import partial
 from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError
 
-from sidelight.engines.marks import mark_text
-from sidelight.engines.text import Marker
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.request import Terms
-from sidelight.probe import Probe
 from sidelight.prompts import Conversation, EncodedPrompt, Part, PromptEncoder
 
 # What vLLM's ``StructuredOutputsParams`` takes that can hold words of an answer.
@@ -36,32 +33,31 @@ class PromptRecogniser:
         self.template: tuple[str | None, Mapping[str, Any]] = (None, {})
         self._heads: tuple[date | None, Sequence[tuple[int, ...]]] = (None, ())
 
-    def recognise(self, prompt: Mapping[str, Any]) -> EncodedPrompt | None:
-        """What the tokens of vLLM's form of a prompt belong to; None: no probe can tell."""
+    def recognise(
+        self, prompt: Mapping[str, Any], said: Conversation | None = None
+    ) -> EncodedPrompt | None:
+        """What the tokens of vLLM's form of a prompt belong to; None: no probe can tell.
+
+        They have places in what is ``said``, if they are its tokens.
+        """
         ids = prompt.get("prompt_token_ids")
         if ids is None or prompt.get("type", "token") != "token":
             return None
         try:
-            return self._encoder.recognise(ids)
+            encoded = self._encoder.recognise(ids)
         # Ids that the tokenizer does not take.
         except (OverflowError, TypeError, ValueError):
             return None
-
-    def marker(
-        self, prompt: EncodedPrompt, text: Conversation, probes: Sequence[Probe]
-    ) -> Marker | None:
-        """Gives a judgement of a prompt its spans; None: its tokens are not those of this text."""
+        if said is None:
+            return encoded
         try:
-            is_same = self._encoder.encode(text).token_ids == prompt.token_ids
+            located = self._encoder.encode(said, with_places=True)
         # What vLLM does not read as a chat, or has read in another way.
         except (SidelightError, TypeError, ValueError):
-            return None
-        if not is_same:
-            return None
-        places = self._encoder.places(text)
-        return partial(
-            mark_text, probes=probes, text=text, response=None, prompt=prompt, places=places
-        )
+            return encoded
+        if located.token_ids != encoded.token_ids:
+            return encoded
+        return replace(encoded, texts=located.texts, places=located.places)
 
     def require_read(self, prompt: EncodedPrompt | None, terms: Terms) -> None:
         """Refuses what a client can write where no blocking probe reads it.
