@@ -29,7 +29,10 @@ def app_of(
 ) -> FastAPI:
     """Our own server of ``engine``; the settings are those of ``ServerConfig``."""
     config = ServerConfig(log_level="warning", **settings)
-    return create_app(engine, config, policy=policy, sources=sources)
+    if policy is not None:
+        # As if its file had been read.
+        vars(config)["loaded_policy"] = policy
+    return create_app(engine, config, sources=sources)
 
 
 @contextmanager

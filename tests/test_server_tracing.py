@@ -10,11 +10,10 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from live import MODEL
+from live import MODEL, app_of
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sidelight.server.app import create_app
 from tiny import TOPICS, tiny_backbone, untrained_probe
 
 CHAT = "/v1/chat/completions"
@@ -37,7 +36,7 @@ class Instrumented:
             untrained_probe(backbone, "late", reads=Reads("response")),
         ]
         self.engine = TransformersEngine(backbone, probes)
-        self.app = create_app(self.engine, policy=policy)
+        self.app = app_of(self.engine, policy=policy)
         self._exporter = InMemorySpanExporter()
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self._exporter))

@@ -448,7 +448,7 @@ class Reader:
 
     def __init__(self, make, tokenizer, policy=BLOCKS):
         guard = make([FINE], policy).sidelight_guard
-        self.terms = guard.request(guard.observer).terms
+        self.terms = guard.request(guard.context.observer).terms
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=4096)
         self.recogniser = PromptRecogniser(self.encoder, tokenizer)
@@ -583,7 +583,7 @@ def test_an_error_midway_ends_a_stream(guarded):
     def fail(*_args, **_kwargs):
         raise GenerationError("It failed.")
 
-    llm.sidelight_guard.observer.metrics.request_latency.observe = fail
+    llm.sidelight_guard.context.observer.metrics.request_latency.observe = fail
     status, _, body = answered(llm, streaming(llm, raises=True))
     assert status == 200
     assert b"generation_failed" in body
@@ -621,12 +621,12 @@ def test_answers_without_a_text_pass_as_they_are(guarded):
 
 def test_a_change_without_a_policy_reads_the_served_file_again(guarded, tmp_path, monkeypatch):
     guard = guarded([FINE], policy="").sidelight_guard
-    assert not any(bound.is_blocking for bound in guard.registry.rules)
+    assert not any(bound.is_blocking for bound in guard.context.registry.rules)
 
     async def taken(probes):
         """As by workers that have them already."""
 
     monkeypatch.setattr(guard.engine, "replace_probes", taken)
     (tmp_path / "policy.toml").write_text(ONLY_INPUT)
-    asyncio.run(guard.registry.replace())
-    assert [bound.name for bound in guard.registry.rules if bound.is_blocking] == ["early"]
+    asyncio.run(guard.context.registry.replace())
+    assert [bound.name for bound in guard.context.registry.rules if bound.is_blocking] == ["early"]

@@ -17,16 +17,13 @@ from starlette.types import ASGIApp
 
 from sidelight.engines.base import Engine, EngineUnavailableError
 from sidelight.errors import SidelightError
-from sidelight.policy.rules import Policy, require_policy_applies
 from sidelight.server import admin, chat, checks, questions
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import add_error_handlers
 from sidelight.server.keys import Caller
-from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import Gatekeeper, RequestScope
-from sidelight.server.observe import RequestObserver, audit_of, log_settings
+from sidelight.server.observe import audit_of, log_settings
 from sidelight.server.playground import page_router, playground
-from sidelight.server.probes import ProbeRegistry
 from sidelight.server.requests import Context, Route, ServerRequest
 from sidelight.server.schemas import REFUSALS
 
@@ -86,7 +83,6 @@ def create_app(
     engine: Engine,
     config: ServerConfig | None = None,
     *,
-    policy: Policy | None = None,
     sources: Mapping[str, Path] | None = None,
 ) -> FastAPI:
     """The application, which starts the engine when it starts, and closes it when it ends.
@@ -94,18 +90,13 @@ def create_app(
     Args:
         engine: What answers.
         config: The configuration; None: the defaults, with the environment's keys.
-        policy: What follows from verdicts; None: what the configuration says.
-        sources: The folders that probes are reloaded from, by name.
+        sources: As for ``Context.of``.
 
     Raises:
-        SidelightError: A file that ``config`` names cannot be read or written, or the policy does
-            not fit the probes.
+        SidelightError: As for ``Context.of``.
     """
     config = config or ServerConfig()
-    path = config.policy if policy is None else None
-    policy = policy or config.loaded_policy
-    require_policy_applies(policy, engine.probes)
-    audit = audit_of(config)
+    context = Context.of(engine, config, sources)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
@@ -114,12 +105,9 @@ def create_app(
             yield
         finally:
             await engine.close()
-            if audit is not None:
-                audit.close()
+            if context.observer.audit is not None:
+                context.observer.audit.close()
 
-    registry = ProbeRegistry(engine, policy, sources or {}, path)
-    observer = RequestObserver(Metrics(engine), audit)
-    context = Context(engine, registry, config, observer)
     pages = playground() if config.playground else {}
     return application(
         context,
@@ -175,7 +163,7 @@ def serve(
     Args:
         load: Gives the engine.
         config: The configuration.
-        sources: As for ``create_app``.
+        sources: As for ``Context.of``.
 
     Raises:
         SidelightError: The address cannot be listened on, or everybody beyond this machine would be

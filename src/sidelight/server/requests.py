@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jiter
@@ -15,10 +16,12 @@ from sidelight.engines.base import Engine
 from sidelight.errors import did_you_mean
 from sidelight.policy.enforcement import require_trusted_turns
 from sidelight.policy.request import Terms
+from sidelight.policy.rules import require_policy_applies
 from sidelight.prompts import Conversation
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
-from sidelight.server.observe import RequestObserver
+from sidelight.server.metrics import Metrics
+from sidelight.server.observe import RequestObserver, audit_of
 from sidelight.server.probes import ProbeRegistry
 
 T = TypeVar("T")
@@ -35,6 +38,37 @@ class Context:
     config: ServerConfig
     observer: RequestObserver
     started_at: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def of(
+        cls, engine: Engine, config: ServerConfig, sources: Mapping[str, Path] | None = None
+    ) -> "Context":
+        """Those of a server of this engine.
+
+        Args:
+            engine: What answers.
+            config: The configuration.
+            sources: The folders that probes are reloaded from, by name.
+
+        Raises:
+            SidelightError: A file that ``config`` names cannot be read or written, or the policy
+                does not fit the probes.
+        """
+        require_policy_applies(config.loaded_policy, engine.probes)
+        registry = ProbeRegistry(engine, config.loaded_policy, sources or {}, config.policy)
+        observer = RequestObserver(Metrics(engine), audit_of(config))
+        return cls(engine, registry, config, observer)
+
+    def terms(self, observer: RequestObserver, *, sees_all: bool) -> Terms:
+        """What holds for a request from now on; until others are chosen, all probes are reported.
+
+        Args:
+            observer: Its own.
+            sees_all: Whether the client sees what rules do not disclose.
+        """
+        policy, rules = self.registry.policy, self.registry.rules
+        terms = Terms(self.engine.model, policy, rules, (), observer.text, sees_all=sees_all)
+        return terms.choose(None)
 
 
 class ServerRequest(Request):
@@ -116,10 +150,9 @@ class ServerRequest(Request):
         """
         await self._require_size(texts, n=n, max_tokens=max_tokens)
         await unless_left(self, self.engine.settled())
-        policy, rules = self.registry.policy, self.registry.rules
-        require_trusted_turns(policy, texts)
-        terms = Terms(self.engine.model, policy, rules, (), self.observer.text, self.is_admin)
-        return terms.choose(None)
+        terms = self.context.terms(self.observer, sees_all=self.is_admin)
+        require_trusted_turns(terms.policy, texts)
+        return terms
 
     async def _require_size(
         self, texts: Sequence[Conversation], *, n: int, max_tokens: int | None

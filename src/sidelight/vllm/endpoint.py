@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -32,7 +33,6 @@ from sidelight.server.errors import RequestError, as_request_error, wrong_field
 from sidelight.server.keys import Access, Caller
 from sidelight.server.metrics import DisclosedSeries
 from sidelight.server.middleware import REQUEST_ID, Gatekeeper
-from sidelight.server.requests import Context
 from sidelight.server.schemas import ReportRequest
 from sidelight.vllm.answers import GuardedRequest
 from sidelight.vllm.guard import EngineGuard, client_request
@@ -85,11 +85,12 @@ class ProbeEndpoint:
         keys = _keys_of_vllm(args)
         config = server_config(**({"api_key": keys} if keys else {}))
         self.access = config.access
-        context = Context(guard.engine, guard.registry, config, guard.observer)
+        context = replace(guard.context, config=config)
         routers = checks.router, questions.router, admin.admin_probes_router, status_router
         self._application = application(context, routers)
         self._routes = [route for router in routers for route in router.routes]
-        REGISTRY.register(DisclosedSeries(guard.observer.metrics, lambda: guard.registry.rules))
+        registry, metrics = context.registry, context.observer.metrics
+        REGISTRY.register(DisclosedSeries(metrics, lambda: registry.rules))
         _mark_cut_responses()
         self.guard = guard
 
@@ -126,7 +127,7 @@ class ProbeMiddleware:
     ) -> None:
         authorization = Headers(scope=scope).get("authorization", "")
         caller = self._endpoint.access.caller(authorization) or Caller()
-        observer = guard.observer.of(f"req_{uuid.uuid4().hex}", key_id=caller.key_id)
+        observer = guard.context.observer.of(f"req_{uuid.uuid4().hex}", key_id=caller.key_id)
         fields, receive = await _read(receive)
         await guard.engine.settled()
         async with AsyncExitStack() as stack:

@@ -20,13 +20,10 @@ from sidelight.engines.marks import labels_spans
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Enforcement
-from sidelight.policy.request import Terms
-from sidelight.policy.rules import require_policy_applies
 from sidelight.prompts import Conversation, PlainText, control_tokens
 from sidelight.server.config import ServerConfig
-from sidelight.server.metrics import Metrics
-from sidelight.server.observe import RequestObserver, audit_of
-from sidelight.server.probes import ProbeRegistry
+from sidelight.server.observe import RequestObserver
+from sidelight.server.requests import Context
 from sidelight.vllm.answers import Call, GuardedRequest, own_params
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.internals import wrap
@@ -56,6 +53,7 @@ class EngineGuard:
 
     Attributes:
         engine: Judges texts by the same workers, for the routes that write none.
+        context: The parts of its server.
         recogniser: Finds the turns in prompts.
 
     Raises:
@@ -80,11 +78,8 @@ class EngineGuard:
             fingerprint=served.fingerprint,
             identity=identity_of(probe.version for probe in probes),
         )
-        require_policy_applies(config.loaded_policy, probes)
         sources = {p.name: Path(f) for p, f in zip(probes, served.folders, strict=True)}
-        self.registry = ProbeRegistry(self.engine, config.loaded_policy, sources, config.policy)
-        audit = audit_of(config)
-        self.observer = RequestObserver(Metrics(self.engine), audit)
+        self.context = Context.of(self.engine, config, sources)
         llm.generate, llm.encode, llm.abort = self.generate, self.encode, self.abort
         llm.sidelight_guard = self
         # Whatever calls them.
@@ -101,7 +96,7 @@ class EngineGuard:
         client = client_request.get()
         if client is None:
             await self.engine.settled()
-            client = self.request(self.observer.of(_unique(request_id)))
+            client = self.request(self.context.observer.of(_unique(request_id)))
         try:
             async with self.engine.passing(client.probes) as identity:
                 # Before anything is awaited, so that prompts are in the order of their calls.
@@ -137,9 +132,7 @@ class EngineGuard:
         Raises:
             PolicyError: There is no such probe.
         """
-        policy, rules = self.registry.policy, self.registry.rules
-        terms = Terms(self.engine.model, policy, rules, (), observer.text, sees_all=sees_all)
-        terms = terms.choose(probes, for_text=True)
+        terms = self.context.terms(observer, sees_all=sees_all).choose(probes, for_text=True)
         return GuardedRequest(terms, self.engine.probes, conversations)
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
@@ -159,7 +152,7 @@ class EngineGuard:
     def require_unblocked(self, what: str) -> None:
         """Refuses what no probe reads where a rule blocks or redacts."""
         client = client_request.get()
-        rules = self.registry.rules if client is None else client.terms.rules
+        rules = self.context.registry.rules if client is None else client.terms.rules
         if any(bound.is_enforced for bound in rules):
             error = PolicyError(
                 f"{what} cannot be judged, and the policy blocks what is not judged. Use "
@@ -207,7 +200,7 @@ class EngineGuard:
         encoded = await asyncio.to_thread(self.recogniser.recognise, prompt, said)
         await asyncio.to_thread(self.recogniser.require_read, encoded, client.terms)
         words = ""
-        if encoded is not None and self.observer.audit is not None:
+        if encoded is not None and self.context.observer.audit is not None:
             # The audit log hashes the prompt as the model reads it.
             words = self._tokenizer.decode(encoded.token_ids)
         call = Call(
