@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sidelight.engines.base import Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.policy.decisions import PolicyError
-from sidelight.policy.enforcement import Admitted, Enforcement
+from sidelight.policy.enforcement import Enforcement, Judged
 from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import BoundRule, Rule
 from sidelight.prompts import PlainText, Reads
@@ -205,7 +205,7 @@ def test_a_prompt_is_decided_once_for_engine_record_and_client(early):
     enforcement = Enforcement([BoundRule(early, Rule("flag"))], lambda _: notes)
     assert enforcement.admits(said_of_prompt(0.9))
     admitted, ended = guarded(enforcement, said_of_prompt(0.9), Finished("stop", 3, 0))
-    assert isinstance(admitted, Admitted)
+    assert isinstance(admitted, Judged)
     assert [decision.action for decision in admitted.decisions] == ["flag"]
     assert notes.of_prompt is admitted.decisions
     assert notes.of_end == ended.decisions

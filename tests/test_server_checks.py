@@ -11,7 +11,7 @@ from in_process import in_process
 from live import MODEL, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.decisions import decide
-from sidelight.policy.enforcement import Admitted
+from sidelight.policy.enforcement import Judged
 from sidelight.policy.request import Outcome, Terms
 from sidelight.policy.rules import Policy, bound_rules
 from sidelight.prompts import Message, Reads
@@ -324,6 +324,6 @@ def test_each_text_of_a_prompt_shows_its_verdicts_once_the_prompt_is_admitted(ti
     rules = bound_rules(Policy(), [untrained_probe(tiny, "early")])
     outcome = Outcome(Terms(MODEL, Policy(), rules, rules, Mock()))
     first, _ = outcome.begin(2)
-    first.admitted = Admitted(3, tuple(decide(bound, Judgement(), tokens=3) for bound in rules))
+    first.admitted = Judged(3, tuple(decide(bound, Judgement(), tokens=3) for bound in rules))
     failed = {"probe": "early", "error": "verdict_failed"}
     assert outcome.extension() == {"verdicts": [{"choice": i, **failed} for i in range(2)]}

@@ -18,7 +18,7 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.server.checks import GuardrailRequest
 from sidelight.server.observe import without_message
 from sidelight.server.questions import DecisionRequest
-from sidelight.server.schemas import ChatRequest, CompletionRequest, ModerationRequest
+from sidelight.server.schemas import ChatRequest, CompletionRequest, TextsRequest
 from tiny import three_probes
 
 CHAT, TEXT, MODERATIONS = "/v1/chat/completions", "/v1/completions", "/v1/moderations"
@@ -147,7 +147,7 @@ def test_what_clients_always_send_is_taken(http, path):
         (ChatRequest, {"messages": [{"role": "user", "content": WRONG}]}),
         (ChatRequest, {"messages": HELLO, **{str(number): 0 for number in range(500)}}),
         (CompletionRequest, {"prompt": WRONG}),
-        (ModerationRequest, {"input": WRONG}),
+        (TextsRequest, {"input": WRONG}),
         (GuardrailRequest, {"input_type": "request", "tool_calls": WRONG}),
         (DecisionRequest, {"input": [{"role": "user", "content": WRONG}], "questions": QUESTIONS}),
         (DecisionRequest, {"input": "x", "questions": WRONG}),
@@ -164,7 +164,7 @@ def test_a_very_long_name_of_a_field_is_compared_with_none():
     """That would hold up everybody for seconds."""
     start = time.process_time()
     with suppress(ValidationError):
-        ModerationRequest.model_validate({"q" * 40_000_000: 0, "input": "hello"})
+        TextsRequest.model_validate({"q" * 40_000_000: 0, "input": "hello"})
     assert time.process_time() - start < 1
 
 

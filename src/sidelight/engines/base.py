@@ -8,11 +8,12 @@ from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Ite
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sidelight.bank import Panel
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
 from sidelight.explanation import Explanation
 from sidelight.fingerprint import Fingerprint
 from sidelight.probe import Probe, common_format
-from sidelight.prompts import Conversation, Message
+from sidelight.prompts import Conversation, Message, Part
 from sidelight.types import Judgement
 
 # Engines report "stop" or "length"; `policy/` reports "content_filter" where it cut the text.
@@ -206,7 +207,7 @@ class Engine(ABC):
 
     @abstractmethod
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
-        """Serves these probes from now on, once each has given a verdict on a short text.
+        """Serves these probes from now on, once each has given a verdict (``require_verdicts``).
 
         A request in the engine keeps the probes that were loaded when it was made, or it fails; it
         is never silently judged by other ones. After an error nothing has changed.
@@ -306,6 +307,22 @@ def verdict_failure(probes: Iterable[str]) -> VerdictError:
         "token that the probe reads, or it is plain text and the probe was trained on chats alone. "
         "Treat the text as not judged."
     )
+
+
+def require_verdicts(panel: Panel) -> None:
+    """Checks that probes can judge a text, whose hidden states are zero.
+
+    Raises:
+        VerdictError: One gives no verdict, as if its weights are not finite.
+    """
+    if panel.projection is None:
+        return
+    parts = [bytes([Part.PROMPT, Part.RESPONSE])]
+    columns = panel.projection.shift.expand(len(parts[0]), -1, -1)
+    (early,) = panel.judge_prompts(columns, parts, [False])
+    (late,) = panel.judge_responses(panel.read(columns, parts, [None]), [False])
+    if failed := (early | late).failed:
+        raise verdict_failure(failed)
 
 
 def require_same_model(probes: Sequence[Probe], fingerprint: Fingerprint) -> None:

@@ -108,12 +108,8 @@ class Generation:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Prefill:
-    """Prompts of one panel that are being read; ``parts`` takes a pass for each part of them."""
-
-    requests: Sequence[Request]
-    parts: Generator[None, None, list[Emission]]
+Prefill = tuple[Request, ...]
+"""Requests of one panel whose prompts are read together."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,8 @@ class Batch:
         prefill_tokens: Tokens of prompts that one pass reads.
 
     Attributes:
-        prefills: The prompts that are being read, in the order of ``begin``.
+        prefills: The prompts that are being read, in the order of ``begin``, with what reads the
+            next part of them.
         rows: The texts that are being written.
     """
 
@@ -164,21 +161,21 @@ class Batch:
         self._decoder = Decoder(backbone)
         self._codec = codec
         self._prefill_tokens = prefill_tokens
-        self.prefills: list[Prefill] = []
+        self.prefills: dict[Prefill, Generator[None, None, list[Emission]]] = {}
         self.rows: dict[Group, Rows] = {}
 
     @property
     def requests(self) -> list[Request]:
         """The requests whose prompts are being read, or whose texts are being written."""
         # A copy: the load is asked for while the model's thread adds rows.
-        works = [*self.prefills, *self.rows.values()]
-        return [request for work in works for request in work.requests]
+        works = [*self.prefills, *(rows.requests for rows in self.rows.values())]
+        return [request for work in works for request in work]
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Takes prompts, to be read together as far as they have the same panel."""
         for panel in dict.fromkeys(request.panel for request in requests):
-            members = [request for request in requests if request.panel is panel]
-            self.prefills.append(Prefill(members, self._prefill(members)))
+            members = tuple(request for request in requests if request.panel is panel)
+            self.prefills[members] = self._prefill(members)
 
     def drop(self, requests: Collection[Request]) -> None:
         """Writes no more for these requests, and frees what they hold.
@@ -186,16 +183,18 @@ class Batch:
         A prompt that is read together with others is dropped when their prefill ends.
         """
         gone = {*requests}
-        self.prefills = [prefill for prefill in self.prefills if not {*prefill.requests} <= gone]
+        self.prefills = {
+            each: parts for each, parts in self.prefills.items() if not {*each} <= gone
+        }
         for group, rows in [*self.rows.items()]:
             self._put(group, rows.without([g for g in rows.generations if g.request in gone]))
 
     def read_on(self, prefill: Prefill) -> list[Emission]:
         """Reads the next part of these prompts."""
         try:
-            next(prefill.parts)
+            next(self.prefills[prefill])
         except StopIteration as end:
-            self.prefills.remove(prefill)
+            del self.prefills[prefill]
             return end.value
         return []
 

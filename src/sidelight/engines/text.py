@@ -14,7 +14,6 @@ from sidelight.errors import ContextLengthError
 from sidelight.prompts import (
     Conversation,
     EncodedPrompt,
-    Message,
     PlainText,
     PromptEncoder,
     characters,
@@ -142,9 +141,6 @@ class Sampler:
 
 # Texts of more characters wait in a line of their own, so that others need not wait for them.
 _SHORT_CHARACTERS = 2**14
-
-# Every probe must judge it before it is served.
-WARM_UP = (Message("user", "Hello"), Message("assistant", "Hello"))
 
 
 class TextCodec:

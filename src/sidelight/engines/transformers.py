@@ -29,13 +29,13 @@ from sidelight.engines.base import (
     Sampling,
     admit_all,
     require_same_model,
+    require_verdicts,
     require_watched,
-    verdict_failure,
 )
-from sidelight.engines.batch import Batch, Prefill
+from sidelight.engines.batch import Batch
 from sidelight.engines.marks import labels_spans
 from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
-from sidelight.engines.text import WARM_UP, TextCodec
+from sidelight.engines.text import TextCodec
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation, Message, has_response
@@ -115,10 +115,9 @@ class TransformersEngine(Engine):
         await asyncio.to_thread(self._thread.shutdown)
 
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
+        self._require_ready()
         panel = await asyncio.to_thread(self._load_panel, probes)
-        (judged,) = await self._judge([WARM_UP], panel)
-        if judged.judgement.failed:
-            raise verdict_failure(judged.judgement.failed)
+        await asyncio.to_thread(require_verdicts, panel)
         self._panel = panel
 
     async def tokenize(self, text: Conversation) -> tuple[int, ...]:
@@ -233,24 +232,21 @@ class TransformersEngine(Engine):
 
         A text that is being written waits for one pass over prompts at most.
         """
-        batch, queue = self._batch, self._queue
+        batch, queue, turn = self._batch, self._queue, self._queue.latest_turn
         given_up = {request for request in batch.requests if request not in queue.awaited}
         if given_up:
             await self._pass(partial(batch.drop, given_up), batch.requests)
 
-        def turn(prefill: Prefill) -> int:
-            return queue.latest_turn(prefill.requests)
-
         waiting = queue.find_next(batch.requests)
-        if waiting and queue.latest_turn(waiting) <= min(map(turn, batch.prefills), default=inf):
+        if waiting and turn(waiting) <= min(map(turn, batch.prefills), default=inf):
             queue.take(waiting)
             batch.begin(waiting)
         # Listed before that pass: texts that it admits got their first token in it.
         writing = [*batch.rows]
         if batch.prefills:
             prefill = min(batch.prefills, key=turn)
-            queue.serve(prefill.requests)
-            await self._pass(partial(batch.read_on, prefill), prefill.requests)
+            queue.serve(prefill)
+            await self._pass(partial(batch.read_on, prefill), prefill)
         for group in writing:
             await self._pass(partial(batch.decode, group), batch.rows[group].requests)
 

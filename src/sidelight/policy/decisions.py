@@ -10,7 +10,6 @@ from sidelight.types import Judgement, Span, Verdict
 
 Outcome = Literal["flagged", "passed", "failed", "unfinished"]
 Action = Literal["none", "flag", "route", "redact", "block", "fail_closed", "fail_open", "shadow"]
-Fault = Literal["request", "forbidden", "failed"]
 Agreement = Literal["same", "different", "failed"]
 
 
@@ -74,8 +73,7 @@ class PolicyError(SidelightError):
         code: A word for programs.
         decisions: On the prompt, if they led to the refusal.
         param: The field at fault.
-        fault: Who is at fault: the ``request``, the key that it has (``forbidden``), or a probe
-            that ``failed``.
+        status: As HTTP counts them: 400, 403 if another key may do it, 500 if a probe failed.
     """
 
     def __init__(
@@ -85,13 +83,13 @@ class PolicyError(SidelightError):
         code: str,
         decisions: Sequence[Decision] = (),
         param: str | None = None,
-        fault: Fault = "request",
+        status: int = 400,
     ):
         super().__init__(message)
         self.code = code
         self.decisions = decisions
         self.param = param
-        self.fault = fault
+        self.status = status
 
 
 def decide(bound: BoundRule, judgement: Judgement, *, tokens: int) -> Decision:

@@ -9,31 +9,23 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sidelight.engines.base import Event, PromptJudged, ResponseScored, TextDelta, verdict_failure
-from sidelight.policy.decisions import Action, Decision, Fault, PolicyError, decide
+from sidelight.policy.decisions import Action, Decision, PolicyError, decide
 from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import BoundRule, Policy, Side
 from sidelight.prompts import Conversation, PlainText
 
 
 @dataclass(frozen=True)
-class Admitted:
-    """The prompt has been judged by every probe of the input, and may be answered."""
+class Judged:
+    """What the probes of one side say of a prompt that may be answered, or of an answer so far."""
 
     tokens: int
     decisions: tuple[Decision, ...]
 
 
-@dataclass(frozen=True)
-class Running:
-    """What the probes of the output say of the first tokens of an answer; nothing follows."""
-
-    tokens: int
-    decisions: tuple[Decision, ...]
-
-
-# What may be sent of an answer: ``Admitted``, any number of ``TextDelta`` and, if they are asked
-# for, of ``Running``, ``Ended``.
-Passed = Admitted | TextDelta | Running | Ended
+# What may be sent of an answer: ``Judged`` of the prompt, any number of ``TextDelta`` and, if they
+# are asked for, of ``Judged`` of the answer, ``Ended``.
+Passed = Judged | TextDelta | Ended
 
 
 class TextObserver(Protocol):
@@ -76,7 +68,7 @@ class Enforcement:
         self._input = [bound for bound in rules if bound.side == "input"]
         self._output = [bound for bound in rules if bound.side == "output"]
         self._observe = observe
-        self.admitted: Admitted | None = None
+        self.admitted: Judged | None = None
         self.ended: Ended | None = None
 
     @property
@@ -104,7 +96,7 @@ class Enforcement:
             decisions = _decide_all(self._input, prompt)
             observer.prompt(prompt, decisions)
             _require_passed(prompt, decisions)
-            self.admitted = Admitted(prompt.tokens, decisions)
+            self.admitted = Judged(prompt.tokens, decisions)
             yield self.admitted
             holding = HoldBack(self._output)
             is_begun = False
@@ -121,7 +113,7 @@ class Enforcement:
                         is_begun = True
                         decisions = _decide_all(self._output, event)
                         nothing = tuple(replace(each, action="none") for each in decisions)
-                        yield Running(event.tokens, nothing)
+                        yield Judged(event.tokens, nothing)
                     for each in passed:
                         if isinstance(each, TextDelta):
                             is_begun = True
@@ -170,7 +162,7 @@ def _require_passed(event: PromptJudged, decisions: Sequence[Decision]) -> None:
     failed = [d for d in decisions if d.action == "fail_closed"]
     if not failed:
         return
-    fault: Fault = "request"
+    status = 400
     too_long = next((d.rule for d in failed if d.is_too_long), None)
     chats_only = [d for d in failed if not d.rule.probe.can_judge(is_plain=event.is_plain)]
     if too_long is not None:
@@ -186,8 +178,8 @@ def _require_passed(event: PromptJudged, decisions: Sequence[Decision]) -> None:
     else:
         failure = verdict_failure([decision.rule.name for decision in failed])
         message = f"{failure} The policy blocks what is not judged."
-        fault = "failed"
-    raise PolicyError(message, code="verdict_failed", decisions=decisions, fault=fault)
+        status = 500
+    raise PolicyError(message, code="verdict_failed", decisions=decisions, status=status)
 
 
 def _names(decisions: Sequence[Decision]) -> str:

@@ -19,7 +19,7 @@ from urllib.parse import quote
 from sidelight.engines.base import verdict_failure
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.policy.decisions import Decision, PolicyError
-from sidelight.policy.enforcement import Admitted, Enforcement, TextObserver
+from sidelight.policy.enforcement import Enforcement, Judged, TextObserver
 from sidelight.policy.rules import BoundRule, Policy
 from sidelight.probe import Probe
 from sidelight.types import Verdict, spans_json
@@ -113,7 +113,7 @@ class Terms:
                 "other probes, or send an admin key.",
                 code="not_disclosed",
                 param="probes",
-                fault="forbidden",
+                status=403,
             )
         return replace(terms, chosen=shown)
 
@@ -234,7 +234,7 @@ class Outcome:
         return [text for texts in self.texts for text in texts]
 
     @property
-    def prompts(self) -> list[Admitted]:
+    def prompts(self) -> list[Judged]:
         """The prompts that are answered."""
         return [prompt for texts in self.texts if (prompt := _admitted(texts))]
 
@@ -284,7 +284,7 @@ class Outcome:
         return {"input": prompt, "output": response}
 
 
-def _admitted(texts: Sequence[Enforcement]) -> Admitted | None:
+def _admitted(texts: Sequence[Enforcement]) -> Judged | None:
     """That of a prompt, by the first of its texts that was admitted."""
     return next((text.admitted for text in texts if text.admitted), None)
 

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from sidelight.engines.base import FinishReason, Sampling, TextDelta
 from sidelight.errors import SidelightError
-from sidelight.policy.enforcement import Admitted, Passed, Running
+from sidelight.policy.enforcement import Judged, Passed
 from sidelight.policy.hold_back import Ended
 from sidelight.policy.request import Json, Outcome
 from sidelight.prompts import Conversation
@@ -36,8 +36,6 @@ from sidelight.server.schemas import (
     WritingRequest,
 )
 
-# What is sent of one choice: text, perhaps with running scores, then its end.
-Sent = TextDelta | Running | Ended
 # What is sent of each choice; choices of one prompt are neighbours.
 Streams = Sequence[AsyncGenerator[Passed, None]]
 # A seed is a signed number of 64 bits; the first follows the last.
@@ -80,7 +78,7 @@ class CompletionFormat:
             **self._verdicts(),
         }
 
-    async def chunks(self, events: AsyncGenerator[tuple[int, Sent], None]) -> AsyncGenerator[str]:
+    async def chunks(self, events: AsyncGenerator[tuple[int, Passed], None]) -> AsyncGenerator[str]:
         """Verdicts, moderation, text, the reasons for the end, usage, ``[DONE]``.
 
         A failure midway is the last event; no ``[DONE]`` follows, so that nobody takes the text
@@ -107,7 +105,7 @@ class CompletionFormat:
                             # Of a placeholder, the pieces after the first are empty.
                             if text:
                                 yield self._chunk([self._piece(index, text)])
-                        case Running():
+                        case Judged():
                             yield self._chunk([], sidelight=self._running(index, event))
                         case Ended(reason):
                             late = terms.entries(event.decisions)
@@ -142,7 +140,7 @@ class CompletionFormat:
             "sidelight": self._outcome.extension(),
         }
 
-    def _running(self, index: int, running: Running) -> Json:
+    def _running(self, index: int, running: Judged) -> Json:
         """The ``sidelight`` field while text ``index`` is written: verdicts with scores alone.
 
         A label would tell ordinary keys more of what blocks them than the cut does.
@@ -287,7 +285,7 @@ async def _wait_for_admission(streams: Streams) -> None:
         raise
 
 
-async def _side_by_side(streams: Streams) -> AsyncGenerator[tuple[int, Sent], None]:
+async def _side_by_side(streams: Streams) -> AsyncGenerator[tuple[int, Passed], None]:
     """The events of all admitted choices, one of each in turn."""
     alive = dict(enumerate(streams))
     try:
@@ -298,7 +296,6 @@ async def _side_by_side(streams: Streams) -> AsyncGenerator[tuple[int, Sent], No
                 except StopAsyncIteration:
                     del alive[index]
                 else:
-                    assert not isinstance(event, Admitted)
                     yield index, event
     finally:
         await _close(streams)

@@ -20,15 +20,12 @@ from sidelight.prompts import Message, has_response
 from sidelight.server.errors import RequestError
 from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import (
-    MAX_ITEMS,
     Extension,
     IfAny,
     Many,
-    ModerationRequest,
-    Name,
     ProbeNames,
     StrictBody,
-    Texts,
+    TextsRequest,
     ToolCall,
 )
 from sidelight.types import Span, Verdict, spans_json
@@ -149,7 +146,7 @@ class Results(BaseModel, Generic[Result]):
 
 
 @router.post("/v1/moderations", name="create")
-async def moderate(body: ModerationRequest, request: ServerRequest) -> Results[ModerationResult]:
+async def moderate(body: TextsRequest, request: ServerRequest) -> Results[ModerationResult]:
     """Each text is judged as a user's message, by the probes that read the prompt alone."""
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
         request.require_model(body.model)
@@ -164,14 +161,6 @@ async def moderate(body: ModerationRequest, request: ServerRequest) -> Results[M
         for text in checked
     ]
     return Results(id=f"modr-{uuid.uuid4().hex}", model=request.engine.model, results=results)
-
-
-class ClassifyRequest(StrictBody):
-    """Texts for one probe: the one in ``model`` or ``probes``, or the only one loaded."""
-
-    model: Name | None = Field(None, description="A probe's name, or the served model's.")
-    input: Texts = Field(min_length=1, max_length=MAX_ITEMS)
-    probes: ProbeNames = None
 
 
 class Classification(BaseModel):
@@ -195,7 +184,7 @@ class ClassifyResponse(BaseModel):
 
 
 @router.post("/classify", name="create")
-async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyResponse:
+async def classify(body: TextsRequest, request: ServerRequest) -> ClassifyResponse:
     """Each text is judged as a user's message; the answer is that of vLLM's classifiers."""
     texts = [as_user(text) for text in body.input]
     terms = _classifier(body, request, await request.begin(texts, max_tokens=0))
@@ -221,7 +210,7 @@ async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyRes
     )
 
 
-def _classifier(body: ClassifyRequest, request: ServerRequest, terms: Terms) -> Terms:
+def _classifier(body: TextsRequest, request: ServerRequest, terms: Terms) -> Terms:
     """The terms with the one probe that the request names."""
     names, chosen = [bound.name for bound in terms.chosen], body.probes
     if body.model in names and body.model != terms.model:
@@ -250,7 +239,7 @@ class Redaction(BaseModel):
 
 
 @router.post("/v1/redact", name="create")
-async def redact(body: ModerationRequest, request: ServerRequest) -> Results[Redaction]:
+async def redact(body: TextsRequest, request: ServerRequest) -> Results[Redaction]:
     """Words that probes label become ``[LABEL_1]``: equal words alike in all texts of a request."""
     if body.model is not None:
         request.require_model(body.model)

@@ -36,8 +36,6 @@ _KINDS: dict[type[SidelightError], tuple[int, str | None]] = {
     GenerationError: (500, "generation_failed"),
     VerdictError: (500, "verdict_failed"),
 }
-# Status of a policy's refusal, by who is at fault.
-_FAULTS = {"request": 400, "forbidden": 403, "failed": 500}
 
 
 class RequestError(SidelightError):
@@ -68,12 +66,9 @@ def as_request_error(error: SidelightError, *, sees_all: bool = False) -> Reques
     match error:
         case RequestError():
             return error
-        case PolicyError(code=code, decisions=decisions):
-            status = _FAULTS[error.fault]
+        case PolicyError(status=status, code=code, param=param, decisions=decisions):
             headers = refusal_headers(decisions, sees_all=sees_all) if decisions else None
-            return RequestError(
-                message, status=status, code=code, param=error.param, headers=headers
-            )
+            return RequestError(message, status=status, code=code, param=param, headers=headers)
         case EngineBusyError():
             headers = {"Retry-After": "1"}
         case EngineUnavailableError():

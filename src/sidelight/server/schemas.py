@@ -318,9 +318,11 @@ class CompletionRequest(WritingRequest):
         return replace(super().sampling(), max_tokens=self.max_tokens or _COMPLETION_TOKENS)
 
 
-class ModerationRequest(StrictBody):
-    """The body of ``POST /v1/moderations`` and ``/v1/redact``; each text is judged by itself."""
+class TextsRequest(StrictBody):
+    """Texts to judge, each by itself."""
 
     input: Texts = Field(min_length=1, max_length=MAX_ITEMS)
-    model: Name | None = None
+    model: Name | None = Field(
+        None, description="The served model's name; of `/classify`, also that of a probe."
+    )
     probes: ProbeNames = None

@@ -26,7 +26,7 @@ from sidelight.engines.base import (
     TextDelta,
 )
 from sidelight.engines.marks import AnswerMarks, labels_spans, mark_text
-from sidelight.policy.enforcement import Admitted, Enforcement
+from sidelight.policy.enforcement import Enforcement, Judged
 from sidelight.policy.hold_back import Ended, redacted_spans
 from sidelight.policy.request import Outcome, Terms
 from sidelight.probe import Probe
@@ -201,7 +201,7 @@ class GuardedText:
             async for each in passed:
                 output = None
                 match each:
-                    case Admitted():
+                    case Judged():
                         if client.is_decided:
                             client.decided.set()
                     case Ended("content_filter"):

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from sidelight.artifact import save_probe
 from sidelight.backbone import read_backbone
+from sidelight.bank import Panel
 from sidelight.engines.base import (
     Engine,
     EngineBusyError,
@@ -24,6 +25,7 @@ from sidelight.engines.base import (
     NotExplainedError,
     PromptJudged,
     require_same_model,
+    require_verdicts,
 )
 from sidelight.engines.marks import labels_spans, mark_text
 from sidelight.engines.text import TextCodec
@@ -44,7 +46,6 @@ from sidelight.vllm.settings import (
     require_options,
     require_vllm,
 )
-from sidelight.vllm.worker import require_verdicts
 
 # vLLM shows what is logged under its own name.
 _log = logging.getLogger("vllm.sidelight")
@@ -181,7 +182,7 @@ class VllmEngine(Engine):
                 f"Probes cannot be replaced while {servers} API servers share an engine, since the "
                 "others would keep their policies' old ones. Start vLLM with --api-server-count 1."
             )
-        await asyncio.to_thread(require_verdicts, probes)
+        await asyncio.to_thread(lambda: require_verdicts(Panel(probes)))
         async with self._turn:
             with saved(probes) as (folders, identity):
                 try:

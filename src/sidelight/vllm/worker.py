@@ -16,10 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sidelight.bank import NUMBERS_AT_ONCE, BankState, Panel
-from sidelight.engines.base import verdict_failure
 from sidelight.errors import SidelightError
-from sidelight.probe import Probe
-from sidelight.prompts import Part
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement
 from sidelight.vllm.columns import Pages, Reading, Stage, receiver, set_receiver
@@ -157,22 +154,6 @@ class RequestJudge:
         for request_id in request_ids:
             self._states.pop(request_id, None)
             self._broken.discard(request_id)
-
-
-def require_verdicts(probes: Sequence[Probe]) -> None:
-    """Checks that probes can judge a text, whose hidden states are zero.
-
-    Raises:
-        VerdictError: One gives no verdict, as if its weights are not finite.
-    """
-    panel = Panel(probes)
-    if panel.projection is None:
-        return
-    parts = bytes([Part.PROMPT, Part.RESPONSE])
-    reading = Reading("", (), 0, parts, ends_prompt=True, is_plain=False)
-    columns = panel.projection.shift.expand(len(parts), -1, -1)
-    if failed := RequestJudge(panel).judge([reading], columns)[""].failed:
-        raise verdict_failure(failed)
 
 
 class Worker:
