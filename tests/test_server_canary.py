@@ -12,7 +12,7 @@ from live import MODEL, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sidelight.server.observe import LogFormatter, without_message
+from sidelight.server.observe import LogFormatter
 from sockets import connection, read_all, request
 from tiny import spans_probe, three_probes, tiny_backbone, untrained_probe
 
@@ -41,11 +41,10 @@ HEADERS += [{"X-Request-Id": WORD, "User-Agent": WORD, "Traceparent": WORD}]
 
 @pytest.fixture
 def logged(monkeypatch):
-    """All that is logged at any level, by the handlers' own formatter and filter."""
+    """All that is logged at any level, by the handlers' own formatter."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(LogFormatter(as_json=True))
-    handler.addFilter(without_message)
     for client in ("httpx", "httpcore"):
         # What the client in this process asks for is not the server's log.
         monkeypatch.setattr(logging.getLogger(client), "disabled", True)

@@ -157,11 +157,14 @@ class Terms:
         """What the client sees of those of the chosen probes."""
         return _as_disclosed(self.reported(decisions), sees_all=self.sees_all)
 
+    def verdicts(self, decisions: Iterable[Decision]) -> list[Verdict]:
+        """The verdicts of the chosen probes as the client may see them."""
+        return [d.verdict for d in self.shown(decisions) if d.verdict is not None]
+
     def entries(self, decisions: Iterable[Decision]) -> list[Json]:
         """What the ``sidelight`` field lists: verdicts, then the probes that gave none."""
-        shown = self.shown(decisions)
-        verdicts = [verdict_json(d.verdict) for d in shown if d.verdict is not None]
-        failed = dict.fromkeys(d.rule.name for d in shown if d.verdict is None)
+        verdicts = map(verdict_json, self.verdicts(decisions))
+        failed = dict.fromkeys(d.rule.name for d in self.shown(decisions) if d.verdict is None)
         return [*verdicts, *({"probe": name, "error": "verdict_failed"} for name in failed)]
 
     def headers(self, decisions: Sequence[Decision]) -> dict[str, str]:

@@ -3,14 +3,13 @@
 import time
 import uuid
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Generic, Literal, TypeVar
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sidelight.engines.base import verdict_failure
-from sidelight.explanation import Explanation
+from sidelight.engines.base import PromptJudged, verdict_failure
 from sidelight.policy.decisions import Decision
 from sidelight.policy.enforcement import check_decisions
 from sidelight.policy.redaction import Placeholders
@@ -18,6 +17,7 @@ from sidelight.policy.request import Terms, category_fields, verdict_json
 from sidelight.policy.rules import BoundRule, Side
 from sidelight.prompts import Message, has_response
 from sidelight.server.errors import RequestError
+from sidelight.server.observe import RequestTextObserver
 from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import (
     Extension,
@@ -28,7 +28,7 @@ from sidelight.server.schemas import (
     TextsRequest,
     ToolCall,
 )
-from sidelight.types import Span, Verdict, spans_json
+from sidelight.types import Span, spans_json
 
 # Clients send OpenAI's own names by default; here they mean: every probe.
 _OPENAI_MODELS = ("omni-moderation-", "text-moderation-")
@@ -37,21 +37,8 @@ router = APIRouter(route_class=Route)
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What the chosen probes say of one text.
-
-    Attributes:
-        verdicts: As the client may see them.
-        decisions: What follows from each, also if the client does not see it.
-        tokens: How many were read.
-        explanations: Of the probes that were named for it.
-    """
-
-    verdicts: Sequence[Verdict]
-    decisions: Sequence[Decision]
-    tokens: int
-    explanations: Sequence[Explanation]
+Checked = tuple[PromptJudged, Sequence[Decision]]
+"""One text, and what follows from each chosen probe, whether or not the client sees it."""
 
 
 async def check(
@@ -94,7 +81,7 @@ async def check(
         prompt: set[Side] = {"input"} if judges_prompt else set()
         response: set[Side] = {"output"} if is_answered(turns) else set()
         decisions = check_decisions(terms.rules, event, prompt | response)
-        request.observer.text(turns).check(event, decisions)
+        RequestTextObserver(request.observer, turns).check(event, decisions)
         chosen = terms.reported(decisions)
         for decision in chosen:
             if decision.is_too_long:
@@ -112,8 +99,7 @@ async def check(
                     code="verdict_failed",
                 )
             raise verdict_failure(silent)
-        verdicts = [d.verdict for d in terms.shown(decisions) if d.verdict is not None]
-        checked.append(Checked(verdicts, chosen, event.tokens, event.explanations))
+        checked.append((event, chosen))
     return checked
 
 
@@ -155,10 +141,10 @@ async def moderate(body: TextsRequest, request: ServerRequest) -> Results[Modera
     checked = await check(request, terms, texts)
     results = [
         ModerationResult(
-            **category_fields(text.verdicts, terms.categories),
-            sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in text.verdicts]),
+            **category_fields(verdicts, terms.categories),
+            sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in verdicts]),
         )
-        for text in checked
+        for verdicts in (terms.verdicts(decisions) for _, decisions in checked)
     ]
     return Results(id=f"modr-{uuid.uuid4().hex}", model=request.engine.model, results=results)
 
@@ -190,7 +176,7 @@ async def classify(body: TextsRequest, request: ServerRequest) -> ClassifyRespon
     terms = _classifier(body, request, await request.begin(texts, max_tokens=0))
     (probe,) = terms.probes
     checked = await check(request, terms, texts)
-    tokens = sum(text.tokens for text in checked)
+    tokens = sum(event.tokens for event, _ in checked)
     data = [
         Classification(
             index=index,
@@ -198,8 +184,8 @@ async def classify(body: TextsRequest, request: ServerRequest) -> ClassifyRespon
             probs=[verdict.probabilities[label] for label in probe.task.labels],
             num_classes=len(probe.task.labels),
         )
-        for index, text in enumerate(checked)
-        for verdict in text.verdicts
+        for index, (_, decisions) in enumerate(checked)
+        for verdict in terms.verdicts(decisions)
     ]
     return ClassifyResponse(
         id=f"classify-{uuid.uuid4().hex}",
@@ -266,10 +252,10 @@ async def redact(body: TextsRequest, request: ServerRequest) -> Results[Redactio
     checked = await check(request, replace(terms, chosen=labelling), [texts[i] for i in judged])
     results = [Redaction(text="", spans=[]) for _ in texts]
     placeholders = Placeholders()
-    for index, each in zip(judged, checked, strict=True):
-        shown = (d for d in each.decisions if terms.sees_all or d.rule.disclosure == "scores")
+    for index, (_, decisions) in zip(judged, checked, strict=True):
+        shown = (d for d in decisions if terms.sees_all or d.rule.disclosure == "scores")
         results[index] = Redaction(
-            text=placeholders.mask(body.input[index], _spans_of(each.decisions)),
+            text=placeholders.mask(body.input[index], _spans_of(decisions)),
             spans=spans_json(_spans_of(shown)),
         )
     return Results(id=f"redact-{uuid.uuid4().hex}", model=request.engine.model, results=results)
@@ -374,8 +360,8 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
     redacts = any(bound.mode == "redact" for bound in terms.chosen)
     flagged: dict[str, None] = {}
     masked, placeholders = [*(body.texts or ())], Placeholders()
-    for (index, text), each in zip(judged.items(), checked, strict=True):
-        redacting = [d for d in each.decisions if d.rule.mode == "redact"]
+    for (index, text), (_, decisions) in zip(judged.items(), checked, strict=True):
+        redacting = [d for d in decisions if d.rule.mode == "redact"]
         spans = _spans_of(redacting)
         if index < len(masked):
             masked[index] = placeholders.mask(text, spans)
@@ -384,7 +370,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
             flagged |= dict.fromkeys(d.rule.name for d in redacting if d.spans)
         flagged |= dict.fromkeys(
             d.rule.name
-            for d in each.decisions
+            for d in decisions
             if d not in redacting and d.verdict is not None and d.verdict.flagged
         )
     is_masked = not flagged and masked != (body.texts or [])
@@ -395,6 +381,10 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         # The next words may label the last ones anew, so a proxy sends a text once it is whole.
         stream_holdback_chars=[*map(len, masked)] if is_response and redacts else None,
         sidelight=Extension(
-            verdicts=[verdict_json(verdict) for each in checked for verdict in each.verdicts]
+            verdicts=[
+                verdict_json(verdict)
+                for _, decisions in checked
+                for verdict in terms.verdicts(decisions)
+            ]
         ),
     )

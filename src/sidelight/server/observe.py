@@ -99,16 +99,6 @@ class RequestObserver:
 
         return send_annotated
 
-    def text(self, text: Conversation, *, is_prompt_known: bool = False) -> "RequestTextObserver":
-        """Observes one text of the request.
-
-        Args:
-            text: What is judged; the audit log gets its hash.
-            is_prompt_known: Whether the decisions on its prompt have been recorded already, with
-                another text.
-        """
-        return RequestTextObserver(self, text, is_prompt_known=is_prompt_known)
-
     def change(self, rules: Sequence[BoundRule]) -> None:
         """Audits which probes are served by which rules after a change.
 
@@ -146,9 +136,17 @@ class RequestTextObserver:
     Where the audit log cannot be written, ``prompt``, ``check`` and ``end`` raise ``RequestError``
     if one of their rules blocks what cannot be judged; otherwise the failure is only logged and
     counted. A text that is only checked has a ``check`` and nothing else.
+
+    Args:
+        request: Whose text it is.
+        text: What is judged; the audit log gets its hash.
+        is_prompt_known: Whether the decisions on its prompt have been recorded already, with
+            another text.
     """
 
-    def __init__(self, request: RequestObserver, text: Conversation, *, is_prompt_known: bool):
+    def __init__(
+        self, request: RequestObserver, text: Conversation, *, is_prompt_known: bool = False
+    ):
         self._request, self._metrics = request, request.metrics
         self._text = text
         self._is_prompt_known = is_prompt_known
@@ -311,6 +309,8 @@ _FIELDS = ("request_id", "key_id", "method", "route", "status", "seconds")
 class LogFormatter(logging.Formatter):
     """One line: time in UTC, level, logger, message, and the ids of the request and its key.
 
+    Of an exception it keeps where it happened: its own message may quote a prompt.
+
     Args:
         as_json: Whether it is a JSON object, which has all fields of the record.
     """
@@ -321,34 +321,27 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line; where an exception happened is below, or a field."""
+        message, places = record.getMessage(), ""
+        if record.name == "asyncio":
+            # The bracket holds a callback's arguments, the lines below a task with its exception.
+            message = message.split("\n")[0].split("(")[0]
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            trace = "".join(traceback.format_tb(error.__traceback__))
+            places = f"{type(error).__name__} at\n{trace}"
         fields = {name: record.__dict__[name] for name in _FIELDS if name in record.__dict__}
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": message,
             **fields,
         }
         if self._as_json:
-            return json.dumps(line | ({"exception": record.exc_text} if record.exc_text else {}))
+            return json.dumps(line | ({"exception": places} if places else {}))
         ids = " ".join(filter(None, (fields.get("request_id"), fields.get("key_id"))))
-        text = f"{line['time']} {record.levelname} {record.name}: {line['message']}"
+        text = f"{line['time']} {record.levelname} {record.name}: {message}"
         text += f" [{ids}]" if ids else ""
-        return f"{text}\n{record.exc_text}" if record.exc_text else text
-
-
-def without_message(record: logging.LogRecord) -> bool:
-    """A log filter: keeps where an exception happened; its message may quote a prompt."""
-    if record.name == "asyncio":
-        # The bracket holds a callback's arguments, the lines below a task with its exception.
-        record.msg = record.getMessage().split("\n")[0].split("(")[0]
-        record.args = None
-    error = record.exc_info[1] if record.exc_info else None
-    if error is not None:
-        places = "".join(traceback.format_tb(error.__traceback__))
-        record.exc_text = f"{type(error).__name__} at\n{places}"
-        record.exc_info = None
-    return True
+        return f"{text}\n{places}" if places else text
 
 
 def log_settings(level: str, *, as_json: bool) -> dict[str, Any]:
@@ -362,13 +355,11 @@ def log_settings(level: str, *, as_json: bool) -> dict[str, Any]:
         "class": "logging.StreamHandler",
         "stream": "ext://sys.stderr",
         "formatter": "line",
-        "filters": ["without_message"],
     }
     own = {"level": level.upper()}
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "filters": {"without_message": {"()": lambda: without_message}},
         "formatters": {"line": {"()": LogFormatter, "as_json": as_json}},
         "handlers": {"stderr": handler},
         "root": {"level": "WARNING", "handlers": ["stderr"]},

@@ -139,10 +139,10 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
         terms = terms.choose(names)
         explained = [b.name for b in terms.chosen if terms.sees_all or b.explains]
         explain = explained if body.explain else None
-        (checked,) = await check(request, terms, [turns], explain=explain)
-        verdicts, tokens = {v.probe: v for v in checked.verdicts}, checked.tokens
+        ((event, decisions),) = await check(request, terms, [turns], explain=explain)
+        verdicts, tokens = {v.probe: v for v in terms.verdicts(decisions)}, event.tokens
         if body.explain:
-            reasons = {each.verdict.probe: each for each in checked.explanations}
+            reasons = {each.verdict.probe: each for each in event.explanations}
             explanations = [
                 reasons[name].to_dict(matrix=body.explain == "matrix")
                 if name in reasons

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from sidelight.prompts import Conversation
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics
-from sidelight.server.observe import RequestObserver, audit_of
+from sidelight.server.observe import RequestObserver, RequestTextObserver, audit_of
 from sidelight.server.probes import ProbeRegistry
 
 T = TypeVar("T")
@@ -67,7 +68,8 @@ class Context:
             sees_all: Whether the client sees what rules do not disclose.
         """
         policy, rules = self.registry.policy, self.registry.rules
-        terms = Terms(self.engine.model, policy, rules, (), observer.text, sees_all=sees_all)
+        observe = partial(RequestTextObserver, observer)
+        terms = Terms(self.engine.model, policy, rules, (), observe, sees_all=sees_all)
         return terms.choose(None)
 
 
