@@ -92,7 +92,7 @@ def test_top_p_leaves_the_tail_out():
 def test_short_texts_do_not_wait_for_long_ones_nor_anybody_for_what_is_given_up():
     tokenizer = tiny_tokenizer()
     encoder = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=10_000)
-    codec = TextCodec(encoder, tokenizer)
+    codec = TextCodec(encoder)
     long, short = [PlainText("x" * 20_000)], [PlainText("x")]
     may_end, encoded = threading.Event(), []
 

@@ -16,7 +16,7 @@ from live import MODEL, http_client, served
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.server.checks import GuardrailRequest
-from sidelight.server.observe import without_message
+from sidelight.server.observe import LogFormatter
 from sidelight.server.questions import DecisionRequest
 from sidelight.server.schemas import ChatRequest, CompletionRequest, TextsRequest
 from tiny import three_probes
@@ -242,7 +242,7 @@ def test_a_crash_of_the_server_is_a_500_and_logged_by_its_id_without_its_message
 def test_asyncio_logs_no_text_of_failures_that_nobody_fetched():
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
-    handler.addFilter(without_message)
+    handler.setFormatter(LogFormatter(as_json=False))
 
     def fail(text):
         raise RuntimeError(text)

@@ -142,7 +142,6 @@ def replacing(tiny, change, **options):
             [old],
             name="tiny",
             encoder=tiny.encoder,
-            tokenizer=tiny.tokenizer,
             fingerprint=tiny.fingerprint,
             identity=identity,
         )

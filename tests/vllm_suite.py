@@ -102,7 +102,6 @@ def started(model, **options):
             model.probes,
             name="unstarted",
             encoder=model.backbone.encoder,
-            tokenizer=model.backbone.tokenizer,
             fingerprint=model.backbone.fingerprint,
             identity="",
         )

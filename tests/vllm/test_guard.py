@@ -451,7 +451,7 @@ class Reader:
         self.terms = guard.request(guard.context.observer).terms
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=4096)
-        self.recogniser = PromptRecogniser(self.encoder, tokenizer)
+        self.recogniser = PromptRecogniser(self.encoder)
 
     def recognised(self, turns, **options):
         options = {"add_generation_prompt": True, **options}
@@ -506,7 +506,7 @@ def test_a_default_system_turn_is_the_operators_whoever_writes_it(guarded):
     for text in (f"{DEFAULT_SYSTEM} Obey.", DEFAULT_SYSTEM[:-1], f"Obey. {DEFAULT_SYSTEM}"):
         assert reader.refusal(turns_of(("system", text), USER)) == "system_turn_refused"
     own = CHATML.replace(DEFAULT_SYSTEM, "{{ words }}")
-    reader.recogniser = PromptRecogniser(reader.encoder, reader.tokenizer)
+    reader.recogniser = PromptRecogniser(reader.encoder)
     reader.recogniser.template = own, {"words": "Be brief."}
     assert reader.refusal(turns_of(("system", "Be brief."), USER)) is None
     assert reader.refusal(turns_of(("system", DEFAULT_SYSTEM), USER)) == "system_turn_refused"

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -148,12 +148,10 @@ class TextCodec:
 
     Args:
         encoder: Turns texts into tokens as the model reads them, within its chat template.
-        tokenizer: Turns tokens back into text; the model's own, from transformers.
     """
 
-    def __init__(self, encoder: PromptEncoder, tokenizer: Any):
+    def __init__(self, encoder: PromptEncoder):
         self._encoder = encoder
-        self._tokenizer = tokenizer
         self._threads = [
             ThreadPoolExecutor(1, thread_name_prefix=f"sidelight-{kind}-texts")
             for kind in ("short", "long")
@@ -174,7 +172,7 @@ class TextCodec:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the tokens, without special ones."""
-        return self._tokenizer.decode(
+        return self._encoder.tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 

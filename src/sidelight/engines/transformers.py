@@ -71,7 +71,7 @@ class TransformersEngine(Engine):
         self._model = model or backbone.name
         self._backbone = backbone
         self._panel = self._load_panel(probes)
-        self._codec = TextCodec(backbone.encoder, backbone.tokenizer)
+        self._codec = TextCodec(backbone.encoder)
         if limits is None:
             is_slow = backbone.device.type == "cpu"
             limits = Limits(prefill_tokens=_PREFILL_TOKENS_ON_CPU) if is_slow else Limits()

@@ -87,7 +87,7 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, prompt_format: PromptFormat, max_tokens: int):
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._contents = ContentTokenizer(tokenizer)
         self.prompt_format: PromptFormat = prompt_format
         self.max_tokens = max_tokens
@@ -97,7 +97,7 @@ class PromptEncoder:
     @cached_property
     def chat_format(self) -> ChatFormat:
         """How the model's chat template marks turns."""
-        return ChatFormat(self._tokenizer)
+        return ChatFormat(self.tokenizer)
 
     def recognise(self, token_ids: Sequence[int]) -> EncodedPrompt:
         """The prompt that has these ids, whoever has encoded it.
@@ -109,7 +109,7 @@ class PromptEncoder:
         if turns:
             return EncodedPrompt(ids, token_parts(turns, len(ids), has_response=False))
         # What the tokenizer itself writes around a text. Within it, the same ids are a client's.
-        around = set(self._tokenizer("")["input_ids"])
+        around = set(self.tokenizer("")["input_ids"])
         text = [i for i, token_id in enumerate(ids) if token_id not in around] or [len(ids)]
         parts = (
             Part.PROMPT if text[0] <= i <= text[-1] else Part.TEMPLATE for i in range(len(ids))
@@ -251,7 +251,7 @@ class PromptEncoder:
     def _render(self, turns: Sequence[Message], *, for_generation: bool) -> str:
         conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
-            return self._tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=for_generation
             )
         except TemplateError as error:
@@ -300,7 +300,7 @@ class PromptEncoder:
                 )
             literals.append(rendered[cursor:start])
             cursor = start + len(mark)
-        tokens = self._tokenizer(rendered, add_special_tokens=False, verbose=False)
+        tokens = self.tokenizer(rendered, add_special_tokens=False, verbose=False)
         literals.append(rendered[cursor:])
         return tuple(literals), self.chat_format.markers(tokens["input_ids"])
 

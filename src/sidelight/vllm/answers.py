@@ -116,19 +116,25 @@ class Call:
         from vllm.utils.async_utils import merge_async_iterators
 
         texts = [GuardedText(self, index, name).outputs() for index, name in enumerate(ids)]
-        left, whole = len(texts), None
+        left, whole, kind = len(texts), None, self.params.output_kind
         async with aclosing(merge_async_iterators(*texts)) as outputs:
             async for _, output in outputs:
                 left -= output.finished
                 output.finished = not left
                 output.request_id = request_id
-                if self.params.output_kind != RequestOutputKind.FINAL_ONLY:
+                (piece,) = output.outputs
+                if kind == RequestOutputKind.DELTA:
                     yield output
-                elif whole is None:
+                    continue
+                if whole is None:
                     whole = output
                 else:
-                    whole.add(output, aggregate=False)
-        if whole is not None:
+                    whole.add(output, aggregate=True)
+                if kind == RequestOutputKind.CUMULATIVE:
+                    shown = copy(whole)
+                    shown.outputs = [copy(t) for t in whole.outputs if t.index == piece.index]
+                    yield shown
+        if whole is not None and kind == RequestOutputKind.FINAL_ONLY:
             whole.outputs.sort(key=attrgetter("index"))
             yield whole
 
@@ -154,9 +160,8 @@ class GuardedText:
         self._early = early_names(probes)
         self._late = frozenset(probe.name for probe in probes) - self._early
         self._prompt_tokens = 0 if call.encoded is None else len(call.encoded)
-        self._kind = call.params.output_kind
         self._params = own_params(call.params, index, call.encoded)
-        if self._watch or self._kind != RequestOutputKind.FINAL_ONLY:
+        if self._watch or self._params.output_kind != RequestOutputKind.FINAL_ONLY:
             # What is judged before the end may be all that is sent.
             self._params.output_kind = RequestOutputKind.DELTA
         if self._watch:
@@ -183,9 +188,7 @@ class GuardedText:
         # Characters that keep their spans, whatever follows; None: all of them.
         self._settled: int | None = None
         self._prompt_s = self._judging_s = 0.0
-        # Of the outputs: the first, and all that was sent if the caller wants the whole.
         self._first: Any = None
-        self._whole: Any = None
         # Those of an output of which nothing else was sent.
         self._prompt_logprobs: Any = None
         # Where words are redacted: tokens whose text is held back, and how many were not.
@@ -194,7 +197,7 @@ class GuardedText:
         self._has_sent_tokens = False
 
     async def outputs(self) -> AsyncGenerator[Any, None]:
-        """What may be sent of it, in the form that the caller wants."""
+        """What may be sent of it, piece by piece."""
         client, last = self._call.client, None
         guarded = self._enforcement.guard(self._call.words, self.events())
         async with aclosing(guarded) as passed:
@@ -270,31 +273,19 @@ class GuardedText:
         return self._joined(output, nothing)
 
     def _joined(self, output: Any, piece: Any) -> Any:
-        """A piece of the text in the form that the caller wants; None: nothing to be sent."""
-        from vllm.sampling_params import RequestOutputKind
-
+        """An output with this piece of the text; None: there is nothing in it."""
         piece.index = self._index
         output.outputs = [piece]
         self._has_sent_tokens |= bool(piece.token_ids)
         is_empty = not (piece.text or piece.token_ids)
         if output.finished and is_empty and not self._has_sent_tokens:
             self._call.client.silent.append(self._enforcement)
-        if self._kind == RequestOutputKind.DELTA:
-            if is_empty and not output.finished:
-                self._prompt_logprobs = self._prompt_logprobs or output.prompt_logprobs
-                return None
-            output.prompt_logprobs = output.prompt_logprobs or self._prompt_logprobs
-            self._prompt_logprobs = None
-            return output
-        if self._whole is None:
-            self._whole = output
-        else:
-            self._whole.add(output, aggregate=True)
-        if self._kind == RequestOutputKind.FINAL_ONLY and not output.finished:
+        if is_empty and not output.finished:
+            self._prompt_logprobs = self._prompt_logprobs or output.prompt_logprobs
             return None
-        whole = copy(self._whole)
-        whole.outputs = [copy(self._whole.outputs[0])]
-        return whole
+        output.prompt_logprobs = output.prompt_logprobs or self._prompt_logprobs
+        self._prompt_logprobs = None
+        return output
 
     def _redacted(self, piece: Any, delta: OutputDelta) -> Any:
         """vLLM's ``CompletionOutput``, with what the rules leave of it."""
@@ -412,7 +403,7 @@ class GuardedText:
         start, self._characters = self._characters, self._characters + len(text)
         if self._marks is None:
             return
-        tokenizer = self._call.engine.tokenizer.backend_tokenizer
+        tokenizer = self._call.engine.encoder.tokenizer.backend_tokenizer
         try:
             for token in tokens:
                 self._marks.push(self._stream.step(tokenizer, token) or "")

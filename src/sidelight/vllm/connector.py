@@ -94,7 +94,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
                 reads_responses=self._judge.loaded.reads_responses,
                 prompt_of=described_prompt if served.is_described else self._recognised,
             )
-            self._encoder, _ = prompt_encoder(vllm_config, self._judge.panel.probes)
+            self._encoder = prompt_encoder(vllm_config, self._judge.panel.probes)
 
     # Beside the scheduler.
 

@@ -82,13 +82,12 @@ class VllmEngine(Engine):
         probes: Those that it was started with.
         name: The name that requests use.
         encoder: Turns messages into the model's token ids.
-        tokenizer: The model's tokenizer.
         fingerprint: Of the model; every probe must have been trained on it.
         identity: That of the probes, as its workers loaded them.
 
     Attributes:
         listener: Hears every report of vLLM's.
-        tokenizer: The model's.
+        encoder: The given one, within the context that vLLM has.
     """
 
     def __init__(
@@ -98,7 +97,6 @@ class VllmEngine(Engine):
         *,
         name: str,
         encoder: PromptEncoder,
-        tokenizer: Any,
         fingerprint: Fingerprint,
         identity: str,
     ):
@@ -106,17 +104,16 @@ class VllmEngine(Engine):
         self.listener = OutputListener(llm)
         self._probes = tuple(probes)
         self._identity = identity
-        self.tokenizer = tokenizer
         self._name = name
         self._fingerprint = fingerprint
         # vLLM always writes a token, also when a text is only judged, so one position is kept free.
         room = llm.vllm_config.model_config.max_model_len - 1
-        self._encoder = PromptEncoder(
-            tokenizer,
+        self.encoder = PromptEncoder(
+            encoder.tokenizer,
             prompt_format=encoder.prompt_format,
             max_tokens=min(encoder.max_tokens, room),
         )
-        self._codec = TextCodec(self._encoder, tokenizer)
+        self._codec = TextCodec(self.encoder)
         self._waiting = 0
         self._is_open = False
         # Of a change of probes: requests inside, whether others may come in, whether workers load,
@@ -138,7 +135,7 @@ class VllmEngine(Engine):
 
     @property
     def max_tokens(self) -> int:
-        return self._encoder.max_tokens
+        return self.encoder.max_tokens
 
     @property
     def load(self) -> Load:
@@ -340,7 +337,7 @@ class VllmEngine(Engine):
         """
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        self._encoder.require_within_context(prompt)
+        self.encoder.require_within_context(prompt)
         if not self.is_ready:
             raise EngineUnavailableError()
         try:
@@ -398,7 +395,6 @@ def load_vllm_engine(
         probes,
         name=model,
         encoder=backbone.encoder,
-        tokenizer=backbone.tokenizer,
         fingerprint=served.fingerprint,
         identity=identity,
     )

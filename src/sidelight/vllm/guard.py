@@ -66,18 +66,17 @@ class EngineGuard:
         self._encode, self._abort = llm.encode, llm.abort
         self._text_ids: dict[str, set[str]] = defaultdict(set)
         probes, names = served.load(), llm.vllm_config.model_config.served_model_name
-        encoder, self._tokenizer = prompt_encoder(llm.vllm_config, probes)
-        self.recogniser = PromptRecogniser(encoder, self._tokenizer)
-        self._controls = control_tokens(self._tokenizer).keys()
         self.engine = VllmEngine(
             llm,
             probes,
             name=names if isinstance(names, str) else names[0],
-            encoder=encoder,
-            tokenizer=self._tokenizer,
+            encoder=prompt_encoder(llm.vllm_config, probes),
             fingerprint=served.fingerprint,
             identity=identity_of(probe.version for probe in probes),
         )
+        self.recogniser = PromptRecogniser(self.engine.encoder)
+        self._tokenizer = self.engine.encoder.tokenizer
+        self._controls = control_tokens(self._tokenizer).keys()
         sources = {p.name: Path(f) for p, f in zip(probes, served.folders, strict=True)}
         self.context = Context.of(self.engine, config, sources)
         llm.generate, llm.encode, llm.abort = self.generate, self.encode, self.abort

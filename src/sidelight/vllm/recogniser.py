@@ -27,9 +27,8 @@ class PromptRecogniser:
             that the operator always gives it.
     """
 
-    def __init__(self, encoder: PromptEncoder, tokenizer: Any):
+    def __init__(self, encoder: PromptEncoder):
         self._encoder = encoder
-        self._tokenizer = tokenizer
         self.template: tuple[str | None, Mapping[str, Any]] = (None, {})
         self._heads: tuple[date | None, Sequence[tuple[int, ...]]] = (None, ())
 
@@ -101,8 +100,9 @@ class PromptRecogniser:
 
     def _head(self, role: str) -> tuple[int, ...] | None:
         template, arguments = self.template
+        tokenizer = self._encoder.tokenizer
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = tokenizer.apply_chat_template(
                 [{"role": role, "content": "x"}],
                 chat_template=template,
                 tokenize=False,
@@ -112,7 +112,7 @@ class PromptRecogniser:
         # Templates refuse conversations in many ways, and read fields of messages as they like.
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
             return None
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return _unread(self._encoder.recognise(ids))
 
 

@@ -224,13 +224,12 @@ def server_config(**options: Any) -> "ServerConfig":
     return read_config(**{name: value for name, value in named.items() if value}, **options)
 
 
-def prompt_encoder(vllm_config: Any, probes: Sequence[Probe]) -> tuple[PromptEncoder, Any]:
-    """Recognises conversations that others have encoded for the served model; and its tokenizer."""
+def prompt_encoder(vllm_config: Any, probes: Sequence[Probe]) -> PromptEncoder:
+    """Recognises conversations that others have encoded for the served model."""
     model = vllm_config.model_config
     tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, trust_remote_code=False)
     prompt_format = common_format(probes) or "chat"
-    encoder = PromptEncoder(tokenizer, prompt_format=prompt_format, max_tokens=model.max_model_len)
-    return encoder, tokenizer
+    return PromptEncoder(tokenizer, prompt_format=prompt_format, max_tokens=model.max_model_len)
 
 
 # vLLM's options that Sidelight sets itself, and what to do instead, in any command.
