@@ -33,8 +33,8 @@ from sidelight.probe import Probe
 from sidelight.prompts import Conversation, EncodedPrompt, Part, PlainText
 from sidelight.types import Judgement, Span
 from sidelight.vllm.engine import VllmEngine
-from sidelight.vllm.outputs import StepReport, early_names, without_report
-from sidelight.vllm.requests import request_params
+from sidelight.vllm.outputs import early_names, without_report
+from sidelight.vllm.requests import judgement_of, request_params
 from sidelight.vllm.settings import KEY
 
 
@@ -179,10 +179,10 @@ class GuardedText:
                 ids=[] if call.encoded is None else [*call.encoded.token_ids],
                 skip_special_tokens=call.params.skip_special_tokens,
             )
-        # Of the steps: the first, the newest, and, if a probe is watched, those to be scored.
-        self._first_step: StepReport | None = None
-        self._newest_step: StepReport | None = None
-        self._steps = deque[StepReport]()
+        # The newest report, and, if a probe is watched, those of steps to be scored, with how many
+        # tokens each has written.
+        self._newest: Mapping[str, Any] | None = None
+        self._steps = deque[tuple[int, Mapping[str, Any]]]()
         self._written: list[int] = []
         self._characters = self._heard = self._scored = 0
         # Characters that keep their spans, whatever follows; None: all of them.
@@ -226,13 +226,12 @@ class GuardedText:
         """As those of ``Engine.generate``; each text is an ``OutputDelta``."""
         call, is_judged = self._call, asyncio.get_running_loop().create_future()
 
-        def hear(step: StepReport) -> None:
-            self._newest_step = step
+        def hear(tokens: int, report: Mapping[str, Any]) -> None:
+            self._newest = report
             if self._watch:
-                self._steps.append(step)
-            if self._first_step is None:
-                self._first_step = step
-                is_judged.set_result(None)
+                self._steps.append((tokens, report))
+            if not is_judged.done():
+                is_judged.set_result(report)
 
         written = call.engine.listener.generate(call.prompt, self._params, self._id, **call.options)
         with call.engine.listener.to(self._id, call.identity, hear):
@@ -241,10 +240,10 @@ class GuardedText:
                 first = asyncio.ensure_future(anext(outputs))
                 try:
                     await asyncio.wait({first, is_judged}, return_when=asyncio.FIRST_COMPLETED)
-                    if self._first_step is None:
+                    if not is_judged.done():
                         # It has failed, or was aborted before the prompt was read.
                         first.result()
-                    yield self._prompt_judged()
+                    yield self._prompt_judged(is_judged.result() if is_judged.done() else None)
                     output = await first
                 finally:
                     first.cancel()
@@ -329,10 +328,8 @@ class GuardedText:
             if stays:
                 yield token
 
-    def _prompt_judged(self) -> PromptJudged:
-        judgement = Judgement()
-        if self._first_step is not None:
-            judgement, self._prompt_s = self._first_step.judged()
+    def _prompt_judged(self, report: Mapping[str, Any] | None) -> PromptJudged:
+        judgement, self._prompt_s = _judged_by(report)
         judgement = judgement.of(self._early)
         encoded = self._call.encoded
         if encoded is not None:
@@ -362,11 +359,11 @@ class GuardedText:
         self._note(tokens, piece.text)
         # The steps that wrote these tokens; the last one may have written none.
         while self._steps and (self._heard < written or reason is not None):
-            step = self._steps.popleft()
-            self._heard += step.tokens
+            step_tokens, report = self._steps.popleft()
+            self._heard += step_tokens
             # The newest token has not been read yet.
-            if step.tokens and self._heard > 1:
-                yield self._score(self._heard - 1, self._judged(step))
+            if step_tokens and self._heard > 1:
+                yield self._score(self._heard - 1, self._judged(report))
         # No probe reads the token that ends a turn.
         is_end = reason == "stop" and not isinstance(piece.stop_reason, str)
         readable = written - (is_end and bool(tokens) and tokens[-1] in self._call.controls)
@@ -378,7 +375,7 @@ class GuardedText:
         )
         if reason is None:
             return
-        judgement = self._judged(self._newest_step)
+        judgement = self._judged(self._newest)
         if self._watch and self._scored < readable:
             judgement = await self._judged_whole()
             yield self._score(readable, judgement)
@@ -417,8 +414,8 @@ class GuardedText:
         self._judgement = self._marks.mark(judgement) if self._marks else judgement
         return self._judgement
 
-    def _judged(self, step: StepReport | None) -> Judgement:
-        judgement, seconds = step.judged() if step else (Judgement(), 0.0)
+    def _judged(self, report: Mapping[str, Any] | None) -> Judgement:
+        judgement, seconds = _judged_by(report)
         self._judging_s = seconds - self._prompt_s
         return judgement
 
@@ -448,7 +445,15 @@ class GuardedText:
             fields={k: call.prompt[k] for k in ("type", "cache_salt") if k in call.prompt},
             **call.options,
         )
-        return report.judged()[0] if report else Judgement()
+        return _judged_by(report)[0]
+
+
+def _judged_by(report: Mapping[str, Any] | None) -> tuple[Judgement, float]:
+    """As ``judgement_of``; without verdicts, no probe has said anything."""
+    try:
+        return judgement_of(report)
+    except GenerationError:
+        return Judgement(), 0.0
 
 
 def own_params(params: Any, index: int, encoded: EncodedPrompt | None) -> Any:

@@ -348,7 +348,7 @@ class VllmEngine(Engine):
             ) from error
         except EngineGenerateError as error:
             raise GenerationError("vLLM gave up this request; its log says why.") from error
-        return judgement_of(report and report.params)[0]
+        return judgement_of(report)[0]
 
 
 def load_vllm_engine(

@@ -279,29 +279,21 @@ def captured(path: Path, layers: int) -> Float[Tensor, "layer token width"]:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class StateStage(Stage):
-    """Takes the residual stream as it is."""
-
-    @staticmethod
-    def of(stage: Stage, width: int) -> "StateStage":
-        """One for the passes of another stage."""
-        layers, tokens, _ = stage.rows.shape
-        rows = stage.rows.new_full((layers, tokens, width), torch.nan, dtype=torch.bfloat16)
-        return StateStage(stage.projection, rows)
-
-    def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None:
-        self.rows[layer, : len(stream)].copy_(stream)
-
-
 class StateWorker(Worker):
     """Holds the hidden states of one worker process, and writes those of readings to files."""
 
     def __init__(self, served: Served, *, layers: range, tokens: int, device: torch.device):
         super().__init__(served, layers=layers, tokens=tokens, device=device)
-        self._stage = StateStage.of(self._stage, served.fingerprint.width)
-        self._columns = self._stage.columns
+        self._columns = served.fingerprint.width
+        shape = self._stage.rows.shape[:2]
+        rows = self._stage.rows.new_full((*shape, self._columns), torch.nan, dtype=torch.bfloat16)
+        self._stage = Stage(self._stage.projection, rows)
         # Each pipeline stage writes the states of its layers.
         self._is_whole = True
+
+    def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None:
+        """Takes the residual stream as it is."""
+        self._stage.rows[layer, : len(stream)].copy_(stream)
 
     def _read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
         assert self._pages is not None

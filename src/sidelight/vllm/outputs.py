@@ -4,35 +4,15 @@
 
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-from sidelight.engines.base import GenerationError
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt
-from sidelight.types import Judgement
-from sidelight.vllm.requests import judgement_of, request_params
+from sidelight.vllm.requests import request_params
 from sidelight.vllm.settings import KEY
 
-
-@dataclass(frozen=True)
-class StepReport:
-    """One step's report on one text.
-
-    Attributes:
-        tokens: How many tokens the step has written.
-        params: The ``kv_transfer_params`` of its output.
-    """
-
-    tokens: int
-    params: Mapping[str, Any] | None
-
-    def judged(self) -> tuple[Judgement, float]:
-        """As ``judgement_of``; without verdicts, no probe has said anything."""
-        try:
-            return judgement_of(self.params)
-        except GenerationError:
-            return Judgement(), 0.0
+Listener = Callable[[int, Mapping[str, Any]], object]
+"""Takes how many tokens a step has written, and the ``kv_transfer_params`` of its output."""
 
 
 class OutputListener:
@@ -52,13 +32,11 @@ class OutputListener:
         self.generate: Callable[..., AsyncGenerator[Any, None]] = llm.generate
         self._processor = llm.output_processor
         self._process = self._processor.process_outputs
-        self._listeners: dict[str, tuple[str, Callable[[StepReport], object]]] = {}
+        self._listeners: dict[str, tuple[str, Listener]] = {}
         self._processor.process_outputs = self._hear
 
     @contextmanager
-    def to(
-        self, request_id: str, identity: str, listener: Callable[[StepReport], object]
-    ) -> Generator[None]:
+    def to(self, request_id: str, identity: str, listener: Listener) -> Generator[None]:
         """Gives the listener every report on the request before its outputs can be read.
 
         What probes of another identity say is no verdict.
@@ -77,8 +55,8 @@ class OutputListener:
         identity: str,
         fields: Mapping[str, Any] | None = None,
         **options: Any,
-    ) -> StepReport | None:
-        """Has a text read; the report of the last step, or None if there was none.
+    ) -> Mapping[str, Any] | None:
+        """Has a text read; what the last step reports, or None if there was none.
 
         Args:
             prompt: The token ids, and what they belong to.
@@ -96,8 +74,8 @@ class OutputListener:
             detokenize=False,
             extra_args={"kv_transfer_params": request_params(prompt)},
         )
-        reports: list[StepReport] = []
-        with self.to(request_id, identity, reports.append):
+        reports: list[Mapping[str, Any]] = []
+        with self.to(request_id, identity, lambda _, report: reports.append(report)):
             text = {**(fields or {}), "prompt_token_ids": [*prompt.token_ids]}
             async with aclosing(self.generate(text, params, request_id, **options)) as outputs:
                 async for _ in outputs:
@@ -114,7 +92,7 @@ class OutputListener:
                 if "verdicts" in report and report.get("identity") != identity:
                     error = "Other probes have judged than those that the request began with."
                     report = {"error": error}
-                listener(StepReport(len(output.new_token_ids), {KEY: report}))
+                listener(len(output.new_token_ids), {KEY: report})
         return self._process(outputs, *args, **kwargs)
 
 
