@@ -214,13 +214,13 @@ def test_a_prompt_is_decided_once_for_engine_record_and_client(early):
 def test_without_a_verdict_a_prompt_is_refused_and_plain_text_by_the_clients_fault(early):
     both = BoundRule(replace(early, name="both", prompt_format="both"), Rule("block"))
     failed = PromptJudged(Judgement((), ("early", "both")), is_plain=True, tokens=3)
-    for rules, fault, message in (
-        ([both, BoundRule(early, Rule("block"))], "request", "^No verdict from early: probes that"),
-        ([both], "failed", "^No verdict from both: the output"),
+    for rules, status, message in (
+        ([both, BoundRule(early, Rule("block"))], 400, "^No verdict from early: probes that"),
+        ([both], 500, "^No verdict from both: the output"),
     ):
         enforcement = Enforcement(rules, lambda _: Notes())
         assert not enforcement.admits(failed)
         with pytest.raises(PolicyError, match=message) as refused:
             guarded(enforcement, failed)
-        assert refused.value.fault == fault
+        assert refused.value.status == status
         assert {decision.action for decision in refused.value.decisions} == {"fail_closed"}
