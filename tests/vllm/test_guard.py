@@ -20,7 +20,7 @@ from sidelight.errors import SidelightError
 from sidelight.manifest import read_manifest
 from sidelight.policy.decisions import PolicyError
 from sidelight.prompts import PromptEncoder, Reads
-from sidelight.vllm.endpoint import ProbeEndpoint, ProbeMiddleware
+from sidelight.vllm.endpoint import ProbeEndpoint
 from sidelight.vllm.guard import EngineGuard, RefusedError
 from sidelight.vllm.recogniser import PromptRecogniser
 from sidelight.vllm.settings import KEY, Served, identity_of, server_config
@@ -530,7 +530,7 @@ def answered(llm, vllm, path="/v1/chat/completions"):
     async def receive():
         return {"type": "http.request", "body": b"{}"}
 
-    asyncio.run(ProbeMiddleware(app, endpoint=endpoint)(scope, receive, send))
+    asyncio.run(endpoint.around(app)(scope, receive, send))
     start, *bodies = sent
     body = b"".join(event.get("body", b"") for event in bodies)
     assert not bodies[-1].get("more_body")

@@ -170,22 +170,20 @@ class Load:
 
 
 class Engine(ABC):
-    """One served model with its probes."""
+    """One served model with its probes.
 
-    @property
-    @abstractmethod
-    def model(self) -> str:
-        """The name that requests give as ``model``."""
+    Attributes:
+        model: The name that requests give as ``model``.
+        max_tokens: The longest input that the model reads, in tokens.
+    """
+
+    model: str
+    max_tokens: int
 
     @property
     @abstractmethod
     def probes(self) -> Sequence[Probe]:
         """Every loaded probe."""
-
-    @property
-    @abstractmethod
-    def max_tokens(self) -> int:
-        """The longest input that the model reads, in tokens."""
 
     @property
     @abstractmethod

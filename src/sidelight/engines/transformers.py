@@ -68,7 +68,8 @@ class TransformersEngine(Engine):
         limits: Limits | None = None,
         model: str | None = None,
     ):
-        self._model = model or backbone.name
+        self.model = model or backbone.name
+        self.max_tokens = backbone.encoder.max_tokens
         self._backbone = backbone
         self._panel = self._load_panel(probes)
         self._codec = TextCodec(backbone.encoder)
@@ -82,16 +83,8 @@ class TransformersEngine(Engine):
         self._loop: asyncio.Task[None] | None = None
 
     @property
-    def model(self) -> str:
-        return self._model
-
-    @property
     def probes(self) -> Sequence[Probe]:
         return self._panel.probes
-
-    @property
-    def max_tokens(self) -> int:
-        return self._backbone.encoder.max_tokens
 
     @property
     def load(self) -> Load:

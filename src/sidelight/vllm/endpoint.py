@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from prometheus_client import REGISTRY
@@ -64,7 +64,7 @@ class ProbeEndpoint:
     def attach_router(self, app: Any) -> None:
         """Adds the middleware inside vLLM's own authentication, and a gate for keys of ours."""
         self._vllm = app
-        app.add_middleware(ProbeMiddleware, endpoint=self)
+        app.add_middleware(self.around)
         config = server_config()
         # vLLM guards some routes with its keys; ours hold on all.
         has_keys = bool(_keys_of_vllm(app.state.args))
@@ -101,32 +101,26 @@ class ProbeEndpoint:
         is_theirs = any(route.matches(scope)[0] == Match.FULL for route in self._vllm.routes)
         return None if is_theirs else self._application
 
+    def around(self, app: ASGIApp) -> ASGIApp:
+        """The middleware: answers the routes that are ours, and adds to vLLM's answers to posts."""
+        return partial(self._answer, app)
 
-class ProbeMiddleware:
-    """Wraps vLLM's application."""
-
-    def __init__(self, app: ASGIApp, *, endpoint: ProbeEndpoint):
-        self._app = app
-        self._endpoint = endpoint
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers the routes that are ours, and adds to vLLM's answers to posts."""
-        guard = self._endpoint.guard
-        if guard is None or scope["type"] != "http":
-            await self._app(scope, receive, send)
-        elif (ours := self._endpoint.application(scope)) is not None:
+    async def _answer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.guard is None or scope["type"] != "http":
+            await app(scope, receive, send)
+        elif (ours := self.application(scope)) is not None:
             # As the outermost application of its own.
             await ours({**scope, "app": ours, "root_path": ""}, receive, send)
         elif scope["method"] != "POST":
-            await self._app(scope, receive, send)
+            await app(scope, receive, send)
         else:
-            await self._guarded(guard, scope, receive, send)
+            await self._guarded(self.guard, app, scope, receive, send)
 
     async def _guarded(
-        self, guard: EngineGuard, scope: Scope, receive: Receive, send: Send
+        self, guard: EngineGuard, app: ASGIApp, scope: Scope, receive: Receive, send: Send
     ) -> None:
         authorization = Headers(scope=scope).get("authorization", "")
-        caller = self._endpoint.access.caller(authorization) or Caller()
+        caller = self.access.caller(authorization) or Caller()
         observer = guard.context.observer.of(f"req_{uuid.uuid4().hex}", key_id=caller.key_id)
         fields, receive = await _read(receive)
         await guard.engine.settled()
@@ -148,7 +142,7 @@ class ProbeMiddleware:
             )
             client_request.set(request)
             try:
-                await self._app(scope, receive, answer)
+                await app(scope, receive, answer)
             # vLLM raises anything after a refusal.
             except Exception:
                 if not await answer.fail():

@@ -104,7 +104,7 @@ class VllmEngine(Engine):
         self.listener = OutputListener(llm)
         self._probes = tuple(probes)
         self._identity = identity
-        self._name = name
+        self.model = name
         self._fingerprint = fingerprint
         # vLLM always writes a token, also when a text is only judged, so one position is kept free.
         room = llm.vllm_config.model_config.max_model_len - 1
@@ -113,6 +113,7 @@ class VllmEngine(Engine):
             prompt_format=encoder.prompt_format,
             max_tokens=min(encoder.max_tokens, room),
         )
+        self.max_tokens = self.encoder.max_tokens
         self._codec = TextCodec(self.encoder)
         self._waiting = 0
         self._is_open = False
@@ -126,16 +127,8 @@ class VllmEngine(Engine):
         self._turn = asyncio.Lock()
 
     @property
-    def model(self) -> str:
-        return self._name
-
-    @property
     def probes(self) -> tuple[Probe, ...]:
         return self._probes
-
-    @property
-    def max_tokens(self) -> int:
-        return self.encoder.max_tokens
 
     @property
     def load(self) -> Load:
