@@ -27,17 +27,6 @@ from sidelight.types import Task, Verdict, spans_json
 _MAX_QUESTIONS = 400
 _MAX_CHOICES = 255
 
-Explain = Annotated[
-    Literal["matrix"] | bool | None,
-    Field(
-        description="Whether to say what each token and layer adds to the logits; "
-        "`matrix`: also each token in each layer."
-    ),
-]
-# Explanations, in the order of the verdicts; only if the request asks.
-Explanations = IfAny[list[dict[str, Any]]]
-# By probe; only if one of them labels words and its rule discloses them.
-SpansByProbe = IfAny[dict[str, list[dict[str, Any]]]]
 # The probe and label that a name in a question means.
 Meanings = Mapping[str, tuple[str, str]]
 
@@ -107,14 +96,22 @@ class DecisionRequest(StrictBody):
         ),
     ]
     questions: Listed[Question] = Field(min_length=1, max_length=_MAX_QUESTIONS)
-    explain: Explain = None
+    explain: Literal["matrix"] | bool | None = Field(
+        None,
+        description="Whether to say what each token and layer adds to the logits; "
+        "`matrix`: also each token in each layer.",
+    )
 
 
 class DecisionResponse(Decision):
-    """OpenAI's decision, whose answers are in the order of the questions."""
+    """OpenAI's decision, whose answers are in the order of the questions.
 
-    explanations: Explanations = None
-    spans: SpansByProbe = None
+    Explanations are in the order of the verdicts, and spans by probe, if it labels words and its
+    rule discloses them.
+    """
+
+    explanations: IfAny[list[dict[str, Any]]] = None
+    spans: IfAny[dict[str, list[dict[str, Any]]]] = None
 
 
 @router.post("/v1/decisions", name="create")

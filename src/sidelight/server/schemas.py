@@ -19,7 +19,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     field_validator,
     model_validator,
@@ -107,16 +106,9 @@ def _require_few(messages: Any) -> Any:
     return messages
 
 
-class _FirstError(FailFast):
-    """Ends a list at its first wrong item: only that one is reported, and each error costs time."""
-
-    def __hash__(self) -> int:
-        # Python 3.11 hashes the members of a union; pydantic's class has no hash.
-        return hash(type(self))
-
-
 T = TypeVar("T")
-FIRST_ERROR = _FirstError()
+# A list ends at its first wrong item: only that one is reported, and each error costs time.
+FIRST_ERROR = Field(fail_fast=True)
 # A field of an answer that is there only if it says something.
 IfAny = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
 Name = Annotated[str, Field(max_length=_MAX_NAME)]
