@@ -46,22 +46,16 @@ OfflineRequest = tuple[int, EncodedPrompt, Mapping[str, Any]]
 
 
 class Offline:
-    """A running ``LLMEngine`` of vLLM's; ``start`` makes one."""
+    """A running ``LLMEngine`` of vLLM's on a backbone's weights, with options of ``EngineArgs``.
 
-    def __init__(self, llm: Any):
-        self._llm = llm
-        self._most_tokens = _STEPS_AHEAD * llm.vllm_config.scheduler_config.max_num_batched_tokens
+    Raises:
+        SidelightError: vLLM is not installed, an option is unknown, or the plugin does not support
+            a feature that is in use.
+    """
 
-    @classmethod
-    def start(
-        cls, backbone: TransformersBackbone, config: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> "Offline":
-        """Starts vLLM on the weights of a backbone, with options of vLLM's ``EngineArgs``.
-
-        Raises:
-            SidelightError: vLLM is not installed, an option is unknown, or the plugin does not
-                support a feature that is in use.
-        """
+    def __init__(
+        self, backbone: TransformersBackbone, config: Mapping[str, Any], options: Mapping[str, Any]
+    ):
         require_vllm()
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -74,7 +68,9 @@ class Offline:
             additional_config={KEY: {**config, DESCRIBED: True}},
             **{"max_model_len": backbone.encoder.max_tokens, **options},
         )
-        return cls(LLMEngine.from_engine_args(arguments))
+        self._llm: Any = LLMEngine.from_engine_args(arguments)
+        scheduling = self._llm.vllm_config.scheduler_config
+        self._most_tokens = _STEPS_AHEAD * scheduling.max_num_batched_tokens
 
     def run(self, requests: Iterable[OfflineRequest]) -> Generator[tuple[int, EncodedPrompt, Any]]:
         """Yields each number and prompt with vLLM's output, in the order in which they end.
@@ -149,7 +145,7 @@ def predict(
         ContextLengthError: A text is longer than the backbone reads, or leaves no room for the
             token that vLLM always writes. None is cut.
         VerdictError: A verdict cannot be computed.
-        SidelightError: As ``Offline.start``, or vLLM stops.
+        SidelightError: As for ``Offline``, or vLLM stops.
     """
     probe, backbone = classifier.probe, classifier.backbone
     examples = [as_example(text) for text in texts]
@@ -167,7 +163,7 @@ def predict(
         requests = ((i, prompt, request_params(prompt)) for i, prompt in enumerate(prompts))
         verdicts: dict[int, Verdict] = {}
         with (
-            closing(Offline.start(backbone, config, options or {})) as llm,
+            closing(Offline(backbone, config, options or {})) as llm,
             progress("Judging", sum(map(len, prompts)), unit="tokens") as shown,
         ):
             for index, prompt, output in llm.run(requests):
@@ -248,7 +244,7 @@ class VllmSource:
         """The engine, started if it is not running yet."""
         if self._llm is None:
             config = {"probes": [], STATES: True}
-            self._llm = Offline.start(self._backbone, config, self._options)
+            self._llm = Offline(self._backbone, config, self._options)
         return self._llm
 
 
