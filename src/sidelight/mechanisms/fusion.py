@@ -69,7 +69,7 @@ class Fusion(Mechanism):
         features = functional.dropout(features, DROPOUT, self.training)
         values = torch.einsum("tr,rhc->thc", features, self.value)
         scores, ends = features @ self.gate, features @ self.last
-        return summarise_with_last(scores[:, None], values[:, None], ends[:, None], tokens)
+        return summarise_with_last(scores[:, None], values[:, None], tokens, ends[:, None])
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
         return merge_with_last(left, right)

@@ -83,7 +83,7 @@ class Readout(Mechanism):
         signs = self.extremes.shape[2]
         sizes = [heads, heads * outputs, outputs, signs * outputs]
         scores, values, last, candidates = tokens.values.float().split(sizes, -1)
-        means = summarise_with_last(scores, values.unflatten(-1, (heads, -1)), last, tokens)
+        means = summarise_with_last(scores, values.unflatten(-1, (heads, -1)), tokens, last)
         if not signs:
             return means
         maxima = Ragged(candidates, tokens.lengths).maxima().unflatten(-1, (signs, outputs))

@@ -58,16 +58,12 @@ def masked_softmax(
 def summarise_with_last(
     scores: Float[Tensor, "row group head"],
     values: Float[Tensor, "row group head value"],
-    ends: Float[Tensor, "row group value"],
     tokens: Ragged,
+    ends: Float[Tensor, "row group value"],
 ) -> Ragged:
     """As ``summarise_softmax``, with the last token as one more head.
 
-    Args:
-        scores: Logits of the weights, float32.
-        values: What is weighted, float32.
-        ends: The last head's values of every token; only a segment's last one counts.
-        tokens: Gives the rows' segments.
+    That head's values of every token are ``ends``; only a segment's last one counts.
     """
     gated = summarise_softmax(scores, values, tokens).values
     has_token = tokens.lengths > 0
