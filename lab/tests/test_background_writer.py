@@ -1,6 +1,5 @@
 """Background traffic: what an LLM writes, what is kept of it, and the packaged set."""
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -81,41 +80,6 @@ def test_every_kind_is_written_and_a_seed_decides_what(kind: str, with_tools: Tr
     assert {turn.role for turns in drafts for turn in turns} == {"user", *OTHER_ROLES[kind]}
     assert drafts == writer.write_batch(with_tools, number, 0)
     assert drafts != writer.write_batch(with_tools, number, 1)
-
-
-@pytest.mark.usefixtures("few_rows")
-def test_a_killed_run_continues_to_the_file_that_an_undisturbed_run_writes(
-    tiny: TransformersBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    write_background(tiny, 6, tmp_path / "undisturbed.jsonl")
-    path = tmp_path / "killed.jsonl"
-    written: list[int] = []
-    kills = [1]
-
-    def write_batch(backbone: TransformersBackbone, number: int, seed: int):
-        if number in kills:
-            kills.remove(number)
-            raise KeyboardInterrupt
-        written.append(number)
-        return writer.write_batch(backbone, number, seed)
-
-    monkeypatch.setattr(background, "write_batch", write_batch)
-    with pytest.raises(KeyboardInterrupt):
-        write_background(tiny, 6, path)
-    with (tmp_path / "killed.jsonl.batches").open("a") as file:
-        file.write('{"model": "')
-    write_background(tiny, 6, path)
-    assert written == [*range(len(written))]
-    assert path.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
-
-
-def test_what_another_model_or_seed_has_begun_is_not_continued(tmp_path: Path):
-    path = tmp_path / "traffic.jsonl.batches"
-    run = {"model": "0123", "seed": 0}
-    path.write_text(json.dumps({**run, "conversations": ["Hello"]}) + "\n")
-    assert background._resumed(path, run) == [[said("Hello")]]
-    assert background._resumed(path, {**run, "seed": 1}) == []
-    assert background._resumed(path, run) == []
 
 
 def test_equal_and_nearly_equal_conversations_are_kept_once():
