@@ -91,7 +91,6 @@ def figures(backbone, threshold, prompts):
         prompts=prompts,
         own={"mine": [ATTACK]},
         attacks=2,
-        seed=0,
     )
     assert f"{record.results['alone']['flagged']} of 2" in record.to_markdown()
     return json.loads(record.to_json())

@@ -1,28 +1,28 @@
 """Servers under load: each fault is found, a sound server has none, and costs are paired."""
 
-from collections import Counter
 from dataclasses import replace
-from itertools import islice
 
 import pytest
+from transformers import LlamaConfig
 
-from sidelight_lab.bench.load import WORDS, Answer, Ticket, examples_of, faults, tickets
-from sidelight_lab.bench.measurement import total
+from sidelight.artifact import load_probe
+from sidelight.policy.rules import read_policy
+from sidelight_lab.bench.load import PROBES, TOLERANCE, Answer, Question, faults, prepare
 from sidelight_lab.bench.serving import MEASURES, NOTHING, costs_of
+from tiny import SIZES, tiny_backbone
 
-TICKET = Ticket(7, "amber", is_abuse=False)
+QUESTION = Question("Hello", {"blocking": 0.2, "telling": 0.7}, is_blocked=False)
 
 
-def verdicts(word="amber"):
-    return (
-        {"probe": "word", "label": word},
-        {"probe": "abuse", "label": "fine"},
-        {"probe": "reply", "label": "fine"},
+def verdicts(blocking=0.2, telling=0.7):
+    return tuple(
+        {"probe": name, "probabilities": {"yes": probability}}
+        for name, probability in zip(PROBES, (blocking, telling, 0.5), strict=True)
     )
 
 
-FAILED = {"probe": "word", "error": "verdict_failed"}
-SOUND = Answer(TICKET, "a", 0.1, verdicts(), verdicts(), "length")
+FAILED = {"probe": "telling", "error": "verdict_failed"}
+SOUND = Answer(QUESTION, "a", 0.1, verdicts(), verdicts(), "length")
 
 
 def found(*answers):
@@ -34,12 +34,12 @@ def found(*answers):
     [
         ({"verdicts": verdicts()[1:], "in_header": ()}, "lost verdicts"),
         ({"verdicts": (*verdicts(), verdicts()[0])}, "duplicated verdicts"),
-        ({"verdicts": verdicts("dune"), "in_header": ()}, "verdicts of another request"),
-        ({"verdicts": (FAILED, *verdicts()[1:]), "in_header": (FAILED,)}, "lost verdicts"),
-        ({"in_header": ({"probe": "abuse", "label": "abuse"},)}, "header unlike the answer"),
-        ({"ticket": replace(TICKET, is_abuse=True)}, "abuse that was answered"),
+        ({"verdicts": verdicts(telling=0.5), "in_header": ()}, "verdicts of another request"),
+        ({"in_header": verdicts(0.2 + 2 * TOLERANCE)}, "verdicts of another request"),
+        ({"verdicts": (*verdicts()[::2], FAILED), "in_header": (FAILED,)}, "lost verdicts"),
+        ({"question": replace(QUESTION, is_blocked=True)}, "answered, but to be blocked"),
         ({"id": "a"}, "answers that share an id"),
-        ({"id": None, "ending": "content_filter"}, "others that were blocked"),
+        ({"id": None, "ending": "content_filter"}, "blocked, but to be answered"),
         ({"id": None, "ending": "APITimeoutError"}, "failed requests"),
     ],
 )
@@ -48,32 +48,24 @@ def test_each_fault_of_an_answer_is_found(answer, fault):
 
 
 def test_sound_answers_and_refusals_have_no_fault():
-    blocked = Answer(Ticket(8, "basalt", is_abuse=True), None, 0.1, (), (), "content_filter")
+    blocked = Answer(replace(QUESTION, is_blocked=True), None, 0.1, (), (), "content_filter")
     assert found(SOUND, replace(SOUND, id="b"), blocked) == {}
 
 
-def test_tickets_have_numbers_and_words_of_their_own():
-    some = list(islice(tickets(), 320))
-    assert len({ticket.number for ticket in some}) == len({ticket.text for ticket in some}) == 320
-    assert Counter(ticket.word for ticket in some) == dict.fromkeys(WORDS, 20)
-    assert sum(ticket.is_abuse for ticket in some) == 40
-
-
-@pytest.mark.parametrize("probe", ["abuse", "reply"])
-def test_the_words_of_abuse_are_labelled_where_they_stand(probe):
-    some = [*islice(tickets(), 32)]
-    examples = examples_of(probe, some, spans=True)
-    for ticket, item, spans in zip(some, examples.items, examples.spans, strict=True):
-        marked = [(item.response or item.text)[span.start : span.end] for span in spans]
-        assert marked == ([ticket.text.partition(": ")[2]] if ticket.is_abuse else [])
-    assert sum(map(bool, examples.spans)) == 4
-
-
-def test_series_are_added_over_their_labels():
-    text = 'a_total{probe="x",outcome="passed"} 2.0\na_total{probe="y"} 3.0\nb 4.0\n# a_total 9\n'
-    assert total(text, "a_total") == 5
-    assert total(text, "a_total", probe="x") == 2
-    assert total(text, "a_total", probe="x", outcome="refused") == 0
+@pytest.mark.slow
+@pytest.mark.parametrize("spans", [False, True])
+def test_questions_have_verdicts_of_their_own_and_one_of_eight_is_blocked(tmp_path, spans):
+    backbone = tiny_backbone(LlamaConfig(**{**SIZES, "max_position_embeddings": 640}))
+    backbone.encoder.max_tokens = 640
+    folders, policy, questions = prepare(backbone, tmp_path, spans=spans)
+    assert len({question.text for question in questions}) > 100
+    said = [question.probabilities["telling"] for question in questions]
+    assert len({round(probability / TOLERANCE) for probability in said}) > 8
+    threshold = read_policy(policy).input["blocking"].threshold
+    for question in questions:
+        assert question.is_blocked == (question.probabilities["blocking"] >= threshold)
+    assert 0.05 < sum(question.is_blocked for question in questions) / len(questions) < 0.2
+    assert [load_probe(folder).name for folder in folders] == [*PROBES]
 
 
 def test_what_probes_add_is_paired_with_the_same_round_without_them():

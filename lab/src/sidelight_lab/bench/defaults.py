@@ -15,7 +15,7 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import fit_calibration, suggested_calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.evaluation import evaluate
+from sidelight.evaluation import Estimate, evaluate
 from sidelight.metrics import log_losses
 from sidelight.states.extraction import cached_logits
 from sidelight.training.contexts import draw_contexts
@@ -272,69 +272,57 @@ def _loss(task: Task, logits: Logits, labels: Int[np.ndarray, " text"]) -> float
     return float(log_losses(task, calibration.apply(logits), labels).mean())
 
 
-def differences(judged: Sequence[Judged]) -> list[dict[str, Any]]:
-    """What the default gains on each other row, by size; resampled over draws and texts, 95 %."""
+def differences(judged: Sequence[Judged]) -> dict[tuple[str, str], dict[str, Estimate]]:
+    """What the default gains on each other row, by size and row; over draws and texts."""
     ours = {(one.size, one.draw): one for one in judged if one.row == DEFAULT}
     rows: dict[tuple[str, str], list[tuple[Judged, Judged]]] = {}
     for one in judged:
         if one.row != DEFAULT:
             rows.setdefault((one.size, one.row), []).append((ours[one.size, one.draw], one))
-    return [
-        {
-            "size": size,
-            "row": row,
-            "draws": len(pairs),
-            "accuracy gained": _interval([a.right.astype(float) - b.right for a, b in pairs]),
-            "log loss saved": _interval([b.losses - a.losses for a, b in pairs]),
+    return {
+        key: {
+            "accuracy gained": _gain([a.right.astype(float) - b.right for a, b in pairs]),
+            "log loss saved": _gain([b.losses - a.losses for a, b in pairs]),
         }
-        for (size, row), pairs in rows.items()
-    ]
+        for key, pairs in rows.items()
+    }
 
 
-def _interval(by_draw: Sequence[Float[np.ndarray, " text"]]) -> tuple[float, float, float]:
-    """The mean, and the interval of the mean over resampled draws and resampled texts."""
+def _gain(by_draw: Sequence[Float[np.ndarray, " text"]]) -> Estimate:
+    """The mean, with the interval of the mean over resampled draws and resampled texts."""
     random, gains = np.random.default_rng(0), np.stack(by_draw)
     draws, texts = gains.shape
     means = [
         gains[random.integers(draws, size=draws)][:, random.integers(texts, size=texts)].mean()
         for _ in range(_RESAMPLES)
     ]
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(gains.mean()), float(low), float(high)
+    return Estimate.of(np.array([gains.mean(), *means]))
 
 
 def described(judged: Sequence[Judged]) -> dict[str, Any]:
     """Every model's figures, and the differences, as JSON-ready values."""
     rows = [{"size": one.size, "row": one.row, "draw": one.draw, **one.figures} for one in judged]
-    return {"rows": rows, "differences": differences(judged)}
+    gained = [
+        {"size": size, "row": row, **{name: gain.to_dict() for name, gain in gains.items()}}
+        for (size, row), gains in differences(judged).items()
+    ]
+    return {"rows": rows, "differences": gained}
 
 
 def defaults_table(judged: Sequence[Judged]) -> str:
     """The mean over draws of each figure by size and row, and what the default gains on it."""
-    gained = {(one["size"], one["row"]): one for one in differences(judged)}
+    gained = differences(judged)
+    columns, gains = (*FIGURES, *_ACCURACIES), ("accuracy gained", "log loss saved")
     cells: list[list[str]] = []
-    for size in dict.fromkeys(one.size for one in judged):
-        for row in dict.fromkeys(one.row for one in judged if one.size == size):
-            own = [one for one in judged if (one.size, one.row) == (size, row)]
-            cells.append(
-                [size, row, str(len(own)), *(_mean(own, key) for key in _COLUMNS)]
-                + [_shown(gained.get((size, row)), key) for key in _GAINS]
-            )
-    headings = ["trained on", "row", "draws", *_COLUMNS, *_GAINS]
+    for size, row in dict.fromkeys((one.size, one.row) for one in judged):
+        own = [one.figures for one in judged if (one.size, one.row) == (size, row)]
+        # All draws of a row have the same figures.
+        means = [
+            f"{np.mean([f[name] for f in own]):.3f}" if name in own[0] else "" for name in columns
+        ]
+        compared = gained.get((size, row), {})
+        cells.append(
+            [size, row, str(len(own)), *means, *(str(compared.get(name, "")) for name in gains)]
+        )
+    headings = ["trained on", "row", "draws", *columns, *gains]
     return table("Texts that were held out", headings, cells)
-
-
-def _mean(own: Sequence[Judged], key: str) -> str:
-    values = [one.figures[key] for one in own if key in one.figures]
-    return f"{np.mean(values):.3f}" if values else ""
-
-
-def _shown(gain: dict[str, Any] | None, key: str) -> str:
-    if gain is None:
-        return ""
-    mean, low, high = gain[key]
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
-_COLUMNS = (*FIGURES, *_ACCURACIES)
-_GAINS = ("accuracy gained", "log loss saved")

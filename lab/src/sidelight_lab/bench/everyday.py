@@ -66,8 +66,7 @@ def measure_everyday(
     *,
     prompts: Sequence[str],
     own: Mapping[str, Sequence[Messages]],
-    attacks: int,
-    seed: int,
+    attacks: int = 20,
 ) -> Record:
     """The share of harmless traffic that is flagged, and of attacks among harmless texts.
 
@@ -78,12 +77,11 @@ def measure_everyday(
             any, both are left out.
         own: More harmless conversations, by the name of their row.
         attacks: The most attacks, and the number of paddings of each length.
-        seed: Draws attacks, prompts, paddings, and the order of the questions.
 
     Raises:
         SidelightError: The examples have no positive text, or no other.
     """
-    random = Random(seed)
+    random = Random(0)
     is_positive = positive_texts(examples, target.thresholds)
     positives = [item.messages for item in compress(examples.items, is_positive)]
     negatives = [item.messages for item in compress(examples.items, ~is_positive)]
@@ -133,7 +131,7 @@ def measure_everyday(
         [name, *_cells(recall), _cells(alarm)[1], "-" if net is None else f"{net:.2f}"]
         for name, recall, alarm, net in rows
     ]
-    settings = {"probe": target.probe.name, "thresholds": dict(target.thresholds), "seed": seed}
+    settings = {"probe": target.probe.name, "thresholds": dict(target.thresholds)}
     return Record(
         "everyday",
         conditions(target.backbone, settings),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -21,7 +21,7 @@ import torch
 
 from sidelight.errors import SidelightError
 from sidelight.storage import write_json, write_text
-from sidelight_lab.bench.gpu_sections import SHAPES, Setting
+from sidelight_lab.bench.gpu_sections import Setting
 from sidelight_lab.bench.measurement import Range, table
 from sidelight_lab.environment import environment
 
@@ -29,36 +29,23 @@ from sidelight_lab.environment import environment
 PARITY_ERROR = 1e-4
 _READOUTS = (0, 1, 10, 100)
 _GIB = 2**30
-# A section is given up after this many times its estimate, and after these seconds at least.
-_PATIENCE, _PATIENCE_S = 4, 300
+# A section is given up after these seconds.
+_PATIENCE_S = 600
 
-
-@dataclass(frozen=True)
-class Section:
-    """One measurement, by the function of ``gpu_sections.SECTIONS`` that its name begins with.
-
-    Attributes:
-        estimate_s: Seconds on a GPU.
-        arguments: Of the function.
-        runner: Of vLLM's two model runners; None takes the second where it gave right verdicts.
-    """
-
-    estimate_s: int
-    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    runner: int | None = None
-
-
-CHECK: Mapping[str, Section] = {
-    "graphs": Section(20),
-    "reference": Section(60),
+# By name, the arguments of the function of ``gpu_sections.SECTIONS`` that the name begins with.
+# ``runner`` is one of vLLM's two model runners; without it, the second if that gave right verdicts.
+CHECK: Mapping[str, Mapping[str, Any]] = {
+    "graphs": {},
+    "reference": {},
     **{
-        f"parity: runner {runner}, {'eager' if eager else 'graphs'}": Section(
-            60 if eager else 90, {"eager": eager}, runner
-        )
+        f"parity: runner {runner}, {'eager' if eager else 'graphs'}": {
+            "eager": eager,
+            "runner": runner,
+        }
         for runner in (1, 2)
         for eager in (True, False)
     },
-    **{f"serving: {count} readouts": Section(120, {"readouts": count}) for count in _READOUTS},
+    **{f"serving: {count} readouts": {"readouts": count} for count in _READOUTS},
 }
 
 
@@ -66,10 +53,8 @@ def run_check(
     folder: Path,
     *,
     model: str | None = None,
-    shape: str | None = None,
     engine_option: Mapping[str, Any] | None = None,
     only: Sequence[str] = (),
-    again: bool = False,
 ) -> bool:
     """Runs the sections that have no result yet; returns whether all in the report passed.
 
@@ -78,19 +63,15 @@ def run_check(
     Args:
         folder: Of the report.
         model: As ``Setting``.
-        shape: As ``Setting``; None takes the largest that the GPU has room for.
         engine_option: As ``Setting``.
         only: Beginnings of the names of sections; empty for all.
-        again: Measures everything again.
 
     Raises:
         SidelightError: A name is unknown, or the folder has a report of another machine, other
             versions or other settings.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = shape or _fitting_shape(device)
-    if shape not in SHAPES:
-        raise SidelightError(f"There is no shape '{shape}'; there are {', '.join(SHAPES)}.")
+    shape = _fitting_shape(device)
     files = str((folder / "files").absolute())
     setting = Setting(device, files, model, shape, dict(engine_option or {}))
     machine = environment()
@@ -104,19 +85,19 @@ def run_check(
         "shape": shape,
         "engine options": json.dumps(setting.engine_option, sort_keys=True),
     }
-    results = {} if again else _earlier_results(folder, conditions)
+    results = _earlier_results(folder, conditions)
     chosen = [name for name in CHECK if name.startswith(tuple(only) or "")]
     if not chosen:
         raise SidelightError(f"No section begins with {', '.join(only)}: {'; '.join(CHECK)}.")
     for number, name in enumerate(chosen, start=1):
         line = f"[{number}/{len(chosen)}] {name}"
         if "result" in results.get(name, {}):
-            click.echo(f"{line}: has a result (--again measures it again)", err=True)
+            click.echo(f"{line}: has a result", err=True)
             continue
-        click.echo(f"{line}: about {CHECK[name].estimate_s} s on a GPU ...", err=True)
+        click.echo(f"{line} ...", err=True)
         is_right = passed("parity", results.get("parity: runner 2, graphs", {}))
-        runner = CHECK[name].runner or (2 if is_right else 1)
-        results[name] = outcome = _run(name, runner, setting, folder)
+        arguments = {"runner": 2 if is_right else 1, **CHECK[name]}
+        results[name] = outcome = _run(name, setting, folder, **arguments)
         write_json(folder / "gpu.json", {"conditions": conditions, "sections": results})
         write_text(folder / "gpu.md", report(conditions, results))
         click.echo(f"{line}: {_told(name, outcome)} ({outcome['seconds']:.0f} s)", err=True)
@@ -124,6 +105,7 @@ def run_check(
 
 
 def _fitting_shape(device: str) -> str:
+    """The largest that the GPU has room for."""
     if device == "cpu":
         return "tiny"
     memory = torch.cuda.get_device_properties(0).total_memory / _GIB
@@ -139,13 +121,15 @@ def _earlier_results(folder: Path, conditions: Mapping[str, Any]) -> dict[str, A
     changed = [name for name in conditions if before.get(name) != conditions[name]]
     if changed:
         raise SidelightError(
-            f"{folder} has a report under other conditions ({', '.join(changed)}). Name another "
-            "folder with --out, or give --again."
+            f"{folder} has a report under other conditions ({', '.join(changed)}). Remove it, or "
+            "name another folder with --out."
         )
     return earlier["sections"]
 
 
-def _run(name: str, runner: int, setting: Setting, folder: Path) -> dict[str, Any]:
+def _run(
+    name: str, setting: Setting, folder: Path, *, runner: int, **arguments: Any
+) -> dict[str, Any]:
     """Its seconds, with its result or its error."""
     setting.path.mkdir(parents=True, exist_ok=True)
     result = setting.path / "result.json"
@@ -155,12 +139,11 @@ def _run(name: str, runner: int, setting: Setting, folder: Path) -> dict[str, An
     order = {
         "section": name.partition(":")[0],
         "setting": asdict(setting),
-        "arguments": CHECK[name].arguments,
+        "arguments": arguments,
         "result": str(result),
     }
     variables = {**_variables(setting), "VLLM_USE_V2_MODEL_RUNNER": str(runner - 1)}
     start, error = perf_counter(), None
-    limit = max(_PATIENCE_S, _PATIENCE * CHECK[name].estimate_s)
     with log.open("wb") as written:
         process = subprocess.Popen(
             [sys.executable, "-m", "sidelight_lab.bench.gpu_sections", json.dumps(order)],
@@ -168,9 +151,9 @@ def _run(name: str, runner: int, setting: Setting, folder: Path) -> dict[str, An
             start_new_session=True,
         )  # fmt: skip
         try:
-            process.wait(limit)
+            process.wait(_PATIENCE_S)
         except subprocess.TimeoutExpired:
-            error = f"It took over {limit} s."
+            error = f"It took over {_PATIENCE_S} s."
         finally:
             # Also the processes of vLLM that it may have left behind.
             with suppress(ProcessLookupError):

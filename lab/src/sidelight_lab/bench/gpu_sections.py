@@ -7,8 +7,7 @@ On a CPU the same sections run on tiny sizes: that tries out the check, and says
 
 import json
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -20,21 +19,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from sidelight.artifact import load_probe, save_probe
-from sidelight.backbone import TransformersBackbone, load_backbone
+from sidelight.backbone import load_backbone
 from sidelight.bank import Bank
-from sidelight.calibration import Calibration
 from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
-from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.smollm2 import embedded_model_path
-from sidelight.standardisation import Projection, Standardisation
+from sidelight.standardisation import Projection
 from sidelight.states.extraction import score
 from sidelight.storage import write_json
 from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, slots_of
 from sidelight.vllm.requests import request_params
-from sidelight.vllm.settings import DESCRIBED, KEY, require_options, require_vllm
-from sidelight_lab.bench.measurement import untrained_probe
+from sidelight.vllm.settings import DESCRIBED, KEY
+from sidelight_lab.bench.measurement import offline_engine, spread_probe, untrained_probe
 
 # Width, width of the MLP, layers, heads, heads of keys and values, vocabulary.
 SHAPES = {
@@ -187,7 +184,18 @@ def reference(setting: Setting) -> dict[str, Any]:
         whole = (*prompt.token_ids, *response)
         prompts.append(EncodedPrompt(whole, prompt.parts + (Part.RESPONSE,) * (FORCED - 1)))
         texts.append({"token_ids": tokens, "forced": forced})
-    probes = _spread_probes(backbone, prompts)
+    probes = [
+        spread_probe(
+            backbone,
+            prompts,
+            name,
+            spec=mechanism_spec(name),
+            reads=_WAYS[i % len(_WAYS)],
+            is_normalised=i % 2 == 1,
+            seed=i,
+        )
+        for i, name in enumerate(mechanism_names())
+    ]
     for probe in probes:
         save_probe(probe, setting.path / "probes" / probe.name)
     by_probe = score(backbone, Bank(probes), prompts)
@@ -210,28 +218,6 @@ def reference(setting: Setting) -> dict[str, Any]:
     return {"model": backbone.name, "prompts": len(prompts), "longest": longest}
 
 
-def _spread_probes(backbone: TransformersBackbone, prompts: Sequence[EncodedPrompt]) -> list[Probe]:
-    """One probe of each mechanism; the probabilities spread, since saturated ones always agree."""
-    states: list[Tensor] = []
-    with backbone.tapped(lambda _layer, hidden: states.append(hidden[0].clone())):
-        backbone.run([prompts[-1]])
-    scaling = Standardisation.measured(torch.stack(states))
-    probes: list[Probe] = []
-    for i, name in enumerate(mechanism_names()):
-        reads = _WAYS[i % len(_WAYS)]
-        probe = untrained_probe(
-            backbone.fingerprint, name, spec=mechanism_spec(name), reads=reads, seed=i
-        )
-        probe = replace(probe, standardisation=replace(scaling, is_normalised=i % 2 == 1))
-        logits = score(backbone, Bank([probe]), prompts)[0]
-        scale = 1.5 / max(1e-6, float(logits.std()))
-        shift = -scale * float(logits.mean())
-        probes.append(
-            replace(probe, calibration=Calibration("platt", "binary", (scale,), (shift,)))
-        )
-    return probes
-
-
 def parity(setting: Setting, *, eager: bool) -> dict[str, Any]:
     """The largest difference to the reference, on a first pass and from the prefix cache."""
     made = json.loads((setting.path / "reference.json").read_text("utf-8"))
@@ -239,10 +225,11 @@ def parity(setting: Setting, *, eager: bool) -> dict[str, Any]:
     names = [load_probe(folder).name for folder in folders]
     config = {"probes": folders, "fingerprint": made["fingerprint"], DESCRIBED: True}
     differences: list[float] = []
-    with _vllm(
-        setting,
+    with offline_engine(
         made["path"],
         config,
+        setting.engine_option,
+        skip_tokenizer_init=True,
         dtype="float32",
         enforce_eager=eager,
         max_model_len=made["context"],
@@ -274,6 +261,7 @@ def serving(setting: Setting, *, readouts: int) -> dict[str, Any]:
     folder = setting.path / "shape"
     config = _config(setting.shape)
     config.save_pretrained(folder)
+    _save_tokenizer(folder)
     who = Fingerprint(
         f"random {setting.shape}", "config", "weights", "tokenizer", "template",
         config.num_hidden_layers + 1, config.hidden_size, "bfloat16",
@@ -288,10 +276,11 @@ def serving(setting: Setting, *, readouts: int) -> dict[str, Any]:
         "64 texts": (64, 32, 129) if setting.is_gpu else (4, 8, 9),
     }
     values: dict[str, list[float]] = {}
-    with _vllm(
-        setting,
+    with offline_engine(
         str(folder),
         named if readouts else None,
+        setting.engine_option,
+        skip_tokenizer_init=True,
         load_format="dummy",
         dtype="bfloat16",
         enforce_eager=not setting.is_gpu,
@@ -316,28 +305,8 @@ def serving(setting: Setting, *, readouts: int) -> dict[str, Any]:
                 start = perf_counter()
                 run(prompts, tokens, written)
                 seconds.append(perf_counter() - start)
-            values[name] = [1e3 * one / (1 if written == 1 else written) for one in seconds]
+            values[name] = [1e3 * one / written for one in seconds]
     return {"shape": setting.shape, "ms": values}
-
-
-@contextmanager
-def _vllm(
-    setting: Setting, path: str, config: Mapping[str, Any] | None, **given: Any
-) -> Generator[Any]:
-    """vLLM's offline engine on token ids, with the plugin in it if it is given a configuration."""
-    require_vllm()
-    from vllm.engine.arg_utils import EngineArgs
-
-    from vllm import LLM
-
-    require_options(setting.engine_option, EngineArgs)
-    named = {} if config is None else {"additional_config": {KEY: dict(config)}}
-    options = {"skip_tokenizer_init": True, **given, **setting.engine_option, **named}
-    llm = LLM(model=path, **options)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
 
 
 def _generate(
@@ -381,12 +350,17 @@ def _config(shape: str) -> LlamaConfig:
 
 
 def _tiny_model(folder: Path) -> str:
-    """Random weights, with the embedded model's tokenizer."""
+    """Random weights."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(_config("tiny"), dtype=torch.float32)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(embedded_model_path()).save_pretrained(folder)
+    _save_tokenizer(folder)
     return str(folder)
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """The embedded model's."""
+    AutoTokenizer.from_pretrained(embedded_model_path()).save_pretrained(folder)
 
 
 SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -1,29 +1,32 @@
-"""What benches share: untrained probes, conditions, and records as JSON and as Markdown."""
+"""What benches share: untrained probes, vLLM, conditions, and records as JSON and as Markdown."""
+
+# pyright: reportMissingImports=false
 
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
-from urllib.request import urlopen
 
-import psutil
 import torch
-from prometheus_client.parser import text_string_to_metric_families
+from torch import Tensor
 
 from sidelight.backbone import TransformersBackbone
+from sidelight.bank import Bank
 from sidelight.calibration import Calibration
-from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
-from sidelight.prompts import PromptFormat, Reads
+from sidelight.prompts import EncodedPrompt, PromptFormat, Reads
 from sidelight.standardisation import Standardisation
+from sidelight.states.extraction import score
 from sidelight.storage import write_text
 from sidelight.types import MechanismSpec, Task
+from sidelight.vllm.settings import KEY, require_options, require_vllm
 from sidelight_lab.environment import package_versions
 from sidelight_lab.tables.writing import markdown_table
 
@@ -43,36 +46,6 @@ class Range:
     def text(self, digits: int = 3) -> str:
         """For example ``1.02 (0.99 to 1.20)``."""
         return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
-
-
-def cpu_seconds(pid: int) -> float:
-    """The CPU time of a process.
-
-    Raises:
-        SidelightError: It has ended.
-    """
-    try:
-        spent = psutil.Process(pid).cpu_times()
-    except psutil.NoSuchProcess as error:
-        raise SidelightError(f"The server (process {pid}) ended during the benchmark.") from error
-    return spent.user + spent.system
-
-
-def read_metrics(url: str) -> str:
-    """The server's Prometheus text."""
-    with urlopen(f"{url}/metrics", timeout=300) as answer:
-        return answer.read().decode()
-
-
-def total(text: str, series: str, **labels: str) -> float:
-    """The sum of a series over all samples that have these labels."""
-    found = (
-        sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == series and labels.items() <= sample.labels.items()
-    )
-    return sum(found, 0.0)
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -129,6 +102,59 @@ def untrained_probe(
         thresholds=(0.5,),
         fingerprint=who,
     )
+
+
+def spread_probe(
+    backbone: TransformersBackbone,
+    prompts: Sequence[EncodedPrompt],
+    name: str,
+    *,
+    is_normalised: bool = False,
+    **options: Any,
+) -> Probe:
+    """An untrained probe whose probabilities of the prompts spread: saturated ones always agree.
+
+    Args:
+        backbone: Reads the prompts.
+        prompts: Two or more.
+        name: Of the probe.
+        is_normalised: Whether it reads states that are divided by their root mean square.
+        options: Of ``untrained_probe``.
+    """
+    states: list[Tensor] = []
+    with backbone.tapped(lambda _layer, hidden: states.append(hidden[0].clone())):
+        backbone.run([prompts[-1]])
+    scaling = Standardisation.measured(torch.stack(states))
+    probe = untrained_probe(backbone.fingerprint, name, **options)
+    probe = replace(probe, standardisation=replace(scaling, is_normalised=is_normalised))
+    logits = score(backbone, Bank([probe]), prompts)[0]
+    scale = 1.5 / max(1e-6, float(logits.std()))
+    shift = -scale * float(logits.mean())
+    calibration = Calibration("platt", "binary", (scale,), (shift,))
+    return replace(probe, calibration=calibration)
+
+
+@contextmanager
+def offline_engine(
+    path: str, config: Mapping[str, Any] | None, options: Mapping[str, Any], **defaults: Any
+) -> Generator[Any]:
+    """vLLM's ``LLM``, with the plugin in it if it is given a configuration.
+
+    Raises:
+        SidelightError: vLLM is not installed, or does not know one of the options.
+    """
+    require_vllm()
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm import LLM
+
+    require_options(options, EngineArgs)
+    named = {} if config is None else {"additional_config": {KEY: dict(config)}}
+    llm = LLM(path, **{**defaults, **options, **named})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
 
 
 @dataclass(frozen=True)

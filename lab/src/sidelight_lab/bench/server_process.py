@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.error import HTTPError, URLError
-from urllib.request import urlopen
+
+import httpx
 
 from sidelight.errors import SidelightError
 
@@ -16,18 +16,16 @@ _STOP_S = 30.0
 
 
 class ServerProcess:
-    """A server with its probes on loopback.
+    """A server with its probes on a free port of loopback.
 
     Args:
         probes: Folders of the probes.
-        port: To listen on; 0 takes a free one.
         options: More words of the command line, such as those that name a model.
     """
 
-    def __init__(self, probes: Sequence[Path], *, port: int = 0, options: Sequence[str] = ()):
-        if not port:
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                port = free.getsockname()[1]
+    def __init__(self, probes: Sequence[Path], *, options: Sequence[str] = ()):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         named = [word for probe in probes for word in ("--probe", str(probe))]
         command = [sys.executable, "-m", "sidelight", "serve", "--port", str(port)]
@@ -52,23 +50,16 @@ class ServerProcess:
         """
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
-            if not self.is_alive:
+            if self._process.poll() is not None:
                 raise SidelightError("The server ended while starting; its message is above.")
             try:
-                with urlopen(f"{self.url}/ready", timeout=5):
+                if httpx.get(f"{self.url}/ready").is_success:
                     return
-            except (HTTPError, URLError, ConnectionError, TimeoutError):
-                time.sleep(0.2)
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
         raise SidelightError(f"The server at {self.url} was not ready after {_START_S:.0f} s.")
 
     @property
     def pid(self) -> int:
         return self._process.pid
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def wait(self) -> None:
-        """Returns when the server ends."""
-        self._process.wait()

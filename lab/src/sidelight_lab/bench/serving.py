@@ -30,9 +30,8 @@ from sidelight.probe import Probe
 from sidelight.progress import progress
 from sidelight.prompts import Message, Reads
 from sidelight.spans import SpanRule
-from sidelight.vllm.settings import KEY, require_options, require_vllm
 from sidelight.vllm.worker import Worker, current_worker
-from sidelight_lab.bench.measurement import untrained_probe
+from sidelight_lab.bench.measurement import offline_engine, untrained_probe
 
 NOTHING = "no probe"
 # With their units. The first is of a single request, the others of requests that run together; the
@@ -83,17 +82,8 @@ def measure_costs(
     Yields them after each round, with the number of ``rounds`` so far. Each measurement runs
     ``requests`` chats of about ``tokens`` together; each writes ``written``.
     """
-    require_vllm()
     # vLLM's workers count their CPU time by functions of this file.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    from vllm.engine.arg_utils import EngineArgs
-
-    from vllm import LLM
-
-    # Otherwise later rounds would not compute the same prompts again.
-    options = {"enable_prefix_caching": False, **options}
-    require_options(options, EngineArgs)
-
     backbone = load_backbone(model, device="cpu")
     chats = [
         list(backbone.encoder.encode([Message("user", " word" * tokens + f" {i}")]).token_ids)
@@ -105,14 +95,11 @@ def measure_costs(
             name: [str(save_probe(probe, Path(scratch) / probe.name)) for probe in probes]
             for name, probes in probe_sets(backbone.fingerprint).items()
         }
-        llm = LLM(
-            backbone.model.config._name_or_path,  # pyright: ignore[reportPrivateUsage]
-            dtype=dtype,
-            additional_config={KEY: {"probes": folders["100 readouts"]}},
-            **options,
-        )
+        path = backbone.model.config._name_or_path  # pyright: ignore[reportPrivateUsage]
         del backbone
-        try:
+        config = {"probes": folders["100 readouts"]}
+        # With a prefix cache, later rounds would not compute the same prompts again.
+        with offline_engine(path, config, options, dtype=dtype, enable_prefix_caching=False) as llm:
             llm.collective_rpc(count_cpu_time)
             measure = partial(_measure_once, llm, chats, written)
             measure()
@@ -124,8 +111,6 @@ def measure_costs(
                         values.setdefault(name, []).append(measure())
                         shown.advance(1)
                     yield {"rounds": done, "costs": costs_of(values)}
-        finally:
-            llm.llm_engine.engine_core.shutdown()
 
 
 def fit_probes(_worker: Any, folders: list[str]) -> None:

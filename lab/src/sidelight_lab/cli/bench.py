@@ -15,6 +15,7 @@ from sidelight.storage import write_json
 from sidelight_lab.cli.options import AT_LEAST_TWO, POSITIVE, names, publish, split_numbers
 
 if TYPE_CHECKING:
+    from sidelight.backbone import DtypeName
     from sidelight.data.spans import SpanExamples
     from sidelight_lab.redteam.attacks import Messages
 
@@ -98,18 +99,11 @@ def bench_defaults(
 @click.argument("probe", type=options.PATH)
 @_data
 @click.option(
-    "--flag",
-    callback=names,
-    help="Labels that flag a text, with commas. [default: all positive ones]",
-)
-@click.option("--attacks", type=options.AT_LEAST_ONE, default=20, help="Positive texts to hide.")
-@click.option(
     "--padding",
     help="File of harmless texts instead of ToxicChat's, for the real prompts and the padding; "
     "the probe must not have been trained on them.",
 )
 @click.option("--harmless", help="File of more harmless texts, which get a row.")
-@click.option("--seed", type=int, default=0, help="Draws texts and paddings.")
 @_record
 @options.dtype
 @options.device
@@ -118,12 +112,12 @@ def bench_everyday(
     data: str,
     text: str,
     label: str,
-    flag: list[str] | None,
     padding: str | None,
     harmless: str | None,
     out: Path | None,
     as_json: bool,
-    **given: Any,
+    dtype: "DtypeName",
+    device: str,
 ) -> None:
     """Test whether a probe is right in front of ordinary traffic, and finds attacks in it.
 
@@ -137,10 +131,10 @@ def bench_everyday(
     from sidelight_lab.bench.everyday import measure_everyday, toxicchat_prompts
     from sidelight_lab.redteam.targets import ProbeTarget, flagging_thresholds
 
-    classifier = load(probe, dtype=given.pop("dtype"), device=given.pop("device"))
+    classifier = load(probe, dtype=dtype, device=device)
     target = ProbeTarget(
         backbone=classifier.backbone,
-        thresholds=flagging_thresholds(classifier.probe, labels=flag or ()),
+        thresholds=flagging_thresholds(classifier.probe),
         probe=classifier.probe,
     )
     own: dict[str, list[Messages]] = {}
@@ -156,7 +150,7 @@ def bench_everyday(
         except SidelightError as error:
             click.echo(f"Real prompts and padding are left out: {error}", err=True)
     examples = load_examples(data, text=text, label=label, task=classifier.probe.task)
-    record = measure_everyday(target, examples, prompts=prompts, own=own, **given)
+    record = measure_everyday(target, examples, prompts=prompts, own=own)
     publish(record, out, as_json=as_json)
 
 
@@ -236,13 +230,10 @@ def bench_spans(
 @click.option("--clients", type=options.AT_LEAST_ONE, default=64, help="Clients at once.")
 @click.option("--minutes", type=POSITIVE, default=10.0, help="Minutes with probes, in total.")
 @click.option(
-    "--round", "round_s", type=POSITIVE, default=60.0, help="Seconds with probes in a round."
-)
-@click.option(
-    "--plain-round", "plain_round_s", type=POSITIVE, default=20.0, help="Seconds without them."
+    "--round", "round_s", type=POSITIVE, default=60.0, help="Seconds of each server in a round."
 )
 @click.option("--max-tokens", type=AT_LEAST_TWO, default=16, help="Tokens of an answer.")
-@click.option("--spans", is_flag=True, help="Two of the three probes find words.")
+@click.option("--spans", is_flag=True, help="Two of the three probes label tokens.")
 @_record
 def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) -> None:
     """Let many chat clients ask at once, with blocking policies on prompt and response.
@@ -285,16 +276,9 @@ def bench_latency(runtime: options.Runtime, out: Path | None, as_json: bool, **g
 @bench.command(
     "serve",
     epilog=options.examples(
-        "OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 sidelight bench serve --engine vllm",
-        "sidelight bench serve --engine vllm --engine-option enforce_eager=true",
+        "OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 sidelight bench serve",
+        "sidelight bench serve --engine-option enforce_eager=true",
     ),
-)
-@click.option(
-    "--engine",
-    type=click.Choice(["vllm"]),
-    required=True,
-    expose_value=False,
-    help="The engine that can exchange probes in a running worker.",
 )
 @click.option("--rounds", type=AT_LEAST_TWO, default=30, help="Paired rounds.")
 @click.option(
@@ -341,12 +325,7 @@ def bench_serve(
 @click.option(
     "--model", help="Model of the parity check, small enough for float32. [default: smollm2]"
 )
-@click.option(
-    "--shape",
-    help="Whose sizes serving is timed with: 135m, 3b or 8b. [default: the largest that fits]",
-)
 @click.option("--only", multiple=True, metavar="NAME", help="Sections that begin so; repeatable.")
-@click.option("--again", is_flag=True, help="Measure again what has a result.")
 @options.engine_option
 def bench_gpu(out: Path, **given: Any) -> None:
     """Check probes inside vLLM on this machine's GPU: parity and overhead, in 25 minutes.
