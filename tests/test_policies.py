@@ -141,16 +141,10 @@ QUESTION = {"questions": [{"type": "predicate", "name": "toxicity"}]}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mode", "setting", "status"),
-    [
-        ("block", "trust", 200),
-        ("flag", None, 200),
-        # Where a rule blocks prompts, the policy has to say that the turns are trusted.
-        ("block", None, 400),
-        ("flag", "refuse", 400),
-    ],
+    ("mode", "setting", "status"), [("block", "trust", 200), ("flag", "refuse", 400)]
 )
 def test_a_turn_that_no_probe_reads_is_trusted_or_refused(tiny, probes, mode, setting, status):
+    """Which policies refuse it without saying so is a law of ``test_policy_rules``."""
     system = [{"role": "system", "content": "abuse"}, *HELLO]
     later = [*HELLO, {"role": "assistant", "content": "hi"}, *system]
     policy = Policy(input={"toxicity": Rule(mode, threshold=1.0)}, system_turns=setting)

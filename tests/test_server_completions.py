@@ -188,13 +188,3 @@ def test_nothing_is_sent_of_plain_text_whose_response_probe_blocks(tiny, chat_pr
         assert choices(answer) == {0: ("", "content_filter")}
         assert '"code":"verdict_failed"' in answer.text.replace(" ", "")
     assert chat["choices"][0]["finish_reason"] != "content_filter"
-
-
-def test_without_a_rule_plain_text_is_answered_and_reported_as_not_judged(tiny, chat_probes):
-    with in_process(TransformersEngine(tiny, chat_probes)) as http:
-        answer = http.post(PATH, json=TEXT).json()
-    failed = [{"probe": name, "error": "verdict_failed"} for name in ("early", "late")]
-    assert answer["sidelight"]["verdicts"] == failed
-    for side in ("input", "output"):
-        assert answer["moderation"][side]["code"] == "verdict_failed"
-        assert "trained on chats" in answer["moderation"][side]["message"]

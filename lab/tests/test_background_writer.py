@@ -11,7 +11,7 @@ from sidelight.backbone import TransformersBackbone, read_backbone
 from sidelight.data.loading import load_examples
 from sidelight.prompts import Message
 from sidelight.smollm2 import EMBEDDED_NAME
-from sidelight.training.contexts import PACKAGED, default_background, own_set
+from sidelight.training.contexts import PACKAGED
 from sidelight_lab import background
 from sidelight_lab.background import (
     is_usable,
@@ -107,13 +107,6 @@ def test_texts_longer_than_the_model_reads_are_not_usable(tiny: TransformersBack
     text = " ".join(map(str, range(200)))
     assert len(text) > tiny.encoder.max_tokens
     assert not is_usable(said(text), tiny)
-
-
-@pytest.mark.usefixtures("few_rows", "own_cache")
-def test_training_takes_what_the_command_has_written(tiny: TransformersBackbone):
-    written = write_background(tiny, 4, own_set(tiny.fingerprint))
-    assert len(written.conversations) == 4
-    assert default_background(tiny.fingerprint) == written
 
 
 PACKAGED_TURNS = [item.messages for item in load_examples(PACKAGED, label=None).items]
