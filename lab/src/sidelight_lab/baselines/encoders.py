@@ -1,7 +1,7 @@
 """Sentence encoders: a second model that reads every text, as it comes or fine-tuned."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -68,21 +68,14 @@ class Encoder:
         own = getattr(self.body.config, "max_position_embeddings", max_tokens)
         self._limit = min(max_tokens, own)
 
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text, cut to the limit."""
-        return self._encoded(texts)["input_ids"]
-
-    def places(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """The characters of each token of ``ids``; (0, 0) of one that the encoder adds."""
-        return self._encoded(texts, return_offsets_mapping=True)["offset_mapping"]
-
-    def _encoded(self, texts: Sequence[str], **options: Any) -> Any:
+    def tokens(self, texts: Sequence[str], **options: Any) -> Mapping[str, Any]:
+        """The ``input_ids`` of each text, cut to the limit, and what the options add."""
         return self._tokenizer([*texts], truncation=True, max_length=self._limit, **options)
 
     @torch.inference_mode()
     def embeddings(self, split: Split) -> Float[np.ndarray, "text width"]:
         """The mean of the last hidden states of each text, of length one."""
-        ids = self.ids(split.texts)
+        ids = self.tokens(split.texts)["input_ids"]
         found = np.empty((len(ids), self.body.config.hidden_size), dtype=np.float32)
         with progress("Embedding", len(ids), unit="texts") as shown:
             for rows in by_length([len(own) for own in ids]):

@@ -278,7 +278,7 @@ class FineTunedEncoder(FineTuned):
         encoder = Encoder(self.path, max_tokens=self.max_tokens)
 
         def encode(split: Split) -> list[Item]:
-            texts = map(torch.tensor, encoder.ids(split.texts))
+            texts = map(torch.tensor, encoder.tokens(split.texts)["input_ids"])
             return [
                 {"input_ids": ids, "read": torch.ones_like(ids, dtype=torch.bool), "labels": label}
                 for ids, label in zip(texts, torch.from_numpy(split.labels), strict=True)

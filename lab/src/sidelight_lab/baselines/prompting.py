@@ -29,13 +29,16 @@ _LISTED = 20
 
 @dataclass(frozen=True)
 class ZeroShot(Baseline):
-    """The question and the label names, no examples.
+    """The question and the label names.
 
     Attributes:
         names: What each label is called in the prompt; None takes the names in the data, which mean
             nothing to the model if they are numbers.
         question: What is asked about the text.
         max_tokens: Longer prompts lose the end of their text.
+        shots: Number of training texts that are shown with their labels as earlier turns, spread
+            evenly over the labels, in random order.
+        shot_characters: Longer ones are cut.
     """
 
     title: ClassVar[str] = "Zero-shot prompting"
@@ -43,6 +46,8 @@ class ZeroShot(Baseline):
     names: tuple[str, ...] | None = None
     question: str = "Which label describes the text?"
     max_tokens: int = 1024
+    shots: int = 0
+    shot_characters: int = 400
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Fits nothing, and only draws the examples."""
@@ -74,7 +79,12 @@ class ZeroShot(Baseline):
 
     def examples(self, dataset: ProbeDataset, *, seed: int) -> list[tuple[str, str]]:
         """Texts that are shown before each text, with their answers."""
-        return []
+        names = self.named(dataset.task)
+        texts, labels = dataset.training.texts, dataset.training.labels
+        return [
+            (texts[row][: self.shot_characters], _answer(labels[row], names))
+            for row in _balanced(labels, count=self.shots, seed=seed)
+        ]
 
     def turns(
         self, text: str, names: Sequence[str], shots: Sequence[tuple[str, str]]
@@ -103,25 +113,11 @@ class ZeroShot(Baseline):
 
 @dataclass(frozen=True)
 class FewShot(ZeroShot):
-    """Training texts and their labels as earlier turns of the conversation.
-
-    Attributes:
-        shots: Number of examples, spread evenly over the labels, in random order.
-        shot_characters: Longer examples are cut.
-    """
+    """The question, the label names and examples."""
 
     title: ClassVar[str] = "Few-shot prompting"
     max_tokens: int = 2048
     shots: int = 8
-    shot_characters: int = 400
-
-    def examples(self, dataset: ProbeDataset, *, seed: int) -> list[tuple[str, str]]:
-        names = self.named(dataset.task)
-        texts, labels = dataset.training.texts, dataset.training.labels
-        return [
-            (texts[row][: self.shot_characters], _answer(labels[row], names))
-            for row in _balanced(labels, count=self.shots, seed=seed)
-        ]
 
 
 @torch.inference_mode()

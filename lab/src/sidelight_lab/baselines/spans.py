@@ -86,9 +86,11 @@ def encoder(dataset: ProbeDataset, tuning: FineTunedEncoder | None = None) -> It
 
     def items_of(examples: SpanExamples) -> tuple[list[Item], TokenPlaces]:
         texts = [span_text(item) for item in examples.items]
-        places = reader.places(texts)
+        # The characters of each token; (0, 0) of one that the encoder adds.
+        tokens = reader.tokens(texts, return_offsets_mapping=True)
+        places: TokenPlaces = tokens["offset_mapping"]
         items: list[Item] = []
-        rows = zip(texts, reader.ids(texts), places, examples.spans, strict=True)
+        rows = zip(texts, tokens["input_ids"], places, examples.spans, strict=True)
         for text, ids, own, spans in rows:
             is_read = torch.tensor([start < end for start, end in own])
             labels = torch.from_numpy(

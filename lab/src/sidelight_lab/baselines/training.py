@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sidelight.errors import SidelightError
-from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Shard, random_batches
 from sidelight.training.dataset import ProbeDataset, Split
@@ -100,12 +99,6 @@ def finite(
     return logits
 
 
-def layer_tokens(split: Split, layer: int) -> Ragged:
-    """One layer's hidden states, ``[token, width]`` in bf16, text after text."""
-    texts = [split.states.text(row)[layer].clone() for row in split.rows.tolist()]
-    return Ragged(torch.cat(texts), torch.tensor([*map(len, texts)]))
-
-
 @dataclass(frozen=True)
 class TokenSource:
     """Tokens and labels of some texts: one layer in memory, or all layers shard by shard.
@@ -124,8 +117,8 @@ class TokenSource:
     def one_layer(split: Split, layer: int) -> "TokenSource":
         """A single shard of a single layer, in memory."""
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
-        tokens = layer_tokens(split.select(order.tolist()), layer)
-        shard = Shard(tokens.values[None], tokens.lengths, order)
+        hidden = [split.states.text(row)[[layer]].clone() for row in split.rows[order].tolist()]
+        shard = Shard.joined(dict(zip(order.tolist(), hidden, strict=True)))
         return TokenSource((len(split),), lambda _index: shard, torch.from_numpy(split.labels))
 
     @staticmethod
