@@ -1,4 +1,4 @@
-"""Starts a process as vLLM starts its engine, and prints its id; for ``test_vllm_processes.py``."""
+"""Starts a process as vLLM starts its engine, and prints its id; for ``test_vllm_engine.py``."""
 
 import multiprocessing
 import time

@@ -355,6 +355,9 @@ TRAIN = "train --data {data} --out o --label toxic "
         ("predict {probe} --data {empty}", "empty.jsonl, line 2"),
         ("predict {probe} x --engine vllm --explain", "cannot explain"),
         ("predict {probe} x --engine vllm --device cpu", "vLLM chooses its device"),
+        # Which is not installed here.
+        ("predict {probe} x --model {model} --engine vllm", "docs/vllm.md"),
+        (TRAIN + "--model {model} --engine vllm", "docs/vllm.md"),
         ("tarin", "train"),
         # Before the probe, and so before the work.
         ("eval nowhere --data {data} --out {data}/x.json", "Name another folder"),

@@ -1,7 +1,9 @@
-"""The engine over vLLM where vLLM refuses: which probes serve then, and who gets in."""
+"""The engine over vLLM where vLLM refuses: which probes serve then, who gets in, and its end."""
 
 import asyncio
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from contextlib import asynccontextmanager
@@ -12,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 import click
 import pytest
 
+import orphaned
 from sidelight.artifact import load_probe
 from sidelight.cli import app
 from sidelight.engines.base import (
@@ -289,6 +292,24 @@ def test_answers_that_take_too_long_and_several_api_servers_keep_the_old_probes(
 
     assert replacing(tiny, change) == OLD
     assert replacing(tiny, share, servers=2) == OLD
+
+
+@pytest.mark.slow
+def test_an_engine_whose_parent_is_killed_ends():
+    starter = subprocess.Popen(
+        [sys.executable, orphaned.__file__],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert starter.stdout is not None
+    with starter.stdout as told:
+        engine = int(told.readline())
+        os.kill(engine, 0)
+        starter.kill()
+        # It holds the other end: nothing more is read until it has ended.
+        assert told.read() == ""
+    starter.wait()
 
 
 def test_an_option_that_is_not_the_users_is_refused_with_the_remedy():
