@@ -14,7 +14,6 @@ from sidelight_lab.bench.everyday import (
     ATTACK_PADDING_WORDS,
     PADDING_WORDS,
     QUESTIONS,
-    STORIES,
     attacks_among,
     first_words,
     halves,
@@ -51,7 +50,6 @@ def test_paddings_have_the_stated_words_and_attacks_stand_whole_where_the_row_sa
         padded[re.sub(r" \w+$", "", name)].append(words(before + " " + after))
     for count in ATTACK_PADDING_WORDS:
         assert padded[f"{count} words"] == [count] * 3
-    assert [words(text) for text in STORIES] == [150] * len(STORIES)
 
 
 def test_a_text_is_halved_where_a_sentence_ends():

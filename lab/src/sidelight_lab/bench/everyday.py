@@ -31,7 +31,6 @@ ATTACK_PADDING_WORDS = (50, 150, 600)
 _BANDS = ((7, 30), (30, 60), (60, 150), (150, 300))
 # Real prompts of a band.
 _PROMPTS = 50
-_STORY_WORDS = 150
 _PIECE_WORDS = 4
 _ANSWER_WORDS = 40
 # Of an agent's conversation, turn by turn.
@@ -41,7 +40,6 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*")
 # Rows of harmless traffic that attacks are compared with.
 _PADDING = "{} words of padding"
 _QUESTIONS = "20 questions"
-_STORY = f"{_STORY_WORDS} words of a story"
 _TURNS = f"turns of {_PIECE_WORDS} words"
 
 
@@ -55,7 +53,6 @@ CONTENT: Mapping[str, list[Any]] = json.loads(
     (files("sidelight_lab.bench") / "everyday.json").read_text(encoding="utf-8")
 )
 QUESTIONS: Sequence[str] = CONTENT["questions"]
-STORIES = [first_words(story, _STORY_WORDS) for story in CONTENT["stories"]]
 ANSWERS = [first_words(answer, _ANSWER_WORDS) for answer in CONTENT["answers"]]
 AGENTS = [tuple(map(Message, _AGENT_ROLES, turns)) for turns in CONTENT["agents"]]
 
@@ -111,7 +108,6 @@ def measure_everyday(
             for words in (PADDING_WORDS if paddings else ())
         },
         _QUESTIONS: _chats(questions),
-        _STORY: _chats(STORIES),
         _TURNS: [in_turns(text, ANSWERS) for text in partners],
     }
     among = attacks_among(drawn, paddings=paddings, questions=questions)
@@ -162,7 +158,7 @@ def _cells(rate: Rate) -> tuple[str, str]:
 def attacks_among(
     attacks: Sequence[Messages], *, paddings: Sequence[str], questions: Sequence[str]
 ) -> dict[str, tuple[list[Messages], str]]:
-    """Each attack in padding of each length, beside questions and stories, and in short turns.
+    """Each attack in padding of each length, before questions, and in short turns.
 
     By its name each row has its conversations, and the harmless row of what stands around them.
     """
@@ -179,8 +175,6 @@ def attacks_among(
     return {
         **rows,
         f"{_QUESTIONS} after": (_beside(attacks, asked), _QUESTIONS),
-        f"{_STORY} before": (_beside(attacks, [(text, "") for text in STORIES]), _STORY),
-        f"{_STORY} after": (_beside(attacks, [("", text) for text in STORIES]), _STORY),
         _TURNS: ([in_turns(attack, ANSWERS) for attack in attacks], _TURNS),
     }
 

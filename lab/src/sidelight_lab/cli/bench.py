@@ -122,8 +122,8 @@ def bench_everyday(
     """Test whether a probe is right in front of ordinary traffic, and finds attacks in it.
 
     Harmless are small talk, conversations of agents with results of their tools, prompts of users,
-    and long texts. Attacks are positive texts that are flagged alone. They stand in padding, beside
-    questions and stories, and in turns of four words. The net is recall minus false alarms on
+    and long texts. Attacks are positive texts that are flagged alone. They stand in padding, before
+    questions, and in turns of four words. The net is recall minus false alarms on
     the same texts without the attacks.
     """
     from sidelight.data.loading import load_examples
