@@ -1,6 +1,5 @@
 """Every way to have a text written by vLLM's own server, and what is in its answers."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ import httpx
 from policy_contract import ADMIN, Asked, Subjects, chat, parts_of
 from sidelight.manifest import read_manifest
 from sidelight.vllm.settings import identity_of
+from vllm_suite import IS_INTERPRETED
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 NAMED_SCHEMA = {"name": "x", "schema": SCHEMA}
@@ -30,11 +30,6 @@ def posts(address: str, **options: Any) -> set[str]:
     """The paths of this server that take a post."""
     paths = httpx.get(f"{address}/openapi.json", timeout=120, **options).json()["paths"]
     return {path for path, methods in paths.items() if "post" in methods}
-
-
-def has_grammars() -> bool:
-    """Whether structured output works: the interpreter of Triton kernels cannot do it."""
-    return os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def requests_of(subjects: Subjects | None, text: str, *, streamed: bool) -> list[Asked]:
@@ -79,7 +74,8 @@ def requests_of(subjects: Subjects | None, text: str, *, streamed: bool) -> list
             ("/v1/systemone", {"state": text, "questions": questions}),
             ("/generative_scoring", {"query": text, "items": ["a"], "label_token_ids": [30, 31]}),
         ]
-    if not has_grammars():
+    # Its kernels of structured output cannot be interpreted.
+    if IS_INTERPRETED:
         ways = [
             way for way in ways if not {"response_format", "tool_choice", "text"} & way[1].keys()
         ]
