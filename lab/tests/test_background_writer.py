@@ -1,5 +1,6 @@
 """Background traffic: what an LLM writes, what is kept of it, and the packaged set."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from sidelight.backbone import TransformersBackbone, read_backbone
 from sidelight.data.loading import load_examples
 from sidelight.prompts import Message
 from sidelight.smollm2 import EMBEDDED_NAME
-from sidelight.training.contexts import PACKAGED
+from sidelight.training.contexts import PACKAGED, default_background, own_set
 from sidelight_lab import background
 from sidelight_lab.background import (
     is_usable,
@@ -82,6 +83,41 @@ def test_every_kind_is_written_and_a_seed_decides_what(kind: str, with_tools: Tr
     assert drafts != writer.write_batch(with_tools, number, 1)
 
 
+@pytest.mark.usefixtures("few_rows")
+def test_a_killed_run_continues_to_the_file_that_an_undisturbed_run_writes(
+    tiny: TransformersBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_background(tiny, 6, tmp_path / "undisturbed.jsonl")
+    path = tmp_path / "killed.jsonl"
+    written: list[int] = []
+    kills = [1]
+
+    def write_batch(backbone: TransformersBackbone, number: int, seed: int):
+        if number in kills:
+            kills.remove(number)
+            raise KeyboardInterrupt
+        written.append(number)
+        return writer.write_batch(backbone, number, seed)
+
+    monkeypatch.setattr(background, "write_batch", write_batch)
+    with pytest.raises(KeyboardInterrupt):
+        write_background(tiny, 6, path)
+    with (tmp_path / "killed.jsonl.batches").open("a") as file:
+        file.write('{"model": "')
+    write_background(tiny, 6, path)
+    assert written == [*range(len(written))]
+    assert path.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
+
+
+def test_what_another_model_or_seed_has_begun_is_not_continued(tmp_path: Path):
+    path = tmp_path / "traffic.jsonl.batches"
+    run = {"model": "0123", "seed": 0}
+    path.write_text(json.dumps({**run, "conversations": ["Hello"]}) + "\n")
+    assert background._resumed(path, run) == [[said("Hello")]]
+    assert background._resumed(path, {**run, "seed": 1}) == []
+    assert background._resumed(path, run) == []
+
+
 def test_equal_and_nearly_equal_conversations_are_kept_once():
     long = "The library in our street is open on Saturdays from nine to one, except in August."
     first = [said("Thanks"), said(long), said("Thanks", "You are welcome.")]
@@ -107,6 +143,13 @@ def test_texts_longer_than_the_model_reads_are_not_usable(tiny: TransformersBack
     text = " ".join(map(str, range(200)))
     assert len(text) > tiny.encoder.max_tokens
     assert not is_usable(said(text), tiny)
+
+
+@pytest.mark.usefixtures("few_rows", "own_cache")
+def test_training_takes_what_the_command_has_written(tiny: TransformersBackbone):
+    written = write_background(tiny, 4, own_set(tiny.fingerprint))
+    assert len(written.conversations) == 4
+    assert default_background(tiny.fingerprint) == written
 
 
 PACKAGED_TURNS = [item.messages for item in load_examples(PACKAGED, label=None).items]

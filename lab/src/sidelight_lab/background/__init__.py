@@ -8,7 +8,7 @@ import json
 import re
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ def write_background(
 ) -> Background:
     """Has the LLM write a set of conversations, and keeps it as JSON Lines.
 
+    A killed run continues after its last batch if it is called again.
+
     Args:
         backbone: The LLM.
         count: The number of conversations, after cleaning.
@@ -61,29 +63,34 @@ def write_background(
     Raises:
         SidelightError: Nothing that the LLM wrote can be used.
     """
-    kept: list[Turns] = []
+    batches = path.with_name(f"{path.name}.batches")
+    run = {"model": backbone.fingerprint.digest, "seed": seed}
+    written = _resumed(batches, run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = without_duplicates([turns for batch in written for turns in batch])
     with progress("Writing background traffic", count, unit="conversations") as bar:
+        bar.advance(min(len(kept), count))
         # Of a model that writes nothing of use, no more than four times the batches are tried.
-        for number in range(4 * (count // ROWS + 1)):
-            drafts = map(tuple, write_batch(backbone, number, seed))
-            before = min(len(kept), count)
-            kept = without_duplicates(
-                [*kept, *(turns for turns in drafts if is_usable(turns, backbone))]
-            )
-            bar.advance(min(len(kept), count) - before)
-            if len(kept) >= count:
-                break
+        while len(kept) < count and len(written) < 4 * (count // ROWS + 1):
+            drafts = map(tuple, write_batch(backbone, len(written), seed))
+            written.append([turns for turns in drafts if is_usable(turns, backbone)])
+            line = {**run, "conversations": [_as_cell(turns) for turns in written[-1]]}
+            with batches.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            before = len(kept)
+            kept = without_duplicates([turns for batch in written for turns in batch])
+            bar.advance(min(len(kept), count) - min(before, count))
     if not kept:
         raise SidelightError(
-            f"{backbone.name} wrote no conversation of use. Name a file of ordinary texts instead, "
-            "'packaged' or 'none'."
+            f"{backbone.name} wrote no conversation of use in {len(written)} batches. Name a file "
+            "of ordinary texts instead, 'packaged' or 'none'."
         )
     if len(kept) < count:
         warnings.warn(
             f"{backbone.name} wrote {len(kept)} conversations of use, of {count}.", stacklevel=2
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_background(kept[:count], path)
+    batches.unlink()
     return Background(tuple(kept[:count]))
 
 
@@ -100,6 +107,25 @@ def _as_cell(turns: Turns) -> str | list[dict[str, str]]:
     if [turn.role for turn in turns] == ["user"]:
         return turns[0].content
     return [{"role": turn.role, "content": turn.content} for turn in turns]
+
+
+def _resumed(batches: Path, run: Mapping[str, object]) -> list[list[Turns]]:
+    """The batches that an earlier run with the same model and seed has finished."""
+    written: list[list[Turns]] = []
+    # Not splitlines: a text may hold U+2028, which ends no line of the file.
+    lines = batches.read_text("utf-8").split("\n") if batches.exists() else []
+    for line in lines:
+        try:
+            batch = json.loads(line)
+        except ValueError:
+            break  # The end, or a line that the run was killed in.
+        if {name: batch[name] for name in run} != run:
+            break
+        rows = [{"text": cell} for cell in batch["conversations"]]
+        written.append([e.messages for e in load_examples(rows, label=None).items] if rows else [])
+    batches.parent.mkdir(parents=True, exist_ok=True)
+    batches.write_text("".join(f"{line}\n" for line in lines[: len(written)]), "utf-8")
+    return written
 
 
 def is_usable(turns: Turns, backbone: TransformersBackbone | UnloadedBackbone) -> bool:
