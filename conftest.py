@@ -7,11 +7,10 @@ import pytest
 import torch
 from openai import OpenAI
 
-from families import FAMILIES, family_backbone
 from live import http_client, openai_client
 from sidelight.backbone import TransformersBackbone
 from sidelight.prompts import EncodedPrompt
-from tiny import tiny_backbone
+from tiny import FAMILIES, family_backbone, tiny_backbone
 
 # What only tests inside vLLM use.
 pytest_plugins = ("vllm_suite",)

@@ -15,11 +15,10 @@ from tokenizers.normalizers import Lowercase
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from commands import saved
-from families import family_backbone
 from sidelight.backbone import TransformersBackbone, load_backbone, read_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.prompts import Message
-from tiny import CHAT_TEMPLATE, SIZES, tiny_backbone, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, SIZES, family_backbone, tiny_backbone, tiny_tokenizer
 
 LAYERS, WIDTH = SIZES["num_hidden_layers"] + 1, SIZES["hidden_size"]
 # float32: padding and batching change the order of sums in a matmul, nothing else.

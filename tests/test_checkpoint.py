@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, Qwen3MoeConfig
 
 from commands import saved
-from families import FAMILIES, family_backbone
 from sidelight.backbone import TransformersBackbone, load_backbone, read_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from tiny import SIZES, tiny_backbone, tiny_tokenizer
+from tiny import FAMILIES, SIZES, family_backbone, tiny_backbone, tiny_tokenizer
 
 _TEXT = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 # transformers fuses the experts of the first, and renames the layers of the second.

@@ -18,7 +18,6 @@ from engine_runs import (
     until_idle,
     written_alone,
 )
-from families import family_backbone
 from sidelight.bank import Panel
 from sidelight.engines.base import (
     EngineBusyError,
@@ -30,7 +29,7 @@ from sidelight.engines.queue import Limits, Request, RequestQueue
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.prompts import EncodedPrompt, Message, Part, Reads
-from tiny import SIZES, three_probes, tiny_backbone, untrained_probe
+from tiny import SIZES, family_backbone, three_probes, tiny_backbone, untrained_probe
 
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 # One of each kind of cache and of positions, two of them with windows narrower than the prompts.

@@ -8,9 +8,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
 )
 
 from sidelight.backbone import TransformersBackbone
@@ -39,6 +45,18 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 1,
 }
+# Of the families that must work.
+_GROUPED = {**SIZES, "num_key_value_heads": 2}
+_CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**_GROUPED),
+    "qwen2": Qwen2Config(**_GROUPED),
+    "qwen3": Qwen3Config(**_GROUPED, head_dim=8),
+    "mistral": MistralConfig(**_GROUPED, sliding_window=8),
+    "gemma2": Gemma2Config(**_GROUPED, head_dim=8, sliding_window=8),
+    "gpt2": GPT2Config(**SIZES),
+    "gpt_neox": GPTNeoXConfig(**SIZES),
+}
+FAMILIES = tuple(_CONFIGS)
 TOXICITY = Task("binary", ("fine", "toxic"))
 INTENT = Task("multiclass", ("billing", "refund", "other"))
 TOPICS = Task("multilabel", ("violence", "sexual"))
@@ -85,6 +103,18 @@ def tiny_backbone(
     return TransformersBackbone(
         model, tiny_tokenizer(), name="tiny/llama", prompt_format=prompt_format
     )
+
+
+def family_backbone(
+    family: str, *, with_template: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> TransformersBackbone:
+    """A backbone of random weights; the same ones for the same family and seed."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(_CONFIGS[family], dtype=torch.float32).to(dtype)
+    tokenizer = tiny_tokenizer()
+    if not with_template:
+        tokenizer.chat_template = None
+    return TransformersBackbone(model, tokenizer, name=f"tiny/{family}")
 
 
 def untrained_probe(

@@ -11,7 +11,6 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
 from corpora import TASKS, split_of
-from families import FAMILIES, family_backbone
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
 from sidelight.training.dataset import ProbeDataset, Split
@@ -30,6 +29,7 @@ from sidelight_lab.baselines.pooled import (
     gaussian_discriminant,
 )
 from sidelight_lab.baselines.siren import Siren, sparse_path
+from tiny import FAMILIES, family_backbone
 
 pytestmark = pytest.mark.slow
 LAYERS, WIDTH, VOCABULARY = 4, 32, 300
