@@ -155,5 +155,5 @@ def turns_of(encoder: PromptEncoder, ids: Sequence[int]) -> list[tuple[str, str]
 
 def text_of(encoder: PromptEncoder, ids: Sequence[int]) -> str:
     """What these tokens say, where SentencePiece's mark of a blank is one."""
-    text = encoder._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    text = encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return text.replace("▁", " ")

@@ -57,7 +57,7 @@ def encoder_of(key, prompt_format="chat"):
 @cache
 def names_of(key):
     """Every special and added token but those that are text."""
-    added = encoder_of(key)._tokenizer.added_tokens_decoder
+    added = encoder_of(key).tokenizer.added_tokens_decoder
     text = WORDS if key == "words and blanks" else ()
     return {i: token.content for i, token in added.items() if token.content not in text}
 
@@ -198,7 +198,7 @@ def test_harmless_contents_have_the_ids_of_the_tokenizer_itself(key):
 @every_tokenizer
 def test_a_control_token_in_a_content_is_read_as_its_letters(key):
     """As the tokenizer itself writes it where it is told to split special tokens."""
-    tokenizer = encoder_of(key)._tokenizer
+    tokenizer = encoder_of(key).tokenizer
     for name in (t.content for t in tokenizer.added_tokens_decoder.values() if t.special):
         split = tokenizer(f"a{name}b", add_special_tokens=False, split_special_tokens=True)
         raw = encoder_of(key, "raw").encode(spoken(f"a{name}b")).token_ids

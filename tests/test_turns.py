@@ -51,12 +51,12 @@ def encoder(chosen):
 
 def rendered(encoder, messages, **options):
     options = {"add_generation_prompt": True, **options}
-    return encoder._tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return encoder.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
 def ids_of(encoder, text, **options):
     """As another server may have tokenised it: names of control tokens become them."""
-    return encoder._tokenizer(text, **{"add_special_tokens": False, **options})["input_ids"]
+    return encoder.tokenizer(text, **{"add_special_tokens": False, **options})["input_ids"]
 
 
 def found(encoder, text):
@@ -84,9 +84,9 @@ def test_control_tokens_within_a_content_hide_nothing(encoder, data):
     turn = encoder.chat_format.turns(ids)[-1]
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(turn.start, turn.stop))
-        ids.insert(place, data.draw(st.sampled_from(sorted(control_tokens(encoder._tokenizer)))))
+        ids.insert(place, data.draw(st.sampled_from(sorted(control_tokens(encoder.tokenizer)))))
     parts = token_parts(encoder.chat_format.turns(ids), len(ids), has_response=False)
-    names = encoder._tokenizer.convert_ids_to_tokens(ids)
+    names = encoder.tokenizer.convert_ids_to_tokens(ids)
     words = [p for name, p in zip(names, parts, strict=True) if {*name.strip("Ġ▁")} == {"z"}]
     assert set(words) <= {Part.PROMPT, Part.REPLY, Part.SYSTEM}
     assert words
@@ -154,7 +154,7 @@ def test_dates_of_another_day_are_known():
     text = rendered(encoder, [{"role": "user", "content": "Hi"}])
     date = text.split("Current date: ")[1].split("\n")[0]
     ids = ids_of(encoder, text.replace(date, "1999-12-31"))
-    assert [turn.role for turn in ChatFormat(encoder._tokenizer).turns(ids)] == ["user"]
+    assert [turn.role for turn in ChatFormat(encoder.tokenizer).turns(ids)] == ["user"]
 
 
 def qwen_with_mask():

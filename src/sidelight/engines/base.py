@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sidelight.bank import Panel
-from sidelight.errors import SidelightError, VerdictError
+from sidelight.errors import SidelightError, VerdictError, did_you_mean
 from sidelight.explanation import Explanation
 from sidelight.fingerprint import Fingerprint
 from sidelight.probe import Probe, common_format
@@ -259,6 +259,7 @@ class Engine(ABC):
             EngineBusyError: The queue is full.
             EngineUnavailableError: The engine is loading or has stopped.
             GenerationError: A step failed.
+            SidelightError: A watched probe is not loaded, or does not read the response.
         """
 
     @abstractmethod
@@ -283,6 +284,18 @@ class Engine(ABC):
             NotExplainedError: This engine cannot explain.
             EngineBusyError, EngineUnavailableError, GenerationError: As for ``generate``.
         """
+
+
+def require_watched(watch: Collection[str], probes: Sequence[Probe]) -> frozenset[str]:
+    """The names in ``watch``, each of a probe that reads the response; for ``generate``."""
+    watchable = [probe.name for probe in probes if probe.reads.includes_response]
+    for name in watch:
+        if name not in watchable:
+            raise SidelightError(
+                f"Probe '{name}' cannot be watched: no such probe reads the response."
+                f"{did_you_mean(name, watchable)}"
+            )
+    return frozenset(watch)
 
 
 def verdict_failure(probes: Iterable[str]) -> VerdictError:

@@ -30,6 +30,7 @@ from sidelight.engines.base import (
     admit_all,
     require_same_model,
     require_verdicts,
+    require_watched,
 )
 from sidelight.engines.batch import Batch
 from sidelight.engines.marks import labels_spans
@@ -125,13 +126,14 @@ class TransformersEngine(Engine):
     ) -> AsyncGenerator[Event, None]:
         # Not in the generator, which begins later, when other probes may have been loaded.
         panel = self._panel
+        watched = require_watched(watch, panel.probes)
 
         async def events() -> AsyncGenerator[Event, None]:
             def encode() -> Request:
                 prompt, room = self._codec.encode_to_continue(
                     messages, sampling.max_tokens, with_places=labels_spans(panel.probes)
                 )
-                return Request(prompt, sampling, room, panel, watch=frozenset(watch), admits=admits)
+                return Request(prompt, sampling, room, panel, watch=watched, admits=admits)
 
             request = await self._encoded([messages], encode)
             self._require_ready()

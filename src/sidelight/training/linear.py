@@ -72,7 +72,9 @@ class LinearSolution:
         scale, mean = standardisation.scale.cpu()[..., None], standardisation.mean.cpu().double()
         moved = torch.einsum("ld,ldc->c", mean, (self.value + self.last).double())
         scale = scale * math.sqrt(len(scale))
-        linear = Linear(Geometry(*self.value.shape))
+        # What it draws is overwritten; the caller's random state stays as it is.
+        with torch.random.fork_rng():
+            linear = Linear(Geometry(*self.value.shape))
         linear.value.copy_((self.value * scale)[:, :, None])
         linear.last.copy_(self.last * scale)
         linear.bias.copy_(self.bias + moved)
