@@ -183,7 +183,7 @@ HARMLESS = [
 @every_tokenizer
 def test_harmless_contents_have_the_ids_of_the_tokenizer_itself(key):
     chat, raw = encoder_of(key), encoder_of(key, "raw")
-    tokenizer = chat._tokenizer
+    tokenizer = chat.tokenizer
     # Without a text, the marker before it has no blank after it.
     texts = [text for text in HARMLESS if text.strip() or key != "blank before texts"]
     assert len(texts) > 30
