@@ -25,7 +25,9 @@ from sidelight.engines.base import (
     Sampling,
     admit_all,
 )
+from sidelight.engines.batch import Batch
 from sidelight.engines.queue import Limits, Request, RequestQueue
+from sidelight.engines.text import TextCodec
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.prompts import EncodedPrompt, Message, Part, Reads
@@ -327,3 +329,16 @@ def test_a_short_text_is_not_padded_to_the_length_of_a_long_one():
     long, short = run(backbone, ask_both)
     assert (long.finished.completion_tokens, short.finished.completion_tokens) == (16, 16)
     assert all(rows == 1 for rows, columns in widths if columns > 512)
+
+
+def test_the_load_can_be_asked_for_while_the_models_thread_adds_rows(llama):
+    batch = Batch(llama, TextCodec(llama.encoder), prefill_tokens=64)
+
+    class Entering:
+        @property
+        def requests(self):
+            batch.rows["another"] = self
+            return ["a request"]
+
+    batch.rows["one"] = Entering()
+    assert batch.requests == ["a request"]

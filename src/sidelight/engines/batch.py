@@ -168,7 +168,8 @@ class Batch:
     def requests(self) -> list[Request]:
         """The requests whose prompts are being read, or whose texts are being written."""
         # A copy: the load is asked for while the model's thread adds rows.
-        works = [*self.prefills, *(rows.requests for rows in self.rows.values())]
+        written = [*self.rows.values()]
+        works = [*self.prefills, *(rows.requests for rows in written)]
         return [request for work in works for request in work]
 
     def begin(self, requests: Sequence[Request]) -> None:
