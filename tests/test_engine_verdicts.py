@@ -27,7 +27,7 @@ from sidelight.engines.base import Finished, PromptJudged, ResponseScored, Sampl
 from sidelight.engines.parity import compare_engines
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, VerdictError
 from sidelight.prompts import Message, Reads
 from sidelight.states.extraction import score
 from tiny import three_probes, tiny_backbone, untrained_probe
@@ -100,6 +100,19 @@ def test_a_probe_that_overflows_gives_no_verdict_and_the_others_theirs(backbone)
     for event in (*scores, events[-1]):
         assert "late" in event.judgement.failed
         assert "late" not in [verdict.probe for verdict in event.judgement.verdicts]
+
+
+def test_a_probe_with_an_infinite_weight_is_not_served(backbone):
+    """It would fail on longer texts than the one that it has to judge first."""
+    sound, probe = late(backbone), late(backbone, mechanism="attention")
+    probe.mechanism.layer_stage.query_key_value[0, 0, 0] = torch.inf
+
+    async def replace(engine):
+        with pytest.raises(VerdictError, match="No verdict from late"):
+            await engine.replace_probes([probe])
+        return engine.probes
+
+    assert [*run(backbone, replace, probes=[sound])] == [sound]
 
 
 def test_watching_changes_no_text_and_costs_the_reading_of_the_last_token(backbone):
