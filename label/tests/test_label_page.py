@@ -140,3 +140,21 @@ def test_a_training_that_fails_is_told_and_labelling_goes_on(tiny, tmp_path):
         assert "Cannot write the probe" in state["training"]["failure"]
         body = {"row": state["text"]["row"], "labels": ["fine"]}
         assert http.post("/api/label", json=body).is_success
+
+
+def test_the_command_ends_without_waiting_for_a_training(tiny, tmp_path):
+    sitting, ended = Sitting(tiny, tmp_path), threading.Event()
+    sitting.label(40)
+    trainers = []
+
+    def train():
+        trainers.append(threading.current_thread())
+        ended.wait(60)
+
+    sitting.queue.train = train
+    with client_of(sitting) as http:
+        for _ in range(2):
+            assert http.post("/api/train").json()["training"]["is_running"]
+        ended.set()
+    (trainer,) = trainers
+    assert trainer.daemon

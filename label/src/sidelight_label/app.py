@@ -1,8 +1,9 @@
 """The labelling page and its API: this machine only, and the token is required."""
 
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from fastapi import FastAPI
@@ -40,7 +41,6 @@ def create_app(queue: LabelQueue, token: str) -> FastAPI:
     add_error_handlers(app)
     access = Access((Key.of("page", token),))
     app.add_middleware(Gatekeeper, access=access, open_paths=_FILES, hosts=("127.0.0.1",))
-    trainer = ThreadPoolExecutor(1)
     training: Future[None] | None = None
 
     @app.get("/api/state")
@@ -62,14 +62,23 @@ def create_app(queue: LabelQueue, token: str) -> FastAPI:
         queue.undo(body.row)
         return state()
 
+    def run(begun: Future[None]) -> None:
+        try:
+            begun.set_result(queue.train())
+        except Exception as error:  # noqa: BLE001 - the page says so, and labelling goes on
+            begun.set_exception(error)
+
     @app.post("/api/train")
-    def train() -> dict[str, Any]:
+    async def train() -> dict[str, Any]:
         """Begins a training; the state says when it has ended."""
         nonlocal training
+        # Two tabs begin one: the loop runs this as a whole.
         if training is None or training.done():
             if obstacle := queue.obstacle:
                 raise SidelightError(obstacle)
-            training = trainer.submit(queue.train)
+            training = Future()
+            # Ctrl-C does not wait for it.
+            Thread(target=run, args=(training,), daemon=True).start()
         return state()
 
     return app

@@ -26,7 +26,7 @@ async function ask(path, body, said) {
   try {
     show(await call(path, body), said);
   } catch (error) {
-    const message = error.status === 401 ? "Open the address that 'sidelight label' printed." : error.message;
+    const message = [401, 403].includes(error.status) ? "Open the address that 'sidelight label' printed." : error.message;
     // Another tab may have been faster: what is true now is shown beside the message.
     if (error.status) await call("api/state").then((now) => show(now), () => {});
     find("#error").textContent = message;
