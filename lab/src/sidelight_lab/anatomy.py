@@ -5,7 +5,7 @@ is trained. ``write_anatomy`` makes a table, a picture and JSON of it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,9 @@ def read_columns(
     a probe that reads raw states).
     """
     backbone, reads = classifier.backbone, classifier.probe.reads
-    tap = Bank([classifier.probe], device=backbone.device).tap()
+    # Without the columns that measure its distance.
+    bank = Bank([replace(classifier.probe, distance=None)], device=backbone.device)
+    tap = bank.tap()
     for rows in by_length([len(prompt) for prompt in prompts]):
         with backbone.tapped(tap):
             backbone.run([prompts[row] for row in rows])
