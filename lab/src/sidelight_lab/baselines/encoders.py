@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,16 +94,20 @@ class SentenceEmbeddings(Baseline):
     """Embeddings of a sentence encoder and a logistic regression.
 
     Attributes:
-        path: A folder or hub id of an encoder.
+        path: A folder or hub id of an encoder; None takes the packaged MiniLM.
         penalties: L2 penalties per text; validation texts choose one.
         max_tokens: Longer texts are cut at their end.
     """
 
     title: ClassVar[str] = "MiniLM sentence embeddings, logistic regression"
     is_single_pass: ClassVar[bool] = False
-    path: str = field(default_factory=packaged_encoder)
+    path: str | None = None
     penalties: tuple[float, ...] = PENALTIES
     max_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            packaged_encoder()
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Chooses the penalty on the validation texts; nothing is random."""

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -262,16 +262,20 @@ class FineTunedEncoder(FineTuned):
     This is not single-pass: it is a second model that reads every text.
 
     Attributes:
-        path: A folder or hub id of an encoder.
+        path: A folder or hub id of an encoder; None takes the packaged MiniLM.
         max_tokens: Longer texts are cut at their end; the encoder's own limit if that is lower.
     """
 
     title: ClassVar[str] = "Fine-tuned encoder"
-    path: str = field(default_factory=packaged_encoder)
+    path: str | None = None
     learning_rate: float = 1e-4
     epochs: int = 4
     batch_size: int = 32
     max_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            packaged_encoder()
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Fits all weights; the epoch is chosen on the validation texts."""

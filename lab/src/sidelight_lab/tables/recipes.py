@@ -210,8 +210,8 @@ def recipe_text(name: str) -> str:
         raise SidelightError(f"Cannot read the recipe {name}: {error}.") from error
 
 
-def parse_recipe(text: str, *, name: str) -> Recipe:
-    """A recipe from its TOML; ``name`` stands in messages."""
+def parse_recipe(text: str, *, name: str, likes: tuple[str, ...] = ()) -> Recipe:
+    """A recipe from its TOML; ``name`` stands in messages, after ``likes`` that led to it."""
     try:
         # Through JSON: in strict mode a list may then become a tuple, while "3" is still no number.
         recipe = TypeAdapter(Recipe).validate_json(json.dumps(tomllib.loads(text)))
@@ -220,7 +220,10 @@ def parse_recipe(text: str, *, name: str) -> Recipe:
     except ValidationError as error:
         raise SidelightError(f"Recipe {name}: {_complaint(error, _KEYS)}") from error
     if recipe.like is not None:
-        other = parse_recipe(recipe_text(recipe.like), name=recipe.like)
+        if recipe.like in likes:
+            raise SidelightError(f"Recipe {name}: 'like' leads back to {recipe.like}.")
+        likes = (*likes, recipe.like)
+        other = parse_recipe(recipe_text(recipe.like), name=recipe.like, likes=likes)
         probes = {row.name: row for row in (*other.probe, *recipe.probe)}
         baselines = {row.name: row for row in (*other.baseline, *recipe.baseline)}
         recipe = replace(recipe, probe=tuple(probes.values()), baseline=tuple(baselines.values()))
