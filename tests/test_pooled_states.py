@@ -13,7 +13,7 @@ from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
-from sidelight.states.cache import Pooled
+from sidelight.states.cache import ActivationCache, Pooled, Shard
 from sidelight.training import linear
 from sidelight.training.contexts import load_background
 from sidelight.training.fit import fit, jobs_of
@@ -332,3 +332,23 @@ def test_a_readout_of_many_classes_has_the_logits_and_gradients_of_its_columns(i
         # The same sums in another order, in float32; relative to the largest.
         largest = float(from_columns.detach().abs().max())
         torch.testing.assert_close(from_means, from_columns, rtol=0, atol=1e-5 * largest)
+
+
+def test_states_are_pooled_shard_by_shard(tiny, tmp_path, monkeypatch):
+    """What training holds in memory meanwhile may be all that --memory allows."""
+    texts = split_of(tiny, tmp_path, "binary", 12, seed=0, shard_bytes=1)
+    read, read_before = [], []
+    text, pool = ActivationCache.text, Shard.pooled
+
+    def reading(cache, row):
+        read.append(row)
+        return text(cache, row)
+
+    def pooling(shard, **options):
+        read_before.append(len(read))
+        return pool(shard, **options)
+
+    monkeypatch.setattr(ActivationCache, "text", reading)
+    monkeypatch.setattr(Shard, "pooled", pooling)
+    assert len(texts.pooled.means) == 12
+    assert read_before == [*range(1, 13)]

@@ -25,7 +25,9 @@ from sidelight.states.cache import (
     SHARD_BYTES,
     ActivationCache,
     Pooled,
+    Shard,
     States,
+    random_shards,
     write_tensors,
 )
 from sidelight.states.extraction import BackboneSource, StateSource, extract
@@ -166,8 +168,10 @@ class Split:
             shape = (len(self.states.lengths), sizes.layers, sizes.width)
             means, lasts = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
             with progress("Pooling", shape[0], unit="texts") as shown:
-                states = States(self.states, range(shape[0]))
-                for shard in map(states.read, range(len(states))):
+                # ``States`` would hold them beside those that training holds.
+                lengths, tokens = self.states.lengths, self.states.shard_tokens
+                for rows in random_shards(lengths, tokens=tokens):
+                    shard = Shard.joined({row: self.states.text(row) for row in rows})
                     pooled = shard.pooled(is_normalised=is_normalised)
                     means[shard.rows], lasts[shard.rows] = pooled.means, pooled.lasts.bfloat16()
                     shown.advance(len(shard.rows))
