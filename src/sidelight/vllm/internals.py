@@ -21,6 +21,7 @@ from multiprocessing import parent_process
 from threading import Thread
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sidelight.errors import SidelightError
@@ -51,6 +52,25 @@ def local_layers(model: Any) -> tuple[int, list[nn.Module]]:
     layers = enumerate(getattr(text, "model", text).layers, 1)
     local = {number: layer for number, layer in layers if not isinstance(layer, PPMissingLayer)}
     return 0 if get_pp_group().is_first_rank else min(local), [*local.values()]
+
+
+def raise_for_all(refusal: str) -> None:
+    """Raises what this engine's workers have to say, if it is not "", in the last of them alone.
+
+    All workers call this. vLLM reads their answers one by one up to the first error, and takes the
+    rest for answers to its next call.
+    """
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    groups = (get_tp_group(), get_pp_group())
+    refusals = [refusal]
+    for group in groups:
+        gathered: list[list[str]] = [[]] * group.world_size
+        torch.distributed.all_gather_object(gathered, refusals, group=group.cpu_group)
+        refusals = [one for of_worker in gathered for one in of_worker]
+    is_last = all(group.rank_in_group == group.world_size - 1 for group in groups)
+    if is_last and any(refusals):
+        raise SidelightError(" ".join(dict.fromkeys(filter(None, refusals))))
 
 
 def pass_slots(attention: str) -> Tensor | None:

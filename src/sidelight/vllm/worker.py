@@ -20,7 +20,7 @@ from sidelight.errors import SidelightError
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement
 from sidelight.vllm.columns import Pages, Reading, Stage, receiver, set_receiver
-from sidelight.vllm.internals import pass_slots
+from sidelight.vllm.internals import pass_slots, raise_for_all
 from sidelight.vllm.settings import Served, identity_of
 
 # vLLM shows what is logged under its own name.
@@ -356,7 +356,12 @@ class WorkerExtension:
 
     def sidelight_check(self, folders: list[str]) -> None:
         """See ``Worker.check``."""
-        current_worker().check(folders)
+        refusal = ""
+        try:
+            current_worker().check(folders)
+        except Exception as error:  # noqa: BLE001 - it is raised when all workers have ended
+            refusal = str(error) or type(error).__name__
+        raise_for_all(refusal)
 
     def sidelight_load(self, identity: str) -> None:
         """See ``Worker.load``; to be called while nothing runs."""

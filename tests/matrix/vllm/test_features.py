@@ -203,6 +203,7 @@ def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path
         too_wide = [str(save_probe(wide, tmp_path / "wide")), *others.folders]
         with pytest.raises(Exception, match="SIDELIGHT_COLUMNS="):
             engine.collective_rpc("sidelight_check", args=(too_wide,))
+        engine.collective_rpc("sidelight_check", args=(others.folders,))
         outputs = run(engine, some)
         require_equal(verdicts(outputs), expected(others, some))
 
