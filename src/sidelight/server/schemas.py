@@ -107,15 +107,14 @@ def _require_few(messages: Any) -> Any:
 
 
 T = TypeVar("T")
-# A list ends at its first wrong item: only that one is reported, and each error costs time.
-FIRST_ERROR = Field(fail_fast=True)
 # A field of an answer that is there only if it says something.
 IfAny = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
 Name = Annotated[str, Field(max_length=_MAX_NAME)]
-Listed = Annotated[list[T], FIRST_ERROR]
+# A list ends at its first wrong item: only that one is reported, and each error costs time.
+Listed = Annotated[list[T], Field(fail_fast=True)]
 Many = Annotated[Listed[T] | None, Field(max_length=MAX_ITEMS)]
 # Counted as a whole before pydantic makes objects of it.
-Turns = Annotated[list[T], FIRST_ERROR, BeforeValidator(_require_few)]
+Turns = Annotated[Listed[T], BeforeValidator(_require_few)]
 # One text or several. Not a union: that would blame one member for an error in the other.
 Texts = Annotated[Listed[str], BeforeValidator(_as_list, json_schema_input_type=str | Listed[str])]
 ProbeNames = Annotated[Listed[Name] | None, Field(description="Only these probes; null: all.")]

@@ -161,9 +161,9 @@ def _measure_surroundings(
     for shorter, longest in pairwise(_LENGTHS):
         is_near = (shorter < words) & (words <= longest)
         positive, ordinary = is_near & is_inside & holds, is_near & is_other & ~holds
-        rows = {"positives": positive, "found": positive & flags}
-        rows |= {"ordinary": ordinary, "flagged": ordinary & flags}
-        counts = {name: int(own.sum()) for name, own in rows.items()}
+        counted = {"positives": positive, "found": positive & flags}
+        counted |= {"ordinary": ordinary, "flagged": ordinary & flags}
+        counts = {name: int(rows.sum()) for name, rows in counted.items()}
         surroundings.append({"words": longest, **counts})
     return tuple(surroundings)
 

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from itertools import chain
 from multiprocessing import parent_process
 from threading import Thread
 from typing import Any
@@ -67,7 +68,7 @@ def raise_for_all(refusal: str) -> None:
     for group in groups:
         gathered: list[list[str]] = [[]] * group.world_size
         torch.distributed.all_gather_object(gathered, refusals, group=group.cpu_group)
-        refusals = [one for of_worker in gathered for one in of_worker]
+        refusals = [*chain(*gathered)]
     is_last = all(group.rank_in_group == group.world_size - 1 for group in groups)
     if is_last and any(refusals):
         raise SidelightError(" ".join(dict.fromkeys(filter(None, refusals))))
