@@ -218,8 +218,6 @@ def test_a_shadow_of_what_blocks_shows_no_scores_in_the_metrics(tiny):
         ask(http, "/v1/moderations", {"input": TEXT})
         shown, all_series = (ask(http, "/metrics", key=key).text for key in ("", ADMIN))
     assert "sidelight_probe_score_" not in shown
-    assert "sidelight_unfamiliar_total{" not in shown
-    assert all_series.count("sidelight_unfamiliar_total{") == 2
     assert all_series.count("sidelight_probe_score_sum") == 2
     assert 'shadow="newer"' in shown
 

@@ -14,7 +14,6 @@ from corpora import TASKS, examples
 from sidelight.artifact import save_probe
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_names, mechanism_spec
-from sidelight.mechanisms.distance import Distance
 from sidelight.prompts import Part
 from sidelight.training.classifier import Classifier
 from sidelight.training.judging import encode
@@ -97,14 +96,6 @@ def test_a_text_left_without_tokens_is_judged_as_one_mean_token(make):
     left = ablated(tokens, template)["without template tokens"]
     bias = classifier.probe.mechanism.bias.expand(5, 1)
     torch.testing.assert_close(classifier.probe.mechanism.logits(left), bias, **CLOSE)
-
-
-def test_what_measures_the_distance_of_a_text_is_no_part_of_an_anatomy(make):
-    plain, texts = make("readout"), examples("binary", 10, 3)
-    sizes = plain.backbone.fingerprint
-    distance = Distance(Geometry(sizes.layers, sizes.width, 1)).eval().requires_grad_(False)
-    measuring = Classifier(plain.backbone, replace(plain.probe, distance=distance))
-    assert examine(measuring, texts) == examine(plain, texts)
 
 
 def test_a_probe_that_reads_one_layer_is_attributed_to_it(make):

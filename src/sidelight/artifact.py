@@ -20,13 +20,12 @@ from sidelight.manifest import (
     require_name,
 )
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
-from sidelight.mechanisms.distance import Distance
 from sidelight.probe import Probe
 from sidelight.standardisation import Standardisation
 from sidelight.storage import sync
 
 _PREVIOUS_WEIGHTS = "probe.previous.safetensors"
-_PARAMETER, _DISTANCE = "mechanism.", "distance."
+_PARAMETER = "mechanism."
 
 
 def save_probe(probe: Probe, directory: Path) -> Path:
@@ -57,9 +56,6 @@ def _replace(probe: Probe, scratch: Path, directory: Path) -> None:
     }
     scaling = probe.standardisation
     tensors = {**parameters, "mean": scaling.mean.cpu(), "scale": scaling.scale.cpu()}
-    if probe.distance is not None:
-        kept = probe.distance.state_dict().items()
-        tensors |= {f"{_DISTANCE}{key}": value.cpu().contiguous() for key, value in kept}
     # Written as bytes: only its owner could read a file that the library writes itself.
     weights = save(tensors)
     _write_through(scratch / WEIGHTS, weights)
@@ -147,12 +143,6 @@ def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
         (backbone.layers, backbone.width)
     }:
         raise ValueError(f"mean or scale is not [{backbone.layers}, {backbone.width}]")
-    distance = None
-    if measured := [key for key in tensors if key.startswith(_DISTANCE)]:
-        distance = Distance(Geometry(backbone.layers, backbone.width, 1))
-        distance.load_state_dict(
-            {key.removeprefix(_DISTANCE): tensors.pop(key) for key in measured}
-        )
     mechanism.load_state_dict(
         {key.removeprefix(_PARAMETER): value for key, value in tensors.items()}
     )
@@ -167,7 +157,6 @@ def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
         calibration=manifest.calibration,
         thresholds=manifest.thresholds,
         fingerprint=backbone,
-        distance=distance,
         record=manifest.record,
         version=manifest.version,
         spans=manifest.spans,

@@ -147,14 +147,11 @@ class Bank:
             raise SidelightError("A bank needs one or more probes, got none. Name one.")
         require_distinct_names(probes)
         self.probes = tuple(probes)
-        # After the probes those that measure their distances, whose logit is no verdict.
-        members = [*probes, *filter(None, (probe.distance_probe for probe in probes))]
-        self._measured = [index for index, probe in enumerate(probes) if probe.distance]
-        for probe in members:
+        for probe in probes:
             probe.mechanism.to(device).eval()
-        projections = [probe.projection() for probe in members]
+        projections = [probe.projection() for probe in probes]
         widths = [projection.weight.shape[2] for projection in projections]
-        self._groups = _groups(members, widths)
+        self._groups = _groups(probes, widths)
         self._widths = [sum(widths[index] for index in group.indices) for group in self._groups]
         # The columns are laid out group by group.
         in_order = [index for group in self._groups for index in group.indices]
@@ -162,7 +159,6 @@ class Bank:
         self._columns = {
             probes[index].name: slice(end - widths[index], end)
             for index, end in zip(in_order, ends, strict=True)
-            if index < len(probes)
         }
         self.projection = Projection.joined([projections[i] for i in in_order]).to(device)
 
@@ -212,13 +208,9 @@ class Bank:
         pairs = zip(self._groups, left.states, right.states, strict=True)
         return BankState(tuple(group.merge(a, b) for group, a, b in pairs))
 
+    @torch.inference_mode()
     def logits(self, state: BankState) -> list[np.ndarray]:
         """For each probe ``[request, output]``, float64."""
-        return self._outputs(state)[: len(self.probes)]
-
-    @torch.inference_mode()
-    def _outputs(self, state: BankState) -> list[np.ndarray]:
-        """The logits of the probes, then the distances that some of them measure."""
         by_index: dict[int, np.ndarray] = {}
         for group, part in zip(self._groups, state.states, strict=True):
             logits = (each.double().cpu().numpy() for each in group.logits(part))
@@ -227,9 +219,8 @@ class Bank:
 
     @torch.inference_mode()
     def _text_logits(self, state: BankState) -> list[list[TextLogits]]:
-        """For each probe, its logits of each request, and what else it says of it."""
-        outputs, count = self._outputs(state), len(self.probes)
-        by_probe = [[TextLogits(logits) for logits in of_probe] for of_probe in outputs[:count]]
+        """For each probe, its logits of each request, and of its tokens where it labels spans."""
+        by_probe = [[TextLogits(logits) for logits in of_probe] for of_probe in self.logits(state)]
         for group, part in zip(self._groups, state.states, strict=True):
             if isinstance(labelling := group.mechanisms[0], Spans):
                 (index,) = group.indices
@@ -239,9 +230,6 @@ class Bank:
                 )
                 pairs = zip(by_probe[index], tokens, strict=True)
                 by_probe[index] = [replace(logits, tokens=own) for logits, own in pairs]
-        for index, distances in zip(self._measured, outputs[count:], strict=True):
-            pairs = zip(by_probe[index], distances[:, 0].tolist(), strict=True)
-            by_probe[index] = [replace(logits, distance=distance) for logits, distance in pairs]
         return by_probe
 
     def judge(self, state: BankState, is_plain: Sequence[bool]) -> list[Judgement]:

@@ -11,7 +11,6 @@ from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import Mechanism
-from sidelight.mechanisms.distance import Distance
 from sidelight.prompts import PromptFormat, Reads, Unit
 from sidelight.spans import SpanRule
 from sidelight.standardisation import Projection, Standardisation
@@ -25,13 +24,11 @@ class TextLogits:
     Attributes:
         logits: The highest of each label, over the units that are judged.
         turn: As ``Verdict.turn``.
-        distance: Of the whole text from familiar ones; None if the probe does not measure it.
         tokens: The logits of each token that the probe reads, if it labels spans.
     """
 
     logits: Float[np.ndarray, " output"]
     turn: int | None = None
-    distance: float | None = None
     tokens: Float[np.ndarray, "token output"] | None = None
 
 
@@ -52,7 +49,6 @@ class Probe:
         thresholds: The probability from which a label holds: one for a binary task, one per label
             for a multi-label task, none for a multi-class task.
         fingerprint: The backbone that it belongs to.
-        distance: Measures how far a text is from those of training; None: nothing does.
         record: Settings, data and metrics of its training, as JSON values.
         version: Twelve hexadecimal digits of the artifact that it was loaded from, or "".
         spans: How tokens are labelled; None for a probe of whole texts.
@@ -68,7 +64,6 @@ class Probe:
     calibration: Calibration
     thresholds: tuple[float, ...]
     fingerprint: Fingerprint
-    distance: Distance | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     version: str = ""
     spans: SpanRule | None = None
@@ -76,21 +71,6 @@ class Probe:
     def projection(self) -> Projection:
         """The map from hidden states to the few numbers that the probe needs of each of them."""
         return self.standardisation.fold(self.mechanism.columns())
-
-    @property
-    def distance_probe(self) -> "Probe | None":
-        """A probe whose one logit is the distance of a whole text."""
-        if self.distance is None:
-            return None
-        scope = "conversation" if self.reads.scope == "each_turn" else self.reads.scope
-        # Only summarised and finished in a bank: its calibration and thresholds are never used.
-        return replace(
-            self,
-            task=Task("binary", ("familiar", "unfamiliar")),
-            reads=replace(self.reads, scope=scope),
-            mechanism=self.distance,
-            standardisation=Standardisation.identity(self.distance.geometry, is_normalised=True),
-        )
 
     def verdict(self, logits: np.ndarray) -> Verdict:
         """The verdict on one text.
@@ -110,15 +90,12 @@ class Probe:
         return self.task.decide(self.name, by_label, self.label_thresholds)
 
     def text_verdict(self, text: TextLogits) -> Verdict:
-        """The verdict on a text, with what else is known of it.
+        """The verdict on a text, with the turn that decided.
 
         Raises:
             VerdictError: As ``verdict``.
         """
-        verdict = replace(self.verdict(text.logits), turn=text.turn)
-        if text.distance is None:
-            return verdict
-        return replace(verdict, is_unfamiliar=text.distance > 1)
+        return replace(self.verdict(text.logits), turn=text.turn)
 
     def token_labels(self, text: TextLogits) -> list[TokenLabel]:
         """Which tokens have a label; none unless the probe labels spans."""

@@ -129,8 +129,6 @@ class Verdict:
             is reached. A multi-class verdict is never flagged: it names a class, not a danger.
         turn: The turn that decided, counted from 0 without leading system turns (the first, if
             several were judged together); None if the whole did.
-        is_unfamiliar: Whether the whole text is unlike all that the probe was trained on; None if
-            that was not measured.
         spans: The words that have a label, in order, of the prompt or the response; None if the
             probe labels none, or if nobody knows where in the text its tokens stand.
     """
@@ -141,7 +139,6 @@ class Verdict:
     probabilities: dict[str, float]
     flagged: bool
     turn: int | None = None
-    is_unfamiliar: bool | None = None
     spans: tuple[Span, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:

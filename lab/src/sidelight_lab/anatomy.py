@@ -5,7 +5,7 @@ is trained. ``write_anatomy`` makes a table, a picture and JSON of it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +143,7 @@ def read_columns(
     a probe that reads raw states).
     """
     backbone, reads = classifier.backbone, classifier.probe.reads
-    # Without the columns that measure its distance.
-    bank = Bank([replace(classifier.probe, distance=None)], device=backbone.device)
+    bank = Bank([classifier.probe], device=backbone.device)
     tap = bank.tap()
     for rows in by_length([len(prompt) for prompt in prompts]):
         with backbone.tapped(tap):

@@ -90,10 +90,6 @@ def recalibrate(
         classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
         (judged,) = judge(classifier.backbone, [loaded], examples.items)
         made = refit(loaded, examples, np.stack([text.logits for text in judged]), rule=rule)
-        distances = [text.distance for text in judged if text.distance is not None]
-        if distances:
-            rate = f"{np.mean([distance > 1 for distance in distances]):.1%} of the texts are"
-            click.echo(f"{rate} unfamiliar: unlike all that the probe was trained on.", err=True)
         options.warn(examples.warnings)
     options.warn(made.warnings)
     save_probe(made.probe if name is None else replace(made.probe, name=name), folder)

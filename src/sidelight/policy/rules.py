@@ -178,7 +178,7 @@ class BoundRule:
         spans = verdict.spans
         if spans is not None and self.rule.labels:
             spans = tuple(span for span in spans if span.label in self.rule.labels)
-        return replace(decided, turn=verdict.turn, is_unfamiliar=verdict.is_unfamiliar, spans=spans)
+        return replace(decided, turn=verdict.turn, spans=spans)
 
 
 def side_of(probe: "Probe") -> Side:

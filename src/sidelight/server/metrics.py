@@ -31,7 +31,7 @@ from sidelight.probe import Probe
 from sidelight.types import Verdict
 
 # Series of scores, without which scores that answers withhold could be read from `/metrics`.
-_SCORES = ("sidelight_probe_score", "sidelight_probe_drift_psi", "sidelight_unfamiliar")
+_SCORES = ("sidelight_probe_score", "sidelight_probe_drift_psi")
 
 # Drift is computed on the last WINDOW scores, once there are ENOUGH. Without drift, ENOUGH scores
 # exceed an index of 0.1 in at most 5 of 100 comparisons with 150 validation scores.
@@ -63,9 +63,6 @@ class Metrics:
         self.completion_tokens = self._count("completion_tokens", "Tokens written")
         self.audit_failures = self._count("audit_failures", "Lines that could not be written")
         self._verdicts = self._count("verdicts", "Verdicts by outcome", "probe", "outcome")
-        self._unfamiliar = self._count(
-            "unfamiliar", "Whole texts that are unlike all that the probe was trained on", "probe"
-        )
         self._actions = self._count(
             "actions", "What followed from verdicts", "probe", "side", "action"
         )
@@ -120,7 +117,6 @@ class Metrics:
         for rule in rules:
             for outcome in get_args(Outcome):
                 self._verdicts.labels(rule.name, outcome)
-            self._unfamiliar.labels(rule.name)
             for action in get_args(Action):
                 if action != "none":
                     self._actions.labels(rule.name, rule.side, action)
@@ -138,7 +134,6 @@ class Metrics:
                 for label, score in scores(rule.probe, verdict).items():
                     self._scores.labels(rule.name, label).observe(score)
                 self._drift.add(rule.probe, verdict)
-                self._unfamiliar.labels(rule.name).inc(bool(verdict.is_unfamiliar))
         for shadow, agreement in agreements(decisions):
             self._agreements.labels(shadow.shadow_of, shadow.name, agreement).inc()
 

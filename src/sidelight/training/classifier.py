@@ -90,8 +90,7 @@ class Classifier:
         example = as_example(text)
         answer = example.response if response is None else response
         prompt = self.backbone.encoder.encode(example.conversation, answer, with_places=True)
-        # Without the columns that measure its distance.
-        bank = Bank([replace(self.probe, distance=None)], device=self.backbone.device)
+        bank = Bank([self.probe], device=self.backbone.device)
         tap = bank.tap()
         with self.backbone.tapped(tap):
             self.backbone.run([prompt])

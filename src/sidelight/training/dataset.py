@@ -197,7 +197,6 @@ class ProbeDataset:
         folds: Indices of the training texts of each fold if texts are cross-fitted, else none.
         warnings: What is doubtful about the texts, one sentence each.
         contexts: Those of ``measured``.
-        familiar: The texts of ``training`` that are not disguised; none without background.
         given_sha256: Hash of the texts as they were given: none held out, no context added.
     """
 
@@ -207,7 +206,6 @@ class ProbeDataset:
     folds: Folds = ()
     warnings: tuple[str, ...] = ()
     contexts: tuple[Context, ...] = ()
-    familiar: tuple[int, ...] = ()
     given_sha256: str = ""
 
     @cached_property
@@ -265,8 +263,6 @@ def prepare(
             f"{refusal}. Allow more (--set memory=GIB, memory_bytes=), "
             "name another mechanism, or use fewer rows (--set limit=N)."
         )
-    is_familiar = [True] * len(training) + [context.kind != "disguised" for context in contexts]
-    has_traffic = bool(conversations and contexts)
     split = partial(make_split, backbone, options=options, source=source)
     fitted = measured = split(training, contexts=contexts, groups=groups, title="Training texts")
     if folds:
@@ -291,7 +287,6 @@ def prepare(
         folds,
         tuple(warnings),
         contexts,
-        tuple(np.flatnonzero(is_familiar).tolist() if has_traffic else ()),
         given_sha256,
     )
 

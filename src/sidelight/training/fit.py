@@ -15,13 +15,11 @@ from sidelight.data.examples import LabelledExamples
 from sidelight.data.spans import SpanExamples
 from sidelight.manifest import curves_of
 from sidelight.mechanisms.base import mechanism_spec
-from sidelight.mechanisms.distance import Distance
 from sidelight.mechanisms.readout import Readout
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import require_thresholds
 from sidelight.training.dataset import ProbeDataset, linear_refusal, prepare
-from sidelight.training.distance import fit_distance
 from sidelight.training.loop import cross_fit, divergence, train_mechanisms
 from sidelight.training.measuring import (
     FLATTERING,
@@ -125,11 +123,8 @@ def fit(
     elif options.mechanisms is None:
         warnings += [f"{refusal}: the readout is alone."] if refusal else []
         trained = mix(trained, dataset, kind=options.calibration)
-    distance = fit_distance(dataset)
     runs = [
-        calibrate_probe(
-            run, dataset, name=name, options=options, distance=distance, lookaheads=lookaheads
-        )
+        calibrate_probe(run, dataset, name=name, options=options, lookaheads=lookaheads)
         for run in trained
     ]
     best = _best(runs)
@@ -153,7 +148,6 @@ def calibrate_probe(
     *,
     name: str,
     options: FitOptions,
-    distance: Distance | None = None,
     lookaheads: Mapping[str, float] | None = None,
 ) -> FittedProbe:
     """Calibrates on validation logits, chooses the threshold there, and measures fold by fold.
@@ -163,7 +157,6 @@ def calibrate_probe(
         dataset: Its texts.
         name: Of the probe.
         options: Of the training.
-        distance: From familiar texts.
         lookaheads: The scores that a probe of spans was chosen by.
     """
     task, texts = dataset.task, len(dataset.validation)
@@ -205,7 +198,6 @@ def calibrate_probe(
         calibration=calibrated.calibration,
         thresholds=thresholds,
         fingerprint=dataset.backbone.fingerprint,
-        distance=distance,
         spans=rule,
         record={
             "engine": dataset.training.states.engine,
