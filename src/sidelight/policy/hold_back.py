@@ -202,15 +202,15 @@ class _RuleState:
 
     def step(self, judgement: Judgement, *, tokens: int) -> None:
         """Takes the scores of one more token; one without a score is a failure."""
-        verdict, expected = decide(self._bound, judgement, tokens=tokens).verdict, self._tokens + 1
-        self._tokens = tokens
+        verdict = decide(self._bound, judgement, tokens=tokens).verdict
+        is_next, self._tokens = tokens == self._tokens + 1, tokens
         scores = {} if verdict is None else verdict.probabilities
-        if verdict is None or tokens != expected or not all(map(math.isfinite, scores.values())):
-            self._has_failed = True
-            return
-        flags = any(scores[label] >= limit for label, limit in self._bound.thresholds.items())
-        counts = flags and self._bound.is_blocking and tokens > self._bound.rule.warm_up
-        self._streak = self._streak + 1 if counts else 0
+        is_judged = bool(scores) and all(map(math.isfinite, scores.values()))
+        limits = self._bound.thresholds.items() if is_judged else ()
+        counts = self._bound.is_blocking and tokens > self._bound.rule.warm_up
+        counts &= any(scores[label] >= limit for label, limit in limits)
+        self._has_failed |= not (is_judged and is_next)
+        self._streak = (self._streak if is_next else 0) + 1 if counts else 0
         self._has_flagged |= self._streak >= self._bound.rule.consecutive
 
     def finish(self, judgement: Judgement, *, tokens: int, is_judged: bool) -> None:
