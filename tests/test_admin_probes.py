@@ -176,7 +176,7 @@ def test_what_cannot_be_served_leaves_the_last_good_set(tiny, folders, tmp_path)
     plain = untrained_probe(tiny, "toxicity")
     wrong = (
         (untrained_probe(other, "toxicity"), "was trained on", 400),
-        (broken(plain), "No verdict from toxicity", 500),
+        (broken(plain), "gives no verdict", 400),
         (untrained_probe(tiny, "toxicity", reads=Reads("both")), "no probe 'toxicity' judges", 400),
         (replace(plain, prompt_format="raw"), "and of raw texts, such as 'toxicity'", 400),
         (untrained_probe(tiny, "toxicity", task=INTENT), "would never apply", 400),

@@ -24,7 +24,8 @@ from sidelight.bank import Bank
 from sidelight.calibration import Calibration
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.manifest import MANIFEST, WEIGHTS, read_manifest, summary
-from sidelight.mechanisms.base import mechanism_names
+from sidelight.mechanisms.base import Geometry, mechanism_names
+from sidelight.mechanisms.distance import Distance
 from sidelight.prompts import Message, Reads
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import score
@@ -342,3 +343,39 @@ def test_nothing_is_unpickled():
     )
     sources = Path(sidelight.__file__).parent.rglob("*.py")
     assert not [path.name for path in sources if unpickles.search(path.read_text("utf-8"))]
+
+
+@pytest.mark.parametrize("mechanism", mechanism_names())
+def test_weights_that_are_not_finite_are_refused_wherever_they_are(tiny, tmp_path, mechanism):
+    probe = probe_of(tiny, mechanism=mechanism)
+    distance = Distance(Geometry(probe.fingerprint.layers, probe.fingerprint.width, 1))
+    probe = replace(probe, distance=distance)
+    scaling = probe.standardisation
+    states = {**probe.mechanism.state_dict(), **distance.state_dict(), "mean": scaling.mean}
+    load_probe(save_probe(probe, tmp_path))
+    for tensor in filter(torch.numel, [*states.values(), scaling.scale]):
+        middle = tensor.view(-1)[tensor.numel() // 2 :][:1]
+        before = middle.clone()
+        # The scale of a layer of weight 0 is infinite.
+        for number in (torch.nan, *([torch.inf] if tensor is not scaling.scale else [])):
+            middle.fill_(number)
+            with pytest.raises(SidelightError, match="gives no verdict"):
+                load_probe(save_probe(probe, tmp_path))
+        middle.copy_(before)
+
+
+@pytest.mark.parametrize("mechanism", mechanism_names())
+def test_weights_so_large_that_sums_overflow_are_refused(tiny, tmp_path, mechanism):
+    probe = probe_of(tiny, mechanism=mechanism)
+    for parameter in probe.mechanism.parameters():
+        parameter.fill_(3e38)
+    with pytest.raises(SidelightError, match="so large that sums overflow"):
+        load_probe(save_probe(probe, tmp_path))
+
+
+def test_a_layer_of_weight_0_is_no_reason_to_refuse_a_probe(tiny, tmp_path):
+    probe = probe_of(tiny)
+    weights = torch.tensor([0.0, *[1.0] * (probe.fingerprint.layers - 1)])
+    scaling = probe.standardisation.weighted(weights)
+    assert not scaling.scale.isfinite().all()
+    assert load_probe(save_probe(replace(probe, standardisation=scaling), tmp_path))

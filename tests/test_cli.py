@@ -31,7 +31,7 @@ from sidelight.manifest import WEIGHTS
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Place
 from sidelight.types import Verdict
-from tiny import INTENT, untrained_probe
+from tiny import INTENT, broken, untrained_probe
 
 Captured = pytest.CaptureFixture[str]
 QUICKLY = ("--set", "epochs=4", "--set", "batch_size=16", "--set", "learning_rate=0.03")
@@ -377,6 +377,27 @@ def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
     assert not Path("o").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect {probe}",
+        "predict {probe} x --model {model}",
+        "recalibrate {probe} --threshold f1 --out {out}",
+        "serve --port 0 --probe {probe} --model nowhere",
+        "push {probe} {out}",
+        "pull {probe} {out}",
+    ],
+)
+def test_a_probe_without_verdicts_is_refused_by_every_command(
+    command, tiny, model, tmp_path, capsys
+):
+    probe = save_probe(broken(untrained_probe(tiny, "toxicity")), tmp_path / "probe")
+    out = tmp_path / "out"
+    assert run(*command.format(probe=probe, model=model, out=out).split()) == 2
+    assert f"{probe} is damaged (it gives no verdict" in capsys.readouterr().err
+    assert not out.exists()
+
+
 LIGHT = """
 import click, json, sys
 from sidelight.cli import app
@@ -415,7 +436,7 @@ def test_a_wrong_file_column_probe_or_rule_and_help_are_told_before_imports_that
         ["recalibrate", "nowhere", "--data", data],
         ["recalibrate", untrained, "--threshold", "fpr=0.01"],
         ["recalibrate", untrained, "--data", data, "--label", "lable"],
-        ["inspect", untrained],
+        ["inspect", "nowhere"],
         ["serve", "--probe", untrained, "--probe", "nowhere"],
         ["policy", "check", "nowhere.toml"],
     ]
@@ -424,12 +445,11 @@ def test_a_wrong_file_column_probe_or_rule_and_help_are_told_before_imports_that
     said, *helps = all_said.split("Usage: ")
     for words in ("nowhere.jsonl", "--text", "torn.jsonl, line 1"):
         assert said.count(words) == len(readers), words
-    assert said.count("holds no probe") == 3
+    assert said.count("holds no probe") == 4
     for words in (
         "Name texts of",
         "Got the threshold",
         "'lable'",
-        "billing, refund, other",
         "Name a TOML file",
     ):
         assert said.count(words) == 1, words

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from sidelight.bank import gives_verdicts
 from sidelight.errors import SidelightError
 from sidelight.manifest import (
     FORMAT_VERSION,
@@ -104,15 +105,20 @@ def load_probe(directory: str | Path) -> Probe:
     """The probe stored in a folder.
 
     Raises:
-        SidelightError: The folder holds no artifact, one of another format, or a damaged one.
+        SidelightError: The folder holds no artifact, one of another format, or a damaged one, or a
+            probe without verdicts (``gives_verdicts``).
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
     weights = _read_weights(manifest, directory)
     try:
-        return _assemble(manifest, load(weights))
+        probe = _assemble(manifest, load(weights))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise damaged(directory, str(error)) from error
+    if not gives_verdicts(probe):
+        what = "it gives no verdict: its weights are not finite, or so large that sums overflow"
+        raise damaged(directory, what)
+    return probe
 
 
 def _read_weights(manifest: Manifest, directory: Path) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -22,13 +22,18 @@ from sidelight.errors import SidelightError, VerdictError
 from sidelight.explanation import Explanation, explain
 from sidelight.mechanisms.spans import Spans
 from sidelight.probe import Probe, TextLogits, require_distinct_names
-from sidelight.prompts import EncodedPrompt, Reads, Unit, judged_units, read_tokens
+from sidelight.prompts import EncodedPrompt, Part, Reads, Unit, judged_units, read_tokens
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement, TokenLabel, Verdict
 
 NUMBERS_AT_ONCE = 2**21
 """Most numbers that are summarised in one call; more would not fit a processor's cache."""
+
+# The parts of a made-up text, and how many standard deviations its states are from the mean one. An
+# attention sink has a hundred times the norm of other tokens.
+_PARTS = bytes([Part.PROMPT, Part.RESPONSE] * 4)
+_DEVIATIONS = (0.0, 1.0, 100.0)
 
 
 @dataclass(frozen=True)
@@ -464,3 +469,40 @@ def _groups(probes: Sequence[Probe], widths: Sequence[int]) -> list[_ProbeGroup]
     return [
         _ProbeGroup(members, [probes[index] for index in members]) for members in indices.values()
     ]
+
+
+@torch.inference_mode()
+def gives_verdicts(probe: Probe, *, device: torch.device | str = "cpu") -> bool:
+    """Whether a probe judges made-up texts, as it cannot if its weights are not finite or enormous.
+
+    Their states are random and have the mean and the deviations of those that it was trained on.
+    They take the way of all others: the folded projection in float32, mechanism, calibration.
+
+    Args:
+        probe: To be served.
+        device: Where the backbone's hidden states are.
+    """
+    learned = [probe.mechanism, *([] if probe.distance is None else [probe.distance])]
+    weights = chain.from_iterable(module.state_dict().values() for module in learned)
+    # The kernel of attention may take a weight that is not a number for none.
+    if not all(bool(tensor.isfinite().all()) for tensor in weights):
+        return False
+    bank, scaling = Bank([probe], device=device), probe.standardisation
+    tap, generator = bank.tap(), torch.Generator().manual_seed(0)
+    # The scale of a layer of weight 0 is infinite.
+    scales = torch.where(scaling.scale.isfinite(), scaling.scale, 1)
+    for layer, (mean, scale) in enumerate(zip(scaling.mean, scales, strict=True)):
+        noise = torch.randn(len(_DEVIATIONS), len(_PARTS), len(mean), generator=generator)
+        deviations = torch.tensor(_DEVIATIONS)[:, None, None] * noise
+        tap(layer, (mean.cpu() + scale.cpu() * deviations).to(device))
+    parts = [_PARTS] * len(_DEVIATIONS)
+    try:
+        for text in bank.prompt_logits(tap.projected().flatten(0, 1), parts)[0]:
+            numbers = [*probe.text_verdict(text).probabilities.values()]
+            numbers += [] if text.distance is None else [text.distance]
+            numbers += [] if text.tokens is None else text.tokens.flatten().tolist()
+            if not np.isfinite(numbers).all():
+                return False
+    except VerdictError:
+        return False
+    return True

@@ -62,6 +62,10 @@ def inspect(probe: Path, as_json: bool) -> None:
     from sidelight.manifest import read_manifest, summary
 
     manifest = read_manifest(probe)
+    # Before imports that takes seconds: a folder without a probe is refused at once.
+    from sidelight.artifact import load_probe
+
+    load_probe(probe)
     if as_json:
         click.echo(manifest.to_json())
         return

@@ -8,12 +8,14 @@ from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Ite
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sidelight.bank import Panel
+import torch
+
+from sidelight.bank import gives_verdicts
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
 from sidelight.explanation import Explanation
 from sidelight.fingerprint import Fingerprint
 from sidelight.probe import Probe, common_format
-from sidelight.prompts import Conversation, Message, Part
+from sidelight.prompts import Conversation, Message
 from sidelight.types import Judgement
 
 # Engines report "stop" or "length"; `policy/` reports "content_filter" where it cut the text.
@@ -307,25 +309,13 @@ def verdict_failure(probes: Iterable[str]) -> VerdictError:
     )
 
 
-def require_verdicts(panel: Panel) -> None:
-    """Checks that probes can judge a text, whose hidden states are zero.
+def require_verdicts(probes: Iterable[Probe], *, device: torch.device | str = "cpu") -> None:
+    """Checks that probes can judge a text: see ``gives_verdicts``.
 
     Raises:
-        VerdictError: One gives no verdict, or has weights that are not finite.
+        VerdictError: Some cannot.
     """
-    if panel.projection is None:
-        return
-    # A text of zero states may not need all of them.
-    failed = [
-        probe.name
-        for probe in panel.probes
-        if not all(bool(weights.isfinite().all()) for weights in probe.mechanism.parameters())
-    ]
-    parts = [bytes([Part.PROMPT, Part.RESPONSE])]
-    columns = panel.projection.shift.expand(len(parts[0]), -1, -1)
-    (early,) = panel.judge_prompts(columns, parts, [False])
-    (late,) = panel.judge_responses(panel.read(columns, parts, [None]), [False])
-    if failed := dict.fromkeys([*failed, *(early | late).failed]):
+    if failed := [probe.name for probe in probes if not gives_verdicts(probe, device=device)]:
         raise verdict_failure(failed)
 
 

@@ -110,7 +110,7 @@ class TransformersEngine(Engine):
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
         self._require_ready()
         panel = await asyncio.to_thread(self._load_panel, probes)
-        await asyncio.to_thread(require_verdicts, panel)
+        await asyncio.to_thread(require_verdicts, probes, device=self._backbone.device)
         self._panel = panel
 
     async def tokenize(self, text: Conversation) -> tuple[int, ...]:

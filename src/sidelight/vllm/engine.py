@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 from sidelight.artifact import save_probe
 from sidelight.backbone import read_backbone
-from sidelight.bank import Panel
 from sidelight.engines.base import (
     Engine,
     EngineBusyError,
@@ -172,7 +171,7 @@ class VllmEngine(Engine):
                 f"Probes cannot be replaced while {servers} API servers share an engine, since the "
                 "others would keep their policies' old ones. Start vLLM with --api-server-count 1."
             )
-        await asyncio.to_thread(lambda: require_verdicts(Panel(probes)))
+        await asyncio.to_thread(require_verdicts, probes)
         async with self._turn:
             with saved(probes) as (folders, identity):
                 try:
