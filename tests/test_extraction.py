@@ -1,5 +1,6 @@
 """Extraction writes what a tap sees: whole or absent, within the budget, also after a kill."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -240,12 +241,13 @@ def test_a_text_is_read_as_it_was_written_and_half_of_one_is_missing(tiny, tmp_p
     cache.directory.mkdir()
     (cache.directory / f"{cache.path(0).name}.1.partial").write_bytes(b"half")
     assert sorted(cache.open()) == list(range(len(TEXTS)))
-    assert not [*cache.directory.glob("*.partial")]
     texts = {row: torch.randn(4, tokens, 32).bfloat16() for row, tokens in ((1, 2), (0, 3))}
     cache.write(texts)
     for row, hidden in texts.items():
         assert torch.equal(cache.text(row), hidden)
     assert sorted(cache.missing()) == list(range(2, len(TEXTS)))
+    cache.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_remove_deletes_a_cache_that_no_other_run_reads_and_that_is_not_kept(tiny, tmp_path):
@@ -266,7 +268,7 @@ def test_remove_deletes_a_cache_that_no_other_run_reads_and_that_is_not_kept(tin
 def test_runs_that_write_the_same_states_disturb_neither_each_other_nor_a_later_one(tiny, tmp_path):
     first, second = cache_of(tiny, tmp_path), cache_of(tiny, tmp_path)
     first.open()
-    half = first.directory / "0.1.partial"
+    half = first.path(0).with_suffix(".1.partial")
     half.write_bytes(b"half")
     extract(BackboneSource(tiny), second)
     extract(BackboneSource(tiny), first)
@@ -277,10 +279,29 @@ def test_runs_that_write_the_same_states_disturb_neither_each_other_nor_a_later_
     assert not extracted(tiny, tmp_path).missing()
 
 
+def test_a_run_that_begins_while_another_removes_the_same_states_keeps_its_own(
+    tiny, tmp_path, monkeypatch
+):
+    first, second = extracted(tiny, tmp_path), cache_of(tiny, tmp_path)
+    lock, ends = fcntl.flock, [first.remove]
+
+    def flock(file, kind):
+        if kind == fcntl.LOCK_SH and ends:
+            ends.pop()()
+        lock(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    extract(BackboneSource(tiny), second)
+    extracted(tiny, tmp_path).remove()
+    assert not second.missing()
+    second.remove()
+    assert not list(tmp_path.iterdir())
+
+
 def test_states_that_cannot_be_written_or_read_are_an_error_with_a_remedy(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
     cache.directory.write_text("no folder")
-    with pytest.raises(SidelightError, match=r"Cannot write .*0\.safetensors.*SIDELIGHT_CACHE"):
+    with pytest.raises(SidelightError, match=r"Cannot write .*safetensors.*SIDELIGHT_CACHE"):
         cache.write({0: torch.zeros(4, 5, 32).bfloat16()})
     cache.directory.unlink()
     cache.open()

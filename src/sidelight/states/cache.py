@@ -6,6 +6,7 @@ where it stopped.
 
 import fcntl
 import hashlib
+import os
 import shutil
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +32,6 @@ SHARD_BYTES = 512 * 2**20
 _BYTES_PER_VALUE = 2
 # Left free on the disk.
 _RESERVE_BYTES = 2 * 2**30
-# Locked by each process that reads the folder.
-_READERS = "readers"
 # What may be held in memory: two shards, some texts of a cache, or pooled states.
 MEMORY_BYTES = 2 * SHARD_BYTES
 
@@ -120,7 +119,7 @@ class ActivationCache:
         shard_bytes: The most that ``States`` reads together, or else one text.
         memory_bytes: The most that ``States`` holds in memory.
         is_kept: Whether the states stay, in a folder that all kept caches of the backbone and the
-            engine share: what another one has had is there, and equal texts are one.
+            engine share: what another one has had is there.
     """
 
     def __init__(
@@ -144,9 +143,8 @@ class ActivationCache:
         self.lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
         self.shard_tokens = max(1, shard_bytes // self.token_bytes)
         who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine)
-        names = [text_name(prompt, reads) for prompt in prompts]
-        self.key = _hash((who, names))
-        self._names = names if is_kept else [*map(str, range(len(prompts)))]
+        self._names = [text_name(prompt, reads) for prompt in prompts]
+        self.key = _hash((who, self._names))
         self.directory = root / (_hash(who) if is_kept else self.key)
         self._is_kept = is_kept
         self._lock: IO[str] | None = None
@@ -157,7 +155,7 @@ class ActivationCache:
         return [row for row in rows.values() if not self.path(row).exists()]
 
     def open(self) -> list[int]:
-        """Makes the folder, which other runs do not remove while this object exists.
+        """Makes the folder, which no other run removes while this object exists.
 
         Returns:
             The texts to write, as ``missing`` gives them.
@@ -165,15 +163,9 @@ class ActivationCache:
         Raises:
             SidelightError: They would not fit the disk.
         """
-        if self._lock is None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.directory / _READERS).open("a")
-            weakref.finalize(self, self._lock.close)
-            if _has_locked(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                # What a killed run left half written.
-                for partial in self.directory.glob("*.partial"):
-                    partial.unlink()
-            _has_locked(self._lock, fcntl.LOCK_SH)
+        while self._lock is None and not self._is_kept:
+            self._lock = self._shared_lock()
+        self.directory.mkdir(parents=True, exist_ok=True)
         missing = self.missing()
         needed = sum(map(self.stored_bytes, missing))
         free = shutil.disk_usage(self.directory).free - _RESERVE_BYTES
@@ -210,16 +202,38 @@ class ActivationCache:
             ) from error
 
     def remove(self) -> None:
-        """Deletes the cache, unless it is kept.
+        """Deletes the files, unless they are kept.
 
-        While another run reads it nothing happens: it is left to that run's ``remove``.
+        Files that another run reads are left to that run's ``remove``.
         """
         if self._lock is None:
             return
-        if not self._is_kept and _has_locked(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            shutil.rmtree(self.directory, ignore_errors=True)
-        self._lock.close()
+        with self._lock:
+            if _has_locked(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                shutil.rmtree(self.directory, ignore_errors=True)
+                self._lock_path.unlink(missing_ok=True)
         self._lock = None
+
+    @property
+    def _lock_path(self) -> Path:
+        """Beside the folder, so that it is there until the folder is deleted."""
+        return self.directory.with_suffix(".lock")
+
+    def _shared_lock(self) -> IO[str] | None:
+        """The lock of a run that reads the folder; it ends with the process, however that ends.
+
+        None if another run has deleted the folder meanwhile, and the lock with it.
+        """
+        self._lock_path.parent.mkdir(parents=True, exist_ok=True)
+        lock = self._lock_path.open("a")
+        weakref.finalize(self, lock.close)
+        # Waits while another run deletes.
+        _has_locked(lock, fcntl.LOCK_SH)
+        try:
+            is_current = os.path.samestat(os.fstat(lock.fileno()), self._lock_path.stat())
+        except FileNotFoundError:
+            is_current = False
+        return lock if is_current else None
 
     def path(self, row: int) -> Path:
         """The file of a text."""
