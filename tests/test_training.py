@@ -1,5 +1,6 @@
 """Training is reproducible to the byte, learns what is there, and keeps the best epoch."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
@@ -16,8 +17,9 @@ from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.prompts import Reads
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
+from sidelight.states import cache
 from sidelight.training import scaling
-from sidelight.training.dataset import make_split
+from sidelight.training.dataset import make_split, prepare
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import (
     TrainingRun,
@@ -335,3 +337,30 @@ def test_shards_smaller_than_a_batch_fill_it_together(tiny, tmp_path, monkeypatc
     settings = replace(QUICK, batch_size=size)
     train_mechanisms([job("gate", settings=settings)], training=training, validation=None)
     assert len(steps) in range(2 * settings.epochs, 3 * settings.epochs + 1)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.4])
+def test_training_and_validation_share_the_memory_and_what_fits_is_read_once(
+    tiny, tmp_path, monkeypatch, share
+):
+    given = load_examples(rows("binary", 60))
+    training, validation = (given.select(range(*ends)) for ends in ((0, 40), (40, 60)))
+    options = FitOptions(cache_root=tmp_path)
+    made = prepare(tiny, training, validation, options=options)
+    splits = {"training": made.training, "validation": made.measured}
+    sizes = {
+        split.states.path(row): split.states.stored_bytes(row)
+        for split in splits.values()
+        for row in range(len(split))
+    }
+    options = replace(options, memory_bytes=round(share * sum(sizes.values())))
+    made = prepare(tiny, training, validation, options=options)
+    reads, load_file = Counter(), cache.load_file
+    monkeypatch.setattr(cache, "load_file", lambda path: (reads.update([path]), load_file(path))[1])
+    train_mechanisms([job("gate")], training=made.training, validation=made.measured)
+    assert {*reads} == {*sizes}
+    held = [path for path, times in reads.items() if times == 1]
+    least, most = options.memory_bytes - max(sizes.values()), options.memory_bytes
+    assert least <= sum(map(sizes.get, held)) <= most
+    # What trains comes first.
+    assert (made.measured.states.path(0) in held) == (share == 1)

@@ -117,7 +117,7 @@ class ActivationCache:
         fingerprint: The backbone.
         engine: What computes the states; engines round differently, so they share no cache.
         shard_bytes: The most that ``States`` reads together, or else one text.
-        memory_bytes: The most that ``States`` holds in memory.
+        memory_bytes: The most states that are held in memory, those that are read first.
         is_kept: Whether the states stay, in a folder that all kept caches of the backbone and the
             engine share: what another one has had is there.
     """
@@ -138,7 +138,6 @@ class ActivationCache:
         self.reads = reads
         self.fingerprint = fingerprint
         self.engine = engine
-        self.memory_bytes = memory_bytes
         self.token_bytes = fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
         self.lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
         self.shard_tokens = max(1, shard_bytes // self.token_bytes)
@@ -148,6 +147,8 @@ class ActivationCache:
         self.directory = root / (_hash(who) if is_kept else self.key)
         self._is_kept = is_kept
         self._lock: IO[str] | None = None
+        self._held: dict[str, Tensor] = {}
+        self._free = memory_bytes
 
     def missing(self) -> list[int]:
         """The texts that have not been written yet, in random order; equal texts are one."""
@@ -187,25 +188,33 @@ class ActivationCache:
             write_tensors({"hidden": hidden.contiguous()}, self.path(row))
 
     def text(self, row: int) -> Float[Tensor, "layer token width"]:
-        """A text's states, mapped from disk.
+        """A text's states: held in memory while there is room, else mapped from disk each time.
 
         Raises:
             SidelightError: The file is absent or broken.
         """
-        path = self.path(row)
+        name, path = self._names[row], self.path(row)
+        if name in self._held:
+            return self._held[name]
         try:
-            return load_file(path)["hidden"]
+            hidden = load_file(path)["hidden"]
         except (OSError, SafetensorError) as error:
             raise SidelightError(
                 f"Cannot read the hidden states in {path}: {error}. Delete {path.parent}, and run "
                 "the same command again."
             ) from error
+        if hidden.nbytes <= self._free:
+            self._free -= hidden.nbytes
+            self._held[name] = hidden = hidden.clone()
+        return hidden
 
     def remove(self) -> None:
-        """Deletes the files, unless they are kept.
+        """Frees the memory, and deletes the files unless they are kept.
 
         Files that another run reads are left to that run's ``remove``.
         """
+        self._free += sum(hidden.nbytes for hidden in self._held.values())
+        self._held.clear()
         if self._lock is None:
             return
         with self._lock:
@@ -243,8 +252,6 @@ class ActivationCache:
 class States:
     """The hidden states of some texts of a cache, as training reads them.
 
-    They are held in memory if they are small enough, else read from disk in each epoch.
-
     Attributes:
         fingerprint: The backbone.
         reads: Which tokens of each text these are.
@@ -263,8 +270,6 @@ class States:
         self._rows = rows
         self.lengths = [cache.lengths[row] for row in rows]
         self.shards = random_shards(self.lengths, tokens=cache.shard_tokens)
-        is_small = cache.token_bytes * sum(self.lengths) <= cache.memory_bytes
-        self._held = [cache.text(row).clone() for row in rows] if is_small else None
 
     def __len__(self) -> int:
         """The number of shards."""
@@ -281,9 +286,7 @@ class States:
             yield self._joined(texts[start:stop])
 
     def _joined(self, texts: Sequence[int]) -> Shard:
-        held = self._held
-        states = (held[t] if held else self._cache.text(self._rows[t]) for t in texts)
-        return Shard.joined(dict(zip(texts, states, strict=True)))
+        return Shard.joined({text: self._cache.text(self._rows[text]) for text in texts})
 
 
 def random_shards(lengths: Sequence[int], *, tokens: int) -> list[list[int]]:

@@ -25,9 +25,7 @@ from sidelight.states.cache import (
     SHARD_BYTES,
     ActivationCache,
     Pooled,
-    Shard,
     States,
-    random_shards,
     write_tensors,
 )
 from sidelight.states.extraction import BackboneSource, StateSource, extract
@@ -168,10 +166,8 @@ class Split:
             shape = (len(self.states.lengths), sizes.layers, sizes.width)
             means, lasts = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
             with progress("Pooling", shape[0], unit="texts") as shown:
-                # ``States`` would hold them beside those that training holds.
-                lengths, tokens = self.states.lengths, self.states.shard_tokens
-                for rows in random_shards(lengths, tokens=tokens):
-                    shard = Shard.joined({row: self.states.text(row) for row in rows})
+                states = States(self.states, range(shape[0]))
+                for shard in map(states.read, range(len(states))):
                     pooled = shard.pooled(is_normalised=is_normalised)
                     means[shard.rows], lasts[shard.rows] = pooled.means, pooled.lasts.bfloat16()
                     shown.advance(len(shard.rows))
@@ -271,7 +267,13 @@ def prepare(
         warnings += shared_texts(training, validation)
         groups = (np.arange(len(validation)),)
         contexts = draw_contexts(backbone, validation, groups, conversations[:measuring], options)
-        measured = split(validation, contexts=contexts, groups=groups, title="Validation texts")
+        measured = split(
+            validation,
+            contexts=contexts,
+            groups=groups,
+            title="Validation texts",
+            in_memory=fitted.states.token_bytes * sum(fitted.states.lengths),
+        )
     for texts in (fitted,) if folds else (fitted, measured):
         cut = [prompt for prompt in texts.prompts if prompt.dropped]
         if cut:
@@ -312,6 +314,7 @@ def make_split(
     source: StateSource | None = None,
     contexts: Sequence[Context] = (),
     groups: Folds = (),
+    in_memory: int = 0,
 ) -> Split:
     """Runs the backbone over labelled texts, or finds their hidden states on disk.
 
@@ -323,6 +326,7 @@ def make_split(
         source: The engine that computes the states; None is the backbone itself.
         contexts: Further settings of the texts, which follow them.
         groups: The texts of each group that contexts were drawn for.
+        in_memory: Bytes of other states that may be in memory at the same time.
 
     Raises:
         SidelightError: A text without a token to read, or no room for the states.
@@ -338,7 +342,7 @@ def make_split(
         fingerprint=backbone.fingerprint,
         engine=source.engine,
         shard_bytes=min(SHARD_BYTES, max(1, options.memory_bytes // 2)),
-        memory_bytes=options.memory_bytes,
+        memory_bytes=options.memory_bytes - in_memory,
         is_kept=options.keep_cache,
     )
     stored = sum(cache.path(row).exists() for row in range(len(prompts)))
