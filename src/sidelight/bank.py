@@ -11,7 +11,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -482,10 +482,8 @@ def gives_verdicts(probe: Probe, *, device: torch.device | str = "cpu") -> bool:
         probe: To be served.
         device: Where the backbone's hidden states are.
     """
-    learned = [probe.mechanism, *([] if probe.distance is None else [probe.distance])]
-    weights = chain.from_iterable(module.state_dict().values() for module in learned)
     # The kernel of attention may take a weight that is not a number for none.
-    if not all(bool(tensor.isfinite().all()) for tensor in weights):
+    if not all(bool(weights.isfinite().all()) for weights in probe.mechanism.parameters()):
         return False
     bank, scaling = Bank([probe], device=device), probe.standardisation
     tap, generator = bank.tap(), torch.Generator().manual_seed(0)
@@ -499,7 +497,6 @@ def gives_verdicts(probe: Probe, *, device: torch.device | str = "cpu") -> bool:
     try:
         for text in bank.prompt_logits(tap.projected().flatten(0, 1), parts)[0]:
             numbers = [*probe.text_verdict(text).probabilities.values()]
-            numbers += [] if text.distance is None else [text.distance]
             numbers += [] if text.tokens is None else text.tokens.flatten().tolist()
             if not np.isfinite(numbers).all():
                 return False
