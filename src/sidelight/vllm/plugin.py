@@ -312,7 +312,7 @@ def require_supported(config: Any, probes: Sequence[Probe]) -> None:
     if config.device_config.device_type != "cpu":
         _log.warning(
             "Probes inside vLLM have never run on a GPU. Before you rely on a verdict, measure "
-            "this machine: 'sidelight bench gpu --out gpu-check' (25 minutes)."
+            "this machine: 'sidelight bench gpu --out gpu-check' (30 minutes)."
         )
 
 

@@ -72,7 +72,7 @@ def bench_defaults(
     that training printed stands beside the one that was measured.
     """
     from sidelight.data.loading import load_examples
-    from sidelight.training.settings import load_background
+    from sidelight.training.contexts import load_background
     from sidelight_lab.bench.defaults import compare_defaults, defaults_table, described
 
     examples, backbone = load_examples(data, text=text, label=label), runtime.load_backbone()
@@ -318,22 +318,20 @@ def bench_serve(
     "gpu",
     epilog=options.examples(
         "sidelight bench gpu --out gpu-check",
-        "sidelight bench gpu --out gpu-check --only graphs --only parity",
+        "sidelight bench gpu --out gpu-check --only train --only vllm",
     ),
 )
 @options.out
-@click.option(
-    "--model", help="Model of the parity check, small enough for float32. [default: smollm2]"
-)
+@click.option("--model", help="Model that is checked, small enough for float32. [default: smollm2]")
 @click.option("--only", multiple=True, metavar="NAME", help="Sections that begin so; repeatable.")
 @options.engine_option
 def bench_gpu(out: Path, **given: Any) -> None:
-    """Check probes inside vLLM on this machine's GPU: parity and overhead, in 25 minutes.
+    """Check this machine's GPU: the transformers engine, then probes inside vLLM; 30 minutes.
 
-    Each section runs in a process of its own, so one that fails loses no other. A second run
-    continues: sections that have a result are skipped. --out gets gpu.json, gpu.md and logs.
-    Without a GPU the sections run with tiny sizes, to try out the check. The exit code is 1 if a
-    section failed or did not pass.
+    Each section runs in a process of its own, so one that fails loses no other, and is given up
+    after ten minutes. A second run repeats what has not passed. --out gets gpu.json and gpu.md,
+    which can be attached to an issue as they are, and logs. Without a GPU the sections run with
+    tiny sizes, to try out the check. The exit code is 1 if a section did not pass.
     """
     from sidelight_lab.bench.gpu import run_check
 

@@ -1,22 +1,16 @@
-"""What the check of a GPU measures. ``gpu.py`` runs each section in a process of its own.
-
-On a CPU the same sections run on tiny sizes: that tries out the check, and says nothing of a GPU.
-"""
+"""What the check of a GPU asks of probes inside vLLM, as ``gpu_engine.py`` of our own engine."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import load_backbone
@@ -24,22 +18,17 @@ from sidelight.bank import Bank
 from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.prompts import EncodedPrompt, Part, Reads
-from sidelight.smollm2 import embedded_model_path
 from sidelight.standardisation import Projection
 from sidelight.states.extraction import score
 from sidelight.storage import write_json
 from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, slots_of
 from sidelight.vllm.requests import request_params
 from sidelight.vllm.settings import DESCRIBED, KEY
+from sidelight_lab.bench.gpu_engine import Result, Setting, model_config, save_tokenizer
 from sidelight_lab.bench.measurement import offline_engine, spread_probe, untrained_probe
 
-# Width, width of the MLP, layers, heads, heads of keys and values, vocabulary.
-SHAPES = {
-    "tiny": (128, 192, 4, 4, 4, 49152),
-    "135m": (576, 1536, 30, 9, 3, 49152),
-    "3b": (3072, 8192, 28, 24, 8, 128256),
-    "8b": (4096, 14336, 32, 32, 8, 128256),
-}
+# Of a probability in float32.
+PARITY_ERROR = 1e-4
 FORCED = 8
 _WAYS = (Reads(), Reads("both"), Reads("response"))
 _TAP_LAYERS = 4
@@ -58,32 +47,6 @@ class _Pass:
     def end_pass(self, tokens: int) -> None:
         assert tokens == len(self.slots)
         self.pages.keep(self.slots)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the sections are told.
-
-    Attributes:
-        folder: Where sections leave files for later ones.
-        model: The model of the parity check; None takes the embedded one, or a tiny one on a CPU.
-        shape: Whose sizes the model with random weights has that serving is timed with.
-        engine_option: Fields of vLLM's ``EngineArgs``.
-    """
-
-    device: str
-    folder: str
-    model: str | None
-    shape: str
-    engine_option: Mapping[str, Any] = field(default_factory=dict[str, Any])
-
-    @property
-    def is_gpu(self) -> bool:
-        return self.device == "cuda"
-
-    @property
-    def path(self) -> Path:
-        return Path(self.folder)
 
 
 def _states(tokens: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -106,7 +69,7 @@ def _captured(work: Callable[[], object]) -> "torch.cuda.CUDAGraph":
     return graph
 
 
-def graphs(setting: Setting) -> dict[str, Any]:
+def graphs(setting: Setting) -> Result:
     """Whether the captured tap, replayed with other inputs, gives what it gives uncaptured.
 
     What is captured is what vLLM captures: the operation that the hooks call, for every layer; and
@@ -157,16 +120,18 @@ def graphs(setting: Setting) -> dict[str, Any]:
             # A slot that was not written has NaN.
             off = (kept[:, layer] - uncaptured.rows[layer, :-3]).abs().nan_to_num(torch.inf).max()
             difference = max(difference, min(1.0, float(off)))
-    return {"difference": difference, "is_captured": setting.is_gpu}
+    how = "replayed with other inputs" if setting.is_gpu else "called, not captured"
+    return Result(
+        difference == 0, f"{how}, largest difference {difference:.1e}", {"difference": difference}
+    )
 
 
-def reference(setting: Setting) -> dict[str, Any]:
+def reference(setting: Setting) -> Result:
     """Probes of all mechanisms, and what ``transformers`` says of prompts, in float32 on the CPU.
 
     A response is forced: the same token again and again. So it is known before vLLM writes it.
     """
-    model = setting.model or ("smollm2" if setting.is_gpu else _tiny_model(setting.path / "model"))
-    backbone = load_backbone(model, dtype="float32", device="cpu")
+    backbone = load_backbone(setting.model_name(), dtype="float32", device="cpu")
     longest = min(1000 if setting.is_gpu else 100, backbone.encoder.max_tokens - FORCED - 1)
     lengths = np.geomspace(1, longest, 40 if setting.is_gpu else 8).astype(int)
     random = np.random.default_rng(0)
@@ -215,10 +180,10 @@ def reference(setting: Setting) -> dict[str, Any]:
             "texts": texts,
         },
     )
-    return {"model": backbone.name, "prompts": len(prompts), "longest": longest}
+    return Result(True, f"{len(prompts)} prompts of up to {longest} tokens")
 
 
-def parity(setting: Setting, *, eager: bool) -> dict[str, Any]:
+def parity(setting: Setting, *, eager: bool) -> Result:
     """The largest difference to the reference, on a first pass and from the prefix cache."""
     made = json.loads((setting.path / "reference.json").read_text("utf-8"))
     folders = sorted(str(folder) for folder in (setting.path / "probes").iterdir())
@@ -253,15 +218,20 @@ def parity(setting: Setting, *, eager: bool) -> dict[str, Any]:
                     mine = verdicts[name].get("probabilities", {"yes": np.inf})["yes"]
                     worst = max(worst, abs(mine - text["wanted"][name]))
             differences.append(min(worst, 1.0))
-    return {"first_pass": differences[0], "second_pass": differences[1], "probes": names}
+    first, second = differences
+    return Result(
+        max(differences) <= PARITY_ERROR,
+        f"largest difference {first:.1e}, from the cache {second:.1e}",
+        {"first_pass": first, "second_pass": second, "probes": names},
+    )
 
 
-def serving(setting: Setting, *, readouts: int) -> dict[str, Any]:
+def serving(setting: Setting, *, readouts: int) -> Result:
     """Milliseconds of the same work with some readouts; the weights are random."""
     folder = setting.path / "shape"
-    config = _config(setting.shape)
+    config = model_config(setting.shape)
     config.save_pretrained(folder)
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
     who = Fingerprint(
         f"random {setting.shape}", "config", "weights", "tokenizer", "template",
         config.num_hidden_layers + 1, config.hidden_size, "bfloat16",
@@ -306,7 +276,7 @@ def serving(setting: Setting, *, readouts: int) -> dict[str, Any]:
                 run(prompts, tokens, written)
                 seconds.append(perf_counter() - start)
             values[name] = [1e3 * one / written for one in seconds]
-    return {"shape": setting.shape, "ms": values}
+    return Result(True, "measured", {"ms": values})
 
 
 def _generate(
@@ -327,50 +297,3 @@ def _generate(
         greedy = {"temperature": 0, "ignore_eos": True, "detokenize": False}
         params.append(SamplingParams(max_tokens=max_tokens, extra_args=extra, **greedy, **own))
     return llm.generate([{"prompt_token_ids": text} for text in texts], params, use_tqdm=False)
-
-
-def _config(shape: str) -> LlamaConfig:
-    width, inner, layers, heads, kv_heads, vocabulary = SHAPES[shape]
-    return LlamaConfig(
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=8192,
-        initializer_range=0.1,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-
-
-def _tiny_model(folder: Path) -> str:
-    """Random weights."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(_config("tiny"), dtype=torch.float32)
-    model.save_pretrained(folder)
-    _save_tokenizer(folder)
-    return str(folder)
-
-
-def _save_tokenizer(folder: Path) -> None:
-    """The embedded model's."""
-    AutoTokenizer.from_pretrained(embedded_model_path()).save_pretrained(folder)
-
-
-SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    "graphs": graphs,
-    "reference": reference,
-    "parity": parity,
-    "serving": serving,
-}
-
-if __name__ == "__main__":
-    order = json.loads(sys.argv[1])
-    result = SECTIONS[order["section"]](Setting(**order["setting"]), **order["arguments"])
-    write_json(Path(order["result"]), result)
