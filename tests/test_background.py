@@ -11,8 +11,13 @@ from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
 from sidelight.smollm2 import cache_root
-from sidelight.training.contexts import PACKAGED, default_background, load_background, own_set
-from sidelight.training.settings import Background
+from sidelight.training.settings import (
+    PACKAGED,
+    Background,
+    default_background,
+    load_background,
+    own_set,
+)
 
 Turns = tuple[Message, ...]
 PACKAGED_SET = load_examples(PACKAGED, label=None)

@@ -277,7 +277,13 @@ def test_what_the_probe_will_flag_is_said_before_the_model_is_loaded(tmp_path, c
 # Starts the command without torch, whose import takes seconds.
 WITHOUT_TORCH = """
 import sys
-sys.modules["torch"] = None
+
+class Absent:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent)
 from sidelight.cli import app
 app(sys.argv[1:])
 """
@@ -339,7 +345,6 @@ TRAIN = "train --data {data} --out o --label toxic "
 @pytest.mark.parametrize(
     ("command", "remedy"),
     [
-        (TRAIN + "--mechanism gat", "Did you mean 'gate'"),
         ("train --data nowhere --out o --label toxic --name a/b", "1 to 64 of A-Z"),
         (TRAIN + "--set gate.x=1", "--mechanism gate"),
         (TRAIN + "--set epochs", "NAME=VALUE"),
@@ -347,8 +352,7 @@ TRAIN = "train --data {data} --out o --label toxic "
         (TRAIN + "--set epochs=few", "--set epochs=few"),
         (TRAIN + "--set calibration=isotonic", "'none', 'temperature' or 'platt'"),
         (TRAIN + "--set limits=9", "Did you mean 'limit'"),
-        (TRAIN + "--set memory=0", "0.01 or more"),
-        (TRAIN + "--set seeds=0", "Give at least one"),
+        (TRAIN + "--set memory=0", "greater than or equal to 0.01"),
         ("train --data nowhere.jsonl --out o --threshold fpr=2", "fpr=0.01"),
         ("recalibrate nowhere", "--threshold"),
         ("eval nowhere --data {data}", "sidelight train --out"),
@@ -396,6 +400,38 @@ def test_a_probe_without_verdicts_is_refused_by_every_command(
     assert run(*command.format(probe=probe, model=model, out=out).split()) == 2
     assert f"{probe} is damaged (it gives no verdict" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "remedy"),
+    [
+        ("--mechanism gat", "Did you mean 'gate'"),
+        ("--mechanism gate --set gate.x=1", "Known: activation"),
+        ("--mechanism attention --set attention.factor=0", "1 or more"),
+        ("--set epochs=0", "epochs=0: Input should be greater than 0"),
+        ("--set seeds=0", "seeds=0: Input should be greater than 0"),
+        ("--set reads=response", "--response COLUMN"),
+        ("--set validation_split=test", "needs --validation"),
+        ("--background {folder}/nowhere.jsonl", "No file"),
+        ("--background {folder}/empty.jsonl", "has no rows"),
+        ("--data {folder}/few.jsonl", "Give 5 or more of each label"),
+        ("--data {folder}/named_none.jsonl", "none=false"),
+        ("--data {folder}/classes.jsonl --threshold recall=0.9", "Leave --threshold out"),
+    ],
+)
+def test_what_is_wrong_with_options_or_texts_is_told_before_the_model_is_loaded(
+    more, remedy, tmp_path, capfd
+):
+    data = labelled_rows(tmp_path / "data.jsonl", ["yes", "no"] * 10)
+    (tmp_path / "empty.jsonl").write_text("")
+    labelled_rows(tmp_path / "few.jsonl", ["yes", "no"])
+    labelled_rows(tmp_path / "named_none.jsonl", ["a", "b", "none"] * 8)
+    labelled_rows(tmp_path / "classes.jsonl", ["a", "b", "c"] * 8)
+    out = str(tmp_path / "out")
+    assert run("train", "--data", data, "--out", out, *more.format(folder=tmp_path).split()) == 2
+    said = capfd.readouterr().err
+    assert remedy in said.splitlines()[-1]
+    assert "Loading the model" not in said
 
 
 LIGHT = """

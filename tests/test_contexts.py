@@ -19,11 +19,17 @@ from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.states.extraction import score
 from sidelight.thresholds import ThresholdRule, operating_curves
 from sidelight.training import classifier, contexts
-from sidelight.training.contexts import Context, ContextSampler, load_background
+from sidelight.training.contexts import Context, ContextSampler
 from sidelight.training.dataset import ProbeDataset, make_split, prepare
 from sidelight.training.fit import calibrate_probe, fit
 from sidelight.training.loop import train_mechanisms
-from sidelight.training.settings import Background, FitOptions, Job, TrainingSettings
+from sidelight.training.settings import (
+    Background,
+    FitOptions,
+    Job,
+    TrainingSettings,
+    load_background,
+)
 from sidelight.training.traffic import (
     Traffic,
     highest_logits,

@@ -1,5 +1,6 @@
 """Training is reproducible to the byte, learns what is there, and keeps the best epoch."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -234,8 +235,11 @@ def test_the_validation_score_is_one_for_perfect_logits(corpora, kind):
 @pytest.mark.parametrize(
     ("setting", "value", "remedy"),
     [
-        *((name, least - 1, f"give {least} or more") for name, least in LEAST.items()),
-        ("class_weight", {0: 1.0, 1: 5.0}, "give 'balanced'"),
+        *((name, least - 1, "Input should be greater than") for name, least in LEAST.items()),
+        ("learning_rate", 1.0, "Input should be less than 1"),
+        ("weight_decay", math.nan, "Input should be a finite number"),
+        ("strength", 0.0, "Input should be greater than 0"),
+        ("class_weight", {0: 1.0, 1: 5.0}, "Input should be 'none' or 'balanced'"),
     ],
 )
 def test_settings_that_would_train_nothing_are_refused(setting, value, remedy):

@@ -12,7 +12,7 @@ from sidelight.backbone import TransformersBackbone, read_backbone
 from sidelight.data.loading import load_examples
 from sidelight.prompts import Message
 from sidelight.smollm2 import EMBEDDED_NAME
-from sidelight.training.contexts import PACKAGED, default_background, own_set
+from sidelight.training.settings import PACKAGED, default_background, own_set
 from sidelight_lab import background
 from sidelight_lab.background import (
     is_usable,

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 _MOST_CHARACTERS = 200
 
@@ -22,6 +23,20 @@ class ContextLengthError(SidelightError):
 
 class VerdictError(SidelightError):
     """A verdict could not be computed; this must never be taken for a harmless verdict."""
+
+
+def checked(kind: Any, value: object, what: str, *, strict: bool = False) -> Any:
+    """The value as a type that pydantic knows, such as one with limits.
+
+    Raises:
+        SidelightError: It is not of that type; the message begins with ``what``.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value, strict=strict)
+    except ValidationError as error:
+        raise SidelightError(f"{what}: {error.errors()[0]['msg']}.") from error
 
 
 def transport_errors() -> tuple[type[Exception], ...]:

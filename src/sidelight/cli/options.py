@@ -6,11 +6,12 @@ from contextlib import closing, contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
+from pydantic import Field
 
-from sidelight.errors import SidelightError, did_you_mean
+from sidelight.errors import SidelightError, checked, did_you_mean
 from sidelight.storage import check_folder
 
 if TYPE_CHECKING:
@@ -72,19 +73,13 @@ def typed(assigned: Mapping[str, str], kinds: Mapping[str, Any]) -> dict[str, An
     Raises:
         SidelightError: A name is not known, or a value is of another type.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     values: dict[str, Any] = {}
     for name, text in assigned.items():
         if name not in kinds:
             raise SidelightError(
                 f"There is no option '{name}'.{did_you_mean(name, {*kinds, *INPUT_SETTINGS})}"
             )
-        try:
-            values[name] = TypeAdapter(kinds[name]).validate_python(text)
-        except ValidationError as error:
-            problem = error.errors()[0]["msg"]
-            raise SidelightError(f"Cannot read --set {name}={text}: {problem}.") from error
+        values[name] = checked(kinds[name], text, f"Cannot read --set {name}={text}")
     return values
 
 
@@ -207,18 +202,11 @@ class TrainingInputs:
     split: str | None = None
     validation_split: str | None = None
     missing_label: Literal["error", "skip"] = "error"
-    limit: int | None = None
-    max_tokens: int = 1024
+    limit: Annotated[int, Field(ge=2)] | None = None
+    max_tokens: Annotated[int, Field(ge=8)] = 1024
     cache: Path | None = None
     keep_cache: bool = False
-    memory: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, least in {"limit": 2, "max_tokens": 8, "memory": 0.01}.items():
-            value = getattr(self, name)
-            # NaN is no number of GiB.
-            if value is not None and not value >= least:
-                raise SidelightError(f"Cannot train with {name} = {value}: give {least} or more.")
+    memory: Annotated[float, Field(ge=0.01, allow_inf_nan=False)] = 1.0
 
     def load(self, spans: str | None = None) -> "tuple[LabelledExamples, LabelledExamples | None]":
         """Training texts, and validation texts where some are named.
@@ -235,6 +223,10 @@ class TrainingInputs:
             response=self.response,
             **(labels if spans is None else {"spans": spans}),
         )
+        if self.validation is None and self.validation_split is not None:
+            raise SidelightError(
+                "--set validation_split needs --validation. Name the data set, or leave it out."
+            )
         whole = read(self.data, split=self.split, positive=self.positive)
         rows = whole.draw(self.limit or len(whole), seed=0)
         # Warnings about the file hold for some of its rows too.

@@ -95,9 +95,17 @@ def train(
         raise SidelightError(
             "--background and --positive are for labels of whole texts. Leave them out, or --spans."
         )
-    # Before the texts and torch, which take seconds: a misspelt name or value is refused at once.
+    # Before texts and models, which take seconds: a misspelt name or value is refused at once.
+    from sidelight.data.spans import SpanExamples
     from sidelight.manifest import require_free, require_name
     from sidelight.thresholds import ThresholdRule
+    from sidelight.training.settings import (
+        SUGGESTED,
+        default_background,
+        load_background,
+        suggested_settings,
+    )
+    from sidelight.training.validation import choose_validation
 
     settings = {setting: text for setting, text in assigned.items() if "." not in setting}
     chosen = options.typed(settings, _kinds())
@@ -105,45 +113,44 @@ def train(
     name = name or out.resolve().name
     require_name(name)
     require_free(out, force=force)
+    specs = None if mechanisms == [_AUTO] else _specs(mechanisms, assigned)
+    side = chosen.pop("reads", "response" if inputs.response else "prompt")
+    if side != "prompt" and inputs.response is None:
+        raise SidelightError(f"--set reads={side} needs the column of answers: --response COLUMN.")
+    background_set = load_background("none" if spans else background or "packaged")
     options.announce(f"Reading {inputs.data}")
     training, validation = inputs.load(spans)
     told = [*training.warnings, *(validation.warnings if validation is not None else ())]
     options.warn(told)
     click.echo(f"Read {len(training)} texts. The probe will flag {training.task.flags}.", err=True)
-    options.announce("Loading the model")
-    from sidelight.mechanisms.base import mechanism_names
-    from sidelight.training.contexts import default_background, load_background
-    from sidelight.training.settings import suggested_settings
-
-    background_set = None if background is None else load_background(background)
-    is_automatic = mechanisms == [_AUTO]
     prompt_format = chosen.pop("format", None)
     fit_options = inputs.fit_options()
     fit_options = replace(
         fit_options,
-        mechanisms=None if is_automatic else _specs(mechanisms, assigned),
+        mechanisms=specs,
         seeds=tuple(range(chosen.pop("seeds", 1))),
-        reads=replace(
-            fit_options.reads,
-            side=chosen.pop("reads", fit_options.reads.side),
-            template=chosen.pop("template", True),
-        ),
+        reads=replace(fit_options.reads, side=side, template=chosen.pop("template", True)),
+        background=background_set,
         calibration=chosen.pop("calibration", None),
         threshold=rule,
         none=chosen.pop("none", True),
         # What is left are settings of the optimisation.
         settings={
             mechanism: suggested_settings(mechanism).changed(**chosen)
-            for mechanism in (mechanism_names() if is_automatic else mechanisms)
+            for mechanism in (SUGGESTED if specs is None else mechanisms)
         },
     )
+    if isinstance(training, SpanExamples):
+        fit_options = fit_options.of_spans(training)
+    choose_validation(training, validation, fit_options)
+    options.announce("Loading the model")
     from sidelight.training.fit import fit
     from sidelight.training.runs import console
 
     backbone = runtime.load_backbone(prompt_format=prompt_format)
     with runtime.state_source(backbone) as source:
-        if spans is None:
-            background_set = background_set or default_background(backbone.fingerprint)
+        if spans is None and background is None:
+            background_set = default_background(backbone.fingerprint)
             fit_options = replace(fit_options, background=background_set)
         result = fit(
             backbone, training, validation, name=name, options=fit_options, source=source, out=out
@@ -181,6 +188,8 @@ def _specs(mechanisms: list[str], assigned: Mapping[str, str]) -> "tuple[Mechani
 
 def _kinds() -> dict[str, Any]:
     """The types of what ``--set`` gives to training."""
+    from pydantic import PositiveInt
+
     from sidelight.calibration import CalibrationKind
     from sidelight.prompts import PromptFormat, Side
     from sidelight.training.settings import TrainingSettings
@@ -193,5 +202,5 @@ def _kinds() -> dict[str, Any]:
         "calibration": CalibrationKind,
         "format": PromptFormat,
         "reads": Side,
-        "seeds": int,
+        "seeds": PositiveInt,
     }

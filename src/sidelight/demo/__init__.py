@@ -24,10 +24,9 @@ from sidelight.server.app import create_app, listen, server_settings
 from sidelight.server.config import ServerConfig
 from sidelight.smollm2 import EMBEDDED_NAME, cache_root
 from sidelight.training.classifier import Classifier
-from sidelight.training.contexts import default_background
 from sidelight.training.fit import fit
 from sidelight.training.runs import console
-from sidelight.training.settings import FitOptions
+from sidelight.training.settings import FitOptions, default_background
 
 _DATA = Path(__file__).parent / "data"
 # Task, and the positive class of a binary one.

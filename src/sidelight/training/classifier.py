@@ -25,11 +25,17 @@ from sidelight.probe import Probe
 from sidelight.prompts import PromptFormat
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import ThresholdRule
-from sidelight.training.contexts import default_background, load_background
 from sidelight.training.fit import fit
 from sidelight.training.judging import as_example, find_spans, judge, require_responses
 from sidelight.training.measuring import trained_text_warnings
-from sidelight.training.settings import AUTO, READS, FitOptions
+from sidelight.training.settings import (
+    AUTO,
+    READS,
+    FitOptions,
+    default_background,
+    load_background,
+)
+from sidelight.training.validation import choose_validation
 from sidelight.types import Task, Verdict
 
 
@@ -195,15 +201,22 @@ def train(
     Raises:
         SidelightError: The data or the model cannot be used; the message names the remedy.
     """
-    # Before the model loads, which takes seconds.
-    background_set = None if background is None else load_background(background)
+    # Before the model loads, which takes seconds: what is wrong with options or texts.
     options = FitOptions(
         mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
         seeds=tuple(range(seeds)),
         reads=replace(READS, side="response" if response else "prompt"),
+        background=load_background(background or "packaged"),
         threshold=ThresholdRule.parse(threshold),
         none=none,
     )
+    training = _as_examples(data, text=text, label=label, response=response, positive=positive)
+    held_out = (
+        None
+        if validation is None
+        else _as_examples(validation, text=text, label=label, response=response, task=training.task)
+    )
+    choose_validation(training, held_out, options)
     if not isinstance(model, TransformersBackbone):
         backbone = load_backbone(model, prompt_format=prompt_format)
     elif prompt_format in (None, model.encoder.prompt_format):
@@ -213,15 +226,8 @@ def train(
             f"The backbone renders texts as '{model.encoder.prompt_format}', but prompt_format is "
             f"'{prompt_format}'. Load it with load_backbone(..., prompt_format='{prompt_format}')."
         )
-    training = _as_examples(data, text=text, label=label, response=response, positive=positive)
-    held_out = (
-        None
-        if validation is None
-        else _as_examples(validation, text=text, label=label, response=response, task=training.task)
-    )
-    options = replace(
-        options, background=background_set or default_background(backbone.fingerprint)
-    )
+    if background is None:
+        options = replace(options, background=default_background(backbone.fingerprint))
     _tell(training.warnings)
     result = fit(backbone, training, held_out, name=name, options=options, source=source)
     _tell([warning for warning in result.warnings if warning not in training.warnings])

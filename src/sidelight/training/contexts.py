@@ -2,7 +2,7 @@
 
 A probe that has only seen texts alone takes everything else for what is rarest among them: it
 flags greetings, long prompts and what tools answer, and misses a text inside a long one. So each
-text is also shown in a few contexts, made from ordinary conversations (``load_background``), and
+text is also shown in a few contexts, made from ordinary conversations (``Background``), and
 these are shown by themselves, without a label. A context stays on its text's side of every split,
 and so does the background that it is made of.
 """
@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from random import Random
 from typing import Literal
 
@@ -20,12 +19,10 @@ from jaxtyping import Int
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples
-from sidelight.data.loading import load_examples
 from sidelight.data.near_duplicates import NearDuplicates
 from sidelight.data.spans import SpanExamples
 from sidelight.disguises import DISGUISES
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import Fingerprint
 from sidelight.prompts import (
     EncodedPrompt,
     Message,
@@ -34,13 +31,11 @@ from sidelight.prompts import (
     judged_units,
     piece_lengths,
 )
-from sidelight.smollm2 import cache_root
 from sidelight.training.settings import Background, FitOptions, Turns
 from sidelight.types import Numbers
 
 Kind = Literal["inside", "turn", "pieces", "plain", "disguised", "background", "filler"]
 
-PACKAGED = Path(__file__).with_name("background_smollm2.jsonl.gz")
 # How often each context of a text is drawn; plain text and disguises, where a probe allows them.
 _SHARES: dict[Kind, float] = {"inside": 0.55, "turn": 0.15, "pieces": 0.2, "disguised": 0.1}
 # Words around a text, log-uniform; of a piece of it; of a reply between pieces; and of background
@@ -63,40 +58,6 @@ _FEW_CONVERSATIONS = 50
 _SYSTEM = ("system", "developer")
 # A text gets so many contexts at most, and so many attempts at one.
 _MOST_OF_A_TEXT, _ATTEMPTS = 3, 4
-
-
-def load_background(name: str | Path) -> Background:
-    """The background traffic that a user names.
-
-    Args:
-        name: A file with a column ``text`` of texts or chat messages, which the packaged set is
-            added to, since few files have every length and kind; ``packaged``, the set of the
-            embedded model; or ``none``.
-
-    Raises:
-        SidelightError: There is no such file, or no text in it.
-    """
-    if name == "none":
-        return Background()
-    if name == "packaged":
-        return Background(_read(PACKAGED))
-    conversations = _read(Path(name))
-    return Background((*conversations, *_read(PACKAGED)), private=len(conversations))
-
-
-def default_background(fingerprint: Fingerprint) -> Background:
-    """The set that this LLM has written, which is kept in the cache, or else the packaged one."""
-    path = own_set(fingerprint)
-    return Background(_read(path)) if path.exists() else load_background("packaged")
-
-
-def own_set(fingerprint: Fingerprint) -> Path:
-    """Where the set that an LLM has written is kept."""
-    return cache_root() / "background" / f"{fingerprint.digest}.jsonl"
-
-
-def _read(path: Path) -> tuple[Turns, ...]:
-    return tuple(example.messages for example in load_examples(path, label=None).items)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from sidelight.mechanisms.base import mechanism_spec
 from sidelight.mechanisms.readout import Readout
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
-from sidelight.thresholds import require_thresholds
 from sidelight.training.dataset import ProbeDataset, linear_refusal, prepare
 from sidelight.training.loop import cross_fit, divergence, train_mechanisms
 from sidelight.training.measuring import (
@@ -31,7 +30,7 @@ from sidelight.training.measuring import (
 from sidelight.training.optimisation import TrainingRun, validation_score
 from sidelight.training.runs import Fit, FittedProbe, write_fit
 from sidelight.training.settings import FitOptions, Job, suggested_settings
-from sidelight.training.spans import LOOKAHEADS, calibrate_spans, choose_lookahead, span_reads
+from sidelight.training.spans import LOOKAHEADS, calibrate_spans, choose_lookahead
 from sidelight.training.tfidf import better_words, measure_baseline
 from sidelight.training.traffic import highest_logits, measure_traffic, traffic_warnings
 from sidelight.types import NONE
@@ -88,9 +87,7 @@ def fit(
     """
     of_spans = isinstance(training, SpanExamples)
     if of_spans:
-        options = replace(options, reads=span_reads(training, options.reads))
-    require_thresholds(training.task, options.threshold)
-    options.with_none(training.task)
+        options = options.of_spans(training)
     dataset = prepare(backbone, training, validation, options=options, source=source)
     refusal = linear_refusal(backbone, len(dataset.training), options)
     jobs = jobs_of(options, of_spans=of_spans)

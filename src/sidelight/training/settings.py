@@ -1,23 +1,30 @@
-"""What to train and how: mechanisms, seeds, optimisation, and where the hidden states go.
+"""What to train and how: mechanisms, seeds, optimisation, background, where hidden states go.
 
 Imports no torch, so that the command line checks names at once.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from sidelight.calibration import CalibrationKind
-from sidelight.errors import SidelightError
+from sidelight.data.loading import load_examples
+from sidelight.data.spans import SpanExamples
+from sidelight.errors import SidelightError, checked
+from sidelight.fingerprint import Fingerprint
 from sidelight.prompts import Message, Reads
+from sidelight.smollm2 import cache_root
 from sidelight.thresholds import F1, ThresholdRule
 from sidelight.types import NONE, MechanismSpec, Task
 
 Turns = tuple[Message, ...]
 
 AUTO = "auto"
+PACKAGED = Path(__file__).with_name("background_smollm2.jsonl.gz")
 TRAINING_MAX_TOKENS = 1024
 # The prompt, of which each turn is judged.
 READS = Reads(scope="each_turn")
@@ -25,9 +32,6 @@ READS = Reads(scope="each_turn")
 FEW_TEXTS = 1000
 # Few texts are trained in smaller batches, so that an epoch has this many steps.
 _STEPS_PER_EPOCH = 8
-
-
-_ClassWeight = Literal["none", "balanced"]
 
 
 @dataclass(frozen=True)
@@ -58,41 +62,24 @@ class TrainingSettings:
             lets cross-validation choose.
     """
 
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.1
-    epochs: int = 8
-    least_steps: int = 96
-    batch_size: int = 32
-    patience: int = 3
-    class_weight: _ClassWeight = "none"
+    learning_rate: Annotated[float, Field(ge=0, lt=1)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    epochs: PositiveInt = 8
+    least_steps: NonNegativeInt = 96
+    batch_size: PositiveInt = 32
+    patience: PositiveInt = 3
+    class_weight: Literal["none", "balanced"] = "none"
     standardise: bool = True
     layer_weights: Literal["equal", "predictive"] = "equal"
     normalise: bool | None = None
     beginnings: bool = True
-    strength: float | None = None
+    strength: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     def __post_init__(self) -> None:
-        """Refuses numbers that the optimiser cannot use."""
-        if not 0 <= self.learning_rate < 1 or not 0 <= self.weight_decay < math.inf:
-            raise SidelightError(
-                f"Cannot train with learning rate {self.learning_rate} and weight decay "
-                f"{self.weight_decay}: the rate must be 0 or more and below 1, the decay 0 or more."
-            )
-        if self.class_weight not in get_args(_ClassWeight):
-            raise SidelightError(
-                f"Cannot train with class_weight = {self.class_weight!r}: give 'balanced', or "
-                "'none'."
-            )
-        if self.strength is not None and not 0 < self.strength < math.inf:
-            raise SidelightError(
-                f"Cannot solve with strength {self.strength}: give a number above 0, or none, so "
-                "that cross-validation chooses."
-            )
-        for name, least in {"epochs": 1, "batch_size": 1, "patience": 1, "least_steps": 0}.items():
-            if getattr(self, name) < least:
-                raise SidelightError(
-                    f"Cannot train with {name} = {getattr(self, name)}: give {least} or more."
-                )
+        """Refuses what the optimiser cannot use."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            checked(each.type, value, f"Cannot train with {each.name} = {value!r}", strict=True)
 
     def changed(self, **values: Any) -> "TrainingSettings":
         """The same with other values. Given epochs or batch sizes also hold for few texts."""
@@ -115,7 +102,7 @@ class TrainingSettings:
 
 
 # Chosen on ToxicChat validation data.
-_SUGGESTED = {
+SUGGESTED = {
     "pooling": TrainingSettings(learning_rate=2e-2, weight_decay=0.1, epochs=4),
     "gate": TrainingSettings(learning_rate=1e-2, weight_decay=0.1, epochs=4),
     "attention": TrainingSettings(learning_rate=1e-3, weight_decay=0.1, epochs=3),
@@ -131,7 +118,7 @@ _SUGGESTED = {
 
 def suggested_settings(mechanism: str) -> TrainingSettings:
     """The settings that did well for a mechanism on validation data, or general ones."""
-    return _SUGGESTED.get(mechanism, TrainingSettings())
+    return SUGGESTED.get(mechanism, TrainingSettings())
 
 
 @dataclass(frozen=True)
@@ -161,6 +148,40 @@ class Background:
 
     conversations: tuple[Turns, ...] = ()
     private: int = 0
+
+
+def load_background(name: str | Path) -> Background:
+    """The background traffic that a user names.
+
+    Args:
+        name: A file with a column ``text`` of texts or chat messages, which the packaged set is
+            added to, since few files have every length and kind; ``packaged``, the set of the
+            embedded model; or ``none``.
+
+    Raises:
+        SidelightError: There is no such file, or no text in it.
+    """
+    if name == "none":
+        return Background()
+    if name == "packaged":
+        return Background(_read(PACKAGED))
+    conversations = _read(Path(name))
+    return Background((*conversations, *_read(PACKAGED)), private=len(conversations))
+
+
+def default_background(fingerprint: Fingerprint) -> Background:
+    """The set that this LLM has written, which is kept in the cache, or else the packaged one."""
+    path = own_set(fingerprint)
+    return Background(_read(path)) if path.exists() else load_background("packaged")
+
+
+def own_set(fingerprint: Fingerprint) -> Path:
+    """Where the set that an LLM has written is kept."""
+    return cache_root() / "background" / f"{fingerprint.digest}.jsonl"
+
+
+def _read(path: Path) -> tuple[Turns, ...]:
+    return tuple(example.messages for example in load_examples(path, label=None).items)
 
 
 @dataclass(frozen=True)
@@ -219,6 +240,20 @@ class FitOptions:
         if task.kind == "multiclass" and self.reads.scope == "each_turn":
             return replace(self.reads, scope="last_turn")
         return self.reads
+
+    def of_spans(self, examples: SpanExamples) -> "FitOptions":
+        """The same for a probe of spans: whatever the template writes has no label.
+
+        Raises:
+            SidelightError: The probe would read the other side.
+        """
+        side = "prompt" if examples.items[0].response is None else "response"
+        if self.reads.side != side:
+            raise SidelightError(
+                f"The spans are of each {side}, but the probe would read: {self.reads.side}. Read "
+                f"what is labelled (--set reads={side}, or leave it out)."
+            )
+        return replace(self, reads=Reads(side, template=False))
 
     def with_none(self, task: Task) -> Task:
         """With ``none`` as the last of several classes, if the probe is to learn it.

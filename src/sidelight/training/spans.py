@@ -11,9 +11,7 @@ from jaxtyping import Float
 
 from sidelight.calibration import fit_calibration, suggested_calibration
 from sidelight.data.spans import SpanExamples
-from sidelight.errors import SidelightError
 from sidelight.evaluation import SpanReport, evaluate_spans
-from sidelight.prompts import Reads
 from sidelight.spans import (
     SpanRule,
     character_scores,
@@ -37,21 +35,6 @@ _WORTH_WAITING = 0.003
 
 # The probabilities or logits of each text's tokens, ``[token, label]``.
 TokenScores = Sequence[Float[np.ndarray, "_ label"]]
-
-
-def span_reads(examples: SpanExamples, reads: Reads) -> Reads:
-    """The tokens of the text that is labelled: whatever the template writes has no label.
-
-    Raises:
-        SidelightError: The probe would read the other side.
-    """
-    side = "prompt" if examples.items[0].response is None else "response"
-    if reads.side != side:
-        raise SidelightError(
-            f"The spans are of each {side}, but the probe would read: {reads.side}. Read what is "
-            f"labelled (--set reads={side}, or leave it out)."
-        )
-    return Reads(side, template=False)
 
 
 def choose_lookahead(

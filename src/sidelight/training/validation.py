@@ -7,7 +7,7 @@ from sidelight.calibration import require_calibratable, suggested_calibration
 from sidelight.data.examples import LabelledExamples, validation_share
 from sidelight.data.spans import SpanExamples
 from sidelight.errors import SidelightError
-from sidelight.thresholds import threshold_doubts
+from sidelight.thresholds import require_thresholds, threshold_doubts
 from sidelight.training.settings import FEW_TEXTS, FitOptions
 
 Folds = tuple[Int[np.ndarray, " _"], ...]
@@ -19,15 +19,18 @@ _ROUGH_BELOW = 10
 def choose_validation(
     training: LabelledExamples, validation: LabelledExamples | None, options: FitOptions
 ) -> tuple[LabelledExamples, LabelledExamples, Folds, list[str]]:
-    """Chooses validation texts where none are given.
+    """Chooses validation texts where none are given. Needs no model.
 
     Returns:
         The texts that train, those that validate, the folds if both are the same texts, and what is
         doubtful about them, one sentence each.
 
     Raises:
-        SidelightError: The validation texts do not allow a choice or a calibration.
+        SidelightError: The texts do not allow a choice or a calibration, or their labels what the
+            options say of thresholds or of ``none``.
     """
+    require_thresholds(training.task, options.threshold)
+    options.with_none(training.task)
     folds: Folds = ()
     warnings = [*training.warnings]
     if validation is not None:

@@ -11,7 +11,7 @@ from sidelight.errors import SidelightError
 if TYPE_CHECKING:
     from sidelight.backbone import TransformersBackbone
     from sidelight.training.classifier import Classifier
-    from sidelight.training.settings import Background, Turns
+    from sidelight.training.settings import Background, Turns, own_set
 
 _EXAMPLES = 4
 _SUSPECTS = 20
@@ -80,7 +80,6 @@ def background(
         raise SidelightError(
             "--data is a set that exists. Leave it out, or add --probe and --drop."
         )
-    from sidelight.training.contexts import own_set
     from sidelight_lab import background as traffic
 
     if probe is None:

@@ -65,11 +65,14 @@ def search(
 
     for name in mechanisms:
         mechanism_spec(name)
-    from sidelight.training.dataset import prepare
-    from sidelight_lab.search import best_of, search_settings
+    from sidelight.training.validation import choose_validation
 
     # Trials are scored as they are; training chooses the calibration.
     fit_options = replace(inputs.fit_options(), calibration="none")
+    choose_validation(training, validation, fit_options)
+    from sidelight.training.dataset import prepare
+    from sidelight_lab.search import best_of, search_settings
+
     dataset = prepare(runtime.load_backbone(), training, validation, options=fit_options)
     for warning in dataset.warnings:
         click.echo(f"Warning: {warning}", err=True)
