@@ -118,7 +118,7 @@ def test_a_later_training_replaces_its_own_runs_and_no_other_files(tiny, tmp_pat
     # A manifest of another program is no probe's, and is not replaced.
     assert holds_probe(folder)
     assert not holds_probe(folder / RUNS)
-    with pytest.raises(SidelightError, match=r"belongs to no probe.*--out"):
+    with pytest.raises(SidelightError, match=r"belongs to no probe.*another folder"):
         holds_probe(folder / RUNS / "web")
     # A probe that decides otherwise than its run is measured itself.
     save_probe(replace(load_probe(folder), thresholds=(0.9,)), folder)

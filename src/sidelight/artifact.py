@@ -39,18 +39,6 @@ def save_probe(probe: Probe, directory: Path) -> Path:
         SidelightError: The folder cannot be written, or the name is no probe's.
     """
     require_name(probe.name)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
-            _replace(probe, Path(scratch), directory)
-    except OSError as error:
-        raise SidelightError(
-            f"Cannot write the probe to {directory}: {error.strerror}. Name another folder."
-        ) from error
-    return directory
-
-
-def _replace(probe: Probe, scratch: Path, directory: Path) -> None:
     parameters = {
         f"{_PARAMETER}{key}": value.detach().cpu().contiguous()
         for key, value in probe.mechanism.state_dict().items()
@@ -59,7 +47,6 @@ def _replace(probe: Probe, scratch: Path, directory: Path) -> None:
     tensors = {**parameters, "mean": scaling.mean.cpu(), "scale": scaling.scale.cpu()}
     # Written as bytes: only its owner could read a file that the library writes itself.
     weights = save(tensors)
-    _write_through(scratch / WEIGHTS, weights)
     manifest = Manifest(
         format=FORMAT_VERSION,
         name=probe.name,
@@ -75,7 +62,38 @@ def _replace(probe: Probe, scratch: Path, directory: Path) -> None:
         weights_sha256=_sha256(weights),
         spans=probe.spans,
     )
-    _write_through(scratch / MANIFEST, manifest.to_json().encode())
+    return _write(manifest, weights, directory)
+
+
+def copy_probe(source: Path, directory: Path) -> Manifest:
+    """Copies an artifact, as ``save_probe`` writes it, once it has been checked; its version stays.
+
+    Raises:
+        SidelightError: As for ``load_probe`` and ``save_probe``; then nothing has changed.
+    """
+    manifest = read_manifest(source)
+    weights = _read_weights(manifest, source)
+    _checked(manifest, weights, source)
+    _write(manifest, weights, directory)
+    return manifest
+
+
+def _write(manifest: Manifest, weights: bytes, directory: Path) -> Path:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as name:
+            scratch = Path(name)
+            _write_through(scratch / WEIGHTS, weights)
+            _write_through(scratch / MANIFEST, manifest.to_json().encode())
+            _replace(scratch, directory)
+    except OSError as error:
+        raise SidelightError(
+            f"Cannot write the probe to {directory}: {error.strerror}. Name another folder."
+        ) from error
+    return directory
+
+
+def _replace(scratch: Path, directory: Path) -> None:
     previous = directory / _PREVIOUS_WEIGHTS
     if not _is_needed(previous):
         previous.unlink(missing_ok=True)
@@ -110,7 +128,10 @@ def load_probe(directory: str | Path) -> Probe:
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    weights = _read_weights(manifest, directory)
+    return _checked(manifest, _read_weights(manifest, directory), directory)
+
+
+def _checked(manifest: Manifest, weights: bytes, directory: Path) -> Probe:
     try:
         probe = _assemble(manifest, load(weights))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:

@@ -1,83 +1,120 @@
 """Shares artifacts, with their model cards, on the Hugging Face hub or in a folder."""
 
-import shutil
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from sidelight.artifact import load_probe, save_probe
+from sidelight.artifact import copy_probe
 from sidelight.errors import SidelightError, transport_errors
-from sidelight.manifest import CARD, MANIFEST, WEIGHTS, model_card, read_manifest
-from sidelight.storage import write_text
+from sidelight.manifest import CARD, MANIFEST, WEIGHTS, model_card, require_free
+from sidelight.storage import replacing
+from sidelight.training.runs import remove_training
 
-_FILES = [MANIFEST, WEIGHTS, CARD]
 # Other errors of the hub's client are errors of the operating system.
 _FAILURES = (OSError, HFValidationError, *transport_errors())
 
 
-def push(directory: str | Path, repository: str | Path, *, private: bool = False) -> str:
-    """Uploads an artifact with a model card written from its manifest.
+def push(
+    directory: str | Path, repository: str | Path, *, private: bool = False, force: bool = False
+) -> str:
+    """Uploads an artifact with a model card; changes nothing in its folder.
 
     Args:
-        directory: The artifact; the card is written there, unless one names this very version.
+        directory: The artifact. A card there is kept if it names this version; otherwise one is
+            written from the manifest.
         repository: ``owner/name`` on the hub, or a ``Path``: a folder, such as a shared drive.
         private: Whether a hub repository that this call creates is private.
+        force: Whether to replace the probe and the card of a folder; the hub keeps old versions.
 
     Returns:
         Where to find it.
 
     Raises:
-        SidelightError: There is no artifact in the folder, or the hub refuses or cannot be reached.
+        SidelightError: There is no artifact in the folder, the other one holds a probe or a card,
+            or the hub refuses or cannot be reached.
     """
     directory = Path(directory)
-    probe = load_probe(directory)
-    manifest, card = read_manifest(directory), directory / CARD
-    if not card.exists() or manifest.version not in card.read_text("utf-8"):
-        write_text(card, model_card(manifest))
     if isinstance(repository, Path):
-        save_probe(probe, repository)
-        shutil.copy(card, repository / CARD)
-        return str(repository)
-    api = HfApi()
-    try:
-        api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository,
-            folder_path=directory,
-            allow_patterns=_FILES,
-            commit_message="Upload Sidelight probe",
-        )
-    except _FAILURES as error:
-        raise _refused("push to", repository, error) from error
+        return str(_copy(directory, repository, force=force))
+    with tempfile.TemporaryDirectory() as scratch:
+        _copy(directory, Path(scratch), force=False)
+        api = HfApi()
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repository, folder_path=scratch, commit_message="Upload Sidelight probe"
+            )
+        except _FAILURES as error:
+            raise _refused("push to", repository, error) from error
     return str(commit)
 
 
-def pull(repository: str | Path, directory: str | Path, *, revision: str | None = None) -> Path:
-    """Downloads an artifact into a folder and checks it.
+def pull(
+    repository: str | Path,
+    directory: str | Path,
+    *,
+    revision: str | None = None,
+    force: bool = False,
+) -> Path:
+    """Downloads an artifact, checks it, and puts it into a folder with its card.
 
     Args:
         repository: ``owner/name`` on the hub, or a ``Path`` that ``push`` wrote to.
         directory: Where to put it.
         revision: Branch, tag or commit on the hub; None means the main branch.
+        force: Whether to replace the probe and the card in the folder.
 
     Raises:
-        SidelightError: There is no such artifact, or the hub cannot be reached.
+        SidelightError: There is no such artifact, it is damaged, the hub cannot be reached, or the
+            folder holds a probe or a card; an old probe stays then.
     """
     directory = Path(directory)
     if isinstance(repository, Path):
-        save_probe(load_probe(repository), directory)
-        return directory
-    try:
-        snapshot_download(repository, revision=revision, local_dir=directory, allow_patterns=_FILES)
-    except _FAILURES as error:
-        raise _refused("pull", repository, error) from error
-    load_probe(directory)
+        return _copy(repository, directory, force=force)
+    _require_free(directory, force=force)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            snapshot_download(
+                repository,
+                revision=revision,
+                local_dir=scratch,
+                allow_patterns=[MANIFEST, WEIGHTS, CARD],
+            )
+        except _FAILURES as error:
+            raise _refused("pull", repository, error) from error
+        try:
+            return _copy(Path(scratch), directory, force=force)
+        except SidelightError as error:
+            raise SidelightError(str(error).replace(scratch, repository)) from error
+
+
+def _copy(source: Path, directory: Path, *, force: bool) -> Path:
+    """Puts the probe of a folder, with its card, in place of what another folder holds."""
+    if source.resolve() == directory.resolve():
+        raise SidelightError(f"{directory} is the folder of the probe itself. Name another folder.")
+    _require_free(directory, force=force)
+    manifest, card = copy_probe(source, directory), source / CARD
+    remove_training(directory)
+    text = card.read_bytes() if card.exists() else b""
+    with replacing(directory / CARD) as partial:
+        is_current = manifest.version.encode() in text
+        partial.write_bytes(text if is_current else model_card(manifest).encode())
     return directory
+
+
+def _require_free(directory: Path, *, force: bool) -> None:
+    require_free(directory, force=force)
+    if not force and (directory / CARD).exists():
+        raise SidelightError(
+            f"A model card would replace {directory / CARD}. Name another folder, or replace it "
+            "with --force."
+        )
 
 
 def _refused(action: str, repository: str, error: Exception) -> SidelightError:
     return SidelightError(
-        f"Cannot {action} '{repository}': {type(error).__name__}. Check the name (owner/name; for "
-        "a folder write ./NAME), the network, and 'hf auth login'."
+        f"Cannot {action} '{repository}' ({type(error).__name__}: {' '.join(str(error).split())}) "
+        "Check the name (owner/name; for a folder write ./NAME), the network, and 'hf auth login'."
     )

@@ -207,7 +207,7 @@ def holds_probe(directory: Path) -> bool:
     if has_manifest and not (directory / WEIGHTS).exists():
         raise SidelightError(
             f"{directory / MANIFEST} belongs to no probe, and that of a probe would replace it. "
-            "Name another folder with --out."
+            "Name another folder."
         )
     return has_manifest
 
@@ -220,8 +220,7 @@ def require_free(directory: Path, *, force: bool) -> None:
     """
     if holds_probe(directory) and not force:
         raise SidelightError(
-            f"{directory} holds a probe. Name another folder with --out, or replace it with "
-            "--force."
+            f"{directory} holds a probe. Name another folder, or replace it with --force."
         )
 
 

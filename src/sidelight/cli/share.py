@@ -1,10 +1,13 @@
 """``sidelight push`` and ``pull`` share probes; ``inspect`` shows one."""
 
+from functools import partial
 from pathlib import Path
 
 import click
 
 from sidelight.cli import options
+
+_force = partial(click.option, "--force", is_flag=True)
 
 
 @click.command(
@@ -18,14 +21,15 @@ from sidelight.cli import options
 @click.option(
     "--private", is_flag=True, help="Make the repository private, if this creates it on the hub."
 )
-def push(probe: Path, repository: str, private: bool) -> None:
+@_force(help="Replace the probe and the card of a folder.")
+def push(probe: Path, repository: str, private: bool, force: bool) -> None:
     """Share a probe, with a model card written from its manifest.
 
     REPOSITORY is owner/name on the hub, or a folder written as ./NAME, ../NAME, ~/NAME or /NAME.
     """
     from sidelight import hub
 
-    click.echo(f"Shared: {hub.push(probe, _place(repository), private=private)}")
+    click.echo(f"Shared: {hub.push(probe, _place(repository), private=private, force=force)}")
 
 
 @click.command(
@@ -35,16 +39,17 @@ def push(probe: Path, repository: str, private: bool) -> None:
     )
 )
 @click.argument("repository")
-@click.argument("probe", type=options.PATH)
+@click.argument("probe", type=options.PATH, callback=options.checked_folder)
 @click.option("--revision", help="Branch, tag or commit. [default: main]")
-def pull(repository: str, probe: Path, revision: str | None) -> None:
+@_force(help="Replace the probe and the card that PROBE holds.")
+def pull(repository: str, probe: Path, revision: str | None, force: bool) -> None:
     """Get a probe that was shared, into the folder PROBE, and check it.
 
     REPOSITORY is owner/name on the hub, or a folder written as ./NAME, ../NAME, ~/NAME or /NAME.
     """
     from sidelight import hub
 
-    hub.pull(_place(repository), probe, revision=revision)
+    hub.pull(_place(repository), probe, revision=revision, force=force)
     click.echo(f"Saved to {probe}")
     click.echo(f"Next: sidelight predict {probe} 'Some text.'")
 

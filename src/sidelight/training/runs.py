@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-RUNS = "runs"
+RUNS, _COMPARISON = "runs", "training.json"
 SHOWN_METRICS = ("auprc", "auroc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")
 # The width of a table that is not shown in a terminal.
 _WIDTH = 110
@@ -134,12 +134,18 @@ def write_fit(result: Fit, directory: Path) -> None:
 
     The runs of an earlier training in the folder are removed; what else lies in ``runs/`` stays.
     """
-    for folder in _run_folders(directory):
-        shutil.rmtree(folder)
+    remove_training(directory)
     for name, run in result.by_folder.items():
         save_probe(run.probe, directory / RUNS / name)
     save_probe(result.best.probe, directory)
-    write_json(directory / "training.json", result.to_dict())
+    write_json(directory / _COMPARISON, result.to_dict())
+
+
+def remove_training(directory: Path) -> None:
+    """Removes what ``write_fit`` has written beside a probe."""
+    for folder in _run_folders(directory):
+        shutil.rmtree(folder)
+    (directory / _COMPARISON).unlink(missing_ok=True)
 
 
 def read_runs(directory: Path) -> tuple[Sequence[Probe], int]:
