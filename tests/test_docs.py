@@ -98,6 +98,45 @@ def test_architecture_names_files_and_functions_that_exist():
     assert [name for name in named if f"def {name}(" not in code] == []
 
 
+def replaced_methods(path: Path) -> set[str]:
+    """Methods of others that a file wraps, or replaces by methods of its own."""
+    tree, names = ast.parse(path.read_text()), set[str]()
+    own = {node.name for node in ast.walk(tree) if hasattr(node, "args") and hasattr(node, "name")}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(ast.Name("wrap"), [_, ast.Constant(name), _]):
+                names.add(name)
+            case ast.Assign([target], value):
+                pairs = [(target, value)]
+                if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                    pairs = zip(target.elts, value.elts, strict=True)
+                for pair in pairs:
+                    match pair:
+                        case ast.Attribute(attr=name), ast.Call(ast.Name("classmethod")):
+                            names.add(name)
+                        case ast.Attribute(attr=name), ast.Attribute(ast.Name("self"), method):
+                            names |= {name} if method in own else set()
+    return names
+
+
+def test_architecture_names_every_method_of_vllm_that_is_replaced():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    table = page.split("| file | replaces in vLLM |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `(vllm/\w+\.py)` \| (.+) \|$", table, flags=re.MULTILINE)
+    told = {path: set(re.findall(r"`([a-z_]+)`", cell)) for path, cell in rows}
+    has = {f"vllm/{path.name}": replaced_methods(path) for path in (SOURCE / "vllm").glob("*.py")}
+    assert told == {path: names for path, names in has.items() if names}
+
+
+def test_architecture_names_every_mechanism():
+    cells = first_cells(
+        "architecture.md",
+        "| mechanism | columns per token and layer | state per request and layer |",
+    )
+    told = [name for cell in cells for name in re.findall(r"`([a-z]\w+)`", cell)]
+    assert sorted(told) == sorted(base.mechanism_names())
+
+
 def first_cells(page: str, head: str) -> list[str]:
     """The first column of the table with this head."""
     table = (ROOT / "docs" / page).read_text().split(f"{head}\n")[1].split("\n\n")[0]
