@@ -110,7 +110,7 @@ def background(
 
 def _chosen(data: Path | None, backbone: "TransformersBackbone") -> "Background":
     """The file alone, or what training takes by default."""
-    from sidelight.training.contexts import default_background
+    from sidelight.training.settings import default_background
     from sidelight_lab.background import read_background
 
     return default_background(backbone.fingerprint) if data is None else read_background(data)
