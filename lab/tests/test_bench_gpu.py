@@ -2,7 +2,9 @@
 
 import json
 import socket
+import subprocess
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ def setting(tmp_path_factory):
 def outcomes(setting):
     """Of all sections, in this process: a start of Python for each would take a minute."""
     results = {}
-    for name in CHECK:
+    for name in (name for name in CHECK if name not in NEEDS_VLLM[1:]):
         if name == PLANTED:
             np.save(setting.path / "float32.npy", np.zeros((7, 3)))
         results[name] = {"seconds": 1.0, **asdict(run_section(name, setting, Path("none")))}
@@ -89,6 +91,25 @@ def test_a_report_names_no_folder_machine_or_key(monkeypatch, tmp_path):
     told = json.dumps(conditions_of(Setting("cpu", "files", "/home/me/llama", "tiny", options)))
     assert '"max_num_seqs": 8' in told
     assert not any(word in told for word in ("hf_other", "home/me", socket.gethostname()))
+
+
+def test_vllm_that_cannot_be_installed_leaves_our_engine_and_a_reason(monkeypatch, tmp_path):
+    root = Path(__file__).parents[2]
+    order = ["make", "-n", "-B", ".venv-gpu/.ready"]
+    said = subprocess.run(order, cwd=root, capture_output=True, text=True, check=True).stdout
+    ours, theirs = (
+        said.index("install --quiet --disable-pip-version-check -e"),
+        said.index("vllm=="),
+    )
+    assert ours < theirs
+    assert "> .venv-gpu/vllm.log 2>&1 ||" in said[theirs:]
+    if find_spec("vllm") is None:
+        write_text(
+            tmp_path / "vllm.log", "Collecting vllm\nERROR: No matching distribution found\n"
+        )
+        monkeypatch.setattr("sys.prefix", str(tmp_path))
+        told = conditions_of(Setting("cpu", "files", None, "tiny"))["vllm"]
+        assert told == "not installed ERROR: No matching distribution found"
 
 
 def test_the_error_of_another_process_is_read_from_the_log(tmp_path):

