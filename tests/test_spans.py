@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from commands import run, saved
-from corpora import span_rows
+from corpora import rows, span_rows
 from in_process import in_process
 from sidelight.artifact import load_probe, save_probe
 from sidelight.data.examples import Example
@@ -35,12 +35,13 @@ from sidelight.spans import (
     words,
 )
 from sidelight.thresholds import ThresholdRule
-from sidelight.training.classifier import Classifier
+from sidelight.training.classifier import Classifier, train
 from sidelight.training.fit import fit
 from sidelight.training.judging import find_spans
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.spans import calibrate_spans
 from sidelight.types import Span
+from tiny import untrained_probe
 
 load_spans = partial(load_examples, spans="spans")
 TEXT = "Call Ann Lee, now"
@@ -248,6 +249,44 @@ def test_what_is_trained_finds_spans_in_new_texts_also_after_it_was_saved(tiny, 
     assert [(span.start, span.end, span.label) for span in alone] == [(0, 4, "SHOUT")]
     with pytest.raises(SidelightError, match="messages"):
         find_spans(tiny, probe, [Example(chat)])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Of the rarest class")
+def test_python_trains_and_measures_spans(tiny, fitted, own_cache):
+    texts = [{"letter": row["text"], "pii": row["spans"]} for row in span_rows(45, seed=1)]
+    columns = {"text": "letter", "spans": "pii"}
+    made = train(tiny, texts[:30], validation=texts[30:], mechanism="spans", **columns)
+    assert made.probe.spans is not None
+    assert made.probe.task == fitted.probe.task
+    classifier = Classifier(tiny, fitted.probe)
+    report = classifier.evaluate(texts, **columns)
+    examples = load_examples(texts, **columns)
+    assert report.to_dict() == classifier.evaluate(examples, spans="pii").to_dict()
+    found = [verdict.spans for verdict in classifier.predict(examples.items)]
+    assert report.to_dict() == evaluate_spans(examples, found).to_dict()
+    assert classifier.evaluate(examples).rows == 45
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"mechanism": "readout"}, r"need mechanism='spans' \(got: 'readout'\)"),
+        ({"background": "packaged"}, r"Leave them out, or spans="),
+        ({"positive": "SHOUT"}, r"Leave them out, or spans="),
+    ],
+)
+def test_python_refuses_what_is_for_labels_of_whole_texts_beside_spans(tiny, options, says):
+    texts = span_rows(20)
+    for given in ({"data": texts, "spans": "spans"}, {"data": load_spans(texts)}):
+        with pytest.raises(SidelightError, match=says):
+            train(tiny, **given, **options)
+    labelled = load_examples(rows("binary", 20))
+    with pytest.raises(SidelightError, match=r"no spans\. Load them with load_examples"):
+        train(tiny, labelled, spans="spans")
+    probe = untrained_probe(tiny, "whole", task=labelled.task)
+    with pytest.raises(SidelightError, match=r"'whole' labels whole texts.*label="):
+        Classifier(tiny, probe).evaluate(texts, spans="spans")
 
 
 def test_a_server_gives_a_text_the_verdict_and_spans_of_predict_however_its_prompt_is_cut(

@@ -3,7 +3,9 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -17,8 +19,9 @@ from sidelight.bank import Bank
 from sidelight.data.examples import Example, Examples, LabelledExamples, require_labelled
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
+from sidelight.data.spans import SpanExamples
 from sidelight.errors import SidelightError
-from sidelight.evaluation import Report, evaluate
+from sidelight.evaluation import Report, SpanReport, evaluate, evaluate_spans
 from sidelight.explanation import Explanation, explain
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
@@ -102,6 +105,7 @@ class Classifier:
             self.backbone.run([prompt])
         return explain(self.probe, tap.projected()[0], prompt)
 
+    @overload
     def evaluate(
         self,
         data: str | Path | InMemory | Examples,
@@ -109,7 +113,25 @@ class Classifier:
         text: str = "text",
         label: str = "label",
         response: str | None = None,
-    ) -> Report:
+    ) -> Report: ...
+    @overload
+    def evaluate(
+        self,
+        data: str | Path | InMemory | SpanExamples,
+        *,
+        text: str = "text",
+        response: str | None = None,
+        spans: str,
+    ) -> SpanReport: ...
+    def evaluate(
+        self,
+        data: str | Path | InMemory | Examples,
+        *,
+        text: str = "text",
+        label: str = "label",
+        response: str | None = None,
+        spans: str | None = None,
+    ) -> Report | SpanReport:
         """Metrics with confidence intervals on labelled data that training did not see.
 
         Args:
@@ -117,13 +139,20 @@ class Classifier:
             text: Column of the text.
             label: Column of the label.
             response: Column of the answer, for a probe that reads responses.
+            spans: Column of the spans in place of labels, for a probe that labels spans; the report
+                is then one of spans.
 
         Raises:
             SidelightError: The data cannot be read, has other labels, or has no responses for a
-                probe that reads them.
+                probe that reads them; or ``spans`` is given and the probe labels whole texts.
         """
+        if spans is not None and self.probe.spans is None:
+            raise SidelightError(
+                f"Probe '{self.probe.name}' labels whole texts, so it finds no spans. Leave spans= "
+                "out and name the column with label=, or train a probe with spans=."
+            )
         examples = _as_examples(
-            data, text=text, label=label, response=response, task=self.probe.task
+            data, text=text, label=label, response=response, spans=spans, task=self.probe.task
         )
         if examples.task != self.probe.task:
             raise SidelightError(
@@ -133,6 +162,9 @@ class Classifier:
             )
         require_responses(self.probe, examples.items)
         _tell([*examples.warnings, *trained_text_warnings(self.probe.record, examples)])
+        if spans is not None and isinstance(examples, SpanExamples):
+            _, found = find_spans(self.backbone, self.probe, examples.items)
+            return evaluate_spans(examples, found)
         probabilities = self.probe.calibration.apply(self.logits(examples.items))
         return evaluate(
             self.probe.task, probabilities, examples.labels, thresholds=self.probe.thresholds
@@ -161,6 +193,7 @@ def train(
     text: str = "text",
     label: str = "label",
     response: str | None = None,
+    spans: str | None = None,
     positive: str | None = None,
     validation: str | Path | InMemory | Examples | None = None,
     name: str = "probe",
@@ -184,6 +217,8 @@ def train(
         text: Column of the text.
         label: Column of the label; several with commas make a multi-label task.
         response: Column of the answer; the probe then reads the answer instead of the prompt.
+        spans: Column of spans in place of labels, as ``load_examples`` takes it; the probe then
+            says which characters have a label. Its texts are shown alone, without background.
         positive: Positive class of a binary task; None means 1, true or yes, else the rarer label.
         validation: Like ``data``; None holds part of ``data`` out, or cross-fits it if it is small.
         name: How verdicts name the probe.
@@ -202,6 +237,15 @@ def train(
         SidelightError: The data or the model cannot be used; the message names the remedy.
     """
     # Before the model loads, which takes seconds: what is wrong with options or texts.
+    of_spans = spans is not None or isinstance(data, SpanExamples)
+    if of_spans and mechanism not in (AUTO, "spans"):
+        raise SidelightError(
+            f"Labelled spans need mechanism='spans' (got: '{mechanism}'). Leave mechanism= out."
+        )
+    if of_spans and (background is not None or positive is not None):
+        raise SidelightError(
+            "background= and positive= are for labels of whole texts. Leave them out, or spans=."
+        )
     options = FitOptions(
         mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
         seeds=tuple(range(seeds)),
@@ -210,12 +254,9 @@ def train(
         threshold=ThresholdRule.parse(threshold),
         none=none,
     )
-    training = _as_examples(data, text=text, label=label, response=response, positive=positive)
-    held_out = (
-        None
-        if validation is None
-        else _as_examples(validation, text=text, label=label, response=response, task=training.task)
-    )
+    read = partial(_as_examples, text=text, label=label, response=response, spans=spans)
+    training = read(data, positive=positive)
+    held_out = None if validation is None else read(validation, task=training.task)
     choose_validation(training, held_out, options)
     if not isinstance(model, TransformersBackbone):
         backbone = load_backbone(model, prompt_format=prompt_format)
@@ -276,11 +317,19 @@ def _as_examples(
     text: str,
     label: str,
     response: str | None,
+    spans: str | None,
     positive: str | None = None,
     task: Task | None = None,
 ) -> LabelledExamples:
     if isinstance(data, Examples):
+        if spans is not None and not isinstance(data, SpanExamples):
+            raise SidelightError(
+                "These examples have no spans. Load them with load_examples(..., "
+                f"spans='{spans}'), or leave spans= out."
+            )
         return require_labelled(data)
+    if spans is not None:
+        return load_examples(data, text=text, response=response, task=task, spans=spans)
     return load_examples(
         data, text=text, label=label, response=response, positive=positive, task=task
     )
