@@ -1,50 +1,94 @@
-"""Background traffic: the packaged set, a file, and what a model has written."""
+"""Background traffic: the packaged set with its licences, a file, and the order of both."""
 
+import tomllib
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import sidelight
-from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
+from sidelight.data.near_duplicates import are_alike
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
-from sidelight.smollm2 import cache_root
-from sidelight.training.settings import (
+from sidelight.training.background import (
     PACKAGED,
     Background,
-    default_background,
+    balanced_order,
     load_background,
-    own_set,
 )
 
-Turns = tuple[Message, ...]
-PACKAGED_SET = load_examples(PACKAGED, label=None)
-PACKAGED_TURNS = [example.messages for example in PACKAGED_SET.items]
+ROOT = Path(__file__).parents[1]
+NOTICE = (ROOT / "NOTICE").read_text("utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PACKAGED_EXAMPLES = load_examples(PACKAGED, label=None)
+PACKAGED_ROWS = PACKAGED_EXAMPLES.rows
 
 
-def said(*texts: str) -> Turns:
+def said(*texts: str) -> tuple[Message, ...]:
     roles = ("user", "assistant")
     return tuple(Message(roles[turn % 2], text) for turn, text in enumerate(texts))
 
 
-def test_no_set_the_packaged_one_and_a_file_need_no_llm(tiny: TransformersBackbone, tmp_path: Path):
+def asked(turns: tuple[Message, ...]) -> tuple[str, ...]:
+    """What stays of a conversation that ends by what the assistant would answer."""
+    return tuple(turn.content for turn in turns if turn.role != "assistant")
+
+
+def test_no_set_the_packaged_one_and_a_file_need_no_llm(tmp_path: Path):
     assert load_background("none") == Background()
-    assert load_background("packaged").conversations == tuple(PACKAGED_TURNS)
+    packaged = load_background("packaged")
+    assert len(packaged.conversations) == len(PACKAGED_ROWS)
+    assert packaged.private == set()
     path = tmp_path / "traffic.csv"
     path.write_text("text,source\nHello,mail\nWhere is my order?,chat\n")
-    conversations = (said("Hello"), said("Where is my order?"))
+    own = load_background(path)
     # Few files have every length and kind.
-    both = (*conversations, *PACKAGED_TURNS)
-    assert load_background(path).conversations == both
-    assert load_background(path).private == 2
-    assert load_background("packaged").private == 0
+    assert Counter(own.conversations) == Counter(
+        [said("Hello"), said("Where is my order?"), *packaged.conversations]
+    )
+    assert own.private == {said("Hello"), said("Where is my order?")}
     with pytest.raises(SidelightError, match=r"No file .*traffic\.jsonl"):
         load_background(tmp_path / "traffic.jsonl")
     path.write_text("prompt\nHello\n")
     with pytest.raises(SidelightError, match="no column 'text'"):
         load_background(path)
+
+
+def test_a_conversation_ends_by_what_the_assistant_would_answer(tmp_path: Path):
+    path = tmp_path / "traffic.jsonl"
+    path.write_text(
+        '{"text": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}\n'
+    )
+    assert load_background(path).private == {said("Hello")}
+    packaged = load_background("packaged").conversations
+    assert {turns[-1].role for turns in packaged} == {"user", "tool"}
+    assert {turn.role for turns in packaged for turn in turns} > {"system", "assistant"}
+
+
+def test_every_row_has_its_source_and_licence_in_the_notice():
+    lines = [line.split(" | ") for line in NOTICE.splitlines() if " | " in line][1:]
+    listed = {(licence, source): int(rows) for licence, source, rows, _ in lines}
+    assert listed == Counter((row["license"], row["source"]) for row in PACKAGED_ROWS)
+    names = {
+        name
+        for licence, _ in listed
+        for name in licence.replace(" OR ", " AND ").split(" AND ")
+        if name != "public domain"
+    }
+    _, terms = NOTICE.split("Licences:")
+    assert all(f"\n{name} " in terms for name in names)
+    # Whoever redistributes the package needs to know.
+    assert {*PROJECT["project"]["license"].split(" AND ")} == names
+
+
+def test_the_wheel_has_the_notice_and_the_packaged_set():
+    assert "NOTICE" in PROJECT["project"]["license-files"]
+    (package,) = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert PACKAGED.is_relative_to(ROOT / package)
+    assert "!NOTICE" in (ROOT / "deploy" / "Dockerfile.dockerignore").read_text().splitlines()
 
 
 def test_the_packaged_set_holds_no_text_that_a_demonstration_is_tested_on():
@@ -54,18 +98,49 @@ def test_the_packaged_set_holds_no_text_that_a_demonstration_is_tested_on():
         for file in folder.glob("*_test.jsonl")
         for example in load_examples(file, label=None).items
     }
-    said_there = {Example((turn,)).text_key for turns in PACKAGED_TURNS for turn in turns}
+    turns = {turn for turns in load_background("packaged").conversations for turn in turns}
     assert tested
-    assert tested & said_there == set()
+    assert tested & {Example((turn,)).text_key for turn in turns} == set()
 
 
-@pytest.mark.usefixtures("own_cache")
-def test_a_set_that_the_model_has_written_takes_the_place_of_the_packaged_one(
-    tiny: TransformersBackbone,
-):
-    assert default_background(tiny.fingerprint) == load_background("packaged")
-    path = own_set(tiny.fingerprint)
-    assert path.is_relative_to(cache_root())
-    path.parent.mkdir(parents=True)
-    path.write_text('{"text": "Hello"}\n')
-    assert default_background(tiny.fingerprint) == Background((said("Hello"),))
+@pytest.mark.parametrize("count", [30, 100, 300])
+def test_each_beginning_has_all_lengths_kinds_and_sources(count: int, tmp_path: Path):
+    path = tmp_path / "traffic.csv"
+    path.write_text("text\n" + "".join(f"Where is my order number {i}?\n" for i in range(400)))
+    own = load_background(path)
+    share = sum(turns in own.private for turns in own.conversations[:count]) / count
+    assert 0.3 < share < 0.6
+    taken = load_background("packaged").conversations[:count]
+    lengths = np.digitize([sum(len(t.content) for t in turns) for turns in taken], [64, 256, 1024])
+    assert min(np.bincount(lengths, minlength=4)) > 0.1 * count
+    several = np.digitize([len(turns) for turns in taken], [2, 5])
+    assert min(np.bincount(several, minlength=3)) > 0.25 * count
+    cells = {
+        asked(item.messages): row
+        for item, row in zip(PACKAGED_EXAMPLES.items, PACKAGED_ROWS, strict=True)
+    }
+    rows = [cells[asked(turns)] for turns in taken]
+    kinds, sources = (Counter(row[column] for row in rows) for column in ("kind", "source"))
+    assert len(kinds) == 10
+    assert max(kinds.values()) < 0.2 * count
+    assert len(sources) >= min(30, 0.7 * count)
+    assert max(sources.values()) <= 0.1 * count
+
+
+def test_a_seed_decides_the_order_and_no_row_is_lost():
+    strata = [(i % 2, i % 3, i) for i in range(60)]
+    order = balanced_order(strata)
+    assert sorted(order) == [*range(60)]
+    assert order == balanced_order(strata)
+    assert order != balanced_order(strata, seed=1)
+    for count in range(6, 60, 6):
+        for column, values in ((0, 2), (1, 3)):
+            taken = np.bincount([strata[row][column] for row in order[:count]])
+            assert max(taken) - min(taken) <= 1 + (values == 3)
+
+
+def test_a_text_with_another_name_or_number_is_like_the_text():
+    texts = ["Please send order 17 to my new address.", "An entirely different thing to say."]
+    others = ["Please send order 99 to my new address!"]
+    assert are_alike(texts, others, cosine=0.85).tolist() == [True, False]
+    assert are_alike(texts, [], cosine=0.85).tolist() == [False, False]

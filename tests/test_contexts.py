@@ -19,17 +19,12 @@ from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.states.extraction import score
 from sidelight.thresholds import ThresholdRule, operating_curves
 from sidelight.training import classifier, contexts
+from sidelight.training.background import Background, load_background
 from sidelight.training.contexts import Context, ContextSampler
 from sidelight.training.dataset import ProbeDataset, make_split, prepare
 from sidelight.training.fit import calibrate_probe, fit
 from sidelight.training.loop import train_mechanisms
-from sidelight.training.settings import (
-    Background,
-    FitOptions,
-    Job,
-    TrainingSettings,
-    load_background,
-)
+from sidelight.training.settings import FitOptions, Job, TrainingSettings
 from sidelight.training.traffic import (
     Traffic,
     highest_logits,
@@ -302,7 +297,7 @@ def test_the_figures_are_those_of_the_threshold_that_is_served(tiny, examples, o
     assert [round(p, 4) for p, _ in made.traffic.worst] == [own["probability"] for own in kept]
     assert [text for _, text in made.traffic.worst] == [own["text"] for own in kept]
     # An operator's own texts stay out of artifacts.
-    private = replace(given.background, private=len(given.background.conversations))
+    private = replace(given.background, private=frozenset(given.background.conversations))
     options = replace(given, settings=settings, background=private)
     again = fit(tiny, examples, None, name="p", options=options).best
     assert again.probe.record["traffic"] == {**made.probe.record["traffic"], "worst": []}

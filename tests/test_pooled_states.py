@@ -15,12 +15,13 @@ from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import ActivationCache, Pooled, Shard
 from sidelight.training import linear
+from sidelight.training.background import load_background
 from sidelight.training.fit import fit, jobs_of
 from sidelight.training.linear import solve_linear
 from sidelight.training.loop import cross_fit, means_state, train_mechanisms
 from sidelight.training.optimisation import TrainingRun
 from sidelight.training.scaling import layer_weights, view_worths
-from sidelight.training.settings import FitOptions, Job, load_background, suggested_settings
+from sidelight.training.settings import FitOptions, Job, suggested_settings
 from sidelight.training.validation import choose_folds
 from sidelight.types import Task
 

@@ -5,7 +5,7 @@ import pytest
 from corpora import rows
 from sidelight.data.loading import load_examples
 from sidelight.prompts import Message
-from sidelight.training.settings import Background
+from sidelight.training.background import Background
 from sidelight_lab.bench.defaults import ALONE, DEFAULT, LINEAR, compare_defaults, defaults_table
 
 

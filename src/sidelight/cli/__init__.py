@@ -19,11 +19,11 @@ _GROUP = "sidelight.commands"
 _PACKAGES = {
     "label": "sidelight-label",
     **dict.fromkeys(
-        ("anatomy", "background", "bench", "policy", "redteam", "reproduce", "search"),
+        ("anatomy", "bench", "policy", "redteam", "reproduce", "search"),
         "sidelight-lab",
     ),
 }
-_RESUMED = ("train", "background", "label", "search", "reproduce")
+_RESUMED = ("train", "label", "search", "reproduce")
 _SERVING = ("fastapi", "openai", "prometheus_client", "pydantic_settings", "uvicorn")
 
 

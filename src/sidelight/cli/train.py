@@ -55,8 +55,7 @@ _AUTO = "auto"
     "--background",
     metavar="FILE",
     help="Ordinary traffic (texts or chats, without labels), which the texts are also shown in, "
-    "beside the packaged set; packaged alone; or none. [default: what the model has written, or "
-    "else packaged]",
+    "beside the packaged set; packaged alone; or none. [default: packaged]",
 )
 @options.engine
 @options.backbone
@@ -99,12 +98,8 @@ def train(
     from sidelight.data.spans import SpanExamples
     from sidelight.manifest import require_free, require_name
     from sidelight.thresholds import ThresholdRule
-    from sidelight.training.settings import (
-        SUGGESTED,
-        default_background,
-        load_background,
-        suggested_settings,
-    )
+    from sidelight.training.background import load_background
+    from sidelight.training.settings import SUGGESTED, suggested_settings
     from sidelight.training.validation import choose_validation
 
     settings = {setting: text for setting, text in assigned.items() if "." not in setting}
@@ -149,9 +144,6 @@ def train(
 
     backbone = runtime.load_backbone(prompt_format=prompt_format)
     with runtime.state_source(backbone) as source:
-        if spans is None and background is None:
-            background_set = default_background(backbone.fingerprint)
-            fit_options = replace(fit_options, background=background_set)
         result = fit(
             backbone, training, validation, name=name, options=fit_options, source=source, out=out
         )

@@ -97,6 +97,22 @@ class NearDuplicates:
             levels[is_divided] += 1
 
 
+def are_alike(
+    texts: Sequence[str], others: Sequence[str], *, cosine: float
+) -> Bool[Flags, " text"]:
+    """Which of some texts are like one of the others."""
+    from sklearn import config_context
+    from sklearn.neighbors import NearestNeighbors
+
+    if not (len(texts) and len(others)):
+        return np.zeros(len(texts), dtype=np.bool_)
+    vectors = _vectors([_form(text) for text in (*others, *texts)])
+    nearest: Any = NearestNeighbors(n_neighbors=1, metric="cosine", algorithm="brute")
+    with config_context(working_memory=_MEMORY_MIB):
+        distances, _ = nearest.fit(vectors[: len(others)]).kneighbors(vectors[len(others) :])
+    return distances[:, 0] <= 1 - cosine
+
+
 def _pairs(
     texts: Sequence[str],
 ) -> tuple[Int[Numbers, " pair"], Int[Numbers, " pair"], Float[Values, " pair"]]:
@@ -107,7 +123,7 @@ def _pairs(
     from sklearn.neighbors import NearestNeighbors
 
     first: dict[str, int] = {}
-    forms = [re.sub(r"\d+", "0", _shortened(text)) for text in texts]
+    forms = [_form(text) for text in texts]
     same = np.array([first.setdefault(form, index) for index, form in enumerate(forms)], np.int64)
     repeated = np.flatnonzero(same != np.arange(len(texts)))
     pairs = [(repeated, same[repeated], np.ones(len(repeated)))]
@@ -148,6 +164,11 @@ def _vectors(texts: Sequence[str]) -> Any:
     # alike, and a rare word in place of another does not make them differ.
     weighting.idf_ = np.sqrt(weighting.idf_)
     return weighting.transform(counts)
+
+
+def _form(text: str) -> str:
+    """What is compared: numbers as one and the same, and of a long text some stretches."""
+    return re.sub(r"\d+", "0", _shortened(text))
 
 
 def _shortened(text: str) -> str:

@@ -23,10 +23,11 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.server.app import create_app, listen, server_settings
 from sidelight.server.config import ServerConfig
 from sidelight.smollm2 import EMBEDDED_NAME, cache_root
+from sidelight.training.background import load_background
 from sidelight.training.classifier import Classifier
 from sidelight.training.fit import fit
 from sidelight.training.runs import console
-from sidelight.training.settings import FitOptions, default_background
+from sidelight.training.settings import FitOptions
 
 _DATA = Path(__file__).parent / "data"
 # Task, and the positive class of a binary one.
@@ -79,7 +80,7 @@ def _serving(engine: Engine, config: ServerConfig) -> Generator[str]:
 def _train(backbone: TransformersBackbone, task: str, positive: str | None) -> Path:
     training = load_examples(_DATA / f"{task}_train.jsonl", positive=positive)
     _say(f"Training '{task}' on {len(training)} texts with the model frozen")
-    options = FitOptions(background=default_background(backbone.fingerprint))
+    options = FitOptions(background=load_background("packaged"))
     best = fit(backbone, training, None, name=task, options=options).best
     classifier = Classifier(backbone, best.probe)
     test = load_examples(_DATA / f"{task}_test.jsonl", task=best.probe.task)

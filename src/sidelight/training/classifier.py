@@ -28,16 +28,11 @@ from sidelight.probe import Probe
 from sidelight.prompts import PromptFormat
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import ThresholdRule
+from sidelight.training.background import load_background
 from sidelight.training.fit import fit
 from sidelight.training.judging import as_example, find_spans, judge, require_responses
 from sidelight.training.measuring import trained_text_warnings
-from sidelight.training.settings import (
-    AUTO,
-    READS,
-    FitOptions,
-    default_background,
-    load_background,
-)
+from sidelight.training.settings import AUTO, READS, FitOptions
 from sidelight.training.validation import choose_validation
 from sidelight.types import Task, Verdict
 
@@ -198,7 +193,7 @@ def train(
     validation: str | Path | InMemory | Examples | None = None,
     name: str = "probe",
     seeds: int = 1,
-    background: str | Path | None = None,
+    background: str | Path = "packaged",
     none: bool = True,
     prompt_format: PromptFormat | None = None,
     threshold: str = "f1",
@@ -224,8 +219,7 @@ def train(
         name: How verdicts name the probe.
         seeds: Probes to train; the one with the best validation score is kept.
         background: Ordinary traffic, as ``load_background`` takes it: a file of texts or chats,
-            ``packaged``, or ``none``; None takes what the backbone has written, if it has, or else
-            the packaged set.
+            ``packaged``, or ``none``.
         none: Whether a probe of several classes says ``none`` to ordinary traffic.
         prompt_format: As for ``load_backbone``; None also takes that of a given backbone.
         threshold: What the thresholds are chosen for: ``f1``, ``fpr=0.01``, ``recall=0.95`` or
@@ -250,7 +244,7 @@ def train(
         mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
         seeds=tuple(range(seeds)),
         reads=replace(READS, side="response" if response else "prompt"),
-        background=load_background(background or "packaged"),
+        background=load_background(background),
         threshold=ThresholdRule.parse(threshold),
         none=none,
     )
@@ -267,8 +261,6 @@ def train(
             f"The backbone renders texts as '{model.encoder.prompt_format}', but prompt_format is "
             f"'{prompt_format}'. Load it with load_backbone(..., prompt_format='{prompt_format}')."
         )
-    if background is None:
-        options = replace(options, background=default_background(backbone.fingerprint))
     _tell(training.warnings)
     result = fit(backbone, training, held_out, name=name, options=options, source=source)
     _tell([warning for warning in result.warnings if warning not in training.warnings])

@@ -2,7 +2,7 @@
 
 A probe that has only seen texts alone takes everything else for what is rarest among them: it
 flags greetings, long prompts and what tools answer, and misses a text inside a long one. So each
-text is also shown in a few contexts, made from ordinary conversations (``Background``), and
+text is also shown in a few contexts, made from ordinary conversations (``background.py``), and
 these are shown by themselves, without a label. A context stays on its text's side of every split,
 and so does the background that it is made of.
 """
@@ -10,7 +10,6 @@ and so does the background that it is made of.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from random import Random
 from typing import Literal
 
@@ -19,7 +18,6 @@ from jaxtyping import Int
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples
-from sidelight.data.near_duplicates import NearDuplicates
 from sidelight.data.spans import SpanExamples
 from sidelight.disguises import DISGUISES
 from sidelight.errors import SidelightError
@@ -31,7 +29,8 @@ from sidelight.prompts import (
     judged_units,
     piece_lengths,
 )
-from sidelight.training.settings import Background, FitOptions, Turns
+from sidelight.training.background import Turns
+from sidelight.training.settings import FitOptions
 from sidelight.types import Numbers
 
 Kind = Literal["inside", "turn", "pieces", "plain", "disguised", "background", "filler"]
@@ -50,10 +49,6 @@ _TURN_ALONE, _PIECES_ALONE, _UNIT_ALONE = 0.5, 0.7, 0.7
 # them that is background alone.
 _CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS = 0.6, 16_000
 _BACKGROUND_SHARE = 0.4
-# Cosine from which background counts as a labelled text, and the most texts that it is compared to.
-_SAME_TEXT, _COMPARED_TEXTS = 0.85, 5000
-# With fewer conversations, training warns.
-_FEW_CONVERSATIONS = 50
 # No probe reads these turns where they lead.
 _SYSTEM = ("system", "developer")
 # A text gets so many contexts at most, and so many attempts at one.
@@ -83,38 +78,6 @@ class Context:
     text: int | None = None
     group: int = 0
     is_whole: bool = True
-
-
-def choose_conversations(
-    background: Background, examples: LabelledExamples
-) -> tuple[tuple[Turns, ...], list[str]]:
-    """The conversations without a turn that is a labelled text, and warnings."""
-    conversations, warnings = background.conversations, list[str]()
-    keys = {item.text_key for item in examples.items}
-    turns = [[Example((turn,)).text_key for turn in messages] for messages in conversations]
-    labelled = {index for index, texts in enumerate(turns) if keys & {*texts}}
-    if len(keys) <= _COMPARED_TEXTS and conversations:
-        owners = [index for index, texts in enumerate(turns) for _ in texts]
-        compared = NearDuplicates.among([*keys, *chain(*turns)])
-        is_alike = compared.cosines >= _SAME_TEXT
-        pairs = np.stack([compared.left[is_alike], compared.right[is_alike]])
-        # Equal keys have equal numbers, and labelled texts the first ones.
-        alike = pairs[:, (pairs < len(keys)).any(0)]
-        is_labelled = np.isin(compared.texts[len(keys) :], alike)
-        labelled |= {owners[turn] for turn in np.flatnonzero(is_labelled)}
-    unlabelled = np.setdiff1d(np.arange(len(conversations)), [*labelled])
-    kept = tuple(conversations[index] for index in unlabelled)
-    if labelled:
-        warnings.append(
-            f"{len(labelled)} conversations of the background hold a text of the training data, "
-            "and were left out: its label beats the assumption that ordinary traffic has none."
-        )
-    if 0 < len(kept) < _FEW_CONVERSATIONS:
-        warnings.append(
-            f"The background has {len(kept)} conversations: they say little about "
-            f"ordinary traffic. Give {_FEW_CONVERSATIONS} or more (--background)."
-        )
-    return kept, warnings
 
 
 def draw_contexts(
@@ -167,7 +130,8 @@ class ContextSampler:
     Args:
         encoder: Encodes conversations for the backbone.
         reads: What the probe reads.
-        conversations: The background to draw from; without any, there is plain text alone.
+        conversations: The background to draw from, the first ones first where it is shown alone;
+            without any, there is plain text alone.
         is_part: Whether a part of a text can have the labels. With several classes, a text is only
             shown as the last turn of a conversation.
         max_tokens: No context is longer.
@@ -205,7 +169,7 @@ class ContextSampler:
             tokens: No more are taken once they have so many tokens.
         """
         contexts: list[Context] = []
-        order = self._random.sample(range(len(self._conversations)), len(self._conversations))
+        order = [*range(len(self._conversations))]
         if not self._is_part:
             # A class needs many texts: short ones come first more often, but not always.
             sizes = [sum(len(turn.content) for turn in turns) for turns in self._conversations]

@@ -29,7 +29,8 @@ from sidelight.states.cache import (
     write_tensors,
 )
 from sidelight.states.extraction import BackboneSource, StateSource, extract
-from sidelight.training.contexts import Context, choose_conversations, draw_contexts
+from sidelight.training.background import choose_conversations
+from sidelight.training.contexts import Context, draw_contexts
 from sidelight.training.settings import FitOptions
 from sidelight.training.validation import FOLDS, Folds, choose_validation, shared_texts
 from sidelight.types import Task

@@ -12,19 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from sidelight.calibration import CalibrationKind
-from sidelight.data.loading import load_examples
 from sidelight.data.spans import SpanExamples
 from sidelight.errors import SidelightError, checked
-from sidelight.fingerprint import Fingerprint
-from sidelight.prompts import Message, Reads
-from sidelight.smollm2 import cache_root
+from sidelight.prompts import Reads
 from sidelight.thresholds import F1, ThresholdRule
+from sidelight.training.background import Background
 from sidelight.types import NONE, MechanismSpec, Task
 
-Turns = tuple[Message, ...]
-
 AUTO = "auto"
-PACKAGED = Path(__file__).with_name("background_smollm2.jsonl.gz")
 TRAINING_MAX_TOKENS = 1024
 # The prompt, of which each turn is judged.
 READS = Reads(scope="each_turn")
@@ -134,54 +129,6 @@ class Job:
     spec: MechanismSpec
     seed: int
     settings: TrainingSettings
-
-
-@dataclass(frozen=True)
-class Background:
-    """Ordinary conversations, each ending by a turn that the assistant would answer.
-
-    Attributes:
-        conversations: Their turns; none if training goes without.
-        private: How many of them, the first ones, are a user's own, so that no artifact may hold
-            their texts.
-    """
-
-    conversations: tuple[Turns, ...] = ()
-    private: int = 0
-
-
-def load_background(name: str | Path) -> Background:
-    """The background traffic that a user names.
-
-    Args:
-        name: A file with a column ``text`` of texts or chat messages, which the packaged set is
-            added to, since few files have every length and kind; ``packaged``, the set of the
-            embedded model; or ``none``.
-
-    Raises:
-        SidelightError: There is no such file, or no text in it.
-    """
-    if name == "none":
-        return Background()
-    if name == "packaged":
-        return Background(_read(PACKAGED))
-    conversations = _read(Path(name))
-    return Background((*conversations, *_read(PACKAGED)), private=len(conversations))
-
-
-def default_background(fingerprint: Fingerprint) -> Background:
-    """The set that this LLM has written, which is kept in the cache, or else the packaged one."""
-    path = own_set(fingerprint)
-    return Background(_read(path)) if path.exists() else load_background("packaged")
-
-
-def own_set(fingerprint: Fingerprint) -> Path:
-    """Where the set that an LLM has written is kept."""
-    return cache_root() / "background" / f"{fingerprint.digest}.jsonl"
-
-
-def _read(path: Path) -> tuple[Turns, ...]:
-    return tuple(example.messages for example in load_examples(path, label=None).items)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from sidelight.errors import SidelightError
 from sidelight.metrics import wilson
 from sidelight.probe import Probe
 from sidelight.thresholds import OperatingCurve, ThresholdRule
+from sidelight.training.background import Background
 from sidelight.training.contexts import Context
-from sidelight.training.settings import Background
 from sidelight.types import Task
 
 # The share of ordinary conversations that may be flagged, unless a rule says otherwise.
@@ -86,10 +86,7 @@ class Traffic:
                 just above one of them.
             background: Says which texts are a user's own.
         """
-        private = {
-            beginning(Example(turns).text)
-            for turns in background.conversations[: background.private]
-        }
+        private = {beginning(Example(turns).text) for turns in background.private}
         return {
             **self.to_dict(),
             "logits": logits.tolist(),

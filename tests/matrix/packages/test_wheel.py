@@ -6,6 +6,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -61,6 +62,13 @@ def probe(bare: Bare) -> str:
     train = str(DATA / "urgency_train.jsonl")
     bare.output("sidelight", "train", "--data", train, "--mechanism", "readout", "--out", "probe")
     return "probe"
+
+
+def test_it_has_the_packaged_conversations_and_their_licences(bare):
+    with ZipFile(bare.wheel) as packed:
+        names = packed.namelist()
+    assert "sidelight/training/background.jsonl.gz" in names
+    assert any(name.endswith(".dist-info/licenses/NOTICE") for name in names)
 
 
 def test_nothing_of_an_extra_or_of_another_package_is_installed(bare):

@@ -18,10 +18,11 @@ from sidelight.errors import SidelightError, did_you_mean
 from sidelight.evaluation import Estimate, evaluate
 from sidelight.metrics import log_losses
 from sidelight.states.extraction import cached_logits
+from sidelight.training.background import Background
 from sidelight.training.contexts import draw_contexts
 from sidelight.training.dataset import ProbeDataset, Split, make_split, prepare
 from sidelight.training.fit import fit
-from sidelight.training.settings import Background, FitOptions
+from sidelight.training.settings import FitOptions
 from sidelight.training.tfidf import TfIdf, fit_tfidf
 from sidelight.training.validation import FOLDS
 from sidelight.types import MechanismSpec, Task

@@ -72,7 +72,7 @@ def bench_defaults(
     that training printed stands beside the one that was measured.
     """
     from sidelight.data.loading import load_examples
-    from sidelight.training.settings import load_background
+    from sidelight.training.background import load_background
     from sidelight_lab.bench.defaults import compare_defaults, defaults_table, described
 
     examples, backbone = load_examples(data, text=text, label=label), runtime.load_backbone()

@@ -1,0 +1,153 @@
+"""Ordinary conversations, which training shows texts in and a probe learns to let pass."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from sidelight.data.examples import Example, Examples, LabelledExamples
+from sidelight.data.loading import load_examples
+from sidelight.data.near_duplicates import are_alike
+from sidelight.prompts import Message
+
+Turns = tuple[Message, ...]
+
+# NOTICE has the sources of its rows and their licences.
+PACKAGED = Path(__file__).with_name("background.jsonl.gz")
+# Characters and turns at which a conversation is longer.
+_LENGTHS, _TURNS = (64, 256, 1024, 4096), (2, 5)
+# Cosine from which background counts as a labelled text, and the most texts that it is compared to.
+_SAME_TEXT, _COMPARED_TEXTS = 0.85, 5000
+# Texts that are so many times as long as each other are never alike.
+_LONGER = 4
+# With fewer conversations, training warns.
+_FEW_CONVERSATIONS = 50
+
+
+@dataclass(frozen=True)
+class Background:
+    """Ordinary conversations, each ending by a turn that the assistant would answer.
+
+    Attributes:
+        conversations: Their turns; none if training goes without.
+        private: Those that are a user's own, so that no artifact may hold their texts.
+    """
+
+    conversations: tuple[Turns, ...] = ()
+    private: frozenset[Turns] = frozenset()
+
+
+def load_background(name: str | Path) -> Background:
+    """The background traffic that a user names, in a balanced order.
+
+    Each beginning of it has as many conversations of each length, number of turns, kind and source
+    as there are, and a third to a half of a user's own.
+
+    Args:
+        name: A file with a column ``text`` of texts or chat messages, which the packaged set is
+            added to, since few files have every length and kind; ``packaged``, that set alone; or
+            ``none``. Columns ``kind`` and ``source`` are used where there are any.
+
+    Raises:
+        SidelightError: There is no such file, or no text in it.
+    """
+    if name == "none":
+        return Background()
+    if name == "packaged":
+        return _packaged()
+    return _balanced(load_examples(PACKAGED, label=None), load_examples(Path(name), label=None))
+
+
+@cache
+def _packaged() -> Background:
+    return _balanced(load_examples(PACKAGED, label=None))
+
+
+def _balanced(*sets: Examples) -> Background:
+    """All conversations; those of every set but the first are private."""
+    conversations: list[Turns] = []
+    strata: list[tuple[Hashable, ...]] = []
+    for number, examples in enumerate(sets):
+        for item, cells in zip(examples.items, examples.rows, strict=True):
+            turns = _request(item.messages)
+            strata.append((number, *_stratum(turns, cells, unknown=len(strata))))
+            conversations.append(turns)
+    private = frozenset(conversations[len(sets[0]) :])
+    order = balanced_order(strata)
+    return Background(tuple(conversations[index] for index in order), private)
+
+
+def _request(messages: Turns) -> Turns:
+    """The turns up to the last that the assistant would answer."""
+    asked = [index for index, turn in enumerate(messages) if turn.role != "assistant"]
+    return messages[: asked[-1] + 1] if asked else messages
+
+
+def _stratum(turns: Turns, cells: Mapping[str, object], *, unknown: int) -> tuple[Hashable, ...]:
+    """What is balanced; a conversation of no known kind or source has one of its own."""
+    characters = sum(len(turn.content) for turn in turns)
+    named = (str(cells.get(column) or unknown) for column in ("kind", "source"))
+    return int(np.digitize(characters, _LENGTHS)), int(np.digitize(len(turns), _TURNS)), *named
+
+
+def balanced_order(strata: Sequence[tuple[Hashable, ...]], *, seed: int = 0) -> list[int]:
+    """An order of rows of which every beginning has each value of a column about equally often.
+
+    The next row is always one whose values came least often so far.
+
+    Args:
+        strata: The values of each row.
+        seed: Decides among rows that would do as well.
+    """
+    random = np.random.default_rng(seed)
+    rows = random.permutation(len(strata))
+    numbers: dict[tuple[int, Hashable], int] = {}
+    codes = np.array(
+        [
+            [numbers.setdefault(pair, len(numbers)) for pair in enumerate(strata[row])]
+            for row in rows.tolist()
+        ]
+    )
+    kinds, kind_of = np.unique(codes, axis=0, return_inverse=True)
+    members = [rows[kind_of == kind].tolist() for kind in range(len(kinds))]
+    ties, taken = random.random(len(kinds)), np.zeros(len(numbers))
+    order: list[int] = []
+    for _ in rows:
+        best = int((taken[kinds].sum(1) + ties).argmin())
+        order.append(members[best].pop())
+        taken[kinds[best]] += 1
+        if not members[best]:
+            ties[best] = np.inf
+    return order
+
+
+def choose_conversations(
+    background: Background, examples: LabelledExamples
+) -> tuple[tuple[Turns, ...], list[str]]:
+    """The conversations without a turn that is a labelled text, and warnings."""
+    conversations, warnings = background.conversations, list[str]()
+    keys = {item.text_key for item in examples.items}
+    turns = [[Example((turn,)).text_key for turn in messages] for messages in conversations]
+    labelled = {*keys}
+    if len(keys) <= _COMPARED_TEXTS:
+        lengths = [*map(len, keys)]
+        shortest, longest = min(lengths) / _LONGER, max(lengths) * _LONGER
+        compared = [key for key in {*chain(*turns)} if shortest <= len(key) <= longest]
+        is_alike = are_alike(compared, [*keys], cosine=_SAME_TEXT)
+        labelled |= {compared[index] for index in np.flatnonzero(is_alike)}
+    pairs = zip(conversations, turns, strict=True)
+    kept = tuple(messages for messages, texts in pairs if not labelled & {*texts})
+    if left_out := len(conversations) - len(kept):
+        warnings.append(
+            f"{left_out} conversations of the background hold a text of the training data, "
+            "and were left out: its label beats the assumption that ordinary traffic has none."
+        )
+    if 0 < len(kept) < _FEW_CONVERSATIONS:
+        warnings.append(
+            f"The background has {len(kept)} conversations: they say little about "
+            f"ordinary traffic. Give {_FEW_CONVERSATIONS} or more (--background)."
+        )
+    return kept, warnings
