@@ -226,9 +226,9 @@ def speed(setting: Setting, *, probes: int) -> Result:
     """Tokens a second of extraction and decoding, and the memory of the GPU."""
     backbone = load_backbone(setting.model_name(), device=setting.device)
     served = [replace(load_probe(setting.path / "probe"), name=f"probe-{i}") for i in range(probes)]
-    gib = {"loaded": torch.cuda.memory_allocated() / _GIB} if setting.is_gpu else {}
     prompts = encode(backbone, load_examples(_TEST, label=None).items)
     rates: dict[str, float] = {}
+    gib: dict[str, float] = {}
     with TemporaryDirectory() as scratch:
         for folder in ("warm", "timed"):
             cache = ActivationCache(
@@ -241,6 +241,8 @@ def speed(setting: Setting, *, probes: int) -> Result:
 
     async def decode() -> None:
         engine = TransformersEngine(backbone, served)
+        if setting.is_gpu:
+            gib["loaded"] = torch.cuda.memory_allocated() / _GIB
         await engine.start()
         try:
             for texts in (1, 1, 8):
