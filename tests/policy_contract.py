@@ -22,8 +22,7 @@ from sidelight.artifact import save_probe
 from sidelight.bank import Bank
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Message, PlainText, Reads
-from sidelight.states.extraction import score
-from tiny import INTENT, untrained_probe
+from tiny import INTENT, score, untrained_probe
 from vllm_served import ROUNDING, followed, judging_any_text, measured, tiny_llama
 
 PAGE = Path(__file__).parent.parent / "docs" / "policies.md"

@@ -27,10 +27,9 @@ from sidelight.manifest import MANIFEST, WEIGHTS, read_manifest, summary
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Reads
 from sidelight.standardisation import Standardisation
-from sidelight.states.extraction import score
 from sidelight.training.classifier import load
 from sidelight.training.measuring import describe_scores
-from tiny import INTENT, PIECES, TOPICS, TOXICITY, spans_probe, untrained_probe
+from tiny import INTENT, PIECES, TOPICS, TOXICITY, score, spans_probe, untrained_probe
 
 TASKS = [TOXICITY, INTENT, TOPICS]
 

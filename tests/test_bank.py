@@ -14,9 +14,8 @@ from sidelight.mechanisms.base import mechanism_names
 from sidelight.probe import TextLogits
 from sidelight.prompts import Message, Part, Reads, Unit, judged_units, piece_lengths
 from sidelight.standardisation import Standardisation
-from sidelight.states.extraction import score
 from sidelight.types import Judgement
-from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
+from tiny import INTENT, TOPICS, TOXICITY, score, untrained_probe
 
 # float32: matmuls of another width add the same products in another order.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-4}

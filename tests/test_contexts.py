@@ -16,7 +16,6 @@ from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
-from sidelight.states.extraction import score
 from sidelight.thresholds import ThresholdRule, operating_curves
 from sidelight.training import classifier, contexts
 from sidelight.training.background import Background, load_background
@@ -34,7 +33,7 @@ from sidelight.training.traffic import (
     quiet_thresholds,
     traffic_warnings,
 )
-from tiny import INTENT, TOXICITY, tiny_backbone, untrained_probe
+from tiny import INTENT, TOXICITY, score, tiny_backbone, untrained_probe
 
 TEXTS = [f"number {i:02d} has a text of its own" for i in range(60)]
 EACH_TURN = Reads(scope="each_turn")

@@ -29,8 +29,7 @@ from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.prompts import Message, Reads
-from sidelight.states.extraction import score
-from tiny import three_probes, tiny_backbone, untrained_probe
+from tiny import score, three_probes, tiny_backbone, untrained_probe
 from vllm_served import followed
 
 WATCHED_TEXTS = ["hello", "a longer text than the other ones", "word " * 6]

@@ -9,9 +9,17 @@ from sidelight.data.examples import Example
 from sidelight.errors import VerdictError
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Reads
-from sidelight.states.extraction import score
 from sidelight.training.classifier import Classifier
-from tiny import INTENT, TOPICS, TOXICITY, broken, three_probes, tiny_backbone, untrained_probe
+from tiny import (
+    INTENT,
+    TOPICS,
+    TOXICITY,
+    broken,
+    score,
+    three_probes,
+    tiny_backbone,
+    untrained_probe,
+)
 
 # In logits; as in test_mechanisms.py.
 COMPLETE = 1e-4

@@ -10,10 +10,9 @@ from engine_runs import run
 from sidelight.bank import Bank
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads, judged_units, piece_lengths
-from sidelight.states.extraction import score
 from sidelight.types import Judgement, Verdict
 from sidelight.vllm.requests import judgement_of, report_of
-from tiny import untrained_probe
+from tiny import score, untrained_probe
 
 
 def test_of_two_judgements_the_newer_one_holds_for_a_probe_in_both():

@@ -21,7 +21,6 @@ from sidelight.mechanisms.base import mechanism_names
 from sidelight.probe import common_format
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.standardisation import EPSILON, Projection
-from sidelight.states.extraction import score
 from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, tap_layers
 from sidelight.vllm.internals import Step
 from sidelight.vllm.requests import (
@@ -42,7 +41,7 @@ from sidelight.vllm.settings import (
     named_folders,
 )
 from sidelight.vllm.worker import LayerColumns, RequestJudge, Worker
-from tiny import TOPICS, tiny_backbone, untrained_probe
+from tiny import TOPICS, score, tiny_backbone, untrained_probe
 from vllm_served import followed
 
 BLOCK = 4

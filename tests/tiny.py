@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -20,12 +21,14 @@ from transformers import (
 )
 
 from sidelight.backbone import TransformersBackbone
+from sidelight.bank import Bank
 from sidelight.calibration import Calibration
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
-from sidelight.prompts import PromptFormat, Reads, Side
+from sidelight.prompts import EncodedPrompt, PromptFormat, Reads, Side
 from sidelight.spans import SpanRule
 from sidelight.standardisation import Standardisation
+from sidelight.states.extraction import text_logits
 from sidelight.types import Task
 
 CHAT_TEMPLATE = (
@@ -146,6 +149,14 @@ def untrained_probe(
         thresholds=(threshold,) * (0 if task.kind == "multiclass" else task.outputs),
         fingerprint=who,
     )
+
+
+def score(
+    backbone: TransformersBackbone, bank: Bank, prompts: Sequence[EncodedPrompt]
+) -> list[np.ndarray]:
+    """For each probe the logits of all prompts, ``[prompt, output]``."""
+    by_probe = text_logits(backbone, bank, prompts)
+    return [np.stack([text.logits for text in of_probe]) for of_probe in by_probe]
 
 
 def spans_probe(

@@ -15,10 +15,9 @@ from sidelight.bank import Bank
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.standardisation import Standardisation
-from sidelight.states.extraction import score
 from sidelight.vllm.requests import request_params
 from sidelight.vllm.settings import DESCRIBED, KEY
-from tiny import INTENT, TOPICS, TOXICITY, tiny_backbone, untrained_probe
+from tiny import INTENT, TOPICS, TOXICITY, score, tiny_backbone, untrained_probe
 from tiny import SIZES as TINY_SIZES
 
 # Two engines add float32 products in other orders, over all layers and up to 1,000 tokens.

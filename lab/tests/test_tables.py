@@ -13,10 +13,11 @@ from corpora import TASKS, examples
 from sidelight.artifact import load_probe
 from sidelight.bank import Bank
 from sidelight.evaluation import evaluate
-from sidelight.states.extraction import cached_logits, score
+from sidelight.states.extraction import cached_logits
 from sidelight.training.dataset import make_split
 from sidelight.training.settings import FitOptions
 from sidelight_lab.baselines import BASELINES
+from sidelight_lab.bench.measurement import score
 from sidelight_lab.tables.reproduce import reproduce
 from sidelight_lab.tables.writing import FinishedTable, cells
 

@@ -26,8 +26,9 @@ from sidelight.ragged import Ragged, by_length
 from sidelight.storage import write_json, write_text
 from sidelight.training.classifier import Classifier
 from sidelight.training.judging import encode
-from sidelight.training.optimisation import score_name, validation_score
+from sidelight.training.optimisation import validation_score
 from sidelight.types import Task
+from sidelight_lab.search import score_name
 
 # A token is in the first of these that applies.
 GROUPS = ("first", "last", "template", "content")

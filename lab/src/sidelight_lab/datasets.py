@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sidelight.data.examples import LabelledExamples, validation_share
+from sidelight.data.labels import is_missing, truth_value
 from sidelight.data.loading import OnMissingLabel, load_examples
 from sidelight.data.readers import is_readable, read_file
 from sidelight.errors import SidelightError, did_you_mean
@@ -297,11 +298,14 @@ def _assemble(
         )
     subsets: dict[str, Int[np.ndarray, " row"]] = {}
     for subset, (column, value) in (entry.subsets if entry else {}).items():
-        is_known = any(column in row for row in test.rows)
-        values = test.truth_values(column) if is_known else ()
-        positions = np.flatnonzero([own is value for own in values])
-        if len(positions):
-            subsets[subset] = positions
+        cells = [row.get(column) for row in test.rows]
+        positions = [
+            row
+            for row, cell in enumerate(cells)
+            if not is_missing(cell) and truth_value(cell, test.items[row].place, column) is value
+        ]
+        if positions:
+            subsets[subset] = np.array(positions)
         else:
             notes.append(
                 f"No test row is known to be in the subset '{subset}' (column '{column}')."

@@ -33,7 +33,7 @@ from sidelight.training.loop import cross_fit, train_mechanisms
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import Job, TrainingSettings, suggested_settings
 from sidelight.training.validation import Folds
-from sidelight.types import MechanismSpec, OptionValue
+from sidelight.types import MechanismSpec, OptionValue, Task
 
 # Random trials before the estimator has enough scores to learn from.
 _RANDOM_TRIALS = 12
@@ -43,6 +43,11 @@ _KNOWN = (*_FINISHED, TrialState.RUNNING)
 # What the storage keeps of a search beside parameters and scores.
 _SUBJECT = "subject"
 _BATCH_SIZES = (8, 16, 32, 64)
+
+
+def score_name(task: Task) -> str:
+    """What ``validation_score`` is for a task."""
+    return {"binary": "AUPRC", "multilabel": "mean AUPRC"}.get(task.kind, "accuracy")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import SupportsIndex, TypeVar
 import numpy as np
 from jaxtyping import Bool, Int
 
-from sidelight.data.labels import is_missing, truth_value
 from sidelight.data.near_duplicates import NearDuplicates
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import Conversation, Message, PlainText
@@ -126,14 +125,6 @@ class Examples:
                 f"The examples have no column '{name}'.{did_you_mean(name, known)}"
             )
         return tuple(row.get(name) for row in self.rows)
-
-    def truth_values(self, column: str) -> tuple[bool | None, ...]:
-        """A column of truth values; None where the cell is empty."""
-        cells = zip(self.items, self.column(column), strict=True)
-        return tuple(
-            None if is_missing(cell) else truth_value(cell, item.place, column)
-            for item, cell in cells
-        )
 
     def select(self: _Rows, indices: Iterable[SupportsIndex]) -> _Rows:
         """The examples at these positions, in this order."""

@@ -164,14 +164,6 @@ def require_finite(texts: Mapping[int, Float[Tensor, "layer _ width"]], *, dtype
             )
 
 
-def score(
-    backbone: TransformersBackbone, bank: Bank, prompts: Sequence[EncodedPrompt]
-) -> list[np.ndarray]:
-    """For each probe the logits of all prompts, ``[prompt, output]``, as ``text_logits``."""
-    by_probe = text_logits(backbone, bank, prompts)
-    return [np.stack([text.logits for text in of_probe]) for of_probe in by_probe]
-
-
 def text_logits(
     backbone: TransformersBackbone, bank: Bank, prompts: Sequence[EncodedPrompt]
 ) -> list[list[TextLogits]]:

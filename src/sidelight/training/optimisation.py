@@ -43,11 +43,6 @@ def make_loss(task: Task, labels: Int[Tensor, "text ..."], *, balanced: bool) ->
     return binary
 
 
-def score_name(task: Task) -> str:
-    """What ``validation_score`` is for a task."""
-    return {"binary": "AUPRC", "multilabel": "mean AUPRC"}.get(task.kind, "accuracy")
-
-
 def validation_score(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
     """Average precision, or accuracy for a multi-class task.
 

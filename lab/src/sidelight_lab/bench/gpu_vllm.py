@@ -19,13 +19,12 @@ from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.standardisation import Projection
-from sidelight.states.extraction import score
 from sidelight.storage import write_json
 from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, slots_of
 from sidelight.vllm.requests import request_params
 from sidelight.vllm.settings import DESCRIBED, KEY
 from sidelight_lab.bench.gpu_engine import Result, Setting, model_config, save_tokenizer
-from sidelight_lab.bench.measurement import offline_engine, spread_probe, untrained_probe
+from sidelight_lab.bench.measurement import offline_engine, score, spread_probe, untrained_probe
 
 # Of a probability in float32.
 PARITY_ERROR = 1e-4

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, PromptFormat, Reads
 from sidelight.standardisation import Standardisation
-from sidelight.states.extraction import score
+from sidelight.states.extraction import text_logits
 from sidelight.storage import write_text
 from sidelight.types import MechanismSpec, Task
 from sidelight.vllm.settings import KEY, require_options, require_vllm
@@ -102,6 +103,14 @@ def untrained_probe(
         thresholds=(0.5,),
         fingerprint=who,
     )
+
+
+def score(
+    backbone: TransformersBackbone, bank: Bank, prompts: Sequence[EncodedPrompt]
+) -> list[np.ndarray]:
+    """For each probe the logits of all prompts, ``[prompt, output]``."""
+    by_probe = text_logits(backbone, bank, prompts)
+    return [np.stack([text.logits for text in of_probe]) for of_probe in by_probe]
 
 
 def spread_probe(

@@ -19,12 +19,12 @@ from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.storage import write_json, write_text
 from sidelight.training.dataset import ProbeDataset, Split, make_split
-from sidelight.training.optimisation import score_name
 from sidelight.training.settings import FitOptions
 from sidelight.training.validation import require_same_task
 from sidelight.types import Task
 from sidelight_lab.datasets import DataSet, overlap_notes
 from sidelight_lab.environment import environment, package_versions
+from sidelight_lab.search import score_name
 from sidelight_lab.tables.figures import TableFigures, measure_rows, preferred_row
 from sidelight_lab.tables.recipes import ProbeRow, Recipe, Row
 from sidelight_lab.tables.runs import Run, digest, draw_few, fit_runs, judge_runs, plan_runs

@@ -8,7 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from sidelight.storage import write_json, write_text
-from sidelight.training.optimisation import score_name
+from sidelight_lab.search import score_name
 from sidelight_lab.tables.figures import RowFigures, TableFigures
 
 _SHOWN = {
