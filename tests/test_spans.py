@@ -272,7 +272,7 @@ def test_python_trains_and_measures_spans(tiny, fitted, own_cache):
     ("options", "says"),
     [
         ({"mechanism": "readout"}, r"need mechanism='spans' \(got: 'readout'\)"),
-        ({"background": "packaged"}, r"Leave them out, or spans="),
+        ({"background": "traffic.jsonl"}, r"Leave them out, or spans="),
         ({"positive": "SHOUT"}, r"Leave them out, or spans="),
     ],
 )

@@ -236,7 +236,7 @@ def train(
         raise SidelightError(
             f"Labelled spans need mechanism='spans' (got: '{mechanism}'). Leave mechanism= out."
         )
-    if of_spans and (background is not None or positive is not None):
+    if of_spans and (background not in ("packaged", "none") or positive is not None):
         raise SidelightError(
             "background= and positive= are for labels of whole texts. Leave them out, or spans=."
         )
@@ -244,7 +244,7 @@ def train(
         mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
         seeds=tuple(range(seeds)),
         reads=replace(READS, side="response" if response else "prompt"),
-        background=load_background(background),
+        background=load_background("none" if of_spans else background),
         threshold=ThresholdRule.parse(threshold),
         none=none,
     )
