@@ -218,7 +218,7 @@ class Bank:
         """For each probe ``[request, output]``, float64."""
         by_index: dict[int, np.ndarray] = {}
         for group, part in zip(self._groups, state.states, strict=True):
-            logits = (each.double().cpu().numpy() for each in group.logits(part))
+            logits = (each.cpu().double().numpy() for each in group.logits(part))
             by_index.update(zip(group.indices, logits, strict=True))
         return [by_index[index] for index in range(len(by_index))]
 
@@ -230,7 +230,7 @@ class Bank:
             if isinstance(labelling := group.mechanisms[0], Spans):
                 (index,) = group.indices
                 tokens = (
-                    each.values.double().cpu().numpy()
+                    each.values.cpu().double().numpy()
                     for each in labelling.token_logits(part).split()
                 )
                 pairs = zip(by_probe[index], tokens, strict=True)

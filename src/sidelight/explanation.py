@@ -4,6 +4,7 @@ Made from the columns of the pass that judged the text, so it costs no pass of t
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -99,7 +100,7 @@ def explain(
     """The verdict on one text, and why.
 
     Args:
-        probe: In evaluation mode, on the device of the columns.
+        probe: In evaluation mode.
         columns: The probe's own, of every token.
         prompt: The text, with any response, and the places of its tokens.
 
@@ -116,8 +117,10 @@ def explain(
     is_read = read_tokens(parts, probe.reads)
     members = [*(unit.tokens for unit in units), np.arange(len(parts))]
     read = [tokens[is_read[tokens]] for tokens in members]
+    # On the CPU, where there is float64: Apple's GPUs have none.
+    columns, mechanism = columns.cpu(), deepcopy(probe.mechanism).cpu()
     with torch.inference_mode():
-        logits = probe.mechanism.logits(_texts(columns, read)).double().cpu().numpy()
+        logits = mechanism.logits(_texts(columns, read)).double().numpy()
     decisive = probe.highest(logits[:-1], units, TextLogits(logits[-1]))
     verdict = replace(probe.verdict(decisive.logits), turn=decisive.turn)
     labels = probe.task.output_labels
@@ -126,16 +129,14 @@ def explain(
     if probe.task.kind == "multiclass":
         targets -= 1 / len(labels)
     unit = int(logits[:, labels.index(label)].argmax())
-    shares = probe.mechanism.shares(
-        _texts(columns, [read[unit]]), torch.from_numpy(targets)[None].to(columns.device)
-    )
+    shares = mechanism.shares(_texts(columns, [read[unit]]), torch.from_numpy(targets)[None])
     return Explanation(
         verdict=verdict,
         label=label,
         logit=float(logits[unit] @ targets),
         baseline=float(shares.baseline),
         steps=shares.steps,
-        shares=shares.values.cpu().numpy(),
+        shares=shares.values.numpy(),
         places=tuple(prompt.places[row] for row in read[unit].tolist()),
     )
 
@@ -144,5 +145,5 @@ def _texts(
     columns: Float[Tensor, "token layer column"], tokens: Sequence[Int[np.ndarray, " _"]]
 ) -> Ragged:
     """These tokens of each text, end to end."""
-    rows = torch.from_numpy(np.concatenate(tokens)).to(columns.device)
-    return Ragged(columns[rows], torch.tensor([*map(len, tokens)], device=columns.device))
+    rows = torch.from_numpy(np.concatenate(tokens))
+    return Ragged(columns[rows], torch.tensor([*map(len, tokens)]))

@@ -70,7 +70,8 @@ class Probe:
 
     def projection(self) -> Projection:
         """The map from hidden states to the few numbers that the probe needs of each of them."""
-        return self.standardisation.fold(self.mechanism.columns())
+        columns = self.mechanism.columns()
+        return self.standardisation.to(columns.device).fold(columns)
 
     def verdict(self, logits: np.ndarray) -> Verdict:
         """The verdict on one text.

@@ -366,6 +366,6 @@ def _write(
 
 def _clock(device: torch.device) -> float:
     """Seconds, once the device has done its work: a GPU runs behind Python."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()

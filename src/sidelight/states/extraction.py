@@ -135,7 +135,7 @@ def shard_logits(probe: Probe, shard: Shard) -> Float[np.ndarray, "text output"]
     projection = probe.projection().to(device)
     columns = projection.layers(shard.hidden.to(device, torch.float32)).transpose(0, 1)
     state = probe.mechanism.summarise(Ragged(columns, shard.lengths.to(device)))
-    return probe.mechanism.finish(state).double().cpu().numpy()
+    return probe.mechanism.finish(state).cpu().double().numpy()
 
 
 def _keep_read(

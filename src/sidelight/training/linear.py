@@ -73,7 +73,7 @@ class LinearSolution:
         moved = torch.einsum("ld,ldc->c", mean, (self.value + self.last).double())
         scale = scale * math.sqrt(len(scale))
         # What it draws is overwritten; the caller's random state stays as it is.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(()):
             linear = Linear(Geometry(*self.value.shape))
         linear.value.copy_((self.value * scale)[:, :, None])
         linear.last.copy_(self.last * scale)

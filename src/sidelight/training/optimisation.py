@@ -1,6 +1,7 @@
 """One mechanism in training: its loss, parameters, optimiser, validation score and best epoch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 
 import numpy as np
@@ -114,8 +115,7 @@ class TrainingRun:
         self.logits: Float[np.ndarray, "text output"] = np.empty((0, task.outputs))
         self.token_logits: Sequence[Float[np.ndarray, "_ output"]] = ()
         layers, width = standardisation.mean.shape
-        with torch.random.fork_rng():
-            torch.manual_seed(job.seed)
+        with _random_numbers(job.seed, standardisation.mean.device):
             mechanism = build_mechanism(job.spec, Geometry(layers, width, task.outputs))
         self.mechanism: Mechanism = mechanism.to(standardisation.mean.device)
         for parameter in self.mechanism.parameters():
@@ -183,9 +183,9 @@ class TrainingRun:
         """The loss on a batch of projected tokens: the sum over the mechanism's voters."""
         self.mechanism.train()
         self._draws += 1
-        with torch.random.fork_rng():
-            # Random numbers of its own: what a job draws does not depend on its neighbours.
-            torch.manual_seed(self.job.seed * 1_000_003 + self._draws)
+        # Random numbers of its own: what a job draws does not depend on its neighbours.
+        seed = self.job.seed * 1_000_003 + self._draws
+        with _random_numbers(seed, tokens.values.device):
             views = [tokens, random_beginnings(tokens)] if self._reads_beginnings else [tokens]
             return self.loss_of([self.mechanism.summarise(view) for view in views], labels)
 
@@ -241,6 +241,18 @@ class TrainingRun:
         # The run stays, with its results; the optimiser's moments are twice as large.
         self._optimizer.state.clear()
         self.has_diverged |= not all(bool(p.isfinite().all()) for p in self.mechanism.parameters())
+
+
+@contextmanager
+def _random_numbers(seed: int, device: torch.device) -> Generator[None]:
+    """Seeds what is drawn in the block; the caller's random state is back after it.
+
+    Only that of the CPU and of this device: asking for all of a machine's GPUs would start them.
+    """
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
+        torch.manual_seed(seed)
+        yield
 
 
 def random_beginnings(tokens: Ragged) -> Ragged:

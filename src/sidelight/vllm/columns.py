@@ -284,7 +284,7 @@ class Pages:
             ]
         )
         index, device = torch.from_numpy(slots), self.rows.device
-        if device.type == "cuda":
+        if device.type != "cpu":
             # Only memory that stays where it is can be copied without waiting.
             index = index.pin_memory().to(device, non_blocking=True)
         return index

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -176,7 +177,7 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, "sidelight-judge")
         self._is_blind = False
         self._is_whole = len(layers) == served.fingerprint.layers
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = None if device.type == "cpu" else torch.Stream(device)
         self._judge = self._checked = RequestJudge.load(served, device=device)
         projection = self._projection(self._judge.panel)
         self._columns = projection.shift.shape[1]
@@ -249,11 +250,11 @@ class Worker:
         has_kept = self._pages.has_kept()
         pieces = [(group, self._read(group)) for group in self._in_turn(readings)]
         columns = [has_kept, *(gathered for _, gathered in pieces)]
-        ready: torch.cuda.Event | None = None
+        ready: torch.Event | None = None
         if self._stream is not None:
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(self._device))
-            for gathered in filter(lambda tensor: tensor.is_cuda, columns):
+            ready = torch.Event(self._device)
+            ready.record(torch.accelerator.current_stream(self._device))
+            for gathered in filter(lambda tensor: tensor.device.type != "cpu", columns):
                 gathered.record_stream(self._stream)
         return self._thread.submit(self._step_verdicts, pieces, has_kept, ready)
 
@@ -266,12 +267,12 @@ class Worker:
         self,
         pieces: Sequence[tuple[Sequence[Reading], Float[Tensor, "token layer column"]]],
         has_kept: Bool[Tensor, ""],
-        ready: torch.cuda.Event | None,
+        ready: torch.Event | None,
     ) -> StepVerdicts:
         start = time.perf_counter()
         judgements: dict[str, Judgement] = {}
         of_layers: list[LayerColumns] = []
-        with torch.cuda.stream(self._stream):
+        with self._stream or nullcontext():
             if self._stream is not None and ready is not None:
                 self._stream.wait_event(ready)
             if not self._is_blind and not has_kept.item():

@@ -1,0 +1,329 @@
+"""What works on the CPU works on another device with the same numbers, shown without a GPU."""
+
+import json
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+
+from commands import run, saved
+from corpora import encoded, rows, span_rows, split_of
+from in_process import in_process
+from pretended_device import CPU, FIRST, SECOND, pretended
+from sidelight.artifact import load_probe, save_probe
+from sidelight.backbone import TransformersBackbone
+from sidelight.bank import Bank, Panel
+from sidelight.data.examples import Example
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.mechanisms.base import mechanism_names, mechanism_spec
+from sidelight.policy.rules import Policy, Rule
+from sidelight.prompts import EncodedPrompt, Message, Part, Reads
+from sidelight.standardisation import Standardisation
+from sidelight.states.extraction import text_logits
+from sidelight.training.classifier import Classifier
+from sidelight.training.loop import train_mechanisms
+from sidelight.training.settings import Job, TrainingSettings
+from sidelight.vllm.columns import Reading, set_receiver
+from sidelight.vllm.settings import Served, identity_of
+from sidelight.vllm.worker import Worker
+from tiny import spans_probe, tiny_backbone, untrained_probe
+
+# The numbers are computed by the same kernels, in batches of the same shapes.
+ROUNDING = 1e-6
+# Of probabilities after two epochs in bfloat16 and a calibration.
+TRAINED = 0.02
+TEXTS = ["Who is Ann?", "a", "It rains in the mountains, they say."]
+every_mechanism = pytest.mark.parametrize("mechanism", mechanism_names())
+
+
+def on(device: torch.device) -> TransformersBackbone:
+    backbone = tiny_backbone()
+    backbone.model.to(device)
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def there():
+    """The tiny backbone on the pretended device, for the tests of this file."""
+    with pretended():
+        yield on(FIRST)
+
+
+@pytest.fixture
+def pretending():
+    with pretended():
+        yield
+
+
+def loaded(backbone, name, folder, **options):
+    """A probe of this mechanism as a server loads it: from its folder."""
+    probe = (
+        spans_probe(backbone, name)
+        if name == "spans"
+        else untrained_probe(backbone, name, mechanism=name, **options)
+    )
+    return load_probe(save_probe(probe, folder / name))
+
+
+# The device itself.
+
+
+def test_the_pretended_device_has_a_gpus_rules(pretending):
+    there, here = torch.ones(3, 2, device=FIRST), torch.ones(3, 2)
+    rows = torch.tensor([0, 2])
+    assert {there.device, (there + 1).device, (there @ here.T.to(FIRST)).device} == {FIRST}
+    assert torch.zeros(3).device == torch.arange(3).device == CPU
+    # A number without dimensions and an index may lie on the CPU.
+    assert (there * torch.tensor(2.0)).device == there[rows].device == FIRST
+    for mixed in (
+        lambda: there + here,
+        lambda: here.index_select(0, rows.to(FIRST)),
+        lambda: here[rows.to(FIRST)],
+        lambda: there.index_select(0, rows),
+        lambda: torch.cat([here, there]),
+        lambda: torch.where(there > 0, there, here),
+        lambda: there + torch.ones(2, device=SECOND),
+        lambda: torch.rand(3, device=FIRST, generator=torch.Generator()),
+    ):
+        with pytest.raises(RuntimeError, match=r"one device|cannot draw"):
+            mixed()
+    for array in (there.numpy, lambda: np.asarray(there), there.to(SECOND).double):
+        with pytest.raises(TypeError):
+            array()
+    # A copy elsewhere has a memory of its own.
+    copy = here.to(FIRST)
+    copy.zero_()
+    assert here.all()
+    assert not copy.cpu().any()
+
+
+# Probes and banks.
+
+
+@every_mechanism
+def test_a_bank_of_any_mechanism_works_on_meta(tiny, tmp_path, mechanism):
+    """Shapes without numbers: enough to see a tensor that was left on the CPU."""
+    probe = loaded(tiny, mechanism, tmp_path)
+    for bank in (Bank([probe], device="meta"), Panel([probe], device="meta").early):
+        tap = bank.tap()
+        who = tiny.fingerprint
+        for layer in range(who.layers):
+            tap(layer, torch.zeros(2, 5, who.width, dtype=torch.bfloat16, device="meta"))
+        columns = tap.projected()
+        assert columns.device.type == "meta"
+        assert columns.shape == (2, 5, who.layers, bank.projection.shift.shape[1])
+        assert columns.dtype == torch.float32
+
+
+@every_mechanism
+@pytest.mark.parametrize("device", [FIRST, SECOND], ids=str)
+def test_any_mechanism_judges_and_explains_as_on_the_cpu(
+    pretending, tiny, tmp_path, mechanism, device
+):
+    """The second device has no float64."""
+    outcomes = []
+    for backbone in (tiny, on(device)):
+        probe = loaded(tiny, mechanism, tmp_path)
+        logits = text_logits(backbone, Bank([probe], device=backbone.device), encoded(tiny, TEXTS))[
+            0
+        ]
+        why = Classifier(backbone, probe).explain(Example((Message("user", TEXTS[0]),)))
+        tokens = [text.tokens for text in logits if text.tokens is not None]
+        outcomes.append([*(text.logits for text in logits), *tokens, why.shares])
+        assert len(tokens) == len(TEXTS) * (mechanism == "spans")
+    for wanted, actual in zip(*outcomes, strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=ROUNDING)
+
+
+# Training.
+
+
+@pytest.mark.slow
+def test_every_mechanism_trains_as_on_the_cpu(there, tiny, tmp_path):
+    settings = TrainingSettings(learning_rate=1e-2, epochs=2, batch_size=20, least_steps=0)
+    jobs = [Job(mechanism_spec(name), 0, settings) for name in mechanism_names()]
+    outcomes = []
+    for backbone in (tiny, there):
+        folder = tmp_path / backbone.device.type
+        splits = {
+            name: split_of(backbone, folder, "binary", count, seed=count)
+            for name, count in {"training": 60, "validation": 30}.items()
+        }
+        outcomes.append(train_mechanisms(jobs, **splits, device=backbone.device))
+    for job, wanted, actual in zip(jobs, *outcomes, strict=True):
+        np.testing.assert_allclose(actual.logits, wanted.logits, atol=1e-3, err_msg=str(job.spec))
+
+
+@pytest.fixture(scope="module")
+def files(tiny, tmp_path_factory):
+    """A backbone on disk, and labelled files."""
+    home = tmp_path_factory.mktemp("files")
+    asked = [{**row, "asked": f"Question {i}?"} for i, row in enumerate(rows("binary", 60))]
+    made = {"train": asked, "new": rows("binary", 40, seed=1), "spans": span_rows(40)}
+    for name, lines in made.items():
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIDELIGHT_CACHE", str(home / "cache"))
+        saved(tiny, home / "model")
+        yield home
+
+
+def command(home, *arguments, device="pretend"):
+    own = ["--model", str(home / "model"), "--device", device]
+    assert run(*map(str, arguments), *own) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["texts", "responses", "spans"])
+def test_the_command_line_trains_and_judges_as_on_the_cpu(there, files, tmp_path, capsys, kind):
+    """Few texts: cross-fitted, in contexts of background traffic, and calibrated."""
+    quickly = ["--set", "epochs=2", "--set", "batch_size=16", "--set", "learning_rate=0.03"]
+    train, new, spans = (files / f"{name}.jsonl" for name in ("train", "new", "spans"))
+    columns = {
+        "texts": [],
+        "responses": ["--text", "asked", "--response", "text"],
+        "spans": ["--spans", "spans"],
+    }[kind]
+    outcomes = []
+    for device in ("cpu", "pretend"):
+        probe, data = tmp_path / device, spans if kind == "spans" else train
+        command(files, "train", "--data", data, *columns, *quickly, "--out", probe, device=device)
+        if kind == "texts":
+            command(files, "eval", probe, "--data", new, device=device)
+            command(files, "recalibrate", probe, "--data", new, "--force", device=device)
+        read = ["--data", train, *columns] if kind == "responses" else [*TEXTS, "--explain"]
+        capsys.readouterr()
+        command(files, "predict", probe, *read, device=device)
+        lines = map(json.loads, capsys.readouterr().out.splitlines())
+        outcomes.append([value for line in lines for value in line["probabilities"].values()])
+    wanted, actual = outcomes
+    np.testing.assert_allclose(actual, wanted, atol=TRAINED)
+
+
+# Serving.
+
+CHAT = {"model": "tiny/llama", "temperature": 0, "max_tokens": 12}
+CHATS = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def folders(tiny, tmp_path_factory):
+    home = tmp_path_factory.mktemp("probes")
+    probes = [
+        untrained_probe(tiny, "toxicity"),
+        untrained_probe(tiny, "answers", reads=Reads("response"), mechanism="gate"),
+        spans_probe(tiny, "words", side="response"),
+        spans_probe(tiny, "early"),
+    ]
+    return {probe.name: save_probe(probe, home / probe.name) for probe in probes}
+
+
+def without_chance(answer):
+    """Status and body, without what differs from request to request."""
+    drawn = {"id", "created", "request_id", "timing", "probe_seconds"}
+
+    def kept(value):
+        if isinstance(value, dict):
+            return {key: kept(each) for key, each in value.items() if key not in drawn}
+        if isinstance(value, list):
+            return [kept(each) for each in value]
+        return round(value, 4) if isinstance(value, float) else value
+
+    return answer.status_code, kept(answer.json())
+
+
+@pytest.mark.slow
+def test_a_server_answers_as_on_the_cpu(there, tiny, folders):
+    """Chats, among them one that is blocked and one that is redacted; checks; other probes."""
+    probes = [load_probe(folder) for folder in folders.values()]
+    policy = Policy(
+        input={"toxicity": Rule("block", threshold=0.5)}, output={"words": Rule("redact")}
+    )
+    requests = [
+        *((CHATS, {**CHAT, "messages": [{"role": "user", "content": text}]}) for text in TEXTS),
+        ("/v1/moderations", {"input": TEXTS}),
+        ("/v1/redact", {"input": TEXTS[0]}),
+        ("/v1/completions", {**CHAT, "prompt": TEXTS[2], "n": 2, "temperature": 1, "seed": 3}),
+    ]
+    outcomes = []
+    for backbone in (tiny, there):
+        engine = TransformersEngine(backbone, probes)
+        key = {"Authorization": "Bearer admin"}
+        with in_process(engine, policy=policy, sources=folders, admin_key=("admin",)) as http:
+            answers = [http.post(path, json=body, headers=key) for path, body in requests]
+            changed = http.put(
+                "/admin/probes",
+                json={"probe": [str(folder) for folder in folders.values()]},
+                headers=key,
+            )
+            assert changed.status_code == 200, changed.text
+            answers.append(http.post(requests[0][0], json=requests[0][1], headers=key))
+            outcomes.append([without_chance(answer) for answer in answers])
+    wanted, actual = outcomes
+    assert actual == wanted
+    assert {status for status, _ in actual} == {200, 400}
+
+
+# Inside vLLM.
+
+PROMPT = EncodedPrompt(tuple(range(10, 14)), (Part.PROMPT,) * 4)
+READING = Reading("r", (1,), 0, bytes([Part.PROMPT] * 4), ends_prompt=True, is_plain=False)
+
+
+@pytest.fixture
+def no_receiver():
+    yield
+    set_receiver(None)
+
+
+def judged(backbone, *named):
+    """The verdicts of a worker on the backbone's device, with one probe after another."""
+    first = Served((str(named[0]),), backbone.fingerprint, columns=64)
+    layers = range(backbone.fingerprint.layers)
+    worker = Worker(first, layers=layers, tokens=8, device=backbone.device)
+    worker.allocate(blocks=2, block_size=4)
+    judgements = []
+    for folder in named:
+        worker.check([str(folder)])
+        worker.load(identity_of([load_probe(folder).version]))
+        with backbone.tapped(lambda layer, hidden: worker.receive(layer, hidden[0])):
+            backbone.run([PROMPT])
+        worker._pages.keep(torch.arange(4, 8, device=backbone.device))
+        judgements.append(worker.judge([READING]).result().judgements["r"])
+    return judgements
+
+
+def test_a_worker_of_vllm_judges_as_on_the_cpu(there, tiny, folders, no_receiver):
+    """Its streams and events are those of the device."""
+    named = [folders["toxicity"], folders["early"], folders["toxicity"]]
+    outcomes = [judged(backbone, *named) for backbone in (tiny, there)]
+    for wanted, actual in zip(*outcomes, strict=True):
+        assert (wanted.failed, actual.failed) == ((), ())
+        for one, other in zip(wanted.verdicts, actual.verdicts, strict=True):
+            assert [*other.probabilities.values()] == pytest.approx(
+                [*one.probabilities.values()], abs=ROUNDING
+            )
+            assert other.spans == one.spans
+
+
+# The device sees a fault.
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "faulty"),
+    [
+        (Standardisation, "to", lambda self, _device: self),
+        (torch.Tensor, "cpu", lambda self: self),
+        (Worker, "_projection", lambda self, panel: panel.projection.to("cpu")),
+    ],
+    ids=["a buffer left behind", "an array too early", "a tensor made without a device"],
+)
+def test_a_planted_fault_of_devices_is_seen(
+    there, folders, no_receiver, monkeypatch, owner, name, faulty
+):
+    assert judged(there, folders["toxicity"])[0].verdicts
+    monkeypatch.setattr(owner, name, faulty)
+    # A worker that is loaded fails closed: it logs the error, and there is no verdict.
+    with suppress(RuntimeError, TypeError):
+        assert judged(there, folders["toxicity"])[0].failed
