@@ -17,13 +17,17 @@ from in_process import in_process
 from sidelight.artifact import load_probe, save_probe
 from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
+from sidelight.engines.marks import AnswerMarks, mark_text
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.evaluation import evaluate_spans, worst_spans_page
 from sidelight.mechanisms.base import mechanism_spec
+from sidelight.policy.rules import BoundRule, Rule
+from sidelight.probe import TextLogits
 from sidelight.prompts import Message, Reads
 from sidelight.spans import (
+    SpanRule,
     character_f1,
     character_scores,
     labelled_characters,
@@ -40,12 +44,13 @@ from sidelight.training.fit import fit
 from sidelight.training.judging import find_spans
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.spans import calibrate_spans
-from sidelight.types import Span
-from tiny import untrained_probe
+from sidelight.types import Judgement, Span, Task
+from tiny import PIECES, untrained_probe
 
 load_spans = partial(load_examples, spans="spans")
 TEXT = "Call Ann Lee, now"
 NAME = {"start": 5, "end": 12, "label": "NAME"}
+USER = [Message("user", "Is it Cy?")]
 # Prompts in other batches and parts: sums in another order, in float32.
 SERVED = 1e-4
 
@@ -163,6 +168,44 @@ def test_a_word_far_less_likely_than_the_surest_of_its_text_is_left_out():
     assert within_margin(scores, None).tolist() == scores.tolist()
     assert within_margin(np.array([1.0, 0.9]), 1.0).tolist() == [1.0, 0.0]
     assert within_margin(np.zeros(2), 1.0).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("side", ["prompt", "response"])
+@pytest.mark.parametrize("task", [PIECES, Task("binary", ("none", "NAME"))], ids=["many", "one"])
+def test_a_label_holds_where_a_span_has_it(tiny, side, task):
+    """Whatever tokens and texts say, which are calibrated apart, and judged in other pieces."""
+    draw, labels = np.random.default_rng(0), task.output_labels
+    reads, count = Reads(side, template=False), len(labels)
+    untrained = untrained_probe(tiny, "pii", task=task, reads=reads, mechanism="spans")
+    chat = [Message("user", "Ann \u200b\n\n (and Bo)"), Message("assistant", "  "), *USER]
+    prompt = tiny.encoder.encode(chat, with_places=True)
+    pieces = ["An", "n", " ", "\n\n", " (", "and", " Bo", ")"]
+    tokens = len(pieces) if side == "response" else int(prompt.mask(reads).sum())
+    seen = set()
+    for _ in range(200):
+        calibration = replace(untrained.calibration, kind="platt", shift=(draw.normal(),) * count)
+        margins = tuple(draw.choice([None, 0.1, 1.0]) for _ in labels)
+        rule = SpanRule(calibration, tuple(draw.random(count).tolist()), margins)
+        probe = replace(untrained, spans=rule, thresholds=tuple(draw.random(count).tolist()))
+        logits = TextLogits(draw.normal(size=count), tokens=draw.normal(size=(tokens, count)))
+        judged = Judgement(
+            (probe.text_verdict(logits),), token_labels={"pii": probe.token_labels(logits)}
+        )
+        if side == "response":
+            marks = AnswerMarks([probe])
+            for piece in pieces:
+                marks.push(piece)
+            judged = marks.mark(judged)
+        else:
+            judged = mark_text(judged, [probe], prompt)
+        (verdict,) = judged.verdicts
+        limits = {"threshold": draw.choice([None, 0.5]), "labels": (*labels[: draw.integers(3)],)}
+        for said in (verdict, BoundRule(probe, Rule("flag", **limits)).decide(verdict)):
+            marked = {span.label for span in said.spans}
+            assert said.flagged is bool(marked)
+            assert {*said.labels} == (marked or {*task.labels[:-count]})
+            seen.add((verdict is said, len(marked)))
+    assert {number for _, number in seen} == {*range(count + 1)}
 
 
 def test_a_page_has_the_worst_texts_first_and_marks_what_is_found_missed_and_wrong():

@@ -14,7 +14,7 @@ from sidelight.mechanisms.base import Mechanism
 from sidelight.prompts import PromptFormat, Reads, Unit
 from sidelight.spans import SpanRule
 from sidelight.standardisation import Projection, Standardisation
-from sidelight.types import MechanismSpec, Task, TokenLabel, Verdict
+from sidelight.types import MechanismSpec, Span, Task, TokenLabel, Verdict
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,17 @@ class Probe:
             VerdictError: As ``verdict``.
         """
         return replace(self.verdict(text.logits), turn=text.turn)
+
+    def labelled_verdict(self, verdict: Verdict, spans: Sequence[Span] | None) -> Verdict:
+        """The verdict, decided by the words that are labelled; None: nobody knows where they are.
+
+        Args:
+            verdict: On the text, by its probabilities.
+            spans: Of the text.
+        """
+        scores, thresholds = verdict.probabilities, self.label_thresholds
+        decided = self.task.decide(self.name, scores, thresholds, spans)
+        return replace(decided, turn=verdict.turn)
 
     def token_labels(self, text: TextLogits) -> list[TokenLabel]:
         """Which tokens have a label; none unless the probe labels spans."""

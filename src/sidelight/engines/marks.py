@@ -4,7 +4,7 @@ A bank knows which tokens have a label; an engine knows where each of them stand
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from sidelight.mechanisms.spans import Spans
@@ -57,7 +57,9 @@ def mark_text(judgement: Judgement, probes: Iterable[Probe], prompt: EncodedProm
         return tuple(marked)
 
     return _with_spans(
-        judgement, {name: spans(name, labels) for name, labels in judgement.token_labels.items()}
+        judgement,
+        by_name,
+        {name: spans(name, labels) for name, labels in judgement.token_labels.items()},
     )
 
 
@@ -110,7 +112,7 @@ class AnswerMarks:
                     kept = [span for span in beginning if span.start < first]
                     self._beginnings[name] = first, kept
                 spans[name] = tuple(self._spans(name, labels, len(self.text)))
-        return _with_spans(judgement, spans)
+        return _with_spans(judgement, self._probes, spans)
 
     def _spans(self, name: str, labels: Iterable[TokenLabel], end: int) -> list[Span]:
         """The spans of the text before ``end``, where a word ends."""
@@ -150,11 +152,17 @@ class AnswerMarks:
         return self._settled
 
 
-def _with_spans(judgement: Judgement, spans: dict[str, tuple[Span, ...] | None]) -> Judgement:
+def _with_spans(
+    judgement: Judgement,
+    probes: Mapping[str, Probe],
+    spans: Mapping[str, tuple[Span, ...] | None],
+) -> Judgement:
     if not spans:
         return judgement
     verdicts = (
-        replace(verdict, spans=spans[verdict.probe]) if verdict.probe in spans else verdict
+        probes[verdict.probe].labelled_verdict(verdict, spans[verdict.probe])
+        if verdict.probe in spans
+        else verdict
         for verdict in judgement.verdicts
     )
     return replace(judgement, verdicts=tuple(verdicts))

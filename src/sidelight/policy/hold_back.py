@@ -204,12 +204,11 @@ class _RuleState:
         """Takes the scores of one more token; one without a score is a failure."""
         verdict = decide(self._bound, judgement, tokens=tokens).verdict
         is_next, self._tokens = tokens == self._tokens + 1, tokens
-        scores = {} if verdict is None else verdict.probabilities
-        is_judged = bool(scores) and all(map(math.isfinite, scores.values()))
-        limits = self._bound.thresholds.items() if is_judged else ()
-        counts = self._bound.is_blocking and tokens > self._bound.rule.warm_up
-        counts &= any(scores[label] >= limit for label, limit in limits)
-        self._has_failed |= not (is_judged and is_next)
+        if verdict is not None and not all(map(math.isfinite, verdict.probabilities.values())):
+            verdict = None
+        flags = verdict is not None and verdict.flagged
+        counts = flags and self._bound.is_blocking and tokens > self._bound.rule.warm_up
+        self._has_failed |= verdict is None or not is_next
         self._streak = (self._streak if is_next else 0) + 1 if counts else 0
         self._has_flagged |= self._streak >= self._bound.rule.consecutive
 

@@ -174,11 +174,11 @@ class BoundRule:
 
     def decide(self, verdict: Verdict) -> Verdict:
         """The verdict at the rule's thresholds."""
-        decided = self.probe.task.decide(self.name, verdict.probabilities, self.thresholds)
-        spans = verdict.spans
-        if spans is not None and self.rule.labels:
-            spans = tuple(span for span in spans if span.label in self.rule.labels)
-        return replace(decided, turn=verdict.turn, spans=spans)
+        scores, spans = verdict.probabilities, verdict.spans
+        if spans is not None and self.rule.threshold is not None:
+            spans = [span for span in spans if scores[span.label] >= self.rule.threshold]
+        decided = self.probe.task.decide(self.name, scores, self.thresholds, spans)
+        return replace(decided, turn=verdict.turn)
 
 
 def side_of(probe: "Probe") -> Side:

@@ -210,13 +210,26 @@ def assess(
         probe.calibration.apply(np.stack([text.logits for text in texts]))
         for probe, texts in zip(probes, judged, strict=True)
     ]
+    found: list[list[Span]] = []
+    row_thresholds = None
+    if chosen.spans is not None:
+        labels = chosen.task.output_labels
+        found = [chosen.spans.read(own, labels) for own in scores]
+        # Spans decide what a text has.
+        names = [{span.label for span in spans} for spans in found]
+        row_thresholds = np.array([[0.0 if x in own else np.inf for x in labels] for own in names])
     reports = [
-        evaluate(probe.task, own, examples.labels, thresholds=probe.thresholds)
+        evaluate(
+            probe.task,
+            own,
+            examples.labels,
+            thresholds=probe.thresholds,
+            row_thresholds=row_thresholds,
+        )
         for probe, own in zip(probes, probabilities, strict=True)
     ]
     figures = (examples, chosen, probabilities[index], reports[index], by_title(probes, reports))
     if not isinstance(examples, SpanExamples) or chosen.spans is None:
         return Assessment(*figures)
-    found = [chosen.spans.read(own, examples.task.output_labels) for own in scores]
     within = [chosen.spans.within_margins(own) for own in scores]
     return SpanAssessment(*figures, evaluate_spans(examples, found), found, within)

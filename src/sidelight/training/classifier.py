@@ -75,7 +75,8 @@ class Classifier:
             examples = [replace(example, response=response) for example, response in pairs]
         if self.probe.spans is not None:
             pairs = zip(*find_spans(self.backbone, self.probe, examples), strict=True)
-            return [replace(self.probe.verdict(row), spans=tuple(spans)) for row, spans in pairs]
+            verdict, labelled = self.probe.verdict, self.probe.labelled_verdict
+            return [labelled(verdict(row), spans) for row, spans in pairs]
         (judged,) = judge(self.backbone, [self.probe], examples)
         return [self.probe.text_verdict(text) for text in judged]
 
