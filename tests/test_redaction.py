@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from sidelight.engines.marks import AnswerMarks
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.hold_back import HoldBack
-from sidelight.policy.redaction import Placeholders, redacted
+from sidelight.policy.redaction import Placeholders, redacted, without_placeholders
 from sidelight.policy.rules import (
     BoundRule,
     Policy,
@@ -104,21 +105,145 @@ def test_overlapping_spans_are_one_placeholder():
     assert redacted("abcdefghijklm", spans, start=3, end=11) == "[A]ij[C]"
 
 
+NAMES = re.compile("Ann|Bo|Cy|Di|E\u0301va|\u00c9va")
+
+
+def masked(*texts, placeholders=None, written=()):
+    """Texts in which names are placeholders; the model wrote those of these places."""
+    names = placeholders or Placeholders()
+    spans = [[Span(*m.span(), "NAME") for m in NAMES.finditer(text)] for text in texts]
+    for index, (text, own) in enumerate(zip(texts, spans, strict=True)):
+        names.read(text, own, is_written=index in written)
+    return [names.mask(text, own) for text, own in zip(texts, spans, strict=True)]
+
+
 def test_equal_words_have_equal_placeholders():
-    names = Placeholders()
-    assert names.mask("Ann met Bo", [Span(0, 3, "NAME"), Span(8, 10, "NAME")]) == (
-        "[NAME_1] met [NAME_2]"
+    assert masked("Ann met Bo, and Ann") == ["[NAME_1] met [NAME_2], and [NAME_1]"]
+    # Composed and decomposed.
+    assert masked("\u00c9va", "Bo, E\u0301va") == ["[NAME_1]", "[NAME_2], [NAME_1]"]
+    names, texts = Placeholders(), [("ANN  LEE", 8), ("Ann lee, 3", 7)]
+    for text, end in texts:
+        names.read(text, [Span(0, end, "NAME"), Span(9, 10, "AGE")][: len(text) - 8])
+    assert [names.mask(text, [Span(0, end, "NAME")]) for text, end in texts] == [
+        "[NAME_1]",
+        "[NAME_1], 3",
+    ]
+
+
+@pytest.mark.parametrize(
+    "literal",
+    ["[NAME_1]", "[name_1]", "[NAME_001]", "\uff3bNAME\uff3f\uff11\uff3d", "[NA\u200bME_1\ufeff]"],
+)
+def test_no_words_have_a_placeholder_that_a_text_has(literal):
+    for text in (f"{literal} met Ann", f"Ann met {literal}"):
+        assert masked(text) == [text.replace("Ann", "[NAME_2]")]
+    assert masked("Ann, Bo", literal) == ["[NAME_3], [NAME_2]", literal]
+    huge = f"[NAME_{'9' * 5000}]"
+    assert masked("Ann", huge, "[NAME_2][AGE_1]") == ["[NAME_1]", huge, "[NAME_2][AGE_1]"]
+
+
+def test_many_placeholders_in_texts_cost_little():
+    literals = "".join(f"[NAME_{i}]" for i in range(1, 10_001))
+    assert masked("Ann", literals, "Bo")[::2] == ["[NAME_10001]", "[NAME_10002]"]
+    assert masked(*(f"Ann[NAME_{i}]" for i in range(1, 2_001)))[0] == "[NAME_2001][NAME_1]"
+    for text in ("[" * 100_000, "[" + "_1" * 50_000, "[A_" + "0" * 100_000):
+        assert masked(text) == [text]
+
+
+@given(data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_a_placeholder_means_the_same_in_all_turns_of_a_chat(data):
+    """The model repeats what it has read; a user may quote that, or make placeholders up."""
+    texts, seen, meant = [], {}, {}
+    for turn in range(6):
+        word = st.sampled_from(["Ann", "Bo", "Cy", "[NAME_1]", "[NAME_2]", "[NAME_3]", "hi"])
+        texts.append(" ".join(data.draw(st.lists(word, max_size=4))))
+        read = masked(*texts, written=range(1, 2 * turn, 2))
+        now = {}
+        for text, said in zip(texts, read, strict=True):
+            for before, after in zip(text.split(), said.split(), strict=True):
+                if before in ("Ann", "Bo", "Cy"):
+                    now[after] = before
+        # Whom the model has spoken of, or somebody whom nobody knows.
+        for literal, who in meant.items():
+            assert now.get(literal) == who
+        for literal in set(re.findall(r"\[\w+\]", " ".join(texts))) - seen.keys():
+            assert literal not in now
+            meant[literal] = seen[literal] = None
+        echoes = data.draw(st.lists(st.sampled_from([*now, "hi"]), max_size=2))
+        meant |= {echo: now[echo] for echo in echoes if echo in now}
+        seen |= dict.fromkeys(meant)
+        texts.append(" ".join(echoes))
+
+
+def test_a_placeholder_that_a_text_has_is_no_word():
+    text = "Hi [NAME_1] (Ann [NAME_c386d081]). [NAME_12345] [NAME_19830412] [Ann_1] [AGE_1]"
+
+    def kept(*words):
+        spans = [Span(text.index(word), text.index(word) + len(word), "NAME") for word in words]
+        left = without_placeholders(text, spans, ["NAME", "PLACE"])
+        return [text[span.start : span.end] for span in left]
+
+    assert kept("NAME_1", "[NAME_1", "NAME_1] (") == []
+    assert kept("[NAME_1] (Ann [NAME_c386d081]).", "Ann ") == ["(Ann", "Ann "]
+    # Whoever writes these could hide a value.
+    others = ["NAME_12345", "NAME_19830412", "Ann_1", "AGE_1"]
+    assert kept(*others) == others
+    many = "[NAME_1]" * 20_000
+    spans = [Span(i, i + 1, "NAME") for i in range(0, len(many), 2)]
+    assert without_placeholders(many, [*spans, Span(0, len(many), "NAME")], ["NAME"]) == []
+
+
+def test_no_call_of_a_gateway_gives_two_words_one_placeholder(tiny, early, late):
+    """Both probes label all words of a text that are no placeholder."""
+    probes = [
+        replace(probe, spans=replace(probe.spans, thresholds=(0.0, 1.0))) for probe in (early, late)
+    ]
+    policy = Policy(
+        input={"early": Rule("redact", labels=("NAME",))},
+        output={"late": Rule("redact", labels=("NAME",))},
     )
-    assert names.mask("ANN, 3", [Span(0, 3, "NAME"), Span(5, 6, "AGE")]) == "[NAME_1], [AGE_1]"
 
+    def said(role, text, **fields):
+        return {"role": role, "content": text, **fields}
 
-def test_no_other_words_have_a_placeholder_that_a_text_has():
-    names = Placeholders()
-    # As in an answer to a masked question, and in what follows it.
-    assert names.mask("Bo met [NAME_1]", [Span(0, 2, "NAME")]) == "[NAME_2] met [NAME_1]"
-    assert names.mask("[NAME_3], [AGE_1]", []) == "[NAME_3], [AGE_1]"
-    assert names.mask("Cy, bo", [Span(0, 2, "NAME"), Span(4, 6, "NAME")]) == "[NAME_4], [NAME_2]"
-    assert names.mask("Di, 3", [Span(0, 2, "NAME"), Span(4, 5, "AGE")]) == "[NAME_5], [AGE_2]"
+    def call(arguments):
+        function = {"name": "call", "arguments": arguments}
+        return said("assistant", None, tool_calls=[{"type": "function", "function": function}])
+
+    with in_process(TransformersEngine(tiny, probes), policy=policy) as http:
+
+        def sent_on(kind, *texts, messages=None):
+            body = {"input_type": kind, "texts": texts, "structured_messages": messages}
+            return http.post(GUARDRAIL, json=body).json()["texts"]
+
+        asked = [said("user", "Ann Lee")]
+        assert sent_on("request", "Ann Lee", messages=asked) == ["[NAME_1]"]
+        # LiteLLM does not send the prompt of a response.
+        answers = [sent_on("response", "Bo Ray", "Cy", "Bo Ray") for _ in range(2)]
+        assert all(first == last != other for first, other, last in answers)
+        assert len({name for each in answers for name in each}) == 4
+        answered = answers[0][0]
+        assert re.fullmatch(r"\[NAME_[a-f][0-9a-f]{7}\]", answered)
+        for repeated, expected in (
+            ([said("assistant", "[NAME_1]")], ["[NAME_1]", "[NAME_2]"]),
+            ([call('{"to": "[NAME_1]"}'), said("tool", "[NAME_1]")], ["[NAME_1]", "[NAME_2]"]),
+            ([said("user", "[NAME_1]")], ["[NAME_2]", "[NAME_3]"]),
+            ([said("tool", "[name_1]"), said("assistant", "[NAME_1]")], ["[NAME_2]", "[NAME_3]"]),
+            ([said("user", [{"text": "[NAME"}, {"text": "_1]"}])], ["[NAME_2]", "[NAME_3]"]),
+            ([said("assistant", answered)], ["[NAME_1]", "[NAME_2]"]),
+        ):
+            messages = [*asked, *repeated, said("user", "Di")]
+            assert sent_on("request", "Ann Lee", "Di", messages=messages) == expected
+        texts = ["Ann Lee", answered, "[NAME_1]", "Di"]
+        kept = [answered, "[NAME_1]"]
+        assert sent_on("request", *texts) == ["[NAME_2]", *kept, "[NAME_3]"]
+        redacted = http.post("/v1/redact", json={"input": texts}).json()["results"]
+        assert [each["text"] for each in redacted] == ["[NAME_2]", *kept, "[NAME_3]"]
+        tools = {"input_type": "request", "tool_calls": call("[NAME_1]")["tool_calls"]}
+        assert http.post(GUARDRAIL, json=tools).json()["action"] == "BLOCKED"
+        tools["tool_calls"][0]["function"]["name"] = None
+        assert http.post(GUARDRAIL, json=tools).json()["action"] == "NONE"
 
 
 def answers(http, **changes):
@@ -198,11 +323,15 @@ def test_words_of_texts_are_replaced_alike(tiny, early, late):
     assert refused.json()["error"]["code"] == "no_span_probe"
     assert (empty.status_code, empty.json()["error"]["code"]) == (400, "verdict_failed")
     assert [answer["results"].pop()] == nothing["results"] == [{"text": "", "spans": []}]
+    spans = [[Span(**span) for span in result["spans"]] for result in answer["results"]]
     names = Placeholders()
-    for text, result, check in zip(texts[:2], answer["results"], moderated["results"], strict=True):
+    for text, own in zip(texts[:2], spans, strict=True):
+        names.read(text, own)
+    rows = zip(texts[:2], spans, answer["results"], moderated["results"], strict=True)
+    for text, own, result, check in rows:
         (verdict,) = check["sidelight"]["verdicts"]
         assert verdict["spans"] == result["spans"]
-        assert result["text"] == names.mask(text, [Span(**span) for span in result["spans"]])
+        assert result["text"] == names.mask(text, own)
     assert any(result["spans"] for result in answer["results"])
 
 

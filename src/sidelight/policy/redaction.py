@@ -1,11 +1,25 @@
 """Text whose labelled words are replaced by placeholders."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+import secrets
+import unicodedata
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import chain
+from operator import itemgetter
 
 from sidelight.types import Span
 
-_PLACEHOLDER = re.compile(r"\[[^\[\]]+_[1-9][0-9]*\]")
+_PLACEHOLDER = re.compile(r"\[([^\[\]]+)_0*([1-9][0-9]*)\]")
+_INVISIBLE = re.compile(
+    "[\u00ad\u200b-\u200f\u2060-\u2064\ufe00-\ufe0f\ufeff\U000e0000-\U000e01ef]"
+)
+
+# A label and its words, folded; a label and a number that stand in a text.
+_Words = tuple[str, str]
+_Literal = tuple[str, str]
 
 
 def redacted(
@@ -52,29 +66,91 @@ def _runs(spans: Iterable[Span]) -> list[tuple[int, int, str]]:
     return runs
 
 
-class Placeholders:
-    """Numbered placeholders, such as ``[PERSON_1]``, the same for equal words of a label.
+def without_placeholders(text: str, spans: Iterable[Span], labels: Iterable[str]) -> list[Span]:
+    """The spans of a text, of which placeholders of these labels are no part.
 
-    Letter case and blanks do not tell words apart. Nothing gets a placeholder that a text so far
-    has already, such as an answer to a question that was masked.
+    A probe may take them for names. What looks like one and is longer could hide a value.
+    """
+    names = "|".join(map(re.escape, labels))
+    written = re.finditer(rf"\[(?:{names})_(?:[1-9][0-9]{{0,3}}|[a-f][0-9a-f]{{7}})\]", text)
+    edges = [match.span() for match in written]
+    kept: list[Span] = []
+    for span in spans:
+        first = bisect_right(edges, span.start, key=itemgetter(1))
+        inside = edges[first : bisect_left(edges, span.end, key=itemgetter(0))]
+        bounds = [span.start, *chain.from_iterable(inside), span.end]
+        for start, end in zip(bounds[::2], bounds[1::2], strict=True):
+            words = text[start:end].strip() if inside else text[start:end]
+            # Beside a placeholder there may be marks alone.
+            if not inside or re.search(r"\w", words):
+                start = text.index(words, start)
+                kept.append(replace(span, start=start, end=start + len(words)))
+    return kept
+
+
+class Placeholders:
+    """Placeholders such as ``[PERSON_1]``, the same for equal words of a label.
+
+    Letter case, blanks and Unicode's normal forms do not tell words apart. All texts are read
+    first, in order: words that have the placeholder of a text get another one, unless the model
+    wrote it first. It repeats what it has read in an earlier turn, where the same words had it.
+
+    Args:
+        is_answer: Whether the texts answer a prompt that is unknown, with placeholders and answers
+            before it. Then random numbers tell placeholders apart: ``[PERSON_c386d081]``.
     """
 
-    def __init__(self) -> None:
-        self._numbers: dict[str, dict[str, int]] = {}
-        self._taken: set[str] = set()
+    def __init__(self, *, is_answer: bool = False) -> None:
+        self._is_answer = is_answer
+        self._numbers: dict[_Words, str] = {}
+        self._words: dict[_Literal, _Words] = {}
+        self._literals: set[_Literal] = set()
+        self._last: Counter[str] = Counter()
 
-    def name(self, label: str, words: str) -> str:
-        """The placeholder of these words."""
-        numbers = self._numbers.setdefault(label, {})
-        key = " ".join(words.casefold().split())
-        if key not in numbers:
-            number = next(reversed(numbers.values()), 0) + 1
-            while f"[{label}_{number}]" in self._taken:
-                number += 1
-            numbers[key] = number
-        return f"[{label}_{numbers[key]}]"
+    def read(self, text: str, spans: Iterable[Span] = (), *, is_written: bool = False) -> None:
+        """Numbers the labelled words of the next text.
 
-    def mask(self, text: str, spans: Sequence[Span]) -> str:
-        """The text, in which spans are placeholders."""
-        self._taken.update(_PLACEHOLDER.findall(text))
-        return redacted(text, spans, name=self.name)
+        Args:
+            text: The text.
+            spans: Of the text.
+            is_written: Whether the model wrote it, having read the texts before.
+        """
+        literals = dict.fromkeys(_PLACEHOLDER.findall(_folded(text)))
+        new = [literal for literal in literals if literal not in self._literals]
+        self._literals.update(new)
+        if not is_written:
+            for words in [self._words.pop(each) for each in new if each in self._words]:
+                self._number(words)
+        for start, end, label in _runs(spans):
+            if (words := _words(label, text[start:end])) not in self._numbers:
+                self._number(words)
+
+    def mask(self, text: str, spans: Iterable[Span]) -> str:
+        """A text that was read, in which spans are placeholders."""
+
+        def name(label: str, words: str) -> str:
+            return f"[{label}_{self._numbers[_words(label, words)]}]"
+
+        return redacted(text, spans, name=name)
+
+    def _number(self, words: _Words) -> None:
+        if self._is_answer:
+            # Eight digits of base 16, of which the first is a letter.
+            self._numbers[words] = f"{secrets.randbelow(6 << 28) + (10 << 28):x}"
+            return
+        label = _folded(words[0])
+        self._last[label] += 1
+        while (label, str(self._last[label])) in self._literals:
+            self._last[label] += 1
+        self._numbers[words] = number = str(self._last[label])
+        self._words[label, number] = words
+
+
+def _words(label: str, words: str) -> _Words:
+    folded = unicodedata.normalize("NFD", unicodedata.normalize("NFD", words).casefold())
+    return label, " ".join(folded.split())
+
+
+def _folded(text: str) -> str:
+    """The text, of which letters that look alike are alike, without those that nobody sees."""
+    return unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).casefold()

@@ -1,8 +1,9 @@
 """The endpoints that judge texts and write none, as OpenAI, vLLM and LiteLLM define them."""
 
+import json
 import time
 import uuid
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, Literal, TypeVar
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sidelight.engines.base import PromptJudged, verdict_failure
 from sidelight.policy.decisions import Decision
 from sidelight.policy.enforcement import check_decisions
-from sidelight.policy.redaction import Placeholders
+from sidelight.policy.redaction import Placeholders, without_placeholders
 from sidelight.policy.request import Terms, category_fields, verdict_json
 from sidelight.policy.rules import BoundRule, Side
 from sidelight.prompts import Message, has_response
@@ -251,28 +252,36 @@ async def redact(body: TextsRequest, request: ServerRequest) -> Results[Redactio
     judged = [index for index, text in enumerate(body.input) if text]
     checked = await check(request, replace(terms, chosen=labelling), [texts[i] for i in judged])
     results = [Redaction(text="", spans=[]) for _ in texts]
+    found = [
+        _spans_of(body.input[index], decisions)
+        for index, (_, decisions) in zip(judged, checked, strict=True)
+    ]
     placeholders = Placeholders()
-    for index, (_, decisions) in zip(judged, checked, strict=True):
+    for index, spans in zip(judged, found, strict=True):
+        placeholders.read(body.input[index], spans)
+    for index, spans, (_, decisions) in zip(judged, found, checked, strict=True):
         shown = (d for d in decisions if terms.sees_all or d.rule.disclosure == "scores")
         results[index] = Redaction(
-            text=placeholders.mask(body.input[index], _spans_of(decisions)),
-            spans=spans_json(_spans_of(shown)),
+            text=placeholders.mask(body.input[index], spans),
+            spans=spans_json(_spans_of(body.input[index], shown)),
         )
     return Results(id=f"redact-{uuid.uuid4().hex}", model=request.engine.model, results=results)
 
 
-def _spans_of(decisions: Iterable[Decision]) -> list[Span]:
+def _spans_of(text: str, decisions: Iterable[Decision]) -> list[Span]:
     """The words that these probes have labelled, in order.
 
     Raises:
         VerdictError: Nobody knows where those of a probe stand.
     """
     every: list[Span] = []
+    labels: list[str] = []
     for decision in decisions:
         if decision.verdict is None or decision.verdict.spans is None:
             raise verdict_failure([decision.rule.name])
         every += decision.verdict.spans
-    return sorted(every)
+        labels += decision.rule.probe.task.output_labels
+    return without_placeholders(text, sorted(every), labels)
 
 
 def _listed(rules: Iterable[BoundRule]) -> str:
@@ -288,7 +297,8 @@ class GuardrailParameters(StrictBody):
 class GuardrailRequest(StrictBody):
     """Texts and tool calls of a request or of its response.
 
-    Images cannot be judged, so they are refused. A proxy sends more, which is not read.
+    Images cannot be judged, so they are refused. A proxy sends more, which is not read. LiteLLM
+    sends the messages of a request, whose texts are judged, and never those before a response.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -298,6 +308,9 @@ class GuardrailRequest(StrictBody):
     tool_calls: Many[ToolCall] = None
     images: list[Any] | None = Field(
         None, max_length=0, description="Must be empty: probes read text only."
+    )
+    structured_messages: list[dict[str, Any]] | None = Field(
+        None, description="Where `texts` stand: which of them the model wrote."
     )
     additional_provider_specific_params: GuardrailParameters | None = None
 
@@ -317,6 +330,23 @@ class GuardrailRequest(StrictBody):
         functions = [call.function for call in self.tool_calls or ()]
         calls = ["\n".join(filter(None, (f.name, f.arguments))) for f in functions]
         return {i: text for i, text in enumerate((*(self.texts or ()), *calls)) if text}
+
+    def placeholders(self, spans: Mapping[str, Sequence[Span]]) -> Placeholders:
+        """Those of the labelled words of each text, which has read all that the request says."""
+        placeholders = Placeholders(is_answer=self.input_type == "response")
+        for message in self.structured_messages or ():
+            content, is_written = message.get("content"), message.get("role") == "assistant"
+            parts = content if isinstance(content, list) else [{"text": content}]
+            texts = [part.get("text") for part in parts if isinstance(part, dict)]
+            texts = [text for text in texts if isinstance(text, str)]
+            # Calls of tools may repeat a placeholder, and parts of a message may make up one.
+            whole = json.dumps(message, ensure_ascii=False) + "".join(texts)
+            placeholders.read(whole, is_written=is_written)
+            for text in texts:
+                placeholders.read(text, spans.get(text, ()), is_written=is_written)
+        for text, own in spans.items():
+            placeholders.read(text, own)
+        return placeholders
 
 
 class GuardrailResponse(BaseModel):
@@ -359,19 +389,21 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
     checked = await check(request, terms, texts, judges_prompt=not is_response)
     redacts = any(bound.mode == "redact" for bound in terms.chosen)
     flagged: dict[str, None] = {}
-    masked, placeholders = [*(body.texts or ())], Placeholders()
+    spans: dict[str, list[Span]] = {}
+    for text, (_, decisions) in zip(judged.values(), checked, strict=True):
+        own = _spans_of(text, [d for d in decisions if d.rule.mode == "redact"])
+        spans.setdefault(text, []).extend(own)
+    masked, placeholders = [*(body.texts or ())], body.placeholders(spans)
     for (index, text), (_, decisions) in zip(judged.items(), checked, strict=True):
-        redacting = [d for d in decisions if d.rule.mode == "redact"]
-        spans = _spans_of(redacting)
         if index < len(masked):
-            masked[index] = placeholders.mask(text, spans)
-        elif spans:
+            masked[index] = placeholders.mask(text, spans[text])
+        elif spans[text]:
             # The protocol has no way to send a call on in other words.
-            flagged |= dict.fromkeys(d.rule.name for d in redacting if d.spans)
+            flagged |= dict.fromkeys(d.rule.name for d in decisions if d.action == "redact")
         flagged |= dict.fromkeys(
             d.rule.name
             for d in decisions
-            if d not in redacting and d.verdict is not None and d.verdict.flagged
+            if d.rule.mode != "redact" and d.verdict is not None and d.verdict.flagged
         )
     is_masked = not flagged and masked != (body.texts or [])
     return GuardrailResponse(
