@@ -184,7 +184,7 @@ def test_a_probe_of_the_response_is_trained_and_asked_with_responses(tiny):
     verdicts = classifier.predict(["question"] * 2, responses=["tab", "tXXXX"])
     low, high = (verdict.probabilities["toxic"] for verdict in verdicts)
     assert low < high
-    with pytest.raises(VerdictError, match="no token that the probe reads"):
+    with pytest.raises(SidelightError, match="reads responses, but 1 of 1 texts have none"):
         classifier.predict(["question"])
     with pytest.raises(SidelightError, match="2 texts"):
         classifier.predict(["a", "b"], responses=["c"])

@@ -18,20 +18,22 @@ import numpy as np
 import pytest
 
 from commands import run, saved
-from corpora import planted
+from corpora import planted, with_curves
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.cli.evaluate import why
 from sidelight.cli.options import INPUT_SETTINGS, TrainingInputs
 from sidelight.cli.train import _kinds, train
 from sidelight.data.examples import Example
+from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.explanation import Explanation
 from sidelight.manifest import WEIGHTS
 from sidelight.mechanisms.base import mechanism_names
-from sidelight.prompts import Message, Place
+from sidelight.prompts import Message, Place, Reads
+from sidelight.training.measuring import describe_examples
 from sidelight.types import Verdict
-from tiny import INTENT, broken, untrained_probe
+from tiny import INTENT, broken, spans_probe, untrained_probe
 
 Captured = pytest.CaptureFixture[str]
 QUICKLY = ("--set", "epochs=4", "--set", "batch_size=16", "--set", "learning_rate=0.03")
@@ -395,7 +397,7 @@ def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
 def test_a_probe_without_verdicts_is_refused_by_every_command(
     command, tiny, model, tmp_path, capsys
 ):
-    probe = save_probe(broken(untrained_probe(tiny, "toxicity")), tmp_path / "probe")
+    probe = save_probe(with_curves(broken(untrained_probe(tiny, "toxicity"))), tmp_path / "probe")
     out = tmp_path / "out"
     assert run(*command.format(probe=probe, model=model, out=out).split()) == 2
     assert f"{probe} is damaged (it gives no verdict" in capsys.readouterr().err
@@ -432,6 +434,41 @@ def test_what_is_wrong_with_options_or_texts_is_told_before_the_model_is_loaded(
     said = capfd.readouterr().err
     assert remedy in said.splitlines()[-1]
     assert "Loading the model" not in said
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        ("eval {answers} --data {data}", "column of answers with --response"),
+        ("predict {answers} x", "column of answers with --response"),
+        ("recalibrate {answers} --data {data}", "column of answers with --response"),
+        ("parity {answers} --data {data} --engines transformers", "answers with --response"),
+        ("predict {finder} --data {data} --response label", "Leave --response out"),
+        # Of spans, before the file is read.
+        ("recalibrate {finder} --data nowhere.jsonl", "labels spans"),
+        ("recalibrate {finder} --threshold f1", "labels spans"),
+        ("recalibrate {known} --threshold f1", "keeps no curve"),
+        ("recalibrate {known} --data {data}", "texts of the new traffic"),
+        ("recalibrate {known} --data {few}", "Label more texts"),
+    ],
+)
+def test_texts_that_a_probe_cannot_use_are_told_before_the_model_is_loaded(
+    command, remedy, tiny, tmp_path, capfd
+):
+    few = labelled_rows(tmp_path / "few.jsonl", ["fine", "toxic"] * 8)
+    data = labelled_rows(tmp_path / "data.jsonl", ["fine", "toxic"] * 20)
+    known = untrained_probe(tiny, "known")
+    texts = load_examples(data, task=known.task)
+    probes = {
+        "answers": untrained_probe(tiny, "answers", reads=Reads("response")),
+        "finder": spans_probe(tiny, "finder"),
+        "known": replace(known, record={"training": describe_examples(texts)}),
+    }
+    folders = {name: save_probe(probe, tmp_path / name) for name, probe in probes.items()}
+    assert run(*command.format(data=data, few=few, **folders).split()) == 2
+    said = capfd.readouterr().err
+    assert remedy in said.splitlines()[-1]
+    assert "Loading" not in said
 
 
 LIGHT = """

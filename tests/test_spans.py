@@ -360,7 +360,7 @@ def test_spans_are_found_in_what_the_probe_reads_alone(tiny, fitted):
     with pytest.raises(SidelightError, match="finds spans in prompts"):
         find_spans(tiny, fitted.probe, [answered])
     late = replace(fitted.probe, reads=replace(fitted.probe.reads, side="response"))
-    with pytest.raises(SidelightError, match="reads responses, but 1 of 1 examples have none"):
+    with pytest.raises(SidelightError, match="reads responses, but 1 of 1 texts have none"):
         find_spans(tiny, late, [Example((Message("user", "12"),))])
     options = FitOptions(reads=Reads("response"))
     with pytest.raises(SidelightError, match=r"of each prompt.*would read: response"):

@@ -146,8 +146,9 @@ def test_a_text_that_leaves_no_room_is_refused_before_vllm_starts(backbone, llam
 
 
 def test_words_of_texts_are_labelled_as_by_transformers(backbone):
+    from sidelight.data.examples import as_example
     from sidelight.training.classifier import Classifier
-    from sidelight.training.judging import as_example, find_spans
+    from sidelight.training.judging import find_spans
     from sidelight.vllm.offline import predict
 
     probe = spans_probe(backbone, "words", threshold=0.7)

@@ -99,8 +99,8 @@ def label(
     from sidelight.prompts import Reads
     from sidelight.server.app import listen, server_settings
     from sidelight.server.config import read_config
-    from sidelight.training.judging import require_responses
     from sidelight.training.settings import FitOptions
+    from sidelight.training.validation import require_side
     from sidelight_label.app import create_app
     from sidelight_label.file import LabelFile
     from sidelight_label.pool import Pool, merged
@@ -109,7 +109,7 @@ def label(
     loaded = [load_probe(folder) for folder in probes]
     require_distinct_names(loaded)
     for probe in loaded:
-        require_responses(probe, examples.items)
+        require_side(probe, examples.items)
     names = [name.strip() for name in (labels or "").split(",") if name.strip()]
     task = loaded[0].task if loaded else task_of(names, is_multilabel=multilabel)
     reads = loaded[0].reads if loaded else Reads("response" if response else "prompt")

@@ -68,6 +68,7 @@ def evaluate(
     options.announce(f"Reading {data}")
     from sidelight.data.loading import load_examples
     from sidelight.manifest import read_manifest
+    from sidelight.training.validation import require_side
 
     if plots is not None:
         # If matplotlib is missing, say so before the backbone runs.
@@ -77,6 +78,7 @@ def evaluate(
     labels = {"label": label, "on_missing_label": missing_label}
     columns |= labels if manifest.spans is None else {"spans": spans}
     examples = load_examples(data, task=manifest.task, **columns)
+    require_side(manifest, examples.items)
     options.announce("Loading the model")
     from sidelight.training.assessment import assess
     from sidelight.training.runs import console
@@ -147,17 +149,20 @@ def predict(
         raise SidelightError("Give texts to judge, or a file of texts with --data, but not both.")
     if data is not None:
         options.announce(f"Reading {data}")
+    from sidelight.data.examples import as_example
     from sidelight.data.loading import load_examples
     from sidelight.manifest import read_manifest
+    from sidelight.training.validation import require_side
 
-    # Before imports that take seconds: a folder without a probe is refused at once.
-    labels_spans = read_manifest(probe).spans is not None
+    # Before imports that take seconds: what the probe cannot judge is refused at once.
+    manifest = read_manifest(probe)
+    labels_spans = manifest.spans is not None
     if prints_spans and (out is not None or explains or not labels_spans):
         raise SidelightError(
             "--spans prints the words that a probe labels. Leave out --out and --explain, and name "
             "a probe that was trained with --spans COLUMN."
         )
-    items: Sequence[str | Example] = texts
+    items = tuple(map(as_example, texts))
     if data is not None:
         examples = load_examples(data, label=None, **columns)
         if examples.skipped.empty_text:
@@ -167,9 +172,9 @@ def predict(
                 "Remove the empty rows first."
             )
         items = examples.items
+    require_side(manifest, items)
     options.announce("Loading the model")
     from sidelight.training.classifier import load
-    from sidelight.training.judging import as_example
 
     classifier = load(
         probe, model=runtime.model, dtype=runtime.dtype, device=runtime.backbone_device
@@ -179,7 +184,7 @@ def predict(
         explained = ((item, classifier.explain(item)) for item in items)
         if out is None and sys.stdout.isatty():
             for item, explanation in explained:
-                click.echo(why(as_example(item), explanation))
+                click.echo(why(item, explanation))
             return
         verdicts = (
             {**explanation.verdict.to_dict(), "explanation": explanation.to_dict()}
@@ -198,7 +203,7 @@ def predict(
 
             terminal = console()
             for item, verdict in zip(items, judged, strict=True):
-                text, labels = span_text(as_example(item)), classifier.probe.task.labels
+                text, labels = span_text(item), classifier.probe.task.labels
                 terminal.print(marked_text(text, verdict.spans or (), labels), soft_wrap=True)
             return
         verdicts = (verdict.to_dict() for verdict in judged)
@@ -313,10 +318,17 @@ def parity(
     to see what users get. With --quantised, see what quantised weights change.
     """
     from sidelight.data.loading import load_examples
+    from sidelight.manifest import read_manifest
 
     names = [name.strip() for name in engines.split(",")]
     if not {*names} <= {"transformers", "vllm"}:
         raise SidelightError(f"Cannot compare '{engines}'. Choose from transformers, vllm.")
+    late = [m.name for m in map(read_manifest, probes) if m.reads.includes_response]
+    if late and response is None:
+        raise SidelightError(
+            f"{', '.join(late)} reads responses, so there would be nothing to compare. Name the "
+            "column of the answers with --response."
+        )
     examples = load_examples(data, text=text, label=None, response=response)
     from sidelight.artifact import load_probe
     from sidelight.engines.parity import compare_engines
@@ -335,12 +347,6 @@ def parity(
     makers = {name: partial(runtimes[name]().load_engine, loaded) for name in names}
     digest = ""
     if quantised is not None:
-        late = [probe.name for probe in loaded if probe.reads.includes_response]
-        if late and response is None:
-            raise SidelightError(
-                f"{', '.join(late)} reads responses, and a report needs its verdicts. Name the "
-                "column of the answers with --response."
-            )
         copy = copy_of(quantised, loaded, engine_option)
         digest = acceptance(copy, loaded)
         copies = [replace(probe, fingerprint=copy) for probe in loaded]

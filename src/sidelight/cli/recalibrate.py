@@ -52,7 +52,10 @@ def recalibrate(
     and a new one is written, whose manifest says what it was recalibrated on.
     """
     from sidelight.manifest import curves_of, read_manifest, require_free
-    from sidelight.thresholds import ThresholdRule, require_thresholds
+    from sidelight.thresholds import ThresholdRule
+    from sidelight.training.recalibration import recalibrate as refit
+    from sidelight.training.recalibration import require_new_texts, require_recalibratable
+    from sidelight.training.validation import require_side
 
     rule = None if threshold is None else ThresholdRule.parse(threshold)
     if data is None and rule is None:
@@ -62,19 +65,21 @@ def recalibrate(
         )
     folder = out or probe.resolve().with_name(f"{probe.resolve().name}-recalibrated")
     require_free(folder, force=force)
-    # Before imports that take seconds: a wrong probe, rule, file or column is refused at once.
-    task = read_manifest(probe).task
-    if rule is not None:
-        require_thresholds(task, rule)
+    # Before imports and models that take seconds: what cannot be recalibrated is refused at once.
+    manifest = read_manifest(probe)
+    require_recalibratable(manifest, rule, by_texts=data is not None)
     examples = None
     if data is not None:
         options.announce(f"Reading {data}")
         from sidelight.data.loading import load_examples
 
-        examples = load_examples(data, task=task, on_missing_label=missing_label, **columns)
+        examples = load_examples(
+            data, task=manifest.task, on_missing_label=missing_label, **columns
+        )
+        require_side(manifest, examples.items)
+        require_new_texts(manifest, examples)
     options.announce("Loading the probe" if examples is None else "Loading the model")
     from sidelight.artifact import load_probe, save_probe
-    from sidelight.training.recalibration import recalibrate as refit
     from sidelight.training.runs import comparison_table, console
 
     loaded = load_probe(probe)
@@ -84,9 +89,8 @@ def recalibrate(
         import numpy as np
 
         from sidelight.training.classifier import load
-        from sidelight.training.judging import judge, require_responses
+        from sidelight.training.judging import judge
 
-        require_responses(loaded, examples.items)
         classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
         (judged,) = judge(classifier.backbone, [loaded], examples.items)
         made = refit(loaded, examples, np.stack([text.logits for text in judged]), rule=rule)

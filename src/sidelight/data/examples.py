@@ -58,6 +58,11 @@ class Example:
         return " ".join((self.response or "").split()).casefold()
 
 
+def as_example(text: str | Example) -> Example:
+    """A plain text as a conversation of one message."""
+    return text if isinstance(text, Example) else Example((Message("user", text),))
+
+
 def place_of(example: Example, index: int) -> str:
     """Where an example was read, or else its number among the texts of the call."""
     return example.place or f"Text {index + 1}"

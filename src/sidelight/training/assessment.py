@@ -17,10 +17,11 @@ from sidelight.probe import Probe
 from sidelight.spans import labelled_characters
 from sidelight.storage import write_text
 from sidelight.training.classifier import load
-from sidelight.training.judging import judge, judge_characters, require_responses
+from sidelight.training.judging import judge, judge_characters
 from sidelight.training.measuring import trained_text_warnings
 from sidelight.training.runs import by_title, comparison_table, read_runs, summarise
 from sidelight.training.traffic import beginning, kept_rate, rate_sentence
+from sidelight.training.validation import require_side
 from sidelight.types import Span
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def assess(
     """
     probes, index = read_runs(directory)
     chosen = probes[index]
-    require_responses(chosen, examples.items)
+    require_side(chosen, examples.items)
     backbone = load(directory, model=model, dtype=dtype, device=device).backbone
     for probe in probes:
         probe.fingerprint.require(backbone.fingerprint, probe=probe.name)

@@ -16,7 +16,13 @@ from sidelight.backbone import (
     load_backbone,
 )
 from sidelight.bank import Bank
-from sidelight.data.examples import Example, Examples, LabelledExamples, require_labelled
+from sidelight.data.examples import (
+    Example,
+    Examples,
+    LabelledExamples,
+    as_example,
+    require_labelled,
+)
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
 from sidelight.data.spans import SpanExamples
@@ -30,7 +36,7 @@ from sidelight.states.extraction import StateSource
 from sidelight.thresholds import ThresholdRule
 from sidelight.training.background import load_background
 from sidelight.training.fit import fit
-from sidelight.training.judging import as_example, find_spans, judge, require_responses
+from sidelight.training.judging import find_spans, judge
 from sidelight.training.measuring import trained_text_warnings
 from sidelight.training.settings import AUTO, READS, FitOptions
 from sidelight.training.validation import choose_validation
@@ -156,7 +162,6 @@ class Classifier:
                 f"{examples.task}, wanted {self.probe.task}). "
                 "Load them with task=classifier.probe.task."
             )
-        require_responses(self.probe, examples.items)
         _tell([*examples.warnings, *trained_text_warnings(self.probe.record, examples)])
         if spans is not None and isinstance(examples, SpanExamples):
             _, found = find_spans(self.backbone, self.probe, examples.items)

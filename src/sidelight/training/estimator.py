@@ -20,7 +20,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.calibration import CalibrationKind
-from sidelight.data.examples import LabelledExamples
+from sidelight.data.examples import LabelledExamples, as_example
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.progress import quiet
 from sidelight.prompts import Reads
@@ -29,7 +29,7 @@ from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import cached_logits
 from sidelight.training.classifier import Classifier
 from sidelight.training.fit import fit
-from sidelight.training.judging import as_example, encode
+from sidelight.training.judging import encode
 from sidelight.training.settings import (
     AUTO,
     TRAINING_MAX_TOKENS,

@@ -10,12 +10,12 @@ from sidelight.backbone import TransformersBackbone, UnloadedBackbone
 from sidelight.bank import Bank
 from sidelight.data.examples import Example, located
 from sidelight.data.spans import span_text
-from sidelight.errors import SidelightError
 from sidelight.probe import Probe, TextLogits
-from sidelight.prompts import EncodedPrompt, Message
+from sidelight.prompts import EncodedPrompt
 from sidelight.spans import character_scores
 from sidelight.states.extraction import text_logits
 from sidelight.training.dataset import span_places
+from sidelight.training.validation import require_side
 from sidelight.types import Span
 
 
@@ -49,8 +49,12 @@ def judge(
 
     Raises:
         ContextLengthError: A text is longer than the backbone reads.
+        SidelightError: A probe reads responses and a text has none, or it finds spans in prompts
+            and a text has a response.
         VerdictError: A logit is not finite; the message names the first text with one.
     """
+    for probe in probes:
+        require_side(probe, examples)
     # Runs of one training share a name, which a bank does not allow.
     renamed = [replace(probe, name=f"{probe.name}/{i}") for i, probe in enumerate(probes)]
     bank = Bank(renamed, device=backbone.device)
@@ -60,27 +64,6 @@ def judge(
             with located(examples[index], index):
                 probe.require_finite(text.logits)
     return judged
-
-
-def require_responses(probe: Probe, examples: Sequence[Example]) -> None:
-    """Refuses to measure a probe that reads responses on prompts alone.
-
-    Raises:
-        SidelightError: A text has no response.
-    """
-    if not probe.reads.includes_response:
-        return
-    missing = sum(example.response is None for example in examples)
-    if missing:
-        raise SidelightError(
-            f"Probe '{probe.name}' reads responses, but {missing} of {len(examples)} examples have "
-            "none. Name the column of answers with --response (response= in Python)."
-        )
-
-
-def as_example(text: str | Example) -> Example:
-    """A plain text as a conversation of one message."""
-    return text if isinstance(text, Example) else Example((Message("user", text),))
 
 
 def find_spans(
@@ -104,12 +87,6 @@ def judge_characters(
 ) -> list[tuple[TextLogits, Float[np.ndarray, "character label"]]]:
     """What a probe of spans says of each text, and the probabilities of its characters."""
     assert probe.spans is not None
-    require_responses(probe, examples)
-    if not probe.reads.includes_response and any(item.response is not None for item in examples):
-        raise SidelightError(
-            f"Probe '{probe.name}' finds spans in prompts, and these texts have responses. Leave "
-            "--response out (response= in Python)."
-        )
     texts: list[str] = []
     for index, example in enumerate(examples):
         with located(example, index):

@@ -7,7 +7,7 @@ last calibrated with.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -16,9 +16,9 @@ from sidelight.calibration import suggested_calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
-from sidelight.manifest import curves_of, reference
-from sidelight.probe import Probe
+from sidelight.manifest import Manifest, curves_of, reference
 from sidelight.thresholds import (
+    F1,
     ThresholdRule,
     require_thresholds,
     threshold_doubts,
@@ -31,7 +31,9 @@ from sidelight.training.measuring import (
     trained_texts,
 )
 from sidelight.training.traffic import kept_logits, quiet_thresholds
-from sidelight.types import Task
+
+if TYPE_CHECKING:
+    from sidelight.probe import Probe
 
 # With fewer texts a probe is better off as it is.
 LEAST_LABELLED = 30
@@ -53,13 +55,13 @@ class Recalibrated:
         warnings: What the user should know, one sentence each.
     """
 
-    probe: Probe
+    probe: "Probe"
     figures: tuple[Report, Report] | None
     warnings: tuple[str, ...]
 
 
 def recalibrate(
-    probe: Probe,
+    probe: "Probe",
     examples: LabelledExamples | None = None,
     logits: Float[np.ndarray, "text output"] | None = None,
     *,
@@ -77,19 +79,72 @@ def recalibrate(
     Raises:
         SidelightError: The probe labels spans, there are too few texts, or it was trained on them.
     """
+    rule = rule or ThresholdRule.parse(probe.record.get("threshold_rule", "f1"))
+    require_recalibratable(probe, rule, by_texts=examples is not None)
+    if examples is None or logits is None:
+        return _follow_rule(probe, rule)
+    require_new_texts(probe, examples)
+    return _follow_labels(probe, examples, logits, rule)
+
+
+def require_recalibratable(
+    probe: "Probe | Manifest", rule: ThresholdRule | None, *, by_texts: bool
+) -> None:
+    """Refuses a probe without thresholds of whole texts, or without what they would be chosen by.
+
+    Raises:
+        SidelightError: The probe labels spans, has no threshold for the rule, or keeps no curve.
+    """
     if probe.spans is not None:
         raise SidelightError(
             f"Probe '{probe.name}' labels spans, and recalibration fits verdicts on whole texts. "
             "Train it again, with your recent texts or another --threshold."
         )
-    rule = rule or ThresholdRule.parse(probe.record.get("threshold_rule", "f1"))
-    require_thresholds(probe.task, rule)
-    if examples is None or logits is None:
-        return _follow_rule(probe, rule)
-    return _follow_labels(probe, examples, logits, rule)
+    require_thresholds(probe.task, rule or F1)
+    if not by_texts and probe.task.kind == "multiclass":
+        raise SidelightError(
+            f"Probe '{probe.name}' has several classes, of which the most probable one wins, "
+            "without a threshold. Name texts to recalibrate it on (--data)."
+        )
+    if not by_texts and not curves_of(probe.record):
+        raise SidelightError(
+            f"Probe '{probe.name}' keeps no curve to choose thresholds on. Name labelled texts to "
+            "recalibrate it on (--data), or train it again."
+        )
 
 
-def _recorded(probe: Probe, fitted: Probe, rule: ThresholdRule, entry: Mapping[str, Any]) -> Probe:
+def require_new_texts(probe: "Probe | Manifest", examples: LabelledExamples) -> None:
+    """Refuses texts that are too few to calibrate on, or that trained the probe.
+
+    Raises:
+        SidelightError: There are too few, as a whole or of a label, or all of them trained it.
+    """
+    texts, labels = len(examples), probe.task.labels
+    counts = dict(zip(labels, examples.label_counts.tolist(), strict=True))
+    judged = () if probe.task.kind == "multiclass" else probe.task.output_labels
+    most = texts - LEAST_PER_SIDE
+    short = {
+        label: counts[label] for label in judged if not LEAST_PER_SIDE <= counts[label] <= most
+    }
+    if texts < LEAST_LABELLED or short:
+        counted = "".join(f", {count} of them '{label}'" for label, count in short.items())
+        raise SidelightError(
+            f"Too few labelled texts to recalibrate on: got {texts}{counted}; wanted "
+            f"{LEAST_LABELLED} or more, with and without each label {LEAST_PER_SIDE} or more. "
+            "Label more texts."
+        )
+    trained = probe.record.get("training") or {}
+    is_training_file = examples.content_hash in (trained.get("sha256"), trained.get("given_sha256"))
+    if is_training_file or trained_texts(probe.record, examples) == texts:
+        raise SidelightError(
+            f"Probe '{probe.name}' was trained on these texts, and scores them too well. "
+            "Training has calibrated it by left-out texts already; give texts of the new traffic."
+        )
+
+
+def _recorded(
+    probe: "Probe", fitted: "Probe", rule: ThresholdRule, entry: Mapping[str, Any]
+) -> "Probe":
     """What was fitted, with an entry in its record."""
     before = {
         "version": probe.version,
@@ -106,21 +161,14 @@ def _recorded(probe: Probe, fitted: Probe, rule: ThresholdRule, entry: Mapping[s
 
 
 def _follow_labels(
-    probe: Probe,
+    probe: "Probe",
     examples: LabelledExamples,
     logits: Float[np.ndarray, "text output"],
     rule: ThresholdRule,
 ) -> Recalibrated:
     task, labels = probe.task, examples.labels
     counts = dict(zip(task.labels, examples.label_counts.tolist(), strict=True))
-    _require_enough(task, counts, len(examples))
-    trained, seen = probe.record.get("training") or {}, trained_texts(probe.record, examples)
-    is_training_file = examples.content_hash in (trained.get("sha256"), trained.get("given_sha256"))
-    if is_training_file or seen == len(examples):
-        raise SidelightError(
-            f"Probe '{probe.name}' was trained on these texts, and scores them too well. "
-            "Training has calibrated it by left-out texts already; give texts of the new traffic."
-        )
+    seen = trained_texts(probe.record, examples)
     kind = suggested_calibration(task)
     before = evaluate(task, probe.calibration.apply(logits), labels, thresholds=probe.thresholds)
     calibrated = calibrate_examples(
@@ -182,34 +230,8 @@ def _losses(recalls: Mapping[str, tuple[float | None, float | None]]) -> list[st
     ]
 
 
-def _require_enough(task: Task, counts: dict[str, int], texts: int) -> None:
-    """Refuses labelled texts that are too few to calibrate on."""
-    judged = () if task.kind == "multiclass" else task.output_labels
-    most = texts - LEAST_PER_SIDE
-    short = {
-        label: counts[label] for label in judged if not LEAST_PER_SIDE <= counts[label] <= most
-    }
-    if texts < LEAST_LABELLED or short:
-        counted = "".join(f", {count} of them '{label}'" for label, count in short.items())
-        raise SidelightError(
-            f"Too few labelled texts to recalibrate on: got {texts}{counted}; wanted "
-            f"{LEAST_LABELLED} or more, with and without each label {LEAST_PER_SIDE} or more. "
-            "Label more texts."
-        )
-
-
-def _follow_rule(probe: Probe, rule: ThresholdRule) -> Recalibrated:
-    if probe.task.kind == "multiclass":
-        raise SidelightError(
-            f"Probe '{probe.name}' has several classes, of which the most probable one wins, "
-            "without a threshold. Name texts to recalibrate it on (--data)."
-        )
+def _follow_rule(probe: "Probe", rule: ThresholdRule) -> Recalibrated:
     curves = curves_of(probe.record)
-    if not curves:
-        raise SidelightError(
-            f"Probe '{probe.name}' keeps no curve to choose thresholds on. Name labelled texts to "
-            "recalibrate it on (--data), or train it again."
-        )
     thresholds = tuple(curve.threshold(rule) for curve in curves.values())
     thresholds = quiet_thresholds(thresholds, probe.calibration, kept_logits(probe), rule)
     positives = {label: curve.positives for label, curve in curves.items()}

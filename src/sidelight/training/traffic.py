@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -17,11 +17,13 @@ from sidelight.calibration import Calibration
 from sidelight.data.examples import Example
 from sidelight.errors import SidelightError
 from sidelight.metrics import wilson
-from sidelight.probe import Probe
 from sidelight.thresholds import OperatingCurve, ThresholdRule
 from sidelight.training.background import Background
-from sidelight.training.contexts import Context
 from sidelight.types import Task
+
+if TYPE_CHECKING:
+    from sidelight.probe import Probe
+    from sidelight.training.contexts import Context
 
 # The share of ordinary conversations that may be flagged, unless a rule says otherwise.
 FALSE_ALARMS = 0.04
@@ -118,7 +120,7 @@ def flags_of(
 
 def measure_traffic(
     task: Task,
-    contexts: Sequence[Context],
+    contexts: "Sequence[Context]",
     probabilities: Float[np.ndarray, "context output"],
     labels: Int[np.ndarray, "context ..."],
     thresholds: Sequence[float],
@@ -146,7 +148,7 @@ def measure_traffic(
 
 
 def _measure_surroundings(
-    contexts: Sequence[Context],
+    contexts: "Sequence[Context]",
     holds: Bool[np.ndarray, " context"],
     flags: Bool[np.ndarray, " context"],
 ) -> tuple[dict[str, int], ...]:
@@ -244,7 +246,7 @@ def quiet_thresholds(
     )
 
 
-def kept_logits(probe: Probe) -> Float[np.ndarray, "conversation output"]:
+def kept_logits(probe: "Probe") -> Float[np.ndarray, "conversation output"]:
     """The logits of ordinary conversations that training has kept with a probe.
 
     Raises:
@@ -259,7 +261,7 @@ def kept_logits(probe: Probe) -> Float[np.ndarray, "conversation output"]:
         ) from error
 
 
-def kept_rate(probe: Probe) -> tuple[int, int]:
+def kept_rate(probe: "Probe") -> tuple[int, int]:
     """How many ordinary conversations a probe flags at its thresholds, of those that it keeps.
 
     Raises:
@@ -273,7 +275,7 @@ def kept_rate(probe: Probe) -> tuple[int, int]:
 
 
 def highest_logits(
-    contexts: Sequence[Context], logits: Float[np.ndarray, "context output"]
+    contexts: "Sequence[Context]", logits: Float[np.ndarray, "context output"]
 ) -> Float[np.ndarray, "conversation output"]:
     """The highest logit of each label, by conversation."""
     rows = conversations_of(contexts)
@@ -282,7 +284,7 @@ def highest_logits(
     )
 
 
-def conversations_of(contexts: Sequence[Context]) -> list[list[int]]:
+def conversations_of(contexts: "Sequence[Context]") -> list[list[int]]:
     """The rows of each ordinary conversation: the whole, and what is judged beside it."""
     rows: dict[int, list[int]] = {}
     for row, context in enumerate(contexts):

@@ -1,14 +1,24 @@
-"""Which texts validate: others, a part that is held out, or each fold of the training texts."""
+"""Which texts validate: others, a part that is held out, or each fold of the training texts.
+
+Also which texts a probe can judge. Nothing here needs torch.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
 from sidelight.calibration import require_calibratable, suggested_calibration
-from sidelight.data.examples import LabelledExamples, validation_share
+from sidelight.data.examples import Example, LabelledExamples, validation_share
 from sidelight.data.spans import SpanExamples
 from sidelight.errors import SidelightError
+from sidelight.manifest import Manifest
 from sidelight.thresholds import require_thresholds, threshold_doubts
 from sidelight.training.settings import FEW_TEXTS, FitOptions
+
+if TYPE_CHECKING:
+    from sidelight.probe import Probe
 
 Folds = tuple[Int[np.ndarray, " _"], ...]
 FOLDS = 5
@@ -126,6 +136,26 @@ def require_same_task(training: LabelledExamples, validation: LabelledExamples) 
         raise SidelightError(
             "In the validation data every label is on all texts or on none, so no threshold can be "
             "chosen. Add texts with and without a label."
+        )
+
+
+def require_side(probe: "Probe | Manifest", examples: Sequence[Example]) -> None:
+    """Refuses texts that lack what a probe reads.
+
+    Raises:
+        SidelightError: It reads responses and a text has none, or it finds spans in prompts and a
+            text has a response.
+    """
+    missing = sum(example.response is None for example in examples)
+    if probe.reads.includes_response and missing:
+        raise SidelightError(
+            f"Probe '{probe.name}' reads responses, but {missing} of {len(examples)} texts have "
+            "none. Name the column of answers with --response (response= in Python)."
+        )
+    if probe.spans and not probe.reads.includes_response and missing < len(examples):
+        raise SidelightError(
+            f"Probe '{probe.name}' finds spans in prompts, and these texts have responses. Leave "
+            "--response out (response= in Python)."
         )
 
 

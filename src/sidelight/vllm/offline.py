@@ -22,14 +22,14 @@ from torch import Tensor
 
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.examples import Example
+from sidelight.data.examples import Example, as_example
 from sidelight.engines.marks import mark_text
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.progress import Progress, progress
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.states.cache import ActivationCache
 from sidelight.training.classifier import Classifier
-from sidelight.training.judging import as_example, encode
+from sidelight.training.judging import encode
 from sidelight.types import Judgement, Verdict
 from sidelight.vllm.columns import Reading, Stage
 from sidelight.vllm.requests import judgement_of, request_params
