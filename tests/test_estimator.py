@@ -24,7 +24,8 @@ pytestmark = [
     pytest.mark.usefixtures("offline"),
     pytest.mark.filterwarnings("ignore:Of the rarest class"),
 ]
-QUICK = {"mechanism": "pooling", "epochs": 6, "batch_size": 16, "learning_rate": 0.03}
+ALONE = {"background": "none"}
+QUICK = {"mechanism": "pooling", "epochs": 6, "batch_size": 16, "learning_rate": 0.03, **ALONE}
 # A known text is judged from states in bf16, a new one from those of the model.
 ROUNDING_TO_BF16 = 0.03
 TEXTS, NUMBERS = planted("multiclass", 60, seed=0)
@@ -76,6 +77,30 @@ def test_new_texts_get_their_class_and_probabilities_in_the_order_of_the_classes
     assert (fitted.predict(NEW_TEXTS) == fitted.classes_[probabilities.argmax(1)]).all()
     # The most probable one, unless another calibration is named.
     assert fitted.probe_.calibration.kind == "temperature"
+
+
+@pytest.fixture(scope="module")
+def in_traffic(model):
+    return SidelightClassifier(model, mechanism="linear").fit(TEXTS, LETTERS)
+
+
+def test_it_is_the_probe_that_train_trains(model, in_traffic):
+    rows = [*zip(TEXTS, LETTERS.tolist(), strict=True)]
+    made = sidelight.train(model, rows, mechanism="linear").probe
+    assert made.record["contexts"]
+    assert made.version == in_traffic.probe_.version
+
+
+def test_a_probe_that_knows_none_chooses_among_the_classes_that_were_given(in_traffic):
+    assert in_traffic.probe_.task.abstains
+    probabilities = in_traffic.predict_proba(NEW_TEXTS)
+    assert in_traffic.classes_.tolist() == sorted(SIGNALS)
+    np.testing.assert_allclose(probabilities.sum(1), 1)
+    assert in_traffic.score(NEW_TEXTS, np.array(list(SIGNALS))[NEW_NUMBERS]) > 0.6
+    verdicts = in_traffic.classifier_.predict(NEW_TEXTS)
+    served = np.array([[*verdict.probabilities.values()] for verdict in verdicts])
+    given = served[:, :3] / served[:, :3].sum(1, keepdims=True)
+    np.testing.assert_allclose(probabilities, given, atol=1e-6)
 
 
 @pytest.mark.parametrize("labels", [(False, True), ("b", "a")])
@@ -166,6 +191,7 @@ def test_the_settings_reach_the_training(model, tmp_path, capsys, verbose, rando
     made = SidelightClassifier(
         model, mechanism="gate", weight_decay=0.2, class_weight="balanced", calibration="none",
         random_state=random_state, max_tokens=np.int64(9), epochs=np.int64(1), verbose=verbose,
+        **ALONE,
     )  # fmt: skip
     with pytest.warns(UserWarning, match="were cut to 9 tokens"):
         made.fit(TEXTS, LETTERS)

@@ -23,10 +23,10 @@ from sidelight.calibration import CalibrationKind
 from sidelight.data.examples import LabelledExamples, as_example
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.progress import quiet
-from sidelight.prompts import Reads
 from sidelight.smollm2 import cache_root
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import cached_logits
+from sidelight.training.background import load_background
 from sidelight.training.classifier import Classifier
 from sidelight.training.fit import fit
 from sidelight.training.judging import encode
@@ -40,13 +40,17 @@ from sidelight.types import Task
 
 # Where the states of all texts take more, they are made again.
 _MOST_BYTES = 16 * 2**30
+# Arguments that are settings of a mechanism.
+_SETTINGS = "learning_rate", "weight_decay", "epochs", "batch_size", "class_weight"
 
 
 class SidelightClassifier(ClassifierMixin, BaseEstimator):
     """A probe on a frozen LLM, as a scikit-learn classifier of texts.
 
-    Texts are a list, an array or a Series of strings; each is judged as a whole. In one process,
-    the LLM reads a text once to train on, however many folds and settings train on it.
+    It is the probe that ``sidelight.train`` trains. Texts are a list, an array or a Series of
+    strings, each a message of a user. In one process, the LLM reads a text once to train on,
+    however many folds and settings train on it; but each fold shows its texts in traffic of its
+    own.
 
     Args:
         model: The LLM: ``smollm2``, a folder, or a hub id.
@@ -56,6 +60,10 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         weight_decay: Of the optimiser.
         epochs: The most.
         batch_size: Texts per step.
+        background: Ordinary traffic, as ``load_background`` takes it: a file of texts or chats,
+            ``packaged``, or ``none``, which shows texts alone.
+        none: Whether a probe of several classes says ``none`` to ordinary traffic once it is saved
+            and served; here, it always chooses among ``classes_``.
         class_weight: ``balanced`` weighs classes by inverse frequency.
         calibration: How logits become probabilities; None: a temperature for several classes, else
             Platt scaling.
@@ -78,6 +86,8 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         epochs: int | None = None,
         batch_size: int | None = None,
         class_weight: Literal["balanced"] | None = None,
+        background: str | Path = "packaged",
+        none: bool = True,
         calibration: CalibrationKind | None = None,
         max_tokens: int = TRAINING_MAX_TOKENS,
         random_state: int | None = 0,
@@ -90,6 +100,8 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         self.epochs = epochs
         self.batch_size = batch_size
         self.class_weight = class_weight
+        self.background = background
+        self.none = none
         self.calibration: CalibrationKind | None = calibration
         self.max_tokens = max_tokens
         self.random_state = random_state
@@ -145,6 +157,8 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X: Any) -> Float[np.ndarray, "text class"]:  # noqa: N803
         """The calibrated probability of each class, in the order of ``classes_``.
 
+        For a probe that also knows ``none``, that is the probability if the text is of a class.
+
         Raises:
             ValueError: These are no texts.
             SidelightError: A text is longer than the model reads, or the model is another one.
@@ -165,7 +179,8 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         probabilities = probe.calibration.apply(logits)
         if probe.task.kind == "binary":
             return np.column_stack([1 - probabilities, probabilities])
-        return probabilities
+        given = probabilities[:, : len(self.classes_)]
+        return given / given.sum(1, keepdims=True)
 
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803
         """The most probable class of each text, whatever the probe's threshold."""
@@ -189,18 +204,11 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
 
     def _options(self) -> FitOptions:
         is_automatic = self.mechanism == AUTO
-        settings = {
-            "learning_rate": self.learning_rate,
-            "weight_decay": self.weight_decay,
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "class_weight": self.class_weight,
-        }
         # NumPy's numbers, as of a grid, cannot be written to a manifest.
         chosen = {
-            setting: value.item() if isinstance(value, np.generic) else value
-            for setting, value in settings.items()
-            if value is not None
+            name: value.item() if isinstance(value, np.generic) else value
+            for name in _SETTINGS
+            if (value := getattr(self, name)) is not None
         }
         return FitOptions(
             mechanisms=None if is_automatic else (mechanism_spec(self.mechanism),),
@@ -209,8 +217,8 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
                 name: suggested_settings(name).changed(**chosen)
                 for name in (mechanism_names() if is_automatic else (self.mechanism,))
             },
-            # Texts that are packed as turns would differ from fold to fold.
-            reads=Reads(scope="conversation"),
+            background=load_background(self.background),
+            none=self.none,
             calibration=self.calibration,
             max_tokens=int(self.max_tokens),
         )
