@@ -203,6 +203,9 @@ def test_a_conversation_goes_on_and_an_earlier_message_may_decide(page, address)
     answer = page.get_by_role("article", name=MODEL).first.locator(".text").inner_text()
     found = explanation(address, "spam", ("user", TEXT), ("assistant", answer), ("user", "Why?"))
     assert {token["message"] for token in found["tokens"]} == {0}
+    first, later = page.get_by_role("button", name="spam").all()
+    assert "earlier" not in first.inner_text()
+    assert f"by the earlier “{TEXT}”" in later.inner_text()
     page.get_by_role("button", name="spam").nth(1).click()
     page.get_by_text(f"Your message “{TEXT}” decided").wait_for()
     # What a screen reader is told.

@@ -2,7 +2,7 @@
 
 import { stream, why } from "./api.js";
 import { el, find } from "./dom.js";
-import { chip, legend, markedText, shadedText, spansOf, strongest } from "./explain.js";
+import { chip, cut, legend, markedText, shadedText, spansOf, strongest } from "./explain.js";
 
 const WIDTH = 300;
 const invitation = "Press a verdict to shade the words by what they add to it.";
@@ -54,7 +54,7 @@ export function startChat(server, openWhy) {
           for (const verdict of extension.running.verdicts) score(verdict, extension.running.tokens);
         }
         if (choice?.delta.role) {
-          asked.verdicts(verdicts);
+          asked.verdicts(verdicts, messages);
           asked.mark(text, spansOf(verdicts, messages.length - 1));
           if (verdicts.length) asked.explain(messages, server.model, (name) => openWhy(text, name));
           log.append(written.box);
@@ -81,7 +81,7 @@ export function startChat(server, openWhy) {
       if (error.name === "AbortError") failed.state("Stopped.");
       else if (error.code === "content_filter") {
         asked.box.classList.add("cut");
-        asked.verdicts(error.verdicts, false);
+        asked.verdicts(error.verdicts);
         asked.state(`${error.message} The model has not answered.`, true);
       } else {
         failed.state(error.message, true);
@@ -126,11 +126,14 @@ export function startChat(server, openWhy) {
         state.textContent = message;
         state.className = isError ? "error" : "quiet";
       },
-      verdicts(found, isExplained = role === "user") {
+      // With the messages that they are on, they can be explained.
+      verdicts(found, messages) {
+        const turns = messages?.filter(({ content }) => content);
         state.textContent = "";
         chips.hidden = !found.length;
         chips.replaceChildren(...found.map((verdict) => {
-          const made = chip(verdict, isExplained && !verdict.error ? () => shade(verdict.probe, made) : undefined);
+          const earlier = turns?.slice(0, -1)[verdict.turn]?.content;
+          const made = chip(verdict, messages && !verdict.error ? () => shade(verdict.probe, made) : undefined, earlier);
           return el("li", {}, made);
         }));
         if (!found.length) state.textContent = role === "user" ? "No probe that this key sees reads the prompt." : "";
@@ -165,7 +168,7 @@ export function startChat(server, openWhy) {
           const isOf = (message) => found.tokens.some((token) => token.message === message);
           if (!isOf(index)) {
             const decisive = messages.findIndex((_, message) => isOf(message));
-            state.textContent = `Your message “${messages[decisive]?.content.slice(0, 60)}” decided, so this one has no shares.`;
+            state.textContent = `Your message “${cut(messages[decisive]?.content ?? "", 60)}” decided, so this one has no shares.`;
             return;
           }
           text.replaceChildren(...shadedText(content, found, index));

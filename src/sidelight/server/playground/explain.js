@@ -2,21 +2,28 @@
 
 import { el, signed } from "./dom.js";
 
-// A chip for one verdict; with `press`, a button.
-export function chip(verdict, press) {
+// A chip for one verdict; with `press`, a button. `earlier` is the message that decided, if not this.
+export function chip(verdict, press, earlier) {
   if (verdict.error) return el("span", { class: "chip flagged" }, el("b", {}, verdict.probe), "no verdict");
   const probability = verdict.probabilities?.[verdict.label];
-  const names = verdict.labels?.length > 1 ? verdict.labels.join(", ") : verdict.label || "none";
+  const names = verdict.labels?.join(", ") || verdict.label || "none";
   const parts = [
     el("b", {}, verdict.probe),
     el("span", { class: "label" }, verdict.flagged ? `⚑ ${names}` : names),
     probability === undefined ? null : el("span", {}, probability.toFixed(2)),
     el("span", { class: "unseen" }, verdict.flagged ? "flagged" : "not flagged"),
+    earlier && el("span", { class: "earlier", title: earlier }, `by the earlier “${cut(earlier, 24)}”`),
   ];
   const look = `chip${verdict.flagged ? " flagged" : ""}`;
   return press
     ? el("button", { type: "button", class: look, "aria-pressed": "false", on: { click: press } }, ...parts)
     : el("span", { class: look }, ...parts);
+}
+
+// The beginning of a text.
+export function cut(text, most) {
+  const characters = Array.from(text);
+  return characters.length > most ? `${characters.slice(0, most).join("").trimEnd()}…` : text;
 }
 
 // The words of one message that verdicts label; a span without a message is of the only one.
