@@ -27,7 +27,6 @@ VARIANTS = [
     ("attention", {"factor": 16, "heads": 1}),
     ("attention", {"factor": 2, "heads": 8, "pooling": "max"}),
     ("readout", {"heads": 1}),
-    ("readout", {"extremes": "pair"}),
     ("fusion", {"rank": 3, "heads": 1}),
     ("blend", {"fusions": 1, "rank": 4}),
     ("spans", {"window": 1, "lookahead": 0, "rank": 3}),
@@ -235,8 +234,6 @@ def readout_logits(own, states, **_options):
     logits = np.zeros_like(own["bias"])
     for layer, tokens in enumerate(states):
         logits += gated(tokens, {key: own[key][layer] for key in ("gate", "value", "last")})
-        for sign, number in ((1, 0), (-1, 1))[: own["extremes"].shape[2]]:
-            logits += sign * (tokens @ own["extremes"][layer, :, number]).max(0)
     return own["bias"] + logits / math.sqrt(LAYERS)
 
 
@@ -326,7 +323,7 @@ GPT_OSS_20B = Geometry(layers=25, width=2880, outputs=1)
         (GPT_OSS_20B, "attention", {"factor": 32, "heads": 6}, 26_956_800 + 2_881),
         # (L + 1) (1 + C) H d and a bias.
         (LLAMA_3B, "linear", {}, 29 * 2 * 3072 + 1),
-        (LLAMA_3B, "readout", {"extremes": "pair"}, 29 * (2 * 2 + 1 + 2) * 3072 + 1),
+        (LLAMA_3B, "readout", {}, 29 * (2 * 2 + 1) * 3072 + 1),
         (LLAMA_3B, "spans", {"lookahead": 2}, (29 * 3072 + 4 * 64 + 1 + 1) * 64 + 1),
     ],
 )
@@ -394,18 +391,14 @@ def test_a_token_that_was_not_read_leaves_no_logit(mechanism, token):
     assert mechanism.finish(mechanism.merge(*pieces)).isnan().all()
 
 
-@pytest.mark.parametrize("extremes", ["none", "pair"])
-def test_a_share_of_a_readout_is_the_tokens_own_terms(extremes):
+def test_a_share_of_a_readout_is_the_tokens_own_terms():
     """Against the terms of the equation, written out."""
-    readout = built("readout", {"extremes": extremes}, 1)
+    readout = built("readout", {}, 1)
     (text,) = drawn([7], seed=3)
     with torch.no_grad():
         weights = torch.einsum("ltd,ldh->lth", text, readout.gate).softmax(1)
         terms = (weights * torch.einsum("ltd,ldh->lth", text, readout.value[..., 0])).sum(2)
         terms[:, -1] += torch.einsum("ld,ld->l", text[:, -1], readout.last[..., 0])
-        for sign, candidates in zip((1, -1), readout.extremes[..., 0].unbind(2), strict=False):
-            scores = torch.einsum("ltd,ld->lt", text, candidates)
-            terms.scatter_add_(1, scores.argmax(1)[:, None], sign * scores.amax(1)[:, None])
     tokens = Ragged(projected(readout, text).detach(), torch.tensor([7]))
     shares = shares_of(readout, tokens, 0)
     torch.testing.assert_close(shares.values.float(), terms.T / math.sqrt(LAYERS), **ROUNDING)

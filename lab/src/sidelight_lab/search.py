@@ -99,15 +99,9 @@ SPACES: Mapping[str, Space] = {
         learning_rate=(1e-5, 1e-3),
         options={"factor": (4, 8, 16, 32, 64), "heads": (4, 8, 16), "pooling": ("mean", "max")},
     ),
-    "readout": Space(
-        learning_rate=(1e-5, 1e-2),
-        options={"heads": (1, 2, 4, 8), "extremes": ("none", "pair")},
-    ),
+    "readout": Space(learning_rate=(1e-5, 1e-2), options={"heads": (1, 2, 4, 8)}),
     "fusion": Space(learning_rate=(1e-4, 1e-2), options={"rank": (16, 32, 64, 128)}),
-    "blend": Space(
-        learning_rate=(1e-4, 1e-2),
-        options={"extremes": ("none", "pair"), "fusions": (1, 2), "rank": (16, 32, 64)},
-    ),
+    "blend": Space(learning_rate=(1e-4, 1e-2), options={"fusions": (1, 2), "rank": (16, 32, 64)}),
 }
 
 

@@ -3,8 +3,7 @@
 The dense form, which defines a mechanism, is its equation over a padded tensor. The streaming form
 needs a few numbers from each token (``columns``) and keeps a small state (``summarise``,
 ``finish``); the states of two neighbouring runs of tokens merge (``merge``). Training and serving
-both use the streaming form, except where training has the same function for less: it solves
-``linear`` from pooled states, and a readout of many classes from means of whole states. Laws in
+both use the streaming form, except that training solves ``linear`` from pooled states. Laws in
 ``tests/test_mechanisms.py`` prove it equal to the dense form for any chunking, merge order and
 packing. Knows hidden states, which the probe standardises if at all, and no text.
 """

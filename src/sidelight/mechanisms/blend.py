@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -111,7 +111,6 @@ def blend(
     geometry: Geometry,
     *,
     heads: int = 2,
-    extremes: Literal["none", "pair"] = "none",
     fusions: int = 1,
     rank: int = 64,
 ) -> Blend:
@@ -120,9 +119,8 @@ def blend(
     Args:
         geometry: Sizes.
         heads: Gates per layer of the readout.
-        extremes: As in the readout.
         fusions: Number of layer fusions.
         rank: Features of a token in each fusion.
     """
     members = [Fusion(geometry, rank=rank) for _ in range(fusions)]
-    return Blend([Readout(geometry, heads=heads, extremes=extremes), *members])
+    return Blend([Readout(geometry, heads=heads), *members])

@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.readout import Linear, Readout
+from sidelight.mechanisms.readout import Linear
 from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
-from sidelight.standardisation import Projection, inverse_rms
+from sidelight.standardisation import Projection
 from sidelight.states.cache import Shard
 from sidelight.training.dataset import Split
 from sidelight.training.linear import LinearSolution, solve_linear
@@ -241,12 +241,7 @@ class _Trainer:
         hidden, lengths = batch.hidden.to(self._device), batch.lengths.to(self._device)
         labels = self._labels.chosen(batch.rows.to(self._device))
         active = [run for run in runs if run.texts[batch.rows].any()]
-        for run in active:
-            if run.trains_on_means:
-                texts = run.texts[batch.rows].nonzero()[:, 0].to(self._device)
-                state = means_state(run, hidden, lengths).chosen(texts)
-                (run.loss_of([state], labels.chosen(texts).values) * share).backward()
-        for group in _sharing_a_matmul([run for run in active if not run.trains_on_means]):
+        for group in _sharing_a_matmul(active):
             losses: list[Tensor] = []
             for run, columns in zip(group, _project(hidden, group, torch.bfloat16), strict=True):
                 tokens, targets, kept = Ragged(columns, lengths), labels, run.texts[batch.rows]
@@ -350,39 +345,6 @@ def _project(
         # A copy of all layers in another dtype costs more than the matmuls.
         columns = torch.stack([joined.layer(i, layer.to(dtype)) for i, layer in enumerate(hidden)])
     return columns.transpose(0, 1).split([part.weight.shape[2] for part in folded], 2)
-
-
-def means_state(
-    run: TrainingRun, hidden: Float[Tensor, "layer token width"], lengths: Int[Tensor, " text"]
-) -> Ragged:
-    """What a readout's ``summarise`` gives, from one mean of whole states for each text and gate.
-
-    The mean of values is the value of the mean: with many classes, this takes far fewer
-    multiplications than a value of each token. Serving holds no vector of a state's width.
-    """
-    readout, scaling = run.mechanism, run.standardisation
-    assert isinstance(readout, Readout)
-    scale, texts = scaling.scale[..., None], lengths.tolist()
-    inverse = hidden.new_ones(hidden.shape[:2], dtype=torch.float32)[..., None]
-    if scaling.is_normalised:
-        inverse = torch.stack([*map(inverse_rms, hidden)])
-    scores = torch.bmm(hidden, (readout.gate / scale).to(hidden.dtype)).float() * inverse
-    tokens = Ragged(scores.transpose(0, 1), lengths)
-    # The maximum only keeps exp() in range; its gradient cancels.
-    top = Ragged(tokens.values.detach(), lengths).maxima()
-    weights = (tokens.values - top[tokens.segments]).exp()
-    weights = weights / Ragged(weights, lengths).sums()[tokens.segments]
-    weights = (weights.transpose(0, 1) * inverse).to(hidden.dtype)
-    parts = zip(hidden.split(texts, 1), weights.split(texts, 1), strict=True)
-    last = lengths.cumsum(0) - 1
-    ends = (hidden[:, last] * inverse[:, last]).transpose(0, 1)[..., None]
-    means = torch.stack([torch.bmm(text.mT, weight) for text, weight in parts])
-    means = (torch.cat([means, ends], 3) - scaling.mean[..., None]) / scale
-    gated = torch.einsum("bldh,ldhc->blhc", means[..., :-1], readout.value)
-    ended = torch.einsum("bld,ldc->blc", means[..., -1], readout.last)
-    sums = torch.cat([gated, ended[:, :, None]], 2)
-    ones = torch.ones_like(sums[..., :1])
-    return Ragged.one_row_each(torch.cat([0 * ones, ones, sums], -1))
 
 
 def _served(

@@ -13,16 +13,12 @@ from torch.nn import functional
 
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, Mechanism, build_mechanism
-from sidelight.mechanisms.readout import Readout
 from sidelight.mechanisms.spans import Spans
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.training.linear import LinearSolution
 from sidelight.training.settings import Job
 from sidelight.types import Task
-
-# With fewer, a value of each token costs less than means of whole states.
-_MANY_OUTPUTS = 12
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -118,9 +114,6 @@ class TrainingRun:
         with _random_numbers(job.seed, standardisation.mean.device):
             mechanism = build_mechanism(job.spec, Geometry(layers, width, task.outputs))
         self.mechanism: Mechanism = mechanism.to(standardisation.mean.device)
-        for parameter in self.mechanism.parameters():
-            # Parameters of size 0, as in a readout without extremes, have no gradient.
-            parameter.requires_grad_(parameter.numel() > 0)
         settings = job.settings
         self._optimizer = torch.optim.AdamW(
             self.mechanism.parameters(),
@@ -139,7 +132,6 @@ class TrainingRun:
         self._epochs = 0
         is_balanced = settings.class_weight == "balanced"
         self._loss = make_loss(task, labels, balanced=is_balanced)
-        self._task = task
         self._reads_beginnings = reads_beginnings
         self._labels_tokens = labels_tokens
         self._draws = 0
@@ -156,12 +148,6 @@ class TrainingRun:
         idle = self._epochs - self.best_epoch
         is_idle = self._epochs > 0 and idle >= self.job.settings.patience
         return self.has_diverged or is_idle or self._epochs >= self.job.settings.epochs
-
-    @property
-    def trains_on_means(self) -> bool:
-        """Whether it is a readout with so many classes that means of whole states cost less."""
-        is_plain = isinstance(self.mechanism, Readout) and not self.mechanism.extremes.numel()
-        return is_plain and self._task.outputs >= _MANY_OUTPUTS and not self._reads_beginnings
 
     def score(self, tokens: Ragged) -> Float[Tensor, "text output"]:
         """The logits of texts of projected tokens, ``[token, layer, column]``, as in serving."""
@@ -180,23 +166,19 @@ class TrainingRun:
         return self.mechanism.token_logits(state).values[:, None]
 
     def loss(self, tokens: Ragged, labels: Int[Tensor, "label ..."]) -> Float[Tensor, ""]:
-        """The loss on a batch of projected tokens: the sum over the mechanism's voters."""
+        """The sum over the mechanism's voters, and the mean over the views of a batch of texts."""
         self.mechanism.train()
         self._draws += 1
         # Random numbers of its own: what a job draws does not depend on its neighbours.
         seed = self.job.seed * 1_000_003 + self._draws
         with _random_numbers(seed, tokens.values.device):
             views = [tokens, random_beginnings(tokens)] if self._reads_beginnings else [tokens]
-            return self.loss_of([self.mechanism.summarise(view) for view in views], labels)
-
-    def loss_of(
-        self, states: Sequence[Ragged], labels: Int[Tensor, "label ..."]
-    ) -> Float[Tensor, ""]:
-        """The mean loss over views of the same texts, of which the states are summaries."""
-        losses = [
-            self._loss(vote, labels) for state in states for vote in self._votes(state).unbind(1)
-        ]
-        return torch.stack(losses).sum() / len(states)
+            losses = [
+                self._loss(vote, labels)
+                for view in views
+                for vote in self._votes(self.mechanism.summarise(view)).unbind(1)
+            ]
+            return torch.stack(losses).sum() / len(views)
 
     def take(self, share: float) -> None:
         """Counts the gradients just computed as this share of a batch; a full batch makes a step.
