@@ -36,6 +36,7 @@ POLICIES = {
         "output": {"late": replace(PASSING, max_tokens=100)}
     },
     "`threshold = 1.0`": {"input": {"toxicity": Rule("block", threshold=1.0)}},
+    "`threshold = 0`": {"output": {"late": BLOCK, "shadow": Rule("shadow", threshold=0.0)}},
     '`disclose = "scores"`': {"input": {"toxicity": Rule("block", disclose="scores")}},
     "`hold_back` below `consecutive - 1`": {
         "output": {"late": Rule("block", consecutive=4, hold_back=2)}
@@ -64,6 +65,7 @@ WORDS = {
     "no rule on the input blocks": ["No rule blocks prompts"],
     '`max_tokens` with `on_failure = "pass"`': ["[output.late] on_failure", "max_tokens = 100"],
     "`threshold = 1.0`": ["[input.toxicity] threshold = 1.0"],
+    "`threshold = 0`": ["[output.shadow] threshold = 0 counts every text"],
     '`disclose = "scores"`': ["[input.toxicity] disclose"],
     "`hold_back` below `consecutive - 1`": ["Set it to 3 or more"],
     "a probe with the same labels that tells its scores": ["'double' tells its scores"],

@@ -24,7 +24,7 @@ def policy() -> None:
     "--probe", type=options.PATH, multiple=True, help="Folder of a probe; may be repeated."
 )
 def check(path: Path, probe: tuple[Path, ...]) -> None:
-    """Warn of settings in a policy file under which a known evasion passes.
+    """Warn of settings in a policy file under which a known evasion passes, or every text counts.
 
     The exit code is 0 without warnings, 1 with some, and 2 if the file is wrong or does not fit the
     probes. Name all probes that will be served, or none: then only the file is read.

@@ -26,7 +26,6 @@ def weaknesses(policy: Policy, probes: Sequence[Probe] = ()) -> list[str]:
             weakness
             for side in sides
             for name, rule in policy.side(side).items()
-            if rule.mode == "block"
             for weakness in _of_rule(f"[{side}.{name}]", rule, side)
         ),
         *(weakness for own in bound if own.mode == "block" for weakness in _of_probe(own, bound)),
@@ -50,6 +49,18 @@ def _of_prompts(policy: Policy, bound: Sequence[BoundRule]) -> Iterator[str]:
 
 
 def _of_rule(place: str, rule: Rule, side: Side) -> Iterator[str]:
+    if rule.threshold is not None and rule.threshold >= 1:
+        yield (
+            f"{place} threshold = {rule.threshold} counts only what the probe is entirely sure of, "
+            "which is next to nothing. Leave it out, or give a lower one."
+        )
+    if rule.threshold == 0:
+        yield (
+            f"{place} threshold = 0 counts every text, whatever the probe says. Leave it out, or "
+            "give a higher one."
+        )
+    if rule.mode != "block":
+        return
     if rule.on_failure == "pass":
         yield (
             f'{place} on_failure = "pass" lets through what the probe cannot judge, such as plain '
@@ -61,11 +72,6 @@ def _of_rule(place: str, rule: Rule, side: Side) -> Iterator[str]:
                 f'{place} max_tokens = {rule.max_tokens} with on_failure = "pass" lets through '
                 "whatever is padded beyond that length. Leave one of them out."
             )
-    if rule.threshold is not None and rule.threshold >= 1:
-        yield (
-            f"{place} threshold = {rule.threshold} blocks only what the probe is entirely sure of, "
-            "which is next to nothing. Leave it out, or give a lower one."
-        )
     if rule.disclose == "scores":
         yield (
             f'{place} disclose = "scores" shows whoever is blocked how near the next attempt is. '
