@@ -65,6 +65,12 @@ def test_a_file_can_set_every_field_of_a_rule(read):
         ("[input.toxicity]\nconsecutive = 2", "input.toxicity.consecutive"),
         ("[output.late]\nroutes = {}", "output.late.routes"),
         ("[output.late]\nconsecutive = 0", "output.late.consecutive"),
+        # In the words of TOML, not of Python.
+        ("[input.toxicity]\nlabels = 'toxic'", r'input\.toxicity\.labels .* list .*\["toxic"\]'),
+        ("[input]\ntoxicity = 'block'", r"should be a table, \[input\.toxicity\]"),
+        ("input = 'block'", r"should be a table, \[input\]"),
+        ("[input.toxicity]\nroutes = ['a']", r"should be a table, \[input\.toxicity\.routes\]"),
+        ("[input.toxicity]\nmode = block", "Write texts in quotes"),
         ("[input", "is not TOML"),
         ("input = " + "[" * 9999, "is not TOML"),
     ],
@@ -105,6 +111,8 @@ def test_a_file_that_does_not_mention_system_turns_refuses_them_if_it_blocks_pro
         ("[input.toxicity]\nmode = 'flag'", False),
         ("[output.late]\nmode = 'block'", False),
         ("[input.toxicity]\nmode = 'block'", True),
+        # With a byte order mark, as Notepad writes.
+        ("\ufeff[input.toxicity]\nmode = 'block'", True),
         ("system_turns = 'trust'\n[input.toxicity]\nmode = 'block'", False),
     ):
         assert read(text).refuses_system_turns == refuses, text

@@ -264,19 +264,27 @@ def read_policy(path: Path) -> Policy:
         SidelightError: The file is unreadable or not TOML, a key is unknown, or a value is wrong.
     """
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
+        # Notepad begins UTF-8 with a byte order mark.
+        table = tomllib.loads(path.read_text("utf-8-sig"))
         _require_known_keys(path, table)
         return TypeAdapter(Policy).validate_python(table)
     except (OSError, UnicodeDecodeError) as error:
-        raise SidelightError(f"Cannot read {path}: {error}. Name a TOML file.") from error
+        raise SidelightError(f"Cannot read {path}: {error}. Name a TOML file in UTF-8.") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise SidelightError(f"{path} is not TOML: {error}.") from error
+        raise SidelightError(
+            f"{path} is not TOML: {error}. Write texts in quotes, and table names in brackets."
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise SidelightError(
-            f"{place} in {path}: {first['msg']}, got {first['input']!r}."
-        ) from error
+        table_problem = f"Input should be a table, [{place}]"
+        # pydantic names Python's types.
+        problem = {
+            "tuple_type": 'Input should be a list of texts, such as ["toxic"]',
+            "dict_type": table_problem,
+            "dataclass_type": table_problem,
+        }.get(first["type"], first["msg"])
+        raise SidelightError(f"{place} in {path}: {problem}, got {first['input']!r}.") from error
 
 
 def _require_known_keys(path: Path, table: Mapping[str, Any]) -> None:
