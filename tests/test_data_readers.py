@@ -1,6 +1,7 @@
 """Every source gives the same rows, and what cannot be read is an error that names its place."""
 
 import gzip
+import os
 import sys
 
 import httpx
@@ -72,9 +73,17 @@ def test_a_text_of_any_length_is_read_from_csv_with_or_without_a_byte_order_mark
 MALFORMED = {
     "semicolons": (
         "a.csv",
-        b"text;label\nhow are you;ham\n",
-        r"no column 'text'.* Known: text;label",
+        b"\ntext;label\nhow are you, you;ham\n",
+        r"separated by ';', wanted ','\. Save it as \.csv with commas",
     ),
+    "pipes": ("a.csv", b'"text"|"label"\nhow are you|ham\n', r"separated by '\|', wanted ','"),
+    "commas": ("a.tsv", b"text,label\nhow are you,ham\n", r"separated by ',', wanted '\\t'"),
+    "plain gzip": (
+        "a.csv.gz",
+        b"text,label\na,x\nb,y\n",
+        r"not compressed.* it to a\.csv\.",
+    ),
+    "gzip without .gz": ("a.csv", gzip.compress(b"text"), r"compressed .* Rename it to a\.csv\.gz"),
     "lines in quotes": ("a.csv", b'text,label\n"a\nb",x\n\nb\n', r"line 5: 1 fields, .* has 2"),
     "one field too many": ("a.csv", b"text,label\na,x\nb,y,z\n", r"line 3: 3 fields"),
     "open quote": ("a.csv", b'text,label\n"a,x\n', r"line 2: unexpected end of data"),
@@ -117,7 +126,8 @@ def test_a_malformed_file_is_an_error_that_names_the_place(tmp_path, name, conte
     ("place", "says"),
     [
         ("trian.jsonl", r"Did you mean 'train\.jsonl'"),
-        ("", r"No file.*train\.jsonl"),
+        ("", r"is a folder.* Known: train\.jsonl"),
+        ("pipe.jsonl", r"is a pipe or a device\. Write its rows to a file"),
         ("absent/train.jsonl", r"No file .* Known: none"),
         ("empty/train.jsonl", r"No file .* Known: none"),
     ],
@@ -125,6 +135,7 @@ def test_a_malformed_file_is_an_error_that_names_the_place(tmp_path, name, conte
 def test_an_absent_file_names_its_neighbours(tmp_path, place, says):
     write(tmp_path / "train.jsonl", ROWS)
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(SidelightError, match=says):
         load_examples(tmp_path / place)
 
@@ -172,5 +183,5 @@ def test_a_hub_that_fails_is_an_error_of_the_user(monkeypatch, error):
         raise error
 
     monkeypatch.setitem(sys.modules, "datasets", stand_in_for_datasets(load_dataset))
-    with pytest.raises(SidelightError, match=rf"{error}.*network"):
+    with pytest.raises(SidelightError, match=rf"^No file 'owner/name'.*{error}.*network"):
         load_examples("owner/name")

@@ -84,7 +84,7 @@ def test_a_missing_column_is_named_with_its_file_and_spans_with_their_option(tmp
     with pytest.raises(SidelightError, match=r"no column 'label'.*--label \(label= in Python\)\.$"):
         load_examples(path)
     path.write_text(json.dumps({"text": TEXT, "pii": [NAME]}) + "\n")
-    hint = r"no column 'label'.*Column 'pii' has spans, for train --spans pii"
+    hint = r"no column 'label'.*Column 'pii' has spans.*`sidelight train --spans pii`"
     with pytest.raises(SidelightError, match=hint):
         load_examples(path)
 

@@ -87,8 +87,8 @@ def label_name(cell: object, place: str) -> str:
     if not isinstance(cell, str | Real | Decimal):
         raise SidelightError(
             f"{place}: expected one label (a text, a number or a truth value), got "
-            f"{str(cell)[:60]}. Write one label, or a list of labels in every row; "
-            "a column of spans is for --spans."
+            f"{str(cell)[:60]}. Write one label, or a list of labels in every row; a column of "
+            "spans is for `sidelight train --spans`."
         )
     name = str(cell).strip()
     require_whole_characters(name, place=f"{place}: the label")

@@ -148,7 +148,8 @@ def _find_columns(
         if name is not None and name not in known:
             labelled = [c for c in known if any(holds_spans(row.cells.get(c)) for row in rows)]
             hint = (
-                f" Column '{labelled[0]}' has spans, for train --spans {labelled[0]}."
+                f" Column '{labelled[0]}' has spans: train a probe that labels them with "
+                f"`sidelight train --spans {labelled[0]}`."
                 if labelled
                 else ""
             )

@@ -106,23 +106,42 @@ def _format_suffix(path: Path) -> str:
 def _absence(path: Path) -> str:
     """Names the readable files in the folder, or beside the file."""
     folder = path if path.is_dir() else path.parent
-    names = [file.name for file in folder.glob("*") if is_readable(file)]
+    names = [file.name for file in folder.glob("*") if is_readable(file) and file.is_file()]
     nearest = get_close_matches(path.name, names, n=10, cutoff=0.0)
+    if path.is_dir():
+        return f"{path} is a folder. Name a file in it.{did_you_mean('', nearest)}"
+    if path.exists():
+        return f"{path} is a pipe or a device. Write its rows to a file first, and name that."
     return f"No file '{path}'.{did_you_mean(path.name, nearest)}"
 
 
 def _read_text(path: Path) -> str:
     """The text of a UTF-8 file, plain or gzip, without a byte order mark."""
     content = path.read_bytes()
-    content = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
-    return content.decode("utf-8-sig")
+    is_named_gzip = path.suffix.lower() == ".gz"
+    if content and content.startswith(b"\x1f\x8b") != is_named_gzip:
+        raise SidelightError(
+            f"{path.name} is not compressed, although its name ends in .gz. Rename it to "
+            f"{path.stem}."
+            if is_named_gzip
+            else f"{path.name} is compressed by gzip. Rename it to {path.name}.gz."
+        )
+    return (gzip.decompress(content) if is_named_gzip else content).decode("utf-8-sig")
 
 
 def _read_delimited(path: Path, *, delimiter: str) -> list[Row]:
     """One row per record after the header (RFC 4180); blank lines are skipped."""
     # The usual limit is 131,072 characters, for the whole process.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
+    text = _read_text(path)
+    header = text.lstrip("\r\n").partition("\n")[0]
+    other = next((mark for mark in ";|\t," if mark in header), None)
+    if other is not None and delimiter not in header:
+        raise SidelightError(
+            f"{path.name}, line 1: the columns are separated by {other!r}, wanted {delimiter!r}. "
+            "Save it as .csv with commas, or as .tsv with tabs."
+        )
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[Row] = []
     names: list[str] = []
     line = 1
@@ -218,9 +237,9 @@ def _read_hub(source: str, split: str) -> list[Row]:
         *transport_errors(),
     ) as error:
         raise SidelightError(
-            f"Cannot load '{source}', split '{split}', from the Hugging Face hub "
-            f"({str(error)[:300]}). Check name, configuration, split and network, "
-            "or download it once and give the file."
+            f"{_absence(Path(source))} Nor does the Hugging Face hub give '{source}', split "
+            f"'{split}' ({str(error)[:300]}). Check name, configuration, split and network, or "
+            "download it once and give the file."
         ) from error
     # The hub marks an unlabelled row by -1, as in hidden test sets.
     classes: dict[str, dict[int, str | None]] = {
