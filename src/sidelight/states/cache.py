@@ -146,6 +146,8 @@ class ActivationCache:
         self.key = _hash((who, self._names))
         self.directory = root / (_hash(who) if is_kept else self.key)
         self._is_kept = is_kept
+        # Beside the folder, so that it is there until the folder is deleted.
+        self._lock_path = self.directory.with_suffix(".lock")
         self._lock: IO[str] | None = None
         self._held: dict[str, Tensor] = {}
         self._free = memory_bytes
@@ -223,11 +225,6 @@ class ActivationCache:
                 self._lock_path.unlink(missing_ok=True)
         self._lock = None
 
-    @property
-    def _lock_path(self) -> Path:
-        """Beside the folder, so that it is there until the folder is deleted."""
-        return self.directory.with_suffix(".lock")
-
     def _shared_lock(self) -> IO[str] | None:
         """The lock of a run that reads the folder; it ends with the process, however that ends.
 
@@ -253,8 +250,6 @@ class States:
     """The hidden states of some texts of a cache, as training reads them.
 
     Attributes:
-        fingerprint: The backbone.
-        reads: Which tokens of each text these are.
         shards: The texts that are read together; each text once.
         lengths: The stored tokens of each text.
 
@@ -264,8 +259,6 @@ class States:
     """
 
     def __init__(self, cache: ActivationCache, rows: Sequence[int]):
-        self.fingerprint = cache.fingerprint
-        self.reads = cache.reads
         self._cache = cache
         self._rows = rows
         self.lengths = [cache.lengths[row] for row in rows]

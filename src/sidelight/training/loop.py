@@ -177,7 +177,7 @@ class _Trainer:
                     kept,
                     steps=self._steps_per_epoch(settings.batch_size),
                     reads_beginnings=settings.beginnings
-                    and states.reads.side == "response"
+                    and training.states.reads.side == "response"
                     and training.token_labels is None,
                     labels_tokens=training.token_labels is not None,
                 )

@@ -64,7 +64,7 @@ class Scaling:
         """How a probe of a part's texts scales states."""
         is_normalised = bool(settings.normalise)
         if not settings.standardise:
-            who = self._states.fingerprint
+            who = self._training.states.fingerprint
             geometry = Geometry(who.layers, who.width, 1)
             return Standardisation.identity(geometry, is_normalised=is_normalised)
         moments = self._moments(is_normalised)
