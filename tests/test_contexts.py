@@ -274,6 +274,17 @@ def test_thresholds_let_ordinary_conversations_pass(tiny, rule, most):
             kept_logits(replace(probe, record={"traffic": {"logits": broken}}))
 
 
+def test_conversations_enough_to_tell_a_rate_are_shown_however_long(
+    tiny, examples, options, monkeypatch
+):
+    monkeypatch.setattr(contexts, "_LEAST_CONTEXT_TOKENS", 0)
+    monkeypatch.setattr(contexts, "_CONTEXT_TOKENS", 0.1)
+    for count in (1, 5):
+        groups = np.array_split(np.arange(60), count)
+        drawn = contexts.draw_contexts(tiny, examples, groups, TRAFFIC, options)
+        assert Counter(context.kind for context in drawn)["background"] == 30
+
+
 @pytest.mark.slow
 def test_background_that_holds_a_labelled_text_is_left_out(tiny, examples, options):
     copies = tuple((Message("user", text.upper()),) for text in TEXTS[:10])

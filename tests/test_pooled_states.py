@@ -285,7 +285,7 @@ def test_it_is_solved_once_whatever_the_seeds():
     jobs = jobs_of(FitOptions(mechanisms=specs, seeds=(0, 1, 2)))
     assert [job.spec.name for job in jobs] == ["linear", *["readout"] * 3]
     for strength in (0.0, -1.0, float("inf")):
-        with pytest.raises(SidelightError, match="strength = .* greater than 0"):
+        with pytest.raises(SidelightError, match="Cannot train with strength"):
             job(strength=strength)
 
 

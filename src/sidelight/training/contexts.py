@@ -7,6 +7,7 @@ these are shown by themselves, without a label. A context stays on its text's si
 and so does the background that it is made of.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -49,6 +50,8 @@ _TURN_ALONE, _PIECES_ALONE, _UNIT_ALONE = 0.5, 0.7, 0.7
 # them that is background alone.
 _CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS = 0.6, 16_000
 _BACKGROUND_SHARE = 0.4
+# Of background alone, whatever its length: fewer conversations cannot tell a rate of 4 in 100.
+_LEAST_CONVERSATIONS = 30
 # No probe reads these turns where they lead.
 _SYSTEM = ("system", "developer")
 # A text gets so many contexts at most, and so many attempts at one.
@@ -117,8 +120,11 @@ def draw_contexts(
         tokens = round(max(_LEAST_CONTEXT_TOKENS / len(groups), _CONTEXT_TOKENS * of_texts))
         alone: list[Context] = []
         if is_part or task.abstains:
-            alone = sampler.background(tokens=round(tokens * _BACKGROUND_SHARE))
-            tokens -= sum(len(context.prompt) for context in alone)
+            share = round(tokens * _BACKGROUND_SHARE)
+            alone = sampler.background(
+                tokens=share, least=math.ceil(_LEAST_CONVERSATIONS / len(groups))
+            )
+            tokens -= min(share, sum(len(context.prompt) for context in alone))
         drawn = (*alone, *sampler.of_texts(examples, texts, tokens=tokens))
         contexts += [replace(context, group=group) for context in drawn]
     return tuple(contexts)
@@ -160,28 +166,33 @@ class ContextSampler:
         if encoder.prompt_format == "both":
             self._shares["plain"] = 1.0
 
-    def background(self, *, tokens: int) -> list[Context]:
+    def background(self, *, tokens: int, least: int = 0) -> list[Context]:
         """Conversations as they are, and sentences of them in the contexts that texts have.
 
         Without the latter, a context would say by itself that there may be a labelled text in it.
 
         Args:
-            tokens: No more are taken once they have so many tokens.
+            tokens: No more are taken once they have so many tokens,
+            least: and there are so many conversations.
         """
         contexts: list[Context] = []
+        shown = 0
         order = [*range(len(self._conversations))]
         if not self._is_part:
             # A class needs many texts: short ones come first more often, but not always.
             sizes = [sum(len(turn.content) for turn in turns) for turns in self._conversations]
             order.sort(key=lambda place: self._random.expovariate(1 / max(1, sizes[place])))
         for index, turns in enumerate(self._conversations[place] for place in order):
-            if tokens <= 0:
+            if tokens <= 0 and shown >= least:
                 break
             example = Example(tuple(turns))
             prompt = self._encoded(example)
             if prompt is not None:
                 contexts.append(Context("background", example, prompt, len(example.text.split())))
                 tokens -= len(prompt)
+                shown += 1
+            if tokens <= 0:
+                continue
             words = self._random.randint(*_FILLER_WORDS)
             filler = Example((Message("user", " ".join(self._sentences(words))),))
             # One for every other conversation.
