@@ -85,7 +85,7 @@ def untrained_probe(
     task = Task("binary", ("no", "yes"))
     geometry = Geometry(layers=who.layers, width=who.width, outputs=task.outputs)
     spec = spec or mechanism_spec("readout")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(()):
         torch.manual_seed(seed)
         mechanism = build_mechanism(spec, geometry).eval().requires_grad_(False)
         for parameter in mechanism.parameters():
