@@ -128,6 +128,51 @@ def test_architecture_names_every_method_of_vllm_that_is_replaced():
     assert told == {path: names for path, names in has.items() if names}
 
 
+# What only a GPU has.
+OF_GPUS = {
+    "accelerator", "cuda", "current_stream", "is_cuda", "mps", "non_blocking", "pin_memory",
+    "record_stream", "synchronize", "triton", "wait_event", "xpu",
+}  # fmt: skip
+
+
+def asks_for_device(node: ast.AST) -> bool:
+    """Whether code uses what only a GPU has, or compares a device with the CPU."""
+    match node:
+        case (
+            ast.Attribute(attr=name) | ast.Name(name) | ast.keyword(name) | ast.Constant(str(name))
+        ):
+            return name in OF_GPUS
+        case ast.Attribute(ast.Name("torch"), "Stream" | "Event"):
+            return True
+        case ast.Compare(_, _, [ast.Constant("cpu")]):
+            return True
+    return False
+
+
+def device_places(path: Path) -> Iterator[tuple[str, str]]:
+    """Each function of a file that has a line for a device that is not the CPU."""
+
+    def places(node: ast.AST, name: str) -> Iterator[str]:
+        if asks_for_device(node):
+            yield name
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{name}.{node.name}".lstrip(".")
+        for child in ast.iter_child_nodes(node):
+            yield from places(child, name)
+
+    for name in places(ast.parse(path.read_text()), ""):
+        yield str(path.relative_to(SOURCE)), name
+
+
+def test_every_line_that_only_a_gpu_runs_is_listed_with_the_test_that_runs_it():
+    page = (ROOT / "docs" / "vllm.md").read_text()
+    rows = re.findall(r"^\| `(\S+\.py)` `(\S+)` \| .+ \| (.+) \|$", page, flags=re.MULTILINE)
+    has = {place for path in SOURCE.rglob("*.py") for place in device_places(path)}
+    assert {(path, name) for path, name, _ in rows} == has
+    runs = {run for _, _, run in rows} - {"nothing"}
+    assert [run for run in runs if not (ROOT / run.strip("`")).exists()] == []
+
+
 def test_architecture_names_every_mechanism():
     cells = first_cells(
         "architecture.md",
