@@ -333,6 +333,12 @@ def test_options_of_training_data_hold_for_validation_data_where_they_apply(tmp_
     assert len(limited) == 2
 
 
+def test_a_mechanism_that_is_named_twice_is_trained_once():
+    named = ["--data", "d", "--out", "o", "--mechanism", "gate,linear,gate"]
+    given = train.make_context("train", named)
+    assert given.params["mechanisms"] == ["gate", "linear"]
+
+
 def test_the_help_names_every_option_that_can_be_set():
     (own,) = (option for option in train.params if option.name == "assigned")
     for name in (*INPUT_SETTINGS, *_kinds()):
@@ -414,6 +420,7 @@ def test_a_probe_without_verdicts_is_refused_by_every_command(
         ("--set seeds=0", "seeds=0: Input should be greater than 0"),
         ("--set reads=response", "--response COLUMN"),
         ("--set validation_split=test", "needs --validation"),
+        ("--set cache={folder}/few.jsonl", "Name another folder"),
         ("--background {folder}/nowhere.jsonl", "No file"),
         ("--background {folder}/empty.jsonl", "has no rows"),
         ("--data {folder}/few.jsonl", "Give 5 or more of each label"),
@@ -450,6 +457,7 @@ def test_what_is_wrong_with_options_or_texts_is_told_before_the_model_is_loaded(
         ("recalibrate {known} --threshold f1", "keeps no curve"),
         ("recalibrate {known} --data {data}", "texts of the new traffic"),
         ("recalibrate {known} --data {few}", "Label more texts"),
+        ("recalibrate {known} --data {data} --name a/b", "1 to 64 of A-Z"),
     ],
 )
 def test_texts_that_a_probe_cannot_use_are_told_before_the_model_is_loaded(
@@ -495,14 +503,17 @@ def test_a_wrong_file_column_probe_or_rule_and_help_are_told_before_imports_that
 ):
     data = write_rows(tmp_path / "data.jsonl", 20, seed=9)
     (tmp_path / "torn.jsonl").write_text('{"text": ')
-    readers = "train", "search", "eval", "redteam", "predict", "recalibrate", "parity"
+    readers = [
+        *("train --out o --set epochs=2", "search --out o", "bench defaults"),
+        *(
+            f"{command} {untrained}"
+            for command in ("eval", "redteam", "predict", "recalibrate", "parity", "bench everyday")
+        ),
+    ]
     asked: list[list[str]] = []
     for command in readers:
-        begun = [command, *(["--out", "o"] if command in ("train", "search") else [untrained])]
-        # Names that are set are known by then, too.
-        begun += ["--set", "epochs=2"] * (command == "train")
         for more in (["nowhere.jsonl"], [data, "--text", "txt"], [str(tmp_path / "torn.jsonl")]):
-            asked.append([*begun, "--data", *more])
+            asked.append([*command.split(), "--data", *more])
     asked += [
         ["predict", "nowhere", "hi"],
         ["recalibrate", untrained],

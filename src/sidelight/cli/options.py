@@ -84,7 +84,7 @@ def typed(assigned: Mapping[str, str], kinds: Mapping[str, Any]) -> dict[str, An
 
 
 def _names(_context: click.Context, _option: Any, value: str) -> list[str]:
-    names = [name.strip() for name in value.split(",") if name.strip()]
+    names = [*dict.fromkeys(name.strip() for name in value.split(",") if name.strip())]
     if not names:
         from sidelight.mechanisms.base import mechanism_names
 
@@ -227,6 +227,8 @@ class TrainingInputs:
             raise SidelightError(
                 "--set validation_split needs --validation. Name the data set, or leave it out."
             )
+        if self.cache is not None:
+            check_folder(self.cache)
         whole = read(self.data, split=self.split, positive=self.positive)
         rows = whole.draw(self.limit or len(whole), seed=0)
         # Warnings about the file hold for some of its rows too.

@@ -51,7 +51,7 @@ def recalibrate(
     move to what --threshold wants, by the curve of left-out texts in the manifest. The probe stays,
     and a new one is written, whose manifest says what it was recalibrated on.
     """
-    from sidelight.manifest import curves_of, read_manifest, require_free
+    from sidelight.manifest import curves_of, read_manifest, require_free, require_name
     from sidelight.thresholds import ThresholdRule
     from sidelight.training.recalibration import recalibrate as refit
     from sidelight.training.recalibration import require_new_texts, require_recalibratable
@@ -65,6 +65,8 @@ def recalibrate(
         )
     folder = out or probe.resolve().with_name(f"{probe.resolve().name}-recalibrated")
     require_free(folder, force=force)
+    if name is not None:
+        require_name(name)
     # Before imports and models that take seconds: what cannot be recalibrated is refused at once.
     manifest = read_manifest(probe)
     require_recalibratable(manifest, rule, by_texts=data is not None)

@@ -72,10 +72,13 @@ def bench_defaults(
     that training printed stands beside the one that was measured.
     """
     from sidelight.data.loading import load_examples
+
+    # Before imports that take seconds: a wrong file or column is refused at once.
+    examples = load_examples(data, text=text, label=label)
     from sidelight.training.background import load_background
     from sidelight_lab.bench.defaults import compare_defaults, defaults_table, described
 
-    examples, backbone = load_examples(data, text=text, label=label), runtime.load_backbone()
+    backbone = runtime.load_backbone()
     with tempfile.TemporaryDirectory() as scratch:
         judged = compare_defaults(
             backbone,
@@ -127,16 +130,14 @@ def bench_everyday(
     the same texts without the attacks.
     """
     from sidelight.data.loading import load_examples
+    from sidelight.manifest import read_manifest
+
+    # Before imports that take seconds: a wrong probe, file or column is refused at once.
+    examples = load_examples(data, text=text, label=label, task=read_manifest(probe).task)
     from sidelight.training.classifier import load
     from sidelight_lab.bench.everyday import measure_everyday, toxicchat_prompts
     from sidelight_lab.redteam.targets import ProbeTarget, flagging_thresholds
 
-    classifier = load(probe, dtype=dtype, device=device)
-    target = ProbeTarget(
-        backbone=classifier.backbone,
-        thresholds=flagging_thresholds(classifier.probe),
-        probe=classifier.probe,
-    )
     own: dict[str, list[Messages]] = {}
     if harmless is not None:
         texts = load_examples(harmless, text=text, label=None)
@@ -149,7 +150,12 @@ def bench_everyday(
             prompts = toxicchat_prompts()
         except SidelightError as error:
             click.echo(f"Real prompts and padding are left out: {error}", err=True)
-    examples = load_examples(data, text=text, label=label, task=classifier.probe.task)
+    classifier = load(probe, dtype=dtype, device=device)
+    target = ProbeTarget(
+        backbone=classifier.backbone,
+        thresholds=flagging_thresholds(classifier.probe),
+        probe=classifier.probe,
+    )
     record = measure_everyday(target, examples, prompts=prompts, own=own)
     publish(record, out, as_json=as_json)
 
