@@ -48,7 +48,8 @@ vllm: .venv-vllm/.ready ## Run the tests inside vLLM, on both of its model runne
 
 gpu-check: $(if $(GPU),.venv-gpu/.ready,.venv/.runtime .venv-vllm/.ready) ## Check this GPU, our engine and vLLM (30 minutes): gpu-check/gpu.md
 	@run=$(if $(GPU),.venv-gpu,.venv-vllm)/bin/sidelight; \
-	  [ -x $$run ] || run=$(BIN)/sidelight; $$run bench gpu --out gpu-check
+	  [ -x $$run ] || run=$(BIN)/sidelight; \
+	  $(if $(GPU),,PYTHONPATH=$(CURDIR)/tests/triton_cpu) $$run bench gpu --out gpu-check
 
 matrix: .venv/.dev .venv/.clients .venv-vllm/.ready ## Run what a release needs beyond that, lane by lane: matrix.md
 	$(BIN)/python .ci/matrix.py $(LANES)
