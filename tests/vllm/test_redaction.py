@@ -1,5 +1,6 @@
 """What a rule redacts leaves vLLM's own server in no form, whatever a client asks for."""
 
+import json
 import re
 
 import httpx
@@ -244,7 +245,7 @@ def test_texts_that_are_only_judged_have_the_spans_of_our_own_engine(server, rec
             ours = http.post(path, json=body)
             assert theirs.status_code == 200, theirs.text
             for name in ("results", "texts", "action"):
-                assert ours.json().get(name) == rounded(theirs.json().get(name))
+                assert unnumbered(ours.json().get(name)) == rounded(theirs.json().get(name))
             assert "NAME" in ours.text
 
 
@@ -254,7 +255,14 @@ def rounded(found):
         return {name: rounded(value) for name, value in found.items()}
     if isinstance(found, list):
         return [rounded(value) for value in found]
-    return pytest.approx(found, abs=ROUNDING) if isinstance(found, float) else found
+    if isinstance(found, float):
+        return pytest.approx(found, abs=ROUNDING)
+    return unnumbered(found)
+
+
+def unnumbered(found):
+    """Without the random numbers of placeholders of answers."""
+    return json.loads(re.sub(r"_[a-f][0-9a-f]{7}\]", "]", json.dumps(found)))
 
 
 def test_without_a_verdict_no_text_leaves(server, reciting):
