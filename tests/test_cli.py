@@ -260,17 +260,17 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_jud
 
 
 def test_what_the_probe_will_flag_is_said_before_the_model_is_loaded(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("")
     data = labelled_rows(tmp_path / "train.jsonl", ["cat", "dog", "dog"] * 4)
-    assert run("train", "--data", data, "--out", str(tmp_path / "o"), "--model", data) == 2
+    command = ["train", "--data", data, "--out", str(tmp_path / "o"), "--model", str(tmp_path)]
+    assert run(*command) == 2
     reading, doubt, announced, loading, error = capsys.readouterr().err.splitlines()
     assert (reading, loading) == (f"Reading {data} ...", "Loading the model ...")
     assert "--positive dog" in doubt
     assert "will flag 'cat'" in announced
     assert error.startswith("Error: Cannot load")
     missing = ["--background", str(tmp_path / "traffic.jsonl")]
-    assert (
-        run("train", "--data", data, "--out", str(tmp_path / "o"), "--model", data, *missing) == 2
-    )
+    assert run(*command, *missing) == 2
     *_, error = capsys.readouterr().err.splitlines()
     assert "No file" in error
     assert "traffic.jsonl" in error

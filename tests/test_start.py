@@ -1,5 +1,6 @@
 """What keeps a model from being loaded is one line, before anything is loaded."""
 
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -7,9 +8,12 @@ import pytest
 import torch
 
 from commands import run, saved
-from sidelight.backbone import free_memory, load_backbone
+from sidelight.artifact import load_probe, save_probe
+from sidelight.backbone import load_backbone
 from sidelight.errors import SidelightError
+from sidelight.machine import free_memory
 from sidelight.smollm2 import cache_root
+from tiny import untrained_probe
 
 
 @pytest.fixture
@@ -64,3 +68,51 @@ def test_a_cache_that_cannot_be_written_or_has_no_place_is_one_line(tmp_path, mo
     monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError))
     with pytest.raises(SidelightError, match="SIDELIGHT_CACHE"):
         cache_root()
+
+
+@pytest.fixture
+def probe(tiny, tmp_path):
+    return save_probe(untrained_probe(tiny, "toxicity"), tmp_path / "probe")
+
+
+SERVE = "serve --port 0 --model {model} --probe {probe} "
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        (SERVE + "--probe {probe}", "distinct names, got: toxicity, toxicity"),
+        (SERVE + "--api-keys-file {folder}/nowhere", "Cannot read the keys in"),
+        (SERVE + "--admin-keys-file {keys}", "is not 'ID KEY'"),
+        (SERVE + "--policy {keys}", "is not TOML"),
+        (SERVE + "--device gpu", "no device 'gpu' here. Did you mean 'cpu'?"),
+        (SERVE + "--device cuda:99", "no device 'cuda:99' here"),
+        (SERVE + "--device meta", "no device 'meta' here"),
+        (
+            "serve --port 0 --model {folder}/nowhere --probe {probe}",
+            "Cannot load '{folder}/nowhere'",
+        ),
+        # A model that its probe names is as wrong.
+        ("serve --probe {moved}", "Cannot load '/moved/away'"),
+        ("train --data nowhere --out {folder}/o --device gpu", "no device 'gpu'"),
+        ("train --data nowhere --out {folder}/o --model {folder}", "Cannot load '{folder}'"),
+        ("eval {probe} --data nowhere --device gpu", "no device 'gpu'"),
+        ("predict {probe} --data nowhere --model ./nowhere", "Cannot load './nowhere'"),
+        ("recalibrate {probe} --data nowhere --device gpu", "no device 'gpu'"),
+        ("parity {probe} --data nowhere --device gpu --engines transformers", "no device 'gpu'"),
+        ("parity {probe} --data nowhere --quantised ./nowhere", "Cannot load './nowhere'"),
+    ],
+)
+def test_a_mistake_that_needs_no_model_is_refused_before_data_and_model(
+    command, remedy, folder, probe, tmp_path, monkeypatch, capsys
+):
+    named = replace(load_probe(probe).fingerprint, name="/moved/away")
+    moved = save_probe(replace(load_probe(probe), fingerprint=named), tmp_path / "moved")
+    keys = tmp_path / "keys"
+    keys.write_text("one two three")
+    monkeypatch.setattr("sidelight.backbone.AutoConfig.from_pretrained", None)
+    places = {"model": folder, "probe": probe, "moved": moved, "keys": keys, "folder": tmp_path}
+    assert run(*command.format(**places).split()) == 2
+    shown = capsys.readouterr().err
+    assert remedy.format(**places) in shown
+    assert shown.count("\n") == 1

@@ -6,7 +6,7 @@ Training, evaluation and the transformers engine use it. It does not batch reque
 
 import threading
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -33,8 +33,9 @@ from transformers.utils.logging import disable_progress_bar
 from sidelight.checkpoint import Checkpoint, fingerprint, model_folder
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
+from sidelight.machine import find_device, free_memory
 from sidelight.prompts import EncodedPrompt, PromptEncoder, PromptFormat
-from sidelight.smollm2 import EMBEDDED_NAME, embedded_model_path
+from sidelight.smollm2 import EMBEDDED_NAME, embedded_model_path, require_model
 
 # Called with each layer's hidden states, ``[batch, token, width]``, while they exist; it must not
 # keep the tensor. Layer 0 is the residual stream after the embedding, layer l the stream after
@@ -240,18 +241,6 @@ def _decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise SidelightError(
-            f"There is no device '{name}' here: {str(error).splitlines()[0]} "
-            "Give cpu, cuda, cuda:1 or auto."
-        ) from error
-
-
 def load_backbone(
     name: str | Path = EMBEDDED_NAME,
     *,
@@ -271,8 +260,8 @@ def load_backbone(
     Raises:
         SidelightError: The model cannot be found, or is not a causal LM with decoder blocks.
     """
-    name, path = str(name), _path(name)
-    target = _device(device)
+    name, target = str(name), find_device(device)
+    path = _path(name)
     # Loading takes a second, and its progress bars would clutter ours.
     disable_progress_bar()
     if dtype in ("auto", "float32"):
@@ -314,8 +303,9 @@ def _checkpoint_of(model: Any, path: str) -> Checkpoint | None:
         return None
 
 
-def _path(name: str | Path) -> str:
-    return embedded_model_path() if str(name) == EMBEDDED_NAME else str(name)
+def _path(name: str) -> str:
+    require_model(name)
+    return embedded_model_path() if name == EMBEDDED_NAME else name
 
 
 @dataclass(frozen=True)
@@ -340,7 +330,7 @@ def read_backbone(
     Raises:
         SidelightError: The model cannot be found, or its weights are not in safetensors files.
     """
-    name, path = str(name), _path(name)
+    name, path = str(name), _path(str(name))
     with _one_line(name):
         config, _ = _read_config(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -348,23 +338,6 @@ def read_backbone(
     encoder = _encoder(config, tokenizer, prompt_format)
     who = fingerprint(checkpoint, config, tokenizer, name=name, prompt_format=encoder.prompt_format)
     return UnloadedBackbone(path, tokenizer, encoder, who)
-
-
-def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that this process may still take, by the system and by its cgroup; None: unknown."""
-    free: list[int] = []
-    with suppress(OSError, ValueError, StopIteration):
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        available = next(line for line in lines if line.startswith("MemAvailable:"))
-        free.append(1024 * int(available.split()[1]))
-    with suppress(OSError, ValueError):
-        limits = root / "sys/fs/cgroup"
-        used = int((limits / "memory.current").read_text())
-        # Its file pages can be given up.
-        stat = dict(line.split() for line in (limits / "memory.stat").read_text().splitlines())
-        used -= int(stat.get("file", 0))
-        free.append(int((limits / "memory.max").read_text()) - used)
-    return min(free, default=None)
 
 
 def _require_memory(name: str, folder: Path, device: torch.device) -> None:

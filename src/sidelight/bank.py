@@ -20,8 +20,9 @@ from torch import Tensor
 
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.explanation import Explanation, explain
+from sidelight.manifest import require_distinct_names
 from sidelight.mechanisms.spans import Spans
-from sidelight.probe import Probe, TextLogits, require_distinct_names
+from sidelight.probe import Probe, TextLogits
 from sidelight.prompts import EncodedPrompt, Part, Reads, Unit, judged_units, read_tokens
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection

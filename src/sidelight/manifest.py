@@ -6,10 +6,10 @@ Also what is said of a probe from its manifest alone: its summary, and the model
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
@@ -191,6 +191,28 @@ def require_name(name: str) -> None:
         raise SidelightError(
             f"A probe cannot be called {name[:80]!r}. Name it with 1 to 64 of A-Z, a-z, 0-9, '.', "
             "'_' and '-' (--name)."
+        )
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+def require_distinct_names(probes: Iterable[_Named]) -> None:
+    """Checks that the verdicts of probes that are served together can be told apart.
+
+    Args:
+        probes: The probes, or their manifests.
+
+    Raises:
+        SidelightError: Two have the same name.
+    """
+    names = [probe.name for probe in probes]
+    if len(set(names)) < len(names):
+        raise SidelightError(
+            f"Probes served together need distinct names, got: {', '.join(names)}. Rename one "
+            "(the 'name' in its manifest.json)."
         )
 
 

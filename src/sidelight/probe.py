@@ -183,17 +183,3 @@ def common_format(probes: Iterable[Probe]) -> PromptFormat | None:
             f"'{by_format['raw']}', cannot be served together. Start a server for each kind."
         )
     return next(iter(by_format), None)
-
-
-def require_distinct_names(probes: Iterable[Probe]) -> None:
-    """Checks that the verdicts of probes that are served together can be told apart.
-
-    Raises:
-        SidelightError: Two probes have the same name.
-    """
-    names = [probe.name for probe in probes]
-    if len(set(names)) < len(names):
-        raise SidelightError(
-            f"Probes served together need distinct names, got: {', '.join(names)}. Rename one "
-            "(the 'name' in its manifest.json)."
-        )

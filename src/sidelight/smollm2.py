@@ -62,6 +62,22 @@ def cache_root() -> Path:
     return Path(base) / "sidelight"
 
 
+def require_model(name: str) -> None:
+    """Checks that a name is not that of a folder without a model; reads none, and asks no hub.
+
+    Raises:
+        SidelightError: It is.
+    """
+    folder = Path(name)
+    # A hub id has one slash at most, and does not begin like a path.
+    is_folder = name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()
+    if name != EMBEDDED_NAME and is_folder and not (folder / "config.json").is_file():
+        raise SidelightError(
+            f"Cannot load '{name}': it is no folder of a model (config.json is missing). Give "
+            "'smollm2', a folder saved by save_pretrained, or a hub id."
+        )
+
+
 def embedded_model_path() -> str:
     """A folder with the model: converted from the package, or downloaded from the hub.
 

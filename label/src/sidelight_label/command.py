@@ -95,7 +95,8 @@ def label(
     import uvicorn
 
     from sidelight.artifact import load_probe
-    from sidelight.probe import common_format, require_distinct_names
+    from sidelight.manifest import require_distinct_names
+    from sidelight.probe import common_format
     from sidelight.prompts import Reads
     from sidelight.server.app import listen, server_settings
     from sidelight.server.config import read_config

@@ -329,6 +329,12 @@ def parity(
             f"{', '.join(late)} reads responses, so there would be nothing to compare. Name the "
             "column of the answers with --response."
         )
+    runtimes = {
+        "transformers": partial(options.Runtime, **model),
+        "vllm": partial(options.Runtime, engine="vllm", engine_option=engine_option, **model),
+    }
+    compared = {name: runtimes[name]() for name in names}
+    of_copy = None if quantised is None else runtimes["vllm"](model=quantised)
     examples = load_examples(data, text=text, label=None, response=response)
     from sidelight.artifact import load_probe
     from sidelight.engines.parity import compare_engines
@@ -338,20 +344,17 @@ def parity(
     loaded = [load_probe(probe) for probe in probes]
     drawn = examples.draw(limit or len(examples), seed=0)
     texts = [_turns(examples.items[row]) for row in drawn]
-    # What quantises the copy must leave the original as it is.
-    original = {k: v for k, v in engine_option.items() if quantised is None or k not in QUANTISING}
-    runtimes = {
-        "transformers": partial(options.Runtime, **model),
-        "vllm": partial(options.Runtime, engine="vllm", engine_option=original, **model),
-    }
-    makers = {name: partial(runtimes[name]().load_engine, loaded) for name in names}
+    if quantised is not None and "vllm" in compared:
+        # What quantises the copy must leave the original as it is.
+        original = {k: v for k, v in engine_option.items() if k not in QUANTISING}
+        compared["vllm"] = replace(compared["vllm"], engine_option=original)
+    makers = {name: partial(each.load_engine, loaded) for name, each in compared.items()}
     digest = ""
-    if quantised is not None:
+    if quantised is not None and of_copy is not None:
         copy = copy_of(quantised, loaded, engine_option)
         digest = acceptance(copy, loaded)
         copies = [replace(probe, fingerprint=copy) for probe in loaded]
-        runtime = runtimes["vllm"](engine_option=engine_option, model=quantised)
-        makers["quantised"] = partial(runtime.load_engine, copies)
+        makers["quantised"] = partial(of_copy.load_engine, copies)
     differences = compare_engines(makers, texts)
     if out is not None:
         write_json(out, [asdict(difference) for difference in differences])

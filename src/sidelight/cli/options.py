@@ -12,6 +12,7 @@ import click
 from pydantic import Field
 
 from sidelight.errors import SidelightError, checked, did_you_mean
+from sidelight.smollm2 import require_model
 from sidelight.storage import check_folder
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ class Runtime:
     """Which model runs, and what runs it: see ``engine`` and ``backbone``.
 
     Raises:
-        SidelightError: Options of vLLM's engine are given for another one, or a device for vLLM.
+        SidelightError: Options of vLLM's engine are given for another one, or a device for vLLM;
+            or there is no such device here, or no model in the folder that is named.
     """
 
     model: str | None
@@ -130,6 +132,13 @@ class Runtime:
             )
         if self.engine == "vllm" and self.device != "auto":
             raise SidelightError("vLLM chooses its device itself; leave --device out.")
+        if self.model is not None:
+            require_model(self.model)
+        if self.device not in ("auto", "cpu"):
+            # torch takes seconds, which are lost only if the device is wrong.
+            from sidelight.machine import find_device
+
+            find_device(self.device)
 
     @property
     def backbone_device(self) -> str:
@@ -145,8 +154,14 @@ class Runtime:
         )
 
     def model_of(self, probes: "Sequence[Probe]") -> str:
-        """The named model, or that of the first probe."""
-        return self.model or (probes[0].fingerprint.name if probes else "smollm2")
+        """The named model, or that of the first probe.
+
+        Raises:
+            SidelightError: It is a folder without a model.
+        """
+        name = self.model or (probes[0].fingerprint.name if probes else "smollm2")
+        require_model(name)
+        return name
 
     def load_engine(self, probes: "Sequence[Probe]") -> "Engine":
         """An engine with these probes."""

@@ -51,7 +51,7 @@ def serve(context: click.Context, **values: Any) -> None:
 
     An option wins over its environment variable, and that over the file of --config.
     """
-    from sidelight.manifest import read_manifest
+    from sidelight.manifest import read_manifest, require_distinct_names
 
     config = read_config(
         **{
@@ -67,21 +67,22 @@ def serve(context: click.Context, **values: Any) -> None:
         engine=config.engine,
         engine_option=config.engine_option,
     )
-    # Before imports that take seconds: a wrong folder is refused at once.
-    for folder in config.probe:
-        read_manifest(folder)
+    # Before imports that take seconds: what is wrong with files and folders is refused at once.
+    require_distinct_names(read_manifest(folder) for folder in config.probe)
+    policy, _ = config.loaded_policy, config.access
     from sidelight.artifact import load_probe
     from sidelight.policy.rules import require_policy_applies
     from sidelight.server.app import serve as run
 
     loaded = [load_probe(folder) for folder in config.probe]
-    require_policy_applies(config.loaded_policy, loaded)
+    require_policy_applies(policy, loaded)
+    model = runtime.model_of(loaded)
     if not loaded:
         click.echo("Warning: no probe is named (--probe), so no text is judged.", err=True)
     if config.engine == "vllm":
         from sidelight.vllm.server import serve as run_vllm
 
-        run_vllm(config, runtime.model_of(loaded), loaded)
+        run_vllm(config, model, loaded)
         return
     run(
         partial(runtime.load_engine, loaded),

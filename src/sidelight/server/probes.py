@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sidelight.artifact import load_probe
 from sidelight.engines.base import Engine
+from sidelight.manifest import require_distinct_names
 from sidelight.policy.rules import (
     BoundRule,
     Policy,
@@ -14,7 +15,7 @@ from sidelight.policy.rules import (
     read_policy,
     require_policy_applies,
 )
-from sidelight.probe import Probe, require_distinct_names
+from sidelight.probe import Probe
 
 _log = logging.getLogger(__name__)
 

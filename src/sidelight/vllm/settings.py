@@ -22,7 +22,8 @@ from sidelight.artifact import load_probe
 from sidelight.backbone import read_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError, did_you_mean
 from sidelight.fingerprint import Fingerprint, hash_of
-from sidelight.probe import Probe, common_format, require_distinct_names
+from sidelight.manifest import require_distinct_names
+from sidelight.probe import Probe, common_format
 from sidelight.prompts import PromptEncoder
 from sidelight.vllm.internals import QUANTISING, quantisation
 

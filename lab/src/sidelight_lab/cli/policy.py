@@ -34,7 +34,8 @@ def check(path: Path, probe: tuple[Path, ...]) -> None:
     # Before imports that take seconds: a wrong file is refused at once.
     checked = read_policy(path)
     from sidelight.artifact import load_probe
-    from sidelight.probe import common_format, require_distinct_names
+    from sidelight.manifest import require_distinct_names
+    from sidelight.probe import common_format
     from sidelight_lab.redteam.weaknesses import weaknesses
 
     probes = [load_probe(folder) for folder in probe]

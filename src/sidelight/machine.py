@@ -1,0 +1,48 @@
+"""What this machine has for a model: devices and free memory."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from sidelight.errors import SidelightError, did_you_mean
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Args:
+        name: ``auto`` is the first GPU, or the CPU without one.
+
+    Raises:
+        SidelightError: There is no such device, or no number can be read from it.
+    """
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if name == "auto":
+        name = "cuda" if gpus else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        why = f" ({str(error).splitlines()[0]})" if name.startswith("cuda") else ""
+        raise SidelightError(
+            f"There is no device '{name}' here{why}.{did_you_mean(name, ['auto', 'cpu', *gpus])}"
+        ) from error
+    return torch.empty(0, device=device).device
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process may still take, by the system and by its cgroup; None: unknown."""
+    free: list[int] = []
+    with suppress(OSError, ValueError, StopIteration):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable:"))
+        free.append(1024 * int(available.split()[1]))
+    with suppress(OSError, ValueError):
+        limits = root / "sys/fs/cgroup"
+        used = int((limits / "memory.current").read_text())
+        # Its file pages can be given up.
+        stat = dict(line.split() for line in (limits / "memory.stat").read_text().splitlines())
+        used -= int(stat.get("file", 0))
+        free.append(int((limits / "memory.max").read_text()) - used)
+    return min(free, default=None)
