@@ -190,7 +190,9 @@ def first_cells(page: str, head: str) -> list[str]:
 
 NAMES = {"sklearn": "scikit-learn"}
 # What a declared package brings, and engines that whoever wants them installs.
-BROUGHT = {"packaging", "pydantic_core", "opentelemetry", "starlette", "tokenizers", "vllm"}
+BROUGHT = {
+    "packaging", "pydantic_core", "opentelemetry", "starlette", "tokenizers", "uvloop", "vllm",
+}  # fmt: skip
 
 
 def test_the_product_imports_only_what_it_declares():

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from unittest.mock import Mock, patch
 
 import httpx
@@ -267,7 +267,9 @@ def test_after_a_signal_running_requests_finish_and_no_other_is_taken(first):
     try:
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(ask)
-            serve(lambda: one, ServerConfig(port=port))
+            is_interrupt = first is signal.SIGINT
+            with pytest.raises(KeyboardInterrupt) if is_interrupt else nullcontext():
+                serve(lambda: one, ServerConfig(port=port))
             asked.result()
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -292,5 +294,6 @@ def test_who_connects_while_the_model_loads_is_answered_once_it_is_loaded():
                 asked[0].result(timeout=0.2)
             return loaded
 
-        serve(load, ServerConfig(port=port))
+        with pytest.raises(KeyboardInterrupt):
+            serve(load, ServerConfig(port=port))
         assert asked[0].result().json() == {"status": "ready"}

@@ -1,11 +1,19 @@
-"""What keeps a model from being loaded is one line, before anything is loaded."""
+"""What keeps a model from being loaded is one line, before anything is loaded; signals end it."""
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+import uvicorn
 
 from commands import run, saved
 from sidelight.artifact import load_probe, save_probe
@@ -116,3 +124,65 @@ def test_a_mistake_that_needs_no_model_is_refused_before_data_and_model(
     shown = capsys.readouterr().err
     assert remedy.format(**places) in shown
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_stops_the_server_with_the_documented_exit_code(
+    folder, probe, number, code, monkeypatch
+):
+    started = threading.Event()
+    monkeypatch.setattr(uvicorn.Server, "startup", _then(uvicorn.Server.startup, started.set))
+
+    def stop():
+        assert started.wait(60)
+        os.kill(os.getpid(), number)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(stop)
+        assert run(*SERVE.format(model=folder, probe=probe).split()) == code
+
+
+def _then(coroutine, call):
+    async def both(*args, **kwargs):
+        await coroutine(*args, **kwargs)
+        call()
+
+    return both
+
+
+# Stops at the first of the imports that take seconds.
+IMPORTING = """
+import sys, time
+
+class Watch:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            print("importing", flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Watch)
+from sidelight.cli import main
+main()
+"""
+ALONE = ["unshare", "--pid", "--fork", "--kill-child"]
+
+
+def can_unshare():
+    return shutil.which("unshare") and not subprocess.run([*ALONE, "true"]).returncode
+
+
+@pytest.mark.parametrize("is_first", [False, True], ids=["any process", "process 1"])
+def test_sigterm_ends_a_server_that_is_still_starting(is_first, probe):
+    if is_first and not can_unshare():
+        pytest.skip("'unshare --pid' is not allowed here, so no process can be the first")
+    command = [sys.executable, "-c", IMPORTING, "serve", "--port", "0", "--probe", str(probe)]
+    with subprocess.Popen(
+        [*(ALONE if is_first else []), *command], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout.readline() == "importing\n"
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[0]) if is_first else process.pid, signal.SIGTERM)
+            assert process.wait(10) == 0
+        finally:
+            process.kill()

@@ -1,8 +1,11 @@
 """``sidelight serve --engine vllm``: our options in vLLM's own server."""
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -165,6 +168,26 @@ def test_a_stream_ends_whole_after_sigterm_and_the_server_with_code_0(start, end
             return
         time.sleep(0.1)
     pytest.fail("some of its processes have not ended")
+
+
+def test_ctrl_c_ends_the_server_with_the_documented_exit_code(start):
+    server = start()
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(60) == 130
+
+
+def test_sigterm_ends_a_server_whose_model_loads_with_code_0(subjects, tmp_path):
+    with (tmp_path / "log").open("w+") as log:
+        command = [sys.executable, "-m", "sidelight", "serve", "--engine", "vllm", "--port", "0"]
+        command += ["--model", subjects.path]
+        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+        with subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process:
+            # From then on vLLM's handler stands in place of ours.
+            while "Resolved architecture" not in (tmp_path / "log").read_text():
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+            process.terminate()
+            assert process.wait(60) == 0
 
 
 def is_alive(process):

@@ -1,8 +1,10 @@
 """``sidelight serve``: text and verdicts over HTTP."""
 
+import signal
+import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import click
 from click.core import ParameterSource
@@ -33,6 +35,10 @@ def _config_options(command: options.Command) -> options.Command:
     return command
 
 
+def _end(*_: object) -> NoReturn:
+    sys.exit(0)
+
+
 @click.command(
     epilog=options.examples(
         "sidelight serve --probe probes/toxicity --probe probes/intent",
@@ -51,6 +57,8 @@ def serve(context: click.Context, **values: Any) -> None:
 
     An option wins over its environment variable, and that over the file of --config.
     """
+    # Nothing ends process 1, as of a container, by a signal that it does not handle.
+    signal.signal(signal.SIGTERM, _end)
     from sidelight.manifest import read_manifest, require_distinct_names
 
     config = read_config(

@@ -3,7 +3,7 @@
 import logging
 import socket
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
 from logging.config import dictConfig
 from math import ceil
@@ -156,7 +156,7 @@ def serve(
     *,
     sources: Mapping[str, Path] | None = None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM; running requests may finish.
+    """Serves until SIGINT or SIGTERM, which is raised again once running requests have finished.
 
     The port is taken at once; who connects before ``load`` has returned waits until then.
 
@@ -181,9 +181,7 @@ def serve(
         _log.info("Listening on http://%s:%d (Ctrl-C stops)", *place)
         if config.playground:
             _log.info("The playground is at http://%s:%d/playground", *place)
-        # uvicorn raises a SIGINT again once it has drained.
-        with suppress(KeyboardInterrupt):
-            uvicorn.Server(server_settings(app, config)).run(sockets=[listener])
+        uvicorn.Server(server_settings(app, config)).run(sockets=[listener])
 
 
 def listen(config: ServerConfig) -> socket.socket:

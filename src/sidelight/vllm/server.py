@@ -8,6 +8,7 @@ The configuration stays in the process, so no secret is in an argument or a vari
 import errno
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from math import ceil
@@ -48,7 +49,7 @@ _NOT_LISTENING = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES}
 
 
 def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
-    """Serves until SIGINT or SIGTERM; running requests may take ``drain_s`` to finish.
+    """Serves until SIGTERM or SIGINT; running requests may take ``drain_s`` to finish.
 
     Args:
         config: The configuration, with the folders of the probes.
@@ -56,6 +57,7 @@ def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
         probes: Those of the folders.
 
     Raises:
+        KeyboardInterrupt: SIGINT has stopped it.
         SidelightError: An option has no place in vLLM's server, everybody beyond this machine would
             be served, the address cannot be listened on, vLLM cannot serve the probes, or has died.
     """
@@ -70,15 +72,22 @@ def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
     sys.argv = ["vllm", *arguments(config, model, backbone.path)]
     from vllm.entrypoints.launchers.api_server.entry import main
 
-    has_failed = _noted_failure()
+    has_failed, signals = _noted_failure(), _noted_signals()
     try:
         main()
+    except KeyboardInterrupt as interruption:
+        # vLLM raises it at SIGTERM too while it loads the model.
+        if "terminated" in interruption.args:
+            return
+        raise
     except OSError as error:
         if error.errno in _NOT_LISTENING:
             raise cannot_listen(config, error) from error
         raise
     if has_failed():
         raise EngineUnavailableError("vLLM has stopped; its log says why. Start the server again.")
+    if signals[:1] == [signal.SIGINT]:
+        raise KeyboardInterrupt
 
 
 def _noted_failure() -> Callable[[], bool]:
@@ -93,6 +102,25 @@ def _noted_failure() -> Callable[[], bool]:
 
     wrap(AsyncLLM, "shutdown", note)
     return lambda: states[:1] == [True]
+
+
+def _noted_signals() -> list[int]:
+    """The signals that will have stopped vLLM's server, which ends alike after each of them."""
+    from uvloop import Loop
+
+    signals: list[int] = []
+
+    def note(
+        add: Callable[..., None], loop: Any, number: int, callback: Callable[..., None], *args: Any
+    ) -> None:
+        def noted() -> None:
+            signals.append(number)
+            callback(*args)
+
+        add(loop, number, noted)
+
+    wrap(Loop, "add_signal_handler", note)
+    return signals
 
 
 def arguments(config: ServerConfig, model: str, path: str) -> list[str]:
