@@ -15,7 +15,7 @@ from tiny import FAMILIES, family_backbone, tiny_backbone
 # What only tests inside vLLM use.
 pytest_plugins = ("vllm_suite",)
 # Laws that several test files run say as much as tests do where they fail.
-pytest.register_assert_rewrite("engine_contract", "policy_contract")
+pytest.register_assert_rewrite("engine_contract", "mechanism_contract", "policy_contract")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -56,7 +56,7 @@ def late(backbone, name="late", side="response", **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["response", "both"])
-@pytest.mark.parametrize("mechanism", ["readout", "gate", "attention", "blend"])
+@pytest.mark.parametrize("mechanism", ["readout", "gate", "attention"])
 def test_a_running_verdict_is_that_of_the_text_so_far(backbone, side, mechanism):
     probe = late(backbone, side=side, mechanism=mechanism)
 

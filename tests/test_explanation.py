@@ -114,7 +114,7 @@ def test_a_text_without_a_verdict_is_not_explained(backbone):
 def test_an_engine_explains_by_the_pass_that_judges(backbone):
     probes = [
         *three_probes(backbone),
-        untrained_probe(backbone, "fused", mechanism="blend"),
+        untrained_probe(backbone, "fused", mechanism="spans"),
         untrained_probe(backbone, "late", reads=Reads("response")),
     ]
     names = [probe.name for probe in probes]

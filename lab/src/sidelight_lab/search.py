@@ -80,7 +80,7 @@ class Space:
     def default_parameters(self, specs: Sequence[MechanismSpec]) -> dict[str, Any]:
         """The mechanism's default options and settings, or the nearest ones."""
         mechanism = specs[0].name
-        settings, default = suggested_settings(mechanism), mechanism_spec(mechanism)
+        default, settings = mechanism_spec(mechanism), suggested_settings(mechanism)
         return {
             "options": _options_name(default if default in specs else specs[0]),
             "learning rate": float(np.clip(settings.learning_rate, *self.learning_rate)),

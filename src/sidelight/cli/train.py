@@ -41,7 +41,7 @@ _AUTO = "auto"
 @options.mechanisms(
     default=_AUTO,
     help="auto (a readout and a linear solution, mixed), or a comma-separated list: attention, "
-    "blend, fusion, gate, linear, pooling, readout, spans.",
+    "gate, linear, pooling, readout, spans.",
 )
 @click.option(
     "--spans",

@@ -3,12 +3,10 @@
 To add one, write its file and import it here; the law tests find it in the registry (``base``).
 """
 
-from sidelight.mechanisms import attention, blend, fusion, gate, pooling, readout, spans
+from sidelight.mechanisms import attention, gate, pooling, readout, spans
 
 __all__ = [
     "attention",
-    "blend",
-    "fusion",
     "gate",
     "pooling",
     "readout",

@@ -11,6 +11,7 @@ packing. Knows hidden states, which the probe standardises if at all, and no tex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from inspect import Parameter, signature
 from typing import Any, TypeVar, get_args
 
@@ -148,6 +149,9 @@ def hide(
 Builder = Callable[..., Mechanism]
 _Builder = TypeVar("_Builder", bound=Builder)
 _BUILDERS: dict[str, Builder] = {}
+# Entry points of other packages, each a builder as for ``register``.
+_GROUP = "sidelight.mechanisms"
+_MOVED = ("blend", "fusion")
 
 
 def register(name: str) -> Callable[[_Builder], _Builder]:
@@ -168,7 +172,7 @@ def register(name: str) -> Callable[[_Builder], _Builder]:
 
 
 def mechanism_names() -> tuple[str, ...]:
-    """All registered names, in alphabetical order."""
+    """All registered names, in alphabetical order; without those of entry points."""
     return tuple(sorted(_BUILDERS))
 
 
@@ -222,6 +226,16 @@ def _check_value(option: str, value: OptionValue, kind: Any) -> None:
 
 
 def _registered(name: str) -> Builder:
-    if name not in _BUILDERS:
-        raise SidelightError(f"Unknown mechanism '{name}'.{did_you_mean(name, _BUILDERS)}")
-    return _BUILDERS[name]
+    if name in _BUILDERS:
+        return _BUILDERS[name]
+    others = entry_points(group=_GROUP)
+    if name in others.names:
+        return others[name].load()
+    if name in _MOVED:
+        raise SidelightError(
+            f"Mechanism '{name}' belongs to the package sidelight-lab, which is not installed. "
+            "Run `pip install sidelight-lab`."
+        )
+    raise SidelightError(
+        f"Unknown mechanism '{name}'.{did_you_mean(name, {*_BUILDERS, *others.names})}"
+    )

@@ -104,8 +104,6 @@ SUGGESTED = {
     # Solved, not trained: it has one optimum.
     "linear": TrainingSettings(epochs=1, patience=1, least_steps=0, standardise=False),
     "readout": TrainingSettings(weight_decay=0.3, epochs=6, layer_weights="predictive"),
-    "fusion": TrainingSettings(weight_decay=0.3, epochs=6),
-    "blend": TrainingSettings(weight_decay=0.3, epochs=6, layer_weights="predictive"),
     # Every token is an example.
     "spans": TrainingSettings(learning_rate=2e-3, epochs=4, least_steps=240),
 }

@@ -60,7 +60,7 @@ class ProbeRow:
         except ValidationError as error:
             raise SidelightError(f"Setting {_complaint(error, _SETTINGS)}") from error
         settings = {name: getattr(checked, name) for name in self.settings}
-        return suggested_settings(self.mechanism).changed(**settings)
+        return suggested_settings(self.spec().name).changed(**settings)
 
     def changed(self, parameter: str, value: Value) -> "ProbeRow":
         """With another value of a setting or an option, which the name tells."""

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sidelight.mechanisms.base import Geometry, Mechanism, register
-from sidelight.mechanisms.fusion import Fusion
+from sidelight.mechanisms.base import Geometry, Mechanism
 from sidelight.mechanisms.readout import Readout
 from sidelight.mechanisms.shares import Shares
 from sidelight.ragged import Ragged
+from sidelight_lab.mechanisms.fusion import Fusion
 
 
 class Blend(Mechanism):
@@ -106,7 +106,6 @@ def _state_shape(member: Mechanism) -> torch.Size:
     return member.summarise(Ragged(nothing, lengths)).values.shape[1:]
 
 
-@register("blend")
 def blend(
     geometry: Geometry,
     *,

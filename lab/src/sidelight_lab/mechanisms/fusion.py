@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sidelight.mechanisms.base import Geometry, Mechanism, hide, register
+from sidelight.mechanisms.base import Geometry, Mechanism, hide
 from sidelight.mechanisms.shares import Shares, integrated
 from sidelight.mechanisms.stages import (
     finish_softmax,
@@ -22,7 +22,6 @@ from sidelight.ragged import Ragged
 DROPOUT = 0.3
 
 
-@register("fusion")
 class Fusion(Mechanism):
     """Reads a text by attention heads over features that a token's layers share.
 

@@ -1,0 +1,105 @@
+"""The laboratory's mechanisms keep the laws of mechanisms, and are found where it is installed."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import ndtr
+
+from mechanism_contract import (  # noqa: F401 - the laws run here
+    COMPLETE,
+    LAYERS,
+    built,
+    drawn,
+    gated,
+    mechanism,
+    part_of,
+    projected,
+    shares_of,
+    test_a_token_that_was_not_read_leaves_no_logit,
+    test_each_mechanism_equals_its_equation_in_numpy,
+    test_gradients_of_both_forms_are_equal,
+    test_huge_scores_do_not_overflow,
+    test_padding_cutting_and_merging_give_the_dense_form,
+    test_shares_of_tokens_and_layers_sum_to_the_logit,
+    test_training_on_short_texts_is_exact_but_for_dropout,
+)
+from sidelight.artifact import load_probe, save_probe
+from sidelight.errors import SidelightError
+from sidelight.mechanisms import base
+from sidelight.ragged import Ragged
+from sidelight.training.settings import suggested_settings
+from sidelight_lab.mechanisms import fusion
+from test_mechanisms import readout_logits
+from tiny import untrained_probe
+
+VARIANTS = [
+    ("fusion", {}),
+    ("fusion", {"rank": 3, "heads": 1}),
+    ("blend", {}),
+    ("blend", {"fusions": 1, "rank": 4}),
+]
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=str)
+def variant(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def integrated():
+    return ("fusion", "blend")
+
+
+@pytest.fixture(autouse=True)
+def without_dropout(monkeypatch):
+    monkeypatch.setattr(fusion, "DROPOUT", 0.0)
+
+
+def fusion_logits(own, states, **_options):
+    inner = np.einsum("ltd,ldr->tr", states, own["features"]) / math.sqrt(LAYERS)
+    centred = inner - inner.mean(1, keepdims=True)
+    normed = centred / np.sqrt(inner.var(1, keepdims=True) + 1e-5)
+    features = normed * own["norm.weight"] + own["norm.bias"]
+    return own["bias"] + gated(features * ndtr(features), own)
+
+
+def blend_logits(own, states, fusions, **_options):
+    first, *rest = [part_of(own, f"members.{i}.") for i in range(fusions + 1)]
+    logits = [readout_logits(first, states), *(fusion_logits(member, states) for member in rest)]
+    return np.mean(logits, 0)
+
+
+@pytest.fixture(scope="module")
+def equations():
+    return {"fusion": fusion_logits, "blend": blend_logits}
+
+
+def test_integrated_gradients_are_those_of_the_dense_form():
+    """Against many small steps along the hidden states themselves."""
+    fused = built("fusion", {"rank": 3, "heads": 1}, 1)
+    (text,) = drawn([4], seed=5)
+    # As the fourth power, in even steps of its root.
+    root = ((torch.arange(2000) + 0.5) / 2000)[:, None, None, None]
+    hidden = (text * root**4).requires_grad_()
+    logits = fused(hidden, torch.ones(2000, 4, dtype=torch.bool))
+    (gradient,) = torch.autograd.grad(logits.sum(), hidden)
+    expected = (4 * root**3 / 2000 * gradient * text).sum((0, 3))
+    tokens = Ragged(projected(fused, text).detach(), torch.tensor([4]))
+    torch.testing.assert_close(
+        shares_of(fused, tokens, 0).values.float(), expected.T, atol=COMPLETE, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", ["fusion", "blend"])
+def test_probes_of_them_load_where_the_laboratory_is_installed_alone(
+    name, tiny, tmp_path, monkeypatch
+):
+    assert name not in base.mechanism_names()
+    assert suggested_settings(name).epochs == 6
+    folder = save_probe(untrained_probe(tiny, "p", mechanism=name), tmp_path / "p")
+    assert load_probe(folder).spec.name == name
+    monkeypatch.setattr(base, "_GROUP", "a.group.of.nobody")
+    with pytest.raises(SidelightError, match=f"'{name}' belongs to .*pip install sidelight-lab"):
+        load_probe(folder)
