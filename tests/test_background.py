@@ -114,7 +114,7 @@ def test_each_beginning_has_all_lengths_kinds_and_sources(count: int, tmp_path: 
     lengths = np.digitize([sum(len(t.content) for t in turns) for turns in taken], [64, 256, 1024])
     assert min(np.bincount(lengths, minlength=4)) > 0.1 * count
     several = np.digitize([len(turns) for turns in taken], [2, 5])
-    assert min(np.bincount(several, minlength=3)) > 0.25 * count
+    assert min(np.bincount(several, minlength=3)) > 0.2 * count
     cells = {
         asked(item.messages): row
         for item, row in zip(PACKAGED_EXAMPLES.items, PACKAGED_ROWS, strict=True)
@@ -124,7 +124,7 @@ def test_each_beginning_has_all_lengths_kinds_and_sources(count: int, tmp_path: 
     assert len(kinds) == 10
     assert max(kinds.values()) < 0.2 * count
     assert len(sources) >= min(30, 0.7 * count)
-    assert max(sources.values()) <= 0.1 * count
+    assert max(sources.values()) <= 0.12 * count
 
 
 def test_a_seed_decides_the_order_and_no_row_is_lost():
@@ -144,3 +144,23 @@ def test_a_text_with_another_name_or_number_is_like_the_text():
     others = ["Please send order 99 to my new address!"]
     assert are_alike(texts, others, cosine=0.85).tolist() == [True, False]
     assert are_alike(texts, [], cosine=0.85).tolist() == [False, False]
+
+
+@pytest.mark.parametrize("count", [1, 5, 7])
+def test_no_source_is_in_two_parts_of_the_background(count):
+    background = load_background("packaged")
+    parts = background.parts(count)
+    assert sum(map(len, parts)) == len(background)
+    sources = [{*part.sources} for part in parts]
+    assert sum(map(len, sources)) == len({*background.sources})
+    assert min(map(len, parts)) > 0.7 * len(background) / count
+    # Each keeps the balanced order.
+    for part in parts:
+        rest = iter(background.conversations)
+        assert all(turns in rest for turns in part.conversations)
+
+
+def test_conversations_of_no_known_source_are_parted_one_by_one():
+    turns = tuple((Message("user", f"Hello {i}."),) for i in range(10))
+    for background in (Background(turns), Background(turns, ("",) * 10)):
+        assert [len(part) for part in background.parts(3)] == [4, 3, 3]

@@ -10,6 +10,7 @@ import pytest
 import sidelight.training.fit
 from commands import run, saved
 from corpora import rows
+from pretended_device import pretended
 from sidelight.bank import Bank
 from sidelight.calibration import fit_calibration
 from sidelight.data.examples import Example, LabelledExamples
@@ -19,18 +20,23 @@ from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.thresholds import ThresholdRule, operating_curves
 from sidelight.training import classifier, contexts
 from sidelight.training.background import Background, load_background
-from sidelight.training.contexts import Context, ContextSampler
+from sidelight.training.contexts import Context, ContextSampler, draw_contexts
 from sidelight.training.dataset import ProbeDataset, make_split, prepare
 from sidelight.training.fit import calibrate_probe, fit
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import FitOptions, Job, TrainingSettings
 from sidelight.training.traffic import (
     Traffic,
+    conversations_of,
+    count_flagged,
     highest_logits,
     kept_logits,
     kept_rate,
+    left_out_thresholds,
     measure_traffic,
+    parts_of,
     quiet_thresholds,
+    rate_sentence,
     traffic_warnings,
 )
 from tiny import INTENT, TOXICITY, score, tiny_backbone, untrained_probe
@@ -274,15 +280,54 @@ def test_thresholds_let_ordinary_conversations_pass(tiny, rule, most):
             kept_logits(replace(probe, record={"traffic": {"logits": broken}}))
 
 
-def test_conversations_enough_to_tell_a_rate_are_shown_however_long(
-    tiny, examples, options, monkeypatch
-):
-    monkeypatch.setattr(contexts, "_LEAST_CONTEXT_TOKENS", 0)
-    monkeypatch.setattr(contexts, "_CONTEXT_TOKENS", 0.1)
-    for count in (1, 5):
-        groups = np.array_split(np.arange(60), count)
-        drawn = contexts.draw_contexts(tiny, examples, groups, TRAFFIC, options)
-        assert Counter(context.kind for context in drawn)["background"] == 30
+def test_a_conversation_is_counted_at_the_threshold_that_others_set():
+    """Of a part that is unlike all others, all are flagged, whatever the served threshold is."""
+    logits, parts = np.zeros((100, 1)), np.arange(100) // 20
+    logits[parts == 3] = 5.0
+    none = fit_calibration("none", logits, np.arange(100) % 2, TOXICITY)
+    rule = ThresholdRule()
+    (served,) = quiet_thresholds((0.3,), none, logits, rule)
+    assert (none.apply(logits) >= served).sum() == 0
+    assert count_flagged(TOXICITY, (0.3,), none, logits, parts, rule) == 20
+    applied = left_out_thresholds((0.3,), none, logits, parts, rule)
+    assert applied[3] < served == applied[0]
+    # What costs more than a rate is not raised.
+    costs = ThresholdRule.parse("recall=0.9")
+    assert (left_out_thresholds((0.3,), none, logits, parts, costs) == 0.3).all()
+
+
+def test_few_conversations_have_no_rate():
+    assert "too few" in rate_sentence(0, 99, abstains=False)
+    assert "%" not in rate_sentence(0, 99, abstains=False)
+    assert "4.0% (95 % interval 1.6% to 9.8%)" in rate_sentence(4, 100, abstains=False)
+
+
+@pytest.mark.slow
+def test_contexts_have_as_many_tokens_as_are_asked_for(tiny, examples, options):
+    few, more = (
+        prepare(tiny, examples, None, options=replace(options, context_tokens=tokens)).contexts
+        for tokens in (3_000, 6_000)
+    )
+    for made, tokens in ((few, 3_000), (more, 6_000)):
+        total = sum(len(context.prompt) for context in made)
+        # Each group ends with a whole context.
+        assert tokens <= total <= tokens + 5 * 256
+    parts = parts_of(more)
+    assert {*parts} == {0, 1, 2, 3, 4}
+    assert len(parts) == len(conversations_of(more))
+
+
+def test_a_gpu_reads_more_of_ordinary_traffic(examples, options, monkeypatch):
+    monkeypatch.setattr(contexts, "_LEAST_CONTEXT_TOKENS_ON_GPU", 40_000)
+    counts = []
+    with pretended() as device:
+        for where in ("cpu", device):
+            backbone = tiny_backbone()
+            backbone.model.to(where)
+            parts = [options.background]
+            drawn = draw_contexts(backbone, examples, [np.arange(60)], parts, options)
+            counts.append(sum(len(context.prompt) for context in drawn))
+    assert counts[0] < 21_000 < counts[1]
 
 
 @pytest.mark.slow
@@ -325,7 +370,7 @@ def test_traffic_is_counted_by_conversation_and_by_length():
     contexts += [shown_alone(10, "disguised", 0)]
     chance = np.array([[0.1], [0.9], [0.2], [0.7], [0.1], [0.8], [0.4], [0.1]])
     labels = np.array([0] * 5 + [1] * 3)
-    traffic = measure_traffic(TOXICITY, contexts, chance, labels, [0.5])
+    traffic = measure_traffic(TOXICITY, contexts, chance, labels, np.array([[0.5]]))
     assert (traffic.conversations, traffic.flagged) == (2, 1)
     short, middle, _ = traffic.surroundings
     expected = {"positives": 1, "found": 1, "ordinary": 3, "flagged": 2}
@@ -350,7 +395,8 @@ def test_several_classes_say_none_to_ordinary_traffic(tiny, options):
     assert made.probe.task.labels == (*INTENT.labels, "none")
     assert made.traffic.conversations == len(TRAFFIC)
     assert made.traffic.flagged <= 0.1 * len(TRAFFIC)
-    assert "another class than 'none'" in str(made.traffic)
+    sentence = rate_sentence(3, 100, abstains=True)
+    assert "another class than 'none' to 3.0% (95 % interval 1.0% to 8.5%)" in sentence
     # The figures are those of the classes that texts have.
     assert [*made.report.per_class] == [*INTENT.labels]
     assert made.report.metrics["accuracy"].value > 0.9
@@ -373,7 +419,7 @@ def test_several_classes_say_none_to_ordinary_traffic(tiny, options):
 def test_what_ordinary_traffic_costs_is_said_with_its_remedy(flagged, threshold, told):
     scores = np.r_[np.full(10, 0.9), np.full(10, 0.7), np.full(180, 0.2)]
     curves = operating_curves(TOXICITY, scores[:, None], np.arange(200) < 20)
-    traffic = Traffic(100, flagged, (), ())
+    traffic = Traffic(100, flagged, (), (), ())
     doubts = traffic_warnings(traffic, curves, [threshold], ThresholdRule())
     assert len(doubts) == bool(told)
     assert all(told in doubt and "--background FILE" in doubt for doubt in doubts)

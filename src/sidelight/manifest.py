@@ -56,6 +56,9 @@ class OrdinaryText(BaseModel):
 
 class _Traffic(BaseModel):
     logits: list[list[float]] = []
+    parts: list[_Count] = []
+    flagged: _Count = 0
+    conversations: _Count = 0
     worst: list[OrdinaryText] = []
 
 

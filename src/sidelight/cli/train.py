@@ -129,6 +129,7 @@ def train(
         calibration=chosen.pop("calibration", None),
         threshold=rule,
         none=chosen.pop("none", True),
+        context_tokens=chosen.pop("context_tokens", None),
         # What is left are settings of the optimisation.
         settings={
             mechanism: suggested_settings(mechanism).changed(**chosen)
@@ -192,6 +193,7 @@ def _kinds() -> dict[str, Any]:
         **kinds,
         **switches,
         "calibration": CalibrationKind,
+        "context_tokens": PositiveInt,
         "format": PromptFormat,
         "reads": Side,
         "seeds": PositiveInt,

@@ -1,7 +1,8 @@
 """Ordinary conversations, which training shows texts in and a probe learns to let pass."""
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -19,6 +20,7 @@ Turns = tuple[Message, ...]
 PACKAGED = Path(__file__).with_name("background.jsonl.gz")
 # Characters and turns at which a conversation is longer.
 _LENGTHS, _TURNS = (64, 256, 1024, 4096), (2, 5)
+_WEIGHTS = (1, 1, 1, 2, 4)
 # Cosine from which background counts as a labelled text, and the most texts that it is compared to.
 _SAME_TEXT, _COMPARED_TEXTS = 0.85, 5000
 # Texts that are so many times as long as each other are never alike.
@@ -33,11 +35,46 @@ class Background:
 
     Attributes:
         conversations: Their turns; none if training goes without.
+        sources: Where each of them is from; "" is nowhere that others are from. None: nobody knows.
         private: Those that are a user's own, so that no artifact may hold their texts.
     """
 
     conversations: tuple[Turns, ...] = ()
+    sources: tuple[str, ...] | None = None
     private: frozenset[Turns] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def select(self, rows: Iterable[int]) -> "Background":
+        """The conversations of these rows, in their order."""
+        rows, sources = [*rows], self.sources
+        conversations = tuple(self.conversations[row] for row in rows)
+        return replace(
+            self,
+            conversations=conversations,
+            sources=sources and tuple(sources[row] for row in rows),
+        )
+
+    def parts(self, count: int) -> list["Background"]:
+        """The conversations in parts of about one size, with those of a source in one part.
+
+        What is left out of training by parts is then as unlike the rest as traffic that nobody has
+        collected: conversations of one source resemble each other.
+        """
+        names = [
+            source or f"\n{row}" for row, source in enumerate(self.sources or ("",) * len(self))
+        ]
+        rows: list[list[int]] = [[] for _ in range(count)]
+        part_of: dict[str, list[int]] = {}
+        for name, size in Counter(names).most_common():
+            part_of[name] = min(rows, key=len)
+            part_of[name].extend([-1] * size)
+        for part in rows:
+            part.clear()
+        for row, name in enumerate(names):
+            part_of[name].append(row)
+        return [self.select(part) for part in rows]
 
 
 def load_background(name: str | Path) -> Background:
@@ -69,15 +106,21 @@ def _packaged() -> Background:
 def _balanced(*sets: Examples) -> Background:
     """All conversations; those of every set but the first are private."""
     conversations: list[Turns] = []
+    sources: list[str] = []
     strata: list[tuple[Hashable, ...]] = []
+    weights: list[float] = []
     for number, examples in enumerate(sets):
         for item, cells in zip(examples.items, examples.rows, strict=True):
             turns = _request(item.messages)
-            strata.append((number, *_stratum(turns, cells, unknown=len(strata))))
+            length, *others = _stratum(turns, cells, unknown=len(strata))
+            strata.append((number, length, *others))
+            # A second or a quarter of the conversations that take most of the time.
+            weights.append(_WEIGHTS[length])
             conversations.append(turns)
+            sources.append(str(cells.get("source") or ""))
     private = frozenset(conversations[len(sets[0]) :])
-    order = balanced_order(strata)
-    return Background(tuple(conversations[index] for index in order), private)
+    background = Background(tuple(conversations), tuple(sources), private)
+    return background.select(balanced_order(strata, weights=weights))
 
 
 def _request(messages: Turns) -> Turns:
@@ -86,20 +129,25 @@ def _request(messages: Turns) -> Turns:
     return messages[: asked[-1] + 1] if asked else messages
 
 
-def _stratum(turns: Turns, cells: Mapping[str, object], *, unknown: int) -> tuple[Hashable, ...]:
+def _stratum(
+    turns: Turns, cells: Mapping[str, object], *, unknown: int
+) -> tuple[int, *tuple[Hashable, ...]]:
     """What is balanced; a conversation of no known kind or source has one of its own."""
     characters = sum(len(turn.content) for turn in turns)
     named = (str(cells.get(column) or unknown) for column in ("kind", "source"))
     return int(np.digitize(characters, _LENGTHS)), int(np.digitize(len(turns), _TURNS)), *named
 
 
-def balanced_order(strata: Sequence[tuple[Hashable, ...]], *, seed: int = 0) -> list[int]:
+def balanced_order(
+    strata: Sequence[tuple[Hashable, ...]], *, weights: Sequence[float] = (), seed: int = 0
+) -> list[int]:
     """An order of rows of which every beginning has each value of a column about equally often.
 
     The next row is always one whose values came least often so far.
 
     Args:
-        strata: The values of each row.
+        strata: The values of each row, which decide its weight.
+        weights: As how many rows each counts; all as one if there are none.
         seed: Decides among rows that would do as well.
     """
     random = np.random.default_rng(seed)
@@ -114,11 +162,12 @@ def balanced_order(strata: Sequence[tuple[Hashable, ...]], *, seed: int = 0) -> 
     kinds, kind_of = np.unique(codes, axis=0, return_inverse=True)
     members = [rows[kind_of == kind].tolist() for kind in range(len(kinds))]
     ties, taken = random.random(len(kinds)), np.zeros(len(numbers))
+    weigh = [weights[own[0]] if weights else 1.0 for own in members]
     order: list[int] = []
     for _ in rows:
         best = int((taken[kinds].sum(1) + ties).argmin())
         order.append(members[best].pop())
-        taken[kinds[best]] += 1
+        taken[kinds[best]] += weigh[best]
         if not members[best]:
             ties[best] = np.inf
     return order
@@ -126,8 +175,8 @@ def balanced_order(strata: Sequence[tuple[Hashable, ...]], *, seed: int = 0) -> 
 
 def choose_conversations(
     background: Background, examples: LabelledExamples
-) -> tuple[tuple[Turns, ...], list[str]]:
-    """The conversations without a turn that is a labelled text, and warnings."""
+) -> tuple[Background, list[str]]:
+    """The background without conversations that hold a labelled text, and warnings."""
     conversations, warnings = background.conversations, list[str]()
     keys = {item.text_key for item in examples.items}
     turns = [[Example((turn,)).text_key for turn in messages] for messages in conversations]
@@ -138,8 +187,7 @@ def choose_conversations(
         compared = [key for key in {*chain(*turns)} if shortest <= len(key) <= longest]
         is_alike = are_alike(compared, [*keys], cosine=_SAME_TEXT)
         labelled |= {compared[index] for index in np.flatnonzero(is_alike)}
-    pairs = zip(conversations, turns, strict=True)
-    kept = tuple(messages for messages, texts in pairs if not labelled & {*texts})
+    kept = background.select(row for row, texts in enumerate(turns) if not labelled & {*texts})
     if left_out := len(conversations) - len(kept):
         warnings.append(
             f"{left_out} conversations of the background hold a text of the training data, "

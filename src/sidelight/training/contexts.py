@@ -7,7 +7,6 @@ these are shown by themselves, without a label. A context stays on its text's si
 and so does the background that it is made of.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from sidelight.prompts import (
     judged_units,
     piece_lengths,
 )
-from sidelight.training.background import Turns
+from sidelight.training.background import Background, Turns
 from sidelight.training.settings import FitOptions
 from sidelight.types import Numbers
 
@@ -47,11 +46,9 @@ _SENTENCE_END = re.compile(r"(?<=[.!?\n])\s+")
 # pieces. How often one of the units that serving judges stands for a context without a label.
 _TURN_ALONE, _PIECES_ALONE, _UNIT_ALONE = 0.5, 0.7, 0.7
 # The tokens of contexts: relative to those of the texts, but at least so many; and the share of
-# them that is background alone.
-_CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS = 0.6, 16_000
-_BACKGROUND_SHARE = 0.4
-# Of background alone, whatever its length: fewer conversations cannot tell a rate of 4 in 100.
-_LEAST_CONVERSATIONS = 30
+# them that is background alone. A GPU reads as many in a few seconds.
+_CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS_ON_GPU = 0.6, 40_000, 400_000
+_BACKGROUND_SHARE = 0.65
 # No probe reads these turns where they lead.
 _SYSTEM = ("system", "developer")
 # A text gets so many contexts at most, and so many attempts at one.
@@ -87,7 +84,7 @@ def draw_contexts(
     backbone: TransformersBackbone,
     examples: LabelledExamples,
     groups: Sequence[Int[Numbers, " _"]],
-    conversations: Sequence[Turns],
+    background: Sequence[Background],
     options: FitOptions,
 ) -> tuple[Context, ...]:
     """Contexts of texts, and background alone; none without background, or of labelled spans.
@@ -95,36 +92,37 @@ def draw_contexts(
     Args:
         backbone: Encodes them.
         examples: The texts.
-        groups: Which of them each group has. A group gets background of its own.
-        conversations: The background.
-        options: What is read, and the longest context.
+        groups: Which of them each group has.
+        background: Of each group.
+        options: What is read, how many tokens of contexts, and the longest context.
     """
     task, encoder = examples.task, backbone.encoder
-    is_shown = bool(conversations) or encoder.prompt_format == "both"
+    is_shown = any(map(len, background)) or encoder.prompt_format == "both"
     if options.reads.includes_response or not is_shown or isinstance(examples, SpanExamples):
         return ()
     is_part = options.reads_of(task).scope == "each_turn"
     limit = min(options.max_tokens, encoder.max_tokens)
+    least = options.context_tokens
+    if least is None:
+        is_slow = backbone.device.type == "cpu"
+        least = _LEAST_CONTEXT_TOKENS if is_slow else _LEAST_CONTEXT_TOKENS_ON_GPU
     contexts: list[Context] = []
-    for group, texts in enumerate(groups):
+    for group, (texts, part) in enumerate(zip(groups, background, strict=True)):
         sampler = ContextSampler(
             encoder,
             options.reads,
-            conversations[group :: len(groups)],
+            part.conversations,
             is_part=is_part,
             max_tokens=limit,
             seed=int(texts[0]),
         )
         lengths = (len(encoder.encode_any_length(examples.items[i].conversation)) for i in texts)
         of_texts = sum(min(length, limit) for length in lengths)
-        tokens = round(max(_LEAST_CONTEXT_TOKENS / len(groups), _CONTEXT_TOKENS * of_texts))
+        tokens = round(max(least / len(groups), _CONTEXT_TOKENS * of_texts))
         alone: list[Context] = []
         if is_part or task.abstains:
-            share = round(tokens * _BACKGROUND_SHARE)
-            alone = sampler.background(
-                tokens=share, least=math.ceil(_LEAST_CONVERSATIONS / len(groups))
-            )
-            tokens -= min(share, sum(len(context.prompt) for context in alone))
+            alone = sampler.background(tokens=round(tokens * _BACKGROUND_SHARE))
+            tokens -= sum(len(context.prompt) for context in alone)
         drawn = (*alone, *sampler.of_texts(examples, texts, tokens=tokens))
         contexts += [replace(context, group=group) for context in drawn]
     return tuple(contexts)
@@ -166,33 +164,28 @@ class ContextSampler:
         if encoder.prompt_format == "both":
             self._shares["plain"] = 1.0
 
-    def background(self, *, tokens: int, least: int = 0) -> list[Context]:
+    def background(self, *, tokens: int) -> list[Context]:
         """Conversations as they are, and sentences of them in the contexts that texts have.
 
         Without the latter, a context would say by itself that there may be a labelled text in it.
 
         Args:
-            tokens: No more are taken once they have so many tokens,
-            least: and there are so many conversations.
+            tokens: No more are taken once they have so many tokens.
         """
         contexts: list[Context] = []
-        shown = 0
         order = [*range(len(self._conversations))]
         if not self._is_part:
             # A class needs many texts: short ones come first more often, but not always.
             sizes = [sum(len(turn.content) for turn in turns) for turns in self._conversations]
             order.sort(key=lambda place: self._random.expovariate(1 / max(1, sizes[place])))
         for index, turns in enumerate(self._conversations[place] for place in order):
-            if tokens <= 0 and shown >= least:
+            if tokens <= 0:
                 break
             example = Example(tuple(turns))
             prompt = self._encoded(example)
             if prompt is not None:
                 contexts.append(Context("background", example, prompt, len(example.text.split())))
                 tokens -= len(prompt)
-                shown += 1
-            if tokens <= 0:
-                continue
             words = self._random.randint(*_FILLER_WORDS)
             filler = Example((Message("user", " ".join(self._sentences(words))),))
             # One for every other conversation.

@@ -38,8 +38,8 @@ from sidelight.types import Task
 # The characters of each text's tokens.
 TokenPlaces = Sequence[Sequence[tuple[int, int]]]
 
-# The share of the background that measures, where texts are held out.
-_MEASURING_SHARE = 0.3
+# The parts of the background that measure, where texts are held out; training has FOLDS.
+_MEASURING_PARTS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,14 +246,11 @@ def prepare(
     training, validation, folds, warnings = choose_validation(training, validation, options)
     task = options.with_none(training.task)
     training, validation = replace(training, task=task), replace(validation, task=task)
-    conversations, doubts = choose_conversations(options.background, training)
+    background, doubts = choose_conversations(options.background, training)
     warnings += doubts
-    measuring = 0 if folds else round(len(conversations) * _MEASURING_SHARE)
-    count = min(FOLDS, training.distinct)
-    groups = training.folds(count, seed=0) if count > 1 else (np.arange(len(training)),)
-    # Of few texts of several classes, the first folds may take all.
-    groups = tuple(group for group in groups if len(group))
-    contexts = draw_contexts(backbone, training, groups, conversations[measuring:], options)
+    groups = _groups(training, FOLDS)
+    parts = background.parts(len(groups) + (0 if folds else _MEASURING_PARTS))
+    contexts = draw_contexts(backbone, training, groups, parts[: len(groups)], options)
     refusal = linear_refusal(backbone, len(training) + len(contexts), options)
     if refusal and any(spec.name == "linear" for spec in options.mechanisms or ()):
         raise SidelightError(
@@ -266,8 +263,10 @@ def prepare(
         folds = fitted.folds(len(folds))
     else:
         warnings += shared_texts(training, validation)
-        groups = (np.arange(len(validation)),)
-        contexts = draw_contexts(backbone, validation, groups, conversations[:measuring], options)
+        measuring = parts[len(groups) :]
+        groups = _groups(validation, len(measuring))
+        measuring = measuring[: len(groups)]
+        contexts = draw_contexts(backbone, validation, groups, measuring, options)
         measured = split(
             validation,
             contexts=contexts,
@@ -292,6 +291,14 @@ def prepare(
         contexts,
         given_sha256,
     )
+
+
+def _groups(examples: LabelledExamples, count: int) -> Folds:
+    """At most so many groups of texts, each with contexts and a part of the background."""
+    count = min(count, examples.distinct)
+    groups = examples.folds(count, seed=0) if count > 1 else (np.arange(len(examples)),)
+    # Of few texts of several classes, the first may take all.
+    return tuple(group for group in groups if len(group))
 
 
 def linear_refusal(backbone: TransformersBackbone, texts: int, options: FitOptions) -> str:

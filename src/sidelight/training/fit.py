@@ -18,6 +18,7 @@ from sidelight.mechanisms.base import mechanism_spec
 from sidelight.mechanisms.readout import Readout
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
+from sidelight.thresholds import choose_thresholds
 from sidelight.training.dataset import ProbeDataset, linear_refusal, prepare
 from sidelight.training.loop import cross_fit, divergence, train_mechanisms
 from sidelight.training.measuring import (
@@ -32,7 +33,13 @@ from sidelight.training.runs import Fit, FittedProbe, write_fit
 from sidelight.training.settings import FitOptions, Job, suggested_settings
 from sidelight.training.spans import LOOKAHEADS, calibrate_spans, choose_lookahead
 from sidelight.training.tfidf import better_words, measure_baseline
-from sidelight.training.traffic import highest_logits, measure_traffic, traffic_warnings
+from sidelight.training.traffic import (
+    highest_logits,
+    left_out_thresholds,
+    measure_traffic,
+    parts_of,
+    traffic_warnings,
+)
 from sidelight.types import NONE
 
 # Shares of the linear solution.
@@ -158,7 +165,7 @@ def calibrate_probe(
     """
     task, texts = dataset.task, len(dataset.validation)
     logits, in_contexts = trained.logits[:texts], trained.logits[texts:]
-    ordinary = highest_logits(dataset.contexts, in_contexts)
+    ordinary, parts = highest_logits(dataset.contexts, in_contexts), parts_of(dataset.contexts)
     calibrated = calibrate_examples(
         logits,
         dataset.validation.examples,
@@ -176,9 +183,17 @@ def calibrate_probe(
             dataset.contexts,
             calibrated.calibration.apply(in_contexts),
             dataset.measured.labels[texts:],
-            thresholds,
+            left_out_thresholds(
+                choose_thresholds(
+                    task, probabilities, dataset.validation.labels, rule=options.threshold
+                ),
+                calibrated.calibration,
+                ordinary,
+                parts,
+                options.threshold,
+            ),
         )
-        traffic_record = {"traffic": traffic.record(ordinary, options.background)}
+        traffic_record = {"traffic": traffic.record(ordinary, parts, options.background)}
     rule, spans = None, None
     if isinstance(examples := dataset.measured.examples, SpanExamples):
         rule, spans = calibrate_spans(

@@ -4,7 +4,7 @@ Labelled texts give both anew. Without texts, thresholds move along the curves t
 last calibrated with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from sidelight.manifest import Manifest, curves_of, reference
 from sidelight.thresholds import (
     F1,
     ThresholdRule,
+    choose_thresholds,
     require_thresholds,
     threshold_doubts,
 )
@@ -30,7 +31,12 @@ from sidelight.training.measuring import (
     describe_scores,
     trained_texts,
 )
-from sidelight.training.traffic import kept_logits, quiet_thresholds
+from sidelight.training.traffic import (
+    count_flagged,
+    kept_logits,
+    kept_parts,
+    quiet_thresholds,
+)
 
 if TYPE_CHECKING:
     from sidelight.probe import Probe
@@ -143,9 +149,26 @@ def require_new_texts(probe: "Probe | Manifest", examples: LabelledExamples) -> 
 
 
 def _recorded(
-    probe: "Probe", fitted: "Probe", rule: ThresholdRule, entry: Mapping[str, Any]
+    probe: "Probe",
+    fitted: "Probe",
+    rule: ThresholdRule,
+    entry: Mapping[str, Any],
+    thresholds: Sequence[float],
 ) -> "Probe":
-    """What was fitted, with an entry in its record."""
+    """What was fitted, with an entry in its record.
+
+    Args:
+        probe: As it was before.
+        fitted: With its new calibration and thresholds.
+        rule: What the thresholds were chosen for.
+        entry: What is recorded of this recalibration.
+        thresholds: What the rule gives without ordinary traffic.
+    """
+    logits, parts = kept_logits(probe), kept_parts(probe)
+    traffic = probe.record.get("traffic")
+    if traffic and len(logits):
+        flagged = count_flagged(probe.task, thresholds, fitted.calibration, logits, parts, rule)
+        traffic = {**traffic, "flagged": flagged}
     before = {
         "version": probe.version,
         "calibration": asdict(probe.calibration),
@@ -154,6 +177,7 @@ def _recorded(
     entry = {"date": datetime.now(UTC).date().isoformat(), "from": before, **entry}
     record = {
         **probe.record,
+        **({"traffic": traffic} if traffic else {}),
         "threshold_rule": str(rule),
         "recalibrations": [*probe.record.get("recalibrations", ()), entry],
     }
@@ -204,7 +228,10 @@ def _follow_labels(
         *_losses(recalls),
         *(_strangers(before) if task.kind != "multiclass" else ()),
     )
-    return Recalibrated(_recorded(probe, fitted, rule, entry), (before, after), doubts)
+    chances = calibrated.calibration.apply(logits)
+    alone = choose_thresholds(task, chances, labels, rule=rule)
+    made = _recorded(probe, fitted, rule, entry, alone)
+    return Recalibrated(made, (before, after), doubts)
 
 
 def _strangers(before: Report) -> list[str]:
@@ -232,8 +259,8 @@ def _losses(recalls: Mapping[str, tuple[float | None, float | None]]) -> list[st
 
 def _follow_rule(probe: "Probe", rule: ThresholdRule) -> Recalibrated:
     curves = curves_of(probe.record)
-    thresholds = tuple(curve.threshold(rule) for curve in curves.values())
-    thresholds = quiet_thresholds(thresholds, probe.calibration, kept_logits(probe), rule)
+    alone = tuple(curve.threshold(rule) for curve in curves.values())
+    thresholds = quiet_thresholds(alone, probe.calibration, kept_logits(probe), rule)
     positives = {label: curve.positives for label, curve in curves.items()}
     texts = max(curve.positives + curve.negatives for curve in curves.values())
     doubts = threshold_doubts(probe.task, positives, texts, rule)
@@ -247,4 +274,4 @@ def _follow_rule(probe: "Probe", rule: ThresholdRule) -> Recalibrated:
     fitted = replace(probe, thresholds=thresholds)
     kept = {name: reference(probe.record)[name] for name in ("scores", "curves")}
     entry = {"what": f"thresholds for {rule}", **kept}
-    return Recalibrated(_recorded(probe, fitted, rule, entry), None, (*doubts,))
+    return Recalibrated(_recorded(probe, fitted, rule, entry, alone), None, (*doubts,))

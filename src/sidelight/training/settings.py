@@ -140,6 +140,8 @@ class FitOptions:
         reads: The tokens that the probe reads; see ``reads_of``.
         background: Ordinary traffic, which texts are also shown in; see ``contexts.py``. Without
             any, they are shown alone.
+        context_tokens: The fewest tokens of contexts; None: 40,000, and 400,000 on a GPU. Of many
+            texts, contexts have more: .6 of the texts' tokens.
         none: Whether a probe of several classes says ``none`` to ordinary traffic, where there is
             background to learn it from.
         calibration: How logits become probabilities; None takes ``suggested_calibration``.
@@ -156,6 +158,7 @@ class FitOptions:
     settings: Mapping[str, TrainingSettings] = field(default_factory=dict)
     reads: Reads = READS
     background: Background = field(default_factory=Background)
+    context_tokens: PositiveInt | None = None
     none: bool = True
     calibration: CalibrationKind | None = None
     threshold: ThresholdRule = F1

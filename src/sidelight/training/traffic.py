@@ -1,7 +1,8 @@
 """Ordinary traffic: which thresholds let it pass, and what a probe flags of it.
 
-All logits are out-of-fold, and conversations are measured at the probe's own threshold, which was
-raised to let them pass.
+Conversations lie in parts, and those of one source in one part. Each part is judged by a probe of
+the other parts, at the threshold that lets these pass, so what is counted is of conversations, and
+of sources, that set neither.
 """
 
 import math
@@ -33,6 +34,8 @@ _COSTLY = 0.05
 _HIGHEST = 1 - 1e-9
 # Words around a text, from one limit to the next.
 _LENGTHS = (0, 50, 150, 600)
+# Fewer conversations say no rate.
+_FEWEST = 100
 _SHOWN, _SHOWN_CHARACTERS = 3, 160
 
 
@@ -43,6 +46,7 @@ class Traffic:
     Attributes:
         conversations: How many ordinary conversations were judged.
         flagged: How many of them were flagged.
+        kinds: The same of those of some ``words`` or ``turns``.
         surroundings: Of up to so many ``words`` of other text, the ``positives`` inside it, how
             many are ``found``, the ``ordinary`` texts of that length alone, and how many of these
             are ``flagged``; none of several classes.
@@ -52,6 +56,7 @@ class Traffic:
 
     conversations: int
     flagged: int
+    kinds: tuple[dict[str, Any], ...]
     surroundings: tuple[dict[str, int], ...]
     worst: tuple[tuple[float, str], ...]
     abstains: bool = False
@@ -59,6 +64,14 @@ class Traffic:
     def __str__(self) -> str:
         """A few lines for a terminal."""
         lines = [rate_sentence(self.flagged, self.conversations, abstains=self.abstains)]
+        if self.conversations >= _FEWEST:
+            counts = [
+                f"{kind['name']} {kind['flagged'] / kind['conversations']:.1%} "
+                f"of {kind['conversations']}"
+                for kind in self.kinds
+                if kind["conversations"]
+            ]
+            lines.append(f"By length and turns: {'; '.join(counts)}.")
         lines += [
             "Your positive texts inside up to {words} words of other text: {found} of {positives} "
             "found. Other text of that length: {flagged} of {ordinary} flagged.".format(**counts)
@@ -79,6 +92,7 @@ class Traffic:
     def record(
         self,
         logits: Float[np.ndarray, "conversation output"],
+        parts: Int[np.ndarray, " conversation"],
         background: Background,
     ) -> dict[str, Any]:
         """What an artifact keeps: no text that is a user's own.
@@ -86,12 +100,14 @@ class Traffic:
         Args:
             logits: The highest of each conversation, which are not rounded: a threshold may lie
                 just above one of them.
+            parts: The part of each.
             background: Says which texts are a user's own.
         """
         private = {beginning(Example(turns).text) for turns in background.private}
         return {
             **self.to_dict(),
             "logits": logits.tolist(),
+            "parts": parts.tolist(),
             "worst": [
                 {"probability": round(probability, 4), "text": text}
                 for probability, text in self.worst
@@ -101,16 +117,25 @@ class Traffic:
 
 
 def rate_sentence(flagged: int, conversations: int, *, abstains: bool) -> str:
-    """How many ordinary conversations are flagged, or given a class."""
+    """How many ordinary conversations are flagged, or given a class; no rate of few."""
+    if conversations < _FEWEST:
+        return (
+            f"It was judged on {conversations} ordinary conversations, too few to say which share "
+            "of them it flags. Show it more (--set context_tokens=N)."
+        )
     does = "it gives another class than 'none' to" if abstains else "it flags"
+    lowest, highest = wilson(np.array([flagged / conversations]), np.array([conversations]))
     return (
-        f"Of {conversations} ordinary conversations that it was not trained on, {does} "
-        f"{flagged / max(1, conversations):.1%} ({flagged})."
+        f"Of {conversations} ordinary conversations of sources that set neither the probe nor its "
+        f"threshold, {does} {flagged / conversations:.1%} (95 % interval {lowest[0]:.1%} to "
+        f"{highest[0]:.1%})."
     )
 
 
 def flags_of(
-    task: Task, probabilities: Float[np.ndarray, "text output"], thresholds: Sequence[float]
+    task: Task,
+    probabilities: Float[np.ndarray, "text output"],
+    thresholds: Sequence[float] | Float[np.ndarray, "text label"],
 ) -> Bool[np.ndarray, " text"]:
     """Which texts are flagged, or given a class other than ``none``."""
     if task.abstains:
@@ -123,7 +148,7 @@ def measure_traffic(
     contexts: "Sequence[Context]",
     probabilities: Float[np.ndarray, "context output"],
     labels: Int[np.ndarray, "context ..."],
-    thresholds: Sequence[float],
+    thresholds: Float[np.ndarray, "part label"],
 ) -> Traffic:
     """Counts what is flagged.
 
@@ -132,19 +157,42 @@ def measure_traffic(
         contexts: What was judged.
         probabilities: Out-of-fold, of each.
         labels: Of each, as in ``LabelledExamples.labels``.
-        thresholds: Of each label.
+        thresholds: As from ``left_out_thresholds``.
     """
-    flags = flags_of(task, probabilities, thresholds)
+    parts = np.array([context.group for context in contexts], dtype=int)
+    # A part may have contexts and no conversation.
+    applied = thresholds[np.minimum(parts, len(thresholds) - 1)]
+    flags = flags_of(task, probabilities, applied)
     judged = probabilities[:, :-1] if task.abstains else probabilities
     conversations = conversations_of(contexts)
     highest = [float(judged[rows].max()) for rows in conversations]
     order = sorted(range(len(highest)), key=highest.__getitem__, reverse=True)[:_SHOWN]
     worst = [(highest[i], beginning(contexts[conversations[i][0]].example.text)) for i in order]
-    flagged = sum(bool(flags[rows].any()) for rows in conversations)
+    is_flagged = np.array([bool(flags[rows].any()) for rows in conversations], dtype=bool)
+    kinds = _by_kind([contexts[rows[0]] for rows in conversations], is_flagged)
     # Every text of several classes is one of them.
     holds = np.asarray(labels.reshape(len(contexts), -1).any(1))
     surroundings = () if task.abstains else _measure_surroundings(contexts, holds, flags)
-    return Traffic(len(conversations), flagged, surroundings, tuple(worst), task.abstains)
+    flagged = int(is_flagged.sum())
+    return Traffic(len(conversations), flagged, kinds, surroundings, tuple(worst), task.abstains)
+
+
+def _by_kind(
+    conversations: "Sequence[Context]", is_flagged: Bool[np.ndarray, " conversation"]
+) -> tuple[dict[str, Any], ...]:
+    words = np.array([context.words for context in conversations])
+    turns = np.array([len(context.example.messages) for context in conversations])
+    kinds: dict[str, Bool[np.ndarray, " conversation"]] = {
+        "up to 30 words": words <= 30,
+        "to 150": (words > 30) & (words <= 150),
+        "longer": words > 150,
+        "one turn": turns == 1,
+        "several turns": turns > 1,
+    }
+    return tuple(
+        {"name": name, "conversations": int(rows.sum()), "flagged": int(is_flagged[rows].sum())}
+        for name, rows in kinds.items()
+    )
 
 
 def _measure_surroundings(
@@ -246,6 +294,46 @@ def quiet_thresholds(
     )
 
 
+def left_out_thresholds(
+    thresholds: Sequence[float],
+    calibration: Calibration,
+    logits: Float[np.ndarray, "conversation output"],
+    parts: Int[np.ndarray, " conversation"],
+    rule: ThresholdRule,
+) -> Float[np.ndarray, "part label"]:
+    """For each part the thresholds that the conversations of the other parts ask for.
+
+    Args:
+        thresholds: What the rule gives on texts alone.
+        calibration: Makes logits probabilities.
+        logits: Out-of-fold, the highest of each conversation.
+        parts: The part of each.
+        rule: What the thresholds are chosen for.
+    """
+    return np.array(
+        [
+            quiet_thresholds(thresholds, calibration, logits[parts != part], rule)
+            for part in range(int(parts.max(initial=0)) + 1)
+        ]
+    )
+
+
+def count_flagged(
+    task: Task,
+    thresholds: Sequence[float],
+    calibration: Calibration,
+    logits: Float[np.ndarray, "conversation output"],
+    parts: Int[np.ndarray, " conversation"],
+    rule: ThresholdRule,
+) -> int:
+    """How many conversations are flagged at the thresholds of the other parts.
+
+    The arguments are those of ``left_out_thresholds``.
+    """
+    applied = left_out_thresholds(thresholds, calibration, logits, parts, rule)
+    return int(flags_of(task, calibration.apply(logits), applied[parts]).sum())
+
+
 def kept_logits(probe: "Probe") -> Float[np.ndarray, "conversation output"]:
     """The logits of ordinary conversations that training has kept with a probe.
 
@@ -261,17 +349,18 @@ def kept_logits(probe: "Probe") -> Float[np.ndarray, "conversation output"]:
         ) from error
 
 
-def kept_rate(probe: "Probe") -> tuple[int, int]:
-    """How many ordinary conversations a probe flags at its thresholds, of those that it keeps.
+def kept_parts(probe: "Probe") -> Int[np.ndarray, " conversation"]:
+    """The part of each conversation whose logits training has kept with a probe."""
+    kept = probe.record.get("traffic", {})
+    parts, count = kept.get("parts", []), len(kept.get("logits", []))
+    # Without parts, each conversation is one.
+    return np.unique(parts if len(parts) == count else range(count), return_inverse=True)[1]
 
-    Raises:
-        SidelightError: As ``kept_logits``.
-    """
-    logits = kept_logits(probe)
-    if not len(logits):
-        return 0, 0
-    flags = flags_of(probe.task, probe.calibration.apply(logits), probe.thresholds)
-    return int(flags.sum()), len(logits)
+
+def kept_rate(probe: "Probe") -> tuple[int, int]:
+    """How many ordinary conversations were flagged when thresholds were chosen, and of how many."""
+    kept = probe.record.get("traffic", {})
+    return kept.get("flagged", 0), kept.get("conversations", 0)
 
 
 def highest_logits(
@@ -282,6 +371,11 @@ def highest_logits(
     return np.array([logits[conversation].max(0) for conversation in rows]).reshape(
         len(rows), logits.shape[1]
     )
+
+
+def parts_of(contexts: "Sequence[Context]") -> Int[np.ndarray, " conversation"]:
+    """The part of each conversation of the background."""
+    return np.array([contexts[rows[0]].group for rows in conversations_of(contexts)], dtype=int)
 
 
 def conversations_of(contexts: "Sequence[Context]") -> list[list[int]]:

@@ -114,11 +114,10 @@ def compare_defaults(
     }
     encoder = Encoder(None, max_tokens=512) if "sentence_embeddings" in rivals else None
     options = FitOptions(cache_root=cache_root, keep_cache=True)
-    shown = replace(background, conversations=background.conversations[::2])
+    shown, unseen = background.parts(2)
     held_texts = examples.select(held_rows)
-    unseen = background.conversations[1::2]
     everyone = (np.arange(len(held_texts)),)
-    contexts = draw_contexts(backbone, held_texts, everyone, unseen, options)
+    contexts = draw_contexts(backbone, held_texts, everyone, [unseen], options)
     held = make_split(backbone, held_texts, options, contexts=contexts)
     in_contexts = replace(options, background=shown)
     ours = {
