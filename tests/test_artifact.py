@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 from functools import reduce
@@ -236,7 +237,9 @@ def hashed(damage):
         (lambda folder: (folder / MANIFEST).unlink(), "holds no probe .manifest.json is missing"),
         (lambda folder: (folder / MANIFEST).write_bytes(b"{not"), "Cannot read .*manifest"),
         (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), "Cannot read .*manifest"),
-        (lambda folder: (folder / MANIFEST).write_bytes(b"[]"), "has format None"),
+        (lambda folder: (folder / MANIFEST).write_bytes(b"[]"), "is another program's"),
+        (lambda folder: (folder / MANIFEST).write_bytes(b"{}"), "is another program's"),
+        (lambda folder: shutil.rmtree(folder), "holds no probe .it is no folder"),
         (lambda folder: rewritten(folder, format=2), "has format 2, but this .* reads format 1"),
         (lambda folder: rewritten(folder, mechanism={"name": "gat", "options": {}}), "'gate'"),
         *((_with_record(**own), f"{next(iter(own))}.* in manifest.json") for own in RECORDS),

@@ -138,13 +138,13 @@ def read_manifest(directory: str | Path) -> Manifest:
         content = path.read_bytes()
         fields = json.loads(content)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise SidelightError(
-            f"{directory} holds no probe ({MANIFEST} is missing). "
-            "Name the folder that 'sidelight train --out' wrote."
-        ) from error
+        why = f"{MANIFEST} is missing" if Path(directory).is_dir() else "it is no folder"
+        raise _no_probe(Path(directory), why) from error
     except (OSError, ValueError, RecursionError) as error:
         raise SidelightError(f"Cannot read {path}: {error}. Copy the artifact again.") from error
     version = fields.get("format") if isinstance(fields, dict) else None
+    if version is None:
+        raise _no_probe(Path(directory), f"{MANIFEST} is another program's")
     if version != FORMAT_VERSION:
         raise SidelightError(
             f"{path} has format {version!r}, but this Sidelight reads format {FORMAT_VERSION}. "
@@ -159,6 +159,12 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise damaged(Path(directory), f"{place} in {MANIFEST}: {first['msg']}") from error
     _require_sense(Path(directory), manifest)
     return manifest
+
+
+def _no_probe(directory: Path, why: str) -> SidelightError:
+    return SidelightError(
+        f"{directory} holds no probe ({why}). Name the folder that 'sidelight train --out' wrote."
+    )
 
 
 def _require_sense(directory: Path, manifest: Manifest) -> None:
