@@ -25,10 +25,12 @@ _MOVES = ("aten::_to_copy", "aten::copy_", "aten::to.")
 _VALUES = ("aten::_local_scalar_dense", "aten::equal")
 # An index may lie on the CPU.
 _INDEXED = ("aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
-# Made empty first and resized then, which a wrapper cannot follow.
-_RESIZING = (
+# What has a kernel of its own: what is made empty first and resized then, which a wrapper cannot
+# follow; and the copy of ``torch.tensor``, which reaches no fallback.
+_KERNELS = (
     *("arange.default", "arange.start", "arange.start_step"),
     *("randperm.default", "randperm.generator", "eye.default", "eye.m"),
+    "_to_copy.default",
 )
 
 
@@ -91,13 +93,6 @@ class Elsewhere(torch.Tensor):
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         return self.numpy()
-
-    def __getitem__(self, index: Any) -> Tensor:
-        index = torch.tensor(index) if isinstance(index, list) else index
-        return super().__getitem__(index)
-
-    def new_tensor(self, data: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-        return torch.tensor(data, dtype=dtype or self.dtype).to(self.device)
 
     def tolist(self) -> Any:
         return self.numbers.tolist()
@@ -174,7 +169,7 @@ def _require_one_device(name: str, args: Any, tensors: list[Tensor]) -> None:
 # What is made there from nothing.
 _LIBRARIES = [torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")]
 _LIBRARIES[0].fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
-for _name in _RESIZING:
+for _name in _KERNELS:
     _function = torch.ops.aten
     for _part in _name.split("."):
         _function = getattr(_function, _part)
@@ -188,18 +183,12 @@ for _name in _RESIZING:
 @contextmanager
 def pretended() -> Iterator[torch.device]:
     """The first device; modules can be moved to it meanwhile."""
-    swaps, tensor = torch.__future__.get_swap_module_params_on_conversion(), torch.tensor
-
-    def moved(data: Any, *, device: Any = None, **options: Any) -> Tensor:
-        made = tensor(data, **options)
-        return made if device is None else made.to(device)
-
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
     # The class of a parameter cannot change in place.
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         with pytest.MonkeyPatch.context() as patch:
             # What reaches no backend that is written in Python.
-            patch.setattr(torch, "tensor", moved)
             patch.setattr(torch.accelerator, "synchronize", lambda _device: None)
             patch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
             yield FIRST
