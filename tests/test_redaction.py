@@ -132,7 +132,14 @@ def test_equal_words_have_equal_placeholders():
 
 @pytest.mark.parametrize(
     "literal",
-    ["[NAME_1]", "[name_1]", "[NAME_001]", "\uff3bNAME\uff3f\uff11\uff3d", "[NA\u200bME_1\ufeff]"],
+    [
+        "[NAME_1]",
+        "[name_1]",
+        "[NAME_001]",
+        "\uff3bNAME\uff3f\uff11\uff3d",
+        "[NA\u200bME_1\ufeff]",
+        "[NA\u202aME\u3164_1]",
+    ],
 )
 def test_no_words_have_a_placeholder_that_a_text_has(literal):
     for text in (f"{literal} met Ann", f"Ann met {literal}"):
@@ -146,8 +153,12 @@ def test_many_placeholders_in_texts_cost_little():
     literals = "".join(f"[NAME_{i}]" for i in range(1, 10_001))
     assert masked("Ann", literals, "Bo")[::2] == ["[NAME_10001]", "[NAME_10002]"]
     assert masked(*(f"Ann[NAME_{i}]" for i in range(1, 2_001)))[0] == "[NAME_2001][NAME_1]"
-    for text in ("[" * 100_000, "[" + "_1" * 50_000, "[A_" + "0" * 100_000):
+    accents = "Ann" + "\u0300\u0316" * 200_000
+    for text in ("[" * 100_000, "[" + "_1" * 50_000, "[A_" + "0" * 100_000, accents[2:]):
         assert masked(text) == [text]
+    names, spans = Placeholders(), [Span(0, len(accents), "NAME")]
+    names.read(accents, spans)
+    assert names.mask(accents, spans) == "[NAME_1]"
 
 
 @given(data=st.data())
@@ -178,13 +189,16 @@ def test_a_placeholder_means_the_same_in_all_turns_of_a_chat(data):
 
 def test_a_placeholder_that_a_text_has_is_no_word():
     text = "Hi [NAME_1] (Ann [NAME_c386d081]). [NAME_12345] [NAME_19830412] [Ann_1] [AGE_1]"
+    text += " \u201c[NAME_2]\u201d, [NAME_3] \u24b6\u24dd\u24dd"
 
     def kept(*words):
         spans = [Span(text.index(word), text.index(word) + len(word), "NAME") for word in words]
         left = without_placeholders(text, spans, ["NAME", "PLACE"])
         return [text[span.start : span.end] for span in left]
 
-    assert kept("NAME_1", "[NAME_1", "NAME_1] (") == []
+    assert kept("NAME_1", "[NAME_1", "NAME_1] (", "\u201c[NAME_2]\u201d, [") == []
+    # Letters in circles are neither words nor marks.
+    assert kept("[NAME_3] \u24b6\u24dd\u24dd") == ["\u24b6\u24dd\u24dd"]
     assert kept("[NAME_1] (Ann [NAME_c386d081]).", "Ann ") == ["(Ann", "Ann "]
     # Whoever writes these could hide a value.
     others = ["NAME_12345", "NAME_19830412", "Ann_1", "AGE_1"]

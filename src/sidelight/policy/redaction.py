@@ -9,13 +9,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import chain
 from operator import itemgetter
+from typing import Literal
 
 from sidelight.types import Span
 
 _PLACEHOLDER = re.compile(r"\[([^\[\]]+)_0*([1-9][0-9]*)\]")
+# Unicode's Default_Ignorable_Code_Point.
 _INVISIBLE = re.compile(
-    "[\u00ad\u200b-\u200f\u2060-\u2064\ufe00-\ufe0f\ufeff\U000e0000-\U000e01ef]"
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff]"
 )
+# Sorting the accents of one letter takes quadratic time.
+_NORMALISED_AT_ONCE = 100
 
 # A label and its words, folded; a label and a number that stand in a text.
 _Words = tuple[str, str]
@@ -82,7 +88,7 @@ def without_placeholders(text: str, spans: Iterable[Span], labels: Iterable[str]
         for start, end in zip(bounds[::2], bounds[1::2], strict=True):
             words = text[start:end].strip() if inside else text[start:end]
             # Beside a placeholder there may be marks alone.
-            if not inside or re.search(r"\w", words):
+            if not inside or not all(map(_is_mark, words)):
                 start = text.index(words, start)
                 kept.append(replace(span, start=start, end=start + len(words)))
     return kept
@@ -146,11 +152,23 @@ class Placeholders:
         self._words[label, number] = words
 
 
+def _is_mark(character: str) -> bool:
+    """Whether it is a blank, or punctuation that spells nothing, as circled letters do."""
+    if character.isascii():
+        return not character.isalnum()
+    return character.isspace() or unicodedata.category(character).startswith("P")
+
+
 def _words(label: str, words: str) -> _Words:
-    folded = unicodedata.normalize("NFD", unicodedata.normalize("NFD", words).casefold())
-    return label, " ".join(folded.split())
+    return label, " ".join(_normalised("NFD", _normalised("NFD", words).casefold()).split())
 
 
 def _folded(text: str) -> str:
     """The text, of which letters that look alike are alike, without those that nobody sees."""
-    return unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).casefold()
+    return _normalised("NFKD", _INVISIBLE.sub("", text)).casefold()
+
+
+def _normalised(form: Literal["NFD", "NFKD"], text: str) -> str:
+    starts = range(0, len(text), _NORMALISED_AT_ONCE)
+    parts = (text[start : start + _NORMALISED_AT_ONCE] for start in starts)
+    return "".join(unicodedata.normalize(form, part) for part in parts)

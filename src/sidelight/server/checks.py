@@ -391,8 +391,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
     flagged: dict[str, None] = {}
     spans: dict[str, list[Span]] = {}
     for text, (_, decisions) in zip(judged.values(), checked, strict=True):
-        own = _spans_of(text, [d for d in decisions if d.rule.mode == "redact"])
-        spans.setdefault(text, []).extend(own)
+        spans[text] = _spans_of(text, [d for d in decisions if d.rule.mode == "redact"])
     masked, placeholders = [*(body.texts or ())], body.placeholders(spans)
     for (index, text), (_, decisions) in zip(judged.items(), checked, strict=True):
         if index < len(masked):
