@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import ndtr
+from torch.nn import functional
 
 from mechanism_contract import (  # noqa: F401 - the laws run here
     LAYERS,
@@ -147,6 +148,20 @@ def test_training_samples_tokens_never_layers_and_loses_nothing_if_all_ask_alike
         with torch.no_grad():
             exact, trained_on = streamed(sampling, [states]), streamed(sampling.train(), [states])
         assert torch.allclose(trained_on, exact, **ROUNDING) == is_exact
+
+
+def test_heads_have_a_width_for_which_cuda_needs_no_memory_for_scores(monkeypatch):
+    """Its kernel takes float32 heads of four numbers or a multiple; see PyTorch's sdp_utils.cpp."""
+    widths, real = [], functional.scaled_dot_product_attention
+
+    def watched(*parts, **options):
+        widths.extend(part.shape[-1] for part in parts)
+        return real(*parts, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
+    for heads in (1, 2, 4, 8):
+        streamed(built("attention", {"factor": 4, "heads": heads}, 1), drawn([3, 5], 0))
+    assert {width % 4 for width in widths} == {0}
 
 
 LLAMA_3B = Geometry(layers=29, width=3072, outputs=1)

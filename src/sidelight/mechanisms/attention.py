@@ -17,6 +17,8 @@ from sidelight.ragged import Ragged
 
 # Tokens of a text whose queries are used in training; see ``DowncastAttention._queries``.
 TRAINING_QUERIES = 32
+# Of a head in float32, for CUDA's kernel that needs no memory for scores.
+_WIDTH_MULTIPLE = 4
 
 
 class DowncastAttention(Aggregator):
@@ -136,7 +138,14 @@ class DowncastAttention(Aggregator):
             for part in (query, key, value)
         )  # (B, G * H, N, inner / H)
         mask = None if bool(shown.all()) else shown[:, None, None, :]
-        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        width = query.shape[-1]
+        # Of other widths, CUDA writes down the scores of every pair of items.
+        query, key, value = (
+            functional.pad(part, (0, -width % _WIDTH_MULTIPLE)) for part in (query, key, value)
+        )
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=width**-0.5
+        )[..., :width]
         return attended.unflatten(1, (-1, self._heads)).transpose(2, 3).flatten(3)
 
 
