@@ -35,13 +35,15 @@ _KERNELS = (
 
 
 class _Backend:
-    """What PyTorch asks of a backend's module."""
+    """What PyTorch asks of a backend's module; the devices are there while one pretends."""
+
+    devices = 0
 
     def is_available(self) -> bool:
-        return True
+        return self.devices > 0
 
     def device_count(self) -> int:
-        return 2
+        return self.devices
 
     def current_device(self) -> int:
         return 0
@@ -191,6 +193,7 @@ def pretended() -> Iterator[torch.device]:
             # What reaches no backend that is written in Python.
             patch.setattr(torch.accelerator, "synchronize", lambda _device: None)
             patch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+            patch.setattr(_Backend, "devices", 2)
             yield FIRST
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swaps)

@@ -32,8 +32,8 @@ _AUTO = "auto"
     )
 )
 @options.training(
-    "Of training: batch_size, beginnings, calibration, class_weight, epochs, format, "
-    "layer_weights, learning_rate, least_steps, none, normalise, patience, reads, seeds, "
+    "Of training: batch_size, beginnings, calibration, class_weight, context_tokens, epochs, "
+    "format, layer_weights, learning_rate, least_steps, none, normalise, patience, reads, seeds, "
     "standardise, strength, template, weight_decay; docs/reference.md says what each does. Of a "
     "mechanism: MECHANISM.OPTION, such as attention.factor."
 )

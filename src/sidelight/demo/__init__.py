@@ -4,6 +4,7 @@ Trains three probes on the bundled texts, serves them, and asks one question.
 """
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -49,7 +50,10 @@ def run_demo(*, keep: bool, port: int) -> None:
     start = time.monotonic()
     _say("Loading the embedded model (unpacked to the cache the first time)")
     backbone = load_backbone(EMBEDDED_NAME)
-    folders = [_train(backbone, task, positive) for task, positive in _TASKS.items()]
+    # The probes share the states of ordinary traffic; a demonstration that was killed goes on.
+    states = cache_root() / "demo-states"
+    folders = [_train(backbone, task, positive, states) for task, positive in _TASKS.items()]
+    shutil.rmtree(states, ignore_errors=True)
     _say("Serving the model and its probes")
     engine = TransformersEngine(backbone, [load_probe(folder) for folder in folders])
     with _serving(engine, ServerConfig(port=port, playground=True, log_level="warning")) as url:
@@ -77,10 +81,10 @@ def _serving(engine: Engine, config: ServerConfig) -> Generator[str]:
         thread.join()
 
 
-def _train(backbone: TransformersBackbone, task: str, positive: str | None) -> Path:
+def _train(backbone: TransformersBackbone, task: str, positive: str | None, states: Path) -> Path:
     training = load_examples(_DATA / f"{task}_train.jsonl", positive=positive)
     _say(f"Training '{task}' on {len(training)} texts with the model frozen")
-    options = FitOptions(background=load_background("packaged"))
+    options = FitOptions(background=load_background("packaged"), cache_root=states, keep_cache=True)
     best = fit(backbone, training, None, name=task, options=options).best
     classifier = Classifier(backbone, best.probe)
     test = load_examples(_DATA / f"{task}_test.jsonl", task=best.probe.task)

@@ -133,8 +133,9 @@ class Sampler:
     def _invert(self, weights: Float[Tensor, " vocabulary"]) -> Int[Tensor, ""]:
         """The index at which the running sum of ``weights`` passes a uniform share of the whole."""
         cumulative = weights.cumsum(-1)
-        uniform = torch.rand((), generator=self._generator)
-        target = uniform.to(cumulative.device) * cumulative[-1]
+        uniform = torch.rand((), generator=self._generator, dtype=torch.float64)
+        # Apple's GPUs have no float64.
+        target = uniform.float().to(cumulative.device) * cumulative[-1]
         # Clamped: rounding may lift the target to the sum itself.
         return torch.searchsorted(cumulative, target, right=True).clamp(max=len(weights) - 1)
 
