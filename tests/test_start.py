@@ -37,6 +37,38 @@ def test_weights_that_do_not_fit_into_free_memory_are_not_loaded(folder, monkeyp
         load_backbone(folder)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "gpu", "cpu", "room"),
+    [
+        ("auto", 1000, 10**12, "0.0 GB are free on cuda:1"),
+        ("float32", 1000, 10**12, "0.0 GB are free on cuda:1"),
+        # They are converted before they are moved.
+        ("float32", 10**12, 1000, "0.0 GB are free on cpu"),
+    ],
+)
+def test_weights_for_a_gpu_need_its_memory_and_that_of_the_cpu_if_they_are_converted(
+    folder, monkeypatch, dtype, gpu, cpu, room
+):
+    monkeypatch.setattr("sidelight.backbone.find_device", torch.device)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (gpu, 10**12))
+    monkeypatch.setattr("sidelight.backbone.free_memory", lambda: cpu)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)
+    with pytest.raises(SidelightError, match=f"does not fit into memory: its weights .* {room}"):
+        load_backbone(folder, dtype=dtype, device="cuda:1")
+
+
+def test_the_memory_that_ran_out_is_named(folder, monkeypatch):
+    monkeypatch.setattr("sidelight.backbone.find_device", torch.device)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (3 * 10**9, 10**12))
+    for error, room in (
+        (torch.OutOfMemoryError(), "3.0 GB are free on cuda:1"),
+        (MemoryError(), "GB are free on cpu"),
+    ):
+        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", Mock(side_effect=error))
+        with pytest.raises(SidelightError, match=room):
+            load_backbone(folder, device="cuda:1")
+
+
 OUT_OF_MEMORY = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")]
 OUT_OF_MEMORY += [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you")]
 

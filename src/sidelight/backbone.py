@@ -5,7 +5,7 @@ Training, evaluation and the transformers engine use it. It does not batch reque
 """
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -97,6 +97,7 @@ def cache_name(model: Any) -> str:
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _NO_LIMIT = 10**9
+_CPU = torch.device("cpu")
 
 
 class TransformersBackbone:
@@ -265,8 +266,10 @@ def load_backbone(
     # Loading takes a second, and its progress bars would clutter ours.
     disable_progress_bar()
     if dtype in ("auto", "float32"):
-        _require_memory(name, Path(path), target)
-    with _one_line(name):
+        # Weights of the stored dtype are mapped from disk, and need a GPU's memory alone.
+        through = [_CPU] if dtype == "float32" else []
+        _require_memory(name, Path(path), {*through, target})
+    with _one_line(name, target):
         config, kind = _read_config(path)
         model = kind.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -340,34 +343,40 @@ def read_backbone(
     return UnloadedBackbone(path, tokenizer, encoder, who)
 
 
-def _require_memory(name: str, folder: Path, device: torch.device) -> None:
+def _require_memory(name: str, folder: Path, devices: Iterable[torch.device]) -> None:
     """Refuses weights that cannot fit: the system would end the process without a word."""
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    if free is not None and weights > free:
-        raise SidelightError(
-            _too_large(name, f"its weights take {weights / 1e9:.1f} GB and ", free)
-        )
+    for device in devices:
+        free = _free_memory(device)
+        if free is not None and weights > free:
+            what = f"its weights take {weights / 1e9:.1f} GB and "
+            raise SidelightError(_too_large(name, what, device))
 
 
-def _too_large(name: str, what: str, free: int | None) -> str:
+def _free_memory(device: torch.device) -> int | None:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+
+
+def _too_large(name: str, what: str, device: torch.device) -> str:
+    free = _free_memory(device)
     room = "the memory is full" if free is None else f"{max(free, 0) / 1e9:.1f} GB are free"
     return (
-        f"'{name}' does not fit into memory: {what}{room}. Serve a smaller model, give --dtype "
-        "bfloat16, or free some memory."
+        f"'{name}' does not fit into memory: {what}{room} on {device}. Serve a smaller "
+        "model, give --dtype bfloat16, or free some memory."
     )
 
 
 @contextmanager
-def _one_line(name: str) -> Generator[None]:
+def _one_line(name: str, device: torch.device = _CPU) -> Generator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # PyTorch's allocator of the CPU raises no class of its own.
-        is_full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        # PyTorch's allocator of the CPU raises no class of its own, that of a GPU does.
+        is_of_gpu = isinstance(error, torch.OutOfMemoryError)
+        is_full = is_of_gpu or isinstance(error, MemoryError)
         if not is_full and "allocate memory" not in str(error):
             raise
-        raise SidelightError(_too_large(name, "", free_memory())) from error
+        raise SidelightError(_too_large(name, "", device if is_of_gpu else _CPU)) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise SidelightError(
             f"Cannot load '{name}' as a causal language model: {str(error).splitlines()[0]} "
