@@ -76,11 +76,8 @@ class Ragged:
 
     def split(self) -> list["Ragged"]:
         """Each segment by itself."""
-        sizes = [int(length) for length in self.lengths]
-        return [
-            Ragged(values, self.lengths[i : i + 1])
-            for i, values in enumerate(self.values.split(sizes))
-        ]
+        parts = self.values.split(self.lengths.tolist())
+        return [Ragged(values, self.lengths[i : i + 1]) for i, values in enumerate(parts)]
 
     @staticmethod
     def pack(parts: Sequence["Ragged"]) -> "Ragged":
