@@ -19,7 +19,7 @@ from commands import run, saved
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import load_backbone
 from sidelight.errors import SidelightError
-from sidelight.machine import free_memory
+from sidelight.machine import find_device, free_memory
 from sidelight.smollm2 import cache_root
 from tiny import untrained_probe
 
@@ -35,6 +35,14 @@ def test_weights_that_do_not_fit_into_free_memory_are_not_loaded(folder, monkeyp
     monkeypatch.setattr(torch.nn.Module, "__init__", None)
     with pytest.raises(SidelightError, match=r"does not fit into memory: its weights take .* GB"):
         load_backbone(folder)
+
+
+def test_a_device_without_an_operation_that_probes_need_is_refused(monkeypatch):
+    """As Apple's GPUs are."""
+    assert find_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr("torch.segment_reduce", Mock(side_effect=NotImplementedError))
+    with pytest.raises(SidelightError, match=r"lacks segment_reduce there. Use --device cpu"):
+        find_device("cpu")
 
 
 @pytest.mark.parametrize(

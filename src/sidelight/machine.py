@@ -15,14 +15,21 @@ def find_device(name: str) -> torch.device:
         name: ``auto`` is the first GPU, or the CPU without one.
 
     Raises:
-        SidelightError: There is no such device, or no number can be read from it.
+        SidelightError: There is no such device, no number can be read from it, or it lacks an
+            operation that probes need.
     """
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if name == "auto":
         name = "cuda" if gpus else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        # Of what probes need, Apple's GPUs lack this.
+        one = torch.ones(1, dtype=torch.long, device=device)
+        torch.segment_reduce(one.float(), "max", lengths=one).item()
+    except NotImplementedError as error:
+        raise SidelightError(
+            f"Probes cannot run on '{name}': PyTorch lacks segment_reduce there. Use --device cpu."
+        ) from error
     except (RuntimeError, AssertionError) as error:
         why = f" ({str(error).splitlines()[0]})" if name.startswith("cuda") else ""
         raise SidelightError(
