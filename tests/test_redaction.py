@@ -285,7 +285,11 @@ def test_nothing_of_a_labelled_word_leaves_the_server(tiny, threshold, caplog):
     assert texts == joined == open_texts == open_streamed
     verdicts = json.loads(open_plain[open_plain.index('{"id"') :])["sidelight"]["verdicts"]
     spans = [[Span(**span) for span in verdict["spans"]] for verdict in verdicts]
-    assert texts == [redacted(text, own) for text, own in zip(raw, spans, strict=True)]
+    wholes = [redacted(text, own) for text, own in zip(raw, spans, strict=True)]
+    for text, whole in zip(texts, wholes, strict=True):
+        # Of an answer that a limit ends, the last word may be missing.
+        assert whole.startswith(text)
+        assert len(whole[len(text) :].split()) <= 1
     words = {t[s.start : s.end] for t, own in zip(raw, spans, strict=True) for s in own}
     assert len(words) > 3
     # Shorter ones are parts of other words.
