@@ -97,7 +97,9 @@ def test_a_feature_that_no_test_covers_is_refused(model, options, message):
         configured(model.path, model.folders, **options)
 
 
-@pytest.mark.parametrize("setting", ["FLOAT32_MATMUL_PRECISION=high", "USE_RUST_FRONTEND=1"])
+@pytest.mark.parametrize(
+    "setting", ["FLOAT32_MATMUL_PRECISION=high", "USE_RUST_FRONTEND=1", "BATCH_INVARIANT=1"]
+)
 def test_a_setting_that_changes_or_bypasses_verdicts_is_refused(model, monkeypatch, setting):
     variable, value = f"VLLM_{setting}".split("=")
     monkeypatch.setenv(variable, value)

@@ -301,6 +301,8 @@ def require_supported(config: Any, probes: Sequence[Probe]) -> None:
         f"the device {config.device_config.device_type}": config.device_config.device_type
         not in ("cpu", "cuda"),
         f"the architecture {architecture}": architecture not in ARCHITECTURES,
+        # On an Ampere GPU its matmuls take the place of the tap's, with the ten bits of TF32.
+        "VLLM_BATCH_INVARIANT": envs.VLLM_BATCH_INVARIANT,
         f"speculative decoding by {speculation}": speculation
         and speculation not in ("ngram", "draft_model"),
     }
