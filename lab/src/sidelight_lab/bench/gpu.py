@@ -49,6 +49,7 @@ CHECK: dict[str, tuple[Callable[..., Result], Mapping[str, Any]]] = {
     "recalibrate": (gpu_engine.recalibrate, {}),
     "spans": (gpu_engine.spans, {}),
     "serve": (gpu_engine.serve, {}),
+    "second GPU": (gpu_engine.second_gpu, {}),
     "speed: no probes": (gpu_engine.speed, {"probes": 0}),
     "speed: 10 probes": (gpu_engine.speed, {"probes": 10}),
     "vllm graphs": (gpu_vllm.graphs, {}),
@@ -60,6 +61,8 @@ CHECK: dict[str, tuple[Callable[..., Result], Mapping[str, Any]]] = {
         for runner in (1, 2)
         for eager in (True, False)
     },
+    # The graphs of the section before, as a server finds them that is started again.
+    "vllm parity: graphs from vLLM's cache": (gpu_vllm.parity, {"eager": False}),
     **{
         f"vllm serving: {count} readouts": (gpu_vllm.serving, {"readouts": count})
         for count in _READOUTS

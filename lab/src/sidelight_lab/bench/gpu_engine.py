@@ -76,7 +76,7 @@ class Setting:
 
     @property
     def is_gpu(self) -> bool:
-        return self.device == "cuda"
+        return self.device.startswith("cuda")
 
     @property
     def path(self) -> Path:
@@ -220,6 +220,16 @@ def serve(setting: Setting) -> Result:
         f"a chat, a moderation, and {len(after)} probes after a reload, whose probabilities differ "
         f"from those before by {apart:.1e}",
     )
+
+
+def second_gpu(setting: Setting) -> Result:
+    """``agreement`` and ``serve`` on the second GPU, where one is: threads begin on the first."""
+    if setting.is_gpu and torch.cuda.device_count() < 2:
+        return Result(True, "there is none")
+    there = setting if setting.device == "cpu" else replace(setting, device=f"{setting.device}:1")
+    results = [agreement(there, dtype="bfloat16"), *([serve(there)] if setting.is_gpu else [])]
+    passed = all(result.passed for result in results)
+    return Result(passed, "; ".join(result.summary for result in results))
 
 
 def speed(setting: Setting, *, probes: int) -> Result:
