@@ -113,12 +113,18 @@ def test_an_artifact_tells_what_its_threshold_flags_of_which_states(tiny, tmp_pa
     assert told["flagging"] == flagging
 
 
-def test_spans_without_logits_of_tokens_are_refused(tiny, tmp_path):
+def test_spans_that_no_text_could_have_are_refused(tiny, tmp_path):
     """Such a probe would find none in any text, and a rule that redacts would let all pass."""
-    rule = spans_probe(tiny, "pii").spans
-    probe = replace(untrained_probe(tiny, "pii", task=PIECES), spans=rule)
-    with pytest.raises(SidelightError, match=r"impossible values of spans"):
-        load_probe(save_probe(probe, tmp_path / "pii"))
+    labelling = spans_probe(tiny, "pii")
+    rule = labelling.spans
+    of_classes = replace(rule.calibration, task="multiclass")
+    for probe in (
+        replace(untrained_probe(tiny, "pii", task=PIECES), spans=rule),
+        replace(labelling, spans=replace(rule, margins=(-1.0, None))),
+        replace(labelling, spans=replace(rule, calibration=of_classes)),
+    ):
+        with pytest.raises(SidelightError, match=r"impossible values of spans"):
+            load_probe(save_probe(probe, tmp_path / "pii"))
 
 
 @pytest.mark.parametrize(

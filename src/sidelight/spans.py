@@ -148,11 +148,16 @@ class SpanRule:
     margins: tuple[float | None, ...]
 
     def fits(self, task: Task) -> bool:
-        """Whether it has a threshold between 0 and 1 for each label of a task."""
+        """Whether it has a threshold between 0 and 1, and a margin, for each label of a task."""
         calibration = self.calibration
         parts = (self.thresholds, self.margins, calibration.scale, calibration.shift)
         is_complete = {*map(len, parts)} == {task.outputs}
-        return is_complete and all(0 <= least <= 1 for least in self.thresholds)
+        return (
+            is_complete
+            and calibration.task == task.kind
+            and all(0 <= least <= 1 for least in self.thresholds)
+            and all(margin is None or margin >= 0 for margin in self.margins)
+        )
 
     def token_labels(
         self, logits: Float[Values, "token label"], labels: Sequence[str]
