@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Bank, Panel
@@ -270,6 +271,28 @@ class _Steps(TorchDispatchMode):
         assert not any(name in str(func) for name in self.waits), func
         assert func is not torch.ops.aten._to_copy.default or "device" not in (kwargs or {}), func
         return func(*args, **kwargs or {})
+
+
+class _Captured(_Steps):
+    """Refuses what a captured graph could not replay: also tensors that lie on the CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if torch.is_tensor(leaf)]
+        assert all(tensor.is_meta for tensor in tensors), func
+        return result
+
+
+@pytest.mark.parametrize("has_flags", [False, True])
+def test_what_a_graph_captures_stays_on_its_device(has_flags):
+    """Neither a copy from the CPU nor a wait for a number may be captured."""
+    stage = Stage.empty(projection_of(3, has_flags=has_flags).to("meta"), tokens=6)
+    pages = Pages(stage, blocks=2, block_size=4)
+    hidden = torch.empty(5, 577, dtype=torch.bfloat16, device="meta")
+    slots = torch.empty(5, dtype=torch.long, device="meta")
+    with _Captured():
+        stage.receive(1, hidden)
+        pages.keep(slots)
 
 
 @pytest.fixture(scope="module")
