@@ -24,7 +24,7 @@ from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Bank
 from sidelight.calibration import Calibration
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from sidelight.manifest import MANIFEST, WEIGHTS, read_manifest, summary
+from sidelight.manifest import MANIFEST, WEIGHTS, holds_probe, read_manifest, summary
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Reads
 from sidelight.standardisation import Standardisation
@@ -315,6 +315,14 @@ def test_a_path_without_an_artifact_or_room_for_one_is_one_clear_error(tiny, tmp
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing of the program runs after it."""
+
+
+def test_another_programs_manifest_is_not_replaced(saved, tmp_path):
+    assert holds_probe(saved)
+    assert not holds_probe(tmp_path / "nowhere")
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(SidelightError, match=r"belongs to no probe.*another folder"):
+        holds_probe(saved)
 
 
 @pytest.mark.parametrize("deaths", [[1], [2], [1, 2], [2, 1], [2, 2, 2]])

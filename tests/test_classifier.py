@@ -15,7 +15,7 @@ import pytest
 import corpora
 from commands import saved
 from corpora import TASKS
-from sidelight.artifact import load_probe, save_probe
+from sidelight.artifact import load_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.data.loading import load_examples
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
@@ -39,16 +39,14 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 TOXICCHAT = Path(os.environ.get("SIDELIGHT_DATA") or SHARED) / "toxicchat0124/train.jsonl.gz"
 
 
-def options_of(*mechanisms, **others):
-    return FitOptions(
-        mechanisms=tuple(mechanism_spec(name) for name in mechanisms), settings=QUICK, **others
-    )
+def options_of(mechanism, **others):
+    return FitOptions(mechanism=mechanism_spec(mechanism), settings=QUICK, **others)
 
 
 @pytest.fixture(scope="module")
 def fits(tiny, tmp_path_factory):
-    """For each kind of task a fit; for the binary one of two mechanisms with two seeds."""
-    named = {"multiclass": ["gate"], "multilabel": ["readout"], "binary": ["readout", "gate"]}
+    """A fit for each kind of task."""
+    named = {"multiclass": "gate", "multilabel": "readout", "binary": "readout"}
     cache = tmp_path_factory.mktemp("cache")
     return {
         kind: fit(
@@ -56,20 +54,20 @@ def fits(tiny, tmp_path_factory):
             load_examples(corpora.rows(kind, TRAINING)),
             None,
             name=f"planted-{kind}",
-            options=options_of(*names, cache_root=cache, seeds=(0, 1)[: len(names)]),
+            options=options_of(name, cache_root=cache, seed=1),
         )
-        for kind, names in named.items()
+        for kind, name in named.items()
     }
 
 
 @pytest.fixture(scope="module")
 def classifier(tiny, fits):
-    return Classifier(tiny, fits["binary"].best.probe)
+    return Classifier(tiny, fits["binary"].probe)
 
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_rows_are_fitted_evaluated_judged_saved_and_loaded(tiny, fits, tmp_path, kind):
-    probe = fits[kind].best.probe
+    probe = fits[kind].probe
     classifier, labels = Classifier(tiny, probe), probe.task.labels
     testing = corpora.rows(kind, TESTING, seed=1)
     report = classifier.evaluate(testing).to_dict()
@@ -95,32 +93,26 @@ def test_rows_are_fitted_evaluated_judged_saved_and_loaded(tiny, fits, tmp_path,
     assert classifier.predict([]) == []
 
 
-def test_a_fit_reports_every_run_and_keeps_the_best_of_the_best_mechanism_on_average(fits, tiny):
+def test_a_fit_is_one_probe_with_its_record_beside_a_baseline(fits, tiny):
     made = fits["binary"]
-    found = [(run.probe.spec.name, run.seed) for run in made.runs]
-    assert found == [("readout", 0), ("readout", 1), ("gate", 0), ("gate", 1)]
-    scores = np.array([run.score for run in made.runs]).reshape(2, 2)
-    best = int(scores.mean(1).argmax())
-    assert made.best.probe.spec.name == ("readout", "gate")[best]
-    assert made.best.score == scores[best].max()
+    assert made.probe.spec == mechanism_spec("readout")
     assert made.baseline.to_dict()["rows"] > 0
-    record = made.best.probe.record
+    record = made.probe.record
     assert record["training"]["rows"] == record["validation"]["rows"] == TRAINING
-    assert record["seed"] == made.best.seed
+    assert record["seed"] == 1
     assert record["parameters"] > 0
-    assert made.best.probe.fingerprint == tiny.fingerprint
+    assert made.probe.fingerprint == tiny.fingerprint
 
 
 @pytest.mark.parametrize("with_validation", [True, False])
-def test_a_run_that_diverges_is_left_out_and_told(tiny, with_validation):
+def test_a_part_of_the_default_that_diverges_is_left_out_and_told(tiny, with_validation):
     rows = load_examples(corpora.rows("binary", 40), positive="toxic")
-    diverging = {"gate": BRIEF, "readout": replace(BRIEF, weight_decay=1e38)}
-    diverging = {name: replace(settings, epochs=1) for name, settings in diverging.items()}
-    options = replace(options_of("readout", "gate"), settings=diverging)
+    diverging = {"readout": replace(BRIEF, weight_decay=1e38, epochs=1)}
+    options = FitOptions(settings=diverging)
     made = fit(tiny, rows, rows if with_validation else None, name="p", options=options)
-    assert [run.probe.spec.name for run in made.runs] == ["gate"]
+    assert made.probe.spec.name == "linear"
     assert any("'readout' with seed 0 diverged" in warning for warning in made.warnings)
-    alone = replace(options, mechanisms=options.mechanisms[:1])
+    alone = replace(options, mechanism=mechanism_spec("readout"))
     with pytest.raises(SidelightError, match="Lower the rate"):
         fit(tiny, rows, rows, name="p", options=alone)
 
@@ -157,7 +149,7 @@ def test_activations_stay_until_the_probe_is_written(tiny, tmp_path, capsys):
     out.unlink()
     made = training()
     assert "hidden states of 30 of 30 are on disk already" in capsys.readouterr().err
-    assert load_probe(out).calibration == made.best.probe.calibration
+    assert load_probe(out).calibration == made.probe.calibration
 
 
 def test_train_gives_a_classifier_of_the_format_that_loads_with_its_model(tiny, tmp_path, offline):
@@ -224,14 +216,12 @@ def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):
     items = (*examples.items[:4], replace(examples.items[4], response=""), *examples.items[5:])
     with pytest.raises(VerdictError, match=r"^Given rows, row 5: Probe 'p' gave a logit"):
         classifier.evaluate(replace(examples, items=items))
-    # Every run that was trained with a probe is judged.
     probe = untrained_probe(tiny, "p")
     for parameter in probe.mechanism.parameters():
         parameter.fill_(3e38)
-    folder = Classifier(tiny, probe).save(tmp_path / "probe")
     examples = load_examples(written(rows, tmp_path), task=probe.task)
     with pytest.raises(VerdictError, match=r"^rows\.jsonl, line 1: Probe 'p' gave a logit"):
-        assess(folder, examples, model=saved(tiny, tmp_path / "model"))
+        assess(Classifier(tiny, probe), examples)
 
 
 def test_users_are_told_of_texts_that_are_cut_shared_or_rare(tiny):
@@ -258,31 +248,27 @@ def test_a_few_dozen_prompts_make_a_useful_probe_of_the_embedded_model():
     assert classifier.evaluate(examples.select(range(50, 90))).metrics["auroc"].value > 0.75
 
 
-def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, fits, tmp_path):
-    classifier = Classifier(tiny, fits["binary"].best.probe)
+def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, fits):
+    classifier = Classifier(tiny, fits["binary"].probe)
     # Of the texts on which the probe was trained, and of others.
     seen = corpora.rows("binary", TRAINING)[:12]
     rows = [*seen, *corpora.rows("binary", 28, seed=5)]
     with pytest.warns(UserWarning, match="12 of 40 texts were trained on: the figures flatter"):
         classifier.evaluate(rows)
-    folder = classifier.save(tmp_path / "probe")
-    examples = load_examples(rows, task=classifier.probe.task)
-    assessment = assess(folder, examples, model=saved(tiny, tmp_path / "model"))
+    assessment = assess(classifier, load_examples(rows, task=classifier.probe.task))
     assert assessment.warnings[-1].startswith("12 of 40 texts were trained on")
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fits, tmp_path, kind):
-    probe = fits[kind].best.probe
-    logits = np.random.default_rng(0).normal(size=(50, probe.task.outputs)).tolist()
-    record = {**probe.record, "traffic": {"logits": logits}}
+def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fits, kind):
+    probe = fits[kind].probe
+    record = {**probe.record, "traffic": {"flagged": 6, "conversations": 150}}
     labelled = load_examples(corpora.rows(kind, 40, seed=3), task=probe.task)
     # Labels that the probe has not seen: each is wrong.
     examples = replace(labelled, labels=np.roll(labelled.labels, 1, axis=0))
-    model = saved(tiny, tmp_path / "model")
-    for folder, one in (("kept", replace(probe, record=record)), ("none", probe)):
-        save_probe(one, tmp_path / folder)
-    kept, none = (assess(tmp_path / folder, examples, model=model) for folder in ("kept", "none"))
+    kept, none = (
+        assess(Classifier(tiny, one), examples) for one in (replace(probe, record=record), probe)
+    )
     assert 0 < len(kept.mistakes) <= 5
     texts = [item.text for item in examples.items]
     assert all(any(line.endswith(beginning(text)) for text in texts) for line in kept.mistakes)
@@ -294,9 +280,8 @@ def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fit
     for label, threshold in probe.label_thresholds.items():
         assert f"Threshold of '{label}': {threshold:.3f}" in str(kept)
     if probe.thresholds:
-        flags = probe.calibration.apply(np.array(logits)) >= np.array(probe.thresholds)
-        assert "Of 50 ordinary conversations" in str(kept)
-        assert f"({flags.any(1).sum()})" in str(kept)
+        assert "Of 150 ordinary conversations" in str(kept)
+        assert "flags 4.0%" in str(kept)
         assert "without background" in str(none)
 
 
@@ -331,11 +316,8 @@ def test_what_cannot_be_trained_on_is_one_clear_error(tiny, data, options, remed
 
 
 def test_options_that_train_nothing_are_refused_before_the_model_is_loaded(tiny):
-    for options, named in (({"seeds": -1}, "no seed"), ({"mechanism": "gat"}, "'gate'")):
-        with pytest.raises(SidelightError, match=named):
-            train("no-such-model", GOOD, **options)
-    with pytest.raises(SidelightError, match="give None"):
-        FitOptions(mechanisms=())
+    with pytest.raises(SidelightError, match="'gate'"):
+        train("no-such-model", GOOD, mechanism="gat")
     options = options_of("gate", reads=Reads("response"))
     with pytest.raises(SidelightError, match=r"\(response\), first Given rows, row 1\."):
         fit(tiny, load_examples(GOOD), None, name="p", options=options)
@@ -355,10 +337,10 @@ def test_a_probe_of_responses_is_not_measured_on_prompts(tiny, tmp_path, monkeyp
     classifier = Classifier(tiny, untrained_probe(tiny, "p", reads=Reads(side)))
     rows = [{**row, "answer": "an answer"} for row in GOOD]
     assert classifier.evaluate(rows, response="answer").rows == len(rows)
-    folder, data = classifier.save(tmp_path / "probe"), written(rows, tmp_path)
+    data = written(rows, tmp_path)
     monkeypatch.setattr(TransformersBackbone, "run", None)
     refusal = rf"'p' reads responses, but {len(rows)} of {len(rows)} .* --response \(response="
     with pytest.raises(SidelightError, match=refusal):
         classifier.evaluate(rows)
     with pytest.raises(SidelightError, match=refusal):
-        assess(folder, load_examples(data, task=classifier.probe.task))
+        assess(classifier, load_examples(data, task=classifier.probe.task))

@@ -196,8 +196,8 @@ def test_without_background_texts_are_shown_alone(tiny, examples, tmp_path):
     assert (made.contexts, len(made.training), made.training.group_of) == ((), 60, None)
     # Plain text is a context without background, which says nothing of ordinary traffic.
     both = tiny_backbone(prompt_format="both")
-    options = FitOptions(mechanisms=(mechanism_spec("linear"),), cache_root=tmp_path)
-    fitted = fit(both, examples, None, name="p", options=options).best
+    options = FitOptions(mechanism=mechanism_spec("linear"), cache_root=tmp_path)
+    fitted = fit(both, examples, None, name="p", options=options)
     assert fitted.traffic.conversations == 0
 
 
@@ -346,7 +346,7 @@ def test_the_figures_are_those_of_the_threshold_that_is_served(tiny, examples, o
     alike = tuple((Message("user", f"{text}. Ordinary{i}"),) for i, text in enumerate(positives))
     given = replace(options, background=Background(TRAFFIC + alike * 3))
     settings = {"readout": TrainingSettings(epochs=2, batch_size=16, least_steps=0)}
-    made = fit(tiny, examples, None, name="p", options=replace(given, settings=settings)).best
+    made = fit(tiny, examples, None, name="p", options=replace(given, settings=settings))
     kept = made.probe.record["traffic"]["worst"]
     assert len(kept) == 3
     assert [round(p, 4) for p, _ in made.traffic.worst] == [own["probability"] for own in kept]
@@ -354,7 +354,7 @@ def test_the_figures_are_those_of_the_threshold_that_is_served(tiny, examples, o
     # An operator's own texts stay out of artifacts.
     private = replace(given.background, private=frozenset(given.background.conversations))
     options = replace(given, settings=settings, background=private)
-    again = fit(tiny, examples, None, name="p", options=options).best
+    again = fit(tiny, examples, None, name="p", options=options)
     assert again.probe.record["traffic"] == {**made.probe.record["traffic"], "worst": []}
     assert kept_rate(made.probe) == (made.traffic.flagged, made.traffic.conversations)
     assert made.report.thresholds == made.probe.thresholds
@@ -390,8 +390,8 @@ def test_several_classes_say_none_to_ordinary_traffic(tiny, options):
     labelled = LabelledExamples(
         tuple(map(said, texts)), ({},) * 60, labels=np.arange(60) % 3, task=INTENT
     )
-    given = replace(options, mechanisms=(mechanism_spec("linear"),))
-    made = fit(tiny, labelled, None, name="p", options=given).best
+    given = replace(options, mechanism=mechanism_spec("linear"))
+    made = fit(tiny, labelled, None, name="p", options=given)
     assert made.probe.task.labels == (*INTENT.labels, "none")
     assert made.traffic.conversations == len(TRAFFIC)
     assert made.traffic.flagged <= 0.1 * len(TRAFFIC)
@@ -403,7 +403,7 @@ def test_several_classes_say_none_to_ordinary_traffic(tiny, options):
     kept = kept_logits(made.probe)
     assert kept.shape == (len(TRAFFIC), 4)
     assert kept_rate(made.probe) == (made.traffic.flagged, len(TRAFFIC))
-    without = fit(tiny, labelled, None, name="p", options=replace(given, none=False)).best
+    without = fit(tiny, labelled, None, name="p", options=replace(given, none=False))
     assert (without.probe.task, without.traffic) == (INTENT, None)
     # A file may have such a class itself.
     own = replace(labelled, task=replace(INTENT, labels=("billing", "none", "refund")))

@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 
 from corpora import rows, split_of
-from sidelight.artifact import load_probe, save_probe
 from sidelight.calibration import fit_calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.manifest import MANIFEST, holds_probe
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Message, Reads
 from sidelight.ragged import Ragged
@@ -21,7 +19,6 @@ from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.fit import fit, jobs_of, mixtures, taken_by_none
 from sidelight.training.loop import cross_fit, train_mechanisms
 from sidelight.training.measuring import calibrate_examples
-from sidelight.training.runs import RUNS, read_runs, write_fit
 from sidelight.training.settings import (
     Background,
     FitOptions,
@@ -42,8 +39,8 @@ JOBS = [Job(mechanism_spec(name), 3, settings) for name, settings in QUICK.items
 
 
 def fitted(tiny, root, texts, validation=None, **options):
-    """A fit of the mechanism that is trained in the least time, unless others are named."""
-    options = {"mechanisms": (mechanism_spec("pooling"),), "settings": QUICK} | options
+    """A fit of the mechanism that is trained in the least time, unless another is named."""
+    options = {"mechanism": mechanism_spec("pooling"), "settings": QUICK} | options
     options = FitOptions(cache_root=root, **options)
     examples = texts if isinstance(texts, LabelledExamples) else load_examples(texts)
     return fit(tiny, examples, validation, name="a", options=options)
@@ -75,15 +72,15 @@ def test_a_mixture_gives_the_logits_between_those_of_its_parts(tiny, tmp_path, k
 def test_the_default_is_a_mixture_as_left_out_texts_decide(tiny, tmp_path):
     settings = {"readout": TrainingSettings(epochs=2, batch_size=16, least_steps=0)}
     texts = rows("multiclass", 60)
-    made = fitted(tiny, tmp_path, texts, mechanisms=None, settings=settings)
-    assert [run.probe.spec for run in made.runs] == [mechanism_spec("readout", {"heads": 3})]
+    made = fitted(tiny, tmp_path, texts, mechanism=None, settings=settings)
+    assert made.probe.spec == mechanism_spec("readout", {"heads": 3})
     parts = [
-        fitted(tiny, tmp_path, texts, mechanisms=(mechanism_spec(name),), settings=settings)
+        fitted(tiny, tmp_path, texts, mechanism=mechanism_spec(name), settings=settings)
         for name in ("linear", "readout")
     ]
     # It is seldom far behind its better part, whatever that is.
-    least = min(part.best.losses.mean() for part in parts)
-    assert made.best.losses.mean() < least + 0.05
+    least = min(part.losses.mean() for part in parts)
+    assert made.losses.mean() < least + 0.05
     # Parts of responses have no linear solution.
     responses = FitOptions(reads=Reads("response"))
     assert [job.spec.name for job in jobs_of(responses)] == ["readout"]
@@ -98,32 +95,6 @@ def test_words_are_told_to_be_better_where_they_clearly_are():
         words = losses + noise - gain / 20
         assert len(better_words(losses, words, examples)) == told
     assert not better_words(losses[: len(few)], losses[: len(few)] - 1, few)
-
-
-@pytest.mark.slow
-def test_a_later_training_replaces_its_own_runs_and_no_other_files(tiny, tmp_path):
-    folder = tmp_path / "probe"
-    others = [folder / RUNS / "events" / "log", folder / RUNS / "web" / MANIFEST]
-    for path in others:
-        path.parent.mkdir(parents=True)
-        path.write_text("{}")
-    made = fitted(tiny, tmp_path / "cache", rows("binary", 40), seeds=(0, 5))
-    write_fit(made, folder)
-    assert len(read_runs(folder)[0]) == 2
-    write_fit(replace(made, runs=made.runs[1:], best=made.runs[1]), folder)
-    names = {path.name for path in (folder / RUNS).iterdir()}
-    assert names == {"events", "web", "pooling-seed5"}
-    assert all(path.read_text() == "{}" for path in others)
-    assert len(read_runs(folder)[0]) == 1
-    # A manifest of another program is no probe's, and is not replaced.
-    assert holds_probe(folder)
-    assert not holds_probe(folder / RUNS)
-    with pytest.raises(SidelightError, match=r"belongs to no probe.*another folder"):
-        holds_probe(folder / RUNS / "web")
-    # A probe that decides otherwise than its run is measured itself.
-    save_probe(replace(load_probe(folder), thresholds=(0.9,)), folder)
-    (alone,), index = read_runs(folder)
-    assert (alone.thresholds, index) == ((0.9,), 0)
 
 
 @pytest.fixture(scope="module")
@@ -179,15 +150,15 @@ def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(whole, cross_f
 @pytest.mark.slow
 def test_few_texts_are_cross_fitted_unless_validation_texts_are_given(tiny, tmp_path, capsys):
     few = load_examples(rows("multiclass", 60))
-    made = fitted(tiny, tmp_path, few, mechanisms=(mechanism_spec("readout"),))
-    record = made.best.probe.record
+    made = fitted(tiny, tmp_path, few, mechanism=mechanism_spec("readout"))
+    record = made.probe.record
     # One bar for all folds.
     assert capsys.readouterr().err.count("Training:   0%") == 1
     assert (record["folds"], record["training"]["rows"]) == (FOLDS, 60)
     assert record["validation"]["rows"] == 60
-    assert made.best.report.to_dict()["accuracy"]["value"] > 0.6
+    assert made.report.to_dict()["accuracy"]["value"] > 0.6
     given = load_examples(rows("multiclass", 40, seed=1), task=few.task)
-    record = fitted(tiny, tmp_path, few, given).best.probe.record
+    record = fitted(tiny, tmp_path, few, given).probe.record
     assert (record["folds"], record["validation"]["rows"]) == (0, 40)
 
 
@@ -218,7 +189,7 @@ def test_no_text_is_measured_by_what_it_calibrated(whole, folds, is_cross_fitted
 @pytest.mark.parametrize("rule", ["f1", "recall=0.99"])
 def test_thresholds_follow_the_rule_and_the_artifact_has_their_curve(tiny, tmp_path, rule):
     wanted = ThresholdRule.parse(rule)
-    probe = fitted(tiny, tmp_path, rows("binary", 60), threshold=wanted).best.probe
+    probe = fitted(tiny, tmp_path, rows("binary", 60), threshold=wanted).probe
     stored = probe.record["validation"]
     (curve,) = read_curves(stored["curves"]).values()
     assert probe.record["threshold_rule"] == rule
@@ -258,14 +229,14 @@ def test_texts_of_which_none_can_be_held_out_are_refused(tiny, tmp_path, kind):
 def test_few_texts_of_several_classes_train_a_probe_in_traffic(tiny, tmp_path, count):
     background = Background(tuple((Message("user", f"Hello {i}."),) for i in range(10)))
     made = fitted(tiny, tmp_path, rows("multiclass", count), background=background)
-    assert made.best.probe.task.abstains
+    assert made.probe.task.abstains
     # A class of all the rest looks like ordinary traffic.
-    report = replace(made.best.report, confusion_matrix=np.diag([9, 9, 9, 0]))
-    assert taken_by_none(replace(made.best, report=report)) == []
+    report = replace(made.report, confusion_matrix=np.diag([9, 9, 9, 0]))
+    assert taken_by_none(replace(made, report=report)) == []
     report.confusion_matrix[1, 3] = 4
-    (told,) = taken_by_none(replace(made.best, report=report))
+    (told,) = taken_by_none(replace(made, report=report))
     assert "Of 31 labelled texts 4" in told
-    assert f"'{made.best.probe.task.labels[1]}' (4)" in told
+    assert f"'{made.probe.task.labels[1]}' (4)" in told
     assert "none=false" in told
 
 
@@ -274,7 +245,7 @@ def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path):
     rare = [{"text": f"rare {number}", "label": "z"} for number in range(4)]
     few = load_examples([*rows("binary", 40), *rare])
     made = fitted(tiny, tmp_path, few)
-    record = made.best.probe.record
+    record = made.probe.record
     assert record["folds"] == 0
     assert record["training"]["rows"] < len(few)
     # Later, the texts are recognised as those that trained the probe.

@@ -77,10 +77,8 @@ def test_the_hub_gets_the_artifact_with_a_card_and_gives_the_same_version(
 
 @pytest.fixture
 def trained_before(tiny, tmp_path):
-    """A folder as train and push leave it: a probe, its runs, their comparison and a card."""
+    """A folder as train and push leave it, with a file of the user's own."""
     folder = save_probe(untrained_probe(tiny, "older", mechanism="gate"), tmp_path / "older")
-    save_probe(load_probe(folder), folder / "runs" / "gate-seed0")
-    write_text(folder / "training.json", "{}")
     write_text(folder / CARD, "The older one.")
     write_text(folder / "notes.txt", "mine")
     return folder
@@ -101,7 +99,7 @@ def test_another_probe_is_replaced_by_force_alone_and_as_a_whole(
         transfer()
     assert contents(trained_before) == before
     transfer(force=True)
-    # Neither its runs nor its card stay beside the weights of another.
+    # Its card does not stay beside the weights of another.
     assert {str(path) for path in contents(trained_before)} == {
         MANIFEST,
         WEIGHTS,

@@ -14,7 +14,7 @@ from sidelight.mechanisms.base import mechanism_spec
 from sidelight.states.cache import ActivationCache, Pooled, Shard
 from sidelight.training import linear
 from sidelight.training.background import load_background
-from sidelight.training.fit import fit, jobs_of
+from sidelight.training.fit import fit
 from sidelight.training.linear import solve_linear
 from sidelight.training.loop import cross_fit, train_mechanisms
 from sidelight.training.scaling import layer_weights, view_worths
@@ -280,18 +280,14 @@ def test_the_strength_that_the_folds_choose_is_that_of_each_of_them(corpora):
     np.testing.assert_allclose(made.logits[fold], rest.logits, **ROUNDING)
 
 
-def test_it_is_solved_once_whatever_the_seeds():
-    specs = (mechanism_spec("linear"), mechanism_spec("readout"))
-    jobs = jobs_of(FitOptions(mechanisms=specs, seeds=(0, 1, 2)))
-    assert [job.spec.name for job in jobs] == ["linear", *["readout"] * 3]
+def test_a_strength_that_is_no_penalty_is_refused():
     for strength in (0.0, -1.0, float("inf")):
         with pytest.raises(SidelightError, match="Cannot train with strength"):
             job(strength=strength)
 
 
 def test_pooled_states_that_do_not_fit_into_memory_are_refused(tiny, tmp_path):
-    specs = (mechanism_spec("linear"),)
-    options = FitOptions(mechanisms=specs, cache_root=tmp_path, memory_bytes=1000)
+    options = FitOptions(mechanism=mechanism_spec("linear"), cache_root=tmp_path, memory_bytes=1000)
     examples = load_examples(rows("binary", 40))
     with pytest.raises(SidelightError, match=r"the limit is 0\.0 GiB\. Allow more \(--set memory"):
         fit(tiny, examples, None, name="a", options=options)

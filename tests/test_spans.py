@@ -269,7 +269,7 @@ def test_a_report_counts_characters_and_exact_spans():
 def fitted(tiny, tmp_path_factory):
     settings = TrainingSettings(learning_rate=2e-2, epochs=6, batch_size=16)
     options = FitOptions(settings={"spans": settings}, cache_root=tmp_path_factory.mktemp("cache"))
-    return fit(tiny, load_spans(span_rows(160)), None, name="pii", options=options).best
+    return fit(tiny, load_spans(span_rows(160)), None, name="pii", options=options)
 
 
 def test_what_is_trained_finds_spans_in_new_texts_also_after_it_was_saved(tiny, fitted, tmp_path):
@@ -417,10 +417,10 @@ def test_a_probe_of_responses_finds_spans_in_them(tiny, tmp_path):
     options = replace(
         options,
         reads=replace(options.reads, side="response"),
-        mechanisms=(mechanism_spec("spans", {"lookahead": 1}),),
+        mechanism=mechanism_spec("spans", {"lookahead": 1}),
     )
     examples = load_spans(answers, response="answer")
-    made = fit(tiny, examples, None, name="pii", options=options).best
+    made = fit(tiny, examples, None, name="pii", options=options)
     assert made.probe.spec.options["lookahead"] == 1
     assert {*made.probe.spans.margins} == {None}
     _, found = find_spans(tiny, made.probe, examples.items[:40])

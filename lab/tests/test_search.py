@@ -217,10 +217,10 @@ def test_the_printed_options_train_what_was_found(tiny, tmp_path, capfd, has_val
     line = next(line for line in shown.out.splitlines() if "--mechanism gate" in line)
     found = shlex.split(line)[1:]
     given = [*arguments[: arguments.index("--mechanism")], "--background", "none"]
-    assert run("train", *given, *found, "--out", str(out / "gate")) == 0
+    assert run("train", *given, *found, "--out", str(out / "gate"), "--json") == 0
+    trained = json.loads(capfd.readouterr().out)
     best = json.loads((out / "best.json").read_text())["mechanisms"]["gate"]
     manifest = read_manifest(out / "gate")
     assert manifest.record["settings"] == {**best["settings"], "normalise": True}
     assert manifest.mechanism.options == best["options"]
-    trained = json.loads((out / "gate" / "training.json").read_text())
-    assert trained["runs"][0]["score"] == pytest.approx(best["score"], abs=1e-9)
+    assert trained["score"] == pytest.approx(best["score"], abs=1e-9)

@@ -32,7 +32,7 @@ ROUNDING_TO_BF16 = 0.03
 
 def logits_of(backbone, probes, examples):
     """By each probe."""
-    judged = judge(backbone, probes, examples)
+    judged = [judge(backbone, probe, examples) for probe in probes]
     return [np.stack([text.logits for text in texts]) for texts in judged]
 
 

@@ -10,7 +10,6 @@ from sidelight.artifact import copy_probe
 from sidelight.errors import SidelightError, transport_errors
 from sidelight.manifest import CARD, MANIFEST, WEIGHTS, model_card, require_free
 from sidelight.storage import replacing
-from sidelight.training.runs import remove_training
 
 # Other errors of the hub's client are errors of the operating system.
 _FAILURES = (OSError, HFValidationError, *transport_errors())
@@ -96,7 +95,6 @@ def _copy(source: Path, directory: Path, *, force: bool) -> Path:
         raise SidelightError(f"{directory} is the folder of the probe itself. Name another folder.")
     _require_free(directory, force=force)
     manifest, card = copy_probe(source, directory), source / CARD
-    remove_training(directory)
     text = card.read_bytes() if card.exists() else b""
     with replacing(directory / CARD) as partial:
         is_current = manifest.version.encode() in text

@@ -59,11 +59,10 @@ def evaluate(
     as_json: bool,
     **columns: Any,
 ) -> None:
-    """Measure a probe, and every run trained with it, on labelled data.
+    """Measure a probe on labelled data.
 
-    One forward pass serves all of them. Each metric has a 95 % bootstrap interval; the table gives
-    the mean and the standard deviation over seeds. Texts that the probe was trained on are counted,
-    and so is what it flags of the ordinary traffic that training has measured it on.
+    Each metric has a 95 % bootstrap interval. Texts that the probe was trained on are counted, and
+    so is what it flags of the ordinary traffic that training has measured it on.
     """
     options.announce(f"Reading {data}")
     from sidelight.data.loading import load_examples
@@ -80,12 +79,12 @@ def evaluate(
     examples = load_examples(data, task=manifest.task, **columns)
     require_side(manifest, examples.items)
     options.announce("Loading the model")
+    from sidelight.cli.show import console
     from sidelight.training.assessment import assess
-    from sidelight.training.runs import console
+    from sidelight.training.classifier import load
 
-    assessment = assess(
-        probe, examples, model=runtime.model, dtype=runtime.dtype, device=runtime.device
-    )
+    classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
+    assessment = assess(classifier, examples)
     options.warn(assessment.warnings)
     if out is not None:
         write_json(out, assessment.to_dict())
@@ -198,8 +197,8 @@ def predict(
         else:
             judged = classifier.predict(items)
         if prints_spans or (labels_spans and out is None and sys.stdout.isatty()):
+            from sidelight.cli.show import console
             from sidelight.data.spans import span_text
-            from sidelight.training.runs import console
 
             terminal = console()
             for item, verdict in zip(items, judged, strict=True):

@@ -84,16 +84,6 @@ def typed(assigned: Mapping[str, str], kinds: Mapping[str, Any]) -> dict[str, An
     return values
 
 
-def _names(_context: click.Context, _option: Any, value: str) -> list[str]:
-    names = [*dict.fromkeys(name.strip() for name in value.split(",") if name.strip())]
-    if not names:
-        from sidelight.mechanisms.base import mechanism_names
-
-        known = ", ".join(mechanism_names())
-        raise click.BadParameter(f"no mechanism is named. Leave it out, or choose: {known}.")
-    return names
-
-
 def announce(step: str) -> None:
     """Says on standard error what comes next, before imports and models that take seconds."""
     click.echo(f"{step} ...", err=True)
@@ -348,7 +338,6 @@ dtype = click.option(
     help="Dtype of the backbone; auto keeps that of its weights.",
 )
 device = click.option("--device", default="auto", help="cpu, cuda, cuda:1, or auto.")
-mechanisms = partial(click.option, "--mechanism", "mechanisms", callback=_names)
 engine_option = click.option(
     "--engine-option",
     multiple=True,

@@ -82,7 +82,7 @@ def recalibrate(
         require_new_texts(manifest, examples)
     options.announce("Loading the probe" if examples is None else "Loading the model")
     from sidelight.artifact import load_probe, save_probe
-    from sidelight.training.runs import comparison_table, console
+    from sidelight.cli.show import print_reports
 
     loaded = load_probe(probe)
     if examples is None:
@@ -94,7 +94,7 @@ def recalibrate(
         from sidelight.training.judging import judge
 
         classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
-        (judged,) = judge(classifier.backbone, [loaded], examples.items)
+        judged = judge(classifier.backbone, loaded, examples.items)
         made = refit(loaded, examples, np.stack([text.logits for text in judged]), rule=rule)
         options.warn(examples.warnings)
     options.warn(made.warnings)
@@ -104,9 +104,8 @@ def recalibrate(
         click.echo(json.dumps({"out": str(folder), **entry}, indent=2))
         return
     if made.figures is not None:
-        figures = {"before": [made.figures[0]], "after": [made.figures[1]]}
         title = f"{made.figures[0].rows:,} labelled texts, each calibrated without it"
-        console().print(comparison_table(title, figures))
+        print_reports(title, dict(zip(("before", "after"), made.figures, strict=True)))
     click.echo(f"{entry['what'][0].upper()}{entry['what'][1:]}.")
     curves = curves_of(made.probe.record)
     moved = zip(loaded.label_thresholds.items(), made.probe.thresholds, strict=True)

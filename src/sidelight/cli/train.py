@@ -1,4 +1,4 @@
-"""``sidelight train``: from a labelled file to probes on disk."""
+"""``sidelight train``: from a labelled file to a probe on disk."""
 
 import json
 import shlex
@@ -23,7 +23,6 @@ _AUTO = "auto"
 @click.command(
     epilog=options.examples(
         "sidelight train --data train.jsonl --label toxicity --out probes/toxicity",
-        "sidelight train --data train.csv --mechanism pooling,gate,attention --set seeds=3 --out p",
         "sidelight train --data chats.jsonl --response answer --label refused --out probes/refusal",
         "sidelight train --data t.jsonl --mechanism attention --set attention.factor=16 --out p",
         "sidelight train --data t.jsonl --set epochs=12 --set class_weight=balanced --out p",
@@ -33,15 +32,16 @@ _AUTO = "auto"
 )
 @options.training(
     "Of training: batch_size, beginnings, calibration, class_weight, context_tokens, epochs, "
-    "format, layer_weights, learning_rate, least_steps, none, normalise, patience, reads, seeds, "
+    "format, layer_weights, learning_rate, least_steps, none, normalise, patience, reads, seed, "
     "standardise, strength, template, weight_decay; docs/reference.md says what each does. Of a "
     "mechanism: MECHANISM.OPTION, such as attention.factor."
 )
 @click.option("--force", is_flag=True, help="Replace the probe that --out holds.")
-@options.mechanisms(
+@click.option(
+    "--mechanism",
     default=_AUTO,
-    help="auto (a readout and a linear solution, mixed), or a comma-separated list: attention, "
-    "gate, linear, pooling, readout, spans.",
+    help="auto (a readout and a linear solution, mixed), attention, gate, linear, pooling, "
+    "readout, or spans.",
 )
 @click.option(
     "--spans",
@@ -64,7 +64,7 @@ def train(
     inputs: options.TrainingInputs,
     out: Path,
     force: bool,
-    mechanisms: list[str],
+    mechanism: str,
     assigned: dict[str, str],
     spans: str | None,
     name: str | None,
@@ -73,23 +73,19 @@ def train(
     runtime: options.Runtime,
     as_json: bool,
 ) -> None:
-    """Train probes on a labelled file, and keep the best.
+    """Train a probe on a labelled file.
 
-    The backbone runs once over the texts; all mechanisms and seeds train from its hidden states.
-    Early stopping, threshold and calibration use validation rows only. Fewer than 1,000 rows
+    The backbone runs once over the texts; the probe is trained on its hidden states. Early
+    stopping, threshold and calibration use validation rows only. Fewer than 1,000 rows
     without --validation are cross-fitted: all of them train the probe, and each row is scored by a
     probe that did not train on it. After a kill, the same command goes on where the backbone was.
     """
     for target in assigned:
-        mechanism, dot, _ = target.partition(".")
-        if dot and mechanism not in mechanisms:
-            raise SidelightError(
-                f"--set {target} needs --mechanism {mechanism} (got: {', '.join(mechanisms)})."
-            )
-    if spans is not None and mechanisms not in ([_AUTO], ["spans"]):
-        raise SidelightError(
-            f"--spans needs --mechanism spans (got: {', '.join(mechanisms)}). Leave it out."
-        )
+        owner, dot, _ = target.partition(".")
+        if dot and owner != mechanism:
+            raise SidelightError(f"--set {target} needs --mechanism {owner} (got: {mechanism}).")
+    if spans is not None and mechanism not in (_AUTO, "spans"):
+        raise SidelightError(f"--spans needs --mechanism spans (got: {mechanism}). Leave it out.")
     if spans is not None and (background is not None or inputs.positive is not None):
         raise SidelightError(
             "--background and --positive are for labels of whole texts. Leave them out, or --spans."
@@ -108,7 +104,7 @@ def train(
     name = name or out.resolve().name
     require_name(name)
     require_free(out, force=force)
-    specs = None if mechanisms == [_AUTO] else _specs(mechanisms, assigned)
+    spec = None if mechanism == _AUTO else _spec(mechanism, assigned)
     side = chosen.pop("reads", "response" if inputs.response else "prompt")
     if side != "prompt" and inputs.response is None:
         raise SidelightError(f"--set reads={side} needs the column of answers: --response COLUMN.")
@@ -122,8 +118,8 @@ def train(
     fit_options = inputs.fit_options()
     fit_options = replace(
         fit_options,
-        mechanisms=specs,
-        seeds=tuple(range(chosen.pop("seeds", 1))),
+        mechanism=spec,
+        seed=chosen.pop("seed", 0),
         reads=replace(fit_options.reads, side=side, template=chosen.pop("template", True)),
         background=background_set,
         calibration=chosen.pop("calibration", None),
@@ -132,16 +128,16 @@ def train(
         context_tokens=chosen.pop("context_tokens", None),
         # What is left are settings of the optimisation.
         settings={
-            mechanism: suggested_settings(mechanism).changed(**chosen)
-            for mechanism in (SUGGESTED if specs is None else mechanisms)
+            name: suggested_settings(name).changed(**chosen)
+            for name in (SUGGESTED if spec is None else (mechanism,))
         },
     )
     if isinstance(training, SpanExamples):
         fit_options = fit_options.of_spans(training)
     choose_validation(training, validation, fit_options)
     options.announce("Loading the model")
+    from sidelight.cli.show import print_fit
     from sidelight.training.fit import fit
-    from sidelight.training.runs import console
 
     backbone = runtime.load_backbone(prompt_format=prompt_format)
     with runtime.state_source(backbone) as source:
@@ -152,8 +148,8 @@ def train(
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
         return
-    console().print(result.table())
-    click.echo(f"{result} Saved to {out}")
+    print_fit(result)
+    click.echo(f"Saved to {out}")
     click.echo(f"Next: {_eval_command(out)}")
 
 
@@ -167,21 +163,21 @@ def _eval_command(out: Path) -> str:
     return shlex.join(command)
 
 
-def _specs(mechanisms: list[str], assigned: Mapping[str, str]) -> "tuple[MechanismSpec, ...]":
-    """The mechanisms with their options, ``MECHANISM.OPTION``."""
+def _spec(mechanism: str, assigned: Mapping[str, str]) -> "MechanismSpec":
+    """The mechanism with its options, ``MECHANISM.OPTION``."""
     from sidelight.mechanisms.base import mechanism_spec
 
-    values: dict[str, dict[str, int | str]] = {}
-    for name, text in assigned.items():
-        mechanism, dot, option = name.partition(".")
-        if dot:
-            values.setdefault(mechanism, {})[option] = int(text) if text.isdigit() else text
-    return tuple(mechanism_spec(mechanism, values.get(mechanism)) for mechanism in mechanisms)
+    values = {
+        name.partition(".")[2]: int(text) if text.isdigit() else text
+        for name, text in assigned.items()
+        if "." in name
+    }
+    return mechanism_spec(mechanism, values)
 
 
 def _kinds() -> dict[str, Any]:
     """The types of what ``--set`` gives to training."""
-    from pydantic import PositiveInt
+    from pydantic import NonNegativeInt, PositiveInt
 
     from sidelight.calibration import CalibrationKind
     from sidelight.prompts import PromptFormat, Side
@@ -196,5 +192,5 @@ def _kinds() -> dict[str, Any]:
         "context_tokens": PositiveInt,
         "format": PromptFormat,
         "reads": Side,
-        "seeds": PositiveInt,
+        "seed": NonNegativeInt,
     }

@@ -5,6 +5,7 @@ Trains three probes on the bundled texts, serves them, and asks one question.
 
 import json
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import uvicorn
 from openai import OpenAI
+from rich.console import Console
 from rich.table import Table
 
 from sidelight.artifact import load_probe, save_probe
@@ -27,7 +29,6 @@ from sidelight.smollm2 import EMBEDDED_NAME, cache_root
 from sidelight.training.background import load_background
 from sidelight.training.classifier import Classifier
 from sidelight.training.fit import fit
-from sidelight.training.runs import console
 from sidelight.training.settings import FitOptions
 
 _DATA = Path(__file__).parent / "data"
@@ -37,7 +38,8 @@ _QUESTION = (
     "I was charged twice for my subscription this month and I need the money back today, "
     "before my rent is due. What can I do?"
 )
-_console = console()
+# A log is as wide as its tables.
+_console = Console(width=None if sys.stdout.isatty() else 110)
 
 
 def run_demo(*, keep: bool, port: int) -> None:
@@ -85,12 +87,12 @@ def _train(backbone: TransformersBackbone, task: str, positive: str | None, stat
     training = load_examples(_DATA / f"{task}_train.jsonl", positive=positive)
     _say(f"Training '{task}' on {len(training)} texts with the model frozen")
     options = FitOptions(background=load_background("packaged"), cache_root=states, keep_cache=True)
-    best = fit(backbone, training, None, name=task, options=options).best
-    classifier = Classifier(backbone, best.probe)
-    test = load_examples(_DATA / f"{task}_test.jsonl", task=best.probe.task)
+    probe = fit(backbone, training, None, name=task, options=options).probe
+    classifier = Classifier(backbone, probe)
+    test = load_examples(_DATA / f"{task}_test.jsonl", task=probe.task)
     report = classifier.evaluate(test)
     _console.print(report.table())
-    return save_probe(best.probe, cache_root() / "demo" / task)
+    return save_probe(probe, cache_root() / "demo" / task)
 
 
 def _ask(client: OpenAI) -> None:

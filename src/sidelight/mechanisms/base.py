@@ -9,7 +9,7 @@ packing. Knows hidden states, which the probe standardises if at all, and no tex
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from inspect import Parameter, signature
@@ -198,20 +198,6 @@ def mechanism_spec(name: str, options: Mapping[str, OptionValue] | None = None) 
 def build_mechanism(spec: MechanismSpec, geometry: Geometry) -> Mechanism:
     """A mechanism with fresh parameters, drawn with torch's current seed."""
     return _registered(spec.name)(geometry, **spec.options)
-
-
-def spec_titles(specs: Sequence[MechanismSpec]) -> list[str]:
-    """Each one's name, with the options in which it differs from others of that name."""
-    titles: list[str] = []
-    for spec in specs:
-        others = [other.options for other in specs if other.name == spec.name]
-        differing = [
-            f"{option}={value}"
-            for option, value in spec.options.items()
-            if any(other.get(option) != value for other in others)
-        ]
-        titles.append(" ".join([spec.name, *differing]))
-    return titles
 
 
 def _check_value(option: str, value: OptionValue, kind: Any) -> None:

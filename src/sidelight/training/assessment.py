@@ -1,6 +1,6 @@
-"""The probes of a folder, measured on labelled rows that training did not see."""
+"""A probe, measured on labelled rows that training did not see."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from sidelight.backbone import DtypeName
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.spans import SpanExamples
 from sidelight.evaluation import Report, SpanReport, evaluate, evaluate_spans, worst_spans_page
@@ -16,12 +15,10 @@ from sidelight.metrics import decide
 from sidelight.probe import Probe
 from sidelight.spans import labelled_characters
 from sidelight.storage import write_text
-from sidelight.training.classifier import load
-from sidelight.training.judging import judge, judge_characters
+from sidelight.training.classifier import Classifier
+from sidelight.training.judging import judge_characters
 from sidelight.training.measuring import trained_text_warnings
-from sidelight.training.runs import by_title, comparison_table, read_runs, summarise
 from sidelight.training.traffic import beginning, kept_rate, rate_sentence
-from sidelight.training.validation import require_side
 from sidelight.types import Span
 
 if TYPE_CHECKING:
@@ -32,21 +29,19 @@ _SHOWN_MISTAKES = 5
 
 @dataclass(frozen=True)
 class Assessment:
-    """How the probes of whole texts did.
+    """How a probe of whole texts did.
 
     Attributes:
         examples: The rows.
-        probe: The artifact's own: the run that validation data chose.
+        probe: What judged them.
         probabilities: Its probabilities.
         report: Its figures.
-        runs: The reports of every run trained with it, itself included, by title.
     """
 
     examples: LabelledExamples
     probe: Probe
     probabilities: Float[np.ndarray, "row output"]
     report: Report
-    runs: Mapping[str, Sequence[Report]]
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -55,24 +50,18 @@ class Assessment:
         return (*self.examples.warnings, *warnings)
 
     def to_dict(self) -> dict[str, Any]:
-        """The probe's metrics at the top level, then those of the runs, as JSON values."""
+        """The metrics at the top level, as JSON values."""
         return {
             "probe": self.probe.name,
             "mechanism": self.probe.spec.name,
             **self.report.to_dict(),
             "traffic": dict(zip(("flagged", "conversations"), kept_rate(self.probe), strict=True)),
             "warnings": list(self.warnings),
-            "runs": summarise(self.runs),
         }
 
     def shown(self) -> list["RenderableType"]:
         """The figures for a terminal."""
-        runs = sum(map(len, self.runs.values()))
-        return [
-            *([comparison_table("Every run", self.runs)] if runs > 1 else []),
-            f"\n'{self.probe.name}', {self.probe.spec.name}",
-            self.report.table(),
-        ]
+        return [f"\n'{self.probe.name}', {self.probe.spec.name}", self.report.table()]
 
     def plot(self, folder: Path) -> None:
         """Draws the probe's plots."""
@@ -174,63 +163,42 @@ class SpanAssessment(Assessment):
         return ""
 
 
-def assess(
-    directory: Path,
-    examples: LabelledExamples,
-    *,
-    model: str | None = None,
-    dtype: DtypeName = "auto",
-    device: str = "auto",
-) -> Assessment:
-    """Measures a folder's probes on labelled rows, by one forward pass.
+def assess(classifier: Classifier, examples: LabelledExamples) -> Assessment:
+    """Measures a probe on labelled rows.
 
     Args:
-        directory: An artifact that ``sidelight train`` wrote.
+        classifier: The probe on its backbone.
         examples: Loaded with the task in its manifest; ``SpanExamples`` for a probe of spans.
-        model: The backbone's name; None takes the one that the probe was trained under.
-        dtype: Of the backbone.
-        device: Of the backbone.
 
     Raises:
-        SidelightError: The artifact, texts or backbone do not fit each other; before the backbone
-            runs wherever that is possible.
+        SidelightError: The probe and the texts do not fit each other.
     """
-    probes, index = read_runs(directory)
-    chosen = probes[index]
-    require_side(chosen, examples.items)
-    backbone = load(directory, model=model, dtype=dtype, device=device).backbone
-    for probe in probes:
-        probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
-    scores: Sequence[Float[np.ndarray, "_ label"]] = ()
-    if chosen.spans is None:
-        judged = judge(backbone, probes, examples.items)
-    else:
-        texts, scores = zip(*judge_characters(backbone, chosen, examples.items), strict=True)
-        judged = [texts]
-    probabilities = [
-        probe.calibration.apply(np.stack([text.logits for text in texts]))
-        for probe, texts in zip(probes, judged, strict=True)
-    ]
+    probe = classifier.probe
     found: list[list[Span]] = []
+    scores: Sequence[Float[np.ndarray, "_ label"]] = ()
     row_thresholds = None
-    if chosen.spans is not None:
-        labels = chosen.task.output_labels
-        found = [chosen.spans.read(own, labels) for own in scores]
+    if probe.spans is None:
+        logits = classifier.logits(examples.items)
+    else:
+        labels = probe.task.output_labels
+        judged, scores = zip(
+            *judge_characters(classifier.backbone, probe, examples.items), strict=True
+        )
+        logits = np.stack([text.logits for text in judged])
+        found = [probe.spans.read(own, labels) for own in scores]
         # Spans decide what a text has.
         names = [{span.label for span in spans} for spans in found]
         row_thresholds = np.array([[0.0 if x in own else np.inf for x in labels] for own in names])
-    reports = [
-        evaluate(
-            probe.task,
-            own,
-            examples.labels,
-            thresholds=probe.thresholds,
-            row_thresholds=row_thresholds,
-        )
-        for probe, own in zip(probes, probabilities, strict=True)
-    ]
-    figures = (examples, chosen, probabilities[index], reports[index], by_title(probes, reports))
-    if not isinstance(examples, SpanExamples) or chosen.spans is None:
+    probabilities = probe.calibration.apply(logits)
+    report = evaluate(
+        probe.task,
+        probabilities,
+        examples.labels,
+        thresholds=probe.thresholds,
+        row_thresholds=row_thresholds,
+    )
+    figures = (examples, probe, probabilities, report)
+    if not isinstance(examples, SpanExamples) or probe.spans is None:
         return Assessment(*figures)
-    within = [chosen.spans.within_margins(own) for own in scores]
+    within = [probe.spans.within_margins(own) for own in scores]
     return SpanAssessment(*figures, evaluate_spans(examples, found), found, within)

@@ -83,8 +83,9 @@ class Classifier:
             pairs = zip(*find_spans(self.backbone, self.probe, examples), strict=True)
             verdict, labelled = self.probe.verdict, self.probe.labelled_verdict
             return [labelled(verdict(row), spans) for row, spans in pairs]
-        (judged,) = judge(self.backbone, [self.probe], examples)
-        return [self.probe.text_verdict(text) for text in judged]
+        return [
+            self.probe.text_verdict(text) for text in judge(self.backbone, self.probe, examples)
+        ]
 
     def explain(self, text: str | Example, *, response: str | None = None) -> Explanation:
         """The verdict on one text, and how its logit divides among tokens and layers.
@@ -178,7 +179,7 @@ class Classifier:
             ContextLengthError: A text is longer than the backbone reads.
             VerdictError: A logit is not finite.
         """
-        (judged,) = judge(self.backbone, [self.probe], examples)
+        judged = judge(self.backbone, self.probe, examples)
         return np.reshape([text.logits for text in judged], (len(judged), self.probe.task.outputs))
 
     def save(self, directory: str | Path) -> Path:
@@ -198,16 +199,16 @@ def train(
     positive: str | None = None,
     validation: str | Path | InMemory | Examples | None = None,
     name: str = "probe",
-    seeds: int = 1,
+    seed: int = 0,
     background: str | Path = "packaged",
     none: bool = True,
     prompt_format: PromptFormat | None = None,
     threshold: str = "f1",
     source: StateSource | None = None,
 ) -> Classifier:
-    """Trains a probe on labelled data, and keeps the best run.
+    """Trains a probe on labelled data.
 
-    For several mechanisms, other options and all the runs, use ``sidelight.training.fit.fit``.
+    For other options and the figures of the training, use ``sidelight.training.fit.fit``.
     Doubts about the data come as Python warnings.
 
     Args:
@@ -223,7 +224,7 @@ def train(
         positive: Positive class of a binary task; None means 1, true or yes, else the rarer label.
         validation: Like ``data``; None holds part of ``data`` out, or cross-fits it if it is small.
         name: How verdicts name the probe.
-        seeds: Probes to train; the one with the best validation score is kept.
+        seed: Decides initial parameters and the order of the data.
         background: Ordinary traffic, as ``load_background`` takes it: a file of texts or chats,
             ``packaged``, or ``none``.
         none: Whether a probe of several classes says ``none`` to ordinary traffic.
@@ -247,8 +248,8 @@ def train(
             "background= and positive= are for labels of whole texts. Leave them out, or spans=."
         )
     options = FitOptions(
-        mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
-        seeds=tuple(range(seeds)),
+        mechanism=None if mechanism == AUTO else mechanism_spec(mechanism),
+        seed=seed,
         reads=replace(READS, side="response" if response else "prompt"),
         background=load_background("none" if of_spans else background),
         threshold=ThresholdRule.parse(threshold),
@@ -270,7 +271,7 @@ def train(
     _tell(training.warnings)
     result = fit(backbone, training, held_out, name=name, options=options, source=source)
     _tell([warning for warning in result.warnings if warning not in training.warnings])
-    return Classifier(backbone, result.best.probe)
+    return Classifier(backbone, result.probe)
 
 
 def load(

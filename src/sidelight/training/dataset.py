@@ -252,7 +252,7 @@ def prepare(
     parts = background.parts(len(groups) + (0 if folds else _MEASURING_PARTS))
     contexts = draw_contexts(backbone, training, groups, parts[: len(groups)], options)
     refusal = linear_refusal(backbone, len(training) + len(contexts), options)
-    if refusal and any(spec.name == "linear" for spec in options.mechanisms or ()):
+    if refusal and options.mechanism is not None and options.mechanism.name == "linear":
         raise SidelightError(
             f"{refusal}. Allow more (--set memory=GIB, memory_bytes=), "
             "name another mechanism, or use fewer rows (--set limit=N)."

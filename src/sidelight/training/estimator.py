@@ -151,7 +151,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
             result = fit(backbone, examples, None, name="probe", options=options)
         for sentence in result.warnings:
             warnings.warn(sentence, stacklevel=2)
-        self.classes_, self.probe_ = classes, result.best.probe
+        self.classes_, self.probe_ = classes, result.probe
         return self
 
     def predict_proba(self, X: Any) -> Float[np.ndarray, "text class"]:  # noqa: N803
@@ -211,8 +211,8 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
             if (value := getattr(self, name)) is not None
         }
         return FitOptions(
-            mechanisms=None if is_automatic else (mechanism_spec(self.mechanism),),
-            seeds=(int(self.random_state or 0),),
+            mechanism=None if is_automatic else mechanism_spec(self.mechanism),
+            seed=int(self.random_state or 0),
             settings={
                 name: suggested_settings(name).changed(**chosen)
                 for name in (mechanism_names() if is_automatic else (self.mechanism,))

@@ -1,18 +1,21 @@
-"""From labelled examples to calibrated probes with their figures."""
+"""From labelled examples to a calibrated probe with its figures."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
+from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import CalibrationKind
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.spans import SpanExamples
+from sidelight.evaluation import Report, SpanReport
 from sidelight.manifest import curves_of
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.mechanisms.readout import Readout
@@ -29,11 +32,11 @@ from sidelight.training.measuring import (
     text_hashes,
 )
 from sidelight.training.optimisation import TrainingRun, validation_score
-from sidelight.training.runs import Fit, FittedProbe, write_fit
 from sidelight.training.settings import FitOptions, Job, suggested_settings
 from sidelight.training.spans import LOOKAHEADS, calibrate_spans, choose_lookahead
 from sidelight.training.tfidf import better_words, measure_baseline
 from sidelight.training.traffic import (
+    Traffic,
     highest_logits,
     left_out_thresholds,
     measure_traffic,
@@ -48,20 +51,58 @@ _SHARES = (0.25, 0.5, 0.75)
 _TAKEN = 0.02
 
 
+@dataclass(frozen=True)
+class Fit:
+    """A trained probe, and how it does.
+
+    Attributes:
+        probe: Ready to serve.
+        score: ``validation_score`` of its final logits, by which `sidelight search` compares.
+        report: Its figures on validation data, each text calibrated without it.
+        losses: The log loss of each validation text, likewise.
+        traffic: Its figures in ordinary traffic; None if it was trained without.
+        spans: Its figures of the spans of validation texts, by thresholds that other texts gave;
+            None if it labels whole texts.
+        baseline: The figures of TF-IDF with logistic regression on the same validation texts; None
+            for spans.
+        warnings: What the user should know, one sentence each.
+    """
+
+    probe: Probe
+    score: float
+    report: Report
+    losses: Float[np.ndarray, " text"]
+    traffic: Traffic | None = None
+    spans: SpanReport | None = None
+    baseline: Report | None = None
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures on validation data, as JSON values."""
+        parts = {"traffic": self.traffic, "spans": self.spans, "baseline": self.baseline}
+        return {
+            "probe": self.probe.name,
+            "mechanism": self.probe.spec.name,
+            "score": self.score,
+            "validation": self.report.to_dict(),
+            **{name: part.to_dict() for name, part in parts.items() if part is not None},
+            "warnings": list(self.warnings),
+        }
+
+
 def jobs_of(options: FitOptions, *, of_spans: bool = False) -> list[Job]:
-    """Every mechanism with every seed; of spans, with the first."""
-    specs = options.mechanisms
-    if specs is None and of_spans:
+    """The mechanism; or what its default is made of, or chosen from."""
+    if options.mechanism is not None:
+        specs = [options.mechanism]
+    elif of_spans:
         specs = [mechanism_spec("spans", {"lookahead": lookahead}) for lookahead in LOOKAHEADS]
-    elif specs is None:
-        specs = (mechanism_spec("linear"), mechanism_spec("readout"))
+    else:
+        specs = [mechanism_spec("linear"), mechanism_spec("readout")]
         # A linear mechanism does not learn from beginnings of responses.
         specs = specs[1:] if options.reads.includes_response else specs
     return [
-        Job(spec, seed, options.settings.get(spec.name, suggested_settings(spec.name)))
+        Job(spec, options.seed, options.settings.get(spec.name, suggested_settings(spec.name)))
         for spec in specs
-        # Nothing in a solution is random.
-        for seed in (options.seeds[:1] if of_spans or spec.name == "linear" else options.seeds)
     ]
 
 
@@ -75,7 +116,7 @@ def fit(
     source: StateSource | None = None,
     out: Path | None = None,
 ) -> Fit:
-    """Trains every mechanism with every seed, from one pass of the backbone over the texts.
+    """Trains a probe, from one pass of the backbone over the texts.
 
     Args:
         backbone: The frozen LLM.
@@ -83,13 +124,13 @@ def fit(
             and if the options name no mechanism, left-out texts choose how far it looks ahead.
         validation: Labelled texts for early stopping, threshold and calibration; None holds out
             part of ``training``, or cross-fits it if it is small.
-        name: How verdicts will name the probe.
+        name: How verdicts will name it.
         options: What to train.
         source: The engine that computes the hidden states; None is the backbone itself.
-        out: Folder that the probes are written to, before the hidden states are removed.
+        out: Folder that it is written to, before the hidden states are removed.
 
     Raises:
-        SidelightError: There are no labels, the hidden states do not fit the disk, every training
+        SidelightError: There are no labels, the hidden states do not fit the disk, the training
             diverged, or the spans are of what the probe would not read.
     """
     of_spans = isinstance(training, SpanExamples)
@@ -117,33 +158,28 @@ def fit(
     diverged = [job for job, run in zip(jobs, results, strict=True) if run is None]
     warnings = [
         *dataset.warnings,
-        *(f"{divergence(job)} This run is left out." for job in diverged),
+        *(f"{divergence(job)} The probe is made without it." for job in diverged),
         *(() if baseline is None or baseline.folds else (FLATTERING,)),
     ]
     lookaheads: dict[str, float] = {}
     if of_spans:
         chosen, lookaheads = choose_lookahead(trained, dataset.measured)
-        trained = [chosen]
-    elif options.mechanisms is None:
-        warnings += [f"{refusal}: the readout is alone."] if refusal else []
-        trained = mix(trained, dataset, kind=options.calibration)
-    runs = [
-        calibrate_probe(run, dataset, name=name, options=options, lookaheads=lookaheads)
-        for run in trained
-    ]
-    best = _best(runs)
+    else:
+        if options.mechanism is None and refusal:
+            warnings.append(f"{refusal}: the readout is alone.")
+        chosen = mix(trained, dataset, kind=options.calibration)
+    made = calibrate_probe(chosen, dataset, name=name, options=options, lookaheads=lookaheads)
     if baseline is not None:
-        warnings += better_words(best.losses, baseline.losses, dataset.validation.examples)
-    warnings += taken_by_none(best)
-    if best.traffic is not None and best.probe.thresholds:
+        warnings += better_words(made.losses, baseline.losses, dataset.validation.examples)
+    warnings += taken_by_none(made)
+    if made.traffic is not None and made.probe.thresholds:
         warnings += traffic_warnings(
-            best.traffic, curves_of(best.probe.record), best.probe.thresholds, options.threshold
+            made.traffic, curves_of(made.probe.record), made.probe.thresholds, options.threshold
         )
-    result = Fit(tuple(runs), best, baseline and baseline.report, tuple(warnings))
     if out is not None:
-        write_fit(result, out)
+        save_probe(made.probe, out)
     dataset.remove_states()
-    return result
+    return replace(made, baseline=baseline and baseline.report, warnings=tuple(warnings))
 
 
 def calibrate_probe(
@@ -153,7 +189,7 @@ def calibrate_probe(
     name: str,
     options: FitOptions,
     lookaheads: Mapping[str, float] | None = None,
-) -> FittedProbe:
+) -> Fit:
     """Calibrates on validation logits, chooses the threshold there, and measures fold by fold.
 
     Args:
@@ -236,12 +272,12 @@ def calibrate_probe(
         },
     )
     score = validation_score(task, logits, dataset.validation.labels)
-    return FittedProbe(probe, score, calibrated.report, calibrated.losses, traffic, spans)
+    return Fit(probe, score, calibrated.report, calibrated.losses, traffic, spans)
 
 
-def taken_by_none(run: FittedProbe) -> list[str]:
+def taken_by_none(made: Fit) -> list[str]:
     """A warning if ``none`` takes labelled texts, as it does beside a class of all the rest."""
-    task, counts = run.probe.task, run.report.confusion_matrix
+    task, counts = made.probe.task, made.report.confusion_matrix
     if not task.abstains or (taken := counts[:-1, -1]).sum() <= _TAKEN * counts.sum():
         return []
     label = task.labels[int(taken.argmax())]
@@ -252,34 +288,24 @@ def taken_by_none(run: FittedProbe) -> list[str]:
     ]
 
 
-def _best(runs: Sequence[FittedProbe]) -> FittedProbe:
-    def rank(run: FittedProbe) -> tuple[float, float]:
-        scores = [other.score for other in runs if other.probe.spec == run.probe.spec]
-        return float(np.mean(scores)), run.score
-
-    return max(runs, key=rank)
-
-
 # The default probe: a readout and a linear solution, mixed as left-out texts decide.
 
 
 def mix(
     trained: Sequence[TrainingRun], dataset: ProbeDataset, *, kind: CalibrationKind | None
-) -> list[TrainingRun]:
-    """Each readout mixed with the linear solution; as they are if there is none.
+) -> TrainingRun:
+    """The linear solution and the readout, mixed; what is trained alone stays as it is.
 
     The share is the one with the lowest log loss of left-out texts.
 
     Args:
-        trained: Readouts, and at most one linear mechanism, with logits of the measured texts.
+        trained: One or both, in this order, with logits of the measured texts.
         dataset: The texts.
         kind: How logits are calibrated before they are compared.
     """
-    linear = next((run for run in trained if run.solution is not None), None)
-    readouts = [run for run in trained if run is not linear]
-    if linear is None or not readouts:
-        return [*trained]
-
+    if len(trained) == 1:
+        return trained[0]
+    linear, readout = trained
     texts, folds = dataset.validation.examples, dataset.folds
 
     def loss(candidate: TrainingRun) -> float:
@@ -287,7 +313,7 @@ def mix(
         calibrated = calibrate_examples(logits, texts, folds=folds, kind=kind, bootstrap=0)
         return float(calibrated.losses.mean())
 
-    return [min(mixtures(linear, readout) or [readout], key=loss) for readout in readouts]
+    return min(mixtures(linear, readout) or [readout], key=loss)
 
 
 def mixtures(linear: TrainingRun, readout: TrainingRun) -> list[TrainingRun]:

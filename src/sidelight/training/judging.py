@@ -1,7 +1,6 @@
 """Texts judged by probes on their backbone: logits, and the spans of a probe that labels tokens."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
@@ -36,33 +35,22 @@ def encode(
 
 
 def judge(
-    backbone: TransformersBackbone,
-    probes: Sequence[Probe],
-    examples: Sequence[Example],
-) -> list[list[TextLogits]]:
-    """What each probe says of the texts, from one forward pass.
-
-    Args:
-        backbone: Runs the texts.
-        probes: Judge them.
-        examples: The texts.
+    backbone: TransformersBackbone, probe: Probe, examples: Sequence[Example]
+) -> list[TextLogits]:
+    """What a probe says of each text.
 
     Raises:
         ContextLengthError: A text is longer than the backbone reads.
-        SidelightError: A probe reads responses and a text has none, or it finds spans in prompts
+        SidelightError: The probe reads responses and a text has none, or it finds spans in prompts
             and a text has a response.
         VerdictError: A logit is not finite; the message names the first text with one.
     """
-    for probe in probes:
-        require_side(probe, examples)
-    # Runs of one training share a name, which a bank does not allow.
-    renamed = [replace(probe, name=f"{probe.name}/{i}") for i, probe in enumerate(probes)]
-    bank = Bank(renamed, device=backbone.device)
-    judged = text_logits(backbone, bank, encode(backbone, examples))
-    for probe, texts in zip(probes, judged, strict=True):
-        for index, text in enumerate(texts):
-            with located(examples[index], index):
-                probe.require_finite(text.logits)
+    require_side(probe, examples)
+    bank = Bank([probe], device=backbone.device)
+    (judged,) = text_logits(backbone, bank, encode(backbone, examples))
+    for index, text in enumerate(judged):
+        with located(examples[index], index):
+            probe.require_finite(text.logits)
     return judged
 
 
@@ -91,7 +79,7 @@ def judge_characters(
     for index, example in enumerate(examples):
         with located(example, index):
             texts.append(span_text(example))
-    (judged,) = judge(backbone, [probe], examples)
+    judged = judge(backbone, probe, examples)
     calibration = probe.spans.calibration
     tokens = [calibration.apply(text.tokens) for text in judged if text.tokens is not None]
     places = span_places(backbone, examples, [*map(len, tokens)])

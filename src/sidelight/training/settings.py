@@ -1,4 +1,4 @@
-"""What to train and how: mechanisms, seeds, optimisation, background, where hidden states go.
+"""What to train and how: mechanism, seed, optimisation, background, where hidden states go.
 
 Imports no torch, so that the command line checks names at once.
 """
@@ -134,8 +134,9 @@ class FitOptions:
     """What to train, and from what.
 
     Attributes:
-        mechanisms: Each is trained with every seed; None mixes a readout and a linear solution.
-        seeds: They decide initial parameters and data order; the split is the same for all.
+        mechanism: None mixes a readout and a linear solution; of spans, left-out texts choose how
+            far a probe looks ahead.
+        seed: Decides initial parameters and the order of the data, and not how it is split.
         settings: By mechanism name; a mechanism that is not named has its suggested settings.
         reads: The tokens that the probe reads; see ``reads_of``.
         background: Ordinary traffic, which texts are also shown in; see ``contexts.py``. Without
@@ -153,8 +154,8 @@ class FitOptions:
             from disk again in each epoch.
     """
 
-    mechanisms: tuple[MechanismSpec, ...] | None = None
-    seeds: tuple[int, ...] = (0,)
+    mechanism: MechanismSpec | None = None
+    seed: int = 0
     settings: Mapping[str, TrainingSettings] = field(default_factory=dict)
     reads: Reads = READS
     background: Background = field(default_factory=Background)
@@ -166,16 +167,6 @@ class FitOptions:
     cache_root: Path | None = None
     keep_cache: bool = False
     memory_bytes: int = 2**30
-
-    def __post_init__(self) -> None:
-        """Refuses to train nothing."""
-        if not self.seeds:
-            raise SidelightError("There is no seed to train with. Give at least one, such as 0.")
-        if self.mechanisms is not None and not self.mechanisms:
-            raise SidelightError(
-                "There is no mechanism to train. Name at least one, or give None to mix a readout "
-                "and a linear solution."
-            )
 
     def reads_of(self, task: Task) -> Reads:
         """What a probe of these labels reads.

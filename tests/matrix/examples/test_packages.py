@@ -98,7 +98,7 @@ def pii(tiny, tmp_path_factory):
     tickets = json.loads(json.dumps(span_rows(160)).replace("SHOUT", "PERSON"))
     settings = TrainingSettings(learning_rate=2e-2, epochs=6, batch_size=16)
     options = FitOptions(settings={"spans": settings}, cache_root=tmp_path_factory.mktemp("cache"))
-    return fit(tiny, load_spans(tickets), None, name="pii", options=options).best.probe
+    return fit(tiny, load_spans(tickets), None, name="pii", options=options).probe
 
 
 async def ask_through_proxy(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -123,13 +123,13 @@ def compare_defaults(
     ours = {
         DEFAULT: in_contexts,
         ALONE: replace(options, background=Background()),
-        LINEAR: replace(in_contexts, mechanisms=(MechanismSpec("linear", {}),)),
+        LINEAR: replace(in_contexts, mechanism=MechanismSpec("linear", {})),
     }
     judged: list[Judged] = []
     for (size, seed), rows in draws_of.items():
         drawn = examples.select(rows)
         for row, own in ours.items():
-            run = fit(backbone, drawn, None, name="default", options=own).best
+            run = fit(backbone, drawn, None, name="default", options=own)
             logits = cached_logits(run.probe, held.states, range(len(held.prompts)))
             chances = run.probe.calibration.apply(logits)
             at_threshold = evaluate(

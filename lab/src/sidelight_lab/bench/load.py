@@ -94,11 +94,13 @@ def prepare(
         if marks:
             probe = replace(probe, spans=SpanRule(probe.calibration, (0.95,), (None,)))
         probes.append(probe)
-    judging = probes[:2]
     probabilities = np.array(
         [
-            [probe.text_verdict(text).probabilities["yes"] for text in judged]
-            for probe, judged in zip(judging, judge(backbone, judging, texts), strict=True)
+            [
+                probe.text_verdict(text).probabilities["yes"]
+                for text in judge(backbone, probe, texts)
+            ]
+            for probe in probes[:2]
         ]
     )
     threshold = float(np.quantile(probabilities[0], 1 - _BLOCKED_SHARE))

@@ -124,6 +124,7 @@ def compare_spans(
     test: SpanExamples,
     *,
     options: FitOptions,
+    seeds: int,
     root: Path,
     out: Path,
     rivals: Sequence[str],
@@ -135,7 +136,8 @@ def compare_spans(
         training: Texts that all rows learn from.
         validation: Texts that choose, calibrate and set thresholds.
         test: Texts that are measured.
-        options: Of the probes; rivals have one seed.
+        options: Of the probes.
+        seeds: Of the probe of all layers; rivals have one.
         root: Folder of the hidden states, which stay there.
         out: Folder of the trained probes, which another run with it does not train again.
         rivals: Some of ``RIVALS``.
@@ -145,7 +147,7 @@ def compare_spans(
             raise SidelightError(f"Unknown rival '{rival}'.{did_you_mean(rival, RIVALS)}")
     reads = Reads(options.reads.side, template=False)
     options = replace(options, reads=reads, cache_root=root, keep_cache=True)
-    rows = {OURS: _probes(backbone, None, training, validation, options, out)}
+    rows = {OURS: _probes(backbone, None, training, validation, options, seeds, out)}
     alone = copy(backbone)
     alone.fingerprint = replace(backbone.fingerprint, layers=1)
     learned, measured = (
@@ -155,8 +157,7 @@ def compare_spans(
     for rival in rivals:
         if rival in _ONE_LAYER:
             source = _OneLayer(backbone, root, is_mean=_ONE_LAYER[rival])
-            one_seed = replace(options, seeds=options.seeds[:1])
-            rows[rival] = _probes(alone, source, training, validation, one_seed, out)
+            rows[rival] = _probes(alone, source, training, validation, options, 1, out)
         else:
             rows[rival] = _best(_BASELINES[rival](dataset), validation)
     draws = {name: row.measure(test) for name, row in rows.items()}
@@ -178,12 +179,13 @@ def _probes(
     training: SpanExamples,
     validation: SpanExamples,
     options: FitOptions,
+    seeds: int,
     out: Path,
 ) -> Row:
     """What ``sidelight train --spans`` makes with each seed; what is there is not trained again."""
     probes: list[Probe] = []
     engine = "all layers" if source is None else source.engine
-    for seed in options.seeds:
+    for seed in range(seeds):
         who = {
             "texts": [(texts.content_hash, texts.spans) for texts in (training, validation)],
             "backbone": backbone.fingerprint.digest,
@@ -197,7 +199,7 @@ def _probes(
                 training,
                 validation,
                 name=name,
-                options=replace(options, seeds=(seed,)),
+                options=replace(options, seed=seed),
                 source=source,
                 out=folder,
             )

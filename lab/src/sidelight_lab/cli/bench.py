@@ -203,7 +203,7 @@ def bench_spans(
 
     kinds = {field.name: field.type for field in fields(TrainingSettings)}
     settings = suggested_settings("spans").changed(**options.typed(assigned, kinds))
-    given = replace(inputs.fit_options(), seeds=tuple(range(seeds)), settings={"spans": settings})
+    given = replace(inputs.fit_options(), settings={"spans": settings})
     training, validation = inputs.load(spans)
     if validation is None:
         training, validation = training.split(validation_share(len(training)), seed=0)
@@ -218,6 +218,7 @@ def bench_spans(
             runtime.load_backbone(),
             *(cast("SpanExamples", texts) for texts in (training, validation, tested)),
             options=given,
+            seeds=seeds,
             root=kept if inputs.keep_cache else Path(scratch),
             out=out,
             rivals=rivals,

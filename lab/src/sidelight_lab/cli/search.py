@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import click
 
 from sidelight.cli import options
+from sidelight.errors import SidelightError
 from sidelight.storage import write_json, write_text
+from sidelight_lab.cli.options import names
 
 if TYPE_CHECKING:
     from sidelight_lab.search import Trial
@@ -29,8 +31,12 @@ _SETTINGS = ("learning_rate", "weight_decay", "epochs", "batch_size")
     )
 )
 @options.training()
-@options.mechanisms(
-    default="readout", help="Mechanisms that `sidelight train` knows, with commas between them."
+@click.option(
+    "--mechanism",
+    "mechanisms",
+    callback=names,
+    default="readout",
+    help="Mechanisms that `sidelight train` knows, with commas between them.",
 )
 @click.option(
     "--trials",
@@ -61,8 +67,11 @@ def search(
     options.typed(assigned, {})
     # Before imports that take seconds: a wrong file or column is refused at once.
     training, validation = inputs.load()
-    from sidelight.mechanisms.base import mechanism_spec
+    from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 
+    if not mechanisms:
+        known = ", ".join(mechanism_names())
+        raise SidelightError(f"No mechanism is named. Leave --mechanism out, or choose: {known}.")
     for name in mechanisms:
         mechanism_spec(name)
     from sidelight.training.validation import choose_validation
