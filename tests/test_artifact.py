@@ -1,5 +1,6 @@
 """An artifact gives back the probe that was saved, or one clear error; never half of either."""
 
+import fcntl
 import json
 import os
 import re
@@ -111,6 +112,23 @@ def test_an_artifact_tells_what_its_threshold_flags_of_which_states(tiny, tmp_pa
     assert told["states"].startswith(states)
     flagging = "1 of 2 'toxic' and 1 of 2 others, of left-out texts (--threshold recall=0.9)"
     assert told["flagging"] == flagging
+
+
+def test_two_saves_replace_no_files_at_once(tiny, tmp_path, monkeypatch):
+    """Else the manifest of one could stay beside the weights of the other."""
+    replaced, replace_file = [], os.replace
+
+    def replace_alone(source, target):
+        descriptor = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        replaced.append(target)
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_alone)
+    save_probe(untrained_probe(tiny, "probe"), tmp_path)
+    assert len(replaced) == 2
 
 
 def test_spans_that_no_text_could_have_are_refused(tiny, tmp_path):

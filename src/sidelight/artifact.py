@@ -1,8 +1,10 @@
 """A probe as a folder: ``probe.safetensors`` and ``manifest.json``. Nothing is unpickled."""
 
+import fcntl
 import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -85,7 +87,15 @@ def _write(manifest: Manifest, weights: bytes, directory: Path) -> Path:
             scratch = Path(name)
             _write_through(scratch / WEIGHTS, weights)
             _write_through(scratch / MANIFEST, manifest.to_json().encode())
-            _replace(scratch, directory)
+            descriptor = os.open(directory, os.O_RDONLY)
+            try:
+                # Of two at once, the manifest of one could stand beside the weights of the other.
+                # Some disks have no locks.
+                with suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                _replace(scratch, directory)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         raise SidelightError(
             f"Cannot write the probe to {directory}: {error.strerror}. Name another folder."
