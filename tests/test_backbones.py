@@ -5,6 +5,7 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
@@ -15,14 +16,28 @@ from tokenizers.normalizers import Lowercase
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from commands import saved
+from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone, read_backbone
+from sidelight.cli.options import Runtime
+from sidelight.engines.parity import compare_engines
 from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.machine import lacks_bfloat16
 from sidelight.prompts import Message
-from tiny import CHAT_TEMPLATE, SIZES, family_backbone, tiny_backbone, tiny_tokenizer
+from sidelight.training import classifier
+from tiny import (
+    CHAT_TEMPLATE,
+    SIZES,
+    family_backbone,
+    tiny_backbone,
+    tiny_tokenizer,
+    untrained_probe,
+)
 
 LAYERS, WIDTH = SIZES["num_hidden_layers"] + 1, SIZES["hidden_size"]
 # float32: padding and batching change the order of sums in a matmul, nothing else.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
+# Of a probability: what batches of other shapes differ by in bfloat16 is allowed between dtypes.
+BFLOAT16_ROUNDING = 0.03
 NORMS = ("norm", "ln_f", "final_layer_norm")
 
 
@@ -223,6 +238,74 @@ def test_a_name_that_is_no_model_is_one_line(offline, name, load):
 def test_a_device_that_is_not_there_is_one_line(whole, device):
     with pytest.raises(SidelightError, match=device):
         load_backbone(whole, device=device)
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(tmp_path_factory):
+    """A folder of a model whose weights are stored in bfloat16."""
+    backbone = family_backbone("llama", dtype=torch.bfloat16)
+    return saved(backbone, tmp_path_factory.mktemp("bfloat16"))
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Pretends that this machine's processor is another."""
+
+    def pretend(machine="x86_64", *, avx512=False, amx=False):
+        monkeypatch.setattr("platform.machine", lambda: machine)
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512)
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+
+    return pretend
+
+
+def test_bfloat16_is_read_in_float32_only_by_an_x86_cpu_without_its_arithmetic(in_bfloat16, on_cpu):
+    def dtype_of(**cpu):
+        on_cpu(**cpu)
+        return load_backbone(in_bfloat16, device="cpu", for_reading=True).fingerprint.dtype
+
+    assert dtype_of() == dtype_of(machine="AMD64") == "float32"
+    assert dtype_of(avx512=True) == dtype_of(amx=True) == dtype_of(machine="arm64") == "bfloat16"
+    on_cpu()
+    assert not lacks_bfloat16(torch.device("cuda"))
+
+
+def test_auto_keeps_another_stored_dtype_and_what_float32_makes_too_large(
+    in_bfloat16, on_cpu, monkeypatch, tmp_path
+):
+    def dtype_of(folder=in_bfloat16, **options):
+        return load_backbone(folder, for_reading=True, **options).fingerprint.dtype
+
+    on_cpu()
+    assert dtype_of(dtype="bfloat16") == load_backbone(in_bfloat16).fingerprint.dtype == "bfloat16"
+    assert dtype_of(saved(family_backbone("llama", dtype=torch.float16), tmp_path)) == "float16"
+    free = 4 * (Path(in_bfloat16) / "model.safetensors").stat().st_size
+    monkeypatch.setattr("sidelight.backbone.free_memory", lambda: free)
+    assert dtype_of() == "float32"
+    monkeypatch.setattr("sidelight.backbone.free_memory", lambda: free - 1)
+    assert dtype_of() == "bfloat16"
+
+
+def test_a_probe_read_in_float32_records_it_and_is_served_in_bfloat16_with_the_same_decisions(
+    in_bfloat16, on_cpu, tmp_path
+):
+    on_cpu()
+    runtime = Runtime(model=in_bfloat16, dtype="auto", device="cpu")
+    read = runtime.load_backbone()
+    probe = load_probe(save_probe(untrained_probe(read, "toxicity"), tmp_path / "toxicity"))
+    judge = classifier.load(tmp_path / "toxicity", model=in_bfloat16, device="cpu")
+    assert probe.fingerprint.dtype == judge.backbone.fingerprint.dtype == "float32"
+    texts = [[Message("user", f"text {number}" * number)] for number in range(1, 9)]
+    engines = {
+        dtype: Runtime(model=in_bfloat16, dtype=dtype, device="cpu").load_engine
+        for dtype in ("auto", "bfloat16", "float32")
+    }
+    makers = {dtype: partial(make, [probe]) for dtype, make in engines.items()}
+    found = {each.between: each for each in compare_engines(makers, texts, batch_sizes=(1,))}
+    assert found["auto - bfloat16"].largest == 0
+    apart = found["bfloat16 - float32"]
+    assert 0 < apart.largest < BFLOAT16_ROUNDING
+    assert (apart.flips, apart.texts) == (0, 8)
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
-"""What this machine has for a model: devices and free memory."""
+"""What this machine has for a model: devices, arithmetic and free memory."""
 
+import platform
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +38,15 @@ def find_device(name: str) -> torch.device:
             f"There is no device '{name}' here{why}.{did_you_mean(name, ['auto', 'cpu', *gpus])}"
         ) from error
     return torch.empty(0, device=device).device
+
+
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Whether this is an x86 CPU without bfloat16 arithmetic; others have not been measured."""
+    # PyTorch has no public name for either.
+    cpu: Any = torch.cpu
+    has_bfloat16 = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return device.type == "cpu" and is_x86 and not has_bfloat16
 
 
 def free_memory(root: Path = Path("/")) -> int | None:

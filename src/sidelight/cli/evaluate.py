@@ -176,7 +176,11 @@ def predict(
     from sidelight.training.classifier import load
 
     classifier = load(
-        probe, model=runtime.model, dtype=runtime.dtype, device=runtime.backbone_device
+        probe,
+        model=runtime.model,
+        dtype=runtime.dtype,
+        device=runtime.backbone_device,
+        for_reading=runtime.for_reading,
     )
     verdicts: Iterable[Mapping[str, Any]]
     if explains:

@@ -135,12 +135,21 @@ class Runtime:
         """Where the backbone is, which only encodes texts if the engine is vLLM."""
         return "cpu" if self.engine == "vllm" else self.device
 
+    @property
+    def for_reading(self) -> bool:
+        """Whether the backbone reads texts itself; vLLM takes over its dtype."""
+        return self.engine != "vllm"
+
     def load_backbone(self, **more: Any) -> "TransformersBackbone":
         """The backbone in transformers; ``more`` goes to ``sidelight.backbone.load_backbone``."""
         from sidelight.backbone import load_backbone
 
         return load_backbone(
-            self.model or "smollm2", dtype=self.dtype, device=self.backbone_device, **more
+            self.model or "smollm2",
+            dtype=self.dtype,
+            device=self.backbone_device,
+            for_reading=self.for_reading,
+            **more,
         )
 
     def model_of(self, probes: "Sequence[Probe]") -> str:
@@ -335,7 +344,8 @@ dtype = click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
-    help="Dtype of the backbone; auto keeps that of its weights.",
+    help="Dtype of the backbone; auto keeps that of its weights, except where a CPU without "
+    "bfloat16 arithmetic reads texts only.",
 )
 device = click.option("--device", default="auto", help="cpu, cuda, cuda:1, or auto.")
 engine_option = click.option(

@@ -51,7 +51,7 @@ def run_demo(*, keep: bool, port: int) -> None:
     """
     start = time.monotonic()
     _say("Loading the embedded model (unpacked to the cache the first time)")
-    backbone = load_backbone(EMBEDDED_NAME)
+    backbone = load_backbone(EMBEDDED_NAME, for_reading=True)
     # The probes share the states of ordinary traffic; a demonstration that was killed goes on.
     states = cache_root() / "demo-states"
     folders = [_train(backbone, task, positive, states) for task, positive in _TASKS.items()]

@@ -260,7 +260,7 @@ def train(
     held_out = None if validation is None else read(validation, task=training.task)
     choose_validation(training, held_out, options)
     if not isinstance(model, TransformersBackbone):
-        backbone = load_backbone(model, prompt_format=prompt_format)
+        backbone = load_backbone(model, prompt_format=prompt_format, for_reading=source is None)
     elif prompt_format in (None, model.encoder.prompt_format):
         backbone = model
     else:
@@ -280,6 +280,7 @@ def load(
     model: str | Path | TransformersBackbone | None = None,
     dtype: DtypeName = "auto",
     device: str = "auto",
+    for_reading: bool = True,
 ) -> Classifier:
     """A saved probe on its backbone.
 
@@ -288,6 +289,7 @@ def load(
         model: The backbone, or its name; None takes the name it was trained under.
         dtype: The dtype of a backbone that is loaded, as ``load_backbone`` takes it.
         device: Its device, as ``load_backbone`` takes it.
+        for_reading: As for ``load_backbone``; false if another engine runs the model.
 
     Raises:
         FingerprintMismatchError: ``model`` is another backbone.
@@ -298,7 +300,13 @@ def load(
     backbone = (
         named
         if isinstance(named, TransformersBackbone)
-        else load_backbone(named, dtype=dtype, device=device, prompt_format=probe.prompt_format)
+        else load_backbone(
+            named,
+            dtype=dtype,
+            device=device,
+            prompt_format=probe.prompt_format,
+            for_reading=for_reading,
+        )
     )
     probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
     return Classifier(backbone, probe)

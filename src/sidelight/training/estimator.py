@@ -228,7 +228,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
 @lru_cache(maxsize=1)
 def _shared(model: str) -> tuple[TransformersBackbone, Path]:
     """A model, and the folder of its states, which all classifiers of this process share."""
-    backbone, root = load_backbone(model), cache_root() / "activations"
+    backbone, root = load_backbone(model, for_reading=True), cache_root() / "activations"
     root.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="shared-", dir=root))
     weakref.finalize(backbone, shutil.rmtree, folder, ignore_errors=True)
