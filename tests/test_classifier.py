@@ -17,6 +17,7 @@ from commands import saved
 from corpora import TASKS
 from sidelight.artifact import load_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
+from sidelight.cli.show import print_assessment
 from sidelight.data.loading import load_examples
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_spec
@@ -260,7 +261,7 @@ def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, 
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fits, kind):
+def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fits, kind, capsys):
     probe = fits[kind].probe
     record = {**probe.record, "traffic": {"flagged": 6, "conversations": 150}}
     labelled = load_examples(corpora.rows(kind, 40, seed=3), task=probe.task)
@@ -271,18 +272,24 @@ def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fit
     )
     assert 0 < len(kept.mistakes) <= 5
     texts = [item.text for item in examples.items]
-    assert all(any(line.endswith(beginning(text)) for text in texts) for line in kept.mistakes)
-    # The farthest from right is first; probabilities are rounded to two digits.
+    assert {mistake.text for mistake in kept.mistakes} <= {*map(beginning, texts)}
+    # The farthest from right is first.
     right = probe.label_thresholds or dict.fromkeys(probe.task.labels, 0)
-    lines = [line.split()[1:3] for line in kept.mistakes]
-    distances = [abs(float(chance) - right[label.strip("'")]) for label, chance in lines]
-    assert (np.diff(distances) <= 0.011).all()
+    distances = [abs(mistake.probability - right[mistake.label]) for mistake in kept.mistakes]
+    assert (np.diff(distances) <= 0).all()
+    capsys.readouterr()
+    shown = []
+    for assessment in (kept, none):
+        print_assessment(assessment)
+        shown.append(capsys.readouterr().out)
+    for mistake in kept.mistakes:
+        assert f"'{mistake.label}' {mistake.probability:.2f}  {mistake.text}\n" in shown[0]
     for label, threshold in probe.label_thresholds.items():
-        assert f"Threshold of '{label}': {threshold:.3f}" in str(kept)
+        assert f"Threshold of '{label}': {threshold:.3f}" in shown[0]
     if probe.thresholds:
-        assert "Of 150 ordinary conversations" in str(kept)
-        assert "flags 4.0%" in str(kept)
-        assert "without background" in str(none)
+        assert "Of 150 ordinary conversations" in shown[0]
+        assert "flags 4.0%" in shown[0]
+        assert "without background" in shown[1]
 
 
 def test_other_answers_to_a_shared_prompt_are_not_shared_texts():

@@ -13,6 +13,7 @@ from corpora import rows
 from pretended_device import pretended
 from sidelight.bank import Bank
 from sidelight.calibration import fit_calibration
+from sidelight.cli.show import rate_sentence, traffic_lines
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
@@ -36,7 +37,6 @@ from sidelight.training.traffic import (
     measure_traffic,
     parts_of,
     quiet_thresholds,
-    rate_sentence,
     traffic_warnings,
 )
 from tiny import INTENT, TOXICITY, score, tiny_backbone, untrained_probe
@@ -379,7 +379,7 @@ def test_traffic_is_counted_by_conversation_and_by_length():
     assert middle == {"words": middle["words"], **expected}
     assert [probability for probability, _ in traffic.worst] == [0.9, 0.2]
     # What is kept with a probe holds no text, which may be somebody's own.
-    assert "w w" in str(traffic)
+    assert "w w" in traffic_lines(traffic)
     assert "w w" not in json.dumps(traffic.to_dict())
 
 

@@ -1,11 +1,11 @@
-"""Reports how good probabilities or spans are, with intervals, as a table and as JSON."""
+"""Reports how good probabilities or spans are, with intervals."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -22,10 +22,6 @@ from sidelight.metrics import (
 )
 from sidelight.spans import character_f1, labelled_characters
 from sidelight.types import AnyArray, Numbers, Span, Task, Values
-
-if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -102,26 +98,6 @@ class Report:
             "per_class": self.per_class,
             "confusion_matrix": self.confusion_matrix.tolist(),
         }
-
-    def table(self) -> "Group":
-        """The metrics, then the labels, for a terminal: print it with `rich.print`."""
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        metrics = Table(title=f"{self.rows:,} rows, {self.task.kind}", title_justify="left")
-        metrics.add_column("metric")
-        metrics.add_column("value [95 % interval]")
-        for name, estimate in self.metrics.items():
-            metrics.add_row(name, str(estimate))
-        labels = Table()
-        labels.add_column("label")
-        for name in ("precision", "recall", "f1", "auprc", "auroc", "rows"):
-            labels.add_column(name, justify="right")
-        for label, figures in self.per_class.items():
-            *numbers, support = figures.values()
-            labels.add_row(Text(label), *map(_short, numbers), f"{support:,}")
-        return Group(metrics, labels)
 
 
 def evaluate(
@@ -219,21 +195,6 @@ class SpanReport:
         }
         metrics = {name: estimate.to_dict() for name, estimate in self.metrics.items()}
         return {"texts": self.texts, **metrics, "per_label": per_label}
-
-    def table(self) -> "Table":
-        """A line for all labels and for each, for a terminal."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=f"Spans in {self.texts:,} texts", title_justify="left")
-        table.add_column("label")
-        for name in (*self.metrics, "spans"):
-            table.add_column(name.replace("_", " "), justify="right")
-        lines = {"all": self.metrics, **self.per_label} if len(self.spans) > 1 else self.per_label
-        for label, own in lines.items():
-            count = self.spans.get(label, sum(self.spans.values()))
-            table.add_row(Text(label), *map(str, own.values()), f"{count:,}")
-        return table
 
 
 def evaluate_spans(

@@ -79,7 +79,7 @@ def evaluate(
     examples = load_examples(data, task=manifest.task, **columns)
     require_side(manifest, examples.items)
     options.announce("Loading the model")
-    from sidelight.cli.show import console
+    from sidelight.cli.show import print_assessment
     from sidelight.training.assessment import assess
     from sidelight.training.classifier import load
 
@@ -93,10 +93,7 @@ def evaluate(
     if as_json:
         click.echo(json.dumps(assessment.to_dict(), indent=2))
         return
-    terminal = console()
-    for part in assessment.shown():
-        terminal.print(part)
-    click.echo(str(assessment))
+    print_assessment(assessment)
 
 
 @click.command(

@@ -91,7 +91,8 @@ def _train(backbone: TransformersBackbone, task: str, positive: str | None, stat
     classifier = Classifier(backbone, probe)
     test = load_examples(_DATA / f"{task}_test.jsonl", task=probe.task)
     report = classifier.evaluate(test)
-    _console.print(report.table())
+    f1, accuracy = report.metrics["f1"], report.metrics["accuracy"]
+    _say(f"On {report.rows} other texts: F1 {f1}, accuracy {accuracy}")
     return save_probe(probe, cache_root() / "demo" / task)
 
 

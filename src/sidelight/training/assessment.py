@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -18,13 +18,19 @@ from sidelight.storage import write_text
 from sidelight.training.classifier import Classifier
 from sidelight.training.judging import judge_characters
 from sidelight.training.measuring import trained_text_warnings
-from sidelight.training.traffic import beginning, kept_rate, rate_sentence
+from sidelight.training.traffic import beginning, kept_rate
 from sidelight.types import Span
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
 _SHOWN_MISTAKES = 5
+
+
+class Mistake(NamedTuple):
+    """A wrong decision about a label, and the beginning of the text."""
+
+    label: str
+    is_missed: bool
+    probability: float
+    text: str
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,6 @@ class Assessment:
             "warnings": list(self.warnings),
         }
 
-    def shown(self) -> list["RenderableType"]:
-        """The figures for a terminal."""
-        return [f"\n'{self.probe.name}', {self.probe.spec.name}", self.report.table()]
-
     def plot(self, folder: Path) -> None:
         """Draws the probe's plots."""
         from sidelight.plots import plot_report
@@ -77,8 +79,8 @@ class Assessment:
         )
 
     @property
-    def mistakes(self) -> list[str]:
-        """The wrong decisions of which the probe was surest, a line each."""
+    def mistakes(self) -> list[Mistake]:
+        """The wrong decisions of which the probe was surest."""
         task, probabilities, thresholds = self.probe.task, self.probabilities, self.probe.thresholds
         predictions = decide(task, probabilities, self.examples.labels, thresholds=thresholds)
         holds = predictions.targets[:, predictions.headline]
@@ -91,26 +93,14 @@ class Assessment:
         worst = [divmod(place, task.outputs) for place in order if distances.flat[place]]
         names = task.output_labels
         return [
-            f"  {'missed' if holds[row, output] else 'wrongly'} '{names[output]}' "
-            f"{probabilities[row, output]:.2f}  {beginning(self.examples.items[row].text)}"
+            Mistake(
+                names[output],
+                bool(holds[row, output]),
+                float(probabilities[row, output]),
+                beginning(self.examples.items[row].text),
+            )
             for row, output in worst
         ]
-
-    def __str__(self) -> str:
-        """The thresholds, what they let pass of ordinary traffic, and the mistakes."""
-        thresholds = self.probe.label_thresholds.items()
-        lines = [f"Threshold of '{label}': {threshold:.3f}" for label, threshold in thresholds]
-        flagged, conversations = kept_rate(self.probe)
-        if conversations:
-            abstains = self.probe.task.abstains
-            lines.append(rate_sentence(flagged, conversations, abstains=abstains))
-        elif lines:
-            lines.append(
-                "The probe keeps no figures of ordinary traffic: it was trained without background."
-            )
-        if mistakes := self.mistakes:
-            lines += ["Wrong decisions of which it was surest:", *mistakes]
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -136,9 +126,6 @@ class SpanAssessment(Assessment):
             "warnings": list(self.warnings),
         }
 
-    def shown(self) -> list["RenderableType"]:
-        return [self.spans.table(), self.report.table()]
-
     def plot(self, folder: Path) -> None:
         """A plot over thresholds, ``thresholds.png``, and the worst texts, ``worst.html``."""
         from sidelight.plots import plot_thresholds
@@ -157,10 +144,6 @@ class SpanAssessment(Assessment):
         )
         page = worst_spans_page(self.examples, self.found, title=self.probe.name)
         write_text(folder / "worst.html", page)
-
-    def __str__(self) -> str:
-        """Nothing: the tables say all."""
-        return ""
 
 
 def assess(classifier: Classifier, examples: LabelledExamples) -> Assessment:

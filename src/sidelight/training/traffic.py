@@ -34,8 +34,6 @@ _COSTLY = 0.05
 _HIGHEST = 1 - 1e-9
 # Words around a text, from one limit to the next.
 _LENGTHS = (0, 50, 150, 600)
-# Fewer conversations say no rate.
-_FEWEST = 100
 _SHOWN, _SHOWN_CHARACTERS = 3, 160
 
 
@@ -60,28 +58,6 @@ class Traffic:
     surroundings: tuple[dict[str, int], ...]
     worst: tuple[tuple[float, str], ...]
     abstains: bool = False
-
-    def __str__(self) -> str:
-        """A few lines for a terminal."""
-        lines = [rate_sentence(self.flagged, self.conversations, abstains=self.abstains)]
-        if self.conversations >= _FEWEST:
-            counts = [
-                f"{kind['name']} {kind['flagged'] / kind['conversations']:.1%} "
-                f"of {kind['conversations']}"
-                for kind in self.kinds
-                if kind["conversations"]
-            ]
-            lines.append(f"By length and turns: {'; '.join(counts)}.")
-        lines += [
-            "Your positive texts inside up to {words} words of other text: {found} of {positives} "
-            "found. Other text of that length: {flagged} of {ordinary} flagged.".format(**counts)
-            for counts in self.surroundings
-            if counts["positives"] and counts["ordinary"]
-        ]
-        if self.worst:
-            lines.append("Ordinary conversations with the highest probabilities:")
-            lines += [f"  {probability:.2f}  {text}" for probability, text in self.worst]
-        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, without texts, which may be an operator's own."""
@@ -114,22 +90,6 @@ class Traffic:
                 if text not in private
             ],
         }
-
-
-def rate_sentence(flagged: int, conversations: int, *, abstains: bool) -> str:
-    """How many ordinary conversations are flagged, or given a class; no rate of few."""
-    if conversations < _FEWEST:
-        return (
-            f"It was judged on {conversations} ordinary conversations, too few to say which share "
-            "of them it flags. Show it more (--set context_tokens=N)."
-        )
-    does = "it gives another class than 'none' to" if abstains else "it flags"
-    lowest, highest = wilson(np.array([flagged / conversations]), np.array([conversations]))
-    return (
-        f"Of {conversations} ordinary conversations of sources that set neither the probe nor its "
-        f"threshold, {does} {flagged / conversations:.1%} (95 % interval {lowest[0]:.1%} to "
-        f"{highest[0]:.1%})."
-    )
 
 
 def flags_of(
