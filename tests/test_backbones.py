@@ -295,6 +295,9 @@ def test_a_probe_read_in_float32_records_it_and_is_served_in_bfloat16_with_the_s
     probe = load_probe(save_probe(untrained_probe(read, "toxicity"), tmp_path / "toxicity"))
     judge = classifier.load(tmp_path / "toxicity", model=in_bfloat16, device="cpu")
     assert probe.fingerprint.dtype == judge.backbone.fingerprint.dtype == "float32"
+    # vLLM runs the model in the dtype of the backbone that encodes for it.
+    for_vllm = replace(runtime, engine="vllm", device="auto").load_backbone()
+    assert for_vllm.fingerprint.dtype == "bfloat16"
     texts = [[Message("user", f"text {number}" * number)] for number in range(1, 9)]
     engines = {
         dtype: Runtime(model=in_bfloat16, dtype=dtype, device="cpu").load_engine
