@@ -81,7 +81,6 @@ PARTS = {
             "fit",
             "pooled_states",
             "contexts",
-            "runs",
             "recalibration",
             "classifier",
             "estimator",

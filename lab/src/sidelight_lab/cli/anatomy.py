@@ -11,7 +11,7 @@ from sidelight.cli import options
 @click.command(
     epilog=options.examples(
         "sidelight anatomy probes/toxicity --data held_out.jsonl --label toxicity --out anatomy",
-        "sidelight anatomy probes/all/runs/gate-seed0 --data held_out.jsonl --out anatomy/gate",
+        "sidelight anatomy probes/gate --data held_out.jsonl --out anatomy/gate",
     )
 )
 @click.argument("probe", type=options.PATH)
