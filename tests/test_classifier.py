@@ -245,7 +245,9 @@ def test_a_few_dozen_prompts_make_a_useful_probe_of_the_embedded_model():
         rows = [json.loads(line) for line in islice(lines, 400)]
     short = [row for row in rows if len(row["text"]) < 60]
     examples = load_examples(short[:90], label="toxicity")
-    classifier = train(load_backbone(), examples.select(range(50)), mechanism="linear")
+    classifier = train(
+        load_backbone(), examples.select(range(50)), mechanism="linear", context_tokens=4000
+    )
     assert classifier.evaluate(examples.select(range(50, 90))).metrics["auroc"].value > 0.75
 
 

@@ -201,6 +201,7 @@ def train(
     name: str = "probe",
     seed: int = 0,
     background: str | Path = "packaged",
+    context_tokens: int | None = None,
     none: bool = True,
     prompt_format: PromptFormat | None = None,
     threshold: str = "f1",
@@ -227,6 +228,8 @@ def train(
         seed: Decides initial parameters and the order of the data.
         background: Ordinary traffic, as ``load_background`` takes it: a file of texts or chats,
             ``packaged``, or ``none``.
+        context_tokens: The fewest tokens of ordinary traffic that texts are shown in; None: 40,000,
+            and 400,000 on a GPU.
         none: Whether a probe of several classes says ``none`` to ordinary traffic.
         prompt_format: As for ``load_backbone``; None also takes that of a given backbone.
         threshold: What the thresholds are chosen for: ``f1``, ``fpr=0.01``, ``recall=0.95`` or
@@ -253,6 +256,7 @@ def train(
         reads=replace(READS, side="response" if response else "prompt"),
         background=load_background("none" if of_spans else background),
         threshold=ThresholdRule.parse(threshold),
+        context_tokens=context_tokens,
         none=none,
     )
     read = partial(_as_examples, text=text, label=label, response=response, spans=spans)

@@ -62,6 +62,8 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         batch_size: Texts per step.
         background: Ordinary traffic, as ``load_background`` takes it: a file of texts or chats,
             ``packaged``, or ``none``, which shows texts alone.
+        context_tokens: The fewest tokens of it that texts are shown in; None: 40,000, and 400,000
+            on a GPU.
         none: Whether a probe of several classes says ``none`` to ordinary traffic once it is saved
             and served; here, it always chooses among ``classes_``.
         class_weight: ``balanced`` weighs classes by inverse frequency.
@@ -87,6 +89,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         batch_size: int | None = None,
         class_weight: Literal["balanced"] | None = None,
         background: str | Path = "packaged",
+        context_tokens: int | None = None,
         none: bool = True,
         calibration: CalibrationKind | None = None,
         max_tokens: int = TRAINING_MAX_TOKENS,
@@ -101,6 +104,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         self.batch_size = batch_size
         self.class_weight = class_weight
         self.background = background
+        self.context_tokens = context_tokens
         self.none = none
         self.calibration: CalibrationKind | None = calibration
         self.max_tokens = max_tokens
@@ -218,6 +222,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
                 for name in (mechanism_names() if is_automatic else (self.mechanism,))
             },
             background=load_background(self.background),
+            context_tokens=self.context_tokens,
             none=self.none,
             calibration=self.calibration,
             max_tokens=int(self.max_tokens),
