@@ -24,6 +24,7 @@ from sidelight.training.dataset import ProbeDataset, Split, make_split, prepare
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions
 from sidelight.training.tfidf import TfIdf, fit_tfidf
+from sidelight.training.traffic import conversations_of, flags_of
 from sidelight.training.validation import FOLDS
 from sidelight.types import MechanismSpec, Task
 from sidelight_lab.baselines.encoders import Encoder
@@ -31,10 +32,13 @@ from sidelight_lab.baselines.pooled import PENALTIES, Linear, fit_logistic, out_
 from sidelight_lab.baselines.token_heads import AttentionProbe
 from sidelight_lab.bench.measurement import table
 
-DEFAULT, ALONE, LINEAR = "default", "texts alone", "linear"
+DEFAULT, ALONE, LINEAR, READOUT = "default", "texts alone", "linear", "readout"
 _IN_CONTEXTS = ("auprc in contexts", "accuracy in contexts")
 # At the probe's threshold: on the texts that are held out, and as training printed it.
 _ACCURACIES = ("accuracy at threshold", "printed")
+# The share of ordinary conversations that is flagged: of sources that no row was trained on, and
+# as training printed it.
+_TRAFFIC = ("traffic flagged", "printed traffic")
 FIGURES = ("accuracy", "log loss", "ece", "auprc", *_IN_CONTEXTS)
 # Logistic regressions, which are also trained in the contexts that the default probe is shown.
 _REGRESSIONS = ("means_all_layers", "means_and_lasts", "last_layer")
@@ -79,7 +83,7 @@ def compare_defaults(
     background: Background,
     cache_root: Path,
 ) -> list[Judged]:
-    """The default probe, the same of texts alone, and each rival, for each size and draw.
+    """The default probe, the same of texts alone, its parts, and rivals, for each size and draw.
 
     The figures in contexts are of the held-out texts in ordinary traffic that no row was trained
     in; of several classes, as the last turn of a conversation.
@@ -124,7 +128,9 @@ def compare_defaults(
         DEFAULT: in_contexts,
         ALONE: replace(options, background=Background()),
         LINEAR: replace(in_contexts, mechanism=MechanismSpec("linear", {})),
+        READOUT: replace(in_contexts, mechanism=MechanismSpec("readout", {})),
     }
+    conversations = [len(held_texts) + rows[0] for rows in conversations_of(contexts)]
     judged: list[Judged] = []
     for (size, seed), rows in draws_of.items():
         drawn = examples.select(rows)
@@ -142,6 +148,10 @@ def compare_defaults(
                 name: report.metrics["accuracy"].value or 0.0
                 for name, report in zip(_ACCURACIES, (at_threshold, run.report), strict=True)
             }
+            if run.traffic is not None and conversations:
+                flags = flags_of(run.probe.task, chances[conversations], run.probe.thresholds)
+                share = run.traffic.flagged / max(1, run.traffic.conversations)
+                printed |= zip(_TRAFFIC, (float(flags.mean()), share), strict=True)
             judged.append(
                 Judged(size, row, seed, *_measured(run.probe.task, chances, held, printed))
             )
@@ -312,7 +322,7 @@ def described(judged: Sequence[Judged]) -> dict[str, Any]:
 def defaults_table(judged: Sequence[Judged]) -> str:
     """The mean over draws of each figure by size and row, and what the default gains on it."""
     gained = differences(judged)
-    columns, gains = (*FIGURES, *_ACCURACIES), ("accuracy gained", "log loss saved")
+    columns, gains = (*FIGURES, *_ACCURACIES, *_TRAFFIC), ("accuracy gained", "log loss saved")
     cells: list[list[str]] = []
     for size, row in dict.fromkeys((one.size, one.row) for one in judged):
         own = [one.figures for one in judged if (one.size, one.row) == (size, row)]
