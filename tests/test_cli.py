@@ -363,6 +363,7 @@ TRAIN = "train --data {data} --out o --label toxic "
         ("predict {probe} x --model {model} --engine vllm", "docs/vllm.md"),
         (TRAIN + "--model {model} --engine vllm", "docs/vllm.md"),
         ("tarin", "train"),
+        (TRAIN + "--model smolm2", "Did you mean 'smollm2'"),
         # Before the probe, and so before the work.
         ("eval nowhere --data {data} --out {data}/x.json", "Name another folder"),
     ],
@@ -379,6 +380,13 @@ def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
     assert remedy in line
     assert "Traceback" not in shown.err
     assert not Path("o").exists()
+
+
+def test_without_a_command_the_help_is_shown_line_by_line(capfd):
+    assert run() == 2
+    shown = capfd.readouterr().err
+    assert "Error:" not in shown
+    assert any(line.split()[:1] == ["train"] for line in shown.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,10 @@ def require_model(name: str) -> None:
     """Checks that a name is not that of a folder without a model; reads none, and asks no hub.
 
     Raises:
-        SidelightError: It is.
+        SidelightError: It is, or it is the embedded model's misspelt.
     """
+    if name != EMBEDDED_NAME and get_close_matches(name, [EMBEDDED_NAME], cutoff=0.85):
+        raise SidelightError(f"There is no model '{name}'. Did you mean '{EMBEDDED_NAME}'?")
     folder = Path(name)
     # A hub id has one slash at most, and does not begin like a path.
     is_folder = name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()

@@ -122,6 +122,9 @@ def main() -> None:
         app(standalone_mode=False)
     except SidelightError as error:
         _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        sys.exit(2)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "sidelight"
         _fail(f"{error.format_message()} (see '{command} --help')")

@@ -242,8 +242,9 @@ def quiet_thresholds(
     is_asked = rule.kind == "fpr"
     rate = (rule.value if is_asked else FALSE_ALARMS) * len(logits)
     allowed = int(rate) if is_asked or rate < 1 else math.ceil(rate)
-    # Fewer conversations cannot tell such a rate.
-    if rule.kind in ("recall", "cost") or not allowed or not thresholds:
+    # Fewer conversations cannot tell such a rate; at one that was asked for, none may be flagged.
+    is_told = allowed or (is_asked and len(logits))
+    if rule.kind in ("recall", "cost") or not is_told or not thresholds:
         return tuple(thresholds)
     # Just above the probability of the first conversation that may not be flagged.
     bounds = np.sort(calibration.apply(logits), 0)[::-1][allowed].tolist()
