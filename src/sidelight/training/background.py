@@ -20,7 +20,7 @@ Turns = tuple[Message, ...]
 PACKAGED = Path(__file__).with_name("background.jsonl.gz")
 # Characters and turns at which a conversation is longer.
 _LENGTHS, _TURNS = (64, 256, 1024, 4096), (2, 5)
-_WEIGHTS = (1.0, 1.0, 1.0, 2.0, 4.0)
+_WEIGHTS = (1.0, 1.0, 1.0, 3.0, 8.0)
 # Cosine from which background counts as a labelled text, and the most texts that it is compared to.
 _SAME_TEXT, _COMPARED_TEXTS = 0.85, 5000
 # Texts that are so many times as long as each other are never alike.
@@ -114,7 +114,7 @@ def _balanced(*sets: Examples) -> Background:
             turns = _request(item.messages)
             length, *others = _stratum(turns, cells, unknown=len(strata))
             strata.append((number, length, *others))
-            # A second or a quarter of the conversations that take most of the time.
+            # A third or an eighth of the conversations that take most of the time.
             weights.append(_WEIGHTS[length])
             conversations.append(turns)
             sources.append(str(cells.get("source") or ""))

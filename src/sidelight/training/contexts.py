@@ -48,7 +48,7 @@ _TURN_ALONE, _PIECES_ALONE, _UNIT_ALONE = 0.5, 0.7, 0.7
 # The tokens of contexts: relative to those of the texts, but at least so many; and the share of
 # them that is background alone. A GPU reads as many in a few seconds.
 _CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS_ON_GPU = 0.6, 40_000, 400_000
-_BACKGROUND_SHARE = 0.65
+_BACKGROUND_SHARE = 0.7
 # No probe reads these turns where they lead.
 _SYSTEM = ("system", "developer")
 # A text gets so many contexts at most, and so many attempts at one.
@@ -188,8 +188,9 @@ class ContextSampler:
                 tokens -= len(prompt)
             words = self._random.randint(*_FILLER_WORDS)
             filler = Example((Message("user", " ".join(self._sentences(words))),))
-            # One for every other conversation.
-            context = self._context(filler, is_labelled=not self._is_part) if index % 2 else None
+            # One for four conversations.
+            is_due = index % 4 == 1
+            context = self._context(filler, is_labelled=not self._is_part) if is_due else None
             if context is not None:
                 contexts.append(replace(context, kind="filler"))
                 tokens -= len(context.prompt)
