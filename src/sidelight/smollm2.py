@@ -70,7 +70,10 @@ def require_model(name: str) -> None:
         SidelightError: It is, or it is the embedded model's misspelt.
     """
     if name != EMBEDDED_NAME and get_close_matches(name, [EMBEDDED_NAME], cutoff=0.85):
-        raise SidelightError(f"There is no model '{name}'. Did you mean '{EMBEDDED_NAME}'?")
+        raise SidelightError(
+            f"There is no model '{name}'. Did you mean '{EMBEDDED_NAME}'? Give 'smollm2', a folder "
+            "saved by save_pretrained, or a hub id."
+        )
     folder = Path(name)
     # A hub id has one slash at most, and does not begin like a path.
     is_folder = name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()
