@@ -229,6 +229,9 @@ def test_the_tickets_of_the_example_are_labelled(tmp_path, monkeypatch):
     assert not people[0] & people[1]
 
 
+# A model of random weights tells no ordinary traffic from rude texts, and training says so.
+@pytest.mark.filterwarnings("ignore:The threshold that lets ordinary traffic pass")
+@pytest.mark.filterwarnings("ignore:It flags")
 def test_the_notebook_of_scikit_learn_ends_with_a_probe(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SIDELIGHT_MODEL", saved(tiny, tmp_path / "model"))
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
