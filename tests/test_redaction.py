@@ -2,7 +2,6 @@
 
 import json
 import re
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -418,11 +417,6 @@ def test_a_rule_that_redacts_fits_a_probe_that_labels_spans(tiny, early, tmp_pat
     readout = untrained_probe(tiny, "readout")
     with pytest.raises(SidelightError, match="labels no spans"):
         require_policy_applies(Policy(input={"readout": Rule("redact")}), [readout])
-    # Its spans decide, so a lower threshold would find no more: nobody may believe that it does.
-    for threshold, refused in ((0.1, True), (0.5, False), (0.9, False), (None, False)):
-        policy = Policy(input={"early": Rule("block", threshold=threshold)})
-        with pytest.raises(SidelightError, match="find no more") if refused else nullcontext():
-            require_policy_applies(policy, [early])
     path = tmp_path / "policy.toml"
     for key in ("threshold = 0.5", "consecutive = 2", "hold_back = 3", "routes = {}"):
         path.write_text(f'[output.late]\nmode = "redact"\n{key}\n')

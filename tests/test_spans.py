@@ -173,8 +173,8 @@ def test_a_word_far_less_likely_than_the_surest_of_its_text_is_left_out():
 
 @pytest.mark.parametrize("side", ["prompt", "response"])
 @pytest.mark.parametrize("task", [PIECES, Task("binary", ("none", "NAME"))], ids=["many", "one"])
-def test_a_label_holds_where_a_span_has_it(tiny, side, task):
-    """Whatever tokens and texts say, which are calibrated apart, and judged in other pieces."""
+def test_a_label_holds_where_the_text_reaches_its_threshold_or_a_span_has_it(tiny, side, task):
+    """Tokens and texts are calibrated apart, and judged in other pieces."""
     draw, labels = np.random.default_rng(0), task.output_labels
     reads, count = Reads(side, template=False), len(labels)
     untrained = untrained_probe(tiny, "pii", task=task, reads=reads, mechanism="spans")
@@ -201,12 +201,20 @@ def test_a_label_holds_where_a_span_has_it(tiny, side, task):
             judged = mark_text(judged, [probe], prompt)
         (verdict,) = judged.verdicts
         limits = {"threshold": draw.choice([None, 0.5]), "labels": (*labels[: draw.integers(3)],)}
-        for said in (verdict, BoundRule(probe, Rule("flag", **limits)).decide(verdict)):
+        bound = BoundRule(probe, Rule("flag", **limits))
+        for said, thresholds in (
+            (verdict, probe.label_thresholds),
+            (bound.decide(verdict), bound.thresholds),
+        ):
             marked = {span.label for span in said.spans}
-            assert said.flagged is bool(marked)
-            assert {*said.labels} == (marked or {*task.labels[:-count]})
-            seen.add((verdict is said, len(marked)))
-    assert {number for _, number in seen} == {*range(count + 1)}
+            reached = {x for x, least in thresholds.items() if said.probabilities[x] >= least}
+            assert marked <= {*thresholds}
+            assert said.flagged is bool(marked | reached)
+            assert {*said.labels} == ((marked | reached) or {*task.labels[:-count]})
+            seen.add((len(marked), bool(reached - marked), bool(marked - reached)))
+    # Some hold by a span alone and some by the text alone.
+    assert {number for number, _, _ in seen} == {*range(count + 1)}
+    assert {alone for _, alone, _ in seen} == {located for _, _, located in seen} == {True, False}
 
 
 def test_a_page_has_the_worst_texts_first_and_marks_what_is_found_missed_and_wrong():

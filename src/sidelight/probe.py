@@ -99,11 +99,11 @@ class Probe:
         return replace(self.verdict(text.logits), turn=text.turn)
 
     def labelled_verdict(self, verdict: Verdict, spans: Sequence[Span] | None) -> Verdict:
-        """The verdict, decided by the words that are labelled; None: nobody knows where they are.
+        """The verdict with the words that are labelled, whose labels hold too.
 
         Args:
             verdict: On the text, by its probabilities.
-            spans: Of the text.
+            spans: Of the text; None: nobody knows where its tokens stand.
         """
         scores, thresholds = verdict.probabilities, self.label_thresholds
         decided = self.task.decide(self.name, scores, thresholds, spans)

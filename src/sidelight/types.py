@@ -81,21 +81,24 @@ class Task:
         thresholds: Mapping[str, float],
         spans: "Sequence[Span] | None" = None,
     ) -> "Verdict":
-        """The verdict of a probe at some thresholds, or on spans.
+        """The verdict of a probe at some thresholds.
 
         Args:
             probe: Name of the probe.
             probabilities: Calibrated probability of every label, in the order of ``labels``.
             thresholds: The probability from which each label holds; a label without one never does.
-            spans: The labelled words, which decide what holds instead, since tokens and texts are
+            spans: The labelled words: what they have holds too, since tokens and texts are
                 calibrated apart; those of labels without a threshold are left out.
         """
         best = max(probabilities, key=probabilities.__getitem__)
-        held = tuple(name for name, least in thresholds.items() if probabilities[name] >= least)
         if spans is not None:
             spans = tuple(span for span in spans if span.label in thresholds)
-            marked = {span.label for span in spans}
-            held = tuple(name for name in thresholds if name in marked)
+        marked = {span.label for span in spans or ()}
+        held = tuple(
+            name
+            for name, least in thresholds.items()
+            if probabilities[name] >= least or name in marked
+        )
         if self.kind == "binary":
             best = held[0] if held else self.labels[0]
         labels = held if held or self.kind == "multilabel" else (best,)
@@ -133,8 +136,8 @@ class Verdict:
         probe: Name of the probe.
         label: The class that was decided on (binary), else the most probable label, even if
             nothing is flagged.
-        labels: The labels that hold at the probe's thresholds, or that ``spans`` have; none to all
-            if multi-label.
+        labels: The labels that hold at the probe's thresholds, and those that ``spans`` have; none
+            to all if multi-label. One without a span is of the text as a whole.
         probabilities: Calibrated probability of every label.
         flagged: Whether the threshold of the positive class (binary) or of any label (multi-label)
             is reached, or a span has it. A multi-class verdict is never flagged: it names a class,

@@ -236,13 +236,6 @@ def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
             f"Probe '{bound.name}' labels no spans, so rule 'redact' would never apply. Train one "
             "that does (sidelight train --spans COLUMN), or use another mode."
         )
-    own = min(bound.probe.label_thresholds.values(), default=0.0)
-    if bound.probe.spans and bound.rule.threshold is not None and bound.rule.threshold < own:
-        raise SidelightError(
-            f"Probe '{bound.name}' labels spans, so its own thresholds decide which words have a "
-            f"label, and the rule's threshold of {bound.rule.threshold} below {own:.3g} would find "
-            "no more. Leave it out, or train the probe with another --threshold."
-        )
     if bound.mode == "route" and bound.side == "output":
         raise SidelightError(
             f"Probe '{bound.name}' judges the output, which is too late for a route. Use another "

@@ -169,9 +169,10 @@ def assess(classifier: Classifier, examples: LabelledExamples) -> Assessment:
         )
         logits = np.stack([text.logits for text in judged])
         found = [probe.spans.read(own, labels) for own in scores]
-        # Spans decide what a text has.
+        # What a span has holds for its text, whatever the text's own probability.
         names = [{span.label for span in spans} for spans in found]
-        row_thresholds = np.array([[0.0 if x in own else np.inf for x in labels] for own in names])
+        limits = [*zip(labels, probe.thresholds, strict=True)]
+        row_thresholds = np.array([[0.0 if x in own else t for x, t in limits] for own in names])
     probabilities = probe.calibration.apply(logits)
     report = evaluate(
         probe.task,

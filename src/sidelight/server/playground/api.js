@@ -80,8 +80,9 @@ export async function judge(probe, text, answer, explain) {
   if (found.type === "refusal") throw new Error(`Probe '${probe.name}' gives no verdict here. Write an answer for it to judge.`);
   const probabilities = Object.fromEntries(found.probabilities.map((one) => [one.value, one.probability]));
   const limits = probe.thresholds ?? [];
-  const held = said.spans?.[probe.name]?.map((span) => span.label)
-    ?? limits.filter((limit) => probabilities[limit.label] >= limit.threshold).map((limit) => limit.label);
+  const marked = new Set(said.spans?.[probe.name]?.map((span) => span.label));
+  const held = limits.filter((limit) => marked.has(limit.label) || probabilities[limit.label] >= limit.threshold)
+    .map((limit) => limit.label);
   // Without scores, the choice is at the rule's threshold.
   const isScored = probe.kind === "binary" && limits.length > 0;
   const label = isScored ? held[0] ?? probe.labels[0] : found.choice;
