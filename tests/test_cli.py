@@ -549,7 +549,9 @@ def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("Error: No space left on device (/full/disk). ")
 
 
-@pytest.mark.parametrize(("command", "is_resumed"), [("train", True), ("predict", False)])
+@pytest.mark.parametrize(
+    ("command", "is_resumed"), [("train", True), ("demo", True), ("predict", False)]
+)
 def test_only_a_command_that_goes_on_says_so_when_it_is_stopped(
     command, is_resumed, monkeypatch, capsys
 ):

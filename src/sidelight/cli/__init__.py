@@ -23,7 +23,7 @@ _PACKAGES = {
         "sidelight-lab",
     ),
 }
-_RESUMED = ("train", "label", "search", "reproduce")
+_RESUMED = ("train", "demo", "label", "search", "reproduce")
 _SERVING = ("fastapi", "openai", "prometheus_client", "pydantic_settings", "uvicorn")
 
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.data.loading import load_examples
 from sidelight.engines.base import Engine
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.progress import say
 from sidelight.server.app import create_app, listen, server_settings
 from sidelight.server.config import ServerConfig
 from sidelight.smollm2 import EMBEDDED_NAME, cache_root
@@ -65,7 +66,8 @@ def run_demo(*, keep: bool, port: int) -> None:
         _say(f"Serve these, with a page to try them: sidelight serve --playground {named}")
         if keep:
             _say(f"Try it at {url}/playground; the server stays until Ctrl-C")
-            threading.Event().wait()
+            with suppress(KeyboardInterrupt):
+                threading.Event().wait()
 
 
 @contextmanager
@@ -87,7 +89,10 @@ def _train(backbone: TransformersBackbone, task: str, positive: str | None, stat
     training = load_examples(_DATA / f"{task}_train.jsonl", positive=positive)
     _say(f"Training '{task}' on {len(training)} texts with the model frozen")
     options = FitOptions(background=load_background("packaged"), cache_root=states, keep_cache=True)
-    probe = fit(backbone, training, None, name=task, options=options).probe
+    result = fit(backbone, training, None, name=task, options=options)
+    for sentence in result.warnings:
+        say(f"Warning: {sentence}")
+    probe = result.probe
     classifier = Classifier(backbone, probe)
     test = load_examples(_DATA / f"{task}_test.jsonl", task=probe.task)
     report = classifier.evaluate(test)
