@@ -5,8 +5,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from importlib.metadata import EntryPoints
@@ -35,6 +37,7 @@ from sidelight.training.measuring import describe_examples
 from sidelight.types import Verdict
 from tiny import INTENT, broken, spans_probe, untrained_probe
 
+ROOT = Path(__file__).parents[1]
 Captured = pytest.CaptureFixture[str]
 QUICKLY = ("--set", "epochs=4", "--set", "batch_size=16", "--set", "learning_rate=0.03")
 
@@ -558,6 +561,30 @@ def test_only_a_command_that_goes_on_says_so_when_it_is_stopped(
     monkeypatch.setattr("sidelight.cli.app", Mock(side_effect=KeyboardInterrupt))
     assert run(command) == 130
     assert ("Run the same command again" in capsys.readouterr().err) == is_resumed
+
+
+# Ctrl-C while click is imported, which every command needs first.
+STOPPED_EARLY = """
+import pkgutil, signal, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Stop:
+    def find_spec(name, path=None, target=None):
+        if name == "click":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Stop)
+pkgutil.resolve_name(sys.argv[1])()
+"""
+
+
+def test_a_command_that_is_stopped_during_its_first_imports_ends_without_a_traceback():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    program = [sys.executable, "-c", STOPPED_EARLY, project["scripts"]["sidelight"]]
+    ran = subprocess.run(program, capture_output=True, text=True, check=False)
+    # By the signal, which shells show as 130.
+    assert (ran.returncode, ran.stderr) == (-signal.SIGINT, "")
 
 
 def test_help_names_every_mechanism(capsys):

@@ -1,6 +1,19 @@
-"""``python -m sidelight``."""
+"""The command ``sidelight``, also as ``python -m sidelight``."""
 
-from sidelight.cli import main
+import signal
+
+
+def main() -> None:
+    """Runs the command line. Ctrl-C during its imports ends the process at once."""
+    handler = signal.getsignal(signal.SIGINT)
+    # KeyboardInterrupt would be a traceback here, and pydantic may make another error of it.
+    if handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from sidelight.cli import main as run
+
+    signal.signal(signal.SIGINT, handler)
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -117,8 +117,8 @@ def limit_threads() -> None:
 
 def main() -> None:
     """Runs the command; what a user can put right is one line and exit code 2."""
-    limit_threads()
     try:
+        limit_threads()
         app(standalone_mode=False)
     except SidelightError as error:
         _fail(str(error))
