@@ -120,8 +120,13 @@ UNUSABLE = {
     "one label in lists": ([["a"], []], {}, r"Got 1 distinct labels"),
     "unknown positive": (["a", "b"], {"positive": "c"}, r"'c' is not a label\. Known: a, b"),
     "positive of three": (["a", "b", "c"] * 2, {"positive": "c"}, r"two classes, .* has 3"),
+    "misspelt": (
+        ["a", *["spam", "ham"] * 10, "spma"],
+        {"positive": "spam"},
+        r"has 4: .*'spma' \(1 of 22 rows, first Given rows, row 22\) resembles 'spam' \(10 rows\)",
+    ),
     "positive of lists": ([["a"], ["b"]], {"positive": "a"}, r"inferred from one column"),
-    "positive, task": (["a"], {"positive": "a", "task": AB}, "Leave it out"),
+    "positive, task": (["a"], {"positive": "a", "task": AB}, "Leave --positive out"),
     "unknown label": (["ham", "spma"], {"task": SPAM}, r"row 2: .* 'spma'\. Did .* 'spam'\? Known"),
     "0/1 for names": ([1, 0], {"task": SPAM}, r"unknown label '1'"),
     "name for multilabel": (["a"], {"task": Task("multilabel", ("a", "b"))}, r"Give lists"),
@@ -155,3 +160,11 @@ def test_labels_that_read_alike_are_a_warning(pair):
     warnings = load_examples(labelled([*pair, "other"] * 2)).warnings
     assert ["spell them alike" in warning for warning in warnings] == [True]
     assert load_examples(labelled(["spam", "spams", "other"] * 2)).warnings == ()
+
+
+def test_a_rare_label_that_resembles_a_frequent_one_is_a_warning():
+    (warning,) = load_examples(labelled([*["benign", "injection"] * 10, "injecton"])).warnings
+    assert "'injecton' (1 of 21 rows, first Given rows, row 21) resembles 'injection'" in warning
+    assert load_examples(labelled([*["10", "100", "7"] * 10, "101"])).warnings == ()
+    imbalanced = [*["safe"] * 90, *["unsafe"] * 9]
+    assert not any("resembles" in each for each in load_examples(labelled(imbalanced)).warnings)

@@ -5,6 +5,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
+from difflib import get_close_matches
 from numbers import Real
 
 import numpy as np
@@ -54,8 +55,8 @@ def encode_labels(
     is_single = len(columns) == 1 and not is_list(rows[0].cells[columns[0]])
     if positive is not None and (task is not None or not is_single):
         raise SidelightError(
-            f"positive='{positive}' is for two classes that are inferred from one column. "
-            "Leave it out."
+            f"A positive class ('{positive}') is for two classes that are inferred from one "
+            "column. Leave --positive out (positive= in Python)."
         )
     if task is not None and (task.kind == "multilabel") == is_single:
         raise SidelightError(
@@ -71,7 +72,7 @@ def encode_labels(
     names = [label_name(row.cells[columns[0]], row.place) for row in rows]
     warnings: tuple[str, ...] = ()
     if task is None:
-        task, warnings = _infer_classes(names, columns[0], positive)
+        task, warnings = _infer_classes(rows, names, columns[0], positive)
         warnings += _alike(task.labels)
     index = _label_index(task)
     numbers = [_lookup(row, name, index) for row, name in zip(rows, names, strict=True)]
@@ -99,7 +100,7 @@ def label_name(cell: object, place: str) -> str:
 
 
 def _infer_classes(
-    names: Sequence[str], column: str, positive: str | None
+    rows: Sequence[Row], names: Sequence[str], column: str, positive: str | None
 ) -> tuple[Task, tuple[str, ...]]:
     """A binary task from two distinct names, a multi-class one from more; and warnings."""
     if set(names) <= _TRUTH.keys():
@@ -120,21 +121,24 @@ def _infer_classes(
             f"labels, and give at least two examples of each and at most {_MOST_LABELS} labels."
         )
     labels = _ordered(counts)
+    misspelt = _misspelt(rows, names)
     if len(labels) > 2:
         if positive is not None:
             raise SidelightError(
-                f"positive='{positive}' is for two classes, but column '{column}' has "
-                f"{len(labels)}: {', '.join(labels)}. Leave it out."
+                f"A positive class ('{positive}') is for two classes, but column '{column}' has "
+                f"{len(labels)}: {', '.join(labels)}. "
+                f"{' '.join(misspelt) or 'Leave --positive out (positive= in Python).'}"
             )
-        return Task("multiclass", labels), ()
+        return Task("multiclass", labels), misspelt
     if positive is not None:
         index = _label_index(Task("binary", labels))
         name = positive if positive in index else positive.lower()
         if name not in index:
             raise SidelightError(
-                f"positive='{positive}' is not a label.{did_you_mean(positive, labels)}"
+                f"The positive class '{positive}' is not a label.{did_you_mean(positive, labels)} "
+                "Name another with --positive (positive= in Python)."
             )
-        return Task("binary", labels if index[name] == 1 else labels[::-1]), ()
+        return Task("binary", labels if index[name] == 1 else labels[::-1]), misspelt
     if set(labels) <= _TRUTH.keys() or set(labels) == {"-1", "1"}:
         return Task("binary", labels), ()
     # The sort is stable and labels are in order: of two equal counts the last one is positive.
@@ -144,7 +148,22 @@ def _infer_classes(
         f"alphabet if both are equally frequent). --positive {other} (positive= in Python) chooses "
         "the other."
     )
-    return Task("binary", (other, chosen)), (warning,)
+    return Task("binary", (other, chosen)), (warning, *misspelt)
+
+
+def _misspelt(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
+    """A warning for each label of a few rows that resembles one of many."""
+    counts = Counter(name for name in names if not _WHOLE_NUMBER.fullmatch(name))
+    warnings: list[str] = []
+    for name, count in counts.items():
+        many = [other for other in counts if counts[other] >= 10 * count]
+        for meant in get_close_matches(name, many, n=1, cutoff=0.75) if count < 5 else ():
+            first = rows[names.index(name)].place
+            warnings.append(
+                f"Label '{name}' ({count} of {len(names)} rows, first {first}) resembles '{meant}' "
+                f"({counts[meant]} rows). If it is misspelt, correct it."
+            )
+    return tuple(warnings)
 
 
 def _alike(labels: Sequence[str]) -> tuple[str, ...]:
