@@ -89,11 +89,11 @@ MALFORMED = {
     "open quote": ("a.csv", b'text,label\n"a,x\n', r"line 2: unexpected end of data"),
     "column twice": ("a.csv", b"text,text\na,b\n", r"line 1: a column appears twice"),
     "header only": ("a.csv", b"text,label\n", r"has no rows"),
-    "not UTF-8": ("a.csv", b"text,label\na,x\n\xff,y\n", r"0xff in position 15.* Save it as UTF-8"),
+    "not UTF-8": ("a.csv", b"text,label\na,x\n\xff,y\n", r"a\.csv, line 3: .* 0xff.*iconv"),
     "damaged gzip": (
         "a.jsonl.gz",
         gzip.compress(b"{}" * 99)[:-9],
-        r"Cannot read a\.jsonl\.gz: .* copy it again",
+        r"Cannot read a\.jsonl\.gz: .* Copy it again",
     ),
     "damaged Parquet": ("a.parquet", b"PAR1", r"not a complete Parquet file"),
     "empty file": ("a.jsonl", b"", r"has no rows"),

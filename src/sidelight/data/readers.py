@@ -81,10 +81,15 @@ def read_file(path: Path) -> list[Row]:
         )
     try:
         rows = _READERS[_format_suffix(path)](path)
-    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
         raise SidelightError(
-            f"Cannot read {path.name}: {error}. Save it as UTF-8 text, or copy it again."
+            f"{path.name}, line {line}: not UTF-8 (byte 0x{byte:02x}). Save it as UTF-8; from "
+            f"Latin-1, `iconv -f latin1 -t utf-8 {path.name} > NEW_FILE` does it."
         ) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SidelightError(f"Cannot read {path.name}: {error}. Copy it again.") from error
     if not rows:
         raise SidelightError(f"{path.name} has no rows. Give a file with at least one example.")
     return rows
