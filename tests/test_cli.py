@@ -360,6 +360,8 @@ TRAIN = "train --data {data} --out o --label toxic "
         ("recalibrate nowhere", "--threshold"),
         ("eval nowhere --data {data}", "sidelight train --out"),
         ("predict {probe} --data {empty}", "empty.jsonl, line 2"),
+        ("predict {probe}", "Write texts after the probe, or name a file with --data"),
+        ("predict {probe} x --data {empty}", "Leave one of them out"),
         ("predict {probe} x --engine vllm --explain", "cannot explain"),
         ("predict {probe} x --engine vllm --device cpu", "vLLM chooses its device"),
         # Which is not installed here.

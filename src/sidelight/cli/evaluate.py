@@ -141,8 +141,12 @@ def predict(
         from sidelight.engines.base import NotExplainedError
 
         raise NotExplainedError()
-    if bool(texts) == (data is not None):
-        raise SidelightError("Give texts to judge, or a file of texts with --data, but not both.")
+    if not texts and data is None:
+        raise SidelightError(
+            "There is no text to judge. Write texts after the probe, or name a file with --data."
+        )
+    if texts and data is not None:
+        raise SidelightError("Got texts and a file of texts (--data). Leave one of them out.")
     if data is not None:
         options.announce(f"Reading {data}")
     from sidelight.data.examples import as_example
