@@ -185,7 +185,7 @@ def test_pages_are_there_with_their_option_alone_need_no_key_and_load_nothing_fr
 ):
     engine = TransformersEngine(tiny, probes)
     with in_process(engine) as http:
-        for path in ("/playground", "/playground/page.js"):
+        for path in ("/", "/playground", "/playground/", "/playground/page.js"):
             assert http.get(path).status_code == 404
     with in_process(engine, playground=True) as http:
         assert http.head("/playground").status_code == 200
@@ -193,7 +193,7 @@ def test_pages_are_there_with_their_option_alone_need_no_key_and_load_nothing_fr
         for path in ("/playground/__init__.py", "/playground/..%2fapp.py"):
             assert http.get(path).status_code == 404
     with in_process(engine, playground=True, api_key=KEY) as http:
-        for path in ("/v1/probes", "/openapi.json", "/playground/", "/playground/x", "/x"):
+        for path in ("/v1/probes", "/openapi.json", "/playground/x", "/x"):
             assert http.get(path).status_code == 401
         for path in ("/playground", "/playground/page.js", "/playground/style.css"):
             answer = http.get(path)
@@ -201,6 +201,10 @@ def test_pages_are_there_with_their_option_alone_need_no_key_and_load_nothing_fr
             assert answer.headers["content-security-policy"] == STRICT
             assert answer.headers["x-content-type-options"] == "nosniff"
             assert answer.headers["referrer-policy"] == "no-referrer"
+        for path in ("/", "/playground/"):
+            moved = http.get(path, follow_redirects=False)
+            assert (moved.status_code, "://" in moved.headers["location"]) == (307, False)
+            assert str(http.get(path, follow_redirects=True).url).endswith("localhost/playground")
     assert "default-src 'self'" in STRICT
     assert "unsafe" not in STRICT
     assert "playground" in NO_PLACE.keys() & ServerConfig.model_fields.keys()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import FileResponse, RedirectResponse, Response
 
 _HERE = Path(__file__).parent
 STRICT = (
@@ -24,22 +24,27 @@ _HEADERS = {
 }
 
 
-def playground() -> dict[str, Path]:
-    """The playground: each path with its file."""
+def playground() -> dict[str, Path | str]:
+    """The playground: each path with its file, or with the path that it leads to."""
+    # Relative, as no host may be named that a client wrote.
+    moved = {"/": "playground", "/playground/": "../playground"}
     files = (path for path in sorted(_HERE.iterdir()) if path.suffix in (".js", ".css", ".svg"))
-    return {"/playground": _HERE / "index.html", **{f"/playground/{f.name}": f for f in files}}
+    named = {f"/playground/{file.name}": file for file in files}
+    return {"/playground": _HERE / "index.html", **named, **moved}
 
 
-def page_router(pages: Mapping[str, Path]) -> APIRouter:
-    """Serves these files, outside of the OpenAPI document."""
+def page_router(pages: Mapping[str, Path | str]) -> APIRouter:
+    """Serves these files and redirects, outside of the OpenAPI document."""
     router = APIRouter()
     for path, file in pages.items():
         router.add_route(path, _page(file), include_in_schema=False)
     return router
 
 
-def _page(file: Path) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+def _page(file: Path | str) -> Callable[[Request], Coroutine[Any, Any, Response]]:
     async def page(_request: Request) -> Response:
+        if isinstance(file, str):
+            return RedirectResponse(file, headers=_HEADERS)
         return FileResponse(file, headers=_HEADERS)
 
     return page
