@@ -212,3 +212,16 @@ def test_users_are_told_that_a_probe_catches_far_less_than_before_or_knows_nothi
     alike = (new.items[int(i * (1 - label))] for i, label in enumerate(labels))
     made = recalibrate(probe, replace(new, items=(*alike,)), logits)
     assert any("the figures are flattering" in warning for warning in made.warnings)
+
+
+def test_figures_that_a_recalibration_makes_worse_are_a_warning():
+    logits, labels = drawn(TOXICITY, 40, share=0.3, seed=100)
+    texts = texts_of(TOXICITY, labels)
+    made = recalibrate(trained(), texts, logits)
+    (warning,) = (each for each in made.warnings if "worse" in each)
+    before, after = (report.metrics["f1"].value for report in made.figures)
+    assert after < before
+    assert f"F1 {before:.3f} before, {after:.3f} now" in warning
+    # A rule that wants other decisions makes none of them worse.
+    (*others,) = recalibrate(trained(), texts, logits, rule=ThresholdRule("recall", 0.9)).warnings
+    assert not any("F1" in each for each in others)

@@ -17,6 +17,7 @@ from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.manifest import Manifest, curves_of, reference
+from sidelight.metrics import log_losses
 from sidelight.thresholds import (
     F1,
     ThresholdRule,
@@ -48,6 +49,8 @@ LEAST_PER_SIDE = 10
 # tell it from others less well than this (AUROC).
 _KEPT_RECALL = 0.5
 _LEAST_AUROC = 0.6
+# And where a figure is worse than before by this much.
+_NOTICEABLE = 0.01
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,8 @@ def _follow_labels(
     counts = dict(zip(task.labels, examples.label_counts.tolist(), strict=True))
     seen = trained_texts(probe.record, examples)
     kind = suggested_calibration(task)
-    before = evaluate(task, probe.calibration.apply(logits), labels, thresholds=probe.thresholds)
+    old = probe.calibration.apply(logits)
+    before = evaluate(task, old, labels, thresholds=probe.thresholds)
     calibrated = calibrate_examples(
         logits,
         examples,
@@ -217,6 +221,12 @@ def _follow_labels(
         for label in before.per_class
         if label in probe.label_thresholds
     }
+    losses = log_losses(task, old, labels), calibrated.losses
+    figures = {"log loss": (float(losses[0].mean()), float(losses[1].mean()))}
+    # Another rule wants other decisions.
+    if str(rule) == probe.record.get("threshold_rule", "f1"):
+        for name, metric in (("accuracy", "accuracy"), ("F1", "f1")):
+            figures[name] = before.metrics[metric].value, after.metrics[metric].value
     warning = (
         f"{seen} of {len(examples)} texts were trained on: the probe scores them too well, so its "
         "probabilities will be over-confident, and the figures flatter it. Leave them out."
@@ -226,6 +236,7 @@ def _follow_labels(
         *(() if calibrated.folds else (FLATTERING,)),
         *threshold_doubts(task, counts, len(examples), rule),
         *_losses(recalls),
+        *_falls(figures),
         *(_strangers(before) if task.kind != "multiclass" else ()),
     )
     chances = calibrated.calibration.apply(logits)
@@ -243,6 +254,22 @@ def _strangers(before: Report) -> list[str]:
         "threshold will do. Check the labels, or train a probe on them."
         for label, auroc in aurocs.items()
         if auroc is not None and auroc < _LEAST_AUROC
+    ]
+
+
+def _falls(figures: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
+    """Which figures are worse than before, in one sentence."""
+    worse = [
+        f"{name} {before:.3f} before, {after:.3f} now"
+        for name, (before, after) in figures.items()
+        if before is not None and after is not None
+        if (after - before if name == "log loss" else before - after) >= _NOTICEABLE
+    ]
+    if not worse:
+        return []
+    return [
+        f"The new probe is worse on these texts than the old one: {'; '.join(worse)}. Keep the old "
+        "one, or label more texts."
     ]
 
 
