@@ -14,6 +14,8 @@ from sidelight.cli import options
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
+    from sidelight.prompts import PromptFormat
+    from sidelight.training.settings import FitOptions
     from sidelight.types import MechanismSpec
 
 # As ``training.settings.AUTO``, whose import takes seconds.
@@ -80,58 +82,26 @@ def train(
     without --validation are cross-fitted: all of them train the probe, and each row is scored by a
     probe that did not train on it. After a kill, the same command goes on where the backbone was.
     """
-    for target in assigned:
-        owner, dot, _ = target.partition(".")
-        if dot and owner != mechanism:
-            raise SidelightError(f"--set {target} needs --mechanism {owner} (got: {mechanism}).")
-    if spans is not None and mechanism not in (_AUTO, "spans"):
-        raise SidelightError(f"--spans needs --mechanism spans (got: {mechanism}). Leave it out.")
-    if spans is not None and (background is not None or inputs.positive is not None):
-        raise SidelightError(
-            "--background and --positive are for labels of whole texts. Leave them out, or --spans."
-        )
+    _require_agreement(inputs, mechanism, assigned, spans, background)
     # Before texts and models, which take seconds: a misspelt name or value is refused at once.
     from sidelight.data.spans import SpanExamples
     from sidelight.manifest import require_free, require_name
     from sidelight.thresholds import ThresholdRule
     from sidelight.training.background import load_background
-    from sidelight.training.settings import SUGGESTED, suggested_settings
     from sidelight.training.validation import choose_validation
 
-    settings = {setting: text for setting, text in assigned.items() if "." not in setting}
-    chosen = options.typed(settings, _kinds())
-    rule = ThresholdRule.parse(threshold)
+    fit_options, prompt_format = _fit_options(inputs, mechanism, assigned)
+    fit_options = replace(fit_options, threshold=ThresholdRule.parse(threshold))
     name = name or out.resolve().name
     require_name(name)
     require_free(out, force=force)
-    spec = None if mechanism == _AUTO else _spec(mechanism, assigned)
-    side = chosen.pop("reads", "response" if inputs.response else "prompt")
-    if side != "prompt" and inputs.response is None:
-        raise SidelightError(f"--set reads={side} needs the column of answers: --response COLUMN.")
-    background_set = load_background("none" if spans else background or "packaged")
+    traffic = load_background("none" if spans else background or "packaged")
+    fit_options = replace(fit_options, background=traffic)
     options.announce(f"Reading {inputs.data}")
     training, validation = inputs.load(spans)
     told = [*training.warnings, *(validation.warnings if validation is not None else ())]
     options.warn(told)
     click.echo(f"Read {len(training)} texts. The probe will flag {training.task.flags}.", err=True)
-    prompt_format = chosen.pop("format", None)
-    fit_options = inputs.fit_options()
-    fit_options = replace(
-        fit_options,
-        mechanism=spec,
-        seed=chosen.pop("seed", 0),
-        reads=replace(fit_options.reads, side=side, template=chosen.pop("template", True)),
-        background=background_set,
-        calibration=chosen.pop("calibration", None),
-        threshold=rule,
-        none=chosen.pop("none", True),
-        context_tokens=chosen.pop("context_tokens", None),
-        # What is left are settings of the optimisation.
-        settings={
-            name: suggested_settings(name).changed(**chosen)
-            for name in (SUGGESTED if spec is None else (mechanism,))
-        },
-    )
     if isinstance(training, SpanExamples):
         fit_options = fit_options.of_spans(training)
     choose_validation(training, validation, fit_options)
@@ -151,6 +121,57 @@ def train(
     print_fit(result)
     click.echo(f"Saved to {out}")
     click.echo(f"Next: {_eval_command(out)}")
+
+
+def _require_agreement(
+    inputs: options.TrainingInputs,
+    mechanism: str,
+    assigned: Mapping[str, str],
+    spans: str | None,
+    background: str | None,
+) -> None:
+    """Refuses options of which one leaves another without a meaning."""
+    for target in assigned:
+        owner, dot, _ = target.partition(".")
+        if dot and owner != mechanism:
+            raise SidelightError(f"--set {target} needs --mechanism {owner} (got: {mechanism}).")
+    if spans is not None and mechanism not in (_AUTO, "spans"):
+        raise SidelightError(f"--spans needs --mechanism spans (got: {mechanism}). Leave it out.")
+    if spans is not None and (background is not None or inputs.positive is not None):
+        raise SidelightError(
+            "--background and --positive are for labels of whole texts. Leave them out, or --spans."
+        )
+
+
+def _fit_options(
+    inputs: options.TrainingInputs, mechanism: str, assigned: Mapping[str, str]
+) -> tuple["FitOptions", "PromptFormat | None"]:
+    """What ``--set`` says of the training, and of the format of prompts."""
+    from sidelight.training.settings import SUGGESTED, suggested_settings
+
+    settings = {setting: text for setting, text in assigned.items() if "." not in setting}
+    chosen = options.typed(settings, _kinds())
+    spec = None if mechanism == _AUTO else _spec(mechanism, assigned)
+    side = chosen.pop("reads", "response" if inputs.response else "prompt")
+    if side != "prompt" and inputs.response is None:
+        raise SidelightError(f"--set reads={side} needs the column of answers: --response COLUMN.")
+    prompt_format = chosen.pop("format", None)
+    fit_options = inputs.fit_options()
+    fit_options = replace(
+        fit_options,
+        mechanism=spec,
+        seed=chosen.pop("seed", 0),
+        reads=replace(fit_options.reads, side=side, template=chosen.pop("template", True)),
+        calibration=chosen.pop("calibration", None),
+        none=chosen.pop("none", True),
+        context_tokens=chosen.pop("context_tokens", None),
+        # What is left are settings of the optimisation.
+        settings={
+            name: suggested_settings(name).changed(**chosen)
+            for name in (SUGGESTED if spec is None else (mechanism,))
+        },
+    )
+    return fit_options, prompt_format
 
 
 def _eval_command(out: Path) -> str:
