@@ -26,6 +26,7 @@ from sidelight.training.dataset import ProbeDataset, linear_refusal, prepare
 from sidelight.training.loop import cross_fit, divergence, train_mechanisms
 from sidelight.training.measuring import (
     FLATTERING,
+    Calibrated,
     calibrate_examples,
     describe_examples,
     describe_scores,
@@ -201,40 +202,30 @@ def calibrate_probe(
     """
     task, texts = dataset.task, len(dataset.validation)
     logits, in_contexts = trained.logits[:texts], trained.logits[texts:]
-    ordinary, parts = highest_logits(dataset.contexts, in_contexts), parts_of(dataset.contexts)
     calibrated = calibrate_examples(
         logits,
         dataset.validation.examples,
         folds=dataset.folds,
         kind=options.calibration,
         rule=options.threshold,
-        ordinary=ordinary,
+        ordinary=highest_logits(dataset.contexts, in_contexts),
     )
     probabilities = calibrated.calibration.apply(logits)
-    thresholds, traffic = calibrated.report.thresholds, None
-    traffic_record: dict[str, Any] = {}
-    if (thresholds or task.abstains) and dataset.contexts:
-        traffic = measure_traffic(
-            task,
-            dataset.contexts,
-            calibrated.calibration.apply(in_contexts),
-            dataset.measured.labels[texts:],
-            left_out_thresholds(
-                choose_thresholds(
-                    task, probabilities, dataset.validation.labels, rule=options.threshold
-                ),
-                calibrated.calibration,
-                ordinary,
-                parts,
-                options.threshold,
-            ),
-        )
-        traffic_record = {"traffic": traffic.record(ordinary, parts, options.background)}
+    record = _record(trained, dataset, options)
+    record["validation"] = {
+        **describe_examples(dataset.validation.examples),
+        "metrics": calibrated.report.to_dict(),
+        **describe_scores(task, probabilities, dataset.validation.labels),
+    }
+    traffic = None
+    if (calibrated.report.thresholds or task.abstains) and dataset.contexts:
+        traffic, record["traffic"] = _traffic(trained, dataset, calibrated, options)
     rule, spans = None, None
     if isinstance(examples := dataset.measured.examples, SpanExamples):
         rule, spans = calibrate_spans(
             examples, dataset.measured.places, trained.token_logits, rule=options.threshold
         )
+        record |= {"spans": spans.to_dict(), "lookaheads": lookaheads}
     probe = Probe(
         name=name,
         task=task,
@@ -244,35 +235,53 @@ def calibrate_probe(
         mechanism=trained.mechanism,
         standardisation=trained.standardisation,
         calibration=calibrated.calibration,
-        thresholds=thresholds,
+        thresholds=calibrated.report.thresholds,
         fingerprint=dataset.backbone.fingerprint,
         spans=rule,
-        record={
-            "engine": dataset.training.states.engine,
-            "training": {
-                **describe_examples(dataset.originals.examples),
-                "texts": text_hashes(dataset.originals.examples),
-                **({"given_sha256": dataset.given_sha256} if dataset.given_sha256 else {}),
-            },
-            "contexts": dict(Counter(context.kind for context in dataset.contexts)),
-            **traffic_record,
-            "validation": {
-                **describe_examples(dataset.validation.examples),
-                "metrics": calibrated.report.to_dict(),
-                **describe_scores(task, probabilities, dataset.validation.labels),
-            },
-            "threshold_rule": str(options.threshold),
-            "max_tokens": options.max_tokens,
-            "folds": len(dataset.folds),
-            "settings": asdict(trained.job.settings),
-            "seed": trained.job.seed,
-            "epochs": {"scores": list(trained.history), "best": trained.best_epoch},
-            "parameters": sum(p.numel() for p in trained.mechanism.parameters()),
-            **({} if spans is None else {"spans": spans.to_dict(), "lookaheads": lookaheads}),
-        },
+        record=record,
     )
     score = validation_score(task, logits, dataset.validation.labels)
     return Fit(probe, score, calibrated.report, calibrated.losses, traffic, spans)
+
+
+def _traffic(
+    trained: TrainingRun, dataset: ProbeDataset, calibrated: Calibrated, options: FitOptions
+) -> tuple[Traffic, dict[str, Any]]:
+    """What the probe flags of ordinary traffic, and what its record keeps of it."""
+    task, validation = dataset.task, dataset.validation
+    logits, in_contexts = trained.logits[: len(validation)], trained.logits[len(validation) :]
+    ordinary, parts = highest_logits(dataset.contexts, in_contexts), parts_of(dataset.contexts)
+    probabilities = calibrated.calibration.apply(logits)
+    alone = choose_thresholds(task, probabilities, validation.labels, rule=options.threshold)
+    traffic = measure_traffic(
+        task,
+        dataset.contexts,
+        calibrated.calibration.apply(in_contexts),
+        dataset.measured.labels[len(validation) :],
+        left_out_thresholds(alone, calibrated.calibration, ordinary, parts, options.threshold),
+    )
+    return traffic, traffic.record(ordinary, parts, options.background)
+
+
+def _record(trained: TrainingRun, dataset: ProbeDataset, options: FitOptions) -> dict[str, Any]:
+    """What trained a probe, and how."""
+    texts = dataset.originals.examples
+    return {
+        "engine": dataset.training.states.engine,
+        "training": {
+            **describe_examples(texts),
+            "texts": text_hashes(texts),
+            **({"given_sha256": dataset.given_sha256} if dataset.given_sha256 else {}),
+        },
+        "contexts": dict(Counter(context.kind for context in dataset.contexts)),
+        "threshold_rule": str(options.threshold),
+        "max_tokens": options.max_tokens,
+        "folds": len(dataset.folds),
+        "settings": asdict(trained.job.settings),
+        "seed": trained.job.seed,
+        "epochs": {"scores": list(trained.history), "best": trained.best_epoch},
+        "parameters": sum(p.numel() for p in trained.mechanism.parameters()),
+    }
 
 
 def taken_by_none(made: Fit) -> list[str]:
