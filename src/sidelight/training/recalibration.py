@@ -222,7 +222,9 @@ def _follow_labels(
         if label in probe.label_thresholds
     }
     losses = log_losses(task, old, labels), calibrated.losses
-    figures = {"log loss": (float(losses[0].mean()), float(losses[1].mean()))}
+    figures: dict[str, tuple[float | None, float | None]] = {
+        "log loss": (float(losses[0].mean()), float(losses[1].mean()))
+    }
     # Another rule wants other decisions.
     if str(rule) == probe.record.get("threshold_rule", "f1"):
         for name, metric in (("accuracy", "accuracy"), ("F1", "f1")):
