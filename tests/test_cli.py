@@ -262,7 +262,7 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_jud
 
 def test_what_the_probe_will_flag_is_said_before_the_model_is_loaded(tmp_path, capsys):
     (tmp_path / "config.json").write_text("")
-    data = labelled_rows(tmp_path / "train.jsonl", ["cat", "dog", "dog"] * 4)
+    data = labelled_rows(tmp_path / "train.jsonl", ["cat", "dog", "dog"] * 5)
     command = ["train", "--data", data, "--out", str(tmp_path / "o"), "--model", str(tmp_path)]
     assert run(*command) == 2
     reading, doubt, announced, loading, error = capsys.readouterr().err.splitlines()
@@ -430,6 +430,7 @@ def test_a_probe_without_verdicts_is_refused_by_every_command(
         ("--background {folder}/nowhere.jsonl", "No file"),
         ("--background {folder}/empty.jsonl", "has no rows"),
         ("--data {folder}/few.jsonl", "Give 5 or more of each label"),
+        ("--data {folder}/six.jsonl", "got 6 (3 of 'no', 3 of 'yes')"),
         ("--data {folder}/named_none.jsonl", "none=false"),
         ("--data {folder}/classes.jsonl --threshold recall=0.9", "Leave --threshold out"),
     ],
@@ -440,6 +441,7 @@ def test_what_is_wrong_with_options_or_texts_is_told_before_the_model_is_loaded(
     data = labelled_rows(tmp_path / "data.jsonl", ["yes", "no"] * 10)
     (tmp_path / "empty.jsonl").write_text("")
     labelled_rows(tmp_path / "few.jsonl", ["yes", "no"])
+    labelled_rows(tmp_path / "six.jsonl", ["yes", "no"] * 3)
     labelled_rows(tmp_path / "named_none.jsonl", ["a", "b", "none"] * 8)
     labelled_rows(tmp_path / "classes.jsonl", ["a", "b", "c"] * 8)
     out = str(tmp_path / "out")

@@ -73,6 +73,15 @@ def _hold_out(
     examples: LabelledExamples,
 ) -> tuple[LabelledExamples, LabelledExamples, list[str]]:
     """A part to train on, one to validate on, and why few texts are not cross-fitted."""
+    is_binary = examples.task.kind == "binary"
+    counts = dict(zip(examples.task.labels, examples.label_counts.tolist(), strict=True))
+    if len(examples) < 2 * FOLDS or (is_binary and min(counts.values()) < FOLDS):
+        shares = ", ".join(f"{count} of '{label}'" for label, count in counts.items())
+        raise SidelightError(
+            f"Too few texts to train on: got {len(examples)} ({shares}). Give {FOLDS} or more of "
+            f"each label and {2 * FOLDS} in all, better a hundred, or name others to validate on "
+            "(--validation, validation=)."
+        )
     warnings: list[str] = []
     if len(examples) < FEW_TEXTS and not isinstance(examples, SpanExamples):
         rarest = int(examples.label_counts.argmin())
@@ -84,7 +93,6 @@ def _hold_out(
             f"more texts of '{label}'."
         )
     training, validation = examples.split(validation_share(len(examples)), seed=0)
-    is_binary = examples.task.kind == "binary"
     if not len(validation) or (is_binary and not validation.label_counts.all()):
         raise SidelightError(
             "Too few distinct texts to hold some of each label out for validation: got "
