@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -31,6 +32,21 @@ def test_a_killed_or_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "half \udcff")
     assert path.read_bytes() == before
+
+
+def test_a_write_removes_what_a_killed_one_left_an_hour_ago(tmp_path):
+    path = tmp_path / "[1].md"
+    stale, fresh = (path.with_name(f"{path.name}.{name}.partial") for name in ("old", "new"))
+    for left in (stale, fresh, path.with_name("other.md.old.partial")):
+        left.write_text("half")
+        if left != fresh:
+            os.utime(left, (0, time.time() - 4000))
+    write_text(path, "whole")
+    assert {left.name for left in tmp_path.iterdir()} == {
+        path.name,
+        fresh.name,
+        "other.md.old.partial",
+    }
 
 
 def test_a_write_makes_its_folder_and_leaves_nothing_beside(tmp_path):

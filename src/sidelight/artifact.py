@@ -25,9 +25,10 @@ from sidelight.manifest import (
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.standardisation import Standardisation
-from sidelight.storage import sync
+from sidelight.storage import remove_stale, sync
 
 _PREVIOUS_WEIGHTS = "probe.previous.safetensors"
+_SCRATCH = ".saving-"
 _PARAMETER = "mechanism."
 
 
@@ -83,7 +84,8 @@ def copy_probe(source: Path, directory: Path) -> Manifest:
 def _write(manifest: Manifest, weights: bytes, directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as name:
+        remove_stale(directory, f"{_SCRATCH}*")
+        with tempfile.TemporaryDirectory(dir=directory, prefix=_SCRATCH) as name:
             scratch = Path(name)
             _write_through(scratch / WEIGHTS, weights)
             _write_through(scratch / MANIFEST, manifest.to_json().encode())

@@ -3,13 +3,19 @@
 import json
 import os
 import secrets
+import shutil
 import tempfile
+import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from sidelight.errors import SidelightError
+
+# Processes of other machines may write too, so that only time tells who was killed.
+_STALE_S = 3600
 
 
 @contextmanager
@@ -19,6 +25,7 @@ def replacing(path: Path) -> Generator[Path]:
     The folder is made if absent.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(path.parent, f"{escape(path.name)}.*.partial")
     # Two may write the same file, also from containers with equal numbers of processes.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
@@ -26,6 +33,14 @@ def replacing(path: Path) -> Generator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Path, pattern: str) -> None:
+    """Removes what killed processes left: nobody has written to it for an hour."""
+    for path in folder.glob(pattern):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _STALE_S:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def check_folder(directory: Path) -> None:
