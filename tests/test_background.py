@@ -104,27 +104,38 @@ def test_the_packaged_set_holds_no_text_that_a_demonstration_is_tested_on():
 
 
 @pytest.mark.parametrize("count", [30, 100, 300])
-def test_each_beginning_has_all_lengths_kinds_and_sources(count: int, tmp_path: Path):
+def test_each_beginning_has_a_third_to_a_half_of_a_users_own(count: int, tmp_path: Path):
     path = tmp_path / "traffic.csv"
     path.write_text("text\n" + "".join(f"Where is my order number {i}?\n" for i in range(400)))
     own = load_background(path)
     share = sum(turns in own.private for turns in own.conversations[:count]) / count
     assert 0.3 < share < 0.6
-    taken = load_background("packaged").conversations[:count]
-    lengths = np.digitize([sum(len(t.content) for t in turns) for turns in taken], [64, 256, 1024])
-    assert min(np.bincount(lengths, minlength=4)) > 0.1 * count
-    several = np.digitize([len(turns) for turns in taken], [2, 5])
-    assert min(np.bincount(several, minlength=3)) >= 0.2 * count
+
+
+def test_the_next_conversation_is_of_what_came_least_often():
+    """By tokens, about: one of over 1024 characters counts as three, over 4096 as eight."""
+    conversations = load_background("packaged").conversations
     cells = {
-        asked(item.messages): row
+        asked(item.messages): (row["kind"], row["source"])
         for item, row in zip(PACKAGED_EXAMPLES.items, PACKAGED_ROWS, strict=True)
     }
-    rows = [cells[asked(turns)] for turns in taken]
-    kinds, sources = (Counter(row[column] for row in rows) for column in ("kind", "source"))
-    assert len(kinds) == 10
-    assert max(kinds.values()) < 0.2 * count
-    assert len(sources) >= min(30, 0.7 * count)
-    assert max(sources.values()) <= 0.12 * count
+    sizes = [sum(len(turn.content) for turn in turns) for turns in conversations]
+    lengths = np.digitize(sizes, [64, 256, 1024, 4096]).tolist()
+    several = np.digitize([*map(len, conversations)], [2, 5]).tolist()
+    strata = [
+        [*enumerate((length, many, *cells[asked(turns)]))]
+        for length, many, turns in zip(lengths, several, conversations, strict=True)
+    ]
+    # Each beginning has all lengths, numbers of turns and kinds.
+    shown, known = ({pair for own in part for pair in own[:3]} for part in (strata[:30], strata))
+    assert shown == known
+    left = Counter(map(tuple, strata))
+    taken: Counter[tuple[int, object]] = Counter()
+    for length, values in zip(lengths[:300], strata, strict=False):
+        often = {stratum: sum(taken[value] for value in stratum) for stratum in +left}
+        assert often[tuple(values)] == min(often.values())
+        left[tuple(values)] -= 1
+        taken.update(dict.fromkeys(values, (1, 1, 1, 3, 8)[length]))
 
 
 def test_a_seed_decides_the_order_and_no_row_is_lost():
