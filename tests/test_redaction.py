@@ -285,11 +285,8 @@ def test_nothing_of_a_labelled_word_leaves_the_server(tiny, threshold, caplog):
     assert texts == joined == open_texts == open_streamed
     verdicts = json.loads(open_plain[open_plain.index('{"id"') :])["sidelight"]["verdicts"]
     spans = [[Span(**span) for span in verdict["spans"]] for verdict in verdicts]
-    wholes = [redacted(text, own) for text, own in zip(raw, spans, strict=True)]
-    for text, whole in zip(texts, wholes, strict=True):
-        # Of an answer that a limit ends, the last word may be missing.
-        assert whole.startswith(text)
-        assert len(whole[len(text) :].split()) <= 1
+    # The third is ended by the limit, but where no word waits.
+    assert texts == [redacted(text, own) for text, own in zip(raw, spans, strict=True)]
     words = {t[s.start : s.end] for t, own in zip(raw, spans, strict=True) for s in own}
     assert len(words) > 3
     # Shorter ones are parts of other words.
@@ -300,18 +297,30 @@ def test_nothing_of_a_labelled_word_leaves_the_server(tiny, threshold, caplog):
 
 
 @pytest.mark.slow
-def test_an_answer_that_a_request_ends_tells_no_word_that_more_of_it_redacts(tiny):
+def test_an_answer_that_a_request_ends_lacks_the_words_that_more_of_it_could_redact(tiny):
     probe = spans_probe(tiny, "late", side="response", threshold=0.6)
-    policy = Policy(output={"late": Rule("redact")})
-    with in_process(TransformersEngine(tiny, [probe]), policy=policy) as http:
+    policy = Policy(output={"late": Rule("redact", disclose="scores")})
+    lacking = []
+    with (
+        in_process(TransformersEngine(tiny, [probe])) as plain,
+        in_process(TransformersEngine(tiny, [probe]), policy=policy) as http,
+    ):
         ((whole,), _, _) = answers(http, max_tokens=40)
-        ends = [{"max_tokens": most} for most in range(1, 25)]
-        ends += [{"max_tokens": 40, "stop": [letter]} for letter in "aeiou"]
+        ends = [{"max_tokens": most} for most in range(1, 13)]
+        ends += [{"max_tokens": 40, "stop": [letter]} for letter in "UNw8"]
         for end in ends:
-            ((text,), streamed, _) = answers(http, **end)
+            ((raw,), _, _) = answers(plain, **end)
+            ((text,), streamed, (told, _)) = answers(http, **end)
             assert [text] == streamed
             # What follows may speak against a label of the last words.
             assert whole.startswith(re.sub(r"(\s|\[[A-Z]+\])+$", "", text))
+            (verdict,) = json.loads(told[told.index('{"id"') :])["sidelight"]["verdicts"]
+            known = redacted(raw, [Span(**span) for span in verdict["spans"] or ()])
+            assert known.startswith(text)
+            # Of tokens, the probe looks ahead by one; of words, by the one that it ends in.
+            lacking.append(known[len(text) :])
+    assert all(len(words.split()) <= 1 for words in lacking)
+    assert {bool(words) for words in lacking} == {True, False}
 
 
 def test_without_a_verdict_no_text_leaves(tiny, late):
