@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,17 @@ def under_policy(subjects: Subjects, home: Path) -> AbstractContextManager[Stock
 
 
 def thin_start(
-    model: str, folders: Sequence[str], home: Path, *options: str, **environment: str
+    model: str,
+    folders: Sequence[str],
+    home: Path,
+    *options: str,
+    until: str | None = None,
+    **environment: str,
 ) -> AbstractContextManager[StockServer]:
-    """The same by ``sidelight serve --engine vllm``; the model's name is its folder."""
+    """The same by ``sidelight serve --engine vllm``; the model's name is its folder.
+
+    ``until`` is in its log while it still starts; None: it is given once it answers.
+    """
     sizes = [f"{name}={json.dumps(value)}" for name, value in SIZES.items()]
     words = [
         *("-m", "sidelight", "serve", "--engine", "vllm", "--dtype", "float32"),
@@ -86,11 +94,13 @@ def thin_start(
         *(word for size in sizes for word in ("--engine-option", size)),
         *options,
     ]
-    return _running(words, environment, home)
+    return _running(words, environment, home, until=until)
 
 
 @contextmanager
-def _running(words: Sequence[str], environment: Mapping[str, str], home: Path) -> Iterator[Any]:
+def _running(
+    words: Sequence[str], environment: Mapping[str, str], home: Path, *, until: str | None = None
+) -> Iterator[Any]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     log = home / "server.log"
@@ -103,20 +113,22 @@ def _running(words: Sequence[str], environment: Mapping[str, str], home: Path) -
         )
     server = StockServer(f"http://127.0.0.1:{port}", process, log)
     try:
-        _wait_until_ready(server)
+        _wait_for(server, until)
         yield server
     finally:
         process.terminate()
         process.wait(60)
 
 
-def _wait_until_ready(server: StockServer) -> None:
-    for _ in range(1000):
+def _wait_for(server: StockServer, until: str | None) -> None:
+    stop = time.monotonic() + 500
+    while time.monotonic() < stop:
         assert server.process.poll() is None, server.log.read_text()[-3000:]
-        try:
-            if httpx.get(f"{server.address}/health", timeout=5).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
+        if until is None:
+            with suppress(httpx.HTTPError):
+                if httpx.get(f"{server.address}/health", timeout=5).status_code == 200:
+                    return
+        elif until in server.log.read_text():
+            return
+        time.sleep(0.5 if until is None else 0.05)
     raise AssertionError(server.log.read_text()[-3000:])

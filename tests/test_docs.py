@@ -191,7 +191,8 @@ def first_cells(page: str, head: str) -> list[str]:
 NAMES = {"sklearn": "scikit-learn"}
 # What a declared package brings, and engines that whoever wants them installs.
 BROUGHT = {
-    "packaging", "pydantic_core", "opentelemetry", "starlette", "tokenizers", "uvloop", "vllm",
+    "packaging", "psutil", "pydantic_core", "opentelemetry", "starlette", "tokenizers", "uvloop",
+    "vllm",
 }  # fmt: skip
 
 

@@ -1,11 +1,8 @@
 """``sidelight serve --engine vllm``: our options in vLLM's own server."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -162,32 +159,43 @@ def test_a_stream_ends_whole_after_sigterm_and_the_server_with_code_0(start, end
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert '"finish_reason":"length"' in rest[-4] + rest[-3] + rest[-2]
-    assert server.process.wait(60) == 0
-    for _ in range(300):
-        if not any(map(is_alive, children)):
-            return
-        time.sleep(0.1)
-    pytest.fail("some of its processes have not ended")
+    assert server.process.wait(60) == 0, server.log.read_text()
+    await_end(children)
 
 
 def test_ctrl_c_ends_the_server_with_the_documented_exit_code(start):
     server = start()
     server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(60) == 130
+    assert server.process.wait(60) == 130, server.log.read_text()
 
 
-def test_sigterm_ends_a_server_whose_model_loads_with_code_0(subjects, tmp_path):
-    with (tmp_path / "log").open("w+") as log:
-        command = [sys.executable, "-m", "sidelight", "serve", "--engine", "vllm", "--port", "0"]
-        command += ["--model", subjects.path]
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
-        with subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process:
-            # From then on vLLM's handler stands in place of ours.
-            while "Resolved architecture" not in (tmp_path / "log").read_text():
-                assert process.poll() is None, (tmp_path / "log").read_text()
-                time.sleep(0.05)
-            process.terminate()
-            assert process.wait(60) == 0
+@pytest.mark.parametrize(
+    ("moment", "number", "code"),
+    [
+        # In the process of the server, and in that of the engine.
+        ("Resolved architecture", signal.SIGTERM, 0),
+        ("Starting to load model", signal.SIGTERM, 0),
+        ("Starting to load model", signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_ends_all_processes_while_the_model_loads(
+    moment, number, code, subjects, tmp_path
+):
+    level = {"VLLM_LOGGING_LEVEL": "INFO"}
+    with thin_start(subjects.path, subjects.folders, tmp_path, until=moment, **level) as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.send_signal(number)
+        assert server.process.wait(60) == code, server.log.read_text()
+    await_end(children)
+    assert "Traceback" not in server.log.read_text()
+
+
+def await_end(processes):
+    for _ in range(300):
+        if not any(map(is_alive, processes)):
+            return
+        time.sleep(0.1)
+    pytest.fail("some of its processes have not ended")
 
 
 def is_alive(process):

@@ -6,8 +6,8 @@ use ``Scheduler.update_from_output``, ``MultiConnector._connectors`` and its
 ``_requests_to_connector`` (``connector``), ``OutputProcessor.process_outputs`` and its
 ``request_states`` (``outputs``), ``merge_async_iterators`` and ``RequestOutput.add`` (``answers``),
 ``OutputProcessor.has_unfinished_requests`` and the number of API servers (``engine``),
-``ResponsesResponse.from_request`` (``endpoint``), and ``AsyncLLM.shutdown`` and uvloop's
-``Loop.add_signal_handler`` (``server``); the rest of the names are here.
+``ResponsesResponse.from_request`` (``endpoint``), and ``AsyncLLM.shutdown``, ``setup_server`` and
+uvloop's ``Loop.add_signal_handler`` (``server``); the rest of the names are here.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false

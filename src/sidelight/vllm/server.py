@@ -11,8 +11,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import ceil
-from typing import Any
+from typing import Any, NoReturn
 
 from sidelight.backbone import read_backbone
 from sidelight.engines.base import EngineUnavailableError
@@ -64,22 +65,20 @@ def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
     _require_places(config)
     require_keys(config)
     require_vllm()
+    _end_at_signals()
     backbone = read_backbone(model, prompt_format=common_format(probes))
     plugins = filter(None, os.environ.get("VLLM_PLUGINS", "").split(","))
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, KEY]))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", config.log_level.upper())
     serve_with(config)
     sys.argv = ["vllm", *arguments(config, model, backbone.path)]
-    from vllm.entrypoints.launchers.api_server.entry import main
+    from vllm.entrypoints.launchers.api_server import entry
 
     has_failed, signals = _noted_failure(), _noted_signals()
+    # vLLM calls it right after it has put its own handler of SIGTERM in place of ours.
+    wrap(entry, "setup_server", _end_at_signals)
     try:
-        main()
-    except KeyboardInterrupt as interruption:
-        # vLLM raises it at SIGTERM too while it loads the model.
-        if "terminated" in interruption.args:
-            return
-        raise
+        entry.main()
     except OSError as error:
         if error.errno in _NOT_LISTENING:
             raise cannot_listen(config, error) from error
@@ -88,6 +87,29 @@ def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
         raise EngineUnavailableError("vLLM has stopped; its log says why. Start the server again.")
     if signals[:1] == [signal.SIGINT]:
         raise KeyboardInterrupt
+
+
+def _end_at_signals(proceed: Callable[..., Any] = lambda: None, *args: Any, **kwargs: Any) -> Any:
+    """Has SIGTERM and SIGINT end all processes at once, until vLLM's server can drain.
+
+    An exception, such as vLLM raises, would arise anywhere in its code: some swallows it, some
+    takes it for a failure, and to end an engine that is just starting it waits forever.
+    """
+    import psutil
+
+    def end(number: int, _: object) -> NoReturn:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                # That one then removes what shared memory is left.
+                if not any("resource_tracker" in word for word in process.cmdline()):
+                    process.kill()
+        if number == signal.SIGINT:
+            os.write(sys.stderr.fileno(), b"Stopped.\n")
+        os._exit(130 if number == signal.SIGINT else 0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    return proceed(*args, **kwargs)
 
 
 def _noted_failure() -> Callable[[], bool]:
