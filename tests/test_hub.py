@@ -1,5 +1,6 @@
 """Sharing artifacts."""
 
+import fcntl
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -127,6 +128,24 @@ def test_what_cannot_be_pulled_leaves_the_old_probe_in_its_place(
     with pytest.raises(SidelightError, match="me/mine"):
         pull("me/mine", trained_before, force=True)
     assert contents(trained_before) == before
+
+
+def test_of_two_pushes_at_once_the_later_one_replaces_nothing_without_force(
+    artifact, tiny, tmp_path, monkeypatch
+):
+    other = save_probe(untrained_probe(tiny, "other"), tmp_path / "other")
+    shared, flock = tmp_path / "shared", fcntl.flock
+
+    def wait(*arguments):
+        """Until the other push is done."""
+        monkeypatch.setattr(fcntl, "flock", flock)
+        push(other, shared)
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", wait)
+    with pytest.raises(SidelightError, match=r"shared holds a probe\."):
+        push(artifact, shared)
+    assert load_probe(shared).name == "other"
 
 
 def test_a_readme_is_replaced_by_force_alone(artifact, tmp_path):

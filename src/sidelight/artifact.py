@@ -14,18 +14,21 @@ from torch import Tensor
 from sidelight.bank import gives_verdicts
 from sidelight.errors import SidelightError
 from sidelight.manifest import (
+    CARD,
     FORMAT_VERSION,
     MANIFEST,
     WEIGHTS,
     Manifest,
     damaged,
+    model_card,
     read_manifest,
+    require_free,
     require_name,
 )
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.standardisation import Standardisation
-from sidelight.storage import remove_stale, sync
+from sidelight.storage import remove_stale, replacing, sync
 
 _PREVIOUS_WEIGHTS = "probe.previous.safetensors"
 _SCRATCH = ".saving-"
@@ -68,20 +71,33 @@ def save_probe(probe: Probe, directory: Path) -> Path:
     return _write(manifest, weights, directory)
 
 
-def copy_probe(source: Path, directory: Path) -> Manifest:
+def copy_probe(source: Path, directory: Path, *, force: bool) -> None:
     """Copies an artifact, as ``save_probe`` writes it, once it has been checked; its version stays.
 
+    Its card goes along if it names this version; otherwise one is written from the manifest.
+
     Raises:
-        SidelightError: As for ``load_probe`` and ``save_probe``; then nothing has changed.
+        SidelightError: As for ``load_probe`` and ``save_probe``, or the folder holds a probe or a
+            card that ``force`` does not replace; then nothing has changed.
     """
     manifest = read_manifest(source)
     weights = _read_weights(manifest, source)
     _checked(manifest, weights, source)
-    _write(manifest, weights, directory)
-    return manifest
+    card = source / CARD
+    text = card.read_bytes() if card.exists() else b""
+    is_current = manifest.version.encode() in text
+    text = text if is_current else model_card(manifest).encode()
+    _write(manifest, weights, directory, card=text, force=force)
 
 
-def _write(manifest: Manifest, weights: bytes, directory: Path) -> Path:
+def _write(
+    manifest: Manifest,
+    weights: bytes,
+    directory: Path,
+    *,
+    card: bytes | None = None,
+    force: bool = True,
+) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         remove_stale(directory, f"{_SCRATCH}*")
@@ -91,11 +107,16 @@ def _write(manifest: Manifest, weights: bytes, directory: Path) -> Path:
             _write_through(scratch / MANIFEST, manifest.to_json().encode())
             descriptor = os.open(directory, os.O_RDONLY)
             try:
-                # Of two at once, the manifest of one could stand beside the weights of the other.
-                # Some disks have no locks.
+                # Of two at once, the files of one could stand beside those of the other. Some disks
+                # have no locks.
                 with suppress(OSError):
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if not force:
+                    require_free(directory, force=False, with_card=card is not None)
                 _replace(scratch, directory)
+                if card is not None:
+                    with replacing(directory / CARD) as partial:
+                        partial.write_bytes(card)
             finally:
                 os.close(descriptor)
     except OSError as error:

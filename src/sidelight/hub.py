@@ -8,8 +8,7 @@ from huggingface_hub.errors import HFValidationError
 
 from sidelight.artifact import copy_probe
 from sidelight.errors import SidelightError, transport_errors
-from sidelight.manifest import CARD, MANIFEST, WEIGHTS, model_card, require_free
-from sidelight.storage import replacing
+from sidelight.manifest import CARD, MANIFEST, WEIGHTS, require_free
 
 # Other errors of the hub's client are errors of the operating system.
 _FAILURES = (OSError, HFValidationError, *transport_errors())
@@ -72,7 +71,7 @@ def pull(
     directory = Path(directory)
     if isinstance(repository, Path):
         return _copy(repository, directory, force=force)
-    _require_free(directory, force=force)
+    require_free(directory, force=force, with_card=True)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             snapshot_download(
@@ -93,22 +92,8 @@ def _copy(source: Path, directory: Path, *, force: bool) -> Path:
     """Puts the probe of a folder, with its card, in place of what another folder holds."""
     if source.resolve() == directory.resolve():
         raise SidelightError(f"{directory} is the folder of the probe itself. Name another folder.")
-    _require_free(directory, force=force)
-    manifest, card = copy_probe(source, directory), source / CARD
-    text = card.read_bytes() if card.exists() else b""
-    with replacing(directory / CARD) as partial:
-        is_current = manifest.version.encode() in text
-        partial.write_bytes(text if is_current else model_card(manifest).encode())
+    copy_probe(source, directory, force=force)
     return directory
-
-
-def _require_free(directory: Path, *, force: bool) -> None:
-    require_free(directory, force=force)
-    if not force and (directory / CARD).exists():
-        raise SidelightError(
-            f"A model card would replace {directory / CARD}. Name another folder, or replace it "
-            "with --force."
-        )
 
 
 def _refused(action: str, repository: str, error: Exception) -> SidelightError:

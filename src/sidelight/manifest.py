@@ -243,15 +243,21 @@ def holds_probe(directory: Path) -> bool:
     return has_manifest
 
 
-def require_free(directory: Path, *, force: bool) -> None:
-    """Checks that a probe may be written to a folder.
+def require_free(directory: Path, *, force: bool, with_card: bool = False) -> None:
+    """Checks that a probe may be written to a folder, also ``with_card``.
 
     Raises:
-        SidelightError: It holds another program's manifest, or a probe that is not to be replaced.
+        SidelightError: It holds another program's manifest, or a probe or a card that is not to be
+            replaced.
     """
     if holds_probe(directory) and not force:
         raise SidelightError(
             f"{directory} holds a probe. Name another folder, or replace it with --force."
+        )
+    if with_card and not force and (directory / CARD).exists():
+        raise SidelightError(
+            f"A model card would replace {directory / CARD}. Name another folder, or replace it "
+            "with --force."
         )
 
 
