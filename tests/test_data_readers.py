@@ -128,8 +128,8 @@ def test_a_malformed_file_is_an_error_that_names_the_place(tmp_path, name, conte
         ("trian.jsonl", r"Did you mean 'train\.jsonl'"),
         ("", r"is a folder.* Known: train\.jsonl"),
         ("pipe.jsonl", r"is a pipe or a device\. Write its rows to a file"),
-        ("absent/train.jsonl", r"No file .* Known: none"),
-        ("empty/train.jsonl", r"No file .* Known: none"),
+        ("absent/train.jsonl", r"^No file .*: /.*absent is no folder. Check the path.$"),
+        ("empty/train.jsonl", r"^No file .*: /.*empty holds no data. Check the path.$"),
     ],
 )
 def test_an_absent_file_names_its_neighbours(tmp_path, place, says):

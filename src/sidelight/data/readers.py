@@ -117,6 +117,10 @@ def _absence(path: Path) -> str:
         return f"{path} is a folder. Name a file in it.{did_you_mean('', nearest)}"
     if path.exists():
         return f"{path} is a pipe or a device. Write its rows to a file first, and name that."
+    if not nearest:
+        place = folder.resolve()
+        why = f"{place} holds no data" if folder.is_dir() else f"{place} is no folder"
+        return f"No file '{path}': {why}. Check the path."
     return f"No file '{path}'.{did_you_mean(path.name, nearest)}"
 
 
