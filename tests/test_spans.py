@@ -10,11 +10,13 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from commands import run, saved
 from corpora import rows, span_rows
 from in_process import in_process
 from sidelight.artifact import load_probe, save_probe
+from sidelight.bank import Panel
 from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
 from sidelight.engines.marks import AnswerMarks, mark_text
@@ -45,7 +47,7 @@ from sidelight.training.judging import find_spans
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.spans import calibrate_spans
 from sidelight.types import Judgement, Span, Task
-from tiny import PIECES, untrained_probe
+from tiny import PIECES, spans_probe, untrained_probe
 
 load_spans = partial(load_examples, spans="spans")
 TEXT = "Call Ann Lee, now"
@@ -215,6 +217,27 @@ def test_a_label_holds_where_the_text_reaches_its_threshold_or_a_span_has_it(tin
     # Some hold by a span alone and some by the text alone.
     assert {number for number, _, _ in seen} == {*range(count + 1)}
     assert {alone for _, alone, _ in seen} == {located for _, _, located in seen} == {True, False}
+
+
+def test_where_nobody_knows_the_places_of_tokens_a_label_of_any_of_them_holds(tiny):
+    """As of ids that vLLM is sent: any of them may be a word."""
+    probe = replace(spans_probe(tiny, "pii", threshold=0.6), thresholds=(0.8, 0.8))
+    panel, prompt = Panel([probe]), tiny.encoder.encode(USER)
+    layers, _, width = panel.early.projection.weight.shape
+    generator, seen = torch.Generator().manual_seed(0), set()
+    for scale in np.linspace(0, 1, 50):
+        columns = scale * torch.randn(len(prompt), layers, width, generator=generator)
+        (judged,) = panel.judge_prompts(columns, [bytes(prompt.parts)], [False])
+        (verdict,) = mark_text(judged, [probe], prompt).verdicts
+        marked = {label for _, label, _ in judged.token_labels["pii"]}
+        for rule, least in ((Rule("block"), 0.8), (Rule("block", threshold=0.7), 0.7)):
+            reached = {x for x, score in verdict.probabilities.items() if score >= least}
+            decided = BoundRule(probe, rule).decide(verdict)
+            assert {*decided.labels} == (reached if rule.threshold else reached | marked)
+            assert decided.flagged is bool(decided.labels)
+        assert {*verdict.labels} >= marked
+        seen.add((bool(marked), bool(marked - reached)))
+    assert seen == {(False, False), (True, False), (True, True)}
 
 
 def test_a_page_has_the_worst_texts_first_and_marks_what_is_found_missed_and_wrong():

@@ -322,12 +322,16 @@ class Bank:
                 failed.append(probe.name)
                 continue
             try:
-                verdicts.append(probe.text_verdict(each))
+                verdict = probe.text_verdict(each)
             except VerdictError:
                 failed.append(probe.name)
-            else:
-                if probe.spans is not None:
-                    token_labels[probe.name] = probe.token_labels(each)
+                continue
+            if probe.spans is not None:
+                token_labels[probe.name] = labels = probe.token_labels(each)
+                # Any of them may be a word, until an engine says where they stand.
+                marked = {label for _, label, _ in labels}
+                verdict = probe.labelled_verdict(verdict, None, marked)
+            verdicts.append(verdict)
         return Judgement(tuple(verdicts), tuple(failed), token_labels)
 
 

@@ -98,15 +98,18 @@ class Probe:
         """
         return replace(self.verdict(text.logits), turn=text.turn)
 
-    def labelled_verdict(self, verdict: Verdict, spans: Sequence[Span] | None) -> Verdict:
+    def labelled_verdict(
+        self, verdict: Verdict, spans: Sequence[Span] | None, marked: Iterable[str] = ()
+    ) -> Verdict:
         """The verdict with the words that are labelled, whose labels hold too.
 
         Args:
             verdict: On the text, by its probabilities.
             spans: Of the text; None: nobody knows where its tokens stand.
+            marked: The labels of its tokens, which then hold.
         """
         scores, thresholds = verdict.probabilities, self.label_thresholds
-        decided = self.task.decide(self.name, scores, thresholds, spans)
+        decided = self.task.decide(self.name, scores, thresholds, spans, marked)
         return replace(decided, turn=verdict.turn)
 
     def token_labels(self, text: TextLogits) -> list[TokenLabel]:

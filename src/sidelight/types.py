@@ -80,6 +80,7 @@ class Task:
         probabilities: Mapping[str, float],
         thresholds: Mapping[str, float],
         spans: "Sequence[Span] | None" = None,
+        marked: Iterable[str] = (),
     ) -> "Verdict":
         """The verdict of a probe at some thresholds.
 
@@ -89,11 +90,13 @@ class Task:
             thresholds: The probability from which each label holds; a label without one never does.
             spans: The labelled words: what they have holds too, since tokens and texts are
                 calibrated apart; those of labels without a threshold are left out.
+            marked: Labels that hold too where nobody knows the spans.
         """
         best = max(probabilities, key=probabilities.__getitem__)
         if spans is not None:
             spans = tuple(span for span in spans if span.label in thresholds)
-        marked = {span.label for span in spans or ()}
+            marked = (span.label for span in spans)
+        marked = {*marked}
         held = tuple(
             name
             for name, least in thresholds.items()
@@ -136,8 +139,9 @@ class Verdict:
         probe: Name of the probe.
         label: The class that was decided on (binary), else the most probable label, even if
             nothing is flagged.
-        labels: The labels that hold at the probe's thresholds, and those that ``spans`` have; none
-            to all if multi-label. One without a span is of the text as a whole.
+        labels: The labels that hold at the probe's thresholds, and those that ``spans`` have, or
+            any token where these are not known; none to all if multi-label. One without a span is
+            of the text as a whole.
         probabilities: Calibrated probability of every label.
         flagged: Whether the threshold of the positive class (binary) or of any label (multi-label)
             is reached, or a span has it. A multi-class verdict is never flagged: it names a class,

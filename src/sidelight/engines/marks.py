@@ -160,9 +160,9 @@ def _with_spans(
     if not spans:
         return judgement
     verdicts = (
-        probes[verdict.probe].labelled_verdict(verdict, spans[verdict.probe])
-        if verdict.probe in spans
-        else verdict
+        verdict
+        if (own := spans.get(verdict.probe)) is None
+        else probes[verdict.probe].labelled_verdict(verdict, own)
         for verdict in judgement.verdicts
     )
     return replace(judgement, verdicts=tuple(verdicts))

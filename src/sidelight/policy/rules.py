@@ -175,9 +175,11 @@ class BoundRule:
     def decide(self, verdict: Verdict) -> Verdict:
         """The verdict at the rule's thresholds."""
         scores, spans = verdict.probabilities, verdict.spans
-        if spans is not None and self.rule.threshold is not None:
-            spans = [span for span in spans if scores[span.label] >= self.rule.threshold]
-        decided = self.probe.task.decide(self.name, scores, self.thresholds, spans)
+        marked = verdict.labels
+        if self.rule.threshold is not None:
+            marked = ()
+            spans = spans and [span for span in spans if scores[span.label] >= self.rule.threshold]
+        decided = self.probe.task.decide(self.name, scores, self.thresholds, spans, marked)
         return replace(decided, turn=verdict.turn)
 
 
