@@ -225,3 +225,11 @@ def test_figures_that_a_recalibration_makes_worse_are_a_warning():
     # A rule that wants other decisions makes none of them worse.
     (*others,) = recalibrate(trained(), texts, logits, rule=ThresholdRule("recall", 0.9)).warnings
     assert not any("F1" in each for each in others)
+
+
+@pytest.mark.parametrize("kept", [[[np.nan]], [["many"]], [[1.0, 2.0]]])
+def test_kept_logits_that_are_no_numbers_are_named_by_the_error(kept):
+    logits, labels = drawn(TOXICITY, 60, share=0.3, seed=4)
+    probe = replace(trained(), record={**trained().record, "traffic": {"logits": kept}})
+    with pytest.raises(SidelightError, match=r"traffic\.logits is no table of finite numbers"):
+        recalibrate(probe, texts_of(TOXICITY, labels), logits)

@@ -303,11 +303,15 @@ def kept_logits(probe: "Probe") -> Float[np.ndarray, "conversation output"]:
     """
     kept, outputs = probe.record.get("traffic", {}).get("logits", []), probe.task.outputs
     try:
-        return np.array(kept, dtype=float).reshape(len(kept), outputs)
+        logits = np.array(kept, dtype=float).reshape(len(kept), outputs)
+        if not np.isfinite(logits).all():
+            raise ValueError("not finite")
     except (TypeError, ValueError) as error:
         raise SidelightError(
-            "The probe's manifest keeps no numbers in traffic.logits. Train the probe again."
+            "The manifest is damaged: traffic.logits is no table of finite numbers. Copy the "
+            "artifact again, or train it again."
         ) from error
+    return logits
 
 
 def kept_parts(probe: "Probe") -> Int[np.ndarray, " conversation"]:
