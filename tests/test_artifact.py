@@ -404,6 +404,14 @@ def test_weights_so_large_that_sums_overflow_are_refused(tiny, tmp_path, mechani
         load_probe(save_probe(probe, tmp_path))
 
 
+@pytest.mark.parametrize("mechanism", mechanism_names())
+def test_a_scale_so_small_that_ordinary_states_overflow_is_refused(tiny, tmp_path, mechanism):
+    probe = probe_of(tiny, mechanism=mechanism)
+    probe.standardisation.scale[0, 0] = 1e-38
+    with pytest.raises(SidelightError, match="scale are so large that sums overflow"):
+        load_probe(save_probe(probe, tmp_path))
+
+
 def test_a_layer_of_weight_0_is_no_reason_to_refuse_a_probe(tiny, tmp_path):
     probe = probe_of(tiny)
     weights = torch.tensor([0.0, *[1.0] * (probe.fingerprint.layers - 1)])

@@ -170,8 +170,11 @@ def _checked(manifest: Manifest, weights: bytes, directory: Path) -> Probe:
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise damaged(directory, str(error)) from error
     if not gives_verdicts(probe):
-        what = "it gives no verdict: its weights are not finite, or so large that sums overflow"
-        raise damaged(directory, what)
+        raise damaged(
+            directory,
+            "it gives no verdict: its weights are not finite, or they or the inverse of its scale "
+            "are so large that sums overflow",
+        )
     return probe
 
 

@@ -35,6 +35,8 @@ NUMBERS_AT_ONCE = 2**21
 # attention sink has a hundred times the norm of other tokens.
 _PARTS = bytes([Part.PROMPT, Part.RESPONSE] * 4)
 _DEVIATIONS = (0.0, 1.0, 100.0)
+# States of a language model deviate by this much in some dimensions.
+_ORDINARY = 10.0
 
 
 @dataclass(frozen=True)
@@ -480,8 +482,9 @@ def _groups(probes: Sequence[Probe], widths: Sequence[int]) -> list[_ProbeGroup]
 def gives_verdicts(probe: Probe, *, device: torch.device | str = "cpu") -> bool:
     """Whether a probe judges made-up texts, as it cannot if its weights are not finite or enormous.
 
-    Their states are random and have the mean and the deviations of those that it was trained on.
-    They take the way of all others: the folded projection in float32, mechanism, calibration.
+    Their states are random and have the mean and the deviations of those that it was trained on, or
+    ordinary deviations where those are smaller. They take the way of all others: the folded
+    projection in float32, mechanism, calibration.
 
     Args:
         probe: To be served.
@@ -493,7 +496,7 @@ def gives_verdicts(probe: Probe, *, device: torch.device | str = "cpu") -> bool:
     bank, scaling = Bank([probe], device=device), probe.standardisation
     tap, generator = bank.tap(), torch.Generator().manual_seed(0)
     # The scale of a layer of weight 0 is infinite.
-    scales = torch.where(scaling.scale.isfinite(), scaling.scale, 1)
+    scales = torch.where(scaling.scale.isfinite(), scaling.scale, 1).clamp(min=_ORDINARY)
     for layer, (mean, scale) in enumerate(zip(scaling.mean, scales, strict=True)):
         noise = torch.randn(len(_DEVIATIONS), len(_PARTS), len(mean), generator=generator)
         deviations = torch.tensor(_DEVIATIONS)[:, None, None] * noise
