@@ -17,6 +17,7 @@ from corpora import rows, span_rows
 from in_process import in_process
 from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Panel
+from sidelight.cli.show import print_spans
 from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
 from sidelight.engines.marks import AnswerMarks, mark_text
@@ -278,7 +279,7 @@ def test_the_f1_of_all_thresholds_is_that_of_each():
     np.testing.assert_allclose(threshold_f1(actual, scores, points), expected)
 
 
-def test_a_report_counts_characters_and_exact_spans():
+def test_a_report_counts_characters_and_exact_spans(capsys):
     texts = [{"text": TEXT, "spans": [NAME]}, {"text": TEXT, "spans": []}]
     texts += [{"text": TEXT, "spans": [{"start": 14, "end": 17, "label": "TIME"}]}]
     examples = load_spans(texts)
@@ -294,7 +295,16 @@ def test_a_report_counts_characters_and_exact_spans():
     )
     assert report.per_label["TIME"]["character_f1"].value == pytest.approx((0 + 1 + 0.3) / 3)
     assert report.spans == {"NAME": 1, "TIME": 1}
+    assert (report.whole, report.in_part) == ({"NAME": 1, "TIME": 1}, {"NAME": 0, "TIME": 0})
     assert report.metrics["f1"].low < 0.4 < report.metrics["f1"].high
+    # Of another label is not at all.
+    found = [[Span(7, 12, "NAME")], [], [Span(14, 17, "NAME")]]
+    report = evaluate_spans(examples, found, bootstrap=50)
+    assert (report.whole, report.in_part) == ({"NAME": 0, "TIME": 0}, {"NAME": 1, "TIME": 0})
+    print_spans(report)
+    assert "Of 2 labelled spans, 0 were found whole, 1 in part and 1 not at all." in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.fixture(scope="module")

@@ -180,17 +180,26 @@ class SpanReport:
             ``precision``, ``recall`` and ``f1`` of whole spans, which must match exactly.
         per_label: The same of each label.
         spans: How many spans each label really has.
+        whole: How many of these have all their characters found, with their label.
+        in_part: How many have some of them found.
     """
 
     texts: int
     metrics: Mapping[str, Estimate]
     per_label: Mapping[str, Mapping[str, Estimate]]
     spans: Mapping[str, int]
+    whole: Mapping[str, int]
+    in_part: Mapping[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values, the metrics of all labels at the top level."""
         per_label = {
-            label: {"spans": self.spans[label]} | {name: own[name].to_dict() for name in own}
+            label: {
+                "spans": self.spans[label],
+                "whole": self.whole[label],
+                "in_part": self.in_part[label],
+                **{name: estimate.to_dict() for name, estimate in own.items()},
+            }
             for label, own in self.per_label.items()
         }
         metrics = {name: estimate.to_dict() for name, estimate in self.metrics.items()}
@@ -213,13 +222,16 @@ def evaluate_spans(
         {name: Estimate.of(own[:, group]) for name, own in values.items()}
         for group in range(1 + len(labels))
     )
-    counts = Counter(span.label for spans in examples.spans for span in {*spans})
-    return SpanReport(
-        len(examples),
-        everything,
-        dict(zip(labels, by_label, strict=True)),
-        {label: counts[label] for label in labels},
-    )
+    spans, whole, in_part = (Counter(dict.fromkeys(labels, 0)) for _ in range(3))
+    for text, own, found in zip(examples.texts, examples.spans, predicted, strict=True):
+        flags = labelled_characters(text, found, labels)
+        for span in {*own}:
+            characters = flags[span.start : span.end, labels.index(span.label)]
+            spans[span.label] += 1
+            whole[span.label] += bool(characters.all())
+            in_part[span.label] += bool(characters.any() and not characters.all())
+    per_label = dict(zip(labels, by_label, strict=True))
+    return SpanReport(len(examples), everything, per_label, spans, whole, in_part)
 
 
 def measure_span_resamples(

@@ -107,6 +107,13 @@ def print_spans(report: SpanReport) -> None:
         count = report.spans.get(label, sum(report.spans.values()))
         table.add_row(Text(label), *map(str, own.values()), f"{count:,}")
     console().print(table)
+    spans, whole, in_part = (
+        sum(counts.values()) for counts in (report.spans, report.whole, report.in_part)
+    )
+    click.echo(
+        f"Of {spans:,} labelled spans, {whole:,} were found whole, {in_part:,} in part and "
+        f"{spans - whole - in_part:,} not at all."
+    )
 
 
 def traffic_lines(traffic: Traffic) -> str:
