@@ -3,8 +3,10 @@
 A notebook in cells: run them one by one in an editor, or all of them with python.
 """
 
-# %% Labelled texts
+# %% Labelled texts, written for demonstration
+import json
 import os
+from pathlib import Path
 from tempfile import mkdtemp
 
 from sklearn.base import clone
@@ -12,17 +14,9 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 
 import sidelight
 
-POLITE = (
-    "Thank you",
-    "Many thanks",
-    "Much appreciated",
-    "You are very kind",
-    "Please take your time",
-)
-RUDE = "This is useless", "What a waste", "You are no help", "Do your job", "I am sick of this"
-ABOUT = "the parcel came", "my refund", "the new login", "your last answer"
-texts = [f"{opening}: {topic}" for opening in (*POLITE, *RUDE) for topic in ABOUT]
-labels = ["polite"] * 20 + ["rude"] * 20
+file = Path(sidelight.__file__).parent / "demo" / "data" / "urgency_train.jsonl"
+rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+texts, labels = ([row[column] for row in rows] for column in ("text", "label"))
 
 # %% Cross-validation, of texts alone: ordinary traffic around them takes longer
 model = os.environ.get("SIDELIGHT_MODEL", "smollm2")
@@ -37,11 +31,12 @@ print("Best:", search.best_params_)
 
 # %% Probabilities of new texts
 best = search.best_estimator_
-for text, row in zip(new := ["Thanks a lot!", "Useless."], best.predict_proba(new), strict=True):
+new = ["The payment page has been down for an hour.", "When does the library open?"]
+for text, row in zip(new, best.predict_proba(new), strict=True):
     print(text, dict(zip(best.classes_.tolist(), row.round(3).tolist(), strict=True)))
 
-# %% The same settings in ordinary traffic, to serve
+# %% The same settings in ordinary traffic, to serve; a warning says what that costs
 served = clone(best).set_params(background="packaged").fit(texts, labels)
-folder = served.save(f"{mkdtemp()}/manners")
+folder = served.save(f"{mkdtemp()}/urgency")
 print(sidelight.load(folder, model=model).predict(new))
 print(f"Next: sidelight serve --probe {folder}")
