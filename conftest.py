@@ -18,6 +18,13 @@ pytest_plugins = ("vllm_suite",)
 pytest.register_assert_rewrite("engine_contract", "mechanism_contract", "policy_contract")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuses versions of pytest and pytest-xdist that silently keep no group on one worker."""
+    if session.config.getoption("loadgroup", default=False):
+        grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+        assert all("@" in item.nodeid for item in grouped), "See the versions in pyproject.toml."
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Matmuls this small only lose by threads, above all on a busy machine."""
