@@ -277,7 +277,7 @@ def test_thresholds_let_ordinary_conversations_pass(tiny, rule, most):
     (of_few,) = quiet_thresholds(before, none, highest[:9], rule)
     assert of_few == before[0] if rule.kind != "fpr" else of_few > chance[:9].max()
     for broken in ([["x"]], [[1], [1, 2]]):
-        with pytest.raises(SidelightError, match="Train the probe again"):
+        with pytest.raises(SidelightError, match="traffic.logits is no table"):
             kept_logits(replace(probe, record={"traffic": {"logits": broken}}))
 
 
@@ -301,6 +301,20 @@ def test_few_conversations_have_no_rate():
     assert "too few" in rate_sentence(0, 99, abstains=False)
     assert "%" not in rate_sentence(0, 99, abstains=False)
     assert "4.0% (95 % interval 1.6% to 9.8%)" in rate_sentence(4, 100, abstains=False)
+
+
+@pytest.mark.slow
+def test_texts_alone_count_for_most_of_what_training_fits(tiny, examples, options):
+    made = prepare(tiny, examples, None, options=replace(options, context_tokens=6_000)).training
+    assert len(made.alone) < 0.6 * len(made)
+    assert made.weights.mean() == pytest.approx(1)
+    assert made.weights[made.alone].sum() == pytest.approx(0.7 * len(made))
+    for fold in made.folds(5):
+        assert made.without(fold).weights.mean() == pytest.approx(1)
+    assert (made.without_contexts().weights == 1).all()
+    # Where contexts are few, no text counts less than it would by itself.
+    few = made.select([*made.alone, *np.setdiff1d(range(len(made)), made.alone)[:5]])
+    assert (few.weights == 1).all()
 
 
 @pytest.mark.slow

@@ -71,13 +71,16 @@ def test_the_solution_is_that_of_a_regression_on_all_features(
 ):
     monkeypatch.setattr(linear, "relative_weights", torch.ones_like)
     pooled, labels = drawn(kind)
-    solution = solve_linear(pooled, labels, TASKS[kind], strength=strength, balanced=balanced)
+    counts = np.random.default_rng(1).uniform(0.2, 1.8, TEXTS)
+    solution = solve_linear(
+        pooled, labels, TASKS[kind], strength=strength, weights=counts, balanced=balanced
+    )
     found, features = logits_of(solution, pooled), features_of(pooled)
     columns = labels.T if kind == "multilabel" else labels[None]
     weight = "balanced" if balanced else None
     expected = [
         LogisticRegression(C=strength, class_weight=weight, tol=1e-8, max_iter=5000)
-        .fit(features, own)
+        .fit(features, own, counts)
         .decision_function(features)
         .reshape(TEXTS, -1)
         for own in columns

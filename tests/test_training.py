@@ -189,6 +189,10 @@ def test_a_balanced_loss_weighs_classes_by_their_inverse_frequency(kind, labels)
     torch.testing.assert_close(balanced(logits, labels), (weight * each).sum() / total)
     # A class without examples does not break it.
     assert make_loss(TASKS[kind], 0 * labels, balanced=True)(logits, 0 * labels).isfinite()
+    # A text that counts twice is there twice.
+    twice = torch.tensor([0, 0, 2, 3])
+    weighted = plain(logits, labels, torch.tensor([2.0, 0.0, 1.0, 1.0]))
+    torch.testing.assert_close(weighted, plain(logits[twice], labels[twice]))
 
 
 @pytest.mark.slow

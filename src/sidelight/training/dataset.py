@@ -10,7 +10,7 @@ from typing import SupportsIndex
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 
 from sidelight.backbone import TransformersBackbone
@@ -38,6 +38,9 @@ from sidelight.types import Task
 # The characters of each text's tokens.
 TokenPlaces = Sequence[Sequence[tuple[int, int]]]
 
+# The least share of texts alone in what training fits. Few texts have more contexts, which would
+# drown them: without it, 32 of each class lost .03 to .17 of AUPRC in their own file.
+_ALONE_SHARE = 0.7
 # The parts of the background that measure, where texts are held out; training has FOLDS.
 _MEASURING_PARTS = 2
 
@@ -107,6 +110,17 @@ class Split:
         if self.is_alone is None:
             return np.arange(len(self))
         return np.flatnonzero(self.is_alone[self.rows])
+
+    @cached_property
+    def weights(self) -> Float[np.ndarray, " text"]:
+        """How much each text counts in training, 1 in the mean."""
+        texts, alone = len(self), len(self.alone)
+        share = alone / max(1, texts)
+        if share in (0, 1) or share >= _ALONE_SHARE:
+            return np.ones(texts)
+        weights = np.full(texts, (1 - _ALONE_SHARE) / (1 - share))
+        weights[self.alone] = _ALONE_SHARE / share
+        return weights
 
     @cached_property
     def first_rows(self) -> Int[np.ndarray, " text"]:

@@ -95,6 +95,7 @@ def solve_linear(
     folds: Sequence[Int[np.ndarray, " _"]] = (),
     strength: float | None = None,
     worths: Float[Tensor, "view layer"] | None = None,
+    weights: Float[np.ndarray, " text"] | None = None,
     counted: Int[np.ndarray, " _"] | None = None,
     balanced: bool = False,
 ) -> LinearSolution:
@@ -107,8 +108,9 @@ def solve_linear(
         folds: Indices of the texts of each fold that choose the strength.
         strength: Scikit-learn's C; None lets the folds choose.
         worths: What each view of each layer is worth; None measures it (``view_worths``).
-        counted: The texts to measure it on, in random order, for all texts and for those without a
-            fold: texts of which none is a near-duplicate of another. None takes any.
+        weights: How much each text counts; None: all count the same.
+        counted: The texts to measure ``worths`` on, in random order, for all texts and for those
+            without a fold: texts of which none is a near-duplicate of another. None takes any.
         balanced: Whether each class is weighed by its inverse frequency.
     """
     texts = len(labels)
@@ -120,9 +122,10 @@ def solve_linear(
         kept = np.setdiff1d(counted, fold, assume_unique=True)
         return _weights(view_worths(pooled.chosen(torch.from_numpy(kept)), labels[kept], task))
 
-    weights = weights_without(np.empty(0, np.int64)) if worths is None else _weights(worths)
+    of_layers = weights_without(np.empty(0, np.int64)) if worths is None else _weights(worths)
+    weights = np.ones(texts) if weights is None else weights
     views = [_View.of(vectors) for vectors in (pooled.means, pooled.lasts)]
-    kernel, *kernels = _kernels(views, [weights, *map(weights_without, folds)], landmarks)
+    kernel, *kernels = _kernels(views, [of_layers, *map(weights_without, folds)], landmarks)
     losses: dict[float, float] = {}
     left_out = None
     if folds:
@@ -130,15 +133,15 @@ def solve_linear(
             _coordinates_without(fold, kernel_without, landmarks)
             for fold, kernel_without in zip(folds, kernels, strict=True)
         ]
-        losses, left_out = _path(folds, coordinates, labels, task, balanced=balanced)
+        losses, left_out = _path(folds, coordinates, labels, task, weights, balanced=balanced)
         strength = min(losses, key=losses.__getitem__)
     elif strength is None:
         strength = 1.0
     whitening = _whitening(kernel[landmarks])
     coordinates = (kernel @ whitening).numpy()
-    views = [view.weighted(of_layers) for view, of_layers in zip(views, weights, strict=True)]
+    views = [view.weighted(own) for view, own in zip(views, of_layers, strict=True)]
     regression = _Regression(task, strength, balanced=balanced)
-    weight, bias = regression.fit(coordinates, labels)
+    weight, bias = regression.fit(coordinates, labels, weights)
     dual = whitening @ torch.from_numpy(weight)  # (landmark, output)
     bias = torch.from_numpy(bias)
     value, last = (view.weight(landmarks, dual) for view in views)
@@ -237,6 +240,7 @@ def _path(
     coordinates: Sequence[Float[np.ndarray, "text _"]],
     labels: Int[np.ndarray, "text ..."],
     task: Task,
+    weights: Float[np.ndarray, " text"],
     *,
     balanced: bool,
 ) -> tuple[dict[float, float], Float[np.ndarray, "text output"]]:
@@ -252,10 +256,11 @@ def _path(
         for regression, fold, inputs in zip(regressions, folds, coordinates, strict=True):
             regression.strength = strength
             rest = np.setdiff1d(np.arange(len(labels)), fold)
-            weight, bias = regression.fit(inputs[rest], labels[rest])
+            weight, bias = regression.fit(inputs[rest], labels[rest], weights[rest])
             logits[fold] = inputs[fold] @ weight + bias
         chance = link(task.kind, logits[covered])
-        losses[strength] = float(log_losses(task, chance, labels[covered]).mean())
+        each = log_losses(task, chance, labels[covered])
+        losses[strength] = float(np.average(each, weights=weights[covered]))
         least = min(losses.values())
         if losses[strength] == least:
             best = logits
@@ -284,16 +289,19 @@ class _Regression:
         ]
 
     def fit(
-        self, inputs: Float[np.ndarray, "text coordinate"], labels: Int[np.ndarray, "text ..."]
+        self,
+        inputs: Float[np.ndarray, "text coordinate"],
+        labels: Int[np.ndarray, "text ..."],
+        weights: Float[np.ndarray, " text"],
     ) -> tuple[Float[np.ndarray, "coordinate output"], Float[np.ndarray, " output"]]:
         """Weights and biases; the next fit begins where this one ended."""
         targets = labels.T if self.task.kind == "multilabel" else labels[None]
         pairs = zip(self._models, targets, strict=True)
-        weights, biases = zip(*(self._fit(*pair, inputs) for pair in pairs), strict=True)
-        return np.concatenate(weights, 1), np.concatenate(biases)
+        matrices, biases = zip(*(self._fit(*pair, inputs, weights) for pair in pairs), strict=True)
+        return np.concatenate(matrices, 1), np.concatenate(biases)
 
     def _fit(
-        self, model: Any, target: np.ndarray, inputs: np.ndarray
+        self, model: Any, target: np.ndarray, inputs: np.ndarray, weights: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         outputs = self.task.outputs if self.task.kind == "multiclass" else 1
         counts = np.bincount(target, minlength=max(outputs, 2))
@@ -309,7 +317,7 @@ class _Regression:
             warnings.simplefilter("ignore", ConvergenceWarning)
             warnings.filterwarnings("ignore", "Line Search failed")
             tolerance = self._precision / math.sqrt(self.strength * len(target))
-            model.set_params(C=self.strength, tol=tolerance).fit(inputs, target)
+            model.set_params(C=self.strength, tol=tolerance).fit(inputs, target, weights)
         if outputs == 1:
             return model.coef_.T, model.intercept_
         if len(present) == 2:

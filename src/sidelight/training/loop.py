@@ -135,6 +135,7 @@ def _solution(
         folds=folds or (),
         strength=settings.strength,
         worths=worths,
+        weights=training.weights,
         counted=np.random.default_rng(0).permutation(training.first_rows),
         balanced=settings.class_weight == "balanced",
     )
@@ -160,6 +161,7 @@ class _Trainer:
         self._training = training
         self._states = states = training.own_states()
         self._labels = _labels_of(training, device)
+        self._weights = _weights_of(training, device)
         self._device = device
         kept_texts = [torch.ones(len(training), dtype=torch.bool) for _ in left_out]
         for kept, rows in zip(kept_texts, left_out, strict=True):
@@ -239,16 +241,20 @@ class _Trainer:
 
     def _train_batch(self, runs: Sequence[TrainingRun], batch: Shard, share: float) -> None:
         hidden, lengths = batch.hidden.to(self._device), batch.lengths.to(self._device)
-        labels = self._labels.chosen(batch.rows.to(self._device))
+        rows = batch.rows.to(self._device)
+        labels = self._labels.chosen(rows)
+        weights = None if self._weights is None else self._weights[rows]
         active = [run for run in runs if run.texts[batch.rows].any()]
         for group in _sharing_a_matmul(active):
             losses: list[Tensor] = []
             for run, columns in zip(group, _project(hidden, group, torch.bfloat16), strict=True):
                 tokens, targets, kept = Ragged(columns, lengths), labels, run.texts[batch.rows]
+                counted = weights
                 if not kept.all():
                     texts = kept.nonzero()[:, 0].to(self._device)
                     tokens, targets = tokens.chosen(texts), labels.chosen(texts)
-                losses.append(run.loss(tokens, targets.values))
+                    counted = None if weights is None else weights[texts]
+                losses.append(run.loss(tokens, targets.values, counted))
             # Parameters are disjoint, so the sum's gradient is each run's own.
             (torch.stack(losses).sum() * share).backward()
         for run in active:
@@ -309,6 +315,12 @@ def _labels_of(split: Split, device: torch.device) -> Ragged:
     labels = np.concatenate(split.token_labels).astype(np.int64)
     lengths = torch.tensor([*map(len, split.token_labels)], device=device)
     return Ragged(torch.from_numpy(labels).to(device), lengths)
+
+
+def _weights_of(split: Split, device: torch.device) -> Float[Tensor, " text"] | None:
+    """How much each text counts; None: all count the same."""
+    weights = split.weights
+    return None if (weights == 1).all() else torch.from_numpy(weights).float().to(device)
 
 
 def _sharing_a_matmul(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:

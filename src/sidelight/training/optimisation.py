@@ -1,14 +1,15 @@
 """One mechanism in training: its loss, parameters, optimiser, validation score and best epoch."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from sklearn.metrics import average_precision_score
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from sidelight.errors import SidelightError
@@ -20,7 +21,16 @@ from sidelight.training.linear import LinearSolution
 from sidelight.training.settings import Job
 from sidelight.types import Task
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+
+class Loss(Protocol):
+    """The mean loss of texts, or of tokens."""
+
+    def __call__(
+        self,
+        logits: Float[Tensor, "label output"],
+        labels: Int[Tensor, "label ..."],
+        weights: Float[Tensor, " label"] | None = None,
+    ) -> Float[Tensor, ""]: ...
 
 
 def make_loss(task: Task, labels: Int[Tensor, "text ..."], *, balanced: bool) -> Loss:
@@ -28,14 +38,23 @@ def make_loss(task: Task, labels: Int[Tensor, "text ..."], *, balanced: bool) ->
     if task.kind == "multiclass":
         counts = torch.bincount(labels, minlength=task.outputs).clamp(min=1)
         weight = len(labels) / (task.outputs * counts) if balanced else None
-        return nn.CrossEntropyLoss(weight=weight)
+
+        def multiclass(
+            logits: Tensor, labels: Tensor, weights: Tensor | None = None
+        ) -> Float[Tensor, ""]:
+            losses = functional.cross_entropy(logits, labels, weight=weight, reduction="none")
+            texts = len(labels) if weight is None else weight[labels].sum()
+            return (losses if weights is None else losses * weights).sum() / texts
+
+        return multiclass
     positives = labels.float().reshape(len(labels), -1).mean(0)
     ratio = (1 - positives) / positives.clamp(min=1 / len(labels)) if balanced else None
 
-    def binary(logits: Tensor, target: Tensor) -> Tensor:
-        return functional.binary_cross_entropy_with_logits(
-            logits, target.float().reshape(logits.shape), pos_weight=ratio
+    def binary(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Float[Tensor, ""]:
+        losses = functional.binary_cross_entropy_with_logits(
+            logits, labels.float().reshape(logits.shape), pos_weight=ratio, reduction="none"
         )
+        return (losses if weights is None else losses * weights[:, None]).mean()
 
     return binary
 
@@ -165,8 +184,19 @@ class TrainingRun:
         assert isinstance(self.mechanism, Spans)
         return self.mechanism.token_logits(state).values[:, None]
 
-    def loss(self, tokens: Ragged, labels: Int[Tensor, "label ..."]) -> Float[Tensor, ""]:
-        """The sum over the mechanism's voters, and the mean over the views of a batch of texts."""
+    def loss(
+        self,
+        tokens: Ragged,
+        labels: Int[Tensor, "label ..."],
+        weights: Float[Tensor, " label"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """The sum over the mechanism's voters, and the mean over the views of a batch of texts.
+
+        Args:
+            tokens: Of the texts, as ``score`` takes them.
+            labels: Of the texts, or of their tokens.
+            weights: How much each text counts; None: all count the same.
+        """
         self.mechanism.train()
         self._draws += 1
         # Random numbers of its own: what a job draws does not depend on its neighbours.
@@ -174,7 +204,7 @@ class TrainingRun:
         with _random_numbers(seed, tokens.values.device):
             views = [tokens, random_beginnings(tokens)] if self._reads_beginnings else [tokens]
             losses = [
-                self._loss(vote, labels)
+                self._loss(vote, labels, weights)
                 for view in views
                 for vote in self._votes(self.mechanism.summarise(view)).unbind(1)
             ]
