@@ -15,6 +15,7 @@ from sidelight.engines.base import Finished, ResponseScored, TextDelta
 from sidelight.engines.marks import AnswerMarks
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
+from sidelight.policy.decisions import decide
 from sidelight.policy.hold_back import HoldBack
 from sidelight.policy.redaction import Placeholders, redacted, without_placeholders
 from sidelight.policy.rules import (
@@ -437,3 +438,6 @@ def test_a_rule_that_redacts_fits_a_probe_that_labels_spans(tiny, early, tmp_pat
     spans = (Span(0, 2, "NAME"), Span(3, 4, "PLACE"))
     verdict = Verdict("early", "NAME", (), {"NAME": 0.9, "PLACE": 0.9}, flagged=True, spans=spans)
     assert bound.decide(verdict).spans == spans[:1]
+    # A gateway hears of a text that has a label as a whole, although no word can be redacted.
+    whole = decide(bound, Judgement((replace(verdict, spans=()),)), tokens=3)
+    assert (whole.action, whole.is_marked) == ("none", True)

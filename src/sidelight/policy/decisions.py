@@ -50,9 +50,8 @@ class Decision:
     @property
     def is_marked(self) -> bool:
         """Whether the answer marks a flag for the gateway."""
-        marks = self.rule.is_blocking or self.rule.mode == "flag"
-        is_flagged = marks and self.verdict is not None and self.verdict.flagged
-        return is_flagged or self.action == "redact"
+        marks = self.rule.is_blocking or self.rule.mode in ("flag", "redact")
+        return marks and self.verdict is not None and self.verdict.flagged
 
     @property
     def spans(self) -> Sequence[Span]:
