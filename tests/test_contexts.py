@@ -19,12 +19,13 @@ from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.thresholds import ThresholdRule, operating_curves
-from sidelight.training import classifier, contexts
+from sidelight.training import classifier, contexts, loop
 from sidelight.training.background import Background, load_background
 from sidelight.training.contexts import Context, ContextSampler, draw_contexts
 from sidelight.training.dataset import ProbeDataset, make_split, prepare
 from sidelight.training.fit import calibrate_probe, fit
 from sidelight.training.loop import train_mechanisms
+from sidelight.training.optimisation import TrainingRun
 from sidelight.training.settings import FitOptions, Job, TrainingSettings
 from sidelight.training.traffic import (
     Traffic,
@@ -442,7 +443,9 @@ def test_what_ordinary_traffic_costs_is_said_with_its_remedy(flagged, threshold,
 
 
 @pytest.mark.slow
-def test_texts_are_scored_as_they_are_served(tiny, options):
+def test_texts_are_scored_as_they_are_served(tiny, options, monkeypatch):
+    # A probe that learns that parts are harmless gives the whole the highest logit here.
+    monkeypatch.setattr(loop, "_UNIT_ALONE", 0.0)
     items = [said("one", "two two two two", f"number {i} three") for i in range(20)]
     labelled = LabelledExamples(tuple(items), ({},) * 20, labels=np.arange(20) % 2, task=TOXICITY)
     split = make_split(tiny, labelled, options)
@@ -455,3 +458,28 @@ def test_texts_are_scored_as_they_are_served(tiny, options):
     assert np.abs(served - whole).max() > 0.1
     # States are stored in bf16.
     np.testing.assert_allclose(trained.logits, served, atol=0.05 * served.std())
+
+
+@pytest.mark.slow
+def test_parts_of_texts_without_a_label_train_in_their_place(tiny, options, monkeypatch):
+    items = [said("one", "two two two two", f"number {i} three") for i in range(20)]
+    labelled = LabelledExamples(tuple(items), ({},) * 20, labels=np.arange(20) % 2, task=TOXICITY)
+    split = make_split(tiny, labelled, options)
+    read: dict[int, list[int]] = {0: [], 1: []}
+    loss = TrainingRun.loss
+
+    def heard(run, tokens, labels, weights=None):
+        for label, length in zip(labels.tolist(), tokens.lengths.tolist(), strict=True):
+            read[label].append(length)
+        return loss(run, tokens, labels, weights)
+
+    monkeypatch.setattr(TrainingRun, "loss", heard)
+    job = Job(mechanism_spec("readout"), 0, TrainingSettings(epochs=8, least_steps=0))
+    train_mechanisms([job], training=split, validation=None)
+    wholes = {*split.own_states().lengths}
+    parts = {len(unit) for units in split.units for unit in units} - wholes
+    assert {*read[1]} <= wholes
+    assert {*read[0]} & parts == parts
+    assert {*read[0]} <= parts | wholes
+    # Seven of ten, of 80 that were read; some parts are as long as a whole.
+    assert 0.4 < np.mean([length in parts for length in read[0]]) < 0.9

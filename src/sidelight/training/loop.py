@@ -27,6 +27,8 @@ _VALIDATION_BATCH = 128
 _MOST_COLUMNS = 256
 # Of so many, one fold is enough to choose a strength by.
 _MANY_TEXTS = 2048
+# How often a part of a text without a label is shown in place of the whole.
+_UNIT_ALONE = 0.7
 _NOTHING = np.array([], dtype=np.int64)
 
 
@@ -162,6 +164,7 @@ class _Trainer:
         self._states = states = training.own_states()
         self._labels = _labels_of(training, device)
         self._weights = _weights_of(training, device)
+        self._units = _units_without_label(training)
         self._device = device
         kept_texts = [torch.ones(len(training), dtype=torch.bool) for _ in left_out]
         for kept, rows in zip(kept_texts, left_out, strict=True):
@@ -234,10 +237,32 @@ class _Trainer:
                 # A shard with fewer texts than a batch is a part of one.
                 share = min(1.0, len(texts) / batch_size)
                 for batch in self._states.batches(index, size=batch_size, shuffle=shuffle):
-                    self._train_batch(group, batch, share)
+                    self._train_batch(group, self._as_judged(batch, shuffle), share)
             shown.advance(sum(self._states.lengths[text] for text in texts))
         for run in runs:
             run.step()
+
+    def _as_judged(self, batch: Shard, random: torch.Generator) -> Shard:
+        """The batch, with a random part of most texts that have no label in place of the whole.
+
+        Serving takes the highest logit of the parts that it judges, such as a turn, and no part of
+        a text without a label has one.
+        """
+        starts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
+        tokens: list[Int[np.ndarray, " _"]] = []
+        for text, start, length in zip(
+            batch.rows.tolist(), starts, batch.lengths.tolist(), strict=True
+        ):
+            units = self._units[text]
+            chosen = np.arange(length)
+            if units and float(torch.rand((), generator=random)) < _UNIT_ALONE:
+                chosen = units[int(torch.randint(len(units), (), generator=random))]
+            tokens.append(start + chosen)
+        lengths = torch.tensor([*map(len, tokens)])
+        if bool((lengths == batch.lengths).all()):
+            return batch
+        hidden = batch.hidden[:, torch.from_numpy(np.concatenate(tokens))]
+        return replace(batch, hidden=hidden, lengths=lengths)
 
     def _train_batch(self, runs: Sequence[TrainingRun], batch: Shard, share: float) -> None:
         hidden, lengths = batch.hidden.to(self._device), batch.lengths.to(self._device)
@@ -321,6 +346,14 @@ def _weights_of(split: Split, device: torch.device) -> Float[Tensor, " text"] | 
     """How much each text counts; None: all count the same."""
     weights = split.weights
     return None if (weights == 1).all() else torch.from_numpy(weights).float().to(device)
+
+
+def _units_without_label(split: Split) -> list[list[Int[np.ndarray, " _"]]]:
+    """The parts that are judged of each text without a label; none of one that has a label."""
+    if split.token_labels is not None or split.task.kind == "multiclass":
+        return [[] for _ in range(len(split))]
+    texts = zip(split.labels, split.units, strict=True)
+    return [[] if np.any(labels) else units for labels, units in texts]
 
 
 def _sharing_a_matmul(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
