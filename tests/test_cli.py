@@ -595,7 +595,7 @@ def test_help_names_every_mechanism(capsys):
     assert run("train", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     *names, last = mechanism_names()
-    assert f"mixed), {', '.join(names)}, or {last}." in text
+    assert f"--spans), {', '.join(names)}, or {last}." in text
 
 
 def test_commands_of_packages_that_are_missing_say_what_to_install(monkeypatch, capsys):

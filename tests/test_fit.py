@@ -5,25 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from corpora import rows, split_of
+from corpora import rows
 from sidelight.calibration import fit_calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
-from sidelight.prompts import Message, Reads
-from sidelight.ragged import Ragged
+from sidelight.prompts import Message
 from sidelight.thresholds import ThresholdRule, choose_thresholds, read_curves
 from sidelight.training import loop
 from sidelight.training.dataset import ProbeDataset, make_split
-from sidelight.training.fit import fit, jobs_of, mixtures, taken_by_none
+from sidelight.training.fit import fit, taken_by_none
 from sidelight.training.loop import cross_fit, train_mechanisms
 from sidelight.training.measuring import calibrate_examples
 from sidelight.training.settings import (
     Background,
     FitOptions,
     Job,
-    TrainingSettings,
     suggested_settings,
 )
 from sidelight.training.tfidf import better_words
@@ -47,43 +45,11 @@ def fitted(tiny, root, texts, validation=None, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["binary", "multiclass"])
-def test_a_mixture_gives_the_logits_between_those_of_its_parts(tiny, tmp_path, kind):
-    training = split_of(tiny, tmp_path, kind, 60, seed=0)
-    spec = mechanism_spec("readout")
-    weighted = TrainingSettings(epochs=2, least_steps=0, layer_weights="predictive")
-    linear, readout = train_mechanisms(
-        [Job(mechanism_spec("linear"), 0, suggested_settings("linear")), Job(spec, 0, weighted)],
-        training=training,
-        validation=training,
-    )
-    shard = training.own_states().read(0)
-    made = mixtures(linear, readout)
-    assert [one.job.spec.options["heads"] for one in made] == [3, 3, 3]
-    for one in made:
-        projection = one.standardisation.fold(one.mechanism.columns())
-        columns = projection.layers(shard.hidden.float()).transpose(0, 1)
-        tokens = Ragged(columns, shard.lengths)
-        logits = one.mechanism.finish(one.mechanism.summarise(tokens))
-        np.testing.assert_allclose(logits, one.logits[shard.rows], rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.slow
-def test_the_default_is_a_mixture_as_left_out_texts_decide(tiny, tmp_path):
-    settings = {"readout": TrainingSettings(epochs=2, batch_size=16, least_steps=0)}
-    texts = rows("multiclass", 60)
-    made = fitted(tiny, tmp_path, texts, mechanism=None, settings=settings)
-    assert made.probe.spec == mechanism_spec("readout", {"heads": 3})
-    parts = [
-        fitted(tiny, tmp_path, texts, mechanism=mechanism_spec(name), settings=settings)
-        for name in ("linear", "readout")
-    ]
-    # It is seldom far behind its better part, whatever that is.
-    least = min(part.losses.mean() for part in parts)
-    assert made.losses.mean() < least + 0.05
-    # Parts of responses have no linear solution.
-    responses = FitOptions(reads=Reads("response"))
-    assert [job.spec.name for job in jobs_of(responses)] == ["readout"]
+def test_the_default_is_a_readout(tiny, tmp_path):
+    made = fitted(tiny, tmp_path, rows("multiclass", 60), mechanism=None)
+    named = fitted(tiny, tmp_path, rows("multiclass", 60), mechanism=mechanism_spec("readout"))
+    assert made.probe.spec == named.probe.spec == mechanism_spec("readout")
+    np.testing.assert_array_equal(made.losses, named.losses)
 
 
 def test_words_are_told_to_be_better_where_they_clearly_are():

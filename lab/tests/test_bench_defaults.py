@@ -10,7 +10,6 @@ from sidelight_lab.bench.defaults import (
     ALONE,
     DEFAULT,
     LINEAR,
-    READOUT,
     compare_defaults,
     defaults_table,
 )
@@ -39,12 +38,12 @@ def test_the_default_and_every_rival_have_figures(tiny, tmp_path, kind, figure):
     assert len(rows_of) == len(judged)
     for size in ("8 a class", "16 texts"):
         regressions = ("last_layer", "last_layer in contexts")
-        for row in (DEFAULT, ALONE, LINEAR, READOUT, "tfidf", *regressions, "attention_probe"):
+        for row in (DEFAULT, ALONE, LINEAR, "tfidf", *regressions, "attention_probe"):
             one = rows_of[size, 0, row]
             assert one.right.shape == one.losses.shape == (40,)
             assert one.figures["accuracy"] == one.right.mean()
             assert 0 <= one.figures[figure] <= 1
     # Ordinary traffic is flagged where there are thresholds and background to measure it by.
     has_traffic = {one.row for one in judged if "traffic flagged" in one.figures}
-    assert has_traffic == ({DEFAULT, LINEAR, READOUT} if kind == "binary" else set())
+    assert has_traffic == ({DEFAULT, LINEAR} if kind == "binary" else set())
     assert defaults_table(judged).count("attention_probe") == 2

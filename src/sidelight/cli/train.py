@@ -42,7 +42,7 @@ _AUTO = "auto"
 @click.option(
     "--mechanism",
     default=_AUTO,
-    help="auto (a readout and a linear solution, mixed), attention, gate, linear, pooling, "
+    help="auto (a readout, or spans with --spans), attention, gate, linear, pooling, "
     "readout, or spans.",
 )
 @click.option(

@@ -86,23 +86,6 @@ class Readout(Mechanism):
         columns = held(tokens.values, self.gate.shape[2])
         return self.logits(Ragged(columns, tokens.lengths))
 
-    @torch.no_grad()
-    def mixed(self, other: "Readout", *, share: float) -> "Readout":
-        """A readout between this one and another one of the same kind, with the gates of both.
-
-        Args:
-            other: Reads the same states.
-            share: Of its logits in those of the mixture, between 0 and 1.
-        """
-        layers, width, heads, outputs = self.value.shape
-        geometry = Geometry(layers, width, outputs)
-        mixture = Readout(geometry, heads=heads + other.value.shape[2]).to(self.bias.device)
-        mixture.gate.copy_(torch.cat([self.gate, other.gate], 2))
-        mixture.value.copy_(torch.cat([(1 - share) * self.value, share * other.value], 2))
-        mixture.last.copy_((1 - share) * self.last + share * other.last)
-        mixture.bias.copy_((1 - share) * self.bias + share * other.bias)
-        return mixture.eval().requires_grad_(False)
-
     def _add_layers(
         self, readouts: Float[Tensor, "batch layer output"]
     ) -> Float[Tensor, "batch output"]:

@@ -215,7 +215,7 @@ def train(
     Args:
         model: A backbone, or its name: ``smollm2``, a folder, or a hub id.
         data: A file, a hub data set, rows, or loaded examples.
-        mechanism: ``auto`` mixes a readout and a linear solution; else one of
+        mechanism: ``auto`` is a readout, or ``spans`` of labelled spans; else one of
             ``mechanism_names()``.
         text: Column of the text.
         label: Column of the label; several with commas make a multi-label task.

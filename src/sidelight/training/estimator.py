@@ -54,8 +54,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         model: The LLM: ``smollm2``, a folder, or a hub id.
-        mechanism: ``auto`` mixes a readout and a linear solution; else one of
-            ``mechanism_names()``.
+        mechanism: ``auto`` is a readout; else one of ``mechanism_names()``.
         learning_rate: Of the optimiser; this and the next three are the mechanism's own if None.
         weight_decay: Of the optimiser.
         epochs: The most.

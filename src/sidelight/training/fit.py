@@ -1,8 +1,7 @@
 """From labelled examples to a calibrated probe with its figures."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from copy import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,15 @@ from jaxtyping import Float
 
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
-from sidelight.calibration import CalibrationKind
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.spans import SpanExamples
 from sidelight.evaluation import Report, SpanReport
 from sidelight.manifest import curves_of
 from sidelight.mechanisms.base import mechanism_spec
-from sidelight.mechanisms.readout import Readout
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import choose_thresholds
-from sidelight.training.dataset import ProbeDataset, linear_refusal, prepare
+from sidelight.training.dataset import ProbeDataset, prepare
 from sidelight.training.loop import cross_fit, divergence, train_mechanisms
 from sidelight.training.measuring import (
     FLATTERING,
@@ -46,8 +43,6 @@ from sidelight.training.traffic import (
 )
 from sidelight.types import NONE
 
-# Shares of the linear solution.
-_SHARES = (0.25, 0.5, 0.75)
 # The share of labelled texts that may be taken for ordinary traffic without a word.
 _TAKEN = 0.02
 
@@ -92,15 +87,10 @@ class Fit:
 
 
 def jobs_of(options: FitOptions, *, of_spans: bool = False) -> list[Job]:
-    """The mechanism; or what its default is made of, or chosen from."""
-    if options.mechanism is not None:
-        specs = [options.mechanism]
-    elif of_spans:
+    """The mechanism, or those that the default is chosen from."""
+    specs = [options.mechanism or mechanism_spec("readout")]
+    if of_spans and options.mechanism is None:
         specs = [mechanism_spec("spans", {"lookahead": lookahead}) for lookahead in LOOKAHEADS]
-    else:
-        specs = [mechanism_spec("linear"), mechanism_spec("readout")]
-        # A linear mechanism does not learn from beginnings of responses.
-        specs = specs[1:] if options.reads.includes_response else specs
     return [
         Job(spec, options.seed, options.settings.get(spec.name, suggested_settings(spec.name)))
         for spec in specs
@@ -138,9 +128,7 @@ def fit(
     if of_spans:
         options = options.of_spans(training)
     dataset = prepare(backbone, training, validation, options=options, source=source)
-    refusal = linear_refusal(backbone, len(dataset.training), options)
     jobs = jobs_of(options, of_spans=of_spans)
-    jobs = [job for job in jobs if not (refusal and job.spec.name == "linear")]
     # The baseline first: what it refuses in seconds must not cost the hours of training.
     baseline = None if of_spans else measure_baseline(dataset, options)
     if dataset.folds:
@@ -162,13 +150,9 @@ def fit(
         *(f"{divergence(job)} The probe is made without it." for job in diverged),
         *(() if baseline is None or baseline.folds else (FLATTERING,)),
     ]
-    lookaheads: dict[str, float] = {}
+    chosen, lookaheads = trained[0], dict[str, float]()
     if of_spans:
         chosen, lookaheads = choose_lookahead(trained, dataset.measured)
-    else:
-        if options.mechanism is None and refusal:
-            warnings.append(f"{refusal}: the readout is alone.")
-        chosen = mix(trained, dataset, kind=options.calibration)
     made = calibrate_probe(chosen, dataset, name=name, options=options, lookaheads=lookaheads)
     if baseline is not None:
         warnings += better_words(made.losses, baseline.losses, dataset.validation.examples)
@@ -295,54 +279,3 @@ def taken_by_none(made: Fit) -> list[str]:
         f"'{label}' ({taken.max()}). If that class is for what is of no other, train without "
         "'none' (--set none=false)."
     ]
-
-
-# The default probe: a readout and a linear solution, mixed as left-out texts decide.
-
-
-def mix(
-    trained: Sequence[TrainingRun], dataset: ProbeDataset, *, kind: CalibrationKind | None
-) -> TrainingRun:
-    """The linear solution and the readout, mixed; what is trained alone stays as it is.
-
-    The share is the one with the lowest log loss of left-out texts.
-
-    Args:
-        trained: One or both, in this order, with logits of the measured texts.
-        dataset: The texts.
-        kind: How logits are calibrated before they are compared.
-    """
-    if len(trained) == 1:
-        return trained[0]
-    linear, readout = trained
-    texts, folds = dataset.validation.examples, dataset.folds
-
-    def loss(candidate: TrainingRun) -> float:
-        logits = candidate.logits[: len(texts)]
-        calibrated = calibrate_examples(logits, texts, folds=folds, kind=kind, bootstrap=0)
-        return float(calibrated.losses.mean())
-
-    return min(mixtures(linear, readout) or [readout], key=loss)
-
-
-def mixtures(linear: TrainingRun, readout: TrainingRun) -> list[TrainingRun]:
-    """Readouts whose logits are between a readout's and a linear mechanism's.
-
-    Such a mixture is a readout again, with one more gate, which is zero. There is none if the two
-    read different states.
-    """
-    assert linear.solution is not None
-    assert isinstance(readout.mechanism, Readout)
-    if linear.standardisation.is_normalised != readout.standardisation.is_normalised:
-        return []
-    moved = linear.solution.mechanism(readout.standardisation).to(readout.mechanism.bias.device)
-    heads = readout.mechanism.gate.shape[2] + 1
-    spec = mechanism_spec(readout.job.spec.name, {**readout.job.spec.options, "heads": heads})
-    candidates: list[TrainingRun] = []
-    for share in _SHARES:
-        mixture = copy(readout)
-        mixture.job = replace(readout.job, spec=spec)
-        mixture.mechanism = readout.mechanism.mixed(moved, share=share)
-        mixture.logits = (1 - share) * readout.logits + share * linear.logits
-        candidates.append(mixture)
-    return candidates

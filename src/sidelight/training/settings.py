@@ -134,8 +134,7 @@ class FitOptions:
     """What to train, and from what.
 
     Attributes:
-        mechanism: None mixes a readout and a linear solution; of spans, left-out texts choose how
-            far a probe looks ahead.
+        mechanism: None is a readout; of spans, left-out texts choose how far a probe looks ahead.
         seed: Decides initial parameters and the order of the data, and not how it is split.
         settings: By mechanism name; a mechanism that is not named has its suggested settings.
         reads: The tokens that the probe reads; see ``reads_of``.

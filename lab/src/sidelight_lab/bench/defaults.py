@@ -32,7 +32,7 @@ from sidelight_lab.baselines.pooled import PENALTIES, Linear, fit_logistic, out_
 from sidelight_lab.baselines.token_heads import AttentionProbe
 from sidelight_lab.bench.measurement import table
 
-DEFAULT, ALONE, LINEAR, READOUT = "default", "texts alone", "linear", "readout"
+DEFAULT, ALONE, LINEAR = "default", "texts alone", "linear"
 _IN_CONTEXTS = ("auprc in contexts", "accuracy in contexts")
 # At the probe's threshold: on the texts that are held out, and as training printed it.
 _ACCURACIES = ("accuracy at threshold", "printed")
@@ -128,7 +128,6 @@ def compare_defaults(
         DEFAULT: in_contexts,
         ALONE: replace(options, background=Background()),
         LINEAR: replace(in_contexts, mechanism=MechanismSpec("linear", {})),
-        READOUT: replace(in_contexts, mechanism=MechanismSpec("readout", {})),
     }
     conversations = [len(held_texts) + rows[0] for rows in conversations_of(contexts)]
     judged: list[Judged] = []
