@@ -3,7 +3,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from sidelight.training.settings import Job
 from sidelight.types import Task
 
 
+@runtime_checkable
 class Loss(Protocol):
     """The mean loss of texts, or of tokens."""
 
