@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpora import encoded
+from sidelight import storage
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads, shared_unread
 from sidelight.ragged import by_length
@@ -248,6 +249,15 @@ def test_a_text_is_read_as_it_was_written_and_half_of_one_is_missing(tiny, tmp_p
     assert sorted(cache.missing()) == list(range(2, len(TEXTS)))
     cache.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_to_store_a_text_the_folder_of_all_others_is_not_read(tiny, tmp_path, monkeypatch):
+    """Of 50,000 texts that took 37 ms for each."""
+    cache = cache_of(tiny, tmp_path)
+    cache.directory.mkdir()
+    monkeypatch.setattr(storage, "remove_stale", lambda *_: pytest.fail("The folder was read."))
+    cache.write({0: torch.randn(4, 3, 32).bfloat16()})
+    assert sorted(cache.missing()) == list(range(1, len(TEXTS)))
 
 
 def test_remove_deletes_a_cache_that_no_other_run_reads_and_that_is_not_kept(tiny, tmp_path):

@@ -19,13 +19,19 @@ _STALE_S = 3600
 
 
 @contextmanager
-def replacing(path: Path) -> Generator[Path]:
+def replacing(path: Path, *, is_one_of_many: bool = False) -> Generator[Path]:
     """A path to write to, whose file becomes ``path`` when the block ends without an error.
 
     The folder is made if absent.
+
+    Args:
+        path: The file.
+        is_one_of_many: Whether its folder has thousands of such files. What killed processes left
+            of it stays then: to look for it, the whole folder is read.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale(path.parent, f"{escape(path.name)}.*.partial")
+    if not is_one_of_many:
+        remove_stale(path.parent, f"{escape(path.name)}.*.partial")
     # Two may write the same file, also from containers with equal numbers of processes.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:

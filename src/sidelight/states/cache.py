@@ -330,7 +330,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         SidelightError: The disk is full, or cannot be written.
     """
     try:
-        with replacing(path) as partial:
+        with replacing(path, is_one_of_many=True) as partial:
             save_file(dict(tensors), partial)
     except (OSError, SafetensorError) as error:
         raise SidelightError(

@@ -83,7 +83,7 @@ def compare_defaults(
     background: Background,
     cache_root: Path,
 ) -> list[Judged]:
-    """The default probe, the same of texts alone, its parts, and rivals, for each size and draw.
+    """The default probe, the same of texts alone, ``linear`` and rivals, for each size and draw.
 
     The figures in contexts are of the held-out texts in ordinary traffic that no row was trained
     in; of several classes, as the last turn of a conversation.
