@@ -319,6 +319,28 @@ def test_texts_alone_count_for_most_of_what_training_fits(tiny, examples, option
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mechanism", ["pooling", "linear"])
+def test_training_counts_each_text_by_its_weight(tiny, examples, options, monkeypatch, mechanism):
+    made = prepare(tiny, examples, None, options=replace(options, context_tokens=6_000)).training
+    heard: list[float] = []
+    loss, solve = TrainingRun.loss, loop.solve_linear
+
+    def counted(run, tokens, labels, weights=None):
+        heard.extend(weights.tolist())
+        return loss(run, tokens, labels, weights)
+
+    def solved(*inputs, weights, **more):
+        heard.extend(weights.tolist())
+        return solve(*inputs, weights=weights, **more)
+
+    monkeypatch.setattr(TrainingRun, "loss", counted)
+    monkeypatch.setattr(loop, "solve_linear", solved)
+    settings = TrainingSettings(epochs=1, least_steps=0, standardise=False)
+    train_mechanisms([Job(mechanism_spec(mechanism), 0, settings)], training=made, validation=None)
+    np.testing.assert_allclose(sorted(heard), sorted(made.weights), rtol=1e-6)
+
+
+@pytest.mark.slow
 def test_contexts_have_as_many_tokens_as_are_asked_for(tiny, examples, options):
     few, more = (
         prepare(tiny, examples, None, options=replace(options, context_tokens=tokens)).contexts
