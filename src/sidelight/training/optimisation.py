@@ -95,7 +95,6 @@ class TrainingRun:
         texts: Which of the training texts it learns from.
         history: The validation score of each epoch; empty without validation texts.
         has_diverged: Whether its parameters or its validation logits stopped being finite.
-        solution: Where a linear mechanism was solved, what it is on states as they are.
         logits: Of the texts that are scored after training, in their order; until then of none.
         token_logits: Of the tokens of each of these texts, if tokens are labelled.
 
@@ -127,7 +126,6 @@ class TrainingRun:
         self.texts = texts
         self.history: list[float] = []
         self.has_diverged = False
-        self.solution: LinearSolution | None = None
         self.logits: Float[np.ndarray, "text output"] = np.empty((0, task.outputs))
         self.token_logits: Sequence[Float[np.ndarray, "_ output"]] = ()
         layers, width = standardisation.mean.shape
@@ -243,7 +241,6 @@ class TrainingRun:
 
     def settle(self, solution: LinearSolution) -> None:
         """Takes the optimum of a linear mechanism, and has finished."""
-        self.solution = solution
         self._best = solution.mechanism(self.standardisation).state_dict()
         self._epochs = self.job.settings.epochs
 
