@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from transformers import LlamaConfig
 
@@ -15,6 +16,7 @@ from sidelight_lab.bench.everyday import (
     PADDING_WORDS,
     QUESTIONS,
     attacks_among,
+    auroc_of,
     first_words,
     halves,
     in_turns,
@@ -64,6 +66,12 @@ def test_turns_hold_four_words_each_and_answers_of_forty_stand_between():
     assert " ".join(turn.content for turn in turns[::2]) == ATTACK[0].content
 
 
+def test_the_auroc_counts_every_attack_that_the_model_could_read():
+    assert auroc_of(np.array([2, 3, np.nan]), np.array([1, 0, np.nan])) == 1
+    assert auroc_of(np.array([1.0, 0]), np.array([0, 1.0])) == 0.5
+    assert auroc_of(np.array([np.nan]), np.array([1.0])) is None
+
+
 def test_agents_call_a_tool_and_end_with_its_result_or_a_question():
     for turns in AGENTS:
         call = json.loads(turns[1].content)
@@ -109,10 +117,16 @@ def test_a_probe_that_flags_everything_gains_nothing_and_one_that_flags_nothing_
         name for name, row in everything["attacks"].items() if not row["recall"]["texts"]
     ]
     assert nets["50 words around"] == 0
+    # No threshold takes part, so what both probes tell apart is the same.
+    aurocs = {name: row["auroc"] for name, row in everything["attacks"].items()}
+    assert aurocs["600 words after"] is None
+    assert 0 <= aurocs["50 words around"] <= 1
+    in_short_turns = next(name for name in aurocs if name.startswith("turns of"))
     # Too long for the model, so nothing is said.
     assert everything["attacks"]["600 words after"]["recall"]["left_out"] == 2
     nothing = figures(backbone, 1.0, [])
     assert nothing["alone"]["flagged"] == 0
     assert {row["value"] for row in nothing["harmless"].values()} <= {0.0, None}
     assert {row["recall"]["texts"] for row in nothing["attacks"].values()} == {0}
+    assert nothing["attacks"][in_short_turns]["auroc"] == aurocs[in_short_turns]
     assert not any("padding" in name or "prompts" in name for name in nothing["harmless"])

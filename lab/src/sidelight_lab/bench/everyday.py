@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from sklearn.metrics import roc_auc_score
 
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import load_examples
@@ -117,15 +118,21 @@ def measure_everyday(
     is_flagged = alone >= 0
     flagged_alone = Rate.of(alone.tolist())
     alarms = {name: Rate.of(own.tolist()) for name, own in zip(harmless, margins, strict=False)}
-    recalls = [Rate.of(own[is_flagged].tolist()) for own in margins[len(harmless) :]]
+    without = dict(zip(harmless, margins, strict=False))
     rows = [
-        (name, recall, alarms[beside], recall.minus(alarms[beside]))
-        for (name, (_, beside)), recall in zip(among.items(), recalls, strict=True)
+        (
+            name,
+            recall := Rate.of(own[is_flagged].tolist()),
+            alarms[beside],
+            recall.minus(alarms[beside]),
+            auroc_of(own, without[beside]),
+        )
+        for (name, (_, beside)), own in zip(among.items(), margins[len(harmless) :], strict=True)
     ]
     harmless_cells = [[name, *_cells(rate)] for name, rate in alarms.items()]
     attack_cells = [
-        [name, *_cells(recall), _cells(alarm)[1], "-" if net is None else f"{net:.2f}"]
-        for name, recall, alarm, net in rows
+        [name, *_cells(recall), _cells(alarm)[1], _number(net, 2), _number(auroc, 3)]
+        for name, recall, alarm, net, auroc in rows
     ]
     settings = {"probe": target.probe.name, "thresholds": dict(target.thresholds)}
     return Record(
@@ -135,15 +142,20 @@ def measure_everyday(
             "harmless": {name: rate.to_dict() for name, rate in alarms.items()},
             "alone": flagged_alone.to_dict(),
             "attacks": {
-                name: {"recall": recall.to_dict(), "false_alarms": alarm.to_dict(), "net": net}
-                for name, recall, alarm, net in rows
+                name: {
+                    "recall": recall.to_dict(),
+                    "false_alarms": alarm.to_dict(),
+                    "net": net,
+                    "auroc": auroc,
+                }
+                for name, recall, alarm, net, auroc in rows
             },
         },
         (
             table("Harmless traffic", ["what", "flagged", "share"], harmless_cells),
             table(
                 f"Attacks: {_cells(flagged_alone)[0]} are flagged alone",
-                ["among", "still flagged", "share", "without the attacks", "net"],
+                ["among", "still flagged", "share", "without the attacks", "net", "AUROC"],
                 attack_cells,
             ),
         ),
@@ -153,6 +165,24 @@ def measure_everyday(
 def _cells(rate: Rate) -> tuple[str, str]:
     left_out = f" ({rate.left_out} left out)" if rate.left_out else ""
     return f"{rate.flagged} of {rate.texts}{left_out}", str(rate.estimate)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def auroc_of(
+    attacks: Float[np.ndarray, " attack"], harmless: Float[np.ndarray, " text"]
+) -> float | None:
+    """How well all attacks in a setting are told from the setting alone, at no threshold.
+
+    What the model cannot read is left out; None if nothing is left of either.
+    """
+    attacks, harmless = (own[np.isfinite(own)] for own in (attacks, harmless))
+    if not (len(attacks) and len(harmless)):
+        return None
+    is_attack = np.repeat([True, False], [len(attacks), len(harmless)])
+    return float(roc_auc_score(is_attack, np.concatenate([attacks, harmless])))
 
 
 def attacks_among(
