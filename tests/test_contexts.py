@@ -319,6 +319,19 @@ def test_texts_alone_count_for_most_of_what_training_fits(tiny, examples, option
 
 
 @pytest.mark.slow
+def test_contexts_count_by_the_weight_of_their_text_and_background_by_none(tiny, examples, options):
+    options = replace(options, context_tokens=6_000)
+    weights = np.random.default_rng(0).uniform(1, 10, len(examples))
+    plain = prepare(tiny, examples, None, options=options)
+    made = prepare(tiny, replace(examples, weights=weights), None, options=options)
+    texts = [1.0 if context.text is None else weights[context.text] for context in made.contexts]
+    assert 1.0 in texts
+    relative = made.training.weights / plain.training.weights
+    np.testing.assert_allclose(relative / relative[0] * weights[0], [*weights, *texts])
+    assert made.training.weights.mean() == pytest.approx(1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mechanism", ["pooling", "linear"])
 def test_training_counts_each_text_by_its_weight(tiny, examples, options, monkeypatch, mechanism):
     made = prepare(tiny, examples, None, options=replace(options, context_tokens=6_000)).training

@@ -10,12 +10,12 @@ from functools import cached_property
 from typing import SupportsIndex, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from sidelight.data.near_duplicates import NearDuplicates
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import Conversation, Message, PlainText
-from sidelight.types import Flags, Numbers, Task
+from sidelight.types import Flags, Numbers, Task, Values
 
 # Enough rows to choose a threshold and a calibration on.
 _ENOUGH_VALIDATION_ROWS = 150
@@ -258,10 +258,12 @@ class LabelledExamples(Examples):
         task: The label space.
         labels: `[row]` of class indices (0/1 for a binary task), or `[row, label]` of 0/1 for a
             multi-label task.
+        weights: How much each text counts in training; None: all count the same.
     """
 
     task: Task
     labels: Int[Numbers, "row ..."]
+    weights: Float[Values, " row"] | None = None
 
     @property
     def label_counts(self) -> Int[Numbers, " label"]:
@@ -272,7 +274,8 @@ class LabelledExamples(Examples):
 
     def select(self, indices: Iterable[SupportsIndex]) -> "LabelledExamples":
         chosen = [operator.index(position) for position in indices]
-        return replace(super().select(chosen), labels=self.labels[chosen])
+        weights = None if self.weights is None else self.weights[chosen]
+        return replace(super().select(chosen), labels=self.labels[chosen], weights=weights)
 
     def label_names(self) -> list[list[str]]:
         names = self.task.labels

@@ -116,11 +116,14 @@ class Split:
         """How much each text counts in training, 1 in the mean."""
         texts, alone = len(self), len(self.alone)
         share = alone / max(1, texts)
-        if share in (0, 1) or share >= _ALONE_SHARE:
-            return np.ones(texts)
-        weights = np.full(texts, (1 - _ALONE_SHARE) / (1 - share))
-        weights[self.alone] = _ALONE_SHARE / share
-        return weights
+        weights = np.ones(texts)
+        if 0 < share < _ALONE_SHARE:
+            weights[:] = (1 - _ALONE_SHARE) / (1 - share)
+            weights[self.alone] = _ALONE_SHARE / share
+        if self.examples.weights is None:
+            return weights
+        weights *= self.examples.weights
+        return weights / weights.mean()
 
     @cached_property
     def first_rows(self) -> Int[np.ndarray, " text"]:
@@ -397,7 +400,10 @@ def _with_contexts(examples: LabelledExamples, contexts: Sequence[Context]) -> L
     task = examples.task
     labels[len(examples) :][is_background] = task.outputs - 1 if task.abstains else 0
     items = (*examples.items, *(context.example for context in contexts))
-    return replace(shown, items=items, labels=labels, warnings=examples.warnings)
+    weights = None if shown.weights is None else shown.weights.copy()
+    if weights is not None:
+        weights[len(examples) :][is_background] = 1
+    return replace(shown, items=items, labels=labels, warnings=examples.warnings, weights=weights)
 
 
 def encode_shortened(

@@ -279,6 +279,8 @@ class _Trainer:
                     texts = kept.nonzero()[:, 0].to(self._device)
                     tokens, targets = tokens.chosen(texts), labels.chosen(texts)
                     counted = None if weights is None else weights[texts]
+                if counted is not None:
+                    counted = counted.repeat_interleave(targets.lengths)
                 losses.append(run.loss(tokens, targets.values, counted))
             # Parameters are disjoint, so the sum's gradient is each run's own.
             (torch.stack(losses).sum() * share).backward()
