@@ -291,7 +291,9 @@ def _gathered(name: str, kind: type[Any]) -> Callable[[Command], Command]:
 
 
 _data = partial(
-    click.option, "--data", help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name."
+    click.option,
+    "--data",
+    help="JSONL, JSON, CSV, TSV (or .gz), Parquet, hub name, or ready guard (docs/guards.md).",
 )
 data = _data(required=True)
 optional_data = _data()
@@ -384,7 +386,10 @@ INPUT_SETTINGS = {
 
 
 def _inputs(command: Command) -> Command:
-    """What ``--set`` says of the texts goes to ``inputs``; the rest stays in ``assigned``."""
+    """What ``--set`` says of the texts goes to ``inputs``; the rest stays in ``assigned``.
+
+    Of a ready guard, the card says whether answers are read.
+    """
 
     gathered = _gathered("inputs", TrainingInputs)(command)
 
@@ -392,6 +397,10 @@ def _inputs(command: Command) -> Command:
     def divided(*, assigned: Mapping[str, str], **values: Any) -> Any:
         settings = {name: text for name, text in assigned.items() if name in INPUT_SETTINGS}
         rest = {name: text for name, text in assigned.items() if name not in settings}
+        from sidelight.data.guards import guard_data
+
+        if (guard := guard_data(values["data"])) is not None:
+            values["response"] = values["response"] or guard.card.response
         return gathered(assigned=rest, **values, **typed(settings, INPUT_SETTINGS))
 
     return divided

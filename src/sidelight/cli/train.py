@@ -30,6 +30,7 @@ _AUTO = "auto"
         "sidelight train --data t.jsonl --set epochs=12 --set class_weight=balanced --out p",
         "sidelight train --data t.jsonl --engine vllm --engine-option max_num_seqs=64 --out p",
         "sidelight train --data letters.jsonl --spans entities --out probes/pii",
+        "sidelight train --data guard:injection,mine.jsonl --out probes/injection",
     )
 )
 @options.training(
@@ -82,6 +83,10 @@ def train(
     without --validation are cross-fitted: all of them train the probe, and each row is scored by a
     probe that did not train on it. After a kill, the same command goes on where the backbone was.
     """
+    from sidelight.data.guards import guard_data
+
+    if (guard := guard_data(inputs.data)) is not None:
+        spans = spans or guard.card.spans
     _require_agreement(inputs, mechanism, assigned, spans, background)
     # Before texts and models, which take seconds: a misspelt name or value is refused at once.
     from sidelight.data.spans import SpanExamples

@@ -17,7 +17,7 @@ from sidelight.prompts import require_whole_characters
 from sidelight.types import Numbers, Task, is_label
 
 _PAIRS = (("0", "1"), ("false", "true"), ("no", "yes"))
-_TRUTH = {name: name == pair[1] for pair in _PAIRS for name in pair}
+TRUTH = {name: name == pair[1] for pair in _PAIRS for name in pair}
 _MISSING = frozenset({"", "nan", "null"})
 _WHOLE_NUMBER = re.compile(r"(-?\d+)(\.0*)?")
 _MOST_LABELS = 200
@@ -31,11 +31,11 @@ def is_missing(cell: object) -> bool:
 def truth_value(cell: object, place: str, column: str) -> bool:
     """The truth value in a cell: 0/1, true/false or no/yes, in any spelling."""
     name = label_name(cell, f"{place}, column '{column}'")
-    if name not in _TRUTH:
+    if name not in TRUTH:
         raise SidelightError(
-            f"{place}: column '{column}' holds '{name[:60]}'. Write one of {', '.join(_TRUTH)}."
+            f"{place}: column '{column}' holds '{name[:60]}'. Write one of {', '.join(TRUTH)}."
         )
-    return _TRUTH[name]
+    return TRUTH[name]
 
 
 def encode_labels(
@@ -93,7 +93,7 @@ def label_name(cell: object, place: str) -> str:
         )
     name = str(cell).strip()
     require_whole_characters(name, place=f"{place}: the label")
-    if name.lower() in _TRUTH:
+    if name.lower() in TRUTH:
         return name.lower()
     whole = _WHOLE_NUMBER.fullmatch(name)
     return whole.group(1) if whole else name
@@ -103,10 +103,10 @@ def _infer_classes(
     rows: Sequence[Row], names: Sequence[str], column: str, positive: str | None
 ) -> tuple[Task, tuple[str, ...]]:
     """A binary task from two distinct names, a multi-class one from more; and warnings."""
-    if set(names) <= _TRUTH.keys():
+    if set(names) <= TRUTH.keys():
         # One spelling for all; 0 and 1 if the column mixes several.
         pair = next((pair for pair in _PAIRS if set(names) <= set(pair)), _PAIRS[0])
-        names = [pair[_TRUTH[name]] for name in names]
+        names = [pair[TRUTH[name]] for name in names]
     counts = Counter(names)
     if len(counts) == 1:
         raise SidelightError(
@@ -139,7 +139,7 @@ def _infer_classes(
                 "Name another with --positive (positive= in Python)."
             )
         return Task("binary", labels if index[name] == 1 else labels[::-1]), misspelt
-    if set(labels) <= _TRUTH.keys() or set(labels) == {"-1", "1"}:
+    if set(labels) <= TRUTH.keys() or set(labels) == {"-1", "1"}:
         return Task("binary", labels), ()
     # The sort is stable and labels are in order: of two equal counts the last one is positive.
     other, chosen = sorted(labels, key=lambda name: -counts[name])
@@ -199,9 +199,9 @@ def _ordered(names: Iterable[str]) -> tuple[str, ...]:
 def _label_index(task: Task) -> dict[str, int]:
     """Number of each label; a task of 0/1, false/true or no/yes knows all six names."""
     index = {name: number for number, name in enumerate(task.labels)}
-    if task.kind == "binary" and index.keys() <= _TRUTH.keys():
-        number_of = {_TRUTH[name]: number for name, number in index.items()}
-        return {name: number_of[truth] for name, truth in _TRUTH.items()}
+    if task.kind == "binary" and index.keys() <= TRUTH.keys():
+        number_of = {TRUTH[name]: number for name, number in index.items()}
+        return {name: number_of[truth] for name, truth in TRUTH.items()}
     return index
 
 

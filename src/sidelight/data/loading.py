@@ -2,10 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal, TypeVar, overload
+
+import numpy as np
 
 from sidelight.data.examples import Example, Examples, LabelledExamples, Skipped
+from sidelight.data.guards import guard_data
 from sidelight.data.labels import encode_labels, is_missing
 from sidelight.data.readers import InMemory, Row, is_list, is_mapping, read_rows
 from sidelight.data.spans import SpanExamples, holds_spans, label_spans
@@ -14,6 +18,7 @@ from sidelight.prompts import Message, require_whole_characters
 from sidelight.types import Task
 
 OnMissingLabel = Literal["error", "skip"]
+_Labelled = TypeVar("_Labelled", bound=LabelledExamples)
 
 
 @overload
@@ -67,7 +72,9 @@ def load_examples(
 
     Args:
         source: A file (.jsonl, .json, .csv or .tsv, each also with .gz, or .parquet), a Hugging
-            Face data set as `name` or `name:config`, rows as mappings, or (text, label) pairs.
+            Face data set as `name` or `name:config`, rows as mappings, or (text, label) pairs; or
+            `guard:NAME`, `guard:NAME,FILE` or `guard:NAME:TEST`, whose columns and classes are
+            those of the guard's card.
         text: Column of the prompt: a string, or a list of messages with `role` and `content`.
         label: Column of the label, or names of several columns separated by commas; None loads
             texts without labels.
@@ -87,7 +94,20 @@ def load_examples(
         SidelightError: The source cannot be read, or a row is malformed; the message names the
             place and the remedy.
     """
-    rows = read_rows(source, split=split, text=text, label=label or "label")
+    guard = guard_data(source)
+    if guard is None:
+        rows = read_rows(source, split=split, text=text, label=label or "label")
+    else:
+        guard.require(
+            text=text, label=label, response=response, spans=spans, positive=positive, split=split
+        )
+        card, rows, positive = guard.card, guard.rows(task), None
+        response, task = card.response, task or card.task
+        if card.spans is not None and spans is None and label is not None:
+            raise SidelightError(
+                f"The guard '{guard.guard.name}' labels spans, not whole texts. Name their column "
+                f"with --spans {card.spans} (spans= in Python), or a probe that labels spans."
+            )
     label = label if spans is None else None
     columns = _find_columns(rows, text=text, label=label, response=response, spans=spans)
     kept: list[Row] = []
@@ -124,14 +144,23 @@ def load_examples(
     cells = tuple(row.cells for row in kept)
     if not columns:
         examples = Examples(tuple(items), cells, skipped, warnings)
-        return examples if spans is None else label_spans(examples, spans, task=task)
+        return (
+            examples if spans is None else _weighted(label_spans(examples, spans, task=task), kept)
+        )
     task, labels, doubts = encode_labels(kept, columns, positive=positive, task=task)
     labellings = {(i.messages, i.response, n.tobytes()) for i, n in zip(items, labels, strict=True)}
     counts = Counter((messages, answer) for messages, answer, _ in labellings)
     if conflicts := sum(count > 1 for count in counts.values()):
         doubts += (f"{conflicts} texts appear more than once, with different labels.",)
     warnings += doubts
-    return LabelledExamples(tuple(items), cells, skipped, warnings, task=task, labels=labels)
+    examples = LabelledExamples(tuple(items), cells, skipped, warnings, task=task, labels=labels)
+    return _weighted(examples, kept)
+
+
+def _weighted(examples: _Labelled, rows: Sequence[Row]) -> _Labelled:
+    """The examples with the weights of their rows, if these differ."""
+    weights = np.array([row.weight for row in rows])
+    return examples if (weights == 1).all() else replace(examples, weights=weights)
 
 
 def _find_columns(

@@ -33,10 +33,12 @@ class Row:
     Attributes:
         place: Where the row was, such as ``train.csv, line 17``, as error messages begin.
         cells: The value of each column.
+        weight: How much it counts in training.
     """
 
     place: str
     cells: Mapping[str, object]
+    weight: float = 1.0
 
 
 def is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:

@@ -23,6 +23,7 @@ from sidelight.data.examples import (
     as_example,
     require_labelled,
 )
+from sidelight.data.guards import guard_data
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
 from sidelight.data.spans import SpanExamples
@@ -149,6 +150,8 @@ class Classifier:
             SidelightError: The data cannot be read, has other labels, or has no responses for a
                 probe that reads them; or ``spans`` is given and the probe labels whole texts.
         """
+        if (guard := guard_data(data)) is not None:
+            spans = spans or guard.card.spans
         if spans is not None and self.probe.spans is None:
             raise SidelightError(
                 f"Probe '{self.probe.name}' labels whole texts, so it finds no spans. Leave spans= "
@@ -214,7 +217,8 @@ def train(
 
     Args:
         model: A backbone, or its name: ``smollm2``, a folder, or a hub id.
-        data: A file, a hub data set, rows, or loaded examples.
+        data: A file, a hub data set, rows, loaded examples, or a ready guard (`guard:injection`,
+            `guard:injection,mine.jsonl`), whose card says which columns and classes there are.
         mechanism: ``auto`` is a readout, or ``spans`` of labelled spans; else one of
             ``mechanism_names()``.
         text: Column of the text.
@@ -241,6 +245,8 @@ def train(
         SidelightError: The data or the model cannot be used; the message names the remedy.
     """
     # Before the model loads, which takes seconds: what is wrong with options or texts.
+    if (guard := guard_data(data)) is not None:
+        response, spans = response or guard.card.response, spans or guard.card.spans
     of_spans = spans is not None or isinstance(data, SpanExamples)
     if of_spans and mechanism not in (AUTO, "spans"):
         raise SidelightError(

@@ -1,0 +1,201 @@
+"""Ready guards: what ``guard:...`` names in place of a data file."""
+
+from dataclasses import replace
+from importlib.metadata import entry_points
+
+import numpy as np
+import pytest
+
+from commands import run, saved
+from guard_packages import install, texts, write
+from sidelight.artifact import load_probe
+from sidelight.data.guards import find_guard, guard_data
+from sidelight.data.loading import load_examples
+from sidelight.errors import SidelightError
+from sidelight.training.classifier import train
+from sidelight.training.dataset import make_split
+from sidelight.training.settings import FitOptions
+from sidelight.types import Task
+
+pytestmark = pytest.mark.usefixtures("own_cache", "letters")
+BRIEF = ("--background", "none", "--set", "epochs=2")
+TASK = Task("binary", ("other", "shouting"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def letters(tmp_path_factory):
+    """The folder of a package of guards."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield install(tmp_path_factory.mktemp("guards"), patch)
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tmp_path_factory) -> str:
+    return saved(tiny, tmp_path_factory.mktemp("model"))
+
+
+def test_a_guard_names_texts_and_classes_and_a_test_has_the_same():
+    training, unseen = load_examples("guard:shouts"), load_examples("guard:shouts:unseen")
+    assert (len(training), len(unseen)) == (60, 24)
+    assert training.task == unseen.task == TASK
+    assert training.weights is None
+    assert training.items[2].place == "train.jsonl.gz, line 3"
+
+
+def test_a_test_measures_a_probe_whose_two_classes_have_other_names():
+    other = Task("binary", ("fine", "toxic"))
+    np.testing.assert_array_equal(
+        load_examples("guard:shouts:unseen", task=other).labels,
+        load_examples("guard:shouts:unseen").labels,
+    )
+
+
+@pytest.mark.parametrize("names", [(0, 1), ("false", "true"), ("other", "shouting")])
+def test_own_rows_join_in_any_spelling_and_count_more(names, tmp_path):
+    own = [{**row, "label": names[int(str(row["label"]))]} for row in texts(12, seed=3)]
+    whole = load_examples(f"guard:shouts,{write(tmp_path / 'mine.jsonl', own)}")
+    assert whole.task == TASK
+    np.testing.assert_array_equal(whole.labels[60:], [row["label"] for row in texts(12, seed=3)])
+    # As much as all packaged rows together, but at most ten times one.
+    assert whole.weights is not None
+    np.testing.assert_array_equal(whole.weights, [1.0] * 60 + [5.0] * 12)
+    few = load_examples(f"guard:shouts,{write(tmp_path / 'few.jsonl', own[:2])}")
+    assert few.weights is not None
+    assert few.weights[-1] == 10
+    np.testing.assert_array_equal(few.select([61, 0]).weights, [10, 1])
+
+
+def test_own_chats_end_with_the_answer_that_a_guard_of_answers_reads(tmp_path):
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "No."}]
+    own = write(tmp_path / "mine.jsonl", [{"messages": turns, "label": 1}])
+    last = load_examples(f"guard:replies,{own}").items[-1]
+    assert (last.text, last.response) == ("Hello", "No.")
+    chat = load_examples(f"guard:shouts,{own}").items[-1]
+    assert (len(chat.messages), chat.response) == (2, None)
+    unanswered = write(tmp_path / "open.jsonl", [{"messages": turns[:1], "label": 1}])
+    with pytest.raises(SidelightError, match=r"open.jsonl, line 1: .* role 'user'\. End with"):
+        load_examples(f"guard:replies,{unanswered}")
+
+
+def test_each_text_counts_by_its_weight(tiny, tmp_path):
+    examples = load_examples("guard:shouts").select(range(20))
+    weighted = replace(examples, weights=np.repeat([1.0, 4.0], 10))
+    options = FitOptions(cache_root=tmp_path)
+    plain, split = (make_split(tiny, each, options) for each in (examples, weighted))
+    assert (plain.weights == 1).all()
+    np.testing.assert_allclose(split.weights, np.repeat([0.4, 1.6], 10))
+    np.testing.assert_allclose(split.select(range(10)).weights, 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("guard:shout", r"no guard 'shout'\. Did you mean 'shouts'\? Known: .*letters, .*shouts"),
+        ("guard:", r"no guard ''"),
+        ("guard:shouts:seen", r"no test 'seen'\. Did you mean 'unseen'\? Known: unseen"),
+        ("guard:shouts:unseen,mine.jsonl", r"Write guard:NAME"),
+        ("guard:shouts,", r"Write guard:NAME"),
+        ("guard:shouts,absent.jsonl", r"No file 'absent.jsonl'"),
+    ],
+)
+def test_a_name_that_is_not_there_is_answered_with_those_that_are(source, said):
+    with pytest.raises(SidelightError, match=said):
+        load_examples(source)
+
+
+def test_a_guard_whose_package_is_missing_says_what_to_install(monkeypatch, tmp_path):
+    # Nothing of the environment, as if no package were installed.
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    assert not entry_points(group="sidelight.guards")
+    with pytest.raises(SidelightError, match=r"Run `pip install sidelight-guards`\."):
+        guard_data("guard:injection")
+
+
+def test_two_packages_with_one_name_are_refused(monkeypatch, tmp_path):
+    install(tmp_path, monkeypatch, "other_guards")
+    with pytest.raises(SidelightError, match=r"letter_guards, other_guards\. Uninstall"):
+        find_guard("shouts")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("title = 3", r"title: Input should be a valid string"),
+        ('title = "Shouts"\nmood = "good"', r"mood: Extra inputs are not permitted"),
+        ("title = ", r"shouts.toml \(Invalid value"),
+        ('title = "Shouts"\nreads = "both"', r"shouts.toml \(Cannot overwrite"),
+    ],
+)
+def test_a_wrong_card_is_refused_by_its_key(letters, line, said):
+    path = letters / "shouts.toml"
+    whole = path.read_text()
+    path.write_text(whole.replace('title = "shouts"', line, 1))
+    try:
+        with pytest.raises(SidelightError, match=said):
+            find_guard("shouts")
+    finally:
+        path.write_text(whole)
+
+
+@pytest.mark.parametrize(
+    ("source", "columns", "said"),
+    [
+        (
+            "guard:shouts",
+            {"label": "toxicity"},
+            r"--label toxicity contradicts .*has label\. Leave",
+        ),
+        ("guard:shouts", {"positive": "other"}, r"--positive other contradicts .*has shouting"),
+        ("guard:shouts", {"response": "answer"}, r"--response answer contradicts .*has none"),
+        ("guard:shouts", {"spans": "spans"}, r"--spans spans contradicts .*has none"),
+        ("guard:shouts", {"split": "test"}, r"--split test contradicts .*has none"),
+        ("guard:letters", {}, r"labels spans, not whole texts\. Name their column with --spans"),
+    ],
+)
+def test_what_contradicts_the_card_is_refused(source, columns, said):
+    with pytest.raises(SidelightError, match=said):
+        load_examples(source, **columns)
+    assert load_examples("guard:shouts", positive="shouting", label="label").task == TASK
+
+
+def test_own_rows_without_a_column_of_the_guard_are_refused(tmp_path):
+    own = write(tmp_path / "mine.jsonl", [{"text": "Ann", "entities": []}])
+    with pytest.raises(SidelightError, match=r"mine.jsonl, line 1: no column 'spans'\. Rows"):
+        load_examples(f"guard:letters,{own}", spans="spans")
+    wrong = write(tmp_path / "wrong.jsonl", [{"text": "Ann", "label": "calm"}])
+    with pytest.raises(SidelightError, match=r"wrong.jsonl, line 1: unknown label 'calm'\."):
+        load_examples(f"guard:shouts,{wrong}")
+
+
+def test_the_commands_take_a_guard_for_a_file(model, tmp_path, capsys):
+    out, own = tmp_path / "shouts", write(tmp_path / "mine.jsonl", texts(6, seed=3))
+    data = f"guard:shouts,{own}"
+    assert run("train", "--data", data, "--model", model, "--out", str(out), *BRIEF) == 0
+    assert load_probe(out).task == TASK
+    assert run("eval", str(out), "--data", "guard:shouts:unseen") == 0
+    assert "24 rows" in capsys.readouterr().out
+    assert run("predict", str(out), "--data", "guard:shouts:unseen") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 24
+
+
+def test_a_guard_of_answers_trains_a_probe_that_reads_them(tiny, model, tmp_path):
+    out = tmp_path / "replies"
+    data = ("--data", "guard:replies", "--validation", "guard:replies:unseen")
+    assert run("train", *data, "--model", model, "--out", str(out), *BRIEF) == 0
+    assert load_probe(out).reads.side == "response"
+    unseen = "guard:replies:unseen"
+    classifier = train(tiny, "guard:replies", validation=unseen, background="none")
+    assert classifier.probe.reads.side == "response"
+    assert classifier.evaluate(unseen).rows == 24
+
+
+def test_a_guard_of_spans_trains_a_probe_that_finds_them(model, tmp_path, capsys):
+    own = [{"text": "ab 12", "spans": [{"start": 3, "end": 5, "label": "NUMBER"}]}]
+    out, data = tmp_path / "letters", f"guard:letters,{write(tmp_path / 'mine.jsonl', own)}"
+    words = ("--model", model, "--out", str(out), "--mechanism", "spans", "--set", "epochs=1")
+    assert run("train", "--data", data, *words) == 0
+    assert load_probe(out).spans is not None
+    assert run("eval", str(out), "--data", "guard:letters:unseen") == 0
+    assert "24 texts" in capsys.readouterr().out
+    assert run("train", "--data", "guard:letters", "--positive", "SHOUT", *words) == 2
+    assert "--positive are for labels of whole texts" in capsys.readouterr().err
