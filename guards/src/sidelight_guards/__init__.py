@@ -1,0 +1,1 @@
+"""Labelled texts of ready guards, with a card for each; ``sidelight.data.guards`` reads them."""

@@ -1,0 +1,117 @@
+"""The packaged texts: what their cards and the notice say of them holds."""
+
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sidelight.data.examples import LabelledExamples
+from sidelight.data.guards import find_guard
+from sidelight.data.loading import load_examples
+from sidelight.data.near_duplicates import NearDuplicates
+
+NAMES = ("harmful", "injection", "pii", "refusal", "toxicity")
+PACKAGE = Path(__file__).parents[1] / "src" / "sidelight_guards"
+# Where the licence could not be confirmed at its source, and what may only be measured on.
+UNCONFIRMED = re.compile(r"advbench|tdc|do-not-answer|hatexplain|wildguard|aegis|or-bench", re.I)
+LICENCES = re.compile(r"Apache-2\.0|BSD-3-Clause|CC-BY-4\.0|CC-BY-SA-[34]\.0|CC0-1\.0|MIT|public d")
+NOTICE = (PACKAGE / "NOTICE").read_text()
+
+
+@cache
+def examples(name: str, test: str = "") -> LabelledExamples:
+    card, source = find_guard(name).card, f"guard:{name}{test and ':' + test}"
+    return load_examples(source, **({"spans": card.spans} if card.spans else {}))
+
+
+def sources(name: str, test: str = "") -> Counter[str]:
+    return Counter(map(str, examples(name, test).column("source")))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_guard_is_installed_from_here_with_texts_of_both_classes(name):
+    guard = find_guard(name)
+    assert guard.folder == PACKAGE / name
+    assert (guard.card.reads == "response") == (name == "refusal")
+    assert len(examples(name)) > 1500
+    held = examples(name).labels.reshape(len(examples(name)), -1).any(1)
+    assert 500 < held.sum() < len(held) - 500
+    assert not examples(name).skipped.empty_text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_card_names_a_licence_for_every_source_of_a_row(name):
+    card = find_guard(name).card
+    assert set(sources(name)) == set(card.sources)
+    origins = [*card.sources.values(), *card.tests.values()]
+    assert [origin for origin in origins if not LICENCES.search(origin.licence)] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_row_is_of_a_source_whose_licence_is_unconfirmed(name):
+    tests = [sources(name, test) for test in find_guard(name).card.tests]
+    assert [s for s in sum(tests, sources(name)) if UNCONFIRMED.search(s)] == []
+
+
+def test_the_notice_counts_the_rows_of_every_source_and_test():
+    told = dict(re.findall(r"^[^|]+ \| ([^|]+) \| ([\d,]+) \| \S", NOTICE, re.MULTILINE))
+    trained = sum((sources(name) for name in NAMES), Counter[str]())
+    tested = {
+        f"{name}, {test}": len(examples(name, test))
+        for name in NAMES
+        for test in find_guard(name).card.tests
+    }
+    assert {source: int(rows.replace(",", "")) for source, rows in told.items()} == {
+        **trained,
+        **tested,
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tests_of_a_card_are_the_files_beside_it_and_at_most_400_rows(name):
+    tests = find_guard(name).card.tests
+    files = {path.name for path in (PACKAGE / name).iterdir()}
+    assert files == {"train.jsonl.gz", *(f"test_{test}.jsonl.gz" for test in tests)}
+    assert all(100 <= len(examples(name, test)) <= 400 for test in tests)
+    assert {test for test in tests if len(examples(name, test)) == 400} >= {
+        test for test, card in tests.items() if card.drawn
+    }
+
+
+def test_the_page_counts_the_texts_and_names_the_tests():
+    page = (PACKAGE.parents[2] / "docs" / "guards.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\d,]+) / ([\d,]+) \| (.+) \|$", page, re.MULTILINE)
+    assert [name for name, *_ in rows] == sorted(NAMES, key=[row[0] for row in rows].index)
+    for name, positive, other, tests in rows:
+        held = examples(name).labels.reshape(len(examples(name)), -1).any(1)
+        told = (int(positive.replace(",", "")), int(other.replace(",", "")))
+        assert told == (held.sum(), (~held).sum())
+        assert re.findall(r"`(\w+)`", tests) == [*find_guard(name).card.tests]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_no_training_text_is_a_near_duplicate_of_a_test(name):
+    training = examples(name)
+    tests = [examples(name, test) for test in find_guard(name).card.tests]
+    keys = [item.text_key for part in (training, *tests) for item in part.items]
+    alike = NearDuplicates.among(keys)
+    is_training = np.zeros(alike.texts.max() + 1, dtype=bool)
+    is_training[alike.texts[: len(training)]] = True
+    assert not is_training[alike.texts[len(training) :]].any()
+    assert (is_training[alike.left] == is_training[alike.right]).all()
+
+
+def test_a_row_of_shared_alike_texts_names_its_author():
+    coded = [row for row in examples("injection").rows if "url" in row]
+    assert len(coded) > 50
+    assert all("stackoverflow.com/" in str(row["url"]) and row["authors"] for row in coded)
+    payloads = [
+        row for row in examples("injection").rows if str(row["source"]).startswith("payload")
+    ]
+    backgrounds = find_guard("injection").card.sources
+    named = {f"background:{row['document']}" for row in payloads}
+    assert {source for source in named if source in backgrounds} == named
