@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sidelight
-from sidelight.data.examples import Example
+from sidelight.data.examples import Example, balanced_order
 from sidelight.data.loading import load_examples
 from sidelight.data.near_duplicates import are_alike
 from sidelight.errors import SidelightError
@@ -16,7 +16,6 @@ from sidelight.prompts import Message
 from sidelight.training.background import (
     PACKAGED,
     Background,
-    balanced_order,
     load_background,
 )
 

@@ -1,5 +1,6 @@
 """Ready guards: what ``guard:...`` names in place of a data file."""
 
+from collections import Counter
 from dataclasses import replace
 from importlib.metadata import entry_points
 
@@ -9,7 +10,7 @@ import pytest
 from commands import run, saved
 from guard_packages import install, texts, write
 from sidelight.artifact import load_probe
-from sidelight.data.guards import find_guard, guard_data
+from sidelight.data.guards import draw_texts, find_guard, guard_data
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.training.classifier import train
@@ -63,6 +64,22 @@ def test_own_rows_join_in_any_spelling_and_count_more(names, tmp_path):
     assert few.weights is not None
     assert few.weights[-1] == 10
     np.testing.assert_array_equal(few.select([61, 0]).weights, [10, 1])
+
+
+def test_a_draw_has_labels_and_sources_alike_and_all_background_is_one_source():
+    sources = ["rare"] * 6 + ["common"] * 34 + [f"background:{n}" for n in range(20)]
+    cells = [
+        {"text": f"{source} {n}", "label": n % 2, "source": source}
+        for n, source in enumerate(sources)
+    ]
+    whole = load_examples(cells)
+    drawn = draw_texts(whole, 18)
+    assert drawn.label_counts.tolist() == [9, 9]
+    counts = Counter(str(source).partition(":")[0] for source in drawn.column("source"))
+    assert {*counts} == {"rare", "common", "background"}
+    assert min(counts.values()) >= 5
+    assert drawn.items == draw_texts(whole, 18).items
+    assert len(draw_texts(whole, 100)) == 60
 
 
 def test_own_chats_end_with_the_answer_that_a_guard_of_answers_reads(tmp_path):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import operator
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -298,6 +298,41 @@ def require_labelled(examples: Examples) -> LabelledExamples:
             "These examples have no labels. Name the column with --label (label= in Python)."
         )
     return examples
+
+
+def balanced_order(
+    strata: Sequence[tuple[Hashable, ...]], *, weights: Sequence[float] = (), seed: int = 0
+) -> list[int]:
+    """An order of rows of which every beginning has each value of a column about equally often.
+
+    The next row is always one whose values came least often so far.
+
+    Args:
+        strata: The values of each row, which decide its weight.
+        weights: As how many rows each counts; all as one if there are none.
+        seed: Decides among rows that would do as well.
+    """
+    random = np.random.default_rng(seed)
+    rows = random.permutation(len(strata))
+    numbers: dict[tuple[int, Hashable], int] = {}
+    codes = np.array(
+        [
+            [numbers.setdefault(pair, len(numbers)) for pair in enumerate(strata[row])]
+            for row in rows.tolist()
+        ]
+    )
+    kinds, kind_of = np.unique(codes, axis=0, return_inverse=True)
+    members = [rows[kind_of == kind].tolist() for kind in range(len(kinds))]
+    ties, taken = random.random(len(kinds)), np.zeros(len(numbers))
+    weigh = [weights[own[0]] if weights else 1.0 for own in members]
+    order: list[int] = []
+    for _ in rows:
+        best = int((taken[kinds].sum(1) + ties).argmin())
+        order.append(members[best].pop())
+        taken[kinds[best]] += weigh[best]
+        if not members[best]:
+            ties[best] = np.inf
+    return order
 
 
 def validation_share(rows: int) -> float:

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sidelight.data.examples import LabelledExamples, balanced_order
 from sidelight.data.labels import TRUTH, is_missing, label_name
 from sidelight.data.readers import Row, is_list, is_mapping, read_file, read_rows
 from sidelight.errors import SidelightError, did_you_mean
@@ -256,3 +257,12 @@ def guard_data(source: object) -> GuardData | None:
     if colon:
         guard.test(test)
     return GuardData(guard, test if colon else None, own if comma else None)
+
+
+def draw_texts(examples: LabelledExamples, count: int) -> LabelledExamples:
+    """So many of a guard's texts, balanced over sources and labels; the same ones each time."""
+    # All background is one source: its many would outweigh the others.
+    sources = (str(cells.get("source")).partition(":")[0] for cells in examples.rows)
+    strata = zip(sources, map(tuple, examples.label_names()), strict=True)
+    drawn = examples.select(sorted(balanced_order([*strata])[:count]))
+    return replace(drawn, warnings=examples.warnings)

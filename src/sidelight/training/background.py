@@ -1,7 +1,7 @@
 """Ordinary conversations, which training shows texts in and a probe learns to let pass."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sidelight.data.examples import Example, Examples, LabelledExamples
+from sidelight.data.examples import Example, Examples, LabelledExamples, balanced_order
 from sidelight.data.loading import load_examples
 from sidelight.data.near_duplicates import are_alike
 from sidelight.prompts import Message
@@ -136,41 +136,6 @@ def _stratum(
     characters = sum(len(turn.content) for turn in turns)
     named = (str(cells.get(column) or unknown) for column in ("kind", "source"))
     return int(np.digitize(characters, _LENGTHS)), int(np.digitize(len(turns), _TURNS)), *named
-
-
-def balanced_order(
-    strata: Sequence[tuple[Hashable, ...]], *, weights: Sequence[float] = (), seed: int = 0
-) -> list[int]:
-    """An order of rows of which every beginning has each value of a column about equally often.
-
-    The next row is always one whose values came least often so far.
-
-    Args:
-        strata: The values of each row, which decide its weight.
-        weights: As how many rows each counts; all as one if there are none.
-        seed: Decides among rows that would do as well.
-    """
-    random = np.random.default_rng(seed)
-    rows = random.permutation(len(strata))
-    numbers: dict[tuple[int, Hashable], int] = {}
-    codes = np.array(
-        [
-            [numbers.setdefault(pair, len(numbers)) for pair in enumerate(strata[row])]
-            for row in rows.tolist()
-        ]
-    )
-    kinds, kind_of = np.unique(codes, axis=0, return_inverse=True)
-    members = [rows[kind_of == kind].tolist() for kind in range(len(kinds))]
-    ties, taken = random.random(len(kinds)), np.zeros(len(numbers))
-    weigh = [weights[own[0]] if weights else 1.0 for own in members]
-    order: list[int] = []
-    for _ in rows:
-        best = int((taken[kinds].sum(1) + ties).argmin())
-        order.append(members[best].pop())
-        taken[kinds[best]] += weigh[best]
-        if not members[best]:
-            ties[best] = np.inf
-    return order
 
 
 def choose_conversations(
