@@ -1,9 +1,10 @@
-"""The texts of a sitting, with what a linear probe needs of their hidden states.
+"""The texts of a sitting, with the means and last tokens of their hidden states.
 
-A linear probe reads two vectors of each text and layer. Only these are kept, where training keeps
-the states of all tokens. The model reads each text once, and a fit takes seconds.
+A regression reads these two vectors of each text and layer. Only these are kept, where training
+keeps the states of all tokens. The model reads each text once, and a fit takes seconds.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +30,7 @@ from sidelight.states.cache import (
     write_tensors,
 )
 from sidelight.states.extraction import BackboneSource, extract, shard_logits
-from sidelight.training.dataset import encode_shortened, linear_refusal
-from sidelight.training.linear import solve_linear
+from sidelight.training.dataset import encode_shortened
 from sidelight.training.measuring import (
     calibrate_examples,
     describe_examples,
@@ -40,6 +40,7 @@ from sidelight.training.measuring import (
 from sidelight.training.settings import FitOptions
 from sidelight.training.validation import complete_folds
 from sidelight.types import Task
+from sidelight_label.regression import fit_regression
 
 # Of one text, as a row of ``LabelledExamples.labels``.
 Labels = int | list[int]
@@ -88,16 +89,21 @@ class Pool:
         self.options = options
         for probe in probes:
             self._require_fits(probe)
-        if refusal := linear_refusal(backbone, len(examples), options):
-            raise SidelightError(f"{refusal}. Allow more (--memory), or use fewer texts (--limit).")
+        sizes = backbone.fingerprint
+        shape = (len(examples), sizes.layers, sizes.width)
+        needed = 8 * math.prod(shape)
+        if needed > options.memory_bytes:
+            raise SidelightError(
+                f"The means and last tokens of all layers need {needed / 2**30:.1f} GiB, the limit "
+                f"is {options.memory_bytes / 2**30:.1f} GiB. Allow more (--memory), or use fewer "
+                "texts (--limit)."
+            )
         limit = min(options.max_tokens, backbone.encoder.max_tokens)
         self.prompts = encode_shortened(backbone, examples, reads=options.reads, limit=limit)
         # As in `sidelight train`: of several classes, a large norm says something.
         self.is_normalised = task.kind != "multiclass"
         cache = _VectorCache(self, probes)
         extract(BackboneSource(backbone), cache, title="Reading")
-        sizes = backbone.fingerprint
-        shape = (len(examples), sizes.layers, sizes.width)
         self._pooled = Pooled(torch.empty(shape), torch.empty(shape))
         logits = np.empty((len(probes), len(examples), task.outputs))
         for row in range(len(examples)):
@@ -147,22 +153,21 @@ class Pool:
                 "Some texts are too alike to be measured on others. Label more of each label."
             )
         pooled = self._pooled.chosen(torch.tensor(rows))
-        solution = solve_linear(pooled, labelled.labels, self.task, folds=folds)
-        assert solution.left_out is not None
-        calibrated = calibrate_examples(solution.left_out, labelled, folds=folds)
+        regression = fit_regression(pooled, labelled.labels, self.task, folds)
+        calibrated = calibrate_examples(regression.left_out, labelled, folds=folds)
         calibration, report = calibrated.calibration, calibrated.report
         sizes = self.backbone.fingerprint
         geometry = Geometry(sizes.layers, sizes.width, self.task.outputs)
         scaling = Standardisation.identity(geometry, is_normalised=self.is_normalised)
-        mechanism = solution.mechanism(scaling)
+        mechanism = regression.readout()
         described = describe_examples(labelled)
-        left_out = calibration.apply(solution.left_out)
+        left_out = calibration.apply(regression.left_out)
         probe = Probe(
             name=name,
             task=self.task,
             reads=self.options.reads,
             prompt_format=self.backbone.encoder.prompt_format,
-            spec=mechanism_spec("linear"),
+            spec=mechanism_spec("readout", {"heads": 1}),
             mechanism=mechanism,
             standardisation=scaling,
             calibration=calibration,
@@ -176,15 +181,14 @@ class Pool:
                     **describe_scores(self.task, left_out, labelled.labels),
                 },
                 "folds": len(calibrated.folds),
-                "settings": {"strength": solution.strength},
+                "settings": {"strength": regression.strength},
                 "max_tokens": self.options.max_tokens,
                 "seed": 0,
                 "parameters": sum(values.numel() for values in mechanism.parameters()),
                 **record,
             },
         )
-        logits = solution.logits(self._pooled).astype(np.float64)
-        probabilities = calibration.apply(logits)
+        probabilities = calibration.apply(regression.logits(self._pooled))
         probabilities[rows] = calibrated.probabilities
         return Judge(f"the probe of {len(rows)} labels", probe, probabilities), report
 

@@ -1,0 +1,138 @@
+"""A logistic regression on means and last tokens of all layers, as the readout that it is.
+
+There are some ten thousand features and few texts, so it is solved in the space that the texts
+span, where an L2 penalty is the same. The log loss of the texts of each fold, by the regression of
+the others, chooses the penalty. The mean and the last token of a layer are two views of a text;
+each is weighed by how well it alone predicts left-out texts, as ``training/scaling.py`` weighs
+layers for a readout, which matters most with few texts.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
+from torch import Tensor
+
+from sidelight.calibration import link
+from sidelight.mechanisms.base import Geometry
+from sidelight.mechanisms.readout import Readout
+from sidelight.metrics import log_losses
+from sidelight.standardisation import Standardisation, spread_and_mean
+from sidelight.states.cache import Pooled
+from sidelight.training.scaling import relative_weights, view_worths
+from sidelight.training.validation import Folds
+from sidelight.types import Task
+
+# scikit-learn's C, where a text's features have a mean square of 1 in all.
+STRENGTHS = tuple(float(10**k) for k in np.arange(-1, 4.1, 0.5))
+_ITERATIONS = 1000
+
+
+@dataclass(frozen=True)
+class Regression:
+    """logits = bias + sum_l (value_l . mean_l + last_l . last token_l), of the given states.
+
+    Attributes:
+        weight: Of the mean of each layer, then of the last token of each.
+        strength: The inverse of the penalty.
+        left_out: The logits of each text by the regression of the other folds, at that strength.
+    """
+
+    weight: Float[Tensor, "view width output"]
+    bias: Float[Tensor, " output"]
+    strength: float
+    left_out: Float[np.ndarray, "text output"]
+
+    def readout(self) -> Readout:
+        """As a mechanism: its one gate is zero, so that it takes the mean over tokens."""
+        value, last = self.weight.chunk(2)
+        # What it draws is overwritten; the caller's random state stays as it is.
+        with torch.random.fork_rng(()):
+            readout = Readout(Geometry(*value.shape), heads=1)
+        scale = math.sqrt(len(value))
+        parts = {"gate": torch.zeros_like(readout.gate), "value": scale * value[:, :, None]}
+        readout.load_state_dict({**parts, "last": scale * last, "bias": self.bias})
+        return readout.eval().requires_grad_(False)
+
+    def logits(self, pooled: Pooled) -> Float[np.ndarray, "text output"]:
+        """Of texts' pooled states."""
+        pairs = zip((pooled.means, pooled.lasts), self.weight.chunk(2), strict=True)
+        products = (torch.einsum("tld,ldc->tc", vectors, weight) for vectors, weight in pairs)
+        return (sum(products) + self.bias).double().numpy()
+
+
+def fit_regression(
+    pooled: Pooled, labels: Int[np.ndarray, "text ..."], task: Task, folds: Folds
+) -> Regression:
+    """Fits the regression to texts, of which each fold and its rest have every label."""
+    views = torch.cat([pooled.means, pooled.lasts], 1)
+    order = np.random.default_rng(0).permutation(len(labels))
+
+    def space(
+        rows: Int[np.ndarray, " row"],
+    ) -> tuple[Standardisation, Float[Tensor, "feature row"], Float[np.ndarray, "text row"]]:
+        """What these texts scale views by, the basis that they span, and all texts in it."""
+        worths = view_worths(pooled.chosen(torch.from_numpy(rows)), labels[rows], task)
+        scaling = _scaling(views[rows], relative_weights(worths).flatten().float())
+        features = ((views - scaling.mean) / scaling.scale).flatten(1)
+        basis, _ = torch.linalg.qr(features[rows].T)
+        return scaling, basis, (features @ basis).numpy()
+
+    rests = [order[~np.isin(order, fold)] for fold in folds]
+    inputs = [space(rest)[2] for rest in rests]
+    left_out: dict[float, Float[np.ndarray, "text output"]] = {}
+    losses: dict[float, float] = {}
+    for strength in STRENGTHS:
+        logits = np.empty((len(labels), task.outputs))
+        for fold, rest, own in zip(folds, rests, inputs, strict=True):
+            logits[fold] = _decide(own[rest], labels[rest], own[fold], task, strength)
+        left_out[strength] = logits
+        losses[strength] = float(log_losses(task, link(task.kind, logits), labels).mean())
+        # Weaker penalties take ever longer.
+        if losses[strength] > 1.1 * min(losses.values()):
+            break
+    strength = min(losses, key=losses.__getitem__)
+    scaling, basis, own = space(order)
+    # The logits of the origin and of each coordinate's unit are the bias and the weights.
+    units = np.eye(own.shape[1] + 1, own.shape[1], k=-1)
+    units = torch.from_numpy(_decide(own[order], labels[order], units, task, strength)).float()
+    folded = scaling.fold((basis @ (units[1:] - units[0])).unflatten(0, views.shape[1:]))
+    bias = units[0] + folded.shift.sum(0)
+    return Regression(folded.weight, bias, strength, left_out[strength])
+
+
+def _scaling(
+    views: Float[Tensor, "text view width"], weights: Float[Tensor, " view"]
+) -> Standardisation:
+    """A text's squares in a view add up to the view's share of the weights on average."""
+    spread, mean = spread_and_mean(views)
+    # Dimensions that hardly vary would be blown up. A view that is the same for all texts, such as
+    # the template's last embedding, says nothing.
+    scale = spread + 1e-2 * spread.mean(1, keepdim=True)
+    is_constant = spread.amax(1) < 1e-3 * views.abs().mean((0, 2)).clamp(min=1e-9)
+    scale[is_constant] = math.inf
+    norm = (spread / scale).square().sum(1, keepdim=True).sqrt().clamp(min=1e-9)
+    return Standardisation(mean, scale * norm).weighted((weights / weights.sum()).sqrt())
+
+
+def _decide(
+    inputs: Float[np.ndarray, "text coordinate"],
+    labels: Int[np.ndarray, "text ..."],
+    others: Float[np.ndarray, "other coordinate"],
+    task: Task,
+    strength: float,
+) -> Float[np.ndarray, "other output"]:
+    """Other texts' logits by the regression of these texts."""
+    model = LogisticRegression(C=strength, max_iter=_ITERATIONS)
+    if task.kind == "multilabel":
+        model = OneVsRestClassifier(model)
+    with warnings.catch_warnings():
+        # A label that all texts have is as good as certain.
+        warnings.filterwarnings("ignore", "Label .* is present in all training examples")
+        model.fit(inputs, labels)
+    return model.decision_function(others).reshape(len(others), -1)
