@@ -125,7 +125,7 @@ def test_validation_texts_that_cannot_calibrate_cost_no_extraction(tiny, tmp_pat
 
 def test_activations_are_gone_after_a_fit_unless_kept(tiny, tmp_path):
     rows = load_examples(corpora.rows("binary", 30), positive="toxic")
-    options = options_of("linear", cache_root=tmp_path)
+    options = options_of("gate", cache_root=tmp_path)
     fit(tiny, rows, None, name="p", options=options)
     assert not list(tmp_path.rglob("*.safetensors"))
     fit(tiny, rows, rows, name="p", options=replace(options, keep_cache=True))
@@ -136,7 +136,7 @@ def test_activations_stay_until_the_probe_is_written(tiny, tmp_path, capsys):
     rows = load_examples(corpora.rows("binary", 30), positive="toxic")
     cache, out = tmp_path / "cache", tmp_path / "probe"
     training = partial(
-        fit, tiny, rows, None, name="p", options=options_of("linear", cache_root=cache), out=out
+        fit, tiny, rows, None, name="p", options=options_of("gate", cache_root=cache), out=out
     )
     out.write_text("a file in the place of the folder")
     with pytest.raises(SidelightError, match="Cannot write the probe"):
@@ -151,10 +151,10 @@ def test_activations_stay_until_the_probe_is_written(tiny, tmp_path, capsys):
 
 def test_train_gives_a_classifier_of_the_format_that_loads_with_its_model(tiny, tmp_path, offline):
     path = saved(tiny, tmp_path / "model")
-    options = {"mechanism": "linear", "prompt_format": "both", "positive": "toxic", "name": "mine"}
-    made = train(path, corpora.rows("binary", 30), **options)
+    options = {"prompt_format": "both", "positive": "toxic", "name": "mine"}
+    made = train(path, corpora.rows("binary", 30), mechanism="gate", context_tokens=1, **options)
     assert made.probe.task.labels == ("fine", "toxic")
-    assert (made.probe.spec.name, made.probe.prompt_format) == ("linear", "both")
+    assert (made.probe.spec.name, made.probe.prompt_format) == ("gate", "both")
     folder, verdicts = made.save(tmp_path / "probe"), made.predict(["hello"])
     assert verdicts[0].probe == "mine"
     for backbone in (None, load_backbone(path, prompt_format="chat")):
@@ -168,7 +168,7 @@ def test_a_probe_of_the_response_is_trained_and_asked_with_responses(tiny):
         for i, row in enumerate(corpora.rows("binary", 60))
     ]
     with pytest.warns(UserWarning, match="No positive class was named, so 'toxic' is taken"):
-        classifier = train(tiny, rows, response="answer", mechanism="linear")
+        classifier = train(tiny, rows, response="answer", context_tokens=1)
     assert classifier.probe.reads == Reads(side="response")
     verdicts = classifier.predict(["question"] * 2, responses=["tab", "tXXXX"])
     low, high = (verdict.probabilities["toxic"] for verdict in verdicts)
@@ -227,7 +227,7 @@ def test_users_are_told_of_texts_that_are_cut_shared_or_rare(tiny):
         row["text"] += LONG
     training = load_examples(rows, positive="toxic")
     few = load_examples(rows[12:24], task=training.task)
-    warnings = fit(tiny, training, few, name="p", options=options_of("linear")).warnings
+    warnings = fit(tiny, training, few, name="p", options=options_of("gate")).warnings
     (cut,) = (warning for warning in warnings if "cut" in warning)
     assert cut.startswith("7 of 40 texts were cut to 256 tokens")
     assert any("positive validation texts, and 30 are wanted" in warning for warning in warnings)
@@ -242,7 +242,7 @@ def test_a_few_dozen_prompts_make_a_useful_probe_of_the_embedded_model():
     short = [row for row in rows if len(row["text"]) < 60]
     examples = load_examples(short[:90], label="toxicity")
     classifier = train(
-        load_backbone(), examples.select(range(50)), mechanism="linear", context_tokens=4000
+        load_backbone(), examples.select(range(50)), mechanism="pooling", context_tokens=4000
     )
     assert classifier.evaluate(examples.select(range(50, 90))).metrics["auroc"].value > 0.75
 

@@ -186,7 +186,7 @@ def test_validation_texts_share_no_background_with_training_texts(tiny, examples
     seen = [*map(words_of_traffic, sides)]
     assert all(seen)
     assert not seen[0] & seen[1]
-    # Those that choose a strength later keep to it too.
+    # Folds that are drawn later keep to it too.
     assert_parted(made.training, 5)
     assert len(made.validation) == 20
 
@@ -197,7 +197,7 @@ def test_without_background_texts_are_shown_alone(tiny, examples, tmp_path):
     assert (made.contexts, len(made.training), made.training.group_of) == ((), 60, None)
     # Plain text is a context without background, which says nothing of ordinary traffic.
     both = tiny_backbone(prompt_format="both")
-    options = FitOptions(mechanism=mechanism_spec("linear"), cache_root=tmp_path)
+    options = FitOptions(mechanism=mechanism_spec("pooling"), cache_root=tmp_path)
     fitted = fit(both, examples, None, name="p", options=options)
     assert fitted.traffic.conversations == 0
 
@@ -332,24 +332,18 @@ def test_contexts_count_by_the_weight_of_their_text_and_background_by_none(tiny,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mechanism", ["pooling", "linear"])
-def test_training_counts_each_text_by_its_weight(tiny, examples, options, monkeypatch, mechanism):
+def test_training_counts_each_text_by_its_weight(tiny, examples, options, monkeypatch):
     made = prepare(tiny, examples, None, options=replace(options, context_tokens=6_000)).training
     heard: list[float] = []
-    loss, solve = TrainingRun.loss, loop.solve_linear
+    loss = TrainingRun.loss
 
     def counted(run, tokens, labels, weights=None):
         heard.extend(weights.tolist())
         return loss(run, tokens, labels, weights)
 
-    def solved(*inputs, weights, **more):
-        heard.extend(weights.tolist())
-        return solve(*inputs, weights=weights, **more)
-
     monkeypatch.setattr(TrainingRun, "loss", counted)
-    monkeypatch.setattr(loop, "solve_linear", solved)
     settings = TrainingSettings(epochs=1, least_steps=0, standardise=False)
-    train_mechanisms([Job(mechanism_spec(mechanism), 0, settings)], training=made, validation=None)
+    train_mechanisms([Job(mechanism_spec("pooling"), 0, settings)], training=made, validation=None)
     np.testing.assert_allclose(sorted(heard), sorted(made.weights), rtol=1e-6)
 
 
@@ -441,7 +435,8 @@ def test_several_classes_say_none_to_ordinary_traffic(tiny, options):
     labelled = LabelledExamples(
         tuple(map(said, texts)), ({},) * 60, labels=np.arange(60) % 3, task=INTENT
     )
-    given = replace(options, mechanism=mechanism_spec("linear"))
+    brief = TrainingSettings(learning_rate=0.05, epochs=2, batch_size=16, least_steps=0)
+    given = replace(options, settings={"readout": brief})
     made = fit(tiny, labelled, None, name="p", options=given)
     assert made.probe.task.labels == (*INTENT.labels, "none")
     assert made.traffic.conversations == len(TRAFFIC)

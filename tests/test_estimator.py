@@ -81,12 +81,12 @@ def test_new_texts_get_their_class_and_probabilities_in_the_order_of_the_classes
 
 @pytest.fixture(scope="module")
 def in_traffic(model):
-    return SidelightClassifier(model, mechanism="linear").fit(TEXTS, LETTERS)
+    return SidelightClassifier(model, context_tokens=4000).fit(TEXTS, LETTERS)
 
 
 def test_it_is_the_probe_that_train_trains(model, in_traffic):
     rows = [*zip(TEXTS, LETTERS.tolist(), strict=True)]
-    made = sidelight.train(model, rows, mechanism="linear").probe
+    made = sidelight.train(model, rows, context_tokens=4000).probe
     assert made.record["contexts"]
     assert made.version == in_traffic.probe_.version
 

@@ -88,12 +88,6 @@ def two_stages(stage):
     return logits
 
 
-def linear_logits(own, states):
-    layers = zip(states, own["value"][:, :, 0], own["last"], strict=True)
-    logits = sum(s.mean(0) @ value + s[-1] @ last for s, value, last in layers)
-    return own["bias"] + logits / math.sqrt(LAYERS)
-
-
 def readout_logits(own, states, **_options):
     logits = np.zeros_like(own["bias"])
     for layer, tokens in enumerate(states):
@@ -123,7 +117,6 @@ EQUATIONS = {
     "pooling": two_stages(pool),
     "gate": two_stages(gate),
     "attention": two_stages(attend),
-    "linear": linear_logits,
     "readout": readout_logits,
     "spans": spans_logits,
 }
@@ -176,7 +169,6 @@ GPT_OSS_20B = Geometry(layers=25, width=2880, outputs=1)
         (LLAMA_3B, "attention", {"factor": 32}, 35_389_440 + 3_073),
         (GPT_OSS_20B, "attention", {"factor": 32, "heads": 6}, 26_956_800 + 2_881),
         # (L + 1) (1 + C) H d and a bias.
-        (LLAMA_3B, "linear", {}, 29 * 2 * 3072 + 1),
         (LLAMA_3B, "readout", {}, 29 * (2 * 2 + 1) * 3072 + 1),
         (LLAMA_3B, "spans", {"lookahead": 2}, (29 * 3072 + 4 * 64 + 1 + 1) * 64 + 1),
     ],

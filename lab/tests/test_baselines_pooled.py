@@ -27,6 +27,7 @@ from sidelight_lab.baselines.pooled import (
     Mlpm,
     fit_logistic,
     gaussian_discriminant,
+    pooled_states,
 )
 from sidelight_lab.baselines.siren import Siren, sparse_path
 from tiny import FAMILIES, family_backbone
@@ -220,7 +221,7 @@ def test_muli_reads_the_models_own_first_token(name, tmp_path):
     split = split_of(backbone, tmp_path, "binary", 6, 7)
     first = FirstToken.of(backbone)
     first.require(backbone, split.prompts[0])
-    odds = first.log_odds(first.directions(split.pooled.lasts[:, -1])).double()
+    odds = first.log_odds(first.directions(pooled_states(split).lasts[:, -1])).double()
     logits = [
         backbone.model(input_ids=torch.tensor([prompt.token_ids])).logits[0, -1]
         for prompt in split.prompts

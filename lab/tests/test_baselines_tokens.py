@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from corpora import TASKS, planted, split_of
 from sidelight.errors import SidelightError
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
-from sidelight.states.cache import Shard
+from sidelight.states.cache import Shard, write_tensors
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import TrainingSettings
@@ -183,17 +182,16 @@ def test_smoothed_probe_and_its_loss_equal_a_literal_loop(kind):
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_layers_are_ranked_by_what_they_tell_of_the_classes(kind):
+def test_layers_are_ranked_by_what_they_tell_of_the_classes(tiny, tmp_path, kind):
     random, labels = np.random.default_rng(0), planted(kind, 400, seed=0)[1]
     targets = np.eye(3)[labels] if kind == "multiclass" else labels.reshape(400, -1)
     layers = [targets + noise * random.normal(size=targets.shape) for noise in (3.0, 0.3, 1.0)]
     means = torch.from_numpy(np.stack(layers, 1)).float()
-    training, validation = (
-        SimpleNamespace(labels=labels[rows], pooled=SimpleNamespace(means=means[rows]))
-        for rows in (slice(200), slice(200, None))
-    )
-    dataset = SimpleNamespace(task=TASKS[kind], training=training, validation=validation)
-    assert ranked_layers(dataset) == [1, 2, 0]
+    whole = split_of(tiny, tmp_path, kind, 400, seed=0, is_extracted=False)
+    path = whole.states.directory / f"{whole.states.key}-pooled.safetensors"
+    write_tensors({"means": means, "lasts": means.bfloat16()}, path)
+    training, validation = (whole.select(rows) for rows in (range(200), range(200, 400)))
+    assert ranked_layers(ProbeDataset(tiny, training, validation)) == [1, 2, 0]
 
 
 class Blind(torch.nn.Module):

@@ -9,7 +9,6 @@ from sidelight.training.background import Background
 from sidelight_lab.bench.defaults import (
     ALONE,
     DEFAULT,
-    LINEAR,
     compare_defaults,
     defaults_table,
 )
@@ -30,20 +29,22 @@ def test_the_default_and_every_rival_have_figures(tiny, tmp_path, kind, figure):
         texts=(16,),
         draws=1,
         held_out=40,
-        rivals=("tfidf", "last_layer", "attention_probe"),
+        rivals=("tfidf", "last_layer", "linear", "attention_probe"),
         background=Background(conversations),
         cache_root=tmp_path,
     )
     rows_of = {(one.size, one.draw, one.row): one for one in judged}
     assert len(rows_of) == len(judged)
     for size in ("8 a class", "16 texts"):
-        regressions = ("last_layer", "last_layer in contexts")
-        for row in (DEFAULT, ALONE, LINEAR, "tfidf", *regressions, "attention_probe"):
+        regressions = [
+            own + end for own in ("last_layer", "linear") for end in ("", " in contexts")
+        ]
+        for row in (DEFAULT, ALONE, "tfidf", *regressions, "attention_probe"):
             one = rows_of[size, 0, row]
             assert one.right.shape == one.losses.shape == (40,)
             assert one.figures["accuracy"] == one.right.mean()
             assert 0 <= one.figures[figure] <= 1
     # Ordinary traffic is flagged where there are thresholds and background to measure it by.
     has_traffic = {one.row for one in judged if "traffic flagged" in one.figures}
-    assert has_traffic == ({DEFAULT, LINEAR} if kind == "binary" else set())
+    assert has_traffic == ({DEFAULT} if kind == "binary" else set())
     assert defaults_table(judged).count("attention_probe") == 2

@@ -39,6 +39,7 @@ VARIANTS = [
     ("fusion", {"rank": 3, "heads": 1}),
     ("blend", {}),
     ("blend", {"fusions": 1, "rank": 4}),
+    ("linear", {}),
 ]
 
 
@@ -71,9 +72,15 @@ def blend_logits(own, states, fusions, **_options):
     return np.mean(logits, 0)
 
 
+def linear_logits(own, states):
+    layers = zip(states, own["value"][:, :, 0], own["last"], strict=True)
+    logits = sum(s.mean(0) @ value + s[-1] @ last for s, value, last in layers)
+    return own["bias"] + logits / math.sqrt(LAYERS)
+
+
 @pytest.fixture(scope="module")
 def equations():
-    return {"fusion": fusion_logits, "blend": blend_logits}
+    return {"fusion": fusion_logits, "blend": blend_logits, "linear": linear_logits}
 
 
 def test_integrated_gradients_are_those_of_the_dense_form():
@@ -92,12 +99,12 @@ def test_integrated_gradients_are_those_of_the_dense_form():
     )
 
 
-@pytest.mark.parametrize("name", ["fusion", "blend"])
+@pytest.mark.parametrize(("name", "epochs"), [("fusion", 6), ("blend", 6), ("linear", 8)])
 def test_probes_of_them_load_where_the_laboratory_is_installed_alone(
-    name, tiny, tmp_path, monkeypatch
+    name, epochs, tiny, tmp_path, monkeypatch
 ):
     assert name not in base.mechanism_names()
-    assert suggested_settings(name).epochs == 6
+    assert suggested_settings(name).epochs == epochs
     folder = save_probe(untrained_probe(tiny, "p", mechanism=name), tmp_path / "p")
     assert load_probe(folder).spec.name == name
     monkeypatch.setattr(base, "_GROUP", "a.group.of.nobody")

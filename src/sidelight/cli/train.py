@@ -36,15 +36,14 @@ _AUTO = "auto"
 @options.training(
     "Of training: batch_size, beginnings, calibration, class_weight, context_tokens, epochs, "
     "format, layer_weights, learning_rate, least_steps, none, normalise, patience, reads, seed, "
-    "standardise, strength, template, weight_decay; docs/reference.md says what each does. Of a "
+    "standardise, template, weight_decay; docs/reference.md says what each does. Of a "
     "mechanism: MECHANISM.OPTION, such as attention.factor."
 )
 @click.option("--force", is_flag=True, help="Replace the probe that --out holds.")
 @click.option(
     "--mechanism",
     default=_AUTO,
-    help="auto (a readout, or spans with --spans), attention, gate, linear, pooling, "
-    "readout, or spans.",
+    help="auto (a readout, or spans with --spans), attention, gate, pooling, readout, or spans.",
 )
 @click.option(
     "--spans",

@@ -3,9 +3,9 @@
 The dense form, which defines a mechanism, is its equation over a padded tensor. The streaming form
 needs a few numbers from each token (``columns``) and keeps a small state (``summarise``,
 ``finish``); the states of two neighbouring runs of tokens merge (``merge``). Training and serving
-both use the streaming form, except that training solves ``linear`` from pooled states. Laws in
-``tests/test_mechanisms.py`` prove it equal to the dense form for any chunking, merge order and
-packing. Knows hidden states, which the probe standardises if at all, and no text.
+both use the streaming form. Laws in ``tests/test_mechanisms.py`` prove it equal to the dense form
+for any chunking, merge order and packing. Knows hidden states, which the probe standardises if at
+all, and no text.
 """
 
 from abc import ABC, abstractmethod
@@ -151,7 +151,7 @@ _Builder = TypeVar("_Builder", bound=Builder)
 _BUILDERS: dict[str, Builder] = {}
 # Entry points of other packages, each a builder as for ``register``.
 _GROUP = "sidelight.mechanisms"
-_MOVED = ("blend", "fusion")
+_MOVED = ("blend", "fusion", "linear")
 
 
 def register(name: str) -> Callable[[_Builder], _Builder]:

@@ -90,20 +90,3 @@ class Readout(Mechanism):
         self, readouts: Float[Tensor, "batch layer output"]
     ) -> Float[Tensor, "batch output"]:
         return readouts.sum(1) / math.sqrt(readouts.shape[1]) + self.bias
-
-
-@register("linear")
-class Linear(Readout):
-    """A readout whose one gate is zero, so that it takes the mean over tokens.
-
-    What it learns has one optimum, which training solves for (``training/linear.py``).
-
-    Args:
-        geometry: Sizes.
-    """
-
-    def __init__(self, geometry: Geometry):
-        super().__init__(geometry, heads=1)
-        zeros = torch.zeros_like(self.gate)
-        del self.gate
-        self.register_buffer("gate", zeros, persistent=False)

@@ -32,7 +32,7 @@ SHARD_BYTES = 512 * 2**20
 _BYTES_PER_VALUE = 2
 # Left free on the disk.
 _RESERVE_BYTES = 2 * 2**30
-# What may be held in memory: two shards, some texts of a cache, or pooled states.
+# What may be held in memory: two shards, or some texts of a cache.
 MEMORY_BYTES = 2 * SHARD_BYTES
 
 

@@ -9,24 +9,20 @@ from functools import cached_property, partial
 from typing import SupportsIndex
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, Examples, LabelledExamples, located, place_of
 from sidelight.data.spans import SpanExamples, span_text
 from sidelight.errors import SidelightError
-from sidelight.progress import progress, say
+from sidelight.progress import say
 from sidelight.prompts import EncodedPrompt, Reads, judged_units
 from sidelight.smollm2 import cache_root
 from sidelight.spans import token_labels
 from sidelight.states.cache import (
     SHARD_BYTES,
     ActivationCache,
-    Pooled,
     States,
-    write_tensors,
 )
 from sidelight.states.extraction import BackboneSource, StateSource, extract
 from sidelight.training.background import choose_conversations
@@ -166,34 +162,6 @@ class Split:
             units.append([positions for positions in kept if len(positions)])
         return units
 
-    @cached_property
-    def pooled(self) -> Pooled:
-        """Means and last tokens; computed once for a data set and kept beside its states."""
-        return self._pooled(is_normalised=False)
-
-    @cached_property
-    def pooled_normalised(self) -> Pooled:
-        """As ``pooled``, of states that are divided by their root mean square first."""
-        return self._pooled(is_normalised=True)
-
-    def _pooled(self, *, is_normalised: bool) -> Pooled:
-        name = "pooled-normalised" if is_normalised else "pooled"
-        path = self.states.directory / f"{self.states.key}-{name}.safetensors"
-        if not path.exists():
-            sizes = self.states.fingerprint
-            shape = (len(self.states.lengths), sizes.layers, sizes.width)
-            means, lasts = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
-            with progress("Pooling", shape[0], unit="texts") as shown:
-                states = States(self.states, range(shape[0]))
-                for shard in map(states.read, range(len(states))):
-                    pooled = shard.pooled(is_normalised=is_normalised)
-                    means[shard.rows], lasts[shard.rows] = pooled.means, pooled.lasts.bfloat16()
-                    shown.advance(len(shard.rows))
-            write_tensors({"means": means, "lasts": lasts}, path)
-        stored = load_file(path)
-        rows = torch.from_numpy(self.rows)
-        return Pooled(stored["means"][rows], stored["lasts"][rows].float())
-
     def own_states(self) -> States:
         """The hidden states of these texts alone, as training reads them."""
         return States(self.states, self.rows.tolist())
@@ -268,12 +236,6 @@ def prepare(
     groups = _groups(training, FOLDS)
     parts = background.parts(len(groups) + (0 if folds else _MEASURING_PARTS))
     contexts = draw_contexts(backbone, training, groups, parts[: len(groups)], options)
-    refusal = linear_refusal(backbone, len(training) + len(contexts), options)
-    if refusal and options.mechanism is not None and options.mechanism.name == "linear":
-        raise SidelightError(
-            f"{refusal}. Allow more (--set memory=GIB, memory_bytes=), "
-            "name another mechanism, or use fewer rows (--set limit=N)."
-        )
     split = partial(make_split, backbone, options=options, source=source)
     fitted = measured = split(training, contexts=contexts, groups=groups, title="Training texts")
     if folds:
@@ -316,18 +278,6 @@ def _groups(examples: LabelledExamples, count: int) -> Folds:
     groups = examples.folds(count, seed=0) if count > 1 else (np.arange(len(examples)),)
     # Of few texts of several classes, the first may take all.
     return tuple(group for group in groups if len(group))
-
-
-def linear_refusal(backbone: TransformersBackbone, texts: int, options: FitOptions) -> str:
-    """Why the pooled states of all layers are too much for memory; "" if they are not."""
-    sizes = backbone.fingerprint
-    needed = 8 * texts * sizes.layers * sizes.width
-    if needed <= options.memory_bytes:
-        return ""
-    return (
-        f"'linear' needs {needed / 2**30:.1f} GiB for the pooled states of all layers, the limit "
-        f"is {options.memory_bytes / 2**30:.1f} GiB"
-    )
 
 
 def make_split(

@@ -10,23 +10,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.readout import Linear
 from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
 from sidelight.states.cache import Shard
 from sidelight.training.dataset import Split
-from sidelight.training.linear import LinearSolution, solve_linear
 from sidelight.training.optimisation import TrainingRun, validation_score
 from sidelight.training.scaling import Scaling
-from sidelight.training.settings import Job, TrainingSettings
-from sidelight.training.validation import FOLDS, Folds
+from sidelight.training.settings import Job
+from sidelight.training.validation import Folds
 
 _VALIDATION_BATCH = 128
 # Of one matmul while training, so that many runs with many classes do not fill the memory.
 _MOST_COLUMNS = 256
-# Of so many, one fold is enough to choose a strength by.
-_MANY_TEXTS = 2048
 # How often a part of a text without a label is shown in place of the whole.
 _UNIT_ALONE = 0.7
 _NOTHING = np.array([], dtype=np.int64)
@@ -76,17 +72,10 @@ def cross_fit(
     threshold and figures are made from these logits. A part held out of few texts would be missed
     in training, and too small to stop or choose by. Every epoch is trained.
 
-    The strength that the folds choose is that of each fold too: what calibrates is shrunk like the
-    probe.
-
     Returns:
         The probes of all texts with the logits of each fold by the run without it; None for a job
         that diverged, on a fold or on all texts.
     """
-    jobs = [
-        replace(job, settings=replace(job.settings, strength=_strength(job, training, folds)))
-        for job in jobs
-    ]
     trainer = _Trainer(jobs, training, torch.device(device), (_NOTHING, *folds))
     trainer.train(None)
     whole = trainer.runs[: len(jobs)]
@@ -112,37 +101,6 @@ def _if_finite(run: TrainingRun) -> TrainingRun | None:
     return None if run.has_diverged or not np.isfinite(run.logits).all() else run
 
 
-def _strength(job: Job, training: Split, folds: Folds) -> float | None:
-    """What a linear job has, or these folds choose."""
-    if job.spec.name != "linear" or job.settings.strength is not None:
-        return job.settings.strength
-    settings = job.settings.fitted_to(len(training), training.task)
-    return _solution(training, settings, folds).strength
-
-
-def _solution(
-    training: Split,
-    settings: TrainingSettings,
-    folds: Folds | None = None,
-    *,
-    worths: Tensor | None = None,
-) -> LinearSolution:
-    if folds is None and settings.strength is None:
-        folds = training.folds(FOLDS)
-        folds = folds[:1] if len(training) > _MANY_TEXTS else folds
-    return solve_linear(
-        training.pooled_normalised if settings.normalise else training.pooled,
-        training.labels,
-        training.task,
-        folds=folds or (),
-        strength=settings.strength,
-        worths=worths,
-        weights=training.weights,
-        counted=np.random.default_rng(0).permutation(training.first_rows),
-        balanced=settings.class_weight == "balanced",
-    )
-
-
 class _Trainer:
     """A run for each part of the texts and each job, part by part.
 
@@ -160,7 +118,6 @@ class _Trainer:
         device: torch.device,
         left_out: Folds = (_NOTHING,),
     ):
-        self._training = training
         self._states = states = training.own_states()
         self._labels = _labels_of(training, device)
         self._weights = _weights_of(training, device)
@@ -187,9 +144,6 @@ class _Trainer:
                     labels_tokens=training.token_labels is not None,
                 )
                 self.runs.append(run)
-                if isinstance(run.mechanism, Linear):
-                    worths = scaling.worths(part, bool(settings.normalise))
-                    self._solve(run, worths)
 
     def _steps_per_epoch(self, batch_size: int) -> int:
         """An upper bound of the steps in an epoch."""
@@ -198,18 +152,10 @@ class _Trainer:
         whole = sum(math.ceil(size / batch_size) + 1 for size in sizes if size >= batch_size)
         return whole + math.ceil(sum(size for size in sizes if size < batch_size) / batch_size)
 
-    def _solve(self, run: TrainingRun, worths: Tensor) -> None:
-        """Gives a linear mechanism its optimum, which needs no epoch."""
-        texts = self._training.select(run.texts.nonzero()[:, 0].tolist())
-        solution = _solution(texts, run.job.settings, worths=worths)
-        run.settle(solution)
-        run.job = replace(run.job, settings=replace(run.job.settings, strength=solution.strength))
-
     def train(self, validation: Split | None) -> None:
         """Trains every run, and restores its best epoch."""
         tokens = sum(self._states.lengths)
-        unfinished = [run.job.settings.epochs for run in self.runs if not run.has_finished]
-        epochs = max(unfinished, default=0)
+        epochs = max(run.job.settings.epochs for run in self.runs)
         with progress("Training", epochs * tokens, unit="tokens") as shown:
             for epoch in range(epochs):
                 active = [run for run in self.runs if not run.has_finished]

@@ -17,7 +17,6 @@ from sidelight.mechanisms.base import Geometry, Mechanism, build_mechanism
 from sidelight.mechanisms.spans import Spans
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
-from sidelight.training.linear import LinearSolution
 from sidelight.training.settings import Job
 from sidelight.types import Task
 
@@ -238,11 +237,6 @@ class TrainingRun:
             self.history.append(score)
         if self.best_epoch == self._epochs:
             self._best = deepcopy(self.mechanism.state_dict())
-
-    def settle(self, solution: LinearSolution) -> None:
-        """Takes the optimum of a linear mechanism, and has finished."""
-        self._best = solution.mechanism(self.standardisation).state_dict()
-        self._epochs = self.job.settings.epochs
 
     def restore_best(self) -> None:
         """Puts the best epoch's parameters back and freezes them."""

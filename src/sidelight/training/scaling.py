@@ -58,7 +58,7 @@ class Scaling:
         self._parts = parts
         self._moments = cache(self._measure_moments)
         self._sample = cache(self._draw_sample)
-        self.worths = cache(self._measure_worths)
+        self._worths = cache(self._measure_worths)
 
     def standardisation(self, settings: TrainingSettings, part: int) -> Standardisation:
         """How a probe of a part's texts scales states."""
@@ -70,7 +70,7 @@ class Scaling:
         moments = self._moments(is_normalised)
         if settings.layer_weights == "equal":
             return moments
-        return moments.weighted(layer_weights(self.worths(part, is_normalised)))
+        return moments.weighted(layer_weights(self._worths(part, is_normalised)))
 
     def _measure_moments(self, is_normalised: bool) -> Standardisation:
         """Mean and scale of each layer's values, from the first shards: random samples of texts."""

@@ -44,8 +44,7 @@ class TrainingSettings:
             epochs give proportionally more patience.
         class_weight: ``balanced`` weighs each class by its inverse frequency; the threshold that
             validation chooses handles imbalance either way.
-        standardise: Whether hidden states are standardised per layer. A linear solution does not
-            depend on it.
+        standardise: Whether hidden states are standardised per layer.
         layer_weights: ``predictive`` weighs layers by how well each predicts left-out training
             texts (see ``training/scaling.py``), if states are standardised.
         normalise: Whether hidden states are divided by their root mean square, so that no token
@@ -53,8 +52,6 @@ class TrainingSettings:
             classes, which lose accuracy by it (measured in lab/docs/experiments).
         beginnings: Whether a probe of responses also learns from a random beginning of each, since
             it has to give scores while a response is being written.
-        strength: Of ``linear``, the inverse of its L2 penalty (see ``training/linear.py``); None
-            lets cross-validation choose.
     """
 
     learning_rate: Annotated[float, Field(ge=0, lt=1)] = 1e-3
@@ -68,7 +65,6 @@ class TrainingSettings:
     layer_weights: Literal["equal", "predictive"] = "equal"
     normalise: bool | None = None
     beginnings: bool = True
-    strength: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     def __post_init__(self) -> None:
         """Refuses what the optimiser cannot use."""
@@ -101,8 +97,6 @@ SUGGESTED = {
     "pooling": TrainingSettings(learning_rate=2e-2, weight_decay=0.1, epochs=4),
     "gate": TrainingSettings(learning_rate=1e-2, weight_decay=0.1, epochs=4),
     "attention": TrainingSettings(learning_rate=1e-3, weight_decay=0.1, epochs=3),
-    # Solved, not trained: it has one optimum.
-    "linear": TrainingSettings(epochs=1, patience=1, least_steps=0, standardise=False),
     "readout": TrainingSettings(weight_decay=0.3, epochs=6, layer_weights="predictive"),
     # Every token is an example.
     "spans": TrainingSettings(learning_rate=2e-3, epochs=4, least_steps=240),

@@ -14,6 +14,7 @@ from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_validation
+from sidelight_lab.baselines.pooled import pooled_states
 from sidelight_lab.baselines.siren import sparse_path
 
 # 1 - p below this cannot be told from zero in float32; log-odds end at 16.
@@ -226,4 +227,4 @@ def _fitted(
 
 
 def _last_states(split: Split) -> Float[Tensor, "text width"]:
-    return split.pooled.lasts[:, -1]
+    return pooled_states(split).lasts[:, -1]

@@ -6,16 +6,21 @@ These are logistic regressions and Gaussian discriminants by scikit-learn, on st
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
+from safetensors.torch import load_file
 from sklearn.covariance import LedoitWolf
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from sidelight.progress import progress
+from sidelight.states.cache import Pooled, States, write_tensors
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_validation
@@ -24,6 +29,33 @@ from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_valid
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001)
 # The logit of a class that no training text has.
 _ABSENT = -20.0
+
+
+# Each penalty and layer reads them again: of training, validation and test texts.
+@lru_cache(maxsize=3)
+def pooled_states(split: Split, *, is_normalised: bool = False) -> Pooled:
+    """Means and last tokens; computed once for a data set and kept beside its states.
+
+    Args:
+        split: The texts.
+        is_normalised: Whether states are divided by their root mean square first.
+    """
+    cache = split.states
+    name = "pooled-normalised" if is_normalised else "pooled"
+    path = cache.directory / f"{cache.key}-{name}.safetensors"
+    if not path.exists():
+        shape = (len(cache.lengths), cache.fingerprint.layers, cache.fingerprint.width)
+        means, lasts = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
+        with progress("Pooling", shape[0], unit="texts") as shown:
+            states = States(cache, range(shape[0]))
+            for shard in map(states.read, range(len(states))):
+                pooled = shard.pooled(is_normalised=is_normalised)
+                means[shard.rows], lasts[shard.rows] = pooled.means, pooled.lasts.bfloat16()
+                shown.advance(len(shard.rows))
+        write_tensors({"means": means, "lasts": lasts}, path)
+    stored = load_file(path)
+    rows = torch.from_numpy(split.rows)
+    return Pooled(stored["means"][rows], stored["lasts"][rows].float())
 
 
 @dataclass(frozen=True)
@@ -172,8 +204,9 @@ class PooledRegression(Baseline):
         return best_on_validation((fitted(*candidate) for candidate in candidates), dataset)
 
     def _features(self, split: Split, layers: slice) -> Float[np.ndarray, "text feature"]:
-        pooled = split.pooled.means if self.token == "mean" else split.pooled.lasts
-        return pooled[:, layers].flatten(1).numpy()
+        pooled = pooled_states(split)
+        vectors = pooled.means if self.token == "mean" else pooled.lasts
+        return vectors[:, layers].flatten(1).numpy()
 
 
 class MeanOfLastLayer(PooledRegression):
@@ -225,7 +258,7 @@ class Mlpm(Baseline):
         """Chooses the stacking penalty on validation texts; the seed draws the folds."""
         task, labels = dataset.task, dataset.training.labels
         folds = dataset.training.examples.folds(self.folds, seed=seed)
-        layers = [part.numpy() for part in dataset.training.pooled.lasts.unbind(1)]
+        layers = [part.numpy() for part in pooled_states(dataset.training).lasts.unbind(1)]
         discriminants = [gaussian_discriminant(layer, labels, task) for layer in layers]
 
         def left_out(layer: np.ndarray) -> Float[np.ndarray, "text output"]:
@@ -240,7 +273,7 @@ class Mlpm(Baseline):
         stacked = np.hstack([left_out(layer) for layer in layers])
 
         def scores(split: Split) -> Float[np.ndarray, "text score"]:
-            parts = zip(discriminants, split.pooled.lasts.unbind(1), strict=True)
+            parts = zip(discriminants, pooled_states(split).lasts.unbind(1), strict=True)
             return np.hstack([discriminant(part.numpy()) for discriminant, part in parts])
 
         parameters = sum(linear.parameters for linear in discriminants)

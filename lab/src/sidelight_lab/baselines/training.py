@@ -22,6 +22,7 @@ from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
+from sidelight_lab.baselines.pooled import pooled_states
 
 Batch = TypeVar("Batch")
 # With few texts, an epoch repeats them: a handful of steps is too few to judge progress by.
@@ -203,7 +204,8 @@ def ranked_layers(dataset: ProbeDataset) -> list[int]:
         return max(validation_score(dataset.task, each, validation.labels) for each in logits)
 
     pairs = zip(
-        dataset.training.pooled.means.unbind(1), validation.pooled.means.unbind(1), strict=True
+        *(pooled_states(split).means.unbind(1) for split in (dataset.training, validation)),
+        strict=True,
     )
     scores = [score(train.numpy(), unseen.numpy()) for train, unseen in pairs]
     return sorted(range(len(scores)), key=lambda layer: -scores[layer])

@@ -26,13 +26,20 @@ from sidelight.training.settings import FitOptions
 from sidelight.training.tfidf import TfIdf, fit_tfidf
 from sidelight.training.traffic import conversations_of, flags_of
 from sidelight.training.validation import FOLDS
-from sidelight.types import MechanismSpec, Task
+from sidelight.types import Task
 from sidelight_lab.baselines.encoders import Encoder
-from sidelight_lab.baselines.pooled import PENALTIES, Linear, fit_logistic, out_of_fold
+from sidelight_lab.baselines.linear import solve_split, views_of
+from sidelight_lab.baselines.pooled import (
+    PENALTIES,
+    Linear,
+    fit_logistic,
+    out_of_fold,
+    pooled_states,
+)
 from sidelight_lab.baselines.token_heads import AttentionProbe
 from sidelight_lab.bench.measurement import table
 
-DEFAULT, ALONE, LINEAR = "default", "texts alone", "linear"
+DEFAULT, ALONE = "default", "texts alone"
 _IN_CONTEXTS = ("auprc in contexts", "accuracy in contexts")
 # At the probe's threshold: on the texts that are held out, and as training printed it.
 _ACCURACIES = ("accuracy at threshold", "printed")
@@ -41,7 +48,7 @@ _ACCURACIES = ("accuracy at threshold", "printed")
 _TRAFFIC = ("traffic flagged", "printed traffic")
 FIGURES = ("accuracy", "log loss", "ece", "auprc", *_IN_CONTEXTS)
 # Logistic regressions, which are also trained in the contexts that the default probe is shown.
-_REGRESSIONS = ("means_all_layers", "means_and_lasts", "last_layer")
+_REGRESSIONS = ("linear", "means_all_layers", "means_and_lasts", "last_layer")
 RIVALS = ("tfidf", "sentence_embeddings", "attention_probe", *_REGRESSIONS)
 _RESAMPLES = 2000
 # Of the training texts, for a rival that stops early and calibrates on them.
@@ -83,7 +90,7 @@ def compare_defaults(
     background: Background,
     cache_root: Path,
 ) -> list[Judged]:
-    """The default probe, the same of texts alone, ``linear`` and rivals, for each size and draw.
+    """The default probe, the same of texts alone, and rivals, for each size and draw.
 
     The figures in contexts are of the held-out texts in ordinary traffic that no row was trained
     in; of several classes, as the last turn of a conversation.
@@ -127,7 +134,6 @@ def compare_defaults(
     ours = {
         DEFAULT: in_contexts,
         ALONE: replace(options, background=Background()),
-        LINEAR: replace(in_contexts, mechanism=MechanismSpec("linear", {})),
     }
     conversations = [len(held_texts) + rows[0] for rows in conversations_of(contexts)]
     judged: list[Judged] = []
@@ -242,6 +248,11 @@ def _rival(
         folds = training.folds(FOLDS)
         found = out_of_fold(lambda rest, fold: words(rest).logits([*texts[fold]]), folds, task)
         return found, labels, words(np.arange(len(labels))).logits(held.texts)
+    if name == "linear":
+        solution = solve_split(training)
+        assert solution.left_out is not None
+        alone = training.alone
+        return solution.left_out[alone], labels[alone], solution.logits(views_of(held))
     if name == "sentence_embeddings":
         assert encoder is not None
         inputs, unseen = encoder.embeddings(training), encoder.embeddings(held)
@@ -268,7 +279,8 @@ def _rival(
 
 def _pooled(name: str, split: Split) -> Float[np.ndarray, "text feature"]:
     """Means, or means and last tokens, of all layers or of the last one."""
-    parts = [split.pooled.means, split.pooled.lasts]
+    pooled = pooled_states(split)
+    parts = [pooled.means, pooled.lasts]
     if name == "means_all_layers":
         parts = parts[:1]
     elif name == "last_layer":

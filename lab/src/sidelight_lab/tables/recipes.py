@@ -35,16 +35,12 @@ class ProbeRow:
     mechanism: str
     options: Mapping[str, Value] = field(default_factory=dict)
     settings: Mapping[str, Value] = field(default_factory=dict)
+    seeds: ClassVar[None] = None
     is_single_pass: ClassVar[bool] = True
 
     @property
     def title(self) -> str:
         return self.name
-
-    @property
-    def seeds(self) -> int | None:
-        """Nothing in a linear probe's solution is random."""
-        return 1 if self.mechanism == "linear" else None
 
     def spec(self) -> MechanismSpec:
         return mechanism_spec(self.mechanism, self.options)  # pyright: ignore[reportArgumentType]

@@ -1,36 +1,25 @@
-"""What training makes of pooled states: the linear mechanism and layers' weights."""
-
-from dataclasses import replace
+"""The regression on all layers is the optimum that a solver of all features finds."""
 
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.linear_model import LogisticRegression
 
-from corpora import TASKS, rows, split_of
-from sidelight.data.loading import load_examples
-from sidelight.errors import SidelightError
-from sidelight.mechanisms.base import mechanism_spec
+from corpora import TASKS, split_of
 from sidelight.states.cache import ActivationCache, Pooled, Shard
-from sidelight.training import linear
-from sidelight.training.background import load_background
-from sidelight.training.fit import fit
-from sidelight.training.linear import solve_linear
-from sidelight.training.loop import cross_fit, train_mechanisms
-from sidelight.training.scaling import layer_weights, view_worths
-from sidelight.training.settings import FitOptions, Job, suggested_settings
-from sidelight.training.validation import choose_folds
+from sidelight.training.dataset import ProbeDataset
+from sidelight.training.optimisation import validation_score
 from sidelight.types import Task
+from sidelight_lab.baselines import linear
+from sidelight_lab.baselines.linear import KernelRegression, solve_linear
+from sidelight_lab.baselines.pooled import pooled_states
+from test_layer_weights import shifted
 
 TEXTS, LAYERS, WIDTH = 90, 3, 8
 # Two optimisers on the same convex loss; the kernel is in float32.
 OPTIMISER = 0.02
 # Of log losses that strengths are compared by.
 CONVERGED = 3e-3
-# Sums of raw states and of standardised ones, in float32.
-ROUNDING = {"rtol": 1e-3, "atol": 1e-3}
-# Pooled states that are normalised first are rounded to bf16 before.
-BF16 = {"rtol": 0.02, "atol": 0.02}
 
 every_task = pytest.mark.parametrize("kind", TASKS)
 
@@ -169,137 +158,30 @@ def test_a_class_without_texts_is_the_least_likely_and_one_of_all_texts_is_likel
     np.testing.assert_allclose(logits[:, :2], [[-certain, certain]] * TEXTS, atol=OPTIMISER)
 
 
-def weights_of(pooled, labels, kind="binary"):
-    return layer_weights(view_worths(pooled, labels, TASKS[kind]))
-
-
-def shifted(labels, *, layer, view):
-    """Noise, but for one layer's view, which the labels shift."""
-    random = torch.Generator().manual_seed(0)
-    means, lasts = (torch.randn(TEXTS, LAYERS, WIDTH, generator=random) for _ in range(2))
-    shift = torch.from_numpy(labels).reshape(TEXTS, -1).float()
-    {"means": means, "lasts": lasts}[view][:, layer, : shift.shape[1]] += 3 * shift
-    return Pooled(means, lasts)
-
-
 @pytest.mark.parametrize("view", ["means", "lasts"])
 @pytest.mark.parametrize("kind", ["binary", "multilabel"])
-def test_the_layer_that_predicts_the_labels_weighs_most(kind, view):
+def test_the_layer_that_predicts_the_labels_weighs_most_and_a_constant_one_nothing(kind, view):
     shape = (TEXTS,) if kind == "binary" else (TEXTS, 3)
     labels = np.random.default_rng(0).integers(0, 2, shape)
     pooled = shifted(labels, layer=1, view=view)
-    weights = weights_of(pooled, labels, kind)
-    assert int(weights.argmax()) == 1
     solution = solve_linear(pooled, labels, TASKS[kind], strength=1.0)
     own = solution.value if view == "means" else solution.last
     size = own.square().sum((1, 2)).sqrt()
     assert size[1] > 3 * size[[0, 2]].max()
-    assert weights.square().mean().item() == pytest.approx(1)
-    # The others hold noise, and are still not shut out.
-    others = weights[[0, 2]] / weights[1]
-    assert others.max() < 0.1
-    assert others.min() >= 0.01 - 1e-6
-    # A view that is the same for all texts is worth nothing.
     pooled.lasts[:, 0] = pooled.means[:, 0] = 1.0
-    weights = weights_of(pooled, labels, kind)
-    assert torch.isfinite(weights).all()
-    assert weights[0] / weights[1] == pytest.approx(0.01)
     solution = solve_linear(pooled, labels, TASKS[kind], strength=1.0)
     assert not solution.value[0].any()
     assert solution.value[1].any()
 
 
-def test_without_a_layer_that_predicts_anything_all_weigh_alike():
-    labels = np.ones(TEXTS, dtype=np.int64)
-    pooled = shifted(np.zeros(TEXTS), layer=0, view="means")
-    assert torch.equal(weights_of(pooled, labels), torch.ones(LAYERS))
-    # Two texts of a class say more about those texts than about layers.
-    labels = (np.arange(200) < 2).astype(np.int64)
-    noise = torch.randn(200, LAYERS, WIDTH, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(weights_of(Pooled(noise, noise), labels), torch.ones(LAYERS))
-
-
-@pytest.mark.parametrize(("texts", "width"), [(60, 100), (100, 32)])
-def test_a_worth_is_that_of_a_ridge_regression_on_texts_left_out(texts, width):
-    random = np.random.default_rng(0)
-    labels = random.permutation(np.arange(texts) % 2)
-    noise = random.normal(size=(texts, width))
-    noise[:, :10] += labels[:, None]
-    view = torch.from_numpy(noise).float()
-    spread, center = noise.std(0), noise.mean(0)
-    features = (noise - center) / (spread + 1e-2 * spread.mean())
-    signs = 2.0 * labels - 1
-    alphas = 10.0 ** np.arange(-2, 1.51, 0.5) * (features**2).sum() / texts
-    ridge = RidgeCV(alphas=alphas, store_cv_results=True).fit(features, signs)
-    errors = ridge.cv_results_.sum(0)
-    expected = 1 - errors.min() / np.square(signs - signs.mean()).sum()
-    pooled = Pooled(view[:, None], view[:, None])
-    worths = view_worths(pooled, labels, TASKS["binary"])
-    assert expected > 0.1
-    assert worths[0, 0].item() == pytest.approx(expected, abs=2e-3)
-
-
-@pytest.fixture(scope="module")
-def corpora(tiny, tmp_path_factory):
-    root = tmp_path_factory.mktemp("activations")
-    return {kind: split_of(tiny, root, kind, 60, seed=0) for kind in TASKS}
-
-
-def job(mechanism="linear", **settings):
-    return Job(mechanism_spec(mechanism), 0, replace(suggested_settings(mechanism), **settings))
-
-
-@every_task
-@pytest.mark.parametrize("normalise", [False, True])
-def test_training_gives_the_solution_on_states_as_they_are_served(corpora, kind, normalise):
-    training = corpora[kind]
-    (made,) = train_mechanisms(
-        [job(normalise=normalise, strength=10.0)],
-        training=training,
-        validation=None,
-        to_score=training,
-    )
-    pooled = training.pooled_normalised if normalise else training.pooled
-    solution = solve_linear(pooled, training.labels, TASKS[kind], strength=10.0)
-    assert made.standardisation.is_normalised == normalise
-    expected = logits_of(solution, pooled)
-    np.testing.assert_allclose(made.logits, expected, **(BF16 if normalise else ROUNDING))
-
-
 @pytest.mark.slow
-def test_the_strength_that_the_folds_choose_is_that_of_each_of_them(corpora):
-    training = corpora["binary"]
-    folds = choose_folds(training.examples)
-    (made,) = cross_fit([job()], training, folds)
-    (alone,) = train_mechanisms([job()], training=training, validation=None)
-    assert made.job.settings.strength is not None
-    assert alone.job.settings.strength == made.job.settings.strength
-    for name, parameter in alone.mechanism.state_dict().items():
-        assert made.mechanism.state_dict()[name].equal(parameter)
-    fold = folds[2]
-    (rest,) = train_mechanisms(
-        [made.job], training=training.without(fold), validation=None, to_score=training.select(fold)
-    )
-    np.testing.assert_allclose(made.logits[fold], rest.logits, **ROUNDING)
-
-
-def test_a_strength_that_is_no_penalty_is_refused():
-    for strength in (0.0, -1.0, float("inf")):
-        with pytest.raises(SidelightError, match="Cannot train with strength"):
-            job(strength=strength)
-
-
-def test_pooled_states_that_do_not_fit_into_memory_are_refused(tiny, tmp_path):
-    options = FitOptions(mechanism=mechanism_spec("linear"), cache_root=tmp_path, memory_bytes=1000)
-    examples = load_examples(rows("binary", 40))
-    with pytest.raises(SidelightError, match=r"the limit is 0\.0 GiB\. Allow more \(--set memory"):
-        fit(tiny, examples, None, name="a", options=options)
-    # Contexts count.
-    alone = 8 * 40 * tiny.fingerprint.layers * tiny.fingerprint.width
-    more = replace(options, memory_bytes=alone, background=load_background("packaged"))
-    with pytest.raises(SidelightError, match="Allow more"):
-        fit(tiny, examples, None, name="a", options=more)
-    assert not any(tmp_path.iterdir())
+@every_task
+def test_the_baseline_learns_what_is_planted(tiny, tmp_path, kind):
+    training, validation = (split_of(tiny, tmp_path, kind, n, n) for n in (120, 60))
+    fitted = KernelRegression().fit(ProbeDataset(tiny, training, validation), seed=0)
+    logits = fitted.logits(validation)
+    assert validation_score(TASKS[kind], logits, validation.labels) > 0.8
+    assert fitted.parameters == (2 * 4 * 32 + 1) * TASKS[kind].outputs
 
 
 def test_states_are_pooled_shard_by_shard(tiny, tmp_path, monkeypatch):
@@ -318,5 +200,5 @@ def test_states_are_pooled_shard_by_shard(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ActivationCache, "text", reading)
     monkeypatch.setattr(Shard, "pooled", pooling)
-    assert len(texts.pooled.means) == 12
+    assert len(pooled_states(texts).means) == 12
     assert read_before == [*range(1, 13)]

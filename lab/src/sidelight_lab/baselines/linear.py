@@ -1,4 +1,4 @@
-"""The optimum of ``linear``: a logistic regression on means and last tokens of all layers.
+"""A logistic regression on means and last tokens of all layers, at its optimum.
 
 There are some ten thousand features and few texts, so the regression is solved in the space that
 the texts span: their kernel's eigenvectors are the features (the representer theorem; Schölkopf,
@@ -7,7 +7,7 @@ random part spans the space (Williams & Seeger 2000), which is exact up to ``_LA
 Cross-validated log loss chooses the penalty, along the path from the strongest to the weakest.
 
 Each view of a layer (its means, its last tokens) is weighed by how well it alone predicts left-out
-texts, as ``scaling`` weighs layers for a readout. That matters most with few texts.
+texts, as ``training/scaling.py`` weighs layers for a readout. That matters most with few texts.
 A fold that chooses the penalty has weights of its own, which its
 labels did not make: a kernel is a weighted sum of the layers' kernels, so one pass over the layers
 gives those of all folds.
@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,17 +27,21 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from sidelight.calibration import link
-from sidelight.mechanisms.base import Geometry
-from sidelight.mechanisms.readout import Linear
 from sidelight.metrics import log_losses
-from sidelight.standardisation import Standardisation, spread_and_mean
+from sidelight.standardisation import spread_and_mean
 from sidelight.states.cache import Pooled
+from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.scaling import relative_weights, view_worths
+from sidelight.training.validation import FOLDS
 from sidelight.types import Task
+from sidelight_lab.baselines.base import Baseline, FittedBaseline
+from sidelight_lab.baselines.pooled import pooled_states
 
 # Strengths are scikit-learn's C where a text's features have a mean square of 1 in all.
 STRENGTHS = tuple(float(10**k) for k in np.arange(-1, 4.1, 0.5))
 _LANDMARKS = 2048
+# Of so many, one fold is enough to choose a strength by.
+_MANY_TEXTS = 2048
 _ITERATIONS = 100
 # Of the solution, and of those that are only compared: the gradient where Newton's method stops, in
 # multiples of the root of the penalty. The weaker the penalty, the farther a gradient may still go.
@@ -66,25 +70,41 @@ class LinearSolution:
     losses: Mapping[float, float] = field(default_factory=dict[float, float])
     left_out: Float[np.ndarray, "text output"] | None = None
 
-    @torch.no_grad()
-    def mechanism(self, standardisation: Standardisation) -> Linear:
-        """The mechanism on states that are standardised first."""
-        scale, mean = standardisation.scale.cpu()[..., None], standardisation.mean.cpu().double()
-        moved = torch.einsum("ld,ldc->c", mean, (self.value + self.last).double())
-        scale = scale * math.sqrt(len(scale))
-        # What it draws is overwritten; the caller's random state stays as it is.
-        with torch.random.fork_rng(()):
-            linear = Linear(Geometry(*self.value.shape))
-        linear.value.copy_((self.value * scale)[:, :, None])
-        linear.last.copy_(self.last * scale)
-        linear.bias.copy_(self.bias + moved)
-        return linear.eval().requires_grad_(False)
-
     def logits(self, pooled: Pooled) -> Float[np.ndarray, "text output"]:
         """Of texts' pooled states as they are."""
         pairs = ((pooled.means, self.value), (pooled.lasts, self.last))
         products = (torch.einsum("tld,ldc->tc", vectors, weight) for vectors, weight in pairs)
         return (sum(products) + self.bias).numpy()
+
+
+@dataclass(frozen=True)
+class KernelRegression(Baseline):
+    title: ClassVar[str] = "Mean and last tokens of all layers, logistic regression"
+    is_single_pass: ClassVar[bool] = True
+
+    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
+        """Folds of the training texts choose the penalty; nothing is random."""
+        solution = solve_split(dataset.training)
+        parameters = solution.value.numel() + solution.last.numel() + solution.bias.numel()
+        return FittedBaseline(lambda split: solution.logits(views_of(split)), parameters)
+
+
+def views_of(split: Split) -> Pooled:
+    """Pooled states; unless there are several classes, of normalised states, as a probe's."""
+    return pooled_states(split, is_normalised=split.task.kind != "multiclass")
+
+
+def solve_split(split: Split) -> LinearSolution:
+    """Fits the regression to a split; each text counts as in the training of a probe."""
+    folds = split.folds(FOLDS)
+    return solve_linear(
+        views_of(split),
+        split.labels,
+        split.task,
+        folds=folds[:1] if len(split) > _MANY_TEXTS else folds,
+        weights=split.weights,
+        counted=np.random.default_rng(0).permutation(split.first_rows),
+    )
 
 
 def solve_linear(
