@@ -10,7 +10,7 @@ import pytest
 from commands import run, saved
 from guard_packages import install, texts, write
 from sidelight.artifact import load_probe
-from sidelight.data.guards import draw_texts, find_guard, guard_data
+from sidelight.data.guards import draw_texts, find_guard, guard_of
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.training.classifier import train
@@ -90,7 +90,7 @@ def test_own_chats_end_with_the_answer_that_a_guard_of_answers_reads(tmp_path):
     chat = load_examples(f"guard:shouts,{own}").items[-1]
     assert (len(chat.messages), chat.response) == (2, None)
     unanswered = write(tmp_path / "open.jsonl", [{"messages": turns[:1], "label": 1}])
-    with pytest.raises(SidelightError, match=r"open.jsonl, line 1: .* role 'user'\. End with"):
+    with pytest.raises(SidelightError, match=r"open.jsonl, line 1: no column 'response'\. Rows"):
         load_examples(f"guard:replies,{unanswered}")
 
 
@@ -125,7 +125,7 @@ def test_a_guard_whose_package_is_missing_says_what_to_install(monkeypatch, tmp_
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     assert not entry_points(group="sidelight.guards")
     with pytest.raises(SidelightError, match=r"Run `pip install sidelight-guards`\."):
-        guard_data("guard:injection")
+        guard_of("guard:injection")
 
 
 def test_two_packages_with_one_name_are_refused(monkeypatch, tmp_path):

@@ -23,8 +23,8 @@ NOTICE = (PACKAGE / "NOTICE").read_text()
 
 @cache
 def examples(name: str, test: str = "") -> LabelledExamples:
-    card, source = find_guard(name).card, f"guard:{name}{test and ':' + test}"
-    return load_examples(source, **({"spans": card.spans} if card.spans else {}))
+    source, spans = f"guard:{name}{test and ':' + test}", find_guard(name).card.columns["spans"]
+    return load_examples(source) if spans is None else load_examples(source, spans=spans)
 
 
 def sources(name: str, test: str = "") -> Counter[str]:

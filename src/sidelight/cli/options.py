@@ -397,10 +397,10 @@ def _inputs(command: Command) -> Command:
     def divided(*, assigned: Mapping[str, str], **values: Any) -> Any:
         settings = {name: text for name, text in assigned.items() if name in INPUT_SETTINGS}
         rest = {name: text for name, text in assigned.items() if name not in settings}
-        from sidelight.data.guards import guard_data
+        from sidelight.data.guards import guard_of
 
-        if (guard := guard_data(values["data"])) is not None:
-            values["response"] = values["response"] or guard.card.response
+        if (guard := guard_of(values["data"])) is not None:
+            values["response"] = values["response"] or guard.card.columns["response"]
         return gathered(assigned=rest, **values, **typed(settings, INPUT_SETTINGS))
 
     return divided

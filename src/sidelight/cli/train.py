@@ -82,10 +82,10 @@ def train(
     without --validation are cross-fitted: all of them train the probe, and each row is scored by a
     probe that did not train on it. After a kill, the same command goes on where the backbone was.
     """
-    from sidelight.data.guards import guard_data
+    from sidelight.data.guards import guard_of
 
-    if (guard := guard_data(inputs.data)) is not None:
-        spans = spans or guard.card.spans
+    if (guard := guard_of(inputs.data)) is not None:
+        spans = spans or guard.card.columns["spans"]
     _require_agreement(inputs, mechanism, assigned, spans, background)
     # Before texts and models, which take seconds: a misspelt name or value is refused at once.
     from sidelight.data.spans import SpanExamples

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from sidelight.data.examples import LabelledExamples, balanced_order
 from sidelight.data.labels import TRUTH, is_missing, label_name
@@ -23,49 +23,32 @@ from sidelight.errors import SidelightError, did_you_mean
 from sidelight.types import Task
 
 _GROUP, _PREFIX = "sidelight.guards", "guard:"
-_PACKAGE = "sidelight-guards"
 _PACKAGED = ("harmful", "injection", "pii", "refusal", "toxicity")
 # Rows of one's own count as much as all packaged ones together, but none more than so many.
 _MOST_WEIGHT = 10.0
 
 
-class Origin(BaseModel):
+class Origin(BaseModel, extra="forbid", frozen=True):
     """Where texts are from, and under which licence."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    licence: Annotated[str, Field(min_length=1)]
-    where: Annotated[str, Field(min_length=1)]
+    licence: str
+    where: str
 
 
-class TestCard(Origin):
-    """A packaged test.
-
-    Attributes:
-        title: What it is, in a line.
-        drawn: Which of its rows are packaged; "": all.
-    """
+class TestCard(Origin, frozen=True):
+    """A packaged test; ``drawn`` says which of its rows are packaged, if not all."""
 
     title: str
     drawn: str = ""
 
 
-class Card(BaseModel):
-    """What a guard is.
+class Card(BaseModel, extra="forbid", frozen=True):
+    """What a guard is; docs/guards.md shows one.
 
     Attributes:
-        title: Its name for people.
-        positive: What is positive, in a sentence.
-        reads: The side that it judges.
         labels: The negative and the positive class; None if it labels spans.
-        noise: How many labels are doubtful.
-        languages: Those of the training texts.
-        limits: What it cannot do, in sentences.
         sources: Of the training texts, by the column ``source``.
-        tests: By name.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     positive: str
@@ -78,75 +61,85 @@ class Card(BaseModel):
     tests: Mapping[str, TestCard] = {}
 
     @property
-    def response(self) -> str | None:
-        """The column of answers."""
-        return "response" if self.reads == "response" else None
-
-    @property
-    def spans(self) -> str | None:
-        """The column of spans."""
-        return "spans" if self.labels is None else None
-
-    @property
-    def task(self) -> Task | None:
-        """The label space; None if spans name theirs."""
-        return None if self.labels is None else Task("binary", self.labels)
+    def columns(self) -> dict[str, str | None]:
+        """What each option that names a column or a class would be given."""
+        return {
+            "text": "text",
+            "label": "label",
+            "response": "response" if self.reads == "response" else None,
+            "spans": "spans" if self.labels is None else None,
+            "positive": self.labels and self.labels[1],
+        }
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Packaged texts.
+    """The texts that ``guard:...`` names.
 
     Attributes:
-        name: As ``guard:NAME`` names it.
+        name: Of the guard.
         card: What it is.
         folder: Holds its files.
+        test: The name of a test; None: the training texts.
+        own: A file of rows beside these.
     """
 
     name: str
     card: Card
     folder: Path
+    test: str | None = None
+    own: str | None = None
 
-    def training(self, own: str | None = None) -> list[Row]:
-        """The training texts, and rows of one's own, which count more."""
-        packaged = read_file(self.folder / "train.jsonl.gz")
-        if own is None:
-            return packaged
-        given = read_rows(own, split=None, text="text", label="label")
-        weight = min(_MOST_WEIGHT, max(1.0, len(packaged) / len(given)))
-        return [*packaged, *(replace(self._adapted(row), weight=weight) for row in given)]
+    def rows(self, task: Task | None = None) -> list[Row]:
+        """The rows, with the class names of the card, or of another task of two classes."""
+        part = "train" if self.test is None else f"test_{self.test}"
+        rows = read_file(self.folder / f"{part}.jsonl.gz")
+        if self.own is not None:
+            own = read_rows(self.own, split=None, text="text", label="label")
+            weight = own_weight(len(rows), len(own))
+            rows += [replace(self._adapted(row), weight=weight) for row in own]
+        if (labels := self.card.labels) is None:
+            return rows
+        names = task.labels if task is not None and task.kind == "binary" else labels
+        index = {**TRUTH, labels[0]: False, labels[1]: True}
+        for place, row in enumerate(rows):
+            cell = row.cells.get("label")
+            # Another name is refused where all labels are.
+            if not is_missing(cell) and (name := label_name(cell, row.place)) in index:
+                rows[place] = replace(row, cells={**row.cells, "label": names[index[name]]})
+        return rows
 
-    def test(self, name: str) -> list[Row]:
-        """The rows of a packaged test."""
-        if name not in self.card.tests:
-            raise SidelightError(
-                f"The guard '{self.name}' has no test '{name}'."
-                f"{did_you_mean(name, self.card.tests)}"
-            )
-        return read_file(self.folder / f"test_{name}.jsonl.gz")
+    def require(self, **options: str | None) -> None:
+        """Refuses columns, or a class, that contradict the card; None contradicts nothing."""
+        for option, value in options.items():
+            wanted = self.card.columns.get(option)
+            if value not in (None, wanted):
+                raise SidelightError(
+                    f"--{option} {value} contradicts the card of the guard '{self.name}', which "
+                    f"has {wanted or 'none'}. Leave it out ({option}= in Python)."
+                )
 
     def _adapted(self, row: Row) -> Row:
-        """A row with ``messages`` as one with ``text``, and their answer in a column of its own."""
-        cells = dict(row.cells)
-        messages = cells.get("messages")
-        if cells.get("text") is None and is_list(messages):
-            last = messages[-1] if messages else None
-            if self.card.response and "response" not in cells and is_mapping(last):
-                if last.get("role") != "assistant":
-                    raise SidelightError(
-                        f"{row.place}: the guard '{self.name}' reads answers, but the last message "
-                        f"is of the role '{last.get('role')}'. End with the assistant's answer, or "
-                        "give it in a column 'response'."
-                    )
-                cells["response"], messages = last.get("content"), messages[:-1]
-            cells["text"] = messages
-        wanted = [name for name in ("text", self.card.response, self.card.spans or "label") if name]
-        if missing := [name for name in wanted if name not in cells]:
+        """A row with ``messages`` as one with ``text``, and with their answer apart."""
+        cells = {"text": row.cells.get("messages"), **row.cells}
+        columns = self.card.columns
+        turns, reads = cells["text"], columns["response"]
+        last = turns[-1] if is_list(turns) and turns else None
+        if reads and reads not in cells and is_mapping(last) and last.get("role") == "assistant":
+            assert is_list(turns)
+            cells |= {"text": turns[:-1], "response": last.get("content")}
+        wanted = [name for name in ("text", reads, columns["spans"] or "label") if name]
+        if missing := [name for name in wanted if name not in cells or cells["text"] is None]:
             raise SidelightError(
                 f"{row.place}: no column '{missing[0]}'. Rows beside the guard '{self.name}' have "
-                f"{', '.join(wanted)}; messages may stand for the text and its answer."
+                f"{', '.join(wanted)}; messages may stand for the text, and end with the response."
             )
         return replace(row, cells=cells)
+
+
+def own_weight(packaged: int, own: int) -> float:
+    """How much each row of one's own counts in training."""
+    return min(_MOST_WEIGHT, max(1.0, packaged / max(1, own)))
 
 
 def guard_names() -> list[str]:
@@ -158,87 +151,34 @@ def find_guard(name: str) -> Guard:
     """An installed guard.
 
     Raises:
-        SidelightError: There is none of this name, or its card is wrong.
+        SidelightError: There is none of this name, or several, or its card is wrong.
     """
-    packages = {entry.value for entry in entry_points(group=_GROUP, name=name)}
+    packages = sorted({entry.value for entry in entry_points(group=_GROUP, name=name)})
     if not packages and name in _PACKAGED:
         raise SidelightError(
-            f"The guard '{name}' belongs to the package {_PACKAGE}, which is not installed. "
-            f"Run `pip install {_PACKAGE}`."
+            f"The guard '{name}' belongs to the package sidelight-guards, which is not installed. "
+            "Run `pip install sidelight-guards`."
         )
     if not packages:
         raise SidelightError(f"There is no guard '{name}'.{did_you_mean(name, guard_names())}")
     if len(packages) > 1:
         raise SidelightError(
-            f"Several packages have a guard '{name}': {', '.join(sorted(packages))}. Uninstall all "
-            "but one."
+            f"Several packages have a guard '{name}': {', '.join(packages)}. Uninstall all but one."
         )
-    folder = Path(str(files(packages.pop())))
+    folder = Path(str(files(packages[0])))
     path = folder / f"{name}.toml"
     try:
         card = Card.model_validate(tomllib.loads(path.read_text("utf-8")))
     except (OSError, ValueError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
-        raise SidelightError(
-            f"Cannot read the card {path} ({reason}). Install the package again, or correct it."
-        ) from error
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise SidelightError(f"Cannot read the card {path} ({reason}). Correct it.") from error
     return Guard(name, card, folder / name)
 
 
-@dataclass(frozen=True)
-class GuardData:
-    """What ``guard:...`` names.
-
-    Attributes:
-        guard: The guard.
-        test: The name of a test; None: the training texts.
-        own: A file of rows beside these.
-    """
-
-    guard: Guard
-    test: str | None = None
-    own: str | None = None
-
-    @property
-    def card(self) -> Card:
-        return self.guard.card
-
-    def rows(self, task: Task | None) -> list[Row]:
-        """The rows, with the class names of the card, or of another task of two classes."""
-        guard, labels = self.guard, self.card.labels
-        rows = guard.training(self.own) if self.test is None else guard.test(self.test)
-        if labels is None:
-            return rows
-        names = task.labels if task is not None and task.kind == "binary" else labels
-        index = {name: int(truth) for name, truth in TRUTH.items()} | {labels[0]: 0, labels[1]: 1}
-        renamed: list[Row] = []
-        for row in rows:
-            cell = row.cells.get("label")
-            number = None if is_missing(cell) else index.get(label_name(cell, row.place))
-            # Another name is refused where all labels are.
-            cells = row.cells if number is None else {**row.cells, "label": names[number]}
-            renamed.append(replace(row, cells=cells))
-        return renamed
-
-    def require(self, **given: str | None) -> None:
-        """Refuses columns, or a class, that contradict the card; None contradicts nothing.
-
-        Raises:
-            SidelightError: The message names the option, as the command line calls it.
-        """
-        card = self.card
-        wanted = {"text": "text", "label": "label", "response": card.response, "spans": card.spans}
-        wanted["positive"] = card.labels and card.labels[1]
-        for option, value in given.items():
-            if value not in (None, wanted.get(option)):
-                raise SidelightError(
-                    f"--{option} {value} contradicts the card of the guard '{self.guard.name}', "
-                    f"which has {wanted.get(option) or 'none'}. Leave it out ({option}= in Python)."
-                )
-
-
-def guard_data(source: object) -> GuardData | None:
+def guard_of(source: object) -> Guard | None:
     """What ``guard:NAME``, ``guard:NAME,FILE`` or ``guard:NAME:TEST`` names; None of other sources.
 
     Raises:
@@ -254,9 +194,11 @@ def guard_data(source: object) -> GuardData | None:
             f"Cannot read '{source}'. Write guard:NAME, guard:NAME,FILE to add rows of your own to "
             "the training texts, or guard:NAME:TEST for a test."
         )
-    if colon:
-        guard.test(test)
-    return GuardData(guard, test if colon else None, own if comma else None)
+    if colon and test not in guard.card.tests:
+        raise SidelightError(
+            f"The guard '{name}' has no test '{test}'.{did_you_mean(test, guard.card.tests)}"
+        )
+    return replace(guard, test=test if colon else None, own=own if comma else None)
 
 
 def draw_texts(examples: LabelledExamples, count: int) -> LabelledExamples:

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar, overload
 import numpy as np
 
 from sidelight.data.examples import Example, Examples, LabelledExamples, Skipped
-from sidelight.data.guards import guard_data
+from sidelight.data.guards import guard_of
 from sidelight.data.labels import encode_labels, is_missing
 from sidelight.data.readers import InMemory, Row, is_list, is_mapping, read_rows
 from sidelight.data.spans import SpanExamples, holds_spans, label_spans
@@ -94,20 +94,20 @@ def load_examples(
         SidelightError: The source cannot be read, or a row is malformed; the message names the
             place and the remedy.
     """
-    guard = guard_data(source)
-    if guard is None:
+    if (guard := guard_of(source)) is None:
         rows = read_rows(source, split=split, text=text, label=label or "label")
     else:
         guard.require(
             text=text, label=label, response=response, spans=spans, positive=positive, split=split
         )
-        card, rows, positive = guard.card, guard.rows(task), None
-        response, task = card.response, task or card.task
-        if card.spans is not None and spans is None and label is not None:
+        if guard.card.labels is None and spans is None and label is not None:
             raise SidelightError(
-                f"The guard '{guard.guard.name}' labels spans, not whole texts. Name their column "
-                f"with --spans {card.spans} (spans= in Python), or a probe that labels spans."
+                f"The guard '{guard.name}' labels spans, not whole texts. Name their column with "
+                "--spans spans (spans= in Python), or a probe that labels spans."
             )
+        rows, positive, response = guard.rows(task), None, guard.card.columns["response"]
+        if task is None and guard.card.labels is not None:
+            task = Task("binary", guard.card.labels)
     label = label if spans is None else None
     columns = _find_columns(rows, text=text, label=label, response=response, spans=spans)
     kept: list[Row] = []

@@ -23,7 +23,7 @@ from sidelight.data.examples import (
     as_example,
     require_labelled,
 )
-from sidelight.data.guards import guard_data
+from sidelight.data.guards import guard_of
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
 from sidelight.data.spans import SpanExamples
@@ -150,8 +150,8 @@ class Classifier:
             SidelightError: The data cannot be read, has other labels, or has no responses for a
                 probe that reads them; or ``spans`` is given and the probe labels whole texts.
         """
-        if (guard := guard_data(data)) is not None:
-            spans = spans or guard.card.spans
+        if (guard := guard_of(data)) is not None:
+            spans = spans or guard.card.columns["spans"]
         if spans is not None and self.probe.spans is None:
             raise SidelightError(
                 f"Probe '{self.probe.name}' labels whole texts, so it finds no spans. Leave spans= "
@@ -245,8 +245,9 @@ def train(
         SidelightError: The data or the model cannot be used; the message names the remedy.
     """
     # Before the model loads, which takes seconds: what is wrong with options or texts.
-    if (guard := guard_data(data)) is not None:
-        response, spans = response or guard.card.response, spans or guard.card.spans
+    if (guard := guard_of(data)) is not None:
+        columns = guard.card.columns
+        response, spans = response or columns["response"], spans or columns["spans"]
     of_spans = spans is not None or isinstance(data, SpanExamples)
     if of_spans and mechanism not in (AUTO, "spans"):
         raise SidelightError(

@@ -148,12 +148,12 @@ def test_the_wheel_of_the_guards_has_their_texts_and_licences_and_needs_no_other
     counted = bare.output(
         "python",
         "-c",
-        "from sidelight.data.guards import find_guard, guard_names\n"
+        "from sidelight.data.guards import find_guard, guard_names, guard_of\n"
         "for name in guard_names():\n"
-        "    guard = find_guard(name)\n"
-        "    print(name, len(guard.training()), *(len(guard.test(t)) for t in guard.card.tests))",
+        "    parts = name, f'{name}:{next(iter(find_guard(name).card.tests))}'\n"
+        "    print(name, *(len(guard_of(f'guard:{part}').rows()) for part in parts))",
     )
-    names, *counts = zip(*(line.split()[:3] for line in counted.splitlines()), strict=True)
+    names, *counts = zip(*(line.split() for line in counted.splitlines()), strict=True)
     assert names == ("harmful", "injection", "pii", "refusal", "toxicity")
     assert all(int(count) >= 100 for column in counts for count in column)
 
