@@ -57,13 +57,16 @@ def test_own_rows_join_in_any_spelling_and_count_more(names, tmp_path):
     whole = load_examples(f"guard:shouts,{write(tmp_path / 'mine.jsonl', own)}")
     assert whole.task == TASK
     np.testing.assert_array_equal(whole.labels[60:], [row["label"] for row in texts(12, seed=3)])
-    # As much as all packaged rows together, but at most ten times one.
+    # As much as all packaged rows together, but each as two to ten of these.
     assert whole.weights is not None
     np.testing.assert_array_equal(whole.weights, [1.0] * 60 + [5.0] * 12)
     few = load_examples(f"guard:shouts,{write(tmp_path / 'few.jsonl', own[:2])}")
     assert few.weights is not None
     assert few.weights[-1] == 10
     np.testing.assert_array_equal(few.select([61, 0]).weights, [10, 1])
+    drawn = draw_texts(whole, 20)
+    np.testing.assert_array_equal(drawn.weights, [1.0] * 20 + [2.0] * 12)
+    assert drawn.items[20:] == whole.items[60:]
 
 
 def test_a_draw_has_labels_and_sources_alike_and_all_background_is_one_source():

@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from sidelight.data.examples import LabelledExamples, balanced_order
@@ -24,8 +25,9 @@ from sidelight.types import Task
 
 _GROUP, _PREFIX = "sidelight.guards", "guard:"
 _PACKAGED = ("harmful", "injection", "pii", "refusal", "toxicity")
-# Rows of one's own count as much as all packaged ones together, but none more than so many.
-_MOST_WEIGHT = 10.0
+# Rows of one's own count as much as all packaged ones together, but each as so many at the least
+# and at the most.
+_LEAST_WEIGHT, _MOST_WEIGHT = 2.0, 10.0
 
 
 class Origin(BaseModel, extra="forbid", frozen=True):
@@ -96,7 +98,7 @@ class Guard:
         rows = read_file(self.folder / f"{part}.jsonl.gz")
         if self.own is not None:
             own = read_rows(self.own, split=None, text="text", label="label")
-            weight = own_weight(len(rows), len(own))
+            weight = _own_weight(len(rows), len(own))
             rows += [replace(self._adapted(row), weight=weight) for row in own]
         if (labels := self.card.labels) is None:
             return rows
@@ -137,9 +139,9 @@ class Guard:
         return replace(row, cells=cells)
 
 
-def own_weight(packaged: int, own: int) -> float:
+def _own_weight(packaged: int, own: int) -> float:
     """How much each row of one's own counts in training."""
-    return min(_MOST_WEIGHT, max(1.0, packaged / max(1, own)))
+    return min(_MOST_WEIGHT, max(_LEAST_WEIGHT, packaged / max(1, own)))
 
 
 def guard_names() -> list[str]:
@@ -202,9 +204,17 @@ def guard_of(source: object) -> Guard | None:
 
 
 def draw_texts(examples: LabelledExamples, count: int) -> LabelledExamples:
-    """So many of a guard's texts, balanced over sources and labels; the same ones each time."""
+    """So many packaged texts, balanced over sources and labels, the same ones each time.
+
+    All rows of one's own stay, and count as they do beside so many.
+    """
+    is_own = np.zeros(len(examples)) if examples.weights is None else examples.weights > 1
+    packaged, own = np.flatnonzero(is_own == 0), np.flatnonzero(is_own)
     # All background is one source: its many would outweigh the others.
-    sources = (str(cells.get("source")).partition(":")[0] for cells in examples.rows)
-    strata = zip(sources, map(tuple, examples.label_names()), strict=True)
-    drawn = examples.select(sorted(balanced_order([*strata])[:count]))
-    return replace(drawn, warnings=examples.warnings)
+    sources = [str(cells.get("source")).partition(":")[0] for cells in examples.rows]
+    labels = examples.label_names()
+    strata = [(sources[row], tuple(labels[row])) for row in packaged]
+    rows = packaged[sorted(balanced_order(strata)[:count])]
+    weights = np.array([1.0] * len(rows) + [_own_weight(len(rows), len(own))] * len(own))
+    drawn = examples.select([*rows, *own])
+    return replace(drawn, warnings=examples.warnings, weights=weights if len(own) else None)
