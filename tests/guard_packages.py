@@ -42,14 +42,22 @@ def answers(count: int, seed: int = 0) -> list[dict[str, object]]:
     ]
 
 
-def install(folder: Path, patch: pytest.MonkeyPatch, package: str = "letter_guards") -> Path:
+def spans(count: int, seed: int = 0) -> list[dict[str, object]]:
+    return [{**row, "source": "planted"} for row in span_rows(count, seed)]
+
+
+def install(
+    folder: Path, patch: pytest.MonkeyPatch, package: str = "letter_guards", prefix: str = ""
+) -> Path:
     """Installs the guards ``shouts``, ``replies`` and ``letters``; returns the package's folder."""
-    home = folder / package
+    home, names = folder / package, ""
     for name, reads, labels, made in (
         ("shouts", "prompt", LABELS, texts),
         ("replies", "response", LABELS, answers),
-        ("letters", "prompt", "", span_rows),
+        ("letters", "prompt", "", spans),
     ):
+        name = f"{prefix}{name}"
+        names += f"{name} = {package}\n"
         (home / name).mkdir(parents=True)
         card = CARD.format(name=name, reads=reads, labels=labels)
         (home / f"{name}.toml").write_text(card)
@@ -59,7 +67,6 @@ def install(folder: Path, patch: pytest.MonkeyPatch, package: str = "letter_guar
     about = folder / f"{package}-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    names = "".join(f"{name} = {package}\n" for name in ("shouts", "replies", "letters"))
     (about / "entry_points.txt").write_text(f"[sidelight.guards]\n{names}")
     patch.syspath_prepend(str(folder))
     return home

@@ -9,6 +9,7 @@ import click
 
 from sidelight.cli import options
 from sidelight.cli.evaluate import evaluate, parity, predict
+from sidelight.cli.guard import guard
 from sidelight.cli.recalibrate import recalibrate
 from sidelight.cli.share import inspect, pull, push
 from sidelight.cli.train import train
@@ -23,7 +24,7 @@ _PACKAGES = {
         "sidelight-lab",
     ),
 }
-_RESUMED = ("train", "demo", "label", "search", "reproduce")
+_RESUMED = ("train", "guard", "demo", "label", "search", "reproduce")
 _SERVING = ("fastapi", "openai", "prometheus_client", "pydantic_settings", "uvicorn")
 
 
@@ -97,7 +98,7 @@ def demo(keep: bool, port: int) -> None:
     run_demo(keep=keep, port=port)
 
 
-_COMMANDS = (train, evaluate, recalibrate, predict, parity, inspect, push, pull, demo)
+_COMMANDS = (train, guard, evaluate, recalibrate, predict, parity, inspect, push, pull, demo)
 for _command in (*_COMMANDS, _serve()):
     app.add_command(_command)
 

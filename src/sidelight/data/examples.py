@@ -122,6 +122,14 @@ class Examples:
             digest.update(json.dumps([turns, item.response, names]).encode() + b"\n")
         return digest.hexdigest()
 
+    @property
+    def whole_texts(self) -> list[str]:
+        """Each prompt, with its response if there is one."""
+        return [
+            item.text if item.response is None else f"{item.text}\n{item.response}"
+            for item in self.items
+        ]
+
     def column(self, name: str) -> tuple[object, ...]:
         """This column's cell of each row; None where a row lacks it."""
         if not any(name in row for row in self.rows):

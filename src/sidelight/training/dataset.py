@@ -81,10 +81,7 @@ class Split:
     @property
     def texts(self) -> list[str]:
         """What a model without hidden states reads: prompt, then response if there is one."""
-        return [
-            item.text if item.response is None else f"{item.text}\n{item.response}"
-            for item in self.examples.items
-        ]
+        return self.examples.whole_texts
 
     def select(self, texts: Iterable[SupportsIndex]) -> "Split":
         """Only these texts; nothing is extracted again."""

@@ -1,0 +1,109 @@
+"""Ready guards as a set: their figures on packaged tests, and a policy that observes."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from sidelight.backbone import TransformersBackbone
+from sidelight.data.examples import Example, LabelledExamples
+from sidelight.data.guards import find_guard
+from sidelight.data.loading import load_examples
+from sidelight.errors import SidelightError
+from sidelight.manifest import holds_probe, read_manifest
+from sidelight.probe import Probe
+from sidelight.states.cache import text_name
+from sidelight.thresholds import ThresholdRule
+from sidelight.training.assessment import SpanAssessment, assess
+from sidelight.training.background import Background
+from sidelight.training.classifier import Classifier
+from sidelight.training.settings import READS
+from sidelight.training.tfidf import fit_tfidf
+from sidelight.types import Task
+
+_POLICY = """# Nothing is blocked: verdicts are counted in the metrics, and no client sees them.
+# To block, take the lines of a guard that are comments in place of its mode. Rules that block
+# prompts refuse conversations that begin with a system turn, unless only you write these:
+# system_turns = "trust"
+"""
+
+
+def load_guard(name: str, part: str = "", task: Task | None = None) -> LabelledExamples:
+    """The training texts of a guard, with ``,FILE`` as its part also one's own, or a ``:TEST``."""
+    spans, source = find_guard(name).card.columns["spans"], f"guard:{name}{part}"
+    if spans is None:
+        return load_examples(source, task=task)
+    return load_examples(source, spans=spans, task=task)
+
+
+def is_trained(
+    folder: Path, backbone: TransformersBackbone, texts: LabelledExamples, rule: ThresholdRule
+) -> bool:
+    """Whether a folder holds the probe that a training would write."""
+    if not holds_probe(folder):
+        return False
+    manifest = read_manifest(folder)
+    record = manifest.record
+    made_of = record.get("training", {}).get("given_sha256"), record.get("threshold_rule")
+    is_of_these = made_of == (texts.content_hash, str(rule))
+    return is_of_these and manifest.backbone.digest == backbone.fingerprint.digest
+
+
+def measure_tests(
+    classifier: Classifier, name: str, texts: LabelledExamples
+) -> dict[str, dict[str, Any]]:
+    """Figures on each packaged test, beside TF-IDF that is fitted to the same texts.
+
+    TF-IDF is given the threshold at which it has as many false alarms as the probe.
+    """
+    probe, figures = classifier.probe, dict[str, dict[str, Any]]()
+    words = None if probe.spans else fit_tfidf(texts.whole_texts, texts.labels, probe.task)
+    for test, card in find_guard(name).card.tests.items():
+        examples = load_guard(name, f":{test}", probe.task)
+        assessment = assess(classifier, examples)
+        figures[test] = {"title": card.title, "rows": len(examples)}
+        if words is None:
+            assert isinstance(assessment, SpanAssessment)
+            figures[test] |= assessment.spans.to_dict()
+            continue
+        positive = examples.labels == 1
+        flags = assessment.probabilities[:, 0] >= probe.thresholds[0]
+        scores = words.logits(examples.whole_texts)[:, 0]
+        alarms, others = int(flags[~positive].sum()), np.sort(scores[~positive])[::-1]
+        highest = [*others, -np.inf][alarms]
+        has_both = 0 < positive.sum() < len(positive)
+        figures[test] |= {
+            "positives": int(positive.sum()),
+            "found": int(flags[positive].sum()),
+            "false_alarms": alarms,
+            "auroc": assessment.report.metrics["auroc"].value,
+            "tfidf_auroc": float(roc_auc_score(positive, scores)) if has_both else None,
+            "tfidf_found": int((scores[positive] > highest).sum()) if has_both else None,
+        }
+    return figures
+
+
+def observing_policy(probes: Sequence[Probe]) -> str:
+    """A policy in which nothing is blocked, with the lines that block as comments."""
+    rules = [_POLICY]
+    for probe in probes:
+        side = "output" if probe.reads.includes_response else "input"
+        rule = f'\n[{side}.{probe.name}]\nmode = "shadow"\n# mode = "block"\n'
+        # Several labels have a threshold each, which the artifact keeps.
+        if len(probe.thresholds) == 1:
+            rule += f"# threshold = {probe.thresholds[0]:.6f}   # that of training\n"
+        rules.append(rule)
+    return "".join(rules)
+
+
+def background_states(backbone: TransformersBackbone, background: Background) -> set[str]:
+    """The names of the states that guards share: those of ordinary conversations alone."""
+    names: set[str] = set()
+    for turns in background.conversations:
+        with suppress(SidelightError):
+            prompt = backbone.encoder.encode_any_length(Example(turns).conversation)
+            names.add(text_name(prompt, READS))
+    return names

@@ -1,0 +1,198 @@
+"""``sidelight guard``: ready guards trained, measured and served as a set."""
+
+import gzip
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from commands import run, saved
+from guard_packages import install, texts, write
+from sidelight.artifact import load_probe
+from sidelight.data.guards import draw_texts
+from sidelight.policy.rules import bound_rules, read_policy, require_rule_applies
+from sidelight.smollm2 import cache_root
+from sidelight.states import cache
+from sidelight.training import background, contexts, ready
+from sidelight.training.settings import SUGGESTED, TrainingSettings
+
+NAMES = ("letters", "replies", "shouts")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    """A package of guards, a cache of its own, little ordinary traffic, and brief trainings."""
+    folder = tmp_path_factory.mktemp("guards")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIDELIGHT_CACHE", str(folder / "cache"))
+        lines = gzip.decompress(background.PACKAGED.read_bytes()).splitlines()[:60]
+        rows = [row for row in map(json.loads, lines) if isinstance(row["text"], str)]
+        traffic = [{**row, "text": row["text"][:80]} for row in rows]
+        patch.setattr(background, "PACKAGED", Path(write(folder / "traffic.jsonl", traffic)))
+        patch.setattr(contexts, "_LEAST_CONTEXT_TOKENS", 2_000)
+        for mechanism in ("readout", "spans"):
+            patch.setitem(SUGGESTED, mechanism, TrainingSettings(epochs=1, least_steps=0))
+        install(folder, patch, "command_guards")
+        background._packaged.cache_clear()
+        yield
+    background._packaged.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tmp_path_factory) -> str:
+    return saved(tiny, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def words(model, tmp_path_factory) -> tuple[str, ...]:
+    """The command that has trained all guards."""
+    out = tmp_path_factory.mktemp("trained") / "guards"
+    only = ("--only", ",".join(NAMES), "--rows", "40")
+    words = ("guard", "--model", model, *only, "--out", str(out))
+    assert run(*words) == 0
+    return words
+
+
+def test_each_guard_is_a_probe_with_figures_on_its_tests(words):
+    out = Path(words[-1])
+    figures = json.loads((out / "figures.json").read_text())
+    assert tuple(figures) == NAMES
+    for name in NAMES:
+        probe, told = load_probe(out / name), figures[name]
+        assert (probe.name, probe.version) == (name, told["version"])
+        assert probe.record["training"]["rows"] <= 40
+        assert told["tests"]["unseen"]["rows"] == 24
+    assert load_probe(out / "replies").reads.side == "response"
+    assert load_probe(out / "letters").spans is not None
+    assert figures["shouts"]["traffic"][1] > 0
+
+
+def test_tests_are_counted_at_the_threshold_of_the_probe_and_words_at_as_many_alarms(words, tiny):
+    out = Path(words[-1])
+    told = json.loads((out / "figures.json").read_text())["shouts"]["tests"]["unseen"]
+    probe, examples = load_probe(out / "shouts"), ready.load_guard("shouts", ":unseen")
+    logits = ready.Classifier(tiny, probe).logits(examples.items)
+    flags = probe.calibration.apply(logits)[:, 0] >= probe.thresholds[0]
+    positive = examples.labels == 1
+    assert told["positives"] == positive.sum()
+    assert (told["found"], told["false_alarms"]) == (flags[positive].sum(), flags[~positive].sum())
+    training = draw_texts(ready.load_guard("shouts"), 40)
+    scores = ready.fit_tfidf(training.whole_texts, training.labels, training.task).logits(
+        examples.whole_texts
+    )[:, 0]
+    pairs = scores[positive][:, None] > scores[~positive]
+    assert told["tfidf_auroc"] == pytest.approx(pairs.mean())
+
+
+def test_the_policy_observes_and_its_comments_block(words, tmp_path):
+    out = Path(words[-1])
+    probes = [load_probe(out / name) for name in NAMES]
+    policy = read_policy(out / "policy.toml")
+    rules = {**policy.input, **policy.output}
+    assert {name: rule.mode for name, rule in rules.items()} == dict.fromkeys(NAMES, "shadow")
+    assert [*policy.output] == ["replies"]
+    text = (out / "policy.toml").read_text().replace('mode = "shadow"\n', "")
+    (tmp_path / "blocking.toml").write_text(
+        re.sub(r"^# (?=(mode|threshold|system_turns) =)", "", text, flags=re.MULTILINE)
+    )
+    blocking = read_policy(tmp_path / "blocking.toml")
+    for bound in bound_rules(blocking, probes):
+        require_rule_applies(bound, probes)
+        assert bound.is_blocking
+    assert blocking.input["shouts"].threshold == pytest.approx(probes[2].thresholds[0], abs=1e-6)
+    assert not blocking.refuses_system_turns
+
+
+def test_what_is_complete_is_skipped_and_what_was_killed_goes_on(words, ran, capsys):
+    out = Path(words[-1])
+    whole = (out / "figures.json").read_text()
+    versions = [load_probe(out / name).version for name in NAMES]
+    policy = out / "policy.toml"
+    policy.write_text(policy.read_text().replace("shadow", "flag"))
+    # Killed between the probe and its figures.
+    figures = json.loads(whole)
+    del figures["shouts"]
+    (out / "figures.json").write_text(json.dumps(figures))
+    assert run(*words) == 0
+    told = capsys.readouterr().out
+    assert told.count("is complete, of these texts, options and model.") == 3
+    assert "policy.toml was there, and stays as it is." in told
+    assert "flag" in policy.read_text()
+    # Only the missing test was judged.
+    assert len(ran) == 24
+    assert json.loads((out / "figures.json").read_text()) == json.loads(whole)
+    assert [load_probe(out / name).version for name in NAMES] == versions
+    assert not [*cache_root().glob("guards-*")]
+
+
+def test_other_texts_replace_a_guard_only_by_force(words, tmp_path, capsys):
+    own, out = write(tmp_path / "mine.jsonl", texts(6, seed=3)), tmp_path / "guards"
+    shutil.copytree(words[-1], out)
+    before = json.loads((out / "figures.json").read_text())
+    adapted = (*words[:3], "--only", "shouts", "--rows", "40", "--data", own, "--out", str(out))
+    assert run(*adapted) == 2
+    assert "shouts holds a probe. Name another folder, or replace it with --force." in (
+        capsys.readouterr().err
+    )
+    assert run(*adapted, "--force") == 0
+    after = json.loads((out / "figures.json").read_text())
+    assert load_probe(out / "shouts").version == after["shouts"]["version"]
+    assert after["shouts"]["version"] != before["shouts"]["version"]
+    assert (after["letters"], after["replies"]) == (before["letters"], before["replies"])
+    # All guards of the folder are served.
+    assert capsys.readouterr().out.count("--probe") == 3
+
+
+def test_states_of_ordinary_traffic_are_computed_once_and_those_of_texts_do_not_stay(
+    model, tiny, tmp_path, monkeypatch
+):
+    written: list[str] = []
+    write_tensors = cache.write_tensors
+
+    def counted(tensors, path):
+        written.append(path.stem)
+        write_tensors(tensors, path)
+
+    monkeypatch.setattr(cache, "write_tensors", counted)
+    install(tmp_path, monkeypatch, "more_guards", prefix="more_")
+    only = ("--only", "shouts,more_shouts", "--rows", "40", "--out", str(tmp_path / "out"))
+    assert run("guard", "--model", model, *only) == 0
+    shared = ready.background_states(tiny, background.load_background("packaged"))
+    times = Counter(written)
+    assert {times[name] for name in shared if name in times} == {1}
+    # The two guards have the same texts.
+    assert sum(times[name] == 2 for name in times) >= 40
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--only", "shout", "--out", "g"), "no guard 'shout'. Did you mean 'shouts'?"),
+        ((), "Name a folder for the guards with --out"),
+        (("--data", "mine.jsonl", "--out", "g"), "--data adapts one guard. Name it: --only"),
+        (("--only", "shouts,letters", "--data", "m.jsonl", "--out", "g"), "--only shouts or lett"),
+        (("--only", "shouts", "--data", "absent.jsonl", "--out", "g"), "No file 'absent.jsonl'"),
+        (("--out", "/proc/guards"), "Cannot write to /proc/guards"),
+        (("--only", "shouts", "--model", "/absent", "--out", "g"), "/absent"),
+        (("--only", "shouts", "--threshold", "fpr", "--out", "g"), "fpr"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_trained(
+    words, said, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    assert run("guard", *words) == 2
+    assert said in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_cards_are_printed(capsys):
+    assert run("guard", "--list", "--only", "shouts,replies") == 0
+    told = capsys.readouterr().out
+    assert "shouts: shouts. The text has an X." in told
+    assert "Reads the response." in told
+    assert "Letters of other alphabets." in told
+    assert "Tests: unseen" in told
