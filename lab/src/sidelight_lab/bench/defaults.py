@@ -1,6 +1,6 @@
 """How good what ``sidelight train`` makes of a file is, beside rivals, on texts it did not see."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from sklearn.metrics import average_precision_score
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.calibration import fit_calibration, suggested_calibration
+from sidelight.calibration import Calibration, fit_calibration, suggested_calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.evaluation import Estimate, evaluate
@@ -27,6 +27,7 @@ from sidelight.training.tfidf import TfIdf, fit_tfidf
 from sidelight.training.traffic import conversations_of, flags_of
 from sidelight.training.validation import FOLDS
 from sidelight.types import Task
+from sidelight_lab.baselines import BASELINES
 from sidelight_lab.baselines.encoders import Encoder
 from sidelight_lab.baselines.linear import solve_split, views_of
 from sidelight_lab.baselines.pooled import (
@@ -36,7 +37,6 @@ from sidelight_lab.baselines.pooled import (
     out_of_fold,
     pooled_states,
 )
-from sidelight_lab.baselines.token_heads import AttentionProbe
 from sidelight_lab.bench.measurement import table
 
 DEFAULT, ALONE = "default", "texts alone"
@@ -48,14 +48,34 @@ _ACCURACIES = ("accuracy at threshold", "printed")
 _TRAFFIC = ("traffic flagged", "printed traffic")
 FIGURES = ("accuracy", "log loss", "ece", "auprc", *_IN_CONTEXTS)
 # Logistic regressions, which are also trained in the contexts that the default probe is shown.
-_REGRESSIONS = ("linear", "means_all_layers", "means_and_lasts", "last_layer")
-RIVALS = ("tfidf", "sentence_embeddings", "attention_probe", *_REGRESSIONS)
+_REGRESSIONS = ("linear", "means_all_layers", "means_and_lasts", "last_layer", "mean_last_layer")
+_STOPPING_EARLY = ("attention_probe", "encoder")
+RIVALS = ("tfidf", "sentence_embeddings", *_STOPPING_EARLY, *_REGRESSIONS)
 _RESAMPLES = 2000
 # Of the training texts, for a rival that stops early and calibrates on them.
 _HELD_OUT = 0.2
 
 Logits = Float[np.ndarray, "text output"]
 Rows = Int[np.ndarray, " row"]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A trained rival.
+
+    Attributes:
+        logits: Of texts that it did not learn from.
+        labels: Of the same texts.
+        score: Gives the logits of other texts.
+    """
+
+    logits: Logits
+    labels: Int[np.ndarray, " text"]
+    score: Callable[[Split], Logits]
+
+    def calibration(self, task: Task) -> Calibration:
+        """As a probe's, on logits of texts that it did not learn from."""
+        return fit_calibration(suggested_calibration(task), self.logits, self.labels, task)
 
 
 @dataclass(frozen=True)
@@ -166,11 +186,8 @@ def compare_defaults(
             if rival in _REGRESSIONS:
                 splits[f"{rival} in contexts"] = dataset.training
             for row, split in splits.items():
-                calibrating, labels, logits = _rival(rival, split, held, backbone, encoder)
-                kind = suggested_calibration(dataset.task)
-                # As a probe's, on logits of texts that it did not learn from.
-                calibration = fit_calibration(kind, calibrating, labels, dataset.task)
-                chances = calibration.apply(logits)
+                fitted = fit_rival(rival, split, backbone, encoder)
+                chances = fitted.calibration(dataset.task).apply(fitted.score(held))
                 judged.append(Judged(size, row, seed, *_measured(dataset.task, chances, held, {})))
     return judged
 
@@ -224,21 +241,17 @@ def _measured(
     return figures, right, losses
 
 
-def _rival(
-    name: str,
-    training: Split,
-    held: Split,
-    backbone: TransformersBackbone,
-    encoder: Encoder | None,
-) -> tuple[Logits, Int[np.ndarray, " _"], Float[np.ndarray, "other output"]]:
-    """Logits and labels to calibrate on, and logits of the held-out texts."""
+def fit_rival(
+    name: str, training: Split, backbone: TransformersBackbone, encoder: Encoder | None = None
+) -> Rival:
+    """A rival, trained on these texts; ``encoder`` gives ``sentence_embeddings``."""
     task, labels = training.task, training.labels
-    if name == "attention_probe":
+    if name in _STOPPING_EARLY:
         fold = training.examples.folds(round(1 / _HELD_OUT), seed=0)[0]
         left_out = training.select(fold)
         dataset = ProbeDataset(backbone, training.without(fold), left_out)
-        fitted = AttentionProbe().fit(dataset, seed=0)
-        return fitted.logits(left_out), left_out.labels, fitted.logits(held)
+        fitted = BASELINES[name]().fit(dataset, seed=0)
+        return Rival(fitted.logits(left_out), left_out.labels, fitted.logits)
     if name == "tfidf":
         texts = np.array(training.texts, dtype=object)
 
@@ -247,17 +260,24 @@ def _rival(
 
         folds = training.folds(FOLDS)
         found = out_of_fold(lambda rest, fold: words(rest).logits([*texts[fold]]), folds, task)
-        return found, labels, words(np.arange(len(labels))).logits(held.texts)
+        whole = words(np.arange(len(labels)))
+        return Rival(found, labels, lambda split: whole.logits(split.texts))
     if name == "linear":
-        solution = solve_split(training)
+        solution, alone = solve_split(training), training.alone
         assert solution.left_out is not None
-        alone = training.alone
-        return solution.left_out[alone], labels[alone], solution.logits(views_of(held))
-    if name == "sentence_embeddings":
+        return Rival(
+            solution.left_out[alone],
+            labels[alone],
+            lambda split: solution.logits(views_of(split)),
+        )
+
+    def features(split: Split) -> Float[np.ndarray, "text feature"]:
+        if name != "sentence_embeddings":
+            return _pooled(name, split)
         assert encoder is not None
-        inputs, unseen = encoder.embeddings(training), encoder.embeddings(held)
-    else:
-        inputs, unseen = (_pooled(name, split) for split in (training, held))
+        return encoder.embeddings(split)
+
+    inputs = features(training)
 
     def regress(rows: Rows, penalty: float) -> Linear:
         return fit_logistic(
@@ -273,17 +293,17 @@ def _rival(
         for penalty in PENALTIES
     }
     best = min(left_out, key=lambda penalty: _loss(task, left_out[penalty], labels))
-    alone = training.alone
-    return left_out[best][alone], labels[alone], regress(np.arange(len(labels)), best)(unseen)
+    alone, linear = training.alone, regress(np.arange(len(labels)), best)
+    return Rival(left_out[best][alone], labels[alone], lambda split: linear(features(split)))
 
 
 def _pooled(name: str, split: Split) -> Float[np.ndarray, "text feature"]:
     """Means, or means and last tokens, of all layers or of the last one."""
     pooled = pooled_states(split)
     parts = [pooled.means, pooled.lasts]
-    if name == "means_all_layers":
+    if name in ("means_all_layers", "mean_last_layer"):
         parts = parts[:1]
-    elif name == "last_layer":
+    if name in ("last_layer", "mean_last_layer"):
         parts = [part[:, -1:] for part in parts]
     return torch.cat(parts, 1).flatten(1).numpy()
 
