@@ -66,11 +66,11 @@ def bench_defaults(
     """Measure what `sidelight train` makes of a file, on texts that it did not see.
 
     The same of texts alone (--background none), and each rival (tfidf, sentence_embeddings,
-    attention_probe, linear, means_all_layers, means_and_lasts, last_layer) stand beside the default
-    probe, with what it gains: the 95 % interval over draws and texts. The last four, logistic
-    regressions, are trained on texts alone and in the same contexts. The accuracy
-    that training printed stands beside the one that was measured, and so does the share of ordinary
-    conversations that is flagged, of sources that no row was trained on.
+    attention_probe, encoder, linear, means_all_layers, means_and_lasts, last_layer,
+    mean_last_layer) stand beside the default probe, with what it gains: the 95 % interval over
+    draws and texts. The last five, logistic regressions, are trained on texts alone and in the same
+    contexts. The accuracy that training printed stands beside the one that was measured, and so
+    does the share of ordinary conversations that is flagged, of sources that no row was trained on.
     """
     from sidelight.data.loading import load_examples
 
@@ -224,6 +224,49 @@ def bench_spans(
             out=out,
             rivals=rivals,
         )
+    publish(record, out, as_json=as_json)
+
+
+@bench.command(
+    "guards",
+    epilog=options.examples(
+        "sidelight bench guards --out guards",
+        "sidelight bench guards --only injection,harmful --rows 600 --out guards",
+    ),
+)
+@click.option("--only", callback=names, help="Guards. [default: all that judge whole texts]  ")
+@click.option("--rows", type=AT_LEAST_TWO, help="Train on so many texts of each. [default: all]")
+@click.option(
+    "--rivals",
+    callback=names,
+    default="pooling,gate,attention,mean_last_layer,means_all_layers,tfidf,encoder",
+    help="What stands beside it.  ",
+)
+@click.option("--seeds", type=options.AT_LEAST_ONE, default=1, help="Of ours and the mechanisms.")
+@options.out
+@options.as_json
+@options.backbone
+def bench_guards(
+    runtime: options.Runtime, only: list[str] | None, out: Path, as_json: bool, **given: Any
+) -> None:
+    """Measure probes of the ready guards on their public tests, beside rivals.
+
+    What `sidelight train --data guard:NAME` makes stands beside the paper's mechanisms, linear
+    probes of the last layer and of all layers, TF-IDF and a fine-tuned MiniLM, all trained on the
+    same texts alone. A quarter of the packaged background, by sources, is left out of training, and
+    every row is measured on it. Below each test stand figures that other guards have published. A
+    second run repeats no guard that has finished; hidden states are in --out until the end.
+    """
+    from sidelight.training.background import load_background
+    from sidelight_lab.bench.guards import measure_guards
+
+    record = measure_guards(
+        runtime.load_backbone(),
+        only or (),
+        background=load_background("packaged"),
+        out=out,
+        **given,
+    )
     publish(record, out, as_json=as_json)
 
 

@@ -1,0 +1,464 @@
+"""How good probes of the ready guards are, on public tests, beside rivals and published figures."""
+
+import json
+import shutil
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from hashlib import sha256
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from sidelight.backbone import TransformersBackbone
+from sidelight.calibration import Calibration
+from sidelight.data.examples import Example, LabelledExamples
+from sidelight.data.guards import Guard, draw_texts, find_guard, guard_names
+from sidelight.data.loading import load_examples
+from sidelight.errors import SidelightError, did_you_mean
+from sidelight.evaluation import Estimate
+from sidelight.mechanisms.base import mechanism_spec
+from sidelight.metrics import decide, measure_resamples
+from sidelight.probe import Probe
+from sidelight.progress import progress, quiet
+from sidelight.prompts import Reads
+from sidelight.states.cache import Shard
+from sidelight.states.extraction import shard_logits
+from sidelight.storage import write_json
+from sidelight.thresholds import choose_thresholds
+from sidelight.training.background import Background, Turns, choose_conversations
+from sidelight.training.dataset import Split, make_split
+from sidelight.training.fit import fit
+from sidelight.training.settings import READS, FitOptions, suggested_settings
+from sidelight.types import Task
+from sidelight_lab.baselines.encoders import packaged_encoder
+from sidelight_lab.bench.defaults import fit_rival
+from sidelight_lab.bench.measurement import Record, conditions, table
+from sidelight_lab.tables.runs import digest
+
+OURS = "ours"
+# Trained by gradient descent, so each seed gives another; in the paper on texts alone.
+_PAPER = ("pooling", "gate", "attention")
+RIVALS = (*_PAPER, "mean_last_layer", "means_all_layers", "tfidf", "encoder")
+# The part of the background, by sources, that no row is trained on, and how much of it measures.
+_PARTS, _CONVERSATIONS = 4, 400
+# Shares of ordinary traffic that may be flagged.
+_RATES = (0.01, 0.04)
+_AT_RATES = tuple(f"recall at {rate:.0%} of traffic" for rate in _RATES)
+_TRAFFIC = "traffic flagged"
+FIGURES = ("auroc", "recall", "false alarms", *_AT_RATES)
+_RESAMPLES = 1000
+# A figure on the texts and, if it has an interval, on resamples of them.
+Draws = Mapping[str, Float[np.ndarray, " draw"]]
+_UNDEFINED = np.array([np.nan])
+_HOW = (
+    "Recall and false alarms are shares of the positive and of the other texts that a row flags at "
+    "the threshold that its training chose. Traffic is ordinary conversations of sources that no "
+    "row was trained on, or of a guard of answers, the answers in them: how many are flagged at "
+    "that threshold, and the recall where at most 1 % or 4 % of them are flagged. `ours` is what "
+    "`sidelight train --data guard:NAME` makes; other rows are trained on the same texts, alone. "
+    "AUROC has its 95 % bootstrap interval over test texts; of several seeds, figures are means."
+)
+
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PublishedFigure(_Strict):
+    """What others say of a guard, on the texts of a test.
+
+    Attributes:
+        guard: Its name.
+        source: Where it says so.
+        second_hand: Whether the source was read in a quotation only.
+    """
+
+    guard: str
+    recall: _Share | None = None
+    false_alarms: _Share | None = None
+    accuracy: _Share | None = None
+    source: str
+    second_hand: bool = False
+
+
+class Published(_Strict):
+    """What others say of guards on a test.
+
+    Attributes:
+        computed: How, in a sentence.
+        cautions: What a reader should know before comparing.
+    """
+
+    computed: str
+    figures: tuple[PublishedFigure, ...]
+    cautions: tuple[str, ...] = ()
+
+
+def published_figures() -> Mapping[str, Mapping[str, Published]]:
+    """By guard and test."""
+    text = (files("sidelight_lab.bench") / "guards.toml").read_text("utf-8")
+    return TypeAdapter(dict[str, dict[str, Published]]).validate_python(tomllib.loads(text))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trained row; of a probe with one seed.
+
+    Attributes:
+        logits: Gives those of texts.
+    """
+
+    name: str
+    calibration: Calibration
+    thresholds: tuple[float, ...]
+    logits: Callable[[Split], Float[np.ndarray, "text 1"]]
+
+    @property
+    def threshold(self) -> float:
+        return self.thresholds[0]
+
+    def score(self, split: Split) -> Float[np.ndarray, " text"]:
+        """The probability that each text is positive."""
+        return self.calibration.apply(self.logits(split))[:, 0]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a guard's rows are trained and measured on.
+
+    Attributes:
+        training: The texts that all rows are trained on.
+        background: What ours are also shown in.
+        traffic: Ordinary conversations, or their answers, of sources that neither has.
+    """
+
+    training: LabelledExamples
+    background: Background
+    traffic: LabelledExamples
+
+    @staticmethod
+    def of(name: str, background: Background, rows: int | None) -> "Texts":
+        """Draws them, the same ones each time."""
+        whole = load_examples(f"guard:{name}")
+        reads_answers = whole.items[0].response is not None
+        sources = [str(cells.get("source")).removeprefix("background:") for cells in whole.rows]
+        left_out = background.parts(_PARTS)[-1]
+        if reads_answers:
+            # No context of an answer is trained on: all but the sources of its texts are unseen.
+            left_out = background.select(
+                row
+                for row, own in enumerate(background.sources or ("",) * len(background))
+                if own not in sources
+            )
+        unseen = {*left_out.conversations}
+        hidden = {*(left_out.sources or ())}
+        texts = whole.select(row for row, own in enumerate(sources) if own not in hidden)
+        drawn = draw_texts(texts, rows or len(texts))
+        shown = background.select(
+            row for row, turns in enumerate(background.conversations) if turns not in unseen
+        )
+        conversations = choose_conversations(left_out, drawn)[0].conversations
+        items = map(_answered if reads_answers else Example, conversations)
+        kept = tuple(item for item in items if item is not None)[:_CONVERSATIONS]
+        negative = np.zeros(len(kept), np.int64)
+        traffic = LabelledExamples(kept, ({},) * len(kept), task=drawn.task, labels=negative)
+        return Texts(drawn, shown, traffic)
+
+
+def _answered(turns: Turns) -> Example | None:
+    """The last answer of a conversation and what led to it; None if there is none."""
+    answers = [i for i, turn in enumerate(turns) if i and turn.role == "assistant" and turn.content]
+    return Example(turns[: answers[-1]], turns[answers[-1]].content) if answers else None
+
+
+def measure_guards(
+    backbone: TransformersBackbone,
+    names: Sequence[str],
+    *,
+    background: Background,
+    rivals: Sequence[str],
+    seeds: int,
+    out: Path,
+    rows: int | None = None,
+    options: FitOptions | None = None,
+) -> Record:
+    """Trains all rows of each guard, then opens its tests.
+
+    Args:
+        backbone: The frozen LLM.
+        names: Guards; none: all that judge whole texts.
+        background: Ordinary traffic, of which a part is left out to measure in.
+        rivals: Some of ``RIVALS``.
+        seeds: Of the probes; other rows have one.
+        out: Folder that keeps the figures of finished guards, which another run does not repeat,
+            and until the end the hidden states.
+        rows: The most training texts of each guard.
+        options: How probes are trained; None is the default.
+    """
+    for rival in rivals:
+        if rival not in RIVALS:
+            raise SidelightError(f"Unknown rival '{rival}'.{did_you_mean(rival, RIVALS)}")
+    given = options or FitOptions()
+    # Where there is none, the error says what to install.
+    installed = guard_names() or ["injection"]
+    guards = {name: find_guard(name) for name in names or installed}
+    of_spans = [name for name, guard in guards.items() if guard.card.labels is None]
+    for name in of_spans if names else ():
+        raise SidelightError(
+            f"The guard '{name}' labels spans. Measure it with `sidelight bench spans --data "
+            f"guard:{name} --test guard:{name}:TEST --out {name}`."
+        )
+    guards = {name: guard for name, guard in guards.items() if name not in of_spans}
+    notes = [f"{name} labels spans: `sidelight bench spans` measures it." for name in of_spans]
+    if "encoder" in rivals:
+        try:
+            packaged_encoder()
+        except SidelightError as error:
+            notes.append(f"The row 'encoder' is left out: {error}")
+            rivals = [rival for rival in rivals if rival != "encoder"]
+    found: dict[str, Any] = {}
+    fits = seeds * (1 + len({*rivals} & {*_PAPER})) + len({*rivals} - {*_PAPER})
+    steps = sum(fits + 1 + len(guard.card.tests) for guard in guards.values())
+    with progress("Measuring guards", steps, unit="steps") as shown, quiet():
+        for name, guard in guards.items():
+            who = {
+                "sidelight": version("sidelight"),
+                "backbone": asdict(backbone.fingerprint),
+                "files": {
+                    path.name: sha256(path.read_bytes()).hexdigest()
+                    for path in sorted(guard.folder.glob("*.gz"))
+                },
+                "background": [background.conversations, background.sources],
+                "options": repr(given),
+                "rows": (rows, seeds, *rivals),
+            }
+            kept = out / "guards" / f"{name}-{digest(who)[:12]}.json"
+            if kept.exists():
+                shown.advance(fits + 1 + len(guard.card.tests))
+            else:
+                texts = Texts.of(name, background, rows)
+                options = replace(
+                    given,
+                    reads=replace(READS, side=guard.card.reads),
+                    cache_root=out / "states" / name,
+                    keep_cache=True,
+                )
+                done = partial(shown.advance, 1)
+                write_json(kept, _measure(backbone, guard, texts, rivals, seeds, options, done))
+            found[name] = json.loads(kept.read_text("utf-8"))
+    shutil.rmtree(out / "states", ignore_errors=True)
+    settings = {"rows": rows or "all", "seeds": seeds}
+    sections = [_HOW, *notes]
+    for name, figures in found.items():
+        sections += guard_sections(name, figures)
+    return Record("guards", conditions(backbone, settings), {"guards": found}, sections)
+
+
+def _measure(
+    backbone: TransformersBackbone,
+    guard: Guard,
+    texts: Texts,
+    rivals: Sequence[str],
+    seeds: int,
+    options: FitOptions,
+    done: Callable[[], object],
+) -> dict[str, Any]:
+    """Figures of all rows of a guard, by test."""
+    task, own_states = texts.training.task, options.cache_root
+    assert own_states is not None
+    rows: list[Row] = []
+    for row in (OURS, *(rival for rival in rivals if rival in _PAPER)):
+        for seed in range(seeds):
+            rows.append(_probe(backbone, row, texts, replace(options, seed=seed)))
+            done()
+    alone = make_split(backbone, texts.training, options)
+    for rival in rivals:
+        if rival not in _PAPER:
+            rows.append(_rival(rival, alone, backbone))
+            done()
+    # Judging never cuts.
+    options = replace(options, max_tokens=backbone.encoder.max_tokens)
+    traffic = [np.empty(0) for _ in rows]
+    if len(texts.traffic):
+        # States of traffic serve all guards that read the same side.
+        kept = replace(options, cache_root=own_states.with_name("traffic"))
+        split = make_split(backbone, texts.traffic, kept)
+        traffic = [row.score(split) for row in rows]
+    done()
+    tests: dict[str, Any] = {}
+    figures: list[dict[str, Draws]] = []
+    # Every row reads a test before the next one, so only the states of one take room.
+    unkept = replace(options, keep_cache=False)
+    for test, about in guard.card.tests.items():
+        tested = load_examples(f"guard:{guard.name}:{test}", task=task)
+        split = make_split(backbone, tested, unkept)
+        scores = [row.score(split) for row in rows]
+        split.states.remove()
+        figures.append(measure_rows(rows, scores, tested.labels, traffic, task))
+        tests[test] = {
+            "title": about.title,
+            "drawn": about.drawn,
+            "texts": dict(zip(task.labels, tested.label_counts.tolist(), strict=True)),
+            "rows": {row: _described(own) for row, own in figures[-1].items()},
+        }
+        done()
+    shutil.rmtree(own_states, ignore_errors=True)
+    flagged: dict[str, list[float]] = {}
+    for row, own in zip(rows, traffic, strict=True):
+        if len(own):
+            flagged.setdefault(row.name, []).append(float((own >= row.threshold).mean()))
+    names = dict.fromkeys(row.name for row in rows)
+    return {
+        "texts": dict(zip(task.labels, texts.training.label_counts.tolist(), strict=True)),
+        "traffic": len(texts.traffic),
+        "mean": {row: _described(_mean_of_tests([own[row] for own in figures])) for row in names},
+        _TRAFFIC: {row: float(np.mean(shares)) for row, shares in flagged.items()},
+        "tests": tests,
+    }
+
+
+def _probe(backbone: TransformersBackbone, name: str, texts: Texts, options: FitOptions) -> Row:
+    """What ``sidelight train`` makes by default, or a mechanism as the paper trains it."""
+    if name == OURS:
+        options = replace(options, background=texts.background)
+    else:
+        settings = options.settings.get(name, suggested_settings(name))
+        options = replace(
+            options,
+            mechanism=mechanism_spec(name),
+            settings={name: settings.changed(normalise=False)},
+            reads=Reads(options.reads.side),
+        )
+    probe = fit(backbone, texts.training, None, name="guard", options=options).probe
+    return Row(name, probe.calibration, probe.thresholds, partial(_served_logits, probe))
+
+
+def _served_logits(probe: Probe, split: Split) -> Float[np.ndarray, "text 1"]:
+    """The highest of each text and of its parts that are judged beside it."""
+    logits: list[np.ndarray] = []
+    for row, units in zip(split.rows.tolist(), split.units, strict=True):
+        hidden = split.states.text(row)
+        parts = [hidden, *(hidden[:, unit] for unit in units if probe.judges_turns)]
+        logits.append(shard_logits(probe, Shard.joined(dict(enumerate(parts)))).max(0))
+    return np.stack(logits)
+
+
+def _rival(name: str, alone: Split, backbone: TransformersBackbone) -> Row:
+    task, fitted = alone.task, fit_rival(name, alone, backbone)
+    calibration = fitted.calibration(task)
+    thresholds = choose_thresholds(task, calibration.apply(fitted.logits), fitted.labels)
+    return Row(name, calibration, thresholds, fitted.score)
+
+
+def measure_rows(
+    rows: Sequence[Row],
+    scores: Sequence[Float[np.ndarray, " text"]],
+    labels: np.ndarray,
+    traffic: Sequence[Float[np.ndarray, " conversation"]],
+    task: Task,
+) -> dict[str, Draws]:
+    """Figures of each row on a test, means over its seeds.
+
+    Args:
+        rows: Each with one seed.
+        scores: Of the texts of the test, by row.
+        labels: Of these texts.
+        traffic: Scores of ordinary traffic, by row.
+        task: The classes.
+    """
+    holds, by_row = labels == 1, dict[str, list[Draws]]()
+    for row, own, ordinary in zip(rows, scores, traffic, strict=True):
+        flags = own >= row.threshold
+        figures = {"auroc": _UNDEFINED, "recall": _share(flags[holds])}
+        figures["false alarms"] = _share(flags[~holds])
+        if 0 < holds.sum() < len(holds):
+            decided = decide(task, own[:, None], labels, thresholds=row.thresholds)
+            figures["auroc"] = measure_resamples(decided, resamples=_RESAMPLES, seed=0)["auroc"]
+        for name, rate in zip(_AT_RATES, _RATES, strict=True):
+            figures[name] = _UNDEFINED
+            if len(ordinary):
+                # At most this share of them is higher.
+                bound = np.sort(ordinary)[::-1][int(rate * len(ordinary))]
+                figures[name] = _share((own > bound)[holds])
+        by_row.setdefault(row.name, []).append(figures)
+    return {
+        name: {figure: np.mean([own[figure] for own in seeds], 0) for figure in FIGURES}
+        for name, seeds in by_row.items()
+    }
+
+
+def _share(flags: Bool[np.ndarray, " text"]) -> Float[np.ndarray, " draw"]:
+    return np.array([flags.mean()]) if len(flags) else _UNDEFINED
+
+
+def _mean_of_tests(tests: Sequence[Draws]) -> Draws:
+    """Over the tests that have a figure."""
+    means: dict[str, np.ndarray] = {}
+    for figure in FIGURES:
+        defined = [own[figure] for own in tests if not np.isnan(own[figure][0])]
+        means[figure] = np.mean(defined, 0) if defined else _UNDEFINED
+    return means
+
+
+def _described(figures: Draws) -> dict[str, Any]:
+    return {name: Estimate.of(draws).to_dict() for name, draws in figures.items()}
+
+
+def guard_sections(name: str, measured: Mapping[str, Any]) -> list[str]:
+    """A guard's tables: the means over tests, then each test with what others have published."""
+    tests, published = measured["tests"], published_figures().get(name, {})
+    flagged = {row: _shown(share) for row, share in measured[_TRAFFIC].items()}
+    size = f"{_counts(measured['texts'])} texts, {measured['traffic']} of ordinary traffic"
+    title = f"{name}: mean over {len(tests)} tests ({size})"
+    sections = [_table(title, measured["mean"], {_TRAFFIC: flagged})]
+    for test, own in tests.items():
+        drawn = f"; {own['drawn']}" if own["drawn"] else ""
+        title = f"{name}:{test}: {own['title']} ({_counts(own['texts'])}{drawn})"
+        sections.append(_table(title, own["rows"]))
+        if (others := published.get(test)) is None:
+            sections.append("No comparable figure of another guard was found for this test.")
+            continue
+        lines = [
+            [
+                one.guard,
+                *(_shown(share) for share in (one.recall, one.false_alarms, one.accuracy)),
+                f"{one.source}{', second hand' if one.second_hand else ''}",
+            ]
+            for one in others.figures
+        ]
+        headings = ["guard", "recall", "false alarms", "accuracy", "source"]
+        sections.append(table(f"{name}:{test}: other guards, as published", headings, lines))
+        sections.append("\n".join(f"- {note}" for note in (others.computed, *others.cautions)))
+    return sections
+
+
+def _table(
+    title: str, rows: Mapping[str, Any], more: Mapping[str, Mapping[str, str]] | None = None
+) -> str:
+    more = more or {}
+    lines = [
+        [
+            row,
+            *(str(Estimate(own[name]["value"], *own[name]["ci"])) for name in FIGURES),
+            *(column.get(row, "-") for column in more.values()),
+        ]
+        for row, own in rows.items()
+    ]
+    return table(title, ["row", *FIGURES, *more], lines)
+
+
+def _counts(texts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {label}" for label, count in texts.items())
+
+
+def _shown(share: float | None) -> str:
+    return str(Estimate(share, None, None))

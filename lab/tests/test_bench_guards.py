@@ -1,0 +1,176 @@
+"""Probes of ready guards beside rivals and published figures, on the guards' tests."""
+
+import json
+
+import numpy as np
+import pytest
+
+from commands import run, saved
+from guard_packages import install
+from sidelight.calibration import Calibration
+from sidelight.data.guards import find_guard
+from sidelight.data.loading import load_examples
+from sidelight.prompts import Message
+from sidelight.training.background import Background
+from sidelight.training.settings import FitOptions, suggested_settings
+from sidelight.types import Task
+from sidelight_lab.bench.guards import (
+    FIGURES,
+    OURS,
+    Row,
+    Texts,
+    guard_sections,
+    measure_guards,
+    measure_rows,
+    published_figures,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache", "letters")]
+NAMES = ("shouts", "replies")
+# Little of everything: the signal is plain.
+SETTINGS = {name: suggested_settings(name).changed(epochs=6) for name in ("readout", "pooling")}
+BRIEF = FitOptions(settings=SETTINGS, context_tokens=400)
+ROWS = ("pooling", "mean_last_layer", "means_all_layers", "tfidf")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def letters(tmp_path_factory):
+    """The folder of a package of guards."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield install(tmp_path_factory.mktemp("guards"), patch)
+
+
+@pytest.fixture(scope="module")
+def background() -> Background:
+    """Short chats of eight sources, each of five."""
+    said = [(Message("user", f"Hello {n}."), Message("assistant", f"Yes {n}.")) for n in range(40)]
+    chats = tuple((*turns, Message("user", f"Thanks {n}.")) for n, turns in enumerate(said))
+    return Background(chats, tuple(f"source {n % 8}" for n in range(40)))
+
+
+@pytest.fixture(scope="module")
+def measure(tiny, background, tmp_path_factory):
+    """Runs the benchmark, into the same folder each time."""
+    out = tmp_path_factory.mktemp("out")
+    return lambda **given: measure_guards(
+        tiny,
+        **{
+            "names": NAMES,
+            "background": background,
+            "rivals": ROWS,
+            "seeds": 1,
+            "rows": 30,
+            "out": out,
+        }
+        | given,
+    )
+
+
+@pytest.fixture(scope="module")
+def record(measure):
+    return measure()
+
+
+def test_every_row_has_every_figure_on_every_test_and_their_mean(record):
+    for name in NAMES:
+        measured = record.results["guards"][name]
+        assert measured["traffic"] > 0
+        assert set(measured["traffic flagged"]) == {OURS, *ROWS}
+        for rows in (measured["mean"], measured["tests"]["unseen"]["rows"]):
+            assert [*rows] == [OURS, *ROWS]
+            for figures in rows.values():
+                assert [*figures] == [*FIGURES]
+                assert all(0 <= figure["value"] <= 1 for figure in figures.values())
+                low, high = figures["auroc"]["ci"]
+                assert low <= figures["auroc"]["value"] <= high
+    shown = record.to_markdown()
+    for name in (*FIGURES, "traffic flagged", "95 % bootstrap"):
+        assert name in shown
+    # Of each guard, one table for its test and one for the mean over tests.
+    assert all(shown.count(f"| {row} ") == 2 * len(NAMES) for row in (OURS, *ROWS))
+    assert json.loads(record.to_json())["guards"].keys() == {*NAMES}
+
+
+def test_a_planted_signal_is_found_by_ours_and_by_words(record):
+    rows = record.results["guards"]["shouts"]["tests"]["unseen"]["rows"]
+    assert rows[OURS]["auroc"]["value"] > 0.8
+    assert rows["tfidf"]["recall"]["value"] > 0.8
+
+
+def test_a_finished_guard_is_not_measured_again_and_other_settings_are(measure, record, ran):
+    again = measure()
+    assert not ran
+    assert again.results == record.results
+    measure(names=["shouts"], rivals=["tfidf"])
+    assert ran
+
+
+def test_each_text_passes_the_backbone_once_and_tests_come_last(tiny, measure, ran, tmp_path):
+    measure(names=["shouts"], rivals=["mean_last_layer"], seeds=2, rows=20, out=tmp_path)
+    passed = [prompt.token_ids for prompt in ran]
+    assert len(set(passed)) == len(passed)
+    items = load_examples("guard:shouts:unseen").items
+    tested = {tiny.encoder.encode(item.messages).token_ids for item in items}
+    assert {*passed[-len(tested) :]} == tested
+    assert not (tmp_path / "states").exists()
+
+
+def test_recall_is_counted_where_so_much_traffic_is_flagged():
+    task = Task("binary", ("other", "shouting"))
+    row = Row("one", Calibration("none", "binary", (1.0,), (0.0,)), (0.9,), lambda split: split)
+    scores, labels = np.array([0.5, 0.955, 0.985, 0.999, 0.1, 0.95]), np.array([1, 1, 1, 1, 0, 0])
+    traffic = np.arange(100) / 100
+    figures = measure_rows([row], [scores], labels, [traffic], task)["one"]
+    values = {name: draws[0] for name, draws in figures.items()}
+    assert values == {
+        "auroc": 7 / 8,
+        "recall": 3 / 4,
+        "false alarms": 1 / 2,
+        "recall at 1% of traffic": 2 / 4,
+        "recall at 4% of traffic": 3 / 4,
+    }
+
+
+def test_traffic_is_of_sources_that_no_row_is_trained_on(background):
+    texts = Texts.of("shouts", background, rows=20)
+    source_of = dict(zip(background.conversations, background.sources or (), strict=True))
+    unseen = {source_of[item.messages] for item in texts.traffic.items}
+    assert len(texts.training) == 20
+    assert unseen
+    assert not unseen & {*(texts.background.sources or ())}
+    # A guard of answers reads those of any source that its texts are not of.
+    answers = Texts.of("replies", background, rows=None).traffic
+    assert len(answers) == 40
+    assert answers.items[0].response is not None
+
+
+def test_published_figures_are_of_packaged_tests_and_stand_below_them(record):
+    published = published_figures()
+    assert {name: {*tests} for name, tests in published.items()} == {
+        "harmful": {"simplesafetytests", "xstest"},
+        "injection": {"bipia_attacks", "spikee"},
+    }
+    for name, tests in published.items():
+        assert tests.keys() <= find_guard(name).card.tests.keys()
+        measured = dict(record.results["guards"]["shouts"])
+        for test, others in tests.items():
+            measured["tests"] = {test: record.results["guards"]["shouts"]["tests"]["unseen"]}
+            shown = "\n".join(guard_sections(name, measured))
+            for one in others.figures:
+                line = next(line for line in shown.splitlines() if f"| {one.guard} " in line)
+                assert one.source in line
+                assert ("second hand" in line) == one.second_hand
+            for sentence in (others.computed, *others.cautions):
+                assert sentence in shown
+    assert "No comparable figure" in record.to_markdown()
+
+
+def test_what_cannot_be_measured_is_refused_and_named(tiny, tmp_path, capsys):
+    command = ["bench", "guards", f"--out={tmp_path / 'out'}"]
+    command += [f"--model={saved(tiny, tmp_path / 'model')}"]
+    assert run(*command, "--only=letters") == 2
+    assert "`sidelight bench spans --data guard:letters" in capsys.readouterr().err
+    assert run(*command, "--only=shouts", "--rivals=tfidv") == 2
+    assert "Did you mean 'tfidf'" in capsys.readouterr().err
+    assert run(*command, "--only=shout") == 2
+    assert "Did you mean 'shouts'" in capsys.readouterr().err
