@@ -34,14 +34,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 BRIEF = TrainingSettings(
     learning_rate=3e-2, weight_decay=0.01, epochs=5, batch_size=16, least_steps=0
 )
-QUICK = {"readout": BRIEF, "gate": BRIEF}
 TRAINING, TESTING = 80, 40
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 TOXICCHAT = Path(os.environ.get("SIDELIGHT_DATA") or SHARED) / "toxicchat0124/train.jsonl.gz"
 
 
-def options_of(mechanism, **others):
-    return FitOptions(mechanism=mechanism_spec(mechanism), settings=QUICK, **others)
+def options_of(mechanism, *, seed=0, **others):
+    return FitOptions(
+        mechanism=mechanism_spec(mechanism), settings=replace(BRIEF, seed=seed), **others
+    )
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_a_fit_is_one_probe_with_its_record_beside_a_baseline(fits, tiny):
 @pytest.mark.parametrize("with_validation", [True, False])
 def test_a_training_that_diverges_is_refused_with_its_remedy(tiny, with_validation):
     rows = load_examples(corpora.rows("binary", 40), positive="toxic")
-    diverging = {"readout": replace(BRIEF, weight_decay=1e38, epochs=1)}
+    diverging = replace(BRIEF, weight_decay=1e38, epochs=1)
     options = FitOptions(settings=diverging)
     with pytest.raises(SidelightError, match=r"'readout' with seed 0 diverged.* Lower the rate"):
         fit(tiny, rows, rows if with_validation else None, name="p", options=options)

@@ -26,7 +26,7 @@ from sidelight.training.dataset import ProbeDataset, make_split, prepare
 from sidelight.training.fit import calibrate_probe, fit
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import TrainingRun
-from sidelight.training.settings import FitOptions, Job, TrainingSettings
+from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.traffic import (
     Traffic,
     conversations_of,
@@ -343,7 +343,7 @@ def test_training_counts_each_text_by_its_weight(tiny, examples, options, monkey
 
     monkeypatch.setattr(TrainingRun, "loss", counted)
     settings = TrainingSettings(epochs=1, least_steps=0, standardise=False)
-    train_mechanisms([Job(mechanism_spec("pooling"), 0, settings)], training=made, validation=None)
+    train_mechanisms([(mechanism_spec("pooling"), settings)], training=made, validation=None)
     np.testing.assert_allclose(sorted(heard), sorted(made.weights), rtol=1e-6)
 
 
@@ -390,7 +390,7 @@ def test_the_figures_are_those_of_the_threshold_that_is_served(tiny, examples, o
     positives = [text for text, label in zip(TEXTS, examples.labels, strict=True) if label]
     alike = tuple((Message("user", f"{text}. Ordinary{i}"),) for i, text in enumerate(positives))
     given = replace(options, background=Background(TRAFFIC + alike * 3))
-    settings = {"readout": TrainingSettings(epochs=2, batch_size=16, least_steps=0)}
+    settings = TrainingSettings(epochs=2, batch_size=16, least_steps=0)
     made = fit(tiny, examples, None, name="p", options=replace(given, settings=settings))
     kept = made.probe.record["traffic"]["worst"]
     assert len(kept) == 3
@@ -436,7 +436,7 @@ def test_several_classes_say_none_to_ordinary_traffic(tiny, options):
         tuple(map(said, texts)), ({},) * 60, labels=np.arange(60) % 3, task=INTENT
     )
     brief = TrainingSettings(learning_rate=0.05, epochs=2, batch_size=16, least_steps=0)
-    given = replace(options, settings={"readout": brief})
+    given = replace(options, settings=brief)
     made = fit(tiny, labelled, None, name="p", options=given)
     assert made.probe.task.labels == (*INTENT.labels, "none")
     assert made.traffic.conversations == len(TRAFFIC)
@@ -479,8 +479,8 @@ def test_texts_are_scored_as_they_are_served(tiny, options, monkeypatch):
     items = [said("one", "two two two two", f"number {i} three") for i in range(20)]
     labelled = LabelledExamples(tuple(items), ({},) * 20, labels=np.arange(20) % 2, task=TOXICITY)
     split = make_split(tiny, labelled, options)
-    job = Job(mechanism_spec("readout"), 0, TrainingSettings(learning_rate=0.03, epochs=4))
-    (trained,) = train_mechanisms([job], training=split, validation=split)
+    candidate = mechanism_spec("readout"), TrainingSettings(learning_rate=0.03, epochs=4)
+    (trained,) = train_mechanisms([candidate], training=split, validation=split)
     made = calibrate_probe(trained, ProbeDataset(tiny, split, split), name="p", options=options)
     prompts = [tiny.encoder.encode(item.messages) for item in items]
     (served,) = score(tiny, Bank([made.probe]), prompts)
@@ -504,8 +504,8 @@ def test_parts_of_texts_without_a_label_train_in_their_place(tiny, options, monk
         return loss(run, tokens, labels, weights)
 
     monkeypatch.setattr(TrainingRun, "loss", heard)
-    job = Job(mechanism_spec("readout"), 0, TrainingSettings(epochs=8, least_steps=0))
-    train_mechanisms([job], training=split, validation=None)
+    candidate = mechanism_spec("readout"), TrainingSettings(epochs=8, least_steps=0)
+    train_mechanisms([candidate], training=split, validation=None)
     wholes = {*split.own_states().lengths}
     parts = {len(unit) for units in split.units for unit in units} - wholes
     assert {*read[1]} <= wholes

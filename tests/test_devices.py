@@ -23,7 +23,7 @@ from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import text_logits
 from sidelight.training.classifier import Classifier
 from sidelight.training.loop import train_mechanisms
-from sidelight.training.settings import Job, TrainingSettings
+from sidelight.training.settings import TrainingSettings
 from sidelight.vllm.columns import Reading, set_receiver
 from sidelight.vllm.settings import Served, identity_of
 from sidelight.vllm.worker import Worker
@@ -143,7 +143,7 @@ def test_any_mechanism_judges_and_explains_as_on_the_cpu(
 @pytest.mark.slow
 def test_every_mechanism_trains_as_on_the_cpu(there, tiny, tmp_path):
     settings = TrainingSettings(learning_rate=1e-2, epochs=2, batch_size=20, least_steps=0)
-    jobs = [Job(mechanism_spec(name), 0, settings) for name in mechanism_names()]
+    candidates = [(mechanism_spec(name), settings) for name in mechanism_names()]
     outcomes = []
     for backbone in (tiny, there):
         folder = tmp_path / backbone.device.type
@@ -151,9 +151,9 @@ def test_every_mechanism_trains_as_on_the_cpu(there, tiny, tmp_path):
             name: split_of(backbone, folder, "binary", count, seed=count)
             for name, count in {"training": 60, "validation": 30}.items()
         }
-        outcomes.append(train_mechanisms(jobs, **splits, device=backbone.device))
-    for job, wanted, actual in zip(jobs, *outcomes, strict=True):
-        np.testing.assert_allclose(actual.logits, wanted.logits, atol=1e-3, err_msg=str(job.spec))
+        outcomes.append(train_mechanisms(candidates, **splits, device=backbone.device))
+    for (spec, _), wanted, actual in zip(candidates, *outcomes, strict=True):
+        np.testing.assert_allclose(actual.logits, wanted.logits, atol=1e-3, err_msg=str(spec))
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,10 @@ from sidelight.training import loop
 from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.fit import fit, taken_by_none
 from sidelight.training.loop import cross_fit, train_mechanisms
-from sidelight.training.measuring import calibrate_examples
+from sidelight.training.measuring import calibrate_examples, measuring_folds
 from sidelight.training.settings import (
     Background,
     FitOptions,
-    Job,
     suggested_settings,
 )
 from sidelight.training.tfidf import better_words
@@ -30,16 +29,18 @@ from sidelight.training.validation import FOLDS, choose_folds
 # Two float32 programs of the same sums.
 ROUNDING = 1e-4
 QUICK = {
-    name: suggested_settings(name).changed(learning_rate=3e-2, epochs=4, batch_size=16)
+    name: suggested_settings(name).changed(seed=3, learning_rate=3e-2, epochs=4, batch_size=16)
     for name in ("readout", "pooling")
 }
-JOBS = [Job(mechanism_spec(name), 3, settings) for name, settings in QUICK.items()]
+CANDIDATES = [(mechanism_spec(name), settings) for name, settings in QUICK.items()]
 
 
 def fitted(tiny, root, texts, validation=None, **options):
     """A fit of the mechanism that is trained in the least time, unless another is named."""
-    options = {"mechanism": mechanism_spec("pooling"), "settings": QUICK} | options
-    options = FitOptions(cache_root=root, **options)
+    options = {"mechanism": mechanism_spec("pooling")} | options
+    spec = options["mechanism"]
+    settings = QUICK["readout" if spec is None else spec.name]
+    options = FitOptions(cache_root=root, settings=settings, **options)
     examples = texts if isinstance(texts, LabelledExamples) else load_examples(texts)
     return fit(tiny, examples, validation, name="a", options=options)
 
@@ -78,7 +79,7 @@ def folds(whole):
 
 @pytest.fixture(scope="module")
 def cross_fitted(whole, folds):
-    return cross_fit(JOBS, whole.training, folds)
+    return cross_fit(CANDIDATES, whole.training, folds)
 
 
 @pytest.mark.slow
@@ -89,7 +90,9 @@ def test_no_text_teaches_the_mechanism_that_judges_it(whole, folds, cross_fitted
     labels[fold] = 1 - labels[fold]
     examples = replace(whole.training.examples, labels=labels)
     changed = replace(whole, training=replace(whole.training, examples=examples))
-    for before, after in zip(cross_fitted, cross_fit(JOBS, changed.training, folds), strict=True):
+    for before, after in zip(
+        cross_fitted, cross_fit(CANDIDATES, changed.training, folds), strict=True
+    ):
         np.testing.assert_array_equal(before.logits[fold], after.logits[fold])
         assert not np.isclose(before.logits[rest], after.logits[rest]).all()
 
@@ -99,15 +102,17 @@ def test_folds_that_are_not_projected_together_give_the_same(
     whole, folds, cross_fitted, monkeypatch
 ):
     monkeypatch.setattr(loop, "_MOST_COLUMNS", 1)
-    for together, apart in zip(cross_fitted, cross_fit(JOBS, whole.training, folds), strict=True):
+    for together, apart in zip(
+        cross_fitted, cross_fit(CANDIDATES, whole.training, folds), strict=True
+    ):
         np.testing.assert_allclose(together.logits, apart.logits, atol=ROUNDING)
 
 
 @pytest.mark.slow
 def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(whole, cross_fitted):
-    expected = train_mechanisms(JOBS, training=whole.training, validation=None)
+    expected = train_mechanisms(CANDIDATES, training=whole.training, validation=None)
     for one, alone in zip(cross_fitted, expected, strict=True):
-        assert one.best_epoch == one.job.settings.epochs
+        assert one.best_epoch == one.settings.epochs
         assert one.history == []
         for name, parameter in alone.mechanism.state_dict().items():
             assert one.mechanism.state_dict()[name].equal(parameter)
@@ -132,23 +137,24 @@ def test_few_texts_are_cross_fitted_unless_validation_texts_are_given(tiny, tmp_
 def test_no_text_is_measured_by_what_it_calibrated(whole, folds, is_cross_fitted):
     labels = whole.training.labels
     logits = np.random.default_rng(0).normal(size=(len(labels), 1)) + labels[:, None]
-    given = folds if is_cross_fitted else ()
-    made = calibrate_examples(logits, whole.validation.examples, folds=given)
+    examples = whole.validation.examples
+    measured = measuring_folds(examples, folds if is_cross_fitted else ())
+    served, probabilities, report = calibrate_examples(logits, examples, measured)
     # Not those of all rows, which the probe is served with.
-    assert made.calibration == fit_calibration("platt", logits, labels, whole.task)
+    assert served == fit_calibration("platt", logits, labels, whole.task)
     own = folds if is_cross_fitted else whole.training.examples.folds(FOLDS, seed=0)
     right = []
     for fold in own:
         rest = np.setdiff1d(np.arange(len(labels)), fold)
         calibration = fit_calibration("platt", logits[rest], labels[rest], whole.task)
         chance = calibration.apply(logits[fold])
-        np.testing.assert_array_equal(made.probabilities[fold], chance)
+        np.testing.assert_array_equal(probabilities[fold], chance)
         known = calibration.apply(logits[rest])
         (threshold,) = choose_thresholds(whole.task, known, labels[rest])
         right += list((chance[:, 0] >= threshold) == labels[fold])
-    assert made.report.metrics["accuracy"].value == pytest.approx(np.mean(right))
-    every = made.calibration.apply(logits)
-    assert made.report.thresholds == choose_thresholds(whole.task, every, labels)
+    assert report.metrics["accuracy"].value == pytest.approx(np.mean(right))
+    every = served.apply(logits)
+    assert report.thresholds == choose_thresholds(whole.task, every, labels)
 
 
 @pytest.mark.slow

@@ -310,7 +310,7 @@ def test_a_report_counts_characters_and_exact_spans(capsys):
 @pytest.fixture(scope="module")
 def fitted(tiny, tmp_path_factory):
     settings = TrainingSettings(learning_rate=2e-2, epochs=6, batch_size=16)
-    options = FitOptions(settings={"spans": settings}, cache_root=tmp_path_factory.mktemp("cache"))
+    options = FitOptions(settings=settings, cache_root=tmp_path_factory.mktemp("cache"))
     return fit(tiny, load_spans(span_rows(160)), None, name="pii", options=options)
 
 
@@ -453,7 +453,7 @@ def test_a_probe_of_responses_finds_spans_in_them(tiny, tmp_path):
         for row in span_rows(120)
     ]
     options = FitOptions(
-        settings={"spans": TrainingSettings(learning_rate=2e-2, epochs=6, batch_size=16)},
+        settings=TrainingSettings(learning_rate=2e-2, epochs=6, batch_size=16),
         cache_root=tmp_path,
     )
     options = replace(

@@ -27,7 +27,7 @@ from sidelight.training.optimisation import (
     random_beginnings,
     validation_score,
 )
-from sidelight.training.settings import FitOptions, Job, TrainingSettings, suggested_settings
+from sidelight.training.settings import FitOptions, TrainingSettings, suggested_settings
 
 LEAST = {"epochs": 1, "batch_size": 1, "patience": 1, "least_steps": 0}
 QUICK = TrainingSettings(
@@ -47,9 +47,13 @@ def corpora(tiny, tmp_path_factory):
     }
 
 
-def job(mechanism="readout", *, seed=0, settings=QUICK, normalise=False, **options):
-    settings = replace(settings, normalise=normalise)
-    return Job(mechanism_spec(mechanism, options), seed, settings)
+def candidate(mechanism="readout", *, seed=0, settings=QUICK, normalise=False, **options):
+    settings = replace(settings, seed=seed, normalise=normalise)
+    return mechanism_spec(mechanism, options), settings
+
+
+def given(one):
+    return one.spec, one.settings
 
 
 def contents(one):
@@ -61,15 +65,17 @@ def contents(one):
 @pytest.fixture(scope="module")
 def together(corpora):
     """All mechanisms and two seeds, side by side, trained under one random state of the caller."""
-    jobs = {name: job(name, settings=BRIEF) for name in mechanism_names()} | {
-        "seed 1": job("gate", seed=1, settings=BRIEF),
-        "raw": job("readout", settings=replace(BRIEF, standardise=False)),
-        "normalised": job("readout", normalise=True, settings=BRIEF),
-        "balanced": job("gate", settings=replace(BRIEF, class_weight="balanced")),
-        "weighted": job("readout", settings=replace(BRIEF, layer_weights="predictive")),
+    candidates = {name: candidate(name, settings=BRIEF) for name in mechanism_names()} | {
+        "seed 1": candidate("gate", seed=1, settings=BRIEF),
+        "raw": candidate("readout", settings=replace(BRIEF, standardise=False)),
+        "normalised": candidate("readout", normalise=True, settings=BRIEF),
+        "balanced": candidate("gate", settings=replace(BRIEF, class_weight="balanced")),
+        "weighted": candidate("readout", settings=replace(BRIEF, layer_weights="predictive")),
     }
     torch.manual_seed(7)
-    made = dict(zip(jobs, train_mechanisms([*jobs.values()], **corpora["binary"]), strict=True))
+    made = dict(
+        zip(candidates, train_mechanisms([*candidates.values()], **corpora["binary"]), strict=True)
+    )
     after = torch.rand(1)
     torch.manual_seed(7)
     # Training leaves the caller's random state alone.
@@ -78,19 +84,19 @@ def together(corpora):
 
 
 @pytest.mark.slow
-def test_a_job_depends_on_its_seed_alone_to_the_byte(corpora, together):
+def test_a_run_depends_on_its_seed_alone_to_the_byte(corpora, together):
     assert contents(together["gate"]) != contents(together["seed 1"])
     torch.manual_seed(1234)
     names = [*mechanism_names(), "normalised"]
     # Beside other neighbours than before, and then again.
     for part in (names[::2], names[1::2]):
-        made = train_mechanisms([together[name].job for name in part], **corpora["binary"])
+        made = train_mechanisms([given(together[name]) for name in part], **corpora["binary"])
         for name, one in zip(part, made, strict=True):
             before, now = contents(together[name]), contents(one)
             assert {**now, "logits": b""} == {**before, "logits": b""}, name
             # The width of a matmul, which neighbours share, decides the order of float32 sums.
             np.testing.assert_allclose(one.logits, together[name].logits, rtol=1e-4, err_msg=name)
-    again = train_mechanisms([one.job for one in made], **corpora["binary"])
+    again = train_mechanisms([given(one) for one in made], **corpora["binary"])
     assert [contents(one) for one in again] == [contents(one) for one in made]
 
 
@@ -101,13 +107,15 @@ def test_planted_signals_are_learned_and_told_apart(corpora, kind):
     rates = {name: 0.2 if name == "pooling" else 3e-2 for name in mechanism_names()}
     names = mechanism_names() if kind == "binary" else ["gate", "readout"]
     learn = replace(QUICK, epochs=6, batch_size=16)
-    jobs = [job(name, settings=replace(learn, learning_rate=rates[name])) for name in names]
-    jobs.append(job(settings=jobs[names.index("readout")].settings, normalise=True))
+    candidates = [
+        candidate(name, settings=replace(learn, learning_rate=rates[name])) for name in names
+    ]
+    candidates.append(candidate(settings=candidates[names.index("readout")][1], normalise=True))
     labels = corpora[kind]["validation"].labels
     target = np.eye(3)[labels] if kind == "multiclass" else labels.reshape(len(labels), -1)
-    for one in train_mechanisms(jobs, **corpora[kind]):
+    for one in train_mechanisms(candidates, **corpora[kind]):
         auprc = average_precision_score(target, one.logits, average="macro")
-        assert auprc > 0.95, one.job
+        assert auprc > 0.95, given(one)
 
 
 @pytest.mark.slow
@@ -115,8 +123,12 @@ def test_results_are_those_of_the_best_epoch_and_patience_ends(corpora):
     # A rate so high that later epochs undo what the first ones learned, and none at all.
     wild = replace(QUICK, learning_rate=0.3, epochs=6, patience=6)
     still = replace(QUICK, learning_rate=0.0, weight_decay=0.0, epochs=9, patience=2)
-    jobs = [job(settings=wild), job("gate", settings=wild), job("gate", settings=still)]
-    made = train_mechanisms(jobs, **corpora["binary"])
+    candidates = [
+        candidate(settings=wild),
+        candidate("gate", settings=wild),
+        candidate("gate", settings=still),
+    ]
+    made = train_mechanisms(candidates, **corpora["binary"])
     for one in made:
         assert one.best_epoch == 1 + int(np.argmax(one.history))
         labels = corpora["binary"]["validation"].labels
@@ -129,7 +141,7 @@ def test_results_are_those_of_the_best_epoch_and_patience_ends(corpora):
 @pytest.fixture
 def gate_run():
     return TrainingRun(
-        job("gate", settings=replace(QUICK, epochs=2, weight_decay=0.0)),
+        *candidate("gate", settings=replace(QUICK, epochs=2, weight_decay=0.0)),
         Standardisation.identity(Geometry(2, 4, 1)),
         TASKS["binary"],
         torch.tensor([0, 1]),
@@ -256,16 +268,16 @@ def test_settings_that_would_train_nothing_are_refused(setting, value, remedy):
 @pytest.mark.parametrize("normalise", [False, True])
 def test_layers_weigh_the_same_of_texts_there_twice(tiny, tmp_path, normalise):
     brief = replace(BRIEF, epochs=1)
-    plain = job(settings=brief, normalise=normalise)
-    weighted = job(settings=replace(brief, layer_weights="predictive"), normalise=normalise)
+    plain = candidate(settings=brief, normalise=normalise)
+    weighted = candidate(settings=replace(brief, layer_weights="predictive"), normalise=normalise)
     once = rows("binary", 60)
     splits = [
         make_split(tiny, load_examples(given), FitOptions(max_tokens=512, cache_root=tmp_path))
         for given in (once, [*once, *once])
     ]
 
-    def scales(split, *jobs):
-        made = train_mechanisms(jobs, training=split, validation=None)
+    def scales(split, *candidates):
+        made = train_mechanisms(candidates, training=split, validation=None)
         return [one.standardisation.scale for one in made]
 
     found = [scales(split, plain, weighted) for split in splits]
@@ -290,15 +302,19 @@ def test_settings_are_fitted_to_few_texts_and_to_the_task():
 
 
 @pytest.mark.slow
-def test_a_job_that_diverges_leaves_its_neighbours_alone(corpora):
-    diverging = job("pooling", settings=replace(BRIEF, weight_decay=1e38))
-    jobs = [job("pooling", settings=BRIEF), diverging, job("pooling", settings=BRIEF)]
-    found = train_mechanisms(jobs, **corpora["binary"])
+def test_a_run_that_diverges_leaves_its_neighbours_alone(corpora):
+    diverging = candidate("pooling", settings=replace(BRIEF, weight_decay=1e38))
+    candidates = [
+        candidate("pooling", settings=BRIEF),
+        diverging,
+        candidate("pooling", settings=BRIEF),
+    ]
+    found = train_mechanisms(candidates, **corpora["binary"])
     assert [one is None for one in found] == [False, True, False]
-    (alone,) = train_mechanisms(jobs[:1], **corpora["binary"])
+    (alone,) = train_mechanisms(candidates[:1], **corpora["binary"])
     np.testing.assert_allclose(found[0].logits, alone.logits, rtol=1e-3, atol=1e-4)
     without = {**corpora["binary"], "validation": None}
-    assert train_mechanisms(jobs[1:2], **without) == [None]
+    assert train_mechanisms(candidates[1:2], **without) == [None]
 
 
 @pytest.mark.parametrize(("side", "differs"), [("response", True), ("prompt", False)])
@@ -306,8 +322,8 @@ def test_only_a_probe_of_responses_learns_from_beginnings(tiny, tmp_path, side, 
     training = split_of(tiny, tmp_path, "binary", 40, seed=0)
     training.states.reads = Reads(side)
     whole = replace(BRIEF, beginnings=False)
-    jobs = [job(settings=BRIEF), job(settings=whole)]
-    both, one = train_mechanisms(jobs, training=training, validation=None, to_score=training)
+    candidates = [candidate(settings=BRIEF), candidate(settings=whole)]
+    both, one = train_mechanisms(candidates, training=training, validation=None, to_score=training)
     assert np.allclose(both.logits, one.logits, rtol=1e-3, atol=1e-4) != differs
 
 
@@ -336,7 +352,7 @@ def test_shards_smaller_than_a_batch_fill_it_together(tiny, tmp_path, monkeypatc
         torch.optim.AdamW, "step", lambda self, *given: (steps.append(1), step(self, *given))
     )
     settings = replace(QUICK, batch_size=size)
-    train_mechanisms([job("gate", settings=settings)], training=training, validation=None)
+    train_mechanisms([candidate("gate", settings=settings)], training=training, validation=None)
     assert len(steps) in range(2 * settings.epochs, 3 * settings.epochs + 1)
 
 
@@ -358,7 +374,7 @@ def test_training_and_validation_share_the_memory_and_what_fits_is_read_once(
     made = prepare(tiny, training, validation, options=options)
     reads, load_file = Counter(), cache.load_file
     monkeypatch.setattr(cache, "load_file", lambda path: (reads.update([path]), load_file(path))[1])
-    train_mechanisms([job("gate")], training=made.training, validation=made.measured)
+    train_mechanisms([candidate("gate")], training=made.training, validation=made.measured)
     assert {*reads} == {*sizes}
     held = [path for path, times in reads.items() if times == 1]
     least, most = options.memory_bytes - max(sizes.values()), options.memory_bytes

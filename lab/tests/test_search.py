@@ -18,7 +18,7 @@ from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.states import cache as states_cache
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.loop import train_mechanisms
-from sidelight.training.settings import Job, suggested_settings
+from sidelight.training.settings import suggested_settings
 from sidelight_lab.cli.search import write_search
 from sidelight_lab.search import SPACES, Space, best_of, possible_specs, search_settings
 
@@ -113,7 +113,7 @@ def test_a_score_is_that_of_one_training_with_these_settings_and_the_highest_is_
 ):
     trial = found[2]
     (alone,) = train_mechanisms(
-        [Job(trial.spec, PLAN["seed"], trial.settings)],
+        [(trial.spec, trial.settings)],
         training=dataset.training,
         validation=dataset.validation,
     )
@@ -222,6 +222,7 @@ def test_the_printed_options_train_what_was_found(tiny, tmp_path, capfd, has_val
     trained = json.loads(capfd.readouterr().out)
     best = json.loads((out / "best.json").read_text())["mechanisms"]["gate"]
     manifest = read_manifest(out / "gate")
-    assert manifest.record["settings"] == {**best["settings"], "normalise": True}
+    settings = {**manifest.record["settings"], "seed": manifest.record["seed"]}
+    assert settings == {**best["settings"], "normalise": True}
     assert manifest.mechanism.options == best["options"]
     assert trained["score"] == pytest.approx(best["score"], abs=1e-9)

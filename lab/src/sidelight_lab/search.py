@@ -29,9 +29,9 @@ from optuna.trial import TrialState
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.training.dataset import ProbeDataset
-from sidelight.training.loop import cross_fit, train_mechanisms
+from sidelight.training.loop import Candidate, cross_fit, train_mechanisms
 from sidelight.training.optimisation import validation_score
-from sidelight.training.settings import Job, TrainingSettings, suggested_settings
+from sidelight.training.settings import TrainingSettings, suggested_settings
 from sidelight.training.validation import Folds
 from sidelight.types import MechanismSpec, OptionValue, Task
 
@@ -196,8 +196,8 @@ def search_settings(
         # The untrained trials of a killed search come first.
         while len(asked := _trials(study, (TrialState.RUNNING,))[:count]) < count:
             _propose(study, distributions, seed)
-        jobs = [Job(trial.spec, seed, trial.settings) for trial in asked]
-        for trial, logits in zip(asked, _judge(jobs, dataset, folds), strict=True):
+        candidates = [(trial.spec, trial.settings) for trial in asked]
+        for trial, logits in zip(asked, _judge(candidates, dataset, folds), strict=True):
             if logits is None:
                 study.tell(trial.number, state=TrialState.PRUNED)
             else:
@@ -254,14 +254,16 @@ def _propose(study: optuna.Study, distributions: dict[str, BaseDistribution], se
     study.ask(distributions)
 
 
-def _judge(jobs: Sequence[Job], dataset: ProbeDataset, folds: Folds) -> list[np.ndarray | None]:
+def _judge(
+    candidates: Sequence[Candidate], dataset: ProbeDataset, folds: Folds
+) -> list[np.ndarray | None]:
     """The logits of the validation texts after each training; None where it diverged."""
     device = dataset.backbone.device
     if folds:
-        trained = cross_fit(jobs, dataset.training, folds, device=device)
+        trained = cross_fit(candidates, dataset.training, folds, device=device)
     else:
         trained = train_mechanisms(
-            jobs, training=dataset.training, validation=dataset.validation, device=device
+            candidates, training=dataset.training, validation=dataset.validation, device=device
         )
     return [None if one is None else one.logits for one in trained]
 
@@ -271,6 +273,7 @@ def _trials(study: optuna.Study, states: Sequence[TrialState]) -> list[Trial]:
 
     Settings that are not searched are the suggested ones of the mechanism.
     """
+    seed = int(study.user_attrs[_SUBJECT]["seed"])
     found: list[Trial] = []
     for trial in study.get_trials(deepcopy=False, states=tuple(states)):
         spec = mechanism_spec(study.study_name, json.loads(trial.params["options"]))
@@ -279,7 +282,7 @@ def _trials(study: optuna.Study, states: Sequence[TrialState]) -> list[Trial]:
             for name, value in trial.params.items()
             if name != "options"
         }
-        settings = suggested_settings(spec.name).changed(**searched)
+        settings = suggested_settings(spec.name).changed(seed=seed, **searched)
         found.append(Trial(trial.number, spec, settings, trial.value))
     return found
 

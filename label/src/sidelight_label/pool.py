@@ -35,6 +35,7 @@ from sidelight.training.measuring import (
     calibrate_examples,
     describe_examples,
     describe_scores,
+    measuring_folds,
     text_hashes,
 )
 from sidelight.training.settings import FitOptions
@@ -154,14 +155,14 @@ class Pool:
             )
         pooled = self._pooled.chosen(torch.tensor(rows))
         regression = fit_regression(pooled, labelled.labels, self.task, folds)
-        calibrated = calibrate_examples(regression.left_out, labelled, folds=folds)
-        calibration, report = calibrated.calibration, calibrated.report
+        folds = measuring_folds(labelled, folds)
+        calibration, left_out, report = calibrate_examples(regression.left_out, labelled, folds)
         sizes = self.backbone.fingerprint
         geometry = Geometry(sizes.layers, sizes.width, self.task.outputs)
         scaling = Standardisation.identity(geometry, is_normalised=self.is_normalised)
         mechanism = regression.readout()
         described = describe_examples(labelled)
-        left_out = calibration.apply(regression.left_out)
+        chances = calibration.apply(regression.left_out)
         probe = Probe(
             name=name,
             task=self.task,
@@ -178,9 +179,9 @@ class Pool:
                 "validation": {
                     **described,
                     "metrics": report.to_dict(),
-                    **describe_scores(self.task, left_out, labelled.labels),
+                    **describe_scores(self.task, chances, labelled.labels),
                 },
-                "folds": len(calibrated.folds),
+                "folds": len(folds),
                 "settings": {"strength": regression.strength},
                 "max_tokens": self.options.max_tokens,
                 "seed": 0,
@@ -189,7 +190,7 @@ class Pool:
             },
         )
         probabilities = calibration.apply(regression.logits(self._pooled))
-        probabilities[rows] = calibrated.probabilities
+        probabilities[rows] = left_out
         return Judge(f"the probe of {len(rows)} labels", probe, probabilities), report
 
 

@@ -94,7 +94,7 @@ def train(
     from sidelight.training.background import load_background
     from sidelight.training.validation import choose_validation
 
-    fit_options, prompt_format = _fit_options(inputs, mechanism, assigned)
+    fit_options, prompt_format = _fit_options(inputs, mechanism, assigned, of_spans=bool(spans))
     fit_options = replace(fit_options, threshold=ThresholdRule.parse(threshold))
     name = name or out.resolve().name
     require_name(name)
@@ -148,10 +148,10 @@ def _require_agreement(
 
 
 def _fit_options(
-    inputs: options.TrainingInputs, mechanism: str, assigned: Mapping[str, str]
+    inputs: options.TrainingInputs, mechanism: str, assigned: Mapping[str, str], *, of_spans: bool
 ) -> tuple["FitOptions", "PromptFormat | None"]:
     """What ``--set`` says of the training, and of the format of prompts."""
-    from sidelight.training.settings import SUGGESTED, suggested_settings
+    from sidelight.training.settings import named_mechanism, suggested_settings
 
     settings = {setting: text for setting, text in assigned.items() if "." not in setting}
     chosen = options.typed(settings, _kinds())
@@ -164,16 +164,14 @@ def _fit_options(
     fit_options = replace(
         fit_options,
         mechanism=spec,
-        seed=chosen.pop("seed", 0),
         reads=replace(fit_options.reads, side=side, template=chosen.pop("template", True)),
         calibration=chosen.pop("calibration", None),
         none=chosen.pop("none", True),
         context_tokens=chosen.pop("context_tokens", None),
         # What is left are settings of the optimisation.
-        settings={
-            name: suggested_settings(name).changed(**chosen)
-            for name in (SUGGESTED if spec is None else (mechanism,))
-        },
+        settings=suggested_settings(named_mechanism(mechanism, of_spans=of_spans)).changed(
+            **chosen
+        ),
     )
     return fit_options, prompt_format
 
@@ -202,7 +200,7 @@ def _spec(mechanism: str, assigned: Mapping[str, str]) -> "MechanismSpec":
 
 def _kinds() -> dict[str, Any]:
     """The types of what ``--set`` gives to training."""
-    from pydantic import NonNegativeInt, PositiveInt
+    from pydantic import PositiveInt
 
     from sidelight.calibration import CalibrationKind
     from sidelight.prompts import PromptFormat, Side
@@ -217,5 +215,4 @@ def _kinds() -> dict[str, Any]:
         "context_tokens": PositiveInt,
         "format": PromptFormat,
         "reads": Side,
-        "seed": NonNegativeInt,
     }

@@ -39,7 +39,13 @@ from sidelight.training.background import load_background
 from sidelight.training.fit import fit
 from sidelight.training.judging import find_spans, judge
 from sidelight.training.measuring import trained_text_warnings
-from sidelight.training.settings import AUTO, READS, FitOptions
+from sidelight.training.settings import (
+    AUTO,
+    READS,
+    FitOptions,
+    named_mechanism,
+    suggested_settings,
+)
 from sidelight.training.validation import choose_validation
 from sidelight.types import Task, Verdict
 
@@ -259,7 +265,9 @@ def train(
         )
     options = FitOptions(
         mechanism=None if mechanism == AUTO else mechanism_spec(mechanism),
-        seed=seed,
+        settings=replace(
+            suggested_settings(named_mechanism(mechanism, of_spans=of_spans)), seed=seed
+        ),
         reads=replace(READS, side="response" if response else "prompt"),
         background=load_background("none" if of_spans else background),
         threshold=ThresholdRule.parse(threshold),

@@ -21,7 +21,7 @@ from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.calibration import CalibrationKind
 from sidelight.data.examples import LabelledExamples, as_example
-from sidelight.mechanisms.base import mechanism_names, mechanism_spec
+from sidelight.mechanisms.base import mechanism_spec
 from sidelight.progress import quiet
 from sidelight.smollm2 import cache_root
 from sidelight.states.cache import ActivationCache
@@ -34,6 +34,7 @@ from sidelight.training.settings import (
     AUTO,
     TRAINING_MAX_TOKENS,
     FitOptions,
+    named_mechanism,
     suggested_settings,
 )
 from sidelight.types import Task
@@ -206,7 +207,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         return save_probe(replace(self.probe_, name=folder.resolve().name), folder)
 
     def _options(self) -> FitOptions:
-        is_automatic = self.mechanism == AUTO
+        spec = mechanism_spec(named_mechanism(self.mechanism))
         # NumPy's numbers, as of a grid, cannot be written to a manifest.
         chosen = {
             name: value.item() if isinstance(value, np.generic) else value
@@ -214,12 +215,10 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
             if (value := getattr(self, name)) is not None
         }
         return FitOptions(
-            mechanism=None if is_automatic else mechanism_spec(self.mechanism),
-            seed=int(self.random_state or 0),
-            settings={
-                name: suggested_settings(name).changed(**chosen)
-                for name in (mechanism_names() if is_automatic else (self.mechanism,))
-            },
+            mechanism=spec,
+            settings=suggested_settings(spec.name).changed(
+                seed=int(self.random_state or 0), **chosen
+            ),
             background=load_background(self.background),
             context_tokens=self.context_tokens,
             none=self.none,

@@ -11,26 +11,33 @@ from jaxtyping import Float
 
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
+from sidelight.calibration import Calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.spans import SpanExamples
 from sidelight.evaluation import Report, SpanReport
 from sidelight.manifest import curves_of
 from sidelight.mechanisms.base import mechanism_spec
+from sidelight.metrics import log_losses
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import choose_thresholds
 from sidelight.training.dataset import ProbeDataset, prepare
-from sidelight.training.loop import cross_fit, divergence, train_mechanisms
+from sidelight.training.loop import Candidate, cross_fit, divergence, train_mechanisms
 from sidelight.training.measuring import (
     FLATTERING,
-    Calibrated,
     calibrate_examples,
     describe_examples,
     describe_scores,
+    measuring_folds,
     text_hashes,
 )
 from sidelight.training.optimisation import TrainingRun, validation_score
-from sidelight.training.settings import FitOptions, Job, suggested_settings
+from sidelight.training.settings import (
+    AUTO,
+    FitOptions,
+    named_mechanism,
+    suggested_settings,
+)
 from sidelight.training.spans import LOOKAHEADS, calibrate_spans, choose_lookahead
 from sidelight.training.tfidf import better_words, measure_baseline
 from sidelight.training.traffic import (
@@ -86,15 +93,12 @@ class Fit:
         }
 
 
-def jobs_of(options: FitOptions, *, of_spans: bool = False) -> list[Job]:
-    """The mechanism, or those that the default is chosen from."""
-    specs = [options.mechanism or mechanism_spec("readout")]
+def _candidates(options: FitOptions, *, of_spans: bool) -> list[Candidate]:
+    """The mechanism, or those that a probe of spans is chosen from."""
+    specs = [options.mechanism or mechanism_spec(named_mechanism(AUTO))]
     if of_spans and options.mechanism is None:
         specs = [mechanism_spec("spans", {"lookahead": lookahead}) for lookahead in LOOKAHEADS]
-    return [
-        Job(spec, options.seed, options.settings.get(spec.name, suggested_settings(spec.name)))
-        for spec in specs
-    ]
+    return [(spec, options.settings or suggested_settings(spec.name)) for spec in specs]
 
 
 def fit(
@@ -128,14 +132,14 @@ def fit(
     if of_spans:
         options = options.of_spans(training)
     dataset = prepare(backbone, training, validation, options=options, source=source)
-    jobs = jobs_of(options, of_spans=of_spans)
+    candidates = _candidates(options, of_spans=of_spans)
     # The baseline first: what it refuses in seconds must not cost the hours of training.
     baseline = None if of_spans else measure_baseline(dataset, options)
     if dataset.folds:
-        results = cross_fit(jobs, dataset.training, dataset.folds, device=backbone.device)
+        results = cross_fit(candidates, dataset.training, dataset.folds, device=backbone.device)
     else:
         results = train_mechanisms(
-            jobs,
+            candidates,
             training=dataset.training,
             validation=dataset.validation,
             to_score=dataset.measured,
@@ -143,19 +147,19 @@ def fit(
         )
     trained = [run for run in results if run is not None]
     if not trained:
-        raise divergence(jobs[0])
-    diverged = [job for job, run in zip(jobs, results, strict=True) if run is None]
+        raise divergence(*candidates[0])
+    diverged = [own for own, run in zip(candidates, results, strict=True) if run is None]
     warnings = [
         *dataset.warnings,
-        *(f"{divergence(job)} The probe is made without it." for job in diverged),
-        *(() if baseline is None or baseline.folds else (FLATTERING,)),
+        *(f"{divergence(*own)} The probe is made without it." for own in diverged),
     ]
     chosen, lookaheads = trained[0], dict[str, float]()
     if of_spans:
         chosen, lookaheads = choose_lookahead(trained, dataset.measured)
     made = calibrate_probe(chosen, dataset, name=name, options=options, lookaheads=lookaheads)
+    warnings += made.warnings
     if baseline is not None:
-        warnings += better_words(made.losses, baseline.losses, dataset.validation.examples)
+        warnings += better_words(made.losses, baseline[1], dataset.validation.examples)
     warnings += taken_by_none(made)
     if made.traffic is not None and made.probe.thresholds:
         warnings += traffic_warnings(
@@ -164,7 +168,7 @@ def fit(
     if out is not None:
         save_probe(made.probe, out)
     dataset.remove_states()
-    return replace(made, baseline=baseline and baseline.report, warnings=tuple(warnings))
+    return replace(made, baseline=baseline and baseline[0], warnings=tuple(warnings))
 
 
 def calibrate_probe(
@@ -184,26 +188,26 @@ def calibrate_probe(
         options: Of the training.
         lookaheads: The scores that a probe of spans was chosen by.
     """
-    task, texts = dataset.task, len(dataset.validation)
-    logits, in_contexts = trained.logits[:texts], trained.logits[texts:]
-    calibrated = calibrate_examples(
+    task, validation = dataset.task, dataset.validation.examples
+    logits, in_contexts = trained.logits[: len(validation)], trained.logits[len(validation) :]
+    folds = measuring_folds(validation, dataset.folds, options.calibration)
+    calibration, left_out, report = calibrate_examples(
         logits,
-        dataset.validation.examples,
-        folds=dataset.folds,
+        validation,
+        folds,
         kind=options.calibration,
         rule=options.threshold,
         ordinary=highest_logits(dataset.contexts, in_contexts),
     )
-    probabilities = calibrated.calibration.apply(logits)
     record = _record(trained, dataset, options)
     record["validation"] = {
-        **describe_examples(dataset.validation.examples),
-        "metrics": calibrated.report.to_dict(),
-        **describe_scores(task, probabilities, dataset.validation.labels),
+        **describe_examples(validation),
+        "metrics": report.to_dict(),
+        **describe_scores(task, calibration.apply(logits), validation.labels),
     }
     traffic = None
-    if (calibrated.report.thresholds or task.abstains) and dataset.contexts:
-        traffic, record["traffic"] = _traffic(trained, dataset, calibrated, options)
+    if (report.thresholds or task.abstains) and dataset.contexts:
+        traffic, record["traffic"] = _traffic(trained, dataset, calibration, options)
     rule, spans = None, None
     if isinstance(examples := dataset.measured.examples, SpanExamples):
         rule, spans = calibrate_spans(
@@ -215,41 +219,48 @@ def calibrate_probe(
         task=task,
         reads=dataset.training.states.reads,
         prompt_format=dataset.backbone.encoder.prompt_format,
-        spec=trained.job.spec,
+        spec=trained.spec,
         mechanism=trained.mechanism,
         standardisation=trained.standardisation,
-        calibration=calibrated.calibration,
-        thresholds=calibrated.report.thresholds,
+        calibration=calibration,
+        thresholds=report.thresholds,
         fingerprint=dataset.backbone.fingerprint,
         spans=rule,
         record=record,
     )
-    score = validation_score(task, logits, dataset.validation.labels)
-    return Fit(probe, score, calibrated.report, calibrated.losses, traffic, spans)
+    return Fit(
+        probe,
+        validation_score(task, logits, validation.labels),
+        report,
+        log_losses(task, left_out, validation.labels),
+        traffic,
+        spans,
+        warnings=() if folds or spans is not None else (FLATTERING,),
+    )
 
 
 def _traffic(
-    trained: TrainingRun, dataset: ProbeDataset, calibrated: Calibrated, options: FitOptions
+    trained: TrainingRun, dataset: ProbeDataset, calibration: Calibration, options: FitOptions
 ) -> tuple[Traffic, dict[str, Any]]:
     """What the probe flags of ordinary traffic, and what its record keeps of it."""
     task, validation = dataset.task, dataset.validation
     logits, in_contexts = trained.logits[: len(validation)], trained.logits[len(validation) :]
     ordinary, parts = highest_logits(dataset.contexts, in_contexts), parts_of(dataset.contexts)
-    probabilities = calibrated.calibration.apply(logits)
+    probabilities = calibration.apply(logits)
     alone = choose_thresholds(task, probabilities, validation.labels, rule=options.threshold)
     traffic = measure_traffic(
         task,
         dataset.contexts,
-        calibrated.calibration.apply(in_contexts),
+        calibration.apply(in_contexts),
         dataset.measured.labels[len(validation) :],
-        left_out_thresholds(alone, calibrated.calibration, ordinary, parts, options.threshold),
+        left_out_thresholds(alone, calibration, ordinary, parts, options.threshold),
     )
     return traffic, traffic.record(ordinary, parts, options.background)
 
 
 def _record(trained: TrainingRun, dataset: ProbeDataset, options: FitOptions) -> dict[str, Any]:
     """What trained a probe, and how."""
-    texts = dataset.originals.examples
+    texts, settings = dataset.originals.examples, asdict(trained.settings)
     return {
         "engine": dataset.training.states.engine,
         "training": {
@@ -261,8 +272,8 @@ def _record(trained: TrainingRun, dataset: ProbeDataset, options: FitOptions) ->
         "threshold_rule": str(options.threshold),
         "max_tokens": options.max_tokens,
         "folds": len(dataset.folds),
-        "settings": asdict(trained.job.settings),
-        "seed": trained.job.seed,
+        "seed": settings.pop("seed"),
+        "settings": settings,
         "epochs": {"scores": list(trained.history), "best": trained.best_epoch},
         "parameters": sum(p.numel() for p in trained.mechanism.parameters()),
     }

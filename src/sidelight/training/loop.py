@@ -17,8 +17,12 @@ from sidelight.states.cache import Shard
 from sidelight.training.dataset import Split
 from sidelight.training.optimisation import TrainingRun, validation_score
 from sidelight.training.scaling import Scaling
-from sidelight.training.settings import Job
+from sidelight.training.settings import TrainingSettings
 from sidelight.training.validation import Folds
+from sidelight.types import MechanismSpec
+
+# A mechanism to train, and how.
+Candidate = tuple[MechanismSpec, TrainingSettings]
 
 _VALIDATION_BATCH = 128
 # Of one matmul while training, so that many runs with many classes do not fill the memory.
@@ -29,26 +33,26 @@ _NOTHING = np.array([], dtype=np.int64)
 
 
 def train_mechanisms(
-    jobs: Sequence[Job],
+    candidates: Sequence[Candidate],
     *,
     training: Split,
     validation: Split | None,
     to_score: Split | None = None,
     device: torch.device | str = "cpu",
 ) -> list[TrainingRun | None]:
-    """Trains all jobs side by side; the result of a job does not depend on its neighbours.
+    """Trains all candidates side by side; the result of one does not depend on its neighbours.
 
     Args:
-        jobs: What to train.
+        candidates: What to train.
         training: What the parameters are fitted to.
         validation: What early stopping looks at; None trains every epoch and keeps the last.
         to_score: The texts that get logits after training; None takes the validation texts.
         device: Where to train.
 
     Returns:
-        A run for each job, in their order; None for one whose numbers are no longer finite.
+        A run for each candidate, in their order; None for one whose numbers are no longer finite.
     """
-    trainer = _Trainer(jobs, training, torch.device(device))
+    trainer = _Trainer(candidates, training, torch.device(device))
     trainer.train(validation)
     texts = validation if to_score is None else to_score
     if texts is not None:
@@ -64,36 +68,40 @@ def train_mechanisms(
 
 
 def cross_fit(
-    jobs: Sequence[Job], training: Split, folds: Folds, *, device: torch.device | str = "cpu"
+    candidates: Sequence[Candidate],
+    training: Split,
+    folds: Folds,
+    *,
+    device: torch.device | str = "cpu",
 ) -> list[TrainingRun | None]:
-    """Trains each job on all texts, and once without each fold, side by side from one read.
+    """Trains each candidate on all texts and without each fold, side by side from one read.
 
     Every text trains the probe, and is scored by a probe that did not train on it: calibration,
     threshold and figures are made from these logits. A part held out of few texts would be missed
     in training, and too small to stop or choose by. Every epoch is trained.
 
     Returns:
-        The probes of all texts with the logits of each fold by the run without it; None for a job
+        The probes of all texts with the logits of each fold by the run without it; None for one
         that diverged, on a fold or on all texts.
     """
-    trainer = _Trainer(jobs, training, torch.device(device), (_NOTHING, *folds))
+    trainer = _Trainer(candidates, training, torch.device(device), (_NOTHING, *folds))
     trainer.train(None)
-    whole = trainer.runs[: len(jobs)]
+    whole = trainer.runs[: len(candidates)]
     for run in whole:
         run.logits = np.empty((len(training), training.task.outputs))
     for part, fold in enumerate(folds, start=1):
-        runs = trainer.runs[part * len(jobs) : (part + 1) * len(jobs)]
+        runs = trainer.runs[part * len(candidates) : (part + 1) * len(candidates)]
         logits = trainer.score(runs, training.select(fold), dtype=torch.float32)
         for result, run, scores in zip(whole, runs, logits, strict=True):
             result.logits[fold] = np.nan if run.has_diverged else scores
     return [_if_finite(run) for run in whole]
 
 
-def divergence(job: Job) -> SidelightError:
-    """The error for a job that diverged."""
+def divergence(spec: MechanismSpec, settings: TrainingSettings) -> SidelightError:
+    """The error for a training that diverged."""
     return SidelightError(
-        f"Training '{job.spec.name}' with seed {job.seed} diverged: its numbers are not finite. "
-        f"Lower the rate (--set learning_rate=; it was {job.settings.learning_rate})."
+        f"Training '{spec.name}' with seed {settings.seed} diverged: its numbers are not finite. "
+        f"Lower the rate (--set learning_rate=; it was {settings.learning_rate})."
     )
 
 
@@ -102,10 +110,10 @@ def _if_finite(run: TrainingRun) -> TrainingRun | None:
 
 
 class _Trainer:
-    """A run for each part of the texts and each job, part by part.
+    """A run for each part of the texts and each candidate, part by part.
 
     Args:
-        jobs: What to train.
+        candidates: What to train.
         training: The texts.
         device: Where to train.
         left_out: Indices of the texts that each part leaves out.
@@ -113,7 +121,7 @@ class _Trainer:
 
     def __init__(
         self,
-        jobs: Sequence[Job],
+        candidates: Sequence[Candidate],
         training: Split,
         device: torch.device,
         left_out: Folds = (_NOTHING,),
@@ -129,10 +137,11 @@ class _Trainer:
         scaling = Scaling(training, states, kept_texts)
         self.runs: list[TrainingRun] = []
         for part, kept in enumerate(kept_texts):
-            for job in jobs:
-                settings = job.settings.fitted_to(len(training), training.task)
+            for spec, given in candidates:
+                settings = given.fitted_to(len(training), training.task)
                 run = TrainingRun(
-                    replace(job, settings=settings),
+                    spec,
+                    settings,
                     scaling.standardisation(settings, part).to(device),
                     training.task,
                     self._labels.chosen(kept.nonzero()[:, 0].to(device)).values,
@@ -155,7 +164,7 @@ class _Trainer:
     def train(self, validation: Split | None) -> None:
         """Trains every run, and restores its best epoch."""
         tokens = sum(self._states.lengths)
-        epochs = max(run.job.settings.epochs for run in self.runs)
+        epochs = max(run.settings.epochs for run in self.runs)
         with progress("Training", epochs * tokens, unit="tokens") as shown:
             for epoch in range(epochs):
                 active = [run for run in self.runs if not run.has_finished]
@@ -174,7 +183,7 @@ class _Trainer:
         # Runs that see the same texts in the same order share each batch.
         groups: dict[tuple[int, int], list[TrainingRun]] = {}
         for run in runs:
-            groups.setdefault((run.job.seed, run.job.settings.batch_size), []).append(run)
+            groups.setdefault((run.settings.seed, run.settings.batch_size), []).append(run)
         order = torch.randperm(len(self._states), generator=torch.Generator().manual_seed(epoch))
         for index in order.tolist():
             texts = self._states.shards[index]

@@ -7,7 +7,7 @@ folds gave.
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from sidelight.calibration import (
 from sidelight.data.examples import Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
-from sidelight.metrics import log_losses, score_counts
+from sidelight.metrics import score_counts
 from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, operating_curves
 from sidelight.training.traffic import quiet_thresholds
 from sidelight.training.validation import FOLDS, Folds
@@ -39,50 +39,34 @@ FLATTERING = (
 _HASH_BYTES = 5
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """Logits of validation texts made into probabilities.
-
-    Attributes:
-        calibration: Fitted to all of them.
-        probabilities: Out-of-fold, one row per text; without folds, by ``calibration``.
-        losses: Their log losses.
-        report: Their figures, with decisions by thresholds that the other folds gave; the report's
-            thresholds are chosen on all of the texts.
-        folds: The folds that were left out; none if the texts are measured by what they calibrate.
-    """
-
-    calibration: Calibration
-    probabilities: Float[np.ndarray, "text output"]
-    losses: Float[np.ndarray, " text"]
-    report: Report
-    folds: Folds
-
-
 def calibrate_examples(
     logits: Float[np.ndarray, "text output"],
     examples: LabelledExamples,
+    folds: Folds,
     *,
-    folds: Folds = (),
     kind: CalibrationKind | None = None,
     rule: ThresholdRule = F1,
     bootstrap: int = 1000,
     around: Sequence[float] = (),
     ordinary: Float[np.ndarray, "conversation output"] | None = None,
-) -> Calibrated:
+) -> tuple[Calibration, Float[np.ndarray, "text output"], Report]:
     """Calibrates logits of labelled texts, and measures each fold by what calibrates on the others.
 
     Args:
         logits: Of each text, by a model that did not train on it.
         examples: The texts.
-        folds: Indices of the texts of each fold, of which those of contexts are left out; none
-            draws some.
+        folds: Those of ``measuring_folds``; without any, texts are measured by what they calibrate.
         kind: How; None takes ``suggested_calibration``.
         rule: What the thresholds are chosen for.
         bootstrap: As for ``evaluate``.
         around: As for ``fit_calibration``.
         ordinary: Logits of ordinary conversations, which thresholds let pass: see
             ``quiet_thresholds``. They calibrate too where they are a class of their own.
+
+    Returns:
+        The calibration that is fitted to all texts; their probabilities, out-of-fold, one row per
+        text; and their figures, with decisions by thresholds that the other folds gave. The
+        report's thresholds are chosen on all of the texts.
     """
     ordinary = np.empty((0, logits.shape[1])) if ordinary is None else ordinary
     task, labels = examples.task, examples.labels
@@ -106,7 +90,6 @@ def calibrate_examples(
     thresholds = points(calibration, every)
     probabilities = calibration.apply(logits)
     applied = np.tile(thresholds, (len(labels), 1))
-    folds = _measuring_folds(examples, folds, kind)
     for fold in folds:
         rest = np.setdiff1d(every, fold)
         of_rest = fitted(rest)
@@ -120,12 +103,21 @@ def calibrate_examples(
         row_thresholds=applied,
         bootstrap=bootstrap,
     )
-    losses = log_losses(task, probabilities, labels)
-    return Calibrated(calibration, probabilities, losses, report, folds)
+    return calibration, probabilities, report
 
 
-def _measuring_folds(examples: LabelledExamples, folds: Folds, kind: CalibrationKind) -> Folds:
-    """These folds or others; none if the rest of some fold lacks what a calibration needs."""
+def measuring_folds(
+    examples: LabelledExamples, folds: Folds = (), kind: CalibrationKind | None = None
+) -> Folds:
+    """The folds to measure by; none if the rest of some fold lacks what a calibration needs.
+
+    Args:
+        examples: The texts.
+        folds: Those by which the texts were cross-fitted, of which those of contexts are left out;
+            none draws some.
+        kind: As for ``calibrate_examples``.
+    """
+    kind = kind or suggested_calibration(examples.task)
     if folds:
         folds = tuple(fold[fold < len(examples)] for fold in folds)
     else:

@@ -17,8 +17,8 @@ from sidelight.mechanisms.base import Geometry, Mechanism, build_mechanism
 from sidelight.mechanisms.spans import Spans
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
-from sidelight.training.settings import Job
-from sidelight.types import Task
+from sidelight.training.settings import TrainingSettings
+from sidelight.types import MechanismSpec, Task
 
 
 @runtime_checkable
@@ -85,10 +85,11 @@ def validation_score(task: Task, logits: np.ndarray, labels: np.ndarray) -> floa
 
 
 class TrainingRun:
-    """The training of one job by AdamW on a cosine schedule; its best epoch is restored at the end.
+    """A mechanism's training by AdamW on a cosine schedule; its best epoch is restored at the end.
 
     Attributes:
-        job: What is trained.
+        spec: What is trained.
+        settings: How.
         mechanism: Trained in place.
         standardisation: How the states that it reads are scaled.
         texts: Which of the training texts it learns from.
@@ -98,7 +99,8 @@ class TrainingRun:
         token_logits: Of the tokens of each of these texts, if tokens are labelled.
 
     Args:
-        job: What to train.
+        spec: What to train.
+        settings: How.
         standardisation: How the states that it reads are scaled.
         task: The classes.
         labels: Of the texts that it learns from, or of their tokens.
@@ -110,7 +112,8 @@ class TrainingRun:
 
     def __init__(
         self,
-        job: Job,
+        spec: MechanismSpec,
+        settings: TrainingSettings,
         standardisation: Standardisation,
         task: Task,
         labels: Int[Tensor, "label ..."],
@@ -120,7 +123,8 @@ class TrainingRun:
         reads_beginnings: bool = False,
         labels_tokens: bool = False,
     ):
-        self.job = job
+        self.spec = spec
+        self.settings = settings
         self.standardisation = standardisation
         self.texts = texts
         self.history: list[float] = []
@@ -128,10 +132,9 @@ class TrainingRun:
         self.logits: Float[np.ndarray, "text output"] = np.empty((0, task.outputs))
         self.token_logits: Sequence[Float[np.ndarray, "_ output"]] = ()
         layers, width = standardisation.mean.shape
-        with _random_numbers(job.seed, standardisation.mean.device):
-            mechanism = build_mechanism(job.spec, Geometry(layers, width, task.outputs))
+        with _random_numbers(settings.seed, standardisation.mean.device):
+            mechanism = build_mechanism(spec, Geometry(layers, width, task.outputs))
         self.mechanism: Mechanism = mechanism.to(standardisation.mean.device)
-        settings = job.settings
         self._optimizer = torch.optim.AdamW(
             self.mechanism.parameters(),
             lr=settings.learning_rate,
@@ -163,8 +166,8 @@ class TrainingRun:
     def has_finished(self) -> bool:
         """Whether all epochs are done, or ``patience`` of them brought no better score."""
         idle = self._epochs - self.best_epoch
-        is_idle = self._epochs > 0 and idle >= self.job.settings.patience
-        return self.has_diverged or is_idle or self._epochs >= self.job.settings.epochs
+        is_idle = self._epochs > 0 and idle >= self.settings.patience
+        return self.has_diverged or is_idle or self._epochs >= self.settings.epochs
 
     def score(self, tokens: Ragged) -> Float[Tensor, "text output"]:
         """The logits of texts of projected tokens, ``[token, layer, column]``, as in serving."""
@@ -197,8 +200,8 @@ class TrainingRun:
         """
         self.mechanism.train()
         self._draws += 1
-        # Random numbers of its own: what a job draws does not depend on its neighbours.
-        seed = self.job.seed * 1_000_003 + self._draws
+        # Random numbers of its own: what a run draws does not depend on its neighbours.
+        seed = self.settings.seed * 1_000_003 + self._draws
         with _random_numbers(seed, tokens.values.device):
             views = [tokens, random_beginnings(tokens)] if self._reads_beginnings else [tokens]
             losses = [

@@ -30,6 +30,7 @@ from sidelight.training.measuring import (
     calibrate_examples,
     describe_examples,
     describe_scores,
+    measuring_folds,
     trained_texts,
 )
 from sidelight.training.traffic import (
@@ -199,29 +200,31 @@ def _follow_labels(
     kind = suggested_calibration(task)
     old = probe.calibration.apply(logits)
     before = evaluate(task, old, labels, thresholds=probe.thresholds)
-    calibrated = calibrate_examples(
+    folds = measuring_folds(examples, kind=kind)
+    calibration, left_out, after = calibrate_examples(
         logits,
         examples,
+        folds,
         kind=kind,
         rule=rule,
         around=probe.calibration.scale,
         ordinary=kept_logits(probe),
     )
-    after = calibrated.report
-    fitted = replace(probe, calibration=calibrated.calibration, thresholds=after.thresholds)
+    fitted = replace(probe, calibration=calibration, thresholds=after.thresholds)
+    chances = calibration.apply(logits)
     entry = {
         "what": f"calibrated by {kind} on {len(examples):,} labelled texts",
         **describe_examples(examples),
         "before": before.to_dict(),
         "after": after.to_dict(),
-        **describe_scores(task, calibrated.calibration.apply(logits), labels),
+        **describe_scores(task, chances, labels),
     }
     recalls = {
         label: (before.per_class[label]["recall"], after.per_class[label]["recall"])
         for label in before.per_class
         if label in probe.label_thresholds
     }
-    losses = log_losses(task, old, labels), calibrated.losses
+    losses = log_losses(task, old, labels), log_losses(task, left_out, labels)
     figures: dict[str, tuple[float | None, float | None]] = {
         "log loss": (float(losses[0].mean()), float(losses[1].mean()))
     }
@@ -235,13 +238,12 @@ def _follow_labels(
     )
     doubts = (
         *([warning] if seen else ()),
-        *(() if calibrated.folds else (FLATTERING,)),
+        *(() if folds else (FLATTERING,)),
         *threshold_doubts(task, counts, len(examples), rule),
         *_losses(recalls),
         *_falls(figures),
         *(_strangers(before) if task.kind != "multiclass" else ()),
     )
-    chances = calibrated.calibration.apply(logits)
     alone = choose_thresholds(task, chances, labels, rule=rule)
     made = _recorded(probe, fitted, rule, entry, alone)
     return Recalibrated(made, (before, after), doubts)

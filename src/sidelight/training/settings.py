@@ -1,10 +1,9 @@
-"""What to train and how: mechanism, seed, optimisation, background, where hidden states go.
+"""What to train and how: mechanism, optimisation, background, where hidden states go.
 
 Imports no torch, so that the command line checks names at once.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -52,6 +51,7 @@ class TrainingSettings:
             classes, which lose accuracy by it (measured in lab/docs/experiments).
         beginnings: Whether a probe of responses also learns from a random beginning of each, since
             it has to give scores while a response is being written.
+        seed: Decides initial parameters and the order of the data, and not how it is split.
     """
 
     learning_rate: Annotated[float, Field(ge=0, lt=1)] = 1e-3
@@ -65,6 +65,7 @@ class TrainingSettings:
     layer_weights: Literal["equal", "predictive"] = "equal"
     normalise: bool | None = None
     beginnings: bool = True
+    seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         """Refuses what the optimiser cannot use."""
@@ -103,24 +104,14 @@ SUGGESTED = {
 }
 
 
+def named_mechanism(mechanism: str, *, of_spans: bool = False) -> str:
+    """The mechanism, where ``auto`` is a readout, or ``spans`` of labelled spans."""
+    return mechanism if mechanism != AUTO else "spans" if of_spans else "readout"
+
+
 def suggested_settings(mechanism: str) -> TrainingSettings:
     """The settings that did well for a mechanism on validation data, or general ones."""
     return SUGGESTED.get(mechanism, TrainingSettings())
-
-
-@dataclass(frozen=True)
-class Job:
-    """One probe to train.
-
-    Attributes:
-        spec: The mechanism.
-        seed: Decides its initial parameters and the order of the data.
-        settings: How it is optimised.
-    """
-
-    spec: MechanismSpec
-    seed: int
-    settings: TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -129,8 +120,7 @@ class FitOptions:
 
     Attributes:
         mechanism: None is a readout; of spans, left-out texts choose how far a probe looks ahead.
-        seed: Decides initial parameters and the order of the data, and not how it is split.
-        settings: By mechanism name; a mechanism that is not named has its suggested settings.
+        settings: How it is optimised; None takes ``suggested_settings``.
         reads: The tokens that the probe reads; see ``reads_of``.
         background: Ordinary traffic, which texts are also shown in; see ``contexts.py``. Without
             any, they are shown alone.
@@ -148,8 +138,7 @@ class FitOptions:
     """
 
     mechanism: MechanismSpec | None = None
-    seed: int = 0
-    settings: Mapping[str, TrainingSettings] = field(default_factory=dict)
+    settings: TrainingSettings | None = None
     reads: Reads = READS
     background: Background = field(default_factory=Background)
     context_tokens: PositiveInt | None = None

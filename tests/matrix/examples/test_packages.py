@@ -97,7 +97,7 @@ def pii(tiny, tmp_path_factory):
     """A probe for which people are words in capitals."""
     tickets = json.loads(json.dumps(span_rows(160)).replace("SHOUT", "PERSON"))
     settings = TrainingSettings(learning_rate=2e-2, epochs=6, batch_size=16)
-    options = FitOptions(settings={"spans": settings}, cache_root=tmp_path_factory.mktemp("cache"))
+    options = FitOptions(settings=settings, cache_root=tmp_path_factory.mktemp("cache"))
     return fit(tiny, load_spans(tickets), None, name="pii", options=options).probe
 
 

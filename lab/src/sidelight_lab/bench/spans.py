@@ -35,7 +35,7 @@ from sidelight.states.extraction import BackboneSource, StateSource, extract
 from sidelight.thresholds import F1
 from sidelight.training.dataset import ProbeDataset, TokenPlaces, make_split
 from sidelight.training.fit import fit
-from sidelight.training.settings import FitOptions
+from sidelight.training.settings import FitOptions, suggested_settings
 from sidelight.training.spans import calibrate_spans
 from sidelight.types import Values
 from sidelight_lab.baselines import spans as baselines
@@ -184,12 +184,13 @@ def _probes(
 ) -> Row:
     """What ``sidelight train --spans`` makes with each seed; what is there is not trained again."""
     probes: list[Probe] = []
+    settings = options.settings or suggested_settings("spans")
     engine = "all layers" if source is None else source.engine
     for seed in range(seeds):
         who = {
             "texts": [(texts.content_hash, texts.spans) for texts in (training, validation)],
             "backbone": backbone.fingerprint.digest,
-            "settings": repr((options.settings, options.max_tokens)),
+            "settings": repr((settings, options.max_tokens)),
         }
         name = f"{engine.replace(' ', '-')}-{seed}"
         folder = out / "probes" / f"{name}-{digest(who)[:12]}"
@@ -199,7 +200,7 @@ def _probes(
                 training,
                 validation,
                 name=name,
-                options=replace(options, seed=seed),
+                options=replace(options, settings=replace(settings, seed=seed)),
                 source=source,
                 out=folder,
             )

@@ -202,9 +202,10 @@ def bench_spans(
     from sidelight.training.settings import TrainingSettings, suggested_settings
     from sidelight_lab.bench.spans import compare_spans
 
-    kinds = {field.name: field.type for field in fields(TrainingSettings)}
+    # The seeds are --seeds.
+    kinds = {own.name: own.type for own in fields(TrainingSettings) if own.name != "seed"}
     settings = suggested_settings("spans").changed(**options.typed(assigned, kinds))
-    given = replace(inputs.fit_options(), settings={"spans": settings})
+    given = replace(inputs.fit_options(), settings=settings)
     training, validation = inputs.load(spans)
     if validation is None:
         training, validation = training.split(validation_share(len(training)), seed=0)

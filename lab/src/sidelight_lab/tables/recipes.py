@@ -24,7 +24,8 @@ Kind = Literal["comparison", "transfer", "few-shot", "sensitivity"]
 Value = bool | int | float | str
 
 _FOLDER = files("sidelight_lab.tables") / "recipes"
-_SETTINGS = tuple(setting.name for setting in fields(TrainingSettings))
+# A table's seeds are those of all its rows.
+_SETTINGS = tuple(own.name for own in fields(TrainingSettings) if own.name != "seed")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -28,7 +28,7 @@ from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.fit import calibrate_probe
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import validation_score
-from sidelight.training.settings import FitOptions, Job
+from sidelight.training.settings import FitOptions
 from sidelight_lab.baselines.base import FittedBaseline
 from sidelight_lab.tables.recipes import BaselineRow, ProbeRow, Recipe, Row
 
@@ -149,7 +149,7 @@ def _train(runs: Sequence[tuple[Run, ProbeRow]], *, max_tokens: int) -> None:
     dataset = runs[0][0].dataset
     start = perf_counter()
     trained = train_mechanisms(
-        [Job(row.spec(), run.seed, row.training_settings()) for run, row in runs],
+        [(row.spec(), replace(row.training_settings(), seed=run.seed)) for run, row in runs],
         training=dataset.training,
         validation=dataset.validation,
         device=dataset.backbone.device,
