@@ -28,8 +28,7 @@ from sidelight_lab.bench.guards import (
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache", "letters")]
 NAMES = ("shouts", "replies")
 # Little of everything: the signal is plain.
-SETTINGS = {name: suggested_settings(name).changed(epochs=6) for name in ("readout", "pooling")}
-BRIEF = FitOptions(settings=SETTINGS, context_tokens=400)
+BRIEF = FitOptions(settings=suggested_settings("readout").changed(epochs=6), context_tokens=400)
 ROWS = ("pooling", "mean_last_layer", "means_all_layers", "tfidf")
 
 

@@ -35,7 +35,13 @@ from sidelight.thresholds import choose_thresholds
 from sidelight.training.background import Background, Turns, choose_conversations
 from sidelight.training.dataset import Split, make_split
 from sidelight.training.fit import fit
-from sidelight.training.settings import READS, FitOptions, suggested_settings
+from sidelight.training.settings import (
+    AUTO,
+    READS,
+    FitOptions,
+    named_mechanism,
+    suggested_settings,
+)
 from sidelight.types import Task
 from sidelight_lab.baselines.encoders import packaged_encoder
 from sidelight_lab.bench.defaults import fit_rival
@@ -278,7 +284,7 @@ def _measure(
     rows: list[Row] = []
     for row in (OURS, *(rival for rival in rivals if rival in _PAPER)):
         for seed in range(seeds):
-            rows.append(_probe(backbone, row, texts, replace(options, seed=seed)))
+            rows.append(_probe(backbone, row, texts, options, seed))
             done()
     alone = make_split(backbone, texts.training, options)
     for rival in rivals:
@@ -326,16 +332,19 @@ def _measure(
     }
 
 
-def _probe(backbone: TransformersBackbone, name: str, texts: Texts, options: FitOptions) -> Row:
+def _probe(
+    backbone: TransformersBackbone, name: str, texts: Texts, options: FitOptions, seed: int
+) -> Row:
     """What ``sidelight train`` makes by default, or a mechanism as the paper trains it."""
+    spec = mechanism_spec(named_mechanism(AUTO) if name == OURS else name)
+    settings = replace(options.settings or suggested_settings(spec.name), seed=seed)
+    options = replace(options, mechanism=spec, settings=settings)
     if name == OURS:
         options = replace(options, background=texts.background)
     else:
-        settings = options.settings.get(name, suggested_settings(name))
         options = replace(
             options,
-            mechanism=mechanism_spec(name),
-            settings={name: settings.changed(normalise=False)},
+            settings=settings.changed(normalise=False),
             reads=Reads(options.reads.side),
         )
     probe = fit(backbone, texts.training, None, name="guard", options=options).probe
