@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from commands import run, saved
 from guard_packages import install, texts, write
@@ -144,6 +145,24 @@ def test_other_texts_replace_a_guard_only_by_force(words, tmp_path, capsys):
     assert (after["letters"], after["replies"]) == (before["letters"], before["replies"])
     # All guards of the folder are served.
     assert capsys.readouterr().out.count("--probe") == 3
+
+
+def test_a_cpu_takes_what_it_reads_in_time_unless_rows_are_named(
+    model, tiny, tmp_path, monkeypatch, capsys
+):
+    whole = ready.load_guard("shouts")
+    sizes = {item: len(tiny.encoder.encode(item.conversation)) for item in whole.items}
+    most = sum(sizes.values()) // 2
+    monkeypatch.setattr(ready, "TOKENS_ON_CPU", most)
+    drawn = ready.affordable(tiny, whole)
+    assert most - max(sizes.values()) <= sum(sizes[item] for item in drawn.items) <= most
+    assert drawn.items == draw_texts(whole, len(drawn)).items
+    assert run("guard", "--model", model, "--only", "shouts", "--out", str(tmp_path / "out")) == 0
+    told = f"shouts (1 of 1): {len(drawn)} of 60 (--rows 60 takes all) texts"
+    assert told in capsys.readouterr().out
+    assert load_probe(tmp_path / "out/shouts").record["training"]["rows"] == len(drawn)
+    monkeypatch.setattr(type(tiny), "device", torch.device("meta"))
+    assert ready.affordable(tiny, whole) is whole
 
 
 def test_states_of_ordinary_traffic_are_computed_once_and_those_of_texts_do_not_stay(

@@ -27,7 +27,8 @@ from sidelight.storage import write_json, write_text
 @click.option(
     "--rows",
     type=click.IntRange(min=20),
-    help="Use N packaged texts of each guard, of each source and label alike.",
+    help="Use N packaged texts of each guard, of each source and label alike. [default: all; on a "
+    "CPU as many as have 250,000 tokens]",
 )
 @click.option("--data", help="Rows of your own beside those of the guard that --only names.")
 @options.threshold(default="f1")
@@ -89,6 +90,9 @@ def guard(
     from sidelight.training.traffic import kept_rate
 
     backbone = runtime.load_backbone()
+    whole = {name: len(own) for name, own in texts.items()}
+    if rows is None:
+        texts = {name: ready.affordable(backbone, own) for name, own in texts.items()}
     # One folder for all guards, in which a killed run finds what it has computed.
     states = cache_root() / f"guards-{sha256(str(out.resolve()).encode()).hexdigest()[:12]}"
     common = FitOptions(threshold=rule, cache_root=states, keep_cache=True)
@@ -98,7 +102,10 @@ def guard(
     traffic = load_background("packaged")
     shared = ready.background_states(backbone, traffic)
     for number, (name, card) in enumerate(cards.items(), 1):
-        click.echo(f"\n{name} ({number} of {len(names)}): {len(texts[name]):,} texts")
+        count = f"{len(texts[name]):,}"
+        if rows is None and len(texts[name]) < whole[name]:
+            count += f" of {whole[name]:,} (--rows {whole[name]} takes all)"
+        click.echo(f"\n{name} ({number} of {len(names)}): {count} texts")
         if done[name]:
             click.echo(f"{out / name} is complete, of these texts, options and model.")
         else:

@@ -7,7 +7,7 @@ the group ``sidelight.guards``: the name of a guard, and the package whose resou
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from importlib.resources import files
@@ -203,18 +203,32 @@ def guard_of(source: object) -> Guard | None:
     return replace(guard, test=test if colon else None, own=own if comma else None)
 
 
-def draw_texts(examples: LabelledExamples, count: int) -> LabelledExamples:
-    """So many packaged texts, balanced over sources and labels, the same ones each time.
+def draw_texts(
+    examples: LabelledExamples,
+    count: int | None = None,
+    *,
+    sizes: Sequence[int] = (),
+    most: int = 0,
+) -> LabelledExamples:
+    """Some of the packaged texts, balanced over sources and labels, the same ones each time.
 
     All rows of one's own stay, and count as they do beside so many.
+
+    Args:
+        examples: Those of a guard, maybe with one's own.
+        count: How many; None draws as many as have ``most`` in all.
+        sizes: Of each text.
+        most: The sum of the sizes of what is drawn.
     """
     is_own = np.zeros(len(examples)) if examples.weights is None else examples.weights > 1
     packaged, own = np.flatnonzero(is_own == 0), np.flatnonzero(is_own)
     # All background is one source: its many would outweigh the others.
     sources = [str(cells.get("source")).partition(":")[0] for cells in examples.rows]
     labels = examples.label_names()
-    strata = [(sources[row], tuple(labels[row])) for row in packaged]
-    rows = packaged[sorted(balanced_order(strata)[:count])]
+    order = packaged[balanced_order([(sources[row], tuple(labels[row])) for row in packaged])]
+    if count is None:
+        count = int(np.searchsorted(np.cumsum(np.asarray(sizes)[order]), most, side="right"))
+    rows = np.sort(order[:count])
     weights = np.array([1.0] * len(rows) + [_own_weight(len(rows), len(own))] * len(own))
     drawn = examples.select([*rows, *own])
     return replace(drawn, warnings=examples.warnings, weights=weights if len(own) else None)

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples
-from sidelight.data.guards import find_guard
+from sidelight.data.guards import draw_texts, find_guard
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.manifest import holds_probe, read_manifest
@@ -20,10 +20,12 @@ from sidelight.thresholds import ThresholdRule
 from sidelight.training.assessment import SpanAssessment, assess
 from sidelight.training.background import Background
 from sidelight.training.classifier import Classifier
-from sidelight.training.settings import READS
+from sidelight.training.settings import READS, TRAINING_MAX_TOKENS
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task
 
+# Of a guard's texts, where no number of rows is named.
+TOKENS_ON_CPU = 250_000
 _POLICY = """# Nothing is blocked: verdicts are counted in the metrics, and no client sees them.
 # To block, take the lines of a guard that are comments in place of its mode. Rules that block
 # prompts refuse conversations that begin with a system turn, unless only you write these:
@@ -37,6 +39,19 @@ def load_guard(name: str, part: str = "", task: Task | None = None) -> LabelledE
     if spans is None:
         return load_examples(source, task=task)
     return load_examples(source, spans=spans, task=task)
+
+
+def affordable(backbone: TransformersBackbone, texts: LabelledExamples) -> LabelledExamples:
+    """As many texts as a CPU reads in a quarter of an hour, with contexts; all of them on a GPU."""
+    if backbone.device.type != "cpu":
+        return texts
+    encoder = backbone.encoder
+    limit = min(TRAINING_MAX_TOKENS, encoder.max_tokens)
+    sizes = [
+        min(limit, len(encoder.encode_any_length(item.conversation, item.response)))
+        for item in texts.items
+    ]
+    return draw_texts(texts, sizes=sizes, most=TOKENS_ON_CPU)
 
 
 def is_trained(
