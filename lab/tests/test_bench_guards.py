@@ -14,6 +14,7 @@ from sidelight.prompts import Message
 from sidelight.training.background import Background
 from sidelight.training.settings import FitOptions, suggested_settings
 from sidelight.types import Task
+from sidelight_lab.baselines import encoders
 from sidelight_lab.bench.guards import (
     FIGURES,
     OURS,
@@ -102,6 +103,13 @@ def test_a_finished_guard_is_not_measured_again_and_other_settings_are(measure, 
     assert again.results == record.results
     measure(names=["shouts"], rivals=["tfidf"])
     assert ran
+
+
+def test_a_row_whose_model_is_not_installed_is_left_out_by_name(measure, record, monkeypatch):
+    monkeypatch.setattr(encoders, "_PACKAGE", "not_installed")
+    others = measure(rivals=(*ROWS, "encoder"))
+    assert others.results == record.results
+    assert "'encoder' is left out: The small encoder is not installed." in others.to_markdown()
 
 
 def test_each_text_passes_the_backbone_once_and_tests_come_last(tiny, measure, ran, tmp_path):
