@@ -51,6 +51,14 @@ def test_a_test_measures_a_probe_whose_two_classes_have_other_names():
     )
 
 
+def test_a_test_finds_the_classes_of_the_card_in_a_probe_that_has_them_the_other_way_round():
+    reversed_task = Task("binary", TASK.labels[::-1])
+    np.testing.assert_array_equal(
+        load_examples("guard:shouts:unseen", task=reversed_task).labels,
+        1 - load_examples("guard:shouts:unseen").labels,
+    )
+
+
 @pytest.mark.parametrize("names", [(0, 1), ("false", "true"), ("other", "shouting")])
 def test_own_rows_join_in_any_spelling_and_count_more(names, tmp_path):
     own = [{**row, "label": names[int(str(row["label"]))]} for row in texts(12, seed=3)]

@@ -93,7 +93,10 @@ class Guard:
     own: str | None = None
 
     def rows(self, task: Task | None = None) -> list[Row]:
-        """The rows, with the class names of the card, or of another task of two classes."""
+        """The rows, with the class names of the card, or of another task of two classes.
+
+        Of a task with other names, the positive class is taken for that of the card.
+        """
         part = "train" if self.test is None else f"test_{self.test}"
         rows = read_file(self.folder / f"{part}.jsonl.gz")
         if self.own is not None:
@@ -102,7 +105,8 @@ class Guard:
             rows += [replace(self._adapted(row), weight=weight) for row in own]
         if (labels := self.card.labels) is None:
             return rows
-        names = task.labels if task is not None and task.kind == "binary" else labels
+        is_of_others = task is not None and task.kind == "binary" and {*task.labels} != {*labels}
+        names = task.labels if task is not None and is_of_others else labels
         index = {**TRUTH, labels[0]: False, labels[1]: True}
         for place, row in enumerate(rows):
             cell = row.cells.get("label")
