@@ -100,6 +100,11 @@ def test_own_chats_end_with_the_answer_that_a_guard_of_answers_reads(tmp_path):
     assert (last.text, last.response) == ("Hello", "No.")
     chat = load_examples(f"guard:shouts,{own}").items[-1]
     assert (len(chat.messages), chat.response) == (2, None)
+    # As in a table of rows of both kinds.
+    empty = {"text": None, "response": None}
+    mixed = write(tmp_path / "mixed.jsonl", [{**empty, "messages": turns, "label": 1}])
+    assert load_examples(f"guard:replies,{mixed}").items[-1] == last
+    assert load_examples(f"guard:shouts,{mixed}").items[-1] == chat
     unanswered = write(tmp_path / "open.jsonl", [{"messages": turns[:1], "label": 1}])
     with pytest.raises(SidelightError, match=r"open.jsonl, line 1: no column 'response'\. Rows"):
         load_examples(f"guard:replies,{unanswered}")

@@ -127,11 +127,13 @@ class Guard:
 
     def _adapted(self, row: Row) -> Row:
         """A row with ``messages`` as one with ``text``, and with their answer apart."""
-        cells = {"text": row.cells.get("messages"), **row.cells}
-        columns = self.card.columns
+        cells, columns = {**row.cells}, self.card.columns
+        if cells.get("text") is None:
+            cells["text"] = cells.get("messages")
         turns, reads = cells["text"], columns["response"]
         last = turns[-1] if is_list(turns) and turns else None
-        if reads and reads not in cells and is_mapping(last) and last.get("role") == "assistant":
+        is_open = reads is not None and cells.get(reads) is None
+        if is_open and is_mapping(last) and last.get("role") == "assistant":
             assert is_list(turns)
             cells |= {"text": turns[:-1], "response": last.get("content")}
         wanted = [name for name in ("text", reads, columns["spans"] or "label") if name]
