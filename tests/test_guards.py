@@ -1,5 +1,6 @@
 """Ready guards: what ``guard:...`` names in place of a data file."""
 
+import sys
 from collections import Counter
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -148,6 +149,33 @@ def test_two_packages_with_one_name_are_refused(monkeypatch, tmp_path):
     install(tmp_path, monkeypatch, "other_guards")
     with pytest.raises(SidelightError, match=r"letter_guards, other_guards\. Uninstall"):
         find_guard("shouts")
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "said"),
+    [
+        ("failing", "import absent_package", r"No module named 'absent_package'"),
+        ("failing", "1 / 0", r"division by zero"),
+        ("absent", "", r"No module named 'absent'"),
+        ("failing.code", "", r"is not a package"),
+    ],
+)
+def test_a_package_that_cannot_be_read_is_named(module, code, said, tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, "failing", prefix="f_")
+    (tmp_path / "failing/__init__.py").write_text(code)
+    (tmp_path / "failing/code.py").touch()
+    names = tmp_path / "failing-1.0.dist-info/entry_points.txt"
+    names.write_text(f"[sidelight.guards]\nf_shouts = {module}\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "failing"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SidelightError, match=rf"package '{module}' of .*{said}.* Correct or unin"):
+        find_guard("f_shouts")
+
+
+def test_a_package_of_guards_needs_no_code(tmp_path, monkeypatch):
+    home = install(tmp_path, monkeypatch, "plain_guards", prefix="plain_")
+    (home / "__init__.py").unlink()
+    assert len(load_examples("guard:plain_shouts:unseen")) == 24
 
 
 @pytest.mark.parametrize(

@@ -173,8 +173,14 @@ def find_guard(name: str) -> Guard:
         raise SidelightError(
             f"Several packages have a guard '{name}': {', '.join(packages)}. Uninstall all but one."
         )
-    folder = Path(str(files(packages[0])))
-    path = folder / f"{name}.toml"
+    try:
+        # Of a package without code, files() is no path, and a file of it is.
+        path = Path(str(files(packages[0]) / f"{name}.toml"))
+    except Exception as error:  # Whatever the code of others raises.
+        raise SidelightError(
+            f"Cannot read the package '{packages[0]}' of the guard '{name}' ({error}). Correct or "
+            "uninstall it."
+        ) from error
     try:
         card = Card.model_validate(tomllib.loads(path.read_text("utf-8")))
     except (OSError, ValueError) as error:
@@ -183,7 +189,7 @@ def find_guard(name: str) -> Guard:
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise SidelightError(f"Cannot read the card {path} ({reason}). Correct it.") from error
-    return Guard(name, card, folder / name)
+    return Guard(name, card, path.with_name(name))
 
 
 def guard_of(source: object) -> Guard | None:
