@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from commands import run, saved
-from guard_packages import install, texts, write
+from guard_packages import LABELS, install, texts, write
 from sidelight.artifact import load_probe
 from sidelight.data.guards import draw_texts, find_guard, guard_of
 from sidelight.data.loading import load_examples
@@ -185,12 +185,15 @@ def test_a_package_of_guards_needs_no_code(tmp_path, monkeypatch):
         ('title = "Shouts"\nmood = "good"', r"mood: Extra inputs are not permitted"),
         ("title = ", r"shouts.toml \(Invalid value"),
         ('title = "Shouts"\nreads = "both"', r"shouts.toml \(Cannot overwrite"),
+        ('title = "Shouts"\nlabels = ["a", "a"]', r"labels: .*two names that differ"),
+        ('title = "Shouts"\nlabels = ["a", "b\\n"]', r"labels: .*two names that differ"),
     ],
 )
 def test_a_wrong_card_is_refused_by_its_key(letters, line, said):
     path = letters / "shouts.toml"
     whole = path.read_text()
-    path.write_text(whole.replace('title = "shouts"', line, 1))
+    rest = whole.replace(LABELS, "") if "labels" in line else whole
+    path.write_text(rest.replace('title = "shouts"', line, 1))
     try:
         with pytest.raises(SidelightError, match=said):
             find_guard("shouts")

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from sidelight.data.examples import LabelledExamples, balanced_order
 from sidelight.data.labels import TRUTH, is_missing, label_name
 from sidelight.data.readers import Row, is_list, is_mapping, read_file, read_rows
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.types import Task
+from sidelight.types import Task, is_label
 
 _GROUP, _PREFIX = "sidelight.guards", "guard:"
 _PACKAGED = ("harmful", "injection", "pii", "refusal", "toxicity")
@@ -35,6 +35,12 @@ class Origin(BaseModel, extra="forbid", frozen=True):
 
     licence: str
     where: str
+
+
+def _require_classes(labels: tuple[str, str]) -> tuple[str, str]:
+    if labels[0] == labels[1] or not all(map(is_label, labels)):
+        raise ValueError("wanted two names that differ, each of one line")
+    return labels
 
 
 class TestCard(Origin, frozen=True):
@@ -55,7 +61,7 @@ class Card(BaseModel, extra="forbid", frozen=True):
     title: str
     positive: str
     reads: Literal["prompt", "response"]
-    labels: tuple[str, str] | None = None
+    labels: Annotated[tuple[str, str], AfterValidator(_require_classes)] | None = None
     noise: str
     languages: str
     limits: tuple[str, ...]
