@@ -34,11 +34,11 @@ def draw_playground(browser: Browser) -> None:
         server.wait_until_ready()
         size = {"width": 900, "height": 700}
         with page_at(browser, f"{server.url}/playground", viewport=size) as page:
-            page.get_by_text("smollm2, 3 probes").wait_for()
-            page.get_by_role("button", name="Try a complaint").click()
+            page.get_by_text("smollm2, 2 probes").wait_for()
+            page.get_by_role("button", name="Try an attack").click()
             page.keyboard.press("Enter")
             page.get_by_text(re.compile(r"\d+ tokens")).wait_for(timeout=120_000)
-            page.get_by_role("button", name="urgency").click()
+            page.get_by_role("button", name="injection").click()
             page.get_by_role("article", name="You").get_by_role("table").wait_for()
             page.get_by_role("tabpanel").screenshot(path=PICTURES / "playground-chat.png")
             page.get_by_role("tab", name="Thresholds").click()

@@ -43,6 +43,16 @@ def test_the_map_of_the_readme_names_paths_that_exist():
     assert [p for p in paths if not (ROOT / p).exists() and not (SOURCE / p).exists()] == []
 
 
+def test_every_target_of_make_that_a_page_names_is_one():
+    targets = set(re.findall(r"^([\w-]+):.* ##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        target
+        for page in PAGES
+        for target in re.findall(r"(?:^\$ |`)make ([a-z-]+)", page.read_text(), re.MULTILINE)
+    }
+    assert {"demo", "test"} <= named <= targets
+
+
 def test_architecture_names_every_part_of_the_product():
     parts = {
         path.stem

@@ -1,6 +1,5 @@
 """``sidelight guard``: ready guards trained, measured and served as a set."""
 
-import gzip
 import json
 import re
 import shutil
@@ -10,15 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands import run, saved
+from commands import brief_trainings, run, saved
 from guard_packages import install, texts, write
 from sidelight.artifact import load_probe
 from sidelight.data.guards import draw_texts
 from sidelight.policy.rules import bound_rules, read_policy, require_rule_applies
 from sidelight.smollm2 import cache_root
 from sidelight.states import cache
-from sidelight.training import background, contexts, ready
-from sidelight.training.settings import SUGGESTED, TrainingSettings
+from sidelight.training import background, ready
 
 NAMES = ("letters", "replies", "shouts")
 
@@ -29,17 +27,9 @@ def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guards")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIDELIGHT_CACHE", str(folder / "cache"))
-        lines = gzip.decompress(background.PACKAGED.read_bytes()).splitlines()[:60]
-        rows = [row for row in map(json.loads, lines) if isinstance(row["text"], str)]
-        traffic = [{**row, "text": row["text"][:80]} for row in rows]
-        patch.setattr(background, "PACKAGED", Path(write(folder / "traffic.jsonl", traffic)))
-        patch.setattr(contexts, "_LEAST_CONTEXT_TOKENS", 2_000)
-        for mechanism in ("readout", "spans"):
-            patch.setitem(SUGGESTED, mechanism, TrainingSettings(epochs=1, least_steps=0))
         install(folder, patch, "command_guards")
-        background._packaged.cache_clear()
-        yield
-    background._packaged.cache_clear()
+        with brief_trainings(folder, patch):
+            yield
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +95,17 @@ def test_the_policy_observes_and_its_comments_block(words, tmp_path):
         assert bound.is_blocking
     assert blocking.input["shouts"].threshold == pytest.approx(probes[2].thresholds[0], abs=1e-6)
     assert not blocking.refuses_system_turns
+
+
+def test_the_readme_guards_a_model_by_two_commands_of_which_one_prints_the_other(
+    model, tmp_path, monkeypatch, capsys
+):
+    page = (Path(__file__).parents[1] / "README.md").read_text().replace("injection", "shouts")
+    train, serve = re.findall(r"^\$ sidelight (guard .*|serve .*--policy .*)$", page, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    assert run(*train.split(), "--model", model) == 0
+    printed = capsys.readouterr().out.split("Next: ")[1].strip()
+    assert printed == f"sidelight {serve}".replace("serve", f"serve --model {model}")
 
 
 def test_what_is_complete_is_skipped_and_what_was_killed_goes_on(words, ran, capsys):

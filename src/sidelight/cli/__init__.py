@@ -87,9 +87,9 @@ def _serve() -> click.Command:
 @click.option("--keep", is_flag=True, help="Leave the server running until Ctrl-C.")
 @options.free_port
 def demo(keep: bool, port: int) -> None:
-    """Train three small probes on the embedded model, serve them, and ask one question.
+    """Train two small probes on the embedded model, serve them, and ask one question.
 
-    The texts are the bundled example set, which is written for demonstration.
+    One is the ready guard of injections, on a part of its texts; the other tells intents apart.
     """
     # If the packages of a server are missing, say so before anything is trained.
     import_module("sidelight.server.app")

@@ -1,6 +1,6 @@
 """The demonstration behind ``make demo``, with its bundled texts.
 
-Trains three probes on the bundled texts, serves them, and asks one question.
+Trains a guard and a probe of intents, serves them, and asks one question.
 """
 
 import json
@@ -20,6 +20,8 @@ from rich.table import Table
 
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
+from sidelight.data.examples import LabelledExamples
+from sidelight.data.guards import draw_texts
 from sidelight.data.loading import load_examples
 from sidelight.engines.base import Engine
 from sidelight.engines.transformers import TransformersEngine
@@ -33,8 +35,8 @@ from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions
 
 _DATA = Path(__file__).parent / "data"
-# Task, and the positive class of a binary one.
-_TASKS = {"prompt_injection": "injection", "intent": None, "urgency": "urgent"}
+# With so many packaged texts of the guard, the demonstration takes under four minutes of two cores.
+_GUARD_ROWS, _TEST_ROWS = 180, 60
 _QUESTION = (
     "I was charged twice for my subscription this month and I need the money back today, "
     "before my rent is due. What can I do?"
@@ -51,17 +53,19 @@ def run_demo(*, keep: bool, port: int) -> None:
         port: To serve on; 0 takes a free one.
     """
     start = time.monotonic()
+    # If the texts of guards are missing, the error comes before all else.
+    texts = demo_texts()
     _say("Loading the embedded model (unpacked to the cache the first time)")
     backbone = load_backbone(EMBEDDED_NAME, for_reading=True)
     # The probes share the states of ordinary traffic; a demonstration that was killed goes on.
     states = cache_root() / "demo-states"
-    folders = [_train(backbone, task, positive, states) for task, positive in _TASKS.items()]
+    folders = [_train(backbone, name, *parts, states) for name, parts in texts.items()]
     shutil.rmtree(states, ignore_errors=True)
     _say("Serving the model and its probes")
     engine = TransformersEngine(backbone, [load_probe(folder) for folder in folders])
     with _serving(engine, ServerConfig(port=port, playground=True, log_level="warning")) as url:
         _ask(OpenAI(base_url=f"{url}/v1", api_key="unused"))
-        _say(f"Done in {time.monotonic() - start:.0f} s. Your own probe: sidelight train --help")
+        _say(f"Done in {time.monotonic() - start:.0f} s. Whole guards: sidelight guard --help")
         named = " ".join(f"--probe {path}" for path in folders)
         _say(f"Serve these, with a page to try them: sidelight serve --playground {named}")
         if keep:
@@ -85,20 +89,34 @@ def _serving(engine: Engine, config: ServerConfig) -> Generator[str]:
         thread.join()
 
 
-def _train(backbone: TransformersBackbone, task: str, positive: str | None, states: Path) -> Path:
-    training = load_examples(_DATA / f"{task}_train.jsonl", positive=positive)
-    _say(f"Training '{task}' on {len(training)} texts with the model frozen")
+def demo_texts() -> dict[str, tuple[LabelledExamples, str]]:
+    """The texts that each probe is trained on, and what it is tested on.
+
+    Raises:
+        SidelightError: The package of guards is not installed.
+    """
+    injection = draw_texts(load_examples("guard:injection"), _GUARD_ROWS)
+    intent = load_examples(_DATA / "intent_train.jsonl")
+    return {
+        "injection": (injection, "guard:injection:cyberseceval"),
+        "intent": (intent, str(_DATA / "intent_test.jsonl")),
+    }
+
+
+def _train(
+    backbone: TransformersBackbone, name: str, training: LabelledExamples, test: str, states: Path
+) -> Path:
+    _say(f"Training '{name}' on {len(training)} texts with the model frozen")
     options = FitOptions(background=load_background("packaged"), cache_root=states, keep_cache=True)
-    result = fit(backbone, training, None, name=task, options=options)
+    result = fit(backbone, training, None, name=name, options=options)
     for sentence in result.warnings:
         say(f"Warning: {sentence}")
     probe = result.probe
     classifier = Classifier(backbone, probe)
-    test = load_examples(_DATA / f"{task}_test.jsonl", task=probe.task)
-    report = classifier.evaluate(test)
-    f1, accuracy = report.metrics["f1"], report.metrics["accuracy"]
-    _say(f"On {report.rows} other texts: F1 {f1}, accuracy {accuracy}")
-    return save_probe(probe, cache_root() / "demo" / task)
+    report = classifier.evaluate(draw_texts(load_examples(test, task=probe.task), _TEST_ROWS))
+    auroc, f1 = report.metrics["auroc"], report.metrics["f1"]
+    _say(f"On {report.rows} other texts: AUROC {auroc}, F1 {f1}")
+    return save_probe(probe, cache_root() / "demo" / name)
 
 
 def _ask(client: OpenAI) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -158,8 +159,15 @@ def test_the_wheel_of_the_guards_has_their_texts_and_licences_and_needs_no_other
     assert all(int(count) >= 100 for column in counts for count in column)
 
 
-def test_the_extra_brings_what_the_demonstration_and_its_server_need(bare):
-    bare.install(f"{bare.wheel}[serve]")
+def test_the_extra_and_the_guards_bring_what_the_demonstration_and_its_server_need(bare):
+    bare.install(f"{bare.wheel}[serve]", str(bare.guards))
     said = bare.output("sidelight", "demo")
-    for words in ("prompt_injection: ", "intent: ", "urgency: ", "charged twice", "Done in"):
+    for words in ("injection: OTHER", "intent: ", "charged twice", "Done in"):
         assert words in said
+    page = (ROOT / "src/sidelight/server/playground/index.html").read_text()
+    *harmless, attack = re.findall(r'data-example="([^"]+)"', page)
+    texts = ["hi", "Hello, how are you?", "Good morning", "thanks", *harmless, attack]
+    guard = str(bare.folder / "cache" / "demo" / "injection")
+    lines = bare.output("sidelight", "predict", guard, *texts).splitlines()
+    flags = [json.loads(line)["flagged"] for line in lines]
+    assert flags == [False] * (len(texts) - 1) + [True]
