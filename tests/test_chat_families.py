@@ -175,7 +175,7 @@ HARMLESS = [
     *(
         json.loads(line)["text"]
         for file in sorted((Path(sidelight.__file__).parent / "demo/data").glob("*.jsonl"))
-        for line in file.read_text("utf-8").split("\n")[:5]
+        for line in file.read_text("utf-8").split("\n")[:8]
     ),
 ]  # fmt: skip
 
