@@ -13,14 +13,14 @@ from tempfile import TemporaryDirectory
 from browser import chromium, page_at
 from playwright.sync_api import Browser
 
-from live import running
+from live import listening
 from sidelight import demo
 from sidelight.backbone import load_backbone
 from sidelight.data.loading import load_examples
 from sidelight.prompts import Reads
 from sidelight.smollm2 import cache_root
 from sidelight_lab.bench.server_process import ServerProcess
-from sidelight_label.app import server_settings
+from sidelight_label.app import create_app
 from sidelight_label.file import LabelFile
 from sidelight_label.pool import Pool, merged
 from sidelight_label.queue import LabelQueue
@@ -60,7 +60,7 @@ def draw_labelling(browser: Browser, folder: Path) -> None:
             queue.train()
         size = {"width": 900, "height": 900}
         with (
-            running(server_settings(queue, "token")) as address,
+            listening(create_app(queue, "token")) as address,
             page_at(browser, f"{address}/#token", viewport=size) as page,
         ):
             page.get_by_text("least certain first").wait_for()
