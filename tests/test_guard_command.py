@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 
 from commands import brief_trainings, run, saved
 from guard_packages import install, texts, write
-from sidelight.artifact import load_probe
+from sidelight.artifact import load_probe, save_probe
 from sidelight.data.guards import draw_texts
 from sidelight.policy.rules import bound_rules, read_policy, require_rule_applies
 from sidelight.smollm2 import cache_root
 from sidelight.states import cache
 from sidelight.training import background, ready
+from tiny import untrained_probe
 
 NAMES = ("letters", "replies", "shouts")
 
@@ -185,6 +187,20 @@ def test_states_of_ordinary_traffic_are_computed_once_and_those_of_texts_do_not_
     assert {times[name] for name in shared if name in times} == {1}
     # The two guards have the same texts.
     assert sum(times[name] == 2 for name in times) >= 40
+
+
+def test_a_probe_of_other_options_is_not_taken_for_a_complete_guard(words, tiny, tmp_path, capsys):
+    out = tmp_path / "guards"
+    shutil.copytree(words[-1], out)
+    again = (*words[:-1], str(out))
+    assert run(*again, "--dtype", "bfloat16") == 2
+    refused = "shouts holds a probe. Name another folder, or replace it with --force."
+    assert refused.replace("shouts", "letters") in capsys.readouterr().err
+    probe = load_probe(out / "shouts")
+    gate = untrained_probe(tiny, "shouts", task=probe.task, mechanism="gate")
+    save_probe(replace(gate, record=probe.record), out / "shouts")
+    assert run(*again) == 2
+    assert refused in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.guards import draw_texts, find_guard
 from sidelight.data.loading import load_examples
+from sidelight.data.spans import SpanExamples
 from sidelight.errors import SidelightError
 from sidelight.manifest import holds_probe, read_manifest
 from sidelight.probe import Probe
@@ -20,7 +21,7 @@ from sidelight.thresholds import ThresholdRule
 from sidelight.training.assessment import SpanAssessment, assess
 from sidelight.training.background import Background
 from sidelight.training.classifier import Classifier
-from sidelight.training.settings import READS, TRAINING_MAX_TOKENS
+from sidelight.training.settings import AUTO, READS, TRAINING_MAX_TOKENS, named_mechanism
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task
 
@@ -60,11 +61,15 @@ def is_trained(
     """Whether a folder holds the probe that a training would write."""
     if not holds_probe(folder):
         return False
-    manifest = read_manifest(folder)
+    manifest, model = read_manifest(folder), backbone.fingerprint
     record = manifest.record
-    made_of = record.get("training", {}).get("given_sha256"), record.get("threshold_rule")
-    is_of_these = made_of == (texts.content_hash, str(rule))
-    return is_of_these and manifest.backbone.digest == backbone.fingerprint.digest
+    mechanism = named_mechanism(AUTO, of_spans=isinstance(texts, SpanExamples))
+    wanted = (texts.content_hash, str(rule), 0, mechanism, model.digest, model.dtype)
+    return wanted == (
+        record.get("training", {}).get("given_sha256"),
+        *(record.get(entry) for entry in ("threshold_rule", "seed")),
+        *(manifest.mechanism.name, manifest.backbone.digest, manifest.backbone.dtype),
+    )
 
 
 def measure_tests(
