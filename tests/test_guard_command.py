@@ -17,6 +17,7 @@ from sidelight.data.guards import draw_texts
 from sidelight.policy.rules import bound_rules, read_policy, require_rule_applies
 from sidelight.smollm2 import cache_root
 from sidelight.states import cache
+from sidelight.storage import only_writer
 from sidelight.training import background, ready
 from tiny import untrained_probe
 
@@ -201,6 +202,13 @@ def test_a_probe_of_other_options_is_not_taken_for_a_complete_guard(words, tiny,
     save_probe(replace(gate, record=probe.record), out / "shouts")
     assert run(*again) == 2
     assert refused in capsys.readouterr().err
+
+
+def test_of_two_runs_into_one_folder_the_second_is_refused(words, capsys):
+    with only_writer(Path(words[-1])):
+        assert run(*words) == 2
+    assert f"Another run writes to {words[-1]}. Wait for it" in capsys.readouterr().err
+    assert run(*words) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import fcntl
 import json
 import os
 import secrets
@@ -66,6 +67,25 @@ def check_folder(directory: Path) -> None:
         raise SidelightError(
             f"Cannot write to {directory}: {error.strerror}. Name another folder."
         ) from error
+
+
+@contextmanager
+def only_writer(directory: Path) -> Generator[None]:
+    """Keeps other runs from a folder, which is made if absent; they are told by an error."""
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        # Some disks have no locks.
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise SidelightError(
+                    f"Another run writes to {directory}. Wait for it, or name another folder."
+                ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ import click
 
 from sidelight.cli import options
 from sidelight.errors import SidelightError, checked
-from sidelight.storage import write_json, write_text
+from sidelight.storage import only_writer, write_json, write_text
 
 
 @click.command(
@@ -69,9 +69,7 @@ def guard(
 
     from sidelight.thresholds import ThresholdRule
 
-    rule, figures = ThresholdRule.parse(threshold), dict[str, Any]()
-    if (path := out / "figures.json").exists():
-        figures = checked(Json[dict[str, Any]], path.read_text("utf-8"), f"Cannot read {path}")
+    rule = ThresholdRule.parse(threshold)
     options.announce("Reading the texts")
     from sidelight.training import ready
 
@@ -90,6 +88,10 @@ def guard(
     from sidelight.training.traffic import kept_rate
 
     backbone = runtime.load_backbone()
+    click.get_current_context().with_resource(only_writer(out))
+    figures = dict[str, Any]()
+    if (path := out / "figures.json").exists():
+        figures = checked(Json[dict[str, Any]], path.read_text("utf-8"), f"Cannot read {path}")
     whole = {name: len(own) for name, own in texts.items()}
     if rows is None:
         texts = {name: ready.affordable(backbone, own) for name, own in texts.items()}
