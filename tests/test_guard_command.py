@@ -212,8 +212,37 @@ def test_of_two_runs_into_one_folder_the_second_is_refused(words, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("figures.json", '{"shouts": 3}', "figures.json: Input should be a valid dictionary."),
+        ("figures.json", "[]", "figures.json: Input should be a valid dictionary."),
+        ("shouts", "", "shouts"),
+    ],
+)
+def test_what_stands_in_the_way_of_results_is_refused_before_training(
+    name, content, said, model, tmp_path, capsys, ran
+):
+    (tmp_path / name).write_text(content)
+    assert run("guard", "--model", model, "--only", "shouts", "--out", str(tmp_path)) == 2
+    assert said in capsys.readouterr().err
+    assert not ran
+
+
+def test_a_guard_whose_name_no_probe_can_have_is_refused_before_training(
+    model, tmp_path, monkeypatch, capsys, ran
+):
+    install(tmp_path, monkeypatch, "odd_guards", prefix="odd ")
+    only = ("--only", "odd shouts", "--out", str(tmp_path / "out"))
+    assert run("guard", "--model", model, *only) == 2
+    assert "A probe cannot be called 'odd shouts'" in capsys.readouterr().err
+    assert not ran
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("--only", "", "--out", "g"), "no guard ''"),
+        (("--only", "shouts", "--data", "", "--out", "g"), "Cannot read 'guard:shouts,'"),
         (("--only", "shout", "--out", "g"), "no guard 'shout'. Did you mean 'shouts'?"),
         ((), "Name a folder for the guards with --out"),
         (("--data", "mine.jsonl", "--out", "g"), "--data adapts one guard. Name it: --only"),

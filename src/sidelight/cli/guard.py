@@ -12,7 +12,7 @@ import click
 
 from sidelight.cli import options
 from sidelight.errors import SidelightError, checked
-from sidelight.storage import only_writer, write_json, write_text
+from sidelight.storage import check_folder, only_writer, write_json, write_text
 
 
 @click.command(
@@ -53,7 +53,9 @@ def guard(
     from sidelight.data.guards import draw_texts, find_guard, guard_names
 
     # Where there is none, the error says what to install.
-    names = [name.strip() for name in only.split(",")] if only else guard_names() or ["injection"]
+    names = guard_names() or ["injection"]
+    if only is not None:
+        names = [*dict.fromkeys(name.strip() for name in only.split(","))]
     cards = {name: find_guard(name).card for name in names}
     if lists:
         for name, card in cards.items():
@@ -67,19 +69,23 @@ def guard(
         raise SidelightError(f"--data adapts one guard. Name it: --only {' or '.join(names)}.")
     from pydantic import Json
 
+    from sidelight.manifest import holds_probe, require_free, require_name
     from sidelight.thresholds import ThresholdRule
 
     rule = ThresholdRule.parse(threshold)
+    for name in names:
+        require_name(name)
+        check_folder(out / name)
     options.announce("Reading the texts")
     from sidelight.training import ready
 
-    texts = {name: ready.load_guard(name, f",{data}" if data else "") for name in names}
+    part = "" if data is None else f",{data}"
+    texts = {name: ready.load_guard(name, part) for name in names}
     if rows is not None:
         texts = {name: draw_texts(whole, rows) for name, whole in texts.items()}
     options.announce("Loading the model")
     from sidelight.artifact import load_probe
     from sidelight.cli.show import print_fit
-    from sidelight.manifest import holds_probe, require_free
     from sidelight.smollm2 import cache_root
     from sidelight.training.background import Background, load_background
     from sidelight.training.classifier import Classifier
@@ -89,9 +95,10 @@ def guard(
 
     backbone = runtime.load_backbone()
     click.get_current_context().with_resource(only_writer(out))
-    figures = dict[str, Any]()
+    figures = dict[str, dict[str, Any]]()
     if (path := out / "figures.json").exists():
-        figures = checked(Json[dict[str, Any]], path.read_text("utf-8"), f"Cannot read {path}")
+        kind = Json[dict[str, dict[str, Any]]]
+        figures = checked(kind, path.read_text("utf-8"), f"Cannot read {path}")
     whole = {name: len(own) for name, own in texts.items()}
     if rows is None:
         texts = {name: ready.affordable(backbone, own) for name, own in texts.items()}

@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.examples import Example, LabelledExamples
+from sidelight.data.examples import Example, LabelledExamples, located
 from sidelight.data.guards import draw_texts, find_guard
 from sidelight.data.loading import load_examples
 from sidelight.data.spans import SpanExamples
@@ -48,11 +48,11 @@ def affordable(backbone: TransformersBackbone, texts: LabelledExamples) -> Label
         return texts
     encoder = backbone.encoder
     limit = min(TRAINING_MAX_TOKENS, encoder.max_tokens)
-    sizes = [
-        min(limit, len(encoder.encode_any_length(item.conversation, item.response)))
-        for item in texts.items
-    ]
-    return draw_texts(texts, sizes=sizes, most=TOKENS_ON_CPU)
+    sizes: list[int] = []
+    for index, item in enumerate(texts.items):
+        with located(item, index):
+            sizes.append(len(encoder.encode_any_length(item.conversation, item.response)))
+    return draw_texts(texts, sizes=np.minimum(sizes, limit).tolist(), most=TOKENS_ON_CPU)
 
 
 def is_trained(
