@@ -1,8 +1,8 @@
 """``sidelight guard``: ready guards trained, measured and served as a set."""
 
 import json
-import re
 import shutil
+import tomllib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -81,22 +81,20 @@ def test_tests_are_counted_at_the_threshold_of_the_probe_and_words_at_as_many_al
     assert told["tfidf_auroc"] == pytest.approx(pairs.mean())
 
 
-def test_the_policy_observes_and_its_comments_block(words, tmp_path):
+def test_the_policy_observes_and_blocks_at_the_thresholds_of_training_as_it_says(words, tmp_path):
     out = Path(words[-1])
     probes = [load_probe(out / name) for name in NAMES]
     policy = read_policy(out / "policy.toml")
     rules = {**policy.input, **policy.output}
     assert {name: rule.mode for name, rule in rules.items()} == dict.fromkeys(NAMES, "shadow")
     assert [*policy.output] == ["replies"]
-    text = (out / "policy.toml").read_text().replace('mode = "shadow"\n', "")
-    (tmp_path / "blocking.toml").write_text(
-        re.sub(r"^# (?=(mode|threshold|system_turns) =)", "", text, flags=re.MULTILINE)
-    )
+    text = (out / "policy.toml").read_text().replace('mode = "shadow"', 'mode = "block"')
+    (tmp_path / "blocking.toml").write_text(text.replace("# system_turns", "system_turns"))
     blocking = read_policy(tmp_path / "blocking.toml")
     for bound in bound_rules(blocking, probes):
         require_rule_applies(bound, probes)
         assert bound.is_blocking
-    assert blocking.input["shouts"].threshold == pytest.approx(probes[2].thresholds[0], abs=1e-6)
+        assert bound.thresholds == bound.probe.label_thresholds
     assert not blocking.refuses_system_turns
 
 
@@ -190,6 +188,24 @@ def test_states_of_ordinary_traffic_are_computed_once_and_those_of_texts_do_not_
     assert sum(times[name] == 2 for name in times) >= 40
 
 
+def test_a_policy_that_was_there_is_compared_with_what_would_be_served(words, tmp_path, capsys):
+    out = tmp_path / "guards"
+    shutil.copytree(words[-1], out)
+    policy, again = out / "policy.toml", (*words[:-1], str(out))
+    policy.write_text('[input.other]\nmode = "block"\n')
+    assert run(*again) == 0
+    said = capsys.readouterr()
+    assert "policy.toml was there, and stays as it is." in said.out
+    assert "but no probe 'other' judges it" in said.err
+    policy.write_text('[input.shouts]\nmode = "block"\n')
+    assert run(*again) == 0
+    assert "no rule for letters, replies: clients see their verdicts." in capsys.readouterr().err
+    assert policy.read_text() == '[input.shouts]\nmode = "block"\n'
+    policy.write_text("input =")
+    assert run(*again) == 0
+    assert "is not TOML" in capsys.readouterr().err
+
+
 def test_a_probe_of_other_options_is_not_taken_for_a_complete_guard(words, tiny, tmp_path, capsys):
     out = tmp_path / "guards"
     shutil.copytree(words[-1], out)
@@ -236,6 +252,11 @@ def test_a_guard_whose_name_no_probe_can_have_is_refused_before_training(
     assert run("guard", "--model", model, *only) == 2
     assert "A probe cannot be called 'odd shouts'" in capsys.readouterr().err
     assert not ran
+
+
+def test_a_guard_is_named_in_the_policy_whatever_its_name(tiny):
+    rules = tomllib.loads(ready.observing_policy([untrained_probe(tiny, "odd.one")]))
+    assert rules == {"input": {"odd.one": {"mode": "shadow"}}}
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,20 @@
 
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sidelight.cli import options
 from sidelight.errors import SidelightError, checked
 from sidelight.storage import check_folder, only_writer, write_json, write_text
+
+if TYPE_CHECKING:
+    from sidelight.probe import Probe
 
 
 @click.command(
@@ -147,12 +150,31 @@ def guard(
     probes = [probe for probe in probes if probe.fingerprint.digest == digest]
     if (policy := out / "policy.toml").exists():
         click.echo(f"{policy} was there, and stays as it is.")
+        options.warn(_policy_doubts(policy, probes))
     else:
         write_text(policy, ready.observing_policy(probes))
     words = ["--model", runtime.model] if runtime.model else []
     words += [word for probe in probes for word in ("--probe", str(out / probe.name))]
     command = shlex.join(["sidelight", "serve", *words, "--policy", str(policy)])
     click.echo(f"Figures: {path}. Next: {command}")
+
+
+def _policy_doubts(path: Path, probes: "Sequence[Probe]") -> list[str]:
+    """What a policy that was there does not say of the probes, or says of others."""
+    from sidelight.policy.rules import read_policy, require_policy_applies, side_of
+
+    try:
+        policy = read_policy(path)
+        require_policy_applies(policy, probes)
+    except SidelightError as error:
+        return [f"A server would refuse {path}: {error}"]
+    others = [probe.name for probe in probes if probe.name not in policy.side(side_of(probe))]
+    if not others:
+        return []
+    return [
+        f"{path} has no rule for {', '.join(others)}: clients see their verdicts. Add a table for "
+        'each, as [input.NAME] or, of answers, [output.NAME], with mode = "shadow".'
+    ]
 
 
 def _line(test: Mapping[str, Any]) -> str:

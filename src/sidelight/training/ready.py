@@ -28,8 +28,9 @@ from sidelight.types import Task
 # Of a guard's texts, where no number of rows is named.
 TOKENS_ON_CPU = 250_000
 _POLICY = """# Nothing is blocked: verdicts are counted in the metrics, and no client sees them.
-# To block, take the lines of a guard that are comments in place of its mode. Rules that block
-# prompts refuse conversations that begin with a system turn, unless only you write these:
+# To block what a guard flags, write "block" in place of "shadow"; threshold = 0.9 below it would
+# replace the threshold of training. Rules that block prompts refuse conversations that begin with
+# a system turn, unless only you write these:
 # system_turns = "trust"
 """
 
@@ -107,15 +108,13 @@ def measure_tests(
 
 
 def observing_policy(probes: Sequence[Probe]) -> str:
-    """A policy in which nothing is blocked, with the lines that block as comments."""
+    """A policy in which nothing is blocked."""
     rules = [_POLICY]
     for probe in probes:
         side = "output" if probe.reads.includes_response else "input"
-        rule = f'\n[{side}.{probe.name}]\nmode = "shadow"\n# mode = "block"\n'
-        # Several labels have a threshold each, which the artifact keeps.
-        if len(probe.thresholds) == 1:
-            rule += f"# threshold = {probe.thresholds[0]:.6f}   # that of training\n"
-        rules.append(rule)
+        # A bare key has no dot.
+        name = f'"{probe.name}"' if "." in probe.name else probe.name
+        rules.append(f'\n[{side}.{name}]\nmode = "shadow"\n')
     return "".join(rules)
 
 
