@@ -1,6 +1,7 @@
 """``sidelight guard``: ready guards trained, measured and served as a set."""
 
 import json
+import re
 import shutil
 import tomllib
 from collections import Counter
