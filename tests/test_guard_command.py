@@ -89,8 +89,10 @@ def test_the_policy_observes_and_blocks_at_the_thresholds_of_training_as_it_says
     rules = {**policy.input, **policy.output}
     assert {name: rule.mode for name, rule in rules.items()} == dict.fromkeys(NAMES, "shadow")
     assert [*policy.output] == ["replies"]
-    text = (out / "policy.toml").read_text().replace('mode = "shadow"', 'mode = "block"')
-    (tmp_path / "blocking.toml").write_text(text.replace("# system_turns", "system_turns"))
+    text = (out / "policy.toml").read_text().replace('mode = "shadow"\n', "")
+    (tmp_path / "blocking.toml").write_text(
+        re.sub(r"^# (?=(mode|system_turns) =)", "", text, flags=re.MULTILINE)
+    )
     blocking = read_policy(tmp_path / "blocking.toml")
     for bound in bound_rules(blocking, probes):
         require_rule_applies(bound, probes)

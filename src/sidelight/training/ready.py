@@ -28,9 +28,9 @@ from sidelight.types import Task
 # Of a guard's texts, where no number of rows is named.
 TOKENS_ON_CPU = 250_000
 _POLICY = """# Nothing is blocked: verdicts are counted in the metrics, and no client sees them.
-# To block what a guard flags, write "block" in place of "shadow"; threshold = 0.9 below it would
-# replace the threshold of training. Rules that block prompts refuse conversations that begin with
-# a system turn, unless only you write these:
+# To block what a guard flags, take the comment below its mode in place of it. A line such as
+# threshold = 0.9 would replace the threshold of training. Rules that block prompts refuse
+# conversations that begin with a system turn, unless only you write these:
 # system_turns = "trust"
 """
 
@@ -108,13 +108,13 @@ def measure_tests(
 
 
 def observing_policy(probes: Sequence[Probe]) -> str:
-    """A policy in which nothing is blocked."""
+    """A policy in which nothing is blocked, with the lines that block as comments."""
     rules = [_POLICY]
     for probe in probes:
         side = "output" if probe.reads.includes_response else "input"
         # A bare key has no dot.
         name = f'"{probe.name}"' if "." in probe.name else probe.name
-        rules.append(f'\n[{side}.{name}]\nmode = "shadow"\n')
+        rules.append(f'\n[{side}.{name}]\nmode = "shadow"\n# mode = "block"\n')
     return "".join(rules)
 
 
