@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 @click.command(
     epilog=options.examples(
         "sidelight guard --list",
-        "sidelight guard --model smollm2 --out guards",
-        "sidelight guard --only injection --data mine.jsonl --out guards",
+        "sidelight guard --model smollm2 --out probes",
+        "sidelight guard --only injection --data mine.jsonl --out probes",
     )
 )
 @options.new_folder("--out", help="Folder for the probes, policy.toml and figures.json.")

@@ -44,7 +44,7 @@ def load_guard(name: str, part: str = "", task: Task | None = None) -> LabelledE
 
 
 def affordable(backbone: TransformersBackbone, texts: LabelledExamples) -> LabelledExamples:
-    """As many texts as a CPU reads in a quarter of an hour, with contexts; all of them on a GPU."""
+    """As many texts as have ``TOKENS_ON_CPU`` tokens on a CPU; all of them on a GPU."""
     if backbone.device.type != "cpu":
         return texts
     encoder = backbone.encoder

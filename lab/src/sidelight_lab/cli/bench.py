@@ -231,8 +231,8 @@ def bench_spans(
 @bench.command(
     "guards",
     epilog=options.examples(
-        "sidelight bench guards --out guards",
-        "sidelight bench guards --only injection,harmful --rows 600 --out guards",
+        "sidelight bench guards --out results/guards",
+        "sidelight bench guards --only injection,harmful --rows 600 --out results/guards",
     ),
 )
 @click.option("--only", callback=names, help="Guards. [default: all that judge whole texts]  ")
