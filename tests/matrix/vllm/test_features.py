@@ -287,22 +287,22 @@ def test_parity_finds_no_difference_but_rounding(early, tmp_path, capsys):
 
 
 def test_the_check_compares_verdicts_and_times_serving(tmp_path):
-    only = ("reference", "parity: runner 1, eager", "serving: 0", "serving: 1 ")
+    only = ("vllm reference", "vllm parity: runner 1, eager", "vllm serving: 0", "vllm serving: 1 ")
     chosen = [word for name in only for word in ("--only", name)]
     assert command("bench", "gpu", "--out", str(tmp_path), *chosen) == 0
     made = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert len(made) == len(only)
-    found = made["parity: runner 1, eager"]["result"]
+    found = made["vllm parity: runner 1, eager"]["result"]
     assert 0 < found["first_pass"] < 1e-4
     assert 0 < found["second_pass"] < 1e-4
     assert "readout" in found["probes"]
-    for name in ("serving: 0 readouts", "serving: 1 readouts"):
+    for name in ("vllm serving: 0 readouts", "vllm serving: 1 readouts"):
         assert all(ms > 0 for values in made[name]["result"]["ms"].values() for ms in values)
     assert "% added" in (tmp_path / "gpu.md").read_text()
 
 
 @pytest.mark.timeout(900)
 def test_the_check_of_a_gpu_passes_with_tiny_sizes_on_a_cpu(tmp_path):
-    sections = ("reference", "parity: runner 1, eager", "serving: 1 ")
+    sections = ("vllm reference", "vllm parity: runner 1, eager", "vllm serving: 1 ")
     only = [word for name in sections for word in ("--only", name)]
     assert command("bench", "gpu", "--out", str(tmp_path), *only) == 0
