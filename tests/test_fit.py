@@ -17,7 +17,7 @@ from sidelight.training import loop
 from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.fit import fit, taken_by_none
 from sidelight.training.loop import cross_fit, train_mechanisms
-from sidelight.training.measuring import calibrate_examples, measuring_folds
+from sidelight.training.measuring import calibrate_examples, measure_sources, measuring_folds
 from sidelight.training.settings import (
     Background,
     FitOptions,
@@ -51,6 +51,33 @@ def test_the_default_is_a_readout(tiny, tmp_path):
     named = fitted(tiny, tmp_path, rows("multiclass", 60), mechanism=mechanism_spec("readout"))
     assert made.probe.spec == named.probe.spec == mechanism_spec("readout")
     np.testing.assert_array_equal(made.losses, named.losses)
+
+
+def test_what_is_found_and_falsely_flagged_is_told_of_each_source(tiny, tmp_path):
+    texts = [
+        {**row, "source": ("mails: of May", "calls", None)[i % 3]}
+        for i, row in enumerate(rows("binary", 60))
+    ]
+    examples = load_examples(texts)
+    chances = np.random.default_rng(0).random((60, 1))
+    told = measure_sources(examples, chances, (0.4,))
+    assert [*told] == ["calls", "mails"]
+    for source, remainder in (("mails", 0), ("calls", 1)):
+        own = np.arange(60) % 3 == remainder
+        holds, flags = examples.labels == 1, chances[:, 0] >= 0.4
+        assert told[source] == {
+            "positives": (own & holds).sum(),
+            "found": (own & holds & flags).sum(),
+            "others": (own & ~holds).sum(),
+            "flagged": (own & ~holds & flags).sum(),
+        }
+    assert not measure_sources(examples, chances, ())
+    documents = load_examples([{**row, "source": f"page {i}"} for i, row in enumerate(texts)])
+    assert not measure_sources(documents, chances, (0.4,))
+    kept = fitted(tiny, tmp_path, examples).probe.record["validation"]["sources"]
+    assert {name: (n["positives"], n["others"]) for name, n in kept.items()} == {
+        name: (n["positives"], n["others"]) for name, n in told.items()
+    }
 
 
 def test_words_are_told_to_be_better_where_they_clearly_are():

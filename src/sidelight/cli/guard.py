@@ -137,6 +137,7 @@ def guard(
             figures[name] = {
                 "version": probe.version,
                 "left_out": probe.record["validation"]["metrics"],
+                "sources": probe.record["validation"].get("sources", {}),
                 "traffic": kept_rate(probe),
                 "tests": ready.measure_tests(Classifier(backbone, probe), name, texts[name]),
             }

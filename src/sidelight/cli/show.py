@@ -48,8 +48,25 @@ def print_fit(made: Fit) -> None:
         title = f"All texts, each judged without it ({folds} folds)" if folds else "Validation data"
         baseline = {} if made.baseline is None else {"TF-IDF baseline": made.baseline}
         print_reports(title, {spec.name: made.report, **baseline})
+    if sources := made.probe.record["validation"]["sources"]:
+        print_sources(sources)
     if made.traffic is not None and made.traffic.conversations:
         click.echo(traffic_lines(made.traffic))
+
+
+def print_sources(sources: Mapping[str, Mapping[str, int]]) -> None:
+    """What is found and flagged of each source of the texts that did not train the probe."""
+    table = Table(title="By source", title_justify="left")
+    table.add_column("source")
+    for name in ("found", "falsely flagged"):
+        table.add_column(name, justify="right")
+    for source, counts in sources.items():
+        pairs = (("found", "positives"), ("flagged", "others"))
+        shown = [
+            f"{counts[part]} of {counts[whole]}" if counts[whole] else "" for part, whole in pairs
+        ]
+        table.add_row(Text(source), *shown)
+    console().print(table)
 
 
 def print_assessment(assessment: Assessment) -> None:

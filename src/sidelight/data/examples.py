@@ -130,6 +130,11 @@ class Examples:
             for item in self.items
         ]
 
+    @property
+    def sources(self) -> list[str]:
+        """The column ``source`` of each row up to its colon; empty where a row has none."""
+        return [str(row.get("source") or "").partition(":")[0] for row in self.rows]
+
     def column(self, name: str) -> tuple[object, ...]:
         """This column's cell of each row; None where a row lacks it."""
         if not any(name in row for row in self.rows):

@@ -241,8 +241,7 @@ def draw_texts(
     is_own = np.zeros(len(examples)) if examples.weights is None else examples.weights > 1
     packaged, own = np.flatnonzero(is_own == 0), np.flatnonzero(is_own)
     # All background is one source: its many would outweigh the others.
-    sources = [str(cells.get("source")).partition(":")[0] for cells in examples.rows]
-    labels = examples.label_names()
+    sources, labels = examples.sources, examples.label_names()
     order = packaged[balanced_order([(sources[row], tuple(labels[row])) for row in packaged])]
     if count is None:
         count = int(np.searchsorted(np.cumsum(np.asarray(sizes)[order]), most, side="right"))

@@ -28,6 +28,7 @@ from sidelight.training.measuring import (
     calibrate_examples,
     describe_examples,
     describe_scores,
+    measure_sources,
     measuring_folds,
     text_hashes,
 )
@@ -204,6 +205,7 @@ def calibrate_probe(
         **describe_examples(validation),
         "metrics": report.to_dict(),
         **describe_scores(task, calibration.apply(logits), validation.labels),
+        "sources": measure_sources(validation, left_out, report.thresholds),
     }
     traffic = None
     if (report.thresholds or task.abstains) and dataset.contexts:

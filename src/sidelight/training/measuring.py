@@ -25,7 +25,7 @@ from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.metrics import score_counts
 from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, operating_curves
-from sidelight.training.traffic import quiet_thresholds
+from sidelight.training.traffic import flags_of, quiet_thresholds
 from sidelight.training.validation import FOLDS, Folds
 from sidelight.types import Task
 
@@ -35,6 +35,8 @@ FLATTERING = (
     "flattering. Add more texts of it."
 )
 
+# A column with more values says which document each text is from.
+_MOST_SOURCES = 40
 # Of a text's hash: among 100,000 training texts, one of 10 million others has an equal one.
 _HASH_BYTES = 5
 
@@ -151,6 +153,36 @@ def describe_scores(
         "scores": {label: score_counts(column.tolist()) for label, column in columns.items()},
         "curves": {label: asdict(curve) for label, curve in curves.items()},
     }
+
+
+def measure_sources(
+    examples: LabelledExamples,
+    probabilities: Float[np.ndarray, "text output"],
+    thresholds: Sequence[float],
+) -> dict[str, dict[str, int]]:
+    """What is found, and falsely flagged, of each source of the texts.
+
+    A mean over sources says little of an attack that is like one of them.
+
+    Args:
+        examples: The texts; those without a source are left out, and all if nearly each has one
+            of its own.
+        probabilities: Of each, by a model that did not train on it.
+        thresholds: Of each label; without any, as of several classes, nothing is measured.
+    """
+    sources = np.array(examples.sources)
+    if not thresholds or not 2 <= len(np.unique(sources)) <= _MOST_SOURCES:
+        return {}
+    holds = np.asarray(examples.labels.reshape(len(examples), -1).any(1))
+    flags = flags_of(examples.task, probabilities, thresholds)
+    measured: dict[str, dict[str, int]] = {}
+    for source in np.unique(sources[sources != ""]).tolist():
+        own = sources == source
+        positive, other = own & holds, own & ~holds
+        counted = {"positives": positive, "found": positive & flags}
+        counted |= {"others": other, "flagged": other & flags}
+        measured[source] = {name: int(rows.sum()) for name, rows in counted.items()}
+    return measured
 
 
 def describe_examples(examples: LabelledExamples) -> dict[str, Any]:
