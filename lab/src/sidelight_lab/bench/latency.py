@@ -1,12 +1,13 @@
 """Time to one new token: the LLM alone, with probes, and with what probes replace, in turns."""
 
+import asyncio
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,14 +17,23 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Panel
+from sidelight.engines.base import Finished, Sampling
 from sidelight.engines.decoder import Decoder
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.progress import progress
-from sidelight.prompts import EncodedPrompt, Part
+from sidelight.prompts import EncodedPrompt, Message, Part, Reads
 from sidelight.types import Judgement, Verdict
-from sidelight_lab.bench.measurement import Range, Record, conditions, table, untrained_probe
+from sidelight_lab.bench.measurement import (
+    Range,
+    Record,
+    conditions,
+    table,
+    untrained_guards,
+    untrained_probe,
+)
 
 Batch = Sequence[EncodedPrompt]
 
@@ -33,6 +43,8 @@ SHORTEST_S = 0.2
 # Pairs of tokens in a batch, B T^2. Dense attention holds a score of each pair, layer and head:
 # this many take a few gigabytes. 16 texts of 512 tokens, or 1 of 2,048, are just within.
 _MOST_DENSE_PAIRS = 2**22
+# Answers that are written together, and the tokens of each.
+_TEXTS, _WRITTEN = 4, 32
 # The sizes of MiniLM-L6 (Wang et al. 2020), which the usual small text classifiers share.
 _MINILM = BertConfig(
     vocab_size=30522,
@@ -98,6 +110,7 @@ def measure_latency(
     """A table for each batch size and length: time of a prompt, and time over the LLM's alone."""
     batches = random_batches(backbone, tokens, batch_sizes=batch_sizes)
     rows = compare_latency(all_subjects(backbone), batches, rounds=rounds)
+    written = measure_writing(backbone, rounds=rounds)
     headings = ["median (range)", "ms of a prompt", f"time over that of {rows[0].subject}"]
     sections = [
         table(
@@ -111,8 +124,80 @@ def measure_latency(
         )
         for size, length in product(batch_sizes, tokens)
     ]
+    sections.append(
+        table(
+            f"{_TEXTS} answers of {_WRITTEN} tokens",
+            ["median (range)", "CPU ms of a token", f"over that of {rows[0].subject}"],
+            [[name, ms.text(2), ratio.text(3)] for name, (ms, ratio) in written.items()],
+        )
+    )
+    figures = {
+        "rows": [asdict(row) for row in rows],
+        "written": {
+            name: {"ms": asdict(ms), "ratio": asdict(ratio)}
+            for name, (ms, ratio) in written.items()
+        },
+    }
     where = conditions(backbone, {"rounds": rounds})
-    return Record("latency", where, {"rows": [asdict(row) for row in rows]}, sections)
+    return Record("latency", where, figures, sections)
+
+
+def measure_writing(
+    backbone: TransformersBackbone, *, rounds: int
+) -> dict[str, tuple[Range, Range]]:
+    """CPU milliseconds of a token that the engine writes, and over the LLM's alone by round.
+
+    Without probes, with a readout, and with five guards, of which one reads what is written.
+    """
+    probe_of = partial(
+        untrained_probe, backbone.fingerprint, prompt_format=backbone.encoder.prompt_format
+    )
+    guards = untrained_guards(backbone.fingerprint, prompt_format=backbone.encoder.prompt_format)
+    sets: dict[str, list[Probe]] = {
+        "LLM": [],
+        "+ readout": [probe_of("readout")],
+        "+ readout of responses": [probe_of("readout", reads=Reads("response"))],
+        "+ 5 guards": guards,
+    }
+    values: dict[str, list[float]] = {name: [] for name in sets}
+
+    async def write(probes: Sequence[Probe]) -> float:
+        engine = TransformersEngine(backbone, probes)
+        await engine.start()
+        try:
+            # The first token of each has the time of its prompt.
+            runs = [await _write(engine, tokens) for tokens in (1, 1, _WRITTEN + 1)]
+        finally:
+            await engine.close()
+        (_, first), (written, whole) = runs[1:]
+        return (whole - first) / (written - _TEXTS)
+
+    with progress("Timing answers", rounds * len(sets), unit="sets of probes") as shown:
+        for number in range(rounds):
+            names = [*sets]
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                values[name].append(asyncio.run(write(sets[name])))
+                shown.advance(1)
+    base = np.array(values["LLM"])
+    return {
+        name: (Range.of(own), Range.of((np.array(own) / base).tolist()))
+        for name, own in values.items()
+    }
+
+
+async def _write(engine: TransformersEngine, tokens: int) -> tuple[int, float]:
+    """How many tokens are written, and the CPU milliseconds of this process until then."""
+    sampling = Sampling(max_tokens=tokens, temperature=0)
+
+    async def answer(number: int) -> int:
+        question = [Message("user", f"Tell me a very long story about {number + 2} friends.")]
+        events = engine.generate(question, sampling)
+        return sum([e.completion_tokens async for e in events if isinstance(e, Finished)])
+
+    start = process_time()
+    written = await asyncio.gather(*map(answer, range(_TEXTS)))
+    return sum(written), 1000 * (process_time() - start)
 
 
 def random_batches(
@@ -172,12 +257,13 @@ def compare_latency(
 
 
 def all_subjects(backbone: TransformersBackbone) -> list[Subject]:
-    """The LLM alone, with each mechanism, with ten probes, and what probes replace."""
+    """The LLM alone, with each mechanism, ten probes, five guards, and what probes replace."""
     probe_of = partial(
         untrained_probe, backbone.fingerprint, prompt_format=backbone.encoder.prompt_format
     )
     probes = [probe_of(name, spec=mechanism_spec(name)) for name in mechanism_names()]
     bank = [probe_of(f"probe {i}", seed=i) for i in range(BANK_SIZE)]
+    guards = untrained_guards(backbone.fingerprint, prompt_format=backbone.encoder.prompt_format)
     llm = _served(backbone, [])
 
     def guarded(batch: Batch) -> Answer:
@@ -189,6 +275,7 @@ def all_subjects(backbone: TransformersBackbone) -> list[Subject]:
         Subject("LLM", llm),
         *(Subject(f"+ {probe.name}", _served(backbone, [probe])) for probe in probes),
         Subject(f"+ {BANK_SIZE} probes", _served(backbone, bank)),
+        Subject("+ 5 guards", _served(backbone, guards)),
         *(
             Subject(f"+ {probe.name}, naive", _naive(backbone, probe), _MOST_DENSE_PAIRS)
             for probe in probes

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +24,7 @@ from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, PromptFormat, Reads
+from sidelight.spans import SpanRule
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import text_logits
 from sidelight.storage import write_text
@@ -103,6 +105,21 @@ def untrained_probe(
         thresholds=(0.5,),
         fingerprint=who,
     )
+
+
+def untrained_guards(who: Fingerprint, *, prompt_format: PromptFormat = "chat") -> list[Probe]:
+    """Five probes as `sidelight guard` makes them, with random weights.
+
+    Three read prompts, one labels spans of prompts, and one reads responses.
+    """
+    probe = partial(untrained_probe, who, prompt_format=prompt_format)
+    labelling = probe("pii", spec=mechanism_spec("spans"), reads=Reads(template=False))
+    rule = SpanRule(labelling.calibration, (0.95,), (None,))
+    return [
+        *(probe(name, seed=seed) for seed, name in enumerate(("injection", "harmful", "toxicity"))),
+        replace(labelling, spans=rule),
+        probe("refusal", reads=Reads("response")),
+    ]
 
 
 def score(

@@ -31,7 +31,7 @@ from sidelight.progress import progress
 from sidelight.prompts import Message, Reads
 from sidelight.spans import SpanRule
 from sidelight.vllm.worker import Worker, current_worker
-from sidelight_lab.bench.measurement import offline_engine, untrained_probe
+from sidelight_lab.bench.measurement import offline_engine, untrained_guards, untrained_probe
 
 NOTHING = "no probe"
 # With their units. The first is of a single request, the others of requests that run together; the
@@ -49,7 +49,7 @@ _RESAMPLES = 10_000
 
 
 def probe_sets(who: Fingerprint) -> dict[str, list[Probe]]:
-    """No probes, readouts, an attention probe, and two of responses, with random weights."""
+    """No probes, readouts, an attention probe, two of responses, and guards; random weights."""
     readouts = [untrained_probe(who, f"readout-{i}", seed=i) for i in range(100)]
     attention = untrained_probe(who, "attention", spec=mechanism_spec("attention"))
     labelling = untrained_probe(
@@ -64,6 +64,7 @@ def probe_sets(who: Fingerprint) -> dict[str, list[Probe]]:
         "1 attention": [attention],
         "1 of responses": [untrained_probe(who, "late", reads=Reads("response"))],
         "1 of spans": [replace(labelling, spans=rule)],
+        "5 guards": untrained_guards(who),
     }
 
 
