@@ -31,7 +31,6 @@ from sidelight.training.traffic import (
     Traffic,
     conversations_of,
     count_flagged,
-    highest_logits,
     kept_logits,
     kept_rate,
     left_out_thresholds,
@@ -93,23 +92,14 @@ def read_text(backbone, prompt):
 def test_what_is_read_of_a_labelled_text_in_a_context_holds_it_whole(tiny, examples):
     contexts = drawn(tiny, examples)
     kinds = Counter(context.kind for context in contexts)
-    assert {"inside", "turn", "pieces", "disguised"} == {*kinds}
+    assert {"inside", "turn"} == {*kinds}
     assert len(contexts) <= 3 * len(examples)
-    # Of a text without a label, any part may stand for the whole.
-    parts = [context for context in contexts if not context.is_whole]
-    assert parts
-    for context in parts:
-        assert not examples.labels[context.text]
-        everything = tiny.encoder.encode(context.example.messages)
-        assert 0 < context.prompt.mask(EACH_TURN).sum() < everything.mask(EACH_TURN).sum()
-    contexts = [context for context in contexts if examples.labels[context.text]]
     for context in contexts:
         text = TEXTS[context.text]
         words = read_text(tiny, context.prompt).replace("\n", " ").split(" ")
         if context.kind == "inside":
             assert text in context.example.text
-        if context.kind in ("inside", "turn"):
-            assert text.replace(" ", "") in "".join(words)
+        assert text.replace(" ", "") in "".join(words)
     # Some are read by themselves, others with all that stands around them.
     turns = [c for c in contexts if c.kind == "turn" and len(c.example.messages) > 1]
     wholes = ["Ordinary" in read_text(tiny, c.prompt) for c in turns]
@@ -170,7 +160,7 @@ def test_a_context_and_its_background_stay_in_the_fold_of_the_text(tiny, example
         conversations = {int(word.removeprefix("Ordinary")) for word in used}
         assert {number % len(made.folds) for number in conversations} <= {fold_of[row]}
         if context.text is None:
-            assert context.kind in ("background", "filler")
+            assert context.kind == "background"
             assert shown.labels[row] == 0
         else:
             assert shown.labels[row] == examples.labels[context.text]
@@ -254,12 +244,8 @@ def shown_alone(words, kind="background", text=None):
 @pytest.mark.parametrize(("rule", "most"), [("f1", 4), ("fpr=0.1", 10), ("recall=0.9", 100)])
 def test_thresholds_let_ordinary_conversations_pass(tiny, rule, most):
     rule, before = ThresholdRule.parse(rule), (0.3,)
-    # Each is judged whole, and one turn of it.
-    contexts = [shown_alone(9) for _ in range(100)] * 2
-    logits = np.random.default_rng(0).normal(0, 2, size=(200, 1))
-    highest = highest_logits(contexts, logits)
-    np.testing.assert_array_equal(highest, np.maximum(logits[:100], logits[100:]))
-    none = fit_calibration("none", logits, np.arange(200) % 2, TOXICITY)
+    highest = np.random.default_rng(0).normal(0, 2, size=(100, 1))
+    none = fit_calibration("none", highest, np.arange(100) % 2, TOXICITY)
     (after,) = quiet_thresholds(before, none, highest, rule)
     chance = none.apply(highest)
     assert after >= before[0]
@@ -363,7 +349,8 @@ def test_contexts_have_as_many_tokens_as_are_asked_for(tiny, examples, options):
 
 
 def test_a_gpu_reads_more_of_ordinary_traffic(examples, options, monkeypatch):
-    monkeypatch.setattr(contexts, "_LEAST_CONTEXT_TOKENS_ON_GPU", 40_000)
+    monkeypatch.setattr(contexts, "_LEAST_CONTEXT_TOKENS", 5_000)
+    monkeypatch.setattr(contexts, "_LEAST_CONTEXT_TOKENS_ON_GPU", 10_000)
     counts = []
     with pretended() as device:
         for where in ("cpu", device):
@@ -372,7 +359,7 @@ def test_a_gpu_reads_more_of_ordinary_traffic(examples, options, monkeypatch):
             parts = [options.background]
             drawn = draw_contexts(backbone, examples, [np.arange(60)], parts, options)
             counts.append(sum(len(context.prompt) for context in drawn))
-    assert counts[0] < 21_000 < counts[1]
+    assert counts[0] < 6_000 < counts[1]
 
 
 @pytest.mark.slow
@@ -407,22 +394,19 @@ def test_the_figures_are_those_of_the_threshold_that_is_served(tiny, examples, o
 
 
 def test_traffic_is_counted_by_conversation_and_by_length():
-    own = shown_alone(20), shown_alone(100)
-    contexts = [own[0], own[0], own[1], shown_alone(30, "filler")]
-    # A part of a text is flagged less often than the whole, as it is served.
-    contexts.append(replace(shown_alone(30, "filler"), is_whole=False))
-    contexts += [shown_alone(10, "inside", 0), shown_alone(120, "pieces", 1)]
-    contexts += [shown_alone(10, "disguised", 0)]
-    chance = np.array([[0.1], [0.9], [0.2], [0.7], [0.1], [0.8], [0.4], [0.1]])
-    labels = np.array([0] * 5 + [1] * 3)
+    contexts = [shown_alone(words) for words in (20, 100, 30, 40)]
+    contexts += [shown_alone(10, "inside", 0), shown_alone(120, "turn", 1)]
+    contexts += [shown_alone(10, "plain", 0)]
+    chance = np.array([[0.9], [0.2], [0.7], [0.1], [0.8], [0.4], [0.1]])
+    labels = np.array([0] * 4 + [1] * 3)
     traffic = measure_traffic(TOXICITY, contexts, chance, labels, np.array([[0.5]]))
-    assert (traffic.conversations, traffic.flagged) == (2, 1)
+    assert (traffic.conversations, traffic.flagged) == (4, 2)
     short, middle, _ = traffic.surroundings
     expected = {"positives": 1, "found": 1, "ordinary": 3, "flagged": 2}
     assert short == {"words": short["words"], **expected}
     expected = {"positives": 1, "found": 0, "ordinary": 1, "flagged": 0}
     assert middle == {"words": middle["words"], **expected}
-    assert [probability for probability, _ in traffic.worst] == [0.9, 0.2]
+    assert [probability for probability, _ in traffic.worst] == [0.9, 0.7, 0.2]
     # What is kept with a probe holds no text, which may be somebody's own.
     assert "w w" in traffic_lines(traffic)
     assert "w w" not in json.dumps(traffic.to_dict())

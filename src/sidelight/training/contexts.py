@@ -19,32 +19,28 @@ from jaxtyping import Int
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.spans import SpanExamples
-from sidelight.disguises import DISGUISES
 from sidelight.errors import SidelightError
 from sidelight.prompts import (
     EncodedPrompt,
     Message,
     PromptEncoder,
     Reads,
-    judged_units,
     piece_lengths,
 )
 from sidelight.training.background import Background, Turns
 from sidelight.training.settings import FitOptions
 from sidelight.types import Numbers
 
-Kind = Literal["inside", "turn", "pieces", "plain", "disguised", "background", "filler"]
+Kind = Literal["inside", "turn", "plain", "background"]
 
-# How often each context of a text is drawn; plain text and disguises, where a probe allows them.
-_SHARES: dict[Kind, float] = {"inside": 0.55, "turn": 0.15, "pieces": 0.2, "disguised": 0.1}
-# Words around a text, log-uniform; of a piece of it; of a reply between pieces; and of background
-# in place of a text.
-_SURROUNDING_WORDS, _PIECE_WORDS, _REPLY_WORDS, _FILLER_WORDS = (5, 400), (3, 8), (5, 60), (3, 40)
+# How often each context of a text is drawn; plain text, where a probe allows it.
+_SHARES: dict[Kind, float] = {"inside": 0.8, "turn": 0.2}
+# Words around a text, log-uniform.
+_SURROUNDING_WORDS = (5, 400)
 _JOINTS = ("\n\n", "\n", " ")
 _SENTENCE_END = re.compile(r"(?<=[.!?\n])\s+")
-# How often the text's turns alone are judged: where it is one turn of several, and where it is in
-# pieces. How often one of the units that serving judges stands for a context without a label.
-_TURN_ALONE, _PIECES_ALONE, _UNIT_ALONE = 0.5, 0.7, 0.7
+# How often a text that is one turn of several is judged alone.
+_TURN_ALONE = 0.5
 # The tokens of contexts: relative to those of the texts, but at least so many; and the share of
 # them that is background alone. A GPU reads as many in a few seconds.
 _CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS_ON_GPU = 0.6, 40_000, 400_000
@@ -60,15 +56,13 @@ class Context:
     """One more setting of a text, or a conversation of the background.
 
     Attributes:
-        kind: ``inside`` other text; a ``turn`` of a conversation; in ``pieces`` over several turns;
-            as ``plain`` text; ``disguised``. Or ``background`` alone, or such contexts of its
-            sentences (``filler``).
+        kind: ``inside`` other text; a ``turn`` of a conversation; as ``plain`` text. Or
+            ``background`` alone.
         example: The conversation that is run.
         prompt: The same, encoded; what is not judged is not read.
         words: How many words stand around the text, or in the background.
         text: The labelled text, by its place in its data set; None for background.
         group: The group of texts that it was drawn for.
-        is_whole: Whether all units that serving judges are read, not one of them alone.
     """
 
     kind: Kind
@@ -77,7 +71,6 @@ class Context:
     words: int
     text: int | None = None
     group: int = 0
-    is_whole: bool = True
 
 
 def draw_contexts(
@@ -165,9 +158,7 @@ class ContextSampler:
             self._shares["plain"] = 1.0
 
     def background(self, *, tokens: int) -> list[Context]:
-        """Conversations as they are, and sentences of them in the contexts that texts have.
-
-        Without the latter, a context would say by itself that there may be a labelled text in it.
+        """Conversations as they are.
 
         Args:
             tokens: No more are taken once they have so many tokens.
@@ -178,22 +169,14 @@ class ContextSampler:
             # A class needs many texts: short ones come first more often, but not always.
             sizes = [sum(len(turn.content) for turn in turns) for turns in self._conversations]
             order.sort(key=lambda place: self._random.expovariate(1 / max(1, sizes[place])))
-        for index, turns in enumerate(self._conversations[place] for place in order):
+        for place in order:
             if tokens <= 0:
                 break
-            example = Example(tuple(turns))
+            example = Example(tuple(self._conversations[place]))
             prompt = self._encoded(example)
             if prompt is not None:
                 contexts.append(Context("background", example, prompt, len(example.text.split())))
                 tokens -= len(prompt)
-            words = self._random.randint(*_FILLER_WORDS)
-            filler = Example((Message("user", " ".join(self._sentences(words))),))
-            # One for four conversations.
-            is_due = index % 4 == 1
-            context = self._context(filler, is_labelled=not self._is_part) if is_due else None
-            if context is not None:
-                contexts.append(replace(context, kind="filler"))
-                tokens -= len(context.prompt)
         return contexts
 
     def of_texts(
@@ -217,8 +200,7 @@ class ContextSampler:
             for text in order:
                 if tokens <= 0:
                     return contexts
-                is_labelled = not self._is_part or bool(np.any(examples.labels[text]))
-                context = self._context(examples.items[text], is_labelled=is_labelled)
+                context = self._context(examples.items[text])
                 if context is not None:
                     contexts.append(replace(context, text=text))
                     tokens -= len(context.prompt)
@@ -228,12 +210,8 @@ class ContextSampler:
             order = again
         return contexts
 
-    def _context(self, example: Example, *, is_labelled: bool) -> Context | None:
-        """One context; None for what has none, such as a conversation or a long text.
-
-        Without a label, any unit that serving would judge may stand for the whole: all are
-        negative.
-        """
+    def _context(self, example: Example) -> Context | None:
+        """One context; None for what has none, such as a conversation or a long text."""
         if [message.role for message in example.messages] != ["user"] or example.response:
             return None
         # Words are a token or more.
@@ -246,43 +224,34 @@ class ContextSampler:
             prompt = self._encoded(shown)
             if prompt is None:
                 continue
-            words = max(0, len(shown.text.split()) - len(example.text.split()))
-            units = [] if is_labelled else judged_units(bytes(prompt.parts))
             pieces = piece_lengths(bytes(prompt.parts))
-            is_whole = not units or self._random.random() >= _UNIT_ALONE
-            if not is_whole:
-                prompt = prompt.only(self._random.choice(units).tokens)
-            elif judged and len(pieces) == len(shown.messages):
-                owners = np.repeat(range(len(pieces)), pieces)
-                prompt = prompt.only(np.flatnonzero(np.isin(owners, [*judged])))
-            elif judged:
+            if judged is not None and len(pieces) != len(shown.messages):
                 # A template may join turns, or strip one to nothing.
                 continue
-            return Context(kind, shown, prompt, words, is_whole=is_whole)
+            if judged is not None:
+                owners = np.repeat(range(len(pieces)), pieces)
+                prompt = prompt.only(np.flatnonzero(owners == judged))
+            words = max(0, len(shown.text.split()) - len(example.text.split()))
+            return Context(kind, shown, prompt, words)
         return None
 
-    def _shown(self, kind: Kind, text: str) -> tuple[Example, set[int]]:
-        """A conversation with the text, and which of its turns are judged; none: all."""
+    def _shown(self, kind: Kind, text: str) -> tuple[Example, int | None]:
+        """A conversation with the text, and which of its turns is judged; None: all."""
         random = self._random
         if kind == "inside":
-            return Example((Message("user", self._inside(text)),)), set()
-        if kind == "pieces":
-            return self._in_pieces(text)
+            return Example((Message("user", self._inside(text)),)), None
         if kind == "plain":
-            return Example((Message("user", text),), is_plain=True), set()
-        if kind == "disguised":
-            disguise = DISGUISES[random.choice([*DISGUISES])]
-            return Example((Message("user", disguise(text, random)),)), set()
+            return Example((Message("user", text),), is_plain=True), None
         turns = [turn for turn in random.choice(self._conversations) if turn.role not in _SYSTEM]
         turns = turns or [Message("user", text)]
         users = [i for i, turn in enumerate(turns) if turn.role == "user"] or [0]
         if not self._is_part:
-            return Example((*turns[: users[-1]], Message("user", text))), set()
+            return Example((*turns[: users[-1]], Message("user", text))), None
         # Clients write the other turns as well.
         place = random.choice([*users, random.randrange(len(turns))])
         turns[place] = Message(turns[place].role, text)
         turns = turns[: random.randrange(place, len(turns)) + 1]
-        return Example(tuple(turns)), {place} if random.random() < _TURN_ALONE else set()
+        return Example(tuple(turns)), place if random.random() < _TURN_ALONE else None
 
     def _inside(self, text: str) -> str:
         """The text before, after or between sentences of the background."""
@@ -292,18 +261,6 @@ class ContextSampler:
         place = self._random.choice([0, len(sentences), self._random.randint(0, len(sentences))])
         around = [" ".join(sentences[:place]), text, " ".join(sentences[place:])]
         return self._random.choice(_JOINTS).join(filter(None, around))
-
-    def _in_pieces(self, text: str) -> tuple[Example, set[int]]:
-        """The text over several turns of a user, with answers between them."""
-        size, words = self._random.randint(*_PIECE_WORDS), text.split()
-        turns: list[Message] = []
-        for first in range(0, len(words), size):
-            reply = self._sentences(self._random.randint(*_REPLY_WORDS))
-            turns.append(Message("user", " ".join(words[first : first + size])))
-            turns.append(Message("assistant", " ".join(reply)))
-        pieces = set(range(0, len(turns) - 1, 2))
-        is_alone = self._random.random() < _PIECES_ALONE and len(pieces) > 1
-        return Example(tuple(turns[:-1])), pieces if is_alone else set()
 
     def _sentences(self, words: int) -> list[str]:
         """Neighbouring sentences from random conversations, of about so many words in all."""

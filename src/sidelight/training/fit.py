@@ -43,7 +43,7 @@ from sidelight.training.spans import LOOKAHEADS, calibrate_spans, choose_lookahe
 from sidelight.training.tfidf import better_words, measure_baseline
 from sidelight.training.traffic import (
     Traffic,
-    highest_logits,
+    conversations_of,
     left_out_thresholds,
     measure_traffic,
     parts_of,
@@ -198,7 +198,7 @@ def calibrate_probe(
         folds,
         kind=options.calibration,
         rule=options.threshold,
-        ordinary=highest_logits(dataset.contexts, in_contexts),
+        ordinary=in_contexts[conversations_of(dataset.contexts)],
     )
     record = _record(trained, dataset, options)
     record["validation"] = {
@@ -247,7 +247,7 @@ def _traffic(
     """What the probe flags of ordinary traffic, and what its record keeps of it."""
     task, validation = dataset.task, dataset.validation
     logits, in_contexts = trained.logits[: len(validation)], trained.logits[len(validation) :]
-    ordinary, parts = highest_logits(dataset.contexts, in_contexts), parts_of(dataset.contexts)
+    ordinary, parts = in_contexts[conversations_of(dataset.contexts)], parts_of(dataset.contexts)
     probabilities = calibration.apply(logits)
     alone = choose_thresholds(task, probabilities, validation.labels, rule=options.threshold)
     traffic = measure_traffic(

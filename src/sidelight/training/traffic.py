@@ -125,15 +125,15 @@ def measure_traffic(
     flags = flags_of(task, probabilities, applied)
     judged = probabilities[:, :-1] if task.abstains else probabilities
     conversations = conversations_of(contexts)
-    highest = [float(judged[rows].max()) for rows in conversations]
-    order = sorted(range(len(highest)), key=highest.__getitem__, reverse=True)[:_SHOWN]
-    worst = [(highest[i], beginning(contexts[conversations[i][0]].example.text)) for i in order]
-    is_flagged = np.array([bool(flags[rows].any()) for rows in conversations], dtype=bool)
-    kinds = _by_kind([contexts[rows[0]] for rows in conversations], is_flagged)
+    highest = judged[conversations].max(1)
+    ordinary = [contexts[row] for row in conversations.tolist()]
+    order = np.argsort(-highest, kind="stable")[:_SHOWN].tolist()
+    worst = [(float(highest[i]), beginning(ordinary[i].example.text)) for i in order]
+    kinds = _by_kind(ordinary, flags[conversations])
     # Every text of several classes is one of them.
     holds = np.asarray(labels.reshape(len(contexts), -1).any(1))
     surroundings = () if task.abstains else _measure_surroundings(contexts, holds, flags)
-    flagged = int(is_flagged.sum())
+    flagged = int(flags[conversations].sum())
     return Traffic(len(conversations), flagged, kinds, surroundings, tuple(worst), task.abstains)
 
 
@@ -161,9 +161,8 @@ def _measure_surroundings(
     flags: Bool[np.ndarray, " context"],
 ) -> tuple[dict[str, int], ...]:
     words = np.array([context.words for context in contexts])
-    is_inside = np.array([context.kind not in ("disguised", "plain") for context in contexts])
-    # One part of a text is flagged less often than the highest of all.
-    is_other = np.array([context.text is None and context.is_whole for context in contexts])
+    is_inside = np.array([context.kind != "plain" for context in contexts])
+    is_other = np.array([context.text is None for context in contexts])
     surroundings: list[dict[str, int]] = []
     for shorter, longest in pairwise(_LENGTHS):
         is_near = (shorter < words) & (words <= longest)
@@ -328,28 +327,14 @@ def kept_rate(probe: "Probe") -> tuple[int, int]:
     return kept.get("flagged", 0), kept.get("conversations", 0)
 
 
-def highest_logits(
-    contexts: "Sequence[Context]", logits: Float[np.ndarray, "context output"]
-) -> Float[np.ndarray, "conversation output"]:
-    """The highest logit of each label, by conversation."""
-    rows = conversations_of(contexts)
-    return np.array([logits[conversation].max(0) for conversation in rows]).reshape(
-        len(rows), logits.shape[1]
-    )
-
-
 def parts_of(contexts: "Sequence[Context]") -> Int[np.ndarray, " conversation"]:
     """The part of each conversation of the background."""
-    return np.array([contexts[rows[0]].group for rows in conversations_of(contexts)], dtype=int)
+    return np.array([context.group for context in contexts], dtype=int)[conversations_of(contexts)]
 
 
-def conversations_of(contexts: "Sequence[Context]") -> list[list[int]]:
-    """The rows of each ordinary conversation: the whole, and what is judged beside it."""
-    rows: dict[int, list[int]] = {}
-    for row, context in enumerate(contexts):
-        if context.kind == "background":
-            rows.setdefault(id(context.example), []).append(row)
-    return [*rows.values()]
+def conversations_of(contexts: "Sequence[Context]") -> Int[np.ndarray, " conversation"]:
+    """The rows of ordinary conversations."""
+    return np.flatnonzero([context.kind == "background" for context in contexts])
 
 
 def beginning(text: str) -> str:

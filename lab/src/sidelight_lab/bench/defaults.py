@@ -155,7 +155,7 @@ def compare_defaults(
         DEFAULT: in_contexts,
         ALONE: replace(options, background=Background()),
     }
-    conversations = [len(held_texts) + rows[0] for rows in conversations_of(contexts)]
+    conversations = len(held_texts) + conversations_of(contexts)
     judged: list[Judged] = []
     for (size, seed), rows in draws_of.items():
         drawn = examples.select(rows)

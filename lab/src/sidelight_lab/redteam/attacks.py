@@ -11,9 +11,9 @@ from itertools import chain, cycle, islice
 from random import Random
 from typing import Any
 
-from sidelight.disguises import DISGUISES
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import Message, PromptFormat
+from sidelight_lab.redteam.disguises import DISGUISES
 
 Messages = tuple[Message, ...]
 
