@@ -133,7 +133,7 @@ def test_activations_are_gone_after_a_fit_unless_kept(tiny, tmp_path):
     assert list(tmp_path.rglob("*.safetensors"))
 
 
-def test_activations_stay_until_the_probe_is_written(tiny, tmp_path, capsys):
+def test_activations_of_a_training_stay_until_its_probe_is_written(tiny, tmp_path, capsys):
     rows = load_examples(corpora.rows("binary", 30), positive="toxic")
     cache, out = tmp_path / "cache", tmp_path / "probe"
     training = partial(
@@ -143,11 +143,14 @@ def test_activations_stay_until_the_probe_is_written(tiny, tmp_path, capsys):
     with pytest.raises(SidelightError, match="Cannot write the probe"):
         training()
     assert list(cache.rglob("*.safetensors"))
+    # The same texts for another folder: that training neither reads nor removes them.
+    training(out=tmp_path / "other")
     assert "on disk already" not in capsys.readouterr().err
     out.unlink()
     made = training()
     assert "hidden states of 30 of 30 are on disk already" in capsys.readouterr().err
     assert load_probe(out).calibration == made.probe.calibration
+    assert not list(cache.iterdir())
 
 
 def test_train_gives_a_classifier_of_the_format_that_loads_with_its_model(tiny, tmp_path, offline):

@@ -1,6 +1,5 @@
 """Extraction writes what a tap sees: whole or absent, within the budget, also after a kill."""
 
-import fcntl
 import os
 import shutil
 import signal
@@ -168,22 +167,19 @@ def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_p
 
 
 @pytest.mark.parametrize("shard_bytes", [5_000, 10**6])
-def test_kept_caches_run_each_text_once_for_all_of_them(tiny, tmp_path, ran, shard_bytes):
+def test_caches_of_one_folder_run_each_text_once_for_all_of_them(tiny, tmp_path, ran, shard_bytes):
     # Equal texts are one.
     prompts = encoded(tiny, [*TEXTS, TEXTS[0]])
-    alone = states_by_row(extracted(tiny, tmp_path, prompts))
+    alone = states_by_row(extracted(tiny, tmp_path / "alone", prompts))
     ran.clear()
     for rows in ([0, 1, 2], [3, 1, 5], [4, 3, 2, 1, 0]):
         chosen = [prompts[row] for row in rows]
-        cache = extracted(tiny, tmp_path, chosen, shard_bytes=shard_bytes, is_kept=True)
-        states = states_by_row(cache)
-        cache.remove()
+        states = states_by_row(extracted(tiny, tmp_path, chosen, shard_bytes=shard_bytes))
         for place, row in enumerate(rows):
             torch.testing.assert_close(states[place], alone[row], **ROUNDING_TO_BF16)
     assert sorted(map(prompts.index, ran)) == [0, 1, 2, 3, 4]
-    whole = cache_of(tiny, tmp_path, prompts, is_kept=True)
-    assert not whole.missing()
-    assert cache_of(tiny, tmp_path, prompts, reads=Reads("both"), is_kept=True).missing()
+    assert not cache_of(tiny, tmp_path, prompts).missing()
+    assert cache_of(tiny, tmp_path, prompts, reads=Reads("both")).missing()
 
 
 @law
@@ -207,7 +203,7 @@ def test_shards_are_random_samples_not_runs_of_the_file():
         assert 120 < sum(rows) / len(rows) < 280
 
 
-def test_the_key_changes_with_backbone_engine_reads_and_texts_only(tiny, tmp_path):
+def test_key_and_files_change_with_backbone_engine_reads_and_texts_only(tiny, tmp_path):
     who, prompts = tiny.fingerprint, encoded(tiny, [*TEXTS, "six"])
     options = [
         {},
@@ -216,15 +212,18 @@ def test_the_key_changes_with_backbone_engine_reads_and_texts_only(tiny, tmp_pat
         {"reads": Reads("both")},
         {"reads": Reads(template=False)},
         {"reads": Reads(scope="last_turn")},
-        {"prompts": [*prompts[:4], prompts[5]]},
-        {"prompts": prompts[4::-1]},
-        {"prompts": prompts[:4]},
         {"engine": "other"},
+        {"prompts": [prompts[5], *prompts[1:5]]},
+        {"prompts": [*prompts[:4], prompts[5]]},
+        {"prompts": prompts[:4]},
     ]
-    folders = [cache_of(tiny, tmp_path, **changed).directory for changed in options]
-    assert len({*folders}) == len(options)
+    caches = [cache_of(tiny, tmp_path, **changed) for changed in options]
+    assert len({cache.key for cache in caches}) == len(options)
+    # The last two begin with the same text as the first.
+    assert len({cache.path(0) for cache in caches}) == len(options) - 2
     for same in ({}, {"fingerprint": replace(who, name="another name")}):
-        assert cache_of(tiny, tmp_path, **same).directory == folders[0]
+        cache = cache_of(tiny, tmp_path, **same)
+        assert (cache.key, cache.path(0)) == (caches[0].key, caches[0].path(0))
 
 
 def test_a_cache_with_other_sizes_in_memory_takes_the_files_of_another(tiny, tmp_path, ran):
@@ -247,8 +246,6 @@ def test_a_text_is_read_as_it_was_written_and_half_of_one_is_missing(tiny, tmp_p
     for row, hidden in texts.items():
         assert torch.equal(cache.text(row), hidden)
     assert sorted(cache.missing()) == list(range(2, len(TEXTS)))
-    cache.remove()
-    assert not list(tmp_path.iterdir())
 
 
 def test_to_store_a_text_the_folder_of_all_others_is_not_read(tiny, tmp_path, monkeypatch):
@@ -260,52 +257,25 @@ def test_to_store_a_text_the_folder_of_all_others_is_not_read(tiny, tmp_path, mo
     assert sorted(cache.missing()) == list(range(1, len(TEXTS)))
 
 
-def test_remove_deletes_a_cache_that_no_other_run_reads_and_that_is_not_kept(tiny, tmp_path):
-    first, second = (extracted(tiny, tmp_path) for _ in range(2))
-    other = extracted(tiny, tmp_path, encoded(tiny, ["other"]))
-    first.remove()
-    assert not second.missing()
-    assert second.text(0).isfinite().all()
-    second.remove()
-    assert not first.directory.exists()
-    assert other.directory.exists()
-    first.remove()
-    kept = extracted(tiny, tmp_path, is_kept=True)
-    kept.remove()
-    assert not kept.missing()
-
-
-def test_runs_that_write_the_same_states_disturb_neither_each_other_nor_a_later_one(tiny, tmp_path):
-    first, second = cache_of(tiny, tmp_path), cache_of(tiny, tmp_path)
-    first.open()
-    half = first.path(0).with_suffix(".1.partial")
-    half.write_bytes(b"half")
-    extract(BackboneSource(tiny), second)
-    extract(BackboneSource(tiny), first)
-    assert half.exists()
-    del first
-    second.remove()
-    assert not second.directory.exists()
-    assert not extracted(tiny, tmp_path).missing()
-
-
-def test_a_run_that_begins_while_another_removes_the_same_states_keeps_its_own(
-    tiny, tmp_path, monkeypatch
-):
-    first, second = extracted(tiny, tmp_path), cache_of(tiny, tmp_path)
-    lock, ends = fcntl.flock, [first.remove]
-
-    def flock(file, kind):
-        if kind == fcntl.LOCK_SH and ends:
-            ends.pop()()
-        lock(file, kind)
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    extract(BackboneSource(tiny), second)
-    extracted(tiny, tmp_path).remove()
-    assert not second.missing()
-    second.remove()
-    assert not list(tmp_path.iterdir())
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_two_processes_that_write_the_same_states_at_once_both_have_them_whole(tiny, tmp_path):
+    cache, written = several_batches(tiny, tmp_path / "both"), []
+    child = os.fork()
+    if not child:
+        try:
+            extract(BackboneSource(tiny), cache)
+            os._exit(bool(cache.missing()))
+        finally:
+            os._exit(1)
+    extract(BackboneSource(tiny), cache)
+    written.append(states_by_row(cache))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    written.append(states_by_row(several_batches(tiny, tmp_path / "both")))
+    assert len([*cache.directory.iterdir()]) == len(cache.prompts)
+    wanted = states_by_row(extract(BackboneSource(tiny), several_batches(tiny, tmp_path / "alone")))
+    for states in written:
+        for row, hidden in states.items():
+            torch.testing.assert_close(hidden, wanted[row], **ROUNDING_TO_BF16)
 
 
 def test_states_that_cannot_be_written_or_read_are_an_error_with_a_remedy(tiny, tmp_path):

@@ -205,7 +205,6 @@ class _VectorCache(ActivationCache):
             pool.prompts,
             reads=pool.options.reads,
             fingerprint=pool.backbone.fingerprint,
-            is_kept=True,
         )
         self._probes = probes
         self._is_normalised = pool.is_normalised

@@ -1,19 +1,15 @@
 """Hidden states of texts on disk, a file a text, that many probes train from.
 
-A text's file appears under its name only when it is whole, so an extraction that was killed goes on
-where it stopped.
+A file's name says what decides its content, and it appears under that name only when it is whole.
+So an extraction that was killed goes on where it stopped, and several may share a folder.
 """
 
-import fcntl
 import hashlib
-import os
 import shutil
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
 
 import torch
 from jaxtyping import Float, Int
@@ -105,21 +101,19 @@ class ActivationCache:
 
     Attributes:
         key: Covers the backbone and its dtype, the engine, what is read, and every token id.
-        directory: The folder of the texts' files.
+        directory: The folder of the texts' files, named by the backbone, its dtype and the engine.
         lengths: The stored tokens of each text.
         shard_tokens: The most tokens that are read together, or else one text.
         token_bytes: Size of a token.
 
     Args:
-        root: Folder of all caches; this one gets a folder of its own in it, named by its key.
+        root: Folder of such folders. Data sets in the same one share the states of a text.
         prompts: The texts of the data set.
         reads: Which tokens are stored.
         fingerprint: The backbone.
         engine: What computes the states; engines round differently, so they share no cache.
         shard_bytes: The most that ``States`` reads together, or else one text.
         memory_bytes: The most states that are held in memory, those that are read first.
-        is_kept: Whether the states stay, in a folder that all kept caches of the backbone and the
-            engine share: what another one has had is there.
     """
 
     def __init__(
@@ -132,7 +126,6 @@ class ActivationCache:
         engine: str = "transformers",
         shard_bytes: int = SHARD_BYTES,
         memory_bytes: int = MEMORY_BYTES,
-        is_kept: bool = False,
     ):
         self.prompts = prompts
         self.reads = reads
@@ -144,11 +137,7 @@ class ActivationCache:
         who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine)
         self._names = [text_name(prompt, reads) for prompt in prompts]
         self.key = _hash((who, self._names))
-        self.directory = root / (_hash(who) if is_kept else self.key)
-        self._is_kept = is_kept
-        # Beside the folder, so that it is there until the folder is deleted.
-        self._lock_path = self.directory.with_suffix(".lock")
-        self._lock: IO[str] | None = None
+        self.directory = root / _hash(who)
         self._held: dict[str, Tensor] = {}
         self._free = memory_bytes
 
@@ -158,7 +147,7 @@ class ActivationCache:
         return [row for row in rows.values() if not self.path(row).exists()]
 
     def open(self) -> list[int]:
-        """Makes the folder, which no other run removes while this object exists.
+        """Makes the folder, and checks that there is room.
 
         Returns:
             The texts to write, as ``missing`` gives them.
@@ -166,8 +155,6 @@ class ActivationCache:
         Raises:
             SidelightError: They would not fit the disk.
         """
-        while self._lock is None and not self._is_kept:
-            self._lock = self._shared_lock()
         self.directory.mkdir(parents=True, exist_ok=True)
         missing = self.missing()
         needed = sum(map(self.stored_bytes, missing))
@@ -209,37 +196,6 @@ class ActivationCache:
             self._free -= hidden.nbytes
             self._held[name] = hidden = hidden.clone()
         return hidden
-
-    def remove(self) -> None:
-        """Frees the memory, and deletes the files unless they are kept.
-
-        Files that another run reads are left to that run's ``remove``.
-        """
-        self._free += sum(hidden.nbytes for hidden in self._held.values())
-        self._held.clear()
-        if self._lock is None:
-            return
-        with self._lock:
-            if _has_locked(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                shutil.rmtree(self.directory, ignore_errors=True)
-                self._lock_path.unlink(missing_ok=True)
-        self._lock = None
-
-    def _shared_lock(self) -> IO[str] | None:
-        """The lock of a run that reads the folder; it ends with the process, however that ends.
-
-        None if another run has deleted the folder meanwhile, and the lock with it.
-        """
-        self._lock_path.parent.mkdir(parents=True, exist_ok=True)
-        lock = self._lock_path.open("a")
-        weakref.finalize(self, lock.close)
-        # Waits while another run deletes.
-        _has_locked(lock, fcntl.LOCK_SH)
-        try:
-            is_current = os.path.samestat(os.fstat(lock.fileno()), self._lock_path.stat())
-        except FileNotFoundError:
-            is_current = False
-        return lock if is_current else None
 
     def path(self, row: int) -> Path:
         """The file of a text."""
@@ -337,14 +293,3 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
             f"Cannot write {path}: {error}. Free some space, or name another disk "
             "(SIDELIGHT_CACHE)."
         ) from error
-
-
-def _has_locked(file: IO[str], kind: int) -> bool:
-    """Whether a lock of this kind is held now; where the disk has no locks, always."""
-    try:
-        fcntl.flock(file, kind)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -17,7 +17,6 @@ from sidelight.data.spans import SpanExamples, span_text
 from sidelight.errors import SidelightError
 from sidelight.progress import say
 from sidelight.prompts import EncodedPrompt, Reads, judged_units
-from sidelight.smollm2 import cache_root
 from sidelight.spans import token_labels
 from sidelight.states.cache import (
     SHARD_BYTES,
@@ -201,11 +200,6 @@ class ProbeDataset:
     def task(self) -> Task:
         return self.training.task
 
-    def remove_states(self) -> None:
-        """Deletes the hidden states, unless they are kept for another run."""
-        for split in (self.training, self.measured):
-            split.states.remove()
-
 
 def prepare(
     backbone: TransformersBackbone,
@@ -293,7 +287,7 @@ def make_split(
     Args:
         backbone: The frozen LLM.
         examples: The texts.
-        options: How texts are read, where their hidden states go, and whether they stay there.
+        options: How texts are read, and where their hidden states go.
         title: The title of the progress bar.
         source: The engine that computes the states; None is the backbone itself.
         contexts: Further settings of the texts, which follow them.
@@ -308,14 +302,13 @@ def make_split(
     prompts = encode_shortened(backbone, examples, reads=options.reads, limit=limit)
     prompts += [context.prompt for context in contexts]
     cache = ActivationCache(
-        options.cache_root or cache_root() / "activations",
+        options.states_folder(),
         prompts,
         reads=options.reads_of(examples.task),
         fingerprint=backbone.fingerprint,
         engine=source.engine,
         shard_bytes=min(SHARD_BYTES, max(1, options.memory_bytes // 2)),
         memory_bytes=options.memory_bytes - in_memory,
-        is_kept=options.keep_cache,
     )
     stored = sum(cache.path(row).exists() for row in range(len(prompts)))
     if stored:

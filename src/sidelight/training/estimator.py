@@ -172,7 +172,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         (backbone, folder), probe = _shared(str(self.model)), self.probe_
         probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
         prompts, who = encode(backbone, examples), backbone.fingerprint
-        cache = ActivationCache(folder, prompts, reads=probe.reads, fingerprint=who, is_kept=True)
+        cache = ActivationCache(folder, prompts, reads=probe.reads, fingerprint=who)
         is_known = np.array([cache.path(text).exists() for text in range(len(prompts))])
         known, new = np.flatnonzero(is_known), np.flatnonzero(~is_known)
         logits = np.empty((len(prompts), probe.task.outputs))

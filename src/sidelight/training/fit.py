@@ -1,5 +1,6 @@
 """From labelled examples to a calibrated probe with its figures."""
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -123,7 +124,9 @@ def fit(
         name: How verdicts will name it.
         options: What to train.
         source: The engine that computes the hidden states; None is the backbone itself.
-        out: Folder that it is written to, before the hidden states are removed.
+        out: Folder that it is written to, before the hidden states are removed. They lie in a
+            folder named by it, where the same training finds them after a kill; without ``out``,
+            by the texts and the settings.
 
     Raises:
         SidelightError: There are no labels, the hidden states do not fit the disk, the training
@@ -132,7 +135,15 @@ def fit(
     of_spans = isinstance(training, SpanExamples)
     if of_spans:
         options = options.of_spans(training)
-    dataset = prepare(backbone, training, validation, options=options, source=source)
+    run = (training.content_hash, name, options.mechanism, options.settings)
+    states = options.states_folder(*(run if out is None else [out.resolve()]))
+    dataset = prepare(
+        backbone,
+        training,
+        validation,
+        options=replace(options, cache_root=states),
+        source=source,
+    )
     candidates = _candidates(options, of_spans=of_spans)
     # The baseline first: what it refuses in seconds must not cost the hours of training.
     baseline = None if of_spans else measure_baseline(dataset, options)
@@ -168,7 +179,8 @@ def fit(
         )
     if out is not None:
         save_probe(made.probe, out)
-    dataset.remove_states()
+    if not options.keep_cache:
+        shutil.rmtree(states, ignore_errors=True)
     return replace(made, baseline=baseline and baseline[0], warnings=tuple(warnings))
 
 

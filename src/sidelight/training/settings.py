@@ -13,7 +13,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from sidelight.calibration import CalibrationKind
 from sidelight.data.spans import SpanExamples
 from sidelight.errors import SidelightError, checked
+from sidelight.fingerprint import hash_of
 from sidelight.prompts import Reads
+from sidelight.smollm2 import cache_root
 from sidelight.thresholds import F1, ThresholdRule
 from sidelight.training.background import Background
 from sidelight.types import NONE, MechanismSpec, Task
@@ -132,7 +134,8 @@ class FitOptions:
         threshold: What the thresholds are chosen for.
         max_tokens: Longer training texts are cut, and counted.
         cache_root: Folder for the hidden states while training; None is the user's cache.
-        keep_cache: Whether the hidden states stay for other trainings, which share those of a text.
+        keep_cache: Whether the hidden states stay for other trainings, which share those of a text;
+            else a training has them in a folder of its own, which it removes.
         memory_bytes: The most that hidden states may take in memory while training; more are read
             from disk again in each epoch.
     """
@@ -149,6 +152,16 @@ class FitOptions:
     cache_root: Path | None = None
     keep_cache: bool = False
     memory_bytes: int = 2**30
+
+    def states_folder(self, *run: object) -> Path:
+        """Folder of the hidden states: of all trainings, or of one that does not keep them.
+
+        Args:
+            run: What a training has in common with itself after a kill, and with no other one that
+                may run at the same time; nothing: the folder of all.
+        """
+        folder = self.cache_root or cache_root() / "activations"
+        return folder / f"run-{hash_of(*run)}" if run and not self.keep_cache else folder
 
     def reads_of(self, task: Task) -> Reads:
         """What a probe of these labels reads.

@@ -303,12 +303,12 @@ def _measure(
     tests: dict[str, Any] = {}
     figures: list[dict[str, Draws]] = []
     # Every row reads a test before the next one, so only the states of one take room.
-    unkept = replace(options, keep_cache=False)
+    for_test = replace(options, cache_root=own_states / "test")
     for test, about in guard.card.tests.items():
         tested = load_examples(f"guard:{guard.name}:{test}", task=task)
-        split = make_split(backbone, tested, unkept)
+        split = make_split(backbone, tested, for_test)
         scores = [row.score(split) for row in rows]
-        split.states.remove()
+        shutil.rmtree(own_states / "test")
         figures.append(measure_rows(rows, scores, tested.labels, traffic, task))
         tests[test] = {
             "title": about.title,

@@ -105,7 +105,7 @@ class _OneLayer(BackboneSource):
         """From a cache of the same texts, which is filled if it is not there."""
         fingerprint = self.backbone.fingerprint
         whole = ActivationCache(
-            self._root, cache.prompts, reads=cache.reads, fingerprint=fingerprint, is_kept=True
+            self._root, cache.prompts, reads=cache.reads, fingerprint=fingerprint
         )
         extract(BackboneSource(self.backbone), whole)
         for row in rows:

@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from io import StringIO
@@ -78,6 +79,8 @@ def search(
 
     # Trials are scored as they are; training chooses the calibration.
     fit_options = replace(inputs.fit_options(), calibration="none")
+    states = fit_options.states_folder(out.resolve())
+    fit_options = replace(fit_options, cache_root=states)
     choose_validation(training, validation, fit_options)
     from sidelight.training.dataset import prepare
     from sidelight_lab.search import best_of, search_settings
@@ -97,7 +100,8 @@ def search(
             on_generation=lambda tried: _report(tried, trials),
         )
         write_search(trials_of, out)
-    dataset.remove_states()
+    if not fit_options.keep_cache:
+        shutil.rmtree(states, ignore_errors=True)
     if as_json:
         click.echo((out / "best.json").read_text("utf-8"), nl=False)
         return
