@@ -16,8 +16,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from sidelight.backbone import TransformersBackbone
-from tiny import tiny_tokenizer
+from tiny import identified, tiny_tokenizer
 from vllm_served import SIZES, Model, with_probes
 
 _SIZES = {**SIZES, "num_key_value_heads": 2}
@@ -113,4 +112,4 @@ def architecture_model(architecture: Architecture, folder, **fields: Any) -> Mod
     tokenizer.save_pretrained(path)
     # Its class depends on the model's.
     tokenizer = AutoTokenizer.from_pretrained(path)
-    return with_probes(TransformersBackbone(model, tokenizer, name=path), path, folder)
+    return with_probes(identified(model, tokenizer, name=path), path, folder)

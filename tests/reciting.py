@@ -22,7 +22,7 @@ from sidelight.probe import Probe
 from sidelight.prompts import Reads, Side
 from sidelight.spans import SpanRule
 from sidelight.types import Task
-from tiny import byte_level, tiny_tokenizer, untrained_probe
+from tiny import byte_level, identified, tiny_tokenizer, untrained_probe
 from vllm_served import SIZES
 
 # "Zyxwvut" is one token for each letter, since the tokenizer has learned no text with it.
@@ -59,7 +59,7 @@ def reciting_model(folder: Path) -> Reciting:
     tokenizer.model_max_length = 2048
     answer = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     assert len(answer) == len(set(answer))
-    backbone = TransformersBackbone(
+    backbone = identified(
         _model(len(tokenizer), [tokenizer.convert_tokens_to_ids("<|assistant|>"), *answer, 1]),
         tokenizer,
         name="tiny/reciting",

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from commands import saved
 from sidelight.artifact import load_probe, save_probe
-from sidelight.backbone import TransformersBackbone, load_backbone, read_backbone
+from sidelight.backbone import load_backbone, read_backbone
 from sidelight.cli.options import Runtime
 from sidelight.engines.parity import compare_engines
 from sidelight.errors import FingerprintMismatchError, SidelightError
@@ -28,6 +28,7 @@ from tiny import (
     CHAT_TEMPLATE,
     SIZES,
     family_backbone,
+    identified,
     tiny_backbone,
     tiny_tokenizer,
     untrained_probe,
@@ -117,7 +118,7 @@ def test_a_model_without_a_list_of_blocks_is_an_error():
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     model.config.num_hidden_layers = 7
     with pytest.raises(SidelightError, match="LlamaForCausalLM has no list of 7 decoder blocks"):
-        TransformersBackbone(model, tiny_tokenizer(), name="headless")
+        identified(model, tiny_tokenizer(), name="headless")
 
 
 def test_a_digest_stands_for_every_digit_and_not_for_the_name(tiny):
@@ -143,9 +144,9 @@ def test_a_digest_stands_for_every_digit_and_not_for_the_name(tiny):
 def test_a_change_of_the_model_is_another_backbone_and_is_named(tiny, change, field, tmp_path):
     before, changed = tiny.fingerprint, tiny_backbone()
     change(changed.model, changed.tokenizer)
-    changed = TransformersBackbone(changed.model, changed.tokenizer, name="tiny/changed")
-    read = read_backbone(saved(changed, tmp_path)).fingerprint
-    for after in (changed.fingerprint, replace(read, name="tiny/changed")):
+    folder = saved(changed, tmp_path)
+    for load in (load_backbone, read_backbone):
+        after = replace(load(folder).fingerprint, name="tiny/changed")
         assert before.digest != after.digest
         with pytest.raises(FingerprintMismatchError, match=f"differ in {field}\\.") as caught:
             before.require(after, probe="toxicity")

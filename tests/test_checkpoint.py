@@ -1,4 +1,4 @@
-"""Who a model is by its files alone: as when it is loaded, whatever reads or writes them."""
+"""Who a model is by its files alone, whatever reads or writes them."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, Qwen3MoeConfig
 
 from commands import saved
-from sidelight.backbone import TransformersBackbone, load_backbone, read_backbone
+from sidelight.backbone import load_backbone, read_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from tiny import FAMILIES, SIZES, family_backbone, tiny_backbone, tiny_tokenizer
+from tiny import FAMILIES, SIZES, family_backbone, identified, tiny_backbone, tiny_tokenizer
 
 _TEXT = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 # transformers fuses the experts of the first, and renames the layers of the second.
@@ -31,8 +31,6 @@ _CONVERTED = {
     ),
     "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
 }
-# transformers names its output embeddings otherwise than its files do.
-_NAMED_OTHERWISE = ("gpt_neox", "qwen3_moe", "gemma3")
 
 
 def backbone_of(family, dtype=torch.float32):
@@ -40,7 +38,7 @@ def backbone_of(family, dtype=torch.float32):
         return family_backbone(family, dtype=dtype)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(_CONVERTED[family], dtype=torch.float32).to(dtype)
-    return TransformersBackbone(model, tiny_tokenizer(), name=family)
+    return identified(model, tiny_tokenizer(), name=family)
 
 
 def who(fingerprint):
@@ -54,7 +52,7 @@ def require_other(one, another, fields):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [*FAMILIES, *_CONVERTED])
-def test_a_model_is_the_same_in_memory_in_one_file_and_in_shards_of_any_dtype(family, tmp_path):
+def test_a_model_is_the_same_loaded_or_not_in_one_file_and_in_shards_of_any_dtype(family, tmp_path):
     full = backbone_of(family)
     for backbone, size in ((full, "1GB"), (backbone_of(family, torch.bfloat16), "30KB")):
         folder = tmp_path / size
@@ -65,10 +63,7 @@ def test_a_model_is_the_same_in_memory_in_one_file_and_in_shards_of_any_dtype(fa
         assert loaded.dtype == {"1GB": "float32", "30KB": "bfloat16"}[size]
         # The library picks the tokenizer's class by the model's type, whatever was saved.
         assert who(loaded) == replace(who(full.fingerprint), tokenizer=loaded.tokenizer)
-        assert read == replace(loaded, loaded_weights=None)
-        loaded.require(read, probe="p")
-        if family not in _NAMED_OTHERWISE:
-            assert loaded.loaded_weights is None
+        assert read == loaded
     converted = load_backbone(tmp_path / "1GB", dtype="bfloat16")
     assert converted.fingerprint.dtype == "bfloat16"
     assert who(converted.fingerprint) == who(loaded)
@@ -95,22 +90,19 @@ def test_a_default_that_transformers_adds_does_not_change_a_model(before, tmp_pa
     as_dict = LlamaConfig.to_dict
     monkeypatch.setattr(LlamaConfig, "to_dict", lambda self: {**as_dict(self), "added": 1})
     for after in (load(tmp_path).fingerprint for load in (load_backbone, read_backbone)):
-        assert after.loaded_config != before.loaded_config
-        assert after.digest == before.digest
-        before.require(after, probe="p")
-        after.require(before, probe="p")
+        assert after == before
 
 
-def test_a_configuration_that_spells_out_fewer_defaults_is_the_same_one(before, tmp_path):
+def test_what_wrote_a_configuration_is_no_part_of_it_and_all_else_is(before, tmp_path):
     config = tmp_path / "config.json"
     entries = json.loads(config.read_text())
-    del entries["attention_bias"]
-    config.write_text(json.dumps(entries))
-    after = read_backbone(tmp_path).fingerprint
-    assert after.config != before.config
-    before.require(after, probe="p")
-    config.write_text(json.dumps({**entries, "attention_bias": True}))
-    require_other(before, read_backbone(tmp_path).fingerprint, "config")
+    written = {"transformers_version": "9.9.9", "_name_or_path": "elsewhere", "use_cache": False}
+    config.write_text(json.dumps({**entries, **written}))
+    assert read_backbone(tmp_path).fingerprint == before
+    fewer = {name: value for name, value in entries.items() if name != "attention_bias"}
+    for changed in ({**entries, "attention_bias": True}, fewer):
+        config.write_text(json.dumps(changed))
+        require_other(before, read_backbone(tmp_path).fingerprint, "config")
 
 
 def test_computed_buffers_of_older_files_make_no_difference(before, tmp_path):
@@ -134,12 +126,13 @@ def test_a_quantised_copy_is_another_model(before, tmp_path):
     require_other(before, after, "config, weights")
 
 
-def test_weights_of_another_form_are_identified_only_once_they_are_loaded(tiny, before, tmp_path):
+@pytest.mark.parametrize("load", [load_backbone, read_backbone])
+def test_weights_of_another_form_are_refused_with_a_remedy(tiny, load, tmp_path):
+    saved(tiny, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(tiny.model.state_dict(), tmp_path / "pytorch_model.bin")
-    assert who(load_backbone(tmp_path).fingerprint) == who(before)
     with pytest.raises(SidelightError, match=r"no model.safetensors .* Save the model again"):
-        read_backbone(tmp_path)
+        load(tmp_path)
 
 
 def test_two_sets_of_weights_in_a_folder_are_refused(before, tmp_path):
@@ -152,12 +145,17 @@ def test_two_sets_of_weights_in_a_folder_are_refused(before, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_an_adapter_beside_the_weights_makes_another_model(tmp_path):
-    folder = saved(tiny_backbone(), tmp_path)
+def test_an_adapter_beside_the_weights_is_refused_and_once_it_is_merged_another_model(tmp_path):
+    folder = saved(tiny_backbone(), tmp_path / "model")
     before = load_backbone(folder)
-    adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    get_peft_model(before.model, adapter).save_pretrained(folder)
-    require_other(before.fingerprint, load_backbone(folder).fingerprint, "weights")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(before.model, lora)
+    adapted.save_pretrained(folder)
+    with pytest.raises(SidelightError, match=r"adapter_config.*changes the weights.*Merge it"):
+        load_backbone(folder)
+    before.model = adapted.merge_and_unload()
+    merged = load_backbone(saved(before, tmp_path / "merged"))
+    require_other(before.fingerprint, merged.fingerprint, "weights")
 
 
 def memory(name):

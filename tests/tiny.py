@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ from transformers import (
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
 from sidelight.calibration import Calibration
+from sidelight.checkpoint import Checkpoint
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, PromptFormat, Reads, Side
@@ -97,15 +101,25 @@ def tiny_tokenizer(plain: Tokenizer | None = None) -> PreTrainedTokenizerFast:
     )
 
 
+def identified(
+    model: Any, tokenizer: Any, *, name: str, prompt_format: PromptFormat | None = None
+) -> TransformersBackbone:
+    """A backbone of a model made in memory, identified by the files that it is saved to."""
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        checkpoint = Checkpoint.read(Path(folder))
+    return TransformersBackbone(
+        model, tokenizer, name=name, checkpoint=checkpoint, prompt_format=prompt_format
+    )
+
+
 def tiny_backbone(
     config: PreTrainedConfig | None = None, *, prompt_format: PromptFormat = "chat"
 ) -> TransformersBackbone:
     """A backbone of random weights; the same ones each time."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config or LlamaConfig(**SIZES), dtype=torch.float32)
-    return TransformersBackbone(
-        model, tiny_tokenizer(), name="tiny/llama", prompt_format=prompt_format
-    )
+    return identified(model, tiny_tokenizer(), name="tiny/llama", prompt_format=prompt_format)
 
 
 def family_backbone(
@@ -117,7 +131,7 @@ def family_backbone(
     tokenizer = tiny_tokenizer()
     if not with_template:
         tokenizer.chat_template = None
-    return TransformersBackbone(model, tokenizer, name=f"tiny/{family}")
+    return identified(model, tokenizer, name=f"tiny/{family}")
 
 
 def untrained_probe(

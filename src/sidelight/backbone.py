@@ -107,10 +107,9 @@ class TransformersBackbone:
         model: The model; it is put into evaluation mode and its weights are frozen.
         tokenizer: Its fast tokenizer.
         name: Its name in messages and manifests.
+        checkpoint: The files that the model was loaded from and still equals; they identify it.
         prompt_format: ``chat``, ``raw`` or ``both``; None means chat if the tokenizer has a
             template.
-        checkpoint: The files that the model was loaded from and still equals; None identifies it
-            by what ``save_pretrained`` would write.
     """
 
     def __init__(
@@ -119,8 +118,8 @@ class TransformersBackbone:
         tokenizer: Any,
         *,
         name: str,
+        checkpoint: Checkpoint,
         prompt_format: PromptFormat | None = None,
-        checkpoint: Checkpoint | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -130,12 +129,12 @@ class TransformersBackbone:
         self._watch(_decoder_blocks(model))
         self.encoder = _encoder(model.config, tokenizer, prompt_format)
         self.fingerprint: Fingerprint = fingerprint(
-            checkpoint or Checkpoint.of(model),
+            checkpoint,
             model.config,
             tokenizer,
             name=name,
             prompt_format=self.encoder.prompt_format,
-            model=model,
+            dtype=str(model.dtype).removeprefix("torch."),
         )
 
     @property
@@ -263,7 +262,8 @@ def load_backbone(
             arithmetic, if they take at most half of the free memory.
 
     Raises:
-        SidelightError: The model cannot be found, or is not a causal LM with decoder blocks.
+        SidelightError: The model cannot be found, is not a causal LM with decoder blocks, or its
+            weights are not in safetensors files, or changed by an adapter.
     """
     name, target = str(name), find_device(device)
     path = _path(name)
@@ -275,23 +275,25 @@ def load_backbone(
         _require_memory(name, Path(path), {*through, target})
     with _one_line(name, target):
         config, kind = _read_config(path)
-        checkpoint = _read_checkpoint(path)
+        checkpoint = Checkpoint.read(model_folder(path))
         if for_reading and dtype == "auto" and lacks_bfloat16(target):
             dtype = _dtype_for_reading(checkpoint, path)
         model = kind.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        # An adapter in the folder has changed the weights.
         if getattr(model, "_hf_peft_config_loaded", False):
-            checkpoint = None
+            raise ValueError(
+                "an adapter beside its files (adapter_config.json) changes the weights. Merge it "
+                "into them (merge_and_unload of peft), or remove it."
+            )
         model = cast(PreTrainedModel, model)
         model.to(target)  # pyright: ignore[reportArgumentType]
     return TransformersBackbone(
-        model, tokenizer, name=name, prompt_format=prompt_format, checkpoint=checkpoint
+        model, tokenizer, name=name, checkpoint=checkpoint, prompt_format=prompt_format
     )
 
 
-def _dtype_for_reading(checkpoint: Checkpoint | None, path: str) -> DtypeName:
-    if checkpoint is None or checkpoint.dtype != "bfloat16":
+def _dtype_for_reading(checkpoint: Checkpoint, path: str) -> DtypeName:
+    if checkpoint.dtype != "bfloat16":
         return "auto"
     free = free_memory()
     return "float32" if free is None or 4 * _stored_bytes(model_folder(path)) <= free else "auto"
@@ -309,14 +311,6 @@ def _read_config(path: str) -> tuple[PreTrainedConfig, Any]:
     raise ValueError(
         f"a model of type '{config.model_type}' is not one, and probes read decoder-only models."
     )
-
-
-def _read_checkpoint(path: str) -> Checkpoint | None:
-    try:
-        return Checkpoint.read(model_folder(path))
-    except FileNotFoundError:
-        # What loads from other files, such as .bin, is identified in memory.
-        return None
 
 
 def _path(name: str) -> str:

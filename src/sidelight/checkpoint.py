@@ -4,12 +4,10 @@ What is read is the configuration, and a few values of each weight.
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-
-# Not exported, but what save_pretrained itself calls.
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import PreTrainedConfig
 
 from sidelight.fingerprint import Fingerprint, hash_of
 from sidelight.prompts import PromptFormat
@@ -84,19 +79,6 @@ class Checkpoint:
                 values[str(dtype).removeprefix("torch.")] += prod(read[0])
         return Checkpoint(config, _as_used(samples), values.most_common(1)[0][0])
 
-    @staticmethod
-    def of(model: PreTrainedModel) -> "Checkpoint":
-        """What ``read`` would find if the model were saved."""
-        config = json.loads(model.config.to_json_string())
-        tied = getattr(model, "all_tied_weights_keys", ())
-        weights = {name: w for name, w in sorted(model.state_dict().items()) if name not in tied}
-        samples: dict[str, _Sample] = {}
-        # Layer by layer, since separating weights that loading has fused copies them.
-        for _, names in groupby(weights, key=_layer_of):
-            saved = revert_weight_conversion(model, {name: weights[name] for name in names})
-            samples |= {name: _sample(weight) for name, weight in saved.items()}
-        return Checkpoint(config, _as_used(samples), str(model.dtype).removeprefix("torch."))
-
 
 def model_folder(name: str) -> Path:
     """The folder of a model; one of the hub is downloaded first, unless it has been.
@@ -116,11 +98,6 @@ def _sample(weight: Tensor) -> _Sample:
     return tuple(weight.shape), numbers.tobytes()
 
 
-def _layer_of(name: str) -> str:
-    """The name up to its first number, ``model.layers.12`` for one."""
-    return re.sub(r"(\d)\D.*", r"\1", name)
-
-
 def _weight_files(folder: Path) -> Iterable[Path]:
     # Engines differ in which they load if both are there.
     names = {_WEIGHTS} if (folder / _WEIGHTS).exists() else set[str]()
@@ -128,8 +105,8 @@ def _weight_files(folder: Path) -> Iterable[Path]:
         names |= {*json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values()}
     if not names:
         raise FileNotFoundError(
-            f"{folder} has no {_WEIGHTS} or {_INDEX}, and other weights cannot be identified "
-            "without loading them. Save the model again with save_pretrained."
+            f"{folder} has no {_WEIGHTS} or {_INDEX}, and a model is identified by these files. "
+            "Save the model again with save_pretrained."
         )
     return sorted(folder / name for name in names)
 
@@ -164,7 +141,7 @@ def fingerprint(
     *,
     name: str,
     prompt_format: PromptFormat,
-    model: PreTrainedModel | None = None,
+    dtype: str | None = None,
 ) -> Fingerprint:
     """The fingerprint of a model; takes well under a second.
 
@@ -174,38 +151,27 @@ def fingerprint(
         tokenizer: Its tokenizer.
         name: What the user calls it.
         prompt_format: How texts are rendered.
-        model: The model, if it is loaded.
+        dtype: That of the weights once they are loaded; None: that of the files.
     """
     text = config.get_text_config()
-    weights = _weights_hash(checkpoint.samples)
-    loaded, dtype = weights, checkpoint.dtype
-    if model is not None:
-        loaded = _weights_hash({key: _sample(value) for key, value in model.state_dict().items()})
-        dtype = str(model.dtype).removeprefix("torch.")
     return Fingerprint(
         name=name,
         config=hash_of(_stable(checkpoint.config)),
-        weights=weights,
+        weights=_weights_hash(checkpoint.samples),
         tokenizer=hash_of(sorted(tokenizer.get_vocab().items()), tokenizer(_SAMPLE)["input_ids"]),
         template="raw" if prompt_format == "raw" else hash_of(str(tokenizer.chat_template)),
         layers=text.num_hidden_layers + 1,
         width=text.hidden_size,
-        dtype=dtype,
-        loaded_config=hash_of(_without_volatile(text.to_dict())),
-        loaded_weights=None if loaded == weights else loaded,
+        dtype=dtype or checkpoint.dtype,
     )
 
 
 def _stable(entries: Any) -> Any:
     """Without entries that do not change what the model computes, at any depth."""
-    if isinstance(entries, Mapping):
-        return {key: _stable(value) for key, value in _without_volatile(entries).items()}
-    return entries
-
-
-def _without_volatile(entries: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(entries, Mapping):
+        return entries
     return {
-        key: value
+        key: _stable(value)
         for key, value in entries.items()
         if key not in _VOLATILE and not key.startswith("_")
     }

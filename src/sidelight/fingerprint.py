@@ -6,23 +6,17 @@
 import json
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from sidelight.errors import FingerprintMismatchError
-
-# Left out of a manifest if it is None.
-_LoadedHash = Annotated[str | None, Field(exclude_if=lambda value: value is None)]
 
 
 @dataclass(frozen=True)
 class Fingerprint:
     """Identifies a backbone: fingerprints that agree mean equal hidden states for a probe.
 
-    Configuration and weights are each hashed as the model's files hold them, which no version of
-    ``transformers`` changes, and as ``transformers`` holds them once they are loaded, which saving
-    them in another form does not change. One of the two has to agree.
+    Configuration and weights are hashed as the model's files hold them, which no version of
+    ``transformers`` changes.
 
     Attributes:
         name: What the user called it; not compared.
@@ -34,9 +28,6 @@ class Fingerprint:
         layers: Hidden states that a probe reads: the embedding output and one per block.
         width: Size of a hidden state.
         dtype: Dtype of the weights; not compared, since it changes verdicts only by rounding.
-        loaded_config: Hash of the configuration with the defaults of ``transformers``.
-        loaded_weights: Hash of the weights under the names of ``transformers``. None if it is that
-            of ``weights``, or if the model was not loaded.
     """
 
     name: str
@@ -47,8 +38,6 @@ class Fingerprint:
     layers: int
     width: int
     dtype: str
-    loaded_config: _LoadedHash = None
-    loaded_weights: _LoadedHash = None
 
     @property
     def digest(self) -> str:
@@ -71,7 +60,7 @@ class Fingerprint:
 
     def differences(self, served: "Fingerprint") -> list[str]:
         """The attributes in which ``served`` is another backbone; none if it is the same."""
-        return [name for name in _COMPARED if not self._known(name) & served._known(name)]
+        return [name for name in _COMPARED if getattr(self, name) != getattr(served, name)]
 
     def quantised(self, how: str) -> "Fingerprint":
         """The fingerprint if an engine quantises the weights while it loads them.
@@ -79,10 +68,7 @@ class Fingerprint:
         Args:
             how: What decides it, such as the engine's options.
         """
-        return replace(self, weights=hash_of(self.weights, how), loaded_weights=None)
-
-    def _known(self, name: str) -> set[Any]:
-        return {getattr(self, name), getattr(self, f"loaded_{name}", None)} - {None}
+        return replace(self, weights=hash_of(self.weights, how))
 
 
 _COMPARED = ("config", "weights", "tokenizer", "template", "layers", "width")
