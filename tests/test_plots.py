@@ -7,7 +7,7 @@ import pytest
 from matplotlib.image import imread
 
 from commands import run
-from sidelight.plots import plot_report, plot_thresholds
+from sidelight.plots import plot_report
 from sidelight.types import Task
 
 ODD_NAMES = ("_hidden", "costs $5 and $6", r"\frac{", "x" * 300)
@@ -47,16 +47,6 @@ def test_every_task_gets_three_plots_and_nothing_else(task, labels, tmp_path):
         # The same rows give the same bytes.
         for one, other in zip(drawn, plot(task, tmp_path / "again", labels), strict=True):
             assert one.read_bytes() == other.read_bytes()
-
-
-def test_every_label_of_spans_is_drawn_over_its_thresholds(tmp_path):
-    scores = np.random.default_rng(0).random((200, 4))
-    holds = scores > 0.5
-    # No character has the last label.
-    holds[:, 3] = False
-    path = plot_thresholds(holds, scores, ODD_NAMES, tmp_path, thresholds=(0.5,) * 4, title="spans")
-    assert path.name == "thresholds.png"
-    assert imread(path).std() > 0.01
 
 
 def test_wrong_rows_leave_no_folder_behind(tmp_path):

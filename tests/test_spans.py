@@ -24,7 +24,7 @@ from sidelight.engines.marks import AnswerMarks, mark_text
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.evaluation import evaluate_spans, worst_spans_page
+from sidelight.evaluation import evaluate_spans
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.policy.rules import BoundRule, Rule
 from sidelight.probe import TextLogits
@@ -239,24 +239,6 @@ def test_where_nobody_knows_the_places_of_tokens_a_label_of_any_of_them_holds(ti
         assert {*verdict.labels} >= marked
         seen.add((bool(marked), bool(marked - reached)))
     assert seen == {(False, False), (True, False), (True, True)}
-
-
-def test_a_page_has_the_worst_texts_first_and_marks_what_is_found_missed_and_wrong():
-    rows = [("all <b> right", 0, 3), (TEXT, 5, 12), ("Ann and Lee", 0, 3)]
-    examples = load_spans(
-        [
-            {"text": text, "spans": [{"start": start, "end": end, "label": "NAME"}]}
-            for text, start, end in rows
-        ]
-    )
-    predicted = [[Span(0, 3, "NAME")], [Span(9, 17, "NAME")], [Span(8, 11, "NAME")]]
-    page = worst_spans_page(examples, predicted, title="<a>")
-    assert "&lt;a&gt;: the worst 2 texts" in page
-    assert page.index("0.000, text 3") < page.index("0.400, text 2")
-    assert '<span class="missed" title="missed: NAME">Ann </span>' in page
-    assert '<span class="found" title="found: NAME">Lee</span>' in page
-    assert '<span class="wrong" title="wrong: NAME">, now</span>' in page
-    assert "right" not in page
 
 
 def test_character_f1_is_that_of_the_shared_task():
@@ -497,9 +479,10 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     assert run("eval", probe, *texts, "--spans", "pii") == 0
     assert "Left out the spans of labels" in capsys.readouterr().err
     texts = write("test.jsonl", 30, 1)
-    pages = tmp_path / "pages"
-    assert run("eval", probe, *texts, "--spans", "pii", "--json", "--plots", str(pages)) == 0
-    assert {path.name for path in pages.iterdir()} == {"thresholds.png", "worst.html"}
+    measure = ["eval", probe, *texts, "--spans", "pii", "--json"]
+    assert run(*measure, "--plots", str(tmp_path)) == 2
+    assert "by the laboratory: sidelight anatomy" in capsys.readouterr().err
+    assert run(*measure) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["character_f1"]["value"] > 0.9
     assert report["character_f1"]["ci"][0] <= report["character_f1"]["value"]

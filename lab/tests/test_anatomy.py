@@ -10,13 +10,15 @@ from matplotlib.image import imread
 from planted_data import write_rows
 
 from commands import saved
-from corpora import TASKS, examples
+from corpora import TASKS, examples, span_rows
 from sidelight.artifact import save_probe
+from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_names, mechanism_spec
 from sidelight.prompts import Part
 from sidelight.training.classifier import Classifier
 from sidelight.training.judging import encode
+from sidelight.types import Span
 from sidelight_lab.anatomy import (
     ablated,
     examine,
@@ -26,11 +28,13 @@ from sidelight_lab.anatomy import (
     write_anatomy,
 )
 from sidelight_lab.cli.anatomy import anatomy as command
-from tiny import untrained_probe
+from sidelight_lab.spans_anatomy import plot_thresholds, worst_spans_page
+from tiny import spans_probe, untrained_probe
 
 pytestmark = pytest.mark.slow
 # Float32 sums over a few hundred terms.
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+ODD_NAMES = ("_hidden", "costs $5 and $6", r"\frac{", "x" * 300)
 EVERY = [*((name, {}) for name in mechanism_names()), ("pooling", {"kind": "max"})]
 
 
@@ -154,3 +158,45 @@ def test_the_command_writes_the_report_of_a_stored_probe_and_refuses_a_single_cl
     alike = texts.select(np.flatnonzero(texts.labels == 1))
     with pytest.raises(SidelightError, match="of class 'toxic'"):
         examine(make(), alike)
+
+
+def test_every_label_of_spans_is_drawn_over_its_thresholds(tmp_path):
+    scores = np.random.default_rng(0).random((200, 4))
+    holds = scores > 0.5
+    # No character has the last label.
+    holds[:, 3] = False
+    path = plot_thresholds(holds, scores, ODD_NAMES, tmp_path, thresholds=(0.5,) * 4, title="a $p")
+    assert path.name == "thresholds.png"
+    assert imread(path).std() > 0.01
+
+
+def test_a_page_has_the_worst_texts_first_and_marks_what_is_found_missed_and_wrong():
+    rows = [("all <b> right", 0, 3), ("Call Ann Lee, now", 5, 12), ("Ann and Lee", 0, 3)]
+    texts = load_examples(
+        [
+            {"text": text, "spans": [{"start": start, "end": end, "label": "NAME"}]}
+            for text, start, end in rows
+        ],
+        spans="spans",
+    )
+    predicted = [[Span(0, 3, "NAME")], [Span(9, 17, "NAME")], [Span(8, 11, "NAME")]]
+    page = worst_spans_page(texts, predicted, title="<a>")
+    assert "&lt;a&gt;: the worst 2 texts" in page
+    assert page.index("0.000, text 3") < page.index("0.400, text 2")
+    assert '<span class="missed" title="missed: NAME">Ann </span>' in page
+    assert '<span class="found" title="found: NAME">Lee</span>' in page
+    assert '<span class="wrong" title="wrong: NAME">, now</span>' in page
+    assert "right" not in page
+
+
+def test_the_command_draws_the_spans_of_a_probe_that_labels_spans(tiny, tmp_path):
+    probe = spans_probe(tiny, "pii")
+    probe = replace(probe, task=replace(probe.task, labels=("NUMBER", "SHOUT")))
+    save_probe(probe, tmp_path / "probe")
+    lines = [json.dumps({"text": row["text"], "pii": row["spans"]}) for row in span_rows(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    options = ["--data", str(tmp_path / "rows.jsonl"), "--spans", "pii"]
+    options += ["--model", saved(tiny, tmp_path / "model"), "--out", str(tmp_path / "out")]
+    command.main([str(tmp_path / "probe"), *options], standalone_mode=False)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"thresholds.png", "worst.html"}
+    assert "pii: the worst" in (tmp_path / "out" / "worst.html").read_text()

@@ -3,8 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -265,43 +263,6 @@ def measure_span_resamples(
             "recall": hits / truths,
             "f1": 2 * hits / (claims + truths),
         }
-
-
-# Of a page of worst texts.
-_WORST_TEXTS = 50
-_KINDS = ("", "missed", "wrong", "found")
-_STYLE = """body { font: 16px/1.5 sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em }
-.found { background: #bfe5d3 } .missed { background: #ffd0a8 } .wrong { background: #cfe2f3 }
-p { white-space: pre-wrap; border-top: 1px solid #ccc; padding-top: .5em }"""
-
-
-def worst_spans_page(
-    examples: SpanExamples, predicted: Sequence[Sequence[Span]], *, title: str
-) -> str:
-    """The texts with the lowest F1 of characters in HTML, with what is found, missed and wrong."""
-    texts, labels = examples.texts, examples.task.output_labels
-    rows = zip(texts, examples.spans, predicted, strict=True)
-    flags = [[labelled_characters(text, own, labels) for own in spans] for text, *spans in rows]
-    order = sorted(range(len(texts)), key=lambda i: character_f1(*flags[i]))[:_WORST_TEXTS]
-    shown: list[str] = []
-    for i in order:
-        holds, finds = flags[i]
-        if (f1 := character_f1(holds, finds)) == 1:
-            break
-        parts = ""
-        # Of each character and label; runs of equal rows are one part.
-        kinds = (holds + 2 * finds).tolist()
-        for kind, run in groupby(zip(texts[i], kinds, strict=True), key=lambda pair: pair[1]):
-            text = escape("".join(character for character, _ in run))
-            named = [f"{_KINDS[k]}: {label}" for k, label in zip(kind, labels, strict=True) if k]
-            title_of = escape(", ".join(named))
-            first = _KINDS[next(filter(None, kind), 0)]
-            parts += f'<span class="{first}" title="{title_of}">{text}</span>' if named else text
-        shown.append(f"<p>{f1:.3f}, text {i + 1}\n{parts}</p>")
-    legend = " ".join(f'<span class="{name}">{name}</span>' for name in _KINDS[1:])
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-    heading = f"<h1>{escape(title)}: the worst {len(shown)} texts</h1>\n{legend}"
-    return "\n".join([f"{head}<style>{_STYLE}</style>", heading, *shown, "</html>"]) + "\n"
 
 
 def _number(value: float) -> float | None:

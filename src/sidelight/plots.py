@@ -1,4 +1,4 @@
-"""Plots of probabilities on labelled rows and characters, by scikit-learn's displays."""
+"""Plots of probabilities on labelled rows, by scikit-learn's displays."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,18 +6,17 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 from sklearn.metrics import (
     ConfusionMatrixDisplay,
     PrecisionRecallDisplay,
     average_precision_score,
-    precision_recall_curve,
 )
 
 from sidelight.errors import SidelightError
 from sidelight.metrics import Predictions, calibration_error, decide
 from sidelight.storage import replacing
-from sidelight.types import AnyArray, Flags, Task, Values
+from sidelight.types import AnyArray, Task, Values
 
 try:
     from matplotlib.axes import Axes
@@ -68,42 +67,6 @@ def plot_report(
         "confusion.png": _confusion(predictions, names, title),
     }
     return [save_figure(figure, directory / name) for name, figure in figures.items()]
-
-
-def plot_thresholds(
-    actual: Bool[Flags, "character label"],
-    scores: Float[Values, "character label"],
-    labels: Sequence[str],
-    directory: Path,
-    *,
-    thresholds: tuple[float, ...],
-    title: str,
-) -> Path:
-    """Draws precision, recall and F1 of the characters of spans over all thresholds.
-
-    Args:
-        actual: Which labels each character of all texts has.
-        scores: The probabilities of characters.
-        labels: One plot for each of the first labels that a character has.
-        directory: Where ``thresholds.png`` goes; made if absent.
-        thresholds: Those that the probe has, which are marked.
-        title: As for ``plot_report``.
-    """
-    shown = [label for label in range(len(labels)) if actual[:, label].any()][:_MATRICES]
-    rows = -(-len(shown) // 4)
-    size = (9.6, 2.8 * rows) if len(shown) > 1 else (7.2, 5.4)
-    figure, subplots = _figure(*size, title, count=len(shown))
-    for axes, label in zip(subplots, shown, strict=True):
-        precision, recall, points = precision_recall_curve(actual[:, label], scores[:, label])
-        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-        for name, values in {"precision": precision, "recall": recall, "F1": f1}.items():
-            axes.plot(points, values[:-1], label=name)
-        axes.axvline(thresholds[label], color="grey", linestyle=":", label="threshold")
-        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="threshold")
-        axes.set_title(_escape(labels[label][:_NAME_LENGTH]), fontsize=9)
-    if subplots:
-        subplots[0].legend(fontsize=8)
-    return save_figure(figure, directory / "thresholds.png")
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

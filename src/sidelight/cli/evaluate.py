@@ -41,8 +41,7 @@ _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
 @click.option("--spans", default="spans", help="Column of the spans, if the probe labels spans.")
 @options.new_folder(
     "--plots",
-    help="Folder for precision-recall, reliability and confusion plots; of spans, for a plot over "
-    "thresholds and a page of the worst texts.",
+    help="Folder for precision-recall, reliability and confusion plots of whole texts.",
 )
 @options.json_file
 @options.backbone
@@ -74,6 +73,12 @@ def evaluate(
         import_module("sidelight.plots")
     # Before imports that take seconds: a wrong file or column is refused at once.
     manifest = read_manifest(probe)
+    if plots is not None and manifest.spans is not None:
+        raise SidelightError(
+            f"--plots draws verdicts on whole texts, but '{manifest.name}' labels spans. Leave it "
+            "out, or draw spans and the worst texts by the laboratory: sidelight anatomy PROBE "
+            "--data FILE --out FOLDER."
+        )
     labels = {"label": label, "on_missing_label": missing_label}
     columns |= labels if manifest.spans is None else {"spans": spans}
     examples = load_examples(data, task=manifest.task, **columns)

@@ -1,6 +1,5 @@
 """A probe, measured on labelled rows that training did not see."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +9,11 @@ from jaxtyping import Float
 
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.spans import SpanExamples
-from sidelight.evaluation import Report, SpanReport, evaluate, evaluate_spans, worst_spans_page
+from sidelight.evaluation import Report, SpanReport, evaluate, evaluate_spans
 from sidelight.metrics import decide
 from sidelight.probe import Probe
-from sidelight.spans import labelled_characters
-from sidelight.storage import write_text
 from sidelight.training.classifier import Classifier
-from sidelight.training.judging import judge_characters
+from sidelight.training.judging import find_spans
 from sidelight.training.measuring import trained_text_warnings
 from sidelight.training.traffic import beginning, kept_rate
 from sidelight.types import Span
@@ -109,13 +106,9 @@ class SpanAssessment(Assessment):
 
     Attributes:
         spans: How well spans are found.
-        found: The spans of each text.
-        scores: The probabilities of each text's characters, of which the margins leave some out.
     """
 
     spans: SpanReport
-    found: Sequence[Sequence[Span]]
-    scores: Sequence[Float[np.ndarray, "_ label"]]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -125,25 +118,6 @@ class SpanAssessment(Assessment):
             "whole_texts": self.report.to_dict(),
             "warnings": list(self.warnings),
         }
-
-    def plot(self, folder: Path) -> None:
-        """A plot over thresholds, ``thresholds.png``, and the worst texts, ``worst.html``."""
-        from sidelight.plots import plot_thresholds
-
-        assert isinstance(self.examples, SpanExamples)
-        assert self.probe.spans is not None
-        labels = self.examples.task.output_labels
-        rows = zip(self.examples.texts, self.examples.spans, strict=True)
-        plot_thresholds(
-            np.concatenate([labelled_characters(*row, labels) for row in rows]),
-            np.concatenate(self.scores),
-            labels,
-            folder,
-            thresholds=self.probe.spans.thresholds,
-            title=self.probe.name,
-        )
-        page = worst_spans_page(self.examples, self.found, title=self.probe.name)
-        write_text(folder / "worst.html", page)
 
 
 def assess(classifier: Classifier, examples: LabelledExamples) -> Assessment:
@@ -158,20 +132,14 @@ def assess(classifier: Classifier, examples: LabelledExamples) -> Assessment:
     """
     probe = classifier.probe
     found: list[list[Span]] = []
-    scores: Sequence[Float[np.ndarray, "_ label"]] = ()
     row_thresholds = None
     if probe.spans is None:
         logits = classifier.logits(examples.items)
     else:
-        labels = probe.task.output_labels
-        judged, scores = zip(
-            *judge_characters(classifier.backbone, probe, examples.items), strict=True
-        )
-        logits = np.stack([text.logits for text in judged])
-        found = [probe.spans.read(own, labels) for own in scores]
+        logits, found = find_spans(classifier.backbone, probe, examples.items)
         # What a span has holds for its text, whatever the text's own probability.
         names = [{span.label for span in spans} for spans in found]
-        limits = [*zip(labels, probe.thresholds, strict=True)]
+        limits = [*zip(probe.task.output_labels, probe.thresholds, strict=True)]
         row_thresholds = np.array([[0.0 if x in own else t for x, t in limits] for own in names])
     probabilities = probe.calibration.apply(logits)
     report = evaluate(
@@ -184,5 +152,4 @@ def assess(classifier: Classifier, examples: LabelledExamples) -> Assessment:
     figures = (examples, probe, probabilities, report)
     if not isinstance(examples, SpanExamples) or probe.spans is None:
         return Assessment(*figures)
-    within = [probe.spans.within_margins(own) for own in scores]
-    return SpanAssessment(*figures, evaluate_spans(examples, found), found, within)
+    return SpanAssessment(*figures, evaluate_spans(examples, found))

@@ -1,4 +1,4 @@
-"""``sidelight anatomy``: which layers and tokens a probe uses, and which it can do without."""
+"""``sidelight anatomy``: what a probe uses and can do without; of spans, where it errs."""
 
 from pathlib import Path
 from typing import Any
@@ -11,33 +11,42 @@ from sidelight.cli import options
 @click.command(
     epilog=options.examples(
         "sidelight anatomy probes/toxicity --data held_out.jsonl --label toxicity --out anatomy",
-        "sidelight anatomy probes/gate --data held_out.jsonl --out anatomy/gate",
+        "sidelight anatomy probes/pii --data held_out.jsonl --spans pii --out anatomy/pii",
     )
 )
 @click.argument("probe", type=options.PATH)
 @options.data
 @options.out
 @options.columns
+@click.option("--spans", default="spans", help="Column of the spans, if the probe labels spans.")
 @options.missing_label
 @options.limit
 @options.backbone
 def anatomy(probe: Path, runtime: options.Runtime, out: Path, **given: Any) -> None:
     """Show which layers and tokens a probe uses, per class, and what it loses without them.
 
-    Writes a picture, anatomy.json and report.md. Give texts that the probe was not trained on.
+    Writes a picture, anatomy.json and report.md; of a probe of spans instead thresholds.png,
+    precision, recall and F1 of characters over all thresholds, and worst.html, the 50 worst texts
+    with what was found, missed and wrong. Give texts that the probe was not trained on.
     """
     from sidelight.data.loading import load_examples
+    from sidelight.data.spans import SpanExamples
     from sidelight.training.classifier import load
     from sidelight_lab.anatomy import examine, write_anatomy
+    from sidelight_lab.spans_anatomy import examine_spans
 
     classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
-    columns = {name: given[name] for name in ("text", "label", "response", "split")}
-    examples = load_examples(
-        given["data"],
-        task=classifier.probe.task,
-        on_missing_label=given["missing_label"],
-        **columns,
+    columns = {name: given[name] for name in ("text", "response", "split")}
+    columns |= (
+        {"label": given["label"], "on_missing_label": given["missing_label"]}
+        if classifier.probe.spans is None
+        else {"spans": given["spans"]}
     )
+    examples = load_examples(given["data"], task=classifier.probe.task, **columns)
     examples = examples.select(examples.draw(given["limit"] or len(examples), seed=0))
+    if isinstance(examples, SpanExamples):
+        paths = examine_spans(classifier, examples, out)
+        click.echo(f"Written: {' and '.join(map(str, paths))}")
+        return
     write_anatomy(examine(classifier, examples), out)
     click.echo((out / "report.md").read_text("utf-8"))
