@@ -162,11 +162,11 @@ def test_probes_and_policy_change_together(tiny, folders, tmp_path):
 
 
 DAMAGES = {
-    "half written": lambda weights, _: weights.write_bytes(weights.read_bytes()[:100]),
-    "without weights": lambda weights, _: weights.unlink(),
-    "without a manifest": lambda _, manifest: manifest.unlink(),
-    "garbled": lambda _, manifest: manifest.write_bytes(b"\x00" + manifest.read_bytes()),
-    "gone": lambda weights, _: shutil.rmtree(weights.parent),
+    "begun": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "half written": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "absent": lambda path: path.unlink(),
+    "garbled": lambda path: path.write_bytes(b"\x00" + path.read_bytes()),
+    "gone": lambda path: shutil.rmtree(path.parent),
 }
 
 
@@ -190,7 +190,7 @@ def test_what_cannot_be_served_leaves_the_last_good_set(tiny, folders, tmp_path)
         before = admin.entries
         for name, damage in DAMAGES.items():
             folder = shutil.copytree(folders["newer"], tmp_path / name)
-            damage(folder / "probe.safetensors", folder / "manifest.json")
+            damage(folder / "probe.safetensors")
             assert str(folder) in admin.put(toxicity=str(folder), status=400), name
         for number, (probe, told, status) in enumerate(wrong):
             folder = str(save_probe(probe, tmp_path / str(number)))

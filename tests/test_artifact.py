@@ -1,14 +1,13 @@
 """An artifact gives back the probe that was saved, or one clear error; never half of either."""
 
-import fcntl
 import json
 import os
 import re
 import shutil
+import signal
 from copy import deepcopy
 from dataclasses import replace
 from functools import reduce
-from itertools import count
 from operator import getitem
 from pathlib import Path
 
@@ -17,15 +16,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sidelight
-from sidelight import artifact
+from sidelight import artifact, storage
 from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Bank
 from sidelight.calibration import Calibration
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from sidelight.manifest import MANIFEST, WEIGHTS, holds_probe, read_manifest, summary
+from sidelight.manifest import PROBE, read_manifest, summary
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Reads
 from sidelight.standardisation import Standardisation
@@ -53,10 +53,10 @@ def saved(tiny, tmp_path):
 
 def test_a_file_overwritten_in_place_does_not_change_the_probe_that_was_loaded(saved):
     """As a copy in progress does; mapped into memory, it would weaken or kill what serves."""
-    probe, weights = load_probe(saved), saved / WEIGHTS
+    probe, path = load_probe(saved), saved / PROBE
     before = deepcopy(_tensors(probe))
-    with weights.open("r+b") as file:
-        file.write(b"\xff" * weights.stat().st_size)
+    with path.open("r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
         file.flush()
         assert all(map(torch.equal, _tensors(probe), before))
         file.truncate(100)
@@ -100,6 +100,17 @@ def test_a_round_trip_keeps_everything_that_is_not_a_tensor(tiny, tmp_path):
     assert loaded.standardisation.is_normalised
 
 
+def test_a_manifest_is_changed_as_its_page_says(tiny, tmp_path, monkeypatch):
+    record = {"seed": 3, "training": {"rows": 2, "texts": ["0011223344"]}}
+    save_probe(replace(probe_of(tiny), record=record), tmp_path / "probes" / "toxicity")
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[1].joinpath("docs", "manifest.md").read_text("utf-8")
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    changed = load_probe("probes/toxicity-2")
+    assert changed.name == "toxicity-2"
+    assert changed.record == {"seed": 3, "training": {"rows": 2}}
+
+
 DESCRIBED = describe_scores(TOXICITY, np.array([[0.1], [0.2], [0.8], [0.9]]), np.array([0, 1] * 2))
 
 
@@ -114,21 +125,20 @@ def test_an_artifact_tells_what_its_threshold_flags_of_which_states(tiny, tmp_pa
     assert told["flagging"] == flagging
 
 
-def test_two_saves_replace_no_files_at_once(tiny, tmp_path, monkeypatch):
-    """Else the manifest of one could stay beside the weights of the other."""
+def test_of_two_saves_at_once_one_is_there_whole(tiny, tmp_path, monkeypatch):
     replaced, replace_file = [], os.replace
 
-    def replace_alone(source, target):
-        descriptor = os.open(tmp_path, os.O_RDONLY)
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(descriptor)
-        replaced.append(target)
+    def save_another_first(source, target):
+        if not replaced:
+            replaced.append(target)
+            save_probe(untrained_probe(tiny, "other", mechanism="gate"), tmp_path)
+            assert load_probe(tmp_path).name == "other"
         replace_file(source, target)
 
-    monkeypatch.setattr(os, "replace", replace_alone)
+    monkeypatch.setattr(storage.os, "replace", save_another_first)
     save_probe(untrained_probe(tiny, "probe"), tmp_path)
-    assert len(replaced) == 2
+    assert load_probe(tmp_path).name == "probe"
+    assert replaced == [*tmp_path.iterdir()] == [tmp_path / PROBE]
 
 
 def test_spans_that_no_text_could_have_are_refused(tiny, tmp_path):
@@ -173,24 +183,50 @@ def test_another_backbone_is_refused_and_both_are_named(tiny, tmp_path):
         assert named in str(caught.value)
 
 
+def text_of(folder):
+    """The manifest as it stands in the file."""
+    with safe_open(folder / PROBE, framework="pt") as file:
+        return file.metadata()["sidelight"]
+
+
+def with_text(folder, text, tensors=None):
+    save_file(tensors or load_file(folder / PROBE), folder / PROBE, {"sidelight": text})
+
+
 def rewritten(folder, **fields):
-    path = folder / MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with_text(folder, json.dumps({**json.loads(text_of(folder)), **fields}))
 
 
 def truncated(folder):
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+    (folder / PROBE).write_bytes((folder / PROBE).read_bytes()[:-100])
+
+
+def flipped(place):
+    """With one bit of the file changed."""
+
+    def damage(folder):
+        content = bytearray((folder / PROBE).read_bytes())
+        content[place] ^= 1
+        (folder / PROBE).write_bytes(content)
+
+    return damage
 
 
 def with_tensor(name, *shape):
     """Another tensor of that name, or none."""
 
     def damage(folder):
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_file(folder / PROBE)
         tensors.pop(name, None)
-        save_file(tensors | ({name: torch.zeros(shape)} if shape else {}), folder / WEIGHTS)
+        tensors |= {name: torch.zeros(shape)} if shape else {}
+        with_text(folder, text_of(folder), tensors)
 
     return damage
+
+
+def of_earlier_layout(folder):
+    (folder / "manifest.json").write_text(text_of(folder))
+    save_file(load_file(folder / PROBE), folder / PROBE)
 
 
 def _with_record(**own):
@@ -242,7 +278,7 @@ def hashed(damage):
 
     def damaged(folder):
         damage(folder)
-        rewritten(folder, weights_sha256=artifact._sha256((folder / WEIGHTS).read_bytes()))
+        rewritten(folder, weights_sha256=artifact._sha256(load_file(folder / PROBE)))
 
     return damaged
 
@@ -250,24 +286,27 @@ def hashed(damage):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (truncated, "is not the file that manifest.json was written with"),
-        (with_tensor("mean", 4, 32), "is not the file that"),
-        (hashed(truncated), "is damaged"),
+        (truncated, "is damaged"),
+        (flipped(-1), "is damaged.*not those that its manifest was written with"),
+        (with_tensor("mean", 4, 32), "is damaged.*not those that its manifest was written with"),
         (hashed(with_tensor("mean")), "is damaged.*mean"),
         (hashed(with_tensor("mechanism.bias", 7)), "is damaged.*bias"),
         (hashed(with_tensor("mechanism.extra", 1)), "is damaged.*extra"),
         (hashed(with_tensor("mean", 2, 5)), "is damaged"),
-        (lambda folder: (folder / WEIGHTS).unlink(), "Cannot read .*probe.safetensors"),
-        (lambda folder: (folder / MANIFEST).unlink(), "holds no probe .manifest.json is missing"),
-        (lambda folder: (folder / MANIFEST).write_bytes(b"{not"), "Cannot read .*manifest"),
-        (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), "Cannot read .*manifest"),
-        (lambda folder: (folder / MANIFEST).write_bytes(b"[]"), "is another program's"),
-        (lambda folder: (folder / MANIFEST).write_bytes(b"{}"), "is another program's"),
+        (flipped(9), "Cannot read .*probe.safetensors"),
+        (flipped(7), "Cannot read .*probe.safetensors"),
+        (lambda folder: (folder / PROBE).write_bytes(b""), "Cannot read .*probe.safetensors"),
+        (lambda folder: (folder / PROBE).unlink(), "holds no probe .probe.safetensors is missing"),
+        (lambda folder: save_file(load_file(folder / PROBE), folder / PROBE), "another program's"),
+        (of_earlier_layout, "has an earlier layout.*manifest.json.*Train it again"),
+        (lambda folder: with_text(folder, "{not"), "is damaged .its manifest cannot be read"),
+        (lambda folder: with_text(folder, "[]"), "is damaged .its manifest cannot be read"),
+        (lambda folder: with_text(folder, "{}"), "is damaged .its manifest cannot be read"),
         (lambda folder: shutil.rmtree(folder), "holds no probe .it is no folder"),
-        (lambda folder: rewritten(folder, format=2), "has format 2, but this .* reads format 1"),
+        (lambda folder: rewritten(folder, format=1), "has format 1, but this .* reads format 2"),
         (lambda folder: rewritten(folder, mechanism={"name": "gat", "options": {}}), "'gate'"),
-        *((_with_record(**own), f"{next(iter(own))}.* in manifest.json") for own in RECORDS),
-        *((_with_calibration(own), r"calibration.* in manifest\.json") for own in CALIBRATIONS),
+        *((_with_record(**own), f"{next(iter(own))}.* in its manifest") for own in RECORDS),
+        *((_with_calibration(own), r"calibration.* in its manifest") for own in CALIBRATIONS),
     ],
 )
 def test_a_damaged_artifact_is_one_clear_error(saved, damage, says):
@@ -295,19 +334,19 @@ FUNCTION_SCOPED = HealthCheck.function_scoped_fixture
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[FUNCTION_SCOPED])
 @given(data=st.data())
 def test_a_garbled_field_is_refused_on_loading_or_does_no_harm(tiny, saved, data):
-    original = (saved / MANIFEST).read_text()
+    original = text_of(saved)
     manifest = json.loads(original)
     choices = [path for path in leaves(manifest) if path[0] not in MEANINGFUL]
     *parents, last = data.draw(st.sampled_from(choices))
     place = reduce(getitem, parents, manifest)
     place[last] = data.draw(st.sampled_from(GARBAGE))
-    (saved / MANIFEST).write_text(json.dumps(manifest))
+    with_text(saved, json.dumps(manifest))
     try:
         probe = load_probe(saved)
     except SidelightError:
         return
     finally:
-        (saved / MANIFEST).write_text(original)
+        with_text(saved, original)
     try:
         # As every use does, before the first verdict.
         probe.fingerprint.require(tiny.fingerprint, probe=probe.name)
@@ -319,9 +358,9 @@ def test_a_garbled_field_is_refused_on_loading_or_does_no_harm(tiny, saved, data
     assert probe.verdict(np.zeros(probe.task.outputs)).probe == probe.name
 
 
-@pytest.mark.parametrize("place", ["nowhere", "manifest-less", "a-file", "a-file/below"])
+@pytest.mark.parametrize("place", ["nowhere", "empty", "a-file", "a-file/below"])
 def test_a_path_without_an_artifact_or_room_for_one_is_one_clear_error(tiny, tmp_path, place):
-    (tmp_path / "manifest-less").mkdir()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "a-file").write_text("text")
     for read in (load_probe, read_manifest):
         with pytest.raises(SidelightError, match=place):
@@ -331,44 +370,32 @@ def test_a_path_without_an_artifact_or_room_for_one_is_one_clear_error(tiny, tmp
             save_probe(probe_of(tiny), tmp_path / place)
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the program runs after it."""
-
-
-def test_another_programs_manifest_is_not_replaced(saved, tmp_path):
-    assert holds_probe(saved)
-    assert not holds_probe(tmp_path / "nowhere")
-    (saved / WEIGHTS).unlink()
-    with pytest.raises(SidelightError, match=r"belongs to no probe.*another folder"):
-        holds_probe(saved)
-
-
-@pytest.mark.parametrize("deaths", [[1], [2], [1, 2], [2, 1], [2, 2, 2]])
-def test_saves_killed_half_way_leave_the_old_artifact(tiny, saved, monkeypatch, deaths):
-    """And other files. Each dies before the n-th change of the artifact's own folder."""
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("step", ["sync", "replace"])
+def test_a_save_that_is_killed_leaves_the_old_artifact_and_all_other_files(
+    tiny, saved, monkeypatch, step
+):
+    """By SIGKILL, before the new file is on the disk or before it has its name."""
     (saved / "README.md").write_text("mine")
-    old = load_probe(saved)
-    for number, death in enumerate(deaths):
-        changes = count(1)
-
-        def replace_or_die(source, target, changes=changes, death=death):
-            if next(changes) == death:
-                raise Killed
-            os.rename(source, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(artifact.os, "replace", replace_or_die)
-            with pytest.raises(Killed):
-                save_probe(probe_of(tiny, mechanism="gate", name=f"new-{number}"), saved)
-    (saved / ".saving-left-over").mkdir()
+    (saved / "manifest.json").write_text("another program's")
+    old, child = load_probe(saved), os.fork()
+    if not child:
+        try:
+            where = artifact if step == "sync" else storage.os
+            monkeypatch.setattr(where, step, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            save_probe(probe_of(tiny, mechanism="gate", name="new"), saved)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     loaded = load_probe(saved)
     assert loaded.name == old.name == "toxicity"
     assert all(map(torch.equal, _tensors(loaded), _tensors(old)))
+    (left,) = saved.glob("*.partial")
     # A save that goes on at the same time is younger than an hour.
-    os.utime(saved / ".saving-left-over", (0, 0))
+    os.utime(left, (0, 0))
     save_probe(probe_of(tiny, name="last"), saved)
     assert load_probe(saved).name == "last"
-    assert {path.name for path in saved.iterdir()} == {"README.md", MANIFEST, WEIGHTS}
+    assert {path.name for path in saved.iterdir()} == {"README.md", "manifest.json", PROBE}
 
 
 def test_nothing_is_unpickled():

@@ -30,7 +30,7 @@ from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.explanation import Explanation
-from sidelight.manifest import MANIFEST, WEIGHTS
+from sidelight.manifest import PROBE, read_manifest
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Place, Reads
 from sidelight.training.measuring import describe_examples
@@ -92,7 +92,7 @@ def labelled_rows(path: Path, labels: list[str | None]) -> str:
 
 
 def thresholds_of(folder: Path) -> list[float]:
-    return json.loads((folder / "manifest.json").read_text())["thresholds"]
+    return [*read_manifest(folder).thresholds]
 
 
 # Training, and what its probe is used for.
@@ -100,7 +100,7 @@ def thresholds_of(folder: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_training_leaves_the_probe_and_no_activations(trained, cache):
-    assert {path.name for path in trained.iterdir()} == {MANIFEST, WEIGHTS}
+    assert {path.name for path in trained.iterdir()} == {PROBE}
     probe = load_probe(trained)
     assert (probe.spec.name, probe.record["seed"]) == ("readout", 2)
     assert not list((cache / "activations").rglob("*.safetensors"))
@@ -198,7 +198,7 @@ def test_inspect_and_predict_say_what_the_probe_is_and_whether_it_flags(
 def test_a_probe_is_recalibrated_on_labelled_texts_and_by_a_rule_alone(model, tmp_path, capsys):
     # It tells the classes apart in part, so that rules differ in their thresholds.
     hesitant = trained_probe(model, "pooling", tmp_path)
-    before = (hesitant / "manifest.json").read_bytes()
+    before = (hesitant / PROBE).read_bytes()
     on = ["recalibrate", str(hesitant), "--data", write_rows(tmp_path / "new.jsonl", 200, seed=5)]
     assert run(*on, "--label", "toxic", "--out", str(tmp_path / "labelled")) == 0
     assert "on 200 labelled texts" in capsys.readouterr().out
@@ -209,7 +209,7 @@ def test_a_probe_is_recalibrated_on_labelled_texts_and_by_a_rule_alone(model, tm
     # No probe is replaced unless it is told to.
     assert run(*by_rule) == 2
     assert "holds a probe" in capsys.readouterr().err
-    assert (hesitant / "manifest.json").read_bytes() == before
+    assert (hesitant / PROBE).read_bytes() == before
     assert run(*by_rule, "--name", "strict", "--force") == 0
     assert "It flags " in capsys.readouterr().out
     assert thresholds_of(hesitant) != thresholds_of(hesitant.with_name("probe-recalibrated"))
@@ -226,7 +226,7 @@ def test_a_probe_that_was_pushed_is_pulled(untrained, tmp_path, capsys):
     assert run("push", untrained, str(tmp_path / "shared")) == 0
     assert str(tmp_path / "shared") in capsys.readouterr().out
     assert run("pull", str(tmp_path / "shared"), str(tmp_path / "mine")) == 0
-    assert (tmp_path / "mine" / WEIGHTS).read_bytes() == (Path(untrained) / WEIGHTS).read_bytes()
+    assert (tmp_path / "mine" / PROBE).read_bytes() == (Path(untrained) / PROBE).read_bytes()
 
 
 @pytest.mark.slow
@@ -247,7 +247,7 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_jud
     arguments = ["train", *arguments, *QUICKLY, "--set", "max_tokens=64", "--out", "."]
     assert run(*arguments) == 2
     assert "--force" in capsys.readouterr().err
-    assert Path(WEIGHTS).read_bytes() == (Path(untrained) / WEIGHTS).read_bytes()
+    assert Path(PROBE).read_bytes() == (Path(untrained) / PROBE).read_bytes()
     assert run(*arguments, "--force") == 0
     assert load_probe(folder).spec.name == "pooling"
     told = capsys.readouterr()

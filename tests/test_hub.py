@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from sidelight.artifact import load_probe, save_probe
 from sidelight.errors import SidelightError
 from sidelight.hub import pull, push
-from sidelight.manifest import CARD, MANIFEST, WEIGHTS
+from sidelight.manifest import CARD, PROBE
 from sidelight.storage import write_text
 from tiny import broken, untrained_probe
 
@@ -66,7 +66,7 @@ def test_the_hub_gets_the_artifact_with_a_card_and_gives_the_same_version(
     before = contents(artifact)
     assert push(artifact, "me/mine") == "https://hub/me/mine"
     assert contents(artifact) == before
-    assert {str(path) for path in uploads[0]} == {MANIFEST, WEIGHTS, CARD}
+    assert {str(path) for path in uploads[0]} == {PROBE, CARD}
     pulled = pull("me/mine", tmp_path / "theirs")
     assert contents(pulled) == uploads[0]
     assert load_probe(pulled).version == load_probe(artifact).version
@@ -101,17 +101,12 @@ def test_another_probe_is_replaced_by_force_alone_and_as_a_whole(
     assert contents(trained_before) == before
     transfer(force=True)
     # Its card does not stay beside the weights of another.
-    assert {str(path) for path in contents(trained_before)} == {
-        MANIFEST,
-        WEIGHTS,
-        CARD,
-        "notes.txt",
-    }
+    assert {str(path) for path in contents(trained_before)} == {PROBE, CARD, "notes.txt"}
     assert load_probe(trained_before).version == load_probe(artifact).version
     assert load_probe(artifact).version in (trained_before / CARD).read_text()
 
 
-@pytest.mark.parametrize("damage", ["torn", "without weights", "without verdicts", "no probe"])
+@pytest.mark.parametrize("damage", ["torn", "without verdicts", "no probe"])
 def test_what_cannot_be_pulled_leaves_the_old_probe_in_its_place(
     tiny, artifact, trained_before, damage, uploads
 ):
@@ -119,9 +114,7 @@ def test_what_cannot_be_pulled_leaves_the_old_probe_in_its_place(
         save_probe(broken(load_probe(artifact)), artifact)
     uploads.append(contents(artifact))
     if damage == "torn":
-        uploads[-1][Path(WEIGHTS)] = uploads[-1][Path(WEIGHTS)][:-9]
-    elif damage == "without weights":
-        del uploads[-1][Path(WEIGHTS)]
+        uploads[-1][Path(PROBE)] = uploads[-1][Path(PROBE)][:-9]
     elif damage == "no probe":
         uploads[-1].clear()
     before = contents(trained_before)

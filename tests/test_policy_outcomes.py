@@ -153,8 +153,7 @@ def serving(case, rule, folder):
     options = {"policy": policy_of(case, rule), "admin_key": ADMIN, "audit_log": audit}
     with faults(BACKBONE, {case.at_pass: fault}), in_process(engine, **options) as http:
         if case.is_reloaded:
-            for name in ("manifest.json", "probe.safetensors"):
-                (folder / name).write_bytes(b"\x00garbage")
+            (folder / "probe.safetensors").write_bytes(b"\x00garbage")
             key, body = {"Authorization": f"Bearer {ADMIN}"}, {"probe": [str(folder)]}
             refused = http.put("/admin/probes", json=body, headers=key)
             assert refused.status_code == 400, refused.text

@@ -9,7 +9,7 @@ from commands import run, saved
 from corpora import ALPHABETS, span_rows
 from sidelight.data.loading import load_examples
 from sidelight.evaluation import evaluate_spans
-from sidelight.manifest import WEIGHTS
+from sidelight.manifest import PROBE
 from sidelight.prompts import Reads
 from sidelight.spans import character_scores
 from sidelight.thresholds import F1
@@ -48,7 +48,7 @@ def test_all_rows_are_measured_on_the_same_texts_and_compared_with_ours(tiny, tm
     assert capsys.readouterr().out.count("| window") == 1
     # Hidden states of a run that keeps none are gone.
     kept = {path.name for path in tmp_path.rglob("*.safetensors")}
-    assert kept == {WEIGHTS, "model.safetensors"}
+    assert kept == {PROBE, "model.safetensors"}
     assert run(*command, "--rivals=lexikon") == 2
     assert "Did you mean 'lexicon'" in capsys.readouterr().err
 

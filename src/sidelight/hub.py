@@ -8,7 +8,7 @@ from huggingface_hub.errors import HFValidationError
 
 from sidelight.artifact import copy_probe
 from sidelight.errors import SidelightError, transport_errors
-from sidelight.manifest import CARD, MANIFEST, WEIGHTS, require_free
+from sidelight.manifest import CARD, PROBE, require_free
 
 # Other errors of the hub's client are errors of the operating system.
 _FAILURES = (OSError, HFValidationError, *transport_errors())
@@ -78,7 +78,7 @@ def pull(
                 repository,
                 revision=revision,
                 local_dir=scratch,
-                allow_patterns=[MANIFEST, WEIGHTS, CARD],
+                allow_patterns=[PROBE, CARD],
             )
         except _FAILURES as error:
             raise _refused("pull", repository, error) from error

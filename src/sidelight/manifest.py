@@ -1,6 +1,7 @@
 """The manifest of a probe: everything but its numbers, checked field by field when it is read.
 
-Also what is said of a probe from its manifest alone: its summary, and the model card for sharing.
+It stands in the header of the probe's file. Also what is said of a probe from its manifest alone:
+its summary, and the model card for sharing.
 """
 
 import hashlib
@@ -22,11 +23,14 @@ from sidelight.spans import SpanRule
 from sidelight.thresholds import OperatingCurve, read_curves
 from sidelight.types import MechanismSpec, Task, is_label
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-WEIGHTS = "probe.safetensors"
+FORMAT_VERSION = 2
+PROBE = "probe.safetensors"
 CARD = "README.md"
 
+# Of the header's metadata.
+_ENTRY = "sidelight"
+# The most that the library reads.
+_HEADER_BYTES = 10**8
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _Count = Annotated[int, Field(ge=0)]
 _SHOWN_METRICS = ("auprc", "f1", "accuracy")
@@ -82,7 +86,7 @@ class Manifest:
 
     Attributes:
         format: Version of this layout.
-        weights_sha256: Hash of the weights file that it was written with.
+        weights_sha256: Hash of the tensors that it was written with.
         is_normalised: As in ``Standardisation``.
     """
 
@@ -101,8 +105,13 @@ class Manifest:
     spans: SpanRule | None = None
 
     def to_json(self) -> str:
-        """The text of the file."""
+        """The text of the manifest."""
         return _ADAPTER.dump_json(self, indent=2).decode() + "\n"
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the header of the probe's file holds beside its tensors."""
+        return {_ENTRY: self.to_json()}
 
     @property
     def version(self) -> str:
@@ -133,31 +142,62 @@ def read_manifest(directory: str | Path) -> Manifest:
     Raises:
         SidelightError: The folder holds no artifact, one of another format, or a damaged one.
     """
-    path = Path(directory) / MANIFEST
+    return read_artifact(directory, header_only=True)[0]
+
+
+def read_artifact(directory: str | Path, *, header_only: bool = False) -> tuple[Manifest, bytes]:
+    """The manifest of an artifact, and its file or the header of it, read from one version of it.
+
+    They are not mapped into memory: a file that is overwritten later must not change a probe that
+    serves.
+
+    Raises:
+        SidelightError: As for ``read_manifest``.
+    """
+    path = Path(directory) / PROBE
     try:
-        content = path.read_bytes()
-        fields = json.loads(content)
+        with path.open("rb") as file:
+            size = min(int.from_bytes(file.read(8), "little"), _HEADER_BYTES)
+            content = file.read(size)
+            header = json.loads(content)
+            if not header_only:
+                file.seek(0)
+                content = file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
-        why = f"{MANIFEST} is missing" if Path(directory).is_dir() else "it is no folder"
-        raise _no_probe(Path(directory), why) from error
+        why = f"{PROBE} is missing" if path.parent.is_dir() else "it is no folder"
+        raise _no_probe(path.parent, why) from error
     except (OSError, ValueError, RecursionError) as error:
         raise SidelightError(f"Cannot read {path}: {error}. Copy the artifact again.") from error
-    version = fields.get("format") if isinstance(fields, dict) else None
-    if version is None:
-        raise _no_probe(Path(directory), f"{MANIFEST} is another program's")
+    try:
+        text = header["__metadata__"][_ENTRY]
+    except (KeyError, TypeError) as error:
+        if (path.parent / "manifest.json").exists():
+            raise SidelightError(
+                f"The probe in {path.parent} has an earlier layout, with a manifest.json beside "
+                f"{PROBE}. Train it again."
+            ) from error
+        raise _no_probe(path.parent, f"{PROBE} is another program's") from error
+    return _parsed(text, path.parent), content
+
+
+def _parsed(text: str, directory: Path) -> Manifest:
+    try:
+        version = json.loads(text)["format"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise damaged(directory, f"its manifest cannot be read: {error}") from error
     if version != FORMAT_VERSION:
         raise SidelightError(
-            f"{path} has format {version!r}, but this Sidelight reads format {FORMAT_VERSION}. "
-            "Upgrade Sidelight, or train the probe again."
+            f"{directory / PROBE} has format {version!r}, but this Sidelight reads format "
+            f"{FORMAT_VERSION}. Upgrade Sidelight, or train the probe again."
         )
     try:
-        manifest = _ADAPTER.validate_json(content, strict=True)
+        manifest = _ADAPTER.validate_json(text, strict=True)
         _Record.model_validate_json(json.dumps(manifest.record), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise damaged(Path(directory), f"{place} in {MANIFEST}: {first['msg']}") from error
-    _require_sense(Path(directory), manifest)
+        raise damaged(directory, f"{place} in its manifest: {first['msg']}") from error
+    _require_sense(directory, manifest)
     return manifest
 
 
@@ -187,7 +227,7 @@ def _require_sense(directory: Path, manifest: Manifest) -> None:
     }
     wrong = [name for name, holds in checks.items() if not holds]
     if wrong:
-        raise damaged(directory, f"impossible values of {', '.join(wrong)} in {MANIFEST}")
+        raise damaged(directory, f"impossible values of {', '.join(wrong)} in its manifest")
 
 
 def require_name(name: str) -> None:
@@ -220,8 +260,8 @@ def require_distinct_names(probes: Iterable[_Named]) -> None:
     names = [probe.name for probe in probes]
     if len(set(names)) < len(names):
         raise SidelightError(
-            f"Probes served together need distinct names, got: {', '.join(names)}. Rename one "
-            "(the 'name' in its manifest.json)."
+            f"Probes served together need distinct names, got: {', '.join(names)}. Train one with "
+            "another --name, or save it under one (docs/manifest.md#change-a-manifest)."
         )
 
 
@@ -233,22 +273,15 @@ def damaged(directory: Path, what: str) -> SidelightError:
 
 
 def holds_probe(directory: Path) -> bool:
-    """Whether there is a probe in the folder; refuses one with another program's manifest."""
-    has_manifest = (directory / MANIFEST).exists()
-    if has_manifest and not (directory / WEIGHTS).exists():
-        raise SidelightError(
-            f"{directory / MANIFEST} belongs to no probe, and that of a probe would replace it. "
-            "Name another folder."
-        )
-    return has_manifest
+    """Whether there is a probe in the folder, also one that cannot be read."""
+    return (directory / PROBE).exists()
 
 
 def require_free(directory: Path, *, force: bool, with_card: bool = False) -> None:
     """Checks that a probe may be written to a folder, also ``with_card``.
 
     Raises:
-        SidelightError: It holds another program's manifest, or a probe or a card that is not to be
-            replaced.
+        SidelightError: It holds a probe or a card that is not to be replaced.
     """
     if holds_probe(directory) and not force:
         raise SidelightError(

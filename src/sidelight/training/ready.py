@@ -14,7 +14,7 @@ from sidelight.data.guards import draw_texts, find_guard
 from sidelight.data.loading import load_examples
 from sidelight.data.spans import SpanExamples
 from sidelight.errors import SidelightError
-from sidelight.manifest import holds_probe, read_manifest
+from sidelight.manifest import read_manifest
 from sidelight.probe import Probe
 from sidelight.states.cache import text_name
 from sidelight.thresholds import ThresholdRule
@@ -59,10 +59,11 @@ def affordable(backbone: TransformersBackbone, texts: LabelledExamples) -> Label
 def is_trained(
     folder: Path, backbone: TransformersBackbone, texts: LabelledExamples, rule: ThresholdRule
 ) -> bool:
-    """Whether a folder holds the probe that a training would write."""
-    if not holds_probe(folder):
+    """Whether a folder holds the probe that a training would write; not if it cannot be read."""
+    try:
+        manifest, model = read_manifest(folder), backbone.fingerprint
+    except SidelightError:
         return False
-    manifest, model = read_manifest(folder), backbone.fingerprint
     record = manifest.record
     mechanism = named_mechanism(AUTO, of_spans=isinstance(texts, SpanExamples))
     wanted = (texts.content_hash, str(rule), 0, mechanism, model.digest, model.dtype)
