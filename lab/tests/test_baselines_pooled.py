@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from corpora import TASKS, split_of
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
+from sidelight.states.cache import ActivationCache, Shard
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.optimisation import validation_score
 from sidelight.types import TaskKind
@@ -239,3 +240,23 @@ def test_muli_refuses_models_and_states_that_it_cannot_read(tiny, tmp_path):
     split = split_of(tiny, tmp_path, "binary", 8, 8, reads=Reads(template=False))
     with pytest.raises(SidelightError, match="template=True"):
         Muli().fit(ProbeDataset(tiny, split, split), seed=0)
+
+
+def test_states_are_pooled_shard_by_shard(tiny, tmp_path, monkeypatch):
+    """What training holds in memory meanwhile may be all that --memory allows."""
+    texts = split_of(tiny, tmp_path, "binary", 12, seed=0, shard_bytes=1)
+    read, read_before = [], []
+    text, pool = ActivationCache.text, Shard.pooled
+
+    def reading(cache, row):
+        read.append(row)
+        return text(cache, row)
+
+    def pooling(shard, **options):
+        read_before.append(len(read))
+        return pool(shard, **options)
+
+    monkeypatch.setattr(ActivationCache, "text", reading)
+    monkeypatch.setattr(Shard, "pooled", pooling)
+    assert len(pooled_states(texts).means) == 12
+    assert read_before == [*range(1, 13)]

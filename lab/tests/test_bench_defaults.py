@@ -29,7 +29,7 @@ def test_the_default_and_every_rival_have_figures(tiny, tmp_path, kind, figure):
         texts=(16,),
         draws=1,
         held_out=40,
-        rivals=("tfidf", "last_layer", "linear", "attention_probe"),
+        rivals=("tfidf", "last_layer", "means_all_layers", "attention_probe"),
         background=Background(conversations),
         cache_root=tmp_path,
     )
@@ -37,7 +37,7 @@ def test_the_default_and_every_rival_have_figures(tiny, tmp_path, kind, figure):
     assert len(rows_of) == len(judged)
     for size in ("8 a class", "16 texts"):
         regressions = [
-            own + end for own in ("last_layer", "linear") for end in ("", " in contexts")
+            own + end for own in ("last_layer", "means_all_layers") for end in ("", " in contexts")
         ]
         for row in (DEFAULT, ALONE, "tfidf", *regressions, "attention_probe"):
             one = rows_of[size, 0, row]

@@ -39,7 +39,6 @@ VARIANTS = [
     ("fusion", {"rank": 3, "heads": 1}),
     ("blend", {}),
     ("blend", {"fusions": 1, "rank": 4}),
-    ("linear", {}),
 ]
 
 
@@ -72,15 +71,9 @@ def blend_logits(own, states, fusions, **_options):
     return np.mean(logits, 0)
 
 
-def linear_logits(own, states):
-    layers = zip(states, own["value"][:, :, 0], own["last"], strict=True)
-    logits = sum(s.mean(0) @ value + s[-1] @ last for s, value, last in layers)
-    return own["bias"] + logits / math.sqrt(LAYERS)
-
-
 @pytest.fixture(scope="module")
 def equations():
-    return {"fusion": fusion_logits, "blend": blend_logits, "linear": linear_logits}
+    return {"fusion": fusion_logits, "blend": blend_logits}
 
 
 def test_integrated_gradients_are_those_of_the_dense_form():
@@ -99,7 +92,7 @@ def test_integrated_gradients_are_those_of_the_dense_form():
     )
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("fusion", 6), ("blend", 6), ("linear", 8)])
+@pytest.mark.parametrize(("name", "epochs"), [("fusion", 6), ("blend", 6)])
 def test_probes_of_them_load_where_the_laboratory_is_installed_alone(
     name, epochs, tiny, tmp_path, monkeypatch
 ):

@@ -151,7 +151,7 @@ _Builder = TypeVar("_Builder", bound=Builder)
 _BUILDERS: dict[str, Builder] = {}
 # Entry points of other packages, each a builder as for ``register``.
 _GROUP = "sidelight.mechanisms"
-_MOVED = ("blend", "fusion", "linear")
+_MOVED = ("blend", "fusion")
 
 
 def register(name: str) -> Callable[[_Builder], _Builder]:

@@ -1,11 +1,11 @@
 """Baselines that probes are compared with, fitted to the same texts, by the names in recipes.
 
-Some read the hidden states that probes read (`pooled`, `linear`, `siren`, `muli`, `token_heads`),
+Some read the hidden states that probes read (`pooled`, `siren`, `muli`, `token_heads`),
 others run a whole model of their own (`encoders`, `fine_tuning`, `prompting`).
 `spans` is for `bench spans` alone.
 """
 
-from sidelight_lab.baselines import encoders, fine_tuning, linear, pooled, prompting, token_heads
+from sidelight_lab.baselines import encoders, fine_tuning, pooled, prompting, token_heads
 from sidelight_lab.baselines.base import Baseline, TfIdf
 from sidelight_lab.baselines.muli import Muli
 from sidelight_lab.baselines.siren import Siren
@@ -17,7 +17,6 @@ BASELINES: dict[str, type[Baseline]] = {
     "mean_best_layer": pooled.MeanOfBestLayer,
     "last_token_best_layer": pooled.LastTokenOfBestLayer,
     "means_all_layers": pooled.MeansOfAllLayers,
-    "linear": linear.KernelRegression,
     "muli": Muli,
     "siren": Siren,
     "mlpm": pooled.Mlpm,

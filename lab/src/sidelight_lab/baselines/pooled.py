@@ -33,23 +33,17 @@ _ABSENT = -20.0
 
 # Each penalty and layer reads them again: of training, validation and test texts.
 @lru_cache(maxsize=3)
-def pooled_states(split: Split, *, is_normalised: bool = False) -> Pooled:
-    """Means and last tokens; computed once for a data set and kept beside its states.
-
-    Args:
-        split: The texts.
-        is_normalised: Whether states are divided by their root mean square first.
-    """
+def pooled_states(split: Split) -> Pooled:
+    """Means and last tokens; computed once for a data set and kept beside its states."""
     cache = split.states
-    name = "pooled-normalised" if is_normalised else "pooled"
-    path = cache.directory / f"{cache.key}-{name}.safetensors"
+    path = cache.directory / f"{cache.key}-pooled.safetensors"
     if not path.exists():
         shape = (len(cache.lengths), cache.fingerprint.layers, cache.fingerprint.width)
         means, lasts = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
         with progress("Pooling", shape[0], unit="texts") as shown:
             states = States(cache, range(shape[0]))
             for shard in map(states.read, range(len(states))):
-                pooled = shard.pooled(is_normalised=is_normalised)
+                pooled = shard.pooled()
                 means[shard.rows], lasts[shard.rows] = pooled.means, pooled.lasts.bfloat16()
                 shown.advance(len(shard.rows))
         write_tensors({"means": means, "lasts": lasts}, path)

@@ -29,7 +29,6 @@ from sidelight.training.validation import FOLDS
 from sidelight.types import Task
 from sidelight_lab.baselines import BASELINES
 from sidelight_lab.baselines.encoders import Encoder
-from sidelight_lab.baselines.linear import solve_split, views_of
 from sidelight_lab.baselines.pooled import (
     PENALTIES,
     Linear,
@@ -48,7 +47,7 @@ _ACCURACIES = ("accuracy at threshold", "printed")
 _TRAFFIC = ("traffic flagged", "printed traffic")
 FIGURES = ("accuracy", "log loss", "ece", "auprc", *_IN_CONTEXTS)
 # Logistic regressions, which are also trained in the contexts that the default probe is shown.
-_REGRESSIONS = ("linear", "means_all_layers", "means_and_lasts", "last_layer", "mean_last_layer")
+_REGRESSIONS = ("means_all_layers", "means_and_lasts", "last_layer", "mean_last_layer")
 _STOPPING_EARLY = ("attention_probe", "encoder")
 RIVALS = ("tfidf", "sentence_embeddings", *_STOPPING_EARLY, *_REGRESSIONS)
 _RESAMPLES = 2000
@@ -262,14 +261,6 @@ def fit_rival(
         found = out_of_fold(lambda rest, fold: words(rest).logits([*texts[fold]]), folds, task)
         whole = words(np.arange(len(labels)))
         return Rival(found, labels, lambda split: whole.logits(split.texts))
-    if name == "linear":
-        solution, alone = solve_split(training), training.alone
-        assert solution.left_out is not None
-        return Rival(
-            solution.left_out[alone],
-            labels[alone],
-            lambda split: solution.logits(views_of(split)),
-        )
 
     def features(split: Split) -> Float[np.ndarray, "text feature"]:
         if name != "sentence_embeddings":

@@ -66,9 +66,9 @@ def bench_defaults(
     """Measure what `sidelight train` makes of a file, on texts that it did not see.
 
     The same of texts alone (--background none), and each rival (tfidf, sentence_embeddings,
-    attention_probe, encoder, linear, means_all_layers, means_and_lasts, last_layer,
-    mean_last_layer) stand beside the default probe, with what it gains: the 95 % interval over
-    draws and texts. The last five, logistic regressions, are trained on texts alone and in the same
+    attention_probe, encoder, means_all_layers, means_and_lasts, last_layer, mean_last_layer)
+    stand beside the default probe, with what it gains: the 95 % interval over draws and texts. The
+    last four, logistic regressions, are trained on texts alone and in the same
     contexts. The accuracy that training printed stands beside the one that was measured, and so
     does the share of ordinary conversations that is flagged, of sources that no row was trained on.
     """
