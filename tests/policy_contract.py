@@ -195,7 +195,7 @@ class PolicyServer:
 
     def post(self, asked: Asked, key: str | None = None) -> httpx.Response:
         path, body = asked
-        if path not in (CHECKS, "/classify", GUARDRAIL):
+        if path not in (CHECKS, GUARDRAIL):
             body = {"model": self.model, **body}
         if path in (CHATS, "/v1/completions"):
             body = {"temperature": 0, "max_tokens": TOKENS, **body}
@@ -284,7 +284,6 @@ def told(server: PolicyServer, text: str, name: str) -> dict[str, str]:
     moderated = answer.json()["moderation"]["input"]["results"]
     places = [i for i, each in enumerate(moderated) if category in each["category_scores"]]
     checked = server.post((CHECKS, {"input": text, **chosen}))
-    classified = server.post(("/classify", {"model": name, "input": text}))
     asked = {"input_type": "request", "texts": [text]}
     asked["additional_provider_specific_params"] = chosen
     guarded = server.post((GUARDRAIL, asked)).json()
@@ -324,7 +323,6 @@ def told(server: PolicyServer, text: str, name: str) -> dict[str, str]:
             else "not_disclosed"
         ),
         "`/v1/moderations`, score of a category": lambda: number(checked, "results", 0, *scores),
-        "`/classify`, `probs`": lambda: number(classified, "data", 0, "probs", 1),
         "`/v1/decisions`, `probability`": probability,
         "guardrail, `action`": lambda: "yes" if guarded["action"] == "BLOCKED" else "nothing",
         "guardrail, field `sidelight`": lambda: ENTRIES[seen(in_guard.get(name))],

@@ -40,7 +40,6 @@ ATTEMPTS = [
     ("/v1/completions", {**COMPLETION, "n": 2, "prompt": [TEXT, "x"]}),
     ("/v1/moderations", {"input": [TEXT, "x"]}),
     *(("/v1/moderations", {"input": TEXT, "probes": [name]}) for name in NAMES),
-    *(("/classify", {"model": name, "input": TEXT}) for name in NAMES),
     *(("/v1/decisions", {**DECISIONS, "input": text}) for text in (TEXT, ANSWERED)),
     ("/v1/decisions", {**DECISIONS, "explain": True}),
     *((GUARDRAIL, {"input_type": kind, "texts": [TEXT]}) for kind in ("request", "response")),

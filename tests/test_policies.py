@@ -167,7 +167,6 @@ def test_a_turn_that_no_probe_reads_is_trusted_or_refused(tiny, probes, mode, se
 LONG = ["x", "x" * 50]
 TEXTS = {
     "/v1/moderations": {"input": LONG, "probes": ["toxicity"]},
-    "/classify": {"input": LONG, "model": "toxicity"},
     "/v1/decisions": {"model": MODEL, "input": LONG[1], **QUESTION},
     GUARDRAIL: {
         "input_type": "request",

@@ -29,7 +29,6 @@ BODIES = {
         "input": WORD,
         "questions": [{"type": "predicate", "name": WORD}, {"type": "predicate", "name": "topics"}],
     },
-    "/classify": {"input": WORD, "model": "intent"},
     "/v1/redact": {"input": WORD},
     "/beta/litellm_basic_guardrail_api": {"input_type": "request", "texts": [WORD]},
 }

@@ -1,4 +1,4 @@
-"""The endpoints that judge and write nothing, in the words of OpenAI, vLLM and LiteLLM.
+"""The endpoints that judge and write nothing, in the words of OpenAI and LiteLLM.
 
 None of them leaves a chosen probe out in silence.
 """
@@ -16,12 +16,12 @@ from sidelight.policy.request import Outcome, Terms
 from sidelight.policy.rules import Policy, bound_rules
 from sidelight.prompts import Message, Reads
 from sidelight.types import Judgement, Task
-from tiny import INTENT, TOPICS, three_probes, untrained_probe
+from tiny import three_probes, untrained_probe
 
 # Batches of other shapes add in another order: float32 rounding over three layers.
 ROUNDING = 1e-5
 TEXT = "Where is my refund?"
-MODERATIONS, CLASSIFY = "/v1/moderations", "/classify"
+MODERATIONS = "/v1/moderations"
 GUARDRAIL = "/beta/litellm_basic_guardrail_api"
 
 
@@ -182,41 +182,6 @@ def test_a_wrong_decision_request_is_a_400_that_names_the_field(http, field, val
     assert field in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("how", [{"model": "intent"}, {"model": MODEL, "probes": ["intent"]}])
-def test_classify_gives_one_probes_labels_and_of_multilabel_probes_each_by_itself(
-    http, tiny, expected, how
-):
-    answer = http.post(CLASSIFY, json={"input": [TEXT, "x"], **how}).json()
-    first, second = answer["data"]
-    assert answer["model"] == "intent"
-    assert (first["index"], second["index"], first["num_classes"]) == (0, 1, 3)
-    probs = dict(zip(INTENT.labels, first["probs"], strict=True))
-    assert probs == pytest.approx(expected["intent"], abs=ROUNDING)
-    assert first["label"] == max(probs, key=probs.get)
-    read = tokens_of(tiny) + tokens_of(tiny, "x")
-    assert answer["usage"] == {"prompt_tokens": read, "total_tokens": read, "completion_tokens": 0}
-    (data,) = http.post(CLASSIFY, json={"model": "topics", "input": TEXT}).json()["data"]
-    probs = dict(zip(TOPICS.labels, data["probs"], strict=True))
-    assert probs == pytest.approx(expected["topics"], abs=ROUNDING)
-
-
-@pytest.mark.parametrize(
-    ("how", "code"),
-    [
-        ({}, "probe_not_chosen"),
-        ({"model": MODEL}, "probe_not_chosen"),
-        ({"probes": ["intent", "spam"]}, "probe_not_chosen"),
-        ({"probes": ["x"]}, "probe_not_found"),
-        ({"model": "x"}, "model_not_found"),
-        ({"model": "refusal"}, "no_prompt_probe"),
-    ],
-)
-def test_classify_needs_one_probe_that_can_judge(http, how, code):
-    response = http.post(CLASSIFY, json={"input": TEXT, **how})
-    assert response.json()["error"]["code"] == code
-    assert response.status_code == (404 if code == "model_not_found" else 400)
-
-
 def choosing(*names):
     return {"additional_provider_specific_params": {"probes": [*names]}}
 
@@ -314,9 +279,8 @@ def test_a_probe_without_a_verdict_is_an_error(tiny):
         assert http.post(MODERATIONS, json={"input": "x"}).status_code == 200
         assert http.post("/v1/decisions", json={**question, "input": turns}).status_code == 200
         early.mechanism.bias.fill_(float("nan"))
-        for path, body in ((MODERATIONS, {"input": "x"}), (CLASSIFY, {"input": "x"})):
-            failed = http.post(path, json={**body, "probes": ["early"]})
-            assert (failed.status_code, failed.json()["error"]["code"]) == (500, "verdict_failed")
+        failed = http.post(MODERATIONS, json={"input": "x", "probes": ["early"]})
+        assert (failed.status_code, failed.json()["error"]["code"]) == (500, "verdict_failed")
 
 
 def test_each_text_of_a_prompt_shows_its_verdicts_once_the_prompt_is_admitted(tiny):

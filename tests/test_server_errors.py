@@ -29,7 +29,6 @@ BODIES = {
     CHAT: VALID,
     TEXT: {"model": MODEL, "prompt": "hello", "max_tokens": 2},
     MODERATIONS: {"input": "hello"},
-    "/classify": {"model": "toxicity", "input": "hello"},
     "/v1/decisions": {"model": MODEL, "input": "hello", "questions": QUESTIONS},
 }
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}

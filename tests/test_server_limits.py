@@ -119,7 +119,6 @@ def test_a_request_within_a_limit_is_answered_and_one_beyond_it_refused(
         (GUARDRAIL, lambda n: CALLS | {"texts": ["x"] * n}),
         (MODERATIONS, lambda n: {"input": ["x"] * n}),
         ("/v1/redact", lambda n: {"input": ["x"] * n}),
-        ("/classify", lambda n: {"input": ["x"] * n}),
     ],
 )
 def test_a_conversation_and_a_message_have_so_many_parts_at_most(http, path, body):

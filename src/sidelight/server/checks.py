@@ -1,7 +1,6 @@
-"""The endpoints that judge texts and write none, as OpenAI, vLLM and LiteLLM define them."""
+"""The endpoints that judge texts and write none, as OpenAI and LiteLLM define them."""
 
 import json
-import time
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -148,71 +147,6 @@ async def moderate(body: TextsRequest, request: ServerRequest) -> Results[Modera
         for verdicts in (terms.verdicts(decisions) for _, decisions in checked)
     ]
     return Results(id=f"modr-{uuid.uuid4().hex}", model=request.engine.model, results=results)
-
-
-class Classification(BaseModel):
-    """The label of one text; ``probs`` are in the order of the probe's labels."""
-
-    index: int
-    label: str
-    probs: list[float]
-    num_classes: int
-
-
-class ClassifyResponse(BaseModel):
-    """One classification per text, in order; ``model`` is the probe."""
-
-    id: str
-    object: Literal["list"] = "list"
-    created: int
-    model: str
-    data: list[Classification]
-    usage: dict[Literal["prompt_tokens", "total_tokens", "completion_tokens"], int]
-
-
-@router.post("/classify", name="create")
-async def classify(body: TextsRequest, request: ServerRequest) -> ClassifyResponse:
-    """Each text is judged as a user's message; the answer is that of vLLM's classifiers."""
-    texts = [as_user(text) for text in body.input]
-    terms = _classifier(body, request, await request.begin(texts, max_tokens=0))
-    (probe,) = terms.probes
-    checked = await check(request, terms, texts)
-    tokens = sum(event.tokens for event, _ in checked)
-    data = [
-        Classification(
-            index=index,
-            label=verdict.label,
-            probs=[verdict.probabilities[label] for label in probe.task.labels],
-            num_classes=len(probe.task.labels),
-        )
-        for index, (_, decisions) in enumerate(checked)
-        for verdict in terms.verdicts(decisions)
-    ]
-    return ClassifyResponse(
-        id=f"classify-{uuid.uuid4().hex}",
-        created=int(time.time()),
-        model=probe.name,
-        data=data,
-        usage={"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
-    )
-
-
-def _classifier(body: TextsRequest, request: ServerRequest, terms: Terms) -> Terms:
-    """The terms with the one probe that the request names."""
-    names, chosen = [bound.name for bound in terms.chosen], body.probes
-    if body.model in names and body.model != terms.model:
-        chosen = [body.model] if chosen is None else chosen
-    elif body.model is not None:
-        request.require_model(body.model)
-    terms = terms.choose_disclosed(chosen)
-    if len(terms.chosen) != 1:
-        raise RequestError(
-            f"Choose one probe, got {len(terms.chosen)}. Name it as 'model'. Known: "
-            f"{', '.join(sorted(names)) or 'none'}.",
-            code="probe_not_chosen",
-            param="model",
-        )
-    return terms
 
 
 class Redaction(BaseModel):

@@ -313,7 +313,5 @@ class TextsRequest(StrictBody):
     """Texts to judge, each by itself."""
 
     input: Texts = Field(min_length=1, max_length=MAX_ITEMS)
-    model: Name | None = Field(
-        None, description="The served model's name; of `/classify`, also that of a probe."
-    )
+    model: Name | None = Field(None, description="The served model's name.")
     probes: ProbeNames = None
