@@ -51,7 +51,6 @@ PARTS = {
             "disclosure",
             "server_audit",
             "server_metrics",
-            "drift",
         ],
     ),
     "prompts": (
@@ -69,7 +68,6 @@ PARTS = {
             "admin_probes",
             "playground_api",
             "start",
-            "drift",
         ],
     ),
     "columns": (8, ["vllm/columns.py"], ["vllm_*"]),

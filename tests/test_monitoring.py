@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,12 +14,13 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
+from in_process import in_process
 from live import MODEL, http_client, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sidelight.server.metrics import ENOUGH
 from sockets import free_port
 from tiny import tiny_backbone, untrained_probe
 
@@ -35,7 +37,23 @@ POLICY = Policy(
 )
 
 
-ALERT_RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
+RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
+ALERT_RULES = [rule for rule in RULES if "alert" in rule]
+RECORDED = {rule["record"] for rule in RULES if "record" in rule}
+# Drift is of a day and of the week before it; here both are the time since the start.
+WINDOWS = {"interval: 2m": "interval: 1s", "[1d])) + ": "[1h])) + ", "[7d] offset 1d": "[1h]"}
+
+
+def selectors(rule: dict) -> list[tuple[str, dict[str, str]]]:
+    """The series that a rule reads, with the values of labels that it asks for."""
+    found = re.findall(r"(\b(?:sidelight[_:][\w:]+|up))(?:\{([^}]*)\})?", rule["expr"])
+    return [(name, dict(re.findall(r'(\w+)=~?"([^"]*)"', matchers))) for name, matchers in found]
+
+
+def grouped(rule: dict) -> set[str]:
+    """The labels that a rule keeps, of those that a server gives its series."""
+    labels = ",".join(re.findall(r"by \(([^)]+)\)", rule["expr"])).split(",")
+    return {label.strip() for label in labels} & {"probe", "side", "label", "le"}
 
 
 def panel_queries() -> list[str]:
@@ -59,7 +77,7 @@ def promtool(*words: object) -> None:
 @pytest.mark.slow
 def test_the_alerts_fire_when_they_should_and_only_then():
     promtool("check", "rules", DEPLOY / "alerts.yaml")
-    promtool("test", "rules", DEPLOY / "alerts_test.yaml")
+    promtool("test", "rules", DEPLOY / "alerts_test.yaml", DEPLOY / "drift_test.yaml")
 
 
 def test_the_tests_of_alerts_make_each_of_them_fire():
@@ -68,6 +86,25 @@ def test_the_tests_of_alerts_make_each_of_them_fire():
     told = (DEPLOY.parent / "docs" / "operate.md").read_text()
     assert [name for name in fired if f"`{name}`" not in told] == []
     assert all({"summary", "remedy"} == rule["annotations"].keys() for rule in ALERT_RULES)
+
+
+def test_what_the_recording_rules_read_is_what_a_server_tells_or_another_rule_records(tiny):
+    with in_process(TransformersEngine(tiny, [untrained_probe(tiny, "p")])) as http:
+        http.post("/v1/moderations", json={"input": "hello"}).raise_for_status()
+        families = [*text_string_to_metric_families(http.get("/metrics").text)]
+    labels_of = defaultdict(list)
+    for sample in (sample for family in families for sample in family.samples):
+        labels_of[sample.name].append(sample.labels)
+    assert len(RECORDED) > 3
+    for rule in (rule for rule in RULES if "record" in rule):
+        for name, wanted in selectors(rule):
+            if name not in RECORDED:
+                (series,) = [own for own in labels_of[name] if wanted.items() <= own.items()]
+                assert series.keys() == {"probe", "label", "le"}
+    # Every score is in one of the tenths that are added up.
+    (tenths,) = (rule for rule in RULES if rule.get("record") == "sidelight:probe_score:tenths")
+    bounds = {labels["le"] for labels in labels_of["sidelight_probe_score_bucket"]}
+    assert {wanted["le"] for _, wanted in selectors(tenths)} == bounds - {"+Inf"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +129,11 @@ class Prometheus:
 def scraping(folder: Path, target: str) -> Iterator[Prometheus]:
     """Debian's, with the configuration of ``deploy/`` but for the address and the intervals."""
     (folder / "metrics-key").write_text(METRICS_KEY)
-    shutil.copy(DEPLOY / "alerts.yaml", folder)
+    rules = (DEPLOY / "alerts.yaml").read_text()
+    for written, here in WINDOWS.items():
+        assert written in rules
+        rules = rules.replace(written, here)
+    (folder / "alerts.yaml").write_text(rules)
     config = (DEPLOY / "prometheus.yaml").read_text()
     for written, here in (
         ("/run/secrets/metrics-key", str(folder / "metrics-key")),
@@ -124,8 +165,7 @@ def scraping(folder: Path, target: str) -> Iterator[Prometheus]:
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """It has scraped a server before, between and after some requests of every kind."""
     backbone = tiny_backbone()
-    stored = {"validation": {"scores": {"toxic": [5] * 10}}}
-    judging = replace(untrained_probe(backbone, "injection", threshold=0.99), record=stored)
+    judging = untrained_probe(backbone, "injection", threshold=0.99)
     answers = untrained_probe(backbone, "answers", reads=Reads("response"))
     probes = [judging, replace(judging, name="shadow"), answers]
     engine = TransformersEngine(backbone, probes)
@@ -138,12 +178,15 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     ):
         prometheus.wait_until("up == 1")
         http.headers["Authorization"] = f"Bearer {KEY}"
-        texts = [f"text {i}" for i in range(ENOUGH)]
-        http.post("/v1/moderations", json={"input": texts}).raise_for_status()
+        texts = [f"text {i}" for i in range(250)]
+        for _ in range(2):
+            # What a series begins with is no increase.
+            http.post("/v1/moderations", json={"input": texts}).raise_for_status()
+            prometheus.wait_until("sidelight:probe_score:tenths")
         for stream in (False, True):
             http.post("/v1/chat/completions", json={**chat, "stream": stream}).raise_for_status()
         prometheus.wait_until("sum(increase(sidelight_completion_tokens_total[1m])) > 0")
-        prometheus.wait_until("sidelight_probe_drift_psi")
+        prometheus.wait_until("sidelight:probe_score:psi")
         yield prometheus
 
 
@@ -160,19 +203,15 @@ def test_every_panel_of_the_dashboard_shows_something(prometheus: Prometheus):
 
 @pytest.mark.slow
 def test_every_series_and_label_of_the_alerts_exists_and_all_are_evaluated(prometheus: Prometheus):
-    for rule in ALERT_RULES:
-        labels = re.findall(r"by \(([^)]+)\)", rule["expr"])
-        grouped = {label.strip() for group in labels for label in group.split(",")}
-        selectors = re.findall(r"(\b(?:sidelight_\w+|up))(?:\{([^}]*)\})?", rule["expr"])
-        assert selectors
-        for name, matchers in selectors:
+    for rule in RULES:
+        assert selectors(rule)
+        for name, wanted in selectors(rule):
             found = prometheus.get("series", **{"match[]": name})
             assert found, name
-            wanted = dict(re.findall(r'(\w+)=~?"([^"]*)"', matchers))
-            assert wanted.keys() | (grouped & {"probe", "side", "label", "le"}) <= found[0].keys()
+            assert wanted.keys() | grouped(rule) <= found[0].keys()
             # Other values, such as the status of a failure, come with the failure.
-            for label in wanted.keys() & {"action", "outcome", "job"}:
+            for label in wanted.keys() & {"action", "outcome", "job", "window"}:
                 assert any(re.fullmatch(wanted[label], series[label]) for series in found), wanted
     groups = prometheus.get("rules")["groups"]
     health = {rule["name"]: rule["health"] for group in groups for rule in group["rules"]}
-    assert health == {rule["alert"]: "ok" for rule in ALERT_RULES}
+    assert health == dict.fromkeys([rule["alert"] for rule in ALERT_RULES] + [*RECORDED], "ok")

@@ -17,7 +17,6 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
-from sidelight.metrics import BINS
 from sidelight.prompts import PromptFormat, Reads
 from sidelight.spans import SpanRule
 from sidelight.thresholds import OperatingCurve, read_curves
@@ -43,7 +42,6 @@ class _Reference(BaseModel):
 
     rows: _Count = 0
     metrics: dict[str, Any] = {}
-    scores: dict[str, Annotated[list[_Count], Field(min_length=BINS, max_length=BINS)]] = {}
 
 
 class _Recalibration(_Reference):

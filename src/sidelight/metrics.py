@@ -1,11 +1,11 @@
-"""Metrics of probabilities against labels, and the drift of scores.
+"""Metrics of probabilities against labels.
 
 All resamples of the rows are measured at once: weights say how often each resample counts each row.
 A loop over scikit-learn's metrics gives the same numbers far more slowly (docs/dependencies.md).
 An undefined metric is NaN.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -27,7 +27,6 @@ METRICS = (
     "ece",
 )
 
-BINS = 10  # of the histograms of scores that drift is measured with
 _ECE_BINS = 15
 _BLOCK_CELLS = 2**20
 # The least probability whose logarithm counts.
@@ -317,23 +316,3 @@ def _resample(rows: int, *, resamples: int, seed: int) -> Iterator[Float[Values,
         cells = random.integers(rows, size=(width, rows)) + rows * np.arange(width)[:, None]
         drawn = np.bincount(cells.ravel(), minlength=rows * width).reshape(width, rows)
         yield np.ascontiguousarray(drawn.T, dtype=np.float64)
-
-
-def score_counts(scores: Sequence[float]) -> list[int]:
-    """How many probabilities fall into each of ten equal bins of [0, 1]."""
-    counts, _ = np.histogram(np.asarray(scores, dtype=float), bins=BINS, range=(0.0, 1.0))
-    return counts.tolist()
-
-
-def stability_index(reference: Sequence[int], observed: Sequence[int]) -> float:
-    """The population stability index of two histograms, minus what chance alone adds to it.
-
-    The index is the sum of (p - q) ln(p / q) over the bins. For n and m draws from one distribution
-    its expectation is about (bins - 1) (1 / n + 1 / m), which is subtracted; the result is never
-    below 0. Symmetric. Values below 0.1 are usually called stable, above 0.25 changed.
-    """
-    # Half a count more in each bin, so that an empty bin means rare and not impossible.
-    n, m = np.asarray(reference, dtype=float) + 0.5, np.asarray(observed, dtype=float) + 0.5
-    p, q = n / n.sum(), m / m.sum()
-    chance = (len(n) - 1) * (1 / n.sum() + 1 / m.sum())
-    return max(0.0, float(((p - q) * np.log(p / q)).sum() - chance))

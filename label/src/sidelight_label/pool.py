@@ -33,8 +33,8 @@ from sidelight.states.extraction import BackboneSource, extract, shard_logits
 from sidelight.training.dataset import encode_shortened
 from sidelight.training.measuring import (
     calibrate_examples,
+    describe_curves,
     describe_examples,
-    describe_scores,
     measuring_folds,
     text_hashes,
 )
@@ -179,7 +179,7 @@ class Pool:
                 "validation": {
                     **described,
                     "metrics": report.to_dict(),
-                    **describe_scores(self.task, chances, labelled.labels),
+                    "curves": describe_curves(self.task, chances, labelled.labels),
                 },
                 "folds": len(folds),
                 "settings": {"strength": regression.strength},

@@ -1,14 +1,12 @@
-"""Series for Prometheus: requests, tokens, times, verdicts and drift. No text, no keys.
+"""Series for Prometheus: requests, tokens, times and verdicts. No text, no keys.
 
 Every label has a bounded number of values.
 """
 
-import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, get_args
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -19,29 +17,19 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from sidelight.engines.base import Engine
-from sidelight.manifest import reference
-from sidelight.metrics import BINS, score_counts, stability_index
 from sidelight.policy.decisions import Action, Decision, Outcome, agreements
 from sidelight.policy.rules import BoundRule
 from sidelight.probe import Probe
 from sidelight.types import Verdict
 
 # Series of scores, without which scores that answers withhold could be read from `/metrics`.
-_SCORES = ("sidelight_probe_score", "sidelight_probe_drift_psi")
+_SCORES = ("sidelight_probe_score",)
 
-# Drift is computed on the last WINDOW scores, once there are ENOUGH. Without drift, ENOUGH scores
-# exceed an index of 0.1 in at most 5 of 100 comparisons with 150 validation scores.
-WINDOW = 1000
-ENOUGH = 200
-# An index above it is usually called a change.
-CHANGED = 0.25
-
-_log = logging.getLogger(__name__)
-
+# `deploy/alerts.yaml` names these bounds.
 _TENTHS = tuple(i / 10 for i in range(1, 11))
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _JUDGING_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_SECONDS)
@@ -51,7 +39,7 @@ class Metrics:
     """The series of one server, in a registry of its own.
 
     Args:
-        engine: Has the requests that run and wait, and the probes whose drift is computed.
+        engine: Has the requests that run and wait.
     """
 
     def __init__(self, engine: Engine):
@@ -90,8 +78,6 @@ class Metrics:
             buckets=_TENTHS,
             registry=registry,
         )
-        self._drift = Drift(engine)
-        registry.register(self._drift)
         running = Gauge("sidelight_requests_running", "Being read or written", registry=registry)
         running.set_function(lambda: engine.load.running)
         waiting = Gauge("sidelight_requests_waiting", "In line", registry=registry)
@@ -129,11 +115,10 @@ class Metrics:
             self._verdicts.labels(rule.name, decision.outcome).inc()
             if decision.action != "none":
                 self._actions.labels(rule.name, rule.side, decision.action).inc()
-            # Only scores of whole texts are comparable with each other and with validation's.
+            # Only scores of whole texts are comparable with each other.
             if verdict is not None and not decision.is_unfinished:
                 for label, score in scores(rule.probe, verdict).items():
                     self._scores.labels(rule.name, label).observe(score)
-                self._drift.add(rule.probe, verdict)
         for shadow, agreement in agreements(decisions):
             self._agreements.labels(shadow.shadow_of, shadow.name, agreement).inc()
 
@@ -180,68 +165,9 @@ class DisclosedSeries(Collector):
             yield shown
 
 
-class Drift(Collector):
-    """How recent scores of each running probe differ from those that it was calibrated on.
-
-    A change is logged once for each version of a probe, with the remedy.
-
-    Args:
-        engine: Has the probes; the scores of others are forgotten.
-    """
-
-    def __init__(self, engine: Engine):
-        self._engine = engine
-        self._recent: dict[tuple[str, str], dict[str, deque[float]]] = {}
-        self._told: set[tuple[str, str]] = set()
-
-    def add(self, probe: Probe, verdict: Verdict) -> None:
-        """Keeps the verdict's scores; a new version of a probe starts with none."""
-        key = (probe.name, probe.version)
-        if key not in self._recent:
-            running = {key, *((p.name, p.version) for p in self._engine.probes)}
-            self._recent = {k: kept for k, kept in self._recent.items() if k in running}
-            self._recent[key] = {}
-            self._told &= running
-        for label, score in scores(probe, verdict).items():
-            self._recent[key].setdefault(label, deque(maxlen=WINDOW)).append(score)
-
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        """The series; none for a probe with too few scores, or without stored ones."""
-        family = GaugeMetricFamily(
-            "sidelight_probe_drift_psi",
-            "Population stability index of recent scores against those that the probe was "
-            f"calibrated on, less that of chance; above {CHANGED}, run sidelight recalibrate",
-            labels=["probe", "label"],
-        )
-        for probe in self._engine.probes if self._engine.is_ready else ():
-            recent = self._recent.get((probe.name, probe.version), {})
-            for label, expected in _calibration_counts(probe.record).items():
-                if len(own := recent.get(label, ())) >= ENOUGH:
-                    index = stability_index(expected, score_counts(own))
-                    family.add_metric([probe.name, label], index)
-                    self._tell(probe, label, index)
-        return [family]
-
-    def _tell(self, probe: Probe, label: str, index: float) -> None:
-        key = (probe.name, probe.version)
-        if index > CHANGED and key not in self._told:
-            self._told.add(key)
-            _log.warning(
-                "The scores of probe '%s' for '%s' are no longer those that it was calibrated on "
-                "(drift %.2f). Run `sidelight recalibrate` on some hundred recent texts.",
-                *(probe.name, label, index),
-            )
-
-
 def scores(probe: Probe, verdict: Verdict) -> dict[str, float]:
     """The probability of each label; for a binary probe only that of the positive label."""
     if probe.task.kind != "binary":
         return verdict.probabilities
     positive = probe.task.labels[1]
     return {positive: verdict.probabilities[positive]}
-
-
-def _calibration_counts(record: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Counts of each label's scores at calibration; empty where the record has none."""
-    stored: dict[str, list[int]] = reference(record).get("scores", {})
-    return {label: counts for label, counts in stored.items() if len(counts) == BINS}

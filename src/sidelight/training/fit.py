@@ -27,8 +27,8 @@ from sidelight.training.loop import Candidate, cross_fit, divergence, train_mech
 from sidelight.training.measuring import (
     FLATTERING,
     calibrate_examples,
+    describe_curves,
     describe_examples,
-    describe_scores,
     measure_sources,
     measuring_folds,
     text_hashes,
@@ -216,7 +216,7 @@ def calibrate_probe(
     record["validation"] = {
         **describe_examples(validation),
         "metrics": report.to_dict(),
-        **describe_scores(task, calibration.apply(logits), validation.labels),
+        "curves": describe_curves(task, calibration.apply(logits), validation.labels),
         "sources": measure_sources(validation, left_out, report.thresholds),
     }
     traffic = None

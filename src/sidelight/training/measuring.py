@@ -23,7 +23,6 @@ from sidelight.calibration import (
 from sidelight.data.examples import Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
-from sidelight.metrics import score_counts
 from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, operating_curves
 from sidelight.training.traffic import flags_of, quiet_thresholds
 from sidelight.training.validation import FOLDS, Folds
@@ -137,22 +136,14 @@ def measuring_folds(
     return folds
 
 
-def describe_scores(
+def describe_curves(
     task: Task,
     probabilities: Float[np.ndarray, "text output"],
-    labels: Int[np.ndarray, "text ..."] | None = None,
+    labels: Int[np.ndarray, "text ..."],
 ) -> dict[str, Any]:
-    """What serving and a later recalibration need to know of the scores of some texts.
-
-    ``scores`` are histograms, which drift is measured from; ``curves``, of labelled texts, what
-    each threshold flags.
-    """
-    columns = dict(zip(task.output_labels, probabilities.T, strict=True))
-    curves = {} if labels is None else operating_curves(task, probabilities, labels)
-    return {
-        "scores": {label: score_counts(column.tolist()) for label, column in columns.items()},
-        "curves": {label: asdict(curve) for label, curve in curves.items()},
-    }
+    """What each threshold flags of labelled texts, for serving and a later recalibration."""
+    curves = operating_curves(task, probabilities, labels)
+    return {label: asdict(curve) for label, curve in curves.items()}
 
 
 def measure_sources(

@@ -28,8 +28,8 @@ from sidelight.thresholds import (
 from sidelight.training.measuring import (
     FLATTERING,
     calibrate_examples,
+    describe_curves,
     describe_examples,
-    describe_scores,
     measuring_folds,
     trained_texts,
 )
@@ -217,7 +217,7 @@ def _follow_labels(
         **describe_examples(examples),
         "before": before.to_dict(),
         "after": after.to_dict(),
-        **describe_scores(task, chances, labels),
+        "curves": describe_curves(task, chances, labels),
     }
     recalls = {
         label: (before.per_class[label]["recall"], after.per_class[label]["recall"])
@@ -303,6 +303,5 @@ def _follow_rule(probe: "Probe", rule: ThresholdRule) -> Recalibrated:
     }
     doubts += _losses(recalls)
     fitted = replace(probe, thresholds=thresholds)
-    kept = {name: reference(probe.record)[name] for name in ("scores", "curves")}
-    entry = {"what": f"thresholds for {rule}", **kept}
+    entry = {"what": f"thresholds for {rule}", "curves": reference(probe.record)["curves"]}
     return Recalibrated(_recorded(probe, fitted, rule, entry, alone), None, (*doubts,))
