@@ -202,13 +202,14 @@ class PolicyServer:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return self.http.post(path, json=body, headers=headers)
 
-    def metrics(self, key: str | None = None) -> list[str]:
+    def metrics(self, key: str | None = ADMIN) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return self.http.get("/metrics", headers=headers).text.splitlines()
+        return self.http.get("/metrics", headers=headers)
 
-    def counted(self, *words: str, key: str | None = None) -> float:
+    def counted(self, *words: str) -> float:
         """The sum of the series that have all of these words."""
-        series = [line for line in self.metrics(key) if all(word in line for word in words)]
+        lines = self.metrics().text.splitlines()
+        series = [line for line in lines if all(word in line for word in words)]
         return sum(float(line.rsplit(" ", 1)[1]) for line in series)
 
 
@@ -287,8 +288,6 @@ def told(server: PolicyServer, text: str, name: str) -> dict[str, str]:
     asked = {"input_type": "request", "texts": [text]}
     asked["additional_provider_specific_params"] = chosen
     guarded = server.post((GUARDRAIL, asked)).json()
-    series = [line for line in server.metrics() if f'probe="{name}"' in line]
-    has_scores = any(line.startswith("sidelight_probe_score") for line in series)
 
     def decided(**options: Any) -> httpx.Response:
         questions = [{"type": "predicate", "name": category}]
@@ -326,7 +325,6 @@ def told(server: PolicyServer, text: str, name: str) -> dict[str, str]:
         "`/v1/decisions`, `probability`": probability,
         "guardrail, `action`": lambda: "yes" if guarded["action"] == "BLOCKED" else "nothing",
         "guardrail, field `sidelight`": lambda: ENTRIES[seen(in_guard.get(name))],
-        "`/metrics`": lambda: "counts, scores" if has_scores else "counts" if series else "nothing",
     }
     return {place: word() for place, word in words.items() if place not in server.absent}
 
@@ -450,7 +448,7 @@ class PolicyContract:
 
     def test_a_shadow_is_in_no_answer_and_in_the_counts(self, server, subjects):
         compared = ("sidelight_shadow_agreements_total{", 'shadow="newer"')
-        before = server.counted(*compared, key=ADMIN)
+        before = server.counted(*compared)
         for key in (None, ADMIN):
             for asked in (
                 chat(subjects.benign, max_tokens=2),
@@ -460,7 +458,7 @@ class PolicyContract:
                 answer = server.post(asked, key)
                 assert answer.status_code == 200 or asked[0] == CHECKS
                 assert "newer" not in f"{answer.text} {answer.headers}"
-        assert server.counted(*compared, key=ADMIN) > before
+        assert server.counted(*compared) > before
 
     @STREAMED
     @pytest.mark.parametrize("key", [None, ADMIN])
@@ -509,6 +507,13 @@ class PolicyContract:
         for setting, name in (("scores", "told"), ("labels", "labelled"), ("none", "silent")):
             wanted = {p: word for p, word in documented(setting).items() if p not in server.absent}
             assert told(server, subjects.benign, name) == wanted, setting
+
+    def test_the_metrics_have_the_scores_that_rules_withhold_and_need_a_key(self, server, subjects):
+        server.post(chat(subjects.benign, max_tokens=2))
+        for key in (None, "another"):
+            assert refusal(server.metrics(key)) == (403, "metrics_key_required")
+        for name in ("told", "labelled", "silent", "newer"):
+            assert server.counted("sidelight_probe_score_count{", f'probe="{name}"') > 0
 
     def test_decisions_are_audited_and_counted(self, server, subjects):
         blocks = 'sidelight_actions_total{action="block",probe="injection",side="input"}'

@@ -259,7 +259,7 @@ def commands() -> Iterator[str]:
 
 
 def series() -> set[str]:
-    page = Metrics(TransformersEngine(tiny_backbone(), [])).exposition(()).decode()
+    page = Metrics(TransformersEngine(tiny_backbone(), []), tuple).exposition().decode()
     names = re.findall(r"^# TYPE (\w+)", page, flags=re.MULTILINE)
     return {name for name in names if not name.endswith("_created")}
 

@@ -70,8 +70,13 @@ def probes(tiny):
 
 @contextmanager
 def serving(tiny, loaded, policy, **settings):
+    settings = {"metrics_key": "scraper", **settings}
     with in_process(TransformersEngine(tiny, loaded), policy=policy, **settings) as http:
         yield http
+
+
+def metrics(http):
+    return http.get("/metrics", headers={"Authorization": "Bearer scraper"}).text
 
 
 def asked(tiny, loaded, policy, **request):
@@ -127,7 +132,7 @@ def test_a_shadow_makes_no_category_ambiguous_and_a_failing_one_is_counted(tiny,
         answer = http.post("/v1/moderations", json={"input": "x", "probes": ["toxicity"]})
         chat = http.post(CHATS, json=GREEDY)
         said = f"{chat.text} {chat.headers} {http.get('/v1/models').text}"
-        series = http.get("/metrics").text
+        series = metrics(http)
     assert answer.json()["results"][0]["category_scores"].keys() == {"toxicity/toxic"}
     assert not [name for name in shadows if name in said]
     agreed = 'sidelight_shadow_agreements_total{agreement="same",probe="toxicity",shadow="hidden"}'
@@ -159,7 +164,7 @@ def test_a_turn_that_no_probe_reads_is_trusted_or_refused(tiny, probes, mode, se
 
         assert statuses(system) == {status}
         # What is refused is refused before anything is run.
-        series = http.get("/metrics").text
+        series = metrics(http)
         assert ("sidelight_prompt_tokens_total 0.0" in series) == (status == 400)
         assert statuses(HELLO) == statuses(later) == {200}
 
@@ -209,7 +214,7 @@ def test_what_was_not_judged_is_logged_and_counted(tiny, caplog):
             caplog.clear()
             with caplog.at_level(logging.WARNING, logger="sidelight"):
                 assert http.post(CHATS, json=GREEDY).status_code == status
-            series = http.get("/metrics").text
+            series = metrics(http)
         counted = f'sidelight_actions_total{{action="{action}",probe="early",side="input"}} 1.0'
         assert counted in series
         assert "Probe 'early' gave no verdict on the input" in caplog.text

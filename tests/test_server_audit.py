@@ -177,10 +177,10 @@ HELD = Policy(output={"late": Rule("block", threshold=1.0, hold_back=100)})
 @pytest.mark.skipif(not FULL.exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("policy", [BLOCKING, HELD, None])
 def test_what_cannot_be_audited_passes_only_where_nothing_blocks(engine, policy):
-    with in_process(engine, audit_log=FULL, policy=policy) as http:
+    with in_process(engine, audit_log=FULL, policy=policy, admin_key="admin") as http:
         plain, streamed = (http.post(CHAT, json={**BODY, "stream": s}) for s in (False, True))
         checked = http.post("/v1/moderations", json={"input": "zebra"})
-        series = http.get("/metrics").text
+        series = http.get("/metrics", headers={"Authorization": "Bearer admin"}).text
     if policy is BLOCKING:
         for answer in (plain, streamed, checked):
             assert (answer.status_code, answer.json()["error"]["code"]) == (500, "audit_failed")

@@ -97,6 +97,7 @@ def test_a_canary_is_found_nowhere(logged, capfd, tmp_path):
     path = tmp_path / "audit.jsonl"
     options = {
         "api_key": KEY,
+        "metrics_key": "scraper",
         "max_body_bytes": 5000,
         "audit_log": path,
         "audit_salt": "salt",
@@ -119,7 +120,7 @@ def test_a_canary_is_found_nowhere(logged, capfd, tmp_path):
                 for s in (False, True)
             }
             hook.remove()
-            series = http.get("/metrics").text
+            series = http.get("/metrics", headers={"Authorization": "Bearer scraper"}).text
     # All kinds of answers have been provoked, and all places hold something.
     assert {200, 400, 401, 403, 404, 405, 413, 500} <= statuses
     log, audit = stream.getvalue(), path.read_text()

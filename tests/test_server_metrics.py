@@ -34,10 +34,11 @@ def engine_of(backbone: TransformersBackbone, *sides: str) -> TransformersEngine
 
 def series(engine: TransformersEngine, asked: Asked, policy: Policy) -> dict[str, float]:
     """All series after these requests."""
-    with in_process(engine, policy=policy) as http:
+    with in_process(engine, policy=policy, metrics_key="scraper") as http:
         for path, body in asked:
             http.post(path, json=body)
-        lines = [line for line in http.get("/metrics").text.splitlines() if line[0] != "#"]
+        text = http.get("/metrics", headers={"Authorization": "Bearer scraper"}).text
+        lines = [line for line in text.splitlines() if line[0] != "#"]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 

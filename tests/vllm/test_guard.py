@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from chat_families import FAMILIES, WITHOUT_SYSTEM, WITHOUT_TOOLS, family_tokenizer
 from reciting import REDACTED, SECRETS, reciting_model
@@ -617,6 +619,30 @@ def test_answers_without_a_text_pass_as_they_are(guarded):
         assert (status, answer) == (418, body)
         assert not any(name.startswith("x-") for name in headers)
         assert headers["content-length"] == str(len(body))
+
+
+@pytest.mark.parametrize("policy", ["", ONLY_INPUT])
+@pytest.mark.parametrize("metrics_key", [None, "scraper"])
+def test_where_a_rule_withholds_the_keys_of_vllm_open_no_metrics(
+    guarded, policy, metrics_key, monkeypatch
+):
+    """vLLM's keys hold on some of its routes, and not on its metrics."""
+    monkeypatch.setenv("SIDELIGHT_ADMIN_KEY", "admin")
+    if metrics_key:
+        monkeypatch.setenv("SIDELIGHT_METRICS_KEY", metrics_key)
+    app, endpoint = FastAPI(), ProbeEndpoint()
+    app.state.args = SimpleNamespace(api_key=["theirs"], host=None)
+    app.add_api_route("/metrics", lambda: "series")
+    endpoint.attach_router(app)
+    endpoint.guard, endpoint._routes = guarded([FINE], policy).sidelight_guard, ()
+    statuses = {}
+    for key in ("", "theirs", "scraper", "admin"):
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        statuses[key] = TestClient(app).get("/metrics", headers=headers).status_code
+    is_open = not policy and not metrics_key
+    assert statuses[""] == statuses["theirs"] == (200 if is_open else 403)
+    assert statuses["scraper"] == (200 if is_open or metrics_key else 403)
+    assert statuses["admin"] == 200
 
 
 def test_a_change_without_a_policy_reads_the_served_file_again(guarded, tmp_path, monkeypatch):

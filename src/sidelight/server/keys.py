@@ -64,16 +64,19 @@ class Access:
         keys: Open everything but ``/admin`` and ``/metrics``; without any, that is open to
             everybody.
         admin_keys: Open everything; without any, nobody reaches ``/admin``.
-        metrics_keys: Open ``/metrics``, with all series.
+        metrics_keys: Open ``/metrics``.
     """
 
     keys: tuple[Key, ...] = ()
     admin_keys: tuple[Key, ...] = ()
     metrics_keys: tuple[Key, ...] = ()
 
-    def opens_metrics(self, caller: Caller) -> bool:
-        """Whether this caller may read ``/metrics``; everybody may if there are no keys."""
-        is_open = not self.keys and not self.metrics_keys
+    def opens_metrics(self, caller: Caller, *, withholds: bool) -> bool:
+        """Whether this caller may read ``/metrics``.
+
+        Everybody may if there are no keys and the policy withholds nothing.
+        """
+        is_open = not self.keys and not self.metrics_keys and not withholds
         return is_open or caller.is_admin or caller.is_scraper
 
     def caller(self, authorization: str) -> Caller | None:

@@ -4,7 +4,6 @@ Every label has a bounded number of values.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import get_args
 
@@ -26,23 +25,22 @@ from sidelight.policy.rules import BoundRule
 from sidelight.probe import Probe
 from sidelight.types import Verdict
 
-# Series of scores, without which scores that answers withhold could be read from `/metrics`.
-_SCORES = ("sidelight_probe_score",)
-
 # `deploy/alerts.yaml` names these bounds.
 _TENTHS = tuple(i / 10 for i in range(1, 11))
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _JUDGING_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_SECONDS)
 
 
-class Metrics:
+class Metrics(Collector):
     """The series of one server, in a registry of its own.
 
     Args:
         engine: Has the requests that run and wait.
+        rules: Gives those of all probes that run.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, rules: Callable[[], Iterable[BoundRule]]):
+        self._rules = rules
         self._registry = registry = CollectorRegistry()
         self.requests = self._count("requests", "Answers by route and status", "route", "status")
         self.prompt_tokens = self._count(
@@ -85,28 +83,28 @@ class Metrics:
         build = Info("sidelight_build", "The installed version", registry=registry)
         build.info({"version": version("sidelight")})
 
-    def exposition(self, rules: Iterable[BoundRule], *, sees_all: bool = False) -> bytes:
-        """The series in Prometheus's text format, and those of the process.
-
-        Args:
-            rules: Of all probes.
-            sees_all: Whether what the rules do not disclose is in it.
-        """
-        known = list(rules)
+    def exposition(self) -> bytes:
+        """The series in Prometheus's text format, and those of the process."""
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(DisclosedSeries(self, lambda: known, sees_all=sees_all))
+        registry.register(self)
         ProcessCollector(registry=registry)
         return generate_latest(registry)
 
-    def collect(self, rules: Iterable[BoundRule]) -> Iterable[Metric]:
-        """The series; counters of these rules start at 0: a first count would be no increase."""
-        for rule in rules:
+    def collect(self) -> Iterable[Metric]:
+        """The series; counters of each probe start at 0: a first count would be no increase.
+
+        The times at which series began are left out: they double what is stored, and nobody asks
+        for them.
+        """
+        for rule in self._rules():
             for outcome in get_args(Outcome):
                 self._verdicts.labels(rule.name, outcome)
             for action in get_args(Action):
                 if action != "none":
                     self._actions.labels(rule.name, rule.side, action)
-        return self._registry.collect()
+        for family in self._registry.collect():
+            family.samples = [s for s in family.samples if not s.name.endswith("_created")]
+            yield family
 
     def count(self, decisions: Sequence[Decision]) -> None:
         """Counts verdicts, what followed from them, and whether shadows agreed."""
@@ -129,40 +127,6 @@ class Metrics:
         return Histogram(
             f"sidelight_{name}_seconds", meaning, labels, buckets=_SECONDS, registry=self._registry
         )
-
-
-@dataclass(frozen=True)
-class DisclosedSeries(Collector):
-    """The series of a server, less those that would tell more than the rules disclose.
-
-    Shadows are counted as before, since no answer tells them from a probe that is not there; their
-    scores would be close to those of the probe that they are compared with. The times at which
-    series began are left out too: they double what is stored, and nobody asks for them.
-
-    Attributes:
-        metrics: Has them all.
-        rules: Gives those of all probes.
-        sees_all: Whether everybody who reads them may see all.
-    """
-
-    metrics: Metrics
-    rules: Callable[[], Iterable[BoundRule]]
-    sees_all: bool = False
-
-    def collect(self) -> Iterable[Metric]:
-        rules = list(self.rules())
-        scored = {bound.name for bound in rules if bound.disclosure == "scores"}
-        hidden = {b.name for b in rules if b.disclosure == "none" and not b.is_shadow}
-        hidden |= {bound.name for bound in rules if bound.shadow_of in hidden}
-        for family in self.metrics.collect(rules):
-            shown = Metric(family.name, family.documentation, family.type, family.unit)
-            for sample in family.samples:
-                probe = sample.labels.get("probe")
-                shows = probe in scored if family.name in _SCORES else probe not in hidden
-                is_time = sample.name.endswith("_created")
-                if not is_time and (probe is None or shows or self.sees_all):
-                    shown.samples.append(sample)
-            yield shown
 
 
 def scores(probe: Probe, verdict: Verdict) -> dict[str, float]:

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from ipaddress import ip_address
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -148,8 +148,9 @@ class Gatekeeper:
     """Refuses what is for another server, or has no key that opens it.
 
     ``/health``, ``/ready`` and ``open_paths`` are open to all; ``/metrics`` needs a key, but none
-    of a user. The gate is before the routing, so that nobody without a key learns which routes
-    exist. A request that passes carries its ``Caller`` in its state.
+    of a user, if there are keys or the policy ``withholds`` what it tells. The gate is before the
+    routing, so that nobody without a key learns which routes exist. A request that passes carries
+    its ``Caller`` in its state.
 
     A page in a browser can have its own name point at this machine (DNS rebinding), and then read
     what a server without keys answers. Its requests carry that name in ``Host`` and ``Origin``. So
@@ -162,11 +163,13 @@ class Gatekeeper:
         app: ASGIApp,
         *,
         access: Access,
+        withholds: Callable[[], bool],
         open_paths: Collection[str] = (),
         hosts: Collection[str] | None = None,
     ):
         self._app = app
         self._access = access
+        self._withholds = withholds
         self._open_paths = _OPEN | frozenset(open_paths)
         self._hosts = hosts
 
@@ -212,9 +215,12 @@ class Gatekeeper:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         # vLLM answers all that begins so with its metrics, and routers the path and a line break.
-        if path.startswith("/metrics") and not self._access.opens_metrics(caller):
+        if path.startswith("/metrics") and not self._access.opens_metrics(
+            caller, withholds=self._withholds()
+        ):
             raise RequestError(
-                "/metrics needs a metrics key (--metrics-key) or an admin key.",
+                "/metrics tells what the policy withholds and what others were refused for, so it "
+                "needs a metrics key (--metrics-key or SIDELIGHT_METRICS_KEY) or an admin key.",
                 status=403,
                 code="metrics_key_required",
             )

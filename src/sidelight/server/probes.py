@@ -56,6 +56,11 @@ class ProbeRegistry:
         """Every probe that runs, with its rule."""
         return bound_rules(self.policy, self._engine.probes)
 
+    @property
+    def withholds(self) -> bool:
+        """Whether a rule withholds from clients what the metrics would tell them."""
+        return any(bound.disclosure != "scores" for bound in self.rules)
+
     def folder(self, name: str) -> Path | None:
         """Where a probe was loaded from, if it was."""
         return self._paths.get(name)

@@ -57,7 +57,7 @@ class Context:
         """
         require_policy_applies(config.loaded_policy, engine.probes)
         registry = ProbeRegistry(engine, config.loaded_policy, sources or {}, config.policy)
-        observer = RequestObserver(Metrics(engine), audit_of(config))
+        observer = RequestObserver(Metrics(engine, lambda: registry.rules), audit_of(config))
         return cls(engine, registry, config, observer)
 
     def terms(self, observer: RequestObserver, *, sees_all: bool) -> Terms:

@@ -30,8 +30,7 @@ from sidelight.prompts import Conversation, Message, PlainText
 from sidelight.server import admin, checks, questions
 from sidelight.server.app import LOOPBACK, application, status_router
 from sidelight.server.errors import RequestError, as_request_error, wrong_field
-from sidelight.server.keys import Access, Caller
-from sidelight.server.metrics import DisclosedSeries
+from sidelight.server.keys import Caller
 from sidelight.server.middleware import REQUEST_ID, Gatekeeper
 from sidelight.server.schemas import ReportRequest
 from sidelight.vllm.answers import GuardedRequest
@@ -68,10 +67,10 @@ class ProbeEndpoint:
         config = server_config()
         # vLLM guards some routes with its keys; ours hold on all.
         has_keys = bool(_keys_of_vllm(app.state.args))
-        access = Access() if has_keys else config.access
+        access = replace(config.access, keys=()) if has_keys else config.access
         is_local = app.state.args.host in LOOPBACK and not has_keys
         hosts = config.hosts if is_local or config.allowed_host else None
-        app.add_middleware(Gatekeeper, access=access, hosts=hosts)
+        app.add_middleware(Gatekeeper, access=access, withholds=self._withholds, hosts=hosts)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Finds the guard of the engine, and mounts our routes, and the metrics."""
@@ -89,10 +88,12 @@ class ProbeEndpoint:
         routers = checks.router, questions.router, admin.admin_probes_router, status_router
         self._application = application(context, routers)
         self._routes = [route for router in routers for route in router.routes]
-        registry, metrics = context.registry, context.observer.metrics
-        REGISTRY.register(DisclosedSeries(metrics, lambda: registry.rules))
+        REGISTRY.register(context.observer.metrics)
         _mark_cut_responses()
         self.guard = guard
+
+    def _withholds(self) -> bool:
+        return self.guard is not None and self.guard.context.registry.withholds
 
     def application(self, scope: Scope) -> ASGIApp | None:
         """What answers at this path; None: it is vLLM's, or nobody's."""

@@ -53,6 +53,8 @@ disclose = "scores"
 mode = "block"
 threshold = 1.0
 """
+# The rule on the output withholds scores, which the metrics have.
+_METRICS_KEY = "load"
 _WARM_UP_S = 5.0
 _TIMEOUT_S = 600.0
 
@@ -143,7 +145,9 @@ class Server:
 
     def judged(self) -> int:
         """How many prompts the server has counted a verdict of a probe for."""
-        families = text_string_to_metric_families(httpx.get(f"{self.process.url}/metrics").text)
+        headers = {"Authorization": f"Bearer {_METRICS_KEY}"}
+        series = httpx.get(f"{self.process.url}/metrics", headers=headers).text
+        families = text_string_to_metric_families(series)
         return round(
             sum(
                 sample.value
@@ -191,7 +195,7 @@ def run_load(
         max_tokens=max_tokens,
     )
     del backbone
-    options = ("--model", model)
+    options = ("--model", model, "--metrics-key", _METRICS_KEY)
     with (
         ServerProcess(probes, options=(*options, "--policy", str(policy))) as judging,
         ServerProcess((), options=options) as plain,
