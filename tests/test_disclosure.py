@@ -221,9 +221,7 @@ def test_a_failed_verdict_of_which_nothing_is_disclosed_is_in_no_answer(tiny):
         ('disclose = "none"', False),
     ],
 )
-def test_the_metrics_need_a_key_as_soon_as_a_rule_withholds_anything(
-    tiny, tmp_path, rule, is_open
-):
+def test_the_metrics_need_a_key_as_soon_as_a_rule_withholds_anything(tiny, tmp_path, rule, is_open):
     path = tmp_path / "policy.toml"
     path.write_text(f"[input.toxicity]\n{rule}\n")
     with asking(tiny, probes_of(tiny), Policy()) as http:

@@ -208,7 +208,9 @@ def ending(kind=None, *, deadline=0.001):
             await send({"type": "http.response.body", "body": b"begun", "more_body": True})
         await asyncio.Event().wait()
 
-    return RequestScope(hang, observer=RequestObserver(Metrics(engine()[0], tuple)), deadline=deadline)
+    return RequestScope(
+        hang, observer=RequestObserver(Metrics(engine()[0], tuple)), deadline=deadline
+    )
 
 
 def test_a_request_that_outlasts_the_servers_end_is_told_so():

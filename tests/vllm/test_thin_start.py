@@ -70,7 +70,12 @@ def get(server, path, key):
 def test_every_route_but_those_of_load_balancers_needs_a_key_and_shows_none(server, subjects):
     paths = get(server, "/openapi.json", KEY).json()["paths"]
     tried = [(method.upper(), path) for path, methods in paths.items() for method in methods]
-    for method, path in [*tried, ("GET", "/ready"), ("POST", "/v1/moderations"), ("GET", "/nowhere")]:
+    for method, path in [
+        *tried,
+        ("GET", "/ready"),
+        ("POST", "/v1/moderations"),
+        ("GET", "/nowhere"),
+    ]:
         answer = httpx.request(method, f"{server.address}{path}", json={}, timeout=60)
         if path not in ("/health", "/ready"):
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")

@@ -300,8 +300,7 @@ def _turns(example: "Example") -> "tuple[Message, ...]":
     "--gate",
     type=click.FloatRange(0, 1),
     metavar="SHARE",
-    help="End with exit code 1 if more than this share of verdicts differs between two engines. "
-    "Otherwise --quantised prints the digest that accepts the probes on the copy.",
+    help="End with exit code 1 if more than this share of verdicts differs between two engines.",
 )
 @options.model
 @options.dtype
@@ -348,22 +347,17 @@ def parity(
     from sidelight.artifact import load_probe
     from sidelight.engines.parity import compare_engines
     from sidelight.vllm.internals import QUANTISING
-    from sidelight.vllm.settings import ACCEPTED, acceptance, copy_of
 
     loaded = [load_probe(probe) for probe in probes]
     drawn = examples.draw(limit or len(examples), seed=0)
     texts = [_turns(examples.items[row]) for row in drawn]
-    if quantised is not None and "vllm" in compared:
+    if of_copy is not None and "vllm" in compared:
         # What quantises the copy must leave the original as it is.
         original = {k: v for k, v in engine_option.items() if k not in QUANTISING}
         compared["vllm"] = replace(compared["vllm"], engine_option=original)
     makers = {name: partial(each.load_engine, loaded) for name, each in compared.items()}
-    digest = ""
-    if quantised is not None and of_copy is not None:
-        copy = copy_of(quantised, loaded, engine_option)
-        digest = acceptance(copy, loaded)
-        copies = [replace(probe, fingerprint=copy) for probe in loaded]
-        makers["quantised"] = partial(of_copy.load_engine, copies)
+    if of_copy is not None:
+        makers["quantised"] = partial(of_copy.load_engine, loaded)
     differences = compare_engines(makers, texts)
     if out is not None:
         write_json(out, [asdict(difference) for difference in differences])
@@ -378,5 +372,3 @@ def parity(
     if apart:
         click.echo(f"More than {gate:.1%} flipped ({len(apart)} times).", err=True)
         sys.exit(1)
-    if digest:
-        click.echo(f"{ACCEPTED}={digest}")

@@ -108,7 +108,7 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
         files.quantised(how) if how else files,
         is_described=bool(settings.get(DESCRIBED)),
         columns=named_columns(settings),
-        accepted=str(settings.get("accept_quantised") or os.environ.get(ACCEPTED, "")),
+        accepted=os.environ.get(ACCEPTED, ""),
         keeps_states=bool(settings.get(STATES)),
     )
     # Loaded here too, since an error in a worker is harder to read.

@@ -3,7 +3,7 @@
 ``SIDELIGHT_PROBES`` names folders of probes, separated by the system's path separator. So does
 ``additional_config={"sidelight": {"probes": [...]}}``. Without either, the plugin does nothing.
 ``SIDELIGHT_COLUMNS``, or ``"columns"`` beside ``"probes"``, keeps room for larger probes.
-``SIDELIGHT_QUANTISED``, or ``"accept_quantised"``, accepts probes on a quantised copy.
+``SIDELIGHT_QUANTISED`` accepts the probes of a model on a quantised copy.
 ``SIDELIGHT_POLICY`` and ``SIDELIGHT_AUDIT_LOG`` name the files of a server of vLLM's.
 """
 
@@ -25,7 +25,6 @@ from sidelight.fingerprint import Fingerprint, hash_of
 from sidelight.manifest import require_distinct_names
 from sidelight.probe import Probe, common_format
 from sidelight.prompts import PromptEncoder
-from sidelight.vllm.internals import QUANTISING, quantisation
 
 if TYPE_CHECKING:
     from sidelight.server.config import ServerConfig
@@ -57,7 +56,8 @@ class Served:
         is_described: Whether requests say what their tokens belong to, as our own engines' do.
             Otherwise clients may have written them, and it is read from their tokens.
         columns: How many columns of a layer to keep room for; 0: as many as these probes need.
-        accepted: The ``acceptance`` of probes on a quantised copy of their model; "" for none.
+        accepted: The digest of a model and this quantised copy of it, whose probes are served here;
+            "" for none.
         keeps_states: Whether hidden states are written to the files that requests name.
     """
 
@@ -94,68 +94,31 @@ class Served:
             SidelightError: One is damaged, two share a name, or one belongs to another model.
         """
         probes = [load_probe(folder) for folder in self.folders]
-        others = of_the_original(probes, self.fingerprint)
-        if others and acceptance(self.fingerprint, others) != self.accepted:
-            served, probe, trained = self.fingerprint, others[0].name, others[0].fingerprint
-            lacks = f"{ACCEPTED} is {self.accepted}" if self.accepted else f"{ACCEPTED} is not set"
-            raise FingerprintMismatchError(
-                f"Probe '{probe}' was trained on {trained.name} (fingerprint {trained.digest}), "
-                f"but this is {served.name} ({served.digest}), whose weights differ, and {lacks}. "
-                "If they are quantised from the same ones, measure all probes that you serve: "
-                f"'sidelight parity PROBE ... --data FILE --quantised {served.name} --gate 0.01', "
-                "with the options that you give vLLM (--engine-option). It prints the digest that "
-                "accepts them. Otherwise train the probe on this model, or serve the other."
-            )
+        for probe in probes:
+            self._require_model(probe)
         require_distinct_names(probes)
         return probes
 
+    def _require_model(self, probe: Probe) -> None:
+        trained, served = probe.fingerprint, self.fingerprint
+        different = trained.differences(served)
+        if not set(different) <= _MAY_DIFFER:
+            trained.require(served, probe=probe.name)
+        digest = hash_of(trained.digest, served.digest)
+        if different and digest != self.accepted:
+            raise FingerprintMismatchError(
+                f"Probe '{probe.name}' was trained on {trained.name} (fingerprint "
+                f"{trained.digest}), but this is {served.name} ({served.digest}), whose weights "
+                f"differ, and {ACCEPTED} is {self.accepted or 'not set'}. If they are quantised "
+                f"from the same ones, {ACCEPTED}={digest} accepts the model's probes on them: set "
+                "it to measure all that you serve, 'sidelight parity PROBE ... --data FILE "
+                f"--quantised {served.name} --gate 0.01', with the options that you give vLLM "
+                "(--engine-option), and to serve them if that ends with 0. Otherwise train the "
+                "probe on this model, or serve the other."
+            )
+
 
 _SERVED = TypeAdapter(Served)
-
-
-def of_the_original(probes: Iterable[Probe], copy: Fingerprint) -> list[Probe]:
-    """Those that were trained on other weights, from which this copy may be quantised.
-
-    Raises:
-        FingerprintMismatchError: One belongs to another model: more than the weights differ.
-    """
-    apart = [probe for probe in probes if probe.fingerprint.differences(copy)]
-    for probe in apart:
-        if not set(probe.fingerprint.differences(copy)) <= _MAY_DIFFER:
-            probe.fingerprint.require(copy, probe=probe.name)
-    return apart
-
-
-def acceptance(copy: Fingerprint, probes: Iterable[Probe]) -> str:
-    """The digest that accepts these versions of probes on this quantised copy of their model."""
-    return hash_of(copy.digest, sorted(probe.version for probe in probes))
-
-
-def copy_of(model: str, probes: Sequence[Probe], options: Mapping[str, Any]) -> Fingerprint:
-    """The fingerprint of a quantised copy of the model that probes were trained on.
-
-    Args:
-        model: Folder or hub id of the copy; or of the original, which the options quantise.
-        probes: Probes of the original.
-        options: Fields of vLLM's ``EngineArgs``.
-
-    Raises:
-        FingerprintMismatchError: It is no copy: more than the weights differ.
-        SidelightError: It is the model that a probe was trained on.
-    """
-    require_vllm()
-    from vllm.engine.arg_utils import EngineArgs
-
-    backbone = read_backbone(model, prompt_format=common_format(probes))
-    fields = {name: value for name, value in options.items() if name in QUANTISING}
-    how = quantisation(EngineArgs(model=backbone.path, **fields))
-    copy = backbone.fingerprint.quantised(how) if how else backbone.fingerprint
-    if len(of_the_original(probes, copy)) < len(probes):
-        raise SidelightError(
-            f"A probe was trained on {model}, so it serves there as it is. Name a quantised copy, "
-            "or say how vLLM is to quantise it, such as --engine-option quantization=fp8."
-        )
-    return copy
 
 
 def identity_of(versions: Iterable[str]) -> str:

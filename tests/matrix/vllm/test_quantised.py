@@ -1,10 +1,9 @@
 """Quantised weights: served where this copy and these probes are accepted, and nowhere else."""
 
 import json
+import re
 import shutil
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -63,13 +62,15 @@ def texts(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def digest(llama_model, copy, texts) -> str:
-    """What parity prints for all probes on the copy."""
-    with redirect_stdout(StringIO()) as said:
-        assert measure(llama_model, copy.path, texts) == 0
-    last = said.getvalue().splitlines()[-1]
-    assert last.startswith(f"{ACCEPTED}=")
-    return last.partition("=")[2]
+def digest(llama_model, copy) -> str:
+    return named_digest(copy.path, llama_model.folders)
+
+
+def named_digest(path: str, folders: list[str]) -> str:
+    """What the refusal of these probes on this copy names."""
+    with pytest.raises(FingerprintMismatchError) as refused:
+        configured(path, folders)
+    return re.search(f"{ACCEPTED}=([0-9a-f]+) accepts", str(refused.value))[1]
 
 
 def quantised(path: str, folder: Path) -> Copy:
@@ -125,13 +126,15 @@ def rounded(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (numbers / scale).round() * scale, scale
 
 
-def measure(original, copy: str, texts: str, *, gate="1", **options) -> int:
-    given = {**SMALL, "num_gpu_blocks_override": 64, **options}
+def measure(original, copy: str, texts: str, digest: str, *, gate="1") -> int:
+    given = {**SMALL, "num_gpu_blocks_override": 64}
     given.pop("dtype")
     words = [w for key, v in given.items() for w in ("--engine-option", f"{key}={json.dumps(v)}")]
     data = ["--data", texts, "--response", "answer", "--model", original.path]
     to = ["--engines", "transformers", "--quantised", copy, "--dtype", "float32"]
-    return command("parity", *original.folders, *data, *to, "--gate", gate, *words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ACCEPTED, digest)
+        return command("parity", *original.folders, *data, *to, "--gate", gate, *words)
 
 
 def configured(path: str, folders, digest: str = "", **options):
@@ -139,9 +142,10 @@ def configured(path: str, folders, digest: str = "", **options):
     from vllm.engine.arg_utils import EngineArgs
 
     config = {"probes": folders} if isinstance(folders, list) else folders
-    accepted = {"accept_quantised": digest}
-    given = {"additional_config": {KEY: {**config, **accepted}}, **SMALL, **options}
-    return EngineArgs(model=path, **given).create_engine_config()
+    given = {"additional_config": {KEY: config}, **SMALL, **options}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ACCEPTED, digest)
+        return EngineArgs(model=path, **given).create_engine_config()
 
 
 def test_verdicts_on_a_quantised_copy_are_those_of_transformers_with_the_same_numbers(
@@ -172,16 +176,24 @@ def test_nothing_quantised_is_served_that_is_not_accepted(llama_model, copy, dig
         configured(llama_model.path, CAPTURED, quantization="fp8")
 
 
-def test_a_digest_is_of_one_copy_one_set_of_options_and_these_versions_of_probes(
-    llama_model, copy, digest, texts, tmp_path, capsys
+def test_a_digest_is_of_one_model_one_copy_and_one_set_of_options(
+    llama_model, copy, digest, tmp_path
 ):
     served = Served.of(configured(copy.path, llama_model.folders, digest))
     assert served is not None
     served.load()
-    later = str(save_probe(replace(llama_model.probes[-1], thresholds=(0.7,)), tmp_path / "later"))
+    first = llama_model.probes[0]
+    strangers = {
+        named: str(save_probe(replace(first, fingerprint=fingerprint), tmp_path / named))
+        for named, fingerprint in (
+            ("weights", replace(first.fingerprint, weights="0" * 16)),
+            ("tokenizer", replace(first.fingerprint, tokenizer="0" * 16)),
+        )
+    }
     # Workers take no probe that was not accepted.
-    with pytest.raises(FingerprintMismatchError, match=llama_model.probes[-1].name):
-        replace(served, folders=(later,)).load()
+    for named, why in (("weights", f"{ACCEPTED} is {digest}"), ("tokenizer", "differ in")):
+        with pytest.raises(FingerprintMismatchError, match=why):
+            replace(served, folders=(strangers[named],)).load()
     other = tmp_path / "other"
     shutil.copytree(copy.path, other)
     weights = load_file(other / "model.safetensors")
@@ -190,26 +202,24 @@ def test_a_digest_is_of_one_copy_one_set_of_options_and_these_versions_of_probes
     for path, folders, options in (
         (copy.path, llama_model.folders, KV_IN_FP8),
         (str(other), llama_model.folders, {}),
-        (copy.path, [*llama_model.folders[:-1], later], {}),
-        (copy.path, llama_model.folders[:-1], {}),
+        (copy.path, [*llama_model.folders, strangers["weights"]], {}),
     ):
         with pytest.raises(FingerprintMismatchError, match=f"{ACCEPTED} is {digest}"):
             configured(path, folders, digest, **options)
-    # The model itself needs no digest.
-    assert measure(llama_model, llama_model.path, texts) == 2
-    assert "serves there as it is" in capsys.readouterr().err
 
 
-def test_a_copy_whose_verdicts_flip_ends_with_1_and_is_not_accepted(
-    llama_model, texts, tmp_path, capsys
+def test_parity_measures_an_accepted_copy_and_ends_with_1_if_its_verdicts_flip(
+    llama_model, copy, digest, texts, tmp_path, capsys
 ):
+    assert measure(llama_model, copy.path, texts, digest) == 0
+    assert measure(llama_model, copy.path, texts, "") == 2
+    assert f"{ACCEPTED}={digest}" in capsys.readouterr().err
     noisy = tmp_path / "noisy"
     shutil.copytree(llama_model.path, noisy)
     weights = load_file(noisy / "model.safetensors")
     for name, weight in weights.items():
         weights[name] = weight + 0.2 * torch.randn_like(weight)
     save_file(weights, noisy / "model.safetensors", {"format": "pt"})
-    assert measure(llama_model, str(noisy), texts, gate="0") == 1
-    said = capsys.readouterr()
-    assert ACCEPTED not in said.out
-    assert "flipped" in said.err
+    of_noisy = named_digest(str(noisy), llama_model.folders)
+    assert measure(llama_model, str(noisy), texts, of_noisy, gate="0") == 1
+    assert "flipped" in capsys.readouterr().err
