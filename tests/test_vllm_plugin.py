@@ -519,17 +519,18 @@ def test_an_output_before_the_verdict_says_so():
     assert tracking.report("r") is None
 
 
-def test_the_configuration_names_probes_and_room_before_the_environment(monkeypatch):
+def test_probes_are_named_in_the_configuration_or_by_a_variable_and_room_by_one_alone(monkeypatch):
     for name in (ENVIRONMENT, COLUMNS):
         monkeypatch.delenv(name, raising=False)
-    assert (named_folders({}), named_columns({})) == (None, 0)
+    assert (named_folders({}), named_columns()) == (None, 0)
     assert named_folders({"probes": []}) == ()
     monkeypatch.setenv(ENVIRONMENT, "a:b")
     monkeypatch.setenv(COLUMNS, "64")
-    assert (named_folders({}), named_columns({})) == (("a", "b"), 64)
-    assert (named_folders({"probes": ["c"]}), named_columns({"columns": 8})) == (("c",), 8)
+    assert (named_folders({}), named_columns()) == (("a", "b"), 64)
+    assert named_folders({"probes": ["c"]}) == ("c",)
+    monkeypatch.setenv(COLUMNS, "-1")
     with pytest.raises(SidelightError, match=f"{COLUMNS} is '-1'"):
-        named_columns({"columns": "-1"})
+        named_columns()
 
 
 def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):

@@ -77,6 +77,15 @@ def test_a_key_that_nobody_asks_for_is_refused(model, monkeypatch):
     configured(model.path, model.folders, **server)
 
 
+@pytest.mark.parametrize("name", ["columns", "accept_quantised"])
+def test_a_setting_in_the_configuration_that_is_a_variable_is_refused(model, name):
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = {KEY: {"probes": model.folders, name: "1"}}
+    with pytest.raises(SidelightError, match=f"has {name}, but .*Set SIDELIGHT_COLUMNS or"):
+        EngineArgs(model=model.path, additional_config=config).create_engine_config()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

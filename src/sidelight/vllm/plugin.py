@@ -36,6 +36,7 @@ from sidelight.vllm.internals import (
 )
 from sidelight.vllm.settings import (
     ACCEPTED,
+    COLUMNS,
     CONNECTOR,
     DESCRIBED,
     ENVIRONMENT,
@@ -91,6 +92,11 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
     """The engine's configuration, with our parts named in it."""
     settings = arguments.additional_config.get(KEY, {})
     settings = settings if isinstance(settings, dict) else {}
+    if others := settings.keys() - {"probes", "fingerprint", DESCRIBED, STATES}:
+        raise SidelightError(
+            f"additional_config['{KEY}'] has {', '.join(sorted(others))}, but takes 'probes' "
+            f"alone. Set {COLUMNS} or {ACCEPTED} in the environment instead."
+        )
     folders = named_folders(settings)
     if folders is None:
         if os.environ.get(POLICY) and isinstance(arguments, AsyncEngineArgs):
@@ -107,7 +113,7 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
         folders,
         files.quantised(how) if how else files,
         is_described=bool(settings.get(DESCRIBED)),
-        columns=named_columns(settings),
+        columns=named_columns(),
         accepted=os.environ.get(ACCEPTED, ""),
         keeps_states=bool(settings.get(STATES)),
     )

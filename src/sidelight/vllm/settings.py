@@ -2,7 +2,7 @@
 
 ``SIDELIGHT_PROBES`` names folders of probes, separated by the system's path separator. So does
 ``additional_config={"sidelight": {"probes": [...]}}``. Without either, the plugin does nothing.
-``SIDELIGHT_COLUMNS``, or ``"columns"`` beside ``"probes"``, keeps room for larger probes.
+``SIDELIGHT_COLUMNS`` keeps room for larger probes.
 ``SIDELIGHT_QUANTISED`` accepts the probes of a model on a quantised copy.
 ``SIDELIGHT_POLICY`` and ``SIDELIGHT_AUDIT_LOG`` name the files of a server of vLLM's.
 """
@@ -134,14 +134,14 @@ def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(filter(None, named.split(os.pathsep))) or None
 
 
-def named_columns(config: Mapping[str, Any]) -> int:
+def named_columns() -> int:
     """How many columns of a layer to keep room for; 0: as many as the first probes need.
 
     Raises:
-        SidelightError: ``additional_config[KEY]`` or the environment names no such number.
+        SidelightError: The environment names no such number.
     """
-    columns = config.get("columns", os.environ.get(COLUMNS) or 0)
-    if not str(columns).isdecimal():
+    columns = os.environ.get(COLUMNS) or "0"
+    if not columns.isdecimal():
         raise SidelightError(
             f"{COLUMNS} is '{columns}', but it is a number of columns, such as 64. Unset it to "
             "keep room for the first probes only."
