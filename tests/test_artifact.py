@@ -101,7 +101,7 @@ def test_a_round_trip_keeps_everything_that_is_not_a_tensor(tiny, tmp_path):
 
 
 def test_a_manifest_is_changed_as_its_page_says(tiny, tmp_path, monkeypatch):
-    record = {"seed": 3, "training": {"rows": 2, "texts": ["0011223344"]}}
+    record = {"seed": 3, "training": {"rows": 2, "texts": "ABEiM0Q="}}
     save_probe(replace(probe_of(tiny), record=record), tmp_path / "probes" / "toxicity")
     monkeypatch.chdir(tmp_path)
     page = Path(__file__).parents[1].joinpath("docs", "manifest.md").read_text("utf-8")
@@ -251,6 +251,9 @@ RECORDS = (
     {"parameters": "many"},
     {"contexts": [1]},
     {"threshold_rule": 5},
+    {"traffic": {"logits": [["many"]]}},
+    {"traffic": {"logits": [[float("nan")]]}},
+    {"traffic": {"logits": [[1.0, 2.0]]}},
 )
 FITTED = {"kind": "platt", "task": "binary", "scale": [1.1], "shift": [0.1]}
 CALIBRATIONS = (

@@ -12,7 +12,7 @@ from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Message
-from sidelight.thresholds import ThresholdRule, choose_thresholds, read_curves
+from sidelight.thresholds import ThresholdRule, choose_thresholds
 from sidelight.training import loop
 from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.fit import fit, taken_by_none
@@ -190,7 +190,7 @@ def test_thresholds_follow_the_rule_and_the_artifact_has_their_curve(tiny, tmp_p
     wanted = ThresholdRule.parse(rule)
     probe = fitted(tiny, tmp_path, rows("binary", 60), threshold=wanted).probe
     stored = probe.record["validation"]
-    (curve,) = read_curves(stored["curves"]).values()
+    (curve,) = probe.history.curves.values()
     assert probe.record["threshold_rule"] == rule
     assert probe.thresholds == (curve.threshold(wanted),)
     assert curve.positives + curve.negatives == stored["rows"] == 60

@@ -15,7 +15,6 @@ from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
 from sidelight.server.config import ServerConfig
 from sidelight.server.playground import STRICT
-from sidelight.thresholds import read_curves
 from sidelight.vllm.server import NO_PLACE
 from tiny import INTENT, TOPICS, untrained_probe
 
@@ -171,7 +170,7 @@ def test_probes_are_listed_with_thresholds_curves_and_the_worst_of_ordinary_traf
         cards = ask("/v1/probes").json()["probes"]
     assert [card["name"] for card in cards] == [probe.name for probe in probes]
     toxicity, topics, intent, late = cards
-    curve = read_curves(probes[0].record["validation"]["curves"])["toxic"]
+    curve = probes[0].history.curves["toxic"]
     (limit,) = toxicity["thresholds"]
     assert (limit["label"], limit["threshold"]) == ("toxic", 0.5)
     assert [card["ordinary"] for card in cards] == [worst, [], [], []]

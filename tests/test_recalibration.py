@@ -12,11 +12,11 @@ from sidelight.artifact import load_probe, save_probe
 from sidelight.calibration import Calibration, fit_calibration, suggested_calibration
 from sidelight.data.examples import Example, Examples, LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.manifest import read_manifest, summary
+from sidelight.manifest import History, read_manifest, summary
 from sidelight.metrics import log_losses
 from sidelight.probe import Probe
 from sidelight.prompts import Message
-from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, read_curves
+from sidelight.thresholds import F1, ThresholdRule, choose_thresholds
 from sidelight.training.measuring import (
     describe_curves,
     describe_examples,
@@ -96,10 +96,10 @@ def test_texts_that_trained_a_probe_are_counted():
     (warning, *_) = recalibrate(probe, seen.select(some), logits[some]).warnings
     assert warning.startswith("150 of 250 texts were trained on")
     assert "150 of 250 texts were trained on: the figures flatter the probe." in (
-        trained_text_warnings(record, seen.select(some))
+        trained_text_warnings(probe.history, seen.select(some))
     )
     # Older probes do not know their texts.
-    assert trained_text_warnings({}, seen) == trained_text_warnings({"training": {}}, seen) == ()
+    assert trained_text_warnings(History(), seen) == ()
 
 
 def test_a_text_is_known_again_by_its_words_and_its_response():
@@ -109,10 +109,10 @@ def test_a_text_is_known_again_by_its_words_and_its_response():
     texts = text_hashes(asked("How are you?", "Fine."))
     assert len(texts) == 8
     assert "Fine" not in texts
-    record = {"training": {"texts": texts}}
-    assert trained_texts(record, asked("how  are you?", " fine.")) == 1
+    history = History.model_validate({"training": {"texts": texts}})
+    assert trained_texts(history, asked("how  are you?", " fine.")) == 1
     others = [("How are you?", None), ("How are you?", "No."), ("How are you", "Fine.")]
-    assert [trained_texts(record, asked(*other)) for other in others] == [0, 0, 0]
+    assert [trained_texts(history, asked(*other)) for other in others] == [0, 0, 0]
 
 
 @every_task
@@ -166,7 +166,7 @@ def test_the_artifact_says_what_it_was_recalibrated_on(tmp_path):
     assert new.record["threshold_rule"] == "fpr=0.05"
     assert (entry["rows"], entry["sha256"]) == (200, examples.content_hash)
     assert {"before", "after"} <= entry.keys()
-    (curve,) = read_curves(entry["curves"]).values()
+    (curve,) = new.history.curves.values()
     assert (curve.positives, curve.negatives) == (labels.sum(), 200 - labels.sum())
     assert curve.threshold(rule) == new.thresholds[0]
     told = summary(read_manifest(tmp_path / "new"))
@@ -222,11 +222,3 @@ def test_figures_that_a_recalibration_makes_worse_are_a_warning():
     # A rule that wants other decisions makes none of them worse.
     (*others,) = recalibrate(trained(), texts, logits, rule=ThresholdRule("recall", 0.9)).warnings
     assert not any("F1" in each for each in others)
-
-
-@pytest.mark.parametrize("kept", [[[np.nan]], [["many"]], [[1.0, 2.0]]])
-def test_kept_logits_that_are_no_numbers_are_named_by_the_error(kept):
-    logits, labels = drawn(TOXICITY, 60, share=0.3, seed=4)
-    probe = replace(trained(), record={**trained().record, "traffic": {"logits": kept}})
-    with pytest.raises(SidelightError, match=r"traffic\.logits is no table of finite numbers"):
-        recalibrate(probe, texts_of(TOXICITY, labels), logits)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidelight.errors import SidelightError
+from sidelight.manifest import History
 from sidelight.thresholds import (
     ENOUGH_POSITIVES,
     F1,
@@ -18,7 +19,6 @@ from sidelight.thresholds import (
     ThresholdRule,
     choose_thresholds,
     operating_curves,
-    read_curves,
     threshold_doubts,
 )
 from sidelight.types import Task
@@ -171,14 +171,19 @@ def test_a_curve_is_bounded_and_loses_little(texts, rule):
     assert rates[0] == pytest.approx(rates[1], abs=0.025)
 
 
+def curves_read(stored):
+    """As a probe's record is read."""
+    return History.model_validate({"validation": {"curves": stored}}).curves
+
+
 def test_curves_survive_json_exactly_and_damaged_ones_are_refused():
     scores = np.random.default_rng(0).random((50, 3))
     curves = operating_curves(MULTILABEL, scores, (scores > 0.6).astype(int))
     stored = {label: asdict(curve) for label, curve in curves.items()}
     assert tuple(curves) == MULTILABEL.labels
-    assert read_curves(json.loads(json.dumps(stored))) == curves
+    assert curves_read(json.loads(json.dumps(stored))) == curves
     curve = OperatingCurve((0.7, 0.2), (0, 1), (0, 1), (0.0, 1.1), 1, 1)
-    assert read_curves({"x": asdict(curve)}) == {"x": curve}
+    assert curves_read({"x": asdict(curve)}) == {"x": curve}
     for change in (
         {"thresholds": []}, {"thresholds": [0.5, 0.5]}, {"thresholds": [1.5, 0.6]},
         {"thresholds": [0.5, float("nan")]}, {"thresholds": [i / 1000 for i in range(200, 0, -1)]},
@@ -186,7 +191,7 @@ def test_curves_survive_json_exactly_and_damaged_ones_are_refused():
         {"expected": [0.1]}, {"surprise": 1},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="x"):
-            read_curves({"x": asdict(curve) | change})
+            curves_read({"x": asdict(curve) | change})
 
 
 @pytest.mark.parametrize(

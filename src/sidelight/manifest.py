@@ -7,19 +7,20 @@ its summary, and the model card for sharing.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.prompts import PromptFormat, Reads
 from sidelight.spans import SpanRule
-from sidelight.thresholds import OperatingCurve, read_curves
+from sidelight.thresholds import OperatingCurve
 from sidelight.types import MechanismSpec, Task, is_label
 
 FORMAT_VERSION = 2
@@ -35,16 +36,26 @@ _Count = Annotated[int, Field(ge=0)]
 _SHOWN_METRICS = ("auprc", "f1", "accuracy")
 
 
-class _Reference(BaseModel):
-    """What is read of the texts that a probe was trained or calibrated on."""
+class Reference(BaseModel):
+    """Texts that a probe was trained or calibrated on, and its figures on them.
 
-    curves: dict[str, OperatingCurve] = {}
+    Attributes:
+        given_sha256: Hash of the texts of training before some were held out.
+        texts: As ``text_hashes`` gives them.
+    """
 
     rows: _Count = 0
+    sha256: str = ""
+    given_sha256: str = ""
+    texts: str = ""
     metrics: dict[str, Any] = {}
+    sources: dict[str, dict[str, _Count]] = {}
+    curves: dict[str, OperatingCurve] = {}
 
 
-class _Recalibration(_Reference):
+class Recalibration(Reference):
+    """The texts of a recalibration; one by a rule alone has those of the one before."""
+
     date: str
     what: str
 
@@ -56,26 +67,39 @@ class OrdinaryText(BaseModel):
     text: str
 
 
-class _Traffic(BaseModel):
-    logits: list[list[float]] = []
+class KeptTraffic(BaseModel):
+    """What is kept of the ordinary conversations that a training measured."""
+
+    logits: list[list[FiniteFloat]] = []
     parts: list[_Count] = []
     flagged: _Count = 0
     conversations: _Count = 0
     worst: list[OrdinaryText] = []
 
 
-class _Record(BaseModel):
-    """What is read of a probe's record."""
+class History(BaseModel):
+    """A probe's record, as far as it is read; the rest is for people."""
 
-    training: _Reference = _Reference()
+    training: Reference = Reference()
     contexts: dict[str, _Count] = {}
-    traffic: _Traffic = _Traffic()
-    validation: _Reference = _Reference()
-    recalibrations: list[_Recalibration] = []
+    traffic: KeptTraffic = KeptTraffic()
+    validation: Reference = Reference()
+    recalibrations: list[Recalibration] = []
     threshold_rule: str = "f1"
     folds: _Count = 0
     seed: int = 0
     parameters: _Count = 0
+    labelling: str = ""
+
+    @property
+    def reference(self) -> Reference:
+        """The newest recalibration, or else the validation texts of training."""
+        return self.recalibrations[-1] if self.recalibrations else self.validation
+
+    @property
+    def curves(self) -> dict[str, OperatingCurve]:
+        """The curve of each label's threshold; none of several classes."""
+        return self.reference.curves
 
 
 @dataclass(frozen=True)
@@ -111,6 +135,11 @@ class Manifest:
         """What the header of the probe's file holds beside its tensors."""
         return {_ENTRY: self.to_json()}
 
+    @cached_property
+    def history(self) -> History:
+        """The record, as far as it is read."""
+        return History.model_validate(self.record)
+
     @property
     def version(self) -> str:
         """Twelve hexadecimal digits that stand for the whole artifact, weights included."""
@@ -118,20 +147,6 @@ class Manifest:
 
 
 _ADAPTER = TypeAdapter(Manifest)
-
-
-def reference(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a probe's record says of the texts that it was last calibrated on; empty if nothing.
-
-    Those are the newest recalibration's, or else training's validation texts.
-    """
-    later: Sequence[Mapping[str, Any]] = record.get("recalibrations", ())
-    return later[-1] if later else record.get("validation", {})
-
-
-def curves_of(record: Mapping[str, Any]) -> dict[str, OperatingCurve]:
-    """The curve of each label's threshold in a probe's record; none of several classes."""
-    return read_curves(reference(record).get("curves", {}))
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -190,7 +205,7 @@ def _parsed(text: str, directory: Path) -> Manifest:
         )
     try:
         manifest = _ADAPTER.validate_json(text, strict=True)
-        _Record.model_validate_json(json.dumps(manifest.record), strict=True)
+        History.model_validate_json(json.dumps(manifest.record), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -209,7 +224,7 @@ def _require_sense(directory: Path, manifest: Manifest) -> None:
     require_name(manifest.name)
     labels, kind = manifest.task.labels, manifest.task.kind
     thresholds = {"binary": 1, "multiclass": 0, "multilabel": len(labels)}[kind]
-    curves, calibration = curves_of(manifest.record), manifest.calibration
+    history, calibration = manifest.history, manifest.calibration
     checks = {
         "task.labels": len(set(labels)) == len(labels) >= 2
         and (kind != "binary" or len(labels) == 2)
@@ -220,7 +235,8 @@ def _require_sense(directory: Path, manifest: Manifest) -> None:
         # Only that mechanism has logits of tokens: with another, no text would have spans.
         "spans": manifest.spans is None
         or (manifest.mechanism.name == "spans" and manifest.spans.fits(manifest.task)),
-        "curves": not curves or tuple(curves) == labels[-thresholds:],
+        "curves": not history.curves or tuple(history.curves) == labels[-thresholds:],
+        "traffic.logits": all(len(row) == manifest.task.outputs for row in history.traffic.logits),
         "backbone": manifest.backbone.layers > 0 and manifest.backbone.width > 0,
     }
     wrong = [name for name, holds in checks.items() if not holds]
@@ -322,7 +338,7 @@ and measure on your own with `sidelight eval`.
 
 def summary(manifest: Manifest) -> dict[str, str]:
     """What people want to know of a probe, a line for each."""
-    record, backbone, reads = manifest.record, manifest.backbone, manifest.reads
+    history, backbone, reads = manifest.history, manifest.backbone, manifest.reads
     options = ", ".join(f"{k}={v}" for k, v in manifest.mechanism.options.items())
     lines = {
         "name": manifest.name,
@@ -339,32 +355,29 @@ def summary(manifest: Manifest) -> dict[str, str]:
         "thresholds": ", ".join(f"{t:.3f}" for t in manifest.thresholds) or "the largest wins",
     }
     flagged: list[str] = []
-    curves = curves_of(record).items()
-    for (label, curve), threshold in zip(curves, manifest.thresholds, strict=False):
+    for (label, curve), threshold in zip(history.curves.items(), manifest.thresholds, strict=False):
         hits, alarms = curve.at(threshold)
         caught = f"{hits:,} of {curve.positives:,} '{label}'"
         flagged.append(f"{caught} and {alarms:,} of {curve.negatives:,} others")
     if flagged:
-        rule = record.get("threshold_rule", "f1")
+        rule = history.threshold_rule
         lines["flagging"] = f"{'; '.join(flagged)}, of left-out texts (--threshold {rule})"
     lines["calibration"] = manifest.calibration.kind
-    recalibrations = record.get("recalibrations", ())
-    validation = record.get("validation", {})
-    if "metrics" in validation:
-        values = {name: validation["metrics"][name]["value"] for name in _SHOWN_METRICS}
+    if metrics := history.validation.metrics:
+        values = {name: metrics[name]["value"] for name in _SHOWN_METRICS}
         figures = ", ".join(f"{name} {v:.3f}" for name, v in values.items() if v is not None)
-        folds, contexts = record.get("folds", 0), sum(record.get("contexts", {}).values())
+        folds, contexts = history.folds, sum(history.contexts.values())
         lines |= {
-            "parameters": f"{record['parameters']:,}",
-            "trained on": f"{record['training']['rows']:,} texts"
+            "parameters": f"{history.parameters:,}",
+            "trained on": f"{history.training.rows:,} texts"
             + (f", and in {contexts:,} contexts" if contexts else "")
-            + f", seed {record['seed']}",
-            "validation": f"{figures} on {validation['rows']:,} texts"
+            + f", seed {history.seed}",
+            "validation": f"{figures} on {history.validation.rows:,} texts"
             + (f", each of {folds} folds by a probe trained on the others" if folds else "")
-            + (", before it was recalibrated" if recalibrations else ""),
+            + (", before it was recalibrated" if history.recalibrations else ""),
         }
-    for number, later in enumerate(recalibrations, 1):
-        lines[f"recalibrated {number}"] = f"{later['date']}: {later['what']}"
+    for number, later in enumerate(history.recalibrations, 1):
+        lines[f"recalibrated {number}"] = f"{later.date}: {later.what}"
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.fingerprint import Fingerprint
+from sidelight.manifest import History
 from sidelight.mechanisms.base import Mechanism
 from sidelight.prompts import PromptFormat, Reads, Unit
 from sidelight.spans import SpanRule
@@ -49,7 +51,7 @@ class Probe:
         thresholds: The probability from which a label holds: one for a binary task, one per label
             for a multi-label task, none for a multi-class task.
         fingerprint: The backbone that it belongs to.
-        record: Settings, data and metrics of its training, as JSON values.
+        record: Settings, data and metrics of its training, as JSON values; ``history`` reads it.
         version: Twelve hexadecimal digits of the artifact that it was loaded from, or "".
         spans: How tokens are labelled; None for a probe of whole texts.
     """
@@ -67,6 +69,11 @@ class Probe:
     record: Mapping[str, Any] = field(default_factory=dict)
     version: str = ""
     spans: SpanRule | None = None
+
+    @cached_property
+    def history(self) -> History:
+        """The record, as far as it is read."""
+        return History.model_validate(self.record)
 
     def projection(self) -> Projection:
         """The map from hidden states to the few numbers that the probe needs of each of them."""

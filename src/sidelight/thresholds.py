@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict
 
 from sidelight.errors import SidelightError
 from sidelight.metrics import checked_labels
@@ -206,18 +206,6 @@ def _spread(
     wanted = np.linspace(place[0], place[-1], points)
     kept = np.searchsorted(place, wanted[:-1])
     return np.unique(np.append(kept.clip(0, len(place) - 1), len(place) - 1))
-
-
-_CURVES = TypeAdapter(dict[str, OperatingCurve])
-
-
-def read_curves(stored: object) -> dict[str, OperatingCurve]:
-    """Reads the fields of each label's curve, also after a trip through JSON.
-
-    Raises:
-        ValueError: The values do not make curves.
-    """
-    return _CURVES.validate_python(stored)
 
 
 def operating_curves(

@@ -27,8 +27,6 @@ from sidelight.types import Task
 from sidelight_label.file import LabelFile
 from sidelight_label.pool import Judge, Labels, Pool
 
-# What the record of a probe calls the labels that it was fitted to here.
-_RECORD = "labelling"
 _RANDOM_EVERY = 4
 
 
@@ -252,7 +250,7 @@ class LabelQueue:
         if obstacle := self.obstacle:
             raise SidelightError(obstacle)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.folder.resolve().name)[:64]
-        return self.pool.fit(decided, name=name, record={_RECORD: self._file.path.name})
+        return self.pool.fit(decided, name=name, record={"labelling": self._file.path.name})
 
     def _compared(
         self, trained: Judge, report: Report, decided: Mapping[int, Labels]
@@ -291,7 +289,7 @@ def require_replaceable(folder: Path, file: LabelFile) -> None:
     Raises:
         SidelightError: It would.
     """
-    if holds_probe(folder) and read_manifest(folder).record.get(_RECORD) != file.path.name:
+    if holds_probe(folder) and read_manifest(folder).history.labelling != file.path.name:
         raise SidelightError(
             f"{folder} holds a probe that was not made from {file.path.name}. Name another folder "
             "with --probe-out."

@@ -51,7 +51,7 @@ def recalibrate(
     move to what --threshold wants, by the curve of left-out texts in the manifest. The probe stays,
     and a new one is written, whose manifest says what it was recalibrated on.
     """
-    from sidelight.manifest import curves_of, read_manifest, require_free, require_name
+    from sidelight.manifest import read_manifest, require_free, require_name
     from sidelight.thresholds import ThresholdRule
     from sidelight.training.recalibration import recalibrate as refit
     from sidelight.training.recalibration import require_new_texts, require_recalibratable
@@ -107,7 +107,7 @@ def recalibrate(
         title = f"{made.figures[0].rows:,} labelled texts, each calibrated without it"
         print_reports(title, dict(zip(("before", "after"), made.figures, strict=True)))
     click.echo(f"{entry['what'][0].upper()}{entry['what'][1:]}.")
-    curves = curves_of(made.probe.record)
+    curves = made.probe.history.curves
     moved = zip(loaded.label_thresholds.items(), made.probe.thresholds, strict=True)
     for (flagged, before), now in moved:
         click.echo(f"Threshold of '{flagged}': {before:.3f} before, {now:.3f} now.")

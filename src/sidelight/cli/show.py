@@ -40,7 +40,7 @@ def print_reports(title: str, reports: Mapping[str, Report]) -> None:
 
 def print_fit(made: Fit) -> None:
     """The figures of a training on validation data and in ordinary traffic."""
-    spec, folds = made.probe.spec, made.probe.record["folds"]
+    spec, folds = made.probe.spec, made.probe.history.folds
     if made.spans is not None:
         print_spans(made.spans)
         click.echo(f"Tokens that it looks ahead: {spec.options['lookahead']}.")
@@ -48,7 +48,7 @@ def print_fit(made: Fit) -> None:
         title = f"All texts, each judged without it ({folds} folds)" if folds else "Validation data"
         baseline = {} if made.baseline is None else {"TF-IDF baseline": made.baseline}
         print_reports(title, {spec.name: made.report, **baseline})
-    if sources := made.probe.record["validation"]["sources"]:
+    if sources := made.probe.history.validation.sources:
         print_sources(sources)
     if made.traffic is not None and made.traffic.conversations:
         click.echo(traffic_lines(made.traffic))

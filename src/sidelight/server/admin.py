@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from openai.types import Model
 from pydantic import BaseModel, Field
 
-from sidelight.manifest import OrdinaryText, curves_of
+from sidelight.manifest import OrdinaryText
 from sidelight.policy.rules import Mode
 from sidelight.policy.rules import Side as RuleSide
 from sidelight.probe import Probe
@@ -118,18 +118,17 @@ async def list_rules(request: ServerRequest) -> Probes[RuleCard]:
         if bound.is_shadow:
             continue
         is_told = request.is_admin or bound.disclosure == "scores"
-        curves = curves_of(bound.probe.record)
+        history = bound.probe.history
         thresholds = [
-            ThresholdCard(label=label, threshold=threshold, curve=curves.get(label))
+            ThresholdCard(label=label, threshold=threshold, curve=history.curves.get(label))
             for label, threshold in bound.thresholds.items()
         ]
-        worst = bound.probe.record.get("traffic", {}).get("worst", [])
         cards.append(
             RuleCard(
                 **_described(bound.probe),
                 mode=bound.mode,
                 thresholds=thresholds if is_told else None,
-                ordinary=[OrdinaryText.model_validate(own) for own in worst] if is_told else None,
+                ordinary=history.traffic.worst if is_told else None,
             )
         )
     return Probes(probes=cards)

@@ -172,7 +172,7 @@ class Classifier:
                 f"{examples.task}, wanted {self.probe.task}). "
                 "Load them with task=classifier.probe.task."
             )
-        _tell([*examples.warnings, *trained_text_warnings(self.probe.record, examples)])
+        _tell([*examples.warnings, *trained_text_warnings(self.probe.history, examples)])
         if spans is not None and isinstance(examples, SpanExamples):
             _, found = find_spans(self.backbone, self.probe, examples.items)
             return evaluate_spans(examples, found)

@@ -16,7 +16,6 @@ from sidelight.calibration import Calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.spans import SpanExamples
 from sidelight.evaluation import Report, SpanReport
-from sidelight.manifest import curves_of
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.metrics import log_losses
 from sidelight.probe import Probe
@@ -175,7 +174,7 @@ def fit(
     warnings += taken_by_none(made)
     if made.traffic is not None and made.probe.thresholds:
         warnings += traffic_warnings(
-            made.traffic, curves_of(made.probe.record), made.probe.thresholds, options.threshold
+            made.traffic, made.probe.history.curves, made.probe.thresholds, options.threshold
         )
     if out is not None:
         save_probe(made.probe, out)

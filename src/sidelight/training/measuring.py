@@ -6,7 +6,7 @@ folds gave.
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +23,7 @@ from sidelight.calibration import (
 from sidelight.data.examples import Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
+from sidelight.manifest import History
 from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, operating_curves
 from sidelight.training.traffic import flags_of, quiet_thresholds
 from sidelight.training.validation import FOLDS, Folds
@@ -194,17 +195,17 @@ def text_hashes(examples: Examples) -> str:
     return base64.b64encode(b"".join(sorted(set(_hashes(examples))))).decode()
 
 
-def trained_texts(record: Mapping[str, Any], examples: Examples) -> int:
-    """How many of the texts trained the probe with this record."""
-    stored = base64.b64decode(record.get("training", {}).get("texts", ""))
+def trained_texts(history: History, examples: Examples) -> int:
+    """How many of the texts trained the probe with this history."""
+    stored = base64.b64decode(history.training.texts)
     starts = range(0, len(stored), _HASH_BYTES)
     hashes = {stored[start : start + _HASH_BYTES] for start in starts}
     return sum(text in hashes for text in _hashes(examples))
 
 
-def trained_text_warnings(record: Mapping[str, Any], examples: Examples) -> tuple[str, ...]:
+def trained_text_warnings(history: History, examples: Examples) -> tuple[str, ...]:
     """A sentence if some of the texts that are measured trained the probe."""
-    count = trained_texts(record, examples)
+    count = trained_texts(history, examples)
     if not count:
         return ()
     return (f"{count} of {len(examples)} texts were trained on: the figures flatter the probe.",)

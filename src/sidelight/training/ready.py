@@ -64,12 +64,11 @@ def is_trained(
         manifest, model = read_manifest(folder), backbone.fingerprint
     except SidelightError:
         return False
-    record = manifest.record
+    history = manifest.history
     mechanism = named_mechanism(AUTO, of_spans=isinstance(texts, SpanExamples))
     wanted = (texts.content_hash, str(rule), 0, mechanism, model.digest, model.dtype)
     return wanted == (
-        record.get("training", {}).get("given_sha256"),
-        *(record.get(entry) for entry in ("threshold_rule", "seed")),
+        *(history.training.given_sha256, history.threshold_rule, history.seed),
         *(manifest.mechanism.name, manifest.backbone.digest, manifest.backbone.dtype),
     )
 

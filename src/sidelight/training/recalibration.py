@@ -16,7 +16,7 @@ from sidelight.calibration import suggested_calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
-from sidelight.manifest import Manifest, curves_of, reference
+from sidelight.manifest import Manifest
 from sidelight.metrics import log_losses
 from sidelight.thresholds import (
     F1,
@@ -89,7 +89,7 @@ def recalibrate(
     Raises:
         SidelightError: The probe labels spans, there are too few texts, or it was trained on them.
     """
-    rule = rule or ThresholdRule.parse(probe.record.get("threshold_rule", "f1"))
+    rule = rule or ThresholdRule.parse(probe.history.threshold_rule)
     require_recalibratable(probe, rule, by_texts=examples is not None)
     if examples is None or logits is None:
         return _follow_rule(probe, rule)
@@ -116,7 +116,7 @@ def require_recalibratable(
             f"Probe '{probe.name}' has several classes, of which the most probable one wins, "
             "without a threshold. Name texts to recalibrate it on (--data)."
         )
-    if not by_texts and not curves_of(probe.record):
+    if not by_texts and not probe.history.curves:
         raise SidelightError(
             f"Probe '{probe.name}' keeps no curve to choose thresholds on. Name labelled texts to "
             "recalibrate it on (--data), or train it again."
@@ -143,9 +143,9 @@ def require_new_texts(probe: "Probe | Manifest", examples: LabelledExamples) -> 
             f"{LEAST_LABELLED} or more, with and without each label {LEAST_PER_SIDE} or more. "
             "Label more texts."
         )
-    trained = probe.record.get("training") or {}
-    is_training_file = examples.content_hash in (trained.get("sha256"), trained.get("given_sha256"))
-    if is_training_file or trained_texts(probe.record, examples) == texts:
+    trained = probe.history.training
+    is_training_file = examples.content_hash in (trained.sha256, trained.given_sha256)
+    if is_training_file or trained_texts(probe.history, examples) == texts:
         raise SidelightError(
             f"Probe '{probe.name}' was trained on these texts, and scores them too well. "
             "Training has calibrated it by left-out texts already; give texts of the new traffic."
@@ -169,22 +169,18 @@ def _recorded(
         thresholds: What the rule gives without ordinary traffic.
     """
     logits, parts = kept_logits(probe), kept_parts(probe)
-    traffic = probe.record.get("traffic")
-    if traffic and len(logits):
+    record: dict[str, Any] = {**probe.record, "threshold_rule": str(rule)}
+    if len(logits):
         flagged = count_flagged(probe.task, thresholds, fitted.calibration, logits, parts, rule)
-        traffic = {**traffic, "flagged": flagged}
+        record["traffic"] = {**record["traffic"], "flagged": flagged}
     before = {
         "version": probe.version,
         "calibration": asdict(probe.calibration),
         "thresholds": list(probe.thresholds),
     }
     entry = {"date": datetime.now(UTC).date().isoformat(), "from": before, **entry}
-    record = {
-        **probe.record,
-        **({"traffic": traffic} if traffic else {}),
-        "threshold_rule": str(rule),
-        "recalibrations": [*probe.record.get("recalibrations", ()), entry],
-    }
+    earlier = record["recalibrations"] if probe.history.recalibrations else []
+    record["recalibrations"] = [*earlier, entry]
     return replace(fitted, record=record, version="")
 
 
@@ -196,7 +192,7 @@ def _follow_labels(
 ) -> Recalibrated:
     task, labels = probe.task, examples.labels
     counts = dict(zip(task.labels, examples.label_counts.tolist(), strict=True))
-    seen = trained_texts(probe.record, examples)
+    seen = trained_texts(probe.history, examples)
     kind = suggested_calibration(task)
     old = probe.calibration.apply(logits)
     before = evaluate(task, old, labels, thresholds=probe.thresholds)
@@ -229,7 +225,7 @@ def _follow_labels(
         "log loss": (float(losses[0].mean()), float(losses[1].mean()))
     }
     # Another rule wants other decisions.
-    if str(rule) == probe.record.get("threshold_rule", "f1"):
+    if str(rule) == probe.history.threshold_rule:
         for name, metric in (("accuracy", "accuracy"), ("F1", "f1")):
             figures[name] = before.metrics[metric].value, after.metrics[metric].value
     warning = (
@@ -289,7 +285,7 @@ def _losses(recalls: Mapping[str, tuple[float | None, float | None]]) -> list[st
 
 
 def _follow_rule(probe: "Probe", rule: ThresholdRule) -> Recalibrated:
-    curves = curves_of(probe.record)
+    curves = probe.history.curves
     alone = tuple(curve.threshold(rule) for curve in curves.values())
     thresholds = quiet_thresholds(alone, probe.calibration, kept_logits(probe), rule)
     positives = {label: curve.positives for label, curve in curves.items()}
@@ -303,5 +299,6 @@ def _follow_rule(probe: "Probe", rule: ThresholdRule) -> Recalibrated:
     }
     doubts += _losses(recalls)
     fitted = replace(probe, thresholds=thresholds)
-    entry = {"what": f"thresholds for {rule}", "curves": reference(probe.record)["curves"]}
+    kept = probe.history.reference.model_dump(mode="json", include={"curves"})
+    entry = {"what": f"thresholds for {rule}", **kept}
     return Recalibrated(_recorded(probe, fitted, rule, entry, alone), None, (*doubts,))

@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float, Int
 
 from sidelight.calibration import Calibration
 from sidelight.data.examples import Example
-from sidelight.errors import SidelightError
 from sidelight.metrics import wilson
 from sidelight.thresholds import OperatingCurve, ThresholdRule
 from sidelight.training.background import Background
@@ -295,36 +294,21 @@ def count_flagged(
 
 
 def kept_logits(probe: "Probe") -> Float[np.ndarray, "conversation output"]:
-    """The logits of ordinary conversations that training has kept with a probe.
-
-    Raises:
-        SidelightError: They are no table of numbers.
-    """
-    kept, outputs = probe.record.get("traffic", {}).get("logits", []), probe.task.outputs
-    try:
-        logits = np.array(kept, dtype=float).reshape(len(kept), outputs)
-        if not np.isfinite(logits).all():
-            raise ValueError("not finite")
-    except (TypeError, ValueError) as error:
-        raise SidelightError(
-            "The manifest is damaged: traffic.logits is no table of finite numbers. Copy the "
-            "artifact again, or train it again."
-        ) from error
-    return logits
+    """The logits of ordinary conversations that training has kept with a probe."""
+    return np.array(probe.history.traffic.logits, dtype=float).reshape(-1, probe.task.outputs)
 
 
 def kept_parts(probe: "Probe") -> Int[np.ndarray, " conversation"]:
     """The part of each conversation whose logits training has kept with a probe."""
-    kept = probe.record.get("traffic", {})
-    parts, count = kept.get("parts", []), len(kept.get("logits", []))
+    kept = probe.history.traffic
+    parts, count = kept.parts, len(kept.logits)
     # Without parts, each conversation is one.
     return np.unique(parts if len(parts) == count else range(count), return_inverse=True)[1]
 
 
 def kept_rate(probe: "Probe") -> tuple[int, int]:
     """How many ordinary conversations were flagged when thresholds were chosen, and of how many."""
-    kept = probe.record.get("traffic", {})
-    return kept.get("flagged", 0), kept.get("conversations", 0)
+    return probe.history.traffic.flagged, probe.history.traffic.conversations
 
 
 def parts_of(contexts: "Sequence[Context]") -> Int[np.ndarray, " conversation"]:

@@ -15,7 +15,6 @@ from live import MODEL, http_client, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
 from sidelight.prompts import Reads
-from sidelight.thresholds import read_curves
 from tiny import INTENT, PIECES, TOPICS, spans_probe, untrained_probe
 
 pytestmark = [needs_chromium, pytest.mark.xdist_group("playground")]
@@ -258,7 +257,7 @@ def test_the_slider_says_what_a_threshold_catches_and_writes_a_policy_that_the_s
 ):
     choose(page, "Thresholds")
     chosen = page.get_by_role("combobox", name="Probe", exact=True)
-    curve = read_curves(probes[1].record["validation"]["curves"])["toxic"]
+    curve = probes[1].history.curves["toxic"]
     chosen.select_option("spam")
     slider = page.get_by_role("slider", name="Threshold:")
     for key, point in (("Home", -1), ("End", 0), ("ArrowLeft", 1), ("PageDown", None)):
@@ -285,7 +284,7 @@ def test_the_slider_says_what_a_threshold_catches_and_writes_a_policy_that_the_s
     assert modes == {"spam": modes.get("spam"), "toxicity": "block", "topics": "flag"}
     assert policy.input["topics"].labels == ("violence",)
     assert policy.output["refusal"].mode == "block"
-    curve = read_curves(probes[0].record["validation"]["curves"])["toxic"]
+    curve = probes[0].history.curves["toxic"]
     assert min(abs(policy.input["toxicity"].threshold - each) for each in curve.thresholds) < 1e-6
 
 

@@ -114,7 +114,7 @@ def _of_probe(own: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
             "outweigh an attack. Train it again with this version, on two classes."
         )
     blocks_long = own.fails_closed and own.rule.max_tokens is not None
-    if not probe.record.get("contexts", {}).get("inside") and not blocks_long:
+    if not probe.history.contexts.get("inside") and not blocks_long:
         yield (
             f"Probe '{probe.name}' learned from texts by themselves, so an attack is outweighed in "
             "a long one. Train it with background traffic (--background), or set max_tokens to the "
