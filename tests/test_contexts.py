@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import sidelight.training.fit
 from commands import run, saved
@@ -18,6 +19,7 @@ from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
+from sidelight.ragged import Ragged
 from sidelight.thresholds import ThresholdRule, operating_curves
 from sidelight.training import classifier, contexts, loop
 from sidelight.training.background import Background, load_background
@@ -343,6 +345,52 @@ def test_contexts_have_as_many_tokens_as_are_asked_for(tiny, examples, options):
     parts = parts_of(more)
     assert {*parts} == {0, 1, 2, 3, 4}
     assert len(parts) == len(conversations_of(more))
+
+
+def rationale_of(text):
+    """The last three words, which each of these texts has once."""
+    return text.split(" has ")[1]
+
+
+@pytest.fixture
+def with_rationales(tiny, examples, options):
+    """Half of the positive texts, and their contexts, with the words that they are positive for."""
+    words = tuple(
+        rationale_of(text) if label and i % 4 else ""
+        for i, (text, label) in enumerate(zip(TEXTS, examples.labels, strict=True))
+    )
+    return prepare(tiny, replace(examples, rationales=words), None, options=options).training
+
+
+@pytest.mark.slow
+def test_the_words_of_a_rationale_are_marked_wherever_a_text_is_shown(tiny, with_rationales):
+    known = [words != "" for words in with_rationales.examples.rationales]
+    assert any(known[60:])
+    assert [bool(marks.any()) for marks in with_rationales.rationales] == known
+    for prompt, marks in zip(with_rationales.prompts, with_rationales.rationales, strict=True):
+        if marks.any():
+            read = np.array(prompt.token_ids)[prompt.mask(EACH_TURN).numpy()]
+            shown = tiny.tokenizer.decode(read[marks]).strip()
+            assert shown.replace(" ", "") == rationale_of(TEXTS[0]).replace(" ", "")
+
+
+@pytest.mark.slow
+def test_a_readout_learns_to_look_at_the_words_of_a_rationale(with_rationales):
+    without = replace(with_rationales, rationales=None)
+    candidate = mechanism_spec("readout"), TrainingSettings(learning_rate=0.03, epochs=6)
+    missed = []
+    for split in (with_rationales, without):
+        (run,) = train_mechanisms([candidate], training=split, validation=None)
+        states, losses = split.own_states(), []
+        for batch in states.batches(0, size=64, shuffle=torch.Generator()):
+            (columns,) = loop._project(batch.hidden, [run], torch.float32)
+            marks = [with_rationales.rationales[row] for row in batch.rows.tolist()]
+            tokens = Ragged(columns, batch.lengths)
+            loss = run.mechanism.rationale_loss(tokens, torch.from_numpy(np.concatenate(marks)))
+            losses += loss[loss > 0].tolist()
+        missed.append(np.mean(losses))
+    taught, untaught = np.exp(-np.array(missed))
+    assert taught > 2 * untaught
 
 
 def test_a_gpu_reads_more_of_ordinary_traffic(examples, options, monkeypatch):

@@ -200,6 +200,7 @@ class TrainingInputs:
 
     Attributes:
         missing_label: What to do about a row without a label.
+        rationale: The column of the words that a text has its label for, where they are known.
         limit: Use so many rows, drawn at random; each class keeps its share.
         max_tokens: Longer texts are cut, and counted; judging never cuts.
         cache: Folder for hidden states; None is the user's cache.
@@ -216,6 +217,7 @@ class TrainingInputs:
     split: str | None = None
     validation_split: str | None = None
     missing_label: Literal["error", "skip"] = "error"
+    rationale: str | None = None
     limit: Annotated[int, Field(ge=2)] | None = None
     max_tokens: Annotated[int, Field(ge=8)] = 1024
     cache: Path | None = None
@@ -243,7 +245,8 @@ class TrainingInputs:
             )
         if self.cache is not None:
             check_folder(self.cache)
-        whole = read(self.data, split=self.split, positive=self.positive)
+        words = {} if self.rationale is None else {"rationale": self.rationale}
+        whole = read(self.data, split=self.split, positive=self.positive, **words)
         rows = whole.draw(self.limit or len(whole), seed=0)
         # Warnings about the file hold for some of its rows too.
         training = replace(whole.select(rows), warnings=whole.warnings)

@@ -141,9 +141,10 @@ def _require_agreement(
             raise SidelightError(f"--set {target} needs --mechanism {owner} (got: {mechanism}).")
     if spans is not None and mechanism not in (_AUTO, "spans"):
         raise SidelightError(f"--spans needs --mechanism spans (got: {mechanism}). Leave it out.")
-    if spans is not None and (background is not None or inputs.positive is not None):
+    if spans is not None and any((background, inputs.positive, inputs.rationale)):
         raise SidelightError(
-            "--background and --positive are for labels of whole texts. Leave them out, or --spans."
+            "--background, --set rationale= and --positive are for labels of whole texts. Leave "
+            "them out, or --spans."
         )
 
 

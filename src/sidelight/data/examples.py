@@ -272,11 +272,14 @@ class LabelledExamples(Examples):
         labels: `[row]` of class indices (0/1 for a binary task), or `[row, label]` of 0/1 for a
             multi-label task.
         weights: How much each text counts in training; None: all count the same.
+        rationales: The words that each text has its label for, empty where they are not known; None
+            of texts without any.
     """
 
     task: Task
     labels: Int[Numbers, "row ..."]
     weights: Float[Values, " row"] | None = None
+    rationales: tuple[str, ...] | None = None
 
     @property
     def label_counts(self) -> Int[Numbers, " label"]:
@@ -288,7 +291,10 @@ class LabelledExamples(Examples):
     def select(self, indices: Iterable[SupportsIndex]) -> "LabelledExamples":
         chosen = [operator.index(position) for position in indices]
         weights = None if self.weights is None else self.weights[chosen]
-        return replace(super().select(chosen), labels=self.labels[chosen], weights=weights)
+        words = self.rationales and tuple(self.rationales[position] for position in chosen)
+        return replace(
+            super().select(chosen), labels=self.labels[chosen], weights=weights, rationales=words
+        )
 
     def label_names(self) -> list[list[str]]:
         names = self.task.labels

@@ -55,6 +55,7 @@ class Card(BaseModel, extra="forbid", frozen=True):
 
     Attributes:
         labels: The negative and the positive class; None if it labels spans.
+        rationale: The column of the words that a text is positive for, where they are known.
         sources: Of the training texts, by the column ``source``.
     """
 
@@ -62,6 +63,7 @@ class Card(BaseModel, extra="forbid", frozen=True):
     positive: str
     reads: Literal["prompt", "response"]
     labels: Annotated[tuple[str, str], AfterValidator(_require_classes)] | None = None
+    rationale: str | None = None
     noise: str
     languages: str
     limits: tuple[str, ...]

@@ -32,6 +32,7 @@ def load_examples(
     positive: str | None = None,
     task: Task | None = None,
     on_missing_label: OnMissingLabel = "error",
+    rationale: str | None = None,
 ) -> LabelledExamples: ...
 @overload
 def load_examples(
@@ -63,6 +64,7 @@ def load_examples(
     task: Task | None = None,
     on_missing_label: OnMissingLabel = "error",
     spans: str | None = None,
+    rationale: str | None = None,
 ) -> Examples:
     """Loads texts with their labels, and infers the task from the labels.
 
@@ -89,6 +91,8 @@ def load_examples(
             one, the end exclusive. Spans of different labels may overlap; rows without any are
             negatives. A ``probability``, which ``predict`` writes, is ignored, and spans of labels
             that ``task`` lacks are left out and counted.
+        rationale: Column of the words that a text has its label for, where they are known, as they
+            stand in it; training then teaches a readout where to look.
 
     Raises:
         SidelightError: The source cannot be read, or a row is malformed; the message names the
@@ -108,8 +112,11 @@ def load_examples(
         rows, positive, response = guard.rows(task), None, guard.card.columns["response"]
         if task is None and guard.card.labels is not None:
             task = Task("binary", guard.card.labels)
+        rationale = guard.card.rationale if guard.test is None else None
     label = label if spans is None else None
-    columns = _find_columns(rows, text=text, label=label, response=response, spans=spans)
+    columns = _find_columns(
+        rows, text=text, label=label, response=response, spans=spans, rationale=rationale
+    )
     kept: list[Row] = []
     items: list[Example] = []
     empty: list[Row] = []
@@ -153,8 +160,24 @@ def load_examples(
     if conflicts := sum(count > 1 for count in counts.values()):
         doubts += (f"{conflicts} texts appear more than once, with different labels.",)
     warnings += doubts
-    examples = LabelledExamples(tuple(items), cells, skipped, warnings, task=task, labels=labels)
+    words = None if rationale is None else _rationales(kept, items, rationale)
+    examples = LabelledExamples(
+        tuple(items), cells, skipped, warnings, task=task, labels=labels, rationales=words
+    )
     return _weighted(examples, kept)
+
+
+def _rationales(rows: Sequence[Row], items: Sequence[Example], column: str) -> tuple[str, ...]:
+    """The words that each text has its label for; empty where the row has none."""
+    words = tuple(_parse_text(row.cells.get(column), row.place) for row in rows)
+    for row, item, own in zip(rows, items, words, strict=True):
+        answer = item.response or ""
+        if not any(own in text for text in (answer, *(m.content for m in item.messages))):
+            raise SidelightError(
+                f"{row.place}: the words in column '{column}' do not stand in the text. Copy them "
+                "from it as they are, or leave the cell empty."
+            )
+    return words
 
 
 def _weighted(examples: _Labelled, rows: Sequence[Row]) -> _Labelled:
@@ -164,14 +187,20 @@ def _weighted(examples: _Labelled, rows: Sequence[Row]) -> _Labelled:
 
 
 def _find_columns(
-    rows: Sequence[Row], *, text: str, label: str | None, response: str | None, spans: str | None
+    rows: Sequence[Row],
+    *,
+    text: str,
+    label: str | None,
+    response: str | None,
+    spans: str | None,
+    rationale: str | None,
 ) -> tuple[str, ...]:
     """The columns of labels: `label` names several, or a single one whose name has a comma."""
     known = tuple(dict.fromkeys(name for row in rows for name in row.cells))
     labels = () if label is None else (label,)
     if label is not None and label not in known:
         labels = tuple(dict.fromkeys(name.strip() for name in label.split(",")))
-    wanted = [("text", text), ("response", response), ("spans", spans)]
+    wanted = [("text", text), ("response", response), ("spans", spans), ("rationale", rationale)]
     wanted += [("label", name) for name in labels]
     for option, name in wanted:
         if name is not None and name not in known:

@@ -77,6 +77,17 @@ class Mechanism(nn.Module, ABC):
         """The logits that training compares with the labels; each voter gets its own loss."""
         return self.finish(state)[:, None]
 
+    def rationale_loss(
+        self, tokens: Ragged, rationales: Bool[Tensor, " token"]
+    ) -> Float[Tensor, " segment"]:
+        """How little a mechanism looks at the tokens that a text has its label for; 0 if nowhere.
+
+        Args:
+            tokens: As for ``summarise``.
+            rationales: Which of them; none of a text of which it is not known.
+        """
+        return tokens.values.new_zeros(len(tokens.lengths), dtype=torch.float32)
+
     def logits(self, tokens: Ragged) -> Float[Tensor, "segment output"]:
         """The logits of segments of projected tokens, as for ``summarise``."""
         return self.finish(self.summarise(tokens))

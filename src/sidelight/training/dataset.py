@@ -54,6 +54,7 @@ class Split:
         is_alone: For each of that data set whether it is a text without a context.
         token_labels: Of each text which labels its tokens have; None: texts are labelled.
         places: Of each text, if its tokens are labelled, the characters of these.
+        rationales: Of each text the tokens that it has its label for; None: they are not known.
     """
 
     examples: LabelledExamples
@@ -64,6 +65,7 @@ class Split:
     is_alone: Bool[np.ndarray, " _"] | None = None
     token_labels: Sequence[Bool[np.ndarray, "_ label"]] | None = None
     places: TokenPlaces = ()
+    rationales: Sequence[Bool[np.ndarray, " _"]] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -94,6 +96,7 @@ class Split:
             self.is_alone,
             self.token_labels and [self.token_labels[text] for text in chosen],
             self.places and [self.places[text] for text in chosen],
+            self.rationales and [self.rationales[text] for text in chosen],
         )
 
     @cached_property
@@ -322,13 +325,17 @@ def make_split(
             for item, own, spans in zip(examples.items, places, examples.spans, strict=True)
         ]
         return Split(examples, tuple(prompts), states, rows, None, None, labels, places)
+    shown = _with_contexts(examples, contexts) if contexts else examples
+    words = (
+        None if shown.rationales is None else _rationales(backbone, shown, prompts, options.reads)
+    )
     if not contexts:
-        return Split(examples, tuple(prompts), states, rows)
+        return Split(examples, tuple(prompts), states, rows, rationales=words)
     group_of = np.array([0] * len(examples) + [context.group for context in contexts])
     for group, texts in enumerate(groups):
         group_of[texts] = group
-    shown = _with_contexts(examples, contexts)
-    return Split(shown, tuple(prompts), states, rows, group_of, rows < len(examples))
+    is_alone = rows < len(examples)
+    return Split(shown, tuple(prompts), states, rows, group_of, is_alone, rationales=words)
 
 
 def _with_contexts(examples: LabelledExamples, contexts: Sequence[Context]) -> LabelledExamples:
@@ -343,7 +350,46 @@ def _with_contexts(examples: LabelledExamples, contexts: Sequence[Context]) -> L
     weights = None if shown.weights is None else shown.weights.copy()
     if weights is not None:
         weights[len(examples) :][is_background] = 1
-    return replace(shown, items=items, labels=labels, warnings=examples.warnings, weights=weights)
+    words = shown.rationales
+    if words is not None:
+        pairs = zip(words, [False] * len(examples) + is_background, strict=True)
+        words = tuple("" if is_other else own for own, is_other in pairs)
+    return replace(
+        shown,
+        items=items,
+        labels=labels,
+        warnings=examples.warnings,
+        weights=weights,
+        rationales=words,
+    )
+
+
+def _rationales(
+    backbone: TransformersBackbone,
+    examples: LabelledExamples,
+    prompts: Sequence[EncodedPrompt],
+    reads: Reads,
+) -> list[Bool[np.ndarray, " _"]]:
+    """Which of each text's stored tokens stand for the words that it has its label for.
+
+    None of a text that was cut.
+    """
+    marks: list[Bool[np.ndarray, " _"]] = []
+    for item, words, prompt in zip(examples.items, examples.rationales or (), prompts, strict=True):
+        is_marked = np.zeros(len(prompt), dtype=np.bool_)
+        if words and not prompt.dropped:
+            texts = [message.content for message in item.messages]
+            texts += [] if item.response is None else [item.response]
+            message = next(i for i, text in enumerate(texts) if words in text)
+            start = texts[message].find(words)
+            whole = backbone.encoder.encode_any_length(
+                item.conversation, item.response, with_places=True
+            )
+            for token, place in enumerate(whole.places):
+                if place is not None and place.message == message:
+                    is_marked[token] = place.start < start + len(words) and place.end > start
+        marks.append(is_marked[prompt.mask(reads).numpy()])
+    return marks
 
 
 def encode_shortened(

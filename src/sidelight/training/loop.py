@@ -130,6 +130,7 @@ class _Trainer:
         self._labels = _labels_of(training, device)
         self._weights = _weights_of(training, device)
         self._units = _units_without_label(training)
+        self._rationales = training.rationales
         self._device = device
         kept_texts = [torch.ones(len(training), dtype=torch.bool) for _ in left_out]
         for kept, rows in zip(kept_texts, left_out, strict=True):
@@ -224,23 +225,39 @@ class _Trainer:
         rows = batch.rows.to(self._device)
         labels = self._labels.chosen(rows)
         weights = None if self._weights is None else self._weights[rows]
+        rationales = self._rationales_of(batch)
         active = [run for run in runs if run.texts[batch.rows].any()]
         for group in _sharing_a_matmul(active):
             losses: list[Tensor] = []
             for run, columns in zip(group, _project(hidden, group, torch.bfloat16), strict=True):
                 tokens, targets, kept = Ragged(columns, lengths), labels, run.texts[batch.rows]
-                counted = weights
+                counted, words = weights, rationales
                 if not kept.all():
                     texts = kept.nonzero()[:, 0].to(self._device)
                     tokens, targets = tokens.chosen(texts), labels.chosen(texts)
                     counted = None if weights is None else weights[texts]
+                    words = None if rationales is None else rationales.chosen(texts)
                 if counted is not None:
                     counted = counted.repeat_interleave(targets.lengths)
-                losses.append(run.loss(tokens, targets.values, counted))
+                marks = None if words is None else words.values
+                losses.append(run.loss(tokens, targets.values, counted, marks))
             # Parameters are disjoint, so the sum's gradient is each run's own.
             (torch.stack(losses).sum() * share).backward()
         for run in active:
             run.take(share)
+
+    def _rationales_of(self, batch: Shard) -> Ragged | None:
+        """The tokens of a batch that its texts have their labels for; None if none has any."""
+        if self._rationales is None:
+            return None
+        sizes = zip(batch.rows.tolist(), batch.lengths.tolist(), strict=True)
+        # A text that is shown in part has no label, and so no rationale.
+        marks = [
+            self._rationales[text] if len(self._rationales[text]) == size else np.zeros(size, bool)
+            for text, size in sizes
+        ]
+        flat = torch.from_numpy(np.concatenate(marks)).to(self._device)
+        return Ragged(flat, batch.lengths.to(self._device)) if flat.any() else None
 
     def _validate(self, runs: Sequence[TrainingRun], validation: Split) -> None:
         labels = _labels_of(validation, torch.device("cpu")).values.numpy()

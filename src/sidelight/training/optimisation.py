@@ -20,6 +20,9 @@ from sidelight.standardisation import Standardisation
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import MechanismSpec, Task
 
+# Of the loss by which a readout learns where to look, beside that of labels.
+_RATIONALE_SHARE = 0.5
+
 
 @runtime_checkable
 class Loss(Protocol):
@@ -190,6 +193,7 @@ class TrainingRun:
         tokens: Ragged,
         labels: Int[Tensor, "label ..."],
         weights: Float[Tensor, " label"] | None = None,
+        rationales: Bool[Tensor, " token"] | None = None,
     ) -> Float[Tensor, ""]:
         """The sum over the mechanism's voters, and the mean over the views of a batch of texts.
 
@@ -197,6 +201,7 @@ class TrainingRun:
             tokens: Of the texts, as ``score`` takes them.
             labels: Of the texts, or of their tokens.
             weights: How much each text counts; None: all count the same.
+            rationales: The tokens that texts have their labels for, where these are known.
         """
         self.mechanism.train()
         self._draws += 1
@@ -209,7 +214,12 @@ class TrainingRun:
                 for view in views
                 for vote in self._votes(self.mechanism.summarise(view)).unbind(1)
             ]
-            return torch.stack(losses).sum() / len(views)
+            loss = torch.stack(losses).sum() / len(views)
+            if rationales is None:
+                return loss
+            missed = self.mechanism.rationale_loss(tokens, rationales)
+            counted = missed if weights is None else missed * weights
+            return loss + _RATIONALE_SHARE * counted.mean()
 
     def take(self, share: float) -> None:
         """Counts the gradients just computed as this share of a batch; a full batch makes a step.

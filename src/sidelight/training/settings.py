@@ -100,7 +100,7 @@ SUGGESTED = {
     "pooling": TrainingSettings(learning_rate=2e-2, weight_decay=0.1, epochs=4),
     "gate": TrainingSettings(learning_rate=1e-2, weight_decay=0.1, epochs=4),
     "attention": TrainingSettings(learning_rate=1e-3, weight_decay=0.1, epochs=3),
-    "readout": TrainingSettings(weight_decay=0.3, epochs=6, layer_weights="predictive"),
+    "readout": TrainingSettings(weight_decay=0.3, epochs=12, layer_weights="predictive"),
     # Every token is an example.
     "spans": TrainingSettings(learning_rate=2e-3, epochs=4, least_steps=240),
 }

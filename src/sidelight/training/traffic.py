@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from sidelight.probe import Probe
     from sidelight.training.contexts import Context
 
-# The share of ordinary conversations that may be flagged, unless a rule says otherwise.
-FALSE_ALARMS = 0.04
+# The share of ordinary conversations that may be flagged, unless a rule says otherwise. Of sources
+# that nobody has seen it flags more.
+FALSE_ALARMS = 0.03
 # Of the recall: where ordinary traffic costs more, training warns.
 _COSTLY = 0.05
 # No threshold is raised further.
@@ -238,8 +239,7 @@ def quiet_thresholds(
     """
     # A rate that was asked for holds; that of few conversations is rough in any case.
     is_asked = rule.kind == "fpr"
-    rate = (rule.value if is_asked else FALSE_ALARMS) * len(logits)
-    allowed = int(rate) if is_asked or rate < 1 else math.ceil(rate)
+    allowed = int((rule.value if is_asked else FALSE_ALARMS) * len(logits))
     # Fewer conversations cannot tell such a rate; at one that was asked for, none may be flagged.
     is_told = allowed or (is_asked and len(logits))
     if rule.kind in ("recall", "cost") or not is_told or not thresholds:
