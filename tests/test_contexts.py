@@ -322,9 +322,9 @@ def test_training_counts_each_text_by_its_weight(tiny, examples, options, monkey
     heard: list[float] = []
     loss = TrainingRun.loss
 
-    def counted(run, tokens, labels, weights=None):
+    def counted(run, tokens, labels, weights=None, rationales=None):
         heard.extend(weights.tolist())
-        return loss(run, tokens, labels, weights)
+        return loss(run, tokens, labels, weights, rationales)
 
     monkeypatch.setattr(TrainingRun, "loss", counted)
     settings = TrainingSettings(epochs=1, least_steps=0, standardise=False)
@@ -527,10 +527,10 @@ def test_parts_of_texts_without_a_label_train_in_their_place(tiny, options, monk
     read: dict[int, list[int]] = {0: [], 1: []}
     loss = TrainingRun.loss
 
-    def heard(run, tokens, labels, weights=None):
+    def heard(run, tokens, labels, weights=None, rationales=None):
         for label, length in zip(labels.tolist(), tokens.lengths.tolist(), strict=True):
             read[label].append(length)
-        return loss(run, tokens, labels, weights)
+        return loss(run, tokens, labels, weights, rationales)
 
     monkeypatch.setattr(TrainingRun, "loss", heard)
     candidate = mechanism_spec("readout"), TrainingSettings(epochs=8, least_steps=0)

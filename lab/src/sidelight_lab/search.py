@@ -43,6 +43,7 @@ _KNOWN = (*_FINISHED, TrialState.RUNNING)
 # What the storage keeps of a search beside parameters and scores.
 _SUBJECT = "subject"
 _BATCH_SIZES = (8, 16, 32, 64)
+_MOST_EPOCHS = 12
 
 
 def score_name(task: Task) -> str:
@@ -55,7 +56,8 @@ class Space:
     """The search space of one mechanism.
 
     The paper searches learning rates of 1e-5 to 1e-3, decays of 0 to .05, batches of 8 to 64 and
-    at most 10 epochs (Meyoyan & Del Corro 2026). Standardised states bear more decay.
+    at most 10 epochs (Meyoyan & Del Corro 2026). Standardised states bear more decay, and a readout
+    learns until its twelfth epoch.
 
     Attributes:
         learning_rate: From and to; drawn uniformly on a logarithmic scale.
@@ -73,7 +75,7 @@ class Space:
             "options": CategoricalDistribution([*map(_options_name, specs)]),
             "learning rate": FloatDistribution(*self.learning_rate, log=True),
             "weight decay": FloatDistribution(*self.weight_decay),
-            "epochs": IntDistribution(1, 10),
+            "epochs": IntDistribution(1, _MOST_EPOCHS),
             "batch size": CategoricalDistribution(_BATCH_SIZES),
         }
 
@@ -85,7 +87,7 @@ class Space:
             "options": _options_name(default if default in specs else specs[0]),
             "learning rate": float(np.clip(settings.learning_rate, *self.learning_rate)),
             "weight decay": float(np.clip(settings.weight_decay, *self.weight_decay)),
-            "epochs": min(settings.epochs, 10),
+            "epochs": min(settings.epochs, _MOST_EPOCHS),
             "batch size": min(_BATCH_SIZES, key=lambda size: abs(size - settings.batch_size)),
         }
 

@@ -172,7 +172,7 @@ def compare_defaults(
                 name: report.metrics["accuracy"].value or 0.0
                 for name, report in zip(_ACCURACIES, (at_threshold, run.report), strict=True)
             }
-            if run.traffic is not None and conversations:
+            if run.traffic is not None and len(conversations):
                 flags = flags_of(run.probe.task, chances[conversations], run.probe.thresholds)
                 share = run.traffic.flagged / max(1, run.traffic.conversations)
                 printed |= zip(_TRAFFIC, (float(flags.mean()), share), strict=True)
