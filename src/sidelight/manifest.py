@@ -159,10 +159,10 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def read_artifact(directory: str | Path, *, header_only: bool = False) -> tuple[Manifest, bytes]:
-    """The manifest of an artifact, and its file or the header of it, read from one version of it.
+    """The manifest of an artifact, with all bytes of its file or those of the header.
 
-    They are not mapped into memory: a file that is overwritten later must not change a probe that
-    serves.
+    The file is read once, and not mapped into memory: one that is replaced or overwritten later
+    must not change a probe that serves.
 
     Raises:
         SidelightError: As for ``read_manifest``.
