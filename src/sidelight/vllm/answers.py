@@ -30,7 +30,7 @@ from sidelight.policy.enforcement import Enforcement, Judged
 from sidelight.policy.hold_back import Ended, redacted_spans
 from sidelight.policy.request import Outcome, Terms
 from sidelight.probe import Probe
-from sidelight.prompts import Conversation, EncodedPrompt, Part, PlainText
+from sidelight.prompts import EncodedPrompt, Part, PlainText
 from sidelight.types import Judgement, Span
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.outputs import early_names, without_report
@@ -43,17 +43,13 @@ class GuardedRequest(Outcome):
 
     Attributes:
         probes: Those that were served when it was made.
-        conversations: What its prompts say, in order, as far as that is known.
         silent: The texts that end without a token, whose end vLLM leaves out of its streams.
         decided: Set once each prompt is answered, or one is refused, or nothing more is written.
     """
 
-    def __init__(
-        self, terms: Terms, probes: tuple[Probe, ...], conversations: Sequence[Conversation] = ()
-    ):
+    def __init__(self, terms: Terms, probes: tuple[Probe, ...]):
         super().__init__(terms)
         self.probes = probes
-        self.conversations = conversations
         self.silent: list[Enforcement] = []
         self.decided = asyncio.Event()
 

@@ -26,7 +26,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
 from sidelight.errors import SidelightError
-from sidelight.prompts import Conversation, Message, PlainText
 from sidelight.server import admin, checks, questions
 from sidelight.server.app import LOOPBACK, application, status_router
 from sidelight.server.errors import RequestError, as_request_error, wrong_field
@@ -129,10 +128,7 @@ class ProbeEndpoint:
             try:
                 await stack.enter_async_context(guard.engine.passing(guard.engine.probes))
                 request = guard.request(
-                    observer,
-                    probes=_report_request(fields).probes,
-                    sees_all=caller.is_admin,
-                    conversations=_conversations(scope["path"], fields),
+                    observer, probes=_report_request(fields).probes, sees_all=caller.is_admin
                 )
             except SidelightError as error:
                 refusal = as_request_error(error, sees_all=caller.is_admin).answer()
@@ -313,28 +309,6 @@ def _report_request(fields: Mapping[str, Any]) -> ReportRequest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise wrong_field(first, first["loc"]) from error
-
-
-def _conversations(path: str, fields: Mapping[str, Any]) -> list[Conversation]:
-    """What a body asks to be answered, as far as it is text; vLLM may read it in another way."""
-    match path, fields:
-        case "/v1/chat/completions", {"messages": [*turns]}:
-            messages: list[Message] = []
-            for turn in turns:
-                match turn:
-                    case {"role": str(role), "content": str(content)}:
-                        messages.append(Message(role, content))
-                    case _:
-                        return []
-            return [messages]
-        case "/v1/completions", {"prompt": [*texts]}:
-            return [PlainText(text) for text in texts if isinstance(text, str)]
-        case "/v1/completions", {"prompt": str(text)}:
-            return [PlainText(text)]
-        case "/v1/responses", {"input": str(text)}:
-            return [[Message("user", text)]]
-        case _:
-            return []
 
 
 def _identity(event: bytes) -> dict[str, Any]:

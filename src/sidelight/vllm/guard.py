@@ -20,7 +20,7 @@ from sidelight.engines.marks import labels_spans
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Enforcement
-from sidelight.prompts import Conversation, PlainText, control_tokens
+from sidelight.prompts import Message, PlainText, control_tokens
 from sidelight.server.config import ServerConfig
 from sidelight.server.observe import RequestObserver
 from sidelight.server.requests import Context
@@ -29,7 +29,7 @@ from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.internals import wrap
 from sidelight.vllm.outputs import without_report
 from sidelight.vllm.recogniser import PromptRecogniser, require_drawable, require_own_words
-from sidelight.vllm.settings import Served, identity_of, prompt_encoder
+from sidelight.vllm.settings import KEY, Served, identity_of, prompt_encoder
 
 
 class RefusedError(SidelightError, ValueError):
@@ -62,6 +62,7 @@ class EngineGuard:
 
     def __init__(self, llm: Any, served: Served, config: ServerConfig):
         from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+        from vllm.renderers import BaseRenderer
 
         self._encode, self._abort = llm.encode, llm.abort
         self._text_ids: dict[str, set[str]] = defaultdict(set)
@@ -83,6 +84,7 @@ class EngineGuard:
         llm.sidelight_guard = self
         # Whatever calls them.
         wrap(BeamSearchOnlineMixin, "beam_search", _search_beams)
+        wrap(BaseRenderer, "render_chat_async", _render_chats)
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
@@ -118,7 +120,6 @@ class EngineGuard:
         *,
         probes: Sequence[str] | None = None,
         sees_all: bool = False,
-        conversations: Sequence[Conversation] = (),
     ) -> GuardedRequest:
         """A request that begins now, and keeps the served probes and their rules.
 
@@ -126,13 +127,12 @@ class EngineGuard:
             observer: Its own.
             probes: Those that the client chooses to be told of.
             sees_all: Whether the client sees what rules do not disclose.
-            conversations: What its prompts say, as far as that is known.
 
         Raises:
             PolicyError: There is no such probe.
         """
         terms = self.context.terms(observer, sees_all=sees_all).choose(probes, for_text=True)
-        return GuardedRequest(terms, self.engine.probes, conversations)
+        return GuardedRequest(terms, self.engine.probes)
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         """As vLLM's; refused where a rule blocks, since what it reads is not judged."""
@@ -192,11 +192,12 @@ class EngineGuard:
         if prompt.keys() <= {"prompt", "cache_salt"}:
             # As vLLM's own reading of a text gives them.
             prompt = {**prompt, "prompt_token_ids": self._tokenizer(prompt["prompt"])["input_ids"]}
-        said, number = None, client.texts.index([*texts])
         is_labelled = labels_spans(p for p in client.probes if not p.reads.includes_response)
-        if is_labelled and number < len(client.conversations):
-            said = client.conversations[number]
-        encoded = await asyncio.to_thread(self.recogniser.recognise, prompt, said)
+        said = prompt.get(KEY)
+        prompt = {name: value for name, value in prompt.items() if name != KEY}
+        encoded = await asyncio.to_thread(
+            self.recogniser.recognise, prompt, said, with_places=is_labelled
+        )
         await asyncio.to_thread(self.recogniser.require_read, encoded, client.terms)
         words = ""
         if encoded is not None and self.context.observer.audit is not None:
@@ -232,6 +233,16 @@ def _search_beams(original: Callable[..., Any], serving: Any, *args: Any, **kwar
         # It takes candidates that no probe has read.
         guard.require_unblocked("Texts of a beam search")
     return original(serving, *args, **kwargs)
+
+
+async def _render_chats(
+    original: Callable[..., Any], renderer: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """As vLLM's, with prompts that have the messages which they are made of, of every route."""
+    conversations, prompts = await original(renderer, *args, **kwargs)
+    for turns, prompt in zip(conversations, prompts, strict=True):
+        prompt[KEY] = [Message(turn["role"], str(turn.get("content") or "")) for turn in turns]
+    return conversations, prompts
 
 
 def _unique(request_id: str) -> str:

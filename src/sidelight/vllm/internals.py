@@ -1,9 +1,9 @@
 """Everything that we use of vLLM beyond its documentation.
 
 ``plugin`` wraps methods of ``AsyncLLM``, ``EngineArgs``, ``BaseModelLoader`` and ``Executor``;
-``guard`` wraps one of ``BeamSearchOnlineMixin``, and replaces three of each ``AsyncLLM``. Others
-use ``Scheduler.update_from_output``, ``MultiConnector._connectors`` and its
-``_requests_to_connector`` (``connector``), ``OutputProcessor.process_outputs`` and its
+``guard`` wraps one each of ``BeamSearchOnlineMixin`` and ``BaseRenderer``, and replaces three of
+each ``AsyncLLM``. Others use ``Scheduler.update_from_output``, ``MultiConnector._connectors`` and
+its ``_requests_to_connector`` (``connector``), ``OutputProcessor.process_outputs`` and its
 ``request_states`` (``outputs``), ``merge_async_iterators`` and ``RequestOutput.add`` (``answers``),
 ``OutputProcessor.has_unfinished_requests`` and the number of API servers (``engine``),
 ``ResponsesResponse.from_request`` (``endpoint``), and ``AsyncLLM.shutdown``, ``setup_server`` and

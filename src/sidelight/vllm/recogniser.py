@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.request import Terms
-from sidelight.prompts import Conversation, EncodedPrompt, Part, PromptEncoder
+from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, PromptEncoder
 
 # What vLLM's ``StructuredOutputsParams`` takes that can hold words of an answer.
 _WORDED = ("json", "regex", "choice", "grammar", "structural_tag")
@@ -33,11 +33,11 @@ class PromptRecogniser:
         self._heads: tuple[date | None, Sequence[tuple[int, ...]]] = (None, ())
 
     def recognise(
-        self, prompt: Mapping[str, Any], said: Conversation | None = None
+        self, prompt: Mapping[str, Any], said: Sequence[Message] | None, *, with_places: bool
     ) -> EncodedPrompt | None:
         """What the tokens of vLLM's form of a prompt belong to; None: no probe can tell.
 
-        They have places in what is ``said``, if they are its tokens.
+        Its messages are ``said``, if it has any. Places are in these, or in its text.
         """
         ids = prompt.get("prompt_token_ids")
         if ids is None or prompt.get("type", "token") != "token":
@@ -47,11 +47,12 @@ class PromptRecogniser:
         # Ids that the tokenizer does not take.
         except (OverflowError, TypeError, ValueError):
             return None
-        if said is None:
+        if not with_places:
             return encoded
         try:
-            located = self._encoder.encode(said, with_places=True)
-        # What vLLM does not read as a chat, or has read in another way.
+            text = said or PlainText(prompt.get("prompt", ""))
+            located = self._encoder.encode(text, with_places=True)
+        # What vLLM has read in another way.
         except (SidelightError, TypeError, ValueError):
             return encoded
         if located.token_ids != encoded.token_ids:
