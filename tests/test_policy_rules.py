@@ -1,5 +1,6 @@
 """The rules of a policy: read from a file, and checked against the probes that they name."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
 from sidelight.prompts import Reads
-from tiny import three_probes, untrained_probe
+from tiny import INTENT, three_probes, untrained_probe
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,7 @@ def test_a_file_can_set_every_field_of_a_rule(read):
         threshold = 1
         on_failure = "pass"
         max_tokens = 100
+        turns = "tool"
         [input.intent]
         mode = "route"
         routes = { billing = "desk-2" }
@@ -45,7 +47,9 @@ def test_a_file_can_set_every_field_of_a_rule(read):
     )
     assert policy == Policy(
         input={
-            "toxicity": Rule("block", threshold=1.0, on_failure="pass", max_tokens=100),
+            "toxicity": Rule(
+                "block", threshold=1.0, on_failure="pass", max_tokens=100, turns="tool"
+            ),
             "intent": Rule("route", routes={"billing": "desk-2"}),
         },
         output={"late": Rule("block", consecutive=3, warm_up=4, hold_back=5)},
@@ -64,6 +68,11 @@ def test_a_file_can_set_every_field_of_a_rule(read):
         # Of one side only.
         ("[input.toxicity]\nconsecutive = 2", "input.toxicity.consecutive"),
         ("[output.late]\nroutes = {}", "output.late.routes"),
+        ("[output.late]\nturns = 'tool'", "output.late.turns"),
+        ("[input.pii]\nmode = 'redact'\nturns = 'tool'", "input.pii.turns"),
+        # A client that is refused in one role would write in another.
+        ("[input.toxicity]\nturns = 'user'", "'all' or 'tool', got 'user'"),
+        ("[input.toxicity]\nturns = []", r"'all' or 'tool', got \[\]"),
         ("[output.late]\nconsecutive = 0", "output.late.consecutive"),
         # In the words of TOML, not of Python.
         ("[input.toxicity]\nlabels = 'toxic'", r'input\.toxicity\.labels .* list .*\["toxic"\]'),
@@ -103,6 +112,30 @@ def test_a_wrong_key_or_value_is_an_error_that_names_it(read, text, told):
 def test_a_rule_that_could_not_apply_is_an_error(probes, policy, told):
     with pytest.raises(SidelightError, match=told):
         require_policy_applies(policy, probes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"),
+    [
+        ({"reads": Reads()}, "task binary, side prompt, format chat, scope conversation"),
+        ({"reads": Reads("response", scope="each_turn")}, "side response"),
+        ({"reads": Reads("both", scope="each_turn")}, "side both"),
+        ({"prompt_format": "raw"}, "format raw"),
+        ({"task": INTENT}, "task multiclass"),
+        ({"task": INTENT, "reads": Reads(scope="last_turn")}, "scope last_turn"),
+    ],
+)
+def test_turns_of_tools_take_a_probe_that_judges_each_turn_of_a_prompt(tiny, changes, got):
+    probe = untrained_probe(tiny, "p", reads=Reads(scope="each_turn"))
+    rules = {"p": Rule("flag", threshold=0.5, labels=("billing",), turns="tool")}
+    for fitting in (probe, replace(probe, prompt_format="both")):
+        plain = {"p": replace(rules["p"], labels=())}
+        require_policy_applies(Policy(input=plain), [fitting])
+    other = replace(probe, **changes)
+    rule = rules["p"] if "task" in changes else replace(rules["p"], labels=())
+    side = {"output" if other.reads.includes_response else "input": {"p": rule}}
+    with pytest.raises(SidelightError, match=f"'p' cannot have turns .* {got}"):
+        require_policy_applies(Policy(**side), [other])
 
 
 def test_a_file_that_does_not_mention_system_turns_refuses_them_if_it_blocks_prompts(read):

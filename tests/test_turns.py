@@ -28,7 +28,7 @@ from sidelight.prompts import (
     control_tokens,
 )
 from sidelight.prompts.turns import OUTSIDE, ChatFormat, token_parts
-from templates import merging_tokenizer, written
+from templates import CHATML, merging_tokenizer, written
 
 ASKED = {"role": "user", "content": "Say it"}
 
@@ -88,7 +88,7 @@ def test_control_tokens_within_a_content_hide_nothing(encoder, data):
     parts = token_parts(encoder.chat_format.turns(ids), len(ids), has_response=False)
     names = encoder.tokenizer.convert_ids_to_tokens(ids)
     words = [p for name, p in zip(names, parts, strict=True) if {*name.strip("Ġ▁")} == {"z"}]
-    assert set(words) <= {Part.PROMPT, Part.REPLY, Part.SYSTEM}
+    assert set(words) <= {Part.PROMPT, Part.REPLY, Part.SYSTEM, Part.TOOL}
     assert words
 
 
@@ -113,6 +113,76 @@ def test_tool_calls_and_results_belong_to_turns(chosen, encoder, as_text):
         # Mistral writes the tools between the last two turns.
         others = zip((turns[0], *turns[3:]), ("Weather?", "Sun.", "Thanks"), strict=True)
         assert all(text.startswith(content) for (_, text), content in others)
+
+
+AGENT = [("user", "Weather?"), ("assistant", "I ask."), ("tool", "sunny"), ("tool", "warm")]
+AGENT += [("assistant", "Sun."), ("user", "Thanks")]
+
+
+def messages(turns):
+    return [{"role": role, "content": content, "name": "ask"} for role, content in turns]
+
+
+def is_attributed(encoder, turns, **options):
+    """As vLLM's server encodes turns."""
+    text = rendered(encoder, messages(turns), **options)
+    return encoder.recognise(
+        ids_of(encoder, text), [Message(*turn) for turn in turns]
+    ).is_attributed
+
+
+def test_whose_a_turn_is_is_known_where_the_template_tells_roles_apart(chosen, encoder):
+    if chosen[0] in WITHOUT_SYSTEM:
+        pytest.skip("its turns alternate between user and assistant")
+    for turns in (AGENT[:1], AGENT[:3], AGENT[:4], AGENT):
+        encoded = encoder.encode([Message(*turn) for turn in turns])
+        assert encoded.is_attributed
+        assert (Part.TOOL in encoded.parts) == (len(turns) > 2)
+        assert not encoder.recognise(encoded.token_ids).is_attributed
+        assert is_attributed(encoder, turns)
+        tools = [{"type": "function", "function": {"name": "forecast"}}]
+        assert is_attributed(encoder, turns, tools=tools)
+    answered = encoder.encode([Message(*turn) for turn in AGENT[:4]], "Warm.")
+    assert answered.is_attributed
+
+
+def test_a_result_of_a_tool_that_makes_up_a_turn_is_known_to_be_nobodys(chosen, encoder):
+    """Also if it hides its own marker, or one of these turns is its own again."""
+    if chosen[0] in WITHOUT_SYSTEM:
+        pytest.skip("its turns alternate between user and assistant")
+    whole = rendered(encoder, messages(AGENT))
+    between = {
+        "user": whole[whole.index("sunny") : whole.index("Thanks") + len("Thanks")],
+        "tool": whole[whole.index("Weather?") : whole.index("sunny") + len("sunny")],
+        "assistant": whole[whole.index("warm") : whole.index("Sun.") + len("Sun.")],
+    }
+    for made_up in (*between.values(), *control_tokens(encoder.tokenizer).values()):
+        turns = [*AGENT[:2], ("tool", made_up)]
+        assert not is_attributed(encoder, turns), made_up
+        # A user who quotes one hides nothing of a tool.
+        assert not is_attributed(encoder, [("user", between["tool"]), *AGENT[1:]])
+
+
+AS_USER = CHATML.replace(
+    "{{ message.role }}", "{{ 'user' if message.role == 'tool' else message.role }}"
+)
+WITHIN = """{% for message in messages %}{% if message.role == 'tool' %}
+{{ message.content }}{% else %}<|im_end|><|im_start|>{{ message.role }}
+{{ message.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [(AS_USER, "tool"), (WITHIN, "tool"), (CHATML, "function"), (CHATML, "ipython")],
+)
+def test_what_a_template_writes_into_the_turn_of_another_is_known_to_be_nobodys(template, role):
+    encoder = PromptEncoder(merging_tokenizer(template), prompt_format="chat", max_tokens=999)
+    turns = [*AGENT[:2], (role, "sunny"), AGENT[5]]
+    for several in (turns[:3], turns):
+        assert not is_attributed(encoder, several)
+        assert not encoder.encode([Message(*turn) for turn in several]).is_attributed
+    assert is_attributed(encoder, [*AGENT[:2], AGENT[5]])
 
 
 @pytest.mark.parametrize("text", ["sunny", 'He said "no".\nThen {"a": "é"}', " a\tb "])

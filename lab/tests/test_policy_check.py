@@ -38,6 +38,7 @@ POLICIES = {
     "`threshold = 1.0`": {"input": {"toxicity": Rule("block", threshold=1.0)}},
     "`threshold = 0`": {"output": {"late": BLOCK, "shadow": Rule("shadow", threshold=0.0)}},
     '`disclose = "scores"`': {"input": {"toxicity": Rule("block", disclose="scores")}},
+    '`turns = "tool"`': {"input": {"toxicity": Rule("block", turns="tool")}},
     "`hold_back` below `consecutive - 1`": {
         "output": {"late": Rule("block", consecutive=4, hold_back=2)}
     },
@@ -67,6 +68,7 @@ WORDS = {
     "`threshold = 1.0`": ["[input.toxicity] threshold = 1.0"],
     "`threshold = 0`": ["[output.shadow] threshold = 0 counts every text"],
     '`disclose = "scores"`': ["[input.toxicity] disclose"],
+    '`turns = "tool"`': ["[input.toxicity] turns"],
     "`hold_back` below `consecutive - 1`": ["Set it to 3 or more"],
     "a probe with the same labels that tells its scores": ["'double' tells its scores"],
     "a probe that reads the last turn alone, as those of several classes": ["last turn alone"],

@@ -23,7 +23,7 @@ from sidelight.explanation import Explanation, explain
 from sidelight.manifest import require_distinct_names
 from sidelight.mechanisms.spans import Spans
 from sidelight.probe import Probe, TextLogits
-from sidelight.prompts import EncodedPrompt, Part, Reads, Unit, judged_units, read_tokens
+from sidelight.prompts import EncodedPrompt, Part, Reads, Unit, judged_units, read_tokens, tool_rows
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement, TokenLabel, Verdict
@@ -258,7 +258,23 @@ class Bank:
     ) -> list[Judgement]:
         """As ``judge``, for whole prompts; other arguments as for ``prompt_logits``."""
         by_prompt = zip(*self.prompt_logits(columns, parts), strict=True)
-        return [self._judgement(*each) for each in zip(by_prompt, is_plain, strict=True)]
+        judged = (self._judgement(*each) for each in zip(by_prompt, is_plain, strict=True))
+        pieces = columns.split([*map(len, parts)])
+        tools = (self._judge_tools(*each) for each in zip(pieces, parts, strict=True))
+        pairs = zip(judged, tools, strict=True)
+        return [whole | Judgement(failed=own.failed, tools=own) for whole, own in pairs]
+
+    def _judge_tools(self, columns: Float[Tensor, "token layer column"], parts: bytes) -> Judgement:
+        """What the probes say of the turns of tools in a prompt alone, if there are any."""
+        tokens, turns = tool_rows(parts)
+        if not len(tokens):
+            return Judgement()
+        chosen = columns[torch.from_numpy(tokens).to(columns.device)]
+        own_parts = bytes(np.frombuffer(parts, np.uint8)[tokens])
+        (logits,) = zip(*self.prompt_logits(chosen, [own_parts]), strict=True)
+        judged = self._judgement(logits, is_plain=False)
+        verdicts = (replace(each, turn=int(turns[each.turn or 0])) for each in judged.verdicts)
+        return Judgement(tuple(verdicts), judged.failed)
 
     def prompt_logits(
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]

@@ -185,6 +185,7 @@ class Judgement:
         failed: Names of the probes that gave none; never to be taken for a harmless verdict.
         token_labels: Of probes that label spans, by name: what an engine makes spans of, since it
             knows the characters of tokens.
+        tools: Of a prompt, what they say of the turns of its tools alone; None: unknown.
     """
 
     verdicts: tuple[Verdict, ...] = ()
@@ -192,6 +193,7 @@ class Judgement:
     token_labels: Mapping[str, Sequence[TokenLabel]] = field(
         default_factory=dict[str, Sequence[TokenLabel]], compare=False
     )
+    tools: "Judgement | None" = field(default=None, compare=False)
 
     def __or__(self, newer: "Judgement") -> "Judgement":
         """Both together; where a probe is in both, the newer verdict or failure counts."""
@@ -201,6 +203,7 @@ class Judgement:
             + newer.verdicts,
             tuple(name for name in self.failed if name not in said) + newer.failed,
             {**self.token_labels, **newer.token_labels},
+            newer.tools or self.tools,
         )
 
     def verdict(self, probe: str) -> Verdict | None:
@@ -213,4 +216,5 @@ class Judgement:
             tuple(verdict for verdict in self.verdicts if verdict.probe in names),
             tuple(name for name in self.failed if name in names),
             {name: labels for name, labels in self.token_labels.items() if name in names},
+            self.tools,
         )

@@ -22,11 +22,15 @@ def labels_spans(probes: Iterable[Probe]) -> bool:
 def mark_text(judgement: Judgement, probes: Iterable[Probe], prompt: EncodedPrompt) -> Judgement:
     """The judgement of a text, whose verdicts have the spans if its tokens have places.
 
+    It has nothing of tools if nobody knows which turns are theirs.
+
     Args:
         judgement: As the bank gives it.
         probes: Those that judged.
         prompt: The text, with any response.
     """
+    if not prompt.is_attributed:
+        judgement = replace(judgement, tools=None)
     if not prompt.places:
         return judgement
     messages = prompt.texts

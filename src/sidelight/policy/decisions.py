@@ -1,7 +1,7 @@
 """What follows from one verdict."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sidelight.errors import SidelightError
@@ -103,8 +103,19 @@ def decide(bound: BoundRule, judgement: Judgement, *, tokens: int) -> Decision:
         if bound.is_enforced:
             action = "fail_closed" if bound.fails_closed else "fail_open"
         return Decision(bound, None, action, is_too_long)
-    decided = bound.decide(verdict)
+    decided = _decided(bound, verdict, judgement.tools)
     return Decision(bound, decided, _action(bound, decided))
+
+
+def _decided(bound: BoundRule, verdict: Verdict, tools: Judgement | None) -> Verdict:
+    """The verdict at the rule's thresholds, which turns that do not count do not reach."""
+    if bound.rule.turns == "all" or tools is None:
+        return bound.decide(verdict)
+    alone = tools.verdict(bound.name)
+    if alone is not None and (decided := bound.decide(alone)).flagged:
+        return decided
+    unflagged = bound.probe.task.decide(bound.name, verdict.probabilities, {})
+    return replace(unflagged, turn=verdict.turn)
 
 
 def agreements(decisions: Iterable[Decision]) -> list[tuple[BoundRule, Agreement]]:

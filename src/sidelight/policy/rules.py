@@ -39,6 +39,7 @@ class Rule:
         labels: The labels that count; empty: the positive one, or all of a multi-label probe.
         on_failure: Whether a rule that blocks or redacts blocks what could not be judged.
         max_tokens: Longest text that the probe judges; None: any.
+        turns: Input only: ``tool``: nothing follows from turns of other roles.
         routes: Input only: route by label; empty: a flagged label is its own route.
         shadow_of: The probe that a shadow is compared with.
         consecutive: Output only: tokens in a row that have to count before the text is cut.
@@ -54,6 +55,7 @@ class Rule:
     labels: tuple[str, ...] = ()
     on_failure: Literal["block", "pass"] = "block"
     max_tokens: _Positive | None = None
+    turns: Literal["all", "tool"] = "all"
     routes: Mapping[str, str] = field(default_factory=dict)
     shadow_of: str | None = None
     consecutive: _Positive = 2
@@ -238,6 +240,14 @@ def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
             f"Probe '{bound.name}' labels no spans, so rule 'redact' would never apply. Train one "
             "that does (sidelight train --spans COLUMN), or use another mode."
         )
+    reads, form, kind = bound.probe.reads, bound.probe.prompt_format, bound.probe.task.kind
+    is_known = bound.side == "input" and form != "raw" and bound.probe.judges_turns
+    if bound.rule.turns == "tool" and not is_known:
+        raise SidelightError(
+            f"Probe '{bound.name}' cannot have turns = \"tool\", which takes one that judges each "
+            f"turn of a chat's prompt, got task {kind}, side {reads.side}, format {form}, scope "
+            f"{reads.scope}. Leave 'turns' out, or train one on one label."
+        )
     if bound.mode == "route" and bound.side == "output":
         raise SidelightError(
             f"Probe '{bound.name}' judges the output, which is too late for a route. Use another "
@@ -254,9 +264,9 @@ def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
 
 _KEYS = {key.name for key in fields(Rule)}
 _CUTTING = {"consecutive", "warm_up", "hold_back"}
-_RULE_KEYS = {"input": _KEYS - _CUTTING, "output": _KEYS - {"routes"}}
+_RULE_KEYS = {"input": _KEYS - _CUTTING, "output": _KEYS - {"routes", "turns"}}
 # Words are labelled by the thresholds that training chose for them.
-_REDACT_KEYS = _KEYS - _CUTTING - {"routes", "threshold", "shadow_of"}
+_REDACT_KEYS = _KEYS - _CUTTING - {"routes", "threshold", "shadow_of", "turns"}
 
 
 def read_policy(path: Path) -> Policy:

@@ -25,6 +25,7 @@ from sidelight.prompts.conversation import (
     require_whole_characters,
     shared_length,
     shared_unread,
+    tool_rows,
 )
 from sidelight.prompts.encode import PromptEncoder
 
@@ -52,4 +53,5 @@ __all__ = [
     "require_whole_characters",
     "shared_length",
     "shared_unread",
+    "tool_rows",
 ]

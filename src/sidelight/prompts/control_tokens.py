@@ -93,6 +93,12 @@ class ContentTokenizer:
         (tokens,) = backend.encode_batch_fast([text], add_special_tokens=False)
         return len(tokens)
 
+    def holds_controls(self, text: str) -> bool:
+        """Whether a text has control tokens if nobody prevents it, as another server may not."""
+        backend = self._tokenizer.backend_tokenizer
+        (tokens,) = backend.encode_batch_fast([text], add_special_tokens=False)
+        return not self._names.keys().isdisjoint(tokens.ids)
+
     def encode_chat(self, text: str, template: Sequence[Span]) -> Tokenised:
         """Encodes a rendered conversation.
 

@@ -66,9 +66,11 @@ class Part(IntEnum):
     """Written by the chat template once the prompt has begun: turn markers, generation prompt."""
     RESPONSE = 3
     REPLY = 4
-    """Another's turn in the prompt: the assistant's or a tool's. A client may have written it."""
+    """A turn of the assistant in the prompt. A client may have written it."""
     SYSTEM = 5
     """A turn of the system behind others. A client may have written it instead of a user's."""
+    TOOL = 6
+    """What a tool has answered. A client may have written it."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class EncodedPrompt:
         token_ids: One id per token.
         parts: One ``Part`` per token.
         is_plain: Whether it is plain text, without a chat template around it.
+        is_attributed: Whether each turn is known to be of the role that its message has.
         dropped: Tokens of text that were removed to fit a training limit; 0 outside training.
         texts: What each message says, and the response; empty if no places are known.
         places: Where each token stands in them; None: only the template or tokenizer wrote it.
@@ -151,6 +154,7 @@ class EncodedPrompt:
     token_ids: tuple[int, ...]
     parts: tuple[Part, ...]
     is_plain: bool = field(default=False, kw_only=True)
+    is_attributed: bool = field(default=False, kw_only=True, compare=False)
     dropped: int = field(default=0, kw_only=True)
     texts: tuple[str, ...] = field(default=(), kw_only=True, compare=False, repr=False)
     places: tuple[Place | None, ...] = field(default=(), kw_only=True, compare=False, repr=False)
@@ -245,7 +249,7 @@ def read_tokens(parts: bytes, reads: Reads) -> Bool[np.ndarray, " token"]:
 
 
 # What somebody has written, rather than a template.
-_TEXT = (Part.PROMPT, Part.REPLY, Part.SYSTEM)
+_TEXT = (Part.PROMPT, Part.REPLY, Part.SYSTEM, Part.TOOL)
 _NO_REPLY = (Part.PROMPT, Part.SYSTEM)
 # A turn of fewer tokens says too little by itself; beside more of them it is outweighed.
 _LEAST_TOKENS = 8
@@ -307,6 +311,14 @@ def judged_units(parts: bytes) -> list[Unit]:
         for unit, tokens in spans.items()
         if 0 < len(unit) < count
     ]
+
+
+def tool_rows(parts: bytes) -> tuple[Int[np.ndarray, " _"], Int[np.ndarray, " turn"]]:
+    """The tokens of all turns of tools, as those of a ``Unit``, and which turns these are."""
+    lengths = piece_lengths(parts)
+    turn_of = np.repeat(np.arange(len(lengths)), lengths)
+    turns = np.unique(turn_of[np.frombuffer(parts, np.uint8) == Part.TOOL])
+    return np.flatnonzero(np.isin(turn_of, turns)), turns
 
 
 def shared_length(texts: Sequence[Sequence[int]]) -> int:

@@ -27,7 +27,7 @@ from sidelight.prompts.conversation import (
     contents,
     require_whole_characters,
 )
-from sidelight.prompts.turns import ChatFormat, token_parts
+from sidelight.prompts.turns import ChatFormat, are_attributed, token_parts
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,14 @@ class _Written:
             written the content in another way.
         markers: Those that the template writes, as ``ChatFormat.markers`` gives them; None: there
             is no template.
+        roles: Of the turns.
     """
 
     tokens: Tokenised
     spans: Sequence[Span]
     skipped: Sequence[int]
     markers: tuple[str, ...] | None = None
+    roles: tuple[str, ...] = ()
 
     def places(self) -> list[Place | None]:
         """The place of each token; None: no part of a content."""
@@ -99,15 +101,25 @@ class PromptEncoder:
         """How the model's chat template marks turns."""
         return ChatFormat(self.tokenizer)
 
-    def recognise(self, token_ids: Sequence[int]) -> EncodedPrompt:
-        """The prompt that has these ids, whoever has encoded it.
+    def recognise(
+        self, token_ids: Sequence[int], said: Sequence[Message] | None = None
+    ) -> EncodedPrompt:
+        """The prompt that has these ids, whoever has encoded it; ``said`` are its messages, if any.
 
         Ids that are not a conversation are plain text, and all are if the format is ``raw``.
         """
         ids = tuple(token_ids)
         turns = () if self.prompt_format == "raw" else self.chat_format.turns(ids)
         if turns:
-            return EncodedPrompt(ids, token_parts(turns, len(ids), has_response=False))
+            parts = token_parts(turns, len(ids), has_response=False)
+            tools = [own.content for own in said or () if own.role in ("tool", "function")]
+            is_attributed = (
+                said is not None
+                and are_attributed(turns, [own.role for own in said])
+                # A control token can hide the marker before it.
+                and not any(map(self._contents.holds_controls, tools))
+            )
+            return EncodedPrompt(ids, parts, is_attributed=is_attributed)
         # What the tokenizer itself writes around a text. Within it, the same ids are a client's.
         around = set(self.tokenizer("")["input_ids"])
         text = [i for i, token_id in enumerate(ids) if token_id not in around] or [len(ids)]
@@ -201,9 +213,9 @@ class PromptEncoder:
                 "The text contains what the model's chat template writes between turns. Remove it, "
                 f"or {_USE_RAW}."
             )
-        return EncodedPrompt(
-            token_ids, token_parts(turns, len(token_ids), has_response=has_response)
-        )
+        parts = token_parts(turns, len(token_ids), has_response=has_response)
+        is_attributed = are_attributed(turns, written.roles)
+        return EncodedPrompt(token_ids, parts, is_attributed=is_attributed)
 
     def _write(self, messages: Conversation, response: str | None) -> _Written:
         is_plain = isinstance(messages, PlainText)
@@ -246,7 +258,7 @@ class PromptEncoder:
             turn.content.find(rendered[start:end])
             for turn, (start, end) in zip(turns, spans, strict=True)
         ]
-        return _Written(tokens, spans, skipped, markers)
+        return _Written(tokens, spans, skipped, markers, roles)
 
     def _render(self, turns: Sequence[Message], *, for_generation: bool) -> str:
         conversation = [{"role": turn.role, "content": turn.content} for turn in turns]

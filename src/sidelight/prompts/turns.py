@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, dropwhile, groupby
 from typing import Any
 
 from jinja2 import TemplateError
@@ -20,7 +20,7 @@ from sidelight.prompts.control_tokens import Tokenizer, control_tokens
 from sidelight.prompts.conversation import Part
 
 # Any other role counts as a user.
-_PARTS = {"assistant": Part.REPLY, "tool": Part.REPLY, "system": Part.SYSTEM}
+_PARTS = {"assistant": Part.REPLY, "tool": Part.TOOL, "system": Part.SYSTEM}
 OUTSIDE = "outside"
 """The role of text that stands before the first turn and that the template does not write."""
 
@@ -71,6 +71,21 @@ def token_parts(turns: Sequence[Turn], tokens: int, *, has_response: bool) -> tu
         if turn.start == turn.stop and has_text:
             parts[turn.start : next_start] = [Part.UNREAD] * (next_start - turn.start)
     return tuple(parts)
+
+
+def are_attributed(turns: Sequence[Turn], roles: Iterable[str]) -> bool:
+    """Whether turns in token ids are those of messages of these roles.
+
+    If not, a content has made up a turn, or the template writes one role as another. It may write
+    turns of the system in front of all, and one turn for answers of several tools.
+    """
+    return _speakers(turn.role for turn in turns) == _speakers(roles)
+
+
+def _speakers(roles: Iterable[str]) -> list[str]:
+    read = dropwhile(("system", "developer", OUTSIDE).__contains__, roles)
+    runs = groupby({"developer": "system", "function": "tool"}.get(role, role) for role in read)
+    return [role for role, run in runs for _ in ([role] if role == "tool" else run)]
 
 
 # A regular expression that matches nothing.

@@ -78,6 +78,9 @@ async def check(
     events = await unless_left(request, judging)
     checked: list[Checked] = []
     for index, (event, turns) in enumerate(zip(events, conversations, strict=True)):
+        if len(turns) == 1:
+            # A text by itself, whoever wrote it.
+            event = replace(event, judgement=replace(event.judgement, tools=None))
         prompt: set[Side] = {"input"} if judges_prompt else set()
         response: set[Side] = {"output"} if is_answered(turns) else set()
         decisions = check_decisions(terms.rules, event, prompt | response)

@@ -32,6 +32,7 @@ _POLICY = """# Nothing is blocked: verdicts are counted in the metrics, and no c
 # threshold = 0.9 would replace the threshold of training. Rules that block prompts refuse
 # conversations that begin with a system turn, unless only you write these:
 # system_turns = "trust"
+# In a rule of prompts, turns = "tool" acts on what tools bring, and on nothing that a user says.
 """
 
 

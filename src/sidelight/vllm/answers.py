@@ -328,10 +328,8 @@ class GuardedText:
         judgement, self._prompt_s = _judged_by(report)
         judgement = judgement.of(self._early)
         encoded = self._call.encoded
-        if encoded is not None:
-            judgement = mark_text(judgement, self._call.client.probes, encoded)
         return PromptJudged(
-            judgement,
+            mark_text(judgement, self._call.client.probes, encoded or EncodedPrompt((), ())),
             is_plain=encoded is not None and encoded.is_plain,
             tokens=self._prompt_tokens,
             judging_s=self._prompt_s,

@@ -43,7 +43,7 @@ class PromptRecogniser:
         if ids is None or prompt.get("type", "token") != "token":
             return None
         try:
-            encoded = self._encoder.recognise(ids)
+            encoded = self._encoder.recognise(ids, said)
         # Ids that the tokenizer does not take.
         except (OverflowError, TypeError, ValueError):
             return None

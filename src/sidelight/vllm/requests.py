@@ -86,6 +86,8 @@ def report_of(judgement: Judgement, seconds: float, identity: str = "") -> dict[
     failed = {name: {"error": "verdict_failed"} for name in judgement.failed}
     labels = {name: [*map(list, each)] for name, each in judgement.token_labels.items()}
     said = {"verdicts": verdicts | failed, "seconds": seconds, "identity": identity}
+    if judgement.tools is not None:
+        said["tools"] = report_of(judgement.tools, seconds)
     return {**said, "token_labels": labels} if labels else said
 
 
@@ -112,7 +114,8 @@ def judgement_of(params: Mapping[str, Any] | None) -> tuple[Judgement, float]:
         name: [(token, label, score) for token, label, score in each]
         for name, each in report.get("token_labels", {}).items()
     }
-    return Judgement(tuple(verdicts), failed, labels), report.get("seconds", 0.0)
+    tools = judgement_of({KEY: report["tools"]})[0] if "tools" in report else None
+    return Judgement(tuple(verdicts), failed, labels, tools), report.get("seconds", 0.0)
 
 
 PromptReader = Callable[[Mapping[str, Any] | None, Sequence[int] | None], EncodedPrompt]

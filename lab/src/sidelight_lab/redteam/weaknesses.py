@@ -77,6 +77,11 @@ def _of_rule(place: str, rule: Rule, side: Side) -> Iterator[str]:
             f'{place} disclose = "scores" shows whoever is blocked how near the next attempt is. '
             "Leave it out, and give your own applications an admin key."
         )
+    if rule.turns == "tool":
+        yield (
+            f'{place} turns = "tool" lets through an attack in any other turn, and clients write '
+            "the roles. Leave it out unless your own application makes the messages."
+        )
     held = rule.consecutive if rule.hold_back is None else rule.hold_back
     if side == "output" and held < rule.consecutive - 1:
         yield (
