@@ -156,7 +156,7 @@ def test_activations_of_a_training_stay_until_its_probe_is_written(tiny, tmp_pat
 def test_train_gives_a_classifier_of_the_format_that_loads_with_its_model(tiny, tmp_path, offline):
     path = saved(tiny, tmp_path / "model")
     options = {"prompt_format": "both", "positive": "toxic", "name": "mine"}
-    made = train(path, corpora.rows("binary", 30), mechanism="gate", context_tokens=1, **options)
+    made = train(path, corpora.rows("binary", 30), mechanism="gate", background="none", **options)
     assert made.probe.task.labels == ("fine", "toxic")
     assert (made.probe.spec.name, made.probe.prompt_format) == ("gate", "both")
     folder, verdicts = made.save(tmp_path / "probe"), made.predict(["hello"])
