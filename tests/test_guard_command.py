@@ -80,6 +80,8 @@ def test_tests_are_counted_at_the_threshold_of_the_probe_and_words_at_as_many_al
     )[:, 0]
     pairs = scores[positive][:, None] > scores[~positive]
     assert told["tfidf_auroc"] == pytest.approx(pairs.mean())
+    low, high = told["auroc"]["ci"]
+    assert low <= told["auroc"]["value"] <= high
 
 
 def test_the_policy_observes_and_blocks_at_the_thresholds_of_training_as_it_says(words, tmp_path):

@@ -186,9 +186,11 @@ def _line(test: Mapping[str, Any]) -> str:
         return f"{title}: character F1 {f1:.3f}, F1 of exact spans {exact:.3f}"
     parts: list[str] = []
     words = ["", ""]
-    if test["auroc"] is not None:
+    auroc, interval = test["auroc"]["value"], test["auroc"]["ci"]
+    if auroc is not None:
         words = [f" (TF-IDF {test['tfidf_auroc']:.3f})", f" (TF-IDF {test['tfidf_found']})"]
-        parts.append(f"AUROC {test['auroc']:.3f}{words[0]}")
+        low, high = interval
+        parts.append(f"AUROC {auroc:.3f} [{low:.3f}, {high:.3f}]{words[0]}")
     if positives:
         parts.append(f"found {test['found']} of {positives}{words[1]}")
     if others := test["rows"] - positives:

@@ -101,7 +101,7 @@ def measure_tests(
             "positives": int(positive.sum()),
             "found": int(flags[positive].sum()),
             "false_alarms": alarms,
-            "auroc": assessment.report.metrics["auroc"].value,
+            "auroc": assessment.report.metrics["auroc"].to_dict(),
             "tfidf_auroc": float(roc_auc_score(positive, scores)) if has_both else None,
             "tfidf_found": int((scores[positive] > highest).sum()) if has_both else None,
         }
