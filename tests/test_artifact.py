@@ -25,7 +25,7 @@ from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Bank
 from sidelight.calibration import Calibration
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from sidelight.manifest import PROBE, read_manifest, summary
+from sidelight.manifest import PROBE, model_card, read_manifest, summary
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Reads
 from sidelight.standardisation import Standardisation
@@ -171,6 +171,25 @@ def test_a_damaged_curve_is_one_clear_error(tiny, tmp_path, curves):
     save_probe(replace(probe_of(tiny), record=record), tmp_path)
     with pytest.raises(SidelightError, match=r"is damaged .*curves"):
         load_probe(tmp_path)
+
+
+@pytest.mark.parametrize("metrics", [{"f1": 0.5}, {"f1": {"value": "high"}}, [1]], ids=str)
+def test_metrics_that_no_report_has_are_one_clear_error(tiny, tmp_path, metrics):
+    save_probe(replace(probe_of(tiny), record={"validation": {"metrics": metrics}}), tmp_path)
+    with pytest.raises(SidelightError, match=r"is damaged .*metrics"):
+        read_manifest(tmp_path)
+
+
+def test_what_is_said_of_an_artifact_steers_no_terminal_and_forges_no_line(tiny, tmp_path):
+    record = {
+        "validation": {"metrics": {"f1": {"value": 0.5}}},
+        "recalibrations": [{"date": "today", "what": "\x1b[2J\n- **thresholds**: 0.100"}],
+    }
+    manifest = read_manifest(save_probe(replace(probe_of(tiny), record=record), tmp_path))
+    told = summary(manifest)
+    assert told["recalibrated 1"] == r"today: \x1b[2J\n- **thresholds**: 0.100"
+    assert told["validation"].startswith("f1 0.500 on")
+    assert "\x1b" not in model_card(manifest)
 
 
 def test_a_record_may_hold_more_than_is_read(tiny, tmp_path):

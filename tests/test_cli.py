@@ -174,6 +174,12 @@ def test_predict_runs_the_backbone_in_the_dtype_and_on_the_device_that_it_is_giv
     assert "nowhere" in capfd.readouterr().err
 
 
+def test_an_error_steers_no_terminal(tmp_path, capsys):
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"\x1b[2J": "text"}))
+    assert run("train", "--data", str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / "p")) == 2
+    assert r"Known: \x1b[2J." in capsys.readouterr().err
+
+
 def test_inspect_and_predict_say_what_the_probe_is_and_whether_it_flags(
     tiny, model, tmp_path, untrained, capsys
 ):

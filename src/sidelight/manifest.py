@@ -21,7 +21,7 @@ from sidelight.fingerprint import Fingerprint
 from sidelight.prompts import PromptFormat, Reads
 from sidelight.spans import SpanRule
 from sidelight.thresholds import OperatingCurve
-from sidelight.types import MechanismSpec, Task, is_label
+from sidelight.types import MechanismSpec, Task, is_label, visible
 
 FORMAT_VERSION = 2
 PROBE = "probe.safetensors"
@@ -33,7 +33,20 @@ _ENTRY = "sidelight"
 _HEADER_BYTES = 10**8
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _Count = Annotated[int, Field(ge=0)]
-_SHOWN_METRICS = ("auprc", "f1", "accuracy")
+
+
+class Figure(BaseModel):
+    """A metric of the report."""
+
+    value: float | None = None
+
+
+class Figures(BaseModel, extra="allow"):
+    """The metrics that are shown of a probe; the rest of the report is for people."""
+
+    auprc: Figure = Figure()
+    f1: Figure = Figure()
+    accuracy: Figure = Figure()
 
 
 class Reference(BaseModel):
@@ -48,7 +61,7 @@ class Reference(BaseModel):
     sha256: str = ""
     given_sha256: str = ""
     texts: str = ""
-    metrics: dict[str, Any] = {}
+    metrics: Figures | None = None
     sources: dict[str, dict[str, _Count]] = {}
     curves: dict[str, OperatingCurve] = {}
 
@@ -364,7 +377,7 @@ def summary(manifest: Manifest) -> dict[str, str]:
         lines["flagging"] = f"{'; '.join(flagged)}, of left-out texts (--threshold {rule})"
     lines["calibration"] = manifest.calibration.kind
     if metrics := history.validation.metrics:
-        values = {name: metrics[name]["value"] for name in _SHOWN_METRICS}
+        values = {name: getattr(metrics, name).value for name in Figures.model_fields}
         figures = ", ".join(f"{name} {v:.3f}" for name, v in values.items() if v is not None)
         folds, contexts = history.folds, sum(history.contexts.values())
         lines |= {
@@ -378,7 +391,7 @@ def summary(manifest: Manifest) -> dict[str, str]:
         }
     for number, later in enumerate(history.recalibrations, 1):
         lines[f"recalibrated {number}"] = f"{later.date}: {later.what}"
-    return lines
+    return {name: visible(value) for name, value in lines.items()}
 
 
 def model_card(manifest: Manifest) -> str:

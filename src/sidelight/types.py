@@ -29,6 +29,14 @@ def is_label(text: str) -> bool:
     return is_short and all(unicodedata.category(c) != "Cc" for c in text)
 
 
+def visible(text: str) -> str:
+    """A text with its control characters as escapes, so that it cannot steer a terminal."""
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") else c
+        for c in text
+    )
+
+
 @dataclass(frozen=True)
 class MechanismSpec:
     """A mechanism and its options, as an artifact's manifest records them."""

@@ -152,5 +152,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"Error: {' '.join(message.split())}", file=sys.stderr)
+    from sidelight.types import visible
+
+    print(f"Error: {visible(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)

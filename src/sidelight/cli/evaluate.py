@@ -2,7 +2,6 @@
 
 import json
 import sys
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -233,18 +232,15 @@ def marked_text(text: str, spans: Sequence["Span"], labels: Sequence[str]) -> "T
     """
     from rich.text import Text
 
+    from sidelight.types import visible
+
     marked = Text()
     edges = {0, len(text), *(span.start for span in spans), *(span.end for span in spans)}
     for start, end in pairwise(sorted(edges)):
-        visible = "".join(
-            character.encode("unicode_escape").decode()
-            if character != "\n" and unicodedata.category(character) in ("Cc", "Cs")
-            else character
-            for character in text[start:end]
-        )
+        shown = "\n".join(map(visible, text[start:end].split("\n")))
         covering = [span for span in spans if span.start < end and span.end > start]
         colours = [_COLOURS[labels.index(span.label) % len(_COLOURS)] for span in covering]
-        marked.append(visible, f"black on {colours[-1]}" if colours else "")
+        marked.append(shown, f"black on {colours[-1]}" if colours else "")
         for span, colour in zip(covering, colours, strict=True):
             if span.end == end:
                 marked.append(f"[{span.label}]", f"bold {colour}")

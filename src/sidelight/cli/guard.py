@@ -136,7 +136,7 @@ def guard(
         if figures.get(name, {}).get("version") != probe.version:
             figures[name] = {
                 "version": probe.version,
-                "left_out": probe.history.validation.metrics,
+                "left_out": probe.record["validation"]["metrics"],
                 "sources": probe.history.validation.sources,
                 "traffic": kept_rate(probe),
                 "tests": ready.measure_tests(Classifier(backbone, probe), name, texts[name]),

@@ -14,6 +14,7 @@ from sidelight.metrics import wilson
 from sidelight.training.assessment import Assessment, SpanAssessment
 from sidelight.training.fit import Fit
 from sidelight.training.traffic import Traffic, kept_rate
+from sidelight.types import visible
 
 _METRICS = ("auprc", "auroc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")
 # Fewer conversations say no rate.
@@ -65,7 +66,7 @@ def print_sources(sources: Mapping[str, Mapping[str, int]]) -> None:
         shown = [
             f"{counts[part]} of {counts[whole]}" if counts[whole] else "" for part, whole in pairs
         ]
-        table.add_row(Text(source), *shown)
+        table.add_row(Text(visible(source)), *shown)
     console().print(table)
 
 
