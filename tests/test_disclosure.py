@@ -238,6 +238,20 @@ def test_the_metrics_need_a_key_as_soon_as_a_rule_withholds_anything(tiny, tmp_p
     assert 'sidelight_probe_score_count{label="toxic",probe="toxicity"} 1.0' in shown.text
 
 
+def test_the_metrics_stay_closed_when_a_rule_that_withheld_is_replaced(tiny, tmp_path):
+    """They still have what was counted under it, also of probes that are gone."""
+    path = tmp_path / "policy.toml"
+    with asking(tiny, probes_of(tiny), Policy()) as http:
+        for rule, status in (("", 200), ('mode = "block"', 403), ("", 403)):
+            path.write_text(f"[input.toxicity]\n{rule}\n")
+            change = {
+                "json": {"policy": str(path)},
+                "headers": {"Authorization": f"Bearer {ADMIN}"},
+            }
+            http.put("/admin/probes", **change).raise_for_status()
+            assert ask(http, "/metrics").status_code == status
+
+
 @pytest.mark.parametrize(
     ("task", "labels", "label"),
     [

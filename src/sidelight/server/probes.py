@@ -42,6 +42,7 @@ class ProbeRegistry:
         self._paths = dict(sources)
         # The versions and policy that are being taken, while the engine may or may not have them.
         self._incoming: tuple[list[str], Policy] | None = None
+        self._has_withheld = False
         self._changing = asyncio.Lock()
 
     @property
@@ -58,8 +59,11 @@ class ProbeRegistry:
 
     @property
     def withholds(self) -> bool:
-        """Whether a rule withholds from clients what the metrics would tell them."""
-        return any(bound.disclosure != "scores" for bound in self.rules)
+        """Whether a rule withholds from clients what the metrics would tell them, or has done so.
+
+        The series keep what was counted under earlier rules.
+        """
+        return self._has_withheld or any(bound.disclosure != "scores" for bound in self.rules)
 
     def folder(self, name: str) -> Path | None:
         """Where a probe was loaded from, if it was."""
@@ -84,6 +88,7 @@ class ProbeRegistry:
             probes, paths = await asyncio.to_thread(self._read, folders)
             require_distinct_names(probes)
             require_policy_applies(policy, probes)
+            self._has_withheld = self.withholds
             if _versions(probes) != _versions(self._engine.probes):
                 self._incoming = _versions(probes), policy
             try:
