@@ -16,6 +16,7 @@ from sidelight.bank import Bank
 from sidelight.calibration import fit_calibration
 from sidelight.cli.show import rate_sentence, traffic_lines
 from sidelight.data.examples import Example, LabelledExamples
+from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
@@ -360,6 +361,21 @@ def with_rationales(tiny, examples, options):
         for i, (text, label) in enumerate(zip(TEXTS, examples.labels, strict=True))
     )
     return prepare(tiny, replace(examples, rationales=words), None, options=options).training
+
+
+def test_the_words_of_a_rationale_are_marked_in_what_is_read(tiny, tmp_path):
+    texts = [
+        {"text": "is it cat?", "response": "no, cat it is", "label": 1, "why": "cat"},
+        {"text": "is it dog?", "response": "yes", "label": 0, "why": "dog"},
+    ]
+    examples = load_examples(texts, response="response", rationale="why")
+    options = FitOptions(cache_root=tmp_path, reads=Reads("response", template=False))
+    split = make_split(tiny, examples, options=options)
+    shown = [
+        tiny.tokenizer.decode(np.array(prompt.token_ids)[prompt.mask(options.reads).numpy()][marks])
+        for prompt, marks in zip(split.prompts, split.rationales, strict=True)
+    ]
+    assert [each.strip() for each in shown] == ["cat", ""]
 
 
 @pytest.mark.slow

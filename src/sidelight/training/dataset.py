@@ -380,7 +380,9 @@ def _rationales(
         if words and not prompt.dropped:
             texts = [message.content for message in item.messages]
             texts += [] if item.response is None else [item.response]
-            message = next(i for i, text in enumerate(texts) if words in text)
+            # The question may have words of the answer.
+            first = len(item.messages) if reads.side == "response" else 0
+            message = next((i for i in range(first, len(texts)) if words in texts[i]), -1)
             start = texts[message].find(words)
             whole = backbone.encoder.encode_any_length(
                 item.conversation, item.response, with_places=True
