@@ -162,13 +162,15 @@ def measure_sources(
         probabilities: Of each, by a model that did not train on it.
         thresholds: Of each label; without any, as of several classes, nothing is measured.
     """
-    sources = np.array(examples.sources)
-    if not thresholds or not 2 <= len(np.unique(sources)) <= _MOST_SOURCES:
+    # As objects: an array of texts gives each the room of the longest, maybe a whole document.
+    sources = np.array(examples.sources, dtype=object)
+    names = {*examples.sources}
+    if not thresholds or not 2 <= len(names) <= _MOST_SOURCES:
         return {}
     holds = np.asarray(examples.labels.reshape(len(examples), -1).any(1))
     flags = flags_of(examples.task, probabilities, thresholds)
     measured: dict[str, dict[str, int]] = {}
-    for source in np.unique(sources[sources != ""]).tolist():
+    for source in sorted(names - {""}):
         own = sources == source
         positive, other = own & holds, own & ~holds
         counted = {"positives": positive, "found": positive & flags}
