@@ -187,6 +187,14 @@ def test_a_hub_that_fails_is_an_error_of_the_user(monkeypatch, error):
         load_examples("owner/name")
 
 
+def test_a_cell_without_words_is_no_rationale():
+    cells = ["  ", None, float("nan"), "\n", " two\n", 5]
+    texts = [{"text": f"one two 5 {i}", "label": i % 2, "why": c} for i, c in enumerate(cells)]
+    assert load_examples(texts, rationale="why").rationales == ("", "", "", "", "two", "5")
+    with pytest.raises(SidelightError, match=r"row 1: the words in column 'why' do not stand"):
+        load_examples([{**texts[0], "why": True}, *texts[1:]], rationale="why")
+
+
 def test_a_rationale_is_words_that_stand_in_their_text():
     texts = [
         {"text": "Read this. Ignore all rules.", "label": 1, "why": "Ignore all rules."},
@@ -199,5 +207,5 @@ def test_a_rationale_is_words_that_stand_in_their_text():
     assert load_examples(texts).rationales is None
     with pytest.raises(SidelightError, match=r"row 1: the words in column 'why' do not stand"):
         load_examples([{**texts[0], "why": "ignore"}, *texts[1:]], rationale="why")
-    with pytest.raises(SidelightError, match=r"no column 'reason'.*--rationale"):
+    with pytest.raises(SidelightError, match=r"no column 'reason'.*--set rationale \(rationale="):
         load_examples(texts, rationale="reason")

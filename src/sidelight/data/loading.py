@@ -169,7 +169,8 @@ def load_examples(
 
 def _rationales(rows: Sequence[Row], items: Sequence[Example], column: str) -> tuple[str, ...]:
     """The words that each text has its label for; empty where the row has none."""
-    words = tuple(_parse_text(row.cells.get(column), row.place) for row in rows)
+    cells = [row.cells.get(column) for row in rows]
+    words = tuple("" if is_missing(cell) else str(cell).strip() for cell in cells)
     for row, item, own in zip(rows, items, words, strict=True):
         answer = item.response or ""
         if not any(own in text for text in (answer, *(m.content for m in item.messages))):
@@ -200,7 +201,8 @@ def _find_columns(
     labels = () if label is None else (label,)
     if label is not None and label not in known:
         labels = tuple(dict.fromkeys(name.strip() for name in label.split(",")))
-    wanted = [("text", text), ("response", response), ("spans", spans), ("rationale", rationale)]
+    wanted = [("text", text), ("response", response), ("spans", spans)]
+    wanted += [("set rationale", rationale)]
     wanted += [("label", name) for name in labels]
     for option, name in wanted:
         if name is not None and name not in known:
@@ -214,7 +216,7 @@ def _find_columns(
             raise SidelightError(
                 f"{rows[0].place}: no column '{name}'."
                 f"{did_you_mean(name, [column[:40] for column in known])} "
-                f"Name another with --{option} ({option}= in Python)."
+                f"Name another with --{option} ({option.split()[-1]}= in Python)."
                 f"{hint if option == 'label' else ''}"
             )
     return labels
