@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sidelight.bank import NUMBERS_AT_ONCE, Bank, BankState, Panel
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_names
-from sidelight.probe import TextLogits
+from sidelight.probe import ProbeOutput
 from sidelight.prompts import Message, Part, Reads, Unit, judged_units, piece_lengths
 from sidelight.standardisation import Standardisation
 from sidelight.types import Judgement
@@ -219,9 +219,9 @@ def test_a_turn_that_is_not_finite_leaves_no_verdict(tiny):
         [Unit(np.arange(turn, turn + 1), turn) for turn in (0, 1)],
     )
     for whole, turn in ((1.0, 1), (9.0, None)):
-        assert probe.highest(logits, units, TextLogits(np.array([whole]))).turn == turn
+        assert probe.highest(logits, units, ProbeOutput(np.array([whole]))).turn == turn
     for broken in (np.nan, -np.inf):
-        counted = probe.highest(np.array([[5.0], [broken]]), units, TextLogits(np.array([9.0])))
+        counted = probe.highest(np.array([[5.0], [broken]]), units, ProbeOutput(np.array([9.0])))
         with pytest.raises(VerdictError):
             probe.verdict(counted.logits)
 

@@ -15,7 +15,7 @@ from sidelight.prompts import Message
 from sidelight.thresholds import ThresholdRule, choose_thresholds
 from sidelight.training import loop
 from sidelight.training.dataset import ProbeDataset, make_split
-from sidelight.training.fit import fit, taken_by_none
+from sidelight.training.fit import fit, none_warnings
 from sidelight.training.loop import cross_fit, train_mechanisms
 from sidelight.training.measuring import calibrate_examples, measure_sources, measuring_folds
 from sidelight.training.settings import (
@@ -23,7 +23,7 @@ from sidelight.training.settings import (
     FitOptions,
     suggested_settings,
 )
-from sidelight.training.tfidf import better_words
+from sidelight.training.tfidf import baseline_warnings
 from sidelight.training.validation import FOLDS, choose_folds
 
 # Two float32 programs of the same sums.
@@ -87,8 +87,8 @@ def test_words_are_told_to_be_better_where_they_clearly_are():
     noise = (noise - noise.mean()) / noise.std()
     for gain, told in ((0.75, 0), (3, 1)):
         words = losses + noise - gain / 20
-        assert len(better_words(losses, words, examples)) == told
-    assert not better_words(losses[: len(few)], losses[: len(few)] - 1, few)
+        assert len(baseline_warnings(losses, words, examples)) == told
+    assert not baseline_warnings(losses[: len(few)], losses[: len(few)] - 1, few)
 
 
 @pytest.fixture(scope="module")
@@ -231,9 +231,9 @@ def test_few_texts_of_several_classes_train_a_probe_in_traffic(tiny, tmp_path, c
     assert made.probe.task.abstains
     # A class of all the rest looks like ordinary traffic.
     report = replace(made.report, confusion_matrix=np.diag([9, 9, 9, 0]))
-    assert taken_by_none(replace(made, report=report)) == []
+    assert none_warnings(replace(made, report=report)) == []
     report.confusion_matrix[1, 3] = 4
-    (told,) = taken_by_none(replace(made, report=report))
+    (told,) = none_warnings(replace(made, report=report))
     assert "Of 31 labelled texts 4" in told
     assert f"'{made.probe.task.labels[1]}' (4)" in told
     assert "none=false" in told

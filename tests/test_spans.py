@@ -27,7 +27,7 @@ from sidelight.errors import SidelightError
 from sidelight.evaluation import evaluate_spans
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.policy.rules import BoundRule, Rule
-from sidelight.probe import TextLogits
+from sidelight.probe import ProbeOutput
 from sidelight.prompts import Message, Reads
 from sidelight.spans import (
     SpanRule,
@@ -191,7 +191,7 @@ def test_a_label_holds_where_the_text_reaches_its_threshold_or_a_span_has_it(tin
         margins = tuple(draw.choice([None, 0.1, 1.0]) for _ in labels)
         rule = SpanRule(calibration, tuple(draw.random(count).tolist()), margins)
         probe = replace(untrained, spans=rule, thresholds=tuple(draw.random(count).tolist()))
-        logits = TextLogits(draw.normal(size=count), tokens=draw.normal(size=(tokens, count)))
+        logits = ProbeOutput(draw.normal(size=count), tokens=draw.normal(size=(tokens, count)))
         judged = Judgement(
             (probe.text_verdict(logits),), token_labels={"pii": probe.token_labels(logits)}
         )

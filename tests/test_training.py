@@ -288,15 +288,15 @@ def test_layers_weigh_the_same_of_texts_there_twice(tiny, tmp_path, normalise):
 
 def test_settings_are_fitted_to_few_texts_and_to_the_task():
     settings = TrainingSettings(epochs=4, batch_size=32, least_steps=96, patience=2)
-    assert settings.fitted_to(5000, TASKS["binary"]) == replace(settings, normalise=True)
-    few = settings.fitted_to(128, TASKS["binary"])
+    assert settings.resolved_for(5000, TASKS["binary"]) == replace(settings, normalise=True)
+    few = settings.resolved_for(128, TASKS["binary"])
     assert (few.batch_size, few.epochs, few.patience) == (16, 12, 6)
-    assert settings.fitted_to(3, TASKS["binary"]).batch_size == 1
+    assert settings.resolved_for(3, TASKS["binary"]).batch_size == 1
     for kind, task in TASKS.items():
         # Several classes lose accuracy by normalised states.
-        assert settings.fitted_to(50, task).normalise == (kind != "multiclass")
+        assert settings.resolved_for(50, task).normalise == (kind != "multiclass")
         for given in (False, True):
-            assert replace(settings, normalise=given).fitted_to(50, task).normalise == given
+            assert replace(settings, normalise=given).resolved_for(50, task).normalise == given
     for name in mechanism_names():
         assert 0 < suggested_settings(name).patience <= suggested_settings(name).epochs
 

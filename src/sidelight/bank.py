@@ -22,7 +22,7 @@ from sidelight.errors import SidelightError, VerdictError
 from sidelight.explanation import Explanation, explain
 from sidelight.manifest import require_distinct_names
 from sidelight.mechanisms.spans import Spans
-from sidelight.probe import Probe, TextLogits
+from sidelight.probe import Probe, ProbeOutput
 from sidelight.prompts import EncodedPrompt, Part, Reads, Unit, judged_units, read_tokens, tool_rows
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
@@ -226,9 +226,9 @@ class Bank:
         return [by_index[index] for index in range(len(by_index))]
 
     @torch.inference_mode()
-    def _text_logits(self, state: BankState) -> list[list[TextLogits]]:
+    def _text_logits(self, state: BankState) -> list[list[ProbeOutput]]:
         """For each probe, its logits of each request, and of its tokens where it labels spans."""
-        by_probe = [[TextLogits(logits) for logits in of_probe] for of_probe in self.logits(state)]
+        by_probe = [[ProbeOutput(logits) for logits in of_probe] for of_probe in self.logits(state)]
         for group, part in zip(self._groups, state.states, strict=True):
             if isinstance(labelling := group.mechanisms[0], Spans):
                 (index,) = group.indices
@@ -278,7 +278,7 @@ class Bank:
 
     def prompt_logits(
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
-    ) -> list[list[TextLogits]]:
+    ) -> list[list[ProbeOutput]]:
         """For each probe, its logits of each prompt, by turns where ``probe.judges_turns``.
 
         Args:
@@ -331,7 +331,7 @@ class Bank:
         lengths = torch.tensor([*map(len, parts)], device=columns.device)
         return self.summarise(columns, masks, lengths)
 
-    def _judgement(self, logits: Sequence[TextLogits], is_plain: bool) -> Judgement:
+    def _judgement(self, logits: Sequence[ProbeOutput], is_plain: bool) -> Judgement:
         verdicts: list[Verdict] = []
         failed: list[str] = []
         token_labels: dict[str, Sequence[TokenLabel]] = {}

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.errors import VerdictError
-from sidelight.probe import Probe, TextLogits
+from sidelight.probe import Probe, ProbeOutput
 from sidelight.prompts import EncodedPrompt, Place, judged_units, read_tokens
 from sidelight.ragged import Ragged
 from sidelight.types import Verdict
@@ -121,7 +121,7 @@ def explain(
     columns, mechanism = columns.cpu(), deepcopy(probe.mechanism).cpu()
     with torch.inference_mode():
         logits = mechanism.logits(_texts(columns, read)).double().numpy()
-    decisive = probe.highest(logits[:-1], units, TextLogits(logits[-1]))
+    decisive = probe.highest(logits[:-1], units, ProbeOutput(logits[-1]))
     verdict = replace(probe.verdict(decisive.logits), turn=decisive.turn)
     labels = probe.task.output_labels
     label = labels[0] if probe.task.kind == "binary" else verdict.label

@@ -56,7 +56,7 @@ def _mean_of_defined(values: Float[Values, "label resample"]) -> Float[Values, "
 
 @dataclass(frozen=True)
 class Predictions:
-    """What every metric is computed from: one column per label, whatever the task.
+    """The input of every metric: one column per label, whatever the task.
 
     Attributes:
         kind: The kind of task; decides which labels the metrics are about, and how to average.

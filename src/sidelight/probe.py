@@ -20,7 +20,7 @@ from sidelight.types import MechanismSpec, Span, Task, TokenLabel, Verdict
 
 
 @dataclass(frozen=True)
-class TextLogits:
+class ProbeOutput:
     """A probe's logits of a text: of each label those of the unit where they are highest.
 
     Attributes:
@@ -97,7 +97,7 @@ class Probe:
         by_label = dict(zip(self.task.labels, probabilities, strict=True))
         return self.task.decide(self.name, by_label, self.label_thresholds)
 
-    def text_verdict(self, text: TextLogits) -> Verdict:
+    def text_verdict(self, text: ProbeOutput) -> Verdict:
         """The verdict on a text, with the turn that decided.
 
         Raises:
@@ -119,7 +119,7 @@ class Probe:
         decided = self.task.decide(self.name, scores, thresholds, spans, marked)
         return replace(decided, turn=verdict.turn)
 
-    def token_labels(self, text: TextLogits) -> list[TokenLabel]:
+    def token_labels(self, text: ProbeOutput) -> list[TokenLabel]:
         """Which tokens have a label; none unless the probe labels spans."""
         if self.spans is None or text.tokens is None:
             return []
@@ -138,8 +138,8 @@ class Probe:
         self,
         logits: Float[np.ndarray, "unit output"],
         units: Sequence[Unit],
-        whole: TextLogits,
-    ) -> TextLogits:
+        whole: ProbeOutput,
+    ) -> ProbeOutput:
         """The highest logit of each label, of the units of a prompt and of the whole.
 
         If the probe does not judge turns, the whole counts. One logit that is not finite makes all

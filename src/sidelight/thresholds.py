@@ -34,7 +34,7 @@ _NUMBER = r"\d*\.?\d+(?:[eE]-?\d+)?"
 
 @dataclass(frozen=True)
 class ThresholdRule:
-    """What a threshold is chosen for.
+    """The aim of a threshold.
 
     Attributes:
         kind: ``f1``: the highest F1. ``fpr``: the most recall at a bounded rate of false alarms.
@@ -80,7 +80,7 @@ F1 = ThresholdRule()
 
 @dataclass(frozen=True)
 class OperatingCurve:
-    """What each threshold of a label flags, of texts that the probe was not trained on.
+    """Texts that each threshold of a label flags, counted where the probe was not trained.
 
     The first point flags the fewest texts, none where that is possible, and the last one the most.
 

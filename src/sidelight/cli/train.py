@@ -103,8 +103,8 @@ def train(
     fit_options = replace(fit_options, background=traffic)
     options.announce(f"Reading {inputs.data}")
     training, validation = inputs.load(spans)
-    told = [*training.warnings, *(validation.warnings if validation is not None else ())]
-    options.warn(told)
+    printed = [*training.warnings, *(validation.warnings if validation is not None else ())]
+    options.warn(printed)
     click.echo(f"Read {len(training)} texts. The probe will flag {training.task.flags}.", err=True)
     if isinstance(training, SpanExamples):
         fit_options = fit_options.of_spans(training)
@@ -118,7 +118,7 @@ def train(
         result = fit(
             backbone, training, validation, name=name, options=fit_options, source=source, out=out
         )
-    options.warn(warning for warning in result.warnings if warning not in told)
+    options.warn(warning for warning in result.warnings if warning not in printed)
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
         return

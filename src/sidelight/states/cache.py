@@ -92,7 +92,7 @@ class Pooled:
     lasts: Float[Tensor, "text layer width"]
 
     def chosen(self, texts: Int[Tensor, " chosen"]) -> "Pooled":
-        """Those of these texts."""
+        """The states of these texts alone."""
         return Pooled(self.means[texts], self.lasts[texts])
 
 
@@ -168,7 +168,7 @@ class ActivationCache:
         return missing
 
     def stored_bytes(self, row: int) -> int:
-        """What ``write`` takes of the disk for a text."""
+        """Bytes that ``write`` puts on disk for a text."""
         return self.token_bytes * self.lengths[row]
 
     def write(self, texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
 from sidelight.errors import SidelightError
-from sidelight.probe import Probe, TextLogits
+from sidelight.probe import Probe, ProbeOutput
 from sidelight.progress import Progress, progress
 from sidelight.prompts import EncodedPrompt, shared_unread
 from sidelight.ragged import Ragged, by_length
@@ -166,14 +166,14 @@ def require_finite(texts: Mapping[int, Float[Tensor, "layer _ width"]], *, dtype
 
 def text_logits(
     backbone: TransformersBackbone, bank: Bank, prompts: Sequence[EncodedPrompt]
-) -> list[list[TextLogits]]:
+) -> list[list[ProbeOutput]]:
     """For each probe what it says of all prompts, in the given order.
 
     Hidden states are projected while the pass runs and then gone. A prompt without any token that
     a probe reads gets NaN, and so does plain text from a probe of chats alone.
     """
     lengths = [len(prompt) for prompt in prompts]
-    judged: list[dict[int, TextLogits]] = [{} for _ in bank.probes]
+    judged: list[dict[int, ProbeOutput]] = [{} for _ in bank.probes]
     tap = bank.tap()
     with progress("Judging", sum(lengths), unit="tokens") as shown:
         for batch in by_length(lengths):
@@ -187,6 +187,6 @@ def text_logits(
             for probe, texts, of_prompts in zip(bank.probes, judged, by_probe, strict=True):
                 for i, text in zip(batch, of_prompts, strict=True):
                     can_judge = probe.can_judge(is_plain=prompts[i].is_plain)
-                    texts[i] = text if can_judge else TextLogits(np.full_like(text.logits, np.nan))
+                    texts[i] = text if can_judge else ProbeOutput(np.full_like(text.logits, np.nan))
             shown.advance(sum(lengths[i] for i in batch))
     return [[texts[i] for i in range(len(prompts))] for texts in judged]

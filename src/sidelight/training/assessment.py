@@ -48,7 +48,7 @@ class Assessment:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the user should know of the rows, one sentence each."""
+        """Warnings about the rows, one sentence each."""
         warnings = trained_text_warnings(self.probe.history, self.examples)
         return (*self.examples.warnings, *warnings)
 

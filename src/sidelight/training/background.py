@@ -132,7 +132,7 @@ def _request(messages: Turns) -> Turns:
 def _stratum(
     turns: Turns, cells: Mapping[str, object], *, unknown: int
 ) -> tuple[int, *tuple[Hashable, ...]]:
-    """What is balanced; a conversation of no known kind or source has one of its own."""
+    """The stratum to balance; a conversation of unknown kind or source has one of its own."""
     characters = sum(len(turn.content) for turn in turns)
     named = (str(cells.get(column) or unknown) for column in ("kind", "source"))
     return int(np.digitize(characters, _LENGTHS)), int(np.digitize(len(turns), _TURNS)), *named

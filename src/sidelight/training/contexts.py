@@ -214,7 +214,7 @@ class ContextSampler:
         """One context; None for what has none, such as a conversation or a long text."""
         if [message.role for message in example.messages] != ["user"] or example.response:
             return None
-        # Words are a token or more.
+        # A word has at least one token.
         if not self._shares or len(example.text.split()) > self._max_tokens:
             return None
         for _ in range(_ATTEMPTS):
@@ -247,7 +247,7 @@ class ContextSampler:
         users = [i for i, turn in enumerate(turns) if turn.role == "user"] or [0]
         if not self._is_part:
             return Example((*turns[: users[-1]], Message("user", text))), None
-        # Clients write the other turns as well.
+        # Clients can forge the other turns.
         place = random.choice([*users, random.randrange(len(turns))])
         turns[place] = Message(turns[place].role, text)
         turns = turns[: random.randrange(place, len(turns)) + 1]

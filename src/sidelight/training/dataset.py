@@ -72,7 +72,7 @@ class Split:
 
     @property
     def labels(self) -> np.ndarray:
-        """As in ``LabelledExamples.labels``."""
+        """The labels, as in ``LabelledExamples.labels``."""
         return self.examples.labels
 
     @property
@@ -81,11 +81,11 @@ class Split:
 
     @property
     def texts(self) -> list[str]:
-        """What a model without hidden states reads: prompt, then response if there is one."""
+        """The texts for a model without hidden states: prompt, then response if there is one."""
         return self.examples.whole_texts
 
     def select(self, texts: Iterable[SupportsIndex]) -> "Split":
-        """Only these texts; nothing is extracted again."""
+        """A split of these texts alone; nothing is extracted again."""
         chosen = np.fromiter(texts, dtype=np.int64)
         return Split(
             self.examples.select(chosen),
@@ -270,7 +270,7 @@ def _groups(examples: LabelledExamples, count: int) -> Folds:
     """At most so many groups of texts, each with contexts and a part of the background."""
     count = min(count, examples.distinct)
     groups = examples.folds(count, seed=0) if count > 1 else (np.arange(len(examples)),)
-    # Of few texts of several classes, the first may take all.
+    # With few texts of several classes, the first group can take all.
     return tuple(group for group in groups if len(group))
 
 

@@ -112,7 +112,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         self.verbose = verbose
 
     def __sklearn_tags__(self) -> Any:
-        """What scikit-learn should know: the input is a list of strings."""
+        """Scikit-learn's tags: the input is a list of strings."""
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = False
         tags.input_tags.one_d_array = tags.input_tags.string = True

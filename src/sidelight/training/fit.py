@@ -40,7 +40,7 @@ from sidelight.training.settings import (
     suggested_settings,
 )
 from sidelight.training.spans import LOOKAHEADS, calibrate_spans, choose_lookahead
-from sidelight.training.tfidf import better_words, measure_baseline
+from sidelight.training.tfidf import baseline_warnings, measure_baseline
 from sidelight.training.traffic import (
     Traffic,
     conversations_of,
@@ -170,8 +170,8 @@ def fit(
     made = calibrate_probe(chosen, dataset, name=name, options=options, lookaheads=lookaheads)
     warnings += made.warnings
     if baseline is not None:
-        warnings += better_words(made.losses, baseline[1], dataset.validation.examples)
-    warnings += taken_by_none(made)
+        warnings += baseline_warnings(made.losses, baseline[1], dataset.validation.examples)
+    warnings += none_warnings(made)
     if made.traffic is not None and made.probe.thresholds:
         warnings += traffic_warnings(
             made.traffic, made.probe.history.curves, made.probe.thresholds, options.threshold
@@ -255,7 +255,7 @@ def calibrate_probe(
 def _traffic(
     trained: TrainingRun, dataset: ProbeDataset, calibration: Calibration, options: FitOptions
 ) -> tuple[Traffic, dict[str, Any]]:
-    """What the probe flags of ordinary traffic, and what its record keeps of it."""
+    """Figures of the probe in ordinary traffic, and its record of them."""
     task, validation = dataset.task, dataset.validation
     logits, in_contexts = trained.logits[: len(validation)], trained.logits[len(validation) :]
     ordinary, parts = in_contexts[conversations_of(dataset.contexts)], parts_of(dataset.contexts)
@@ -272,7 +272,7 @@ def _traffic(
 
 
 def _record(trained: TrainingRun, dataset: ProbeDataset, options: FitOptions) -> dict[str, Any]:
-    """What trained a probe, and how."""
+    """The record of a training: its texts and its settings."""
     texts, settings = dataset.originals.examples, asdict(trained.settings)
     return {
         "engine": dataset.training.states.engine,
@@ -292,7 +292,7 @@ def _record(trained: TrainingRun, dataset: ProbeDataset, options: FitOptions) ->
     }
 
 
-def taken_by_none(made: Fit) -> list[str]:
+def none_warnings(made: Fit) -> list[str]:
     """A warning if ``none`` takes labelled texts, as it does beside a class of all the rest."""
     task, counts = made.probe.task, made.report.confusion_matrix
     if not task.abstains or (taken := counts[:-1, -1]).sum() <= _TAKEN * counts.sum():

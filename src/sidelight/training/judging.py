@@ -9,7 +9,7 @@ from sidelight.backbone import TransformersBackbone, UnloadedBackbone
 from sidelight.bank import Bank
 from sidelight.data.examples import Example, located
 from sidelight.data.spans import span_text
-from sidelight.probe import Probe, TextLogits
+from sidelight.probe import Probe, ProbeOutput
 from sidelight.prompts import EncodedPrompt
 from sidelight.spans import character_scores
 from sidelight.states.extraction import text_logits
@@ -36,8 +36,8 @@ def encode(
 
 def judge(
     backbone: TransformersBackbone, probe: Probe, examples: Sequence[Example]
-) -> list[TextLogits]:
-    """What a probe says of each text.
+) -> list[ProbeOutput]:
+    """A probe's output for each text.
 
     Raises:
         ContextLengthError: A text is longer than the backbone reads.
@@ -72,8 +72,8 @@ def find_spans(
 
 def judge_characters(
     backbone: TransformersBackbone, probe: Probe, examples: Sequence[Example]
-) -> list[tuple[TextLogits, Float[np.ndarray, "character label"]]]:
-    """What a probe of spans says of each text, and the probabilities of its characters."""
+) -> list[tuple[ProbeOutput, Float[np.ndarray, "character label"]]]:
+    """The output of a probe of spans for each text, and its characters' probabilities."""
     assert probe.spans is not None
     texts: list[str] = []
     for index, example in enumerate(examples):

@@ -25,7 +25,7 @@ from sidelight.types import MechanismSpec
 Candidate = tuple[MechanismSpec, TrainingSettings]
 
 _VALIDATION_BATCH = 128
-# Of one matmul while training, so that many runs with many classes do not fill the memory.
+# Columns of one matmul while training, so that many runs with many classes do not fill the memory.
 _MOST_COLUMNS = 256
 # How often a part of a text without a label is shown in place of the whole.
 _UNIT_ALONE = 0.7
@@ -139,7 +139,7 @@ class _Trainer:
         self.runs: list[TrainingRun] = []
         for part, kept in enumerate(kept_texts):
             for spec, given in candidates:
-                settings = given.fitted_to(len(training), training.task)
+                settings = given.resolved_for(len(training), training.task)
                 run = TrainingRun(
                     spec,
                     settings,
@@ -333,7 +333,7 @@ def _units_without_label(split: Split) -> list[list[Int[np.ndarray, " _"]]]:
 def _sharing_a_matmul(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
     """Runs with up to so many columns, all of normalised states or none; one with more is alone.
 
-    A run is rounded the same whoever runs beside it.
+    Rounding does not depend on the other runs.
     """
     groups: list[list[TrainingRun]] = []
     filled = 0

@@ -37,7 +37,7 @@ FLATTERING = (
 
 # A column with more values says which document each text is from.
 _MOST_SOURCES = 40
-# Of a text's hash: among 100,000 training texts, one of 10 million others has an equal one.
+# Bytes of a text's hash: among 100,000 training texts, one of 10 million others has an equal one.
 _HASH_BYTES = 5
 
 
@@ -126,7 +126,7 @@ def measuring_folds(
         count = min(FOLDS, examples.distinct)
         folds = examples.folds(count, seed=0) if count > 1 else ()
     rests = [np.setdiff1d(np.arange(len(examples)), fold) for fold in folds]
-    # Of few texts, one fold may have all.
+    # With few texts, a fold can hold all of them.
     if not all(map(len, rests)):
         return ()
     try:
@@ -142,7 +142,7 @@ def describe_curves(
     probabilities: Float[np.ndarray, "text output"],
     labels: Int[np.ndarray, "text ..."],
 ) -> dict[str, Any]:
-    """What each threshold flags of labelled texts, for serving and a later recalibration."""
+    """Operating curves of labelled texts, for serving and a later recalibration."""
     curves = operating_curves(task, probabilities, labels)
     return {label: asdict(curve) for label, curve in curves.items()}
 
@@ -152,7 +152,7 @@ def measure_sources(
     probabilities: Float[np.ndarray, "text output"],
     thresholds: Sequence[float],
 ) -> dict[str, dict[str, int]]:
-    """What is found, and falsely flagged, of each source of the texts.
+    """Texts found, and falsely flagged, of each source.
 
     A mean over sources says little of an attack that is like one of them.
 

@@ -20,7 +20,7 @@ from sidelight.standardisation import Standardisation
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import MechanismSpec, Task
 
-# Of the loss by which a readout learns where to look, beside that of labels.
+# Weight of the loss by which a readout learns where to look, beside that of labels.
 _RATIONALE_SHARE = 0.5
 
 
@@ -78,13 +78,13 @@ def validation_score(task: Task, logits: np.ndarray, labels: np.ndarray) -> floa
     if task.kind == "multiclass" and len(labels):
         return float((logits.argmax(1) == labels).mean())
     target = labels.reshape(len(labels), -1).astype(bool)
-    told = target.any(0) & ~target.all(0)
-    if not told.any():
+    is_mixed = target.any(0) & ~target.all(0)
+    if not is_mixed.any():
         raise SidelightError(
             "These validation texts cannot score a probe: there is no label that some of them have "
             "and others have not. Add texts of both."
         )
-    return float(average_precision_score(target[:, told], logits[:, told], average="macro"))
+    return float(average_precision_score(target[:, is_mixed], logits[:, is_mixed], average="macro"))
 
 
 class TrainingRun:

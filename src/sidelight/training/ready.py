@@ -25,7 +25,7 @@ from sidelight.training.settings import AUTO, READS, TRAINING_MAX_TOKENS, named_
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task
 
-# Of a guard's texts, where no number of rows is named.
+# Most tokens of a guard's texts, where no number of rows is named.
 TOKENS_ON_CPU = 250_000
 _POLICY = """# Nothing is blocked: verdicts are counted in the metrics, and no client sees them.
 # To block what a guard flags, take the comment below its mode in place of it. A line such as
@@ -45,7 +45,7 @@ def load_guard(name: str, part: str = "", task: Task | None = None) -> LabelledE
 
 
 def affordable(backbone: TransformersBackbone, texts: LabelledExamples) -> LabelledExamples:
-    """As many texts as have ``TOKENS_ON_CPU`` tokens on a CPU; all of them on a GPU."""
+    """Texts that have ``TOKENS_ON_CPU`` tokens together on a CPU; all of them on a GPU."""
     if backbone.device.type != "cpu":
         return texts
     encoder = backbone.encoder

@@ -56,7 +56,7 @@ _NOTICEABLE = 0.01
 
 @dataclass(frozen=True)
 class Recalibrated:
-    """What a recalibration made.
+    """The result of a recalibration.
 
     Attributes:
         probe: For the new traffic; its record says what it was recalibrated on.
@@ -159,7 +159,7 @@ def _recorded(
     entry: Mapping[str, Any],
     thresholds: Sequence[float],
 ) -> "Probe":
-    """What was fitted, with an entry in its record.
+    """The fitted probe, with an entry in its record.
 
     Args:
         probe: As it was before.
@@ -236,17 +236,17 @@ def _follow_labels(
         *([warning] if seen else ()),
         *(() if folds else (FLATTERING,)),
         *threshold_doubts(task, counts, len(examples), rule),
-        *_losses(recalls),
-        *_falls(figures),
-        *(_strangers(before) if task.kind != "multiclass" else ()),
+        *_recall_warnings(recalls),
+        *_metric_warnings(figures),
+        *(_auroc_warnings(before) if task.kind != "multiclass" else ()),
     )
     alone = choose_thresholds(task, chances, labels, rule=rule)
     made = _recorded(probe, fitted, rule, entry, alone)
     return Recalibrated(made, (before, after), doubts)
 
 
-def _strangers(before: Report) -> list[str]:
-    """Which labels the probe's scores do not follow, one sentence each."""
+def _auroc_warnings(before: Report) -> list[str]:
+    """Labels that the probe's scores do not follow, one sentence each."""
     judged = before.task.output_labels
     aurocs = {label: before.per_class[label]["auroc"] for label in judged}
     return [
@@ -257,8 +257,8 @@ def _strangers(before: Report) -> list[str]:
     ]
 
 
-def _falls(figures: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
-    """Which figures are worse than before, in one sentence."""
+def _metric_warnings(figures: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
+    """Figures that are worse than before, in one sentence."""
     worse = [
         f"{name} {before:.3f} before, {after:.3f} now"
         for name, (before, after) in figures.items()
@@ -273,8 +273,8 @@ def _falls(figures: Mapping[str, tuple[float | None, float | None]]) -> list[str
     ]
 
 
-def _losses(recalls: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
-    """Which labels are caught far less often than before, one sentence each."""
+def _recall_warnings(recalls: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
+    """Labels that are caught far less often than before, one sentence each."""
     return [
         f"The new threshold catches {after:.0%} of the texts that are '{label}', the old one "
         f"{before:.0%}. If that is not what you want, choose another one, such as --threshold "
@@ -297,7 +297,7 @@ def _follow_rule(probe: "Probe", rule: ThresholdRule) -> Recalibrated:
         for (label, curve), before, after in moves
         if (most := curve.positives)
     }
-    doubts += _losses(recalls)
+    doubts += _recall_warnings(recalls)
     fitted = replace(probe, thresholds=thresholds)
     kept = probe.history.reference.model_dump(mode="json", include={"curves"})
     entry = {"what": f"thresholds for {rule}", **kept}

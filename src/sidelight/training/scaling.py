@@ -39,7 +39,7 @@ _STRENGTHS = tuple(10.0**k for k in np.arange(-2, 1.51, 0.5))
 # A class with fewer texts says more about those texts than about layers.
 _LEAST_OF_A_CLASS = 3
 _POWER = 8
-# Of the best layer's weight, so that training may still use any layer.
+# Share of the best layer's weight, so that training may still use any layer.
 _LEAST = 0.01
 
 
@@ -107,7 +107,7 @@ class Scaling:
         return Pooled(sample[0], sample[1]), sample[2]
 
     def _measure_worths(self, part: int, is_normalised: bool) -> Float[Tensor, "view layer"]:
-        """What each view of each layer is worth to a part's texts."""
+        """The worth of each view of each layer for a part's texts."""
         pooled, rows = self._sample(is_normalised)
         kept = self._parts[part][rows].nonzero()[:, 0]
         labels = self._training.labels[rows[kept].numpy()]
@@ -117,7 +117,7 @@ class Scaling:
 def view_worths(
     pooled: Pooled, labels: Int[np.ndarray, "text ..."], task: Task
 ) -> Float[Tensor, "view layer"]:
-    """What each layer's means, and its last tokens, are worth; 0 or more.
+    """The worth of each layer's means, and of its last tokens; 0 or more.
 
     Args:
         pooled: Distinct training texts in random order; only the first few hundred are used. A text

@@ -80,8 +80,8 @@ class TrainingSettings:
         exact = {"least_steps": 0} if {"epochs", "batch_size"} & values.keys() else {}
         return replace(self, **{**exact, **values})
 
-    def fitted_to(self, texts: int, task: Task) -> "TrainingSettings":
-        """What suits the training texts and labels, where it is not given.
+    def resolved_for(self, texts: int, task: Task) -> "TrainingSettings":
+        """Settings that suit the training texts and labels, where none are given.
 
         Few texts get smaller batches and more epochs.
         """
@@ -164,7 +164,7 @@ class FitOptions:
         return folder / f"run-{hash_of(*run)}" if run and not self.keep_cache else folder
 
     def reads_of(self, task: Task) -> Reads:
-        """What a probe of these labels reads.
+        """The tokens that a probe of these labels reads.
 
         Each turn is judged if a part of a text can have its labels. One of several classes is that
         of the user's last turn, since those before may have others; and there is one response.

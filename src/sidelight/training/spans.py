@@ -28,7 +28,7 @@ from sidelight.training.validation import FOLDS
 from sidelight.types import Span
 
 LOOKAHEADS = (0, 1, 2, 4)
-# Of log-odds. An answer has none: it is redacted before its surest word is written.
+# In log-odds. An answer has none: it is redacted before its surest word is written.
 MARGINS = (None, 3.0, 2.0, 1.5, 1.25, 1.0, 0.75)
 # A candidate that looks ahead farther must be better by so much of character F1: it judges later.
 _WORTH_WAITING = 0.003

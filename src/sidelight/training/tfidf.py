@@ -125,7 +125,7 @@ def measure_baseline(
     return report, log_losses(task, probabilities, measured.labels)
 
 
-def better_words(
+def baseline_warnings(
     losses: Float[np.ndarray, " text"],
     of_words: Float[np.ndarray, " text"],
     examples: LabelledExamples,

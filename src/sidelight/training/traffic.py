@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # The share of ordinary conversations that may be flagged, unless a rule says otherwise. Of sources
 # that nobody has seen it flags more.
 FALSE_ALARMS = 0.03
-# Of the recall: where ordinary traffic costs more, training warns.
+# Share of the recall: where ordinary traffic costs more, training warns.
 _COSTLY = 0.05
 # No threshold is raised further.
 _HIGHEST = 1 - 1e-9
@@ -60,7 +60,7 @@ class Traffic:
     abstains: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, without texts, which may be an operator's own."""
+        """JSON values, without texts, which may be an operator's own."""
         values = asdict(self)
         del values["worst"], values["abstains"]
         return values
@@ -71,7 +71,7 @@ class Traffic:
         parts: Int[np.ndarray, " conversation"],
         background: Background,
     ) -> dict[str, Any]:
-        """What an artifact keeps: no text that is a user's own.
+        """The record in an artifact: no text that is a user's own.
 
         Args:
             logits: The highest of each conversation, which are not rounded: a threshold may lie
@@ -180,7 +180,7 @@ def traffic_warnings(
     thresholds: Sequence[float],
     rule: ThresholdRule,
 ) -> list[str]:
-    """Where ordinary traffic and the labelled texts ask for different thresholds, as sentences.
+    """Warnings where ordinary traffic and the labelled texts ask for different thresholds.
 
     Args:
         traffic: Figures at these thresholds.
