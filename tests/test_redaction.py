@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from in_process import in_process
 from policy_contract import CHATS, GUARDRAIL, choices
 from sidelight.engines.base import Finished, ResponseScored, TextDelta
-from sidelight.engines.marks import AnswerMarks
+from sidelight.engines.marks import AnswerSpans
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import decide
@@ -70,7 +70,7 @@ def test_a_streamed_answer_joins_to_the_redacted_whole(late, data, lookahead):
         judgement = Judgement((verdict,), token_labels={"late": labels(scores)})
         return marks.mark(judgement)
 
-    marks, holding = AnswerMarks([late]), HoldBack([BoundRule(late, Rule("redact"))])
+    marks, holding = AnswerSpans([late]), HoldBack([BoundRule(late, Rule("redact"))])
     sent, waiting = "", 0
     for tokens, piece in enumerate(pieces, start=1):
         marks.push(piece)

@@ -20,7 +20,7 @@ from sidelight.bank import Panel
 from sidelight.cli.show import print_spans
 from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
-from sidelight.engines.marks import AnswerMarks, mark_text
+from sidelight.engines.marks import AnswerSpans, mark_text
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
@@ -196,7 +196,7 @@ def test_a_label_holds_where_the_text_reaches_its_threshold_or_a_span_has_it(tin
             (probe.text_verdict(logits),), token_labels={"pii": probe.token_labels(logits)}
         )
         if side == "response":
-            marks = AnswerMarks([probe])
+            marks = AnswerSpans([probe])
             for piece in pieces:
                 marks.push(piece)
             judged = marks.mark(judged)

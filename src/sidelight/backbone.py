@@ -273,7 +273,7 @@ def load_backbone(
         # Weights of the stored dtype are mapped from disk, and need a GPU's memory alone.
         through = [_CPU] if dtype == "float32" else []
         _require_memory(name, Path(path), {*through, target})
-    with _one_line(name, target):
+    with _loading_errors(name, target):
         config, kind = _read_config(path)
         checkpoint = Checkpoint.read(model_folder(path))
         if for_reading and dtype == "auto" and lacks_bfloat16(target):
@@ -341,7 +341,7 @@ def read_backbone(
         SidelightError: The model cannot be found, or its weights are not in safetensors files.
     """
     name, path = str(name), _path(str(name))
-    with _one_line(name):
+    with _loading_errors(name):
         config, _ = _read_config(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         checkpoint = Checkpoint.read(model_folder(path))
@@ -378,7 +378,7 @@ def _too_large(name: str, what: str, device: torch.device) -> str:
 
 
 @contextmanager
-def _one_line(name: str, device: torch.device = _CPU) -> Generator[None]:
+def _loading_errors(name: str, device: torch.device = _CPU) -> Generator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:

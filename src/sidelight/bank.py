@@ -172,7 +172,7 @@ class Bank:
 
     @property
     def reads(self) -> frozenset[Reads]:
-        """What the probes read; some may read alike."""
+        """The tokens that the probes read; some may read alike."""
         return frozenset(group.reads for group in self._groups)
 
     def tap(self) -> BankTap:
@@ -181,7 +181,7 @@ class Bank:
 
     def columns_of(
         self, probe: str, columns: Float[Tensor, "token layer column"]
-    ) -> Float[Tensor, "token layer own"]:
+    ) -> Float[Tensor, "token layer probe_column"]:
         """A probe's own columns, among those of all."""
         return columns[..., self._columns[probe]]
 
@@ -265,7 +265,7 @@ class Bank:
         return [whole | Judgement(failed=own.failed, tools=own) for whole, own in pairs]
 
     def _judge_tools(self, columns: Float[Tensor, "token layer column"], parts: bytes) -> Judgement:
-        """What the probes say of the turns of tools in a prompt alone, if there are any."""
+        """The judgement of the turns of tools in a prompt alone, if there are any."""
         tokens, turns = tool_rows(parts)
         if not len(tokens):
             return Judgement()

@@ -49,7 +49,7 @@ class Ragged:
             self.values.contiguous(), "max", lengths=self.lengths, axis=0, initial=LOWEST
         )
 
-    def untied(self) -> "Ragged":
+    def without_ties(self) -> "Ragged":
         """The same maxima, each in one row: in other rows that share it stands ``LOWEST``.
 
         The gradient of ``maxima`` counts what several rows share more than once.
@@ -66,7 +66,7 @@ class Ragged:
         rows = torch.arange(len(self.values), device=self.lengths.device)
         return Ragged(self.values[rows < (starts + lengths)[self.segments]], lengths)
 
-    def chosen(self, segments: Int[Tensor, " chosen"]) -> "Ragged":
+    def select(self, segments: Int[Tensor, " chosen"]) -> "Ragged":
         """These segments, in this order and as often as they are named."""
         lengths = self.lengths[segments]
         # From a row's place in the result to its place here: the same for all rows of a segment.

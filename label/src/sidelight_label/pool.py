@@ -153,7 +153,7 @@ class Pool:
             raise SidelightError(
                 "Some texts are too alike to be measured on others. Label more of each label."
             )
-        pooled = self._pooled.chosen(torch.tensor(rows))
+        pooled = self._pooled.select(torch.tensor(rows))
         regression = fit_regression(pooled, labelled.labels, self.task, folds)
         folds = measuring_folds(labelled, folds)
         calibration, left_out, report = calibrate_examples(regression.left_out, labelled, folds)

@@ -77,7 +77,7 @@ def fit_regression(
         rows: Int[np.ndarray, " row"],
     ) -> tuple[Standardisation, Float[Tensor, "feature row"], Float[np.ndarray, "text row"]]:
         """What these texts scale views by, the basis that they span, and all texts in it."""
-        worths = view_worths(pooled.chosen(torch.from_numpy(rows)), labels[rows], task)
+        worths = view_worths(pooled.select(torch.from_numpy(rows)), labels[rows], task)
         scaling = _scaling(views[rows], relative_weights(worths).flatten().float())
         features = ((views - scaling.mean) / scaling.scale).flatten(1)
         basis, _ = torch.linalg.qr(features[rows].T)

@@ -25,7 +25,7 @@ from sidelight.engines.base import (
     TextDelta,
 )
 from sidelight.engines.decoder import CachedRows, Decoder
-from sidelight.engines.marks import AnswerMarks, mark_text
+from sidelight.engines.marks import AnswerSpans, mark_text
 from sidelight.engines.queue import Emission, Request
 from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
 from sidelight.prompts import Part
@@ -64,7 +64,7 @@ class Generation:
         self._text_tokens = 0
         self._end_tokens = end_tokens
         self._detokenizer = Detokenizer(codec.decode)
-        self._marks = AnswerMarks(request.panel.probes)
+        self._marks = AnswerSpans(request.panel.probes)
         self._gate = StopGate(request.sampling.stop)
 
     def accept(self, token: int) -> TextDelta | None:
@@ -89,7 +89,7 @@ class Generation:
         return TextDelta(text, tokens=self._text_tokens) if text else None
 
     def scored(self, judgement: Judgement) -> ResponseScored:
-        """What the watched probes say of all tokens so far, which have been read."""
+        """The judgement of the watched probes on all tokens so far, which have been read."""
         said = self._marks.mark(judgement.of(self.request.watch))
         return ResponseScored(
             self.tokens, said, settled=self._marks.settled(self.tokens), judging_s=self.judging_s

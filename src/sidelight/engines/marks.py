@@ -67,7 +67,7 @@ def mark_text(judgement: Judgement, probes: Iterable[Probe], prompt: EncodedProm
     )
 
 
-class AnswerMarks:
+class AnswerSpans:
     """The spans of an answer that is being written.
 
     What no later token changes is read once, or each token of a long answer would read all of it.

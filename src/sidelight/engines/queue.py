@@ -74,8 +74,8 @@ class Emission:
 
 
 @dataclass(eq=False)
-class Turn:
-    """The place in line of what joined together.
+class QueuePosition:
+    """The place in the queue of requests that joined together.
 
     Attributes:
         latest: The number of the latest pass that worked for any of it, or of its arrival.
@@ -99,14 +99,14 @@ class RequestQueue:
         self._limits = limits
         self._waiting: list[Request] = []
         self._turn = 0
-        self.awaited: dict[Request, Turn] = {}
+        self.awaited: dict[Request, QueuePosition] = {}
         self.has_work = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def join(self, requests: Sequence[Request]) -> None:
-        """Adds all of them, as one place in line.
+        """Adds all of them, at one place in the queue.
 
         Raises:
             EngineBusyError: The queue is full.
@@ -116,7 +116,7 @@ class RequestQueue:
             raise EngineBusyError(waiting=waiting, limit=self._limits.waiting)
         self._turn += 1
         self._waiting.extend(requests)
-        self.awaited.update(dict.fromkeys(requests, Turn(self._turn)))
+        self.awaited.update(dict.fromkeys(requests, QueuePosition(self._turn)))
         self.has_work.set()
 
     def leave(self, requests: Iterable[Request]) -> None:
@@ -133,11 +133,11 @@ class RequestQueue:
                 self.awaited[request].latest = self._turn
 
     def latest_turn(self, requests: Iterable[Request]) -> int:
-        """That of the one among them which has waited longest; the lowest goes next."""
+        """The latest pass of the one among them that has waited longest; the lowest goes next."""
         return min((self.awaited[r].latest for r in requests if r in self.awaited), default=0)
 
     def find_next(self, running: Sequence[Request]) -> list[Request]:
-        """Those that go into the next prefill beside ``running``; they wait until ``take``."""
+        """Requests that go into the next prefill beside ``running``; they wait until ``take``."""
         batch: list[Request] = []
         is_blocked = False
         for request in sorted(self._waiting, key=lambda request: self.awaited[request].latest):

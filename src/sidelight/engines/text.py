@@ -91,7 +91,7 @@ class StopGate:
         return self._release(len(self._held) - max(begun, default=0))
 
     def flush(self) -> str:
-        """What is still held back when no more text comes."""
+        """The text that is still held back when no more comes."""
         return "" if self.is_closed else self._release(len(self._held))
 
     def _release(self, end: int) -> str:

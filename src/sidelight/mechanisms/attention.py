@@ -11,7 +11,7 @@ from torch.nn import functional
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Aggregator, Geometry, hide, register
 from sidelight.mechanisms.pooling import pooling_stage
-from sidelight.mechanisms.shares import held
+from sidelight.mechanisms.shares import freeze_weights
 from sidelight.mechanisms.stages import TwoStage, masked_softmax
 from sidelight.ragged import Ragged
 
@@ -76,9 +76,9 @@ class DowncastAttention(Aggregator):
         """Query, key and value; what is carried is composed in ``finish``."""
         return self.query_key_value
 
-    def held(self, items: Ragged) -> Ragged:
+    def with_frozen_weights(self, items: Ragged) -> Ragged:
         """Queries and keys only weigh."""
-        return Ragged(held(items.values, items.values.shape[2] // 3 * 2), items.lengths)
+        return Ragged(freeze_weights(items.values, items.values.shape[2] // 3 * 2), items.lengths)
 
     def summarise(self, items: Ragged) -> Ragged:
         """The projected items."""

@@ -123,7 +123,7 @@ class Aggregator(nn.Module, ABC):
     ) -> Float[Tensor, "group width column"]:
         """The projection of each item that the streaming form needs."""
 
-    def held(self, items: Ragged) -> Ragged:
+    def with_frozen_weights(self, items: Ragged) -> Ragged:
         """The projected items, so that the aggregated vector is linear in them for autograd.
 
         No gradient passes through what only weighs items, and no two of them share a maximum.

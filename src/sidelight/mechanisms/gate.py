@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sidelight.mechanisms.base import Aggregator, Geometry, hide, register
-from sidelight.mechanisms.shares import held
+from sidelight.mechanisms.shares import freeze_weights
 from sidelight.mechanisms.stages import (
     TwoStage,
     finish_softmax,
@@ -55,9 +55,9 @@ class Gate(Aggregator):
         """The score, then what is carried."""
         return torch.cat([self.score[..., None], carry], -1)
 
-    def held(self, items: Ragged) -> Ragged:
+    def with_frozen_weights(self, items: Ragged) -> Ragged:
         """The score only weighs."""
-        return Ragged(held(items.values, 1), items.lengths)
+        return Ragged(freeze_weights(items.values, 1), items.lengths)
 
     def summarise(self, items: Ragged) -> Ragged:
         """``[segment, group, 1, (maximum, normaliser, *sums)]``."""

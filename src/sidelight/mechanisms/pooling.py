@@ -27,7 +27,7 @@ class MeanPooling(Aggregator):
     def columns(
         self, carry: Float[Tensor, "group width carry"]
     ) -> Float[Tensor, "group width carry"]:
-        """What is carried, and nothing else."""
+        """The carried columns alone."""
         return carry
 
     def summarise(self, items: Ragged) -> Ragged:
@@ -74,9 +74,9 @@ class MaxPooling(Aggregator):
         eye = torch.eye(carry.shape[1], dtype=carry.dtype, device=carry.device)
         return eye.expand(carry.shape[0], -1, -1)
 
-    def held(self, items: Ragged) -> Ragged:
+    def with_frozen_weights(self, items: Ragged) -> Ragged:
         """Each maximum has one item."""
-        return items.untied()
+        return items.without_ties()
 
     def summarise(self, items: Ragged) -> Ragged:
         """``[segment, group, width]``: running maxima."""

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sidelight.mechanisms.base import Geometry, Mechanism, hide, register
-from sidelight.mechanisms.shares import Shares, held, read_off
+from sidelight.mechanisms.shares import Shares, freeze_weights, read_off
 from sidelight.mechanisms.stages import (
     finish_softmax,
     last_token,
@@ -98,7 +98,7 @@ class Readout(Mechanism):
         return read_off(self._weighed, tokens, targets)
 
     def _weighed(self, tokens: Ragged) -> Float[Tensor, "segment output"]:
-        columns = held(tokens.values, self.gate.shape[2])
+        columns = freeze_weights(tokens.values, self.gate.shape[2])
         return self.logits(Ragged(columns, tokens.lengths))
 
     def _add_layers(

@@ -49,8 +49,8 @@ def read_off(logits: Logits, tokens: Ragged, targets: Float[Tensor, "segment out
     """The shares of logits that are linear in the columns, less a constant: gradient times columns.
 
     Args:
-        logits: No gradient passes through what only weighs (``held``). A maximum is linear in the
-            token that has it, if only one has (``Ragged.untied``).
+        logits: No gradient passes through what only weighs (``freeze_weights``). A maximum is
+            linear in the token that has it, if only one has (``Ragged.without_ties``).
         tokens: Columns.
         targets: For each segment the weights of its logits whose sum is divided.
     """
@@ -107,7 +107,9 @@ def integrated_gradient(
     return total
 
 
-def held(columns: Float[Tensor, "*row column"], scores: int) -> Float[Tensor, "*row column"]:
+def freeze_weights(
+    columns: Float[Tensor, "*row column"], scores: int
+) -> Float[Tensor, "*row column"]:
     """The columns; no gradient passes through the first ``scores`` of them."""
     return torch.cat([columns[..., :scores].detach(), columns[..., scores:]], -1)
 

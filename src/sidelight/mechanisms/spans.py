@@ -64,7 +64,7 @@ class Spans(Mechanism):
         return torch.where(mask[..., None], logits, -torch.inf).amax(1)
 
     def columns(self) -> Float[Tensor, "layer width column"]:
-        """What each layer adds to the features."""
+        """The share of each layer in the features."""
         return self.features / math.sqrt(len(self.features))
 
     def summarise(self, tokens: Ragged) -> Ragged:
@@ -80,7 +80,7 @@ class Spans(Mechanism):
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The largest logits of each segment's tokens."""
-        highest = Ragged(self._scores(state), state.lengths).untied().maxima()
+        highest = Ragged(self._scores(state), state.lengths).without_ties().maxima()
         return torch.where((state.lengths == 0)[:, None], torch.nan, highest + self.bias)
 
     def _scores(self, state: Ragged) -> Float[Tensor, "token output"]:
@@ -108,7 +108,7 @@ class Spans(Mechanism):
         # What inference mode makes cannot be part of a gradient.
         with torch.inference_mode(False), torch.no_grad():
             text = Ragged(tokens.values.clone(), tokens.lengths.clone())
-            scores = Ragged(self._scores(self.summarise(text)), text.lengths).untied()
+            scores = Ragged(self._scores(self.summarise(text)), text.lengths).without_ties()
             decides = scores.values == scores.maxima()[scores.segments]
 
         def logits(columns: Ragged) -> Tensor:

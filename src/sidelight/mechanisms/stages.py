@@ -119,7 +119,7 @@ class TwoStage(Mechanism):
         return self.head(self.layer_stage(vectors[:, None], every_layer)[:, 0])
 
     def columns(self) -> Float[Tensor, "layer width column"]:
-        """What the token stage needs to carry what the layer stage needs."""
+        """The columns of the token stage for all that the layer stage needs."""
         return self.token_stage.columns(self._carried())
 
     def summarise(self, tokens: Ragged) -> Ragged:
@@ -139,8 +139,10 @@ class TwoStage(Mechanism):
         """Exact: each token's own terms, with the weights of both stages as they are."""
 
         def weighed(tokens: Ragged) -> Float[Tensor, "segment output"]:
-            layers = self._layers_of(self.token_stage.summarise(self.token_stage.held(tokens)))
-            return self._judge(self.layer_stage.held(layers))
+            layers = self._layers_of(
+                self.token_stage.summarise(self.token_stage.with_frozen_weights(tokens))
+            )
+            return self._judge(self.layer_stage.with_frozen_weights(layers))
 
         return read_off(weighed, tokens, targets)
 

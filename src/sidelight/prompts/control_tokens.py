@@ -14,10 +14,10 @@ from tokenizers import Tokenizer as PlainTokenizer
 
 from sidelight.errors import SidelightError
 
-Span = tuple[int, int]
+Range = tuple[int, int]
 """First character, and the one after the last."""
 Control = tuple[int, int, int]
-"""A control token's id and span."""
+"""A control token's id and range."""
 
 
 @runtime_checkable
@@ -64,7 +64,7 @@ class Tokenised:
     """Token ids, and the characters that each covers."""
 
     token_ids: Sequence[int]
-    offsets: Sequence[Span]
+    offsets: Sequence[Range]
 
 
 class ContentTokenizer:
@@ -86,7 +86,7 @@ class ContentTokenizer:
     def count(self, text: str) -> int:
         """How many tokens a text has, where it names a control token one for all its letters.
 
-        It takes a tenth of the time that the tokens and their spans take as objects of Python's,
+        It takes a tenth of the time that the tokens and their ranges take as objects of Python's,
         and none of it from other threads.
         """
         backend = self._tokenizer.backend_tokenizer
@@ -99,14 +99,14 @@ class ContentTokenizer:
         (tokens,) = backend.encode_batch_fast([text], add_special_tokens=False)
         return not self._names.keys().isdisjoint(tokens.ids)
 
-    def encode_chat(self, text: str, template: Sequence[Span]) -> Tokenised:
+    def encode_chat(self, text: str, template: Sequence[Range]) -> Tokenised:
         """Encodes a rendered conversation.
 
         Where no content holds a control token, the ids are the tokenizer's own for the whole text.
 
         Args:
             text: What the template has rendered.
-            template: The spans that the template itself wrote, in order.
+            template: The ranges that the template itself wrote, in order.
 
         Raises:
             SidelightError: The tokenizer cannot write a content without a control token.
@@ -120,7 +120,7 @@ class ContentTokenizer:
         if self._has_only(controls, tokens, text):
             return tokens
         ids: list[int] = []
-        offsets: list[Span] = []
+        offsets: list[Range] = []
         cursor = 0
         for token_id, start, end in controls:
             run = self._as_text(text[cursor:start], at=cursor)

@@ -14,7 +14,7 @@ from itertools import accumulate
 from jinja2 import TemplateError
 
 from sidelight.errors import ContextLengthError, SidelightError
-from sidelight.prompts.control_tokens import ContentTokenizer, Span, Tokenised, Tokenizer
+from sidelight.prompts.control_tokens import ContentTokenizer, Range, Tokenised, Tokenizer
 from sidelight.prompts.conversation import (
     Conversation,
     EncodedPrompt,
@@ -45,7 +45,7 @@ class _Written:
     """
 
     tokens: Tokenised
-    spans: Sequence[Span]
+    spans: Sequence[Range]
     skipped: Sequence[int]
     markers: tuple[str, ...] | None = None
     roles: tuple[str, ...] = ()
@@ -274,9 +274,9 @@ class PromptEncoder:
 
     def _content_spans(
         self, rendered: str, turns: Sequence[Message], literals: Sequence[str]
-    ) -> list[Span]:
+    ) -> list[Range]:
         """The characters that each turn's text takes in the rendered template."""
-        spans: list[Span] = []
+        spans: list[Range] = []
         cursor = len(literals[0])
         for turn, literal in zip(turns, literals[1:], strict=True):
             text = turn.content
@@ -318,6 +318,6 @@ class PromptEncoder:
 
 
 def _whole(offset: tuple[int, int]) -> tuple[int, int]:
-    """The span of a token; tokenizers that trim blanks give (end, end) for a blank one."""
+    """The range of a token; tokenizers that trim blanks give (end, end) for a blank one."""
     start, end = offset
     return (end - 1 if start == end > 0 else start, end)

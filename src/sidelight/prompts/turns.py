@@ -209,7 +209,7 @@ class ChatFormat:
         return _START + "".join(names)
 
     def _to_header(self, literal: str) -> str | None:
-        """What stands before the first marker; None if there is none."""
+        """The text before the first marker; None if there is none."""
         header = self._header.search(literal)
         return literal[: header.start()] if header else None
 

@@ -52,7 +52,7 @@ class Shard:
         lengths = torch.tensor([hidden.shape[1] for hidden in texts.values()])
         return Shard(torch.cat([*texts.values()], 1), lengths, torch.tensor([*texts]))
 
-    def chosen(self, texts: Int[Tensor, " chosen"]) -> "Shard":
+    def select(self, texts: Int[Tensor, " chosen"]) -> "Shard":
         """These texts, by their place in this shard."""
         parts = self.hidden.split(self.lengths.tolist(), 1)
         hidden = torch.cat([parts[text] for text in texts.tolist()], 1)
@@ -91,7 +91,7 @@ class Pooled:
     means: Float[Tensor, "text layer width"]
     lasts: Float[Tensor, "text layer width"]
 
-    def chosen(self, texts: Int[Tensor, " chosen"]) -> "Pooled":
+    def select(self, texts: Int[Tensor, " chosen"]) -> "Pooled":
         """The states of these texts alone."""
         return Pooled(self.means[texts], self.lasts[texts])
 

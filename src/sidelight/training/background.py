@@ -14,7 +14,7 @@ from sidelight.data.loading import load_examples
 from sidelight.data.near_duplicates import are_alike
 from sidelight.prompts import Message
 
-Turns = tuple[Message, ...]
+Messages = tuple[Message, ...]
 
 # NOTICE has the sources of its rows and their licences.
 PACKAGED = Path(__file__).with_name("background.jsonl.gz")
@@ -39,9 +39,9 @@ class Background:
         private: Those that are a user's own, so that no artifact may hold their texts.
     """
 
-    conversations: tuple[Turns, ...] = ()
+    conversations: tuple[Messages, ...] = ()
     sources: tuple[str, ...] | None = None
-    private: frozenset[Turns] = frozenset()
+    private: frozenset[Messages] = frozenset()
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -105,7 +105,7 @@ def _packaged() -> Background:
 
 def _balanced(*sets: Examples) -> Background:
     """All conversations; those of every set but the first are private."""
-    conversations: list[Turns] = []
+    conversations: list[Messages] = []
     sources: list[str] = []
     strata: list[tuple[Hashable, ...]] = []
     weights: list[float] = []
@@ -123,14 +123,14 @@ def _balanced(*sets: Examples) -> Background:
     return background.select(balanced_order(strata, weights=weights))
 
 
-def _request(messages: Turns) -> Turns:
+def _request(messages: Messages) -> Messages:
     """The turns up to the last that the assistant would answer."""
     asked = [index for index, turn in enumerate(messages) if turn.role != "assistant"]
     return messages[: asked[-1] + 1] if asked else messages
 
 
 def _stratum(
-    turns: Turns, cells: Mapping[str, object], *, unknown: int
+    turns: Messages, cells: Mapping[str, object], *, unknown: int
 ) -> tuple[int, *tuple[Hashable, ...]]:
     """The stratum to balance; a conversation of unknown kind or source has one of its own."""
     characters = sum(len(turn.content) for turn in turns)

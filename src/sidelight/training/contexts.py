@@ -27,7 +27,7 @@ from sidelight.prompts import (
     Reads,
     piece_lengths,
 )
-from sidelight.training.background import Background, Turns
+from sidelight.training.background import Background, Messages
 from sidelight.training.settings import FitOptions
 from sidelight.types import Numbers
 
@@ -139,7 +139,7 @@ class ContextSampler:
         self,
         encoder: PromptEncoder,
         reads: Reads,
-        conversations: Sequence[Turns],
+        conversations: Sequence[Messages],
         *,
         is_part: bool,
         max_tokens: int,

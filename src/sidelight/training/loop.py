@@ -145,7 +145,7 @@ class _Trainer:
                     settings,
                     scaling.standardisation(settings, part).to(device),
                     training.task,
-                    self._labels.chosen(kept.nonzero()[:, 0].to(device)).values,
+                    self._labels.select(kept.nonzero()[:, 0].to(device)).values,
                     kept,
                     steps=self._steps_per_epoch(settings.batch_size),
                     reads_beginnings=settings.beginnings
@@ -223,7 +223,7 @@ class _Trainer:
     def _train_batch(self, runs: Sequence[TrainingRun], batch: Shard, share: float) -> None:
         hidden, lengths = batch.hidden.to(self._device), batch.lengths.to(self._device)
         rows = batch.rows.to(self._device)
-        labels = self._labels.chosen(rows)
+        labels = self._labels.select(rows)
         weights = None if self._weights is None else self._weights[rows]
         rationales = self._rationales_of(batch)
         active = [run for run in runs if run.texts[batch.rows].any()]
@@ -234,9 +234,9 @@ class _Trainer:
                 counted, words = weights, rationales
                 if not kept.all():
                     texts = kept.nonzero()[:, 0].to(self._device)
-                    tokens, targets = tokens.chosen(texts), labels.chosen(texts)
+                    tokens, targets = tokens.select(texts), labels.select(texts)
                     counted = None if weights is None else weights[texts]
-                    words = None if rationales is None else rationales.chosen(texts)
+                    words = None if rationales is None else rationales.select(texts)
                 if counted is not None:
                     counted = counted.repeat_interleave(targets.lengths)
                 marks = None if words is None else words.values

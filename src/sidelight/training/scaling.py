@@ -97,7 +97,7 @@ class Scaling:
         for index in range(len(self._states)):
             shard = self._states.read(index)
             kept = is_first[shard.rows].nonzero()[:, 0]
-            pooled = shard.pooled(is_normalised=is_normalised).chosen(kept)
+            pooled = shard.pooled(is_normalised=is_normalised).select(kept)
             means.append(pooled.means)
             lasts.append(pooled.lasts)
             rows.append(shard.rows[kept])
@@ -111,7 +111,7 @@ class Scaling:
         pooled, rows = self._sample(is_normalised)
         kept = self._parts[part][rows].nonzero()[:, 0]
         labels = self._training.labels[rows[kept].numpy()]
-        return view_worths(pooled.chosen(kept), labels, self._training.task)
+        return view_worths(pooled.select(kept), labels, self._training.task)
 
 
 def view_worths(

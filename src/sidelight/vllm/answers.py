@@ -25,7 +25,7 @@ from sidelight.engines.base import (
     ResponseScored,
     TextDelta,
 )
-from sidelight.engines.marks import AnswerMarks, labels_spans, mark_text
+from sidelight.engines.marks import AnswerSpans, labels_spans, mark_text
 from sidelight.policy.enforcement import Enforcement, Judged
 from sidelight.policy.hold_back import Ended, redacted_spans
 from sidelight.policy.request import Outcome, Terms
@@ -168,9 +168,9 @@ class GuardedText:
             # Text is what rules hold back, whether or not the caller wants any.
             self._params.detokenize = True
         self._judgement = Judgement()
-        self._marks: AnswerMarks | None = None
+        self._marks: AnswerSpans | None = None
         if labels_spans(probe for probe in probes if probe.name in self._late):
-            self._marks = AnswerMarks(probes)
+            self._marks = AnswerSpans(probes)
             self._stream = DecodeStream(
                 ids=[] if call.encoded is None else [*call.encoded.token_ids],
                 skip_special_tokens=call.params.skip_special_tokens,

@@ -140,7 +140,7 @@ class TokenSource:
             for index in torch.randperm(len(self.sizes), generator=shuffle).tolist():
                 shard = self.read(index)
                 for ends in random_batches(len(shard.rows), size=size, shuffle=shuffle):
-                    yield shard.chosen(torch.arange(*ends))
+                    yield shard.select(torch.arange(*ends))
 
 
 @torch.inference_mode()
@@ -152,7 +152,7 @@ def token_logits(
     rows: list[Tensor] = []
     for index in range(len(source.sizes)):
         shard = source.read(index)
-        for batch in map(shard.chosen, torch.arange(len(shard.rows)).split(_SCORED_TEXTS)):
+        for batch in map(shard.select, torch.arange(len(shard.rows)).split(_SCORED_TEXTS)):
             found.append(model(batch))
             rows.append(batch.rows)
     return torch.cat(found)[torch.cat(rows).argsort()].numpy()

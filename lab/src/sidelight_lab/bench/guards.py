@@ -32,7 +32,7 @@ from sidelight.states.cache import Shard
 from sidelight.states.extraction import shard_logits
 from sidelight.storage import write_json
 from sidelight.thresholds import choose_thresholds
-from sidelight.training.background import Background, Turns, choose_conversations
+from sidelight.training.background import Background, Messages, choose_conversations
 from sidelight.training.dataset import Split, make_split
 from sidelight.training.fit import fit
 from sidelight.training.settings import (
@@ -180,7 +180,7 @@ class Texts:
         return Texts(drawn, shown, traffic)
 
 
-def _answered(turns: Turns) -> Example | None:
+def _answered(turns: Messages) -> Example | None:
     """The last answer of a conversation and what led to it; None if there is none."""
     answers = [i for i, turn in enumerate(turns) if i and turn.role == "assistant" and turn.content]
     return Example(turns[: answers[-1]], turns[answers[-1]].content) if answers else None
