@@ -19,7 +19,7 @@ from tiny import tiny_backbone, untrained_probe
 
 def test_a_share_of_a_request_that_has_ended_leaves_no_state():
     """Under pipeline parallel a step may still run when its request ends."""
-    from sidelight.vllm.connector import ProbeConnector, Results
+    from sidelight.vllm.connector import ProbeConnector, WorkerResults
 
     panel = Panel([untrained_probe(tiny_backbone(), "late", reads=Reads("both"))])
     judge = RequestJudge(panel, Loaded(identity="old"))
@@ -33,13 +33,13 @@ def test_a_share_of_a_request_that_has_ended_leaves_no_state():
     tracking.leave("ended")
     connector = object.__new__(ProbeConnector)
     connector.tracking, connector._judge = tracking, judge
-    connector.take(Results(StepVerdicts(columns=shares, probes=judge.loaded)))
+    connector.take(WorkerResults(StepVerdicts(columns=shares, probes=judge.loaded)))
     assert list(judge._states) == ["running"]
     assert "verdicts" in tracking.report("running")[KEY]
 
 
 def test_the_scheduler_follows_its_stages_to_other_probes_or_gives_no_verdict(tmp_path):
-    from sidelight.vllm.connector import ProbeConnector, Results
+    from sidelight.vllm.connector import ProbeConnector, WorkerResults
 
     backbone = tiny_backbone()
     probes = [untrained_probe(backbone, name) for name in ("old", "new")]
@@ -60,7 +60,7 @@ def test_the_scheduler_follows_its_stages_to_other_probes_or_gives_no_verdict(tm
         shares = [
             LayerColumns(r, 0, columns) for r in connector.tracking.plan([Step("r", 3, True, [0])])
         ]
-        connector.take(Results(StepVerdicts(columns=shares, probes=loaded)))
+        connector.take(WorkerResults(StepVerdicts(columns=shares, probes=loaded)))
         report = connector.tracking.report("r")[KEY]
         assert report["identity"] == loaded.identity
         return {name for name, said in report["verdicts"].items() if "error" not in said}

@@ -8,14 +8,14 @@ from sidelight.errors import SidelightError
 from sidelight.policy.rules import FAILED_LABEL, BoundRule
 from sidelight.types import Judgement, Span, Verdict
 
-Outcome = Literal["flagged", "passed", "failed", "unfinished"]
+DecisionOutcome = Literal["flagged", "passed", "failed", "unfinished"]
 Action = Literal["none", "flag", "route", "redact", "block", "fail_closed", "fail_open", "shadow"]
 Agreement = Literal["same", "different", "failed"]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What one probe's verdict on one side of a request led to.
+    """The action that followed one probe's verdict on one side of a request.
 
     Attributes:
         rule: The probe and its rule.
@@ -35,7 +35,7 @@ class Decision:
     is_unfinished: bool = False
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> DecisionOutcome:
         if self.is_unfinished:
             return "unfinished"
         if self.verdict is None:
@@ -60,7 +60,7 @@ class Decision:
 
     @property
     def route(self) -> str | None:
-        """Where a gateway should send the request; None: the rule names no place."""
+        """The place where a gateway should send the request; None: the rule names none."""
         return _route(self.rule, self.verdict) if self.rule.mode == "route" else None
 
 

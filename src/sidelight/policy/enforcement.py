@@ -17,7 +17,7 @@ from sidelight.prompts import Conversation, PlainText
 
 @dataclass(frozen=True)
 class Judged:
-    """What the probes of one side say of a prompt that may be answered, or of an answer so far."""
+    """Judgement by one side's probes: of a prompt that may be answered, or of an answer so far."""
 
     tokens: int
     decisions: tuple[Decision, ...]
@@ -84,7 +84,7 @@ class Enforcement:
     async def guard(
         self, text: Conversation, events: AsyncGenerator[Event, None]
     ) -> AsyncGenerator[Passed, None]:
-        """What may be sent of the engine's events on a text.
+        """The engine's events on a text, as far as they may be sent.
 
         Raises:
             PolicyError: The prompt is blocked, by a flag or because it could not be judged.
@@ -128,7 +128,7 @@ class Enforcement:
 def check_decisions(
     rules: Sequence[BoundRule], event: PromptJudged, sides: Collection[Side]
 ) -> list[Decision]:
-    """What follows if nothing is written, so that nothing can be blocked: a flag at most."""
+    """The decisions if nothing is written, so that nothing can be blocked: a flag at most."""
     shown: dict[Action, Action] = {"block": "flag", "fail_closed": "none", "fail_open": "none"}
     decisions = _decide_all([bound for bound in rules if bound.side in sides], event)
     return [replace(d, action=shown.get(d.action, d.action)) for d in decisions]

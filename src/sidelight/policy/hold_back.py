@@ -80,7 +80,7 @@ class HoldBack:
         self._running = Judgement()
 
     def push(self, event: Event) -> Sequence[TextDelta | Ended]:
-        """What the event allows to be sent; nothing may follow an ``Ended``."""
+        """The text that the event allows to be sent; nothing may follow an ``Ended``."""
         match event:
             case TextDelta():
                 self._written_tokens = event.tokens
@@ -124,7 +124,7 @@ class HoldBack:
         decisions = self._decisions(judgement)
         end = Ended(event.reason, event.completion_tokens, decisions)
         if self._redacts and event.is_stopped and self._settled is not None:
-            self._forget(self._settled, redacted_spans(self._rules, judgement))
+            self._drop_unsettled_words(self._settled, redacted_spans(self._rules, judgement))
         return [*self._release(tokens, judgement), end]
 
     def _release(
@@ -145,7 +145,7 @@ class HoldBack:
             self._released = end
         return released
 
-    def _forget(self, characters: int, spans: Iterable[Span]) -> None:
+    def _drop_unsettled_words(self, characters: int, spans: Iterable[Span]) -> None:
         """Drops the words held after the first characters that are not labelled."""
         for span in sorted(spans):
             if not self._text[characters : span.start].strip():
@@ -174,7 +174,7 @@ class HoldBack:
 
 
 class _RuleState:
-    """What a rule that blocks or redacts has seen of a text, and whether it cuts it.
+    """The state of a rule that blocks or redacts: scores of a text so far, and whether it is cut.
 
     Attributes:
         held_tokens: How many judged tokens are held back.

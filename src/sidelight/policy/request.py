@@ -154,7 +154,7 @@ class Terms:
         return [decision for decision in decisions if decision.rule.name in names]
 
     def shown(self, decisions: Iterable[Decision]) -> list[Decision]:
-        """What the client sees of those of the chosen probes."""
+        """The decisions of the chosen probes, as the client sees them."""
         return _as_disclosed(self.reported(decisions), sees_all=self.sees_all)
 
     def verdicts(self, decisions: Iterable[Decision]) -> list[Verdict]:
@@ -313,7 +313,7 @@ def category_fields(verdicts: Sequence[Verdict], names: CategoryNames) -> Json:
 
 
 def _as_disclosed(decisions: Iterable[Decision], *, sees_all: bool) -> list[Decision]:
-    """What a client sees of decisions, never a shadow; ``sees_all`` of one with an admin key."""
+    """The decisions that a client sees, never a shadow's; ``sees_all``: it has an admin key."""
     shown: list[Decision] = []
     for decision in decisions:
         is_open = sees_all and not decision.rule.is_shadow

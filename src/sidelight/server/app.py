@@ -23,7 +23,7 @@ from sidelight.server.errors import add_error_handlers
 from sidelight.server.middleware import Gatekeeper, RequestScope
 from sidelight.server.observe import audit_of, log_settings
 from sidelight.server.playground import page_router, playground
-from sidelight.server.requests import Context, Route, ServerRequest
+from sidelight.server.requests import Route, ServerContext, ServerRequest
 from sidelight.server.schemas import REFUSALS
 
 _log = logging.getLogger("sidelight.server")
@@ -85,13 +85,13 @@ def create_app(
     Args:
         engine: What answers.
         config: The configuration; None: the defaults, with the environment's keys.
-        sources: As for ``Context.of``.
+        sources: As for ``ServerContext.of``.
 
     Raises:
-        SidelightError: As for ``Context.of``.
+        SidelightError: As for ``ServerContext.of``.
     """
     config = config or ServerConfig()
-    context = Context.of(engine, config, sources)
+    context = ServerContext.of(engine, config, sources)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
@@ -114,7 +114,7 @@ def create_app(
 
 
 def application(
-    context: Context,
+    context: ServerContext,
     routers: Sequence[APIRouter],
     *,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
@@ -159,7 +159,7 @@ def serve(
     Args:
         load: Gives the engine.
         config: The configuration.
-        sources: As for ``Context.of``.
+        sources: As for ``ServerContext.of``.
 
     Raises:
         SidelightError: The address cannot be listened on, or everybody beyond this machine would be

@@ -252,7 +252,7 @@ class GuardrailRequest(StrictBody):
     additional_provider_specific_params: GuardrailParameters | None = None
 
     @model_validator(mode="after")
-    def _holds_what_is_judged(self) -> "GuardrailRequest":
+    def _require_content(self) -> "GuardrailRequest":
         # A proxy that sends texts in another field would have all of them passed.
         if self.texts is None and self.tool_calls is None:
             raise RequestError(
@@ -269,7 +269,7 @@ class GuardrailRequest(StrictBody):
         return {i: text for i, text in enumerate((*(self.texts or ()), *calls)) if text}
 
     def placeholders(self, spans: Mapping[str, Sequence[Span]]) -> Placeholders:
-        """Those of the labelled words of each text, which has read all that the request says."""
+        """Placeholders of the labelled words of each text, which has read all of the request."""
         placeholders = Placeholders(is_answer=self.input_type == "response")
         for message in self.structured_messages or ():
             content, is_written = message.get("content"), message.get("role") == "assistant"

@@ -61,7 +61,7 @@ class RequestError(SidelightError):
 
 
 def as_request_error(error: SidelightError, *, sees_all: bool = False) -> RequestError:
-    """What a client gets; ``sees_all`` if its key sees verdicts that rules do not disclose."""
+    """The answer to a client; ``sees_all`` if its key sees verdicts that rules do not disclose."""
     message, headers = str(error), None
     match error:
         case RequestError():

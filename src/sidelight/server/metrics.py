@@ -20,7 +20,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from sidelight.engines.base import Engine
-from sidelight.policy.decisions import Action, Decision, Outcome, agreements
+from sidelight.policy.decisions import Action, Decision, DecisionOutcome, agreements
 from sidelight.policy.rules import BoundRule
 from sidelight.probe import Probe
 from sidelight.types import Verdict
@@ -97,7 +97,7 @@ class Metrics(Collector):
         for them.
         """
         for rule in self._rules():
-            for outcome in get_args(Outcome):
+            for outcome in get_args(DecisionOutcome):
                 self._verdicts.labels(rule.name, outcome)
             for action in get_args(Action):
                 if action != "none":

@@ -236,7 +236,7 @@ class Gatekeeper:
             state["observer"].key_id = caller.key_id
 
     def _foreign_name(self, headers: Headers) -> str | None:
-        """Where a request is sent to or comes from, if this server does not answer to that."""
+        """A name that a request is sent to or comes from, unless this server answers to it."""
         if self._hosts is None:
             return None
         asked = {host: name_of(host) for host in headers.getlist("host")}

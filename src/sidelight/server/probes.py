@@ -66,7 +66,7 @@ class ProbeRegistry:
         return self._has_withheld or any(bound.disclosure != "scores" for bound in self.rules)
 
     def folder(self, name: str) -> Path | None:
-        """Where a probe was loaded from, if it was."""
+        """The folder that a probe was loaded from, if it was."""
         return self._paths.get(name)
 
     async def replace(

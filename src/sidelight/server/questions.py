@@ -17,9 +17,9 @@ from sidelight.server.schemas import (
     ChatMessage,
     IfAny,
     Listed,
+    MessageList,
     Name,
     StrictBody,
-    Turns,
     Unread,
 )
 from sidelight.types import Task, Verdict, spans_json
@@ -88,7 +88,7 @@ class DecisionRequest(StrictBody):
 
     model: Name
     input: Annotated[
-        Turns[InputMessage],
+        MessageList[InputMessage],
         Field(min_length=1),
         BeforeValidator(
             lambda v: [{"role": "user", "content": v}] if isinstance(v, str) else v,

@@ -31,7 +31,7 @@ _REQUEST_TOKENS = 2**16
 
 
 @dataclass(frozen=True)
-class Context:
+class ServerContext:
     """The parts of one server, which its requests share; ``started_at`` is Unix time."""
 
     engine: Engine
@@ -43,8 +43,8 @@ class Context:
     @classmethod
     def of(
         cls, engine: Engine, config: ServerConfig, sources: Mapping[str, Path] | None = None
-    ) -> "Context":
-        """Those of a server of this engine.
+    ) -> "ServerContext":
+        """The context of a server.
 
         Args:
             engine: What answers.
@@ -61,7 +61,7 @@ class Context:
         return cls(engine, registry, config, observer)
 
     def terms(self, observer: RequestObserver, *, sees_all: bool) -> Terms:
-        """What holds for a request from now on; until others are chosen, all probes are reported.
+        """Terms for a request from now on; until others are chosen, all probes are reported.
 
         Args:
             observer: Its own.
@@ -78,7 +78,7 @@ class ServerRequest(Request):
 
     def __init__(self, request: Request):
         super().__init__(request.scope, request.receive)
-        self.context: Context = request.app.state.context
+        self.context: ServerContext = request.app.state.context
         self.engine, self.registry = self.context.engine, self.context.registry
         self.observer: RequestObserver = request.state.observer
         self._received = b""
@@ -139,7 +139,7 @@ class ServerRequest(Request):
     async def begin(
         self, texts: Sequence[Conversation], *, n: int = 1, max_tokens: int | None = None
     ) -> Terms:
-        """What holds for it from now on; until others are chosen, all probes are reported.
+        """Its terms from now on; until others are chosen, all probes are reported.
 
         Args:
             texts: What is read.

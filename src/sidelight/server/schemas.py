@@ -114,7 +114,7 @@ Name = Annotated[str, Field(max_length=_MAX_NAME)]
 Listed = Annotated[list[T], Field(fail_fast=True)]
 Many = Annotated[Listed[T] | None, Field(max_length=MAX_ITEMS)]
 # Counted as a whole before pydantic makes objects of it.
-Turns = Annotated[Listed[T], BeforeValidator(_require_few)]
+MessageList = Annotated[Listed[T], BeforeValidator(_require_few)]
 # One text or several. Not a union: that would blame one member for an error in the other.
 Texts = Annotated[Listed[str], BeforeValidator(_as_list, json_schema_input_type=str | Listed[str])]
 ProbeNames = Annotated[Listed[Name] | None, Field(description="Only these probes; null: all.")]
@@ -129,7 +129,7 @@ class StrictBody(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _has_no_other_field(cls, value: Any) -> Any:
+    def _reject_unknown_fields(cls, value: Any) -> Any:
         """Reports the first unknown field alone; pydantic would report each."""
         if not isinstance(value, dict) or cls.model_config.get("extra") != "forbid":
             return value
@@ -141,13 +141,13 @@ class StrictBody(BaseModel):
                 quoted = str(name)[:_MAX_QUOTED]
                 why = f"there is no such field here.{did_you_mean(quoted, cls.model_fields)}"
                 raise _field_error("unknown_parameter", quoted, why)
-            elif not _asks_nothing(content, cls.unread[name]):
+            elif not _is_default(content, cls.unread[name]):
                 why = "not supported here. Leave it out; sidelight serve --engine vllm has it."
                 raise _field_error("unsupported_parameter", name, why)
         return fields
 
 
-def _asks_nothing(content: Any, neutral: tuple[Any, ...] | None) -> bool:
+def _is_default(content: Any, neutral: tuple[Any, ...] | None) -> bool:
     # For Python, 0 is False; `"logprobs": 0` asks for the log-probability of each token.
     return neutral is None or any(
         content == each and isinstance(content, bool) == isinstance(each, bool)
@@ -217,7 +217,7 @@ class ChatMessage(StrictBody):
 
     @field_validator("tool_calls")
     @classmethod
-    def _are_the_assistants(cls, value: list[ToolCall] | None, info: Any) -> Any:
+    def _require_assistant_role(cls, value: list[ToolCall] | None, info: Any) -> Any:
         if value and info.data.get("role") != "assistant":
             raise ValueError("only the assistant calls tools")
         return value
@@ -285,7 +285,7 @@ class WritingRequest(ReportRequest):
 class ChatRequest(WritingRequest):
     """The body of ``POST /v1/chat/completions``."""
 
-    messages: Turns[ChatMessage] = Field(min_length=1)
+    messages: MessageList[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     def conversation(self) -> list[Message]:

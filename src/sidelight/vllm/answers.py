@@ -43,14 +43,14 @@ class GuardedRequest(Outcome):
 
     Attributes:
         probes: Those that were served when it was made.
-        silent: The texts that end without a token, whose end vLLM leaves out of its streams.
+        tokenless: The texts that end without a token, whose end vLLM leaves out of its streams.
         decided: Set once each prompt is answered, or one is refused, or nothing more is written.
     """
 
     def __init__(self, terms: Terms, probes: tuple[Probe, ...]):
         super().__init__(terms)
         self.probes = probes
-        self.silent: list[Enforcement] = []
+        self.tokenless: list[Enforcement] = []
         self.decided = asyncio.Event()
 
     @property
@@ -102,7 +102,7 @@ class Call:
     controls: Collection[int]
 
     async def outputs(self, request_id: str, ids: Sequence[str]) -> AsyncGenerator[Any, None]:
-        """What may be sent of its texts, as vLLM gives it for ``n`` over 1.
+        """The outputs of its texts that may be sent, merged as vLLM merges ``n`` over 1.
 
         Args:
             request_id: The caller's name for it.
@@ -193,7 +193,7 @@ class GuardedText:
         self._has_sent_tokens = False
 
     async def outputs(self) -> AsyncGenerator[Any, None]:
-        """What may be sent of it, piece by piece."""
+        """The outputs of it that may be sent, piece by piece."""
         client, last = self._call.client, None
         guarded = self._enforcement.guard(self._call.words, self.events())
         async with aclosing(guarded) as passed:
@@ -274,7 +274,7 @@ class GuardedText:
         self._has_sent_tokens |= bool(piece.token_ids)
         is_empty = not (piece.text or piece.token_ids)
         if output.finished and is_empty and not self._has_sent_tokens:
-            self._call.client.silent.append(self._enforcement)
+            self._call.client.tokenless.append(self._enforcement)
         if is_empty and not output.finished:
             self._prompt_logprobs = self._prompt_logprobs or output.prompt_logprobs
             return None
@@ -423,7 +423,7 @@ class GuardedText:
         )
 
     async def _judged_whole(self) -> Judgement:
-        """What the probes say of the text with its last token; the cache has all but the end."""
+        """The judgement of the text with its last token; the cache has all but the end."""
         call, written, prompt = self._call, tuple(self._written), self._call.encoded
         if prompt is None or len(prompt) + len(written) > call.engine.max_tokens:
             return Judgement()

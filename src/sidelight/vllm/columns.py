@@ -209,7 +209,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a worker reads of a request after a pass.
+    """The tokens that a worker reads of a request after a pass.
 
     Attributes:
         blocks: The request's block table.
@@ -276,7 +276,7 @@ class Pages:
         return has_kept
 
     def slots(self, readings: Sequence[Reading]) -> Int[Tensor, " token"]:
-        """Those of the readings' tokens, one reading after the other."""
+        """The columns of the readings' tokens, one reading after the other."""
         slots = np.concatenate(
             [
                 slots_of(r.blocks, np.arange(r.start, r.start + len(r.parts)), self._block_size)

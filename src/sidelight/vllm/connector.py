@@ -42,8 +42,8 @@ _log = init_logger("vllm.sidelight")
 
 
 @dataclass
-class Orders(KVConnectorMetadata):
-    """What the workers are to read after a step.
+class StepReadings(KVConnectorMetadata):
+    """The readings of the workers after a step.
 
     Attributes:
         has_pass: Whether the step runs any token.
@@ -53,8 +53,8 @@ class Orders(KVConnectorMetadata):
     has_pass: bool = True
 
 
-class Results(KVConnectorWorkerMetadata):
-    """What a worker has to say after a step, once it is asked for.
+class WorkerResults(KVConnectorWorkerMetadata):
+    """A worker's verdicts for a step, as a future.
 
     vLLM sends it to the scheduler beside the step's output, in a thread that may wait.
     """
@@ -66,11 +66,11 @@ class Results(KVConnectorWorkerMetadata):
     def verdicts(self) -> StepVerdicts:
         return self._work.result() if isinstance(self._work, Future) else self._work
 
-    def aggregate(self, other: "Results") -> "Results":
-        return Results(self.verdicts | other.verdicts)
+    def aggregate(self, other: "WorkerResults") -> "WorkerResults":
+        return WorkerResults(self.verdicts | other.verdicts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Results, (self.verdicts,)
+        return WorkerResults, (self.verdicts,)
 
 
 class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
@@ -122,11 +122,11 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             )
         return self._encoder.recognise(token_ids)
 
-    def build_connector_meta(self, scheduler_output: Any) -> Orders:
+    def build_connector_meta(self, scheduler_output: Any) -> StepReadings:
         readings = self.tracking.plan(steps_of(scheduler_output, self._index))
-        return Orders(readings, scheduler_output.total_num_scheduled_tokens > 0)
+        return StepReadings(readings, scheduler_output.total_num_scheduled_tokens > 0)
 
-    def take(self, results: Results | None) -> None:
+    def take(self, results: WorkerResults | None) -> None:
         """Takes the verdicts of a step, before vLLM makes its outputs; leaves nothing to vLLM."""
         if results is None:
             return
@@ -194,14 +194,14 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         current_worker().forget(finished_req_ids)
         return None, None
 
-    def build_connector_worker_meta(self) -> Results | None:
+    def build_connector_worker_meta(self) -> WorkerResults | None:
         """Runs after the forward pass of a step, on every rank."""
-        orders = self._get_connector_metadata()
+        step = self._get_connector_metadata()
         # Every rank of a tensor-parallel group has the whole residual stream; the first one judges.
-        if not orders.has_pass or get_tensor_model_parallel_rank() != 0:
+        if not step.has_pass or get_tensor_model_parallel_rank() != 0:
             return None
-        work = current_worker().judge(orders.readings)
-        return Results(work) if orders.readings else None
+        work = current_worker().judge(step.readings)
+        return WorkerResults(work) if step.readings else None
 
     # Nothing is loaded, stored or handed off.
 

@@ -95,7 +95,7 @@ class ProbeEndpoint:
         return self.guard is not None and self.guard.context.registry.withholds
 
     def application(self, scope: Scope) -> ASGIApp | None:
-        """What answers at this path; None: it is vLLM's, or nobody's."""
+        """Our application if it answers this path; else None."""
         if all(route.matches(scope)[0] == Match.NONE for route in self._routes):
             return None
         is_theirs = any(route.matches(scope)[0] == Match.FULL for route in self._vllm.routes)
@@ -244,7 +244,7 @@ class _Answer:
         if self._scope["path"] not in _CHUNKED or not (self._sent is None or is_end) or not body:
             return body
         self._identity = self._identity or _identity(events[0])
-        fields, added = self._fields(), self._silent_ends() if is_end else []
+        fields, added = self._fields(), self._tokenless_ends() if is_end else []
         if fields != self._sent:
             added.append({"choices": [], **fields})
         self._sent = fields
@@ -253,22 +253,22 @@ class _Answer:
         events[place:place] = [_DATA + chunk for chunk in chunks]
         return _EVENT_END.join(events)
 
-    def _silent_ends(self) -> list[dict[str, Any]]:
+    def _tokenless_ends(self) -> list[dict[str, Any]]:
         """The last chunks of texts of which no token was sent, which vLLM leaves out."""
         is_chat = self._identity.get("object") == "chat.completion.chunk"
-        silent = {
+        tokenless = {
             index: text.ended.reason
             for index, text in enumerate(self._request.choices)
-            if text in self._request.silent and text.ended
+            if text in self._request.tokenless and text.ended
         }
-        if silent and not self._identity:
+        if tokenless and not self._identity:
             name = f"cmpl-{self._id[REQUEST_ID]}"
             self._identity = {"id": name, "object": "text_completion", "created": int(time.time())}
         text: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
         end = {**text, "logprobs": None}
         return [
             {"choices": [{"index": index, **end, "finish_reason": reason}]}
-            for index, reason in silent.items()
+            for index, reason in tokenless.items()
         ]
 
     def _fields(self) -> dict[str, Any]:
@@ -302,7 +302,7 @@ async def _read(receive: Receive) -> tuple[dict[str, Any], Receive]:
 
 
 def _report_request(fields: Mapping[str, Any]) -> ReportRequest:
-    """What a body asks of the report."""
+    """The fields of a body that choose what the report holds."""
     names = [*ReportRequest.model_fields, *_NOT_OURS]
     try:
         return ReportRequest.model_validate({n: fields[n] for n in names if n in fields})
@@ -312,7 +312,7 @@ def _report_request(fields: Mapping[str, Any]) -> ReportRequest:
 
 
 def _identity(event: bytes) -> dict[str, Any]:
-    """What says which answer a chunk belongs to."""
+    """The fields that say which answer a chunk belongs to."""
     try:
         first = json.loads(event.removeprefix(_DATA))
     except ValueError:

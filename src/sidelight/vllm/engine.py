@@ -52,7 +52,7 @@ _log = logging.getLogger("vllm.sidelight")
 # At most so many texts wait for their verdicts; of one list, so many are in vLLM at a time.
 _WAITING, _RUNNING = 128, 16
 _LOOKS_EVERY_S = 0.02
-# Nothing runs in vLLM, so whoever is inside waits for its client.
+# Once nothing has run in vLLM for so long, requests still inside wait for slow clients.
 _SLOW_AFTER_S = 5.0
 _PATIENCE_S = 300.0
 _NOT_WHOLE = (
@@ -131,7 +131,7 @@ class VllmEngine(Engine):
 
     @property
     def load(self) -> Load:
-        """Those that wait for their verdicts; vLLM itself counts those that it writes."""
+        """The texts that wait for verdicts; vLLM itself counts those that it writes."""
         return Load(running=0, waiting=self._waiting)
 
     @property
@@ -197,7 +197,7 @@ class VllmEngine(Engine):
             EngineUnavailableError: Some texts take too long.
         """
         start = busy = monotonic()
-        # Whoever found it open has a moment to come in.
+        # Lets requests register that have passed the gate.
         await asyncio.sleep(_LOOKS_EVERY_S)
         while self._inside and monotonic() - busy < _SLOW_AFTER_S:
             if self._llm.output_processor.has_unfinished_requests():
@@ -220,7 +220,7 @@ class VllmEngine(Engine):
             finally:
                 await self._llm.resume_generation()
             self._probes, self._identity = probes, identity
-        # Nobody knows what the workers have, whatever went wrong.
+        # Whatever went wrong, the workers' probes are unknown.
         except Exception as error:
             self._is_whole = False
             _log.critical("%s", _NOT_WHOLE)
@@ -321,7 +321,7 @@ class VllmEngine(Engine):
         return [task.result() for task in tasks]
 
     async def check(self, prompt: EncodedPrompt, identity: str) -> Judgement:
-        """What the probes of this identity say of these tokens.
+        """The judgement of these tokens by the probes of this identity.
 
         Raises:
             EngineUnavailableError: vLLM has stopped.

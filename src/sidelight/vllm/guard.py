@@ -23,12 +23,12 @@ from sidelight.policy.enforcement import Enforcement
 from sidelight.prompts import Message, PlainText, control_tokens
 from sidelight.server.config import ServerConfig
 from sidelight.server.observe import RequestObserver
-from sidelight.server.requests import Context
+from sidelight.server.requests import ServerContext
 from sidelight.vllm.answers import Call, GuardedRequest, own_params
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.internals import wrap
 from sidelight.vllm.outputs import without_report
-from sidelight.vllm.recogniser import PromptRecogniser, require_drawable, require_own_words
+from sidelight.vllm.recogniser import PromptRecogniser, refuse_dictated_answers, require_drawable
 from sidelight.vllm.settings import KEY, Served, identity_of, prompt_encoder
 
 
@@ -79,7 +79,7 @@ class EngineGuard:
         self._tokenizer = self.engine.encoder.tokenizer
         self._controls = control_tokens(self._tokenizer).keys()
         sources = {p.name: Path(f) for p, f in zip(probes, served.folders, strict=True)}
-        self.context = Context.of(self.engine, config, sources)
+        self.context = ServerContext.of(self.engine, config, sources)
         llm.generate, llm.encode, llm.abort = self.generate, self.encode, self.abort
         llm.sidelight_guard = self
         # Whatever calls them.
@@ -175,7 +175,7 @@ class EngineGuard:
         if (adapter := options.get("lora_request")) is not None:
             client.adapter = adapter.lora_name
         require_drawable(params)
-        require_own_words(params, client.terms)
+        refuse_dictated_answers(params, client.terms)
         if isinstance(prompt, list):
             prompt = {"prompt_token_ids": prompt}
         elif isinstance(prompt, str):

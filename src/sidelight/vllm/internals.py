@@ -116,7 +116,7 @@ def full_group(kv_cache_config: Any) -> int:
 
 
 def share_of_cache(specs: Mapping[str, Any], bytes_per_token: int) -> float:
-    """What is left to a worker's KV cache if each token in it takes this many bytes more."""
+    """The share left to a worker's KV cache if each token in it takes this many bytes more."""
     # A block holds keys and values of one kind of layer, at least those of the rarest kind.
     kinds: dict[Any, int] = defaultdict(int)
     for spec in specs.values():

@@ -39,7 +39,7 @@ class OutputListener:
     def to(self, request_id: str, identity: str, listener: Listener) -> Generator[None]:
         """Gives the listener every report on the request before its outputs can be read.
 
-        What probes of another identity say is no verdict.
+        A verdict by probes of another identity becomes an error.
         """
         self._listeners[request_id] = identity, listener
         try:
@@ -102,7 +102,7 @@ def early_names(probes: Sequence[Probe]) -> frozenset[str]:
 
 
 def without_report(output: Any) -> Any:
-    """The output, of which nobody learns what probes have reported."""
+    """The output without the probes' report."""
     kept = {k: v for k, v in (output.kv_transfer_params or {}).items() if k != KEY}
     output.kv_transfer_params = kept or None
     return output

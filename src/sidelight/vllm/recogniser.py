@@ -35,7 +35,7 @@ class PromptRecogniser:
     def recognise(
         self, prompt: Mapping[str, Any], said: Sequence[Message] | None, *, with_places: bool
     ) -> EncodedPrompt | None:
-        """What the tokens of vLLM's form of a prompt belong to; None: no probe can tell.
+        """The prompt with what its tokens belong to; None: no probe can tell.
 
         Its messages are ``said``, if it has any. Places are in these, or in its text.
         """
@@ -75,7 +75,11 @@ class PromptRecogniser:
         if prompt is None or prompt.is_plain:
             return
         turns = self._encoder.chat_format.turns(prompt.token_ids)
-        if refuses_system and turns[0].role == "system" and not self._is_own(_unread(prompt)):
+        if (
+            refuses_system
+            and turns[0].role == "system"
+            and not self._is_template_header(_unread(prompt))
+        ):
             raise PolicyError(
                 "The conversation begins with a system turn that the chat template does not write "
                 "by itself: a system or developer message, tools, documents, or arguments of the "
@@ -92,7 +96,7 @@ class PromptRecogniser:
                 code="answer_continued",
             )
 
-    def _is_own(self, head: tuple[int, ...]) -> bool:
+    def _is_template_header(self, head: tuple[int, ...]) -> bool:
         """Whether the template writes this by itself in front of the first turn, today."""
         if self._heads[0] != date.today():
             heads = (self._head(role) for role in ("user", "assistant", "tool"))
@@ -123,7 +127,7 @@ def _unread(prompt: EncodedPrompt) -> tuple[int, ...]:
     return prompt.token_ids[: len([*parts])]
 
 
-def require_own_words(params: Any, terms: Terms) -> None:
+def refuse_dictated_answers(params: Any, terms: Terms) -> None:
     """Refuses an answer that the client words in vLLM's ``SamplingParams``.
 
     It is not refused if a blocking probe reads it.

@@ -195,7 +195,7 @@ class Tracking:
         self._requests.pop(request_id, None)
 
     def plan(self, steps: Iterable[Step]) -> list[Reading]:
-        """What to read after a pass with these steps."""
+        """The readings after a pass with these steps."""
         readings = (self._read(step) for step in steps)
         return [reading for reading in readings if reading is not None]
 
@@ -210,7 +210,7 @@ class Tracking:
             tracked.identity = identity
 
     def report(self, request_id: str) -> dict[str, Any] | None:
-        """What goes on an output of the request; None if it is not tracked."""
+        """The report for an output of the request; None if it is not tracked."""
         tracked = self._requests.get(request_id)
         if tracked is None:
             return None

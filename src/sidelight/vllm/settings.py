@@ -70,7 +70,7 @@ class Served:
 
     @staticmethod
     def of(vllm_config: Any) -> "Served | None":
-        """What vLLM's configuration says is served; None if the plugin is not part of it."""
+        """The served probes in vLLM's configuration; None if the plugin is not part of it."""
         transfer = vllm_config.kv_transfer_config
         name = transfer and transfer.kv_connector
         if name == SHARED_CONNECTOR:
@@ -122,7 +122,7 @@ _SERVED = TypeAdapter(Served)
 
 
 def identity_of(versions: Iterable[str]) -> str:
-    """What stands for a set of probes in reports: the same for the same artifacts in this order."""
+    """The name of a set of probes in reports: the same for the same artifacts in this order."""
     return hashlib.blake2b(" ".join(versions).encode(), digest_size=8).hexdigest()
 
 

@@ -54,7 +54,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class StepVerdicts:
-    """What a worker has to say after a step.
+    """A worker's verdicts for a step.
 
     Attributes:
         judgements: By request, if the worker has all layers.
@@ -71,7 +71,7 @@ class StepVerdicts:
     def __or__(self, other: "StepVerdicts") -> "StepVerdicts":
         names = self.judgements | other.judgements
         return StepVerdicts(
-            # Of stages that write hidden states, one may fail.
+            # One of the stages that write hidden states may fail.
             {
                 name: self.judgements.get(name, Judgement())
                 | other.judgements.get(name, Judgement())
@@ -79,7 +79,7 @@ class StepVerdicts:
             },
             [*self.columns, *other.columns],
             self.seconds + other.seconds,
-            # Stages with different probes: nobody knows them.
+            # The stages disagree, so the probes are unknown.
             self.probes if self.probes == other.probes else Loaded(),
         )
 
@@ -335,7 +335,7 @@ class Worker:
 
 
 def current_worker() -> Worker:
-    """That of this process.
+    """The worker of this process.
 
     Raises:
         SidelightError: The model was loaded in a way that the plugin does not see.

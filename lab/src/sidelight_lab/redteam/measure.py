@@ -68,8 +68,8 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a probe flags of the same texts, alone and under an attack.
+class AttackResult:
+    """The texts that a probe flags, alone and under an attack.
 
     Attributes:
         attack: Its name.
@@ -125,7 +125,7 @@ def _change(alone: Rate, attacked: Rate) -> str:
     return "-" if alone.share is None else f"{alone.share:.3f} → {attacked.estimate}"
 
 
-def evasion_table(title: str, outcomes: Sequence[Outcome]) -> str:
+def evasion_table(title: str, outcomes: Sequence[AttackResult]) -> str:
     """The outcomes as Markdown, with notes below."""
     head = ("attack", "texts", "recall", "false alarms", "difference")
     align = ("left", *["right"] * (len(head) - 1))
@@ -209,7 +209,7 @@ def measure(
     texts: int = 50,
     seed: int = 0,
     budget: int = 50,
-) -> list[Outcome]:
+) -> list[AttackResult]:
     """Attacks positive and benign texts alike.
 
     Args:
@@ -227,7 +227,7 @@ def measure(
     subjects = draw_subjects(examples, target.thresholds, texts=texts, seed=seed)
     encode(target.backbone, [subject.example for subject in subjects])
     markup = Markup.of(target.backbone.tokenizer, target.backbone.encoder.prompt_format)
-    outcomes: list[Outcome] = []
+    outcomes: list[AttackResult] = []
     with progress("Attacking", len(attacks), unit="attacks") as shown:
         alone = target.margins([subject.messages for subject in subjects])
         for name in attacks:
@@ -282,7 +282,7 @@ def _outcome(
     attacked: Sequence[Sequence[float]],
     skipped: Mapping[str, int],
     queries: tuple[int, ...] | None = None,
-) -> Outcome:
+) -> AttackResult:
     """Of several conversations that carry an attack out, the worst for the probe counts."""
 
     def rates(is_positive: bool) -> tuple[Rate, Rate]:
@@ -294,12 +294,12 @@ def _outcome(
         ]
         return Rate.of([before for before, _ in pairs]), Rate.of([after for _, after in pairs])
 
-    return Outcome(name, *rates(True), *rates(False), skipped, queries)
+    return AttackResult(name, *rates(True), *rates(False), skipped, queries)
 
 
 def _search(
     target: Target, subjects: Sequence[Subject], alone: Sequence[float], budget: int
-) -> Outcome:
+) -> AttackResult:
     """Hill-climbing: a sentence of the benign texts stays if it lowers the score.
 
     Benign texts get the sentences that were found for positive ones.
