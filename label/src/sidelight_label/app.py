@@ -40,7 +40,13 @@ def create_app(queue: LabelQueue, token: str) -> FastAPI:
     app.include_router(page_router(_FILES))
     add_error_handlers(app)
     access = Access((Key.of("page", token),))
-    app.add_middleware(Gatekeeper, access=access, open_paths=_FILES, hosts=("127.0.0.1",))
+    app.add_middleware(
+        Gatekeeper,
+        access=access,
+        withholds=lambda: False,
+        open_paths=_FILES,
+        hosts=("127.0.0.1",),
+    )
     training: Future[None] | None = None
 
     @app.get("/api/state")
