@@ -1,6 +1,7 @@
 """Every registered mechanism keeps the laws of mechanisms."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from scipy.special import ndtr
 from torch.nn import functional
 
+from corpora import rows, span_rows
 from mechanism_contract import (  # noqa: F401 - the laws run here
     LAYERS,
     ROUNDING,
@@ -30,10 +32,28 @@ from mechanism_contract import (  # noqa: F401 - the laws run here
     test_shares_of_tokens_and_layers_sum_to_the_logit,
     test_training_on_short_texts_is_exact_but_for_dropout,
 )
+from sidelight.artifact import load_probe, save_probe
+from sidelight.bank import Bank
+from sidelight.data.loading import load_examples
+from sidelight.engines.marks import AnswerSpans
 from sidelight.errors import SidelightError
-from sidelight.mechanisms import attention
-from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_names, mechanism_spec
+from sidelight.evaluation import evaluate_spans
+from sidelight.mechanisms import attention, base
+from sidelight.mechanisms.base import (
+    Geometry,
+    Mechanism,
+    build_mechanism,
+    hide,
+    mechanism_names,
+    mechanism_spec,
+    register,
+)
 from sidelight.ragged import Ragged
+from sidelight.spans import settled_characters
+from sidelight.states.extraction import text_logits
+from sidelight.training.fit import fit
+from sidelight.training.judging import encode, find_spans
+from sidelight.training.settings import FitOptions, TrainingSettings
 
 # Every registered mechanism by its defaults, and the options that take another way through it.
 VARIANTS = [
@@ -226,3 +246,93 @@ def test_spans_label_tokens_alike_however_texts_are_packed_and_cut():
         actual = labelling.token_logits(state)
         assert actual.lengths.tolist() == [1, 2, 9, 0, 4]
         np.testing.assert_allclose(actual.values.numpy(), np.concatenate(expected), **ROUNDING)
+
+
+class Highest(Mechanism):
+    """A text has the highest logits of its tokens, which are linear."""
+
+    def __init__(self, geometry):
+        super().__init__()
+        self.weight = torch.nn.Parameter(
+            torch.zeros(geometry.layers, geometry.width, geometry.outputs)
+        )
+        self.bias = torch.nn.Parameter(torch.zeros(geometry.outputs))
+
+    def forward(self, hidden, mask):
+        logits = torch.einsum("bltd,ldc->btc", hide(hidden, mask), self.weight)
+        return torch.where(mask[..., None], logits, -torch.inf).amax(1) + self.bias
+
+    def columns(self):
+        return self.weight
+
+    def summarise(self, tokens):
+        return Ragged(tokens.values.float().sum(1, keepdim=True), tokens.lengths)
+
+    def merge(self, left, right):
+        return left.joined(right)
+
+    def finish(self, state):
+        return Ragged(state.values[:, 0], state.lengths).maxima() + self.bias
+
+
+class Labelling(Highest):
+    """The same, where these are logits of the tokens too."""
+
+    lookahead = 1
+
+    def __init__(self, geometry):
+        super().__init__(geometry)
+        self.register_buffer("prior", torch.zeros(geometry.outputs))
+
+    def set_prior(self, logits):
+        self.prior.copy_(logits)
+
+    def token_logits(self, state):
+        return Ragged(state.values[:, 0] + self.bias, state.lengths)
+
+
+@pytest.fixture
+def newcomers(monkeypatch):
+    monkeypatch.setattr(base, "_BUILDERS", dict(base._BUILDERS))
+    register("highest")(Highest)
+    register("labelling")(Labelling)
+
+
+def trained(tiny, folder, examples, name, validation=None):
+    options = FitOptions(
+        mechanism=mechanism_spec(name),
+        settings=TrainingSettings(learning_rate=5e-2, epochs=4, batch_size=16),
+        cache_root=folder,
+    )
+    made = fit(tiny, examples, validation, name="new", options=options)
+    return load_probe(save_probe(made.probe, folder / "probe"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("newcomers")
+def test_a_mechanism_is_trained_saved_and_served_once_it_is_registered(tiny, tmp_path):
+    validation = load_examples(rows("binary", 30, seed=2))
+    probe = trained(tiny, tmp_path, load_examples(rows("binary", 60)), "highest", validation)
+    new = load_examples(rows("binary", 40, seed=1), task=probe.task)
+    (judged,) = text_logits(tiny, Bank([probe]), encode(tiny, new.items))
+    flags = [probe.verdict(text.logits).flagged for text in judged]
+    assert np.mean(flags == (new.labels == 1)) > 0.9
+    with pytest.raises(SidelightError, match=r"labels tokens, such as 'spans' \(got: 'highest'\)"):
+        trained(tiny, tmp_path, load_examples(span_rows(40), spans="spans"), "highest")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("newcomers")
+def test_a_mechanism_with_logits_of_tokens_finds_spans_once_it_is_registered(tiny, tmp_path):
+    probe = trained(tiny, tmp_path, load_examples(span_rows(80), spans="spans"), "labelling")
+    assert probe.record["lookaheads"].keys() == {"1"}
+    # Fewer than half of the tokens have each label.
+    assert (probe.mechanism.prior < 0).all()
+    new = load_examples(span_rows(30, seed=1), spans="spans", task=probe.task)
+    _, found = find_spans(tiny, probe, new.items)
+    assert evaluate_spans(new, found, bootstrap=0).metrics["character_f1"].value > 0.9
+    marks = AnswerSpans([replace(probe, reads=replace(probe.reads, side="response"))])
+    for word in ("ab ", "cd ", "ef "):
+        marks.push(word)
+    without_last = settled_characters(marks.text, len("ab cd "))
+    assert marks.settled(3) == without_last < settled_characters(marks.text, len(marks.text))

@@ -338,7 +338,7 @@ def test_python_trains_and_measures_spans(tiny, fitted, own_cache):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"mechanism": "readout"}, r"need mechanism='spans' \(got: 'readout'\)"),
+        ({"mechanism": "readout"}, r"labels tokens, such as 'spans' \(got: 'readout'\)"),
         ({"background": "traffic.jsonl"}, r"Leave them out, or spans="),
         ({"positive": "SHOUT"}, r"Leave them out, or spans="),
     ],
@@ -466,7 +466,7 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     command += ["--model", saved(tiny, tmp_path / "model"), "--set", "epochs=6"]
     command += ["--set", "learning_rate=0.02", "--set", "batch_size=16"]
     assert run(*command, "--mechanism", "readout") == 2
-    assert "--spans needs --mechanism spans" in capsys.readouterr().err
+    assert "a mechanism that labels tokens" in capsys.readouterr().err
     command += ["--mechanism", "spans", "--set", "spans.lookahead=2"]
     assert run(*command) == 0
     told = capsys.readouterr().out

@@ -23,7 +23,7 @@ from sidelight.manifest import (
     require_free,
     require_name,
 )
-from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
+from sidelight.mechanisms.base import Geometry, build_mechanism, labels_tokens, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.standardisation import Standardisation
 from sidelight.storage import only_writer, replacing, sync
@@ -131,6 +131,8 @@ def _checked(manifest: Manifest, content: bytes, directory: Path) -> Probe:
 def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
     task, backbone = manifest.task, manifest.backbone
     spec = mechanism_spec(manifest.mechanism.name, manifest.mechanism.options)
+    if manifest.spans is not None and not labels_tokens(spec.name):
+        raise ValueError(f"its mechanism '{spec.name}' labels no tokens, so no text has spans")
     mechanism = build_mechanism(spec, Geometry(backbone.layers, backbone.width, task.outputs))
     standardisation = Standardisation(
         tensors.pop("mean"), tensors.pop("scale"), manifest.is_normalised

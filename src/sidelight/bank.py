@@ -21,7 +21,6 @@ from torch import Tensor
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.explanation import Explanation, explain
 from sidelight.manifest import require_distinct_names
-from sidelight.mechanisms.spans import Spans
 from sidelight.probe import Probe, ProbeOutput
 from sidelight.prompts import EncodedPrompt, Part, Reads, Unit, judged_units, read_tokens, tool_rows
 from sidelight.ragged import Ragged
@@ -227,15 +226,12 @@ class Bank:
 
     @torch.inference_mode()
     def _text_logits(self, state: BankState) -> list[list[ProbeOutput]]:
-        """For each probe, its logits of each request, and of its tokens where it labels spans."""
+        """For each probe, its logits of each request, and of its tokens where it labels them."""
         by_probe = [[ProbeOutput(logits) for logits in of_probe] for of_probe in self.logits(state)]
         for group, part in zip(self._groups, state.states, strict=True):
-            if isinstance(labelling := group.mechanisms[0], Spans):
+            if (labelled := group.mechanisms[0].token_logits(part)) is not None:
                 (index,) = group.indices
-                tokens = (
-                    each.values.cpu().double().numpy()
-                    for each in labelling.token_logits(part).split()
-                )
+                tokens = (each.values.cpu().double().numpy() for each in labelled.split())
                 pairs = zip(by_probe[index], tokens, strict=True)
                 by_probe[index] = [replace(logits, tokens=own) for logits, own in pairs]
         return by_probe

@@ -245,9 +245,7 @@ def _require_sense(directory: Path, manifest: Manifest) -> None:
         "thresholds": len(manifest.thresholds) == thresholds
         and all(0 <= threshold <= 1 for threshold in manifest.thresholds),
         "calibration": calibration.task == kind and len(calibration.scale) == manifest.task.outputs,
-        # Only that mechanism has logits of tokens: with another, no text would have spans.
-        "spans": manifest.spans is None
-        or (manifest.mechanism.name == "spans" and manifest.spans.fits(manifest.task)),
+        "spans": manifest.spans is None or manifest.spans.fits(manifest.task),
         "curves": not history.curves or tuple(history.curves) == labels[-thresholds:],
         "traffic.logits": all(len(row) == manifest.task.outputs for row in history.traffic.logits),
         "backbone": manifest.backbone.layers > 0 and manifest.backbone.width > 0,

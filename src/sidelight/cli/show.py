@@ -44,7 +44,7 @@ def print_fit(made: Fit) -> None:
     spec, folds = made.probe.spec, made.probe.history.folds
     if made.spans is not None:
         print_spans(made.spans)
-        click.echo(f"Tokens that it looks ahead: {spec.options['lookahead']}.")
+        click.echo(f"Tokens that it looks ahead: {made.probe.mechanism.lookahead}.")
     else:
         title = f"All texts, each judged without it ({folds} folds)" if folds else "Validation data"
         baseline = {} if made.baseline is None else {"TF-IDF baseline": made.baseline}

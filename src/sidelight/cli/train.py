@@ -139,8 +139,6 @@ def _require_agreement(
         owner, dot, _ = target.partition(".")
         if dot and owner != mechanism:
             raise SidelightError(f"--set {target} needs --mechanism {owner} (got: {mechanism}).")
-    if spans is not None and mechanism not in (_AUTO, "spans"):
-        raise SidelightError(f"--spans needs --mechanism spans (got: {mechanism}). Leave it out.")
     if spans is not None and any((background, inputs.positive, inputs.rationale)):
         raise SidelightError(
             "--background, --set rationale= and --positive are for labels of whole texts. Leave "

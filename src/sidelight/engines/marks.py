@@ -7,7 +7,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from sidelight.mechanisms.spans import Spans
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt
 from sidelight.spans import settled_characters, words
@@ -84,8 +83,8 @@ class AnswerSpans:
         self._probes = {
             probe.name: probe for probe in probes if probe.spans and probe.reads.includes_response
         }
-        mechanisms = (probe.mechanism for probe in self._probes.values())
-        self._lookahead = max((m.lookahead for m in mechanisms if isinstance(m, Spans)), default=0)
+        lookaheads = (probe.mechanism.lookahead for probe in self._probes.values())
+        self._lookahead = max(lookaheads, default=0)
         self.text = ""
         self.places: list[tuple[int, int]] = []
         self._pending = 0

@@ -41,7 +41,13 @@ class Geometry:
 
 
 class Mechanism(nn.Module, ABC):
-    """Turns all hidden states of a text into logits."""
+    """Turns all hidden states of a text into logits.
+
+    Attributes:
+        lookahead: How many of the next tokens the logits of a token depend on.
+    """
+
+    lookahead: int = 0
 
     @abstractmethod
     def forward(
@@ -76,6 +82,20 @@ class Mechanism(nn.Module, ABC):
     def votes(self, state: Ragged) -> Float[Tensor, "segment voter output"]:
         """The logits that training compares with the labels; each voter gets its own loss."""
         return self.finish(state)[:, None]
+
+    def token_logits(self, state: Ragged) -> Ragged | None:
+        """The logits of each token, ``[token, output]``, of which spans are made.
+
+        None, as by default, means that it labels texts alone. One that labels tokens is registered
+        as a class, keeps every token in its state, and has no ``summary_kind``.
+        """
+        return None
+
+    def set_prior(self, logits: Float[Tensor, " output"]) -> None:
+        """Begins at the log-odds that tokens have each label, before it is trained to label them.
+
+        By default it begins wherever its parameters were drawn.
+        """
 
     def rationale_loss(
         self, tokens: Ragged, rationales: Bool[Tensor, " token"]
@@ -204,6 +224,12 @@ def mechanism_spec(name: str, options: Mapping[str, OptionValue] | None = None) 
     return MechanismSpec(
         name, {each.name: each.default for each in known.values()} | {**(options or {})}
     )
+
+
+def labels_tokens(name: str) -> bool:
+    """Whether a mechanism has ``token_logits``."""
+    build = _registered(name)
+    return isinstance(build, type) and build.token_logits is not Mechanism.token_logits
 
 
 def build_mechanism(spec: MechanismSpec, geometry: Geometry) -> Mechanism:

@@ -78,6 +78,9 @@ class Spans(Mechanism):
         """The logits of each token, ``[token, output]``."""
         return Ragged(self._scores(state) + self.bias, state.lengths)
 
+    def set_prior(self, logits: Float[Tensor, " output"]) -> None:
+        self.bias.data.copy_(logits)
+
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The largest logits of each segment's tokens."""
         highest = Ragged(self._scores(state), state.lengths).without_ties().maxima()

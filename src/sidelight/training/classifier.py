@@ -255,10 +255,6 @@ def train(
         columns = guard.card.columns
         response, spans = response or columns["response"], spans or columns["spans"]
     of_spans = spans is not None or isinstance(data, SpanExamples)
-    if of_spans and mechanism not in (AUTO, "spans"):
-        raise SidelightError(
-            f"Labelled spans need mechanism='spans' (got: '{mechanism}'). Leave mechanism= out."
-        )
     if of_spans and (background not in ("packaged", "none") or positive is not None):
         raise SidelightError(
             "background= and positive= are for labels of whole texts. Leave them out, or spans=."

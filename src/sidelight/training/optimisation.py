@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, Mechanism, build_mechanism
-from sidelight.mechanisms.spans import Spans
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.training.settings import TrainingSettings
@@ -148,9 +147,8 @@ class TrainingRun:
             self._optimizer, T_max=settings.epochs * steps
         )
         if labels_tokens:
-            assert isinstance(self.mechanism, Spans)
             frequency = labels.reshape(len(labels), -1).float().mean(0)
-            self.mechanism.bias.data.copy_(frequency.clamp(min=1 / len(labels)).logit(1e-6))
+            self.mechanism.set_prior(frequency.clamp(min=1 / len(labels)).logit(1e-6))
         self._best = deepcopy(self.mechanism.state_dict())
         self._epochs = 0
         is_balanced = settings.class_weight == "balanced"
@@ -179,14 +177,17 @@ class TrainingRun:
 
     def score_tokens(self, tokens: Ragged) -> Float[Tensor, "token output"]:
         """The logits of each of these tokens."""
-        assert isinstance(self.mechanism, Spans)
-        return self.mechanism.token_logits(self.mechanism.summarise(tokens)).values
+        return self._token_logits(self.mechanism.summarise(tokens))
 
     def _votes(self, state: Ragged) -> Float[Tensor, "label voter output"]:
-        if not self._labels_tokens:
-            return self.mechanism.votes(state)
-        assert isinstance(self.mechanism, Spans)
-        return self.mechanism.token_logits(state).values[:, None]
+        if self._labels_tokens:
+            return self._token_logits(state)[:, None]
+        return self.mechanism.votes(state)
+
+    def _token_logits(self, state: Ragged) -> Float[Tensor, "token output"]:
+        logits = self.mechanism.token_logits(state)
+        assert logits is not None
+        return logits.values
 
     def loss(
         self,

@@ -107,8 +107,21 @@ SUGGESTED = {
 
 
 def named_mechanism(mechanism: str, *, of_spans: bool = False) -> str:
-    """The mechanism, where ``auto`` is a readout, or ``spans`` of labelled spans."""
-    return mechanism if mechanism != AUTO else "spans" if of_spans else "readout"
+    """The mechanism, where ``auto`` is a readout, or ``spans`` of labelled spans.
+
+    Raises:
+        SidelightError: Spans are labelled, and it labels no tokens.
+    """
+    if mechanism == AUTO:
+        return "spans" if of_spans else "readout"
+    from sidelight.mechanisms.base import labels_tokens
+
+    if of_spans and not labels_tokens(mechanism):
+        raise SidelightError(
+            f"Labelled spans need a mechanism that labels tokens, such as 'spans' (got: "
+            f"'{mechanism}'). Leave --mechanism out (mechanism= in Python)."
+        )
+    return mechanism
 
 
 def suggested_settings(mechanism: str) -> TrainingSettings:
@@ -179,8 +192,9 @@ class FitOptions:
         """The same for a probe of spans: whatever the template writes has no label.
 
         Raises:
-            SidelightError: The probe would read the other side.
+            SidelightError: The mechanism labels no tokens, or the probe would read the other side.
         """
+        named_mechanism(AUTO if self.mechanism is None else self.mechanism.name, of_spans=True)
         side = "prompt" if examples.items[0].response is None else "response"
         if self.reads.side != side:
             raise SidelightError(

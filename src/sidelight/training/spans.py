@@ -48,7 +48,7 @@ def choose_lookahead(
             measured.examples, measured.places, run.token_logits, rule=F1, bootstrap=0
         )
         f1 = [figures["character_f1"].value or 0.0 for figures in report.per_label.values()]
-        scores[str(run.spec.options["lookahead"])] = float(np.mean(f1))
+        scores[str(run.mechanism.lookahead)] = float(np.mean(f1))
     least = max(scores.values()) - _WORTH_WAITING
     pairs = zip(candidates, scores.values(), strict=True)
     return next(run for run, score in pairs if score >= least), scores

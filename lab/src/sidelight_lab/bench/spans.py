@@ -23,7 +23,6 @@ from sidelight.data.spans import SpanExamples
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.evaluation import Estimate, measure_span_resamples
 from sidelight.manifest import holds_probe
-from sidelight.mechanisms.spans import Spans
 from sidelight.probe import Probe
 from sidelight.progress import Progress
 from sidelight.prompts import Reads
@@ -209,7 +208,7 @@ def _probes(
         [probe.spans for probe in probes if probe.spans is not None],
         [partial(_token_logits, backbone, source, options, probe) for probe in probes],
         [probe.record["spans"]["character_f1"]["value"] for probe in probes],
-        [int(probe.spec.options["lookahead"]) for probe in probes],
+        [probe.mechanism.lookahead for probe in probes],
     )
 
 
@@ -224,12 +223,13 @@ def _token_logits(
     """Those that ``find_spans`` computes, from hidden states that all seeds share."""
     split = make_split(backbone, examples, options, title="Test texts", source=source)
     mechanism, projection = probe.mechanism, probe.projection()
-    assert isinstance(mechanism, Spans)
     logits: list[np.ndarray] = []
     for row in range(len(split)):
         columns = projection.layers(split.states.text(row).float()).transpose(0, 1)
         state = mechanism.summarise(Ragged(columns, torch.tensor([len(columns)])))
-        logits.append(mechanism.token_logits(state).values.double().numpy())
+        tokens = mechanism.token_logits(state)
+        assert tokens is not None
+        logits.append(tokens.values.double().numpy())
     return split.places, logits
 
 
