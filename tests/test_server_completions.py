@@ -42,7 +42,8 @@ def names(verdicts):
 
 
 def series(http):
-    return dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines())
+    text = http.get("/metrics", headers={"Authorization": "Bearer scraper"}).text
+    return dict(line.rsplit(" ", 1) for line in text.splitlines())
 
 
 def test_a_text_is_continued_without_a_chat_template(client):
@@ -160,7 +161,7 @@ def test_a_blocking_rule_refuses_plain_text_that_its_probe_cannot_judge(
 ):
     policy = Policy(input=rules, output={"late-both": NEVER})
     engine = TransformersEngine(tiny, mixed_probes)
-    with in_process(engine, policy=policy) as http:
+    with in_process(engine, policy=policy, metrics_key="scraper") as http:
         answers = [
             http.post(PATH, json={**TEXT, "prompt": prompt, "stream": stream})
             for prompt, stream in zip(PROMPTS, (False, True), strict=True)
