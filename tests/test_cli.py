@@ -33,6 +33,7 @@ from sidelight.explanation import Explanation
 from sidelight.manifest import PROBE, read_manifest
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Place, Reads
+from sidelight.storage import only_writer
 from sidelight.training.measuring import describe_examples
 from sidelight.types import Verdict
 from tiny import INTENT, broken, spans_probe, untrained_probe
@@ -104,6 +105,22 @@ def test_training_leaves_the_probe_and_no_activations(trained, cache):
     probe = load_probe(trained)
     assert (probe.spec.name, probe.record["seed"]) == ("readout", 2)
     assert not list((cache / "activations").rglob("*.safetensors"))
+
+
+def test_of_two_trainings_into_one_folder_the_second_is_refused(model, tmp_path, capsys):
+    data, out = write_rows(tmp_path / "train.jsonl", 40, seed=1), tmp_path / "probe"
+    arguments = ["train", "--model", model, "--data", data, "--label", "toxic", *QUICKLY]
+    with only_writer(out):
+        assert run(*arguments, "--out", str(out)) == 2
+    assert f"Another run writes to {out}. Wait for it" in capsys.readouterr().err
+
+
+def test_a_rationale_is_refused_where_nothing_would_learn_from_it(capsys):
+    words = ("train", "--data", "x.jsonl", "--out", "x", "--set", "rationale=why")
+    assert run(*words, "--mechanism", "attention") == 2
+    assert "rationale= needs --mechanism readout, whose gates it teaches (got: attention)" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow

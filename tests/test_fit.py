@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import sidelight.training.fit
 from corpora import rows
 from sidelight.calibration import fit_calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
-from sidelight.prompts import Message
+from sidelight.prompts import Message, Reads
 from sidelight.thresholds import ThresholdRule, choose_thresholds
 from sidelight.training import loop
 from sidelight.training.dataset import ProbeDataset, make_split
@@ -25,6 +26,7 @@ from sidelight.training.settings import (
 )
 from sidelight.training.tfidf import baseline_warnings
 from sidelight.training.validation import FOLDS, choose_folds
+from tiny import family_backbone
 
 # Two float32 programs of the same sums.
 ROUNDING = 1e-4
@@ -89,6 +91,25 @@ def test_words_are_told_to_be_better_where_they_clearly_are():
         words = losses + noise - gain / 20
         assert len(baseline_warnings(losses, words, examples)) == told
     assert not baseline_warnings(losses[: len(few)], losses[: len(few)] - 1, few)
+
+
+def test_trainings_that_differ_share_no_folder_of_states(tiny, tmp_path, monkeypatch):
+    folders: list[object] = []
+
+    def prepare(*_texts, options, **_named):
+        folders.append(options.cache_root)
+        raise SidelightError("asked")
+
+    monkeypatch.setattr(sidelight.training.fit, "prepare", prepare)
+    variants = ({}, {"threshold": ThresholdRule("fpr", 0.1)}, {"calibration": "none"})
+    variants += ({"reads": Reads(template=False)}, {"mechanism": mechanism_spec("readout")})
+    for backbone, options in [*((tiny, own) for own in variants), (family_backbone("qwen3"), {})]:
+        with pytest.raises(SidelightError, match="asked"):
+            fitted(backbone, tmp_path, rows("binary", 40), **options)
+    with pytest.raises(SidelightError, match="asked"):
+        fitted(tiny, tmp_path, rows("binary", 40))
+    assert len({*folders}) == len(folders) - 1 == 6
+    assert folders[-1] == folders[0]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from sidelight.cli import options
 from sidelight.errors import SidelightError
+from sidelight.storage import only_writer
 
 if TYPE_CHECKING:
     from sidelight.prompts import PromptFormat
@@ -114,6 +115,9 @@ def train(
     from sidelight.training.fit import fit
 
     backbone = runtime.load_backbone(prompt_format=prompt_format)
+    click.get_current_context().with_resource(only_writer(out))
+    # Another run may have ended meanwhile.
+    require_free(out, force=force)
     with runtime.state_source(backbone) as source:
         result = fit(
             backbone, training, validation, name=name, options=fit_options, source=source, out=out
@@ -139,6 +143,11 @@ def _require_agreement(
         owner, dot, _ = target.partition(".")
         if dot and owner != mechanism:
             raise SidelightError(f"--set {target} needs --mechanism {owner} (got: {mechanism}).")
+    if inputs.rationale is not None and mechanism not in (_AUTO, "readout"):
+        raise SidelightError(
+            "--set rationale= needs --mechanism readout, whose gates it teaches "
+            f"(got: {mechanism}). Leave one of them out."
+        )
     if spans is not None and any((background, inputs.positive, inputs.rationale)):
         raise SidelightError(
             "--background, --set rationale= and --positive are for labels of whole texts. Leave "

@@ -134,7 +134,8 @@ def fit(
     of_spans = isinstance(training, SpanExamples)
     if of_spans:
         options = options.of_spans(training)
-    run = (training.content_hash, name, options.mechanism, options.settings)
+    chosen = (options.mechanism, options.settings, options.reads, options.calibration)
+    run = (training.content_hash, name, *chosen, options.threshold, backbone.fingerprint.digest)
     states = options.states_folder(*(run if out is None else [out.resolve()]))
     dataset = prepare(
         backbone,
