@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from commands import run
+from stock_server import stock_server
 
 # Whoever writes the template by hand can write control tokens too, which the routes of chats and
 # the probe by itself read as other tokens.
@@ -13,7 +16,19 @@ def rates(row):
     return [row[key]["flagged"] for key in ("recall", "false_alarms")]
 
 
-def test_every_route_blocks_what_the_probe_flags_by_itself(stock, subjects, tmp_path):
+@pytest.fixture(scope="module")
+def blocking(subjects, tmp_path_factory):
+    """vLLM's own server with the probe that is asked by itself, whose rule blocks."""
+    home = tmp_path_factory.mktemp("blocking")
+    policy = home / "policy.toml"
+    policy.write_text(f'[input.injection]\nmode = "block"\nthreshold = {subjects.threshold}\n')
+    folders = subjects.folders[:1]
+    options = ("--enable-scale-out",)
+    with stock_server(subjects.path, folders, home, *options, SIDELIGHT_POLICY=str(policy)) as own:
+        yield own
+
+
+def test_every_route_blocks_what_the_probe_flags_by_itself(blocking, subjects, tmp_path):
     scores = subjects.scores([subjects.chat(text) for text in subjects.texts])
     labels = ["toxic" if own >= subjects.threshold else "fine" for own in scores]
     rows = [{"text": t, "label": n} for t, n in zip(subjects.texts, labels, strict=True)]
@@ -28,7 +43,7 @@ def test_every_route_blocks_what_the_probe_flags_by_itself(stock, subjects, tmp_
         assert run("redteam", subjects.folders[0], *data, *threshold, *options, *more) == 0
         return json.loads(out.read_text())
 
-    live, alone = called("--url", stock.address), called("--dtype", "float32")
+    live, alone = called("--url", blocking.address), called("--dtype", "float32")
     routes = {route["route"]: route["attacks"] for route in live["routes"]}
     assert routes.keys() == {"chat", "text", "ids", "responses", "messages"}
     for route, attacks in routes.items():

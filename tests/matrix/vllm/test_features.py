@@ -292,12 +292,12 @@ def test_the_check_compares_verdicts_and_times_serving(tmp_path):
     assert command("bench", "gpu", "--out", str(tmp_path), *chosen) == 0
     made = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert len(made) == len(only)
-    found = made["vllm parity: runner 1, eager"]["result"]
+    found = made["vllm parity: runner 1, eager"]["figures"]
     assert 0 < found["first_pass"] < 1e-4
     assert 0 < found["second_pass"] < 1e-4
     assert "readout" in found["probes"]
     for name in ("vllm serving: 0 readouts", "vllm serving: 1 readouts"):
-        assert all(ms > 0 for values in made[name]["result"]["ms"].values() for ms in values)
+        assert all(ms > 0 for values in made[name]["figures"]["ms"].values() for ms in values)
     assert "% added" in (tmp_path / "gpu.md").read_text()
 
 
