@@ -244,7 +244,7 @@ def shown_alone(words, kind="background", text=None):
     return Context(kind, said("w " * words), EncodedPrompt((), ()), words, text)
 
 
-@pytest.mark.parametrize(("rule", "most"), [("f1", 4), ("fpr=0.1", 10), ("recall=0.9", 100)])
+@pytest.mark.parametrize(("rule", "most"), [("f1", 3), ("fpr=0.1", 10), ("recall=0.9", 100)])
 def test_thresholds_let_ordinary_conversations_pass(tiny, rule, most):
     rule, before = ThresholdRule.parse(rule), (0.3,)
     highest = np.random.default_rng(0).normal(0, 2, size=(100, 1))
