@@ -115,10 +115,9 @@ def train(
     from sidelight.training.fit import fit
 
     backbone = runtime.load_backbone(prompt_format=prompt_format)
-    click.get_current_context().with_resource(only_writer(out))
-    # Another run may have ended meanwhile.
-    require_free(out, force=force)
-    with runtime.state_source(backbone) as source:
+    with runtime.state_source(backbone) as source, only_writer(out):
+        # Another run may have ended meanwhile.
+        require_free(out, force=force)
         result = fit(
             backbone, training, validation, name=name, options=fit_options, source=source, out=out
         )
