@@ -318,7 +318,9 @@ def bench_latency(runtime: options.Runtime, out: Path | None, as_json: bool, **g
     """Time one new token with every mechanism, with ten probes, and with what they replace.
 
     That is each mechanism in its dense form on hidden states that are kept, a small encoder before
-    the LLM, and a guard of the LLM's own size before it. Prompts and weights of probes are random.
+    the LLM, and a guard of the LLM's own size before it. Then the CPU time of a token of four
+    answers, with readouts and with probes of the five ready guards. Prompts and weights of probes
+    are random.
     """
     from sidelight_lab.bench.latency import measure_latency
 
@@ -347,10 +349,10 @@ def bench_serve(
 ) -> None:
     """Do the same work with and without probes in one running vLLM, in paired rounds.
 
-    The probes have random weights: 0, 1, 10 and 100 readout probes, one attention probe, and of
-    responses a readout and a probe of spans. What they add is a share of the value without probes,
-    with a 95 % interval over rounds. --out is written after every round, so a run that is stopped
-    keeps those before.
+    The probes have random weights: 0, 1, 10 and 100 readout probes, one attention probe, of
+    responses a readout and a probe of spans, and those of the five ready guards. What they add is a
+    share of the value without probes, with a 95 % interval over rounds. --out is written after
+    every round, so a run that is stopped keeps those before.
     """
     from sidelight_lab.bench.serving import measure_costs
 
