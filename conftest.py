@@ -7,13 +7,11 @@ import pytest
 import torch
 from openai import OpenAI
 
-from live import http_client, openai_client
 from sidelight.backbone import TransformersBackbone
 from sidelight.prompts import EncodedPrompt
-from tiny import FAMILIES, family_backbone, tiny_backbone
+from worlds.models import FAMILIES, family_backbone, tiny_backbone
+from worlds.servers import http_client, openai_client
 
-# What only tests inside vLLM use.
-pytest_plugins = ("vllm_suite",)
 # Laws that several test files run say as much as tests do where they fail.
 pytest.register_assert_rewrite("engine_contract", "mechanism_contract", "policy_contract")
 

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from browser import chromium, page_at
 from playwright.sync_api import Browser
 
-from live import listening
 from sidelight import demo
 from sidelight.backbone import load_backbone
 from sidelight.data.loading import load_examples
@@ -24,6 +23,7 @@ from sidelight_label.app import create_app
 from sidelight_label.file import LabelFile
 from sidelight_label.pool import Pool, merged
 from sidelight_label.queue import LabelQueue
+from worlds.servers import listening
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 

@@ -21,8 +21,8 @@ from sidelight.errors import (
 )
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Message, Part, Reads, has_response
-from tiny import SIZES, SPECIAL_TOKENS, broken, tiny_backbone, untrained_probe
-from vllm_served import ROUNDING, Model, expected
+from worlds.models import SIZES, SPECIAL_TOKENS, broken, tiny_backbone, untrained_probe
+from worlds.vllm import ROUNDING, Model, expected
 
 TEXTS = [f"{'word ' * (i % 9)}number {i}" for i in range(12)]
 CHANGES = 5

@@ -16,14 +16,13 @@ import httpx
 import numpy as np
 import pytest
 
-from commands import saved
-from engine_runs import written_alone
 from sidelight.artifact import save_probe
 from sidelight.bank import Bank
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
-from tiny import INTENT, score, untrained_probe
-from vllm_served import ROUNDING, followed, judging_any_text, measured, tiny_llama
+from worlds.models import INTENT, saved, score, untrained_probe
+from worlds.servers import written_alone
+from worlds.vllm import ROUNDING, followed, judging_any_text, measured, tiny_llama
 
 PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
 ADMIN = "admin-key"

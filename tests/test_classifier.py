@@ -12,9 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import corpora
-from commands import saved
-from corpora import TASKS
 from sidelight.artifact import load_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.cli.show import print_assessment
@@ -28,7 +25,8 @@ from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.traffic import beginning
 from sidelight.training.validation import shared_texts
-from tiny import untrained_probe
+from worlds.data import TASKS, planted_rows
+from worlds.models import saved, untrained_probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 BRIEF = TrainingSettings(
@@ -53,7 +51,7 @@ def fits(tiny, tmp_path_factory):
     return {
         kind: fit(
             tiny,
-            load_examples(corpora.rows(kind, TRAINING)),
+            load_examples(planted_rows(kind, TRAINING)),
             None,
             name=f"planted-{kind}",
             options=options_of(name, cache_root=cache, seed=1),
@@ -71,7 +69,7 @@ def classifier(tiny, fits):
 def test_rows_are_fitted_evaluated_judged_saved_and_loaded(tiny, fits, tmp_path, kind):
     probe = fits[kind].probe
     classifier, labels = Classifier(tiny, probe), probe.task.labels
-    testing = corpora.rows(kind, TESTING, seed=1)
+    testing = planted_rows(kind, TESTING, seed=1)
     report = classifier.evaluate(testing).to_dict()
     assert report["rows"] == TESTING
     texts = [row["text"] for row in testing]
@@ -108,7 +106,7 @@ def test_a_fit_is_one_probe_with_its_record_beside_a_baseline(fits, tiny):
 
 @pytest.mark.parametrize("with_validation", [True, False])
 def test_a_training_that_diverges_is_refused_with_its_remedy(tiny, with_validation):
-    rows = load_examples(corpora.rows("binary", 40), positive="toxic")
+    rows = load_examples(planted_rows("binary", 40), positive="toxic")
     diverging = replace(BRIEF, weight_decay=1e38, epochs=1)
     options = FitOptions(settings=diverging)
     with pytest.raises(SidelightError, match=r"'readout' with seed 0 diverged.* Lower the rate"):
@@ -116,8 +114,8 @@ def test_a_training_that_diverges_is_refused_with_its_remedy(tiny, with_validati
 
 
 def test_validation_texts_that_cannot_calibrate_cost_no_extraction(tiny, tmp_path):
-    training = load_examples(corpora.rows("multiclass", 60))
-    left = [row for row in corpora.rows("multiclass", 30, seed=1) if row["label"] == "x"]
+    training = load_examples(planted_rows("multiclass", 60))
+    left = [row for row in planted_rows("multiclass", 30, seed=1) if row["label"] == "x"]
     options = options_of("gate", cache_root=tmp_path)
     with pytest.raises(SidelightError, match="Cannot fit a temperature calibration"):
         fit(tiny, training, load_examples(left, task=training.task), name="p", options=options)
@@ -125,7 +123,7 @@ def test_validation_texts_that_cannot_calibrate_cost_no_extraction(tiny, tmp_pat
 
 
 def test_activations_are_gone_after_a_fit_unless_kept(tiny, tmp_path):
-    rows = load_examples(corpora.rows("binary", 30), positive="toxic")
+    rows = load_examples(planted_rows("binary", 30), positive="toxic")
     options = options_of("gate", cache_root=tmp_path)
     fit(tiny, rows, None, name="p", options=options)
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -134,7 +132,7 @@ def test_activations_are_gone_after_a_fit_unless_kept(tiny, tmp_path):
 
 
 def test_activations_of_a_training_stay_until_its_probe_is_written(tiny, tmp_path, capsys):
-    rows = load_examples(corpora.rows("binary", 30), positive="toxic")
+    rows = load_examples(planted_rows("binary", 30), positive="toxic")
     cache, out = tmp_path / "cache", tmp_path / "probe"
     training = partial(
         fit, tiny, rows, None, name="p", options=options_of("gate", cache_root=cache), out=out
@@ -156,7 +154,7 @@ def test_activations_of_a_training_stay_until_its_probe_is_written(tiny, tmp_pat
 def test_train_gives_a_classifier_of_the_format_that_loads_with_its_model(tiny, tmp_path, offline):
     path = saved(tiny, tmp_path / "model")
     options = {"prompt_format": "both", "positive": "toxic", "name": "mine"}
-    made = train(path, corpora.rows("binary", 30), mechanism="gate", background="none", **options)
+    made = train(path, planted_rows("binary", 30), mechanism="gate", background="none", **options)
     assert made.probe.task.labels == ("fine", "toxic")
     assert (made.probe.spec.name, made.probe.prompt_format) == ("gate", "both")
     folder, verdicts = made.save(tmp_path / "probe"), made.predict(["hello"])
@@ -169,7 +167,7 @@ def test_a_probe_of_the_response_is_trained_and_asked_with_responses(tiny):
     # The split keeps equal texts together, so each question is its own.
     rows = [
         {"text": f"question {i}", "answer": row["text"], "label": row["label"]}
-        for i, row in enumerate(corpora.rows("binary", 60))
+        for i, row in enumerate(planted_rows("binary", 60))
     ]
     with pytest.warns(UserWarning, match="No positive class was named, so 'toxic' is taken"):
         classifier = train(tiny, rows, response="answer", context_tokens=1)
@@ -189,7 +187,7 @@ LONG = "tab " * 300
 def test_an_error_about_a_text_names_its_place(tiny, classifier, tmp_path):
     with pytest.raises(ContextLengthError, match=r"^Text 2: The text has .* at most 256"):
         classifier.predict(["short", LONG])
-    rows = corpora.rows("binary", 8)
+    rows = planted_rows("binary", 8)
     rows[6]["text"] = LONG
     data = written(rows, tmp_path)
     for ask in (classifier.evaluate, lambda data: classifier.predict(load_examples(data).items)):
@@ -212,7 +210,7 @@ def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):
     classifier = Classifier(tiny, untrained_probe(tiny, "p", reads=Reads("response")))
     with pytest.raises(VerdictError, match=r"^Text 2: Probe 'p' gave a logit that is not finite"):
         classifier.predict(["a"] * 3, responses=["b", "", "d"])
-    rows = [{**row, "answer": "b"} for row in corpora.rows("binary", 8)]
+    rows = [{**row, "answer": "b"} for row in planted_rows("binary", 8)]
     examples = load_examples(rows, response="answer", positive="toxic")
     items = (*examples.items[:4], replace(examples.items[4], response=""), *examples.items[5:])
     with pytest.raises(VerdictError, match=r"^Given rows, row 5: Probe 'p' gave a logit"):
@@ -226,7 +224,7 @@ def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):
 
 
 def test_users_are_told_of_texts_that_are_cut_shared_or_rare(tiny):
-    rows = corpora.rows("binary", 40)
+    rows = planted_rows("binary", 40)
     for row in rows[:7]:
         row["text"] += LONG
     training = load_examples(rows, positive="toxic")
@@ -254,8 +252,8 @@ def test_a_few_dozen_prompts_make_a_useful_probe_of_the_embedded_model():
 def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, fits):
     classifier = Classifier(tiny, fits["binary"].probe)
     # Of the texts on which the probe was trained, and of others.
-    seen = corpora.rows("binary", TRAINING)[:12]
-    rows = [*seen, *corpora.rows("binary", 28, seed=5)]
+    seen = planted_rows("binary", TRAINING)[:12]
+    rows = [*seen, *planted_rows("binary", 28, seed=5)]
     with pytest.warns(UserWarning, match="12 of 40 texts were trained on: the figures flatter"):
         classifier.evaluate(rows)
     assessment = assess(classifier, load_examples(rows, task=classifier.probe.task))
@@ -266,7 +264,7 @@ def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, 
 def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fits, kind, capsys):
     probe = fits[kind].probe
     record = {**probe.record, "traffic": {"flagged": 6, "conversations": 150}}
-    labelled = load_examples(corpora.rows(kind, 40, seed=3), task=probe.task)
+    labelled = load_examples(planted_rows(kind, 40, seed=3), task=probe.task)
     # Labels that the probe has not seen: each is wrong.
     examples = replace(labelled, labels=np.roll(labelled.labels, 1, axis=0))
     kept, none = (
@@ -295,14 +293,14 @@ def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fit
 
 
 def test_other_answers_to_a_shared_prompt_are_not_shared_texts():
-    rows = [{**row, "answer": row["text"], "text": "same"} for row in corpora.rows("binary", 90)]
+    rows = [{**row, "answer": row["text"], "text": "same"} for row in planted_rows("binary", 90)]
     training, held_out = load_examples(rows, response="answer").split(0.3, 0)
     assert shared_texts(training, held_out) == []
     assert shared_texts(training, training.select(range(3)))
 
 
-GOOD = corpora.rows("binary", 30)
-MANY = corpora.rows("multiclass", 30)
+GOOD = planted_rows("binary", 30)
+MANY = planted_rows("multiclass", 30)
 TOXIC_FLAGGED = load_examples(GOOD, positive="toxic")
 FINE = [{**row, "label": "fine"} for row in GOOD]
 

@@ -19,8 +19,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from commands import run, saved
-from corpora import planted, with_curves
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.cli.evaluate import why
@@ -36,7 +34,9 @@ from sidelight.prompts import Message, Place, Reads
 from sidelight.storage import only_writer
 from sidelight.training.measuring import describe_examples
 from sidelight.types import Verdict
-from tiny import INTENT, broken, spans_probe, untrained_probe
+from worlds.data import planted, with_curves
+from worlds.models import INTENT, broken, saved, spans_probe, untrained_probe
+from worlds.servers import cli
 
 ROOT = Path(__file__).parents[1]
 Captured = pytest.CaptureFixture[str]
@@ -70,7 +70,7 @@ def trained(model: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -
 def trained_probe(model: str, mechanism: str, folder: Path) -> Path:
     data, out = write_rows(folder / "train.jsonl", 100, seed=1), folder / "probe"
     arguments = ["train", "--model", model, "--data", data, "--label", "toxic", "--set", "seed=2"]
-    assert run(*arguments, *QUICKLY, "--mechanism", mechanism, "--out", str(out)) == 0
+    assert cli(*arguments, *QUICKLY, "--mechanism", mechanism, "--out", str(out)) == 0
     return out
 
 
@@ -111,13 +111,13 @@ def test_of_two_trainings_into_one_folder_the_second_is_refused(model, tmp_path,
     data, out = write_rows(tmp_path / "train.jsonl", 40, seed=1), tmp_path / "probe"
     arguments = ["train", "--model", model, "--data", data, "--label", "toxic", *QUICKLY]
     with only_writer(out):
-        assert run(*arguments, "--out", str(out)) == 2
+        assert cli(*arguments, "--out", str(out)) == 2
     assert f"Another run writes to {out}. Wait for it" in capsys.readouterr().err
 
 
 def test_a_rationale_is_refused_where_nothing_would_learn_from_it(capsys):
     words = ("train", "--data", "x.jsonl", "--out", "x", "--set", "rationale=why")
-    assert run(*words, "--mechanism", "attention") == 2
+    assert cli(*words, "--mechanism", "attention") == 2
     assert "rationale= needs --mechanism readout, whose gates it teaches (got: attention)" in (
         capsys.readouterr().err
     )
@@ -129,7 +129,7 @@ def test_eval_reports_every_metric_with_its_interval(trained, tmp_path, capsys):
     arguments = ["eval", str(trained), "--data", data, "--label", "toxic"]
     arguments += ["--missing-label", "skip", "--plots", str(tmp_path / "plots")]
     written = tmp_path / "new" / "e.json"
-    assert run(*arguments, "--json", "--out", str(written)) == 0
+    assert cli(*arguments, "--json", "--out", str(written)) == 0
     told = capsys.readouterr()
     report = json.loads(told.out)
     assert report == json.loads(written.read_text())
@@ -147,12 +147,12 @@ def test_eval_reports_every_metric_with_its_interval(trained, tmp_path, capsys):
 @pytest.mark.slow
 def test_predict_gives_one_line_per_text_in_order_and_explains_it(trained, tmp_path, capsys):
     data = write_rows(tmp_path / "texts.jsonl", 30, seed=3)
-    assert run("predict", str(trained), "--data", data) == 0
+    assert cli("predict", str(trained), "--data", data) == 0
     from_file = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     texts = [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]
     assert len(from_file) == 30
     out = tmp_path / "v.jsonl"
-    assert run("predict", str(trained), "--explain", "--out", str(out), texts[7]) == 0
+    assert cli("predict", str(trained), "--explain", "--out", str(out), texts[7]) == 0
     alone = json.loads(out.read_text())
     why = alone["explanation"]
     shares = sum(token["share"] for token in why["tokens"])
@@ -182,18 +182,18 @@ def test_a_terminal_shows_the_tokens_and_layers_that_count_most():
 def test_predict_runs_the_backbone_in_the_dtype_and_on_the_device_that_it_is_given(trained, capfd):
     judged = {}
     for dtype in ("auto", "float32", "bfloat16"):
-        assert run("predict", str(trained), "--dtype", dtype, "--device", "cpu", "tabX cde") == 0
+        assert cli("predict", str(trained), "--dtype", dtype, "--device", "cpu", "tabX cde") == 0
         judged[dtype] = json.loads(capfd.readouterr().out)["probabilities"]["1"]
     # The model is stored in float32; bfloat16 keeps 8 bits.
     assert judged["auto"] == judged["float32"] != judged["bfloat16"]
     assert judged["bfloat16"] == pytest.approx(judged["auto"], abs=0.1)
-    assert run("predict", str(trained), "--device", "nowhere", "tabX cde") == 2
+    assert cli("predict", str(trained), "--device", "nowhere", "tabX cde") == 2
     assert "nowhere" in capfd.readouterr().err
 
 
 def test_an_error_steers_no_terminal(tmp_path, capsys):
     (tmp_path / "texts.jsonl").write_text(json.dumps({"\x1b[2J": "text"}))
-    assert run("train", "--data", str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / "p")) == 2
+    assert cli("train", "--data", str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / "p")) == 2
     assert r"Known: \x1b[2J." in capsys.readouterr().err
 
 
@@ -205,13 +205,13 @@ def test_inspect_and_predict_say_what_the_probe_is_and_whether_it_flags(
         (binary, "binary: fine, toxic", "'toxic'"),
         (untrained, "multiclass: billing, refund, other", "nothing: with several classes"),
     ):
-        assert run("inspect", folder) == 0
+        assert cli("inspect", folder) == 0
         shown = capsys.readouterr().out
         assert task in shown
         assert re.search(rf"^flags\s+{flags}", shown, re.MULTILINE)
-    assert run("inspect", binary, "--json") == 0
+    assert cli("inspect", binary, "--json") == 0
     assert json.loads(capsys.readouterr().out)["name"] == "toxicity"
-    assert run("predict", untrained, "--model", model, "a text") == 0
+    assert cli("predict", untrained, "--model", model, "a text") == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["flagged"] is False
     assert "'intent' flags nothing" in shown.err
@@ -223,32 +223,32 @@ def test_a_probe_is_recalibrated_on_labelled_texts_and_by_a_rule_alone(model, tm
     hesitant = trained_probe(model, "pooling", tmp_path)
     before = (hesitant / PROBE).read_bytes()
     on = ["recalibrate", str(hesitant), "--data", write_rows(tmp_path / "new.jsonl", 200, seed=5)]
-    assert run(*on, "--label", "toxic", "--out", str(tmp_path / "labelled")) == 0
+    assert cli(*on, "--label", "toxic", "--out", str(tmp_path / "labelled")) == 0
     assert "on 200 labelled texts" in capsys.readouterr().out
-    assert run("predict", str(tmp_path / "labelled"), "tabX cde") == 0
-    assert run("recalibrate", str(hesitant), "--threshold", "fpr=0.01") == 0
+    assert cli("predict", str(tmp_path / "labelled"), "tabX cde") == 0
+    assert cli("recalibrate", str(hesitant), "--threshold", "fpr=0.01") == 0
     assert "cannot be told from" in capsys.readouterr().err
     by_rule = ["recalibrate", str(hesitant), "--threshold", "recall=0.99", "--out", str(hesitant)]
     # No probe is replaced unless it is told to.
-    assert run(*by_rule) == 2
+    assert cli(*by_rule) == 2
     assert "holds a probe" in capsys.readouterr().err
     assert (hesitant / PROBE).read_bytes() == before
-    assert run(*by_rule, "--name", "strict", "--force") == 0
+    assert cli(*by_rule, "--name", "strict", "--force") == 0
     assert "It flags " in capsys.readouterr().out
     assert thresholds_of(hesitant) != thresholds_of(hesitant.with_name("probe-recalibrated"))
-    assert run("inspect", str(hesitant)) == 0
+    assert cli("inspect", str(hesitant)) == 0
     # The figures are of the threshold before.
     assert "before it was recalibrated" in " ".join(capsys.readouterr().out.split())
     # And it is measured as it is now.
     data = write_rows(tmp_path / "test.jsonl", 60, seed=2)
-    assert run("eval", str(hesitant), "--data", data, "--label", "toxic", "--json") == 0
+    assert cli("eval", str(hesitant), "--data", data, "--label", "toxic", "--json") == 0
     assert json.loads(capsys.readouterr().out)["thresholds"] == thresholds_of(hesitant)
 
 
 def test_a_probe_that_was_pushed_is_pulled(untrained, tmp_path, capsys):
-    assert run("push", untrained, str(tmp_path / "shared")) == 0
+    assert cli("push", untrained, str(tmp_path / "shared")) == 0
     assert str(tmp_path / "shared") in capsys.readouterr().out
-    assert run("pull", str(tmp_path / "shared"), str(tmp_path / "mine")) == 0
+    assert cli("pull", str(tmp_path / "shared"), str(tmp_path / "mine")) == 0
     assert (tmp_path / "mine" / PROBE).read_bytes() == (Path(untrained) / PROBE).read_bytes()
 
 
@@ -268,17 +268,17 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_jud
     columns = ["--text", "user's turn", "--response", "the answer", "--label", "is bad"]
     arguments = ["--model", model, "--data", "TEST_FILE.jsonl", "--mechanism", "pooling", *columns]
     arguments = ["train", *arguments, *QUICKLY, "--set", "max_tokens=64", "--out", "."]
-    assert run(*arguments) == 2
+    assert cli(*arguments) == 2
     assert "--force" in capsys.readouterr().err
     assert Path(PROBE).read_bytes() == (Path(untrained) / PROBE).read_bytes()
-    assert run(*arguments, "--force") == 0
+    assert cli(*arguments, "--force") == 0
     assert load_probe(folder).spec.name == "pooling"
     told = capsys.readouterr()
     assert "were cut to 64 tokens" in told.err
     (hint,) = [line for line in told.out.splitlines() if line.startswith("Next: ")]
     _, program, *command = shlex.split(hint.replace("TEST_FILE", "TEST_FILE.jsonl"))
     assert program == "sidelight"
-    assert run(*command, "--json") == 0
+    assert cli(*command, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["probe"], report["rows"]) == ("my-probe", 60)
 
@@ -287,14 +287,14 @@ def test_what_the_probe_will_flag_is_said_before_the_model_is_loaded(tmp_path, c
     (tmp_path / "config.json").write_text("")
     data = labelled_rows(tmp_path / "train.jsonl", ["cat", "dog", "dog"] * 5)
     command = ["train", "--data", data, "--out", str(tmp_path / "o"), "--model", str(tmp_path)]
-    assert run(*command) == 2
+    assert cli(*command) == 2
     reading, doubt, announced, loading, error = capsys.readouterr().err.splitlines()
     assert (reading, loading) == (f"Reading {data} ...", "Loading the model ...")
     assert "--positive dog" in doubt
     assert "will flag 'cat'" in announced
     assert error.startswith("Error: Cannot load")
     missing = ["--background", str(tmp_path / "traffic.jsonl")]
-    assert run(*command, *missing) == 2
+    assert cli(*command, *missing) == 2
     *_, error = capsys.readouterr().err.splitlines()
     assert "No file" in error
     assert "traffic.jsonl" in error
@@ -402,7 +402,7 @@ def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
     data = write_rows(tmp_path / "data.jsonl", 60, seed=4)
     empty = write_lines(tmp_path / "empty.jsonl", [{"text": text} for text in ("a", " ", "c", "")])
     filled = command.format(data=data, empty=empty, model=model, probe=untrained)
-    assert run(*filled.split()) == 2
+    assert cli(*filled.split()) == 2
     shown = capfd.readouterr()
     (line,) = [line for line in shown.err.splitlines() if line.startswith("Error:")]
     assert remedy in line
@@ -411,7 +411,7 @@ def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
 
 
 def test_without_a_command_the_help_is_shown_line_by_line(capfd):
-    assert run() == 2
+    assert cli() == 2
     shown = capfd.readouterr().err
     assert "Error:" not in shown
     assert any(line.split()[:1] == ["train"] for line in shown.splitlines())
@@ -433,7 +433,7 @@ def test_a_probe_without_verdicts_is_refused_by_every_command(
 ):
     probe = save_probe(with_curves(broken(untrained_probe(tiny, "toxicity"))), tmp_path / "probe")
     out = tmp_path / "out"
-    assert run(*command.format(probe=probe, model=model, out=out).split()) == 2
+    assert cli(*command.format(probe=probe, model=model, out=out).split()) == 2
     assert f"{probe} is damaged (it gives no verdict" in capsys.readouterr().err
     assert not out.exists()
 
@@ -468,7 +468,7 @@ def test_what_is_wrong_with_options_or_texts_is_told_before_the_model_is_loaded(
     labelled_rows(tmp_path / "named_none.jsonl", ["a", "b", "none"] * 8)
     labelled_rows(tmp_path / "classes.jsonl", ["a", "b", "c"] * 8)
     out = str(tmp_path / "out")
-    assert run("train", "--data", data, "--out", out, *more.format(folder=tmp_path).split()) == 2
+    assert cli("train", "--data", data, "--out", out, *more.format(folder=tmp_path).split()) == 2
     said = capfd.readouterr().err
     assert remedy in said.splitlines()[-1]
     assert "Loading the model" not in said
@@ -504,7 +504,7 @@ def test_texts_that_a_probe_cannot_use_are_told_before_the_model_is_loaded(
         "known": replace(known, record={"training": describe_examples(texts)}),
     }
     folders = {name: save_probe(probe, tmp_path / name) for name, probe in probes.items()}
-    assert run(*command.format(data=data, few=few, **folders).split()) == 2
+    assert cli(*command.format(data=data, few=few, **folders).split()) == 2
     said = capfd.readouterr().err
     assert remedy in said.splitlines()[-1]
     assert "Loading" not in said
@@ -575,7 +575,7 @@ def test_a_wrong_file_column_probe_or_rule_and_help_are_told_before_imports_that
 def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
     refuse = Mock(side_effect=OSError(28, "No space left on device", "/full/disk"))
     monkeypatch.setattr("sidelight.manifest.read_manifest", refuse)
-    assert run("inspect", "probe") == 2
+    assert cli("inspect", "probe") == 2
     assert capsys.readouterr().err.startswith("Error: No space left on device (/full/disk). ")
 
 
@@ -586,7 +586,7 @@ def test_only_a_command_that_goes_on_says_so_when_it_is_stopped(
     command, is_resumed, monkeypatch, capsys
 ):
     monkeypatch.setattr("sidelight.cli.app", Mock(side_effect=KeyboardInterrupt))
-    assert run(command) == 130
+    assert cli(command) == 130
     assert ("Run the same command again" in capsys.readouterr().err) == is_resumed
 
 
@@ -615,7 +615,7 @@ def test_a_command_that_is_stopped_during_its_first_imports_ends_without_a_trace
 
 
 def test_help_names_every_mechanism(capsys):
-    assert run("train", "--help") == 0
+    assert cli("train", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     *names, last = mechanism_names()
     assert f"--spans), {', '.join(names)}, or {last}." in text
@@ -625,9 +625,9 @@ def test_commands_of_packages_that_are_missing_say_what_to_install(monkeypatch, 
     """In a bare environment `tests/matrix/packages` asks for what the server needs."""
     monkeypatch.setattr("sidelight.cli.entry_points", lambda **_: EntryPoints())
     for command, package in (("reproduce", "lab"), ("redteam", "lab"), ("label", "label")):
-        assert run(command) == 2
+        assert cli(command) == 2
         assert f"pip install sidelight-{package}`" in capsys.readouterr().err
-    assert run("--help") == 0
+    assert cli("--help") == 0
     assert "reproduce" not in capsys.readouterr().out
 
 

@@ -9,9 +9,6 @@ import pytest
 import torch
 
 import sidelight.training.fit
-from commands import run, saved
-from corpora import rows
-from pretended_device import pretended
 from sidelight.bank import Bank
 from sidelight.calibration import fit_calibration
 from sidelight.cli.show import rate_sentence, traffic_lines
@@ -42,7 +39,10 @@ from sidelight.training.traffic import (
     quiet_thresholds,
     traffic_warnings,
 )
-from tiny import INTENT, TOXICITY, score, tiny_backbone, untrained_probe
+from worlds.data import planted_rows
+from worlds.models import INTENT, TOXICITY, saved, score, tiny_backbone, untrained_probe
+from worlds.pretended_device import pretended
+from worlds.servers import cli
 
 TEXTS = [f"number {i:02d} has a text of its own" for i in range(60)]
 EACH_TURN = Reads(scope="each_turn")
@@ -221,7 +221,7 @@ def test_the_options_of_both_interfaces_reach_training(tmp_path, monkeypatch):
     for module in (sidelight.training.fit, classifier):
         monkeypatch.setattr(module, "fit", fit)
     data, model = tmp_path / "train.jsonl", saved(tiny_backbone(), tmp_path / "model")
-    data.write_text("\n".join(map(json.dumps, rows("binary", 60))))
+    data.write_text("\n".join(map(json.dumps, planted_rows("binary", 60))))
     traffic = tmp_path / "traffic.jsonl"
     traffic.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS[:7]))
     line = ["train", "--data", str(data), "--model", model, "--positive", "toxic"]
@@ -232,7 +232,7 @@ def test_the_options_of_both_interfaces_reach_training(tmp_path, monkeypatch):
             {"prompt_format": "both", "background": traffic},
         ),
     ):
-        assert run(*line, "--out", str(tmp_path / "p"), *flags) == 2
+        assert cli(*line, "--out", str(tmp_path / "p"), *flags) == 2
         with pytest.raises(SidelightError, match="asked"):
             classifier.train(model, data, positive="toxic", **named)
     packaged = len(load_background("packaged").conversations)

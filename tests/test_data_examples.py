@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rows import ROWS, labelled
 from sidelight.data.examples import Examples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
 from sidelight.types import Task
+from worlds.data import ROWS, labelled
 
 
 def test_content_hash_depends_on_texts_labels_and_order_only():

@@ -5,10 +5,10 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from rows import ROWS, labelled
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.types import Task
+from worlds.data import ROWS, labelled
 
 
 @pytest.mark.parametrize(

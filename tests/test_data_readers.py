@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rows import ROWS, WRITERS, DatasetsError, HubTable, stand_in_for_datasets, write
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
 from sidelight.types import Task
+from worlds.data import ROWS, WRITERS, DatasetsError, HubTable, stand_in_for_datasets, write
 
 SHARED = [HealthCheck.function_scoped_fixture]
 

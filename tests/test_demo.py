@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 import sidelight
-from commands import brief_trainings, run, saved
-from guard_packages import install
 from sidelight import demo
 from sidelight.artifact import load_probe
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.types import Task
+from worlds.data import brief_trainings, install_guards
+from worlds.models import saved
+from worlds.servers import cli
 
 INTENTS = ("account_access", "billing", "cancel", "other", "refund", "technical_issue")
 # The task, and the texts of each label for training and for testing.
@@ -59,7 +60,7 @@ def test_the_demonstration_without_the_guards_package_says_first_what_to_install
 ):
     # Nothing of the environment, as if no package were installed.
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-    assert run("demo") == 2
+    assert cli("demo") == 2
     said = capsys.readouterr()
     assert said.out == ""
     (error,) = said.err.splitlines()
@@ -68,12 +69,12 @@ def test_the_demonstration_without_the_guards_package_says_first_what_to_install
 
 def test_the_demonstration_trains_serves_and_asks(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
-    install(tmp_path, monkeypatch, "demo_guards")
+    install_guards(tmp_path, monkeypatch, "demo_guards")
     monkeypatch.setattr(demo, "EMBEDDED_NAME", saved(tiny, tmp_path / "smollm2"))
     texts = {"shouts": (load_examples("guard:shouts"), "guard:shouts:unseen")}
     monkeypatch.setattr(demo, "demo_texts", lambda: texts)
     with brief_trainings(tmp_path, monkeypatch):
-        assert run("demo", "--port", "0") == 0
+        assert cli("demo", "--port", "0") == 0
     said = capsys.readouterr().out
     assert "Training 'shouts' on 60 texts" in said
     assert "On 24 other texts: " in said

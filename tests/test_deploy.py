@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from commands import run
 from sidelight.cli import app
 from sidelight.policy.rules import read_policy
 from sidelight.server.config import read_config
 from sidelight.server.keys import Key, read_keys
+from worlds.servers import cli
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -133,5 +133,5 @@ def test_a_wrong_configuration_is_not_started_again(tmp_path: Path):
     settings = CONFIG.read_text().replace("/etc/sidelight/", f"{tmp_path}/")
     (tmp_path / "server.toml").write_text(settings)
     (tmp_path / "policy.toml").write_text("nonsense = 1\n")
-    code = run("serve", "--config", str(tmp_path / "server.toml"))
+    code = cli("serve", "--config", str(tmp_path / "server.toml"))
     assert code == int(SERVICE["RestartPreventExitStatus"])

@@ -7,10 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from commands import run, saved
-from corpora import encoded, rows, span_rows, split_of
-from in_process import in_process
-from pretended_device import CPU, FIRST, SECOND, pretended
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank, Panel
@@ -27,7 +23,10 @@ from sidelight.training.settings import TrainingSettings
 from sidelight.vllm.columns import Reading, set_receiver
 from sidelight.vllm.settings import Served, identity_of
 from sidelight.vllm.worker import Worker
-from tiny import spans_probe, tiny_backbone, untrained_probe
+from worlds.data import encoded, planted_rows, span_rows, split_of
+from worlds.models import saved, spans_probe, tiny_backbone, untrained_probe
+from worlds.pretended_device import CPU, FIRST, SECOND, pretended
+from worlds.servers import cli, in_process
 
 # The numbers are computed by the same kernels, in batches of the same shapes.
 ROUNDING = 1e-6
@@ -160,8 +159,8 @@ def test_every_mechanism_trains_as_on_the_cpu(there, tiny, tmp_path):
 def files(tiny, tmp_path_factory):
     """A backbone on disk, and labelled files."""
     home = tmp_path_factory.mktemp("files")
-    asked = [{**row, "asked": f"Question {i}?"} for i, row in enumerate(rows("binary", 60))]
-    made = {"train": asked, "new": rows("binary", 40, seed=1), "spans": span_rows(40)}
+    asked = [{**row, "asked": f"Question {i}?"} for i, row in enumerate(planted_rows("binary", 60))]
+    made = {"train": asked, "new": planted_rows("binary", 40, seed=1), "spans": span_rows(40)}
     for name, lines in made.items():
         (home / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.MonkeyPatch.context() as patch:
@@ -172,7 +171,7 @@ def files(tiny, tmp_path_factory):
 
 def command(home, *arguments, device="pretend"):
     own = ["--model", str(home / "model"), "--device", device]
-    assert run(*map(str, arguments), *own) == 0
+    assert cli(*map(str, arguments), *own) == 0
 
 
 @pytest.mark.slow

@@ -8,14 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from in_process import in_process
-from live import MODEL
 from policy_contract import ADMIN, CHATS, GUARDRAIL
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.request import LabelsOnly
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from tiny import INTENT, TOPICS, TOXICITY, broken, three_probes, untrained_probe
+from worlds.models import INTENT, TOPICS, TOXICITY, broken, three_probes, untrained_probe
+from worlds.servers import MODEL, in_process
 
 TEXT = "Where is my refund?"
 TURNS = [{"role": "user", "content": TEXT}]

@@ -25,7 +25,7 @@ from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig, read_config
 from sidelight.server.metrics import Metrics
 from sidelight_lab.redteam.attacks import ATTACKS, attack_names
-from tiny import tiny_backbone
+from worlds.models import tiny_backbone
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

@@ -15,7 +15,7 @@ from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import BoundRule, Rule
 from sidelight.prompts import PlainText, Reads
 from sidelight.types import Judgement, Verdict
-from tiny import TOPICS, untrained_probe
+from worlds.models import TOPICS, untrained_probe
 
 
 @pytest.fixture(scope="module")

@@ -6,18 +6,6 @@ from functools import partial
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig
 
-from engine_runs import (
-    GREEDY,
-    ROUNDING,
-    ask,
-    count_passes,
-    events_of,
-    probabilities,
-    reference,
-    run,
-    until_idle,
-    written_alone,
-)
 from sidelight.bank import Panel
 from sidelight.engines.base import (
     EngineBusyError,
@@ -31,7 +19,19 @@ from sidelight.engines.text import TextCodec
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.prompts import EncodedPrompt, Message, Part, Reads
-from tiny import SIZES, family_backbone, three_probes, tiny_backbone, untrained_probe
+from worlds.models import SIZES, family_backbone, three_probes, tiny_backbone, untrained_probe
+from worlds.servers import (
+    ENGINE_ROUNDING,
+    GREEDY,
+    ask,
+    count_passes,
+    events_of,
+    probabilities,
+    reference,
+    run_engine,
+    until_idle,
+    written_alone,
+)
 
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 # One of each kind of cache and of positions, two of them with windows narrower than the prompts.
@@ -78,7 +78,7 @@ def test_a_batch_writes_and_judges_as_the_model_alone_also_of_prompts_in_parts(m
     roomy, small = Limits(), Limits(running=2, prefill_tokens=64, cache_tokens=256)
     for limits in (roomy, small, Limits(prefill_tokens=7)):
         passes.clear()
-        written, judged, checked = run(backbone, ask_all, probes=probes, limits=limits)
+        written, judged, checked = run_engine(backbone, ask_all, probes=probes, limits=limits)
         for answers in written:
             assert [(a.text, a.finished.completion_tokens) for a in answers] == expected
             events = [*(a.finished for a in answers), *judged]
@@ -92,7 +92,7 @@ def test_a_batch_writes_and_judges_as_the_model_alone_also_of_prompts_in_parts(m
                 (v.probe, v.turn) for v in wanted.verdicts
             ]
             assert probabilities(own.verdicts) == pytest.approx(
-                probabilities(wanted.verdicts), abs=ROUNDING
+                probabilities(wanted.verdicts), abs=ENGINE_ROUNDING
             )
 
 
@@ -104,7 +104,7 @@ def test_a_text_ends_with_its_length_a_stop_string_its_turn_or_the_context(llama
         cut = await ask(engine, TEXTS[0], sampling)
         return whole, stop, cut, await ask(engine, "x" * 240, Sampling(temperature=0.0))
 
-    whole, stop, cut, longest = run(llama, ask_all)
+    whole, stop, cut, longest = run_engine(llama, ask_all)
     assert (whole.finished.completion_tokens, whole.finished.reason) == (16, "length")
     assert whole.finished.prompt_tokens == len(llama.encoder.encode([Message("user", TEXTS[0])]))
     assert (cut.text, cut.finished.reason) == (whole.text[: whole.text.index(stop)], "stop")
@@ -113,11 +113,11 @@ def test_a_text_ends_with_its_length_a_stop_string_its_turn_or_the_context(llama
     assert (tokens, longest.finished.reason) == (llama.encoder.max_tokens, "length")
     for length in (253, 400):
         with pytest.raises(ContextLengthError, match="Shorten it"):
-            run(llama, lambda engine, length=length: ask(engine, "x" * length))
+            run_engine(llama, lambda engine, length=length: ask(engine, "x" * length))
     backbone = tiny_backbone()
     _, (first,) = written_alone(backbone, "hi", max_tokens=1)
     backbone.model.generation_config.eos_token_id = [first, 2]
-    ended = run(backbone, lambda engine: ask(engine, "hi"))
+    ended = run_engine(backbone, lambda engine: ask(engine, "hi"))
     assert (ended.text, ended.finished.reason, ended.finished.completion_tokens) == ("", "stop", 1)
 
 
@@ -131,7 +131,7 @@ def test_a_seed_gives_the_same_text_beside_any_neighbours(llama):
         other = await ask(engine, TEXTS[0], Sampling(max_tokens=16, seed=4))
         return alone.text, beside.text, other.text
 
-    alone, beside, other = run(llama, ask_twice)
+    alone, beside, other = run_engine(llama, ask_twice)
     assert alone == beside
     assert alone != other
 
@@ -157,7 +157,7 @@ def test_admission_is_decided_for_each_request_by_itself(llama):
         await until_idle(engine)
         return events, [await ask(engine, f"text {i}") for i in range(6)]
 
-    events, alone = run(llama, some, probes=[untrained_probe(llama, "early")])
+    events, alone = run_engine(llama, some, probes=[untrained_probe(llama, "early")])
     for i, (own, answer) in enumerate(zip(events, alone, strict=True)):
         assert own[0].judgement.verdicts[0].label == answer.judged.judgement.verdicts[0].label
         if i % 2:
@@ -271,7 +271,7 @@ def test_looping_clients_share_the_passes_with_a_victim(
             await asyncio.wait(loops)
 
     limits = Limits(prefill_tokens=16)
-    (alone, answer), (beside, own) = run(llama, beside_others, limits=limits)
+    (alone, answer), (beside, own) = run_engine(llama, beside_others, limits=limits)
     assert own == answer
     # One pass was under way when it joined, and one begins before its last token is handed over.
     assert beside <= (others + 1) * alone + 2
@@ -288,7 +288,7 @@ def test_others_are_read_and_written_between_the_parts_of_a_prompt(llama):
         return short, await long
 
     limits = Limits(prefill_tokens=4)
-    short, long = run(llama, ask_some, limits=limits)
+    short, long = run_engine(llama, ask_some, limits=limits)
     assert (short.text, long.text) == (reference(llama, "hi")[0], reference(llama, "x" * 200)[0])
 
 
@@ -308,7 +308,7 @@ def test_a_prompt_that_is_given_up_is_not_read_on(llama, work):
         return await ask(engine, "hi")
 
     passes = count_passes(llama)
-    run(llama, leave, limits=Limits(prefill_tokens=16))
+    run_engine(llama, leave, limits=Limits(prefill_tokens=16))
     # Some of the 14 parts of the long prompt, and the 16 tokens of the short text.
     assert len(passes) < 14 + 16
 
@@ -326,7 +326,7 @@ def test_a_short_text_is_not_padded_to_the_length_of_a_long_one():
     async def ask_both(engine):
         return await asyncio.gather(ask(engine, "x" * 700), ask(engine, "hi"))
 
-    long, short = run(backbone, ask_both)
+    long, short = run_engine(backbone, ask_both)
     assert (long.finished.completion_tokens, short.finished.completion_tokens) == (16, 16)
     assert all(rows == 1 for rows, columns in widths if columns > 512)
 

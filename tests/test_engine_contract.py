@@ -7,8 +7,8 @@ import pytest
 from engine_contract import EngineContract, Subject
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
-from tiny import tiny_backbone
-from vllm_served import with_probes
+from worlds.models import tiny_backbone
+from worlds.vllm import with_probes
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,6 @@ import asyncio
 import pytest
 import torch
 
-from engine_runs import ask, count_passes, run
 from sidelight.engines.base import (
     EngineBusyError,
     EngineUnavailableError,
@@ -15,7 +14,8 @@ from sidelight.engines.base import (
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Message
-from tiny import tiny_backbone
+from worlds.models import tiny_backbone
+from worlds.servers import ask, count_passes, run_engine
 
 LONG = Sampling(temperature=0.0, max_tokens=200)
 PROMPT = "a secret"
@@ -54,7 +54,7 @@ def test_a_failed_step_is_the_concern_of_its_request_only(backbone, is_prefill, 
             await ask(engine, "b")
         return str(lost.value), [await ask(engine, "c"), *[await task for task in running]]
 
-    message, answers = run(backbone, ask_some)
+    message, answers = run_engine(backbone, ask_some)
     assert [a.finished.completion_tokens for a in answers] == [16, 200][: len(answers)]
     assert "RuntimeError" in message
     # Places are logged; what an error says may quote a prompt.
@@ -74,7 +74,7 @@ def test_a_logit_that_is_no_number_fails_the_request_and_one_that_rules_out_does
     )
 
     def work():
-        return run(backbone, lambda engine: ask(engine, "hi", Sampling(16, temperature)))
+        return run_engine(backbone, lambda engine: ask(engine, "hi", Sampling(16, temperature)))
 
     if fails:
         with pytest.raises(GenerationError, match="float16"):
@@ -94,7 +94,7 @@ def test_requests_whose_texts_wait_to_be_encoded_are_bounded(backbone):
         assert sum("3 waiting, the limit is 3" in text for text in busy) == 5
         assert (await ask(engine, "b")).finished
 
-    run(backbone, crowd, limits=Limits(running=1, waiting=2))
+    run_engine(backbone, crowd, limits=Limits(running=1, waiting=2))
 
 
 def test_requests_in_a_closed_engine_fail(backbone):

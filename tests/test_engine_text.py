@@ -14,7 +14,7 @@ from sidelight.engines.base import Sampling
 from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
 from sidelight.errors import ContextLengthError
 from sidelight.prompts import PlainText, PromptEncoder
-from tiny import tiny_tokenizer
+from worlds.models import tiny_tokenizer
 
 BYTES = st.binary(max_size=40) | st.text(max_size=20).map(str.encode)
 SHORT_TEXT = st.text(alphabet="ab\u00e9", max_size=30)

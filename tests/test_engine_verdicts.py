@@ -12,16 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from engine_runs import (
-    ROUNDING,
-    ask,
-    count_passes,
-    events_of,
-    probabilities,
-    reference,
-    run,
-    written_alone,
-)
 from sidelight.bank import Bank
 from sidelight.engines.base import Finished, PromptJudged, ResponseScored, Sampling, TextDelta
 from sidelight.engines.parity import compare_engines
@@ -29,8 +19,18 @@ from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.prompts import Message, Reads
-from tiny import score, three_probes, tiny_backbone, untrained_probe
-from vllm_served import followed
+from worlds.models import score, three_probes, tiny_backbone, untrained_probe
+from worlds.servers import (
+    ENGINE_ROUNDING,
+    ask,
+    count_passes,
+    events_of,
+    probabilities,
+    reference,
+    run_engine,
+    written_alone,
+)
+from worlds.vllm import followed
 
 WATCHED_TEXTS = ["hello", "a longer text than the other ones", "word " * 6]
 TEXT = "a prompt of some length, to be told from anything else by its shape"
@@ -66,7 +66,7 @@ def test_a_running_verdict_is_that_of_the_text_so_far(backbone, side, mechanism)
 
     # Also of prompts that are read in parts.
     limits = Limits(prefill_tokens=7) if side == "both" else None
-    watched, plain = run(backbone, ask_all, probes=[probe], limits=limits)
+    watched, plain = run_engine(backbone, ask_all, probes=[probe], limits=limits)
     for text, events in zip(WATCHED_TEXTS, watched, strict=True):
         prompt, written = written_alone(backbone, text)
         tokens = [token for token in written if token != 1]
@@ -76,13 +76,13 @@ def test_a_running_verdict_is_that_of_the_text_so_far(backbone, side, mechanism)
         for event in scores:
             read = followed(prompt, tokens[: event.tokens])
             assert probabilities(event.judgement.verdicts) == pytest.approx(
-                of_one_pass(backbone, probe, read), abs=ROUNDING
+                of_one_pass(backbone, probe, read), abs=ENGINE_ROUNDING
             )
         assert events[-1].judgement.verdicts == scores[-1].judgement.verdicts
     # A probe that nobody watches reads all but the last token.
     prompt, written = written_alone(backbone, WATCHED_TEXTS[0])
     assert probabilities(plain.finished.judgement.verdicts) == pytest.approx(
-        of_one_pass(backbone, probe, followed(prompt, written[:-1])), abs=ROUNDING
+        of_one_pass(backbone, probe, followed(prompt, written[:-1])), abs=ENGINE_ROUNDING
     )
 
 
@@ -91,7 +91,7 @@ def test_a_probe_that_overflows_gives_no_verdict_and_the_others_theirs(backbone)
     probes.append(late(backbone))
     for probe in probes[::2]:
         probe.mechanism.bias.fill_(float("nan"))
-    events = run(backbone, lambda engine: events_of(engine, "hi", watch=LATE), probes=probes)
+    events = run_engine(backbone, lambda engine: events_of(engine, "hi", watch=LATE), probes=probes)
     assert events[0].judgement.failed == ("broken",)
     assert [verdict.probe for verdict in events[0].judgement.verdicts] == ["sound"]
     scores = [event for event in events if isinstance(event, ResponseScored)]
@@ -111,7 +111,7 @@ def test_a_probe_with_an_infinite_weight_is_not_served(backbone):
             await engine.replace_probes([probe])
         return engine.probes
 
-    assert [*run(backbone, replace, probes=[sound])] == [sound]
+    assert [*run_engine(backbone, replace, probes=[sound])] == [sound]
 
 
 def test_watching_changes_no_text_and_costs_the_reading_of_the_last_token(backbone):
@@ -125,7 +125,7 @@ def test_watching_changes_no_text_and_costs_the_reading_of_the_last_token(backbo
         unwatched = await events_of(engine, "hello", watch=())
         return watched, unwatched, (between - before, len(passes) - between)
 
-    watched, unwatched, counts = run(backbone, ask_all, probes=both)
+    watched, unwatched, counts = run_engine(backbone, ask_all, probes=both)
     assert counts == (17, 16)
     texts = [
         "".join(e.text for e in own if isinstance(e, TextDelta)) for own in (watched, unwatched)
@@ -155,7 +155,7 @@ def test_every_token_of_a_watched_text_is_read(backbone, max_tokens, has_stop):
         sampling = Sampling(max_tokens=max_tokens, temperature=0.0, stop=stop)
         return await events_of(engine, "x", sampling, watch=LATE)
 
-    events = run(backbone, ask_twice, probes=[late(backbone)])
+    events = run_engine(backbone, ask_twice, probes=[late(backbone)])
     scores = [event.tokens for event in events if isinstance(event, ResponseScored)]
     assert isinstance(events[-1], Finished)
     assert scores == list(range(1, events[-1].completion_tokens + 1))
@@ -165,7 +165,7 @@ def test_every_token_of_a_watched_text_is_read(backbone, max_tokens, has_stop):
 def test_what_cannot_be_watched_is_refused(backbone, name):
     probes = [untrained_probe(backbone, "early"), late(backbone)]
     with pytest.raises(SidelightError, match="Known: late"):
-        run(backbone, lambda engine: events_of(engine, "hi", watch=(name,)), probes=probes)
+        run_engine(backbone, lambda engine: events_of(engine, "hi", watch=(name,)), probes=probes)
 
 
 @pytest.mark.slow
@@ -183,12 +183,12 @@ def test_a_completion_keeps_the_probes_of_its_call_to_its_end(backbone):
         return [*ends, [event async for event in called][-1]]
 
     old = late(backbone, "old", "both")
-    ends = run(backbone, replace_meanwhile, probes=[old])
+    ends = run_engine(backbone, replace_meanwhile, probes=[old])
     names = [[verdict.probe for verdict in end.judgement.verdicts] for end in ends]
     assert names == [["old"], ["old"], ["new"], ["old"]]
     prompt, written = written_alone(backbone, "before 0", max_tokens=60)
     assert probabilities(ends[0].judgement.verdicts) == pytest.approx(
-        of_one_pass(backbone, old, followed(prompt, written[:-1])), abs=ROUNDING
+        of_one_pass(backbone, old, followed(prompt, written[:-1])), abs=ENGINE_ROUNDING
     )
 
 
@@ -203,7 +203,7 @@ def test_probes_keep_nothing_as_wide_as_a_hidden_state_in_any_layer_or_after_the
     of_other_tests = len(wide_tensors())
     for probes in ([], [*three_probes(backbone), both]):
         alive.clear()
-        run(backbone, lambda engine: ask(engine, TEXT, once), probes=probes)
+        run_engine(backbone, lambda engine: ask(engine, TEXT, once), probes=probes)
         found.append([*alive])
     # Proves that the audit sees hidden states: each layer's input and output at least.
     assert min(found[0][:-1]) >= of_other_tests + 2

@@ -14,10 +14,10 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import estimator_checks, get_tags
 
 import sidelight
-from commands import saved
-from corpora import SIGNALS, planted
 from sidelight import SidelightClassifier
 from sidelight.errors import SidelightError
+from worlds.data import SIGNALS, planted
+from worlds.models import saved
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from live import http_client, served
 from sidelight.backbone import TransformersBackbone
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.vllm.settings import ENVIRONMENT
-from tiny import three_probes
+from worlds.models import three_probes
+from worlds.servers import http_client, served
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 KEY = "a-key"

@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 
-from engine_runs import count_passes, run
 from sidelight.bank import Bank
 from sidelight.data.examples import Example
 from sidelight.errors import VerdictError
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Reads
 from sidelight.training.classifier import Classifier
-from tiny import (
+from worlds.models import (
     INTENT,
     TOPICS,
     TOXICITY,
@@ -20,6 +19,7 @@ from tiny import (
     tiny_backbone,
     untrained_probe,
 )
+from worlds.servers import count_passes, run_engine
 
 # In logits; as in test_mechanisms.py.
 COMPLETE = 1e-4
@@ -128,7 +128,7 @@ def test_an_engine_explains_by_the_pass_that_judges(backbone):
         asked = await engine.judge(texts, explain=names)
         return plain, asked, before, len(passes) - before
 
-    plain, asked, before, after = run(backbone, work, probes=probes)
+    plain, asked, before, after = run_engine(backbone, work, probes=probes)
     assert before == after
     assert [judged.explanations for judged in plain] == [(), ()]
     assert [j.judgement for j in plain] == [j.judgement for j in asked]

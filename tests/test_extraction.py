@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpora import encoded
 from sidelight import storage
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads, shared_unread
 from sidelight.ragged import by_length
 from sidelight.states.cache import ActivationCache, States, random_shards
 from sidelight.states.extraction import BackboneSource, extract
-from tiny import tiny_backbone
+from worlds.data import encoded
+from worlds.models import tiny_backbone
 
 TEXTS = ["one", "two words", "a third text that is longer than the others", "four", "five"]
 # bf16 keeps 8 bits, and batches of another shape may round to the neighbouring value.

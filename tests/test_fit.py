@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import sidelight.training.fit
-from corpora import rows
 from sidelight.calibration import fit_calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import load_examples
@@ -26,7 +25,8 @@ from sidelight.training.settings import (
 )
 from sidelight.training.tfidf import baseline_warnings
 from sidelight.training.validation import FOLDS, choose_folds
-from tiny import family_backbone
+from worlds.data import planted_rows
+from worlds.models import family_backbone
 
 # Two float32 programs of the same sums.
 ROUNDING = 1e-4
@@ -49,8 +49,10 @@ def fitted(tiny, root, texts, validation=None, **options):
 
 @pytest.mark.slow
 def test_the_default_is_a_readout(tiny, tmp_path):
-    made = fitted(tiny, tmp_path, rows("multiclass", 60), mechanism=None)
-    named = fitted(tiny, tmp_path, rows("multiclass", 60), mechanism=mechanism_spec("readout"))
+    made = fitted(tiny, tmp_path, planted_rows("multiclass", 60), mechanism=None)
+    named = fitted(
+        tiny, tmp_path, planted_rows("multiclass", 60), mechanism=mechanism_spec("readout")
+    )
     assert made.probe.spec == named.probe.spec == mechanism_spec("readout")
     np.testing.assert_array_equal(made.losses, named.losses)
 
@@ -58,7 +60,7 @@ def test_the_default_is_a_readout(tiny, tmp_path):
 def test_what_is_found_and_falsely_flagged_is_told_of_each_source(tiny, tmp_path):
     texts = [
         {**row, "source": ("mails: of May", "calls", None)[i % 3]}
-        for i, row in enumerate(rows("binary", 60))
+        for i, row in enumerate(planted_rows("binary", 60))
     ]
     examples = load_examples(texts)
     chances = np.random.default_rng(0).random((60, 1))
@@ -83,7 +85,7 @@ def test_what_is_found_and_falsely_flagged_is_told_of_each_source(tiny, tmp_path
 
 
 def test_words_are_told_to_be_better_where_they_clearly_are():
-    examples = load_examples(rows("binary", 400))
+    examples = load_examples(planted_rows("binary", 400))
     few = examples.select([*np.flatnonzero(examples.labels == 0), *range(6)])
     losses, noise = np.random.default_rng(0).normal(size=(2, 400))
     noise = (noise - noise.mean()) / noise.std()
@@ -105,16 +107,16 @@ def test_trainings_that_differ_share_no_folder_of_states(tiny, tmp_path, monkeyp
     variants += ({"reads": Reads(template=False)}, {"mechanism": mechanism_spec("readout")})
     for backbone, options in [*((tiny, own) for own in variants), (family_backbone("qwen3"), {})]:
         with pytest.raises(SidelightError, match="asked"):
-            fitted(backbone, tmp_path, rows("binary", 40), **options)
+            fitted(backbone, tmp_path, planted_rows("binary", 40), **options)
     with pytest.raises(SidelightError, match="asked"):
-        fitted(tiny, tmp_path, rows("binary", 40))
+        fitted(tiny, tmp_path, planted_rows("binary", 40))
     assert len({*folders}) == len(folders) - 1 == 6
     assert folders[-1] == folders[0]
 
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
-    examples = load_examples(rows("binary", 40))
+    examples = load_examples(planted_rows("binary", 40))
     options = FitOptions(max_tokens=512, cache_root=tmp_path_factory.mktemp("activations"))
     split = make_split(tiny, examples, options)
     return ProbeDataset(tiny, split, split)
@@ -168,7 +170,7 @@ def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(whole, cross_f
 
 @pytest.mark.slow
 def test_few_texts_are_cross_fitted_unless_validation_texts_are_given(tiny, tmp_path, capsys):
-    few = load_examples(rows("multiclass", 60))
+    few = load_examples(planted_rows("multiclass", 60))
     made = fitted(tiny, tmp_path, few, mechanism=mechanism_spec("readout"))
     record = made.probe.record
     # One bar for all folds.
@@ -176,7 +178,7 @@ def test_few_texts_are_cross_fitted_unless_validation_texts_are_given(tiny, tmp_
     assert (record["folds"], record["training"]["rows"]) == (FOLDS, 60)
     assert record["validation"]["rows"] == 60
     assert made.report.to_dict()["accuracy"]["value"] > 0.6
-    given = load_examples(rows("multiclass", 40, seed=1), task=few.task)
+    given = load_examples(planted_rows("multiclass", 40, seed=1), task=few.task)
     record = fitted(tiny, tmp_path, few, given).probe.record
     assert (record["folds"], record["validation"]["rows"]) == (0, 40)
 
@@ -209,7 +211,7 @@ def test_no_text_is_measured_by_what_it_calibrated(whole, folds, is_cross_fitted
 @pytest.mark.parametrize("rule", ["f1", "recall=0.99"])
 def test_thresholds_follow_the_rule_and_the_artifact_has_their_curve(tiny, tmp_path, rule):
     wanted = ThresholdRule.parse(rule)
-    probe = fitted(tiny, tmp_path, rows("binary", 60), threshold=wanted).probe
+    probe = fitted(tiny, tmp_path, planted_rows("binary", 60), threshold=wanted).probe
     stored = probe.record["validation"]
     (curve,) = probe.history.curves.values()
     assert probe.record["threshold_rule"] == rule
@@ -219,12 +221,12 @@ def test_thresholds_follow_the_rule_and_the_artifact_has_their_curve(tiny, tmp_p
 
 def test_a_rule_for_several_classes_is_refused_before_the_texts_are_read(tiny, tmp_path):
     with pytest.raises(SidelightError, match="Leave --threshold out"):
-        fitted(tiny, tmp_path, rows("multiclass", 60), threshold=ThresholdRule("fpr", 0.01))
+        fitted(tiny, tmp_path, planted_rows("multiclass", 60), threshold=ThresholdRule("fpr", 0.01))
     assert not list(tmp_path.iterdir())
 
 
 def test_many_texts_or_few_distinct_ones_are_not_cross_fitted():
-    assert choose_folds(load_examples(rows("binary", 1000))) == ()
+    assert choose_folds(load_examples(planted_rows("binary", 1000))) == ()
     repeated = [{"text": "ab"[number % 2], "label": number % 2} for number in range(60)]
     assert choose_folds(load_examples(repeated)) == ()
 
@@ -239,7 +241,7 @@ def test_texts_without_a_word_of_two_characters_train_a_probe(tiny, tmp_path):
 
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])
 def test_texts_of_which_none_can_be_held_out_are_refused(tiny, tmp_path, kind):
-    alike = [row for row in rows(kind, 9)[:3] for _ in range(20)]
+    alike = [row for row in planted_rows(kind, 9)[:3] for _ in range(20)]
     with pytest.raises(SidelightError, match="Too few distinct texts to hold some of each"):
         fitted(tiny, tmp_path, alike)
 
@@ -248,7 +250,7 @@ def test_texts_of_which_none_can_be_held_out_are_refused(tiny, tmp_path, kind):
 @pytest.mark.parametrize("count", range(10, 16))
 def test_few_texts_of_several_classes_train_a_probe_in_traffic(tiny, tmp_path, count):
     background = Background(tuple((Message("user", f"Hello {i}."),) for i in range(10)))
-    made = fitted(tiny, tmp_path, rows("multiclass", count), background=background)
+    made = fitted(tiny, tmp_path, planted_rows("multiclass", count), background=background)
     assert made.probe.task.abstains
     # A class of all the rest looks like ordinary traffic.
     report = replace(made.report, confusion_matrix=np.diag([9, 9, 9, 0]))
@@ -263,7 +265,7 @@ def test_few_texts_of_several_classes_train_a_probe_in_traffic(tiny, tmp_path, c
 @pytest.mark.slow
 def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path):
     rare = [{"text": f"rare {number}", "label": "z"} for number in range(4)]
-    few = load_examples([*rows("binary", 40), *rare])
+    few = load_examples([*planted_rows("binary", 40), *rare])
     made = fitted(tiny, tmp_path, few)
     record = made.probe.record
     assert record["folds"] == 0

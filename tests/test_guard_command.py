@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands import brief_trainings, run, saved
-from guard_packages import install, texts, write
 from sidelight.artifact import load_probe, save_probe
 from sidelight.data.guards import draw_texts
 from sidelight.policy.rules import bound_rules, read_policy, require_rule_applies
@@ -20,7 +18,9 @@ from sidelight.smollm2 import cache_root
 from sidelight.states import cache
 from sidelight.storage import only_writer
 from sidelight.training import background, ready
-from tiny import untrained_probe
+from worlds.data import brief_trainings, guard_texts, install_guards, write_lines
+from worlds.models import saved, untrained_probe
+from worlds.servers import cli
 
 NAMES = ("letters", "replies", "shouts")
 
@@ -31,7 +31,7 @@ def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guards")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIDELIGHT_CACHE", str(folder / "cache"))
-        install(folder, patch, "command_guards")
+        install_guards(folder, patch, "command_guards")
         with brief_trainings(folder, patch):
             yield
 
@@ -47,7 +47,7 @@ def words(model, tmp_path_factory) -> tuple[str, ...]:
     out = tmp_path_factory.mktemp("trained") / "guards"
     only = ("--only", ",".join(NAMES), "--rows", "40")
     words = ("guard", "--model", model, *only, "--out", str(out))
-    assert run(*words) == 0
+    assert cli(*words) == 0
     return words
 
 
@@ -109,7 +109,7 @@ def test_the_readme_guards_a_model_by_two_commands_of_which_one_prints_the_other
     page = (Path(__file__).parents[1] / "README.md").read_text().replace("injection", "shouts")
     train, serve = re.findall(r"^\$ sidelight (guard .*|serve .*--policy .*)$", page, re.MULTILINE)
     monkeypatch.chdir(tmp_path)
-    assert run(*train.split(), "--model", model) == 0
+    assert cli(*train.split(), "--model", model) == 0
     printed = capsys.readouterr().out.split("Next: ")[1].strip()
     assert printed == f"sidelight {serve}".replace("serve", f"serve --model {model}")
 
@@ -124,7 +124,7 @@ def test_what_is_complete_is_skipped_and_what_was_killed_goes_on(words, ran, cap
     figures = json.loads(whole)
     del figures["shouts"]
     (out / "figures.json").write_text(json.dumps(figures))
-    assert run(*words) == 0
+    assert cli(*words) == 0
     told = capsys.readouterr().out
     assert told.count("is complete, of these texts, options and model.") == 3
     assert "policy.toml was there, and stays as it is." in told
@@ -137,15 +137,15 @@ def test_what_is_complete_is_skipped_and_what_was_killed_goes_on(words, ran, cap
 
 
 def test_other_texts_replace_a_guard_only_by_force(words, tmp_path, capsys):
-    own, out = write(tmp_path / "mine.jsonl", texts(6, seed=3)), tmp_path / "guards"
+    own, out = write_lines(tmp_path / "mine.jsonl", guard_texts(6, seed=3)), tmp_path / "guards"
     shutil.copytree(words[-1], out)
     before = json.loads((out / "figures.json").read_text())
     adapted = (*words[:3], "--only", "shouts", "--rows", "40", "--data", own, "--out", str(out))
-    assert run(*adapted) == 2
+    assert cli(*adapted) == 2
     assert "shouts holds a probe. Name another folder, or replace it with --force." in (
         capsys.readouterr().err
     )
-    assert run(*adapted, "--force") == 0
+    assert cli(*adapted, "--force") == 0
     after = json.loads((out / "figures.json").read_text())
     assert load_probe(out / "shouts").version == after["shouts"]["version"]
     assert after["shouts"]["version"] != before["shouts"]["version"]
@@ -164,7 +164,7 @@ def test_a_cpu_takes_what_it_reads_in_time_unless_rows_are_named(
     drawn = ready.affordable(tiny, whole)
     assert most - max(sizes.values()) <= sum(sizes[item] for item in drawn.items) <= most
     assert drawn.items == draw_texts(whole, len(drawn)).items
-    assert run("guard", "--model", model, "--only", "shouts", "--out", str(tmp_path / "out")) == 0
+    assert cli("guard", "--model", model, "--only", "shouts", "--out", str(tmp_path / "out")) == 0
     told = f"shouts (1 of 1): {len(drawn)} of 60 (--rows 60 takes all) texts"
     assert told in capsys.readouterr().out
     assert load_probe(tmp_path / "out/shouts").record["training"]["rows"] == len(drawn)
@@ -183,9 +183,9 @@ def test_states_of_ordinary_traffic_are_computed_once_and_those_of_texts_do_not_
         write_tensors(tensors, path)
 
     monkeypatch.setattr(cache, "write_tensors", counted)
-    install(tmp_path, monkeypatch, "more_guards", prefix="more_")
+    install_guards(tmp_path, monkeypatch, "more_guards", prefix="more_")
     only = ("--only", "shouts,more_shouts", "--rows", "40", "--out", str(tmp_path / "out"))
-    assert run("guard", "--model", model, *only) == 0
+    assert cli("guard", "--model", model, *only) == 0
     shared = ready.background_states(tiny, background.load_background("packaged"))
     times = Counter(written)
     assert {times[name] for name in shared if name in times} == {1}
@@ -198,16 +198,16 @@ def test_a_policy_that_was_there_is_compared_with_what_would_be_served(words, tm
     shutil.copytree(words[-1], out)
     policy, again = out / "policy.toml", (*words[:-1], str(out))
     policy.write_text('[input.other]\nmode = "block"\n')
-    assert run(*again) == 0
+    assert cli(*again) == 0
     said = capsys.readouterr()
     assert "policy.toml was there, and stays as it is." in said.out
     assert "but no probe 'other' judges it" in said.err
     policy.write_text('[input.shouts]\nmode = "block"\n')
-    assert run(*again) == 0
+    assert cli(*again) == 0
     assert "no rule for letters, replies: clients see their verdicts." in capsys.readouterr().err
     assert policy.read_text() == '[input.shouts]\nmode = "block"\n'
     policy.write_text("input =")
-    assert run(*again) == 0
+    assert cli(*again) == 0
     assert "is not TOML" in capsys.readouterr().err
 
 
@@ -215,21 +215,21 @@ def test_a_probe_of_other_options_is_not_taken_for_a_complete_guard(words, tiny,
     out = tmp_path / "guards"
     shutil.copytree(words[-1], out)
     again = (*words[:-1], str(out))
-    assert run(*again, "--dtype", "bfloat16") == 2
+    assert cli(*again, "--dtype", "bfloat16") == 2
     refused = "shouts holds a probe. Name another folder, or replace it with --force."
     assert refused.replace("shouts", "letters") in capsys.readouterr().err
     probe = load_probe(out / "shouts")
     gate = untrained_probe(tiny, "shouts", task=probe.task, mechanism="gate")
     save_probe(replace(gate, record=probe.record), out / "shouts")
-    assert run(*again) == 2
+    assert cli(*again) == 2
     assert refused in capsys.readouterr().err
 
 
 def test_of_two_runs_into_one_folder_the_second_is_refused(words, capsys):
     with only_writer(Path(words[-1])):
-        assert run(*words) == 2
+        assert cli(*words) == 2
     assert f"Another run writes to {words[-1]}. Wait for it" in capsys.readouterr().err
-    assert run(*words) == 0
+    assert cli(*words) == 0
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_what_stands_in_the_way_of_results_is_refused_before_training(
     name, content, said, model, tmp_path, capsys, ran
 ):
     (tmp_path / name).write_text(content)
-    assert run("guard", "--model", model, "--only", "shouts", "--out", str(tmp_path)) == 2
+    assert cli("guard", "--model", model, "--only", "shouts", "--out", str(tmp_path)) == 2
     assert said in capsys.readouterr().err
     assert not ran
 
@@ -252,9 +252,9 @@ def test_what_stands_in_the_way_of_results_is_refused_before_training(
 def test_a_guard_whose_name_no_probe_can_have_is_refused_before_training(
     model, tmp_path, monkeypatch, capsys, ran
 ):
-    install(tmp_path, monkeypatch, "odd_guards", prefix="odd ")
+    install_guards(tmp_path, monkeypatch, "odd_guards", prefix="odd ")
     only = ("--only", "odd shouts", "--out", str(tmp_path / "out"))
-    assert run("guard", "--model", model, *only) == 2
+    assert cli("guard", "--model", model, *only) == 2
     assert "A probe cannot be called 'odd shouts'" in capsys.readouterr().err
     assert not ran
 
@@ -283,13 +283,13 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     words, said, capsys, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
-    assert run("guard", *words) == 2
+    assert cli("guard", *words) == 2
     assert said in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
 
 
 def test_cards_are_printed(capsys):
-    assert run("guard", "--list", "--only", "shouts,replies") == 0
+    assert cli("guard", "--list", "--only", "shouts,replies") == 0
     told = capsys.readouterr().out
     assert "shouts: shouts. The text has an X." in told
     assert "Reads the response." in told

@@ -8,8 +8,6 @@ from importlib.metadata import entry_points
 import numpy as np
 import pytest
 
-from commands import run, saved
-from guard_packages import LABELS, install, texts, write
 from sidelight.artifact import load_probe
 from sidelight.data.guards import draw_texts, find_guard, guard_of
 from sidelight.data.loading import load_examples
@@ -18,6 +16,9 @@ from sidelight.training.classifier import train
 from sidelight.training.dataset import make_split
 from sidelight.training.settings import FitOptions
 from sidelight.types import Task
+from worlds.data import GUARD_LABELS, guard_texts, install_guards, write_lines
+from worlds.models import saved
+from worlds.servers import cli
 
 pytestmark = pytest.mark.usefixtures("own_cache", "letters")
 BRIEF = ("--background", "none", "--set", "epochs=2")
@@ -28,7 +29,7 @@ TASK = Task("binary", ("other", "shouting"))
 def letters(tmp_path_factory):
     """The folder of a package of guards."""
     with pytest.MonkeyPatch.context() as patch:
-        yield install(tmp_path_factory.mktemp("guards"), patch)
+        yield install_guards(tmp_path_factory.mktemp("guards"), patch)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +63,16 @@ def test_a_test_finds_the_classes_of_the_card_in_a_probe_that_has_them_the_other
 
 @pytest.mark.parametrize("names", [(0, 1), ("false", "true"), ("other", "shouting")])
 def test_own_rows_join_in_any_spelling_and_count_more(names, tmp_path):
-    own = [{**row, "label": names[int(str(row["label"]))]} for row in texts(12, seed=3)]
-    whole = load_examples(f"guard:shouts,{write(tmp_path / 'mine.jsonl', own)}")
+    own = [{**row, "label": names[int(str(row["label"]))]} for row in guard_texts(12, seed=3)]
+    whole = load_examples(f"guard:shouts,{write_lines(tmp_path / 'mine.jsonl', own)}")
     assert whole.task == TASK
-    np.testing.assert_array_equal(whole.labels[60:], [row["label"] for row in texts(12, seed=3)])
+    np.testing.assert_array_equal(
+        whole.labels[60:], [row["label"] for row in guard_texts(12, seed=3)]
+    )
     # As much as all packaged rows together, but each as two to ten of these.
     assert whole.weights is not None
     np.testing.assert_array_equal(whole.weights, [1.0] * 60 + [5.0] * 12)
-    few = load_examples(f"guard:shouts,{write(tmp_path / 'few.jsonl', own[:2])}")
+    few = load_examples(f"guard:shouts,{write_lines(tmp_path / 'few.jsonl', own[:2])}")
     assert few.weights is not None
     assert few.weights[-1] == 10
     np.testing.assert_array_equal(few.select([61, 0]).weights, [10, 1])
@@ -96,17 +99,17 @@ def test_a_draw_has_labels_and_sources_alike_and_all_background_is_one_source():
 
 def test_own_chats_end_with_the_answer_that_a_guard_of_answers_reads(tmp_path):
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "No."}]
-    own = write(tmp_path / "mine.jsonl", [{"messages": turns, "label": 1}])
+    own = write_lines(tmp_path / "mine.jsonl", [{"messages": turns, "label": 1}])
     last = load_examples(f"guard:replies,{own}").items[-1]
     assert (last.text, last.response) == ("Hello", "No.")
     chat = load_examples(f"guard:shouts,{own}").items[-1]
     assert (len(chat.messages), chat.response) == (2, None)
     # As in a table of rows of both kinds.
     empty = {"text": None, "response": None}
-    mixed = write(tmp_path / "mixed.jsonl", [{**empty, "messages": turns, "label": 1}])
+    mixed = write_lines(tmp_path / "mixed.jsonl", [{**empty, "messages": turns, "label": 1}])
     assert load_examples(f"guard:replies,{mixed}").items[-1] == last
     assert load_examples(f"guard:shouts,{mixed}").items[-1] == chat
-    unanswered = write(tmp_path / "open.jsonl", [{"messages": turns[:1], "label": 1}])
+    unanswered = write_lines(tmp_path / "open.jsonl", [{"messages": turns[:1], "label": 1}])
     with pytest.raises(SidelightError, match=r"open.jsonl, line 1: no column 'response'\. Rows"):
         load_examples(f"guard:replies,{unanswered}")
 
@@ -146,7 +149,7 @@ def test_a_guard_whose_package_is_missing_says_what_to_install(monkeypatch, tmp_
 
 
 def test_two_packages_with_one_name_are_refused(monkeypatch, tmp_path):
-    install(tmp_path, monkeypatch, "other_guards")
+    install_guards(tmp_path, monkeypatch, "other_guards")
     with pytest.raises(SidelightError, match=r"letter_guards, other_guards\. Uninstall"):
         find_guard("shouts")
 
@@ -161,7 +164,7 @@ def test_two_packages_with_one_name_are_refused(monkeypatch, tmp_path):
     ],
 )
 def test_a_package_that_cannot_be_read_is_named(module, code, said, tmp_path, monkeypatch):
-    install(tmp_path, monkeypatch, "failing", prefix="f_")
+    install_guards(tmp_path, monkeypatch, "failing", prefix="f_")
     (tmp_path / "failing/__init__.py").write_text(code)
     (tmp_path / "failing/code.py").touch()
     names = tmp_path / "failing-1.0.dist-info/entry_points.txt"
@@ -173,7 +176,7 @@ def test_a_package_that_cannot_be_read_is_named(module, code, said, tmp_path, mo
 
 
 def test_a_package_of_guards_needs_no_code(tmp_path, monkeypatch):
-    home = install(tmp_path, monkeypatch, "plain_guards", prefix="plain_")
+    home = install_guards(tmp_path, monkeypatch, "plain_guards", prefix="plain_")
     (home / "__init__.py").unlink()
     assert len(load_examples("guard:plain_shouts:unseen")) == 24
 
@@ -192,7 +195,7 @@ def test_a_package_of_guards_needs_no_code(tmp_path, monkeypatch):
 def test_a_wrong_card_is_refused_by_its_key(letters, line, said):
     path = letters / "shouts.toml"
     whole = path.read_text()
-    rest = whole.replace(LABELS, "") if "labels" in line else whole
+    rest = whole.replace(GUARD_LABELS, "") if "labels" in line else whole
     path.write_text(rest.replace('title = "shouts"', line, 1))
     try:
         with pytest.raises(SidelightError, match=said):
@@ -223,29 +226,29 @@ def test_what_contradicts_the_card_is_refused(source, columns, said):
 
 
 def test_own_rows_without_a_column_of_the_guard_are_refused(tmp_path):
-    own = write(tmp_path / "mine.jsonl", [{"text": "Ann", "entities": []}])
+    own = write_lines(tmp_path / "mine.jsonl", [{"text": "Ann", "entities": []}])
     with pytest.raises(SidelightError, match=r"mine.jsonl, line 1: no column 'spans'\. Rows"):
         load_examples(f"guard:letters,{own}", spans="spans")
-    wrong = write(tmp_path / "wrong.jsonl", [{"text": "Ann", "label": "calm"}])
+    wrong = write_lines(tmp_path / "wrong.jsonl", [{"text": "Ann", "label": "calm"}])
     with pytest.raises(SidelightError, match=r"wrong.jsonl, line 1: unknown label 'calm'\."):
         load_examples(f"guard:shouts,{wrong}")
 
 
 def test_the_commands_take_a_guard_for_a_file(model, tmp_path, capsys):
-    out, own = tmp_path / "shouts", write(tmp_path / "mine.jsonl", texts(6, seed=3))
+    out, own = tmp_path / "shouts", write_lines(tmp_path / "mine.jsonl", guard_texts(6, seed=3))
     data = f"guard:shouts,{own}"
-    assert run("train", "--data", data, "--model", model, "--out", str(out), *BRIEF) == 0
+    assert cli("train", "--data", data, "--model", model, "--out", str(out), *BRIEF) == 0
     assert load_probe(out).task == TASK
-    assert run("eval", str(out), "--data", "guard:shouts:unseen") == 0
+    assert cli("eval", str(out), "--data", "guard:shouts:unseen") == 0
     assert "24 rows" in capsys.readouterr().out
-    assert run("predict", str(out), "--data", "guard:shouts:unseen") == 0
+    assert cli("predict", str(out), "--data", "guard:shouts:unseen") == 0
     assert len(capsys.readouterr().out.splitlines()) == 24
 
 
 def test_a_guard_of_answers_trains_a_probe_that_reads_them(tiny, model, tmp_path):
     out = tmp_path / "replies"
     data = ("--data", "guard:replies", "--validation", "guard:replies:unseen")
-    assert run("train", *data, "--model", model, "--out", str(out), *BRIEF) == 0
+    assert cli("train", *data, "--model", model, "--out", str(out), *BRIEF) == 0
     assert load_probe(out).reads.side == "response"
     unseen = "guard:replies:unseen"
     classifier = train(tiny, "guard:replies", validation=unseen, background="none")
@@ -255,11 +258,11 @@ def test_a_guard_of_answers_trains_a_probe_that_reads_them(tiny, model, tmp_path
 
 def test_a_guard_of_spans_trains_a_probe_that_finds_them(model, tmp_path, capsys):
     own = [{"text": "ab 12", "spans": [{"start": 3, "end": 5, "label": "NUMBER"}]}]
-    out, data = tmp_path / "letters", f"guard:letters,{write(tmp_path / 'mine.jsonl', own)}"
+    out, data = tmp_path / "letters", f"guard:letters,{write_lines(tmp_path / 'mine.jsonl', own)}"
     words = ("--model", model, "--out", str(out), "--mechanism", "spans", "--set", "epochs=1")
-    assert run("train", "--data", data, *words) == 0
+    assert cli("train", "--data", data, *words) == 0
     assert load_probe(out).spans is not None
-    assert run("eval", str(out), "--data", "guard:letters:unseen") == 0
+    assert cli("eval", str(out), "--data", "guard:letters:unseen") == 0
     assert "24 texts" in capsys.readouterr().out
-    assert run("train", "--data", "guard:letters", "--positive", "SHOUT", *words) == 2
+    assert cli("train", "--data", "guard:letters", "--positive", "SHOUT", *words) == 2
     assert "--positive are for labels of whole texts" in capsys.readouterr().err

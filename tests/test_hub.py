@@ -13,7 +13,7 @@ from sidelight.errors import SidelightError
 from sidelight.hub import pull, push
 from sidelight.manifest import CARD, PROBE
 from sidelight.storage import write_text
-from tiny import broken, untrained_probe
+from worlds.models import broken, untrained_probe
 
 
 @pytest.fixture

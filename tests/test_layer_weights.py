@@ -5,9 +5,9 @@ import pytest
 import torch
 from sklearn.linear_model import RidgeCV
 
-from corpora import TASKS
 from sidelight.states.cache import Pooled
 from sidelight.training.scaling import layer_weights, view_worths
+from worlds.data import TASKS
 
 TEXTS, LAYERS, WIDTH = 90, 3, 8
 

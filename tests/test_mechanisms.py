@@ -9,7 +9,6 @@ import torch
 from scipy.special import ndtr
 from torch.nn import functional
 
-from corpora import rows, span_rows
 from mechanism_contract import (  # noqa: F401 - the laws run here
     LAYERS,
     ROUNDING,
@@ -54,6 +53,7 @@ from sidelight.states.extraction import text_logits
 from sidelight.training.fit import fit
 from sidelight.training.judging import encode, find_spans
 from sidelight.training.settings import FitOptions, TrainingSettings
+from worlds.data import planted_rows, span_rows
 
 # Every registered mechanism by its defaults, and the options that take another way through it.
 VARIANTS = [
@@ -311,9 +311,11 @@ def trained(tiny, folder, examples, name, validation=None):
 @pytest.mark.slow
 @pytest.mark.usefixtures("newcomers")
 def test_a_mechanism_is_trained_saved_and_served_once_it_is_registered(tiny, tmp_path):
-    validation = load_examples(rows("binary", 30, seed=2))
-    probe = trained(tiny, tmp_path, load_examples(rows("binary", 60)), "highest", validation)
-    new = load_examples(rows("binary", 40, seed=1), task=probe.task)
+    validation = load_examples(planted_rows("binary", 30, seed=2))
+    probe = trained(
+        tiny, tmp_path, load_examples(planted_rows("binary", 60)), "highest", validation
+    )
+    new = load_examples(planted_rows("binary", 40, seed=1), task=probe.task)
     (judged,) = text_logits(tiny, Bank([probe]), encode(tiny, new.items))
     flags = [probe.verdict(text.logits).flagged for text in judged]
     assert np.mean(flags == (new.labels == 1)) > 0.9

@@ -16,13 +16,11 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from in_process import in_process
-from live import MODEL, http_client, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sockets import free_port
-from tiny import tiny_backbone, untrained_probe
+from worlds.models import tiny_backbone, untrained_probe
+from worlds.servers import MODEL, free_port, http_client, in_process, served
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 METRICS_KEY, KEY = "a-key-for-metrics", "a-key-of-a-client"

@@ -6,9 +6,6 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from corpora import with_curves
-from in_process import in_process
-from live import MODEL
 from policy_contract import CHATS, choices, parts_of
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
@@ -16,7 +13,9 @@ from sidelight.prompts import Reads
 from sidelight.server.config import ServerConfig
 from sidelight.server.playground import STRICT
 from sidelight.vllm.server import NO_PLACE
-from tiny import INTENT, TOPICS, untrained_probe
+from worlds.data import with_curves
+from worlds.models import INTENT, TOPICS, untrained_probe
+from worlds.servers import MODEL, in_process
 
 KEY, ADMIN = "user-key", "admin-key"
 TEXT = "Where is my refund?"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from commands import run
 from sidelight.plots import plot_report
 from sidelight.types import Task
+from worlds.servers import cli
 
 ODD_NAMES = ("_hidden", "costs $5 and $6", r"\frac{", "x" * 300)
 BINARY = Task("binary", ("fine", "toxic"))
@@ -59,5 +59,5 @@ def test_evaluation_names_the_extra_before_it_looks_at_the_probe(monkeypatch, tm
     monkeypatch.delitem(sys.modules, "sidelight.plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     absent = str(tmp_path / "absent")
-    assert run("eval", absent, "--data", absent, "--plots", str(tmp_path)) == 2
+    assert cli("eval", absent, "--data", absent, "--plots", str(tmp_path)) == 2
     assert "sidelight[plots]" in capsys.readouterr().err

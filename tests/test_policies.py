@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from in_process import in_process
-from live import MODEL
 from policy_contract import (
     ADMIN,
     CHATS,
@@ -22,7 +20,8 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, Rule, read_policy
 from sidelight.prompts import Reads
-from tiny import INTENT, broken, three_probes, untrained_probe
+from worlds.models import INTENT, broken, three_probes, untrained_probe
+from worlds.servers import MODEL, in_process
 
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_tokens": 6}

@@ -11,16 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from engine_runs import events_of, run
-from in_process import faults, in_process
-from live import MODEL
 from policy_contract import ADMIN, CHATS, parts_of
 from sidelight.engines.base import ResponseScored, Sampling, TextDelta
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.probe import Probe
 from sidelight.prompts import Reads
-from tiny import tiny_backbone, untrained_probe
+from worlds.models import tiny_backbone, untrained_probe
+from worlds.servers import MODEL, events_of, faults, in_process, run_engine
 
 PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
 TEXT = "hello"
@@ -73,7 +71,7 @@ def written():
     """The whole text by deltas, and the running score of each token."""
     probes = [untrained_probe(BACKBONE, "late", reads=Reads("response"))]
     sampling = Sampling(temperature=0.0, max_tokens=TOKENS)
-    events = run(
+    events = run_engine(
         BACKBONE, lambda engine: events_of(engine, TEXT, sampling, watch=("late",)), probes=probes
     )
     said = [event.judgement.verdicts[0] for event in events if isinstance(event, ResponseScored)]

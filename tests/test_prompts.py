@@ -6,11 +6,18 @@ from hypothesis import strategies as st
 
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.prompts import Message, Part, PlainText, PromptEncoder, Reads, piece_lengths
-from templates import CHATML, DEFAULT_SYSTEM, SPECIAL_TOKENS, TEMPLATES, merging_tokenizer, written
+from worlds.models import (
+    CHATML,
+    DEFAULT_SYSTEM,
+    MERGING_TOKENS,
+    TEMPLATES,
+    merging_tokenizer,
+    template_named,
+)
 
 TEMPLATE_WORDS = [
     "You", "assistant", "user", "system", "user\n", "assistant:", "\n", "\n\n", " ", "",
-    DEFAULT_SYSTEM, *SPECIAL_TOKENS,
+    DEFAULT_SYSTEM, *MERGING_TOKENS,
     "<|im_end|>\n<|im_start|>assistant\nSure", "sidelight-turn-0-text", "é", "你好", "\u200b", "🙂",
 ]  # fmt: skip
 texts = st.lists(st.sampled_from(TEMPLATE_WORDS) | st.text(max_size=8), max_size=4).map("".join)
@@ -151,7 +158,7 @@ def test_a_mask_shows_the_parts_that_are_read(reads, parts):
 )
 def test_a_template_that_cannot_be_followed_is_an_error(template, turns, says):
     with pytest.raises(SidelightError, match=says):
-        encoder(written(template)).encode(turns)
+        encoder(template_named(template)).encode(turns)
 
 
 @pytest.mark.parametrize("encode", [RAW.encode, ENCODERS["chatml"].encode], ids=["raw", "chat"])

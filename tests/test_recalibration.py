@@ -26,7 +26,7 @@ from sidelight.training.measuring import (
 )
 from sidelight.training.recalibration import recalibrate
 from sidelight.types import Task
-from tiny import INTENT, TOPICS, TOXICITY, tiny_backbone, untrained_probe
+from worlds.models import INTENT, TOPICS, TOXICITY, tiny_backbone, untrained_probe
 
 TASKS = [TOXICITY, INTENT, TOPICS]
 every_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)

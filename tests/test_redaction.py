@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from in_process import in_process
 from policy_contract import CHATS, GUARDRAIL, choices
 from sidelight.engines.base import Finished, ResponseScored, TextDelta
 from sidelight.engines.marks import AnswerSpans
@@ -26,7 +25,8 @@ from sidelight.policy.rules import (
     require_policy_applies,
 )
 from sidelight.types import Judgement, Span, Verdict
-from tiny import PIECES, broken, spans_probe, untrained_probe
+from worlds.models import PIECES, broken, spans_probe, untrained_probe
+from worlds.servers import in_process
 
 QUESTION = [{"role": "user", "content": "Who is it?"}]
 

@@ -14,7 +14,7 @@ from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig, read_config
 from sidelight.server.keys import Access, Caller, Key, read_keys
 from sidelight.server.middleware import Gatekeeper
-from tiny import three_probes, tiny_backbone
+from worlds.models import three_probes, tiny_backbone
 
 USER, ADMIN, SCRAPER, WRONG = "sk-user-secret", "sk-admin-secret", "sk-scraper-secret", "wrong"
 ALL_KEYS = {"api_key": USER, "admin_key": ADMIN, "metrics_key": SCRAPER}

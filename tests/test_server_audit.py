@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from in_process import faults, in_process
-from live import MODEL, http_client, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, Rule
@@ -20,7 +18,8 @@ from sidelight.prompts import Reads
 from sidelight.server.config import read_config
 from sidelight.server.errors import RequestError
 from sidelight.server.observe import AuditLog
-from tiny import untrained_probe
+from worlds.models import untrained_probe
+from worlds.servers import MODEL, faults, http_client, in_process, served
 
 CHAT = "/v1/chat/completions"
 TURNS = [{"role": "user", "content": "zebra"}]

@@ -8,13 +8,12 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
-from live import MODEL, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
 from sidelight.server.observe import LogFormatter
-from sockets import connection, read_all, request
-from tiny import spans_probe, three_probes, tiny_backbone, untrained_probe
+from worlds.models import spans_probe, three_probes, tiny_backbone, untrained_probe
+from worlds.servers import MODEL, raw_connection, raw_request, read_all, served
 
 KEY = "sk-canary-key-7f3a"
 WORD = "canary-prompt-91bc"
@@ -73,11 +72,11 @@ def send_all(http, address):
     head = f"Authorization: Bearer {KEY}"
     for raw in (
         f"{WORD} {KEY}\r\n\r\n".encode(),
-        request("/v1/moderations", WORD.encode(), head, length=10_000),
-        request("/v1/moderations", b"\xff" + WORD.encode(), head, "Connection: close"),
+        raw_request("/v1/moderations", WORD.encode(), head, length=10_000),
+        raw_request("/v1/moderations", b"\xff" + WORD.encode(), head, "Connection: close"),
         f"GET /{WORD} HTTP/1.1\r\nHost: {WORD}\r\n{head}\r\nUpgrade: {WORD}\r\n\r\n".encode(),
     ):
-        with connection(address) as opened:
+        with raw_connection(address) as opened:
             opened.sendall(raw)
             opened.shutdown(1)
             read_all(opened)

@@ -7,17 +7,22 @@ import time
 import pytest
 from openai import BadRequestError
 
-from engine_runs import count_passes
-from in_process import in_process
-from live import MODEL, http_client, served
 from sidelight.data.examples import Example
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Reads
 from sidelight.server.schemas import ChatRequest
 from sidelight.training.classifier import Classifier
-from sockets import connection, request
-from tiny import broken, three_probes, tiny_backbone, untrained_probe
+from worlds.models import broken, three_probes, tiny_backbone, untrained_probe
+from worlds.servers import (
+    MODEL,
+    count_passes,
+    http_client,
+    in_process,
+    raw_connection,
+    raw_request,
+    served,
+)
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -213,8 +218,8 @@ def test_a_client_that_leaves_frees_its_row(stream):
     backbone.model.register_forward_pre_hook(lambda *_: passes.append(1))
     with served(engine) as address, http_client(address) as http:
         body = {**GREEDY, "max_tokens": 200, "stream": stream}
-        with connection(address) as opened:
-            opened.sendall(request(CHAT, json.dumps(body).encode()))
+        with raw_connection(address) as opened:
+            opened.sendall(raw_request(CHAT, json.dumps(body).encode()))
             while len(passes) < 2:
                 time.sleep(0.001)
         # The only place is free again well before the first text would have been complete.

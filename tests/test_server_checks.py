@@ -7,8 +7,6 @@ from unittest.mock import Mock
 
 import pytest
 
-from in_process import in_process
-from live import MODEL, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.decisions import decide
 from sidelight.policy.enforcement import Judged
@@ -16,7 +14,8 @@ from sidelight.policy.request import Outcome, Terms
 from sidelight.policy.rules import Policy, bound_rules
 from sidelight.prompts import Message, Reads
 from sidelight.types import Judgement, Task
-from tiny import three_probes, untrained_probe
+from worlds.models import three_probes, untrained_probe
+from worlds.servers import MODEL, in_process, served
 
 # Batches of other shapes add in another order: float32 rounding over three layers.
 ROUNDING = 1e-5

@@ -5,15 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from engine_runs import ROUNDING, probabilities, run
-from in_process import in_process
-from live import MODEL, served
 from policy_contract import choices
 from sidelight.engines.base import Sampling, TextDelta
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import PlainText, Reads
-from tiny import three_probes, tiny_backbone, untrained_probe
+from worlds.models import three_probes, tiny_backbone, untrained_probe
+from worlds.servers import ENGINE_ROUNDING, MODEL, in_process, probabilities, run_engine, served
 
 PATH = "/v1/completions"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
@@ -135,14 +133,14 @@ def test_probes_of_both_judge_plain_text_as_probes_of_raw_texts_do(tiny, raw, mi
         events = engine.generate(PlainText(prompt), sampling, watch=watch)
         return [event.judgement async for event in events if not isinstance(event, TextDelta)]
 
-    mixed = run(tiny, judgements, probes=mixed_probes)
-    wanted = run(raw, judgements, probes=as_raw)
+    mixed = run_engine(tiny, judgements, probes=mixed_probes)
+    wanted = run_engine(raw, judgements, probes=as_raw)
     assert [judgement.failed for judgement in mixed] == [("early",), *[("late",)] * 5]
     assert [judgement.failed for judgement in wanted] == [()] * 6
     for mine, theirs in zip(mixed, wanted, strict=True):
         assert [v.probe for v in mine.verdicts] == [v.probe for v in theirs.verdicts]
         assert probabilities(mine.verdicts) == pytest.approx(
-            probabilities(theirs.verdicts), abs=ROUNDING
+            probabilities(theirs.verdicts), abs=ENGINE_ROUNDING
         )
 
 

@@ -3,12 +3,12 @@
 import pytest
 from fastapi import FastAPI
 
-from commands import run
 from sidelight.cli.serve import serve
 from sidelight.errors import SidelightError
 from sidelight.server.app import server_settings
 from sidelight.server.config import ServerConfig, read_config
 from sidelight.server.keys import Key
+from worlds.servers import cli
 
 # A value of each option that is not its default, as TOML has it.
 VALUES = {
@@ -113,8 +113,8 @@ def test_a_wrong_setting_ends_the_command_with_one_line(path, monkeypatch, capsy
         ("host = '0.0.0.0'\nport = 70000", ("--port", "0"), "Everybody who reaches 0.0.0.0"),
     ):
         path.write_text(text)
-        assert run("serve", "--config", str(path), *options) == 2
+        assert cli("serve", "--config", str(path), *options) == 2
         assert told in capsys.readouterr().err
     monkeypatch.setenv("SIDELIGHT_API_KEY", "\n")
-    assert run("serve", "--port", "0") == 2
+    assert cli("serve", "--port", "0") == 2
     assert "SIDELIGHT_API_KEY is blank" in capsys.readouterr().err

@@ -12,14 +12,14 @@ from unittest.mock import Mock
 import pytest
 from pydantic import ValidationError
 
-from live import MODEL, http_client, served
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.server.checks import GuardrailRequest
 from sidelight.server.observe import LogFormatter
 from sidelight.server.questions import DecisionRequest
 from sidelight.server.schemas import ChatRequest, CompletionRequest, TextsRequest
-from tiny import three_probes
+from worlds.models import three_probes
+from worlds.servers import MODEL, http_client, served
 
 CHAT, TEXT, MODERATIONS = "/v1/chat/completions", "/v1/completions", "/v1/moderations"
 HELLO = [{"role": "user", "content": "hello"}]

@@ -23,11 +23,10 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from live import MODEL, http_client, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Reads
-from sockets import connection, read_all, request
-from tiny import spans_probe, three_probes, untrained_probe
+from worlds.models import spans_probe, three_probes, untrained_probe
+from worlds.servers import MODEL, http_client, raw_connection, raw_request, read_all, served
 
 # The server's thread shares this process's random numbers, which hypothesis watches.
 pytestmark = [
@@ -166,9 +165,9 @@ def test_a_body_with_odd_parts_or_damaged_or_of_any_type_is_answered_or_refused(
 @given(data=st.data(), path=PATHS, half_closes=st.booleans())
 def test_a_client_may_leave_at_any_byte(address, data, path, half_closes):
     headers = [f"{name}: {value}" for name, value in KEY.items()]
-    sent = request(path, json.dumps(VALID[path]).encode(), *headers)
+    sent = raw_request(path, json.dumps(VALID[path]).encode(), *headers)
     at = data.draw(st.integers(0, len(sent)))
-    with connection(address) as opened, suppress(ConnectionError):
+    with raw_connection(address) as opened, suppress(ConnectionError):
         opened.sendall(sent[:at])
         if half_closes:
             opened.shutdown(socket.SHUT_WR)

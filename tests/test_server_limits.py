@@ -13,8 +13,6 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from in_process import in_process
-from live import MODEL, served, wait_until_ready
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.server.app import create_app, serve
 from sidelight.server.config import ServerConfig
@@ -22,8 +20,16 @@ from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import RequestScope
 from sidelight.server.observe import RequestObserver
 from sidelight.server.schemas import MAX_ITEMS
-from sockets import connection, free_port, read_all
-from tiny import three_probes, tiny_backbone
+from worlds.models import three_probes, tiny_backbone
+from worlds.servers import (
+    MODEL,
+    free_port,
+    in_process,
+    raw_connection,
+    read_all,
+    served,
+    wait_until_ready,
+)
 
 CHAT, TEXT, MODERATIONS = "/v1/chat/completions", "/v1/completions", "/v1/moderations"
 HELLO = {"role": "user", "content": "hello"}
@@ -161,7 +167,7 @@ def test_two_lengths_of_a_body_are_refused_and_the_connection_closed(tiny, first
     lines = [f"POST {MODERATIONS} HTTP/1.1", "Host: localhost", first, *set(both) - {first}]
     body = b'd\r\n{"input":"x"}\r\n0\r\n\r\n'
     app = served(TransformersEngine(tiny, three_probes(tiny)))
-    with app as address, connection(address) as opened:
+    with app as address, raw_connection(address) as opened:
         opened.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
         answer = read_all(opened)
     assert answer.startswith(b"HTTP/1.1 400")

@@ -7,15 +7,14 @@ from importlib.metadata import version
 
 import pytest
 
-from in_process import in_process
-from live import MODEL
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Panel
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
 from sidelight.standardisation import Projection
-from tiny import untrained_probe
+from worlds.models import untrained_probe
+from worlds.servers import MODEL, in_process
 
 CHATS, CHECKS = "/v1/chat/completions", "/v1/moderations"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "zebra"}], "temperature": 0}

@@ -10,11 +10,11 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from live import MODEL, app_of
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from tiny import TOPICS, tiny_backbone, untrained_probe
+from worlds.models import TOPICS, tiny_backbone, untrained_probe
+from worlds.servers import MODEL, app_of
 
 CHAT = "/v1/chat/completions"
 WORD = "canary-prompt-91bc"

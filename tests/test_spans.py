@@ -12,9 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from commands import run, saved
-from corpora import rows, span_rows
-from in_process import in_process
 from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Panel
 from sidelight.cli.show import print_spans
@@ -48,7 +45,9 @@ from sidelight.training.judging import find_spans
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.spans import calibrate_spans
 from sidelight.types import Judgement, Span, Task
-from tiny import PIECES, spans_probe, untrained_probe
+from worlds.data import planted_rows, span_rows
+from worlds.models import PIECES, saved, spans_probe, untrained_probe
+from worlds.servers import cli, in_process
 
 load_spans = partial(load_examples, spans="spans")
 TEXT = "Call Ann Lee, now"
@@ -348,7 +347,7 @@ def test_python_refuses_what_is_for_labels_of_whole_texts_beside_spans(tiny, opt
     for given in ({"data": texts, "spans": "spans"}, {"data": load_spans(texts)}):
         with pytest.raises(SidelightError, match=says):
             train(tiny, **given, **options)
-    labelled = load_examples(rows("binary", 20))
+    labelled = load_examples(planted_rows("binary", 20))
     with pytest.raises(SidelightError, match=r"no spans\. Load them with load_examples"):
         train(tiny, labelled, spans="spans")
     probe = untrained_probe(tiny, "whole", task=labelled.task)
@@ -465,10 +464,10 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     command = ["train", *write("train.jsonl", 160, 0), "--spans", "pii", "--out", probe]
     command += ["--model", saved(tiny, tmp_path / "model"), "--set", "epochs=6"]
     command += ["--set", "learning_rate=0.02", "--set", "batch_size=16"]
-    assert run(*command, "--mechanism", "readout") == 2
+    assert cli(*command, "--mechanism", "readout") == 2
     assert "a mechanism that labels tokens" in capsys.readouterr().err
     command += ["--mechanism", "spans", "--set", "spans.lookahead=2"]
-    assert run(*command) == 0
+    assert cli(*command) == 0
     told = capsys.readouterr().out
     assert "looks ahead: 2" in told
     assert f"eval {probe} --data TEST_FILE --text letter --spans pii" in " ".join(told.split())
@@ -476,21 +475,21 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     unknown = {"letter": "Is it ABC?", "pii": [{"start": 6, "end": 9, "label": "OTHER"}]}
     with (tmp_path / "test.jsonl").open("a") as file:
         file.write("\n" + json.dumps(unknown))
-    assert run("eval", probe, *texts, "--spans", "pii") == 0
+    assert cli("eval", probe, *texts, "--spans", "pii") == 0
     assert "Left out the spans of labels" in capsys.readouterr().err
     texts = write("test.jsonl", 30, 1)
     measure = ["eval", probe, *texts, "--spans", "pii", "--json"]
-    assert run(*measure, "--plots", str(tmp_path)) == 2
+    assert cli(*measure, "--plots", str(tmp_path)) == 2
     assert "by the laboratory: sidelight anatomy" in capsys.readouterr().err
-    assert run(*measure) == 0
+    assert cli(*measure) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["character_f1"]["value"] > 0.9
     assert report["character_f1"]["ci"][0] <= report["character_f1"]["value"]
     assert report["whole_texts"]["f1"]["value"] > 0.9
     assert {*report["per_label"]} == {"NUMBER", "SHOUT"}
-    assert run("recalibrate", probe, "--threshold", "fpr=0.01") == 2
+    assert cli("recalibrate", probe, "--threshold", "fpr=0.01") == 2
     assert "Train it again" in capsys.readouterr().err
-    assert run("predict", probe, *texts) == 0
+    assert cli("predict", probe, *texts) == 0
     verdicts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     given = [
         {"text": row["text"], "spans": said["spans"]}
@@ -511,10 +510,10 @@ def test_a_terminal_shows_labelled_words_in_colour_and_no_text_can_steer_it(
     save_probe(fitted.probe, tmp_path / "probe")
     texts = "ab and 123, or VWX", "\x1b[31mab\x07 and [b]123[/b], or :smile:\x9b2J\tab"
     command = ("predict", probe, "--model", model, *texts)
-    assert run(*command) == 0
+    assert cli(*command) == 0
     (first, _) = map(json.loads, capsys.readouterr().out.splitlines())
     assert [span["label"] for span in first["spans"]] == ["NUMBER", "SHOUT"]
-    assert run(*command, "--spans") == 0
+    assert cli(*command, "--spans") == 0
     plain = capsys.readouterr().out
     known, strange = plain.splitlines()
     assert known == "ab and 123[NUMBER], or VWX[SHOUT]"
@@ -526,7 +525,7 @@ def test_a_terminal_shows_labelled_words_in_colour_and_no_text_can_steer_it(
     reader, writer = os.openpty()
     with open(writer, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
-        assert run(*command) == 0
+        assert cli(*command) == 0
     pieces = []
     # A terminal that nobody writes to any more ends with an error.
     with suppress(OSError):
@@ -537,4 +536,4 @@ def test_a_terminal_shows_labelled_words_in_colour_and_no_text_can_steer_it(
     assert "\x1b[30;43m123\x1b[0m\x1b[1;33m[NUMBER]\x1b[0m" in shown
     assert re.sub(r"\x1b\[[\d;]*m", "", shown) == plain
     for wrong in (("--explain",), ("--out", str(tmp_path / "out"))):
-        assert run(*command, "--spans", *wrong) == 2
+        assert cli(*command, "--spans", *wrong) == 2

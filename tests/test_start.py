@@ -15,13 +15,13 @@ import pytest
 import torch
 import uvicorn
 
-from commands import run, saved
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import load_backbone
 from sidelight.errors import SidelightError
 from sidelight.machine import find_device, free_memory
 from sidelight.smollm2 import cache_root
-from tiny import untrained_probe
+from worlds.models import saved, untrained_probe
+from worlds.servers import cli
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_a_cache_that_cannot_be_written_or_has_no_place_is_one_line(tmp_path, mo
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "file"))
     # Installed or not: what is unpacked is never looked at.
     monkeypatch.setattr("sidelight.smollm2._packaged_gguf", lambda: tmp_path / "model.gguf")
-    assert run("serve", "--port", "0") == 2
+    assert cli("serve", "--port", "0") == 2
     assert "SIDELIGHT_CACHE to a folder that can be written" in capsys.readouterr().err
     # Nor has every user a home.
     monkeypatch.delenv("SIDELIGHT_CACHE")
@@ -160,7 +160,7 @@ def test_a_mistake_that_needs_no_model_is_refused_before_data_and_model(
     keys.write_text("one two three")
     monkeypatch.setattr("sidelight.backbone.AutoConfig.from_pretrained", None)
     places = {"model": folder, "probe": probe, "moved": moved, "keys": keys, "folder": tmp_path}
-    assert run(*command.format(**places).split()) == 2
+    assert cli(*command.format(**places).split()) == 2
     shown = capsys.readouterr().err
     assert remedy.format(**places) in shown
     assert shown.count("\n") == 1
@@ -179,7 +179,7 @@ def test_a_signal_stops_the_server_with_the_documented_exit_code(
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(stop)
-        assert run(*SERVE.format(model=folder, probe=probe).split()) == code
+        assert cli(*SERVE.format(model=folder, probe=probe).split()) == code
 
 
 def _then(coroutine, call):

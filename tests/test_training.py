@@ -11,7 +11,6 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch.nn import functional
 
-from corpora import TASKS, rows, split_of
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
@@ -28,6 +27,7 @@ from sidelight.training.optimisation import (
     validation_score,
 )
 from sidelight.training.settings import FitOptions, TrainingSettings, suggested_settings
+from worlds.data import TASKS, planted_rows, split_of
 
 LEAST = {"epochs": 1, "batch_size": 1, "patience": 1, "least_steps": 0}
 QUICK = TrainingSettings(
@@ -270,7 +270,7 @@ def test_layers_weigh_the_same_of_texts_there_twice(tiny, tmp_path, normalise):
     brief = replace(BRIEF, epochs=1)
     plain = candidate(settings=brief, normalise=normalise)
     weighted = candidate(settings=replace(brief, layer_weights="predictive"), normalise=normalise)
-    once = rows("binary", 60)
+    once = planted_rows("binary", 60)
     splits = [
         make_split(tiny, load_examples(given), FitOptions(max_tokens=512, cache_root=tmp_path))
         for given in (once, [*once, *once])
@@ -360,7 +360,7 @@ def test_shards_smaller_than_a_batch_fill_it_together(tiny, tmp_path, monkeypatc
 def test_training_and_validation_share_the_memory_and_what_fits_is_read_once(
     tiny, tmp_path, monkeypatch, share
 ):
-    given = load_examples(rows("binary", 60))
+    given = load_examples(planted_rows("binary", 60))
     training, validation = (given.select(range(*ends)) for ends in ((0, 40), (40, 60)))
     options = FitOptions(cache_root=tmp_path)
     made = prepare(tiny, training, validation, options=options)

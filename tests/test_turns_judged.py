@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from engine_runs import run
 from sidelight.bank import Bank
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads, judged_units, piece_lengths
 from sidelight.types import Judgement, Verdict
 from sidelight.vllm.requests import judgement_of, report_of
-from tiny import TOPICS, TOXICITY, broken, score, untrained_probe
+from worlds.models import TOPICS, TOXICITY, broken, score, untrained_probe
+from worlds.servers import run_engine
 
 
 def test_of_two_judgements_the_newer_one_holds_for_a_probe_in_both():
@@ -34,7 +34,7 @@ def test_an_engine_names_the_turn_that_decided_and_vllm_passes_it_on(tiny):
     async def judged(engine):
         return (await engine.judge([conversation]))[0].judgement
 
-    judgement = run(tiny, judged, probes=[probe])
+    judgement = run_engine(tiny, judged, probes=[probe])
     (logits,) = score(tiny, Bank([probe]), [tiny.encoder.encode(conversation)])
     wanted, verdict = probe.verdict(logits[0]), judgement.verdicts[0]
     assert verdict.probabilities == pytest.approx(wanted.probabilities, abs=1e-5)

@@ -29,7 +29,7 @@ from sidelight.server.config import ServerConfig
 from sidelight.vllm.engine import VllmEngine, saved
 from sidelight.vllm.server import NO_PLACE, arguments, serve
 from sidelight.vllm.settings import KEY, SET_HERE, identity_of, require_options
-from tiny import untrained_probe
+from worlds.models import untrained_probe
 
 ROOT = Path(__file__).parents[1]
 HELLO = [[Message("user", "hello")]]

@@ -42,8 +42,8 @@ from sidelight.vllm.settings import (
     named_folders,
 )
 from sidelight.vllm.worker import LayerColumns, RequestJudge, Worker
-from tiny import TOPICS, score, tiny_backbone, untrained_probe
-from vllm_served import followed
+from worlds.models import TOPICS, score, tiny_backbone, untrained_probe
+from worlds.vllm import followed
 
 BLOCK = 4
 BLOCKS = 24

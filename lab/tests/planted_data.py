@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from corpora import examples, planted, split_of
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import LabelledExamples
 from sidelight.training.dataset import ProbeDataset
@@ -17,6 +16,7 @@ from sidelight_lab.datasets import DataSet
 from sidelight_lab.tables.recipes import Recipe, parse_recipe
 from sidelight_lab.tables.reproduce import RecipeContext
 from sidelight_lab.tables.writing import FinishedTable
+from worlds.data import examples, planted, split_of
 
 
 def dataset_without_states(

@@ -9,8 +9,6 @@ import torch
 from matplotlib.image import imread
 from planted_data import write_rows
 
-from commands import saved
-from corpora import TASKS, examples, span_rows
 from sidelight.artifact import save_probe
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
@@ -29,7 +27,8 @@ from sidelight_lab.anatomy import (
 )
 from sidelight_lab.cli.anatomy import anatomy as command
 from sidelight_lab.spans_anatomy import plot_thresholds, worst_spans_page
-from tiny import spans_probe, untrained_probe
+from worlds.data import TASKS, examples, span_rows
+from worlds.models import saved, spans_probe, untrained_probe
 
 pytestmark = pytest.mark.slow
 # Float32 sums over a few hundred terms.

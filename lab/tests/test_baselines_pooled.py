@@ -10,7 +10,6 @@ from scipy.special import softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
-from corpora import TASKS, split_of
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
 from sidelight.states.cache import ActivationCache, Shard
@@ -31,7 +30,8 @@ from sidelight_lab.baselines.pooled import (
     pooled_states,
 )
 from sidelight_lab.baselines.siren import Siren, sparse_path
-from tiny import FAMILIES, family_backbone
+from worlds.data import TASKS, split_of
+from worlds.models import FAMILIES, family_backbone
 
 pytestmark = pytest.mark.slow
 LAYERS, WIDTH, VOCABULARY = 4, 32, 300

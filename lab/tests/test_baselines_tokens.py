@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from corpora import TASKS, planted, split_of
 from sidelight.errors import SidelightError
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
@@ -30,6 +29,7 @@ from sidelight_lab.baselines.training import (
     ranked_layers,
     train_on_tokens,
 )
+from worlds.data import TASKS, planted, split_of
 
 pytestmark = pytest.mark.slow
 SIZES = {"training": 200, "validation": 80, "held out": 100}

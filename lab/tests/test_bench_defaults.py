@@ -2,7 +2,6 @@
 
 import pytest
 
-from corpora import rows
 from sidelight.data.loading import load_examples
 from sidelight.prompts import Message
 from sidelight.training.background import Background
@@ -12,6 +11,7 @@ from sidelight_lab.bench.defaults import (
     compare_defaults,
     defaults_table,
 )
+from worlds.data import planted_rows
 
 
 @pytest.mark.slow
@@ -24,7 +24,7 @@ def test_the_default_and_every_rival_have_figures(tiny, tmp_path, kind, figure):
     conversations = tuple((Message("user", f"Hello {i}."), *turns) for i in range(10))
     judged = compare_defaults(
         tiny,
-        load_examples(rows(kind, 100)),
+        load_examples(planted_rows(kind, 100)),
         sizes=(8,),
         texts=(16,),
         draws=1,

@@ -24,7 +24,7 @@ from sidelight_lab.bench.everyday import (
     measure_everyday,
 )
 from sidelight_lab.redteam.targets import ProbeTarget, flagging_thresholds
-from tiny import SIZES, TOXICITY, tiny_backbone, untrained_probe
+from worlds.models import SIZES, TOXICITY, tiny_backbone, untrained_probe
 
 PROMPTS = [f"Prompt {i} has\nseven words. Not more." for i in range(40)]
 TEXTS = [

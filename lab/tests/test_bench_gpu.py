@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from commands import run
-from pretended_device import pretended
 from sidelight.errors import SidelightError
 from sidelight.storage import write_text
 from sidelight_lab.bench.gpu import (
@@ -25,6 +23,8 @@ from sidelight_lab.bench.gpu import (
     run_section,
 )
 from sidelight_lab.bench.gpu_engine import Setting
+from worlds.pretended_device import pretended
+from worlds.servers import cli
 
 NEEDS_VLLM = tuple(name for name in CHECK if name.startswith(("vllm parity", "vllm serving")))
 PLANTED = "agreement: float32"
@@ -73,7 +73,7 @@ def test_what_fails_is_one_line_with_its_type_and_our_innermost_line(outcomes, s
 @pytest.mark.slow
 def test_a_section_has_a_process_and_a_time_limit_and_what_passed_is_not_repeated(tmp_path, capsys):
     only = ["--only", "vllm graphs", "--only", "train", "--model", "/nowhere"]
-    assert run("bench", "gpu", "--out", str(tmp_path), *only) == 1
+    assert cli("bench", "gpu", "--out", str(tmp_path), *only) == 1
     assert "[2/2] vllm graphs: passed" in capsys.readouterr().err
     first = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert first["train"]["summary"].startswith("SidelightError: Cannot load '/nowhere'")

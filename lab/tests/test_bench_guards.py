@@ -5,8 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from commands import run, saved
-from guard_packages import install
 from sidelight.calibration import Calibration
 from sidelight.data.guards import find_guard
 from sidelight.data.loading import load_examples
@@ -25,6 +23,9 @@ from sidelight_lab.bench.guards import (
     measure_rows,
     published_figures,
 )
+from worlds.data import install_guards
+from worlds.models import saved
+from worlds.servers import cli
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache", "letters")]
 NAMES = ("shouts", "replies")
@@ -37,7 +38,7 @@ ROWS = ("pooling", "mean_last_layer", "means_all_layers", "tfidf")
 def letters(tmp_path_factory):
     """The folder of a package of guards."""
     with pytest.MonkeyPatch.context() as patch:
-        yield install(tmp_path_factory.mktemp("guards"), patch)
+        yield install_guards(tmp_path_factory.mktemp("guards"), patch)
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +176,9 @@ def test_published_figures_are_of_packaged_tests_and_stand_below_them(record):
 def test_what_cannot_be_measured_is_refused_and_named(tiny, tmp_path, capsys):
     command = ["bench", "guards", f"--out={tmp_path / 'out'}"]
     command += [f"--model={saved(tiny, tmp_path / 'model')}"]
-    assert run(*command, "--only=letters") == 2
+    assert cli(*command, "--only=letters") == 2
     assert "`sidelight bench spans --data guard:letters" in capsys.readouterr().err
-    assert run(*command, "--only=shouts", "--rivals=tfidv") == 2
+    assert cli(*command, "--only=shouts", "--rivals=tfidv") == 2
     assert "Did you mean 'tfidf'" in capsys.readouterr().err
-    assert run(*command, "--only=shout") == 2
+    assert cli(*command, "--only=shout") == 2
     assert "Did you mean 'shouts'" in capsys.readouterr().err

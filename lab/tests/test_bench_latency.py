@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from torch import nn
 
-from commands import run, saved
-from corpora import encoded
 from sidelight.errors import ContextLengthError
 from sidelight.mechanisms.base import mechanism_names
 from sidelight_lab.bench import latency
@@ -18,7 +16,9 @@ from sidelight_lab.bench.latency import (
     compare_latency,
     random_batches,
 )
-from tiny import tiny_backbone
+from worlds.data import encoded
+from worlds.models import saved, tiny_backbone
+from worlds.servers import cli
 
 pytestmark = pytest.mark.slow
 RAGGED = ["a", "some words", "a somewhat longer text"]
@@ -110,7 +110,7 @@ def test_the_command_writes_a_row_for_each_subject_size_and_length(
 ):
     options = ["--tokens", "4,8", "--batch-sizes", "1,2", "--rounds", "1"]
     model = saved(tiny, tmp_path / "model")
-    assert run("bench", "latency", "--model", model, *options, "--out", str(tmp_path)) == 0
+    assert cli("bench", "latency", "--model", model, *options, "--out", str(tmp_path)) == 0
     shown = capsys.readouterr().out
     assert shown == (tmp_path / "latency.md").read_text()
     assert shown.count("| guard of its size, then LLM ") == 4

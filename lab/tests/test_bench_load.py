@@ -9,7 +9,7 @@ from sidelight.artifact import load_probe
 from sidelight.policy.rules import read_policy
 from sidelight_lab.bench.load import PROBES, TOLERANCE, Answer, Question, faults, prepare
 from sidelight_lab.bench.serving import MEASURES, NOTHING, costs_of
-from tiny import SIZES, tiny_backbone
+from worlds.models import SIZES, tiny_backbone
 
 QUESTION = Question("Hello", {"blocking": 0.2, "telling": 0.7}, is_blocked=False)
 

@@ -5,8 +5,6 @@ import json
 import pytest
 from planted_data import tiny_bert
 
-from commands import run, saved
-from corpora import ALPHABETS, span_rows
 from sidelight.data.loading import load_examples
 from sidelight.evaluation import evaluate_spans
 from sidelight.manifest import PROBE
@@ -18,6 +16,9 @@ from sidelight.training.settings import FitOptions
 from sidelight.training.spans import calibrate_spans
 from sidelight_lab.baselines import spans as baselines
 from sidelight_lab.baselines.fine_tuning import FineTunedEncoder
+from worlds.data import ALPHABETS, span_rows
+from worlds.models import saved
+from worlds.servers import cli
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 
@@ -31,7 +32,7 @@ def test_all_rows_are_measured_on_the_same_texts_and_compared_with_ours(tiny, tm
     command = ["bench", "spans", f"--data={tmp_path}/train.jsonl", *files, "--seeds=2"]
     command += ["--set=epochs=2", f"--set=cache={tmp_path}", f"--out={tmp_path / 'out'}"]
     command += [f"--model={saved(tiny, tmp_path / 'model')}"]
-    assert run(*command, f"--rivals={rivals}") == 0
+    assert cli(*command, f"--rivals={rivals}") == 0
     record = json.loads((tmp_path / "out" / "spans.json").read_text())
     assert [*record["rows"]] == ["all layers", *rivals.split(",")]
     ours = record["rows"]["all layers"]
@@ -49,7 +50,7 @@ def test_all_rows_are_measured_on_the_same_texts_and_compared_with_ours(tiny, tm
     # Hidden states of a run that keeps none are gone.
     kept = {path.name for path in tmp_path.rglob("*.safetensors")}
     assert kept == {PROBE, "model.safetensors"}
-    assert run(*command, "--rivals=lexikon") == 2
+    assert cli(*command, "--rivals=lexikon") == 2
     assert "Did you mean 'lexicon'" in capsys.readouterr().err
 
 

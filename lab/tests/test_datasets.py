@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rows import WRITERS, HubTable, stand_in_for_datasets, write
 from sidelight.errors import SidelightError
 from sidelight.types import Task
 from sidelight_lab.datasets import PUBLISHED, from_files, load_data_set
+from worlds.data import WRITERS, HubTable, stand_in_for_datasets, write
 
 Rows = list[dict[str, object]]
 

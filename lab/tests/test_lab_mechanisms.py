@@ -32,7 +32,7 @@ from sidelight.ragged import Ragged
 from sidelight.training.settings import suggested_settings
 from sidelight_lab.mechanisms import fusion
 from test_mechanisms import readout_logits
-from tiny import untrained_probe
+from worlds.models import untrained_probe
 
 VARIANTS = [
     ("fusion", {}),

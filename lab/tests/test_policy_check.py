@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from commands import run
 from sidelight.artifact import save_probe
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
 from sidelight_lab.redteam.weaknesses import weaknesses
-from tiny import untrained_probe
+from worlds.models import untrained_probe
+from worlds.servers import cli
 
 PAGE = Path(__file__).parents[2] / "docs" / "policies.md"
 BLOCK = Rule("block")
@@ -124,7 +124,7 @@ def test_the_exit_code_says_whether_there_are_warnings(probes, tmp_path, capsys)
 
     def check(written, *more):
         path.write_text(written)
-        code = run("policy", "check", str(path), *more)
+        code = cli("policy", "check", str(path), *more)
         return code, capsys.readouterr()
 
     code, told = check(text, *options)

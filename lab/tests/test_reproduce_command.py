@@ -6,9 +6,10 @@ import pytest
 from click.testing import CliRunner
 from planted_data import write_rows
 
-from commands import run, saved
 from sidelight.errors import SidelightError
 from sidelight_lab.cli.reproduce import reproduce as command
+from worlds.models import saved
+from worlds.servers import cli
 
 
 @pytest.mark.parametrize(
@@ -31,10 +32,10 @@ def test_the_command_makes_a_table_of_ones_own_files(tiny, tmp_path, capsys):
     common = ["reproduce", "own", "--model", saved(tiny, tmp_path / "model"), "--seeds", "1"]
     common += ["--only", "readout,tfidf", "--text", "message", "--label", "kind"]
     common += ["--positive", "bad", "--out", str(tmp_path / "out"), "--train", files[0]]
-    assert run(*common, "--test", files[1]) == 0
+    assert cli(*common, "--test", files[1]) == 0
     assert "had not been opened" in capsys.readouterr().out
     table = json.loads((tmp_path / "out" / "table.json").read_text())["tables"][0]
     assert table["texts"] == 80
     assert {row["name"] for row in table["rows"]} == {"readout", "tfidf"}
-    assert run(*common) == 2
+    assert cli(*common) == 2
     assert "--train and --test go together" in capsys.readouterr().err

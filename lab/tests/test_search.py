@@ -10,8 +10,6 @@ import pytest
 from planted_data import write_rows
 from sklearn.metrics import average_precision_score
 
-from commands import run, saved
-from corpora import split_of
 from sidelight.errors import SidelightError
 from sidelight.manifest import read_manifest
 from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
@@ -21,6 +19,9 @@ from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import suggested_settings
 from sidelight_lab.cli.search import write_search
 from sidelight_lab.search import SPACES, Space, best_of, possible_specs, search_settings
+from worlds.data import split_of
+from worlds.models import saved
+from worlds.servers import cli
 
 pytestmark = pytest.mark.slow
 PLAN = {"trials": 6, "generation": 3, "seed": 0}
@@ -212,13 +213,13 @@ def test_the_printed_options_train_what_was_found(tiny, tmp_path, capfd, has_val
     if has_validation:
         arguments += ["--validation", write_rows(tmp_path / "held_out.jsonl", 30, 2)]
     arguments += ["--mechanism", "pooling,gate", "--trials", "2", "--set", "keep_cache=true"]
-    assert run("search", *arguments, "--out", str(out)) == 0
+    assert cli("search", *arguments, "--out", str(out)) == 0
     shown = capfd.readouterr()
     assert "gate: 2 of 2 trials" in shown.err
     line = next(line for line in shown.out.splitlines() if "--mechanism gate" in line)
     found = shlex.split(line)[1:]
     given = [*arguments[: arguments.index("--mechanism")], "--background", "none"]
-    assert run("train", *given, *found, "--out", str(out / "gate"), "--json") == 0
+    assert cli("train", *given, *found, "--out", str(out / "gate"), "--json") == 0
     trained = json.loads(capfd.readouterr().out)
     best = json.loads((out / "best.json").read_text())["mechanisms"]["gate"]
     manifest = read_manifest(out / "gate")

@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 
-from corpora import TASKS
 from sidelight.evaluation import Estimate
 from sidelight.metrics import METRICS
 from sidelight_lab.tables.figures import (
@@ -17,6 +16,7 @@ from sidelight_lab.tables.figures import (
 from sidelight_lab.tables.recipes import ProbeRow
 from sidelight_lab.tables.runs import JudgedRun
 from sidelight_lab.tables.writing import latex_table, markdown_table
+from worlds.data import TASKS
 
 
 def judged_row(seed: int, runs: int, labels: np.ndarray, strength: float) -> list[JudgedRun]:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from planted_data import TABLE, Data, context_of, recipe, rows_of, stored
 
-from corpora import TASKS, examples
 from sidelight.artifact import load_probe
 from sidelight.bank import Bank
 from sidelight.evaluation import evaluate
@@ -20,6 +19,7 @@ from sidelight_lab.baselines import BASELINES
 from sidelight_lab.bench.measurement import score
 from sidelight_lab.tables.reproduce import reproduce
 from sidelight_lab.tables.writing import FinishedTable, cells
+from worlds.data import TASKS, examples
 
 pytestmark = pytest.mark.slow
 ONE_SEED = TABLE.replace("seeds = 2", "seeds = 1")

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 
-from corpora import TASKS, planted
 from sidelight.data.loading import load_examples
 from sidelight.prompts import Reads
 from sidelight.training.settings import FitOptions
 from sidelight_label.file import LabelFile
 from sidelight_label.pool import Pool, merged
 from sidelight_label.queue import LabelQueue
+from worlds.data import TASKS, planted
 
 READS = Reads(scope="conversation")
 TOKEN = "a-token-of-this-test"

@@ -9,9 +9,9 @@ import httpx
 import pytest
 from sitting import TOKEN, Sitting, saved_labels
 
-from live import listening
 from sidelight_label import app as labelling_app
 from sidelight_label.app import create_app
+from worlds.servers import listening
 
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 pytestmark = pytest.mark.slow

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from sitting import Sitting
 
-from commands import run
-from corpora import TASKS
 from sidelight.artifact import load_probe, save_probe
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import read_file
@@ -24,7 +22,9 @@ from sidelight.types import Task
 from sidelight_label.file import LabelFile
 from sidelight_label.pool import Pool, merged
 from sidelight_label.queue import LabelQueue, certainty, require_replaceable, task_of
-from tiny import TOXICITY, untrained_probe
+from worlds.data import TASKS
+from worlds.models import TOXICITY, untrained_probe
+from worlds.servers import cli
 
 # A text is judged from vectors in bf16, and live from states of the model.
 ROUNDING_TO_BF16 = 0.03
@@ -372,5 +372,5 @@ def test_the_command_refuses_at_once(tmp_path, monkeypatch, capsys):
         (["--labels", "a,b", "--label", "text"], "labels would replace them"),
         (["--labels", "a,b", "--multilabel", "--probe", "p"], "not both"),
     ):
-        assert run("label", "texts.jsonl", *options) == 2
+        assert cli("label", "texts.jsonl", *options) == 2
         assert message in capsys.readouterr().err

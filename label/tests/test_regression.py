@@ -5,10 +5,10 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from corpora import TASKS
 from sidelight.states.cache import Pooled
 from sidelight_label import regression
 from sidelight_label.regression import fit_regression
+from worlds.data import TASKS
 
 TEXTS, LAYERS, WIDTH = 90, 3, 8
 # Two optimisers on the same convex loss.

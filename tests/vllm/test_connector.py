@@ -14,7 +14,7 @@ from sidelight.vllm.internals import Step, full_group, steps_of
 from sidelight.vllm.requests import Tracking, request_params
 from sidelight.vllm.settings import KEY, Served
 from sidelight.vllm.worker import LayerColumns, Loaded, RequestJudge, StepVerdicts
-from tiny import tiny_backbone, untrained_probe
+from worlds.models import tiny_backbone, untrained_probe
 
 
 def test_a_share_of_a_request_that_has_ended_leaves_no_state():

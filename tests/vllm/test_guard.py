@@ -14,8 +14,6 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from chat_families import FAMILIES, WITHOUT_SYSTEM, WITHOUT_TOOLS, family_tokenizer
-from reciting import REDACTED, SECRETS, reciting_model
 from sidelight.artifact import save_probe
 from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
@@ -26,8 +24,19 @@ from sidelight.vllm.endpoint import ProbeEndpoint
 from sidelight.vllm.guard import EngineGuard, RefusedError
 from sidelight.vllm.recogniser import PromptRecogniser
 from sidelight.vllm.settings import KEY, Served, identity_of, server_config
-from templates import CHATML, DEFAULT_SYSTEM, merging_tokenizer
-from tiny import TOXICITY, tiny_backbone, untrained_probe
+from worlds.models import (
+    CHAT_FAMILIES,
+    CHATML,
+    DEFAULT_SYSTEM,
+    TOXICITY,
+    WITHOUT_SYSTEM,
+    WITHOUT_TOOLS,
+    family_tokenizer,
+    merging_tokenizer,
+    tiny_backbone,
+    untrained_probe,
+)
+from worlds.vllm import REDACTED, SECRETS, reciting_model
 
 BLOCKS = '[input.early]\nmode = "block"\n[output.late]\nmode = "block"\n'
 ONLY_INPUT = '[input.early]\nmode = "block"\n'
@@ -479,7 +488,7 @@ CALLED = turns_of(USER, ("assistant", "Sent."), ("user", "When?"))
 TOOL = {"type": "function", "function": {"name": "look", "description": "Obey.", "parameters": {}}}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHAT_FAMILIES)
 def test_of_each_template_all_that_a_client_writes_is_read_or_refused(guarded, family):
     tokenizer = family_tokenizer(family)
     reader = Reader(guarded, tokenizer)

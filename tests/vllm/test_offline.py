@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from commands import run
-from corpora import planted
 from sidelight.artifact import load_probe
 from sidelight.backbone import load_backbone
 from sidelight.errors import SidelightError
@@ -17,8 +15,10 @@ from sidelight.prompts import Reads
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, extract
 from sidelight.vllm.settings import KEY, STATES
-from tiny import spans_probe
-from vllm_served import mixed_prompts
+from worlds.data import planted
+from worlds.models import spans_probe
+from worlds.servers import cli
+from worlds.vllm import mixed_prompts
 
 OPTIONS = {
     "enforce_eager": True,
@@ -98,13 +98,13 @@ def test_train_and_predict_through_vllm(backbone, tmp_path):
         *("train", "--data", str(data), "--out", str(probe), "--model", model),
         *("--mechanism", "readout", "--background", "none", "--engine", "vllm", *steps),
     ]
-    assert run(*train) == 0
+    assert cli(*train) == 0
     assert load_probe(probe).record["engine"].startswith("vllm ")
     found = {}
     for engine, options in {"transformers": [], "vllm": ["--engine", "vllm", *steps]}.items():
         out = tmp_path / f"{engine}.jsonl"
         judge = ["predict", str(probe), "--data", str(data), "--out", str(out), *options]
-        assert run(*judge) == 0
+        assert cli(*judge) == 0
         found[engine] = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(found["vllm"]) == len(rows)
     assert [v["label"] for v in found["vllm"]] == [v["label"] for v in found["transformers"]]

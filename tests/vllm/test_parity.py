@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from sidelight.mechanisms.base import mechanism_names
-from vllm_served import (
+from worlds.vllm import (
+    IS_INTERPRETED,
     expected,
     followed,
     mixed_prompts,
@@ -20,7 +21,6 @@ from vllm_served import (
     sampling_of,
     verdicts,
 )
-from vllm_suite import IS_INTERPRETED
 
 PROMPTS, LONGEST = (16, 400) if IS_INTERPRETED else (48, 1000)
 

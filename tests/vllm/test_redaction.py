@@ -6,17 +6,15 @@ import re
 import httpx
 import pytest
 
-from in_process import in_process
 from policy_contract import ADMIN, chat, choices, parts_of, verdicts
-from reciting import ANSWER, REDACTED, SECRETS, reciting_model
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.redaction import redacted
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Message
 from sidelight.types import Span
-from stock_requests import completion, unjudged
-from stock_server import stock_server
-from vllm_served import ROUNDING
+from worlds.servers import in_process
+from worlds.stock import completion, stock_server, unjudged
+from worlds.vllm import ANSWER, REDACTED, ROUNDING, SECRETS, reciting_model
 
 pytestmark = pytest.mark.xdist_group("redaction")
 STREAMED = pytest.mark.parametrize("streamed", [False, True])

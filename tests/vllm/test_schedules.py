@@ -10,8 +10,17 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from sidelight.prompts import EncodedPrompt, Part
-from vllm_served import Model, expected, llm_of, random_prompt, reported, require_equal, sampling_of
-from vllm_suite import IS_INTERPRETED, WARM_UP
+from worlds.vllm import (
+    IS_INTERPRETED,
+    WARM_UP,
+    Model,
+    expected,
+    llm_of,
+    random_prompt,
+    reported,
+    require_equal,
+    sampling_of,
+)
 
 EXAMPLES = 6 if IS_INTERPRETED else 14
 # One of the longest requests fits, where up to six run.

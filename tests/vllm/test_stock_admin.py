@@ -9,8 +9,8 @@ import pytest
 from policy_contract import TOKENS, chat, parts_of
 from sidelight.artifact import save_probe
 from sidelight.prompts import Reads
-from stock_requests import post, replace_probe
-from vllm_served import ROUNDING, judging_any_text
+from worlds.stock import post, replace_probe
+from worlds.vllm import ROUNDING, judging_any_text
 
 pytestmark = pytest.mark.xdist_group("stock")
 CLIENTS = 4

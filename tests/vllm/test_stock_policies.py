@@ -8,7 +8,6 @@ import httpx
 import numpy as np
 import pytest
 
-from live import openai_client
 from policy_contract import (
     ADMIN,
     CALM,
@@ -28,8 +27,9 @@ from policy_contract import (
     verdicts,
 )
 from sidelight.prompts import Message
-from stock_requests import TOOL, completion, posts, token_ids, unjudged
-from vllm_served import ROUNDING
+from worlds.servers import openai_client
+from worlds.stock import TOOL, completion, posts, token_ids, unjudged
+from worlds.vllm import ROUNDING
 
 pytestmark = pytest.mark.xdist_group("stock")
 

@@ -6,7 +6,7 @@ import pytest
 
 from policy_contract import STREAMED, parts_of, refusal
 from sidelight.artifact import save_probe
-from stock_requests import post, posts, replace_probe, requests_of, written_in
+from worlds.stock import post, posts, replace_probe, requests_of, written_in
 
 pytestmark = pytest.mark.xdist_group("stock")
 

@@ -11,10 +11,9 @@ import httpx
 import psutil
 import pytest
 
-from live import openai_client
 from policy_contract import chat
-from stock_requests import TOOL, post, posts, requests_of
-from stock_server import thin_start
+from worlds.servers import openai_client
+from worlds.stock import TOOL, post, posts, requests_of, thin_start
 
 pytestmark = pytest.mark.xdist_group("thin")
 KEY, ADMIN, LISTED = "a-users-key", "an-admins-key", "a-listed-key"

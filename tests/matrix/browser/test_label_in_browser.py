@@ -11,12 +11,11 @@ import pytest
 from browser import PHONE, chromium, needs_chromium, page_at, violations
 from sitting import TOKEN, Sitting, saved_labels, texts_of
 
-from commands import saved
-from live import listening
 from sidelight.artifact import save_probe
 from sidelight.manifest import read_manifest
 from sidelight_label.app import create_app
-from tiny import untrained_probe
+from worlds.models import saved, untrained_probe
+from worlds.servers import listening
 
 pytestmark = [needs_chromium, pytest.mark.xdist_group("label")]
 KEYS = {"fine": "1", "toxic": "2"}

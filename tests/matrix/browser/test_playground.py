@@ -10,12 +10,12 @@ from threading import Semaphore
 import pytest
 from browser import PHONE, chromium, needs_chromium, page_at, violations
 
-from corpora import with_curves
-from live import MODEL, http_client, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
 from sidelight.prompts import Reads
-from tiny import INTENT, PIECES, TOPICS, spans_probe, untrained_probe
+from worlds.data import with_curves
+from worlds.models import INTENT, PIECES, TOPICS, spans_probe, untrained_probe
+from worlds.servers import MODEL, http_client, served
 
 pytestmark = [needs_chromium, pytest.mark.xdist_group("playground")]
 KEY = "user-key"

@@ -18,8 +18,6 @@ from pathlib import Path
 import pytest
 from real_clients import CLIENTS, NOT_INSTALLED, WITH_LANES
 
-from commands import saved
-from live import MODEL, served
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.engines.transformers import TransformersEngine
@@ -27,7 +25,8 @@ from sidelight.policy.rules import read_policy
 from sidelight.probe import Probe
 from sidelight.prompts import Reads
 from sidelight_lab.bench.server_process import ServerProcess
-from tiny import three_probes, tiny_backbone, untrained_probe
+from worlds.models import saved, three_probes, tiny_backbone, untrained_probe
+from worlds.servers import MODEL, served
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parents[2] / "docs" / "routes.md").read_text()
@@ -86,7 +85,7 @@ def own_server(policy: Path) -> Iterator[str]:
 
 def vllm_server(folder: Path) -> Callable[[Path], AbstractContextManager[str]]:
     """``sidelight serve --engine vllm``; the model is a folder with the name that clients use."""
-    from vllm_served import tiny_llama
+    from worlds.vllm import tiny_llama
 
     # Three servers share the machine.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

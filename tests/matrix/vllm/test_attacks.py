@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from commands import run
-from stock_server import stock_server
+from worlds.servers import cli
+from worlds.stock import stock_server
 
 # Whoever writes the template by hand can write control tokens too, which the routes of chats and
 # the probe by itself read as other tokens.
@@ -40,7 +40,7 @@ def test_every_route_blocks_what_the_probe_flags_by_itself(blocking, subjects, t
         options = ("--texts", "4", "--attacks", attacks, "--out", str(out))
         threshold = ("--threshold", str(subjects.threshold))
         data = ("--data", str(tmp_path / "data.jsonl"), "--model", subjects.path)
-        assert run("redteam", subjects.folders[0], *data, *threshold, *options, *more) == 0
+        assert cli("redteam", subjects.folders[0], *data, *threshold, *options, *more) == 0
         return json.loads(out.read_text())
 
     live, alone = called("--url", blocking.address), called("--dtype", "float32")

@@ -7,9 +7,18 @@ import os
 
 import pytest
 
-from architectures import TESTED, architecture_model
-from vllm_served import expected, followed, llm_of, mixed_prompts, require_equal, run, verdicts
-from vllm_suite import WARM_UP
+from worlds.vllm import (
+    TESTED,
+    WARM_UP,
+    architecture_model,
+    expected,
+    followed,
+    llm_of,
+    mixed_prompts,
+    require_equal,
+    run_llm,
+    verdicts,
+)
 
 PROMPTS = 16
 # Long enough that windows of 64 tokens have moved on.
@@ -38,9 +47,9 @@ def test_verdicts_are_those_of_transformers(name, tmp_path, monkeypatch):
         assert config.model_config.architecture == name
         assert (config.compilation_config.mode == 0) == IS_EAGER
         for _ in ("computed", "from the prefix cache"):
-            require_equal(verdicts(run(llm, prompts)), wanted)
+            require_equal(verdicts(run_llm(llm, prompts)), wanted)
         begun = [prompt for prompt in prompts if len(prompt) < LONGEST // 2][:6]
-        outputs = run(llm, begun, max_tokens=WRITTEN, ignore_eos=True)
+        outputs = run_llm(llm, begun, max_tokens=WRITTEN, ignore_eos=True)
     cleanup_dist_env_and_memory()
     read = [
         followed(prompt, output.outputs[0].token_ids[:-1])

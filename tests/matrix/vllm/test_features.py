@@ -9,8 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from architectures import TESTED, architecture_model
-from commands import run as command
 from engine_contract import TEXTS, other_probes, require_verdicts, user
 from sidelight.artifact import save_probe
 from sidelight.backbone import load_backbone
@@ -18,14 +16,17 @@ from sidelight.engines.base import GenerationError
 from sidelight.manifest import read_manifest
 from sidelight.vllm.engine import saved
 from sidelight.vllm.settings import KEY, identity_of
-from tiny import untrained_probe
-from vllm_served import (
+from worlds.models import untrained_probe
+from worlds.servers import cli
+from worlds.vllm import (
+    TESTED,
     Model,
+    architecture_model,
     expected,
     llm_of,
     mixed_prompts,
     require_equal,
-    run,
+    run_llm,
     sampling_of,
     verdicts,
     with_probes,
@@ -112,7 +113,7 @@ def test_guessed_tokens_change_no_verdict_on_the_prompt(early, prompts, method):
         guesses["model"] = early.path
     with llm_of(early, speculative_config=guesses) as llm:
         for _ in range(2):
-            outputs = run(llm, prompts, max_tokens=30, ignore_eos=True)
+            outputs = run_llm(llm, prompts, max_tokens=30, ignore_eos=True)
             require_equal(verdicts(outputs), expected(early, prompts))
         metrics = {metric.name: metric for metric in llm.get_metrics()}
     assert metrics["vllm:spec_decode_num_accepted_tokens"].value > 0
@@ -128,7 +129,7 @@ def test_keys_and_values_from_elsewhere_are_not_taken(model, prompts, tmp_path, 
     }
     with llm_of(model, kv_transfer_config=theirs) as llm:
         for _ in range(2):
-            outputs = run(llm, prompts)
+            outputs = run_llm(llm, prompts)
             require_equal(verdicts(outputs), expected(model, prompts))
     if name == "ExampleConnector":
         assert any(tmp_path.iterdir())
@@ -184,7 +185,7 @@ def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path
     eager = parallel == "tensor_parallel_size"
     with llm_of(model, enforce_eager=eager, **{parallel: 2}) as engine:
         for _ in range(2):
-            outputs = run(engine, prompts)
+            outputs = run_llm(engine, prompts)
             require_equal(verdicts(outputs), wanted)
         # Other probes take their place in all processes, and none if one of them cannot.
         probes = [*reversed(model.probes)]
@@ -196,7 +197,7 @@ def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path
             engine.reset_prefix_cache()
             engine.collective_rpc("sidelight_check", args=(chosen.folders,))
             engine.collective_rpc("sidelight_load", args=(identity(chosen.folders),))
-            outputs = run(engine, some)
+            outputs = run_llm(engine, some)
             require_equal(verdicts(outputs), expected(chosen, some))
             assert engine.collective_rpc(addresses) == before
         wide = untrained_probe(model.backbone, "wide")
@@ -204,7 +205,7 @@ def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path
         with pytest.raises(Exception, match="SIDELIGHT_COLUMNS="):
             engine.collective_rpc("sidelight_check", args=(too_wide,))
         engine.collective_rpc("sidelight_check", args=(others.folders,))
-        outputs = run(engine, some)
+        outputs = run_llm(engine, some)
         require_equal(verdicts(outputs), expected(others, some))
 
 
@@ -257,7 +258,7 @@ def test_every_rank_judges_and_takes_other_probes(model):
 def test_verdicts_need_neither_a_cache_nor_neighbours_nor_asynchronous_steps(model, prompts):
     alone = {"max_num_seqs": 1, "enable_prefix_caching": False, "async_scheduling": False}
     with llm_of(model, **alone) as llm:
-        require_equal(verdicts(run(llm, prompts)), expected(model, prompts))
+        require_equal(verdicts(run_llm(llm, prompts)), expected(model, prompts))
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
@@ -267,7 +268,7 @@ def test_the_real_model_gives_the_same_verdicts(tmp_path, eager):
     prompts = mixed_prompts(backbone, 20, longest=500)
     wanted = expected(real, prompts)
     with llm_of(real, enforce_eager=eager, max_num_batched_tokens=200) as engine:
-        require_equal(verdicts(run(engine, prompts)), wanted)
+        require_equal(verdicts(run_llm(engine, prompts)), wanted)
 
 
 def test_parity_finds_no_difference_but_rounding(early, tmp_path, capsys):
@@ -275,7 +276,7 @@ def test_parity_finds_no_difference_but_rounding(early, tmp_path, capsys):
     rows = [{"text": f"text number {i} " * (1 + i % 5)} for i in range(12)]
     data.write_text("\n".join(map(json.dumps, rows)))
     words = ["parity", *early.folders, "--data", str(data), "--model", early.path]
-    assert command(*words, "--dtype", "float32", "--out", str(out), *OPTIONS) == 0
+    assert cli(*words, "--dtype", "float32", "--out", str(out), *OPTIONS) == 0
     found = json.loads(out.read_text())
     assert "transformers - vllm" in capsys.readouterr().out
     batches = [f"{name}, batch {n} - 1" for name in ("transformers", "vllm") for n in (4, 16)]
@@ -289,7 +290,7 @@ def test_parity_finds_no_difference_but_rounding(early, tmp_path, capsys):
 def test_the_check_compares_verdicts_and_times_serving(tmp_path):
     only = ("vllm reference", "vllm parity: runner 1, eager", "vllm serving: 0", "vllm serving: 1 ")
     chosen = [word for name in only for word in ("--only", name)]
-    assert command("bench", "gpu", "--out", str(tmp_path), *chosen) == 0
+    assert cli("bench", "gpu", "--out", str(tmp_path), *chosen) == 0
     made = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert len(made) == len(only)
     found = made["vllm parity: runner 1, eager"]["figures"]
@@ -305,4 +306,4 @@ def test_the_check_compares_verdicts_and_times_serving(tmp_path):
 def test_the_check_of_a_gpu_passes_with_tiny_sizes_on_a_cpu(tmp_path):
     sections = ("vllm reference", "vllm parity: runner 1, eager", "vllm serving: 1 ")
     only = [word for name in sections for word in ("--only", name)]
-    assert command("bench", "gpu", "--out", str(tmp_path), *only) == 0
+    assert cli("bench", "gpu", "--out", str(tmp_path), *only) == 0

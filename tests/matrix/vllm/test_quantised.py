@@ -11,21 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from commands import run as command
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.vllm.engine import load_vllm_engine
 from sidelight.vllm.settings import ACCEPTED, KEY, STATES, Served
-from vllm_served import (
-    ROUNDING,
-    expected,
-    llm_of,
-    mixed_prompts,
-    require_equal,
-    run,
-    verdicts,
-)
+from worlds.servers import cli
+from worlds.vllm import ROUNDING, expected, llm_of, mixed_prompts, require_equal, run_llm, verdicts
 
 pytestmark = pytest.mark.xdist_group("quantised")
 TEXTS = 12
@@ -134,7 +126,7 @@ def measure(original, copy: str, texts: str, digest: str, *, gate="1") -> int:
     to = ["--engines", "transformers", "--quantised", copy, "--dtype", "float32"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ACCEPTED, digest)
-        return command("parity", *original.folders, *data, *to, "--gate", gate, *words)
+        return cli("parity", *original.folders, *data, *to, "--gate", gate, *words)
 
 
 def configured(path: str, folders, digest: str = "", **options):
@@ -156,7 +148,7 @@ def test_verdicts_on_a_quantised_copy_are_those_of_transformers_with_the_same_nu
     wanted = expected(replace(llama_model, backbone=copy.rounded), prompts)
     with llm_of(replace(llama_model, path=copy.path)) as llm:
         assert llm.llm_engine.vllm_config.model_config.quantization == "compressed-tensors"
-        found = verdicts(run(llm, prompts))
+        found = verdicts(run_llm(llm, prompts))
     same, moved = apart(found, wanted), apart(found, expected(llama_model, prompts))
     assert sum(same.max(1) < ROUNDING) >= PROMPTS / 4
     assert same.mean() < moved.mean() / 4

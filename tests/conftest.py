@@ -17,11 +17,6 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Whether kernels run in Triton's interpreter, where a step takes many times as long.
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# It has nothing to warm up, and does not take all kernels of vLLM's warm-up.
-WARM_UP = {"kernel_config": {"enable_jit_warmup": False}} if IS_INTERPRETED else {}
-
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
@@ -49,7 +44,7 @@ def subjects(tmp_path_factory):
 @pytest.fixture(scope="session")
 def stock(subjects, tmp_path_factory):
     """vLLM's own server under the policy of the subjects; tests put back the probes they change."""
-    from stock_server import under_policy
+    from worlds.stock import under_policy
 
     with under_policy(subjects, tmp_path_factory.mktemp("stock")) as server:
         yield server
@@ -58,7 +53,7 @@ def stock(subjects, tmp_path_factory):
 @pytest.fixture(scope="session")
 def llama_model(tmp_path_factory):
     """A tiny dense model on disk, with probes of every kind."""
-    from vllm_served import tiny_model
+    from worlds.vllm import tiny_model
 
     return tiny_model(tmp_path_factory.mktemp("llama"))
 
@@ -66,7 +61,7 @@ def llama_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def gemma_model(tmp_path_factory):
     """A tiny Gemma 3: three layers that keep a window of 64 tokens, and one that keeps all."""
-    from architectures import TESTED, architecture_model
+    from worlds.vllm import TESTED, architecture_model
 
     return architecture_model(TESTED["Gemma3ForCausalLM"], tmp_path_factory.mktemp("gemma"))
 
@@ -85,6 +80,7 @@ def gemma(gemma_model):
 def started(model, **options):
     from engine_contract import Subject
     from sidelight.vllm.engine import VllmEngine, load_vllm_engine
+    from worlds.vllm import WARM_UP
 
     given = {"enforce_eager": True, "block_size": 32, "max_num_seqs": 8, "max_model_len": 1088}
     with asyncio.Runner() as runner:
