@@ -9,7 +9,7 @@ from openai import OpenAI
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.prompts import EncodedPrompt
-from worlds.models import FAMILIES, family_backbone, tiny_backbone
+from worlds.models import FAMILIES, family_backbone, saved, tiny_backbone
 from worlds.servers import http_client, openai_client
 
 # Laws that several test files run say as much as tests do where they fail.
@@ -33,6 +33,12 @@ def one_thread() -> None:
 def tiny() -> TransformersBackbone:
     """A tiny Llama with a chat template."""
     return tiny_backbone()
+
+
+@pytest.fixture(scope="session")
+def model(tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of the tiny Llama, as ``--model`` takes it."""
+    return saved(tiny, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

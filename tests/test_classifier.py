@@ -25,7 +25,7 @@ from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.traffic import beginning
 from sidelight.training.validation import shared_texts
-from worlds.data import TASKS, planted_rows
+from worlds.data import TASKS, planted_rows, write
 from worlds.models import saved, untrained_probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
@@ -189,7 +189,7 @@ def test_an_error_about_a_text_names_its_place(tiny, classifier, tmp_path):
         classifier.predict(["short", LONG])
     rows = planted_rows("binary", 8)
     rows[6]["text"] = LONG
-    data = written(rows, tmp_path)
+    data = write(tmp_path / "rows.jsonl", rows)
     for ask in (classifier.evaluate, lambda data: classifier.predict(load_examples(data).items)):
         with pytest.raises(ContextLengthError, match=r"^rows\.jsonl, line 7: The text has"):
             ask(data)
@@ -198,12 +198,6 @@ def test_an_error_about_a_text_names_its_place(tiny, classifier, tmp_path):
     options = options_of("gate", max_tokens=64, cache_root=tmp_path)
     with pytest.raises(ContextLengthError, match=r"^Given rows, row 7: .* system prompt"):
         fit(tiny, load_examples(rows), load_examples(rows), name="p", options=options)
-
-
-def written(rows, folder):
-    path = folder / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):
@@ -218,7 +212,7 @@ def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):
     probe = untrained_probe(tiny, "p")
     for parameter in probe.mechanism.parameters():
         parameter.fill_(3e38)
-    examples = load_examples(written(rows, tmp_path), task=probe.task)
+    examples = load_examples(write(tmp_path / "rows.jsonl", rows), task=probe.task)
     with pytest.raises(VerdictError, match=r"^rows\.jsonl, line 1: Probe 'p' gave a logit"):
         assess(Classifier(tiny, probe), examples)
 
@@ -344,7 +338,7 @@ def test_a_probe_of_responses_is_not_measured_on_prompts(tiny, tmp_path, monkeyp
     classifier = Classifier(tiny, untrained_probe(tiny, "p", reads=Reads(side)))
     rows = [{**row, "answer": "an answer"} for row in GOOD]
     assert classifier.evaluate(rows, response="answer").rows == len(rows)
-    data = written(rows, tmp_path)
+    data = write(tmp_path / "rows.jsonl", rows)
     monkeypatch.setattr(TransformersBackbone, "run", None)
     refusal = rf"'p' reads responses, but {len(rows)} of {len(rows)} .* --response \(response="
     with pytest.raises(SidelightError, match=refusal):

@@ -34,8 +34,8 @@ from sidelight.prompts import Message, Place, Reads
 from sidelight.storage import only_writer
 from sidelight.training.measuring import describe_examples
 from sidelight.types import Verdict
-from worlds.data import planted, with_curves
-from worlds.models import INTENT, broken, saved, spans_probe, untrained_probe
+from worlds.data import planted, with_curves, write
+from worlds.models import INTENT, broken, spans_probe, untrained_probe
 from worlds.servers import cli
 
 ROOT = Path(__file__).parents[1]
@@ -49,11 +49,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIDELIGHT_CACHE", str(folder))
         yield folder
-
-
-@pytest.fixture(scope="module")
-def model(tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved(tiny, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -74,22 +69,18 @@ def trained_probe(model: str, mechanism: str, folder: Path) -> Path:
     return out
 
 
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return str(path)
-
-
 def write_rows(path: Path, count: int, *, seed: int, **last: Any) -> str:
     texts, labels = planted("binary", count, seed=seed)
     rows = [
         {"text": text, "toxic": int(label), "checked": float(index % 2)}
         for index, (text, label) in enumerate(zip(texts, labels, strict=True))
     ]
-    return write_lines(path, [*rows, *([last] if last else [])])
+    return str(write(path, [*rows, *([last] if last else [])]))
 
 
 def labelled_rows(path: Path, labels: list[str | None]) -> str:
-    return write_lines(path, [{"text": f"text {i}", "label": own} for i, own in enumerate(labels)])
+    rows = [{"text": f"text {i}", "label": own} for i, own in enumerate(labels)]
+    return str(write(path, rows))
 
 
 def thresholds_of(folder: Path) -> list[float]:
@@ -264,7 +255,7 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_jud
     folder = tmp_path / "my-probe"
     shutil.copytree(untrained, folder)
     monkeypatch.chdir(folder)
-    write_lines(Path("TEST_FILE.jsonl"), rows)
+    write(Path("TEST_FILE.jsonl"), rows)
     columns = ["--text", "user's turn", "--response", "the answer", "--label", "is bad"]
     arguments = ["--model", model, "--data", "TEST_FILE.jsonl", "--mechanism", "pooling", *columns]
     arguments = ["train", *arguments, *QUICKLY, "--set", "max_tokens=64", "--out", "."]
@@ -400,7 +391,7 @@ def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
     command, remedy, model, untrained, tmp_path, capfd
 ):
     data = write_rows(tmp_path / "data.jsonl", 60, seed=4)
-    empty = write_lines(tmp_path / "empty.jsonl", [{"text": text} for text in ("a", " ", "c", "")])
+    empty = write(tmp_path / "empty.jsonl", [{"text": text} for text in ("a", " ", "c", "")])
     filled = command.format(data=data, empty=empty, model=model, probe=untrained)
     assert cli(*filled.split()) == 2
     shown = capfd.readouterr()

@@ -39,7 +39,7 @@ from sidelight.training.traffic import (
     quiet_thresholds,
     traffic_warnings,
 )
-from worlds.data import planted_rows
+from worlds.data import planted_rows, write
 from worlds.models import INTENT, TOXICITY, saved, score, tiny_backbone, untrained_probe
 from worlds.pretended_device import pretended
 from worlds.servers import cli
@@ -221,7 +221,7 @@ def test_the_options_of_both_interfaces_reach_training(tmp_path, monkeypatch):
     for module in (sidelight.training.fit, classifier):
         monkeypatch.setattr(module, "fit", fit)
     data, model = tmp_path / "train.jsonl", saved(tiny_backbone(), tmp_path / "model")
-    data.write_text("\n".join(map(json.dumps, planted_rows("binary", 60))))
+    write(data, planted_rows("binary", 60))
     traffic = tmp_path / "traffic.jsonl"
     traffic.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS[:7]))
     line = ["train", "--data", str(data), "--model", model, "--positive", "toxic"]

@@ -17,7 +17,6 @@ import sidelight
 from sidelight import SidelightClassifier
 from sidelight.errors import SidelightError
 from worlds.data import SIGNALS, planted
-from worlds.models import saved
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,11 +38,6 @@ def module_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIDELIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture(scope="module")
-def model(tiny, tmp_path_factory):
-    return saved(tiny, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

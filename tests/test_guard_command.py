@@ -18,8 +18,8 @@ from sidelight.smollm2 import cache_root
 from sidelight.states import cache
 from sidelight.storage import only_writer
 from sidelight.training import background, ready
-from worlds.data import brief_trainings, guard_texts, install_guards, write_lines
-from worlds.models import saved, untrained_probe
+from worlds.data import brief_trainings, guard_texts, install_guards, write
+from worlds.models import untrained_probe
 from worlds.servers import cli
 
 NAMES = ("letters", "replies", "shouts")
@@ -34,11 +34,6 @@ def quick(tmp_path_factory):
         install_guards(folder, patch, "command_guards")
         with brief_trainings(folder, patch):
             yield
-
-
-@pytest.fixture(scope="module")
-def model(tiny, tmp_path_factory) -> str:
-    return saved(tiny, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +132,8 @@ def test_what_is_complete_is_skipped_and_what_was_killed_goes_on(words, ran, cap
 
 
 def test_other_texts_replace_a_guard_only_by_force(words, tmp_path, capsys):
-    own, out = write_lines(tmp_path / "mine.jsonl", guard_texts(6, seed=3)), tmp_path / "guards"
+    own = str(write(tmp_path / "mine.jsonl", guard_texts(6, seed=3)))
+    out = tmp_path / "guards"
     shutil.copytree(words[-1], out)
     before = json.loads((out / "figures.json").read_text())
     adapted = (*words[:3], "--only", "shouts", "--rows", "40", "--data", own, "--out", str(out))

@@ -16,8 +16,7 @@ from sidelight.training.classifier import train
 from sidelight.training.dataset import make_split
 from sidelight.training.settings import FitOptions
 from sidelight.types import Task
-from worlds.data import GUARD_LABELS, guard_texts, install_guards, write_lines
-from worlds.models import saved
+from worlds.data import GUARD_LABELS, guard_texts, install_guards, write
 from worlds.servers import cli
 
 pytestmark = pytest.mark.usefixtures("own_cache", "letters")
@@ -30,11 +29,6 @@ def letters(tmp_path_factory):
     """The folder of a package of guards."""
     with pytest.MonkeyPatch.context() as patch:
         yield install_guards(tmp_path_factory.mktemp("guards"), patch)
-
-
-@pytest.fixture(scope="module")
-def model(tiny, tmp_path_factory) -> str:
-    return saved(tiny, tmp_path_factory.mktemp("model"))
 
 
 def test_a_guard_names_texts_and_classes_and_a_test_has_the_same():
@@ -64,7 +58,7 @@ def test_a_test_finds_the_classes_of_the_card_in_a_probe_that_has_them_the_other
 @pytest.mark.parametrize("names", [(0, 1), ("false", "true"), ("other", "shouting")])
 def test_own_rows_join_in_any_spelling_and_count_more(names, tmp_path):
     own = [{**row, "label": names[int(str(row["label"]))]} for row in guard_texts(12, seed=3)]
-    whole = load_examples(f"guard:shouts,{write_lines(tmp_path / 'mine.jsonl', own)}")
+    whole = load_examples(f"guard:shouts,{write(tmp_path / 'mine.jsonl', own)}")
     assert whole.task == TASK
     np.testing.assert_array_equal(
         whole.labels[60:], [row["label"] for row in guard_texts(12, seed=3)]
@@ -72,7 +66,7 @@ def test_own_rows_join_in_any_spelling_and_count_more(names, tmp_path):
     # As much as all packaged rows together, but each as two to ten of these.
     assert whole.weights is not None
     np.testing.assert_array_equal(whole.weights, [1.0] * 60 + [5.0] * 12)
-    few = load_examples(f"guard:shouts,{write_lines(tmp_path / 'few.jsonl', own[:2])}")
+    few = load_examples(f"guard:shouts,{write(tmp_path / 'few.jsonl', own[:2])}")
     assert few.weights is not None
     assert few.weights[-1] == 10
     np.testing.assert_array_equal(few.select([61, 0]).weights, [10, 1])
@@ -99,17 +93,17 @@ def test_a_draw_has_labels_and_sources_alike_and_all_background_is_one_source():
 
 def test_own_chats_end_with_the_answer_that_a_guard_of_answers_reads(tmp_path):
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "No."}]
-    own = write_lines(tmp_path / "mine.jsonl", [{"messages": turns, "label": 1}])
+    own = write(tmp_path / "mine.jsonl", [{"messages": turns, "label": 1}])
     last = load_examples(f"guard:replies,{own}").items[-1]
     assert (last.text, last.response) == ("Hello", "No.")
     chat = load_examples(f"guard:shouts,{own}").items[-1]
     assert (len(chat.messages), chat.response) == (2, None)
     # As in a table of rows of both kinds.
     empty = {"text": None, "response": None}
-    mixed = write_lines(tmp_path / "mixed.jsonl", [{**empty, "messages": turns, "label": 1}])
+    mixed = write(tmp_path / "mixed.jsonl", [{**empty, "messages": turns, "label": 1}])
     assert load_examples(f"guard:replies,{mixed}").items[-1] == last
     assert load_examples(f"guard:shouts,{mixed}").items[-1] == chat
-    unanswered = write_lines(tmp_path / "open.jsonl", [{"messages": turns[:1], "label": 1}])
+    unanswered = write(tmp_path / "open.jsonl", [{"messages": turns[:1], "label": 1}])
     with pytest.raises(SidelightError, match=r"open.jsonl, line 1: no column 'response'\. Rows"):
         load_examples(f"guard:replies,{unanswered}")
 
@@ -226,16 +220,16 @@ def test_what_contradicts_the_card_is_refused(source, columns, said):
 
 
 def test_own_rows_without_a_column_of_the_guard_are_refused(tmp_path):
-    own = write_lines(tmp_path / "mine.jsonl", [{"text": "Ann", "entities": []}])
+    own = write(tmp_path / "mine.jsonl", [{"text": "Ann", "entities": []}])
     with pytest.raises(SidelightError, match=r"mine.jsonl, line 1: no column 'spans'\. Rows"):
         load_examples(f"guard:letters,{own}", spans="spans")
-    wrong = write_lines(tmp_path / "wrong.jsonl", [{"text": "Ann", "label": "calm"}])
+    wrong = write(tmp_path / "wrong.jsonl", [{"text": "Ann", "label": "calm"}])
     with pytest.raises(SidelightError, match=r"wrong.jsonl, line 1: unknown label 'calm'\."):
         load_examples(f"guard:shouts,{wrong}")
 
 
 def test_the_commands_take_a_guard_for_a_file(model, tmp_path, capsys):
-    out, own = tmp_path / "shouts", write_lines(tmp_path / "mine.jsonl", guard_texts(6, seed=3))
+    out, own = tmp_path / "shouts", write(tmp_path / "mine.jsonl", guard_texts(6, seed=3))
     data = f"guard:shouts,{own}"
     assert cli("train", "--data", data, "--model", model, "--out", str(out), *BRIEF) == 0
     assert load_probe(out).task == TASK
@@ -258,7 +252,7 @@ def test_a_guard_of_answers_trains_a_probe_that_reads_them(tiny, model, tmp_path
 
 def test_a_guard_of_spans_trains_a_probe_that_finds_them(model, tmp_path, capsys):
     own = [{"text": "ab 12", "spans": [{"start": 3, "end": 5, "label": "NUMBER"}]}]
-    out, data = tmp_path / "letters", f"guard:letters,{write_lines(tmp_path / 'mine.jsonl', own)}"
+    out, data = tmp_path / "letters", f"guard:letters,{write(tmp_path / 'mine.jsonl', own)}"
     words = ("--model", model, "--out", str(out), "--mechanism", "spans", "--set", "epochs=1")
     assert cli("train", "--data", data, *words) == 0
     assert load_probe(out).spans is not None

@@ -14,7 +14,6 @@ from types import ModuleType, SimpleNamespace
 import click
 import pytest
 
-import orphaned
 from sidelight.artifact import load_probe
 from sidelight.cli import app
 from sidelight.engines.base import (
@@ -294,10 +293,31 @@ def test_answers_that_take_too_long_and_several_api_servers_keep_the_old_probes(
     assert replacing(tiny, share, servers=2) == OLD
 
 
+# Starts a process as vLLM starts its engine, and prints its id.
+STARTER = """
+import multiprocessing, time
+
+def wait():
+    # Here, so that only the child pays for the import.
+    from sidelight.vllm.internals import end_with_parent
+
+    end_with_parent()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=wait)
+    child.start()
+    print(child.pid, flush=True)
+    child.join()
+"""
+
+
 @pytest.mark.slow
-def test_an_engine_whose_parent_is_killed_ends():
+def test_an_engine_whose_parent_is_killed_ends(tmp_path):
+    script = tmp_path / "starter.py"
+    script.write_text(STARTER)
     starter = subprocess.Popen(
-        [sys.executable, orphaned.__file__],
+        [sys.executable, script],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         text=True,

@@ -4,7 +4,7 @@ import csv
 import gzip
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -252,8 +252,8 @@ def install_guards(
         (home / name).mkdir(parents=True)
         card = GUARD_CARD.format(name=name, reads=reads, labels=labels)
         (home / f"{name}.toml").write_text(card)
-        write_lines(home / name / "train.jsonl.gz", made(60))
-        write_lines(home / name / "test_unseen.jsonl.gz", made(24, 1))
+        write(home / name / "train.jsonl.gz", made(60))
+        write(home / name / "test_unseen.jsonl.gz", made(24, 1))
     (home / "__init__.py").touch()
     about = folder / f"{package}-1.0.dist-info"
     about.mkdir()
@@ -261,13 +261,6 @@ def install_guards(
     (about / "entry_points.txt").write_text(f"[sidelight.guards]\n{names}")
     patch.syspath_prepend(str(folder))
     return home
-
-
-def write_lines(path: Path, made: Iterable[Mapping[str, object]]) -> str:
-    """Rows as a file of JSON lines."""
-    lines = "".join(json.dumps(row) + "\n" for row in made).encode()
-    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
-    return str(path)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Our command starts it too. What is in its answers is here as well.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import httpx
 from policy_contract import ADMIN, Asked, Subjects, chat, parts_of
 from sidelight.manifest import read_manifest
 from sidelight.vllm.settings import identity_of
+from worlds.servers import free_port
 from worlds.vllm import IS_INTERPRETED
 
 
@@ -107,9 +107,7 @@ def thin_start(
 def _running(
     words: Sequence[str], environment: Mapping[str, str], home: Path, *, until: str | None = None
 ) -> Iterator[Any]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    log = home / "server.log"
+    port, log = free_port(), home / "server.log"
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, *words, "--port", str(port)],
