@@ -139,7 +139,7 @@ class TransformersBackbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.device
 
     @contextmanager
@@ -320,7 +320,7 @@ def _path(name: str) -> str:
 
 @dataclass(frozen=True)
 class UnloadedBackbone:
-    """What is known of a backbone without its weights, for an engine that loads them itself."""
+    """A backbone without its weights, for an engine that loads them itself."""
 
     path: str
     tokenizer: Any
@@ -331,7 +331,7 @@ class UnloadedBackbone:
 def read_backbone(
     name: str | Path, *, prompt_format: PromptFormat | None = None
 ) -> UnloadedBackbone:
-    """What ``load_backbone`` says of a model, without loading it.
+    """A model as ``load_backbone`` describes it, without its weights.
 
     Args:
         name: As for ``load_backbone``.

@@ -40,7 +40,7 @@ _ORDINARY = 10.0
 
 @dataclass(frozen=True)
 class BankState:
-    """What all probes know so far about one or more requests.
+    """The state of all probes for one or more requests, so far.
 
     Attributes:
         states: One for each group of probes, with a segment for each request.

@@ -46,7 +46,7 @@ _Sample = tuple[tuple[int, ...], bytes]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the files of a model say of it.
+    """The description of a model that its files give.
 
     Attributes:
         config: The entries of ``config.json``.

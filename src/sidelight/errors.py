@@ -40,7 +40,7 @@ def checked(kind: Any, value: object, what: str, *, strict: bool = False) -> Any
 
 
 def transport_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises if it reaches nothing: of httpx or httpx2, by its version."""
+    """The errors of the hub's client that reaches nothing: of httpx or httpx2, by its version."""
     installed = [name for name in ("httpx", "httpx2") if find_spec(name) is not None]
     return tuple(import_module(name).HTTPError for name in installed)
 

@@ -64,7 +64,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Report:
-    """How good a task's probabilities are on some rows.
+    """The figures of a task's probabilities on some rows.
 
     Attributes:
         task: The classes.
@@ -170,7 +170,7 @@ def _per_class(task: Task, predictions: Predictions) -> dict[str, dict[str, floa
 
 @dataclass(frozen=True)
 class SpanReport:
-    """How well spans were found.
+    """The figures of spans that were found.
 
     Attributes:
         texts: Number of texts.

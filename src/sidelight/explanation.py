@@ -24,7 +24,7 @@ Method = Literal["exact", "integrated_gradients"]
 
 @dataclass(frozen=True)
 class Explanation:
-    """How the logit behind one verdict divides among tokens and layers.
+    """The shares of tokens and layers in the logit behind one verdict.
 
     ``baseline`` and all ``shares`` sum to ``logit``, within 1e-4. It is the logit before
     calibration: probabilities and thresholds are not divided.

@@ -1,4 +1,4 @@
-"""Which backbone a probe belongs to: hashes of what decides its hidden states.
+"""The identity of a backbone: hashes of what decides its hidden states.
 
 ``checkpoint.py`` takes the fingerprint of a model.
 """

@@ -1,4 +1,4 @@
-"""What this machine has for a model: devices, arithmetic and free memory."""
+"""The machine as a model finds it: devices, arithmetic and free memory."""
 
 import platform
 from contextlib import suppress

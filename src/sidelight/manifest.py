@@ -81,7 +81,7 @@ class OrdinaryText(BaseModel):
 
 
 class KeptTraffic(BaseModel):
-    """What is kept of the ordinary conversations that a training measured."""
+    """The figures that are kept of the ordinary conversations of a training."""
 
     logits: list[list[FiniteFloat]] = []
     parts: list[_Count] = []
@@ -145,7 +145,7 @@ class Manifest:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the header of the probe's file holds beside its tensors."""
+        """The header of the probe's file, beside its tensors."""
         return {_ENTRY: self.to_json()}
 
     @cached_property
@@ -348,7 +348,7 @@ and measure on your own with `sidelight eval`.
 
 
 def summary(manifest: Manifest) -> dict[str, str]:
-    """What people want to know of a probe, a line for each."""
+    """The description of a probe for people, a line for each fact."""
     history, backbone, reads = manifest.history, manifest.backbone, manifest.reads
     options = ", ".join(f"{k}={v}" for k, v in manifest.mechanism.options.items())
     lines = {

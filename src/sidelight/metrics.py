@@ -216,7 +216,7 @@ def ranking_metrics(
     targets: Bool[Flags, " row"],
     weights: Float[Values, "row resample"],
 ) -> dict[str, Float[Values, " resample"]]:
-    """How well one label's scores rank its rows; NaN if it holds nowhere or everywhere.
+    """The ranking figures of one label's scores; NaN if it holds nowhere or everywhere.
 
     Recall rises at the distinct scores of positive rows. Rows with equal scores count together, as
     in scikit-learn. ``auprc`` is the average precision, not interpolated; ``auroc`` is the chance
@@ -308,7 +308,7 @@ def measure_resamples(
 
 
 def _resample(rows: int, *, resamples: int, seed: int) -> Iterator[Float[Values, "row resample"]]:
-    """How often each draw takes each row, in blocks that fit the processor's cache."""
+    """The count of each row in each draw, in blocks that fit the processor's cache."""
     random = np.random.default_rng(seed)
     block = max(1, _BLOCK_CELLS // rows)
     for start in range(0, resamples, block):

@@ -89,7 +89,7 @@ def _precision_recall(predictions: Predictions, names: Sequence[str], title: str
 
 
 def _reliability(predictions: Predictions, title: str) -> Figure:
-    """How often labels hold at each predicted probability."""
+    """The frequency of labels at each predicted probability."""
     from sklearn.calibration import CalibrationDisplay
 
     figure, (axes,) = _figure(5.4, 5.4, title)

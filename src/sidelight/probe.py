@@ -36,7 +36,7 @@ class ProbeOutput:
 
 @dataclass(frozen=True)
 class Probe:
-    """What training makes, an artifact stores, and a bank serves.
+    """A trained probe: training makes it, an artifact stores it, and a bank serves it.
 
     Attributes:
         name: Its name in verdicts.

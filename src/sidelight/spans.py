@@ -43,7 +43,7 @@ def words(text: str) -> list[tuple[int, int]]:
 def token_labels(
     text: str, tokens: Sequence[tuple[int, int]], spans: Iterable[Span], labels: Sequence[str]
 ) -> Bool[Flags, "token label"]:
-    """Which labels each token has: those of its characters, blanks around it aside.
+    """The labels of each token: those of its characters, blanks around it aside.
 
     Args:
         text: The text.
@@ -64,7 +64,7 @@ def token_labels(
 def labelled_characters(
     text: str, spans: Iterable[Span], labels: Sequence[str]
 ) -> Bool[Flags, "character label"]:
-    """Which labels each character has."""
+    """The labels of each character."""
     holds = np.zeros((len(text), len(labels)), dtype=np.bool_)
     for span in spans:
         holds[span.start : span.end, labels.index(span.label)] = True
@@ -135,7 +135,7 @@ def read_spans(
 
 @dataclass(frozen=True)
 class SpanRule:
-    """How the logits of a text's tokens become spans.
+    """The rule by which the logits of a text's tokens become spans.
 
     Attributes:
         calibration: From the logits of a token to probabilities.
@@ -195,7 +195,7 @@ class SpanRule:
 
 
 def settled_characters(text: str, characters: int) -> int:
-    """How many first characters of a growing text keep their spans, whatever follows.
+    """The number of first characters of a growing text that keep their spans, whatever follows.
 
     A word counts once it is complete, and the blanks after it once the next word is.
 

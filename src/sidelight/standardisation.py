@@ -15,7 +15,7 @@ EPSILON = 1e-6
 
 
 def inverse_rms(hidden: Float[Tensor, "*token width"]) -> Float[Tensor, "*token 1"]:
-    """What a hidden state is multiplied by to have a root mean square of 1; float32."""
+    """The factor that gives a hidden state a root mean square of 1; float32."""
     norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
     inverse = (norm.square() / hidden.shape[-1] + EPSILON).rsqrt()
     # 0 where the square overflowed: no number is better than a wrong one.

@@ -261,7 +261,7 @@ def require_thresholds(task: Task, rule: ThresholdRule) -> None:
 def threshold_doubts(
     task: Task, positives: Mapping[str, int], texts: int, rule: ThresholdRule
 ) -> list[str]:
-    """Which thresholds rest on too few texts, one sentence each.
+    """Warnings about thresholds that rest on too few texts, one sentence each.
 
     Args:
         task: The classes.

@@ -47,7 +47,7 @@ class MechanismSpec:
 
 @dataclass(frozen=True)
 class Task:
-    """What a probe decides.
+    """The decision that a probe makes: its kind and its labels.
 
     Attributes:
         kind: ``binary`` (one positive class), ``multiclass`` (exactly one label holds) or
@@ -75,7 +75,7 @@ class Task:
 
     @property
     def flags(self) -> str:
-        """What a verdict flags, in words: "The probe flags ..."."""
+        """The object of the sentence "The probe flags ..."."""
         if self.kind == "multiclass":
             return "nothing: with several classes, a verdict names one, and `flagged` stays false"
         if self.kind == "multilabel":
@@ -141,7 +141,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one probe says about one text.
+    """The statement of one probe about one text.
 
     Attributes:
         probe: Name of the probe.
@@ -186,7 +186,7 @@ TokenLabel = tuple[int, str, float]
 
 @dataclass(frozen=True)
 class Judgement:
-    """What several probes say about one text, or about a part of it.
+    """The statements of several probes about one text, or about a part of it.
 
     Attributes:
         verdicts: One for each probe that gave one.

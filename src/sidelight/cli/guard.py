@@ -161,7 +161,7 @@ def guard(
 
 
 def _policy_doubts(path: Path, probes: "Sequence[Probe]") -> list[str]:
-    """What a policy that was there does not say of the probes, or says of others."""
+    """Warnings of what a policy that was there does not say of the probes, or says of others."""
     from sidelight.policy.rules import read_policy, require_policy_applies, side_of
 
     try:

@@ -102,7 +102,7 @@ def examples(*commands: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Which model runs, and what runs it: see ``engine`` and ``backbone``.
+    """The model that runs, and what runs it: see ``engine`` and ``backbone``.
 
     Raises:
         SidelightError: Options of vLLM's engine are given for another one, or a device for vLLM;
@@ -132,7 +132,7 @@ class Runtime:
 
     @property
     def backbone_device(self) -> str:
-        """Where the backbone is, which only encodes texts if the engine is vLLM."""
+        """The device of the backbone, which only encodes texts if the engine is vLLM."""
         return "cpu" if self.engine == "vllm" else self.device
 
     @property
@@ -180,7 +180,7 @@ class Runtime:
 
     @contextmanager
     def state_source(self, backbone: "TransformersBackbone") -> "Generator[StateSource]":
-        """What computes hidden states for training; an engine of vLLM ends with the block."""
+        """The source of hidden states for training; an engine of vLLM ends with the block."""
         if self.engine == "vllm":
             from sidelight.vllm.offline import VllmSource
 
@@ -194,7 +194,7 @@ class Runtime:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingInputs:
-    """What to train on, how to read it, and where hidden states go: see ``training``.
+    """The texts to train on, how to read them, and where hidden states go: see ``training``.
 
     What has a default is given by ``--set``.
 
@@ -255,7 +255,7 @@ class TrainingInputs:
         return training, read(self.validation, split=self.validation_split, task=training.task)
 
     def fit_options(self) -> "FitOptions":
-        """How the texts are read, and where their hidden states go."""
+        """The options of how the texts are read, and where their hidden states go."""
         from sidelight.training.settings import READS, FitOptions
 
         return FitOptions(
@@ -413,7 +413,7 @@ _ABOUT_INPUTS = f"Any other option; may be repeated. Of the texts: {', '.join(IN
 
 
 def training(more: str = "") -> Callable[[Command], Command]:
-    """What to train on: the command gets ``inputs``, ``out``, and ``assigned``, the rest of --set.
+    """The options of a training: ``inputs``, ``out``, and ``assigned``, the rest of --set.
 
     Args:
         more: What ``--set`` takes beside ``INPUT_SETTINGS``, for its help.

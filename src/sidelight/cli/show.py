@@ -56,7 +56,7 @@ def print_fit(made: Fit) -> None:
 
 
 def print_sources(sources: Mapping[str, Mapping[str, int]]) -> None:
-    """What is found and flagged of each source of the texts that did not train the probe."""
+    """The texts found and flagged of each source, among those that did not train the probe."""
     table = Table(title="By source", title_justify="left")
     table.add_column("source")
     for name in ("found", "falsely flagged"):
@@ -135,7 +135,7 @@ def print_spans(report: SpanReport) -> None:
 
 
 def traffic_lines(traffic: Traffic) -> str:
-    """What a probe flags of ordinary traffic, and finds inside it."""
+    """The lines on what a probe flags of ordinary traffic, and finds inside it."""
     lines = [rate_sentence(traffic.flagged, traffic.conversations, abstains=traffic.abstains)]
     if traffic.conversations >= _FEWEST:
         counts = [
@@ -158,7 +158,7 @@ def traffic_lines(traffic: Traffic) -> str:
 
 
 def rate_sentence(flagged: int, conversations: int, *, abstains: bool) -> str:
-    """How many ordinary conversations are flagged, or given a class; no rate of few."""
+    """The sentence on ordinary conversations that are flagged, or given a class; no rate of few."""
     if conversations < _FEWEST:
         return (
             f"It was judged on {conversations} ordinary conversations, too few to say which share "

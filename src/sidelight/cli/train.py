@@ -157,7 +157,7 @@ def _require_agreement(
 def _fit_options(
     inputs: options.TrainingInputs, mechanism: str, assigned: Mapping[str, str], *, of_spans: bool
 ) -> tuple["FitOptions", "PromptFormat | None"]:
-    """What ``--set`` says of the training, and of the format of prompts."""
+    """The options of the training, and the format of prompts, that ``--set`` gives."""
     from sidelight.training.settings import named_mechanism, suggested_settings
 
     settings = {setting: text for setting, text in assigned.items() if "." not in setting}
@@ -184,7 +184,7 @@ def _fit_options(
 
 
 def _eval_command(out: Path) -> str:
-    """How to evaluate the probe on a file with the same columns."""
+    """The command that evaluates the probe on a file with the same columns."""
     context = click.get_current_context()
     command = ["sidelight", "eval", str(out), "--data", "TEST_FILE"]
     for column in ("text", "label", "response", "spans"):

@@ -1,4 +1,4 @@
-"""What every inference engine offers: verdicts and text, as events of one forward pass.
+"""The contract of inference engines: verdicts and text, as events of one forward pass.
 
 The server knows this interface and no engine; an engine knows messages, and nothing of HTTP.
 """
@@ -133,7 +133,7 @@ class NotExplainedError(SidelightError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to write a text.
+    """The settings of a text to write.
 
     Attributes:
         max_tokens: Most tokens to write. None fills the context.
@@ -165,7 +165,7 @@ def admit_all(_judged: PromptJudged) -> bool:
 
 @dataclass(frozen=True)
 class Load:
-    """How busy an engine is, in requests."""
+    """The load of an engine, in requests."""
 
     running: int
     waiting: int

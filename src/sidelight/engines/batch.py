@@ -297,7 +297,7 @@ class Batch:
 def _judge(
     panel: Panel, requests: Sequence[Request], columns: Float[Tensor, "token layer column"]
 ) -> tuple[list[Judgement], list[BankState | None]]:
-    """What all probes say of prompts, and what those of responses know after them.
+    """The judgements of prompts, and the states of the probes of responses after them.
 
     Args:
         panel: That of the requests.

@@ -1,4 +1,4 @@
-"""How the transformers engine runs the model: tokens in, logits of the last position out.
+"""The run of the model in the transformers engine: tokens in, logits of the last position out.
 
 The keys and values of running requests are one left-padded batch that rows enter and leave. It uses
 only public parts of ``transformers``' ``DynamicCache``: its layers' ``keys`` and ``values``, and

@@ -142,7 +142,7 @@ class AnswerSpans:
         return sorted([*spans, *reaching.values()])
 
     def settled(self, tokens: int) -> int | None:
-        """How many characters keep their spans, whatever follows; None: no probe labels spans.
+        """The count of characters that keep their spans, whatever follows; None: no probe of spans.
 
         Args:
             tokens: How many of them the probes have read.

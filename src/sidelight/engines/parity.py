@@ -20,7 +20,7 @@ from sidelight.types import Verdict
 
 @dataclass(frozen=True)
 class Difference:
-    """How far apart one probe's probabilities on the same texts are.
+    """The distance between one probe's probabilities on the same texts.
 
     Attributes:
         between: Two engines, or one engine and two batch sizes.

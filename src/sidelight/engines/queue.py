@@ -12,7 +12,7 @@ from sidelight.prompts import EncodedPrompt
 
 @dataclass(frozen=True)
 class Limits:
-    """How much the engine may hold at once.
+    """The most that the engine holds at once.
 
     Attributes:
         running: Requests that are being read or written.

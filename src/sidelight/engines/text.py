@@ -159,7 +159,7 @@ class TextCodec:
         ]
 
     async def in_thread(self, texts: Sequence[Conversation], encode: Callable[[], T]) -> T:
-        """What ``encode`` makes of these texts, in a thread of which there are few.
+        """The result of ``encode`` for these texts, computed in a thread of which there are few.
 
         It is not called for texts that their length alone refuses, nor if nobody waits any more.
 

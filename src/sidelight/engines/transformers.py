@@ -191,7 +191,7 @@ class TransformersEngine(Engine):
         return judged
 
     async def _encoded(self, texts: Sequence[Conversation], encode: Callable[[], T]) -> T:
-        """What ``encode`` makes of the texts of a request.
+        """The encoded texts of a request.
 
         Raises:
             EngineBusyError: As many requests as may run and wait are being encoded.

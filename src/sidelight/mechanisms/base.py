@@ -100,7 +100,7 @@ class Mechanism(nn.Module, ABC):
     def rationale_loss(
         self, tokens: Ragged, rationales: Bool[Tensor, " token"]
     ) -> Float[Tensor, " segment"]:
-        """How little a mechanism looks at the tokens that a text has its label for; 0 if nowhere.
+        """The loss for looking away from the tokens that a text has its label for; 0 if none are.
 
         Args:
             tokens: As for ``summarise``.
@@ -113,7 +113,7 @@ class Mechanism(nn.Module, ABC):
         return self.finish(self.summarise(tokens))
 
     def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
-        """What each token of each layer adds to a segment's target.
+        """The term that each token of each layer adds to a segment's target.
 
         Args:
             tokens: As for ``summarise``, of segments that each have a token.

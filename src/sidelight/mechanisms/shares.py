@@ -1,4 +1,4 @@
-"""How a logit divides among the tokens and layers that it is made from.
+"""The division of a logit among the tokens and layers that it is made from.
 
 Two ways. A logit that is a sum of weights times values is *read off*: a token's share is its own
 term, with the weights as they are (Ali et al. 2022, "XAI for Transformers: Better Explanations
@@ -31,7 +31,7 @@ _NUMBERS_AT_ONCE = 2**20
 
 @dataclass(frozen=True)
 class Shares:
-    """What each token of each layer adds to a logit: ``baseline`` and ``values`` sum to it.
+    """The terms of a logit by token and layer: ``baseline`` and ``values`` sum to it.
 
     Attributes:
         values: In logits.

@@ -1,4 +1,4 @@
-"""What mechanisms are built from: the running softmax, the last token, and the paper's two stages.
+"""The parts of mechanisms: the running softmax, the last token, and the paper's two stages.
 
 Running softmax: per group and head, the state holds the largest score so far, the normaliser
 relative to it, and the weighted sums; two states merge exactly and in any order (Milakov &

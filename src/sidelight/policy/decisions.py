@@ -1,4 +1,4 @@
-"""What follows from one verdict."""
+"""The decision on one verdict."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -92,7 +92,7 @@ class PolicyError(SidelightError):
 
 
 def decide(bound: BoundRule, judgement: Judgement, *, tokens: int) -> Decision:
-    """What follows from the judgement of a text of so many tokens.
+    """The decisions on the judgement of a text of so many tokens.
 
     A missing verdict is never taken for a harmless one.
     """

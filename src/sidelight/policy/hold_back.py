@@ -97,7 +97,7 @@ class HoldBack:
                 return []
 
     def unfinished(self) -> list[Decision]:
-        """What is known of the text if it is cancelled now; nothing follows."""
+        """The end of a text that is cancelled now, with what is known of it; nothing follows."""
         known = [decide(bound, self._running, tokens=self._written_tokens) for bound in self._rules]
         return [replace(decision, action="none", is_unfinished=True) for decision in known]
 

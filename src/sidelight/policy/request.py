@@ -1,4 +1,4 @@
-"""What holds for one request, and what came of it, as clients and gateways see it.
+"""The terms of one request, and its outcome, as clients and gateways see it.
 
 Both servers fix the ``Terms`` before they judge anything, and keep an ``Outcome`` while they
 answer. Decisions become visible here, so this is where rules that disclose less are applied. There
@@ -56,7 +56,7 @@ class LabelsOnly(Verdict):
 
 @dataclass(frozen=True)
 class Terms:
-    """What holds for one request; nothing of it changes while the request is served.
+    """The terms of one request, which do not change while it is served.
 
     Attributes:
         model: The served model's name.
@@ -128,7 +128,7 @@ class Terms:
 
     @cached_property
     def categories(self) -> CategoryNames:
-        """Of all probes that clients see; a name that two of them share is ``probe/name``."""
+        """The categories of all visible probes; a name that two of them share is ``probe/name``."""
         unprefixed: dict[str, dict[str, str]] = {}
         for bound in self.rules:
             if bound.is_shadow:
@@ -162,7 +162,7 @@ class Terms:
         return [d.verdict for d in self.shown(decisions) if d.verdict is not None]
 
     def entries(self, decisions: Iterable[Decision]) -> list[Json]:
-        """What the ``sidelight`` field lists: verdicts, then the probes that gave none."""
+        """The entries of the ``sidelight`` field: verdicts, then the probes that gave none."""
         verdicts = map(verdict_json, self.verdicts(decisions))
         failed = dict.fromkeys(d.rule.name for d in self.shown(decisions) if d.verdict is None)
         return [*verdicts, *({"probe": name, "error": "verdict_failed"} for name in failed)]
@@ -196,7 +196,7 @@ class Terms:
 
 
 class Outcome:
-    """What has come of a request so far: the texts that follow each of its prompts.
+    """The outcome of a request so far: the texts that follow each of its prompts.
 
     Attributes:
         terms: What holds for it.

@@ -29,7 +29,7 @@ _Positive = Annotated[int, Field(ge=1, strict=True)]
 
 @dataclass(frozen=True)
 class Rule:
-    """What follows from one probe's verdict.
+    """The consequence of one probe's verdict.
 
     Attributes:
         mode: ``score``: nothing. ``flag``: a mark for the gateway. ``route``: a name for the
@@ -140,7 +140,7 @@ class BoundRule:
 
     @property
     def disclosure(self) -> Disclosure:
-        """What keys without the admin role learn of its verdicts.
+        """The part of its verdicts that keys without the admin role see.
 
         A client that sees the scores of what blocks it can search for a text that passes.
         """
@@ -186,7 +186,7 @@ class BoundRule:
 
 
 def side_of(probe: "Probe") -> Side:
-    """What a probe judges: the response, if it reads any of it."""
+    """The side that a probe judges: the response, if it reads any of it."""
     return "output" if probe.reads.includes_response else "input"
 
 

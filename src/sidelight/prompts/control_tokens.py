@@ -22,7 +22,7 @@ Control = tuple[int, int, int]
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What ``control_tokens``, ``turns`` and ``prompts`` use of a Hugging Face fast tokenizer."""
+    """The part of a Hugging Face fast tokenizer that the modules of ``prompts`` use."""
 
     chat_template: Any
     added_tokens_decoder: Any
@@ -84,7 +84,7 @@ class ContentTokenizer:
         return max(map(len, self._tokenizer.get_vocab()))
 
     def count(self, text: str) -> int:
-        """How many tokens a text has, where it names a control token one for all its letters.
+        """The number of tokens of a text; where it names a control token, one for all its letters.
 
         It takes a tenth of the time that the tokens and their ranges take as objects of Python's,
         and none of it from other threads.

@@ -43,7 +43,7 @@ def has_response(turns: Sequence[Message]) -> bool:
 
 
 def characters(messages: Conversation, response: str | None = None) -> int:
-    """How long a conversation is, with its response and without its template."""
+    """The length of a conversation, with its response and without its template."""
     return sum(map(len, contents(messages, response)))
 
 
@@ -55,7 +55,7 @@ def contents(messages: Conversation, response: str | None) -> list[str]:
 
 
 class Part(IntEnum):
-    """What a token belongs to."""
+    """The part of a prompt that a token belongs to."""
 
     UNREAD = 0
     """The system's turn, what precedes the prompt or follows the response, and what the template
@@ -75,7 +75,7 @@ class Part(IntEnum):
 
 @dataclass(frozen=True)
 class Reads:
-    """Which tokens a probe reads.
+    """The tokens that a probe reads.
 
     Attributes:
         side: The prompt, the response, or both.
@@ -124,7 +124,7 @@ def require_whole_characters(text: str, *, place: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a token stands in the texts of a conversation.
+    """The place of a token in the texts of a conversation.
 
     Attributes:
         message: The message, from 0. System turns count; a response follows the last message.
@@ -271,7 +271,7 @@ class Unit:
 
 
 def judged_units(parts: bytes) -> list[Unit]:
-    """What of a prompt is judged beside the whole, so that other turns do not outweigh it.
+    """The parts of a prompt that are judged beside the whole, lest other turns outweigh them.
 
     Each turn with a text is judged by itself, a short one with the turns after it, or else before
     it; also by itself if those outweigh it, which a client could write too. The user's turns are

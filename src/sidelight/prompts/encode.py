@@ -98,7 +98,7 @@ class PromptEncoder:
 
     @cached_property
     def chat_format(self) -> ChatFormat:
-        """How the model's chat template marks turns."""
+        """The marks of turns in the model's chat template."""
         return ChatFormat(self.tokenizer)
 
     def recognise(
@@ -296,7 +296,7 @@ class PromptEncoder:
     def _render_frame(
         self, roles: tuple[str, ...], *, for_generation: bool, _day: date
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What the template writes before, between and after turns of these roles; its markers."""
+        """The text of the template before, between and after turns of these roles: its markers."""
         marks = [f"sidelight-turn-{i}-text" for i in range(len(roles))]
         marked = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
         rendered = self._render(marked, for_generation=for_generation)

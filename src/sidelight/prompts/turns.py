@@ -1,4 +1,4 @@
-"""Which tokens belong to which turn, read from the token ids alone.
+"""The turns of a prompt, read from the token ids alone.
 
 ``ChatFormat`` learns how a chat template marks turns by rendering it with known contents. Knows
 tokenizers, and neither probes nor routes: the same ids have the same turns wherever they come from.
@@ -111,7 +111,7 @@ _NEXT = {
 
 
 class ChatFormat:
-    """How one chat template marks turns.
+    """The marks of turns in one chat template.
 
     A turn begins where the tokens that the template writes before a role's content stand, whoever
     wrote them, and reaches to the next such place, less what the template writes after a content.
@@ -199,7 +199,7 @@ class ChatFormat:
         return self._roles[(header.lastindex or 1) - 1]
 
     def _content_end(self, text: str, role: str, begin: int, end: int) -> int:
-        """Where what the template writes after a content begins."""
+        """The place where the text of the template after a content begins."""
         ending = self._footers.get((role, end == len(text)))
         footer = ending.search(text, begin, end) if ending else None
         return footer.start() if footer else end
@@ -233,7 +233,7 @@ _Rendered = tuple[str, tuple[str, ...], bool]
 def _literals(
     conversations: Iterable[_Rendered],
 ) -> tuple[dict[str, set[str]], set[str], set[tuple[str, str, bool]]]:
-    """What a template writes around contents, spelled as the names of tokens.
+    """The text of a template around contents, spelled as the names of tokens.
 
     Returns:
         What stands before a content, up to the content before it, by role; what stands before the

@@ -23,7 +23,7 @@ Card = TypeVar("Card")
 
 
 class ProbeCard(BaseModel):
-    """What a client has to know of a probe."""
+    """A probe as clients see it."""
 
     name: str
     kind: TaskKind
@@ -148,7 +148,7 @@ class ServedProbe(ProbeCard):
 
 
 class Replacement(StrictBody):
-    """What is served from now on; null: the same folders and file as now, read again."""
+    """The folders and the policy to serve from now on; null: the same as now, read again."""
 
     probe: Listed[str] | None = Field(None, description="Folders of all probes on this machine.")
     policy: str | None = Field(None, description="A policy's file on this machine.")

@@ -226,7 +226,7 @@ def _listed(rules: Iterable[BoundRule]) -> str:
 
 
 class GuardrailParameters(StrictBody):
-    """What a proxy's configuration passes to this guardrail."""
+    """The parameters that a proxy's configuration passes to this guardrail."""
 
     probes: ProbeNames = None
 

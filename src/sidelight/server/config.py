@@ -154,7 +154,7 @@ class ServerConfig(BaseSettings):
 
     @cached_property
     def access(self) -> Access:
-        """Who may do what, by the files as they were at the start.
+        """The rights of callers, by the files as they were at the start.
 
         Raises:
             SidelightError: A key or a file of keys is wrong.
@@ -181,7 +181,7 @@ class ServerConfig(BaseSettings):
 
     @cached_property
     def loaded_policy(self) -> "Policy":
-        """What the file says that ``policy`` names; without one, every probe is scored.
+        """The policy of the file that ``policy`` names; without one, every probe is scored.
 
         Raises:
             SidelightError: The file is wrong.

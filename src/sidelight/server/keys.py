@@ -46,7 +46,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sends a request, by the id of the key; None: without one.
+    """The sender of a request, by the id of the key; None: without one.
 
     ``is_scraper``: its key opens ``/metrics`` and nothing else.
     """
@@ -58,7 +58,7 @@ class Caller:
 
 @dataclass(frozen=True)
 class Access:
-    """Who may do what.
+    """The rights of callers.
 
     Attributes:
         keys: Open everything but ``/admin`` and ``/metrics``; without any, that is open to
@@ -80,7 +80,7 @@ class Access:
         return is_open or caller.is_admin or caller.is_scraper
 
     def caller(self, authorization: str) -> Caller | None:
-        """Who sends this header; None: nobody who may be served."""
+        """The sender of this header; None: nobody who may be served."""
         scheme, _, secret = authorization.partition(" ")
         # Headers are latin-1 on the wire; a key in UTF-8 arrives as its bytes.
         given = _digest(secret.strip(_BLANKS).encode("latin-1"))

@@ -1,4 +1,4 @@
-"""What stands between uvicorn and the routes: ids, deadlines, names of the server, and keys.
+"""The layers between uvicorn and the routes: ids, deadlines, names of the server, and keys.
 
 Slow clients and too many connections are for a proxy to limit.
 """

@@ -1,4 +1,4 @@
-"""What is observed of a request: its counts, its span, its audit lines and its log lines.
+"""The observation of a request: its counts, its span, its audit lines and its log lines.
 
 Names, numbers and hashes only: never a text, a key, or a word that a client chose.
 """

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class ProbeRegistry:
-    """Which probes run, and under which rules.
+    """The probes that run, with their rules.
 
     Args:
         engine: Runs the probes.

@@ -121,7 +121,7 @@ ProbeNames = Annotated[Listed[Name] | None, Field(description="Only these probes
 
 
 class StrictBody(BaseModel):
-    """What a client sends: each value of the declared type, nothing converted, no other field."""
+    """A client's body: each value of the declared type, nothing converted, no other field."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
@@ -233,7 +233,7 @@ class ChatMessage(StrictBody):
 
 
 class StreamOptions(StrictBody):
-    """What a stream carries besides text; nothing is ever obfuscated."""
+    """The content of a stream besides text; nothing is ever obfuscated."""
 
     include_usage: bool = False
     include_scores: bool = Field(
@@ -250,14 +250,14 @@ class ChatModeration(StrictBody):
 
 
 class ReportRequest(StrictBody):
-    """What a request for text may ask of the report on it."""
+    """The fields by which a request for text chooses its report."""
 
     moderation: ChatModeration | None = None
     probes: ProbeNames = None
 
 
 class WritingRequest(ReportRequest):
-    """What requests for text have in common."""
+    """The common fields of requests for text."""
 
     unread: ClassVar[Unread] = _UNREAD
 
