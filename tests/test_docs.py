@@ -176,7 +176,7 @@ def device_places(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def test_every_line_that_only_a_gpu_runs_is_listed_with_the_test_that_runs_it():
-    page = (ROOT / "docs" / "vllm.md").read_text()
+    page = (ROOT / "lab" / "docs" / "gpus.md").read_text()
     rows = re.findall(r"^\| `(\S+\.py)` `(\S+)` \| .+ \| (.+) \|$", page, flags=re.MULTILINE)
     has = {place for path in SOURCE.rglob("*.py") for place in device_places(path)}
     assert {(path, name) for path, name, _ in rows} == has
