@@ -105,7 +105,9 @@ def test_the_readme_guards_a_model_by_two_commands_of_which_one_prints_the_other
     train, serve = re.findall(r"^\$ sidelight (guard .*|serve .*--policy .*)$", page, re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     assert cli(*train.split(), "--model", model) == 0
-    printed = capsys.readouterr().out.split("Next: ")[1].strip()
+    told, printed = capsys.readouterr().out.split("Next: ")
+    assert "policy.toml observes: nothing is blocked, and /metrics needs a key" in told
+    printed = printed.strip()
     assert printed == f"sidelight {serve}".replace("serve", f"serve --model {model}")
 
 

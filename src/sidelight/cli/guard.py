@@ -2,7 +2,7 @@
 
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +15,11 @@ from sidelight.errors import SidelightError, checked
 from sidelight.storage import check_folder, only_writer, write_json, write_text
 
 if TYPE_CHECKING:
+    from sidelight.backbone import TransformersBackbone
+    from sidelight.data.examples import LabelledExamples
+    from sidelight.data.guards import Card
     from sidelight.probe import Probe
+    from sidelight.thresholds import ThresholdRule
 
 
 @click.command(
@@ -61,18 +65,13 @@ def guard(
         names = [*dict.fromkeys(name.strip() for name in only.split(","))]
     cards = {name: find_guard(name).card for name in names}
     if lists:
-        for name, card in cards.items():
-            said = (f"Reads the {card.reads}.", card.noise, card.languages, *card.limits)
-            click.echo("\n  ".join([f"{name}: {card.title}. {card.positive}", *said]))
-            click.echo(f"  Tests: {', '.join(card.tests)}\n")
+        _list_cards(cards)
         return
     if out is None:
         raise SidelightError("Name a folder for the guards with --out, or print them with --list.")
     if data is not None and (only is None or len(names) > 1):
         raise SidelightError(f"--data adapts one guard. Name it: --only {' or '.join(names)}.")
-    from pydantic import Json
-
-    from sidelight.manifest import holds_probe, require_free, require_name
+    from sidelight.manifest import require_name
     from sidelight.thresholds import ThresholdRule
 
     rule = ThresholdRule.parse(threshold)
@@ -84,80 +83,126 @@ def guard(
 
     part = "" if data is None else f",{data}"
     texts = {name: ready.load_guard(name, part) for name in names}
-    if rows is not None:
-        texts = {name: draw_texts(whole, rows) for name, whole in texts.items()}
-    options.announce("Loading the model")
-    from sidelight.artifact import load_probe
-    from sidelight.cli.show import print_fit
-    from sidelight.smollm2 import cache_root
-    from sidelight.training.background import Background, load_background
-    from sidelight.training.classifier import Classifier
-    from sidelight.training.fit import fit
-    from sidelight.training.settings import FitOptions
-    from sidelight.training.traffic import kept_rate
-
-    backbone = runtime.load_backbone()
-    click.get_current_context().with_resource(only_writer(out))
-    figures = dict[str, dict[str, Any]]()
-    if (path := out / "figures.json").exists():
-        kind = Json[dict[str, dict[str, Any]]]
-        figures = checked(kind, path.read_text("utf-8"), f"Cannot read {path}")
     whole = {name: len(own) for name, own in texts.items()}
+    if rows is not None:
+        texts = {name: draw_texts(own, rows) for name, own in texts.items()}
+        whole = {name: len(own) for name, own in texts.items()}
+    options.announce("Loading the model")
+    backbone = runtime.load_backbone()
     if rows is None:
         texts = {name: ready.affordable(backbone, own) for name, own in texts.items()}
+    with only_writer(out):
+        figures = _train(backbone, texts, out, rule, sizes=whole, force=force)
+        probes = _servable(out, figures, backbone)
+        _write_policy(out / "policy.toml", probes)
+    words = ["--model", runtime.model] if runtime.model else []
+    words += [word for probe in probes for word in ("--probe", str(out / probe.name))]
+    command = shlex.join(["sidelight", "serve", *words, "--policy", str(out / "policy.toml")])
+    click.echo(f"Figures: {out / 'figures.json'}. Next: {command}")
+
+
+def _list_cards(cards: "Mapping[str, Card]") -> None:
+    for name, card in cards.items():
+        facts = (f"Reads the {card.reads}.", card.noise, card.languages, *card.limits)
+        click.echo("\n  ".join([f"{name}: {card.title}. {card.positive}", *facts]))
+        click.echo(f"  Tests: {', '.join(card.tests)}\n")
+
+
+def _train(
+    backbone: "TransformersBackbone",
+    texts: "Mapping[str, LabelledExamples]",
+    out: Path,
+    rule: "ThresholdRule",
+    *,
+    sizes: Mapping[str, int],
+    force: bool,
+) -> dict[str, Any]:
+    """The figures of all guards in a folder, of which those that are not complete are trained.
+
+    Args:
+        backbone: The frozen LLM.
+        texts: The training texts of each guard.
+        out: The folder.
+        rule: What thresholds are chosen for.
+        sizes: The texts that each guard would have without a limit.
+        force: Whether what lies in the folder is replaced.
+    """
+    from sidelight.artifact import load_probe
+    from sidelight.cli.show import print_fit
+    from sidelight.data.guards import find_guard
+    from sidelight.manifest import require_free
+    from sidelight.smollm2 import cache_root
+    from sidelight.training import ready
+    from sidelight.training.background import Background, load_background
+    from sidelight.training.fit import fit
+    from sidelight.training.settings import FitOptions
+
+    path = out / "figures.json"
+    figures = _figures(path)
     # One folder for all guards, in which a killed run finds what it has computed.
     states = cache_root() / f"guards-{sha256(str(out.resolve()).encode()).hexdigest()[:12]}"
     common = FitOptions(threshold=rule, cache_root=states, keep_cache=True)
-    done = {name: ready.is_trained(out / name, backbone, texts[name], rule) for name in names}
-    for name in names:
+    done = {name: ready.is_trained(out / name, backbone, own, rule) for name, own in texts.items()}
+    for name in texts:
         require_free(out / name, force=force or done[name])
     traffic = load_background("packaged")
     shared = ready.background_states(backbone, traffic)
-    for number, (name, card) in enumerate(cards.items(), 1):
-        count = f"{len(texts[name]):,}"
-        if rows is None and len(texts[name]) < whole[name]:
-            count += f" of {whole[name]:,} (--rows {whole[name]} takes all)"
-        click.echo(f"\n{name} ({number} of {len(names)}): {count} texts")
+    for number, (name, own) in enumerate(texts.items(), 1):
+        card, count = find_guard(name).card, f"{len(own):,}"
+        if len(own) < sizes[name]:
+            count += f" of {sizes[name]:,} (--rows {sizes[name]} takes all)"
+        click.echo(f"\n{name} ({number} of {len(texts)}): {count} texts")
         if done[name]:
             click.echo(f"{out / name} is complete, of these texts, options and model.")
         else:
-            fit_options = replace(
-                common,
-                reads=replace(common.reads, side=card.reads),
-                background=Background() if card.labels is None else traffic,
-            )
-            made = fit(backbone, texts[name], None, name=name, options=fit_options, out=out / name)
-            options.warn(dict.fromkeys((*texts[name].warnings, *made.warnings)))
+            reads = replace(common.reads, side=card.reads)
+            background = Background() if card.labels is None else traffic
+            own_options = replace(common, reads=reads, background=background)
+            made = fit(backbone, own, None, name=name, options=own_options, out=out / name)
+            options.warn(dict.fromkeys((*own.warnings, *made.warnings)))
             print_fit(made)
         for file in states.glob("*/*.safetensors"):
             if file.stem not in shared:
                 file.unlink()
         probe = load_probe(out / name)
         if figures.get(name, {}).get("version") != probe.version:
-            figures[name] = {
-                "version": probe.version,
-                "left_out": probe.record["validation"]["metrics"],
-                "sources": probe.history.validation.sources,
-                "traffic": kept_rate(probe),
-                "tests": ready.measure_tests(Classifier(backbone, probe), name, texts[name]),
-            }
+            figures[name] = ready.measure(backbone, probe, own)
             write_json(path, figures)
         for test in figures[name]["tests"].values():
             click.echo(_line(test))
     shutil.rmtree(states, ignore_errors=True)
-    # Also those of earlier runs, if this model can serve them.
-    probes = [load_probe(out / name) for name in figures if holds_probe(out / name)]
-    digest = backbone.fingerprint.digest
-    probes = [probe for probe in probes if probe.fingerprint.digest == digest]
-    if (policy := out / "policy.toml").exists():
-        click.echo(f"{policy} was there, and stays as it is.")
-        options.warn(_policy_doubts(policy, probes))
+    return figures
+
+
+def _figures(path: Path) -> dict[str, dict[str, Any]]:
+    """The figures of earlier runs, by guard."""
+    from pydantic import Json
+
+    if not path.exists():
+        return {}
+    return checked(Json[dict[str, dict[str, Any]]], path.read_text("utf-8"), f"Cannot read {path}")
+
+
+def _servable(out: Path, names: Iterable[str], backbone: "TransformersBackbone") -> "list[Probe]":
+    """The probes in a folder, also those of earlier runs, that this model can serve."""
+    from sidelight.artifact import load_probe
+    from sidelight.manifest import holds_probe
+
+    probes = [load_probe(out / name) for name in names if holds_probe(out / name)]
+    return [probe for probe in probes if probe.fingerprint.digest == backbone.fingerprint.digest]
+
+
+def _write_policy(path: Path, probes: "Sequence[Probe]") -> None:
+    from sidelight.training.ready import observing_policy
+
+    if path.exists():
+        click.echo(f"{path} was there, and stays as it is.")
+        options.warn(_policy_doubts(path, probes))
     else:
-        write_text(policy, ready.observing_policy(probes))
-    words = ["--model", runtime.model] if runtime.model else []
-    words += [word for probe in probes for word in ("--probe", str(out / probe.name))]
-    command = shlex.join(["sidelight", "serve", *words, "--policy", str(policy)])
-    click.echo(f"Figures: {path}. Next: {command}")
+        write_text(path, observing_policy(probes))
+        click.echo(
+            f"{path} observes: nothing is blocked, and /metrics needs a key (--metrics-key)."
+        )
 
 
 def _policy_doubts(path: Path, probes: "Sequence[Probe]") -> list[str]:

@@ -23,6 +23,7 @@ from sidelight.training.background import Background
 from sidelight.training.classifier import Classifier
 from sidelight.training.settings import AUTO, READS, TRAINING_MAX_TOKENS, named_mechanism
 from sidelight.training.tfidf import fit_tfidf
+from sidelight.training.traffic import kept_rate
 from sidelight.types import Task
 
 # Most tokens of a guard's texts, where no number of rows is named.
@@ -72,6 +73,19 @@ def is_trained(
         *(history.training.given_sha256, history.threshold_rule, history.seed),
         *(manifest.mechanism.name, manifest.backbone.digest, manifest.backbone.dtype),
     )
+
+
+def measure(
+    backbone: TransformersBackbone, probe: Probe, texts: LabelledExamples
+) -> dict[str, Any]:
+    """The figures of a guard: on its left-out texts, in traffic, and on each packaged test."""
+    return {
+        "version": probe.version,
+        "left_out": probe.record["validation"]["metrics"],
+        "sources": probe.history.validation.sources,
+        "traffic": kept_rate(probe),
+        "tests": measure_tests(Classifier(backbone, probe), probe.name, texts),
+    }
 
 
 def measure_tests(
