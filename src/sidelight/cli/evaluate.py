@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sidelight.data.loading import OnMissingLabel
     from sidelight.explanation import Explanation
     from sidelight.prompts import Message
-    from sidelight.types import Span
+    from sidelight.types import Span, Verdict
 
 # Of the labels of spans, in turn; black is legible on each.
 _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
@@ -153,8 +153,6 @@ def predict(
         raise SidelightError("Got texts and a file of texts (--data). Leave one of them out.")
     if data is not None:
         options.announce(f"Reading {data}")
-    from sidelight.data.examples import as_example
-    from sidelight.data.loading import load_examples
     from sidelight.manifest import read_manifest
     from sidelight.training.validation import require_side
 
@@ -166,16 +164,7 @@ def predict(
             "--spans prints the words that a probe labels. Leave out --out and --explain, and name "
             "a probe that was trained with --spans COLUMN."
         )
-    items = tuple(map(as_example, texts))
-    if data is not None:
-        examples = load_examples(data, label=None, **columns)
-        if examples.skipped.empty_text:
-            raise SidelightError(
-                f"{examples.skipped.empty_text} texts or responses are empty, the first in "
-                f"{examples.skipped.first_empty}, so the verdicts would not line up with the rows. "
-                "Remove the empty rows first."
-            )
-        items = examples.items
+    items = _read_texts(texts, data, columns)
     require_side(manifest, items)
     options.announce("Loading the model")
     from sidelight.training.classifier import load
@@ -187,14 +176,15 @@ def predict(
         device=runtime.backbone_device,
         for_reading=runtime.for_reading,
     )
-    verdicts: Iterable[Mapping[str, Any]]
+    on_terminal, task = out is None and sys.stdout.isatty(), classifier.probe.task
+    lines: Iterable[Mapping[str, Any]]
     if explains:
         explained = ((item, classifier.explain(item)) for item in items)
-        if out is None and sys.stdout.isatty():
+        if on_terminal:
             for item, explanation in explained:
                 click.echo(why(item, explanation))
             return
-        verdicts = (
+        lines = (
             {**explanation.verdict.to_dict(), "explanation": explanation.to_dict()}
             for _, explanation in explained
         )
@@ -202,27 +192,56 @@ def predict(
         if runtime.engine == "vllm":
             from sidelight.vllm.offline import predict as predict_by_vllm
 
-            judged = predict_by_vllm(classifier, items, options=runtime.engine_option)
+            verdicts = predict_by_vllm(classifier, items, options=runtime.engine_option)
         else:
-            judged = classifier.predict(items)
-        if prints_spans or (labels_spans and out is None and sys.stdout.isatty()):
-            from sidelight.cli.show import console
-            from sidelight.data.spans import span_text
-
-            terminal = console()
-            for item, verdict in zip(items, judged, strict=True):
-                text, labels = span_text(item), classifier.probe.task.labels
-                terminal.print(marked_text(text, verdict.spans or (), labels), soft_wrap=True)
+            verdicts = classifier.predict(items)
+        if prints_spans or (labels_spans and on_terminal):
+            _print_spans(items, verdicts, task.labels)
             return
-        verdicts = (verdict.to_dict() for verdict in judged)
-    if classifier.probe.task.kind == "multiclass":
-        click.echo(f"'{classifier.probe.name}' flags {classifier.probe.task.flags}.", err=True)
+        lines = (verdict.to_dict() for verdict in verdicts)
+    if task.kind == "multiclass":
+        click.echo(f"'{classifier.probe.name}' flags {task.flags}.", err=True)
+    _write_lines(lines, out)
+
+
+def _read_texts(
+    texts: Sequence[str], data: str | None, columns: Mapping[str, Any]
+) -> "tuple[Example, ...]":
+    """The texts of the command line, or of a file, whose rows verdicts have to line up with."""
+    from sidelight.data.examples import as_example
+    from sidelight.data.loading import load_examples
+
+    if data is None:
+        return tuple(map(as_example, texts))
+    examples = load_examples(data, label=None, **columns)
+    if examples.skipped.empty_text:
+        raise SidelightError(
+            f"{examples.skipped.empty_text} texts or responses are empty, the first in "
+            f"{examples.skipped.first_empty}, so the verdicts would not line up with the rows. "
+            "Remove the empty rows first."
+        )
+    return examples.items
+
+
+def _write_lines(verdicts: Iterable[Mapping[str, Any]], out: Path | None) -> None:
     lines = (json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in verdicts)
     if out is None:
         sys.stdout.writelines(lines)
         return
     with replacing(out) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(lines)
+
+
+def _print_spans(
+    items: "Sequence[Example]", verdicts: "Sequence[Verdict]", labels: Sequence[str]
+) -> None:
+    from sidelight.cli.show import console
+    from sidelight.data.spans import span_text
+
+    terminal = console()
+    for item, verdict in zip(items, verdicts, strict=True):
+        marked = marked_text(span_text(item), verdict.spans or (), labels)
+        terminal.print(marked, soft_wrap=True)
 
 
 def marked_text(text: str, spans: Sequence["Span"], labels: Sequence[str]) -> "Text":

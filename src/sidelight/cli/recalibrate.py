@@ -12,6 +12,8 @@ from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
     from sidelight.data.loading import OnMissingLabel
+    from sidelight.probe import Probe
+    from sidelight.training.recalibration import Recalibrated
 
 
 @click.command(
@@ -82,7 +84,6 @@ def recalibrate(
         require_new_texts(manifest, examples)
     options.announce("Loading the probe" if examples is None else "Loading the model")
     from sidelight.artifact import load_probe, save_probe
-    from sidelight.cli.show import print_reports
 
     loaded = load_probe(probe)
     if examples is None:
@@ -99,23 +100,32 @@ def recalibrate(
         options.warn(examples.warnings)
     options.warn(made.warnings)
     save_probe(made.probe if name is None else replace(made.probe, name=name), folder)
-    entry = made.probe.record["recalibrations"][-1]
     if as_json:
+        entry = made.probe.record["recalibrations"][-1]
         click.echo(json.dumps({"out": str(folder), **entry}, indent=2))
         return
+    _print_recalibration(loaded, made)
+    click.echo(f"Saved to {folder}")
+
+
+def _print_recalibration(before: "Probe", made: "Recalibrated") -> None:
+    """The figures before and after, and where the thresholds were and are."""
+    from sidelight.cli.show import print_reports
+
     if made.figures is not None:
         title = f"{made.figures[0].rows:,} labelled texts, each calibrated without it"
         print_reports(title, dict(zip(("before", "after"), made.figures, strict=True)))
-    click.echo(f"{entry['what'][0].upper()}{entry['what'][1:]}.")
+    what = made.probe.record["recalibrations"][-1]["what"]
+    click.echo(f"{what[0].upper()}{what[1:]}.")
     curves = made.probe.history.curves
-    moved = zip(loaded.label_thresholds.items(), made.probe.thresholds, strict=True)
-    for (flagged, before), now in moved:
-        click.echo(f"Threshold of '{flagged}': {before:.3f} before, {now:.3f} now.")
-        if made.figures is None and flagged in curves:
-            caught, alarms = curves[flagged].at(now)
+    for (label, threshold), now in zip(
+        before.label_thresholds.items(), made.probe.thresholds, strict=True
+    ):
+        click.echo(f"Threshold of '{label}': {threshold:.3f} before, {now:.3f} now.")
+        if made.figures is None and label in curves:
+            caught, alarms = curves[label].at(now)
             click.echo(
-                f"It flags {caught} of {curves[flagged].positives} texts that are '{flagged}', and "
-                f"{alarms} of {curves[flagged].negatives} others, of those that the probe was "
+                f"It flags {caught} of {curves[label].positives} texts that are '{label}', and "
+                f"{alarms} of {curves[label].negatives} others, of those that the probe was "
                 "calibrated on."
             )
-    click.echo(f"Saved to {folder}")
