@@ -1,8 +1,8 @@
 """Laws of a mechanism: the streaming form computes what the dense form defines.
 
-A test file imports them with the fixture ``mechanism``, and has three fixtures of its own:
-``variant`` (a name and options), ``equations`` (in numpy, by name), and ``integrated`` (the names
-of those whose features are not linear in the columns, so that shares are integrated gradients).
+A test file subclasses ``MechanismContract`` and has three fixtures: ``variant`` (a name and
+options), ``equations`` (in numpy, by name), and ``integrated`` (the names of those whose features
+are not linear in the columns, so that shares are integrated gradients).
 """
 
 import math
@@ -35,11 +35,6 @@ def built(name, options, outputs, layers=LAYERS):
     for parameter in mechanism.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return mechanism
-
-
-@pytest.fixture(scope="module", params=[1, 3], ids=["binary", "three-classes"])
-def mechanism(request, variant):
-    return built(*variant, request.param)
 
 
 def drawn(lengths, seed):
@@ -102,77 +97,6 @@ def streamed_in_pieces(mechanism, states, random):
 seeds = st.integers(0, 2**16)
 
 
-@pytest.mark.slow
-@settings(max_examples=10, deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4),
-    seed=seeds,
-    padding=st.sampled_from(POISON),
-    extra=st.integers(0, 3),
-)
-@example(lengths=[1, 90, 2, 37, 90, 5], seed=0, padding=0.0, extra=0)
-def test_padding_cutting_and_merging_give_the_dense_form(mechanism, lengths, seed, padding, extra):
-    """Of each text alone, and NaN for a text without tokens, which disturbs no neighbour."""
-    texts = drawn(lengths, seed)
-    full = [states for states in texts if states.shape[1]]
-    with torch.no_grad():
-        alone = [dense(mechanism, [states]) for states in full]
-        if alone:
-            padded = dense(mechanism, full, padding, extra)
-            torch.testing.assert_close(padded, torch.cat(alone), **ROUNDING)
-        for actual in (
-            streamed(mechanism, texts),
-            streamed_in_pieces(mechanism, texts, Random(seed)),
-        ):
-            filled = torch.tensor(lengths) > 0
-            assert actual[~filled].isnan().all()
-            if alone:
-                torch.testing.assert_close(actual[filled], torch.cat(alone), **ROUNDING)
-
-
-@pytest.mark.slow
-@settings(max_examples=4, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=seeds)
-def test_gradients_of_both_forms_are_equal(mechanism, lengths, seed):
-    texts = drawn(lengths, seed)
-    weights = torch.randn(3, generator=torch.Generator().manual_seed(seed))
-
-    def gradients(logits):
-        loss = (logits * weights[: logits.shape[1]]).sum()
-        return torch.autograd.grad(loss, list(mechanism.parameters()))
-
-    padded = gradients(dense(mechanism, texts, math.nan, 1))
-    for expected, actual in zip(padded, gradients(streamed(mechanism, texts)), strict=True):
-        scale = max([1e-2, *expected.abs().flatten().tolist()])
-        torch.testing.assert_close(actual / scale, expected / scale, **ROUNDING)
-
-
-@torch.no_grad()
-def test_huge_scores_do_not_overflow(mechanism):
-    texts = [states * 1e4 for states in drawn([3, 8], 1)]
-    actual = streamed_in_pieces(mechanism, texts, Random(0))
-    assert actual.isfinite().all()
-    # A score of 1e5 is rounded to 1e-2, and with it the ratio of two weights.
-    torch.testing.assert_close(actual, dense(mechanism, texts), rtol=0.02, atol=1)
-
-
-def test_each_mechanism_equals_its_equation_in_numpy(variant, mechanism, equations):
-    (states,) = drawn([7], 3)
-    own = {key: value.double().numpy() for key, value in mechanism.state_dict().items()}
-    options = mechanism_spec(*variant).options
-    expected = equations[variant[0]](own, states.double().numpy(), **options)
-    with torch.no_grad():
-        actual = streamed(mechanism, [states])[0].numpy()
-    np.testing.assert_allclose(actual, expected, **ROUNDING)
-
-
-def test_training_on_short_texts_is_exact_but_for_dropout(mechanism):
-    texts = drawn([3, attention.TRAINING_QUERIES], 0)
-    with torch.no_grad():
-        exact, trained_on = streamed(mechanism, texts), streamed(deepcopy(mechanism).train(), texts)
-    assert torch.equal(trained_on, exact)
-
-
 # In logits: float32 sums of some hundred shares, and what integrated gradients may miss.
 COMPLETE = 1e-4
 
@@ -181,34 +105,6 @@ def shares_of(mechanism, tokens, output):
     with torch.no_grad():
         outputs = mechanism.logits(tokens).shape[1]
     return mechanism.shares(tokens, torch.eye(outputs)[output].expand(len(tokens.lengths), -1))
-
-
-@pytest.mark.parametrize("scale", [0.02, 1.0, 2.0])
-def test_shares_of_tokens_and_layers_sum_to_the_logit(variant, mechanism, integrated, scale):
-    """Read off without a gradient's steps, unless features are not linear."""
-    texts = [own * scale for own in drawn([1, 2, 9, 60], seed=int(scale))]
-    with torch.inference_mode():
-        # Some tokens come twice, as the embeddings of a word do.
-        columns = [projected(mechanism, torch.cat([own, own[:, :2]], 1)) for own in texts]
-        tokens = Ragged(torch.cat(columns), torch.tensor([len(own) for own in columns]))
-        logits = mechanism.logits(tokens)
-    for output in range(logits.shape[1]):
-        shares = shares_of(mechanism, tokens, output)
-        assert shares.values.shape == tokens.values.shape[:2]
-        total = shares.baseline + Ragged(shares.values.sum(1), tokens.lengths).sums()
-        torch.testing.assert_close(total, logits[:, output].double(), atol=COMPLETE, rtol=0)
-        assert (shares.steps == 0) == (variant[0] not in integrated)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("token", [0, 4, 19])
-def test_a_token_that_was_not_read_leaves_no_logit(mechanism, token):
-    """Its columns are NaN; a logit without it would be a verdict on part of a text."""
-    columns = projected(mechanism, drawn([20], 2)[0])
-    columns[token, 1] = math.nan
-    pieces = [mechanism.summarise(Ragged(p, torch.tensor([10]))) for p in columns.split(10)]
-    assert mechanism.logits(Ragged(columns, torch.tensor([20]))).isnan().all()
-    assert mechanism.finish(mechanism.merge(*pieces)).isnan().all()
 
 
 def part_of(own, prefix):
@@ -225,3 +121,111 @@ def gated(tokens, own):
     weights = softmax(tokens @ own["gate"])
     values = np.einsum("td,dhc->thc", tokens, own["value"])
     return np.einsum("th,thc->c", weights, values) + tokens[-1] @ own["last"]
+
+
+class MechanismContract:
+    """A test class that inherits it needs the fixtures of its file."""
+
+    @pytest.fixture(scope="class", params=[1, 3], ids=["binary", "three-classes"])
+    @classmethod
+    def mechanism(cls, request, variant):
+        return built(*variant, request.param)
+
+    @pytest.mark.slow
+    @settings(max_examples=10, deadline=None)
+    @given(
+        lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+        seed=seeds,
+        padding=st.sampled_from(POISON),
+        extra=st.integers(0, 3),
+    )
+    @example(lengths=[1, 90, 2, 37, 90, 5], seed=0, padding=0.0, extra=0)
+    def test_padding_cutting_and_merging_give_the_dense_form(
+        self, mechanism, lengths, seed, padding, extra
+    ):
+        """Of each text alone, and NaN for a text without tokens, which disturbs no neighbour."""
+        texts = drawn(lengths, seed)
+        full = [states for states in texts if states.shape[1]]
+        with torch.no_grad():
+            alone = [dense(mechanism, [states]) for states in full]
+            if alone:
+                padded = dense(mechanism, full, padding, extra)
+                torch.testing.assert_close(padded, torch.cat(alone), **ROUNDING)
+            for actual in (
+                streamed(mechanism, texts),
+                streamed_in_pieces(mechanism, texts, Random(seed)),
+            ):
+                filled = torch.tensor(lengths) > 0
+                assert actual[~filled].isnan().all()
+                if alone:
+                    torch.testing.assert_close(actual[filled], torch.cat(alone), **ROUNDING)
+
+    @pytest.mark.slow
+    @settings(max_examples=4, deadline=None)
+    @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=seeds)
+    def test_gradients_of_both_forms_are_equal(self, mechanism, lengths, seed):
+        texts = drawn(lengths, seed)
+        weights = torch.randn(3, generator=torch.Generator().manual_seed(seed))
+
+        def gradients(logits):
+            loss = (logits * weights[: logits.shape[1]]).sum()
+            return torch.autograd.grad(loss, list(mechanism.parameters()))
+
+        padded = gradients(dense(mechanism, texts, math.nan, 1))
+        for expected, actual in zip(padded, gradients(streamed(mechanism, texts)), strict=True):
+            scale = max([1e-2, *expected.abs().flatten().tolist()])
+            torch.testing.assert_close(actual / scale, expected / scale, **ROUNDING)
+
+    @torch.no_grad()
+    def test_huge_scores_do_not_overflow(self, mechanism):
+        texts = [states * 1e4 for states in drawn([3, 8], 1)]
+        actual = streamed_in_pieces(mechanism, texts, Random(0))
+        assert actual.isfinite().all()
+        # A score of 1e5 is rounded to 1e-2, and with it the ratio of two weights.
+        torch.testing.assert_close(actual, dense(mechanism, texts), rtol=0.02, atol=1)
+
+    def test_each_mechanism_equals_its_equation_in_numpy(self, variant, mechanism, equations):
+        (states,) = drawn([7], 3)
+        own = {key: value.double().numpy() for key, value in mechanism.state_dict().items()}
+        options = mechanism_spec(*variant).options
+        expected = equations[variant[0]](own, states.double().numpy(), **options)
+        with torch.no_grad():
+            actual = streamed(mechanism, [states])[0].numpy()
+        np.testing.assert_allclose(actual, expected, **ROUNDING)
+
+    def test_training_on_short_texts_is_exact_but_for_dropout(self, mechanism):
+        texts = drawn([3, attention.TRAINING_QUERIES], 0)
+        with torch.no_grad():
+            exact, trained_on = (
+                streamed(mechanism, texts),
+                streamed(deepcopy(mechanism).train(), texts),
+            )
+        assert torch.equal(trained_on, exact)
+
+    @pytest.mark.parametrize("scale", [0.02, 1.0, 2.0])
+    def test_shares_of_tokens_and_layers_sum_to_the_logit(
+        self, variant, mechanism, integrated, scale
+    ):
+        """Read off without a gradient's steps, unless features are not linear."""
+        texts = [own * scale for own in drawn([1, 2, 9, 60], seed=int(scale))]
+        with torch.inference_mode():
+            # Some tokens come twice, as the embeddings of a word do.
+            columns = [projected(mechanism, torch.cat([own, own[:, :2]], 1)) for own in texts]
+            tokens = Ragged(torch.cat(columns), torch.tensor([len(own) for own in columns]))
+            logits = mechanism.logits(tokens)
+        for output in range(logits.shape[1]):
+            shares = shares_of(mechanism, tokens, output)
+            assert shares.values.shape == tokens.values.shape[:2]
+            total = shares.baseline + Ragged(shares.values.sum(1), tokens.lengths).sums()
+            torch.testing.assert_close(total, logits[:, output].double(), atol=COMPLETE, rtol=0)
+            assert (shares.steps == 0) == (variant[0] not in integrated)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("token", [0, 4, 19])
+    def test_a_token_that_was_not_read_leaves_no_logit(self, mechanism, token):
+        """Its columns are NaN; a logit without it would be a verdict on part of a text."""
+        columns = projected(mechanism, drawn([20], 2)[0])
+        columns[token, 1] = math.nan
+        pieces = [mechanism.summarise(Ragged(p, torch.tensor([10]))) for p in columns.split(10)]
+        assert mechanism.logits(Ragged(columns, torch.tensor([20]))).isnan().all()
+        assert mechanism.finish(mechanism.merge(*pieces)).isnan().all()

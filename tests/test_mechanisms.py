@@ -9,27 +9,20 @@ import torch
 from scipy.special import ndtr
 from torch.nn import functional
 
-from mechanism_contract import (  # noqa: F401 - the laws run here
+from mechanism_contract import (
     LAYERS,
     ROUNDING,
     WIDTH,
+    MechanismContract,
     built,
     drawn,
     gated,
-    mechanism,
     part_of,
     projected,
     shares_of,
     softmax,
     streamed,
     summarised,
-    test_a_token_that_was_not_read_leaves_no_logit,
-    test_each_mechanism_equals_its_equation_in_numpy,
-    test_gradients_of_both_forms_are_equal,
-    test_huge_scores_do_not_overflow,
-    test_padding_cutting_and_merging_give_the_dense_form,
-    test_shares_of_tokens_and_layers_sum_to_the_logit,
-    test_training_on_short_texts_is_exact_but_for_dropout,
 )
 from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Bank
@@ -150,6 +143,10 @@ def equations():
 @pytest.fixture(scope="module")
 def integrated():
     return ("spans",)
+
+
+class TestMechanisms(MechanismContract):
+    pass
 
 
 def test_training_samples_tokens_never_layers_and_loses_nothing_if_all_ask_alike():
