@@ -19,12 +19,13 @@ from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.standardisation import Projection
+from sidelight.states.extraction import text_logits
 from sidelight.storage import write_json
 from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, slots_of
 from sidelight.vllm.requests import request_params
 from sidelight.vllm.settings import DESCRIBED, KEY
 from sidelight_lab.bench.gpu_engine import Result, Setting, model_config, save_tokenizer
-from sidelight_lab.bench.measurement import offline_engine, score, spread_probe, untrained_probe
+from sidelight_lab.bench.measurement import offline_engine, spread_probe, untrained_probe
 
 # Of a probability in float32.
 PARITY_ERROR = 1e-4
@@ -162,11 +163,11 @@ def reference(setting: Setting) -> Result:
     ]
     for probe in probes:
         save_probe(probe, setting.path / "probes" / probe.name)
-    by_probe = score(backbone, Bank(probes), prompts)
+    by_probe = text_logits(backbone, Bank(probes), prompts)
     for row, text in enumerate(texts):
         text["wanted"] = {
-            probe.name: probe.verdict(logits[row]).probabilities["yes"]
-            for probe, logits in zip(probes, by_probe, strict=True)
+            probe.name: probe.verdict(outputs[row].logits).probabilities["yes"]
+            for probe, outputs in zip(probes, by_probe, strict=True)
         }
     path = backbone.model.config._name_or_path  # pyright: ignore[reportPrivateUsage]
     context = min(2048, backbone.encoder.max_tokens)

@@ -122,14 +122,6 @@ def untrained_guards(who: Fingerprint, *, prompt_format: PromptFormat = "chat") 
     ]
 
 
-def score(
-    backbone: TransformersBackbone, bank: Bank, prompts: Sequence[EncodedPrompt]
-) -> list[np.ndarray]:
-    """For each probe the logits of all prompts, ``[prompt, output]``."""
-    by_probe = text_logits(backbone, bank, prompts)
-    return [np.stack([text.logits for text in of_probe]) for of_probe in by_probe]
-
-
 def spread_probe(
     backbone: TransformersBackbone,
     prompts: Sequence[EncodedPrompt],
@@ -153,7 +145,8 @@ def spread_probe(
     scaling = Standardisation.measured(torch.stack(states))
     probe = untrained_probe(backbone.fingerprint, name, **options)
     probe = replace(probe, standardisation=replace(scaling, is_normalised=is_normalised))
-    logits = score(backbone, Bank([probe]), prompts)[0]
+    (texts,) = text_logits(backbone, Bank([probe]), prompts)
+    logits = np.stack([text.logits for text in texts])
     scale = 1.5 / max(1e-6, float(logits.std()))
     shift = -scale * float(logits.mean())
     calibration = Calibration("platt", "binary", (scale,), (shift,))
