@@ -20,11 +20,11 @@ from sidelight.artifact import save_probe
 from sidelight.bank import Bank
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
+from worlds.data import documented_table
 from worlds.models import INTENT, saved, score, untrained_probe
 from worlds.servers import written_alone
 from worlds.vllm import ROUNDING, followed, judging_any_text, measured, tiny_llama
 
-PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
 ADMIN = "admin-key"
 TOKENS = 24
 # Of the answers to `quiet` texts, some reach it twice in a row, some only once, some never.
@@ -303,10 +303,7 @@ def seen(entry: dict[str, Any] | None) -> str:
 
 def documented(setting: str) -> dict[str, str]:
     """The words of the table of disclosure in this column, by place."""
-    table = PAGE.read_text().split("| where |")[1].split("\n\n")[0]
-    head, _, *lines = [line.strip("|").split("|") for line in f"where |{table}".splitlines()]
-    column = [cell.strip(' `"') for cell in head].index(setting)
-    return {line[0].strip(): line[column].strip() for line in lines}
+    return {row["where"]: row[f'`"{setting}"`'] for row in documented_table("policies.md", "where")}
 
 
 ENTRIES = {"scores": "label, probabilities", "labels": "label", "nothing": "nothing"}

@@ -25,6 +25,7 @@ from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig, read_config
 from sidelight.server.metrics import Metrics
 from sidelight_lab.redteam.attacks import ATTACKS, attack_names
+from worlds.data import documented_table
 from worlds.models import tiny_backbone
 
 ROOT = Path(__file__).parent.parent
@@ -185,18 +186,9 @@ def test_every_line_that_only_a_gpu_runs_is_listed_with_the_test_that_runs_it():
 
 
 def test_architecture_names_every_mechanism():
-    cells = first_cells(
-        "architecture.md",
-        "| mechanism | columns per token and layer | state per request and layer |",
-    )
-    told = [name for cell in cells for name in re.findall(r"`([a-z]\w+)`", cell)]
+    rows = documented_table("architecture.md", "mechanism", "columns per token and layer")
+    told = [name for row in rows for name in re.findall(r"`([a-z]\w+)`", row["mechanism"])]
     assert sorted(told) == sorted(base.mechanism_names())
-
-
-def first_cells(page: str, head: str) -> list[str]:
-    """The first column of the table with this head."""
-    table = (ROOT / "docs" / page).read_text().split(f"{head}\n")[1].split("\n\n")[0]
-    return [row.split("|")[1].strip() for row in table.splitlines()[1:]]
 
 
 NAMES = {"sklearn": "scikit-learn"}
@@ -240,9 +232,9 @@ def test_the_tables_of_routes_hold_what_the_server_has():
     has = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     # Pages are not in the document.
     has |= {"GET /openapi.json", "GET /playground"}
-    cells = first_cells("routes.md", "| route | gives |")
+    tables = (documented_table("routes.md", "route", title) for title in ("gives", "does"))
+    cells = [row["route"] for table in tables for row in table]
     cells.remove("`/admin/probes...`")
-    cells += first_cells("routes.md", "| route | does |")
     told = [
         f"{method} {re.sub(r'{id}|NAME', '{name}', path)}"
         for method, *listed in (re.findall(r"[^`, ]+", cell) for cell in cells)

@@ -17,10 +17,10 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.probe import Probe
 from sidelight.prompts import Reads
+from worlds.data import documented_table
 from worlds.models import tiny_backbone, untrained_probe
 from worlds.servers import MODEL, events_of, faults, in_process, run_engine
 
-PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
 TEXT = "hello"
 TOKENS = 24
 REQUEST = {
@@ -114,8 +114,7 @@ CASES = {
 }
 
 
-_TABLE = PAGE.read_text().split("| case | rule |")[1].split("\n\n")[0].splitlines()[2:]
-_ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in _TABLE]
+_ROWS = [[*row.values()] for row in documented_table("policies.md", "case", "rule")]
 # That generation stops where a client leaves is a law of ``test_server_audit``: it takes a socket.
 LEAVING = "client leaves midway"
 TOLD = [row for row in _ROWS if row[0] != LEAVING]

@@ -1,7 +1,6 @@
 """``sidelight policy check``: each documented setting is warned of, and a sound policy is not."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -9,10 +8,10 @@ from sidelight.artifact import save_probe
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
 from sidelight_lab.redteam.weaknesses import weaknesses
+from worlds.data import documented_table
 from worlds.models import untrained_probe
 from worlds.servers import cli
 
-PAGE = Path(__file__).parents[2] / "docs" / "policies.md"
 BLOCK = Rule("block")
 PASSING = Rule("block", on_failure="pass")
 SOUND = Policy(input={"toxicity": BLOCK}, output={"late": BLOCK}, system_turns="refuse")
@@ -75,20 +74,18 @@ WORDS = {
 }
 
 
-def documented():
-    table = PAGE.read_text().split("| setting | what passes |\n")[1].split("\n\n")[0]
-    return [line.split("|")[1].strip() for line in table.splitlines()[1:]]
+SETTINGS = [row["setting"] for row in documented_table("policies.md", "setting", "what passes")]
 
 
 def test_the_table_names_every_setting_that_is_checked():
-    assert documented() == [*POLICIES, *PROBES]
+    assert [*POLICIES, *PROBES] == SETTINGS
 
 
 def test_a_sound_policy_has_no_weakness(probes):
     assert weaknesses(SOUND, probes) == weaknesses(SOUND) == []
 
 
-@pytest.mark.parametrize("setting", documented())
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_each_setting_of_the_table_is_warned_of_and_nothing_else(probes, setting):
     served = PROBES[setting](*probes) if setting in PROBES else probes
     found = weaknesses(POLICIES.get(setting, SOUND), served)

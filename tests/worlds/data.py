@@ -1,4 +1,7 @@
-"""Small labelled texts with planted signals: as examples, files, states, and ready guards."""
+"""Small labelled texts with planted signals: as examples, files, states, and ready guards.
+
+And tables of the docs.
+"""
 
 import csv
 import gzip
@@ -261,6 +264,15 @@ def install_guards(
     (about / "entry_points.txt").write_text(f"[sidelight.guards]\n{names}")
     patch.syspath_prepend(str(folder))
     return home
+
+
+def documented_table(page: str, *columns: str) -> list[dict[str, str]]:
+    """The rows of the table of the docs that begins with these columns."""
+    head = f"| {' | '.join(columns)} |"
+    text = (Path(__file__).parents[2] / "docs" / page).read_text()
+    lines = (head + text.split(head)[1].split("\n\n")[0]).splitlines()
+    names, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 @contextmanager

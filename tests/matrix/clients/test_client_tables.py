@@ -25,11 +25,11 @@ from sidelight.policy.rules import read_policy
 from sidelight.probe import Probe
 from sidelight.prompts import Reads
 from sidelight_lab.bench.server_process import ServerProcess
+from worlds.data import documented_table
 from worlds.models import saved, three_probes, tiny_backbone, untrained_probe
 from worlds.servers import MODEL, served
 
 HERE = Path(__file__).parent
-PAGE = (HERE.parents[2] / "docs" / "routes.md").read_text()
 NAMES = (*CLIENTS, "AI SDK")
 COLUMNS = "chat | stream | usage of a stream | tools | typed output | blocked prompt"
 TIMEOUT_S = 240
@@ -50,9 +50,8 @@ VLLM_SIZES = (
 
 def table(corner: str, columns: str) -> dict[str, dict[str, str]]:
     """The words by row and column of the table with this head."""
-    rows = PAGE.split(f"| {corner} | {columns} |")[1].split("\n\n")[0].strip().splitlines()[1:]
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    return {row[0]: dict(zip(columns.split(" | "), row[1:], strict=True)) for row in cells}
+    rows = documented_table("routes.md", corner, columns)
+    return {row.pop(corner): row for row in rows}
 
 
 CLIENT_WORDS = table("client", COLUMNS)
