@@ -34,7 +34,7 @@ PARTS = {
     "mechanisms": (
         20,
         ["mechanisms"],
-        ["mechanisms", "bank", "pooled_states", "explanation", "training"],
+        ["mechanisms", "bank", "explanation", "training"],
     ),
     "bank": (
         12,
@@ -77,7 +77,6 @@ PARTS = {
         [
             "training",
             "fit",
-            "pooled_states",
             "contexts",
             "recalibration",
             "classifier",
