@@ -15,15 +15,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, Qwen3M
 
 from sidelight.backbone import load_backbone, read_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from worlds.models import (
-    FAMILIES,
-    SIZES,
-    family_backbone,
-    identified,
-    saved,
-    tiny_backbone,
-    tiny_tokenizer,
-)
+from worlds.models import FAMILIES, SIZES, family_backbone, identified, saved, tiny_tokenizer
 
 _TEXT = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 # transformers fuses the experts of the first, and renames the layers of the second.
@@ -152,8 +144,10 @@ def test_two_sets_of_weights_in_a_folder_are_refused(before, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_an_adapter_beside_the_weights_is_refused_and_once_it_is_merged_another_model(tmp_path):
-    folder = saved(tiny_backbone(), tmp_path / "model")
+def test_an_adapter_beside_the_weights_is_refused_and_once_it_is_merged_another_model(
+    tiny, tmp_path
+):
+    folder = saved(tiny, tmp_path / "model")
     before = load_backbone(folder)
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     adapted = get_peft_model(before.model, lora)

@@ -78,11 +78,7 @@ MALFORMED = {
     ),
     "pipes": ("a.csv", b'"text"|"label"\nhow are you|ham\n', r"separated by '\|', wanted ','"),
     "commas": ("a.tsv", b"text,label\nhow are you,ham\n", r"separated by ',', wanted '\\t'"),
-    "plain gzip": (
-        "a.csv.gz",
-        b"text,label\na,x\nb,y\n",
-        r"not compressed.* it to a\.csv\.",
-    ),
+    "plain gzip": ("a.csv.gz", b"text,label\na,x\nb,y\n", r"not compressed.* it to a\.csv\."),
     "gzip without .gz": ("a.csv", gzip.compress(b"text"), r"compressed .* Rename it to a\.csv\.gz"),
     "lines in quotes": ("a.csv", b'text,label\n"a\nb",x\n\nb\n', r"line 5: 1 fields, .* has 2"),
     "one field too many": ("a.csv", b"text,label\na,x\nb,y,z\n", r"line 3: 3 fields"),

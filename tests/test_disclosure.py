@@ -209,6 +209,12 @@ def test_a_failed_verdict_of_which_nothing_is_disclosed_is_in_no_answer(tiny):
     assert guarded.status_code == 500
 
 
+def change_rule(http, path, rule):
+    path.write_text(f"[input.toxicity]\n{rule}\n")
+    change = {"json": {"policy": str(path)}, "headers": {"Authorization": f"Bearer {ADMIN}"}}
+    http.put("/admin/probes", **change).raise_for_status()
+
+
 @pytest.mark.parametrize(
     ("rule", "is_open"),
     [
@@ -221,13 +227,10 @@ def test_a_failed_verdict_of_which_nothing_is_disclosed_is_in_no_answer(tiny):
     ],
 )
 def test_the_metrics_need_a_key_as_soon_as_a_rule_withholds_anything(tiny, tmp_path, rule, is_open):
-    path = tmp_path / "policy.toml"
-    path.write_text(f"[input.toxicity]\n{rule}\n")
     with asking(tiny, probes_of(tiny), Policy()) as http:
         ask(http, "/v1/moderations", {"input": TEXT})
         assert ask(http, "/metrics").status_code == 200
-        change = {"json": {"policy": str(path)}, "headers": {"Authorization": f"Bearer {ADMIN}"}}
-        http.put("/admin/probes", **change).raise_for_status()
+        change_rule(http, tmp_path / "policy.toml", rule)
         refused, shown = (ask(http, "/metrics", key=key) for key in ("user-key", ADMIN))
     assert (refused.status_code == 200) == is_open
     if not is_open:
@@ -239,15 +242,9 @@ def test_the_metrics_need_a_key_as_soon_as_a_rule_withholds_anything(tiny, tmp_p
 
 def test_the_metrics_stay_closed_when_a_rule_that_withheld_is_replaced(tiny, tmp_path):
     """They still have what was counted under it, also of probes that are gone."""
-    path = tmp_path / "policy.toml"
     with asking(tiny, probes_of(tiny), Policy()) as http:
         for rule, status in (("", 200), ('mode = "block"', 403), ("", 403)):
-            path.write_text(f"[input.toxicity]\n{rule}\n")
-            change = {
-                "json": {"policy": str(path)},
-                "headers": {"Authorization": f"Bearer {ADMIN}"},
-            }
-            http.put("/admin/probes", **change).raise_for_status()
+            change_rule(http, tmp_path / "policy.toml", rule)
             assert ask(http, "/metrics").status_code == status
 
 

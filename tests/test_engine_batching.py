@@ -21,13 +21,12 @@ from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.prompts import EncodedPrompt, Message, Part, Reads
 from worlds.models import SIZES, family_backbone, three_probes, tiny_backbone, untrained_probe
 from worlds.servers import (
-    ENGINE_ROUNDING,
     GREEDY,
     ask,
     count_passes,
     events_of,
-    probabilities,
     reference,
+    require_alike,
     run_engine,
     until_idle,
     written_alone,
@@ -91,9 +90,7 @@ def test_a_batch_writes_and_judges_as_the_model_alone_also_of_prompts_in_parts(m
             assert [(v.probe, v.turn) for v in own.verdicts] == [
                 (v.probe, v.turn) for v in wanted.verdicts
             ]
-            assert probabilities(own.verdicts) == pytest.approx(
-                probabilities(wanted.verdicts), abs=ENGINE_ROUNDING
-            )
+            require_alike(own.verdicts, wanted.verdicts)
 
 
 def test_a_text_ends_with_its_length_a_stop_string_its_turn_or_the_context(llama):

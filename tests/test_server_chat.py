@@ -15,6 +15,7 @@ from sidelight.server.schemas import ChatRequest
 from sidelight.training.classifier import Classifier
 from worlds.models import broken, three_probes, tiny_backbone, untrained_probe
 from worlds.servers import (
+    ENGINE_ROUNDING,
     MODEL,
     count_passes,
     http_client,
@@ -30,8 +31,6 @@ GREEDY = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_tokens": 12}
 DRAWN = {**GREEDY, "temperature": 1.2, "top_p": 0.95, "seed": 11}
 EARLY = ["toxicity", "intent", "topics"]
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
-# Batches of other shapes add in another order: float32 rounding over three layers.
-ROUNDING = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +106,7 @@ def test_a_stream_says_what_the_plain_answer_says(client, n):
         own, wanted = (getattr(one.moderation, side).to_dict() for one in (late, plain))
         for mine, theirs in zip(own["results"], wanted["results"], strict=True):
             scores = mine.pop("category_scores")
-            assert scores == pytest.approx(theirs.pop("category_scores"), abs=ROUNDING)
+            assert scores == pytest.approx(theirs.pop("category_scores"), abs=ENGINE_ROUNDING)
         assert own == wanted
 
 

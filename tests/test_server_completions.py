@@ -11,7 +11,7 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import PlainText, Reads
 from worlds.models import three_probes, tiny_backbone, untrained_probe
-from worlds.servers import ENGINE_ROUNDING, MODEL, in_process, probabilities, run_engine, served
+from worlds.servers import MODEL, in_process, require_alike, run_engine, served
 
 PATH = "/v1/completions"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
@@ -139,9 +139,7 @@ def test_probes_of_both_judge_plain_text_as_probes_of_raw_texts_do(tiny, raw, mi
     assert [judgement.failed for judgement in wanted] == [()] * 6
     for mine, theirs in zip(mixed, wanted, strict=True):
         assert [v.probe for v in mine.verdicts] == [v.probe for v in theirs.verdicts]
-        assert probabilities(mine.verdicts) == pytest.approx(
-            probabilities(theirs.verdicts), abs=ENGINE_ROUNDING
-        )
+        require_alike(mine.verdicts, theirs.verdicts)
 
 
 @pytest.mark.slow

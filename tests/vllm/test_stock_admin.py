@@ -6,10 +6,10 @@ from threading import Event
 
 import pytest
 
-from policy_contract import TOKENS, chat, parts_of
+from policy_contract import TOKENS, chat, verdicts
 from sidelight.artifact import save_probe
 from sidelight.prompts import Reads
-from worlds.stock import post, replace_probe
+from worlds.stock import post, replace_probe, token_ids
 from worlds.vllm import ROUNDING, judging_any_text
 
 pytestmark = pytest.mark.xdist_group("stock")
@@ -25,15 +25,12 @@ def asked(stock, text, *, streamed=False):
     body = {"model": "tiny", "temperature": 0, "max_tokens": TOKENS, "return_token_ids": True}
     body |= {**chat(text)[1], "stream": streamed}
     response = post(stock.address, "/v1/chat/completions", body)
-    assert response.status_code == 200, response.text
-    ids, said = [], {}
-    for part in parts_of(response):
-        for choice in part.get("choices", ()):
-            ids += choice.get("token_ids") or []
-        for verdict in part.get("sidelight", {}).get("verdicts", ()):
-            if verdict["probe"] in READS:
-                said[verdict["probe"]] = verdict["probabilities"]["toxic"]
-    return tuple(ids), said
+    said = {
+        name: entry["probabilities"]["toxic"]
+        for name, entry in verdicts(response).items()
+        if name in READS
+    }
+    return tuple(token_ids(response)[0]), said
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import numpy as np
 import pytest
 import torch
 import uvicorn
@@ -122,8 +123,12 @@ def reference(backbone, text):
     return text, len(written)
 
 
-def probabilities(verdicts):
-    return [p for verdict in verdicts for p in verdict.probabilities.values()]
+def require_alike(verdicts, wanted):
+    """Verdicts of the same probabilities, but for rounding."""
+    actual, expected = (
+        [p for verdict in own for p in verdict.probabilities.values()] for own in (verdicts, wanted)
+    )
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=ENGINE_ROUNDING)
 
 
 MODEL = "tiny/llama"

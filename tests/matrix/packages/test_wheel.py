@@ -30,18 +30,8 @@ class Bare:
 
     def build(self, package: Path) -> Path:
         folder = self.folder / package.name
-        build = [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-deps",
-            "-w",
-            folder,
-            package,
-        ]
-        subprocess.run(build, check=True)
+        build = [sys.executable, *("-m", "pip", "wheel", "--quiet", "--no-deps"), "-w"]
+        subprocess.run([*build, folder, package], check=True)
         (wheel,) = folder.glob("*.whl")
         return wheel
 
@@ -52,6 +42,9 @@ class Bare:
         done = self.run(program, *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+    def python(self, code: str) -> str:
+        return self.output("python", "-c", code)
 
     def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "SIDELIGHT_CACHE": str(self.folder / "cache")}
@@ -86,9 +79,7 @@ def test_it_has_the_packaged_conversations_and_their_licences(bare):
 
 
 def test_nothing_of_an_extra_or_of_another_package_is_installed(bare):
-    found = bare.output(
-        "python",
-        "-c",
+    found = bare.python(
         "from importlib.util import find_spec\n"
         "ours = 'sidelight_lab sidelight_label sidelight_guards'\n"
         "names = f'{ours} optuna peft openai matplotlib fastapi uvicorn'\n"
@@ -123,9 +114,7 @@ def test_a_command_whose_package_is_missing_says_in_a_line_what_to_install(bare,
 
 
 def test_help_is_quick(bare):
-    measured = bare.output(
-        "python",
-        "-c",
+    measured = bare.python(
         "import os, subprocess, sys\n"
         "from pathlib import Path\n"
         "command = Path(sys.executable).with_name('sidelight')\n"
@@ -146,9 +135,7 @@ def test_the_wheel_of_the_guards_has_their_texts_and_licences_and_needs_no_other
         assert "Requires-Dist" not in packed.read(metadata).decode()
     assert any(".dist-info/licenses/" in name and name.endswith("NOTICE") for name in names)
     bare.install(str(bare.guards))
-    counted = bare.output(
-        "python",
-        "-c",
+    counted = bare.python(
         "from sidelight.data.guards import find_guard, guard_names, guard_of\n"
         "for name in guard_names():\n"
         "    parts = name, f'{name}:{next(iter(find_guard(name).card.tests))}'\n"
