@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -220,18 +219,3 @@ def test_a_prompt_is_decided_once_for_engine_record_and_client(early):
     assert [decision.action for decision in admitted.decisions] == ["flag"]
     assert notes.of_prompt is admitted.decisions
     assert notes.of_end == ended.decisions
-
-
-def test_without_a_verdict_a_prompt_is_refused_and_plain_text_by_the_clients_fault(early):
-    both = BoundRule(replace(early, name="both", prompt_format="both"), Rule("block"))
-    failed = PromptJudged(Judgement((), ("early", "both")), is_plain=True, tokens=3)
-    for rules, status, message in (
-        ([both, BoundRule(early, Rule("block"))], 400, "^No verdict from early: probes that"),
-        ([both], 500, "^No verdict from both: the output"),
-    ):
-        enforcement = Enforcement(rules, lambda _: Notes())
-        assert not enforcement.admits(failed)
-        with pytest.raises(PolicyError, match=message) as refused:
-            guarded(enforcement, failed)
-        assert refused.value.status == status
-        assert {decision.action for decision in refused.value.decisions} == {"fail_closed"}

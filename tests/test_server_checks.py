@@ -15,10 +15,8 @@ from sidelight.policy.rules import Policy, bound_rules
 from sidelight.prompts import Message, Reads
 from sidelight.types import Judgement, Task
 from worlds.models import three_probes, untrained_probe
-from worlds.servers import MODEL, in_process, served
+from worlds.servers import ENGINE_ROUNDING, MODEL, in_process, served
 
-# Batches of other shapes add in another order: float32 rounding over three layers.
-ROUNDING = 1e-5
 TEXT = "Where is my refund?"
 MODERATIONS = "/v1/moderations"
 GUARDRAIL = "/beta/litellm_basic_guardrail_api"
@@ -68,14 +66,16 @@ def test_openais_client_asks_several_questions_about_one_text(client, tiny, expe
     asked = {"model": MODEL, "input": TEXT, "questions": questions}
     decision = client.decisions.create(**asked, safety_identifier="u")
     toxic, intent, violence = decision.answers
-    assert toxic.probability == pytest.approx(expected["toxicity"]["toxic"], abs=ROUNDING)
+    assert toxic.probability == pytest.approx(expected["toxicity"]["toxic"], abs=ENGINE_ROUNDING)
     assert [p.value for p in intent.probabilities] == labels
     by_label = {p.value: p.probability for p in intent.probabilities}
-    assert by_label == pytest.approx(expected["intent"], abs=ROUNDING)
+    assert by_label == pytest.approx(expected["intent"], abs=ENGINE_ROUNDING)
     assert intent.choice == max(by_label, key=by_label.get)
     assert intent.confidence == by_label[intent.choice]
     # A category of a multi-label probe.
-    assert violence.probability == pytest.approx(expected["topics"]["violence"], abs=ROUNDING)
+    assert violence.probability == pytest.approx(
+        expected["topics"]["violence"], abs=ENGINE_ROUNDING
+    )
     assert decision.usage.input_tokens == decision.usage.total_tokens == tokens_of(tiny)
     assert decision.usage.output_tokens == 0
 
@@ -118,7 +118,7 @@ def test_true_and_false_are_choices_of_a_binary_probe(http, expected):
     (answer,) = ask(http, [choice("spam", False, True)])["answers"]
     assert answer["choice"] is True
     assert [p["value"] for p in answer["probabilities"]] == [False, True]
-    assert answer["confidence"] == pytest.approx(expected["spam"]["1"], abs=ROUNDING)
+    assert answer["confidence"] == pytest.approx(expected["spam"]["1"], abs=ENGINE_ROUNDING)
 
 
 def test_what_no_probe_answers_is_refused_and_the_rest_is_answered(http):
@@ -262,24 +262,6 @@ def test_the_guardrail_does_not_judge_the_missing_prompt_of_a_response(tiny):
     counted = [line for line in series.splitlines() if 'probe="wordy"' in line]
     assert counted
     assert all(line.endswith(" 0.0") for line in counted)
-
-
-def test_a_probe_without_a_verdict_is_an_error(tiny):
-    early, late = (
-        untrained_probe(tiny, name, reads=Reads(side))
-        for name, side in (("early", "prompt"), ("late", "response"))
-    )
-    late.mechanism.bias.fill_(float("nan"))
-    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    question = {"model": MODEL, "questions": [{"type": "predicate", "name": "early"}]}
-    with in_process(TransformersEngine(tiny, [early, late])) as http:
-        body = {"input_type": "response", "texts": ["y"]}
-        assert "No verdict from late" in http.post(GUARDRAIL, json=body).text
-        assert http.post(MODERATIONS, json={"input": "x"}).status_code == 200
-        assert http.post("/v1/decisions", json={**question, "input": turns}).status_code == 200
-        early.mechanism.bias.fill_(float("nan"))
-        failed = http.post(MODERATIONS, json={"input": "x", "probes": ["early"]})
-        assert (failed.status_code, failed.json()["error"]["code"]) == (500, "verdict_failed")
 
 
 def test_each_text_of_a_prompt_shows_its_verdicts_once_the_prompt_is_admitted(tiny):

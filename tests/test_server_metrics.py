@@ -144,12 +144,3 @@ def test_metrics_count_requests_tokens_and_verdicts_and_repeat_no_text(tiny):
     }
     assert values[f'sidelight_build_info{{version="{version("sidelight")}"}}'] == "1.0"
     assert "zebra" not in text
-
-
-def test_a_metrics_key_sees_the_scores_of_what_blocks(tiny):
-    blocking = Policy(input={"input": Rule("block", threshold=1.0)})
-    keys = {"api_key": "user", "metrics_key": "scraper"}
-    with in_process(engine_of(tiny, "input"), policy=blocking, **keys) as http:
-        http.post(CHECKS, json={"input": "x"}, headers={"Authorization": "Bearer user"})
-        text = http.get("/metrics", headers={"Authorization": "Bearer scraper"}).text
-    assert 'sidelight_probe_score_count{label="toxic",probe="input"} 1.0' in text
