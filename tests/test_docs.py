@@ -18,6 +18,7 @@ from sidelight.cli import app
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.manifest import Manifest
 from sidelight.mechanisms import base
+from sidelight.policy import request
 from sidelight.policy.decisions import Action
 from sidelight.policy.rules import Mode, Policy, Rule, read_policy
 from sidelight.ragged import Ragged
@@ -344,12 +345,19 @@ def test_the_mechanism_of_the_how_to_streams_what_it_defines(monkeypatch: pytest
     torch.testing.assert_close(mechanism.finish(mechanism.merge(*pieces)), dense)
 
 
-def test_every_mode_and_action_is_documented_and_can_be_chosen():
-    pages = {name: (ROOT / "docs" / name).read_text() for name in ("policies.md", "operate.md")}
+def test_every_mode_action_and_header_is_documented_and_modes_can_be_chosen():
+    pages = {
+        name: (ROOT / "docs" / name).read_text()
+        for name in ("policies.md", "operate.md", "routes.md")
+    }
     table = pages["policies.md"].split("## Modes")[1].split("\n\n")[1]
     assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(get_args(Mode))
     row = pages["operate.md"].split("| `sidelight_actions_total` |")[1].split("\n")[0]
     assert {*get_args(Action)} - {"none"} == {*re.findall(r"`(\w+)`", row)}
+    rows = pages["routes.md"].split("## Where the verdicts are")[1].split("## What clients keep")[0]
+    headers = [value for name, value in vars(request).items() if name.endswith("_HEADER")]
+    assert headers
+    assert all(f"| `{header}` |" in rows for header in headers)
     page = (SOURCE / "server" / "playground" / "index.html").read_text()
     offered = {mode for mode in get_args(Mode) if f'<option value="{mode}">' in page}
     assert offered == {*get_args(Mode)} - {"shadow"}
