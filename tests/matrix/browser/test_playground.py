@@ -61,6 +61,17 @@ def opened(browser, address, **settings):
 
 
 @contextmanager
+def showing(browser, backbone, probes, *, settings=None, **options):
+    """The page of a server of these probes."""
+    with (
+        served(TransformersEngine(backbone, probes), playground=True, **options) as address,
+        page_at(browser, f"{address}/playground", **(settings or {})) as page,
+    ):
+        page.get_by_text(f"{MODEL}, {len(probes)} probes").wait_for()
+        yield page
+
+
+@contextmanager
 def gated(tiny):
     """The model waits before each pass until one more is released."""
     passes = Semaphore(0)
@@ -220,10 +231,7 @@ def test_a_conversation_goes_on_and_an_earlier_message_may_decide(page, address)
 def test_who_blocks_a_prompt_and_where_a_text_is_cut_are_shown(browser, tiny, probes):
     always = Rule("block", threshold=0.0)
     blocking, cutting = Policy(input={"toxicity": always}), Policy(output={"refusal": always})
-    with (
-        served(TransformersEngine(tiny, probes), policy=blocking, playground=True) as address,
-        opened(browser, address) as page,
-    ):
+    with showing(browser, tiny, probes, policy=blocking) as page:
         page.expected_errors = ("status of 400",)
         say(page)
         page.get_by_text("The prompt was blocked by toxicity.").wait_for()
@@ -234,10 +242,7 @@ def test_who_blocks_a_prompt_and_where_a_text_is_cut_are_shown(browser, tiny, pr
         choose(page, "Thresholds")
         page.get_by_role("combobox", name="Probe", exact=True).select_option("toxicity")
         assert page.get_by_text("discloses no scores of this probe to your key").is_visible()
-    with (
-        served(TransformersEngine(tiny, probes), policy=cutting, playground=True) as address,
-        opened(browser, address) as page,
-    ):
+    with showing(browser, tiny, probes, policy=cutting) as page:
         say(page)
         page.get_by_text(re.compile(r"Cut by the policy after \d+ tokens")).wait_for()
 
@@ -325,17 +330,13 @@ def test_the_words_that_probes_label_are_marked_in_prompts_and_answers(
 ):
     texts = ["Is 💶 for Ann Lee in Rome?", "Or <b>for</b> Bo?"]
     turns = []
-    with (
-        served(TransformersEngine(tiny, labelling), playground=True) as address,
-        page_at(browser, f"{address}/playground", color_scheme=scheme) as page,
-    ):
-        page.get_by_text(f"{MODEL}, 2 probes").wait_for()
+    with showing(browser, tiny, labelling, settings={"color_scheme": scheme}) as page:
         for number, text in enumerate(texts):
             say(page, text)
             page.get_by_text("20 tokens, then").nth(number).wait_for()
             turns.append({"role": "user", "content": text})
             body = {"model": MODEL, "messages": turns, "max_tokens": 20, "temperature": 0}
-            said = ask(address, "/v1/chat/completions", body)
+            said = ask(page.url.partition("/playground")[0], "/v1/chat/completions", body)
             turns.append(said["choices"][0]["message"])
             early, late = (verdict["spans"] for verdict in said["sidelight"]["verdicts"])
             own = [span for span in early if span.get("message", 2 * number) == 2 * number]
@@ -360,11 +361,7 @@ def test_the_words_that_probes_label_are_marked_in_prompts_and_answers(
 def test_words_that_a_rule_replaces_are_shown_as_sent(browser, tiny, labelling):
     # This key sees the spans of the text as it was.
     policy = Policy(output={"late": Rule("redact", disclose="scores")})
-    with (
-        served(TransformersEngine(tiny, labelling), policy=policy, playground=True) as address,
-        page_at(browser, f"{address}/playground") as page,
-    ):
-        page.get_by_text(f"{MODEL}, 2 probes").wait_for()
+    with showing(browser, tiny, labelling, policy=policy) as page:
         say(page)
         page.get_by_text("20 tokens, then").wait_for()
         answer = page.get_by_role("article", name=MODEL)
@@ -377,11 +374,7 @@ def test_only_a_probe_that_labels_words_can_be_told_to_replace_them(
     browser, tiny, probes, labelling, tmp_path
 ):
     loaded = [*labelling, *probes[:1]]
-    with (
-        served(TransformersEngine(tiny, loaded), playground=True) as address,
-        page_at(browser, f"{address}/playground") as page,
-    ):
-        page.get_by_text(f"{MODEL}, 3 probes").wait_for()
+    with showing(browser, tiny, loaded) as page:
         choose(page, "Thresholds")
         chosen = page.get_by_role("combobox", name="Probe", exact=True)
         mode = page.get_by_label("What a flag does")
