@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 from copy import deepcopy
 from dataclasses import replace
 from functools import reduce
@@ -395,34 +394,6 @@ def test_a_path_without_an_artifact_or_room_for_one_is_one_clear_error(tiny, tmp
     if "a-file" in place:
         with pytest.raises(SidelightError, match="a-file"):
             save_probe(probe_of(tiny), tmp_path / place)
-
-
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-@pytest.mark.parametrize("step", ["sync", "replace"])
-def test_a_save_that_is_killed_leaves_the_old_artifact_and_all_other_files(
-    tiny, saved, monkeypatch, step
-):
-    """By SIGKILL, before the new file is on the disk or before it has its name."""
-    (saved / "README.md").write_text("mine")
-    (saved / "manifest.json").write_text("another program's")
-    old, child = load_probe(saved), os.fork()
-    if not child:
-        try:
-            where = artifact if step == "sync" else storage.os
-            monkeypatch.setattr(where, step, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-            save_probe(probe_of(tiny, mechanism="gate", name="new"), saved)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    loaded = load_probe(saved)
-    assert loaded.name == old.name == "toxicity"
-    assert all(map(torch.equal, _tensors(loaded), _tensors(old)))
-    (left,) = saved.glob("*.partial")
-    # A save that goes on at the same time is younger than an hour.
-    os.utime(left, (0, 0))
-    save_probe(probe_of(tiny, name="last"), saved)
-    assert load_probe(saved).name == "last"
-    assert {path.name for path in saved.iterdir()} == {"README.md", "manifest.json", PROBE}
 
 
 def test_nothing_is_unpickled():

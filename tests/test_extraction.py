@@ -226,16 +226,6 @@ def test_key_and_files_change_with_backbone_engine_reads_and_texts_only(tiny, tm
         assert (cache.key, cache.path(0)) == (caches[0].key, caches[0].path(0))
 
 
-def test_a_cache_with_other_sizes_in_memory_takes_the_files_of_another(tiny, tmp_path, ran):
-    first = extracted(tiny, tmp_path)
-    ran.clear()
-    second = extracted(tiny, tmp_path, shard_bytes=5_000, memory_bytes=100)
-    assert not ran
-    large, small = (States(cache, range(len(TEXTS))) for cache in (first, second))
-    assert len(small) > len(large)
-    assert {*states_by_row(small)} == {*range(len(TEXTS))}
-
-
 def test_a_text_is_read_as_it_was_written_and_half_of_one_is_missing(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
     cache.directory.mkdir()
