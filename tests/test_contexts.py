@@ -526,7 +526,8 @@ def test_texts_are_scored_as_they_are_served(tiny, options, monkeypatch):
     split = make_split(tiny, labelled, options)
     candidate = mechanism_spec("readout"), TrainingSettings(learning_rate=0.03, epochs=4)
     (trained,) = train_mechanisms([candidate], training=split, validation=split)
-    made = calibrate_probe(trained, ProbeDataset(tiny, split, split), name="p", options=options)
+    dataset = ProbeDataset(tiny, split, split)
+    made = calibrate_probe([trained], dataset, name="p", options=options)
     prompts = [tiny.encoder.encode(item.messages) for item in items]
     (served,) = score(tiny, Bank([made.probe]), prompts)
     (whole,) = score(tiny, Bank([replace(made.probe, reads=Reads())]), prompts)

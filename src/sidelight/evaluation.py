@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from sidelight.data.spans import SpanExamples
+from sidelight.data.examples import LabelledExamples
 from sidelight.metrics import (
     METRICS,
     Predictions,
@@ -205,7 +205,7 @@ class SpanReport:
 
 
 def evaluate_spans(
-    examples: SpanExamples, predicted: Sequence[Sequence[Span]], *, bootstrap: int = 1000
+    examples: LabelledExamples, predicted: Sequence[Sequence[Span]], *, bootstrap: int = 1000
 ) -> SpanReport:
     """Compares found spans with labelled ones, text by text.
 
@@ -221,7 +221,7 @@ def evaluate_spans(
         for group in range(1 + len(labels))
     )
     spans, whole, in_part = (Counter(dict.fromkeys(labels, 0)) for _ in range(3))
-    for text, own, found in zip(examples.texts, examples.spans, predicted, strict=True):
+    for (text, own), found in zip(examples.text_spans, predicted, strict=True):
         flags = labelled_characters(text, found, labels)
         for span in {*own}:
             characters = flags[span.start : span.end, labels.index(span.label)]
@@ -233,18 +233,19 @@ def evaluate_spans(
 
 
 def measure_span_resamples(
-    examples: SpanExamples, predicted: Sequence[Sequence[Span]], *, resamples: int
+    examples: LabelledExamples, predicted: Sequence[Sequence[Span]], *, resamples: int
 ) -> dict[str, Float[Values, "draw group"]]:
     """The metrics of a ``SpanReport``, over all labels and of each, on the texts and on resamples.
 
     Every call draws the same resamples of as many texts.
     """
-    texts, labels = examples.texts, examples.task.output_labels
+    texts, labels = examples.text_spans, examples.task.output_labels
     # All labels together, then each.
     groups = [[*labels], *([label] for label in labels)]
     f1 = np.empty((len(texts), len(groups)))
     counts = np.empty((3, len(texts), len(groups)))  # hits, predicted, actual
-    for i, (text, *pair) in enumerate(zip(texts, examples.spans, predicted, strict=True)):
+    for i, ((text, actual), found) in enumerate(zip(texts, predicted, strict=True)):
+        pair = (actual, found)
         flags = [labelled_characters(text, spans, labels) for spans in pair]
         for j, group in enumerate(groups):
             columns = [labels.index(label) for label in group]

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve
 
-from sidelight.data.spans import SpanExamples
+from sidelight.data.examples import LabelledExamples
 from sidelight.plots import save_figure
 from sidelight.spans import character_f1, labelled_characters
 from sidelight.storage import write_text
@@ -28,7 +28,9 @@ _STYLE = """body { font: 16px/1.5 sans-serif; max-width: 50em; margin: 2em auto;
 p { white-space: pre-wrap; border-top: 1px solid #ccc; padding-top: .5em }"""
 
 
-def examine_spans(classifier: Classifier, examples: SpanExamples, directory: Path) -> list[Path]:
+def examine_spans(
+    classifier: Classifier, examples: LabelledExamples, directory: Path
+) -> list[Path]:
     """Writes ``thresholds.png`` and ``worst.html``, and returns their paths.
 
     Args:
@@ -40,9 +42,8 @@ def examine_spans(classifier: Classifier, examples: SpanExamples, directory: Pat
     assert probe.spans is not None
     labels = examples.task.output_labels
     scores = [own for _, own in judge_characters(classifier.backbone, probe, examples.items)]
-    rows = zip(examples.texts, examples.spans, strict=True)
     picture = plot_thresholds(
-        np.concatenate([labelled_characters(*row, labels) for row in rows]),
+        np.concatenate([labelled_characters(*row, labels) for row in examples.text_spans]),
         # As spans are read: the margins leave some characters out.
         np.concatenate([probe.spans.within_margins(own) for own in scores]),
         labels,
@@ -101,12 +102,15 @@ def _plain(text: str) -> str:
 
 
 def worst_spans_page(
-    examples: SpanExamples, predicted: Sequence[Sequence[Span]], *, title: str
+    examples: LabelledExamples, predicted: Sequence[Sequence[Span]], *, title: str
 ) -> str:
     """The texts with the lowest F1 of characters in HTML, with what is found, missed and wrong."""
-    texts, labels = examples.texts, examples.task.output_labels
-    rows = zip(texts, examples.spans, predicted, strict=True)
-    flags = [[labelled_characters(text, own, labels) for own in spans] for text, *spans in rows]
+    texts, labels = [text for text, _ in examples.text_spans], examples.task.output_labels
+    rows = zip(examples.text_spans, predicted, strict=True)
+    flags = [
+        [labelled_characters(text, own, labels) for own in (actual, found)]
+        for (text, actual), found in rows
+    ]
     order = sorted(range(len(texts)), key=lambda i: character_f1(*flags[i]))[:_WORST_TEXTS]
     shown: list[str] = []
     for i in order:

@@ -236,11 +236,10 @@ def _print_spans(
     items: "Sequence[Example]", verdicts: "Sequence[Verdict]", labels: Sequence[str]
 ) -> None:
     from sidelight.cli.show import console
-    from sidelight.data.spans import span_text
 
     terminal = console()
     for item, verdict in zip(items, verdicts, strict=True):
-        marked = marked_text(span_text(item), verdict.spans or (), labels)
+        marked = marked_text(item.span_text, verdict.spans or (), labels)
         terminal.print(marked, soft_wrap=True)
 
 

@@ -228,7 +228,7 @@ class TrainingInputs:
         """Training texts, and validation texts where some are named.
 
         Args:
-            spans: The column of spans, whose texts are ``SpanExamples``; None reads labels.
+            spans: The column of spans; None reads labels.
         """
         from sidelight.data.loading import load_examples
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from sidelight.evaluation import Report, SpanReport
 from sidelight.metrics import wilson
-from sidelight.training.assessment import Assessment, SpanAssessment
+from sidelight.training.assessment import Assessment
 from sidelight.training.fit import Fit
 from sidelight.training.traffic import Traffic, kept_rate
 from sidelight.types import visible
@@ -72,7 +72,7 @@ def print_sources(sources: Mapping[str, Mapping[str, int]]) -> None:
 
 def print_assessment(assessment: Assessment) -> None:
     """The figures on labelled rows; of whole texts also what decides, and mistakes."""
-    if isinstance(assessment, SpanAssessment):
+    if assessment.spans is not None:
         print_spans(assessment.spans)
         print_report(assessment.report)
         return

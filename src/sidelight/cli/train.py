@@ -89,7 +89,6 @@ def train(
         spans = spans or guard.card.columns["spans"]
     _require_agreement(inputs, mechanism, assigned, spans, background)
     # Before texts and models, which take seconds: a misspelt name or value is refused at once.
-    from sidelight.data.spans import SpanExamples
     from sidelight.manifest import require_free, require_name
     from sidelight.thresholds import ThresholdRule
     from sidelight.training.background import load_background
@@ -107,8 +106,6 @@ def train(
     printed = [*training.warnings, *(validation.warnings if validation is not None else ())]
     options.warn(printed)
     click.echo(f"Read {len(training)} texts. The probe will flag {training.task.flags}.", err=True)
-    if isinstance(training, SpanExamples):
-        fit_options = fit_options.of_spans(training)
     choose_validation(training, validation, fit_options)
     options.announce("Loading the model")
     from sidelight.cli.show import print_fit

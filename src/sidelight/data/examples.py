@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from sidelight.data.near_duplicates import NearDuplicates
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import Conversation, Message, PlainText
-from sidelight.types import Flags, Numbers, Task, Values
+from sidelight.types import Flags, Numbers, Span, Task, Values
 
 # Enough rows to choose a threshold and a calibration on.
 _ENOUGH_VALIDATION_ROWS = 150
@@ -46,6 +46,23 @@ class Example:
     def conversation(self) -> Conversation:
         """The prompt as it is encoded."""
         return PlainText(self.text) if self.is_plain else self.messages
+
+    @property
+    def span_text(self) -> str:
+        """The text whose characters spans label: the response if there is one.
+
+        Raises:
+            SidelightError: There is no response, and there are several messages.
+        """
+        if self.response is not None:
+            return self.response
+        if len(self.messages) > 1:
+            raise SidelightError(
+                f"The text has {len(self.messages)} messages, and spans count the characters of "
+                "one. Give a single text, or name the column of answers with --response "
+                "(response= in Python)."
+            )
+        return self.text
 
     @property
     def text_key(self) -> str:
@@ -270,16 +287,26 @@ class LabelledExamples(Examples):
     Attributes:
         task: The label space.
         labels: `[row]` of class indices (0/1 for a binary task), or `[row, label]` of 0/1 for a
-            multi-label task.
+            multi-label task; of spans, those that a text has anywhere.
         weights: How much each text counts in training; None: all count the same.
         rationales: The words that each text has its label for, empty where they are not known; None
             of texts without any.
+        spans: The labelled spans of each ``Example.span_text``, in order; None: whole texts are
+            labelled.
     """
 
     task: Task
     labels: Int[Numbers, "row ..."]
     weights: Float[Values, " row"] | None = None
     rationales: tuple[str, ...] | None = None
+    spans: tuple[tuple[Span, ...], ...] | None = None
+
+    @property
+    def text_spans(self) -> list[tuple[str, tuple[Span, ...]]]:
+        """The text whose characters are labelled, and its spans, of each row."""
+        assert self.spans is not None
+        texts = (item.span_text for item in self.items)
+        return list(zip(texts, self.spans, strict=True))
 
     @property
     def label_counts(self) -> Int[Numbers, " label"]:
@@ -288,12 +315,19 @@ class LabelledExamples(Examples):
             return self.labels.sum(0)
         return np.bincount(self.labels, minlength=len(self.task.labels))
 
+    @property
+    def count_by_label(self) -> dict[str, int]:
+        """``label_counts`` by the labels' names."""
+        return dict(zip(self.task.labels, self.label_counts.tolist(), strict=True))
+
     def select(self, indices: Iterable[SupportsIndex]) -> "LabelledExamples":
         chosen = [operator.index(position) for position in indices]
-        weights = None if self.weights is None else self.weights[chosen]
-        words = self.rationales and tuple(self.rationales[position] for position in chosen)
         return replace(
-            super().select(chosen), labels=self.labels[chosen], weights=weights, rationales=words
+            super().select(chosen),
+            labels=self.labels[chosen],
+            weights=None if self.weights is None else self.weights[chosen],
+            rationales=self.rationales and tuple(self.rationales[row] for row in chosen),
+            spans=self.spans and tuple(self.spans[row] for row in chosen),
         )
 
     def label_names(self) -> list[list[str]]:

@@ -2,9 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeVar, overload
+from typing import Literal, overload
 
 import numpy as np
 
@@ -12,13 +11,12 @@ from sidelight.data.examples import Example, Examples, LabelledExamples, Skipped
 from sidelight.data.guards import guard_of
 from sidelight.data.labels import encode_labels, is_missing
 from sidelight.data.readers import InMemory, Row, is_list, is_mapping, read_rows
-from sidelight.data.spans import SpanExamples, holds_spans, label_spans
+from sidelight.data.spans import encode_spans, holds_spans
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import Message, require_whole_characters
-from sidelight.types import Task
+from sidelight.types import Span, Task
 
 OnMissingLabel = Literal["error", "skip"]
-_Labelled = TypeVar("_Labelled", bound=LabelledExamples)
 
 
 @overload
@@ -32,6 +30,7 @@ def load_examples(
     positive: str | None = None,
     task: Task | None = None,
     on_missing_label: OnMissingLabel = "error",
+    spans: str | None = None,
     rationale: str | None = None,
 ) -> LabelledExamples: ...
 @overload
@@ -43,16 +42,6 @@ def load_examples(
     response: str | None = None,
     split: str | None = None,
 ) -> Examples: ...
-@overload
-def load_examples(
-    source: str | Path | InMemory,
-    *,
-    text: str = "text",
-    response: str | None = None,
-    split: str | None = None,
-    task: Task | None = None,
-    spans: str,
-) -> SpanExamples: ...
 def load_examples(
     source: str | Path | InMemory,
     *,
@@ -149,22 +138,31 @@ def load_examples(
         f"Left out {len(out)} rows {reason}." for reason, out in reasons.items() if out
     )
     cells = tuple(row.cells for row in kept)
-    if not columns:
-        examples = Examples(tuple(items), cells, skipped, warnings)
-        return (
-            examples if spans is None else _weighted(label_spans(examples, spans, task=task), kept)
-        )
-    task, labels, doubts = encode_labels(kept, columns, positive=positive, task=task)
-    labellings = {(i.messages, i.response, n.tobytes()) for i, n in zip(items, labels, strict=True)}
-    counts = Counter((messages, answer) for messages, answer, _ in labellings)
-    if conflicts := sum(count > 1 for count in counts.values()):
-        doubts += (f"{conflicts} texts appear more than once, with different labels.",)
-    warnings += doubts
-    words = None if rationale is None else _rationales(kept, items, rationale)
-    examples = LabelledExamples(
-        tuple(items), cells, skipped, warnings, task=task, labels=labels, rationales=words
+    marked: tuple[tuple[Span, ...], ...] | None = None
+    if spans is not None:
+        column = [row.cells.get(spans) for row in kept]
+        task, labels, marked, doubts = encode_spans(items, column, spans, task=task)
+    elif columns:
+        task, labels, doubts = encode_labels(kept, columns, positive=positive, task=task)
+        pairs = zip(items, labels, strict=True)
+        labellings = {(item.messages, item.response, own.tobytes()) for item, own in pairs}
+        counts = Counter((messages, answer) for messages, answer, _ in labellings)
+        if conflicts := sum(count > 1 for count in counts.values()):
+            doubts += (f"{conflicts} texts appear more than once, with different labels.",)
+    else:
+        return Examples(tuple(items), cells, skipped, warnings)
+    weights = np.array([row.weight for row in kept])
+    return LabelledExamples(
+        tuple(items),
+        cells,
+        skipped,
+        warnings + doubts,
+        task=task,
+        labels=labels,
+        weights=None if (weights == 1).all() else weights,
+        rationales=None if rationale is None else _rationales(kept, items, rationale),
+        spans=marked,
     )
-    return _weighted(examples, kept)
 
 
 def _rationales(rows: Sequence[Row], items: Sequence[Example], column: str) -> tuple[str, ...]:
@@ -179,12 +177,6 @@ def _rationales(rows: Sequence[Row], items: Sequence[Example], column: str) -> t
                 "from it as they are, or leave the cell empty."
             )
     return words
-
-
-def _weighted(examples: _Labelled, rows: Sequence[Row]) -> _Labelled:
-    """The examples with the weights of their rows, if these differ."""
-    weights = np.array([row.weight for row in rows])
-    return examples if (weights == 1).all() else replace(examples, weights=weights)
 
 
 def _find_columns(

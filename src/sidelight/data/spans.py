@@ -1,92 +1,49 @@
-"""Texts whose characters are labelled: one column has a list of spans."""
+"""Turns a column of labelled spans into a task, labels and spans."""
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import SupportsIndex, cast
 
 import numpy as np
+from jaxtyping import Int
 
-from sidelight.data.examples import Example, Examples, LabelledExamples, located
+from sidelight.data.examples import Example, located
 from sidelight.data.labels import is_missing, label_name
 from sidelight.data.readers import is_list, is_mapping
 from sidelight.errors import SidelightError
-from sidelight.types import NONE, Span, Task, is_label
+from sidelight.types import NONE, Numbers, Span, Task, is_label
 
 _KEYS = ("start", "end", "label")
 _FORM = '[{"start": 0, "end": 5, "label": "NAME"}], or [] for a text without any'
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class SpanExamples(LabelledExamples):
-    """Texts with labelled spans; ``labels`` are those that a text has anywhere.
+def encode_spans(
+    items: Sequence[Example], cells: Sequence[object], column: str, *, task: Task | None
+) -> tuple[Task, Int[Numbers, "row ..."], tuple[tuple[Span, ...], ...], tuple[str, ...]]:
+    """Reads a column of spans.
 
-    Attributes:
-        spans: Of each text, in order: of its response if it has one, else of its only message.
+    Returns:
+        The task, the labels and the spans as in ``LabelledExamples``, and warnings.
     """
-
-    spans: tuple[tuple[Span, ...], ...]
-
-    @property
-    def texts(self) -> list[str]:
-        """What the spans are in."""
-        return [span_text(item) for item in self.items]
-
-    def select(self, indices: Iterable[SupportsIndex]) -> "SpanExamples":
-        chosen = [int(position) for position in indices]
-        # The superclass makes a copy of this class that still has all spans.
-        selected = cast("SpanExamples", super().select(chosen))
-        return replace(selected, spans=tuple(self.spans[i] for i in chosen))
-
-
-def span_text(example: Example) -> str:
-    """The text whose characters are labelled.
-
-    Raises:
-        SidelightError: There is no response, and there are several messages.
-    """
-    if example.response is not None:
-        return example.response
-    if len(example.messages) > 1:
-        raise SidelightError(
-            f"The text has {len(example.messages)} messages, and spans count the characters of "
-            "one. Give a single text, or name the column of answers with --response (response= in "
-            "Python)."
-        )
-    return example.text
-
-
-def label_spans(examples: Examples, column: str, *, task: Task | None) -> SpanExamples:
-    """Texts with the spans that a column holds; the labels are as for ``load_examples``."""
     rows: list[tuple[Span, ...]] = []
-    for index, (item, cell) in enumerate(zip(examples.items, examples.column(column), strict=True)):
+    for index, (item, cell) in enumerate(zip(items, cells, strict=True)):
         with located(item, index):
-            rows.append(_parse_spans(cell, span_text(item), column=column))
+            rows.append(_parse_spans(cell, item.span_text, column=column))
     names = Counter(span.label for row in rows for span in row)
     task = task or _task(sorted(names), column)
-    judged = task.output_labels
+    judged, warnings = task.output_labels, tuple[str, ...]()
     unknown = {name: count for name, count in names.items() if name not in judged}
-    warnings = examples.warnings
     if unknown:
-        warnings += (
+        warnings = (
             "Left out the spans of labels that training did not know "
             f"({', '.join(unknown)[:200]}; {sum(unknown.values())} in all). What is found there "
             "counts as a false alarm.",
         )
-    rows = [tuple(span for span in row if span.label in judged) for row in rows]
-    holds = [[any(span.label == label for span in row) for label in judged] for row in rows]
+    spans = tuple(tuple(span for span in row if span.label in judged) for row in rows)
+    holds = [[any(span.label == label for span in row) for label in judged] for row in spans]
     labels = np.array(holds, dtype=np.int64)
-    return SpanExamples(
-        examples.items,
-        examples.rows,
-        examples.skipped,
-        warnings,
-        task=task,
-        labels=labels[:, 0] if task.kind == "binary" else labels,
-        spans=tuple(rows),
-    )
+    return task, labels[:, 0] if task.kind == "binary" else labels, spans, warnings
 
 
 def _task(names: Sequence[str], column: str) -> Task:

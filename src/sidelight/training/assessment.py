@@ -2,21 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from sidelight.data.examples import LabelledExamples
-from sidelight.data.spans import SpanExamples
 from sidelight.evaluation import Report, SpanReport, evaluate, evaluate_spans
 from sidelight.metrics import decide
 from sidelight.probe import Probe
-from sidelight.training.classifier import Classifier
 from sidelight.training.judging import find_spans
 from sidelight.training.measuring import trained_text_warnings
 from sidelight.training.traffic import beginning, kept_rate
-from sidelight.types import Span
+
+if TYPE_CHECKING:
+    from sidelight.training.classifier import Classifier
 
 _SHOWN_MISTAKES = 5
 
@@ -32,19 +32,21 @@ class Mistake(NamedTuple):
 
 @dataclass(frozen=True)
 class Assessment:
-    """How a probe of whole texts did.
+    """How a probe did.
 
     Attributes:
         examples: The rows.
         probe: What judged them.
         probabilities: Its probabilities.
-        report: Its figures.
+        report: Its figures of whole texts.
+        spans: How well spans are found; None: whole texts are labelled.
     """
 
     examples: LabelledExamples
     probe: Probe
     probabilities: Float[np.ndarray, "row output"]
     report: Report
+    spans: SpanReport | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -54,11 +56,16 @@ class Assessment:
 
     def to_dict(self) -> dict[str, Any]:
         """The metrics at the top level, as JSON values."""
+        traffic = dict(zip(("flagged", "conversations"), kept_rate(self.probe), strict=True))
+        figures = (
+            {**self.report.to_dict(), "traffic": traffic}
+            if self.spans is None
+            else {**self.spans.to_dict(), "whole_texts": self.report.to_dict()}
+        )
         return {
             "probe": self.probe.name,
             "mechanism": self.probe.spec.name,
-            **self.report.to_dict(),
-            "traffic": dict(zip(("flagged", "conversations"), kept_rate(self.probe), strict=True)),
+            **figures,
             "warnings": list(self.warnings),
         }
 
@@ -100,45 +107,25 @@ class Assessment:
         ]
 
 
-@dataclass(frozen=True)
-class SpanAssessment(Assessment):
-    """How a probe of spans did, whose ``report`` is that of whole texts.
-
-    Attributes:
-        spans: How well spans are found.
-    """
-
-    spans: SpanReport
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "probe": self.probe.name,
-            "mechanism": self.probe.spec.name,
-            **self.spans.to_dict(),
-            "whole_texts": self.report.to_dict(),
-            "warnings": list(self.warnings),
-        }
-
-
-def assess(classifier: Classifier, examples: LabelledExamples) -> Assessment:
+def assess(classifier: "Classifier", examples: LabelledExamples) -> Assessment:
     """Measures a probe on labelled rows.
 
     Args:
         classifier: The probe on its backbone.
-        examples: Loaded with the task in its manifest; ``SpanExamples`` for a probe of spans.
+        examples: Loaded with the task in its manifest, and with spans for a probe of spans.
 
     Raises:
         SidelightError: The probe and the texts do not fit each other.
     """
     probe = classifier.probe
-    found: list[list[Span]] = []
-    row_thresholds = None
-    if probe.spans is None:
+    spans, row_thresholds = None, None
+    if examples.spans is None or probe.spans is None:
         logits = classifier.logits(examples.items)
     else:
         logits, found = find_spans(classifier.backbone, probe, examples.items)
+        spans = evaluate_spans(examples, found)
         # What a span has holds for its text, whatever the text's own probability.
-        names = [{span.label for span in spans} for spans in found]
+        names = [{span.label for span in own} for own in found]
         limits = [*zip(probe.task.output_labels, probe.thresholds, strict=True)]
         row_thresholds = np.array([[0.0 if x in own else t for x, t in limits] for own in names])
     probabilities = probe.calibration.apply(logits)
@@ -149,7 +136,4 @@ def assess(classifier: Classifier, examples: LabelledExamples) -> Assessment:
         thresholds=probe.thresholds,
         row_thresholds=row_thresholds,
     )
-    figures = (examples, probe, probabilities, report)
-    if not isinstance(examples, SpanExamples) or probe.spans is None:
-        return Assessment(*figures)
-    return SpanAssessment(*figures, evaluate_spans(examples, found))
+    return Assessment(examples, probe, probabilities, report, spans)

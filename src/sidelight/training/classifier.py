@@ -26,19 +26,18 @@ from sidelight.data.examples import (
 from sidelight.data.guards import guard_of
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
-from sidelight.data.spans import SpanExamples
 from sidelight.errors import SidelightError
-from sidelight.evaluation import Report, SpanReport, evaluate, evaluate_spans
+from sidelight.evaluation import Report, SpanReport
 from sidelight.explanation import Explanation, explain
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts import PromptFormat
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import ThresholdRule
+from sidelight.training.assessment import assess
 from sidelight.training.background import load_background
 from sidelight.training.fit import fit
 from sidelight.training.judging import find_spans, judge
-from sidelight.training.measuring import trained_text_warnings
 from sidelight.training.settings import (
     AUTO,
     READS,
@@ -127,7 +126,7 @@ class Classifier:
     @overload
     def evaluate(
         self,
-        data: str | Path | InMemory | SpanExamples,
+        data: str | Path | InMemory | Examples,
         *,
         text: str = "text",
         response: str | None = None,
@@ -172,14 +171,9 @@ class Classifier:
                 f"{examples.task}, wanted {self.probe.task}). "
                 "Load them with task=classifier.probe.task."
             )
-        _tell([*examples.warnings, *trained_text_warnings(self.probe.history, examples)])
-        if spans is not None and isinstance(examples, SpanExamples):
-            _, found = find_spans(self.backbone, self.probe, examples.items)
-            return evaluate_spans(examples, found)
-        probabilities = self.probe.calibration.apply(self.logits(examples.items))
-        return evaluate(
-            self.probe.task, probabilities, examples.labels, thresholds=self.probe.thresholds
-        )
+        assessment = assess(self, examples if spans else replace(examples, spans=None))
+        _tell(assessment.warnings)
+        return assessment.spans or assessment.report
 
     def logits(self, examples: Sequence[Example]) -> np.ndarray:
         """The probe's logits, ``[text, output]``.
@@ -254,7 +248,8 @@ def train(
     if (guard := guard_of(data)) is not None:
         columns = guard.card.columns
         response, spans = response or columns["response"], spans or columns["spans"]
-    of_spans = spans is not None or isinstance(data, SpanExamples)
+    is_loaded = isinstance(data, LabelledExamples)
+    of_spans = spans is not None or (is_loaded and data.spans is not None)
     if of_spans and (background not in ("packaged", "none") or positive is not None):
         raise SidelightError(
             "background= and positive= are for labels of whole texts. Leave them out, or spans=."
@@ -344,14 +339,13 @@ def _as_examples(
     task: Task | None = None,
 ) -> LabelledExamples:
     if isinstance(data, Examples):
-        if spans is not None and not isinstance(data, SpanExamples):
+        examples = require_labelled(data)
+        if spans is not None and examples.spans is None:
             raise SidelightError(
                 "These examples have no spans. Load them with load_examples(..., "
                 f"spans='{spans}'), or leave spans= out."
             )
-        return require_labelled(data)
-    if spans is not None:
-        return load_examples(data, text=text, response=response, task=task, spans=spans)
+        return examples
     return load_examples(
-        data, text=text, label=label, response=response, positive=positive, task=task
+        data, text=text, label=label, response=response, spans=spans, positive=positive, task=task
     )

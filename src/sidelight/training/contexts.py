@@ -18,7 +18,6 @@ from jaxtyping import Int
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples
-from sidelight.data.spans import SpanExamples
 from sidelight.errors import SidelightError
 from sidelight.prompts import (
     EncodedPrompt,
@@ -91,7 +90,7 @@ def draw_contexts(
     """
     task, encoder = examples.task, backbone.encoder
     is_shown = any(map(len, background)) or encoder.prompt_format == "both"
-    if options.reads.includes_response or not is_shown or isinstance(examples, SpanExamples):
+    if options.reads.includes_response or not is_shown or examples.spans is not None:
         return ()
     is_part = options.reads_of(task).scope == "each_turn"
     limit = min(options.max_tokens, encoder.max_tokens)

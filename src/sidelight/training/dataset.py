@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float, Int
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, Examples, LabelledExamples, located, place_of
-from sidelight.data.spans import SpanExamples, span_text
 from sidelight.errors import SidelightError
 from sidelight.progress import say
 from sidelight.prompts import EncodedPrompt, Reads, judged_units
@@ -318,11 +317,11 @@ def make_split(
         say(f"{title}: the hidden states of {stored:,} of {len(prompts):,} are on disk already.")
     states = extract(source, cache, title=title)
     rows = np.arange(len(prompts))
-    if isinstance(examples, SpanExamples):
+    if examples.spans is not None:
         places = span_places(backbone, examples.items, states.lengths)
         labels = [
-            token_labels(span_text(item), own, spans, examples.task.output_labels)
-            for item, own, spans in zip(examples.items, places, examples.spans, strict=True)
+            token_labels(text, own, spans, examples.task.output_labels)
+            for (text, spans), own in zip(examples.text_spans, places, strict=True)
         ]
         return Split(examples, tuple(prompts), states, rows, None, None, labels, places)
     shown = _with_contexts(examples, contexts) if contexts else examples
@@ -430,7 +429,6 @@ def span_places(
     places: list[list[tuple[int, int]]] = []
     for index, (example, count) in enumerate(zip(examples, read, strict=True)):
         with located(example, index):
-            span_text(example)
             whole = backbone.encoder.encode_any_length(
                 example.conversation, example.response, with_places=True
             ).places

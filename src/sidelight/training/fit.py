@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import Calibration
 from sidelight.data.examples import LabelledExamples
-from sidelight.data.spans import SpanExamples
 from sidelight.evaluation import Report, SpanReport
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.metrics import log_losses
@@ -94,11 +93,14 @@ class Fit:
         }
 
 
-def _candidates(options: FitOptions, *, of_spans: bool) -> list[Candidate]:
+def _candidates(options: FitOptions, texts: LabelledExamples) -> list[Candidate]:
     """The mechanism, or those that a probe of spans is chosen from."""
-    specs = [options.mechanism or mechanism_spec(named_mechanism(AUTO))]
-    if of_spans and options.mechanism is None:
-        specs = [mechanism_spec("spans", {"lookahead": lookahead}) for lookahead in LOOKAHEADS]
+    of_spans = texts.spans is not None
+    name = named_mechanism(AUTO, of_spans=of_spans)
+    choices = [{"lookahead": tokens} for tokens in LOOKAHEADS] if of_spans else [{}]
+    specs = [mechanism_spec(name, choice) for choice in choices]
+    if options.mechanism is not None:
+        specs = [options.mechanism]
     return [(spec, options.settings or suggested_settings(spec.name)) for spec in specs]
 
 
@@ -116,7 +118,7 @@ def fit(
 
     Args:
         backbone: The frozen LLM.
-        training: Labelled texts. Of ``SpanExamples``, the probe labels spans; they are shown alone,
+        training: Labelled texts. Of labelled spans, the probe labels spans; they are shown alone,
             and if the options name no mechanism, left-out texts choose how far it looks ahead.
         validation: Labelled texts for early stopping, threshold and calibration; None holds out
             part of ``training``, or cross-fits it if it is small.
@@ -131,9 +133,7 @@ def fit(
         SidelightError: There are no labels, the hidden states do not fit the disk, the training
             diverged, or the spans are of what the probe would not read.
     """
-    of_spans = isinstance(training, SpanExamples)
-    if of_spans:
-        options = options.of_spans(training)
+    options = options.resolved_for(training)
     chosen = (options.mechanism, options.settings, options.reads, options.calibration)
     run = (training.content_hash, name, *chosen, options.threshold, backbone.fingerprint.digest)
     states = options.states_folder(*(run if out is None else [out.resolve()]))
@@ -144,9 +144,9 @@ def fit(
         options=replace(options, cache_root=states),
         source=source,
     )
-    candidates = _candidates(options, of_spans=of_spans)
+    candidates = _candidates(options, training)
     # The baseline first: what it refuses in seconds must not cost the hours of training.
-    baseline = None if of_spans else measure_baseline(dataset, options)
+    baseline = None if training.spans is not None else measure_baseline(dataset, options)
     if dataset.folds:
         results = cross_fit(candidates, dataset.training, dataset.folds, device=backbone.device)
     else:
@@ -161,15 +161,12 @@ def fit(
     if not trained:
         raise divergence(*candidates[0])
     diverged = [own for own, run in zip(candidates, results, strict=True) if run is None]
+    made = calibrate_probe(trained, dataset, name=name, options=options)
     warnings = [
         *dataset.warnings,
         *(f"{divergence(*own)} The probe is made without it." for own in diverged),
+        *made.warnings,
     ]
-    chosen, lookaheads = trained[0], dict[str, float]()
-    if of_spans:
-        chosen, lookaheads = choose_lookahead(trained, dataset.measured)
-    made = calibrate_probe(chosen, dataset, name=name, options=options, lookaheads=lookaheads)
-    warnings += made.warnings
     if baseline is not None:
         warnings += baseline_warnings(made.losses, baseline[1], dataset.validation.examples)
     warnings += none_warnings(made)
@@ -185,22 +182,20 @@ def fit(
 
 
 def calibrate_probe(
-    trained: TrainingRun,
-    dataset: ProbeDataset,
-    *,
-    name: str,
-    options: FitOptions,
-    lookaheads: Mapping[str, float] | None = None,
+    candidates: Sequence[TrainingRun], dataset: ProbeDataset, *, name: str, options: FitOptions
 ) -> Fit:
     """Calibrates on validation logits, chooses the threshold there, and measures fold by fold.
 
-    Args:
-        trained: The training.
-        dataset: Its texts.
-        name: Of the probe.
-        options: Of the training.
-        lookaheads: The scores that a probe of spans was chosen by.
+    Of several trainings, all of which label spans, left-out texts choose one.
     """
+    measured, of_spans = dataset.measured, dict[str, Any]()
+    trained, rule, spans = candidates[0], None, None
+    if measured.examples.spans is not None:
+        trained, lookaheads = choose_lookahead(candidates, measured)
+        rule, spans = calibrate_spans(
+            measured.examples, measured.places, trained.token_logits, rule=options.threshold
+        )
+        of_spans = {"spans": spans.to_dict(), "lookaheads": lookaheads}
     task, validation = dataset.task, dataset.validation.examples
     logits, in_contexts = trained.logits[: len(validation)], trained.logits[len(validation) :]
     folds = measuring_folds(validation, dataset.folds, options.calibration)
@@ -222,12 +217,6 @@ def calibrate_probe(
     traffic = None
     if (report.thresholds or task.abstains) and dataset.contexts:
         traffic, record["traffic"] = _traffic(trained, dataset, calibration, options)
-    rule, spans = None, None
-    if isinstance(examples := dataset.measured.examples, SpanExamples):
-        rule, spans = calibrate_spans(
-            examples, dataset.measured.places, trained.token_logits, rule=options.threshold
-        )
-        record |= {"spans": spans.to_dict(), "lookaheads": lookaheads}
     probe = Probe(
         name=name,
         task=task,
@@ -240,7 +229,7 @@ def calibrate_probe(
         thresholds=report.thresholds,
         fingerprint=dataset.backbone.fingerprint,
         spans=rule,
-        record=record,
+        record=record | of_spans,
     )
     return Fit(
         probe,

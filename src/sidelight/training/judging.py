@@ -8,7 +8,6 @@ from jaxtyping import Float
 from sidelight.backbone import TransformersBackbone, UnloadedBackbone
 from sidelight.bank import Bank
 from sidelight.data.examples import Example, located
-from sidelight.data.spans import span_text
 from sidelight.probe import Probe, ProbeOutput
 from sidelight.prompts import EncodedPrompt
 from sidelight.spans import character_scores
@@ -78,7 +77,7 @@ def judge_characters(
     texts: list[str] = []
     for index, example in enumerate(examples):
         with located(example, index):
-            texts.append(span_text(example))
+            texts.append(example.span_text)
     judged = judge(backbone, probe, examples)
     calibration = probe.spans.calibration
     tokens = [calibration.apply(text.tokens) for text in judged if text.tokens is not None]

@@ -12,13 +12,12 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples, located
 from sidelight.data.guards import draw_texts, find_guard
 from sidelight.data.loading import load_examples
-from sidelight.data.spans import SpanExamples
 from sidelight.errors import SidelightError
 from sidelight.manifest import read_manifest
 from sidelight.probe import Probe
 from sidelight.states.cache import text_name
 from sidelight.thresholds import ThresholdRule
-from sidelight.training.assessment import SpanAssessment, assess
+from sidelight.training.assessment import assess
 from sidelight.training.background import Background
 from sidelight.training.classifier import Classifier
 from sidelight.training.settings import AUTO, READS, TRAINING_MAX_TOKENS, named_mechanism
@@ -40,8 +39,6 @@ _POLICY = """# Nothing is blocked: verdicts are counted in the metrics, and no c
 def load_guard(name: str, part: str = "", task: Task | None = None) -> LabelledExamples:
     """The training texts of a guard, with ``,FILE`` as its part also one's own, or a ``:TEST``."""
     spans, source = find_guard(name).card.columns["spans"], f"guard:{name}{part}"
-    if spans is None:
-        return load_examples(source, task=task)
     return load_examples(source, spans=spans, task=task)
 
 
@@ -67,7 +64,7 @@ def is_trained(
     except SidelightError:
         return False
     history = manifest.history
-    mechanism = named_mechanism(AUTO, of_spans=isinstance(texts, SpanExamples))
+    mechanism = named_mechanism(AUTO, of_spans=texts.spans is not None)
     wanted = (texts.content_hash, str(rule), 0, mechanism, model.digest, model.dtype)
     return wanted == (
         *(history.training.given_sha256, history.threshold_rule, history.seed),
@@ -101,10 +98,10 @@ def measure_tests(
         examples = load_guard(name, f":{test}", probe.task)
         assessment = assess(classifier, examples)
         figures[test] = {"title": card.title, "rows": len(examples)}
-        if words is None:
-            assert isinstance(assessment, SpanAssessment)
+        if assessment.spans is not None:
             figures[test] |= assessment.spans.to_dict()
             continue
+        assert words is not None
         positive = examples.labels == 1
         flags = assessment.probabilities[:, 0] >= probe.thresholds[0]
         scores = words.logits(examples.whole_texts)[:, 0]

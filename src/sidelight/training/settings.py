@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from sidelight.calibration import CalibrationKind
-from sidelight.data.spans import SpanExamples
+from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError, checked
 from sidelight.fingerprint import hash_of
 from sidelight.prompts import Reads
@@ -188,12 +188,14 @@ class FitOptions:
             return replace(self.reads, scope="last_turn")
         return self.reads
 
-    def of_spans(self, examples: SpanExamples) -> "FitOptions":
-        """The same for a probe of spans: whatever the template writes has no label.
+    def resolved_for(self, examples: LabelledExamples) -> "FitOptions":
+        """The same for these texts: of spans, whatever the template writes has no label.
 
         Raises:
             SidelightError: The mechanism labels no tokens, or the probe would read the other side.
         """
+        if examples.spans is None:
+            return self
         named_mechanism(AUTO if self.mechanism is None else self.mechanism.name, of_spans=True)
         side = "prompt" if examples.items[0].response is None else "response"
         if self.reads.side != side:

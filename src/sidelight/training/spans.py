@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sidelight.calibration import fit_calibration, suggested_calibration
-from sidelight.data.spans import SpanExamples
+from sidelight.data.examples import LabelledExamples
 from sidelight.evaluation import SpanReport, evaluate_spans
 from sidelight.spans import (
     SpanRule,
@@ -41,7 +41,6 @@ def choose_lookahead(
     candidates: Sequence[TrainingRun], measured: Split
 ) -> tuple[TrainingRun, dict[str, float]]:
     """The run that looks ahead least of those that are as good, and the character F1 of each."""
-    assert isinstance(measured.examples, SpanExamples)
     scores: dict[str, float] = {}
     for run in candidates:
         _, report = calibrate_spans(
@@ -55,7 +54,7 @@ def choose_lookahead(
 
 
 def calibrate_spans(
-    examples: SpanExamples,
+    examples: LabelledExamples,
     places: TokenPlaces,
     logits: TokenScores,
     *,
@@ -73,8 +72,8 @@ def calibrate_spans(
         bootstrap: As for ``evaluate_spans``.
     """
     task, labels = examples.task, examples.task.output_labels
-    texts = examples.texts
-    rows = list(zip(texts, places, examples.spans, logits, strict=True))
+    texts, spans_of = zip(*examples.text_spans, strict=True)
+    rows = list(zip(texts, places, spans_of, logits, strict=True))
     holds = np.concatenate([token_labels(text, own, spans, labels) for text, own, spans, _ in rows])
     numbers = holds.astype(np.int64).reshape(len(holds), *([] if task.kind == "binary" else [-1]))
     calibration = fit_calibration(

@@ -11,7 +11,6 @@ from jaxtyping import Int
 
 from sidelight.calibration import require_calibratable, suggested_calibration
 from sidelight.data.examples import Example, LabelledExamples, validation_share
-from sidelight.data.spans import SpanExamples
 from sidelight.errors import SidelightError
 from sidelight.manifest import Manifest
 from sidelight.thresholds import require_thresholds, threshold_doubts
@@ -41,6 +40,7 @@ def choose_validation(
     """
     require_thresholds(training.task, options.threshold)
     options.with_none(training.task)
+    options.resolved_for(training)
     folds: Folds = ()
     warnings = [*training.warnings]
     if validation is not None:
@@ -55,10 +55,10 @@ def choose_validation(
     task = training.task
     kind = options.calibration or suggested_calibration(task)
     require_calibratable(kind, validation.labels, task)
-    counts = dict(zip(task.labels, validation.label_counts.tolist(), strict=True))
+    counts = validation.count_by_label
     doubts: list[str] = []
     # A rule for spans counts words.
-    if not isinstance(training, SpanExamples):
+    if training.spans is None:
         doubts = threshold_doubts(task, counts, len(validation), options.threshold)
     rarest, texts = min(counts.items(), key=lambda count: count[1])
     if texts < _ROUGH_BELOW and not doubts:
@@ -74,7 +74,7 @@ def _hold_out(
 ) -> tuple[LabelledExamples, LabelledExamples, list[str]]:
     """A part to train on, one to validate on, and why few texts are not cross-fitted."""
     is_binary = examples.task.kind == "binary"
-    counts = dict(zip(examples.task.labels, examples.label_counts.tolist(), strict=True))
+    counts = examples.count_by_label
     if len(examples) < 2 * FOLDS or (is_binary and min(counts.values()) < FOLDS):
         shares = ", ".join(f"{count} of '{label}'" for label, count in counts.items())
         raise SidelightError(
@@ -83,12 +83,11 @@ def _hold_out(
             "(--validation, validation=)."
         )
     warnings: list[str] = []
-    if len(examples) < FEW_TEXTS and not isinstance(examples, SpanExamples):
-        rarest = int(examples.label_counts.argmin())
-        label = examples.task.labels[rarest]
+    if len(examples) < FEW_TEXTS and examples.spans is None:
+        label, fewest = min(counts.items(), key=lambda count: count[1])
         warnings.append(
             f"Cross-fitting needs {FOLDS} distinct texts per label; '{label}' has "
-            f"{examples.label_counts[rarest]}, or some of them are equal. Instead, "
+            f"{fewest}, or some of them are equal. Instead, "
             f"{validation_share(len(examples)):.0%} of the texts were held out for validation. Add "
             f"more texts of '{label}'."
         )
@@ -108,7 +107,7 @@ def choose_folds(examples: LabelledExamples) -> Folds:
     There are none if there are many texts, if their spans are labelled, or if a fold would lack a
     class.
     """
-    is_many = len(examples) >= FEW_TEXTS or isinstance(examples, SpanExamples)
+    is_many = len(examples) >= FEW_TEXTS or examples.spans is not None
     return () if is_many else complete_folds(examples)
 
 

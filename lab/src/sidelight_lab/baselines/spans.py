@@ -15,7 +15,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
-from sidelight.data.spans import SpanExamples, span_text
+from sidelight.data.examples import LabelledExamples
 from sidelight.spans import token_labels, words
 from sidelight.training.dataset import ProbeDataset, Split, TokenPlaces
 from sidelight.training.spans import TokenScores
@@ -29,7 +29,7 @@ from sidelight_lab.baselines.fine_tuning import (
 )
 
 # Gives the characters and the logits of each text's tokens.
-Scorer = Callable[[SpanExamples], tuple[TokenPlaces, TokenScores]]
+Scorer = Callable[[LabelledExamples], tuple[TokenPlaces, TokenScores]]
 
 # Words that the lexicon adds to those that it has seen, with the share of labelled ones.
 _PRIOR_WORDS = 4.0
@@ -64,7 +64,7 @@ def window(dataset: ProbeDataset) -> Iterator[Scorer]:
     options: dict[str, Any] = {"analyzer": list, "min_df": 2}
     vectorizer: Any = TfidfVectorizer(**options)
     inputs = vectorizer.fit_transform(
-        [own for item in dataset.training.examples.items for own in _features(span_text(item))]
+        [own for text, _ in dataset.training.examples.text_spans for own in _features(text)]
     )
     targets = labels if labels.shape[1] > 1 else labels[:, 0]
     for strength in _STRENGTHS:
@@ -84,13 +84,13 @@ def encoder(dataset: ProbeDataset, tuning: FineTunedEncoder | None = None) -> It
     tuning = tuning or FineTunedEncoder(epochs=epochs)
     reader = Encoder(tuning.path, max_tokens=tuning.max_tokens)
 
-    def items_of(examples: SpanExamples) -> tuple[list[Item], TokenPlaces]:
-        texts = [span_text(item) for item in examples.items]
+    def items_of(examples: LabelledExamples) -> tuple[list[Item], TokenPlaces]:
+        texts, spans_of = zip(*examples.text_spans, strict=True)
         # The characters of each token; (0, 0) of one that the encoder adds.
         tokens = reader.tokens(texts, return_offsets_mapping=True)
         places: TokenPlaces = tokens["offset_mapping"]
         items: list[Item] = []
-        rows = zip(texts, tokens["input_ids"], places, examples.spans, strict=True)
+        rows = zip(texts, tokens["input_ids"], places, spans_of, strict=True)
         for text, ids, own, spans in rows:
             is_read = torch.tensor([start < end for start, end in own])
             labels = torch.from_numpy(
@@ -104,19 +104,14 @@ def encoder(dataset: ProbeDataset, tuning: FineTunedEncoder | None = None) -> It
         torch.manual_seed(0)
         model = SequenceClassifier(reader.body, dataset, labels_tokens=True)
         model = model.to(dataset.backbone.device)
-    tuning.tune(model, dataset, lambda split: items_of(_span_examples(split))[0], seed=0)
+    tuning.tune(model, dataset, lambda split: items_of(split.examples)[0], seed=0)
 
-    def scores(examples: SpanExamples) -> tuple[TokenPlaces, TokenScores]:
+    def scores(examples: LabelledExamples) -> tuple[TokenPlaces, TokenScores]:
         items, places = items_of(examples)
         pairs = zip(items, score_items(model, items), strict=True)
         return places, [logits[: len(item["read"])][item["read"]] for item, logits in pairs]
 
     yield scores
-
-
-def _span_examples(split: Split) -> SpanExamples:
-    assert isinstance(split.examples, SpanExamples)
-    return split.examples
 
 
 def _names(text: str) -> list[str]:
@@ -125,13 +120,8 @@ def _names(text: str) -> list[str]:
 
 def _labelled_words(split: Split) -> tuple[list[str], np.ndarray]:
     """All words of some texts, and the labels of each."""
-    examples = _span_examples(split)
-    rows = [
-        (span_text(item), own) for item, own in zip(examples.items, examples.spans, strict=True)
-    ]
-    labels = [
-        token_labels(text, words(text), own, examples.task.output_labels) for text, own in rows
-    ]
+    rows, names = split.examples.text_spans, split.task.output_labels
+    labels = [token_labels(text, words(text), own, names) for text, own in rows]
     return [name for text, _ in rows for name in _names(text)], np.concatenate(labels)
 
 
@@ -150,8 +140,8 @@ def _features(text: str) -> list[list[str]]:
 def _of_words(logits: Callable[[str], Any], dataset: ProbeDataset) -> Scorer:
     outputs = dataset.task.outputs
 
-    def scores(examples: SpanExamples) -> tuple[TokenPlaces, TokenScores]:
-        texts = [span_text(item) for item in examples.items]
+    def scores(examples: LabelledExamples) -> tuple[TokenPlaces, TokenScores]:
+        texts = [item.span_text for item in examples.items]
         rows = [logits(text) if words(text) else [] for text in texts]
         return [*map(words, texts)], [np.array(own, float).reshape(-1, outputs) for own in rows]
 

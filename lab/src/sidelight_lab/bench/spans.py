@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sidelight.artifact import load_probe
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.spans import SpanExamples
+from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.evaluation import Estimate, measure_span_resamples
 from sidelight.manifest import holds_probe
@@ -76,13 +76,13 @@ class Row:
     validation: Sequence[float]
     lookaheads: Sequence[int] = ()
 
-    def measure(self, test: SpanExamples) -> list[Draws]:
+    def measure(self, test: LabelledExamples) -> list[Draws]:
         """With each seed."""
         labels = test.task.output_labels
         draws: list[Draws] = []
         for rule, score in zip(self.rules, self.scorers, strict=True):
             spans: list[list[Span]] = []
-            for text, tokens, logits in zip(test.texts, *score(test), strict=True):
+            for (text, _), tokens, logits in zip(test.text_spans, *score(test), strict=True):
                 scores = character_scores(text, tokens, rule.calibration.apply(logits))
                 spans.append(rule.read(scores, labels))
             draws.append(measure_span_resamples(test, spans, resamples=_RESAMPLES))
@@ -118,9 +118,9 @@ class _OneLayer(BackboneSource):
 
 def compare_spans(
     backbone: TransformersBackbone,
-    training: SpanExamples,
-    validation: SpanExamples,
-    test: SpanExamples,
+    training: LabelledExamples,
+    validation: LabelledExamples,
+    test: LabelledExamples,
     *,
     options: FitOptions,
     seeds: int,
@@ -160,7 +160,7 @@ def compare_spans(
         else:
             rows[rival] = _best(_BASELINES[rival](dataset), validation)
     draws = {name: row.measure(test) for name, row in rows.items()}
-    counts = Counter(span.label for spans in test.spans for span in spans)
+    counts = Counter(span.label for _, spans in test.text_spans for span in spans)
     labels = sorted(test.task.output_labels, key=lambda label: -counts[label])
     results = {name: _described(row, draws[name], draws[OURS], test) for name, row in rows.items()}
     sizes = {"training": len(training), "validation": len(validation), "test": len(test)}
@@ -175,8 +175,8 @@ def compare_spans(
 def _probes(
     backbone: TransformersBackbone,
     source: StateSource | None,
-    training: SpanExamples,
-    validation: SpanExamples,
+    training: LabelledExamples,
+    validation: LabelledExamples,
     options: FitOptions,
     seeds: int,
     out: Path,
@@ -218,7 +218,7 @@ def _token_logits(
     source: StateSource | None,
     options: FitOptions,
     probe: Probe,
-    examples: SpanExamples,
+    examples: LabelledExamples,
 ) -> tuple[TokenPlaces, list[Float[np.ndarray, "_ label"]]]:
     """Those that ``find_spans`` computes, from hidden states that all seeds share."""
     split = make_split(backbone, examples, options, title="Test texts", source=source)
@@ -233,7 +233,7 @@ def _token_logits(
     return split.places, logits
 
 
-def _best(candidates: Iterable[Scorer], validation: SpanExamples) -> Row:
+def _best(candidates: Iterable[Scorer], validation: LabelledExamples) -> Row:
     """Calibrated as probes are, the best by what chooses their lookahead."""
     rows: list[tuple[float, Row]] = []
     for score in candidates:
@@ -245,7 +245,7 @@ def _best(candidates: Iterable[Scorer], validation: SpanExamples) -> Row:
 
 
 def _described(
-    row: Row, draws: Sequence[Draws], ours: Sequence[Draws], test: SpanExamples
+    row: Row, draws: Sequence[Draws], ours: Sequence[Draws], test: LabelledExamples
 ) -> dict[str, Any]:
     """A row's figures as JSON-ready values: means over seeds, with intervals over texts."""
     means = {name: np.mean([own[name] for own in draws], 0) for name in _METRICS}

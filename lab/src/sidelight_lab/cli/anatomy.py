@@ -30,7 +30,6 @@ def anatomy(probe: Path, runtime: options.Runtime, out: Path, **given: Any) -> N
     with what was found, missed and wrong. Give texts that the probe was not trained on.
     """
     from sidelight.data.loading import load_examples
-    from sidelight.data.spans import SpanExamples
     from sidelight.training.classifier import load
     from sidelight_lab.anatomy import examine, write_anatomy
     from sidelight_lab.spans_anatomy import examine_spans
@@ -44,7 +43,7 @@ def anatomy(probe: Path, runtime: options.Runtime, out: Path, **given: Any) -> N
     )
     examples = load_examples(given["data"], task=classifier.probe.task, **columns)
     examples = examples.select(examples.draw(given["limit"] or len(examples), seed=0))
-    if isinstance(examples, SpanExamples):
+    if examples.spans is not None:
         paths = examine_spans(classifier, examples, out)
         click.echo(f"Written: {' and '.join(map(str, paths))}")
         return

@@ -5,7 +5,7 @@ import sys
 import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,7 +16,6 @@ from sidelight_lab.cli.options import AT_LEAST_TWO, POSITIVE, names, publish, sp
 
 if TYPE_CHECKING:
     from sidelight.backbone import DtypeName
-    from sidelight.data.spans import SpanExamples
     from sidelight_lab.redteam.attacks import Messages
 
 
@@ -218,7 +217,9 @@ def bench_spans(
         kept = given.cache_root or cache_root() / "activations"
         record = compare_spans(
             runtime.load_backbone(),
-            *(cast("SpanExamples", texts) for texts in (training, validation, tested)),
+            training,
+            validation,
+            tested,
             options=given,
             seeds=seeds,
             root=kept if inputs.keep_cache else Path(scratch),

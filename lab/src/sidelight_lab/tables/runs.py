@@ -162,7 +162,7 @@ def _train(runs: Sequence[tuple[Run, ProbeRow]], *, max_tokens: int) -> None:
             run.folder.mkdir(parents=True, exist_ok=True)
             (run.folder / "diverged").touch()
             continue
-        probe = calibrate_probe(one, dataset, name=plain_name(row), options=options).probe
+        probe = calibrate_probe([one], dataset, name=plain_name(row), options=options).probe
         # The probe comes first: a run counts as fitted once its result is stored.
         save_probe(probe, run.folder / "probe")
         parameters = probe.history.parameters
