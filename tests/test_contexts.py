@@ -187,7 +187,7 @@ def test_validation_texts_share_no_background_with_training_texts(tiny, examples
 @pytest.mark.slow
 def test_without_background_texts_are_shown_alone(tiny, examples, tmp_path):
     made = prepare(tiny, examples, None, options=FitOptions(cache_root=tmp_path))
-    assert (made.contexts, len(made.training), made.training.group_of) == ((), 60, None)
+    assert (made.contexts, len(made.training), made.training.contexts) == ((), 60, ())
     # Plain text is a context without background, which says nothing of ordinary traffic.
     both = tiny_backbone(prompt_format="both")
     options = FitOptions(mechanism=mechanism_spec("pooling"), cache_root=tmp_path)
@@ -323,9 +323,9 @@ def test_training_counts_each_text_by_its_weight(tiny, examples, options, monkey
     heard: list[float] = []
     loss = TrainingRun.loss
 
-    def counted(run, tokens, labels, weights=None, rationales=None):
-        heard.extend(weights.tolist())
-        return loss(run, tokens, labels, weights, rationales)
+    def counted(run, tokens, targets):
+        heard.extend(targets.weights.tolist())
+        return loss(run, tokens, targets)
 
     monkeypatch.setattr(TrainingRun, "loss", counted)
     settings = TrainingSettings(epochs=1, least_steps=0, standardise=False)
@@ -544,10 +544,11 @@ def test_parts_of_texts_without_a_label_train_in_their_place(tiny, options, monk
     read: dict[int, list[int]] = {0: [], 1: []}
     loss = TrainingRun.loss
 
-    def heard(run, tokens, labels, weights=None, rationales=None):
-        for label, length in zip(labels.tolist(), tokens.lengths.tolist(), strict=True):
+    def heard(run, tokens, targets):
+        labels, lengths = targets.labels.values.tolist(), tokens.lengths.tolist()
+        for label, length in zip(labels, lengths, strict=True):
             read[label].append(length)
-        return loss(run, tokens, labels, weights, rationales)
+        return loss(run, tokens, targets)
 
     monkeypatch.setattr(TrainingRun, "loss", heard)
     candidate = mechanism_spec("readout"), TrainingSettings(epochs=8, least_steps=0)

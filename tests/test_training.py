@@ -18,7 +18,7 @@ from sidelight.prompts import Reads
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states import cache
-from sidelight.training.dataset import make_split, prepare
+from sidelight.training.dataset import Targets, make_split, prepare
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import (
     TrainingRun,
@@ -34,6 +34,7 @@ QUICK = TrainingSettings(
     learning_rate=1e-2, weight_decay=0.01, epochs=3, batch_size=20, least_steps=0
 )
 BRIEF = replace(QUICK, epochs=2)
+TWO_TEXTS = Targets(Ragged.one_row_each(torch.tensor([0, 1])), False, torch.ones(2), None)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def gate_run():
         *candidate("gate", settings=replace(QUICK, epochs=2, weight_decay=0.0)),
         Standardisation.identity(Geometry(2, 4, 1)),
         TASKS["binary"],
-        torch.tensor([0, 1]),
+        TWO_TEXTS,
         torch.tensor([True, True]),
         steps=3,
     )
@@ -165,7 +166,7 @@ def test_the_rate_follows_a_cosine_to_zero(gate_run):
     for _ in range(6):
         rates.append(gate_run._optimizer.param_groups[0]["lr"])
         tokens = Ragged(torch.randn(2, 2, 3), torch.tensor([1, 1]))
-        gate_run.loss(tokens, torch.tensor([0, 1])).backward()
+        gate_run.loss(tokens, TWO_TEXTS).backward()
         gate_run.take(1.0)
     expected = 1e-2 * (1 + np.cos(np.pi * np.arange(6) / 6)) / 2
     np.testing.assert_allclose(rates, expected, rtol=1e-6)

@@ -38,6 +38,10 @@ class Ragged:
         """Segments of one row each: a state of fixed size."""
         return Ragged(values, torch.ones(len(values), dtype=torch.long, device=values.device))
 
+    def to(self, device: torch.device) -> "Ragged":
+        """The same rows on a device."""
+        return Ragged(self.values.to(device), self.lengths.to(device))
+
     def sums(self) -> Float[Tensor, "segment ..."]:
         """The sum over each segment's rows; zero for an empty one."""
         total = self.values.new_zeros(len(self.lengths), *self.values.shape[1:])

@@ -30,7 +30,7 @@ from sidelight.training.background import Background, Messages
 from sidelight.training.settings import FitOptions
 from sidelight.types import Numbers
 
-Kind = Literal["inside", "turn", "plain", "background"]
+Kind = Literal["alone", "inside", "turn", "plain", "background"]
 
 # How often each context of a text is drawn; plain text, where a probe allows it.
 _SHARES: dict[Kind, float] = {"inside": 0.8, "turn": 0.2}
@@ -52,11 +52,11 @@ _MOST_OF_A_TEXT, _ATTEMPTS = 3, 4
 
 @dataclass(frozen=True)
 class Context:
-    """One more setting of a text, or a conversation of the background.
+    """A setting of a text, or a conversation of the background.
 
     Attributes:
-        kind: ``inside`` other text; a ``turn`` of a conversation; as ``plain`` text. Or
-            ``background`` alone.
+        kind: ``alone``; ``inside`` other text; a ``turn`` of a conversation; as ``plain`` text. Or
+            ``background`` by itself.
         example: The conversation that is run.
         prompt: The same, encoded; what is not judged is not read.
         words: How many words stand around the text, or in the background.

@@ -9,13 +9,16 @@ from functools import cached_property, partial
 from typing import SupportsIndex
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, Examples, LabelledExamples, located, place_of
 from sidelight.errors import SidelightError
 from sidelight.progress import say
 from sidelight.prompts import EncodedPrompt, Reads, judged_units
+from sidelight.ragged import Ragged
 from sidelight.spans import token_labels
 from sidelight.states.cache import (
     SHARD_BYTES,
@@ -23,7 +26,7 @@ from sidelight.states.cache import (
     States,
 )
 from sidelight.states.extraction import BackboneSource, StateSource, extract
-from sidelight.training.background import choose_conversations
+from sidelight.training.background import Background, choose_conversations
 from sidelight.training.contexts import Context, draw_contexts
 from sidelight.training.settings import FitOptions
 from sidelight.training.validation import FOLDS, Folds, choose_validation, shared_texts
@@ -39,35 +42,63 @@ _ALONE_SHARE = 0.7
 _MEASURING_PARTS = 2
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What training compares logits with: labels of texts, or of each of their tokens.
+
+    Attributes:
+        labels: A row for each text as in ``LabelledExamples.labels``, or ``[token, label]``.
+        of_tokens: Whether tokens are labelled.
+        weights: How much each text counts.
+        rationales: For each token whether its text has its label for it; None: nobody knows.
+    """
+
+    labels: Ragged
+    of_tokens: bool
+    weights: Float[Tensor, " text"]
+    rationales: Ragged | None
+
+    def select(self, texts: Int[Tensor, " chosen"]) -> "Targets":
+        """Those of these texts."""
+        words = None if self.rationales is None else self.rationales.select(texts)
+        labels, weights = self.labels.select(texts), self.weights[texts]
+        return Targets(labels, self.of_tokens, weights, words)
+
+    def to(self, device: torch.device) -> "Targets":
+        """The same on a device."""
+        words = None if self.rationales is None else self.rationales.to(device)
+        labels, weights = self.labels.to(device), self.weights.to(device)
+        return Targets(labels, self.of_tokens, weights, words)
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Some labelled texts and their hidden states.
 
     Attributes:
         examples: The texts.
-        prompts: Their token ids.
         states: Hidden states of the whole data set that the texts are part of.
         rows: The index of each text in that data set.
-        group_of: For each of that data set the group that stays in one fold: texts, their contexts,
-            and the background of these. None: there are no contexts.
-        is_alone: For each of that data set whether it is a text without a context.
-        token_labels: Of each text which labels its tokens have; None: texts are labelled.
-        places: Of each text, if its tokens are labelled, the characters of these.
+        contexts: The setting of each text, with the group that stays in one fold: texts, their
+            contexts, and the background of these. None of them: all are shown alone.
+        places: The characters of each text's tokens, if these are labelled.
         rationales: Of each text the tokens that it has its label for; None: they are not known.
     """
 
     examples: LabelledExamples
-    prompts: tuple[EncodedPrompt, ...]
     states: ActivationCache
     rows: Int[np.ndarray, " text"]
-    group_of: Int[np.ndarray, " _"] | None = None
-    is_alone: Bool[np.ndarray, " _"] | None = None
-    token_labels: Sequence[Bool[np.ndarray, "_ label"]] | None = None
+    contexts: tuple[Context, ...] = ()
     places: TokenPlaces = ()
     rationales: Sequence[Bool[np.ndarray, " _"]] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def prompts(self) -> list[EncodedPrompt]:
+        """The texts' token ids."""
+        return [self.states.prompts[row] for row in self.rows.tolist()]
 
     @property
     def labels(self) -> np.ndarray:
@@ -88,12 +119,9 @@ class Split:
         chosen = np.fromiter(texts, dtype=np.int64)
         return Split(
             self.examples.select(chosen),
-            tuple(self.prompts[text] for text in chosen),
             self.states,
             self.rows[chosen],
-            self.group_of,
-            self.is_alone,
-            self.token_labels and [self.token_labels[text] for text in chosen],
+            self.contexts and tuple(self.contexts[text] for text in chosen),
             self.places and [self.places[text] for text in chosen],
             self.rationales and [self.rationales[text] for text in chosen],
         )
@@ -101,9 +129,9 @@ class Split:
     @cached_property
     def alone(self) -> Int[np.ndarray, " text"]:
         """The texts that are shown alone."""
-        if self.is_alone is None:
+        if not self.contexts:
             return np.arange(len(self))
-        return np.flatnonzero(self.is_alone[self.rows])
+        return np.flatnonzero([context.kind == "alone" for context in self.contexts])
 
     @cached_property
     def weights(self) -> Float[np.ndarray, " text"]:
@@ -120,6 +148,19 @@ class Split:
         return weights / weights.mean()
 
     @cached_property
+    def targets(self) -> Targets:
+        """What training compares the logits of these texts with."""
+        labels, of_tokens = Ragged.one_row_each(torch.from_numpy(self.labels)), False
+        if self.examples.spans is not None:
+            rows = zip(self.examples.text_spans, self.places, strict=True)
+            names = self.task.output_labels
+            flags = [token_labels(text, own, spans, names) for (text, spans), own in rows]
+            labels, of_tokens = _end_to_end([own.astype(np.int64) for own in flags]), True
+        weights = torch.from_numpy(self.weights).float()
+        words = None if self.rationales is None else _end_to_end(self.rationales)
+        return Targets(labels, of_tokens, weights, words)
+
+    @cached_property
     def first_rows(self) -> Int[np.ndarray, " text"]:
         """The first text of each group of equal ones, among those that are shown alone."""
         return self.alone[self.examples.select(self.alone).first_rows]
@@ -129,10 +170,10 @@ class Split:
 
         There are none if all texts are the same.
         """
-        if self.group_of is None:
+        if not self.contexts:
             count = min(count, self.examples.distinct)
             return self.examples.folds(count, seed=0) if count > 1 else ()
-        groups = np.unique(self.group_of[self.rows], return_inverse=True)[1]
+        groups = np.unique([own.group for own in self.contexts], return_inverse=True)[1]
         count = min(count, int(groups.max()) + 1)
         folds = [np.flatnonzero(groups % count == fold) for fold in range(count)]
         return tuple(folds) if count > 1 else ()
@@ -143,7 +184,7 @@ class Split:
 
     def without_contexts(self) -> "Split":
         """The texts that are shown alone."""
-        return self if self.group_of is None else self.select(self.alone)
+        return self.select(self.alone) if self.contexts else self
 
     @cached_property
     def units(self) -> list[list[Int[np.ndarray, " _"]]]:
@@ -165,6 +206,12 @@ class Split:
         return States(self.states, self.rows.tolist())
 
 
+def _end_to_end(rows: Sequence[np.ndarray]) -> Ragged:
+    """The rows of each text as its segment."""
+    lengths = torch.tensor([*map(len, rows)])
+    return Ragged(torch.from_numpy(np.concatenate(rows)), lengths)
+
+
 @dataclass(frozen=True)
 class ProbeDataset:
     """The splits that settings are chosen on. Test data is not part of it.
@@ -176,7 +223,6 @@ class ProbeDataset:
             alone, then their contexts. If texts are cross-fitted, these are those of ``training``.
         folds: Indices of the training texts of each fold if texts are cross-fitted, else none.
         warnings: What is doubtful about the texts, one sentence each.
-        contexts: Those of ``measured``.
         given_sha256: Hash of the texts as they were given: none held out, no context added.
     """
 
@@ -185,7 +231,6 @@ class ProbeDataset:
     measured: Split
     folds: Folds = ()
     warnings: tuple[str, ...] = ()
-    contexts: tuple[Context, ...] = ()
     given_sha256: str = ""
 
     @cached_property
@@ -197,6 +242,11 @@ class ProbeDataset:
     def validation(self) -> Split:
         """The texts of ``measured`` without their contexts."""
         return self.measured.without_contexts()
+
+    @cached_property
+    def contexts(self) -> tuple[Context, ...]:
+        """The contexts of ``measured``, which follow its texts."""
+        return self.measured.contexts[len(self.validation) :]
 
     @property
     def task(self) -> Task:
@@ -228,21 +278,20 @@ def prepare(
     warnings += doubts
     groups = _groups(training, FOLDS)
     parts = background.parts(len(groups) + (0 if folds else _MEASURING_PARTS))
-    contexts = draw_contexts(backbone, training, groups, parts[: len(groups)], options)
     split = partial(make_split, backbone, options=options, source=source)
-    fitted = measured = split(training, contexts=contexts, groups=groups, title="Training texts")
+    fitted = measured = split(
+        training, groups=groups, background=parts[: len(groups)], title="Training texts"
+    )
     if folds:
         folds = fitted.folds(len(folds))
     else:
         warnings += shared_texts(training, validation)
         measuring = parts[len(groups) :]
         groups = _groups(validation, len(measuring))
-        measuring = measuring[: len(groups)]
-        contexts = draw_contexts(backbone, validation, groups, measuring, options)
         measured = split(
             validation,
-            contexts=contexts,
             groups=groups,
+            background=measuring[: len(groups)],
             title="Validation texts",
             in_memory=fitted.states.token_bytes * sum(fitted.states.lengths),
         )
@@ -254,15 +303,7 @@ def prepare(
                 f"{len(cut)} of {len(texts)} texts were cut to {limit} tokens for training "
                 "(--set max_tokens=N); judging never cuts."
             )
-    return ProbeDataset(
-        backbone,
-        fitted,
-        measured,
-        folds,
-        tuple(warnings),
-        contexts,
-        given_sha256,
-    )
+    return ProbeDataset(backbone, fitted, measured, folds, tuple(warnings), given_sha256)
 
 
 def _groups(examples: LabelledExamples, count: int) -> Folds:
@@ -280,11 +321,11 @@ def make_split(
     *,
     title: str = "Extracting",
     source: StateSource | None = None,
-    contexts: Sequence[Context] = (),
     groups: Folds = (),
+    background: Sequence[Background] = (),
     in_memory: int = 0,
 ) -> Split:
-    """Runs the backbone over labelled texts, or finds their hidden states on disk.
+    """Runs the backbone over labelled texts and their contexts, or finds their states on disk.
 
     Args:
         backbone: The frozen LLM.
@@ -292,17 +333,24 @@ def make_split(
         options: How texts are read, and where their hidden states go.
         title: The title of the progress bar.
         source: The engine that computes the states; None is the backbone itself.
-        contexts: Further settings of the texts, which follow them.
-        groups: The texts of each group that contexts were drawn for.
+        groups: The texts of each group that contexts are drawn for; without any, there are none.
+        background: What each group's contexts are made of.
         in_memory: Bytes of other states that may be in memory at the same time.
 
     Raises:
         SidelightError: A text without a token to read, or no room for the states.
     """
+    drawn, contexts = draw_contexts(backbone, examples, groups, background, options), ()
     source = source or BackboneSource(backbone)
     limit = min(options.max_tokens, source.max_tokens)
     prompts = encode_shortened(backbone, examples, reads=options.reads, limit=limit)
-    prompts += [context.prompt for context in contexts]
+    if drawn:
+        group_of = {text: group for group, own in enumerate(groups) for text in own.tolist()}
+        pairs = enumerate(zip(examples.items, prompts, strict=True))
+        alone = [Context("alone", *pair, 0, text, group_of[text]) for text, pair in pairs]
+        contexts = (*alone, *drawn)
+        prompts = [context.prompt for context in contexts]
+        examples = _in_contexts(examples, contexts)
     cache = ActivationCache(
         options.states_folder(),
         prompts,
@@ -316,49 +364,32 @@ def make_split(
     if stored:
         say(f"{title}: the hidden states of {stored:,} of {len(prompts):,} are on disk already.")
     states = extract(source, cache, title=title)
-    rows = np.arange(len(prompts))
-    if examples.spans is not None:
-        places = span_places(backbone, examples.items, states.lengths)
-        labels = [
-            token_labels(text, own, spans, examples.task.output_labels)
-            for (text, spans), own in zip(examples.text_spans, places, strict=True)
-        ]
-        return Split(examples, tuple(prompts), states, rows, None, None, labels, places)
-    shown = _with_contexts(examples, contexts) if contexts else examples
-    words = (
-        None if shown.rationales is None else _rationales(backbone, shown, prompts, options.reads)
+    reads, lengths = options.reads, states.lengths
+    return Split(
+        examples,
+        states,
+        np.arange(len(prompts)),
+        contexts,
+        () if examples.spans is None else span_places(backbone, examples.items, lengths),
+        None if examples.rationales is None else _rationales(backbone, examples, prompts, reads),
     )
-    if not contexts:
-        return Split(examples, tuple(prompts), states, rows, rationales=words)
-    group_of = np.array([0] * len(examples) + [context.group for context in contexts])
-    for group, texts in enumerate(groups):
-        group_of[texts] = group
-    is_alone = rows < len(examples)
-    return Split(shown, tuple(prompts), states, rows, group_of, is_alone, rationales=words)
 
 
-def _with_contexts(examples: LabelledExamples, contexts: Sequence[Context]) -> LabelledExamples:
-    """The texts and their contexts, which have their labels; background has none of them."""
-    sources = [0 if context.text is None else context.text for context in contexts]
-    shown = examples.select([*range(len(examples)), *sources])
-    labels = shown.labels.copy()
-    is_background = [context.text is None for context in contexts]
-    task = examples.task
-    labels[len(examples) :][is_background] = task.outputs - 1 if task.abstains else 0
-    items = (*examples.items, *(context.example for context in contexts))
-    weights = None if shown.weights is None else shown.weights.copy()
-    if weights is not None:
-        weights[len(examples) :][is_background] = 1
-    words = shown.rationales
+def _in_contexts(examples: LabelledExamples, contexts: Sequence[Context]) -> LabelledExamples:
+    """The text in each context, which has its labels; background has none of them."""
+    shown, task = examples.select([context.text or 0 for context in contexts]), examples.task
+    is_background = np.array([context.text is None for context in contexts])
+    labels, weights, words = shown.labels.copy(), shown.weights, shown.rationales
+    labels[is_background] = task.outputs - 1 if task.abstains else 0
     if words is not None:
-        pairs = zip(words, [False] * len(examples) + is_background, strict=True)
+        pairs = zip(words, is_background, strict=True)
         words = tuple("" if is_other else own for own, is_other in pairs)
     return replace(
         shown,
-        items=items,
+        items=tuple(context.example for context in contexts),
         labels=labels,
         warnings=examples.warnings,
-        weights=weights,
+        weights=None if weights is None else np.where(is_background, 1.0, weights),
         rationales=words,
     )
 

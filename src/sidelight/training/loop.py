@@ -14,7 +14,7 @@ from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
 from sidelight.states.cache import Shard
-from sidelight.training.dataset import Split
+from sidelight.training.dataset import Split, Targets
 from sidelight.training.optimisation import TrainingRun, validation_score
 from sidelight.training.scaling import Scaling
 from sidelight.training.settings import TrainingSettings
@@ -56,14 +56,9 @@ def train_mechanisms(
     trainer.train(validation)
     texts = validation if to_score is None else to_score
     if texts is not None:
-        logits = trainer.score(trainer.runs, texts, dtype=torch.float32)
-        for run, scores in zip(trainer.runs, logits, strict=True):
-            run.logits = scores
-        if training.token_labels is not None:
-            ends = np.cumsum(texts.own_states().lengths)[:-1]
-            logits = trainer.score(trainer.runs, texts, dtype=torch.float32, of_tokens=True)
-            for run, scores in zip(trainer.runs, logits, strict=True):
-                run.token_logits = np.split(scores, ends)
+        scores = trainer.score(trainer.runs, texts, dtype=torch.float32)
+        for run, (logits, token_logits) in zip(trainer.runs, scores, strict=True):
+            run.logits, run.token_logits = logits, token_logits
     return [_if_finite(run) for run in trainer.runs]
 
 
@@ -91,9 +86,9 @@ def cross_fit(
         run.logits = np.empty((len(training), training.task.outputs))
     for part, fold in enumerate(folds, start=1):
         runs = trainer.runs[part * len(candidates) : (part + 1) * len(candidates)]
-        logits = trainer.score(runs, training.select(fold), dtype=torch.float32)
-        for result, run, scores in zip(whole, runs, logits, strict=True):
-            result.logits[fold] = np.nan if run.has_diverged else scores
+        scores = trainer.score(runs, training.select(fold), dtype=torch.float32)
+        for result, run, (logits, _) in zip(whole, runs, scores, strict=True):
+            result.logits[fold] = np.nan if run.has_diverged else logits
     return [_if_finite(run) for run in whole]
 
 
@@ -127,17 +122,19 @@ class _Trainer:
         left_out: Folds = (_NOTHING,),
     ):
         self._states = states = training.own_states()
-        self._labels = _labels_of(training, device)
-        self._weights = _weights_of(training, device)
-        self._units = _units_without_label(training)
-        self._rationales = training.rationales
+        self._targets = training.targets.to(device)
+        # The parts that are judged of each text without a label.
+        texts = zip(training.labels, training.units, strict=True)
+        self._units = [[] if np.any(labels) else units for labels, units in texts]
         self._device = device
         kept_texts = [torch.ones(len(training), dtype=torch.bool) for _ in left_out]
         for kept, rows in zip(kept_texts, left_out, strict=True):
             kept[rows] = False
         scaling = Scaling(training, states, kept_texts)
         self.runs: list[TrainingRun] = []
+        reads_answers = training.states.reads.side == "response" and not self._targets.of_tokens
         for part, kept in enumerate(kept_texts):
+            targets = self._targets.select(kept.nonzero()[:, 0].to(device))
             for spec, given in candidates:
                 settings = given.resolved_for(len(training), training.task)
                 run = TrainingRun(
@@ -145,13 +142,10 @@ class _Trainer:
                     settings,
                     scaling.standardisation(settings, part).to(device),
                     training.task,
-                    self._labels.select(kept.nonzero()[:, 0].to(device)).values,
+                    targets,
                     kept,
                     steps=self._steps_per_epoch(settings.batch_size),
-                    reads_beginnings=settings.beginnings
-                    and training.states.reads.side == "response"
-                    and training.token_labels is None,
-                    labels_tokens=training.token_labels is not None,
+                    reads_beginnings=settings.beginnings and reads_answers,
                 )
                 self.runs.append(run)
 
@@ -193,17 +187,18 @@ class _Trainer:
                 # A shard with fewer texts than a batch is a part of one.
                 share = min(1.0, len(texts) / batch_size)
                 for batch in self._states.batches(index, size=batch_size, shuffle=shuffle):
-                    self._train_batch(group, self._as_judged(batch, shuffle), share)
+                    self._train_batch(group, *self._as_judged(batch, shuffle), share)
             shown.advance(sum(self._states.lengths[text] for text in texts))
         for run in runs:
             run.step()
 
-    def _as_judged(self, batch: Shard, random: torch.Generator) -> Shard:
+    def _as_judged(self, batch: Shard, random: torch.Generator) -> tuple[Shard, Targets]:
         """The batch, with a random part of most texts that have no label in place of the whole.
 
         Serving takes the highest logit of the parts that it judges, such as a turn, and no part of
         a text without a label has one.
         """
+        targets = self._targets.select(batch.rows.to(self._device))
         starts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
         tokens: list[Int[np.ndarray, " _"]] = []
         for text, start, length in zip(
@@ -216,118 +211,73 @@ class _Trainer:
             tokens.append(start + chosen)
         lengths = torch.tensor([*map(len, tokens)])
         if bool((lengths == batch.lengths).all()):
-            return batch
-        hidden = batch.hidden[:, torch.from_numpy(np.concatenate(tokens))]
-        return replace(batch, hidden=hidden, lengths=lengths)
+            return batch, targets
+        chosen = torch.from_numpy(np.concatenate(tokens))
+        if (words := targets.rationales) is not None:
+            words = Ragged(words.values[chosen.to(self._device)], lengths.to(self._device))
+            targets = replace(targets, rationales=words)
+        return replace(batch, hidden=batch.hidden[:, chosen], lengths=lengths), targets
 
-    def _train_batch(self, runs: Sequence[TrainingRun], batch: Shard, share: float) -> None:
+    def _train_batch(
+        self, runs: Sequence[TrainingRun], batch: Shard, targets: Targets, share: float
+    ) -> None:
         hidden, lengths = batch.hidden.to(self._device), batch.lengths.to(self._device)
-        rows = batch.rows.to(self._device)
-        labels = self._labels.select(rows)
-        weights = None if self._weights is None else self._weights[rows]
-        rationales = self._rationales_of(batch)
         active = [run for run in runs if run.texts[batch.rows].any()]
         for group in _sharing_a_matmul(active):
             losses: list[Tensor] = []
             for run, columns in zip(group, _project(hidden, group, torch.bfloat16), strict=True):
-                tokens, targets, kept = Ragged(columns, lengths), labels, run.texts[batch.rows]
-                counted, words = weights, rationales
+                tokens, wanted, kept = Ragged(columns, lengths), targets, run.texts[batch.rows]
                 if not kept.all():
                     texts = kept.nonzero()[:, 0].to(self._device)
-                    tokens, targets = tokens.select(texts), labels.select(texts)
-                    counted = None if weights is None else weights[texts]
-                    words = None if rationales is None else rationales.select(texts)
-                if counted is not None:
-                    counted = counted.repeat_interleave(targets.lengths)
-                marks = None if words is None else words.values
-                losses.append(run.loss(tokens, targets.values, counted, marks))
+                    tokens, wanted = tokens.select(texts), targets.select(texts)
+                losses.append(run.loss(tokens, wanted))
             # Parameters are disjoint, so the sum's gradient is each run's own.
             (torch.stack(losses).sum() * share).backward()
         for run in active:
             run.take(share)
 
-    def _rationales_of(self, batch: Shard) -> Ragged | None:
-        """The tokens of a batch that its texts have their labels for; None if none has any."""
-        if self._rationales is None:
-            return None
-        sizes = zip(batch.rows.tolist(), batch.lengths.tolist(), strict=True)
-        # A text that is shown in part has no label, and so no rationale.
-        marks = [
-            self._rationales[text] if len(self._rationales[text]) == size else np.zeros(size, bool)
-            for text, size in sizes
-        ]
-        flat = torch.from_numpy(np.concatenate(marks)).to(self._device)
-        return Ragged(flat, batch.lengths.to(self._device)) if flat.any() else None
-
     def _validate(self, runs: Sequence[TrainingRun], validation: Split) -> None:
-        labels = _labels_of(validation, torch.device("cpu")).values.numpy()
-        of_tokens = validation.token_labels is not None
-        scores = self.score(runs, validation, dtype=torch.bfloat16, of_tokens=of_tokens)
-        for run, logits in zip(runs, scores, strict=True):
-            if np.isfinite(logits).all():
-                run.end_epoch(validation_score(validation.task, logits, labels))
+        targets = validation.targets
+        labels = targets.labels.values.numpy()
+        scores = self.score(runs, validation, dtype=torch.bfloat16)
+        for run, (logits, token_logits) in zip(runs, scores, strict=True):
+            judged = np.concatenate(token_logits) if targets.of_tokens else logits
+            if np.isfinite(judged).all():
+                run.end_epoch(validation_score(validation.task, judged, labels))
             else:
                 run.has_diverged = True
 
     @torch.inference_mode()
     def score(
-        self,
-        runs: Sequence[TrainingRun],
-        split: Split,
-        *,
-        dtype: torch.dtype,
-        of_tokens: bool = False,
-    ) -> list[Float[np.ndarray, "row output"]]:
-        """The logits of every text as they are served, or of all tokens text after text, by run.
+        self, runs: Sequence[TrainingRun], split: Split, *, dtype: torch.dtype
+    ) -> list[tuple[Float[np.ndarray, "text output"], list[Float[np.ndarray, "_ output"]]]]:
+        """By run the logits of each text as it is served, and of its tokens if they are labelled.
 
         Args:
             runs: What scores.
             split: The texts.
             dtype: Of the matmuls; float32, as in serving, for what calibration is fitted to.
-            of_tokens: Whether tokens are scored.
         """
-        states = split.own_states()
-        lengths = np.array(states.lengths) if of_tokens else np.ones(len(split), np.int64)
-        rows_of = np.split(np.arange(lengths.sum()), lengths.cumsum()[:-1])
-        logits = {run: np.zeros((int(lengths.sum()), split.task.outputs)) for run in runs}
+        states, of_tokens = split.own_states(), split.targets.of_tokens
+        logits = {run: np.zeros((len(split), split.task.outputs)) for run in runs}
+        token_logits = {run: dict[int, Tensor]() for run in runs}
         for index in range(len(states)):
             shuffle = torch.Generator().manual_seed(0)
             for batch in states.batches(index, size=_VALIDATION_BATCH, shuffle=shuffle):
-                hidden = batch.hidden.to(self._device)
-                texts = batch.rows.tolist()
-                rows = np.concatenate([rows_of[text] for text in texts])
+                hidden, texts = batch.hidden.to(self._device), batch.rows.tolist()
                 units = [split.units[text] for text in texts]
                 for group in _sharing_a_matmul(runs):
                     for run, columns in zip(group, _project(hidden, group, dtype), strict=True):
                         tokens = Ragged(columns, batch.lengths.to(self._device))
-                        scores = (
-                            run.score_tokens(tokens) if of_tokens else _served(run, tokens, units)
-                        )
-                        logits[run][rows] = scores.cpu().numpy()
-        return [*logits.values()]
-
-
-def _labels_of(split: Split, device: torch.device) -> Ragged:
-    """The labels of each text: one row, or one for each of its tokens."""
-    if split.token_labels is None:
-        return Ragged.one_row_each(torch.from_numpy(split.labels).to(device))
-    labels = np.concatenate(split.token_labels).astype(np.int64)
-    lengths = torch.tensor([*map(len, split.token_labels)], device=device)
-    return Ragged(torch.from_numpy(labels).to(device), lengths)
-
-
-def _weights_of(split: Split, device: torch.device) -> Float[Tensor, " text"] | None:
-    """How much each text counts; None: all count the same."""
-    weights = split.weights
-    return None if (weights == 1).all() else torch.from_numpy(weights).float().to(device)
-
-
-def _units_without_label(split: Split) -> list[list[Int[np.ndarray, " _"]]]:
-    """The parts that are judged of each text without a label; none of one that has a label."""
-    if split.token_labels is not None or split.task.kind == "multiclass":
-        return [[] for _ in range(len(split))]
-    texts = zip(split.labels, split.units, strict=True)
-    return [[] if np.any(labels) else units for labels, units in texts]
+                        logits[run][texts] = _served(run, tokens, units).cpu().numpy()
+                        if of_tokens:
+                            parts = run.score_tokens(tokens).double().cpu()
+                            own = parts.split(batch.lengths.tolist())
+                            token_logits[run] |= zip(texts, own, strict=True)
+        return [
+            (logits[run], [own.numpy() for _, own in sorted(token_logits[run].items())])
+            for run in runs
+        ]
 
 
 def _sharing_a_matmul(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:

@@ -16,6 +16,7 @@ from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, Mechanism, build_mechanism
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
+from sidelight.training.dataset import Targets
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import MechanismSpec, Task
 
@@ -105,11 +106,10 @@ class TrainingRun:
         settings: How.
         standardisation: How the states that it reads are scaled.
         task: The classes.
-        labels: Of the texts that it learns from, or of their tokens.
+        targets: Of the texts that it learns from.
         texts: Which of the training texts it learns from.
         steps: Optimiser steps per epoch.
         reads_beginnings: Whether the loss also counts a random beginning of each text.
-        labels_tokens: Whether tokens have labels, and not texts.
     """
 
     def __init__(
@@ -118,12 +118,11 @@ class TrainingRun:
         settings: TrainingSettings,
         standardisation: Standardisation,
         task: Task,
-        labels: Int[Tensor, "label ..."],
+        targets: Targets,
         texts: Bool[Tensor, " text"],
         *,
         steps: int,
         reads_beginnings: bool = False,
-        labels_tokens: bool = False,
     ):
         self.spec = spec
         self.settings = settings
@@ -146,7 +145,8 @@ class TrainingRun:
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             self._optimizer, T_max=settings.epochs * steps
         )
-        if labels_tokens:
+        labels = targets.labels.values
+        if targets.of_tokens:
             frequency = labels.reshape(len(labels), -1).float().mean(0)
             self.mechanism.set_prior(frequency.clamp(min=1 / len(labels)).logit(1e-6))
         self._best = deepcopy(self.mechanism.state_dict())
@@ -154,7 +154,6 @@ class TrainingRun:
         is_balanced = settings.class_weight == "balanced"
         self._loss = make_loss(task, labels, balanced=is_balanced)
         self._reads_beginnings = reads_beginnings
-        self._labels_tokens = labels_tokens
         self._draws = 0
         self._filled = 0.0
 
@@ -177,50 +176,36 @@ class TrainingRun:
 
     def score_tokens(self, tokens: Ragged) -> Float[Tensor, "token output"]:
         """The logits of each of these tokens."""
-        return self._token_logits(self.mechanism.summarise(tokens))
-
-    def _votes(self, state: Ragged) -> Float[Tensor, "label voter output"]:
-        if self._labels_tokens:
-            return self._token_logits(state)[:, None]
-        return self.mechanism.votes(state)
-
-    def _token_logits(self, state: Ragged) -> Float[Tensor, "token output"]:
-        logits = self.mechanism.token_logits(state)
+        logits = self.mechanism.token_logits(self.mechanism.summarise(tokens))
         assert logits is not None
         return logits.values
 
-    def loss(
-        self,
-        tokens: Ragged,
-        labels: Int[Tensor, "label ..."],
-        weights: Float[Tensor, " label"] | None = None,
-        rationales: Bool[Tensor, " token"] | None = None,
-    ) -> Float[Tensor, ""]:
+    def loss(self, tokens: Ragged, targets: Targets) -> Float[Tensor, ""]:
         """The sum over the mechanism's voters, and the mean over the views of a batch of texts.
 
         Args:
             tokens: Of the texts, as ``score`` takes them.
-            labels: Of the texts, or of their tokens.
-            weights: How much each text counts; None: all count the same.
-            rationales: The tokens that texts have their labels for, where these are known.
+            targets: Of the same texts.
         """
+        labels, words = targets.labels, targets.rationales
+        weights = targets.weights.repeat_interleave(labels.lengths)
         self.mechanism.train()
         self._draws += 1
         # Random numbers of its own: what a run draws does not depend on its neighbours.
         seed = self.settings.seed * 1_000_003 + self._draws
         with _random_numbers(seed, tokens.values.device):
             views = [tokens, random_beginnings(tokens)] if self._reads_beginnings else [tokens]
-            losses = [
-                self._loss(vote, labels, weights)
-                for view in views
-                for vote in self._votes(self.mechanism.summarise(view)).unbind(1)
-            ]
+            if targets.of_tokens:
+                votes = [self.score_tokens(tokens)]
+            else:
+                states = map(self.mechanism.summarise, views)
+                votes = [vote for own in states for vote in self.mechanism.votes(own).unbind(1)]
+            losses = [self._loss(vote, labels.values, weights) for vote in votes]
             loss = torch.stack(losses).sum() / len(views)
-            if rationales is None:
+            if words is None or not words.values.any():
                 return loss
-            missed = self.mechanism.rationale_loss(tokens, rationales)
-            counted = missed if weights is None else missed * weights
-            return loss + _RATIONALE_SHARE * counted.mean()
+            missed = self.mechanism.rationale_loss(tokens, words.values)
+            return loss + _RATIONALE_SHARE * (missed * targets.weights).mean()
 
     def take(self, share: float) -> None:
         """Counts the gradients just computed as this share of a batch; a full batch makes a step.

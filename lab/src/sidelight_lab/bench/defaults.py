@@ -19,7 +19,6 @@ from sidelight.evaluation import Estimate, evaluate
 from sidelight.metrics import log_losses
 from sidelight.states.extraction import cached_logits
 from sidelight.training.background import Background
-from sidelight.training.contexts import draw_contexts
 from sidelight.training.dataset import ProbeDataset, Split, make_split, prepare
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions
@@ -147,14 +146,13 @@ def compare_defaults(
     shown, unseen = background.parts(2)
     held_texts = examples.select(held_rows)
     everyone = (np.arange(len(held_texts)),)
-    contexts = draw_contexts(backbone, held_texts, everyone, [unseen], options)
-    held = make_split(backbone, held_texts, options, contexts=contexts)
+    held = make_split(backbone, held_texts, options, groups=everyone, background=[unseen])
     in_contexts = replace(options, background=shown)
     ours = {
         DEFAULT: in_contexts,
         ALONE: replace(options, background=Background()),
     }
-    conversations = len(held_texts) + conversations_of(contexts)
+    conversations = conversations_of(held.contexts)
     judged: list[Judged] = []
     for (size, seed), rows in draws_of.items():
         drawn = examples.select(rows)
