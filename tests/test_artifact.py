@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -28,8 +28,8 @@ from sidelight.manifest import PROBE, model_card, read_manifest, summary
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Reads
 from sidelight.standardisation import Standardisation
+from sidelight.thresholds import OperatingCurve
 from sidelight.training.classifier import load
-from sidelight.training.measuring import describe_curves
 from worlds.models import INTENT, PIECES, TOPICS, TOXICITY, score, spans_probe, untrained_probe
 
 TASKS = [TOXICITY, INTENT, TOPICS]
@@ -110,7 +110,8 @@ def test_a_manifest_is_changed_as_its_page_says(tiny, tmp_path, monkeypatch):
     assert changed.record == {"seed": 3, "training": {"rows": 2}}
 
 
-CURVES = describe_curves(TOXICITY, np.array([[0.1], [0.2], [0.8], [0.9]]), np.array([0, 1] * 2))
+CURVE = OperatingCurve.of(np.array([0.1, 0.2, 0.8, 0.9]), np.array([False, True] * 2))
+CURVES = {"toxic": asdict(CURVE)}
 
 
 @pytest.mark.parametrize("states", ["divided by their root", "of any norm"])

@@ -28,15 +28,10 @@ from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import TrainingRun
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.traffic import (
+    Conversations,
     Traffic,
-    conversations_of,
-    count_flagged,
-    kept_logits,
     kept_rate,
-    left_out_thresholds,
     measure_traffic,
-    parts_of,
-    quiet_thresholds,
     traffic_warnings,
 )
 from worlds.data import planted_rows, write
@@ -244,27 +239,33 @@ def shown_alone(words, kind="background", text=None):
     return Context(kind, said("w " * words), EncodedPrompt((), ()), words, text)
 
 
+def conversations(logits):
+    """Each in a part of its own."""
+    return Conversations(logits, np.arange(len(logits)))
+
+
 @pytest.mark.parametrize(("rule", "most"), [("f1", 3), ("fpr=0.1", 10), ("recall=0.9", 100)])
 def test_thresholds_let_ordinary_conversations_pass(tiny, rule, most):
     rule, before = ThresholdRule.parse(rule), (0.3,)
     highest = np.random.default_rng(0).normal(0, 2, size=(100, 1))
     none = fit_calibration("none", highest, np.arange(100) % 2, TOXICITY)
-    (after,) = quiet_thresholds(before, none, highest, rule)
+    given = conversations(highest)
+    (after,) = given.quiet_thresholds(before, none, rule)
     chance = none.apply(highest)
     assert after >= before[0]
     assert (chance >= after).sum() <= most
     # No higher than it must be.
     assert after == before[0] or (chance >= after - 0.05).sum() > most
-    assert quiet_thresholds((0.999,), none, highest, rule) == (0.999,)
+    assert given.quiet_thresholds((0.999,), none, rule) == (0.999,)
     # What every conversation reaches is no threshold.
-    assert quiet_thresholds(before, none, highest + 1e3, rule)[0] < 1
+    assert conversations(highest + 1e3).quiet_thresholds(before, none, rule)[0] < 1
     # A recalibration keeps to what training has kept of it.
     probe = untrained_probe(tiny, "p")
     kept = replace(probe, record={"traffic": {"logits": highest.tolist()}})
-    assert quiet_thresholds(before, none, kept_logits(kept), rule) == (after,)
-    assert quiet_thresholds(before, none, kept_logits(probe), rule) == before
+    assert Conversations.kept(kept).quiet_thresholds(before, none, rule) == (after,)
+    assert Conversations.kept(probe).quiet_thresholds(before, none, rule) == before
     # Nine conversations cannot tell four or ten in a hundred: where a rate is asked for, all pass.
-    (of_few,) = quiet_thresholds(before, none, highest[:9], rule)
+    (of_few,) = conversations(highest[:9]).quiet_thresholds(before, none, rule)
     assert of_few == before[0] if rule.kind != "fpr" else of_few > chance[:9].max()
 
 
@@ -274,14 +275,15 @@ def test_a_conversation_is_counted_at_the_threshold_that_others_set():
     logits[parts == 3] = 5.0
     none = fit_calibration("none", logits, np.arange(100) % 2, TOXICITY)
     rule = ThresholdRule()
-    (served,) = quiet_thresholds((0.3,), none, logits, rule)
+    given = Conversations(logits, parts)
+    (served,) = given.quiet_thresholds((0.3,), none, rule)
     assert (none.apply(logits) >= served).sum() == 0
-    assert count_flagged(TOXICITY, (0.3,), none, logits, parts, rule) == 20
-    applied = left_out_thresholds((0.3,), none, logits, parts, rule)
+    assert given.count_flagged(TOXICITY, (0.3,), none, rule) == 20
+    applied = given.left_out_thresholds((0.3,), none, rule)
     assert applied[3] < served == applied[0]
     # What costs more than a rate is not raised.
     costs = ThresholdRule.parse("recall=0.9")
-    assert (left_out_thresholds((0.3,), none, logits, parts, costs) == 0.3).all()
+    assert (given.left_out_thresholds((0.3,), none, costs) == 0.3).all()
 
 
 def test_few_conversations_have_no_rate():
@@ -343,9 +345,7 @@ def test_contexts_have_as_many_tokens_as_are_asked_for(tiny, examples, options):
         total = sum(len(context.prompt) for context in made)
         # Each group ends with a whole context.
         assert tokens <= total <= tokens + 5 * 256
-    parts = parts_of(more)
-    assert {*parts} == {0, 1, 2, 3, 4}
-    assert len(parts) == len(conversations_of(more))
+    assert {c.group for c in more if c.kind == "background"} == {0, 1, 2, 3, 4}
 
 
 def rationale_of(text):
@@ -491,8 +491,7 @@ def test_several_classes_say_none_to_ordinary_traffic(tiny, options):
     # The figures are those of the classes that texts have.
     assert [*made.report.per_class] == [*INTENT.labels]
     assert made.report.metrics["accuracy"].value > 0.9
-    kept = kept_logits(made.probe)
-    assert kept.shape == (len(TRAFFIC), 4)
+    assert Conversations.kept(made.probe).logits.shape == (len(TRAFFIC), 4)
     assert kept_rate(made.probe) == (made.traffic.flagged, len(TRAFFIC))
     without = fit(tiny, labelled, None, name="p", options=replace(given, none=False))
     assert (without.probe.task, without.traffic) == (INTENT, None)

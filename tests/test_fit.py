@@ -189,7 +189,8 @@ def test_no_text_is_measured_by_what_it_calibrated(whole, folds, is_cross_fitted
     logits = np.random.default_rng(0).normal(size=(len(labels), 1)) + labels[:, None]
     examples = whole.validation.examples
     measured = measuring_folds(examples, folds if is_cross_fitted else ())
-    served, probabilities, report = calibrate_examples(logits, examples, measured)
+    made = calibrate_examples(logits, examples, measured)
+    served, probabilities, report = made.calibration, made.probabilities, made.report
     # Not those of all rows, which the probe is served with.
     assert served == fit_calibration("platt", logits, labels, whole.task)
     own = folds if is_cross_fitted else whole.training.examples.folds(FOLDS, seed=0)

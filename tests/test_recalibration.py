@@ -1,6 +1,6 @@
 """A probe follows new traffic without training, and says what it was recalibrated on."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cache
 
@@ -16,9 +16,8 @@ from sidelight.manifest import History, read_manifest, summary
 from sidelight.metrics import log_losses
 from sidelight.probe import Probe
 from sidelight.prompts import Message
-from sidelight.thresholds import F1, ThresholdRule, choose_thresholds
+from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, operating_curves
 from sidelight.training.measuring import (
-    describe_curves,
     describe_examples,
     text_hashes,
     trained_text_warnings,
@@ -65,7 +64,10 @@ def trained(task: Task = TOXICITY, rule: ThresholdRule = F1) -> Probe:
     probabilities = calibration.apply(logits)
     validation = {
         **describe_examples(texts_of(task, labels)),
-        "curves": describe_curves(task, probabilities, labels),
+        "curves": {
+            label: asdict(curve)
+            for label, curve in operating_curves(task, probabilities, labels).items()
+        },
     }
     return replace(
         untrained_probe(tiny_backbone(), "probe", task=task),

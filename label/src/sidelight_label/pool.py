@@ -33,7 +33,6 @@ from sidelight.states.extraction import BackboneSource, extract, shard_logits
 from sidelight.training.dataset import encode_shortened
 from sidelight.training.measuring import (
     calibrate_examples,
-    describe_curves,
     describe_examples,
     measuring_folds,
     text_hashes,
@@ -156,13 +155,12 @@ class Pool:
         pooled = self._pooled.select(torch.tensor(rows))
         regression = fit_regression(pooled, labelled.labels, self.task, folds)
         folds = measuring_folds(labelled, folds)
-        calibration, left_out, report = calibrate_examples(regression.left_out, labelled, folds)
+        made = calibrate_examples(regression.left_out, labelled, folds)
         sizes = self.backbone.fingerprint
         geometry = Geometry(sizes.layers, sizes.width, self.task.outputs)
         scaling = Standardisation.identity(geometry, is_normalised=self.is_normalised)
         mechanism = regression.readout()
         described = describe_examples(labelled)
-        chances = calibration.apply(regression.left_out)
         probe = Probe(
             name=name,
             task=self.task,
@@ -171,16 +169,12 @@ class Pool:
             spec=mechanism_spec("readout", {"heads": 1}),
             mechanism=mechanism,
             standardisation=scaling,
-            calibration=calibration,
-            thresholds=report.thresholds,
+            calibration=made.calibration,
+            thresholds=made.report.thresholds,
             fingerprint=self.backbone.fingerprint,
             record={
                 "training": {**described, "texts": text_hashes(labelled)},
-                "validation": {
-                    **described,
-                    "metrics": report.to_dict(),
-                    "curves": describe_curves(self.task, chances, labelled.labels),
-                },
+                "validation": {**described, **made.record()},
                 "folds": len(folds),
                 "settings": {"strength": regression.strength},
                 "max_tokens": self.options.max_tokens,
@@ -189,9 +183,9 @@ class Pool:
                 **record,
             },
         )
-        probabilities = calibration.apply(regression.logits(self._pooled))
-        probabilities[rows] = left_out
-        return Judge(f"the probe of {len(rows)} labels", probe, probabilities), report
+        probabilities = made.calibration.apply(regression.logits(self._pooled))
+        probabilities[rows] = made.probabilities
+        return Judge(f"the probe of {len(rows)} labels", probe, probabilities), made.report
 
 
 class _VectorCache(ActivationCache):

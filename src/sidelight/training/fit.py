@@ -12,20 +12,16 @@ from jaxtyping import Float
 
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
-from sidelight.calibration import Calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.evaluation import Report, SpanReport
 from sidelight.mechanisms.base import mechanism_spec
-from sidelight.metrics import log_losses
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
-from sidelight.thresholds import choose_thresholds
 from sidelight.training.dataset import ProbeDataset, prepare
 from sidelight.training.loop import Candidate, cross_fit, divergence, train_mechanisms
 from sidelight.training.measuring import (
     FLATTERING,
     calibrate_examples,
-    describe_curves,
     describe_examples,
     measure_sources,
     measuring_folds,
@@ -41,11 +37,9 @@ from sidelight.training.settings import (
 from sidelight.training.spans import LOOKAHEADS, calibrate_spans, choose_lookahead
 from sidelight.training.tfidf import baseline_warnings, measure_baseline
 from sidelight.training.traffic import (
+    Conversations,
     Traffic,
-    conversations_of,
-    left_out_thresholds,
     measure_traffic,
-    parts_of,
     traffic_warnings,
 )
 from sidelight.types import NONE
@@ -168,7 +162,7 @@ def fit(
         *made.warnings,
     ]
     if baseline is not None:
-        warnings += baseline_warnings(made.losses, baseline[1], dataset.validation.examples)
+        warnings += baseline_warnings(made.losses, baseline.losses, dataset.validation.examples)
     warnings += none_warnings(made)
     if made.traffic is not None and made.probe.thresholds:
         warnings += traffic_warnings(
@@ -178,7 +172,7 @@ def fit(
         save_probe(made.probe, out)
     if not options.keep_cache:
         shutil.rmtree(states, ignore_errors=True)
-    return replace(made, baseline=baseline and baseline[0], warnings=tuple(warnings))
+    return replace(made, baseline=baseline and baseline.report, warnings=tuple(warnings))
 
 
 def calibrate_probe(
@@ -196,27 +190,35 @@ def calibrate_probe(
             measured.examples, measured.places, trained.token_logits, rule=options.threshold
         )
         of_spans = {"spans": spans.to_dict(), "lookaheads": lookaheads}
-    task, validation = dataset.task, dataset.validation.examples
+    task, validation, contexts = dataset.task, dataset.validation.examples, dataset.contexts
     logits, in_contexts = trained.logits[: len(validation)], trained.logits[len(validation) :]
+    ordinary = Conversations.of(contexts, in_contexts)
     folds = measuring_folds(validation, dataset.folds, options.calibration)
-    calibration, left_out, report = calibrate_examples(
+    calibrated = calibrate_examples(
         logits,
         validation,
         folds,
         kind=options.calibration,
         rule=options.threshold,
-        ordinary=in_contexts[conversations_of(dataset.contexts)],
+        ordinary=ordinary,
     )
+    calibration, report = calibrated.calibration, calibrated.report
     record = _record(trained, dataset, options)
     record["validation"] = {
         **describe_examples(validation),
-        "metrics": report.to_dict(),
-        "curves": describe_curves(task, calibration.apply(logits), validation.labels),
-        "sources": measure_sources(validation, left_out, report.thresholds),
+        **calibrated.record(),
+        "sources": measure_sources(validation, calibrated.probabilities, report.thresholds),
     }
     traffic = None
-    if (report.thresholds or task.abstains) and dataset.contexts:
-        traffic, record["traffic"] = _traffic(trained, dataset, calibration, options)
+    if (report.thresholds or task.abstains) and contexts:
+        traffic = measure_traffic(
+            task,
+            contexts,
+            calibration.apply(in_contexts),
+            measured.labels[len(validation) :],
+            ordinary.left_out_thresholds(calibrated.alone, calibration, options.threshold),
+        )
+        record["traffic"] = traffic.record(ordinary, options.background)
     probe = Probe(
         name=name,
         task=task,
@@ -235,30 +237,11 @@ def calibrate_probe(
         probe,
         validation_score(task, logits, validation.labels),
         report,
-        log_losses(task, left_out, validation.labels),
+        calibrated.losses,
         traffic,
         spans,
         warnings=() if folds or spans is not None else (FLATTERING,),
     )
-
-
-def _traffic(
-    trained: TrainingRun, dataset: ProbeDataset, calibration: Calibration, options: FitOptions
-) -> tuple[Traffic, dict[str, Any]]:
-    """Figures of the probe in ordinary traffic, and its record of them."""
-    task, validation = dataset.task, dataset.validation
-    logits, in_contexts = trained.logits[: len(validation)], trained.logits[len(validation) :]
-    ordinary, parts = in_contexts[conversations_of(dataset.contexts)], parts_of(dataset.contexts)
-    probabilities = calibration.apply(logits)
-    alone = choose_thresholds(task, probabilities, validation.labels, rule=options.threshold)
-    traffic = measure_traffic(
-        task,
-        dataset.contexts,
-        calibration.apply(in_contexts),
-        dataset.measured.labels[len(validation) :],
-        left_out_thresholds(alone, calibration, ordinary, parts, options.threshold),
-    )
-    return traffic, traffic.record(ordinary, parts, options.background)
 
 
 def _record(trained: TrainingRun, dataset: ProbeDataset, options: FitOptions) -> dict[str, Any]:

@@ -7,7 +7,7 @@ folds gave.
 import base64
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,16 @@ from sidelight.data.examples import Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.manifest import History
-from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, operating_curves
-from sidelight.training.traffic import flags_of, quiet_thresholds
+from sidelight.metrics import log_losses
+from sidelight.thresholds import (
+    F1,
+    OperatingCurve,
+    ThresholdRule,
+    choose_thresholds,
+    operating_curves,
+)
+from sidelight.training.traffic import Conversations, flags_of
 from sidelight.training.validation import FOLDS, Folds
-from sidelight.types import Task
 
 # Where there are no folds to measure by.
 FLATTERING = (
@@ -41,6 +47,33 @@ _MOST_SOURCES = 40
 _HASH_BYTES = 5
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """Labelled texts with their probabilities.
+
+    Attributes:
+        calibration: Fitted to all texts.
+        probabilities: Out-of-fold, one row per text.
+        losses: The log losses of these.
+        curves: Of all texts by the calibration, for serving and a later recalibration.
+        alone: The thresholds that the rule gives on all texts alone.
+        report: Decisions by thresholds that the other folds gave; its own are ``alone``, raised
+            until ordinary traffic passes.
+    """
+
+    calibration: Calibration
+    probabilities: Float[np.ndarray, "text output"]
+    losses: Float[np.ndarray, " text"]
+    curves: dict[str, OperatingCurve]
+    alone: tuple[float, ...]
+    report: Report
+
+    def record(self) -> dict[str, Any]:
+        """The figures in an artifact."""
+        curves = {label: asdict(curve) for label, curve in self.curves.items()}
+        return {"metrics": self.report.to_dict(), "curves": curves}
+
+
 def calibrate_examples(
     logits: Float[np.ndarray, "text output"],
     examples: LabelledExamples,
@@ -50,8 +83,8 @@ def calibrate_examples(
     rule: ThresholdRule = F1,
     bootstrap: int = 1000,
     around: Sequence[float] = (),
-    ordinary: Float[np.ndarray, "conversation output"] | None = None,
-) -> tuple[Calibration, Float[np.ndarray, "text output"], Report]:
+    ordinary: Conversations | None = None,
+) -> Calibrated:
     """Calibrates logits of labelled texts, and measures each fold by what calibrates on the others.
 
     Args:
@@ -62,15 +95,10 @@ def calibrate_examples(
         rule: What the thresholds are chosen for.
         bootstrap: As for ``evaluate``.
         around: As for ``fit_calibration``.
-        ordinary: Logits of ordinary conversations, which thresholds let pass: see
-            ``quiet_thresholds``. They calibrate too where they are a class of their own.
-
-    Returns:
-        The calibration that is fitted to all texts; their probabilities, out-of-fold, one row per
-        text; and their figures, with decisions by thresholds that the other folds gave. The
-        report's thresholds are chosen on all of the texts.
+        ordinary: Ordinary conversations, which thresholds let pass. They calibrate too where they
+            are a class of their own.
     """
-    ordinary = np.empty((0, logits.shape[1])) if ordinary is None else ordinary
+    ordinary = ordinary or Conversations.of((), logits)
     task, labels = examples.task, examples.labels
     kind = kind or suggested_calibration(task)
 
@@ -78,25 +106,23 @@ def calibrate_examples(
         """To these texts, and to ordinary traffic if it is a class."""
         counted, numbers = logits[rows], labels[rows]
         if task.abstains:
-            counted = np.concatenate([counted, ordinary])
-            numbers = np.append(numbers, np.full(len(ordinary), task.outputs - 1))
+            counted = np.concatenate([counted, ordinary.logits])
+            numbers = np.append(numbers, np.full(len(ordinary.logits), task.outputs - 1))
         return fit_calibration(kind, counted, numbers, task, around=around)
-
-    def points(calibration: Calibration, rows: Int[np.ndarray, " _"]) -> tuple[float, ...]:
-        chances = calibration.apply(logits[rows])
-        thresholds = choose_thresholds(task, chances, labels[rows], rule=rule)
-        return quiet_thresholds(thresholds, calibration, ordinary, rule)
 
     every = np.arange(len(labels))
     calibration = fitted(every)
-    thresholds = points(calibration, every)
     probabilities = calibration.apply(logits)
+    curves = operating_curves(task, probabilities, labels)
+    alone = tuple(curve.threshold(rule) for curve in curves.values())
+    thresholds = ordinary.quiet_thresholds(alone, calibration, rule)
     applied = np.tile(thresholds, (len(labels), 1))
     for fold in folds:
         rest = np.setdiff1d(every, fold)
         of_rest = fitted(rest)
         probabilities[fold] = of_rest.apply(logits[fold])
-        applied[fold] = points(of_rest, rest)
+        chosen = choose_thresholds(task, of_rest.apply(logits[rest]), labels[rest], rule=rule)
+        applied[fold] = ordinary.quiet_thresholds(chosen, of_rest, rule)
     report = evaluate(
         task,
         probabilities,
@@ -105,7 +131,8 @@ def calibrate_examples(
         row_thresholds=applied,
         bootstrap=bootstrap,
     )
-    return calibration, probabilities, report
+    losses = log_losses(task, probabilities, labels)
+    return Calibrated(calibration, probabilities, losses, curves, alone, report)
 
 
 def measuring_folds(
@@ -135,16 +162,6 @@ def measuring_folds(
     except SidelightError:
         return ()
     return folds
-
-
-def describe_curves(
-    task: Task,
-    probabilities: Float[np.ndarray, "text output"],
-    labels: Int[np.ndarray, "text ..."],
-) -> dict[str, Any]:
-    """Operating curves of labelled texts, for serving and a later recalibration."""
-    curves = operating_curves(task, probabilities, labels)
-    return {label: asdict(curve) for label, curve in curves.items()}
 
 
 def measure_sources(
@@ -181,11 +198,10 @@ def measure_sources(
 
 def describe_examples(examples: LabelledExamples) -> dict[str, Any]:
     """How many texts there are, a hash of them, and how many have each label."""
-    counts = examples.label_counts.tolist()
     return {
         "rows": len(examples),
         "sha256": examples.content_hash,
-        "classes": dict(zip(examples.task.labels, counts, strict=True)),
+        "classes": examples.count_by_label,
     }
 
 

@@ -21,24 +21,17 @@ from sidelight.metrics import log_losses
 from sidelight.thresholds import (
     F1,
     ThresholdRule,
-    choose_thresholds,
     require_thresholds,
     threshold_doubts,
 )
 from sidelight.training.measuring import (
     FLATTERING,
     calibrate_examples,
-    describe_curves,
     describe_examples,
     measuring_folds,
     trained_texts,
 )
-from sidelight.training.traffic import (
-    count_flagged,
-    kept_logits,
-    kept_parts,
-    quiet_thresholds,
-)
+from sidelight.training.traffic import Conversations
 
 if TYPE_CHECKING:
     from sidelight.probe import Probe
@@ -129,8 +122,8 @@ def require_new_texts(probe: "Probe | Manifest", examples: LabelledExamples) -> 
     Raises:
         SidelightError: There are too few, as a whole or of a label, or all of them trained it.
     """
-    texts, labels = len(examples), probe.task.labels
-    counts = dict(zip(labels, examples.label_counts.tolist(), strict=True))
+    texts = len(examples)
+    counts = examples.count_by_label
     judged = () if probe.task.kind == "multiclass" else probe.task.output_labels
     most = texts - LEAST_PER_SIDE
     short = {
@@ -168,10 +161,10 @@ def _recorded(
         entry: What is recorded of this recalibration.
         thresholds: What the rule gives without ordinary traffic.
     """
-    logits, parts = kept_logits(probe), kept_parts(probe)
+    kept = Conversations.kept(probe)
     record: dict[str, Any] = {**probe.record, "threshold_rule": str(rule)}
-    if len(logits):
-        flagged = count_flagged(probe.task, thresholds, fitted.calibration, logits, parts, rule)
+    if len(kept.logits):
+        flagged = kept.count_flagged(probe.task, thresholds, fitted.calibration, rule)
         record["traffic"] = {**record["traffic"], "flagged": flagged}
     before = {
         "version": probe.version,
@@ -191,38 +184,37 @@ def _follow_labels(
     rule: ThresholdRule,
 ) -> Recalibrated:
     task, labels = probe.task, examples.labels
-    counts = dict(zip(task.labels, examples.label_counts.tolist(), strict=True))
     seen = trained_texts(probe.history, examples)
     kind = suggested_calibration(task)
     old = probe.calibration.apply(logits)
     before = evaluate(task, old, labels, thresholds=probe.thresholds)
     folds = measuring_folds(examples, kind=kind)
-    calibration, left_out, after = calibrate_examples(
+    made = calibrate_examples(
         logits,
         examples,
         folds,
         kind=kind,
         rule=rule,
         around=probe.calibration.scale,
-        ordinary=kept_logits(probe),
+        ordinary=Conversations.kept(probe),
     )
-    fitted = replace(probe, calibration=calibration, thresholds=after.thresholds)
-    chances = calibration.apply(logits)
+    after = made.report
+    fitted = replace(probe, calibration=made.calibration, thresholds=after.thresholds)
     entry = {
         "what": f"calibrated by {kind} on {len(examples):,} labelled texts",
         **describe_examples(examples),
         "before": before.to_dict(),
         "after": after.to_dict(),
-        "curves": describe_curves(task, chances, labels),
+        "curves": made.record()["curves"],
     }
     recalls = {
         label: (before.per_class[label]["recall"], after.per_class[label]["recall"])
         for label in before.per_class
         if label in probe.label_thresholds
     }
-    losses = log_losses(task, old, labels), log_losses(task, left_out, labels)
+    losses = log_losses(task, old, labels)
     figures: dict[str, tuple[float | None, float | None]] = {
-        "log loss": (float(losses[0].mean()), float(losses[1].mean()))
+        "log loss": (float(losses.mean()), float(made.losses.mean()))
     }
     # Another rule wants other decisions.
     if str(rule) == probe.history.threshold_rule:
@@ -235,14 +227,13 @@ def _follow_labels(
     doubts = (
         *([warning] if seen else ()),
         *(() if folds else (FLATTERING,)),
-        *threshold_doubts(task, counts, len(examples), rule),
+        *threshold_doubts(task, examples.count_by_label, len(examples), rule),
         *_recall_warnings(recalls),
         *_metric_warnings(figures),
         *(_auroc_warnings(before) if task.kind != "multiclass" else ()),
     )
-    alone = choose_thresholds(task, chances, labels, rule=rule)
-    made = _recorded(probe, fitted, rule, entry, alone)
-    return Recalibrated(made, (before, after), doubts)
+    recorded = _recorded(probe, fitted, rule, entry, made.alone)
+    return Recalibrated(recorded, (before, after), doubts)
 
 
 def _auroc_warnings(before: Report) -> list[str]:
@@ -287,7 +278,7 @@ def _recall_warnings(recalls: Mapping[str, tuple[float | None, float | None]]) -
 def _follow_rule(probe: "Probe", rule: ThresholdRule) -> Recalibrated:
     curves = probe.history.curves
     alone = tuple(curve.threshold(rule) for curve in curves.values())
-    thresholds = quiet_thresholds(alone, probe.calibration, kept_logits(probe), rule)
+    thresholds = Conversations.kept(probe).quiet_thresholds(alone, probe.calibration, rule)
     positives = {label: curve.positives for label, curve in curves.items()}
     texts = max(curve.positives + curve.negatives for curve in curves.values())
     doubts = threshold_doubts(probe.task, positives, texts, rule)

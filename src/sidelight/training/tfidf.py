@@ -13,10 +13,8 @@ from sklearn.pipeline import make_pipeline, make_union
 
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.evaluation import Report
-from sidelight.metrics import log_losses
 from sidelight.training.dataset import ProbeDataset
-from sidelight.training.measuring import calibrate_examples, measuring_folds
+from sidelight.training.measuring import Calibrated, calibrate_examples, measuring_folds
 from sidelight.training.settings import FitOptions
 from sidelight.types import Task
 
@@ -97,14 +95,8 @@ def fit_tfidf(
     return TfIdf(task, make_pipeline(features, head), parameters)
 
 
-def measure_baseline(
-    dataset: ProbeDataset, options: FitOptions
-) -> tuple[Report, Float[np.ndarray, " text"]]:
-    """Trains the baseline on the texts alone, and measures it on those that measure a probe.
-
-    Returns:
-        Its figures, and its log loss of each validation text.
-    """
+def measure_baseline(dataset: ProbeDataset, options: FitOptions) -> Calibrated:
+    """Trains the baseline on the texts alone, and measures it on those that measure a probe."""
     task, training, measured = dataset.task, dataset.originals, dataset.validation.examples
     if dataset.folds:
         logits = np.empty((len(training), task.outputs))
@@ -115,14 +107,13 @@ def measure_baseline(
     else:
         words = fit_tfidf(training.texts, training.labels, task)
         logits = words.logits(dataset.validation.texts)
-    _, probabilities, report = calibrate_examples(
+    return calibrate_examples(
         logits,
         measured,
         measuring_folds(measured, dataset.folds, options.calibration),
         kind=options.calibration,
         rule=options.threshold,
     )
-    return report, log_losses(task, probabilities, measured.labels)
 
 
 def baseline_warnings(

@@ -65,31 +65,93 @@ class Traffic:
         del values["worst"], values["abstains"]
         return values
 
-    def record(
-        self,
-        logits: Float[np.ndarray, "conversation output"],
-        parts: Int[np.ndarray, " conversation"],
-        background: Background,
-    ) -> dict[str, Any]:
-        """The record in an artifact: no text that is a user's own.
-
-        Args:
-            logits: The highest of each conversation, which are not rounded: a threshold may lie
-                just above one of them.
-            parts: The part of each.
-            background: Says which texts are a user's own.
-        """
+    def record(self, ordinary: "Conversations", background: Background) -> dict[str, Any]:
+        """The record in an artifact: no text that the background says is a user's own."""
         private = {beginning(Example(turns).text) for turns in background.private}
         return {
             **self.to_dict(),
-            "logits": logits.tolist(),
-            "parts": parts.tolist(),
+            "logits": ordinary.logits.tolist(),
+            "parts": ordinary.parts.tolist(),
             "worst": [
                 {"probability": round(probability, 4), "text": text}
                 for probability, text in self.worst
                 if text not in private
             ],
         }
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Ordinary conversations, as a probe judges them.
+
+    Attributes:
+        logits: Out-of-fold, not rounded: a threshold may lie just above one of them.
+        parts: The part of each.
+    """
+
+    logits: Float[np.ndarray, "conversation output"]
+    parts: Int[np.ndarray, " conversation"]
+
+    @staticmethod
+    def of(
+        contexts: "Sequence[Context]", logits: Float[np.ndarray, "context output"]
+    ) -> "Conversations":
+        """Those among contexts, of which these are the logits."""
+        rows = conversations_of(contexts)
+        return Conversations(logits[rows], np.array([contexts[i].group for i in rows], dtype=int))
+
+    @staticmethod
+    def kept(probe: "Probe") -> "Conversations":
+        """Those that training has kept with a probe."""
+        kept = probe.history.traffic
+        logits = np.array(kept.logits, dtype=float).reshape(-1, probe.task.outputs)
+        # Without parts, each conversation is one.
+        names = kept.parts if len(kept.parts) == len(logits) else range(len(logits))
+        return Conversations(logits, np.unique(names, return_inverse=True)[1])
+
+    def quiet_thresholds(
+        self, alone: Sequence[float], calibration: Calibration, rule: ThresholdRule
+    ) -> tuple[float, ...]:
+        """Thresholds that flag little ordinary traffic, if the rule does not say what a miss costs.
+
+        Each is raised until at most so many conversations reach it: the rate of ``fpr``, or else
+        ``FALSE_ALARMS``. Labelled texts alone, of which half may be positive, ask for less.
+
+        Args:
+            alone: What the rule gives on texts alone.
+            calibration: Makes logits probabilities.
+            rule: What the thresholds are chosen for.
+        """
+        # A rate that was asked for holds; that of few conversations is rough in any case.
+        is_asked, count = rule.kind == "fpr", len(self.logits)
+        allowed = int((rule.value if is_asked else FALSE_ALARMS) * count)
+        # Fewer conversations cannot tell such a rate; at one that was asked for, none may be
+        # flagged.
+        is_told = allowed or (is_asked and count)
+        if rule.kind in ("recall", "cost") or not is_told or not alone:
+            return tuple(alone)
+        # Just above the probability of the first conversation that may not be flagged.
+        bounds = np.sort(calibration.apply(self.logits), 0)[::-1][allowed].tolist()
+        # A threshold that no score reaches would find nothing: what is as sure as that is flagged.
+        return tuple(
+            max(threshold, min(math.nextafter(bound, 1.0), _HIGHEST))
+            for threshold, bound in zip(alone, bounds, strict=True)
+        )
+
+    def left_out_thresholds(
+        self, alone: Sequence[float], calibration: Calibration, rule: ThresholdRule
+    ) -> Float[np.ndarray, "part label"]:
+        """For each part the thresholds that the conversations of the other parts ask for."""
+        others = [self.parts != part for part in range(int(self.parts.max(initial=0)) + 1)]
+        rests = [Conversations(self.logits[kept], self.parts[kept]) for kept in others]
+        return np.array([rest.quiet_thresholds(alone, calibration, rule) for rest in rests])
+
+    def count_flagged(
+        self, task: Task, alone: Sequence[float], calibration: Calibration, rule: ThresholdRule
+    ) -> int:
+        """How many are flagged at the thresholds of the other parts."""
+        applied = self.left_out_thresholds(alone, calibration, rule)[self.parts]
+        return int(flags_of(task, calibration.apply(self.logits), applied).sum())
 
 
 def flags_of(
@@ -117,7 +179,7 @@ def measure_traffic(
         contexts: What was judged.
         probabilities: Out-of-fold, of each.
         labels: Of each, as in ``LabelledExamples.labels``.
-        thresholds: As from ``left_out_thresholds``.
+        thresholds: As from ``Conversations.left_out_thresholds``.
     """
     parts = np.array([context.group for context in contexts], dtype=int)
     # A part may have contexts and no conversation.
@@ -220,100 +282,9 @@ def traffic_warnings(
     return doubts
 
 
-def quiet_thresholds(
-    thresholds: Sequence[float],
-    calibration: Calibration,
-    logits: Float[np.ndarray, "conversation output"],
-    rule: ThresholdRule,
-) -> tuple[float, ...]:
-    """Thresholds that flag little ordinary traffic, if the rule does not say what a miss costs.
-
-    Each is raised until at most so many conversations reach it: the rate of ``fpr``, or else
-    ``FALSE_ALARMS``. Labelled texts alone, of which half may be positive, ask for less.
-
-    Args:
-        thresholds: What the rule gives on texts alone.
-        calibration: Makes logits probabilities.
-        logits: Out-of-fold, the highest of each conversation.
-        rule: What the thresholds are chosen for.
-    """
-    # A rate that was asked for holds; that of few conversations is rough in any case.
-    is_asked = rule.kind == "fpr"
-    allowed = int((rule.value if is_asked else FALSE_ALARMS) * len(logits))
-    # Fewer conversations cannot tell such a rate; at one that was asked for, none may be flagged.
-    is_told = allowed or (is_asked and len(logits))
-    if rule.kind in ("recall", "cost") or not is_told or not thresholds:
-        return tuple(thresholds)
-    # Just above the probability of the first conversation that may not be flagged.
-    bounds = np.sort(calibration.apply(logits), 0)[::-1][allowed].tolist()
-    # A threshold that no score reaches would find nothing: what is as sure as that is flagged.
-    return tuple(
-        max(threshold, min(math.nextafter(bound, 1.0), _HIGHEST))
-        for threshold, bound in zip(thresholds, bounds, strict=True)
-    )
-
-
-def left_out_thresholds(
-    thresholds: Sequence[float],
-    calibration: Calibration,
-    logits: Float[np.ndarray, "conversation output"],
-    parts: Int[np.ndarray, " conversation"],
-    rule: ThresholdRule,
-) -> Float[np.ndarray, "part label"]:
-    """For each part the thresholds that the conversations of the other parts ask for.
-
-    Args:
-        thresholds: What the rule gives on texts alone.
-        calibration: Makes logits probabilities.
-        logits: Out-of-fold, the highest of each conversation.
-        parts: The part of each.
-        rule: What the thresholds are chosen for.
-    """
-    return np.array(
-        [
-            quiet_thresholds(thresholds, calibration, logits[parts != part], rule)
-            for part in range(int(parts.max(initial=0)) + 1)
-        ]
-    )
-
-
-def count_flagged(
-    task: Task,
-    thresholds: Sequence[float],
-    calibration: Calibration,
-    logits: Float[np.ndarray, "conversation output"],
-    parts: Int[np.ndarray, " conversation"],
-    rule: ThresholdRule,
-) -> int:
-    """How many conversations are flagged at the thresholds of the other parts.
-
-    The arguments are those of ``left_out_thresholds``.
-    """
-    applied = left_out_thresholds(thresholds, calibration, logits, parts, rule)
-    return int(flags_of(task, calibration.apply(logits), applied[parts]).sum())
-
-
-def kept_logits(probe: "Probe") -> Float[np.ndarray, "conversation output"]:
-    """The logits of ordinary conversations that training has kept with a probe."""
-    return np.array(probe.history.traffic.logits, dtype=float).reshape(-1, probe.task.outputs)
-
-
-def kept_parts(probe: "Probe") -> Int[np.ndarray, " conversation"]:
-    """The part of each conversation whose logits training has kept with a probe."""
-    kept = probe.history.traffic
-    parts, count = kept.parts, len(kept.logits)
-    # Without parts, each conversation is one.
-    return np.unique(parts if len(parts) == count else range(count), return_inverse=True)[1]
-
-
 def kept_rate(probe: "Probe") -> tuple[int, int]:
     """How many ordinary conversations were flagged when thresholds were chosen, and of how many."""
     return probe.history.traffic.flagged, probe.history.traffic.conversations
-
-
-def parts_of(contexts: "Sequence[Context]") -> Int[np.ndarray, " conversation"]:
-    """The part of each conversation of the background."""
-    return np.array([context.group for context in contexts], dtype=int)[conversations_of(contexts)]
 
 
 def conversations_of(contexts: "Sequence[Context]") -> Int[np.ndarray, " conversation"]:
