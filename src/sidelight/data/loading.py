@@ -1,7 +1,7 @@
 """Loads examples: reads rows, then checks and encodes their texts and labels."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, overload
 
@@ -103,9 +103,8 @@ def load_examples(
             task = Task("binary", guard.card.labels)
         rationale = guard.card.rationale if guard.test is None else None
     label = label if spans is None else None
-    columns = _find_columns(
-        rows, text=text, label=label, response=response, spans=spans, rationale=rationale
-    )
+    named = {"text": text, "response": response, "spans": spans, "set rationale": rationale}
+    columns = _find_columns(rows, label, named)
     kept: list[Row] = []
     items: list[Example] = []
     empty: list[Row] = []
@@ -180,23 +179,17 @@ def _rationales(rows: Sequence[Row], items: Sequence[Example], column: str) -> t
 
 
 def _find_columns(
-    rows: Sequence[Row],
-    *,
-    text: str,
-    label: str | None,
-    response: str | None,
-    spans: str | None,
-    rationale: str | None,
+    rows: Sequence[Row], label: str | None, named: Mapping[str, str | None]
 ) -> tuple[str, ...]:
-    """The columns of labels: `label` names several, or a single one whose name has a comma."""
+    """The columns of labels: `label` names several, or a single one whose name has a comma.
+
+    Those that other options have named must be there too.
+    """
     known = tuple(dict.fromkeys(name for row in rows for name in row.cells))
     labels = () if label is None else (label,)
     if label is not None and label not in known:
         labels = tuple(dict.fromkeys(name.strip() for name in label.split(",")))
-    wanted = [("text", text), ("response", response), ("spans", spans)]
-    wanted += [("set rationale", rationale)]
-    wanted += [("label", name) for name in labels]
-    for option, name in wanted:
+    for option, name in [*named.items(), *(("label", name) for name in labels)]:
         if name is not None and name not in known:
             labelled = [c for c in known if any(holds_spans(row.cells.get(c)) for row in rows)]
             hint = (
