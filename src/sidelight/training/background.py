@@ -1,6 +1,5 @@
 """Ordinary conversations, which training shows texts in and a probe learns to let pass."""
 
-from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -62,19 +61,13 @@ class Background:
         What is left out of training by parts is then as unlike the rest as traffic that nobody has
         collected: conversations of one source resemble each other.
         """
-        names = [
-            source or f"\n{row}" for row, source in enumerate(self.sources or ("",) * len(self))
-        ]
-        rows: list[list[int]] = [[] for _ in range(count)]
-        part_of: dict[str, list[int]] = {}
-        for name, size in Counter(names).most_common():
-            part_of[name] = min(rows, key=len)
-            part_of[name].extend([-1] * size)
-        for part in rows:
-            part.clear()
-        for row, name in enumerate(names):
-            part_of[name].append(row)
-        return [self.select(part) for part in rows]
+        rows_of: dict[object, list[int]] = {}
+        for row, source in enumerate(self.sources or ("",) * len(self)):
+            rows_of.setdefault(source or row, []).append(row)
+        parts: list[list[int]] = [[] for _ in range(count)]
+        for rows in sorted(rows_of.values(), key=len, reverse=True):
+            min(parts, key=len).extend(rows)
+        return [self.select(sorted(part)) for part in parts]
 
 
 def load_background(name: str | Path) -> Background:
