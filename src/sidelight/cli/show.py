@@ -52,7 +52,7 @@ def print_fit(made: Fit) -> None:
     if sources := made.probe.history.validation.sources:
         print_sources(sources)
     if made.traffic is not None and made.traffic.conversations:
-        click.echo(traffic_lines(made.traffic))
+        click.echo(traffic_lines(made.traffic, abstains=made.probe.task.abstains))
 
 
 def print_sources(sources: Mapping[str, Mapping[str, int]]) -> None:
@@ -134,9 +134,9 @@ def print_spans(report: SpanReport) -> None:
     )
 
 
-def traffic_lines(traffic: Traffic) -> str:
+def traffic_lines(traffic: Traffic, *, abstains: bool) -> str:
     """The lines on what a probe flags of ordinary traffic, and finds inside it."""
-    lines = [rate_sentence(traffic.flagged, traffic.conversations, abstains=traffic.abstains)]
+    lines = [rate_sentence(traffic.flagged, traffic.conversations, abstains=abstains)]
     if traffic.conversations >= _FEWEST:
         counts = [
             f"{kind['name']} {kind['flagged'] / kind['conversations']:.1%} "

@@ -49,7 +49,6 @@ class Traffic:
             many are ``found``, the ``ordinary`` texts of that length alone, and how many of these
             are ``flagged``; none of several classes.
         worst: The highest probabilities, with the beginnings of these conversations.
-        abstains: Whether to be flagged is to be given a class other than ``none``.
     """
 
     conversations: int
@@ -57,12 +56,11 @@ class Traffic:
     kinds: tuple[dict[str, Any], ...]
     surroundings: tuple[dict[str, int], ...]
     worst: tuple[tuple[float, str], ...]
-    abstains: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without texts, which may be an operator's own."""
         values = asdict(self)
-        del values["worst"], values["abstains"]
+        del values["worst"]
         return values
 
     def record(self, ordinary: "Conversations", background: Background) -> dict[str, Any]:
@@ -196,7 +194,7 @@ def measure_traffic(
     holds = np.asarray(labels.reshape(len(contexts), -1).any(1))
     surroundings = () if task.abstains else _measure_surroundings(contexts, holds, flags)
     flagged = int(flags[conversations].sum())
-    return Traffic(len(conversations), flagged, kinds, surroundings, tuple(worst), task.abstains)
+    return Traffic(len(conversations), flagged, kinds, surroundings, tuple(worst))
 
 
 def _by_kind(
