@@ -89,14 +89,10 @@ def recalibrate(
     if examples is None:
         made = refit(loaded, rule=rule)
     else:
-        import numpy as np
-
         from sidelight.training.classifier import load
-        from sidelight.training.judging import judge
 
         classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
-        judged = judge(classifier.backbone, loaded, examples.items)
-        made = refit(loaded, examples, np.stack([text.logits for text in judged]), rule=rule)
+        made = refit(loaded, examples, classifier.logits(examples.items), rule=rule)
         options.warn(examples.warnings)
     options.warn(made.warnings)
     save_probe(made.probe if name is None else replace(made.probe, name=name), folder)
