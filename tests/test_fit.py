@@ -17,7 +17,7 @@ from sidelight.training import loop
 from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.fit import fit, none_warnings
 from sidelight.training.loop import cross_fit, train_mechanisms
-from sidelight.training.measuring import calibrate_examples, measure_sources, measuring_folds
+from sidelight.training.measuring import calibrate_examples, measure_sources
 from sidelight.training.settings import (
     Background,
     FitOptions,
@@ -188,8 +188,7 @@ def test_no_text_is_measured_by_what_it_calibrated(whole, folds, is_cross_fitted
     labels = whole.training.labels
     logits = np.random.default_rng(0).normal(size=(len(labels), 1)) + labels[:, None]
     examples = whole.validation.examples
-    measured = measuring_folds(examples, folds if is_cross_fitted else ())
-    made = calibrate_examples(logits, examples, measured)
+    made = calibrate_examples(logits, examples, folds if is_cross_fitted else ())
     served, probabilities, report = made.calibration, made.probabilities, made.report
     # Not those of all rows, which the probe is served with.
     assert served == fit_calibration("platt", logits, labels, whole.task)

@@ -34,7 +34,6 @@ from sidelight.training.dataset import encode_shortened
 from sidelight.training.measuring import (
     calibrate_examples,
     describe_examples,
-    measuring_folds,
     text_hashes,
 )
 from sidelight.training.settings import FitOptions
@@ -154,7 +153,6 @@ class Pool:
             )
         pooled = self._pooled.select(torch.tensor(rows))
         regression = fit_regression(pooled, labelled.labels, self.task, folds)
-        folds = measuring_folds(labelled, folds)
         made = calibrate_examples(regression.left_out, labelled, folds)
         sizes = self.backbone.fingerprint
         geometry = Geometry(sizes.layers, sizes.width, self.task.outputs)
@@ -175,7 +173,7 @@ class Pool:
             record={
                 "training": {**described, "texts": text_hashes(labelled)},
                 "validation": {**described, **made.record()},
-                "folds": len(folds),
+                "folds": len(made.folds),
                 "settings": {"strength": regression.strength},
                 "max_tokens": self.options.max_tokens,
                 "seed": 0,

@@ -24,7 +24,6 @@ from sidelight.training.measuring import (
     calibrate_examples,
     describe_examples,
     measure_sources,
-    measuring_folds,
     text_hashes,
 )
 from sidelight.training.optimisation import TrainingRun, validation_score
@@ -193,11 +192,10 @@ def calibrate_probe(
     task, validation, contexts = dataset.task, dataset.validation.examples, dataset.contexts
     logits, in_contexts = trained.logits[: len(validation)], trained.logits[len(validation) :]
     ordinary = Conversations.of(contexts, in_contexts)
-    folds = measuring_folds(validation, dataset.folds, options.calibration)
     calibrated = calibrate_examples(
         logits,
         validation,
-        folds,
+        dataset.folds,
         kind=options.calibration,
         rule=options.threshold,
         ordinary=ordinary,
@@ -240,7 +238,7 @@ def calibrate_probe(
         calibrated.losses,
         traffic,
         spans,
-        warnings=() if folds or spans is not None else (FLATTERING,),
+        warnings=() if calibrated.folds or spans is not None else (FLATTERING,),
     )
 
 

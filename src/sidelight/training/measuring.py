@@ -59,6 +59,8 @@ class Calibrated:
         alone: The thresholds that the rule gives on all texts alone.
         report: Decisions by thresholds that the other folds gave; its own are ``alone``, raised
             until ordinary traffic passes.
+        folds: What texts were measured by; none where the rest of some fold lacks what a
+            calibration needs: they were measured by what they calibrate.
     """
 
     calibration: Calibration
@@ -67,6 +69,7 @@ class Calibrated:
     curves: dict[str, OperatingCurve]
     alone: tuple[float, ...]
     report: Report
+    folds: Folds
 
     def record(self) -> dict[str, Any]:
         """The figures in an artifact."""
@@ -77,7 +80,7 @@ class Calibrated:
 def calibrate_examples(
     logits: Float[np.ndarray, "text output"],
     examples: LabelledExamples,
-    folds: Folds,
+    folds: Folds = (),
     *,
     kind: CalibrationKind | None = None,
     rule: ThresholdRule = F1,
@@ -90,7 +93,8 @@ def calibrate_examples(
     Args:
         logits: Of each text, by a model that did not train on it.
         examples: The texts.
-        folds: Those of ``measuring_folds``; without any, texts are measured by what they calibrate.
+        folds: Those by which the texts were cross-fitted, of which those of contexts are left out;
+            none draws some.
         kind: How; None takes ``suggested_calibration``.
         rule: What the thresholds are chosen for.
         bootstrap: As for ``evaluate``.
@@ -101,6 +105,7 @@ def calibrate_examples(
     ordinary = ordinary or Conversations.of((), logits)
     task, labels = examples.task, examples.labels
     kind = kind or suggested_calibration(task)
+    folds = _measuring_folds(examples, folds, kind)
 
     def fitted(rows: Int[np.ndarray, " _"]) -> Calibration:
         """To these texts, and to ordinary traffic if it is a class."""
@@ -132,21 +137,11 @@ def calibrate_examples(
         bootstrap=bootstrap,
     )
     losses = log_losses(task, probabilities, labels)
-    return Calibrated(calibration, probabilities, losses, curves, alone, report)
+    return Calibrated(calibration, probabilities, losses, curves, alone, report, folds)
 
 
-def measuring_folds(
-    examples: LabelledExamples, folds: Folds = (), kind: CalibrationKind | None = None
-) -> Folds:
-    """The folds to measure by; none if the rest of some fold lacks what a calibration needs.
-
-    Args:
-        examples: The texts.
-        folds: Those by which the texts were cross-fitted, of which those of contexts are left out;
-            none draws some.
-        kind: As for ``calibrate_examples``.
-    """
-    kind = kind or suggested_calibration(examples.task)
+def _measuring_folds(examples: LabelledExamples, folds: Folds, kind: CalibrationKind) -> Folds:
+    """The folds to measure by; none if the rest of some fold lacks what a calibration needs."""
     if folds:
         folds = tuple(fold[fold < len(examples)] for fold in folds)
     else:

@@ -28,7 +28,6 @@ from sidelight.training.measuring import (
     FLATTERING,
     calibrate_examples,
     describe_examples,
-    measuring_folds,
     trained_texts,
 )
 from sidelight.training.traffic import Conversations
@@ -188,11 +187,9 @@ def _follow_labels(
     kind = suggested_calibration(task)
     old = probe.calibration.apply(logits)
     before = evaluate(task, old, labels, thresholds=probe.thresholds)
-    folds = measuring_folds(examples, kind=kind)
     made = calibrate_examples(
         logits,
         examples,
-        folds,
         kind=kind,
         rule=rule,
         around=probe.calibration.scale,
@@ -226,7 +223,7 @@ def _follow_labels(
     )
     doubts = (
         *([warning] if seen else ()),
-        *(() if folds else (FLATTERING,)),
+        *(() if made.folds else (FLATTERING,)),
         *threshold_doubts(task, examples.count_by_label, len(examples), rule),
         *_recall_warnings(recalls),
         *_metric_warnings(figures),

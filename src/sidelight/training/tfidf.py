@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline, make_union
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.training.dataset import ProbeDataset
-from sidelight.training.measuring import Calibrated, calibrate_examples, measuring_folds
+from sidelight.training.measuring import Calibrated, calibrate_examples
 from sidelight.training.settings import FitOptions
 from sidelight.types import Task
 
@@ -110,7 +110,7 @@ def measure_baseline(dataset: ProbeDataset, options: FitOptions) -> Calibrated:
     return calibrate_examples(
         logits,
         measured,
-        measuring_folds(measured, dataset.folds, options.calibration),
+        dataset.folds,
         kind=options.calibration,
         rule=options.threshold,
     )
