@@ -16,7 +16,7 @@ from sidelight.thresholds import ThresholdRule, choose_thresholds
 from sidelight.training import loop
 from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.fit import fit, none_warnings
-from sidelight.training.loop import cross_fit, train_mechanisms
+from sidelight.training.loop import train_mechanisms
 from sidelight.training.measuring import calibrate_examples, measure_sources
 from sidelight.training.settings import (
     Background,
@@ -127,9 +127,13 @@ def folds(whole):
     return choose_folds(whole.training.examples)
 
 
+def cross_fitted_on(training, folds):
+    return train_mechanisms(CANDIDATES, training=training, validation=None, folds=folds)
+
+
 @pytest.fixture(scope="module")
 def cross_fitted(whole, folds):
-    return cross_fit(CANDIDATES, whole.training, folds)
+    return cross_fitted_on(whole.training, folds)
 
 
 @pytest.mark.slow
@@ -140,9 +144,7 @@ def test_no_text_teaches_the_mechanism_that_judges_it(whole, folds, cross_fitted
     labels[fold] = 1 - labels[fold]
     examples = replace(whole.training.examples, labels=labels)
     changed = replace(whole, training=replace(whole.training, examples=examples))
-    for before, after in zip(
-        cross_fitted, cross_fit(CANDIDATES, changed.training, folds), strict=True
-    ):
+    for before, after in zip(cross_fitted, cross_fitted_on(changed.training, folds), strict=True):
         np.testing.assert_array_equal(before.logits[fold], after.logits[fold])
         assert not np.isclose(before.logits[rest], after.logits[rest]).all()
 
@@ -152,9 +154,7 @@ def test_folds_that_are_not_projected_together_give_the_same(
     whole, folds, cross_fitted, monkeypatch
 ):
     monkeypatch.setattr(loop, "_MOST_COLUMNS", 1)
-    for together, apart in zip(
-        cross_fitted, cross_fit(CANDIDATES, whole.training, folds), strict=True
-    ):
+    for together, apart in zip(cross_fitted, cross_fitted_on(whole.training, folds), strict=True):
         np.testing.assert_allclose(together.logits, apart.logits, atol=ROUNDING)
 
 

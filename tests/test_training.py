@@ -324,7 +324,7 @@ def test_only_a_probe_of_responses_learns_from_beginnings(tiny, tmp_path, side, 
     training.states.reads = Reads(side)
     whole = replace(BRIEF, beginnings=False)
     candidates = [candidate(settings=BRIEF), candidate(settings=whole)]
-    both, one = train_mechanisms(candidates, training=training, validation=None, to_score=training)
+    both, one = train_mechanisms(candidates, training=training, validation=training)
     assert np.allclose(both.logits, one.logits, rtol=1e-3, atol=1e-4) != differs
 
 

@@ -29,7 +29,7 @@ from optuna.trial import TrialState
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.training.dataset import ProbeDataset
-from sidelight.training.loop import Candidate, cross_fit, train_mechanisms
+from sidelight.training.loop import Candidate, train_mechanisms
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import TrainingSettings, suggested_settings
 from sidelight.training.validation import Folds
@@ -261,12 +261,13 @@ def _judge(
 ) -> list[np.ndarray | None]:
     """The logits of the validation texts after each training; None where it diverged."""
     device = dataset.backbone.device
-    if folds:
-        trained = cross_fit(candidates, dataset.training, folds, device=device)
-    else:
-        trained = train_mechanisms(
-            candidates, training=dataset.training, validation=dataset.validation, device=device
-        )
+    trained = train_mechanisms(
+        candidates,
+        training=dataset.training,
+        validation=None if folds else dataset.validation,
+        folds=folds,
+        device=device,
+    )
     return [None if one is None else one.logits for one in trained]
 
 

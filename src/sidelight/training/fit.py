@@ -18,7 +18,7 @@ from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
 from sidelight.training.dataset import ProbeDataset, prepare
-from sidelight.training.loop import Candidate, cross_fit, divergence, train_mechanisms
+from sidelight.training.loop import Candidate, divergence, train_mechanisms
 from sidelight.training.measuring import (
     FLATTERING,
     calibrate_examples,
@@ -140,16 +140,13 @@ def fit(
     candidates = _candidates(options, training)
     # The baseline first: what it refuses in seconds must not cost the hours of training.
     baseline = None if training.spans is not None else measure_baseline(dataset, options)
-    if dataset.folds:
-        results = cross_fit(candidates, dataset.training, dataset.folds, device=backbone.device)
-    else:
-        results = train_mechanisms(
-            candidates,
-            training=dataset.training,
-            validation=dataset.validation,
-            to_score=dataset.measured,
-            device=backbone.device,
-        )
+    results = train_mechanisms(
+        candidates,
+        training=dataset.training,
+        validation=None if dataset.folds else dataset.measured,
+        folds=dataset.folds,
+        device=backbone.device,
+    )
     trained = [run for run in results if run is not None]
     if not trained:
         raise divergence(*candidates[0])

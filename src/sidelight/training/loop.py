@@ -37,59 +37,45 @@ def train_mechanisms(
     *,
     training: Split,
     validation: Split | None,
-    to_score: Split | None = None,
+    folds: Folds = (),
     device: torch.device | str = "cpu",
 ) -> list[TrainingRun | None]:
     """Trains all candidates side by side; the result of one does not depend on its neighbours.
 
+    In cross-fitting, every text trains the probe, and is scored by a probe that did not train on
+    it: calibration, threshold and figures are made from these logits. A part held out of few texts
+    would be missed in training, and too small to stop or choose by. Every epoch is trained.
+
     Args:
         candidates: What to train.
         training: What the parameters are fitted to.
-        validation: What early stopping looks at; None trains every epoch and keeps the last.
-        to_score: The texts that get logits after training; None takes the validation texts.
+        validation: What is scored after training, and without its contexts after each epoch, for
+            early stopping; None trains every epoch and keeps the last.
+        folds: Cross-fitting also trains each candidate without each of these, from one read, to
+            score it.
         device: Where to train.
 
     Returns:
-        A run for each candidate, in their order; None for one whose numbers are no longer finite.
-    """
-    trainer = _Trainer(candidates, training, torch.device(device))
-    trainer.train(validation)
-    texts = validation if to_score is None else to_score
-    if texts is not None:
-        scores = trainer.score(trainer.runs, texts, dtype=torch.float32)
-        for run, (logits, token_logits) in zip(trainer.runs, scores, strict=True):
-            run.logits, run.token_logits = logits, token_logits
-    return [_if_finite(run) for run in trainer.runs]
-
-
-def cross_fit(
-    candidates: Sequence[Candidate],
-    training: Split,
-    folds: Folds,
-    *,
-    device: torch.device | str = "cpu",
-) -> list[TrainingRun | None]:
-    """Trains each candidate on all texts and without each fold, side by side from one read.
-
-    Every text trains the probe, and is scored by a probe that did not train on it: calibration,
-    threshold and figures are made from these logits. A part held out of few texts would be missed
-    in training, and too small to stop or choose by. Every epoch is trained.
-
-    Returns:
-        The probes of all texts with the logits of each fold by the run without it; None for one
-        that diverged, on a fold or on all texts.
+        A run for each candidate, in their order; None for one whose numbers are no longer finite,
+        on a fold or on all texts.
     """
     trainer = _Trainer(candidates, training, torch.device(device), (_NOTHING, *folds))
-    trainer.train(None)
+    trainer.train(None if validation is None else validation.without_contexts())
     whole = trainer.runs[: len(candidates)]
-    for run in whole:
-        run.logits = np.empty((len(training), training.task.outputs))
+    if validation is not None:
+        scores = trainer.score(whole, validation, dtype=torch.float32)
+        for run, (logits, token_logits) in zip(whole, scores, strict=True):
+            run.logits, run.token_logits = logits, token_logits
+    elif folds:
+        for run in whole:
+            run.logits = np.empty((len(training), training.task.outputs))
     for part, fold in enumerate(folds, start=1):
         runs = trainer.runs[part * len(candidates) : (part + 1) * len(candidates)]
         scores = trainer.score(runs, training.select(fold), dtype=torch.float32)
         for result, run, (logits, _) in zip(whole, runs, scores, strict=True):
             result.logits[fold] = np.nan if run.has_diverged else logits
-    return [_if_finite(run) for run in whole]
+    finite = [not run.has_diverged and np.isfinite(run.logits).all() for run in whole]
+    return [run if is_finite else None for run, is_finite in zip(whole, finite, strict=True)]
 
 
 def divergence(spec: MechanismSpec, settings: TrainingSettings) -> SidelightError:
@@ -98,10 +84,6 @@ def divergence(spec: MechanismSpec, settings: TrainingSettings) -> SidelightErro
         f"Training '{spec.name}' with seed {settings.seed} diverged: its numbers are not finite. "
         f"Lower the rate (--set learning_rate=; it was {settings.learning_rate})."
     )
-
-
-def _if_finite(run: TrainingRun) -> TrainingRun | None:
-    return None if run.has_diverged or not np.isfinite(run.logits).all() else run
 
 
 class _Trainer:
@@ -119,7 +101,7 @@ class _Trainer:
         candidates: Sequence[Candidate],
         training: Split,
         device: torch.device,
-        left_out: Folds = (_NOTHING,),
+        left_out: Folds,
     ):
         self._states = states = training.own_states()
         self._targets = training.targets.to(device)
