@@ -281,3 +281,10 @@ def test_texts_of_one_template_are_parted_where_folds_would_be_impossible():
     for fold in mixed.folds(5, seed=0):
         held_out = set((other[np.isin(other, fold)] - 20) // 3)
         assert held_out.isdisjoint((other[~np.isin(other, fold)] - 20) // 3)
+
+
+def test_a_cell_without_a_source_names_none():
+    cells = ("mail: 3", "mail", None, "", float("nan"), 7)
+    rows = [{"text": f"text {row}", "source": cell} for row, cell in enumerate(cells)]
+    examples = load_examples(rows, label=None)
+    assert examples.sources == ["mail", "mail", "", "", "", "7"]

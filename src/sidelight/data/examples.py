@@ -12,6 +12,7 @@ from typing import SupportsIndex, TypeVar
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from sidelight.data.labels import is_missing
 from sidelight.data.near_duplicates import NearDuplicates
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import Conversation, Message, PlainText
@@ -150,7 +151,8 @@ class Examples:
     @property
     def sources(self) -> list[str]:
         """The column ``source`` of each row up to its colon; empty where a row has none."""
-        return [str(row.get("source") or "").partition(":")[0] for row in self.rows]
+        cells = (row.get("source") for row in self.rows)
+        return ["" if is_missing(cell) else str(cell).partition(":")[0] for cell in cells]
 
     def column(self, name: str) -> tuple[object, ...]:
         """This column's cell of each row; None where a row lacks it."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sidelight.data.examples import Example, Examples, LabelledExamples, balanced_order
+from sidelight.data.labels import is_missing
 from sidelight.data.loading import load_examples
 from sidelight.data.near_duplicates import are_alike
 from sidelight.prompts import Message
@@ -110,7 +111,8 @@ def _balanced(*sets: Examples) -> Background:
             # A third or an eighth of the conversations that take most of the time.
             weights.append(_WEIGHTS[length])
             conversations.append(turns)
-            sources.append(str(cells.get("source") or ""))
+            source = cells.get("source")
+            sources.append("" if is_missing(source) else str(source))
     private = frozenset(conversations[len(sets[0]) :])
     background = Background(tuple(conversations), tuple(sources), private)
     return background.select(balanced_order(strata, weights=weights))
