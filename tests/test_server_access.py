@@ -1,6 +1,7 @@
 """Who may call which route with which key, and that no key is ever shown."""
 
 import hashlib
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -137,6 +138,14 @@ def test_a_key_in_utf8_or_of_several_words_too_is_identified_by_its_id():
         # Headers are latin-1 on the wire.
         header = f"Bearer {secret} ".encode().decode("latin-1")
         assert ServerConfig(api_key=secret).access.caller(header) == Caller("api-key-1")
+
+
+def test_keys_that_something_else_asks_for_name_their_callers_and_open_nothing():
+    access = ServerConfig(**ALL_KEYS).access
+    theirs = replace(access, keys=(), others=access.keys)
+    assert theirs.caller(f"Bearer {USER}") == Caller("api-key-1")
+    assert theirs.caller("") == theirs.caller(f"Bearer {USER[:-1]}") == Caller()
+    assert not theirs.opens_metrics(Caller("api-key-1"), withholds=True)
 
 
 def test_a_key_file_has_one_key_per_line(tmp_path: Path):

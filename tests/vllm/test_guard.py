@@ -20,6 +20,7 @@ from sidelight.errors import SidelightError
 from sidelight.manifest import read_manifest
 from sidelight.policy.decisions import PolicyError
 from sidelight.prompts import PromptEncoder, Reads
+from sidelight.server.keys import Caller
 from sidelight.vllm.endpoint import ProbeEndpoint
 from sidelight.vllm.guard import EngineGuard, RefusedError
 from sidelight.vllm.recogniser import PromptRecogniser
@@ -526,8 +527,6 @@ def test_a_default_system_turn_is_the_operators_whoever_writes_it(guarded):
 def answered(llm, vllm, path="/v1/chat/completions"):
     """The status, headers and body of what the client gets from an application of vLLM's."""
     endpoint, sent = ProbeEndpoint(), []
-    # Nobody has a key.
-    endpoint.access = SimpleNamespace(caller=lambda _authorization: None)
     endpoint.guard, endpoint._routes = llm.sidelight_guard, ()
 
     async def send(event):
@@ -536,7 +535,7 @@ def answered(llm, vllm, path="/v1/chat/completions"):
     async def app(scope, receive, send):
         await vllm(send)
 
-    scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+    scope = {"type": "http", "method": "POST", "path": path, "state": {"caller": Caller()}}
 
     async def receive():
         return {"type": "http.request", "body": b"{}"}

@@ -98,16 +98,15 @@ class Terms:
             chosen |= dict.fromkeys(b.name for b in visible.values() if b.is_enforced)
         return replace(self, chosen=tuple(visible[name] for name in chosen))
 
-    def choose_disclosed(self, names: Sequence[str] | None) -> "Terms":
-        """As ``choose``, without probes whose verdicts are not disclosed, which may not be named.
+    def disclosed(self, *, are_named: bool) -> "Terms":
+        """The same, without probes whose verdicts are not disclosed, which may not be named.
 
         Raises:
-            PolicyError: There is no such probe, or no chosen one is disclosed.
+            PolicyError: No chosen probe is disclosed, or one is not that the client has named.
         """
-        terms = self.choose(names)
-        shown = tuple(b for b in terms.chosen if self.sees_all or b.disclosure != "none")
-        hidden = [bound.name for bound in terms.chosen if bound not in shown]
-        if hidden and (names is not None or not shown):
+        shown = tuple(b for b in self.chosen if self.sees_all or b.disclosure != "none")
+        hidden = [bound.name for bound in self.chosen if bound not in shown]
+        if hidden and (are_named or not shown):
             raise PolicyError(
                 f"The server's policy does not disclose verdicts of {', '.join(hidden)}. Choose "
                 "other probes, or send an admin key.",
@@ -115,7 +114,7 @@ class Terms:
                 param="probes",
                 status=403,
             )
-        return replace(terms, chosen=shown)
+        return replace(self, chosen=shown)
 
     @property
     def probes(self) -> list[Probe]:

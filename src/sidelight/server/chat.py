@@ -246,9 +246,9 @@ async def _answer(
 ) -> Response:
     request.require_model(body.model)
     sampling, n, options = body.sampling(), body.n or 1, body.stream_options or StreamOptions()
-    terms = await request.begin(prompts, n=n, max_tokens=sampling.max_tokens)
+    terms = await request.begin(prompts, body.probes, n=n, max_tokens=sampling.max_tokens)
     # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
-    outcome = Outcome(terms.choose(body.probes, for_text=True))
+    outcome = Outcome(terms)
     answer = CompletionFormat(outcome, is_chat=is_chat, includes_usage=options.include_usage)
     tells_scores = bool(body.stream and options.include_scores)
     streams: list[AsyncGenerator[Passed, None]] = []

@@ -140,7 +140,7 @@ async def moderate(body: TextsRequest, request: ServerRequest) -> Results[Modera
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
         request.require_model(body.model)
     texts = [as_user(text) for text in body.input]
-    terms = (await request.begin(texts, max_tokens=0)).choose_disclosed(body.probes)
+    terms = (await request.begin(texts, body.probes)).disclosed(are_named=body.probes is not None)
     checked = await check(request, terms, texts)
     results = [
         ModerationResult(
@@ -168,7 +168,7 @@ async def redact(body: TextsRequest, request: ServerRequest) -> Results[Redactio
     if body.model is not None:
         request.require_model(body.model)
     texts = [as_user(text) for text in body.input]
-    terms = (await request.begin(texts, max_tokens=0)).choose(body.probes)
+    terms = await request.begin(texts, body.probes)
     # What is replaced says which words a probe has found.
     labelling = tuple(
         bound
@@ -313,7 +313,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         [*as_user(""), Message("assistant", text)] if is_response else as_user(text)
         for text in judged.values()
     ]
-    terms = (await request.begin(texts, max_tokens=0)).choose(parameters.probes)
+    terms = await request.begin(texts, parameters.probes)
     if is_response:
         late = tuple(bound for bound in terms.chosen if bound.side == "output")
         if not late:

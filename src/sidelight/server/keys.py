@@ -65,11 +65,13 @@ class Access:
             everybody.
         admin_keys: Open everything; without any, nobody reaches ``/admin``.
         metrics_keys: Open ``/metrics``.
+        others: Keys that something else asks for. Here they open nothing and name their callers.
     """
 
     keys: tuple[Key, ...] = ()
     admin_keys: tuple[Key, ...] = ()
     metrics_keys: tuple[Key, ...] = ()
+    others: tuple[Key, ...] = ()
 
     def opens_metrics(self, caller: Caller, *, withholds: bool) -> bool:
         """Whether this caller may read ``/metrics``.
@@ -84,7 +86,8 @@ class Access:
         scheme, _, secret = authorization.partition(" ")
         # Headers are latin-1 on the wire; a key in UTF-8 arrives as its bytes.
         given = _digest(secret.strip(_BLANKS).encode("latin-1"))
-        admin, user = _match(self.admin_keys, given), _match(self.keys, given)
+        admin = _match(self.admin_keys, given)
+        user = _match((*self.keys, *self.others), given)
         scraper = _match(self.metrics_keys, given)
         found = admin or user or scraper
         if found is not None and scheme.lower() == "bearer":

@@ -4,6 +4,7 @@ A question that no probe can answer is refused, never guessed.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
@@ -119,22 +120,22 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
     """The input is read once, however many questions there are; each names its probe."""
     request.require_model(body.model)
     turns = [message.as_message() for message in body.input]
-    terms = await request.begin([turns], max_tokens=0)
+    terms = await request.begin([turns])
     meanings = _meanings(terms)
     named = {question.name or "" for question in body.questions}
     asked = named | {meanings[name][0] for name in named if name in meanings}
-    names = [
-        bound.name
+    chosen = tuple(
+        bound
         for bound in terms.chosen
         if bound.name in asked
         and (terms.sees_all or bound.disclosure != "none")
         and (is_answered(turns) or bound.side == "input")
-    ]
+    )
     verdicts: dict[str, Verdict] = {}
     tokens, explanations = 0, [] if body.explain else None
-    if names:
-        terms = terms.choose(names)
-        explained = [b.name for b in terms.chosen if terms.sees_all or b.explains]
+    if chosen:
+        terms = replace(terms, chosen=chosen)
+        explained = [b.name for b in chosen if terms.sees_all or b.explains]
         explain = explained if body.explain else None
         ((event, decisions),) = await check(request, terms, [turns], explain=explain)
         verdicts, tokens = {v.probe: v for v in terms.verdicts(decisions)}, event.tokens

@@ -60,17 +60,29 @@ class ServerContext:
         observer = RequestObserver(Metrics(engine, lambda: registry.rules), audit_of(config))
         return cls(engine, registry, config, observer)
 
-    def terms(self, observer: RequestObserver, *, sees_all: bool) -> Terms:
-        """Terms for a request from now on; until others are chosen, all probes are reported.
+    def terms(
+        self,
+        observer: RequestObserver,
+        probes: Sequence[str] | None = None,
+        *,
+        for_text: bool = False,
+        sees_all: bool = False,
+    ) -> Terms:
+        """Terms for a request from now on.
 
         Args:
             observer: Its own.
+            probes: Those that it reports: see ``Terms.choose``.
+            for_text: Whether a text will be written.
             sees_all: Whether the client sees what rules do not disclose.
+
+        Raises:
+            PolicyError: There is no such probe.
         """
         policy, rules = self.registry.policy, self.registry.rules
         observe = partial(RequestTextObserver, observer)
         terms = Terms(self.engine.model, policy, rules, (), observe, sees_all=sees_all)
-        return terms.choose(None)
+        return terms.choose(probes, for_text=for_text)
 
 
 class ServerRequest(Request):
@@ -137,22 +149,31 @@ class ServerRequest(Request):
             )
 
     async def begin(
-        self, texts: Sequence[Conversation], *, n: int = 1, max_tokens: int | None = None
+        self,
+        texts: Sequence[Conversation],
+        probes: Sequence[str] | None = None,
+        *,
+        n: int = 1,
+        max_tokens: int | None = 0,
     ) -> Terms:
-        """Its terms from now on; until others are chosen, all probes are reported.
+        """Its terms from now on.
 
         Args:
             texts: What is read.
+            probes: Those that the client chooses; None: it does not.
             n: How often each is read.
-            max_tokens: Most tokens written after each; None: as many as fit.
+            max_tokens: Most tokens written after each: 0 for no text, None for as many as fit.
 
         Raises:
             RequestError: It is beyond the limits of texts and tokens.
-            PolicyError: The policy refuses the turns that a text begins with.
+            PolicyError: The policy refuses the turns that a text begins with, or there is no such
+                probe.
         """
         await self._require_size(texts, n=n, max_tokens=max_tokens)
         await unless_left(self, self.engine.settled())
-        terms = self.context.terms(self.observer, sees_all=self.is_admin)
+        terms = self.context.terms(
+            self.observer, probes, for_text=max_tokens != 0, sees_all=self.is_admin
+        )
         require_trusted_turns(terms.policy, texts)
         return terms
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from prometheus_client import REGISTRY
 from pydantic import ValidationError
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
@@ -63,11 +63,14 @@ class ProbeEndpoint:
         """Adds the middleware inside vLLM's own authentication, and a gate for keys of ours."""
         self._vllm = app
         app.add_middleware(self.around)
-        config = server_config()
-        # vLLM guards some routes with its keys; ours hold on all.
-        has_keys = bool(_keys_of_vllm(app.state.args))
-        access = replace(config.access, keys=()) if has_keys else config.access
-        is_local = app.state.args.host in LOOPBACK and not has_keys
+        args = app.state.args
+        keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+        self._config = config = server_config(**({"api_key": keys} if keys else {}))
+        access = config.access
+        if keys:
+            # vLLM asks for them on some routes; ours hold on all.
+            access = replace(access, keys=(), others=access.keys)
+        is_local = args.host in LOOPBACK and not keys
         hosts = config.hosts if is_local or config.allowed_host else None
         app.add_middleware(Gatekeeper, access=access, withholds=self._withholds, hosts=hosts)
 
@@ -80,10 +83,7 @@ class ProbeEndpoint:
         renderer = state.online_renderer
         arguments = renderer.default_chat_template_kwargs or {}
         guard.recogniser.template = renderer.chat_template, arguments
-        keys = _keys_of_vllm(args)
-        config = server_config(**({"api_key": keys} if keys else {}))
-        self.access = config.access
-        context = replace(guard.context, config=config)
+        context = replace(guard.context, config=self._config)
         routers = checks.router, questions.router, admin.admin_probes_router, status_router
         self._application = application(context, routers)
         self._routes = [route for router in routers for route in router.routes]
@@ -119,8 +119,7 @@ class ProbeEndpoint:
     async def _guarded(
         self, guard: EngineGuard, app: ASGIApp, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        authorization = Headers(scope=scope).get("authorization", "")
-        caller = self.access.caller(authorization) or Caller()
+        caller: Caller = scope["state"]["caller"]
         observer = guard.context.observer.of(f"req_{uuid.uuid4().hex}", key_id=caller.key_id)
         fields, receive = await _read(receive)
         await guard.engine.settled()
@@ -278,10 +277,6 @@ class _Answer:
         if self._scope["path"] in _CHUNKED and moderation is not None:
             fields["moderation"] = moderation
         return fields
-
-
-def _keys_of_vllm(args: Any) -> list[str]:
-    return [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
 
 
 async def _read(receive: Receive) -> tuple[dict[str, Any], Receive]:

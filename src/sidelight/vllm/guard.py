@@ -131,7 +131,7 @@ class EngineGuard:
         Raises:
             PolicyError: There is no such probe.
         """
-        terms = self.context.terms(observer, sees_all=sees_all).choose(probes, for_text=True)
+        terms = self.context.terms(observer, probes, for_text=True, sees_all=sees_all)
         return GuardedRequest(terms, self.engine.probes)
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
