@@ -11,7 +11,7 @@ from sidelight.bank import Bank
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads, judged_units, piece_lengths
 from sidelight.types import Judgement, Verdict
-from sidelight.vllm.requests import judgement_of, report_of
+from sidelight.vllm.requests import Report, read_report, report_params
 from worlds.models import TOPICS, TOXICITY, broken, score, untrained_probe
 from worlds.servers import run_engine
 
@@ -40,8 +40,8 @@ def test_an_engine_names_the_turn_that_decided_and_vllm_passes_it_on(tiny):
     assert verdict.probabilities == pytest.approx(wanted.probabilities, abs=1e-5)
     assert replace(verdict, turn=None, probabilities={}) == replace(wanted, probabilities={})
     assert verdict.turn in (None, 0, 1, 2)
-    again, _ = judgement_of({"sidelight": report_of(judgement, 0.0)})
-    assert again == judgement
+    again = read_report(report_params(Report(**vars(judgement), error="")))
+    assert Judgement() | again == judgement
 
 
 def test_turns_of_tools_are_judged_by_themselves_and_together_without_any_other(tiny):
@@ -66,7 +66,7 @@ def test_turns_of_tools_are_judged_by_themselves_and_together_without_any_other(
         wanted = probe.verdict(logits.max(0)).probabilities
         assert own.probabilities == pytest.approx(wanted, abs=1e-5)
         assert own.turn == groups[int(logits.max(1).argmax())][0]
-    again, _ = judgement_of(json.loads(json.dumps({"sidelight": report_of(judged, 0.0)})))
+    again = read_report(json.loads(json.dumps(report_params(Report(**vars(judged), error="")))))
     assert again.tools == judged.tools
     # One that gives no verdict on these gives none at all.
     failing = [broken(each_turn[0]), each_turn[1]]

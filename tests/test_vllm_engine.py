@@ -26,6 +26,7 @@ from sidelight.errors import SidelightError
 from sidelight.prompts import Message
 from sidelight.server.config import ServerConfig
 from sidelight.vllm.engine import VllmEngine, saved
+from sidelight.vllm.requests import Report, report_params
 from sidelight.vllm.server import NO_PLACE, arguments, serve
 from sidelight.vllm.settings import KEY, SET_HERE, identity_of, require_options
 from worlds.models import untrained_probe
@@ -86,11 +87,11 @@ class Workers:
         assert not self.is_paused
         states = self.output_processor.request_states
         states[request_id] = SimpleNamespace(external_req_id=request_id, request_index=0)
-        report = {"verdicts": {}, "identity": self.identity()}
+        report = report_params(Report(identity=self.identity(), error=""))
         said = SimpleNamespace(
             request_id=request_id,
             new_token_ids=[7],
-            kv_transfer_params={KEY: report} if self.report is ... else self.report,
+            kv_transfer_params=report if self.report is ... else self.report,
         )
         self.output_processor.process_outputs([said])
         try:

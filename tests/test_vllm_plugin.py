@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Bank, Panel
 from sidelight.cli.options import Runtime
-from sidelight.engines.base import require_same_model
+from sidelight.engines.base import GenerationError, require_same_model
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.probe import common_format
@@ -27,7 +27,8 @@ from sidelight.vllm.internals import Step
 from sidelight.vllm.requests import (
     Tracking,
     described_prompt,
-    judgement_of,
+    read_description,
+    read_report,
     request_params,
     token_hash,
 )
@@ -131,7 +132,9 @@ class Played:
 
     def judgement(self, request_id):
         """As it arrives where vLLM's outputs are read."""
-        return judgement_of(json.loads(json.dumps(self.tracking.report(request_id))))[0]
+        report = read_report(json.loads(json.dumps(self.tracking.report(request_id))))
+        report.require_judged()
+        return report
 
 
 def require_equal(probes, judgement, backbone, prompt):
@@ -202,8 +205,8 @@ def test_what_was_not_read_is_a_failed_verdict(backbone, probes):
     played.step([("t", hidden, [0, 1], 0, 7)])
     played.forget()
     played.step([("t", hidden, [0, 1], 7, 8)])
-    verdicts = played.tracking.report("t")[KEY]["verdicts"]
-    assert verdicts == {name: {"error": "verdict_failed"} for name in names}
+    judgement = played.judgement("t")
+    assert (judgement.verdicts, sorted(judgement.failed)) == ((), names)
 
 
 def projection_of(columns, *, has_flags, offset=0):
@@ -486,7 +489,7 @@ def test_a_prompt_travels_with_the_request():
     prompt = prompt_of(range(5, 40))
     for sent in (prompt, replace(prompt, is_plain=True)):
         params = json.loads(json.dumps(request_params(sent)))
-        assert described_prompt(params, list(sent.token_ids)) == sent
+        assert described_prompt(read_description(params), list(sent.token_ids)) == sent
 
 
 @pytest.mark.parametrize(
@@ -498,23 +501,31 @@ def test_a_prompt_travels_with_the_request():
         ({"parts": [[1, 3]], "tokens": token_hash([1, 2, 3])}, "malformed"),
         ({"parts": [[1, 3]], "tokens": "0", "is_plain": False}, "other tokens"),
         ({"parts": [[1, 10**15]], **OF_THESE}, "other tokens"),
-        ({"parts": [[1, 5], [1, -2]], **OF_THESE}, "other tokens"),
+        ({"parts": [[1, 5], [1, -2]], **OF_THESE}, "malformed"),
+        ("parts", "malformed"),
     ],
 )
 def test_a_request_that_does_not_describe_its_tokens_is_an_error(params, message):
     params = params and {KEY: params}
     with pytest.raises(SidelightError, match=message):
-        described_prompt(params, [1, 2, 3])
+        described_prompt(read_description(params), [1, 2, 3])
     tracking = Tracking(reads_responses=False)
     tracking.enter("r", params, [1, 2, 3])
     assert tracking.plan([Step("r", 3, True, [0])]) == []
-    assert message in tracking.report("r")[KEY]["error"]
+    with pytest.raises(GenerationError, match=message):
+        read_report(tracking.report("r")).require_judged()
+
+
+@pytest.mark.parametrize("said", [None, 1, {}, {"verdicts": []}, {"verdicts": [{"probe": "p"}]}])
+def test_what_is_no_whole_report_is_no_verdict(said):
+    assert read_report({KEY: said}).error
+    assert read_report(None).error
 
 
 def test_an_output_before_the_verdict_says_so():
     tracking, prompt = Tracking(reads_responses=False), prompt_of(range(5, 15))
     tracking.enter("r", request_params(prompt), prompt.token_ids)
-    assert tracking.report("r") == {KEY: {"error": "The request was not judged."}}
+    assert read_report(tracking.report("r")).error == "The request was not judged."
     tracking.leave("r")
     assert tracking.report("r") is None
 

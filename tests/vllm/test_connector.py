@@ -11,8 +11,8 @@ from sidelight.bank import Panel
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.vllm.internals import Step, full_group, steps_of
-from sidelight.vllm.requests import Tracking, request_params
-from sidelight.vllm.settings import KEY, Served
+from sidelight.vllm.requests import Tracking, read_report, request_params
+from sidelight.vllm.settings import Served
 from sidelight.vllm.worker import LayerColumns, Loaded, RequestJudge, StepVerdicts
 from worlds.models import tiny_backbone, untrained_probe
 
@@ -35,7 +35,7 @@ def test_a_share_of_a_request_that_has_ended_leaves_no_state():
     connector.tracking, connector._judge = tracking, judge
     connector.take(WorkerResults(StepVerdicts(columns=shares, probes=judge.loaded)))
     assert list(judge._states) == ["running"]
-    assert "verdicts" in tracking.report("running")[KEY]
+    read_report(tracking.report("running")).require_judged()
 
 
 def test_the_scheduler_follows_its_stages_to_other_probes_or_gives_no_verdict(tmp_path):
@@ -61,9 +61,9 @@ def test_the_scheduler_follows_its_stages_to_other_probes_or_gives_no_verdict(tm
             LayerColumns(r, 0, columns) for r in connector.tracking.plan([Step("r", 3, True, [0])])
         ]
         connector.take(WorkerResults(StepVerdicts(columns=shares, probes=loaded)))
-        report = connector.tracking.report("r")[KEY]
-        assert report["identity"] == loaded.identity
-        return {name for name, said in report["verdicts"].items() if "error" not in said}
+        report = read_report(connector.tracking.report("r"))
+        assert report.identity == loaded.identity
+        return {verdict.probe for verdict in report.verdicts}
 
     assert judged_after(old) == {"old"}
     assert judged_after(new) == {"new"}

@@ -5,6 +5,7 @@ The classes of outputs are vLLM's own; only the engine behind them is missing.
 
 import asyncio
 import json
+import re
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +22,11 @@ from sidelight.manifest import read_manifest
 from sidelight.policy.decisions import PolicyError
 from sidelight.prompts import PromptEncoder, Reads
 from sidelight.server.keys import Caller
+from sidelight.types import Verdict
 from sidelight.vllm.endpoint import ProbeEndpoint
 from sidelight.vllm.guard import EngineGuard, RefusedError
 from sidelight.vllm.recogniser import PromptRecogniser
+from sidelight.vllm.requests import Report, report_params
 from sidelight.vllm.settings import KEY, Served, identity_of, server_config
 from worlds.models import (
     CHAT_FAMILIES,
@@ -51,14 +54,14 @@ PROMPT = {"type": "token", "prompt_token_ids": [3, 60, 61, 1, 4]}
 
 def says(early=0.1, late=0.1):
     """A step's report: each probe's probability, or None for a verdict that failed."""
-    verdicts = {}
-    for name, p in {"early": early, "late": late}.items():
-        verdicts[name] = {"error": "verdict_failed"}
-        if p is not None:
-            verdict = TOXICITY.decide(name, {"fine": 1 - p, "toxic": p}, {"toxic": 0.5})
-            fields = ("label", "labels", "probabilities", "flagged")
-            verdicts[name] = {field: getattr(verdict, field) for field in fields}
-    return {KEY: {"verdicts": verdicts, "seconds": 0.0}}
+    given = {"early": early, "late": late}
+    verdicts = [
+        TOXICITY.decide(name, {"fine": 1 - p, "toxic": p}, {"toxic": 0.5})
+        for name, p in given.items()
+        if p is not None
+    ]
+    failed = [name for name, p in given.items() if p is None]
+    return report_params(Report(tuple(verdicts), tuple(failed), error=""))
 
 
 FINE, INJECTED, LEAKING = says(), says(early=0.9), says(late=0.9)
@@ -129,7 +132,8 @@ class Llm:
     def identified(self, report):
         """As of the served probes, unless it says of others."""
         own = (report or {}).get(KEY, {})
-        return {KEY: {"identity": self.identity, **own}} if "verdicts" in own else report
+        is_judged = "verdicts" in own and not own["identity"]
+        return {KEY: {**own, "identity": self.identity}} if is_judged else report
 
     async def encode(self, *args):
         yield "pooled"
@@ -288,10 +292,9 @@ def reciting(tmp_path_factory):
     labels = {4: "NAME", 11: "NAME", 16: "CODE"}
 
     def report(read):
-        verdict = {"label": "NAME", "labels": [], "flagged": True}
-        verdict["probabilities"] = {"NAME": 0.5, "CODE": 0.5}
-        own = [[token, label, 0.9] for token, label in labels.items() if token < read]
-        return {KEY: {"verdicts": {"pii": verdict}, "seconds": 0.0, "token_labels": {"pii": own}}}
+        verdict = Verdict("pii", "NAME", (), {"NAME": 0.5, "CODE": 0.5}, flagged=True)
+        own = [(token, label, 0.9) for token, label in labels.items() if token < read]
+        return report_params(Report((verdict,), token_labels={"pii": own}, error=""))
 
     return probes, words, [report(read) for read in range(len(words))]
 
@@ -319,6 +322,17 @@ def test_what_is_redacted_is_in_no_field_whatever_the_kind(guarded, reciting, ki
     assert not any(i in secret for text in shown for i in text.token_ids)
     assert not any(word in text.text for text in shown for word in SECRETS)
     assert all(text.cumulative_logprob is None for text in shown)
+
+
+@pytest.mark.parametrize("most", [4, 7, 8, 11, 17, 20])
+def test_a_text_that_a_limit_ends_has_no_tokens_but_those_of_what_is_sent(guarded, reciting, most):
+    """More tokens could have labelled its last word, whose first ones were held back with it."""
+    probes, words, reports = reciting
+    outputs, error = asked(guarded(reports, REDACTS, probes=probes, words=words), max_tokens=most)
+    said = "".join(words[i] for output in outputs for i in output.outputs[0].token_ids)
+    sent = re.sub(r"\[(NAME|CODE)\]", "", text_of(outputs))
+    # Blanks beside a placeholder are part of other tokens.
+    assert (said.replace(" ", ""), error) == (sent.replace(" ", ""), None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -460,7 +474,7 @@ class Reader:
 
     def __init__(self, make, tokenizer, policy=BLOCKS):
         guard = make([FINE], policy).sidelight_guard
-        self.terms = guard.request(guard.context.observer).terms
+        self.terms = guard.context.terms(guard.context.observer)
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=4096)
         self.recogniser = PromptRecogniser(self.encoder)

@@ -14,6 +14,7 @@ from sidelight.progress import progress
 from sidelight.prompts import Reads
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, extract
+from sidelight.vllm.requests import read_report
 from sidelight.vllm.settings import KEY, STATES
 from worlds.data import planted
 from worlds.models import spans_probe
@@ -130,7 +131,7 @@ def test_hidden_states_that_were_not_written_are_an_error(source, backbone, tmp_
     (prompt,) = mixed_prompts(backbone, 1, longest=20)
     params = capture_params(prompt, Reads(), tmp_path / "gone" / "0")
     ((_, _, output),) = source.running().run([(0, prompt, params)])
-    assert "error" in output.kv_transfer_params[KEY]["verdicts"]["states"]
+    assert read_report(output.kv_transfer_params).failed == ("states",)
     with pytest.raises(SidelightError, match="hidden states are missing"):
         captured(tmp_path / "gone" / "0", backbone.fingerprint.layers)
 

@@ -35,7 +35,7 @@ from sidelight.prompts import EncodedPrompt, Part, Reads, Side
 from sidelight.spans import SpanRule
 from sidelight.standardisation import Standardisation
 from sidelight.types import Task
-from sidelight.vllm.requests import request_params
+from sidelight.vllm.requests import read_report, request_params
 from sidelight.vllm.settings import DESCRIBED, KEY
 from worlds.models import (
     INTENT,
@@ -195,11 +195,10 @@ def _probabilities(probe, logits) -> np.ndarray:
 
 def reported(output) -> dict[str, np.ndarray]:
     """The same from an output of vLLM."""
-    verdicts = output.kv_transfer_params[KEY]["verdicts"]
-    return {
-        name: np.array(list(fields["probabilities"].values())) if "error" not in fields else np.nan
-        for name, fields in verdicts.items()
-    }
+    report = read_report(output.kv_transfer_params)
+    report.require_judged()
+    values = {v.probe: np.array(list(v.probabilities.values())) for v in report.verdicts}
+    return values | dict.fromkeys(report.failed, np.nan)
 
 
 def verdicts(outputs) -> list[dict[str, np.ndarray]]:

@@ -33,8 +33,8 @@ from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part, PlainText
 from sidelight.types import Judgement, Span
 from sidelight.vllm.engine import VllmEngine
-from sidelight.vllm.outputs import early_names, without_report
-from sidelight.vllm.requests import judgement_of, request_params
+from sidelight.vllm.outputs import TextReports, early_names, without_report
+from sidelight.vllm.requests import Report, request_params
 from sidelight.vllm.settings import KEY
 
 
@@ -66,11 +66,9 @@ class OutputDelta(TextDelta):
 
     Attributes:
         output: vLLM's ``RequestOutput``, with one text in it.
-        characters: How many the text has with it.
     """
 
     output: Any = None
-    characters: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +99,10 @@ class Call:
     engine: VllmEngine
     controls: Collection[int]
 
+    @property
+    def prompt_tokens(self) -> int:
+        return 0 if self.encoded is None else len(self.encoded)
+
     async def outputs(self, request_id: str, ids: Sequence[str]) -> AsyncGenerator[Any, None]:
         """The outputs of its texts that may be sent, merged as vLLM merges ``n`` over 1.
 
@@ -111,7 +113,7 @@ class Call:
         from vllm.sampling_params import RequestOutputKind
         from vllm.utils.async_utils import merge_async_iterators
 
-        texts = [GuardedText(self, index, name).outputs() for index, name in enumerate(ids)]
+        texts = [TextOutputs(self, index, name).passed() for index, name in enumerate(ids)]
         left, whole, kind = len(texts), None, self.params.output_kind
         async with aclosing(merge_async_iterators(*texts)) as outputs:
             async for _, output in outputs:
@@ -135,69 +137,205 @@ class Call:
             yield whole
 
 
-class GuardedText:
-    """One text of a call.
+class TextEvents:
+    """Runs one text in vLLM, and tells what is written and judged in the events of an engine.
 
     Args:
-        call: The call.
+        call: The call that it is part of.
         index: Which of its texts.
         name: A unique name for vLLM.
+
+    Attributes:
+        first: vLLM's first output; None: there is none yet.
+        token_ids: Those that are written.
+        judgement: The latest one of the answer, with its spans.
+        marks: Where the tokens of the answer stand; None: no probe labels them, or nobody knows.
+        settled: Characters that keep their spans, once the request has ended the text; None: all.
     """
 
     def __init__(self, call: Call, index: int, name: str):
         from vllm.sampling_params import RequestOutputKind
 
-        self._call, self._index, self._id = call, index, name
-        self._enforcement = call.texts[index]
-        self._watch = frozenset(self._enforcement.watch)
-        self._rules = call.client.terms.rules
-        self._is_redacting = any(bound.is_redacting for bound in self._rules)
-        probes = [bound.probe for bound in self._rules]
-        self._early = early_names(probes)
-        self._late = frozenset(probe.name for probe in probes) - self._early
-        self._prompt_tokens = 0 if call.encoded is None else len(call.encoded)
+        probes = [bound.probe for bound in call.client.terms.rules]
+        self._call, self._id = call, name
+        self._watch = frozenset(call.texts[index].watch)
+        self._reports = TextReports(call.identity, keeps_steps=bool(self._watch))
         self._params = own_params(call.params, index, call.encoded)
         if self._watch or self._params.output_kind != RequestOutputKind.FINAL_ONLY:
             # What is judged before the end may be all that is sent.
             self._params.output_kind = RequestOutputKind.DELTA
         if self._watch:
             # A place is kept free, so that the last token can be judged too.
-            room = max(1, call.engine.max_tokens - self._prompt_tokens)
+            room = max(1, call.engine.max_tokens - call.prompt_tokens)
             self._params.max_tokens = min(self._params.max_tokens or room, room)
             self._params.min_tokens = min(self._params.min_tokens, self._params.max_tokens)
             # Text is what rules hold back, whether or not the caller wants any.
             self._params.detokenize = True
-        self._judgement = Judgement()
-        self._marks: AnswerSpans | None = None
-        if labels_spans(probe for probe in probes if probe.name in self._late):
-            self._marks = AnswerSpans(probes)
+        self.first: Any = None
+        self.token_ids: list[int] = []
+        self.judgement = Judgement()
+        self.marks: AnswerSpans | None = None
+        if labels_spans(probe for probe in probes if probe.reads.includes_response):
+            self.marks = AnswerSpans(probes)
             self._stream = DecodeStream(
                 ids=[] if call.encoded is None else [*call.encoded.token_ids],
                 skip_special_tokens=call.params.skip_special_tokens,
             )
-        # The newest report, and, if a probe is watched, those of steps to be scored, with how many
-        # tokens each has written.
-        self._newest: Mapping[str, Any] | None = None
-        self._steps = deque[tuple[int, Mapping[str, Any]]]()
-        self._written: list[int] = []
-        self._characters = self._heard = self._scored = 0
-        # Characters that keep their spans, whatever follows; None: all of them.
-        self._settled: int | None = None
-        self._prompt_s = self._judging_s = 0.0
-        self._first: Any = None
+        self.settled: int | None = None
+        self._characters = 0
+
+    async def run(self) -> AsyncGenerator[Event, None]:
+        """As those of ``Engine.generate``; each text is an ``OutputDelta``."""
+        call, prompt = self._call, self._reports.prompt
+        written = call.engine.listener.generate(call.prompt, self._params, self._id, **call.options)
+        with call.engine.listener.to(self._id, self._reports):
+            async with aclosing(written) as outputs:
+                # The first output may come long after the verdicts.
+                first = asyncio.ensure_future(anext(outputs))
+                try:
+                    await asyncio.wait({first, prompt}, return_when=asyncio.FIRST_COMPLETED)
+                    if not prompt.done():
+                        # It has failed, or was aborted before the prompt was read.
+                        first.result()
+                    yield self._prompt_judged(prompt.result() if prompt.done() else Report())
+                    output = await first
+                finally:
+                    first.cancel()
+                    await asyncio.gather(first, return_exceptions=True)
+                while output is not None:
+                    async for event in self._events_of(output):
+                        yield event
+                    output = await anext(outputs, None)
+
+    def _prompt_judged(self, report: Report) -> PromptJudged:
+        call, probes = self._call, self._call.client.probes
+        judgement = report.of(early_names(probes))
+        return PromptJudged(
+            mark_text(judgement, probes, call.encoded or EncodedPrompt((), ())),
+            is_plain=call.encoded is not None and call.encoded.is_plain,
+            tokens=call.prompt_tokens,
+            judging_s=report.seconds,
+        )
+
+    async def _events_of(self, output: Any) -> AsyncGenerator[Event, None]:
+        (piece,) = output.outputs
+        reason, tokens = piece.finish_reason, piece.token_ids
+        if self._watch and reason in ("abort", "error"):
+            raise GenerationError(f"vLLM ended this request: {reason}. Retry.")
+        self.first = self.first or output
+        self.token_ids += tokens
+        written = len(self.token_ids)
+        self._note(tokens, piece.text)
+        # The steps that wrote these tokens.
+        for step_tokens, report in self._reports.take(written if reason is None else None):
+            # The newest token has not been read yet.
+            if step_tokens > 1:
+                yield self._score(step_tokens - 1, report)
+        # No probe reads the token that ends a turn.
+        is_end = reason == "stop" and not isinstance(piece.stop_reason, str)
+        readable = written - (is_end and bool(tokens) and tokens[-1] in self._call.controls)
+        yield OutputDelta(piece.text, tokens=readable, output=output)
+        if reason is None:
+            return
+        report = self._reports.newest
+        if self._watch and max(0, self._reports.taken - 1) < readable:
+            report = replace(await self._judge_whole(), seconds=report.seconds)
+            yield self._score(readable, report)
+        is_stopped = readable == written
+        if is_stopped and self.marks:
+            self.settled = self.marks.settled(readable)
+        late = {bound.name for bound in self._call.client.terms.rules if bound.side == "output"}
+        yield Finished(
+            reason="length" if reason == "length" else "stop",
+            prompt_tokens=self._call.prompt_tokens,
+            completion_tokens=written,
+            judgement=self._marked(report.of(late)),
+            judging_s=self._judging_s(report),
+            is_stopped=is_stopped,
+        )
+
+    def _note(self, tokens: Sequence[int], text: str) -> None:
+        """Takes new tokens, and the text that vLLM has made of them so far.
+
+        vLLM may hold text back, or end it before that of its tokens ends. Where it says something
+        else than its tokens, nobody knows which words they stand for, so there are no spans.
+        """
+        start, self._characters = self._characters, self._characters + len(text)
+        if self.marks is None:
+            return
+        tokenizer = self._call.engine.encoder.tokenizer.backend_tokenizer
+        try:
+            for token in tokens:
+                self.marks.push(self._stream.step(tokenizer, token) or "")
+        # The library raises nothing more specific for bytes that are no text.
+        except Exception:  # noqa: BLE001
+            self.marks = None
+        if self.marks is not None and not self.marks.text.startswith(text, start):
+            self.marks = None
+
+    def _score(self, tokens: int, report: Report) -> ResponseScored:
+        return ResponseScored(
+            tokens,
+            self._marked(report.of(self._watch)),
+            settled=self.marks and self.marks.settled(tokens),
+            judging_s=self._judging_s(report),
+        )
+
+    def _marked(self, judgement: Judgement) -> Judgement:
+        self.judgement = self.marks.mark(judgement) if self.marks else judgement
+        return self.judgement
+
+    def _judging_s(self, report: Report) -> float:
+        """What the probes have taken after the prompt."""
+        prompt = self._reports.prompt
+        return report.seconds - prompt.result().seconds if prompt.done() else 0.0
+
+    async def _judge_whole(self) -> Report:
+        """The report on the text with its last token; the cache has all but the end."""
+        call, written, prompt = self._call, tuple(self.token_ids), self._call.encoded
+        if prompt is None or len(prompt) + len(written) > call.engine.max_tokens:
+            return Report()
+        whole = replace(
+            prompt,
+            token_ids=prompt.token_ids + written,
+            parts=prompt.parts + (Part.RESPONSE,) * len(written),
+        )
+        return await call.engine.listener.read_whole(
+            whole,
+            f"{self._id}-whole",
+            identity=call.identity,
+            fields={k: call.prompt[k] for k in ("type", "cache_salt") if k in call.prompt},
+            **call.options,
+        )
+
+
+class TextOutputs:
+    """Gives vLLM's outputs of one text as far as its rules let them pass, whole or redacted.
+
+    Args:
+        call: The call that it is part of.
+        index: Which of its texts.
+        name: A unique name for vLLM.
+    """
+
+    def __init__(self, call: Call, index: int, name: str):
+        self._call, self._index = call, index
+        self._text = TextEvents(call, index, name)
+        self._redacting = [bound for bound in call.client.terms.rules if bound.is_redacting]
         # Those of an output of which nothing else was sent.
         self._prompt_logprobs: Any = None
-        # Where words are redacted: tokens whose text is held back, and how many were not.
+        # Where words are redacted: tokens whose text is held back, how many were not, and the
+        # characters that have passed.
         self._waiting = deque[tuple[int, Any]]()
-        self._released = 0
+        self._released = self._characters = 0
         self._has_sent_tokens = False
 
-    async def outputs(self) -> AsyncGenerator[Any, None]:
-        """The outputs of it that may be sent, piece by piece."""
+    async def passed(self) -> AsyncGenerator[Any, None]:
+        """The outputs, piece by piece."""
         client, last = self._call.client, None
-        guarded = self._enforcement.guard(self._call.words, self.events())
-        async with aclosing(guarded) as passed:
-            async for each in passed:
+        guarded = self._call.texts[self._index].guard(self._call.words, self._text.run())
+        async with aclosing(guarded) as events:
+            async for each in events:
                 output = None
                 match each:
                     case Judged():
@@ -218,41 +356,10 @@ class GuardedText:
                 if output is not None:
                     yield output
 
-    async def events(self) -> AsyncGenerator[Event, None]:
-        """As those of ``Engine.generate``; each text is an ``OutputDelta``."""
-        call, is_judged = self._call, asyncio.get_running_loop().create_future()
-
-        def hear(tokens: int, report: Mapping[str, Any]) -> None:
-            self._newest = report
-            if self._watch:
-                self._steps.append((tokens, report))
-            if not is_judged.done():
-                is_judged.set_result(report)
-
-        written = call.engine.listener.generate(call.prompt, self._params, self._id, **call.options)
-        with call.engine.listener.to(self._id, call.identity, hear):
-            async with aclosing(written) as outputs:
-                # The first output may come long after the verdicts.
-                first = asyncio.ensure_future(anext(outputs))
-                try:
-                    await asyncio.wait({first, is_judged}, return_when=asyncio.FIRST_COMPLETED)
-                    if not is_judged.done():
-                        # It has failed, or was aborted before the prompt was read.
-                        first.result()
-                    yield self._prompt_judged(is_judged.result() if is_judged.done() else None)
-                    output = await first
-                finally:
-                    first.cancel()
-                    await asyncio.gather(first, return_exceptions=True)
-                while output is not None:
-                    async for event in self._events_of(output):
-                        yield event
-                    output = await anext(outputs, None)
-
     def _sent(self, delta: OutputDelta) -> Any:
-        """The output to send of text that has passed; None: there is nothing in it."""
+        """The output of text that has passed; None: there is nothing in it."""
         (piece,) = delta.output.outputs
-        if self._is_redacting:
+        if self._redacting:
             piece = self._redacted(piece, delta)
         return self._joined(delta.output, piece)
 
@@ -260,21 +367,28 @@ class GuardedText:
         """The output with which the text ends where it is cut."""
         from vllm.outputs import CompletionOutput
 
-        logprobs = None if self._first.outputs[0].logprobs is None else []
-        nothing = CompletionOutput(0, "", [], None, logprobs, finish_reason="content_filter")
         # It has the log-probabilities of the prompt.
-        output = copy(self._first)
+        output = copy(self._text.first)
+        logprobs = None if output.outputs[0].logprobs is None else []
+        nothing = CompletionOutput(0, "", [], None, logprobs, finish_reason="content_filter")
         output.finished = True
         return self._joined(output, nothing)
 
     def _joined(self, output: Any, piece: Any) -> Any:
         """An output with this piece of the text; None: there is nothing in it."""
+        without_report(output)
+        if self._redacting:
+            # Alternatives of the prompt's tokens tell what the model would say there.
+            output.prompt_token_id_logprobs = None
+            if output.prompt_logprobs:
+                pairs = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+                output.prompt_logprobs = [step and {i: step[i]} for i, step in pairs]
         piece.index = self._index
         output.outputs = [piece]
         self._has_sent_tokens |= bool(piece.token_ids)
         is_empty = not (piece.text or piece.token_ids)
         if output.finished and is_empty and not self._has_sent_tokens:
-            self._call.client.tokenless.append(self._enforcement)
+            self._call.client.tokenless.append(self._call.texts[self._index])
         if is_empty and not output.finished:
             self._prompt_logprobs = self._prompt_logprobs or output.prompt_logprobs
             return None
@@ -284,12 +398,13 @@ class GuardedText:
 
     def _redacted(self, piece: Any, delta: OutputDelta) -> Any:
         """vLLM's ``CompletionOutput``, with what the rules leave of it."""
-        spans = redacted_spans(self._rules, self._judgement)
+        spans = redacted_spans(self._redacting, self._text.judgement)
         steps = piece.logprobs or [None] * len(piece.token_ids)
         # Alternatives of a token may spell a word that is redacted.
         pairs = zip(piece.token_ids, steps, strict=True)
         self._waiting += ((token, step and {token: step[token]}) for token, step in pairs)
-        kept = [*self._release(spans, None if delta.output.finished else delta.characters)]
+        self._characters += len(piece.text)
+        kept = [*self._release(spans, delta)]
         return replace(
             piece,
             text=delta.text,
@@ -303,151 +418,27 @@ class GuardedText:
             sampling_mask=None,
         )
 
-    def _release(self, spans: Sequence[Span], characters: int | None) -> Iterator[tuple[int, Any]]:
-        """The tokens within the first characters that are in no span.
+    def _release(self, spans: Sequence[Span], delta: OutputDelta) -> Iterator[tuple[int, Any]]:
+        """The tokens of the text up to this piece that are in no span.
 
-        At the end, where ``characters`` is None, those without a text stay only if they control,
-        and no others that a later token could have labelled.
+        At the end, those without a text stay only if they control, and no others that a later token
+        could have labelled; that is known before the last of what was held back has passed.
         """
-        places = self._marks.places if self._marks else []
+        places = self._text.marks.places if self._text.marks else []
+        settled = self._text.settled
         while self._waiting:
             place = places[self._released] if self._released < len(places) else None
-            if characters is not None and (place is None or place[1] > characters):
+            if not delta.output.finished and (place is None or place[1] > self._characters):
                 return
             token = self._waiting.popleft()
             self._released += 1
             if place is None:
                 stays = token[0] in self._call.controls
             else:
-                stays = self._settled is None or place[1] <= self._settled
+                stays = settled is None or place[1] <= settled
                 stays &= all(span.end <= place[0] or place[1] <= span.start for span in spans)
             if stays:
                 yield token
-
-    def _prompt_judged(self, report: Mapping[str, Any] | None) -> PromptJudged:
-        judgement, self._prompt_s = _judged_by(report)
-        judgement = judgement.of(self._early)
-        encoded = self._call.encoded
-        return PromptJudged(
-            mark_text(judgement, self._call.client.probes, encoded or EncodedPrompt((), ())),
-            is_plain=encoded is not None and encoded.is_plain,
-            tokens=self._prompt_tokens,
-            judging_s=self._prompt_s,
-        )
-
-    async def _events_of(self, output: Any) -> AsyncGenerator[Event, None]:
-        (piece,) = output.outputs
-        reason, tokens = piece.finish_reason, piece.token_ids
-        if self._watch and reason in ("abort", "error"):
-            raise GenerationError(f"vLLM ended this request: {reason}. Retry.")
-        self._first = self._first or output
-        without_report(output)
-        if self._is_redacting:
-            # Alternatives of the prompt's tokens tell what the model would say there.
-            output.prompt_token_id_logprobs = None
-            if output.prompt_logprobs:
-                pairs = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
-                output.prompt_logprobs = [step and {i: step[i]} for i, step in pairs]
-        self._written += tokens
-        written = len(self._written)
-        self._note(tokens, piece.text)
-        # The steps that wrote these tokens; the last one may have written none.
-        while self._steps and (self._heard < written or reason is not None):
-            step_tokens, report = self._steps.popleft()
-            self._heard += step_tokens
-            # The newest token has not been read yet.
-            if step_tokens and self._heard > 1:
-                yield self._score(self._heard - 1, self._judged(report))
-        # No probe reads the token that ends a turn.
-        is_end = reason == "stop" and not isinstance(piece.stop_reason, str)
-        readable = written - (is_end and bool(tokens) and tokens[-1] in self._call.controls)
-        yield OutputDelta(
-            piece.text,
-            tokens=readable,
-            output=output,
-            characters=self._characters,
-        )
-        if reason is None:
-            return
-        judgement = self._judged(self._newest)
-        if self._watch and self._scored < readable:
-            judgement = await self._judged_whole()
-            yield self._score(readable, judgement)
-        is_stopped = readable == written
-        if is_stopped and self._marks:
-            self._settled = self._marks.settled(readable)
-        yield Finished(
-            reason="length" if reason == "length" else "stop",
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=written,
-            judgement=self._marked(judgement.of(self._late)),
-            judging_s=self._judging_s,
-            is_stopped=is_stopped,
-        )
-
-    def _note(self, tokens: Sequence[int], text: str) -> None:
-        """Takes new tokens, and the text that vLLM has made of them so far.
-
-        vLLM may hold text back, or end it before that of its tokens ends. Where it says something
-        else than its tokens, nobody knows which words they stand for, so there are no spans.
-        """
-        start, self._characters = self._characters, self._characters + len(text)
-        if self._marks is None:
-            return
-        tokenizer = self._call.engine.encoder.tokenizer.backend_tokenizer
-        try:
-            for token in tokens:
-                self._marks.push(self._stream.step(tokenizer, token) or "")
-        # The library raises nothing more specific for bytes that are no text.
-        except Exception:  # noqa: BLE001
-            self._marks = None
-        if self._marks is not None and not self._marks.text.startswith(text, start):
-            self._marks = None
-
-    def _marked(self, judgement: Judgement) -> Judgement:
-        self._judgement = self._marks.mark(judgement) if self._marks else judgement
-        return self._judgement
-
-    def _judged(self, report: Mapping[str, Any] | None) -> Judgement:
-        judgement, seconds = _judged_by(report)
-        self._judging_s = seconds - self._prompt_s
-        return judgement
-
-    def _score(self, tokens: int, judgement: Judgement) -> ResponseScored:
-        self._scored = tokens
-        return ResponseScored(
-            tokens,
-            self._marked(judgement.of(self._watch)),
-            settled=self._marks and self._marks.settled(tokens),
-            judging_s=self._judging_s,
-        )
-
-    async def _judged_whole(self) -> Judgement:
-        """The judgement of the text with its last token; the cache has all but the end."""
-        call, written, prompt = self._call, tuple(self._written), self._call.encoded
-        if prompt is None or len(prompt) + len(written) > call.engine.max_tokens:
-            return Judgement()
-        whole = replace(
-            prompt,
-            token_ids=prompt.token_ids + written,
-            parts=prompt.parts + (Part.RESPONSE,) * len(written),
-        )
-        report = await call.engine.listener.read_whole(
-            whole,
-            f"{self._id}-whole",
-            identity=call.identity,
-            fields={k: call.prompt[k] for k in ("type", "cache_salt") if k in call.prompt},
-            **call.options,
-        )
-        return _judged_by(report)[0]
-
-
-def _judged_by(report: Mapping[str, Any] | None) -> tuple[Judgement, float]:
-    """As ``judgement_of``; without verdicts, no probe has said anything."""
-    try:
-        return judgement_of(report)
-    except GenerationError:
-        return Judgement(), 0.0
 
 
 def own_params(params: Any, index: int, encoded: EncodedPrompt | None) -> Any:

@@ -10,7 +10,7 @@ schedulers give the connector its results earlier, and put the verdicts on the o
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -34,8 +34,8 @@ from sidelight.prompts import EncodedPrompt
 from sidelight.types import Judgement
 from sidelight.vllm.columns import Reading
 from sidelight.vllm.internals import end_with_parent, full_group, steps_of
-from sidelight.vllm.requests import Tracking, described_prompt
-from sidelight.vllm.settings import KEY, Served, prompt_encoder
+from sidelight.vllm.requests import PromptDescription, Tracking, described_prompt
+from sidelight.vllm.settings import Served, prompt_encoder
 from sidelight.vllm.worker import LayerColumns, Loaded, RequestJudge, StepVerdicts, current_worker
 
 _log = init_logger("vllm.sidelight")
@@ -108,14 +108,14 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         )
 
     def _recognised(
-        self, params: Mapping[str, Any] | None, token_ids: Sequence[int] | None
+        self, description: PromptDescription | None, token_ids: Sequence[int] | None
     ) -> EncodedPrompt:
         """The prompt as its token ids say, unless the request describes it.
 
         An ``EngineGuard`` drops what clients say, and describes what it has read itself.
         """
-        if params and KEY in params:
-            return described_prompt(params, token_ids)
+        if description is not None:
+            return described_prompt(description, token_ids)
         if token_ids is None:
             raise SidelightError(
                 "Only text is judged; the request has images, audio or embeddings."

@@ -36,7 +36,6 @@ from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncode
 from sidelight.types import Judgement
 from sidelight.vllm.internals import guesses_responses
 from sidelight.vllm.outputs import OutputListener, early_names
-from sidelight.vllm.requests import judgement_of
 from sidelight.vllm.settings import (
     DESCRIBED,
     KEY,
@@ -284,10 +283,10 @@ class VllmEngine(Engine):
                 conversations, lambda: [*map(encode, conversations)]
             )
             judged = await self._check_all(prompts, identity)
-        early = early_names(probes)
+        early, every = early_names(probes), {probe.name for probe in probes}
         events: list[PromptJudged] = []
         for turns, prompt, judgement in zip(conversations, prompts, judged, strict=True):
-            said = judgement if has_response(turns) else judgement.of(early)
+            said = judgement.of(every if has_response(turns) else early)
             said = mark_text(said, probes, prompt)
             events.append(PromptJudged(said, is_plain=prompt.is_plain, tokens=len(prompt)))
         return events
@@ -340,7 +339,8 @@ class VllmEngine(Engine):
             ) from error
         except EngineGenerateError as error:
             raise GenerationError("vLLM gave up this request; its log says why.") from error
-        return judgement_of(report)[0]
+        report.require_judged()
+        return report
 
 
 def load_vllm_engine(

@@ -32,7 +32,7 @@ from sidelight.training.classifier import Classifier
 from sidelight.training.judging import encode
 from sidelight.types import Judgement, Verdict
 from sidelight.vllm.columns import Reading, Stage
-from sidelight.vllm.requests import judgement_of, request_params
+from sidelight.vllm.requests import read_report, request_params
 from sidelight.vllm.settings import DESCRIBED, KEY, STATES, Served, require_options, require_vllm
 from sidelight.vllm.worker import Worker, log
 
@@ -167,7 +167,8 @@ def predict(
             progress("Judging", sum(map(len, prompts)), unit="tokens") as shown,
         ):
             for index, prompt, output in llm.run(requests):
-                judgement, _ = judgement_of(output.kv_transfer_params)
+                judgement: Judgement = read_report(output.kv_transfer_params)
+                judgement.require_judged()
                 if not judgement.verdicts:
                     raise VerdictError(
                         f"Probe '{probe.name}' gave no verdict. Either the text has no token that "
@@ -251,8 +252,7 @@ class VllmSource:
 def capture_params(prompt: EncodedPrompt, reads: Reads, path: Path) -> dict[str, Any]:
     """The ``kv_transfer_params`` of a request whose read tokens go to files at this path."""
     parts = (Part.PROMPT if is_read else Part.UNREAD for is_read in prompt.mask(reads).tolist())
-    params = request_params(replace(prompt, parts=tuple(parts)))
-    return {KEY: {**params[KEY], "path": str(path)}}
+    return request_params(replace(prompt, parts=tuple(parts)), path=str(path))
 
 
 def captured(path: Path, layers: int) -> Float[Tensor, "layer token width"]:

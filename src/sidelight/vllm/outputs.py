@@ -2,17 +2,67 @@
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt
-from sidelight.vllm.requests import request_params
+from sidelight.vllm.requests import Report, read_report, request_params
 from sidelight.vllm.settings import KEY
 
-Listener = Callable[[int, Mapping[str, Any]], object]
-"""Takes how many tokens a step has written, and the ``kv_transfer_params`` of its output."""
+
+class TextReports:
+    """What vLLM's outputs report of one text: at first of its prompt, then step by step.
+
+    Args:
+        identity: That of the probes which the request began with; verdicts of others are none.
+        keeps_steps: Whether the steps are wanted, and not only the newest report.
+
+    Attributes:
+        prompt: The first report, once there is one.
+        taken: How many tokens the steps have written that were taken.
+    """
+
+    def __init__(self, identity: str, *, keeps_steps: bool = False):
+        self.prompt: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
+        self._identity, self._keeps_steps = identity, keeps_steps
+        self._newest: Mapping[str, Any] | None = None
+        self._steps = deque[tuple[int, Mapping[str, Any] | None]]()
+        self.taken = 0
+
+    def hear(self, tokens: int, params: Mapping[str, Any] | None) -> None:
+        """Takes how many tokens a step wrote, and the ``kv_transfer_params`` of its output."""
+        self._newest = params
+        if self._keeps_steps:
+            self._steps.append((tokens, params))
+        if not self.prompt.done():
+            self.prompt.set_result(self._read(params))
+
+    @property
+    def newest(self) -> Report:
+        """An error if there is none."""
+        return self._read(self._newest)
+
+    def take(self, tokens: int | None) -> Iterator[tuple[int, Report]]:
+        """The steps that wrote the first tokens, once: how many there were then, and the report.
+
+        None takes all; the last step may have written nothing.
+        """
+        while self._steps and (tokens is None or self.taken < tokens):
+            written, params = self._steps.popleft()
+            self.taken += written
+            if written:
+                yield self.taken, self._read(params)
+
+    def _read(self, params: Mapping[str, Any] | None) -> Report:
+        report = read_report(params)
+        if not report.error and report.identity != self._identity:
+            error = "Other probes have judged than those that the request began with."
+            return Report(error=error)
+        return report
 
 
 class OutputListener:
@@ -32,20 +82,17 @@ class OutputListener:
         self.generate: Callable[..., AsyncGenerator[Any, None]] = llm.generate
         self._processor = llm.output_processor
         self._process = self._processor.process_outputs
-        self._listeners: dict[str, tuple[str, Listener]] = {}
+        self._texts: dict[str, TextReports] = {}
         self._processor.process_outputs = self._hear
 
     @contextmanager
-    def to(self, request_id: str, identity: str, listener: Listener) -> Generator[None]:
-        """Gives the listener every report on the request before its outputs can be read.
-
-        A verdict by probes of another identity becomes an error.
-        """
-        self._listeners[request_id] = identity, listener
+    def to(self, request_id: str, reports: TextReports) -> Generator[None]:
+        """Has it hear every report on the request before its outputs can be read."""
+        self._texts[request_id] = reports
         try:
             yield
         finally:
-            del self._listeners[request_id]
+            del self._texts[request_id]
 
     async def read_whole(
         self,
@@ -55,8 +102,8 @@ class OutputListener:
         identity: str,
         fields: Mapping[str, Any] | None = None,
         **options: Any,
-    ) -> Mapping[str, Any] | None:
-        """Has a text read; what the last step reports, or None if there was none.
+    ) -> Report:
+        """Has a text read; the last step's report.
 
         Args:
             prompt: The token ids, and what they belong to.
@@ -74,25 +121,21 @@ class OutputListener:
             detokenize=False,
             extra_args={"kv_transfer_params": request_params(prompt)},
         )
-        reports: list[Mapping[str, Any]] = []
-        with self.to(request_id, identity, lambda _, report: reports.append(report)):
+        reports = TextReports(identity)
+        with self.to(request_id, reports):
             text = {**(fields or {}), "prompt_token_ids": [*prompt.token_ids]}
             async with aclosing(self.generate(text, params, request_id, **options)) as outputs:
                 async for _ in outputs:
                     pass
-        return reports[-1] if reports else None
+        return reports.newest
 
     def _hear(self, outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         for output in outputs:
             # vLLM may still write for a request that has been cancelled.
             state = self._processor.request_states.get(output.request_id)
-            if state is not None and state.external_req_id in self._listeners:
-                identity, listener = self._listeners[state.external_req_id]
-                report = (output.kv_transfer_params or {}).get(KEY, {})
-                if "verdicts" in report and report.get("identity") != identity:
-                    error = "Other probes have judged than those that the request began with."
-                    report = {"error": error}
-                listener(len(output.new_token_ids), {KEY: report})
+            if state is not None and state.external_req_id in self._texts:
+                reports = self._texts[state.external_req_id]
+                reports.hear(len(output.new_token_ids), output.kv_transfer_params)
         return self._process(outputs, *args, **kwargs)
 
 

@@ -9,60 +9,116 @@ probe reads responses.
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, repeat
 from typing import Any
+
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Part
-from sidelight.types import Judgement, Verdict
+from sidelight.types import Judgement
 from sidelight.vllm.columns import Reading
 from sidelight.vllm.internals import Step
 from sidelight.vllm.settings import DESCRIBED, KEY
 
 
-def request_params(prompt: EncodedPrompt) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PromptDescription:
+    """What a request says of its prompt.
+
+    Attributes:
+        parts: The ``Part`` of its tokens, and how many in a row have it.
+        tokens: The hash of these tokens.
+        is_plain: Whether they are plain text.
+        path: Where ``offline`` wants their states; "" if it wants none.
+    """
+
+    parts: list[tuple[Part, NonNegativeInt]]
+    tokens: str
+    is_plain: bool
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Report(Judgement):
+    """What an output says of its text so far: a judgement, whose it is, and how long it took.
+
+    Attributes:
+        seconds: What the workers spent on it.
+        identity: That of the probes which gave the latest verdict.
+        adapter: The LoRA adapter that writes the text; "" for none.
+        error: Why there is no judgement; "" if there is one.
+    """
+
+    seconds: float = 0.0
+    identity: str = ""
+    adapter: str = ""
+    error: str = "The request was not judged."
+
+    def require_judged(self) -> None:
+        """Refuses to take the text for judged if it is not.
+
+        Raises:
+            GenerationError: There is no judgement.
+        """
+        if self.error:
+            raise GenerationError(
+                f"vLLM sent no verdict ({self.error}). Treat the text as not judged."
+            )
+
+
+_DESCRIPTION, _REPORT = TypeAdapter(PromptDescription), TypeAdapter(Report)
+
+
+def request_params(prompt: EncodedPrompt, *, path: str = "") -> dict[str, Any]:
     """The ``kv_transfer_params`` of a request that carries these tokens.
 
     They go in a request's field, or in ``SamplingParams(extra_args=...)``.
     """
-    runs = [[int(part), len(list(same))] for part, same in groupby(prompt.parts)]
+    runs = [(part, len([*same])) for part, same in groupby(prompt.parts)]
     tokens = token_hash(prompt.token_ids)
-    return {KEY: {"parts": runs, "tokens": tokens, "is_plain": prompt.is_plain}}
+    description = PromptDescription(runs, tokens, prompt.is_plain, path)
+    return {KEY: _DESCRIPTION.dump_python(description, mode="json")}
+
+
+def read_description(params: Mapping[str, Any] | None) -> PromptDescription | None:
+    """What a request's ``kv_transfer_params`` say of its prompt; None: nothing.
+
+    Raises:
+        SidelightError: It is malformed.
+    """
+    if not params or KEY not in params:
+        return None
+    try:
+        return _DESCRIPTION.validate_python(params[KEY])
+    except ValidationError as error:
+        raise SidelightError(f"kv_transfer_params['{KEY}'] is malformed.") from error
 
 
 def described_prompt(
-    params: Mapping[str, Any] | None, token_ids: Sequence[int] | None
+    description: PromptDescription | None, token_ids: Sequence[int] | None
 ) -> EncodedPrompt:
-    """The inverse of ``request_params``, of the token ids that the engine runs.
+    """The prompt of these token ids, which the engine runs.
 
     Raises:
         SidelightError: The request does not describe its tokens, or describes other ones.
     """
-    description = (params or {}).get(KEY)
     if description is None or token_ids is None:
         raise SidelightError(
             f"The request has no kv_transfer_params['{KEY}'] to say what its tokens belong to. "
             f"Give it, or leave '{DESCRIBED}' out of additional_config['{KEY}']."
         )
-    try:
-        runs = [(Part(part), int(count)) for part, count in description["parts"]]
-        counts = [count for _, count in runs]
-        # Before they are written out: whoever describes the tokens may give any number.
-        if min(counts, default=0) < 0 or sum(counts) != len(token_ids):
-            runs = []
-        parts = tuple(chain.from_iterable(repeat(*run) for run in runs))
-        matches = description["tokens"] == token_hash(token_ids) and len(parts) == len(token_ids)
-        prompt = EncodedPrompt(tuple(token_ids), parts, is_plain=bool(description["is_plain"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise SidelightError(f"kv_transfer_params['{KEY}'] is malformed.") from error
-    if not matches:
+    count = sum(count for _, count in description.parts)
+    # Before they are written out: whoever describes the tokens may give any number.
+    if count != len(token_ids) or description.tokens != token_hash(token_ids):
         raise SidelightError(
             f"kv_transfer_params['{KEY}'] describes other tokens than the engine reads. Encode the "
             "messages with the served model's tokenizer and chat template."
         )
-    return prompt
+    parts = chain.from_iterable(repeat(*run) for run in description.parts)
+    return EncodedPrompt(tuple(token_ids), tuple(parts), is_plain=description.is_plain)
 
 
 def token_hash(token_ids: Sequence[int]) -> str:
@@ -70,56 +126,23 @@ def token_hash(token_ids: Sequence[int]) -> str:
     return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=8).hexdigest()
 
 
-def report_of(judgement: Judgement, seconds: float, identity: str = "") -> dict[str, Any]:
-    """The report under ``KEY`` in an output's ``kv_transfer_params``.
-
-    It has what the probes of this identity say so far, and how long the workers took for it.
-    """
-    verdicts: dict[str, Any] = {
-        verdict.probe: {
-            name: value
-            for name, value in vars(verdict).items()
-            if name != "probe" and value is not None
-        }
-        for verdict in judgement.verdicts
-    }
-    failed = {name: {"error": "verdict_failed"} for name in judgement.failed}
-    labels = {name: [*map(list, each)] for name, each in judgement.token_labels.items()}
-    said = {"verdicts": verdicts | failed, "seconds": seconds, "identity": identity}
-    if judgement.tools is not None:
-        said["tools"] = report_of(judgement.tools, seconds)
-    return {**said, "token_labels": labels} if labels else said
+def report_params(report: Report) -> dict[str, Any]:
+    """The ``kv_transfer_params`` of an output."""
+    return {KEY: _REPORT.dump_python(report, mode="json", exclude_none=True)}
 
 
-def judgement_of(params: Mapping[str, Any] | None) -> tuple[Judgement, float]:
-    """The inverse of ``report_of``, from an output's ``kv_transfer_params``.
-
-    Raises:
-        GenerationError: They hold no verdict, so the request must not pass for judged.
-    """
-    report = (params or {}).get(KEY, {})
-    if "verdicts" not in report:
-        raise GenerationError(
-            f"vLLM sent no verdict ({report.get('error', 'the plugin did not run')}). Treat the "
-            "text as not judged."
-        )
-    by_probe: Mapping[str, Any] = report["verdicts"]
-    failed = tuple(name for name, fields in by_probe.items() if "error" in fields)
-    verdicts = (
-        Verdict(name, **(fields | {"labels": tuple(fields["labels"])}))
-        for name, fields in by_probe.items()
-        if "error" not in fields
-    )
-    labels = {
-        name: [(token, label, score) for token, label, score in each]
-        for name, each in report.get("token_labels", {}).items()
-    }
-    tools = judgement_of({KEY: report["tools"]})[0] if "tools" in report else None
-    return Judgement(tuple(verdicts), failed, labels, tools), report.get("seconds", 0.0)
+def read_report(params: Mapping[str, Any] | None) -> Report:
+    """The inverse of ``report_params``; what it cannot read is an error."""
+    if not params or KEY not in params:
+        return Report(error="the plugin did not run")
+    try:
+        return _REPORT.validate_python(params[KEY])
+    except ValidationError:
+        return Report(error="its report is malformed")
 
 
-PromptReader = Callable[[Mapping[str, Any] | None, Sequence[int] | None], EncodedPrompt]
-"""Gives the prompt from a request's ``kv_transfer_params`` and token ids."""
+PromptReader = Callable[[PromptDescription | None, Sequence[int] | None], EncodedPrompt]
+"""Gives the prompt from what a request says of it, and its token ids."""
 
 
 @dataclass
@@ -127,28 +150,21 @@ class _Tracked:
     """A request that vLLM's scheduler holds.
 
     Attributes:
-        adapter: The LoRA adapter that it runs with; "" for none.
-        error: Why it cannot be judged; "" if it can.
-        parts: The ``Part`` of every token of its prompt.
+        report: What its next output says.
+        parts: The ``Part`` of every token of its prompt; None: it cannot be judged.
         path: Where ``offline`` wants its states; "" if it wants none.
         blocks: Its block table so far.
         read: How many of its tokens have been planned to be read.
         is_planned: Whether its prompt has been, or is about to be read.
-        judgement: What the probes have said so far; None: nothing.
-        identity: That of the probes that gave the latest verdict.
     """
 
-    adapter: str = ""
-    error: str = ""
-    parts: bytes = b""
+    report: Report
+    parts: bytes | None = None
     is_plain: bool = False
     path: str = ""
     blocks: list[int] = field(default_factory=list[int])
     read: int = 0
     is_planned: bool = False
-    judgement: Judgement | None = None
-    seconds: float = 0.0
-    identity: str = ""
 
 
 class Tracking:
@@ -179,14 +195,15 @@ class Tracking:
             token_ids: Its prompt; None if that is not text alone.
             adapter: The LoRA adapter that it runs with; "" for none.
         """
-        tracked = self._requests[request_id] = _Tracked(adapter)
+        tracked = self._requests[request_id] = _Tracked(Report(adapter=adapter))
         try:
-            prompt = self._prompt_of(params, token_ids)
+            description = read_description(params)
+            prompt = self._prompt_of(description, token_ids)
             tracked.parts, tracked.is_plain = bytes(prompt.parts), prompt.is_plain
-            tracked.path = str((params or {}).get(KEY, {}).get("path", ""))
+            tracked.path = description.path if description else ""
         # Ids that the tokenizer does not take must not end the scheduler.
         except (SidelightError, OverflowError, TypeError, ValueError) as error:
-            tracked.error = str(error)
+            tracked.report = replace(tracked.report, error=str(error))
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
@@ -205,24 +222,20 @@ class Tracking:
         """Adds a step's verdicts and seconds, and who judged, unless the request has ended."""
         tracked = self._requests.get(request_id)
         if tracked is not None:
-            tracked.seconds += seconds
-            tracked.judgement = (tracked.judgement or Judgement()) | judgement
-            tracked.identity = identity
+            before = tracked.report
+            seconds += before.seconds
+            tracked.report = replace(
+                before, **vars(before | judgement), seconds=seconds, identity=identity, error=""
+            )
 
     def report(self, request_id: str) -> dict[str, Any] | None:
         """The report for an output of the request; None if it is not tracked."""
         tracked = self._requests.get(request_id)
-        if tracked is None:
-            return None
-        if tracked.judgement is None:
-            return {KEY: {"error": tracked.error or "The request was not judged."}}
-        report = report_of(tracked.judgement, tracked.seconds, tracked.identity)
-        # Its probes were trained on the model without it.
-        return {KEY: {**report, "adapter": tracked.adapter} if tracked.adapter else report}
+        return None if tracked is None else report_params(tracked.report)
 
     def _read(self, step: Step) -> Reading | None:
         tracked = self._requests.get(step.request_id)
-        if tracked is None or tracked.error:
+        if tracked is None or tracked.parts is None:
             return None
         if step.is_resumed:
             tracked.read, tracked.blocks = 0, []

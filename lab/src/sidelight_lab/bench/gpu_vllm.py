@@ -22,8 +22,8 @@ from sidelight.standardisation import Projection
 from sidelight.states.extraction import text_logits
 from sidelight.storage import write_json
 from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, slots_of
-from sidelight.vllm.requests import request_params
-from sidelight.vllm.settings import DESCRIBED, KEY
+from sidelight.vllm.requests import read_report, request_params
+from sidelight.vllm.settings import DESCRIBED
 from sidelight_lab.bench.gpu_engine import Result, Setting, model_config, save_tokenizer
 from sidelight_lab.bench.measurement import offline_engine, spread_probe, untrained_probe
 
@@ -212,10 +212,10 @@ def parity(setting: Setting, *, eager: bool) -> Result:
             worst = 0.0
             for output, text in zip(outputs, made["texts"], strict=True):
                 assert set(output.outputs[0].token_ids) == {text["forced"]}
-                verdicts = output.kv_transfer_params[KEY]["verdicts"]
+                report = read_report(output.kv_transfer_params)
                 for name in names:
-                    # A verdict that failed has no probabilities.
-                    mine = verdicts[name].get("probabilities", {"yes": np.inf})["yes"]
+                    verdict = report.verdict(name)
+                    mine = np.inf if verdict is None else verdict.probabilities["yes"]
                     worst = max(worst, abs(mine - text["wanted"][name]))
             differences.append(min(worst, 1.0))
     first, second = differences
@@ -266,7 +266,7 @@ def serving(setting: Setting, *, readouts: int) -> Result:
                 llm, texts, [{}] * prompts, max_tokens=written, is_judged=readouts > 0
             )
             if readouts:
-                assert len(outputs[0].kv_transfer_params[KEY]["verdicts"]) == readouts
+                assert len(read_report(outputs[0].kv_transfer_params).verdicts) == readouts
 
         for name, (prompts, tokens, written) in works.items():
             run(prompts, tokens, written)
