@@ -165,9 +165,9 @@ class EngineContract:
 
             async def keep_asking(text):
                 while not replacing.done():
-                    await engine.settled()
-                    which = sets.index(tuple(engine.probes))
-                    (judged,) = await engine.judge([user(text)])
+                    async with engine.serving():
+                        which = sets.index(tuple(engine.probes))
+                        (judged,) = await engine.judge([user(text)])
                     answers.append((which, text, judged))
 
             replacing = asyncio.create_task(keep_replacing())

@@ -5,7 +5,7 @@ import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,8 +281,10 @@ def test_a_change_whose_caller_leaves_is_made_and_audited(tiny, folders, tmp_pat
 
 def test_requests_that_wait_for_a_change_are_judged_by_the_new_probe(tiny):
     class Replacing(TransformersEngine):
-        async def settled(self):
+        @asynccontextmanager
+        async def serving(self):
             await self.replace_probes([untrained_probe(tiny, "p", threshold=0.0)])
+            yield
 
     for path, body in ((CHATS, CHAT), ("/v1/moderations", {"input": "hello"})):
         with in_process(Replacing(tiny, [untrained_probe(tiny, "p", threshold=1.0)])) as http:

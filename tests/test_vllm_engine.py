@@ -58,7 +58,7 @@ class Workers:
             process_outputs=lambda outputs: None,
             has_unfinished_requests=lambda: bool(states),
         )
-        self.loaded = []
+        self.loaded = self.checked = []
         # Stands for what the workers would report.
         self.report: object = ...
         self.refuses = ""
@@ -160,10 +160,26 @@ def replacing(tiny, change, **options):
     return asyncio.run(main())
 
 
+async def probes_of_a_request(engine):
+    async with engine.serving() as served:
+        return served.probes
+
+
+async def waiting_for(changing, engine):
+    """Until a change waits for the requests inside, so that it lets no other one in."""
+    while not changing.done():
+        try:
+            async with asyncio.timeout(0.001):
+                await probes_of_a_request(engine)
+        except TimeoutError:
+            return
+        await asyncio.sleep(0.001)
+
+
 @asynccontextmanager
-async def writing(engine, llm):
+async def writing(engine, llm, begun=None):
     """A text is being written, as by the guard of a server."""
-    async with engine.passing(engine.probes):
+    async with engine.serving(begun):
         states, text = llm.output_processor.request_states, object()
         states[text] = None
         try:
@@ -210,12 +226,11 @@ def test_a_change_ends_whole_although_its_caller_gives_up(tiny):
     async def change_too_early(engine, llm, new):
         async with writing(engine, llm):
             changing = asyncio.create_task(engine.replace_probes([new]))
-            while engine._admission.is_set():
-                await asyncio.sleep(0.001)
+            await waiting_for(changing, engine)
             changing.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await changing
-        await engine.settled()
+        assert await engine.judge(HELLO)
 
     assert replacing(tiny, change) == NEW
     assert replacing(tiny, change_too_early) == OLD
@@ -226,25 +241,65 @@ def test_a_change_waits_for_texts_of_begun_requests_and_newcomers_for_the_change
 
     async def change(engine, llm, new):
         stale = engine.judge(HELLO)
-        async with writing(engine, llm):
+        async with engine.serving() as begun, writing(engine, llm, begun):
             changing = asyncio.create_task(engine.replace_probes([new]))
-            while engine._admission.is_set():
-                await asyncio.sleep(0.001)
-            waiting = asyncio.create_task(engine.settled())
-            async with writing(engine, llm):
+            await waiting_for(changing, engine)
+            newcomer = asyncio.create_task(probes_of_a_request(engine))
+            async with writing(engine, llm, begun):
                 await asyncio.sleep(0.05)
                 assert not changing.done()
             await asyncio.sleep(0.05)
             assert not changing.done()
-            assert not waiting.done()
-        await waiting
-        assert engine.probes == (new,)
+            assert not newcomer.done()
+        assert await newcomer == (new,)
         await changing
         # Probes that came later do not judge it.
         with pytest.raises(EngineUnavailableError, match="just been replaced"):
             await stale
 
     assert replacing(tiny, change) == NEW
+
+
+def test_requests_that_follow_each_other_closely_cannot_keep_a_change_out(tiny):
+    """Each comes before the one before it has left, so that some is always inside."""
+    seen = []
+
+    async def keep_coming(engine, left):
+        async with engine.serving() as served:
+            seen.append(served.probes[0].name)
+            follower = left and asyncio.create_task(keep_coming(engine, left - 1))
+            await asyncio.sleep(0.005)
+        if follower:
+            await follower
+
+    async def change(engine, llm, new):
+        async with engine.serving():
+            changing = asyncio.create_task(engine.replace_probes([new]))
+            while not llm.checked:
+                await asyncio.sleep(0.001)
+            coming = asyncio.create_task(keep_coming(engine, 20))
+            await asyncio.sleep(0.005)
+        await changing
+        await coming
+
+    assert replacing(tiny, change) == NEW
+    assert {*seen} == {"new"}
+
+
+def test_a_change_that_is_stopped_in_the_middle_leaves_no_probes_that_anybody_knows(tiny):
+    async def change(engine, llm, new):
+        llm.may_pause.clear()
+        changing = asyncio.create_task(engine.replace_probes([new]))
+        await llm.pausing.wait()
+        for _ in range(2):
+            changing.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(EngineUnavailableError, match="Restart the server"):
+            await changing
+        with pytest.raises(EngineUnavailableError, match="Restart the server"):
+            await engine.judge(HELLO)
+
+    assert not replacing(tiny, change)[2]
 
 
 def test_a_missing_verdict_is_an_error(tiny):
@@ -261,30 +316,29 @@ def test_a_missing_verdict_is_an_error(tiny):
 
 
 def test_a_client_that_reads_slowly_holds_up_no_change_and_gets_no_other_verdict(tiny, monkeypatch):
-    monkeypatch.setattr("sidelight.vllm.engine._SLOW_AFTER_S", 0.05)
+    monkeypatch.setattr("sidelight.vllm.lock._SLOW_AFTER_S", 0.05)
 
     async def change(engine, llm, new):
-        old = engine.probes
-        async with engine.passing(old) as identity:
+        async with engine.serving() as old:
             await engine.replace_probes([new])
             prompt = tiny.encoder.encode([Message("user", "hello")])
             with pytest.raises(GenerationError, match="Other probes have judged"):
-                await engine.check(prompt, identity)
-        with pytest.raises(EngineUnavailableError, match="just been replaced"):
-            async with engine.passing(old):
-                pytest.fail("these probes are gone")
+                await engine.check(prompt, old.identity)
+            with pytest.raises(EngineUnavailableError, match="just been replaced"):
+                async with engine.serving(old):
+                    pytest.fail("these probes are gone")
 
     assert replacing(tiny, change) == NEW
 
 
 def test_answers_that_take_too_long_and_several_api_servers_keep_the_old_probes(tiny, monkeypatch):
-    monkeypatch.setattr("sidelight.vllm.engine._PATIENCE_S", 0.05)
+    monkeypatch.setattr("sidelight.vllm.lock._PATIENCE_S", 0.05)
 
     async def change(engine, llm, new):
         async with writing(engine, llm):
             with pytest.raises(EngineUnavailableError, match="still being written"):
                 await engine.replace_probes([new])
-            await engine.settled()
+        assert await engine.judge(HELLO)
 
     async def share(engine, llm, new):
         with pytest.raises(SidelightError, match="--api-server-count 1"):

@@ -5,6 +5,7 @@ The server knows this interface and no engine; an engine knows messages, and not
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -219,9 +220,12 @@ class Engine(ABC):
             EngineBusyError, EngineUnavailableError, GenerationError: As for ``generate``.
         """
 
-    async def settled(self) -> None:
-        """Waits while probes are being replaced, so that later calls are judged by the new ones."""
-        return
+    def serving(self) -> AbstractAsyncContextManager[Any]:
+        """Entered by a request before it is told which probes there are, and left at its end.
+
+        It waits while probes are being replaced, so that later calls are judged by the new ones.
+        """
+        return nullcontext()
 
     @abstractmethod
     async def tokenize(self, text: Conversation) -> tuple[int, ...]:

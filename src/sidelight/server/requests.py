@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -86,13 +87,18 @@ class ServerContext:
 
 
 class ServerRequest(Request):
-    """A request with the parts of the server that answer it, and an observer of its own."""
+    """A request with the parts of the server that answer it, and an observer of its own.
+
+    Attributes:
+        until_answered: What it has entered, and leaves at its end.
+    """
 
     def __init__(self, request: Request):
         super().__init__(request.scope, request.receive)
         self.context: ServerContext = request.app.state.context
         self.engine, self.registry = self.context.engine, self.context.registry
         self.observer: RequestObserver = request.state.observer
+        self.until_answered = AsyncExitStack()
         self._received = b""
         self._value: Any = None
 
@@ -170,7 +176,7 @@ class ServerRequest(Request):
                 probe.
         """
         await self._require_size(texts, n=n, max_tokens=max_tokens)
-        await unless_left(self, self.engine.settled())
+        await unless_left(self, self.until_answered.enter_async_context(self.engine.serving()))
         terms = self.context.terms(
             self.observer, probes, for_text=max_tokens != 0, sees_all=self.is_admin
         )
@@ -216,10 +222,11 @@ class Route(APIRoute):
 
         async def handle_strictly(request: Request) -> Response:
             served = ServerRequest(request)
-            # Before FastAPI's own reading, which would turn every error into a bare 400.
-            if self.body_field is not None:
-                await served.read()
-            return await handle(served)
+            async with served.until_answered:
+                # Before FastAPI's own reading, which would turn every error into a bare 400.
+                if self.body_field is not None:
+                    await served.read()
+                return await handle(served)
 
         return handle_strictly
 

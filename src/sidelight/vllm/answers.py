@@ -29,10 +29,10 @@ from sidelight.engines.marks import AnswerSpans, labels_spans, mark_text
 from sidelight.policy.enforcement import Enforcement, Judged
 from sidelight.policy.hold_back import Ended, redacted_spans
 from sidelight.policy.request import Outcome, Terms
-from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part, PlainText
 from sidelight.types import Judgement, Span
 from sidelight.vllm.engine import VllmEngine
+from sidelight.vllm.lock import ProbeSet
 from sidelight.vllm.outputs import TextReports, early_names, without_report
 from sidelight.vllm.requests import Report, request_params
 from sidelight.vllm.settings import KEY
@@ -42,14 +42,14 @@ class GuardedRequest(Outcome):
     """One client's request, and what has come of it.
 
     Attributes:
-        probes: Those that were served when it was made.
+        served: The probes that judge it.
         tokenless: The texts that end without a token, whose end vLLM leaves out of its streams.
         decided: Set once each prompt is answered, or one is refused, or nothing more is written.
     """
 
-    def __init__(self, terms: Terms, probes: tuple[Probe, ...]):
+    def __init__(self, terms: Terms, served: ProbeSet):
         super().__init__(terms)
-        self.probes = probes
+        self.served = served
         self.tokenless: list[Enforcement] = []
         self.decided = asyncio.Event()
 
@@ -83,7 +83,6 @@ class Call:
         words: The prompt as the model reads it; empty if nobody audits it.
         params: Its ``SamplingParams``.
         options: As ``AsyncLLM.generate`` takes them.
-        identity: That of the probes which judge it.
         engine: Runs the texts, hears the reports of their steps, and knows the tokenizer.
         controls: Ids of control tokens, which are no part of a text where they end it.
     """
@@ -95,7 +94,6 @@ class Call:
     words: PlainText
     params: Any
     options: Mapping[str, Any]
-    identity: str
     engine: VllmEngine
     controls: Collection[int]
 
@@ -159,7 +157,7 @@ class TextEvents:
         probes = [bound.probe for bound in call.client.terms.rules]
         self._call, self._id = call, name
         self._watch = frozenset(call.texts[index].watch)
-        self._reports = TextReports(call.identity, keeps_steps=bool(self._watch))
+        self._reports = TextReports(call.client.served.identity, keeps_steps=bool(self._watch))
         self._params = own_params(call.params, index, call.encoded)
         if self._watch or self._params.output_kind != RequestOutputKind.FINAL_ONLY:
             # What is judged before the end may be all that is sent.
@@ -208,7 +206,7 @@ class TextEvents:
                     output = await anext(outputs, None)
 
     def _prompt_judged(self, report: Report) -> PromptJudged:
-        call, probes = self._call, self._call.client.probes
+        call, probes = self._call, self._call.client.served.probes
         judgement = report.of(early_names(probes))
         return PromptJudged(
             mark_text(judgement, probes, call.encoded or EncodedPrompt((), ())),
@@ -303,7 +301,7 @@ class TextEvents:
         return await call.engine.listener.read_whole(
             whole,
             f"{self._id}-whole",
-            identity=call.identity,
+            identity=call.client.served.identity,
             fields={k: call.prompt[k] for k in ("type", "cache_salt") if k in call.prompt},
             **call.options,
         )

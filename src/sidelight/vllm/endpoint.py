@@ -122,13 +122,11 @@ class ProbeEndpoint:
         caller: Caller = scope["state"]["caller"]
         observer = guard.context.observer.of(f"req_{uuid.uuid4().hex}", key_id=caller.key_id)
         fields, receive = await _read(receive)
-        await guard.engine.settled()
         async with AsyncExitStack() as stack:
             try:
-                await stack.enter_async_context(guard.engine.passing(guard.engine.probes))
-                request = guard.request(
-                    observer, probes=_report_request(fields).probes, sees_all=caller.is_admin
-                )
+                probes = _report_request(fields).probes
+                served = await stack.enter_async_context(guard.engine.serving())
+                request = guard.request(observer, served, probes=probes, sees_all=caller.is_admin)
             except SidelightError as error:
                 refusal = as_request_error(error, sees_all=caller.is_admin).answer()
                 await refusal(scope, receive, send)

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import monotonic
 from typing import Any, NoReturn
 
 from sidelight.artifact import save_probe
@@ -35,6 +34,7 @@ from sidelight.probe import Probe, common_format
 from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncoder, has_response
 from sidelight.types import Judgement
 from sidelight.vllm.internals import guesses_responses
+from sidelight.vllm.lock import ProbeLock, ProbeSet
 from sidelight.vllm.outputs import OutputListener, early_names
 from sidelight.vllm.settings import (
     DESCRIBED,
@@ -50,10 +50,6 @@ _log = logging.getLogger("vllm.sidelight")
 
 # At most so many texts wait for their verdicts; of one list, so many are in vLLM at a time.
 _WAITING, _RUNNING = 128, 16
-_LOOKS_EVERY_S = 0.02
-# Once nothing has run in vLLM for so long, requests still inside wait for slow clients.
-_SLOW_AFTER_S = 5.0
-_PATIENCE_S = 300.0
 _NOT_WHOLE = (
     "Replacing the probes failed on some workers, so they may differ now. Restart the server."
 )
@@ -100,8 +96,11 @@ class VllmEngine(Engine):
     ):
         self._llm = llm
         self.listener = OutputListener(llm)
-        self._probes = tuple(probes)
-        self._identity = identity
+        self._lock = ProbeLock(ProbeSet(tuple(probes), identity))
+        # A worker keeps those that were checked last, so there is one change at a time.
+        self._change = asyncio.Lock()
+        # Whether all workers have the same.
+        self._is_whole = True
         self.model = name
         self._fingerprint = fingerprint
         # vLLM always writes a token, also when a text is only judged, so one position is kept free.
@@ -115,18 +114,10 @@ class VllmEngine(Engine):
         self._codec = TextCodec(self.encoder)
         self._waiting = 0
         self._is_open = False
-        # Of a change of probes: requests inside, whether others may come in, whether workers load,
-        # whether all of them have the same.
-        self._inside = 0
-        self._admission = asyncio.Event()
-        self._admission.set()
-        self._is_changing = False
-        self._is_whole = True
-        self._turn = asyncio.Lock()
 
     @property
     def probes(self) -> tuple[Probe, ...]:
-        return self._probes
+        return self._lock.served.probes
 
     @property
     def load(self) -> Load:
@@ -146,7 +137,7 @@ class VllmEngine(Engine):
         await asyncio.to_thread(self._llm.shutdown)
 
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
-        """As for every engine, once the requests in it are done; new ones wait (``settled``).
+        """As for every engine, once the requests in it are done; new ones wait (``serving``).
 
         A caller that gives up before vLLM pauses changes nothing; after that, the change ends.
 
@@ -171,84 +162,52 @@ class VllmEngine(Engine):
                 "others would keep their policies' old ones. Start vLLM with --api-server-count 1."
             )
         await asyncio.to_thread(require_verdicts, probes)
-        async with self._turn:
+        async with self._change:
             with saved(probes) as (folders, identity):
                 try:
                     await self._llm.collective_rpc("sidelight_check", args=(folders,))
                 # Whatever a worker raises, vLLM gives it as this.
                 except Exception as error:
                     raise SidelightError(f"vLLM cannot serve these probes. {error}") from error
-                self._admission.clear()
-                try:
-                    await self._drained()
-                    loading = asyncio.create_task(self._load(tuple(probes), identity))
+                is_busy = self._llm.output_processor.has_unfinished_requests
+                async with self._lock.writing(is_busy=is_busy):
+                    loading = asyncio.create_task(self._load(ProbeSet(tuple(probes), identity)))
                     try:
                         await asyncio.shield(loading)
                     except asyncio.CancelledError:
                         await loading
-                finally:
-                    self._admission.set()
 
-    async def _drained(self) -> None:
-        """Waits until nobody is inside but those whose clients read slowly.
-
-        Raises:
-            EngineUnavailableError: Some texts take too long.
-        """
-        start = busy = monotonic()
-        # Lets requests register that have passed the gate.
-        await asyncio.sleep(_LOOKS_EVERY_S)
-        while self._inside and monotonic() - busy < _SLOW_AFTER_S:
-            if self._llm.output_processor.has_unfinished_requests():
-                busy = monotonic()
-            if busy - start > _PATIENCE_S:
-                raise EngineUnavailableError(
-                    f"Answers are still being written after {_PATIENCE_S:.0f} s, so the old probes "
-                    "stay. Retry when fewer or shorter ones are."
-                )
-            await asyncio.sleep(_LOOKS_EVERY_S)
-
-    async def _load(self, probes: tuple[Probe, ...], identity: str) -> None:
+    async def _load(self, new: ProbeSet) -> None:
         """Has every worker take the probes that it has checked."""
-        self._is_changing = True
         try:
             # Cached blocks hold what the old probes read.
             await self._llm.pause_generation(mode="wait", clear_cache=True)
             try:
-                await self._llm.collective_rpc("sidelight_load", args=(identity,))
+                await self._llm.collective_rpc("sidelight_load", args=(new.identity,))
             finally:
                 await self._llm.resume_generation()
-            self._probes, self._identity = probes, identity
-        # Whatever went wrong, the workers' probes are unknown.
-        except Exception as error:
+            self._lock.served = new
+        # Whatever went wrong or stopped it, the workers' probes are unknown.
+        except BaseException as error:
             self._is_whole = False
             _log.critical("%s", _NOT_WHOLE)
             raise EngineUnavailableError(_NOT_WHOLE) from error
-        finally:
-            self._is_changing = False
-
-    async def settled(self) -> None:
-        while not self._admission.is_set():
-            await self._admission.wait()
 
     @asynccontextmanager
-    async def passing(self, probes: tuple[Probe, ...]) -> AsyncGenerator[str]:
-        """These probes stay while somebody is inside; yields their identity.
+    async def serving(self, begun: ProbeSet | None = None) -> AsyncGenerator[ProbeSet]:
+        """The probes that are served, and stay while somebody is inside: see ``ProbeLock``.
 
-        It does not wait: the request may have another text inside that goes on after this one does.
+        Args:
+            begun: Those that the request has begun with, for a part of it.
 
         Raises:
-            EngineUnavailableError: They are being replaced, or have been, since the request began.
+            EngineUnavailableError: These are being replaced, or have been, or nobody knows which
+                ones the workers have.
         """
-        if not self._is_whole:
-            raise EngineUnavailableError(_NOT_WHOLE)
-        if self._is_changing or probes is not self._probes:
-            raise EngineUnavailableError("The probes have just been replaced. Retry.")
-        self._inside += 1
-        try:
-            yield self._identity
-        finally:
-            self._inside -= 1
+        async with self._lock.reading(begun) as served:
+            if not self._is_whole:
+                raise EngineUnavailableError(_NOT_WHOLE)
+            yield served
 
     async def tokenize(self, text: Conversation) -> tuple[int, ...]:
         return (await self._codec.in_thread([text], partial(self._codec.encode, text))).token_ids
@@ -272,17 +231,18 @@ class VllmEngine(Engine):
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
         if explain is not None:
             raise NotExplainedError()
-        return self._judge(conversations, self._probes)
+        return self._judge(conversations, self._lock.served)
 
     async def _judge(
-        self, conversations: Sequence[Sequence[Message]], probes: tuple[Probe, ...]
+        self, conversations: Sequence[Sequence[Message]], begun: ProbeSet
     ) -> list[PromptJudged]:
-        async with self.passing(probes) as identity:
+        probes = begun.probes
+        async with self.serving(begun):
             encode = partial(self._codec.encode, with_places=labels_spans(probes))
             prompts = await self._codec.in_thread(
                 conversations, lambda: [*map(encode, conversations)]
             )
-            judged = await self._check_all(prompts, identity)
+            judged = await self._check_all(prompts, begun.identity)
         early, every = early_names(probes), {probe.name for probe in probes}
         events: list[PromptJudged] = []
         for turns, prompt, judgement in zip(conversations, prompts, judged, strict=True):

@@ -27,6 +27,7 @@ from sidelight.server.requests import ServerContext
 from sidelight.vllm.answers import Call, GuardedRequest, own_params
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.internals import wrap
+from sidelight.vllm.lock import ProbeSet
 from sidelight.vllm.outputs import without_report
 from sidelight.vllm.recogniser import PromptRecogniser, refuse_dictated_answers, require_drawable
 from sidelight.vllm.settings import KEY, Served, identity_of, prompt_encoder
@@ -95,28 +96,29 @@ class EngineGuard:
             RefusedError: The policy refuses the prompt, or something could not be judged.
         """
         client = client_request.get()
-        if client is None:
-            await self.engine.settled()
-            client = self.request(self.context.observer.of(_unique(request_id)))
         try:
-            async with self.engine.passing(client.probes) as identity:
+            async with self.engine.serving(client.served if client else None) as served:
+                if client is None:
+                    observer = self.context.observer.of(_unique(request_id))
+                    client = self.request(observer, served)
                 # Before anything is awaited, so that prompts are in the order of their calls.
                 texts = client.begin(sampling_params.n)
-                written = self._outputs(
-                    prompt, client, texts, sampling_params, request_id, options, identity
-                )
+                written = self._outputs(prompt, client, texts, sampling_params, request_id, options)
                 async with aclosing(written) as outputs:
                     async for output in outputs:
                         yield output
         except SidelightError as error:
-            client.refusal = client.refusal or error
+            if client is not None:
+                client.refusal = client.refusal or error
             raise RefusedError(str(error)) from error
         finally:
-            client.decided.set()
+            if client is not None:
+                client.decided.set()
 
     def request(
         self,
         observer: RequestObserver,
+        served: ProbeSet,
         *,
         probes: Sequence[str] | None = None,
         sees_all: bool = False,
@@ -125,6 +127,7 @@ class EngineGuard:
 
         Args:
             observer: Its own.
+            served: What the engine is serving.
             probes: Those that the client chooses to be told of.
             sees_all: Whether the client sees what rules do not disclose.
 
@@ -132,7 +135,7 @@ class EngineGuard:
             PolicyError: There is no such probe.
         """
         terms = self.context.terms(observer, probes, for_text=True, sees_all=sees_all)
-        return GuardedRequest(terms, self.engine.probes)
+        return GuardedRequest(terms, served)
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         """As vLLM's; refused where a rule blocks, since what it reads is not judged."""
@@ -170,7 +173,6 @@ class EngineGuard:
         params: Any,
         request_id: str,
         options: Mapping[str, Any],
-        identity: str,
     ) -> AsyncGenerator[Any, None]:
         if (adapter := options.get("lora_request")) is not None:
             client.adapter = adapter.lora_name
@@ -192,7 +194,7 @@ class EngineGuard:
         if prompt.keys() <= {"prompt", "cache_salt"}:
             # As vLLM's own reading of a text gives them.
             prompt = {**prompt, "prompt_token_ids": self._tokenizer(prompt["prompt"])["input_ids"]}
-        is_labelled = labels_spans(p for p in client.probes if not p.reads.includes_response)
+        is_labelled = labels_spans(p for p in client.served.probes if not p.reads.includes_response)
         said = prompt.get(KEY)
         prompt = {name: value for name, value in prompt.items() if name != KEY}
         encoded = await asyncio.to_thread(
@@ -211,7 +213,6 @@ class EngineGuard:
             words=PlainText(words),
             params=params,
             options=options,
-            identity=identity,
             engine=self.engine,
             controls=self._controls,
         )
