@@ -31,7 +31,6 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt
-from sidelight.types import Judgement
 from sidelight.vllm.columns import Reading
 from sidelight.vllm.internals import end_with_parent, full_group, steps_of
 from sidelight.vllm.requests import PromptDescription, Tracking, described_prompt
@@ -132,8 +131,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             return
         verdicts = results.verdicts
         self.tracking.reads_responses = verdicts.probes.reads_responses
-        for request_id, judgement in verdicts.judgements.items():
-            self._record(request_id, judgement, verdicts)
+        judgements = {**verdicts.judgements}
         pieces: dict[str, list[LayerColumns]] = defaultdict(list)
         for piece in verdicts.columns:
             pieces[piece.reading.request_id].append(piece)
@@ -144,13 +142,11 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
                 continue
             # Stages may have probes that cannot be loaded here, or each may have others.
             if follows:
-                judgement = self._judge.join(layers)
+                judgements[request_id] = self._judge.join(layers)
             else:
-                judgement = self._judge.fail([layers[0].reading])[request_id]
-            self._record(request_id, judgement, verdicts)
-
-    def _record(self, request_id: str, judgement: Judgement, verdicts: StepVerdicts) -> None:
-        self.tracking.record(request_id, judgement, verdicts.seconds, verdicts.probes.identity)
+                judgements |= self._judge.fail([layers[0].reading])
+        for request_id, judgement in judgements.items():
+            self.tracking.record(request_id, judgement, verdicts.seconds, verdicts.probes.identity)
 
     def _follows(self, loaded: Loaded) -> bool:
         """Whether the probes here are those of the stages, which may have taken others."""

@@ -213,8 +213,7 @@ class Tracking:
 
     def plan(self, steps: Iterable[Step]) -> list[Reading]:
         """The readings after a pass with these steps."""
-        readings = (self._read(step) for step in steps)
-        return [reading for reading in readings if reading is not None]
+        return [reading for step in steps if (reading := self._read(step)) is not None]
 
     def record(
         self, request_id: str, judgement: Judgement, seconds: float = 0.0, identity: str = ""
