@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import click
 import pytest
+from fastapi import Request
 
 from sidelight.artifact import load_probe
 from sidelight.cli import app
@@ -24,7 +25,10 @@ from sidelight.engines.base import (
 )
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
+from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig
+from sidelight.server.keys import Caller
+from sidelight.server.requests import ServerRequest
 from sidelight.vllm.engine import VllmEngine, saved
 from sidelight.vllm.requests import Report, report_params
 from sidelight.vllm.server import NO_PLACE, arguments, serve
@@ -256,6 +260,24 @@ def test_a_change_waits_for_texts_of_begun_requests_and_newcomers_for_the_change
         # Probes that came later do not judge it.
         with pytest.raises(EngineUnavailableError, match="just been replaced"):
             await stale
+
+    assert replacing(tiny, change) == NEW
+
+
+def test_a_request_of_our_own_routes_keeps_its_probes_from_its_terms_to_its_answer(tiny):
+    async def change(engine, llm, new):
+        app = create_app(engine, ServerConfig())
+        state = {"observer": app.state.context.observer, "caller": Caller()}
+        scope = {"type": "http", "app": app, "state": state}
+        request = ServerRequest(Request(scope, asyncio.Event().wait))
+        async with request.until_answered:
+            terms = await request.begin(HELLO)
+            changing = asyncio.create_task(engine.replace_probes([new]))
+            await waiting_for(changing, engine)
+            await asyncio.sleep(0.05)
+            assert await engine.judge(HELLO)
+            assert (changing.done(), [probe.name for probe in terms.probes]) == (False, ["old"])
+        await changing
 
     assert replacing(tiny, change) == NEW
 

@@ -59,10 +59,10 @@ class TextReports:
 
     def _read(self, params: Mapping[str, Any] | None) -> Report:
         report = read_report(params)
-        if not report.error and report.identity != self._identity:
-            error = "Other probes have judged than those that the request began with."
-            return Report(error=error)
-        return report
+        if report.identity == self._identity:
+            return report
+        other = "Other probes have judged than those that the request began with."
+        return Report(error=report.error or other)
 
 
 class OutputListener:
