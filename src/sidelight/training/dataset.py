@@ -44,7 +44,7 @@ _MEASURING_PARTS = 2
 
 @dataclass(frozen=True)
 class Targets:
-    """What training compares logits with: labels of texts, or of each of their tokens.
+    """The labels of texts, or of each of their tokens, that training compares logits with.
 
     Attributes:
         labels: A row for each text as in ``LabelledExamples.labels``, or ``[token, label]``.
@@ -59,7 +59,7 @@ class Targets:
     rationales: Ragged | None
 
     def select(self, texts: Int[Tensor, " chosen"]) -> "Targets":
-        """Those of these texts."""
+        """The targets of these texts."""
         words = None if self.rationales is None else self.rationales.select(texts)
         labels, weights = self.labels.select(texts), self.weights[texts]
         return Targets(labels, self.of_tokens, weights, words)
@@ -149,7 +149,7 @@ class Split:
 
     @cached_property
     def targets(self) -> Targets:
-        """What training compares the logits of these texts with."""
+        """The labels that training compares the logits of these texts with."""
         labels, of_tokens = Ragged.one_row_each(torch.from_numpy(self.labels)), False
         if self.examples.spans is not None:
             rows = zip(self.examples.text_spans, self.places, strict=True)

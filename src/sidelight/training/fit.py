@@ -178,14 +178,14 @@ def calibrate_probe(
 
     Of several trainings, all of which label spans, left-out texts choose one.
     """
-    measured, of_spans = dataset.measured, dict[str, Any]()
+    measured, span_record = dataset.measured, dict[str, Any]()
     trained, rule, spans = candidates[0], None, None
     if measured.examples.spans is not None:
         trained, lookaheads = choose_lookahead(candidates, measured)
         rule, spans = calibrate_spans(
             measured.examples, measured.places, trained.token_logits, rule=options.threshold
         )
-        of_spans = {"spans": spans.to_dict(), "lookaheads": lookaheads}
+        span_record = {"spans": spans.to_dict(), "lookaheads": lookaheads}
     task, validation, contexts = dataset.task, dataset.validation.examples, dataset.contexts
     logits, in_contexts = trained.logits[: len(validation)], trained.logits[len(validation) :]
     ordinary = Conversations.of(contexts, in_contexts)
@@ -226,7 +226,7 @@ def calibrate_probe(
         thresholds=report.thresholds,
         fingerprint=dataset.backbone.fingerprint,
         spans=rule,
-        record=record | of_spans,
+        record=record | span_record,
     )
     return Fit(
         probe,

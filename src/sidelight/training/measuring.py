@@ -84,7 +84,6 @@ def calibrate_examples(
     *,
     kind: CalibrationKind | None = None,
     rule: ThresholdRule = F1,
-    bootstrap: int = 1000,
     around: Sequence[float] = (),
     ordinary: Conversations | None = None,
 ) -> Calibrated:
@@ -97,7 +96,6 @@ def calibrate_examples(
             none draws some.
         kind: How; None takes ``suggested_calibration``.
         rule: What the thresholds are chosen for.
-        bootstrap: As for ``evaluate``.
         around: As for ``fit_calibration``.
         ordinary: Ordinary conversations, which thresholds let pass. They calibrate too where they
             are a class of their own.
@@ -134,7 +132,6 @@ def calibrate_examples(
         labels,
         thresholds=thresholds,
         row_thresholds=applied,
-        bootstrap=bootstrap,
     )
     losses = log_losses(task, probabilities, labels)
     return Calibrated(calibration, probabilities, losses, curves, alone, report, folds)

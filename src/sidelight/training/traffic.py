@@ -94,13 +94,13 @@ class Conversations:
     def of(
         contexts: "Sequence[Context]", logits: Float[np.ndarray, "context output"]
     ) -> "Conversations":
-        """Those among contexts, of which these are the logits."""
+        """The conversations among contexts that have these logits."""
         rows = conversations_of(contexts)
         return Conversations(logits[rows], np.array([contexts[i].group for i in rows], dtype=int))
 
     @staticmethod
     def kept(probe: "Probe") -> "Conversations":
-        """Those that training has kept with a probe."""
+        """The conversations that training has kept with a probe."""
         kept = probe.history.traffic
         logits = np.array(kept.logits, dtype=float).reshape(-1, probe.task.outputs)
         # Without parts, each conversation is one.
