@@ -16,10 +16,10 @@ from sidelight.states.extraction import cached_logits
 from sidelight.training.dataset import make_split
 from sidelight.training.settings import FitOptions
 from sidelight_lab.baselines import BASELINES
-from sidelight_lab.bench.measurement import score
 from sidelight_lab.tables.reproduce import reproduce
 from sidelight_lab.tables.writing import FinishedTable, cells
 from worlds.data import TASKS, examples
+from worlds.models import score
 
 pytestmark = pytest.mark.slow
 ONE_SEED = TABLE.replace("seeds = 2", "seeds = 1")
