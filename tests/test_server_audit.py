@@ -74,6 +74,16 @@ def test_every_decision_is_written_once_and_no_text(engine, path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_check_blocks_nothing_and_is_audited_as_a_flag(engine, path):
+    policy = Policy(input={"always": Rule("block")})
+    with in_process(engine, audit_log=path, policy=policy) as http:
+        http.post("/v1/moderations", json={"input": "zebra"}).raise_for_status()
+    assert [(line["probe"], line["action"]) for line in lines(path)] == [
+        ("never", "none"),
+        ("always", "flag"),
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", [Policy(), LATE])
 def test_a_text_that_does_not_end_is_audited_as_unfinished_and_counted(tiny, engine, path, policy):
