@@ -143,7 +143,9 @@ def test_roles_and_contents_survive_and_no_content_becomes_a_control_token(key, 
     names = sorted(names_of(key).values())
     half = st.sampled_from(names).map(lambda name: name[: len(name) // 2])
     # The embedded model lacks the bytes of control characters and of rare ones.
-    known = st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs", "Cc"])
+    # A tokenizer that folds may know small letters of a later Unicode than Python's.
+    unknown = ["Cs", "Cc", *(["Cn"] if key == "folding" else [])]
+    known = st.characters(max_codepoint=0x3FFFF, exclude_categories=unknown)
     any_text = st.text(known | st.just("\n"), max_size=4)
     piece = st.sampled_from([*names, *HOSTILE]) | half | any_text
     letters = st.text("ab \n1#{}\"'[]/<>|:é", min_size=1, max_size=12)
