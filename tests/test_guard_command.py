@@ -13,7 +13,12 @@ import torch
 
 from sidelight.artifact import load_probe, save_probe
 from sidelight.data.guards import draw_texts
-from sidelight.policy.rules import bound_rules, read_policy, require_rule_applies
+from sidelight.policy.rules import (
+    bound_rules,
+    read_policy,
+    require_policy_applies,
+    require_rule_applies,
+)
 from sidelight.smollm2 import cache_root
 from sidelight.states import cache
 from sidelight.storage import only_writer
@@ -133,6 +138,18 @@ def test_what_is_complete_is_skipped_and_what_was_killed_goes_on(words, ran, cap
     assert not [*cache_root().glob("guards-*")]
 
 
+def test_guards_whose_tests_were_stopped_can_be_served(model, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ready, "measure", stop)
+    given = ("--model", model, "--only", "shouts,letters", "--rows", "40", "--out", str(tmp_path))
+    assert cli("guard", *given) == 130
+    policy = read_policy(tmp_path / "policy.toml")
+    require_policy_applies(policy, [load_probe(tmp_path / name) for name in ("shouts", "letters")])
+    assert [*policy.input] == ["shouts", "letters"]
+
+
 def test_other_texts_replace_a_guard_only_by_force(words, tmp_path, capsys):
     own = str(write(tmp_path / "mine.jsonl", guard_texts(6, seed=3)))
     out = tmp_path / "guards"
@@ -149,7 +166,7 @@ def test_other_texts_replace_a_guard_only_by_force(words, tmp_path, capsys):
     assert after["shouts"]["version"] != before["shouts"]["version"]
     assert (after["letters"], after["replies"]) == (before["letters"], before["replies"])
     # All guards of the folder are served.
-    assert capsys.readouterr().out.count("--probe") == 3
+    assert capsys.readouterr().out.split("Next: ")[1].count("--probe") == 3
 
 
 def test_a_cpu_takes_what_it_reads_in_time_unless_rows_are_named(

@@ -157,8 +157,8 @@ def test_a_mistake_that_needs_no_model_is_refused_before_data_and_model(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_a_signal_stops_the_server_with_the_documented_exit_code(
-    folder, probe, number, code, monkeypatch
+def test_a_signal_stops_the_server_with_the_documented_exit_code_and_its_log_names_the_probes(
+    folder, probe, number, code, monkeypatch, capfd
 ):
     started = threading.Event()
     monkeypatch.setattr(uvicorn.Server, "startup", _then(uvicorn.Server.startup, started.set))
@@ -170,6 +170,7 @@ def test_a_signal_stops_the_server_with_the_documented_exit_code(
     with ThreadPoolExecutor(1) as pool:
         pool.submit(stop)
         assert cli(*SERVE.format(model=folder, probe=probe).split()) == code
+    assert f"Probes: {load_probe(probe).name} (score)\n" in capfd.readouterr().err
 
 
 def _then(coroutine, call):

@@ -92,12 +92,15 @@ def guard(
     if rows is None:
         texts = {name: ready.affordable(backbone, own) for name, own in texts.items()}
     with only_writer(out):
-        figures = _train(backbone, texts, out, rule, sizes=whole, force=force)
-        probes = _servable(out, figures, backbone)
+        figures = _figures(out / "figures.json")
+        _train(backbone, texts, out, rule, sizes=whole, force=force)
+        probes = _servable(out, dict.fromkeys([*figures, *texts]), backbone)
         _write_policy(out / "policy.toml", probes)
-    words = ["--model", runtime.model] if runtime.model else []
-    words += [word for probe in probes for word in ("--probe", str(out / probe.name))]
-    command = shlex.join(["sidelight", "serve", *words, "--policy", str(out / "policy.toml")])
+        words = ["--model", runtime.model] if runtime.model else []
+        words += [word for probe in probes for word in ("--probe", str(out / probe.name))]
+        command = shlex.join(["sidelight", "serve", *words, "--policy", str(out / "policy.toml")])
+        click.echo(f"Ready to be served, while the tests run: {command}")
+        _measure(backbone, texts, out, figures)
     click.echo(f"Figures: {out / 'figures.json'}. Next: {command}")
 
 
@@ -116,8 +119,8 @@ def _train(
     *,
     sizes: Mapping[str, int],
     force: bool,
-) -> dict[str, Any]:
-    """The figures of all guards in a folder, of which those that are not complete are trained.
+) -> None:
+    """Trains the guards that are not complete.
 
     Args:
         backbone: The frozen LLM.
@@ -127,7 +130,6 @@ def _train(
         sizes: The texts that each guard would have without a limit.
         force: Whether what lies in the folder is replaced.
     """
-    from sidelight.artifact import load_probe
     from sidelight.cli.show import print_fit
     from sidelight.data.guards import find_guard
     from sidelight.manifest import require_free
@@ -137,8 +139,6 @@ def _train(
     from sidelight.training.fit import fit
     from sidelight.training.settings import FitOptions
 
-    path = out / "figures.json"
-    figures = _figures(path)
     # One folder for all guards, in which a killed run finds what it has computed.
     states = cache_root() / f"guards-{sha256(str(out.resolve()).encode()).hexdigest()[:12]}"
     common = FitOptions(threshold=rule, cache_root=states, keep_cache=True)
@@ -164,14 +164,27 @@ def _train(
         for file in states.glob("*/*.safetensors"):
             if file.stem not in shared:
                 file.unlink()
+    shutil.rmtree(states, ignore_errors=True)
+
+
+def _measure(
+    backbone: "TransformersBackbone",
+    texts: "Mapping[str, LabelledExamples]",
+    out: Path,
+    figures: dict[str, dict[str, Any]],
+) -> None:
+    """Writes and prints the figures of the guards, beside those that a folder has already."""
+    from sidelight.artifact import load_probe
+    from sidelight.training import ready
+
+    for name, own in texts.items():
         probe = load_probe(out / name)
         if figures.get(name, {}).get("version") != probe.version:
             figures[name] = ready.measure(backbone, probe, own)
-            write_json(path, figures)
+            write_json(out / "figures.json", figures)
+        click.echo(f"\n{name} on public tests")
         for test in figures[name]["tests"].values():
             click.echo(_line(test))
-    shutil.rmtree(states, ignore_errors=True)
-    return figures
 
 
 def _figures(path: Path) -> dict[str, dict[str, Any]]:

@@ -89,7 +89,7 @@ def print_assessment(assessment: Assessment) -> None:
             "The probe keeps no figures of ordinary traffic: it was trained without background."
         )
     if mistakes := assessment.mistakes:
-        click.echo("Wrong decisions of which it was surest:")
+        click.echo("Wrong decisions, the farthest from the threshold first:")
         for label, is_missed, probability, text in mistakes:
             click.echo(
                 f"  {'missed' if is_missed else 'wrongly'} '{label}' {probability:.2f}  {text}"

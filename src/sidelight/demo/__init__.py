@@ -116,6 +116,8 @@ def _train(
     report = classifier.evaluate(draw_texts(load_examples(test, task=probe.task), _TEST_ROWS))
     auroc, f1 = report.metrics["auroc"], report.metrics["f1"]
     _say(f"On {report.rows} other texts: AUROC {auroc}, F1 {f1}")
+    if test.startswith("guard:"):
+        say("It learned from a small part of its texts, to be quick: see docs/guards.md for all.")
     return save_probe(probe, cache_root() / "demo" / name)
 
 

@@ -15,6 +15,7 @@ from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.manifest import read_manifest
 from sidelight.probe import Probe
+from sidelight.progress import say
 from sidelight.states.cache import text_name
 from sidelight.thresholds import ThresholdRule
 from sidelight.training.assessment import assess
@@ -27,7 +28,8 @@ from sidelight.types import Task
 
 # Most tokens of a guard's texts, where no number of rows is named.
 TOKENS_ON_CPU = 250_000
-_POLICY = """# Nothing is blocked: verdicts are counted in the metrics, and no client sees them.
+_POLICY = """# Nothing is blocked, and no client sees a verdict: they are counted in
+# /metrics, which needs a key then (--metrics-key).
 # To block what a guard flags, take the comment below its mode in place of it. A line such as
 # threshold = 0.9 would replace the threshold of training. Rules that block prompts refuse
 # conversations that begin with a system turn, unless only you write these:
@@ -94,8 +96,10 @@ def measure_tests(
     """
     probe, figures = classifier.probe, dict[str, dict[str, Any]]()
     words = None if probe.spans else fit_tfidf(texts.whole_texts, texts.labels, probe.task)
-    for test, card in find_guard(name).card.tests.items():
+    tests = find_guard(name).card.tests
+    for number, (test, card) in enumerate(tests.items(), 1):
         examples = load_guard(name, f":{test}", probe.task)
+        say(f"{name}, test {number} of {len(tests)}: {card.title}, {len(examples)} texts")
         assessment = assess(classifier, examples)
         figures[test] = {"title": card.title, "rows": len(examples)}
         if assessment.spans is not None:

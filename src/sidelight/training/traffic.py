@@ -249,8 +249,9 @@ def traffic_warnings(
         rule: What they were chosen for.
     """
     remedy = (
-        "Give ordinary traffic of your own (--background FILE), or name the rate of false alarms "
-        "that you accept (--threshold fpr=0.05)."
+        "Give ordinary traffic of your own (--background FILE), name the rate of false alarms that "
+        "you accept (--threshold fpr=0.05), or train without it if no other texts will come "
+        "(--background none)."
     )
     doubts: list[str] = []
     # False alarms among labelled texts, then among ordinary conversations; and how many there are.
