@@ -170,6 +170,14 @@ def test_no_source_is_in_two_parts_of_the_background(count):
         assert all(turns in rest for turns in part.conversations)
 
 
+def test_a_cell_that_names_no_source_is_none(tmp_path):
+    path = tmp_path / "traffic.csv"
+    path.write_text("text,source\nHello,nan\nWhere is my order?,\nBye,chat\n")
+    own = load_background(path)
+    of = dict(zip(own.conversations, own.sources, strict=True))
+    assert [of[said(text)] for text in ("Hello", "Where is my order?", "Bye")] == ["", "", "chat"]
+
+
 def test_conversations_of_no_known_source_are_parted_one_by_one():
     turns = tuple((Message("user", f"Hello {i}."),) for i in range(10))
     for background in (Background(turns), Background(turns, ("",) * 10)):

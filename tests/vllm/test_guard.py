@@ -66,7 +66,8 @@ def says(early=0.1, late=0.1):
 
 FINE, INJECTED, LEAKING = says(), says(early=0.9), says(late=0.9)
 FOREIGN = {KEY: {**FINE[KEY], "identity": "that of other probes"}}
-MISSING = [None, {}, {KEY: {"error": "The request was not judged."}}, FOREIGN]
+FOREIGN_ERROR = {KEY: {**FOREIGN[KEY], "error": "A step failed."}}
+MISSING = [None, {}, {KEY: {"error": "The request was not judged."}}, FOREIGN, FOREIGN_ERROR]
 
 
 @dataclass

@@ -83,17 +83,16 @@ def guard(
 
     part = "" if data is None else f",{data}"
     texts = {name: ready.load_guard(name, part) for name in names}
-    whole = {name: len(own) for name, own in texts.items()}
     if rows is not None:
         texts = {name: draw_texts(own, rows) for name, own in texts.items()}
-        whole = {name: len(own) for name, own in texts.items()}
+    sizes = {name: len(own) for name, own in texts.items()}
     options.announce("Loading the model")
     backbone = runtime.load_backbone()
     if rows is None:
         texts = {name: ready.affordable(backbone, own) for name, own in texts.items()}
     with only_writer(out):
         figures = _figures(out / "figures.json")
-        _train(backbone, texts, out, rule, sizes=whole, force=force)
+        _train(backbone, texts, out, rule, sizes=sizes, force=force)
         probes = _servable(out, dict.fromkeys([*figures, *texts]), backbone)
         _write_policy(out / "policy.toml", probes)
         words = ["--model", runtime.model] if runtime.model else []
@@ -127,7 +126,7 @@ def _train(
         texts: The training texts of each guard.
         out: The folder.
         rule: What thresholds are chosen for.
-        sizes: The texts that each guard would have without a limit.
+        sizes: How many texts each guard has on a GPU.
         force: Whether what lies in the folder is replaced.
     """
     from sidelight.cli.show import print_fit
