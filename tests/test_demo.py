@@ -68,7 +68,7 @@ def test_the_demonstration_without_the_guards_package_says_first_what_to_install
 
 
 def test_the_demonstration_trains_serves_and_asks(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "a cache"))
     install_guards(tmp_path, monkeypatch, "demo_guards")
     monkeypatch.setattr(demo, "EMBEDDED_NAME", saved(tiny, tmp_path / "smollm2"))
     texts = {"shouts": (load_examples("guard:shouts"), "guard:shouts:unseen")}
@@ -79,6 +79,7 @@ def test_the_demonstration_trains_serves_and_asks(tiny, tmp_path, monkeypatch, c
     assert "Training 'shouts' on 60 texts" in said
     assert "On 24 other texts: " in said
     assert re.search(r"shouts: (OTHER|SHOUTING)", said)
-    folder = tmp_path / "cache" / "demo" / "shouts"
-    assert f"sidelight serve --playground --probe {folder}" in said
+    folder = tmp_path / "a cache" / "demo" / "shouts"
+    # As a shell takes it, whose words end at blanks.
+    assert f"sidelight serve --playground --probe '{folder}'" in said
     assert load_probe(folder).name == "shouts"

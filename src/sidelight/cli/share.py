@@ -1,5 +1,6 @@
 """``sidelight push`` and ``pull`` share probes; ``inspect`` shows one."""
 
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def pull(repository: str, probe: Path, revision: str | None, force: bool) -> Non
 
     hub.pull(_place(repository), probe, revision=revision, force=force)
     click.echo(f"Saved to {probe}")
-    click.echo(f"Next: sidelight predict {probe} 'Some text.'")
+    command = shlex.join(["sidelight", "predict", str(probe), "Some text."])
+    click.echo(f"Next: {command}")
 
 
 def _place(repository: str) -> str | Path:

@@ -4,6 +4,7 @@ Trains a guard and a probe of intents, serves them, and asks one question.
 """
 
 import json
+import shlex
 import shutil
 import sys
 import threading
@@ -66,8 +67,9 @@ def run_demo(*, keep: bool, port: int) -> None:
     with _serving(engine, ServerConfig(port=port, playground=True, log_level="warning")) as url:
         _ask(OpenAI(base_url=f"{url}/v1", api_key="unused"))
         _say(f"Done in {time.monotonic() - start:.0f} s. Whole guards: sidelight guard --help")
-        named = " ".join(f"--probe {path}" for path in folders)
-        _say(f"Serve these, with a page to try them: sidelight serve --playground {named}")
+        named = [word for path in folders for word in ("--probe", str(path))]
+        command = shlex.join(["sidelight", "serve", "--playground", *named])
+        _say(f"Serve these, with a page to try them: {command}")
         if keep:
             _say(f"Try it at {url}/playground; the server stays until Ctrl-C")
             with suppress(KeyboardInterrupt):
