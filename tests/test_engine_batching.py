@@ -14,6 +14,7 @@ from sidelight.engines.base import (
     admit_all,
 )
 from sidelight.engines.batch import Batch
+from sidelight.engines.decoder import TransformersDecoder
 from sidelight.engines.queue import Limits, Request, RequestQueue
 from sidelight.engines.text import TextCodec
 from sidelight.engines.transformers import TransformersEngine
@@ -337,7 +338,7 @@ def test_a_short_text_is_not_padded_to_the_length_of_a_long_one():
 
 
 def test_the_load_can_be_asked_for_while_the_models_thread_adds_rows(llama):
-    batch = Batch(llama, TextCodec(llama.encoder), prefill_tokens=64)
+    batch = Batch(TransformersDecoder(llama), TextCodec(llama.encoder), prefill_tokens=64)
 
     class Entering:
         @property

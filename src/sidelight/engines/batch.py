@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sidelight.backbone import TransformersBackbone
+from sidelight.backbone import Tap
 from sidelight.bank import BankState, Panel
 from sidelight.engines.base import (
     Finished,
@@ -24,12 +25,59 @@ from sidelight.engines.base import (
     ResponseScored,
     TextDelta,
 )
-from sidelight.engines.decoder import CachedRows, Decoder
 from sidelight.engines.marks import AnswerSpans, mark_text
 from sidelight.engines.queue import Emission, Request
 from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
-from sidelight.prompts import Part
+from sidelight.prompts import EncodedPrompt, Part
 from sidelight.types import Judgement
+
+
+class CachedRows(Protocol):
+    """What a decoder keeps of texts that are written together, row by row."""
+
+    def kept(self, rows: Sequence[int]) -> Self:
+        """These rows only, in their order."""
+        ...
+
+    def joined(self, other: Self) -> Self:
+        """The rows of both."""
+        ...
+
+
+class Decoder(Protocol):
+    """A run of the model: tokens in, logits of the last position of each row out.
+
+    Attributes:
+        end_tokens: Ids that end a turn; they are counted, but are not part of the text.
+    """
+
+    end_tokens: frozenset[int]
+
+    def read_prompts(
+        self, prompts: Sequence[EncodedPrompt], tap: Tap | None, *, columns: int | None = None
+    ) -> Generator[
+        None,
+        None,
+        tuple[Float[Tensor, "row vocabulary"], Bool[Tensor, "batch token"], CachedRows],
+    ]:
+        """Passes over some prompts, and a yield between two passes.
+
+        Args:
+            prompts: A row each.
+            tap: Sees the hidden states of each pass.
+            columns: Most tokens of a prompt that one pass reads; None: all.
+
+        Returns:
+            The logits after each prompt; which of the positions that the tap saw hold a token, one
+            prompt after the other; and the rows.
+        """
+        ...
+
+    def read_step(
+        self, tokens: Sequence[int], rows: Any, tap: Tap | None
+    ) -> Float[Tensor, "row vocabulary"]:
+        """One pass over the newest token of each of its own rows, which ``rows`` then hold."""
+        ...
 
 
 class Generation:
@@ -114,7 +162,7 @@ Prefill = tuple[Request, ...]
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts that are written together, and their keys and values row by row."""
+    """Texts that are written together, and what the decoder keeps of them."""
 
     generations: list[Generation]
     cached: CachedRows
@@ -147,7 +195,7 @@ class Batch:
     change of the probes until the texts that began before it are complete.
 
     Args:
-        backbone: The model.
+        decoder: Runs the model.
         codec: Decodes what it writes.
         prefill_tokens: Tokens of prompts that one pass reads.
 
@@ -157,8 +205,8 @@ class Batch:
         rows: The texts that are being written.
     """
 
-    def __init__(self, backbone: TransformersBackbone, codec: TextCodec, *, prefill_tokens: int):
-        self._decoder = Decoder(backbone)
+    def __init__(self, decoder: Decoder, codec: TextCodec, *, prefill_tokens: int):
+        self._decoder = decoder
         self._codec = codec
         self._prefill_tokens = prefill_tokens
         self.prefills: dict[Prefill, Generator[None, None, list[Emission]]] = {}
@@ -211,13 +259,11 @@ class Batch:
         prompts = [request.prompt for request in requests]
         tap = panel.prompt_tap()
         each, longest = self._prefill_tokens // len(prompts), max(map(len, prompts))
-        passes = self._decoder.read_prompts(prompts, tap, columns=max(1, each))
-        logits, cached = next(passes)
-        while cached.mask.shape[1] < longest:
-            yield
-            logits, cached = next(passes)
+        logits, is_token, cached = yield from self._decoder.read_prompts(
+            prompts, tap, columns=max(1, each)
+        )
         begin = _clock(logits.device)
-        columns = tap.projected()[cached.mask] if tap else torch.empty(sum(map(len, prompts)), 0, 0)
+        columns = tap.projected()[is_token] if tap else torch.empty(sum(map(len, prompts)), 0, 0)
         judgements, states = _judge(panel, requests, columns)
         explanations = [
             panel.explain(of_request, request.prompt, request.explain)

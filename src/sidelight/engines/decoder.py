@@ -21,7 +21,7 @@ from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt
 
 
-class CachedRows:
+class PaddedRows:
     """A cache, and which of its columns hold a token in each row.
 
     Args:
@@ -33,7 +33,7 @@ class CachedRows:
         self.cache = cache
         self.mask = mask
 
-    def kept(self, rows: Sequence[int]) -> "CachedRows":
+    def kept(self, rows: Sequence[int]) -> "PaddedRows":
         """These rows only, in their order, without the columns that pad all of them."""
         if len(rows) == len(self.mask):
             return self
@@ -43,9 +43,9 @@ class CachedRows:
         cache = DynamicCache()
         for i, (keys, values) in enumerate(_layers(self.cache)):
             cache.update(keys[index, :, start:], values[index, :, start:], i)
-        return CachedRows(cache, mask[:, start:])
+        return PaddedRows(cache, mask[:, start:])
 
-    def joined(self, other: "CachedRows") -> "CachedRows":
+    def joined(self, other: "PaddedRows") -> "PaddedRows":
         """The rows of both, padded on the left to one length."""
         columns = max(self.mask.shape[1], other.mask.shape[1])
         cache = DynamicCache()
@@ -56,7 +56,7 @@ class CachedRows:
             )
             cache.update(keys, values, i)
         masks = [pad(m, (columns - m.shape[1], 0), value=False) for m in (self.mask, other.mask)]
-        return CachedRows(cache, torch.cat(masks))
+        return PaddedRows(cache, torch.cat(masks))
 
 
 def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
@@ -67,7 +67,7 @@ def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
 _ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention"})
 
 
-class Decoder:
+class TransformersDecoder:
     """Plain forward calls of a causal LM over left-padded rows.
 
     Args:
@@ -98,26 +98,27 @@ class Decoder:
 
     def read_prompts(
         self, prompts: Sequence[EncodedPrompt], tap: Tap | None, *, columns: int | None = None
-    ) -> Generator[tuple[Float[Tensor, "row vocabulary"], CachedRows], None, None]:
-        """Passes over some prompts: the logits after each part, and the keys and values so far.
-
-        Args:
-            prompts: They are padded on the left to the length of the longest.
-            tap: Sees the hidden states of each part.
-            columns: Most tokens of a prompt that one pass reads; None: all.
-        """
+    ) -> Generator[
+        None,
+        None,
+        tuple[Float[Tensor, "row vocabulary"], Bool[Tensor, "batch token"], PaddedRows],
+    ]:
+        """As ``Decoder.read_prompts``; prompts are padded on the left to the longest."""
         token_ids, mask = self._backbone.pad(prompts, side="left")
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        rows = CachedRows(DynamicCache(), mask[:, :0])
-        longest = mask.shape[1]
-        columns = columns or longest
-        for start in range(0, longest, columns):
-            part = slice(start, start + columns)
+        rows = PaddedRows(DynamicCache(), mask[:, :0])
+        start, longest = 0, mask.shape[1]
+        while True:
+            part = slice(start, start + (columns or longest))
             rows.mask = mask[:, : part.stop]
-            yield self._run(token_ids[:, part], positions[:, part], rows, tap), rows
+            logits = self._run(token_ids[:, part], positions[:, part], rows, tap)
+            if part.stop >= longest:
+                return logits, mask, rows
+            yield
+            start = part.stop
 
     def read_step(
-        self, tokens: Sequence[int], rows: CachedRows, tap: Tap | None
+        self, tokens: Sequence[int], rows: PaddedRows, tap: Tap | None
     ) -> Float[Tensor, "row vocabulary"]:
         """One pass over the newest token of each row, which ``rows`` then holds."""
         positions = rows.mask.sum(dim=1)[:, None]
@@ -130,7 +131,7 @@ class Decoder:
         self,
         token_ids: Int[Tensor, "row token"],
         positions: Int[Tensor, "row token"],
-        rows: CachedRows,
+        rows: PaddedRows,
         tap: Tap | None,
     ) -> Float[Tensor, "row vocabulary"]:
         cache: dict[str, Any] = {self._cache_name: rows.cache}

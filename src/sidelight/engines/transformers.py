@@ -33,6 +33,7 @@ from sidelight.engines.base import (
     require_watched,
 )
 from sidelight.engines.batch import Batch
+from sidelight.engines.decoder import TransformersDecoder
 from sidelight.engines.marks import labels_spans
 from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
 from sidelight.engines.text import TextCodec
@@ -76,7 +77,9 @@ class TransformersEngine(Engine):
         if limits is None:
             is_slow = backbone.device.type == "cpu"
             limits = Limits(prefill_tokens=_PREFILL_TOKENS_ON_CPU) if is_slow else Limits()
-        self._batch = Batch(backbone, self._codec, prefill_tokens=limits.prefill_tokens)
+        self._batch = Batch(
+            TransformersDecoder(backbone), self._codec, prefill_tokens=limits.prefill_tokens
+        )
         self._queue = RequestQueue(limits)
         self._limits, self._encoding = limits, 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sidelight-model")

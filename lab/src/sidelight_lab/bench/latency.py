@@ -2,13 +2,13 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from time import perf_counter, process_time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Panel
 from sidelight.engines.base import Finished, Sampling
-from sidelight.engines.decoder import Decoder
+from sidelight.engines.decoder import TransformersDecoder
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
@@ -35,6 +35,7 @@ from sidelight_lab.bench.measurement import (
     untrained_probe,
 )
 
+T = TypeVar("T")
 Batch = Sequence[EncodedPrompt]
 
 BANK_SIZE = 10
@@ -287,21 +288,30 @@ def all_subjects(backbone: TransformersBackbone) -> list[Subject]:
 
 def _served(backbone: TransformersBackbone, probes: Sequence[Probe]) -> Callable[[Batch], Answer]:
     """The engine's prefill of a batch with probes in the same pass, and a greedy token."""
-    decoder = Decoder(backbone)
+    decoder = TransformersDecoder(backbone)
     panel = Panel(probes, device=backbone.device)
 
     def run(batch: Batch) -> Answer:
         tap = panel.prompt_tap()
-        ((logits, cached),) = decoder.read_prompts(batch, tap)
+        logits, is_token, _ = _returned(decoder.read_prompts(batch, tap))
         judgements = [Judgement()] * len(batch)
         if tap:
             parts = [bytes(prompt.parts) for prompt in batch]
             is_plain = [prompt.is_plain for prompt in batch]
-            judgements = panel.judge_prompts(tap.projected()[cached.mask], parts, is_plain)
+            judgements = panel.judge_prompts(tap.projected()[is_token], parts, is_plain)
         tokens = tuple(logits.argmax(1).tolist())
         return Answer(tokens, tuple(judgement.verdicts for judgement in judgements))
 
     return run
+
+
+def _returned(passes: Generator[None, None, T]) -> T:
+    """What is returned after passes that nobody waits between."""
+    while True:
+        try:
+            next(passes)
+        except StopIteration as end:
+            return end.value
 
 
 def _naive(backbone: TransformersBackbone, probe: Probe) -> Callable[[Batch], Answer]:
