@@ -13,7 +13,7 @@ from sidelight.types import Task
 from worlds.data import ROWS, labelled
 
 
-def test_content_hash_depends_on_texts_labels_and_order_only():
+def test_content_hash_depends_on_what_training_reads_and_on_order_only():
     base = load_examples(ROWS)
     other_text = load_examples([{**ROWS[0], "text": "where is it"}, *ROWS[1:]])
     other_label = load_examples([{**ROWS[0], "label": "fault"}, *ROWS[1:]])
@@ -22,6 +22,13 @@ def test_content_hash_depends_on_texts_labels_and_order_only():
     other_polarity = load_examples(ROWS, positive="delivery")
     assert len({e.content_hash for e in (base, other_text, other_label, reordered)}) == 4
     assert other_column.content_hash == other_polarity.content_hash == base.content_hash
+    whys = [[{**ROWS[0], "why": why}, *ROWS[1:]] for why in ("", "parcel", "where")]
+    unknown, parcel, where = (load_examples(rows, rationale="why").content_hash for rows in whys)
+    assert unknown == base.content_hash
+    assert len({unknown, parcel, where}) == 3
+    ends = [[{"start": 0, "end": end, "label": "NAME"}] for end in (3, 4)]
+    marked = [load_examples([{"text": "Anna", "spans": own}], spans="spans") for own in ends]
+    assert marked[0].content_hash != marked[1].content_hash
 
 
 def test_a_plain_text_is_a_chat_of_one_user_message():

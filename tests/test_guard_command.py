@@ -22,6 +22,7 @@ from sidelight.policy.rules import (
 from sidelight.smollm2 import cache_root
 from sidelight.states import cache
 from sidelight.storage import only_writer
+from sidelight.thresholds import ThresholdRule
 from sidelight.training import background, ready
 from worlds.data import brief_trainings, guard_texts, install_guards, write
 from worlds.models import untrained_probe
@@ -167,6 +168,19 @@ def test_other_texts_replace_a_guard_only_by_force(words, tmp_path, capsys):
     assert (after["letters"], after["replies"]) == (before["letters"], before["replies"])
     # All guards of the folder are served.
     assert capsys.readouterr().out.split("Next: ")[1].count("--probe") == 3
+
+
+def test_a_guard_whose_spans_were_corrected_is_not_taken_for_complete(words, tiny, tmp_path):
+    own = [{"text": "ab 12", "spans": [{"start": 3, "end": 5, "label": "NUMBER"}]}]
+    whole = ready.load_guard("letters", f",{write(tmp_path / 'mine.jsonl', own)}")
+    own[0]["spans"][0]["start"] = 4
+    corrected = ready.load_guard("letters", f",{write(tmp_path / 'mine.jsonl', own)}")
+    letters = load_probe(Path(words[-1]) / "letters")
+    record = {**letters.record, "training": {"given_sha256": whole.content_hash}}
+    save_probe(replace(letters, record=record), tmp_path / "letters")
+    rule = ThresholdRule.parse("f1")
+    assert ready.is_trained(tmp_path / "letters", tiny, whole, rule)
+    assert not ready.is_trained(tmp_path / "letters", tiny, corrected, rule)
 
 
 def test_a_cpu_takes_what_it_reads_in_time_unless_rows_are_named(

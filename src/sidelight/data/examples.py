@@ -133,11 +133,14 @@ class Examples:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of texts, responses and label names, in order; the same for every format."""
+        """SHA-256 of texts, responses, label names, spans and rationales, in order.
+
+        It is the same for every format.
+        """
         digest = hashlib.sha256()
-        for item, names in zip(self.items, self.label_names(), strict=True):
+        for item, facts in zip(self.items, self._label_facts(), strict=True):
             turns = [[message.role, message.content] for message in item.messages]
-            digest.update(json.dumps([turns, item.response, names]).encode() + b"\n")
+            digest.update(json.dumps([turns, item.response, *facts]).encode() + b"\n")
         return digest.hexdigest()
 
     @property
@@ -277,6 +280,10 @@ class Examples:
         """The labels of each text; none of texts without labels."""
         return [[] for _ in self.items]
 
+    def _label_facts(self) -> list[list[object]]:
+        """The label names of each text, then its spans and its rationale if it has any."""
+        return [[names] for names in self.label_names()]
+
     def _strata(self) -> Bool[Flags, "row stratum"]:
         """The groups of rows whose shares a split keeps: one per label, or all rows in one."""
         return np.ones((len(self), 1), dtype=np.bool_)
@@ -337,6 +344,13 @@ class LabelledExamples(Examples):
         if self.task.kind == "multilabel":
             return [sorted(names[index] for index in np.flatnonzero(row)) for row in self.labels]
         return [[names[index]] for index in self.labels]
+
+    def _label_facts(self) -> list[list[object]]:
+        facts = super()._label_facts()
+        for row, own in enumerate(facts):
+            own += [span.to_dict() for span in self.spans[row]] if self.spans else []
+            own += [self.rationales[row]] if self.rationales and self.rationales[row] else []
+        return facts
 
     def _strata(self) -> Bool[Flags, "row stratum"]:
         """One stratum per label; if multi-label, one more for the rows where no label holds."""
