@@ -261,6 +261,28 @@ def test_of_two_runs_into_one_folder_the_second_is_refused(words, capsys):
     assert cli(*words) == 0
 
 
+def test_texts_of_a_test_that_trained_the_guard_are_counted_beside_its_figures(
+    model, tmp_path, capsys
+):
+    own, out = write(tmp_path / "mine.jsonl", guard_texts(24, 1)[:6]), tmp_path / "guards"
+    only = ("--only", "shouts", "--rows", "40", "--data", str(own), "--out", str(out))
+    assert cli("guard", "--model", model, *only) == 0
+    assert "Other letters, 24 texts (6 of them trained it" in capsys.readouterr().out
+    figures = json.loads((out / "figures.json").read_text())
+    assert figures["shouts"]["tests"]["unseen"]["trained"] == 6
+
+
+def test_a_test_that_cannot_be_read_is_refused_before_training(
+    model, tmp_path, monkeypatch, capsys, ran
+):
+    home = install_guards(tmp_path, monkeypatch, "torn_guards", prefix="torn_")
+    (home / "torn_shouts/test_unseen.jsonl.gz").unlink()
+    only = ("--only", "torn_letters,torn_shouts", "--out", str(tmp_path / "out"))
+    assert cli("guard", "--model", model, *only) == 2
+    assert "torn_shouts/test_unseen.jsonl.gz'" in capsys.readouterr().err
+    assert not ran
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

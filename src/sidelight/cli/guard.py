@@ -83,6 +83,8 @@ def guard(
 
     part = "" if data is None else f",{data}"
     texts = {name: ready.load_guard(name, part) for name in names}
+    # What cannot be read must not cost the hours of training.
+    tests = {name: ready.load_tests(name, own.task) for name, own in texts.items()}
     if rows is not None:
         texts = {name: draw_texts(own, rows) for name, own in texts.items()}
     sizes = {name: len(own) for name, own in texts.items()}
@@ -99,7 +101,7 @@ def guard(
         words += [word for probe in probes for word in ("--probe", str(out / probe.name))]
         command = shlex.join(["sidelight", "serve", *words, "--policy", str(out / "policy.toml")])
         click.echo(f"Ready to be served, while the tests run: {command}")
-        _measure(backbone, texts, out, figures)
+        _measure(backbone, texts, tests, out, figures)
     click.echo(f"Figures: {out / 'figures.json'}. Next: {command}")
 
 
@@ -169,6 +171,7 @@ def _train(
 def _measure(
     backbone: "TransformersBackbone",
     texts: "Mapping[str, LabelledExamples]",
+    tests: "Mapping[str, Mapping[str, LabelledExamples]]",
     out: Path,
     figures: dict[str, dict[str, Any]],
 ) -> None:
@@ -179,7 +182,7 @@ def _measure(
     for name, own in texts.items():
         probe = load_probe(out / name)
         if figures.get(name, {}).get("version") != probe.version:
-            figures[name] = ready.measure(backbone, probe, own)
+            figures[name] = ready.measure(backbone, probe, own, tests[name])
             write_json(out / "figures.json", figures)
         click.echo(f"\n{name} on public tests")
         for test in figures[name]["tests"].values():
@@ -238,6 +241,8 @@ def _policy_doubts(path: Path, probes: "Sequence[Probe]") -> list[str]:
 def _line(test: Mapping[str, Any]) -> str:
     """The figures of a test; TF-IDF finds so many at as many false alarms."""
     title, positives = f"{test['title']}, {test['rows']} texts", test.get("positives")
+    if trained := test.get("trained"):
+        title += f" ({trained} of them trained it, which flatters)"
     if positives is None:
         f1, exact = (test[name]["value"] for name in ("character_f1", "f1"))
         return f"{title}: character F1 {f1:.3f}, F1 of exact spans {exact:.3f}"

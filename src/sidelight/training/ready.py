@@ -1,6 +1,6 @@
 """Ready guards as a set: their figures on packaged tests, and a policy that observes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sidelight.thresholds import ThresholdRule
 from sidelight.training.assessment import assess
 from sidelight.training.background import Background
 from sidelight.training.classifier import Classifier
+from sidelight.training.measuring import trained_texts
 from sidelight.training.settings import AUTO, READS, TRAINING_MAX_TOKENS, named_mechanism
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.training.traffic import kept_rate
@@ -42,6 +43,11 @@ def load_guard(name: str, part: str = "", task: Task | None = None) -> LabelledE
     """The training texts of a guard, with ``,FILE`` as its part also one's own, or a ``:TEST``."""
     spans, source = find_guard(name).card.columns["spans"], f"guard:{name}{part}"
     return load_examples(source, spans=spans, task=task)
+
+
+def load_tests(name: str, task: Task) -> dict[str, LabelledExamples]:
+    """The packaged tests of a guard, with the classes of a task."""
+    return {test: load_guard(name, f":{test}", task) for test in find_guard(name).card.tests}
 
 
 def affordable(backbone: TransformersBackbone, texts: LabelledExamples) -> LabelledExamples:
@@ -75,7 +81,10 @@ def is_trained(
 
 
 def measure(
-    backbone: TransformersBackbone, probe: Probe, texts: LabelledExamples
+    backbone: TransformersBackbone,
+    probe: Probe,
+    texts: LabelledExamples,
+    tests: Mapping[str, LabelledExamples],
 ) -> dict[str, Any]:
     """The figures of a guard: on its left-out texts, in traffic, and on each packaged test."""
     return {
@@ -83,12 +92,12 @@ def measure(
         "left_out": probe.record["validation"]["metrics"],
         "sources": probe.history.validation.sources,
         "traffic": kept_rate(probe),
-        "tests": measure_tests(Classifier(backbone, probe), probe.name, texts),
+        "tests": measure_tests(Classifier(backbone, probe), texts, tests),
     }
 
 
 def measure_tests(
-    classifier: Classifier, name: str, texts: LabelledExamples
+    classifier: Classifier, texts: LabelledExamples, tests: Mapping[str, LabelledExamples]
 ) -> dict[str, dict[str, Any]]:
     """Figures on each packaged test, beside TF-IDF that is fitted to the same texts.
 
@@ -96,12 +105,13 @@ def measure_tests(
     """
     probe, figures = classifier.probe, dict[str, dict[str, Any]]()
     words = None if probe.spans else fit_tfidf(texts.whole_texts, texts.labels, probe.task)
-    tests = find_guard(name).card.tests
-    for number, (test, card) in enumerate(tests.items(), 1):
-        examples = load_guard(name, f":{test}", probe.task)
-        say(f"{name}, test {number} of {len(tests)}: {card.title}, {len(examples)} texts")
+    cards = find_guard(probe.name).card.tests
+    for number, (test, examples) in enumerate(tests.items(), 1):
+        title, rows = cards[test].title, len(examples)
+        say(f"{probe.name}, test {number} of {len(tests)}: {title}, {rows} texts")
         assessment = assess(classifier, examples)
-        figures[test] = {"title": card.title, "rows": len(examples)}
+        trained = trained_texts(probe.history, examples)
+        figures[test] = {"title": title, "rows": rows, "trained": trained}
         if assessment.spans is not None:
             figures[test] |= assessment.spans.to_dict()
             continue
