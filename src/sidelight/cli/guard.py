@@ -159,8 +159,9 @@ def _train(
             reads = replace(common.reads, side=card.reads)
             background = Background() if card.labels is None else traffic
             own_options = replace(common, reads=reads, background=background)
+            options.warn(own.warnings)
             made = fit(backbone, own, None, name=name, options=own_options, out=out / name)
-            options.warn(dict.fromkeys((*own.warnings, *made.warnings)))
+            options.warn(warning for warning in made.warnings if warning not in own.warnings)
             print_fit(made)
         for file in states.glob("*/*.safetensors"):
             if file.stem not in shared:

@@ -141,6 +141,7 @@ def load_examples(
     if spans is not None:
         column = [row.cells.get(spans) for row in kept]
         task, labels, marked, doubts = encode_spans(items, column, spans, task=task)
+        doubts += _new_labels(kept, marked)
     elif columns:
         task, labels, doubts = encode_labels(kept, columns, positive=positive, task=task)
         pairs = zip(items, labels, strict=True)
@@ -161,6 +162,20 @@ def load_examples(
         weights=None if (weights == 1).all() else weights,
         rationales=None if rationale is None else _rationales(kept, items, rationale),
         spans=marked,
+    )
+
+
+def _new_labels(rows: Sequence[Row], spans: Sequence[Sequence[Span]]) -> tuple[str, ...]:
+    """A warning if rows of one's own beside those of a guard have labels that these lack."""
+    packaged, own = Counter[str](), Counter[str]()
+    for row, marked in zip(rows, spans, strict=True):
+        (own if row.weight > 1 else packaged).update(span.label for span in marked)
+    if not (new := own.keys() - packaged.keys()):
+        return ()
+    return (
+        f"Only rows of your own have spans of {', '.join(sorted(new))}: where packaged texts hold "
+        f"some, nothing says so. Known: {', '.join(sorted(packaged))}. If one of these is meant, "
+        "write it so.",
     )
 
 
