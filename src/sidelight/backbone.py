@@ -128,12 +128,14 @@ class TransformersBackbone:
         self._local = threading.local()
         self._watch(_decoder_blocks(model))
         self.encoder = _encoder(model.config, tokenizer, prompt_format)
+        layers, width = _sizes(model.config)
         self.fingerprint: Fingerprint = fingerprint(
             checkpoint,
-            model.config,
             tokenizer,
             name=name,
             prompt_format=self.encoder.prompt_format,
+            layers=layers,
+            width=width,
             dtype=str(model.dtype).removeprefix("torch."),
         )
 
@@ -227,6 +229,12 @@ def _encoder(
     # A tokenizer without a limit reports an astronomically large one.
     limit = min(positions, tokenizer.model_max_length)
     return PromptEncoder(tokenizer, prompt_format=chosen, max_tokens=int(limit))
+
+
+def _sizes(config: PreTrainedConfig) -> tuple[int, int]:
+    """The number of hidden states, of the embedding and of each block, and their width."""
+    text = config.get_text_config()
+    return text.num_hidden_layers + 1, text.hidden_size
 
 
 def _decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -346,7 +354,15 @@ def read_backbone(
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         checkpoint = Checkpoint.read(model_folder(path))
     encoder = _encoder(config, tokenizer, prompt_format)
-    who = fingerprint(checkpoint, config, tokenizer, name=name, prompt_format=encoder.prompt_format)
+    layers, width = _sizes(config)
+    who = fingerprint(
+        checkpoint,
+        tokenizer,
+        name=name,
+        prompt_format=encoder.prompt_format,
+        layers=layers,
+        width=width,
+    )
     return UnloadedBackbone(path, tokenizer, encoder, who)
 
 

@@ -16,7 +16,6 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from sidelight.fingerprint import Fingerprint, hash_of
 from sidelight.prompts import PromptFormat
@@ -49,7 +48,7 @@ class Checkpoint:
     """The description of a model that its files give.
 
     Attributes:
-        config: The entries of ``config.json``.
+        config: The entries of ``config.json``, or of the header of a GGUF file.
         samples: Of every weight, by its name in the files.
         dtype: That of most values.
     """
@@ -136,32 +135,33 @@ def _as_used(samples: Mapping[str, _Sample]) -> dict[str, _Sample]:
 
 def fingerprint(
     checkpoint: Checkpoint,
-    config: PreTrainedConfig,
     tokenizer: Any,
     *,
     name: str,
     prompt_format: PromptFormat,
+    layers: int,
+    width: int,
     dtype: str | None = None,
 ) -> Fingerprint:
     """The fingerprint of a model; takes well under a second.
 
     Args:
         checkpoint: Its files.
-        config: Its configuration, as ``transformers`` reads it.
         tokenizer: Its tokenizer.
         name: What the user calls it.
         prompt_format: How texts are rendered.
+        layers: Hidden states that a probe reads.
+        width: Size of a hidden state.
         dtype: That of the weights once they are loaded; None: that of the files.
     """
-    text = config.get_text_config()
     return Fingerprint(
         name=name,
         config=hash_of(_stable(checkpoint.config)),
         weights=_weights_hash(checkpoint.samples),
         tokenizer=hash_of(sorted(tokenizer.get_vocab().items()), tokenizer(_SAMPLE)["input_ids"]),
         template="raw" if prompt_format == "raw" else hash_of(str(tokenizer.chat_template)),
-        layers=text.num_hidden_layers + 1,
-        width=text.hidden_size,
+        layers=layers,
+        width=width,
         dtype=dtype or checkpoint.dtype,
     )
 
