@@ -101,7 +101,7 @@ clean: ## Remove the environment and caches
 
 .venv/.dev: .venv/.runtime
 	@echo "==> Installing the development tools"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]' -e lab -e label -e guards
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,gguf,dev]' -e lab -e label -e guards
 	@touch $@
 
 # What cannot be had is skipped by its test.

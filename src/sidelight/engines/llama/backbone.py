@@ -1,0 +1,258 @@
+"""A GGUF file as a backbone: identified by its header and samples of its weights, run by llama.cpp.
+
+The header is read by the package ``gguf``, and nothing is dequantised. llama.cpp loads the file
+when states are first wanted.
+"""
+
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGUFReader, ReaderTensor
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from sidelight.backbone import Tap
+from sidelight.checkpoint import Checkpoint, fingerprint
+from sidelight.engines.llama.context import LlamaContext, LlamaModel
+from sidelight.engines.llama.decoder import Slot, read_text
+from sidelight.engines.llama.library import BY_CALLBACK, BY_LAYER_INPUT, PINNED
+from sidelight.engines.llama.trial import SAMPLE, try_once
+from sidelight.errors import SidelightError, did_you_mean
+from sidelight.prompts import EncodedPrompt, PromptEncoder, PromptFormat
+
+_BLOCKS_PER_WEIGHT = 16
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_NOT_READ = {
+    "keeps a state other than keys and values": (
+        "arwkv7 bailingmoe3 deepseek4 falcon-h1 glm5-next granitehybrid jamba kimi-k3 kimi-linear "
+        "lfm2 lfm2moe mamba mamba2 minimax-01 nemotron_h nemotron_h_moe plamo2 qwen35 qwen35moe "
+        "qwen3next qwen4exp rwkv6 rwkv6qwen2 rwkv7"
+    ),
+    "has an encoder": "t5 t5encoder",
+    "embeds texts and writes none": (
+        "bert eurobert gemma-embedding gemma-embedding2 jina-bert-v2 jina-bert-v3 llama-embed "
+        "modern-bert neo-bert nomic-bert nomic-bert-moe"
+    ),
+    "writes by diffusion": "dream llada llada-moe rnd1",
+    "reads images or sound": (
+        "chameleon clip cogvlm deepseek2-ocr hunyuan_vl paddleocr qwen2vl qwen3vl qwen3vlmoe"
+    ),
+}
+
+
+class LlamaBackbone:
+    """A frozen causal LM of a GGUF file.
+
+    Args:
+        path: The file.
+        name: Its name in messages and manifests; None: that of the file.
+        tokenizer: A folder or hub id of its tokenizer; None: the file's own.
+        prompt_format: As for ``load_backbone``.
+        threads: Threads that compute; None: one less than there are cores.
+
+    Attributes:
+        is_exact: Whether its weights are float32; keys and values are then, too.
+
+    Raises:
+        SidelightError: The file is damaged, no model whose states can be read, or not that of the
+            tokenizer.
+    """
+
+    engine = f"llama.cpp {PINNED}"
+    device = torch.device("cpu")
+    # A prompt at a time: on a CPU, several together are no faster.
+    batch_tokens = 1
+    can_share_prefixes = True
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str | None = None,
+        tokenizer: str | None = None,
+        prompt_format: PromptFormat | None = None,
+        threads: int | None = None,
+    ):
+        self.path, self.name, self.threads = path, name or path.name, threads
+        reader = _read(path)
+        self._architecture, config = _read_config(path, reader)
+        samples = {tensor.name: _sample(tensor) for tensor in reader.tensors}
+        checkpoint = Checkpoint(config, samples, _dtype(reader))
+        self.is_exact = checkpoint.dtype == "float32"
+        made = _tokenizer(path, tokenizer)
+        chosen = prompt_format or ("chat" if made.chat_template else "raw")
+        limit = int(config["context_length"])
+        self.encoder = PromptEncoder(made, prompt_format=chosen, max_tokens=limit)
+        self.fingerprint = fingerprint(
+            checkpoint,
+            made,
+            name=self.name,
+            prompt_format=chosen,
+            # Without what follows the last block, which llama.cpp does not give for every token.
+            layers=int(config["block_count"]),
+            width=int(config["embedding_length"]),
+        )
+        identity = f"{self.fingerprint.config} {self.fingerprint.weights} {path.stat().st_size}"
+        sample = try_once(path, self._architecture, identity)
+        _require_tokens(path, made, _value(reader, "tokenizer.ggml.tokens", []), sample)
+        self._tap: Tap | None = None
+        self._context: LlamaContext | None = None
+        self._prefix: tuple[int, ...] = ()
+
+    @cached_property
+    def model(self) -> LlamaModel:
+        """The file in llama.cpp, which is loaded when it is first asked for."""
+        return LlamaModel(self.path, self._architecture)
+
+    def context(self, *, sequences: int, positions: int) -> LlamaContext:
+        """Room for some texts of this file."""
+        return LlamaContext(
+            self.model,
+            sequences=sequences,
+            positions=positions,
+            is_exact=self.is_exact,
+            threads=self.threads,
+        )
+
+    @contextmanager
+    def tapped(self, tap: Tap) -> Generator[None]:
+        """As ``Backbone.tapped``."""
+        outer, self._tap = self._tap, tap
+        try:
+            yield
+        finally:
+            self._tap = outer
+
+    def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
+        """As ``Backbone.run``, for one prompt; of a long one, the tap sees part by part."""
+        (prompt,) = prompts
+        tokens = prompt.token_ids
+        if self._context is None or self._context.positions < len(tokens):
+            self._context, self._prefix = self.context(sequences=1, positions=len(tokens)), ()
+        if tokens[:after] != self._prefix:
+            self._context.forget(0)
+            self._prefix = ()
+            _exhaust(read_text(self._context, Slot(0), tokens[:after], None))
+            self._prefix = tokens[:after]
+        self._context.forget(0, start=after)
+        _exhaust(read_text(self._context, Slot(0, after), tokens[after:], self._tap))
+
+
+def _exhaust(parts: Generator[None, None, Tensor]) -> None:
+    for _ in parts:
+        pass
+
+
+def _read(path: Path) -> GGUFReader:
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise SidelightError(f"{path} is not a GGUF file. Give a file that ends by .gguf.")
+        return GGUFReader(path)
+    except OSError as error:
+        raise SidelightError(f"Cannot read {path}: {error.strerror}.") from error
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise SidelightError(f"{path} is not a whole GGUF file. Copy it again.") from error
+
+
+def _value(reader: GGUFReader, key: str, default: Any = None) -> Any:
+    field = reader.fields.get(key)
+    return default if field is None else field.contents()
+
+
+def _read_config(path: Path, reader: GGUFReader) -> tuple[str, dict[str, Any]]:
+    """The architecture, and what the header says of it.
+
+    Raises:
+        SidelightError: Its states cannot be read.
+    """
+    architecture = str(_value(reader, "general.architecture"))
+    start = f"{architecture}."
+    config = {
+        key.removeprefix(start): field.contents()
+        for key, field in reader.fields.items()
+        if key.startswith(start)
+    }
+    kind = _value(reader, "general.type", "model")
+    why = next((why for why, names in _NOT_READ.items() if architecture in names.split()), None)
+    if kind != "model":
+        why = f"is of type '{kind}', which is a part of a model (such as a LoRA adapter)"
+    elif _value(reader, "split.count", 1) > 1:
+        why = "is one of several parts; join them with llama-gguf-split --merge"
+    elif why is not None:
+        why = f"holds a model of the architecture '{architecture}', which {why}"
+    elif architecture not in BY_LAYER_INPUT | BY_CALLBACK:
+        known = did_you_mean(architecture, BY_LAYER_INPUT | BY_CALLBACK)
+        why = f"holds a model of the unknown architecture '{architecture}'.{known}"
+    elif config.get("nextn_predict_layers"):
+        why = "has layers that predict several tokens, whose states are not of its text"
+    elif any(tensor.name.startswith(("v.", "mm.")) for tensor in reader.tensors):
+        why = "holds an encoder of images beside its language model"
+    elif absent := {"block_count", "context_length", "embedding_length"} - {*config}:
+        why = f"says nothing of its {', '.join(sorted(absent))}"
+    if why is not None:
+        raise SidelightError(f"Probes cannot read {path}: it {why}.")
+    return architecture, {"architecture": architecture, **config}
+
+
+def _sample(tensor: ReaderTensor) -> tuple[tuple[int, ...], bytes]:
+    """Its shape; its type, and blocks that are spread over its length."""
+    blocks = tensor.data.reshape(-1).view(np.uint8)
+    blocks = blocks.reshape(-1, GGML_QUANT_SIZES[tensor.tensor_type][1])
+    chosen = blocks[:: max(1, len(blocks) // _BLOCKS_PER_WEIGHT)]
+    shape = tuple(int(size) for size in tensor.shape)
+    return shape, tensor.tensor_type.name.encode() + chosen.tobytes()
+
+
+def _dtype(reader: GGUFReader) -> str:
+    """The type of most values."""
+    values: Counter[str] = Counter()
+    for tensor in reader.tensors:
+        values[tensor.tensor_type.name] += int(tensor.n_elements)
+    name = values.most_common(1)[0][0]
+    return _DTYPES.get(name, name)
+
+
+def _tokenizer(path: Path, given: str | None) -> Any:
+    disable_progress_bar()
+    try:
+        if given is not None:
+            return AutoTokenizer.from_pretrained(given, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:
+        # Libraries below raise what they like.
+        what = f"'{given}' is no tokenizer" if given else f"{path} gives no tokenizer"
+        raise SidelightError(
+            f"{what} that transformers can read ({type(error).__name__}). Name the model's own, a "
+            "folder or hub id: --tokenizer NAME."
+        ) from error
+
+
+def _require_tokens(path: Path, tokenizer: Any, tokens: Sequence[str], sample: list[int]) -> None:
+    """Checks that a tokenizer cuts and numbers texts as llama.cpp does.
+
+    Args:
+        path: The file.
+        tokenizer: The tokenizer.
+        tokens: The file's vocabulary.
+        sample: The ids of ``SAMPLE`` by llama.cpp.
+
+    Raises:
+        SidelightError: It does not.
+    """
+    got = tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
+    added: dict[int, Any] = tokenizer.added_tokens_decoder
+    foreign = [i for i, token in added.items() if i < len(tokens) and tokens[i] != str(token)]
+    if got != sample or foreign:
+        what = f"token {foreign[0]} is '{added[foreign[0]]}'" if foreign else f"it gives {got[:8]}"
+        raise SidelightError(
+            f"The tokenizer does not belong to {path}: {what}, and llama.cpp says otherwise. Name "
+            "the model's own, a folder or hub id: --tokenizer NAME."
+        )

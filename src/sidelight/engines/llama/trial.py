@@ -1,0 +1,91 @@
+"""The first tokens of a GGUF file, read in a process of their own.
+
+llama.cpp ends the process where a file is not as it expects. What it has once read is not tried
+again: its result is kept by what identifies the file.
+"""
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from signal import Signals
+
+import numpy as np
+
+from sidelight.engines.llama.context import LlamaContext, LlamaModel
+from sidelight.engines.llama.library import PINNED, require_version
+from sidelight.errors import SidelightError
+from sidelight.fingerprint import hash_of
+from sidelight.smollm2 import cache_root
+from sidelight.storage import write_json
+
+SAMPLE = "I'm sure: 3.14159 of 2024's   users\n\n\tdon't read “übergroße” 你好 😀 == {x}\r\n"
+"""A text that tokenizers cut differently."""
+_TOKENS = 8
+# Weights of some types are multiplied by other code for one token than for several.
+_MOST_DIFFERENCE = 0.05
+
+
+def try_once(path: Path, architecture: str, identity: str) -> list[int]:
+    """The token ids of ``SAMPLE`` by llama.cpp, which has then read a few tokens of the file.
+
+    Args:
+        path: The file.
+        architecture: Its ``general.architecture``.
+        identity: What its header and weights say.
+
+    Raises:
+        SidelightError: llama.cpp is not installed, or cannot read the file.
+    """
+    require_version()
+    kept = cache_root() / "gguf" / f"{hash_of(PINNED, identity)}.json"
+    with suppress(OSError, ValueError):
+        return json.loads(kept.read_text("utf-8"))["sample"]
+    command = [sys.executable, "-m", __name__, str(path), architecture]
+    ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    said = ended.stderr.strip().splitlines()
+    if ended.returncode == 2 and said:
+        raise SidelightError(said[-1])
+    if ended.returncode:
+        signal = f" by {Signals(-ended.returncode).name}" if ended.returncode < 0 else ""
+        why = next((line for line in said if "GGML_ASSERT" in line), said[-1] if said else "")
+        raise SidelightError(
+            f"llama.cpp was ended{signal} while it read the first tokens of {path}, so the file is "
+            f"not served{': ' if why else ''}{why.strip()}. Use another file of this model."
+        )
+    result = json.loads(ended.stdout.splitlines()[-1])
+    write_json(kept, result)
+    return result["sample"]
+
+
+def _try(path: Path, architecture: str) -> list[int]:
+    """Reads tokens together, and one by one beside another text: the states must be the same."""
+    model = LlamaModel(path, architecture)
+    context = LlamaContext(model, sequences=2, positions=_TOKENS, threads=1)
+    sample = model.tokenize(SAMPLE)
+    tokens = sample[:_TOKENS]
+    count = len(tokens)
+    context.decode(tokens, range(count), [1] * count, outputs=[count - 1])
+    together = np.stack([rows.copy() for rows in context.rows()])
+    context.forget(1)
+    single: list[np.ndarray] = []
+    for position, token in enumerate(tokens):
+        context.decode([tokens[0], token], [position, position], [0, 1], outputs=[0, 1])
+        single.append(np.stack([rows[1] for rows in context.rows()]))
+    difference = np.linalg.norm(np.stack(single, 1) - together, axis=2)
+    size = np.linalg.norm(together, axis=2)
+    if not (np.isfinite(size) & (size > 0) & (difference <= _MOST_DIFFERENCE * size)).all():
+        raise SidelightError(
+            f"llama.cpp gives other states of {path} token by token than at once, or states that "
+            "are not finite, so no probe can read it. Use another file of this model."
+        )
+    return sample
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps({"sample": _try(Path(sys.argv[1]), sys.argv[2])}))
+    except SidelightError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,169 @@
+"""What is no GGUF file that probes can read is refused in one line, and ends no process."""
+
+import signal
+import sys
+
+import pytest
+from gguf import GGUFWriter
+
+from sidelight.engines.llama import library
+from sidelight.engines.llama.backbone import LlamaBackbone
+from sidelight.engines.llama.trial import try_once
+from sidelight.errors import SidelightError
+from worlds.gguf import CONFIGS, needs_llama, write_gguf
+from worlds.models import merging_tokenizer, tiny_backbone
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_backbone(CONFIGS["llama"])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
+    # Otherwise a debugger looks at what has ended.
+    monkeypatch.setenv("GGML_NO_BACKTRACE", "1")
+
+
+def refusal(path, **options):
+    with pytest.raises(SidelightError) as refused:
+        LlamaBackbone(path, **options)
+    message = str(refused.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+def header(path, architecture, **entries):
+    """A file that has no weights."""
+    writer = GGUFWriter(path, architecture)
+    for key, value in entries.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        add(key.replace("__", "."), value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_what_is_no_whole_gguf_file_is_refused(tiny, tmp_path):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    whole = path.read_bytes()
+    for size in (0, 3, 20, 400, 20_000, len(whole) - 5):
+        path.write_bytes(whole[:size])
+        assert ("not a GGUF file" if size < 4 else "not a whole GGUF file") in refusal(path)
+    path.write_bytes(b"PK" + whole)
+    assert "not a GGUF file" in refusal(path)
+    assert "No such file" in refusal(tmp_path / "absent.gguf")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "entries", "why"),
+    [
+        ("mamba", {}, "keeps a state other than keys and values"),
+        ("lfm2", {}, "keeps a state other than keys and values"),
+        ("t5", {}, "has an encoder"),
+        ("bert", {}, "embeds texts and writes none"),
+        ("llada", {}, "writes by diffusion"),
+        ("clip", {}, "reads images or sound"),
+        ("lama", {}, "unknown architecture 'lama'. Did you mean 'llama'?"),
+        ("llama", {"general__type": "adapter"}, "such as a LoRA adapter"),
+        ("llama", {"split__count": 3}, "one of several parts"),
+        ("llama", {"llama__nextn_predict_layers": 1}, "predict several tokens"),
+        ("llama", {}, "says nothing of its block_count, context_length, embedding_length"),
+    ],
+)
+def test_a_model_whose_states_cannot_be_read_is_refused_by_name(
+    tmp_path, architecture, entries, why
+):
+    assert why in refusal(header(tmp_path / "model.gguf", architecture, **entries))
+
+
+@needs_llama
+def test_a_file_that_ends_llama_cpp_ends_no_other_process(tmp_path):
+    tiny = tiny_backbone(CONFIGS["qwen2"])
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "qwen2", tiny.tokenizer)
+    with pytest.raises(SidelightError) as refused:
+        # This architecture has what its file does not give.
+        try_once(path, "qwen3", "this file")
+    message = str(refused.value)
+    assert f"ended by {signal.SIGABRT.name} while it read the first tokens of {path}" in message
+    assert "GGML_ASSERT(t_layer_inp[il] != nullptr" in message
+    assert "\n" not in message
+    # Only the result of a file that was read is kept.
+    assert try_once(path, "qwen2", "this file")
+
+
+@needs_llama
+def test_a_file_is_tried_once(tiny, tmp_path, monkeypatch):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    sample = try_once(path, "llama", "this file")
+    monkeypatch.setattr(sys, "executable", "/absent")
+    assert try_once(path, "llama", "this file") == sample
+    with pytest.raises(FileNotFoundError):
+        try_once(path, "llama", "another file")
+
+
+@needs_llama
+def test_weights_that_llama_cpp_does_not_find_are_named(tiny, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny.model, path, "llama", tiny.tokenizer, **{"llama.block_count": 4})
+    assert "cannot load" in (message := refusal(path))
+    assert "blk.3.attn_norm.weight" in message
+
+
+@needs_llama
+def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    tiny.tokenizer.save_pretrained(tmp_path / "own")
+    backbone = LlamaBackbone(path, tokenizer=str(tmp_path / "own"))
+    assert backbone.encoder.tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
+    merging_tokenizer(None).save_pretrained(tmp_path / "other")
+    message = refusal(path, tokenizer=str(tmp_path / "other"))
+    assert "does not belong to" in message
+    assert "--tokenizer" in message
+    with pytest.raises(SidelightError, match="absent' is no tokenizer"):
+        LlamaBackbone(path, tokenizer=str(tmp_path / "absent"))
+
+
+@needs_llama
+def test_a_file_without_a_tokenizer_that_transformers_reads_asks_for_one(tiny, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny.model, path, "llama", tiny.tokenizer, **{"tokenizer.ggml.model": "rwkv"})
+    assert "--tokenizer" in refusal(path)
+
+
+@pytest.mark.parametrize("installed", ["2026.1.9000", None])
+def test_another_version_of_llama_cpp_is_refused_by_name(tmp_path, monkeypatch, installed):
+    if installed is None:
+        monkeypatch.setattr(sys, "path", [])
+    else:
+        folder = tmp_path / f"xllamacpp-{installed}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Name: xllamacpp\nVersion: {installed}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SidelightError) as refused:
+        library.require_version()
+    message = str(refused.value)
+    assert library.PINNED in message
+    assert (installed or "pip install 'sidelight[gguf]'") in message
+
+
+@needs_llama
+def test_a_structure_that_another_build_lays_out_differently_is_refused(monkeypatch):
+    defaults = library._DEFAULTS["llama_context_default_params"]
+    monkeypatch.setitem(defaults, "n_batch", 4096)
+    with pytest.raises(SidelightError, match="gives 2048 for n_batch by default instead of 4096"):
+        library.load_library.__wrapped__()
+    monkeypatch.setitem(defaults, "n_batch", 2048)
+
+    class Longer(library.ContextParams):
+        _fields_ = (("more", library.c.c_void_p * 2),)
+
+    signature = (Longer, [])
+    monkeypatch.setitem(library._SIGNATURES, "llama_context_default_params", signature)
+    if library.platform.machine() == "x86_64":
+        with pytest.raises(SidelightError, match=r"writes 168 bytes .* instead of 184"):
+            library.load_library.__wrapped__()
