@@ -1,17 +1,21 @@
-"""A probe as a file, with its manifest in the header. Nothing is unpickled."""
+"""A probe as a file, with its manifest in the header. Nothing is unpickled.
+
+Also the check that a probe which is loaded gives verdicts.
+"""
 
 import hashlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sidelight.bank import gives_verdicts
-from sidelight.errors import SidelightError
+from sidelight.bank import Bank
+from sidelight.errors import SidelightError, VerdictError
 from sidelight.manifest import (
     CARD,
     FORMAT_VERSION,
@@ -25,10 +29,17 @@ from sidelight.manifest import (
 )
 from sidelight.mechanisms.base import Geometry, build_mechanism, labels_tokens, mechanism_spec
 from sidelight.probe import Probe
+from sidelight.prompts import Part
 from sidelight.standardisation import Standardisation
 from sidelight.storage import only_writer, replacing, sync
 
 _PARAMETER = "mechanism."
+# The parts of a made-up text, and how many standard deviations its states are from the mean one. An
+# attention sink has a hundred times the norm of other tokens.
+_PARTS = bytes([Part.PROMPT, Part.RESPONSE] * 4)
+_DEVIATIONS = (0.0, 1.0, 100.0)
+# States of a language model deviate by this much in some dimensions.
+_ORDINARY = 10.0
 
 
 def save_probe(probe: Probe, directory: Path) -> Path:
@@ -126,6 +137,41 @@ def _checked(manifest: Manifest, content: bytes, directory: Path) -> Probe:
             "are so large that sums overflow",
         )
     return probe
+
+
+@torch.inference_mode()
+def gives_verdicts(probe: Probe, *, device: torch.device | str = "cpu") -> bool:
+    """Whether a probe judges made-up texts, as it cannot if its weights are not finite or enormous.
+
+    Their states are random and have the mean and the deviations of those that it was trained on, or
+    ordinary deviations where those are smaller. They take the way of all others: the folded
+    projection in float32, mechanism, calibration.
+
+    Args:
+        probe: To be served.
+        device: Where the backbone's hidden states are.
+    """
+    # The kernel of attention may take a weight that is not a number for none.
+    if not all(bool(weights.isfinite().all()) for weights in probe.mechanism.parameters()):
+        return False
+    bank, scaling = Bank([probe], device=device), probe.standardisation
+    tap, generator = bank.tap(), torch.Generator().manual_seed(0)
+    # The scale of a layer of weight 0 is infinite.
+    scales = torch.where(scaling.scale.isfinite(), scaling.scale, 1).clamp(min=_ORDINARY)
+    for layer, (mean, scale) in enumerate(zip(scaling.mean, scales, strict=True)):
+        noise = torch.randn(len(_DEVIATIONS), len(_PARTS), len(mean), generator=generator)
+        deviations = torch.tensor(_DEVIATIONS)[:, None, None] * noise
+        tap(layer, (mean.cpu() + scale.cpu() * deviations).to(device))
+    parts = [_PARTS] * len(_DEVIATIONS)
+    try:
+        for text in bank.prompt_logits(tap.projected().flatten(0, 1), parts)[0]:
+            numbers = [*probe.text_verdict(text).probabilities.values()]
+            numbers += [] if text.tokens is None else text.tokens.flatten().tolist()
+            if not np.isfinite(numbers).all():
+                return False
+    except VerdictError:
+        return False
+    return True
 
 
 def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:

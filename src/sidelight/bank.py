@@ -22,20 +22,13 @@ from sidelight.errors import SidelightError, VerdictError
 from sidelight.explanation import Explanation, explain
 from sidelight.manifest import require_distinct_names
 from sidelight.probe import Probe, ProbeOutput
-from sidelight.prompts import EncodedPrompt, Part, Reads, Unit, judged_units, read_tokens, tool_rows
+from sidelight.prompts import EncodedPrompt, Reads, Unit, judged_units, read_tokens, tool_rows
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement, TokenLabel, Verdict
 
 NUMBERS_AT_ONCE = 2**21
 """Most numbers that are summarised in one call; more would not fit a processor's cache."""
-
-# The parts of a made-up text, and how many standard deviations its states are from the mean one. An
-# attention sink has a hundred times the norm of other tokens.
-_PARTS = bytes([Part.PROMPT, Part.RESPONSE] * 4)
-_DEVIATIONS = (0.0, 1.0, 100.0)
-# States of a language model deviate by this much in some dimensions.
-_ORDINARY = 10.0
 
 
 @dataclass(frozen=True)
@@ -118,10 +111,6 @@ class _ProbeGroup:
             for piece in side_by_side.split(layers_at_once, 1)
         ]
         return Ragged.one_row_each(torch.cat(states, 1))
-
-    def merge(self, left: Ragged, right: Ragged) -> Ragged:
-        """The state of each segment's two runs of tokens together."""
-        return self.mechanisms[0].merge(left, right)
 
     def logits(self, state: Ragged) -> list[Float[Tensor, "segment output"]]:
         """The logits of each probe of the group."""
@@ -213,7 +202,7 @@ class Bank:
     def merge(self, left: BankState, right: BankState) -> BankState:
         """The state of each request after both its runs of tokens."""
         pairs = zip(self._groups, left.states, right.states, strict=True)
-        return BankState(tuple(group.merge(a, b) for group, a, b in pairs))
+        return BankState(tuple(group.mechanisms[0].merge(a, b) for group, a, b in pairs))
 
     @torch.inference_mode()
     def logits(self, state: BankState) -> list[np.ndarray]:
@@ -488,38 +477,3 @@ def _groups(probes: Sequence[Probe], widths: Sequence[int]) -> list[_ProbeGroup]
     return [
         _ProbeGroup(members, [probes[index] for index in members]) for members in indices.values()
     ]
-
-
-@torch.inference_mode()
-def gives_verdicts(probe: Probe, *, device: torch.device | str = "cpu") -> bool:
-    """Whether a probe judges made-up texts, as it cannot if its weights are not finite or enormous.
-
-    Their states are random and have the mean and the deviations of those that it was trained on, or
-    ordinary deviations where those are smaller. They take the way of all others: the folded
-    projection in float32, mechanism, calibration.
-
-    Args:
-        probe: To be served.
-        device: Where the backbone's hidden states are.
-    """
-    # The kernel of attention may take a weight that is not a number for none.
-    if not all(bool(weights.isfinite().all()) for weights in probe.mechanism.parameters()):
-        return False
-    bank, scaling = Bank([probe], device=device), probe.standardisation
-    tap, generator = bank.tap(), torch.Generator().manual_seed(0)
-    # The scale of a layer of weight 0 is infinite.
-    scales = torch.where(scaling.scale.isfinite(), scaling.scale, 1).clamp(min=_ORDINARY)
-    for layer, (mean, scale) in enumerate(zip(scaling.mean, scales, strict=True)):
-        noise = torch.randn(len(_DEVIATIONS), len(_PARTS), len(mean), generator=generator)
-        deviations = torch.tensor(_DEVIATIONS)[:, None, None] * noise
-        tap(layer, (mean.cpu() + scale.cpu() * deviations).to(device))
-    parts = [_PARTS] * len(_DEVIATIONS)
-    try:
-        for text in bank.prompt_logits(tap.projected().flatten(0, 1), parts)[0]:
-            numbers = [*probe.text_verdict(text).probabilities.values()]
-            numbers += [] if text.tokens is None else text.tokens.flatten().tolist()
-            if not np.isfinite(numbers).all():
-                return False
-    except VerdictError:
-        return False
-    return True

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from sidelight.bank import gives_verdicts
+from sidelight.artifact import gives_verdicts
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
 from sidelight.explanation import Explanation
 from sidelight.fingerprint import Fingerprint
