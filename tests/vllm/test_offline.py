@@ -137,26 +137,26 @@ def test_hidden_states_that_were_not_written_are_an_error(source, backbone, tmp_
 
 
 def test_a_text_that_leaves_no_room_is_refused_before_vllm_starts(backbone, llama_model):
+    from sidelight.data.examples import as_example
     from sidelight.errors import ContextLengthError
-    from sidelight.training.classifier import Classifier
-    from sidelight.vllm.offline import predict
+    from sidelight.vllm.engine import predict
 
-    probe = llama_model.probes[0]
-    with pytest.raises(ContextLengthError, match="at most 511"):
-        predict(Classifier(backbone, probe), ["x" * 600], options={"max_model_len": 512})
+    probe, texts = llama_model.probes[0], [as_example("x" * 600)]
+    with pytest.raises(ContextLengthError, match=r"Text 1: .* at most 511"):
+        predict(probe, texts, model=backbone.name, options={"max_model_len": 512})
 
 
 def test_words_of_texts_are_labelled_as_by_transformers(backbone):
     from sidelight.data.examples import as_example
-    from sidelight.training.classifier import Classifier
     from sidelight.training.judging import find_spans
-    from sidelight.vllm.offline import predict
+    from sidelight.vllm.engine import predict
 
     probe = spans_probe(backbone, "words", threshold=0.7)
     texts = ["Ann Lee and Bo came to Rome", "400 more, é李 in a lake", "yes"]
-    _, expected = find_spans(backbone, probe, [as_example(text) for text in texts])
+    examples = [as_example(text) for text in texts]
+    _, expected = find_spans(backbone, probe, examples)
     assert sum(map(len, expected)) > 3
-    verdicts = predict(Classifier(backbone, probe), texts, options=OPTIONS)
+    verdicts = predict(probe, examples, model=backbone.name, options=OPTIONS)
     for verdict, spans in zip(verdicts, expected, strict=True):
         assert verdict.spans == tuple(spans)
         scores = [span.probability for span in verdict.spans]

@@ -45,7 +45,13 @@ from sidelight.errors import SidelightError
     help="Folder for the newest probe. [default: --out without its ending, and -probe]",
 )
 @options.limit
-@options.memory
+@click.option(
+    "--memory",
+    type=click.FloatRange(min=0.01),
+    default=1.0,
+    metavar="GIB",
+    help="The most memory that hidden states may take, above the model.",
+)
 @click.option("--cache", type=options.PATH, help="Folder for what was read. [default: the user's]")
 @options.free_port
 @options.backbone

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from sidelight.data.examples import Example
     from sidelight.data.loading import OnMissingLabel
+    from sidelight.engines.parity import Difference
     from sidelight.explanation import Explanation
+    from sidelight.manifest import Manifest
     from sidelight.prompts import Message
     from sidelight.types import Span, Verdict
 
@@ -67,17 +69,10 @@ def evaluate(
     from sidelight.manifest import read_manifest
     from sidelight.training.validation import require_side
 
-    if plots is not None:
-        # If matplotlib is missing, say so before the backbone runs.
-        import_module("sidelight.plots")
     # Before imports that take seconds: a wrong file or column is refused at once.
     manifest = read_manifest(probe)
-    if plots is not None and manifest.spans is not None:
-        raise SidelightError(
-            f"--plots draws verdicts on whole texts, but '{manifest.name}' labels spans. Leave it "
-            "out, or draw spans and the worst texts by the laboratory: sidelight anatomy PROBE "
-            "--data FILE --out FOLDER."
-        )
+    if plots is not None:
+        _require_plots(manifest)
     labels = {"label": label, "on_missing_label": missing_label}
     columns |= labels if manifest.spans is None else {"spans": spans}
     examples = load_examples(data, task=manifest.task, **columns)
@@ -85,10 +80,8 @@ def evaluate(
     options.announce("Loading the model")
     from sidelight.cli.show import print_assessment
     from sidelight.training.assessment import assess
-    from sidelight.training.classifier import load
 
-    classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
-    assessment = assess(classifier, examples)
+    assessment = assess(runtime.load_classifier(probe), examples)
     options.warn(assessment.warnings)
     if out is not None:
         write_json(out, assessment.to_dict())
@@ -98,6 +91,17 @@ def evaluate(
         click.echo(json.dumps(assessment.to_dict(), indent=2))
         return
     print_assessment(assessment)
+
+
+def _require_plots(manifest: "Manifest") -> None:
+    """Refuses plots that cannot be drawn, before the backbone runs."""
+    import_module("sidelight.plots")
+    if manifest.spans is not None:
+        raise SidelightError(
+            f"--plots draws verdicts on whole texts, but '{manifest.name}' labels spans. Leave it "
+            "out, or draw spans and the worst texts by the laboratory: sidelight anatomy PROBE "
+            "--data FILE --out FOLDER."
+        )
 
 
 @click.command(
@@ -145,14 +149,7 @@ def predict(
         from sidelight.engines.base import NotExplainedError
 
         raise NotExplainedError()
-    if not texts and data is None:
-        raise SidelightError(
-            "There is no text to judge. Write texts after the probe, or name a file with --data."
-        )
-    if texts and data is not None:
-        raise SidelightError("Got texts and a file of texts (--data). Leave one of them out.")
-    if data is not None:
-        options.announce(f"Reading {data}")
+    _require_texts(texts, data)
     from sidelight.manifest import read_manifest
     from sidelight.training.validation import require_side
 
@@ -167,41 +164,52 @@ def predict(
     items = _read_texts(texts, data, columns)
     require_side(manifest, items)
     options.announce("Loading the model")
-    from sidelight.training.classifier import load
-
-    classifier = load(
-        probe,
-        model=runtime.model,
-        dtype=runtime.dtype,
-        device=runtime.backbone_device,
-        for_reading=runtime.for_reading,
-    )
-    on_terminal, task = out is None and sys.stdout.isatty(), classifier.probe.task
+    on_terminal, task = out is None and sys.stdout.isatty(), manifest.task
     lines: Iterable[Mapping[str, Any]]
     if explains:
-        explained = ((item, classifier.explain(item)) for item in items)
+        explained = map(runtime.load_classifier(probe).explain, items)
         if on_terminal:
-            for item, explanation in explained:
-                click.echo(why(item, explanation))
+            for each in zip(items, explained, strict=True):
+                click.echo(why(*each))
             return
-        lines = (
-            {**explanation.verdict.to_dict(), "explanation": explanation.to_dict()}
-            for _, explanation in explained
-        )
+        lines = ({**each.verdict.to_dict(), "explanation": each.to_dict()} for each in explained)
     else:
-        if runtime.engine == "vllm":
-            from sidelight.vllm.offline import predict as predict_by_vllm
-
-            verdicts = predict_by_vllm(classifier, items, options=runtime.engine_option)
-        else:
-            verdicts = classifier.predict(items)
+        verdicts = _verdicts(probe, items, runtime)
         if prints_spans or (labels_spans and on_terminal):
             _print_spans(items, verdicts, task.labels)
             return
         lines = (verdict.to_dict() for verdict in verdicts)
     if task.kind == "multiclass":
-        click.echo(f"'{classifier.probe.name}' flags {task.flags}.", err=True)
+        click.echo(f"'{manifest.name}' flags {task.flags}.", err=True)
     _write_lines(lines, out)
+
+
+def _require_texts(texts: Sequence[str], data: str | None) -> None:
+    """Refuses a call without texts, or with texts of two kinds; says which file is read."""
+    if not texts and data is None:
+        raise SidelightError(
+            "There is no text to judge. Write texts after the probe, or name a file with --data."
+        )
+    if texts and data is not None:
+        raise SidelightError("Got texts and a file of texts (--data). Leave one of them out.")
+    if data is not None:
+        options.announce(f"Reading {data}")
+
+
+def _verdicts(
+    probe: Path, items: "Sequence[Example]", runtime: options.Runtime
+) -> "Sequence[Verdict]":
+    """The verdict on each text, by the engine that is named."""
+    if runtime.engine == "transformers":
+        return runtime.load_classifier(probe).predict(items)
+    from sidelight.artifact import load_probe
+    from sidelight.vllm.engine import predict as predict_by_vllm
+
+    loaded = load_probe(probe)
+    model = runtime.model_of([loaded])
+    return predict_by_vllm(
+        loaded, items, model=model, dtype=runtime.dtype, options=runtime.engine_option
+    )
 
 
 def _read_texts(
@@ -342,21 +350,13 @@ def parity(
     from sidelight.data.loading import load_examples
     from sidelight.manifest import read_manifest
 
-    names = [name.strip() for name in engines.split(",")]
-    if not {*names} <= {"transformers", "vllm"}:
-        raise SidelightError(f"Cannot compare '{engines}'. Choose from transformers, vllm.")
+    compared = _runtimes(engines, quantised, engine_option, model)
     late = [m.name for m in map(read_manifest, probes) if m.reads.includes_response]
     if late and response is None:
         raise SidelightError(
             f"{', '.join(late)} reads responses, so there would be nothing to compare. Name the "
             "column of the answers with --response."
         )
-    runtimes = {
-        "transformers": partial(options.Runtime, **model),
-        "vllm": partial(options.Runtime, engine="vllm", engine_option=engine_option, **model),
-    }
-    compared = {name: runtimes[name]() for name in names}
-    of_copy = None if quantised is None else runtimes["vllm"](model=quantised)
     examples = load_examples(data, text=text, label=None, response=response)
     from sidelight.artifact import load_probe
     from sidelight.engines.parity import compare_engines
@@ -365,16 +365,34 @@ def parity(
     loaded = [load_probe(probe) for probe in probes]
     drawn = examples.draw(limit or len(examples), seed=0)
     texts = [_turns(examples.items[row]) for row in drawn]
-    if of_copy is not None and "vllm" in compared:
+    if quantised is not None and "vllm" in compared:
         # What quantises the copy must leave the original as it is.
         original = {k: v for k, v in engine_option.items() if k not in QUANTISING}
         compared["vllm"] = replace(compared["vllm"], engine_option=original)
     makers = {name: partial(each.load_engine, loaded) for name, each in compared.items()}
-    if of_copy is not None:
-        makers["quantised"] = partial(of_copy.load_engine, loaded)
     differences = compare_engines(makers, texts)
     if out is not None:
         write_json(out, [asdict(difference) for difference in differences])
+    _print_differences(differences, gate)
+
+
+def _runtimes(
+    engines: str, quantised: str | None, engine_option: dict[str, Any], model: Mapping[str, Any]
+) -> dict[str, options.Runtime]:
+    """What runs each of the engines that are compared, and the quantised copy."""
+    names = [name.strip() for name in engines.split(",")]
+    if not {*names} <= {"transformers", "vllm"}:
+        raise SidelightError(f"Cannot compare '{engines}'. Choose from transformers, vllm.")
+    vllm = partial(options.Runtime, engine="vllm", engine_option=engine_option)
+    makers = {"transformers": options.Runtime, "vllm": vllm}
+    runtimes = {name: makers[name](**model) for name in names}
+    if quantised is not None:
+        runtimes["quantised"] = vllm(**{**model, "model": quantised})
+    return runtimes
+
+
+def _print_differences(differences: "Sequence[Difference]", gate: float | None) -> None:
+    """Prints the differences, and ends the command if too many verdicts differ for the gate."""
     for difference in differences:
         click.echo(
             f"{difference.probe:<20} {difference.between:<32} largest {difference.largest:.2e}, "

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sidelight.engines.base import Engine
     from sidelight.probe import Probe
     from sidelight.states.extraction import StateSource
+    from sidelight.training.classifier import Classifier
     from sidelight.training.settings import FitOptions
 
 
@@ -151,6 +152,12 @@ class Runtime:
             for_reading=self.for_reading,
             **more,
         )
+
+    def load_classifier(self, probe: Path) -> "Classifier":
+        """A saved probe on its backbone in transformers."""
+        from sidelight.training.classifier import load
+
+        return load(probe, model=self.model, dtype=self.dtype, device=self.device)
 
     def model_of(self, probes: "Sequence[Probe]") -> str:
         """The named model, or that of the first probe.
@@ -324,13 +331,6 @@ limit = click.option(
     "--limit",
     type=click.IntRange(min=2),
     help="Use N rows, drawn at random; each class keeps its share.",
-)
-memory = click.option(
-    "--memory",
-    type=click.FloatRange(min=0.01),
-    default=1.0,
-    metavar="GIB",
-    help="The most memory that hidden states may take, above the model.",
 )
 threshold = partial(
     click.option,

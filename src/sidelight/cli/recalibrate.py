@@ -11,7 +11,9 @@ from sidelight.cli import options
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
+    from sidelight.data.examples import LabelledExamples
     from sidelight.data.loading import OnMissingLabel
+    from sidelight.manifest import Manifest
     from sidelight.probe import Probe
     from sidelight.training.recalibration import Recalibrated
 
@@ -56,8 +58,7 @@ def recalibrate(
     from sidelight.manifest import read_manifest, require_free, require_name
     from sidelight.thresholds import ThresholdRule
     from sidelight.training.recalibration import recalibrate as refit
-    from sidelight.training.recalibration import require_new_texts, require_recalibratable
-    from sidelight.training.validation import require_side
+    from sidelight.training.recalibration import require_recalibratable
 
     rule = None if threshold is None else ThresholdRule.parse(threshold)
     if data is None and rule is None:
@@ -74,14 +75,7 @@ def recalibrate(
     require_recalibratable(manifest, rule, by_texts=data is not None)
     examples = None
     if data is not None:
-        options.announce(f"Reading {data}")
-        from sidelight.data.loading import load_examples
-
-        examples = load_examples(
-            data, task=manifest.task, on_missing_label=missing_label, **columns
-        )
-        require_side(manifest, examples.items)
-        require_new_texts(manifest, examples)
+        examples = _new_texts(data, manifest, on_missing_label=missing_label, **columns)
     options.announce("Loading the probe" if examples is None else "Loading the model")
     from sidelight.artifact import load_probe, save_probe
 
@@ -89,19 +83,30 @@ def recalibrate(
     if examples is None:
         made = refit(loaded, rule=rule)
     else:
-        from sidelight.training.classifier import load
-
-        classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
-        made = refit(loaded, examples, classifier.logits(examples.items), rule=rule)
+        logits = runtime.load_classifier(probe).logits(examples.items)
+        made = refit(loaded, examples, logits, rule=rule)
         options.warn(examples.warnings)
     options.warn(made.warnings)
     save_probe(made.probe if name is None else replace(made.probe, name=name), folder)
     if as_json:
         entry = made.probe.record["recalibrations"][-1]
         click.echo(json.dumps({"out": str(folder), **entry}, indent=2))
-        return
-    _print_recalibration(loaded, made)
-    click.echo(f"Saved to {folder}")
+    else:
+        _print_recalibration(loaded, made)
+        click.echo(f"Saved to {folder}")
+
+
+def _new_texts(data: str, manifest: "Manifest", **columns: Any) -> "LabelledExamples":
+    """The labelled texts, which the probe can judge and was not trained on."""
+    options.announce(f"Reading {data}")
+    from sidelight.data.loading import load_examples
+    from sidelight.training.recalibration import require_new_texts
+    from sidelight.training.validation import require_side
+
+    examples = load_examples(data, task=manifest.task, **columns)
+    require_side(manifest, examples.items)
+    require_new_texts(manifest, examples)
+    return examples
 
 
 def _print_recalibration(before: "Probe", made: "Recalibrated") -> None:

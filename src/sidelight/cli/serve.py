@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -68,13 +69,8 @@ def serve(context: click.Context, **values: Any) -> None:
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
         }
     )
-    runtime = options.Runtime(
-        model=config.model,
-        dtype=config.dtype,
-        device=config.device,
-        engine=config.engine,
-        engine_option=config.engine_option,
-    )
+    names = {field.name for field in fields(options.Runtime)}
+    runtime = options.Runtime(**config.model_dump(include=names))
     # Before imports that take seconds: what is wrong with files and folders is refused at once.
     require_distinct_names(read_manifest(folder) for folder in config.probe)
     policy, _ = config.loaded_policy, config.access

@@ -290,7 +290,6 @@ def load(
     model: str | Path | TransformersBackbone | None = None,
     dtype: DtypeName = "auto",
     device: str = "auto",
-    for_reading: bool = True,
 ) -> Classifier:
     """A saved probe on its backbone.
 
@@ -299,7 +298,6 @@ def load(
         model: The backbone, or its name; None takes the name it was trained under.
         dtype: The dtype of a backbone that is loaded, as ``load_backbone`` takes it.
         device: Its device, as ``load_backbone`` takes it.
-        for_reading: As for ``load_backbone``; false if another engine runs the model.
 
     Raises:
         FingerprintMismatchError: ``model`` is another backbone.
@@ -315,7 +313,7 @@ def load(
             dtype=dtype,
             device=device,
             prompt_format=probe.prompt_format,
-            for_reading=for_reading,
+            for_reading=True,
         )
     )
     probe.fingerprint.require(backbone.fingerprint, probe=probe.name)

@@ -7,9 +7,9 @@ columns of every token by KV slot, and ``worker`` judges.
 ``requests`` has what travels with a request, and the scheduler's side of it; ``connector`` puts
 verdicts on vLLM's outputs, and ``outputs`` hears them. ``guard`` enforces the policy in vLLM's own
 server: ``recogniser`` finds the turns of prompts, ``answers`` has what may be sent, ``endpoint``
-adds to HTTP answers, and ``server`` starts it. ``engine`` judges conversations and replaces the
-probes, and ``lock`` lets requests and changes of them take turns. ``offline`` judges many texts and
-keeps hidden states for training.
+adds to HTTP answers, and ``server`` starts it. ``engine`` judges texts and replaces the probes,
+and ``lock`` lets requests and changes of them take turns. ``offline`` keeps hidden states for
+training.
 Everything is kept by KV slot, never by request. ``docs/vllm.md`` says what is supported.
 """
 

@@ -1,4 +1,4 @@
-"""Verdicts on conversations through vLLM, and how its probes are replaced."""
+"""Verdicts on texts through vLLM, and how its probes are replaced."""
 
 # pyright: reportMissingImports=false
 
@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from sidelight.artifact import save_probe
 from sidelight.backbone import read_backbone
+from sidelight.data.examples import Example, located
 from sidelight.engines.base import (
     Engine,
     EngineBusyError,
@@ -24,6 +25,7 @@ from sidelight.engines.base import (
     PromptJudged,
     require_same_model,
     require_verdicts,
+    verdict_failure,
 )
 from sidelight.engines.marks import labels_spans, mark_text
 from sidelight.engines.text import TextCodec
@@ -32,7 +34,7 @@ from sidelight.fingerprint import Fingerprint
 from sidelight.manifest import read_manifest
 from sidelight.probe import Probe, common_format
 from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncoder, has_response
-from sidelight.types import Judgement
+from sidelight.types import Judgement, Verdict
 from sidelight.vllm.internals import guesses_responses
 from sidelight.vllm.lock import ProbeLock, ProbeSet
 from sidelight.vllm.outputs import OutputListener, early_names
@@ -41,6 +43,7 @@ from sidelight.vllm.settings import (
     KEY,
     Served,
     identity_of,
+    longest,
     require_options,
     require_vllm,
 )
@@ -242,7 +245,7 @@ class VllmEngine(Engine):
             prompts = await self._codec.in_thread(
                 conversations, lambda: [*map(encode, conversations)]
             )
-            judged = await self._check_all(prompts, begun.identity)
+            judged = await self.check_all(prompts, begun.identity)
         early, every = early_names(probes), {probe.name for probe in probes}
         events: list[PromptJudged] = []
         for turns, prompt, judgement in zip(conversations, prompts, judged, strict=True):
@@ -251,8 +254,10 @@ class VllmEngine(Engine):
             events.append(PromptJudged(said, is_plain=prompt.is_plain, tokens=len(prompt)))
         return events
 
-    async def _check_all(self, prompts: Sequence[EncodedPrompt], identity: str) -> list[Judgement]:
-        """In order. Of a long list only some are in vLLM at once, so that others get in.
+    async def check_all(self, prompts: Sequence[EncodedPrompt], identity: str) -> list[Judgement]:
+        """Their judgements, in order, by the probes of this identity.
+
+        Of a long list only some are in vLLM at once, so that others get in.
 
         Raises:
             EngineBusyError: Too many wait. A list longer than the limit can only enter if nobody
@@ -350,3 +355,48 @@ def load_vllm_engine(
         fingerprint=served.fingerprint,
         identity=identity,
     )
+
+
+def predict(
+    probe: Probe,
+    texts: Sequence[Example],
+    *,
+    model: str,
+    dtype: str = "auto",
+    options: Mapping[str, Any] | None = None,
+) -> list[Verdict]:
+    """The verdicts of ``Classifier.predict``, by an engine that runs for these texts alone.
+
+    Other arguments are those of ``load_vllm_engine``, but ``auto`` keeps the dtype of the weights.
+
+    Raises:
+        ContextLengthError: A text leaves no room for the token that vLLM always writes.
+        VerdictError: A verdict cannot be computed.
+        SidelightError: As for ``load_vllm_engine``, or vLLM stops.
+    """
+    backbone = read_backbone(model, prompt_format=common_format([probe]))
+    prompt_format, most = backbone.encoder.prompt_format, longest(backbone.encoder, options or {})
+    # A text that vLLM cannot read is refused before it starts.
+    encoder = PromptEncoder(backbone.tokenizer, prompt_format=prompt_format, max_tokens=most)
+    prompts: list[EncodedPrompt] = []
+    for index, text in enumerate(texts):
+        with located(text, index):
+            has_spans = probe.spans is not None
+            prompts.append(encoder.encode(text.conversation, text.response, with_places=has_spans))
+    dtype = backbone.fingerprint.dtype if dtype == "auto" else dtype
+    engine = load_vllm_engine(model, [probe], dtype=dtype, options=options)
+
+    async def judged() -> list[Judgement]:
+        await engine.start()
+        try:
+            async with engine.serving() as served:
+                return await engine.check_all(prompts, served.identity)
+        finally:
+            await engine.close()
+
+    verdicts: list[Verdict] = []
+    for prompt, judgement in zip(prompts, asyncio.run(judged()), strict=True):
+        if judgement.failed:
+            raise verdict_failure(judgement.failed)
+        verdicts += mark_text(judgement, [probe], prompt).verdicts
+    return verdicts

@@ -1,4 +1,4 @@
-"""vLLM without a server: verdicts on many texts, and hidden states for training.
+"""vLLM without a server: hidden states for training.
 
 So a probe that vLLM will serve can be trained on vLLM's own hidden states. They are kept by KV slot
 like columns, which they take the place of in a ``StateWorker``. When vLLM has read a text, each
@@ -9,7 +9,6 @@ worker writes the states of its layers to a file, whose name the request says.
 
 import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,20 +19,23 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.examples import Example, as_example
-from sidelight.engines.marks import mark_text
-from sidelight.errors import ContextLengthError, SidelightError, VerdictError
-from sidelight.progress import Progress, progress
+from sidelight.errors import SidelightError
+from sidelight.progress import Progress
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.states.cache import ActivationCache
-from sidelight.training.classifier import Classifier
-from sidelight.training.judging import encode
-from sidelight.types import Judgement, Verdict
+from sidelight.types import Judgement
 from sidelight.vllm.columns import Reading, Stage
-from sidelight.vllm.requests import read_report, request_params
-from sidelight.vllm.settings import DESCRIBED, KEY, STATES, Served, require_options, require_vllm
+from sidelight.vllm.requests import request_params
+from sidelight.vllm.settings import (
+    DESCRIBED,
+    KEY,
+    STATES,
+    Served,
+    longest,
+    require_options,
+    require_vllm,
+)
 from sidelight.vllm.worker import Worker, log
 
 # How much vLLM is given, in full steps: one runs while the next waits, so that none is half empty.
@@ -128,67 +130,6 @@ class Offline:
         self._llm.add_request(str(index), {"prompt_token_ids": [*prompt.token_ids]}, sampling)
 
 
-def predict(
-    classifier: Classifier,
-    texts: Sequence[str | Example],
-    *,
-    options: Mapping[str, Any] | None = None,
-) -> list[Verdict]:
-    """The verdict on each text, in order, with spans if the probe labels them.
-
-    Args:
-        classifier: The probe. Its backbone says which weights, but runs nothing itself.
-        texts: As ``Classifier.predict`` takes them.
-        options: Fields of vLLM's ``EngineArgs``.
-
-    Raises:
-        ContextLengthError: A text is longer than the backbone reads, or leaves no room for the
-            token that vLLM always writes. None is cut.
-        VerdictError: A verdict cannot be computed.
-        SidelightError: As for ``Offline``, or vLLM stops.
-    """
-    probe, backbone = classifier.probe, classifier.backbone
-    examples = [as_example(text) for text in texts]
-    prompts = encode(backbone, examples)
-    limit = _longest(backbone, options or {})
-    longest = max(map(len, prompts), default=0)
-    if longest > limit:
-        raise ContextLengthError(
-            f"A text has {longest} tokens with its template, but vLLM reads at most {limit} here. "
-            "Shorten it, or raise --engine-option max_model_len."
-        )
-    with TemporaryDirectory(prefix="sidelight-probe-") as folder:
-        # A probe that was just trained has no folder for vLLM's processes to read.
-        config = {"probes": [str(save_probe(probe, Path(folder)))]}
-        requests = ((i, prompt, request_params(prompt)) for i, prompt in enumerate(prompts))
-        verdicts: dict[int, Verdict] = {}
-        with (
-            closing(Offline(backbone, config, options or {})) as llm,
-            progress("Judging", sum(map(len, prompts)), unit="tokens") as shown,
-        ):
-            for index, prompt, output in llm.run(requests):
-                judgement: Judgement = read_report(output.kv_transfer_params)
-                judgement.require_judged()
-                if not judgement.verdicts:
-                    raise VerdictError(
-                        f"Probe '{probe.name}' gave no verdict. Either the text has no token that "
-                        "the probe reads, or the backbone's arithmetic overflowed."
-                    )
-                if probe.spans is not None:
-                    text = examples[index].conversation, examples[index].response
-                    located = backbone.encoder.encode(*text, with_places=True)
-                    judgement = mark_text(judgement, [probe], located)
-                verdicts[index] = judgement.verdicts[0]
-                shown.advance(len(prompt))
-    return [verdicts[i] for i in range(len(prompts))]
-
-
-def _longest(backbone: TransformersBackbone, options: Mapping[str, Any]) -> int:
-    """Tokens of the longest text: the context less the token that vLLM always writes."""
-    most = backbone.encoder.max_tokens
-    return min(most, int(options.get("max_model_len", most))) - 1
-
-
 class VllmSource:
     """A ``StateSource`` that runs vLLM from the first missing text until it is closed.
 
@@ -219,7 +160,7 @@ class VllmSource:
 
     @property
     def max_tokens(self) -> int:
-        return _longest(self._backbone, self._options)
+        return longest(self._backbone.encoder, self._options)
 
     def states(
         self, cache: ActivationCache, rows: Sequence[int], shown: Progress

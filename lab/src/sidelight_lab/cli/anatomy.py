@@ -30,11 +30,10 @@ def anatomy(probe: Path, runtime: options.Runtime, out: Path, **given: Any) -> N
     with what was found, missed and wrong. Give texts that the probe was not trained on.
     """
     from sidelight.data.loading import load_examples
-    from sidelight.training.classifier import load
     from sidelight_lab.anatomy import examine, write_anatomy
     from sidelight_lab.spans_anatomy import examine_spans
 
-    classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
+    classifier = runtime.load_classifier(probe)
     columns = {name: given[name] for name in ("text", "response", "split")}
     columns |= (
         {"label": given["label"], "on_missing_label": given["missing_label"]}

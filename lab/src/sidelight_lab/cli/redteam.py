@@ -104,7 +104,6 @@ def redteam(
         task=read_manifest(probe).task,
     )
     from sidelight.artifact import load_probe
-    from sidelight.training.classifier import load
     from sidelight_lab.redteam.attacks import SEARCH, attack_names
     from sidelight_lab.redteam.measure import evasion_table, measure
     from sidelight_lab.redteam.targets import (
@@ -131,9 +130,7 @@ def redteam(
     with ExitStack() as stack:
         targets: Mapping[str, Target]
         if url is None:
-            backbone = load(
-                probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device
-            ).backbone
+            backbone = runtime.load_classifier(probe).backbone
             targets = {"": ProbeTarget(backbone=backbone, thresholds=thresholds, probe=attacked)}
         else:
             client = stack.enter_context(connect(url))
