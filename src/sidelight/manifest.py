@@ -365,14 +365,8 @@ def summary(manifest: Manifest) -> dict[str, str]:
         f"{backbone.dtype}, fingerprint {backbone.digest}",
         "thresholds": ", ".join(f"{t:.3f}" for t in manifest.thresholds) or "the largest wins",
     }
-    flagged: list[str] = []
-    for (label, curve), threshold in zip(history.curves.items(), manifest.thresholds, strict=False):
-        hits, alarms = curve.at(threshold)
-        caught = f"{hits:,} of {curve.positives:,} '{label}'"
-        flagged.append(f"{caught} and {alarms:,} of {curve.negatives:,} others")
-    if flagged:
-        rule = history.threshold_rule
-        lines["flagging"] = f"{'; '.join(flagged)}, of left-out texts (--threshold {rule})"
+    if history.curves:
+        lines["flagging"] = _flagging(manifest)
     lines["calibration"] = manifest.calibration.kind
     if metrics := history.validation.metrics:
         values = {name: getattr(metrics, name).value for name in Figures.model_fields}
@@ -390,6 +384,16 @@ def summary(manifest: Manifest) -> dict[str, str]:
     for number, later in enumerate(history.recalibrations, 1):
         lines[f"recalibrated {number}"] = f"{later.date}: {later.what}"
     return {name: visible(value) for name, value in lines.items()}
+
+
+def _flagging(manifest: Manifest) -> str:
+    """The texts that the thresholds flag, of those that they were chosen on."""
+    history, flagged = manifest.history, list[str]()
+    for (label, curve), threshold in zip(history.curves.items(), manifest.thresholds, strict=False):
+        hits, alarms = curve.at(threshold)
+        caught = f"{hits:,} of {curve.positives:,} '{label}'"
+        flagged.append(f"{caught} and {alarms:,} of {curve.negatives:,} others")
+    return f"{'; '.join(flagged)}, of left-out texts (--threshold {history.threshold_rule})"
 
 
 def model_card(manifest: Manifest) -> str:

@@ -108,18 +108,7 @@ def _infer_classes(
         pair = next((pair for pair in _PAIRS if set(names) <= set(pair)), _PAIRS[0])
         names = [pair[TRUTH[name]] for name in names]
     counts = Counter(names)
-    if len(counts) == 1:
-        raise SidelightError(
-            f"Column '{column}' holds only one label, '{names[0]}', in all {len(names)} rows. "
-            "Add examples of another class."
-        )
-    if len(counts) > min(_MOST_LABELS, max(2, len(names) / 2)):
-        shown = ", ".join(repr(name[:20]) for name in list(counts)[:3])
-        raise SidelightError(
-            f"Column '{column}' holds {len(counts)} distinct values in {len(names)} rows ({shown}, "
-            "...): that looks like free text or a measurement, not classes. Name the column of "
-            f"labels, and give at least two examples of each and at most {_MOST_LABELS} labels."
-        )
+    _require_classes(counts, column)
     labels = _ordered(counts)
     misspelt = _misspelt(rows, names)
     if len(labels) > 2:
@@ -149,6 +138,23 @@ def _infer_classes(
         "the other."
     )
     return Task("binary", (other, chosen)), (warning, *misspelt)
+
+
+def _require_classes(counts: Mapping[str, int], column: str) -> None:
+    """Refuses a column of one label, or of too many to be classes, by the rows of each."""
+    rows = sum(counts.values())
+    if len(counts) == 1:
+        raise SidelightError(
+            f"Column '{column}' holds only one label, '{next(iter(counts))}', in all {rows} rows. "
+            "Add examples of another class."
+        )
+    if len(counts) > min(_MOST_LABELS, max(2, rows / 2)):
+        shown = ", ".join(repr(name[:20]) for name in list(counts)[:3])
+        raise SidelightError(
+            f"Column '{column}' holds {len(counts)} distinct values in {rows} rows ({shown}, "
+            "...): that looks like free text or a measurement, not classes. Name the column of "
+            f"labels, and give at least two examples of each and at most {_MOST_LABELS} labels."
+        )
 
 
 def _misspelt(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:

@@ -105,6 +105,45 @@ def load_examples(
     label = label if spans is None else None
     named = {"text": text, "response": response, "spans": spans, "set rationale": rationale}
     columns = _find_columns(rows, label, named)
+    kept, plain = _usable(rows, columns, text, response, on_missing_label=on_missing_label)
+    if spans is None and not columns:
+        return plain
+    items = plain.items
+    marked: tuple[tuple[Span, ...], ...] | None = None
+    if spans is not None:
+        column = [row.cells.get(spans) for row in kept]
+        task, labels, marked, doubts = encode_spans(items, column, spans, task=task)
+        doubts += _new_labels(kept, marked)
+    else:
+        task, labels, doubts = encode_labels(kept, columns, positive=positive, task=task)
+        pairs = zip(items, labels, strict=True)
+        labellings = {(item.messages, item.response, own.tobytes()) for item, own in pairs}
+        counts = Counter((messages, answer) for messages, answer, _ in labellings)
+        if conflicts := sum(count > 1 for count in counts.values()):
+            doubts += (f"{conflicts} texts appear more than once, with different labels.",)
+    weights = np.array([row.weight for row in kept])
+    return LabelledExamples(
+        items,
+        plain.rows,
+        plain.skipped,
+        plain.warnings + doubts,
+        task=task,
+        labels=labels,
+        weights=None if (weights == 1).all() else weights,
+        rationales=None if rationale is None else _rationales(kept, items, rationale),
+        spans=marked,
+    )
+
+
+def _usable(
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    text: str,
+    response: str | None,
+    *,
+    on_missing_label: OnMissingLabel,
+) -> tuple[list[Row], Examples]:
+    """The rows that have texts and a cell in each of these columns of labels, and their texts."""
     kept: list[Row] = []
     items: list[Example] = []
     empty: list[Row] = []
@@ -136,33 +175,7 @@ def load_examples(
     warnings = tuple(
         f"Left out {len(out)} rows {reason}." for reason, out in reasons.items() if out
     )
-    cells = tuple(row.cells for row in kept)
-    marked: tuple[tuple[Span, ...], ...] | None = None
-    if spans is not None:
-        column = [row.cells.get(spans) for row in kept]
-        task, labels, marked, doubts = encode_spans(items, column, spans, task=task)
-        doubts += _new_labels(kept, marked)
-    elif columns:
-        task, labels, doubts = encode_labels(kept, columns, positive=positive, task=task)
-        pairs = zip(items, labels, strict=True)
-        labellings = {(item.messages, item.response, own.tobytes()) for item, own in pairs}
-        counts = Counter((messages, answer) for messages, answer, _ in labellings)
-        if conflicts := sum(count > 1 for count in counts.values()):
-            doubts += (f"{conflicts} texts appear more than once, with different labels.",)
-    else:
-        return Examples(tuple(items), cells, skipped, warnings)
-    weights = np.array([row.weight for row in kept])
-    return LabelledExamples(
-        tuple(items),
-        cells,
-        skipped,
-        warnings + doubts,
-        task=task,
-        labels=labels,
-        weights=None if (weights == 1).all() else weights,
-        rationales=None if rationale is None else _rationales(kept, items, rationale),
-        spans=marked,
-    )
+    return kept, Examples(tuple(items), tuple(row.cells for row in kept), skipped, warnings)
 
 
 def _new_labels(rows: Sequence[Row], spans: Sequence[Sequence[Span]]) -> tuple[str, ...]:

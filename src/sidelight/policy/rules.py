@@ -219,22 +219,7 @@ def require_policy_applies(policy: Policy, probes: "Sequence[Probe]") -> None:
 
 def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
     """Refuses a rule that could never do what it says for this probe."""
-    labels = bound.probe.task.labels
-    for named, known in ((bound.rule.labels, labels), (bound.rule.routes, (*labels, FAILED_LABEL))):
-        for label in named:
-            if label not in known:
-                raise SidelightError(
-                    f"The rule of probe '{bound.name}' names label '{label}', which the probe does "
-                    f"not have.{did_you_mean(label, known)}"
-                )
-    if bound.mode not in ("score", "route", "redact", "shadow") and not bound.thresholds:
-        why = "is multi-class, so it flags no label by default. Set 'labels' and 'threshold'."
-        if bound.probe.task.kind != "multiclass":
-            flagged = ", ".join(bound.probe.label_thresholds)
-            why = f"flags only {flagged}, which is not in the rule's 'labels'. Name it there."
-        raise SidelightError(
-            f"Rule '{bound.mode}' of probe '{bound.name}' would never apply: the probe {why}"
-        )
+    _require_labels(bound)
     if bound.mode == "redact" and bound.probe.spans is None:
         raise SidelightError(
             f"Probe '{bound.name}' labels no spans, so rule 'redact' would never apply. Train one "
@@ -259,6 +244,26 @@ def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
         raise SidelightError(
             f"Probe '{bound.name}' cannot be the shadow of '{rival}': its mode must be 'shadow', "
             f"and both must judge the {bound.side}.{did_you_mean(rival, rivals)}"
+        )
+
+
+def _require_labels(bound: BoundRule) -> None:
+    """Refuses labels that the probe lacks, and a rule that has no label to count."""
+    labels = bound.probe.task.labels
+    for named, known in ((bound.rule.labels, labels), (bound.rule.routes, (*labels, FAILED_LABEL))):
+        for label in named:
+            if label not in known:
+                raise SidelightError(
+                    f"The rule of probe '{bound.name}' names label '{label}', which the probe does "
+                    f"not have.{did_you_mean(label, known)}"
+                )
+    if bound.mode not in ("score", "route", "redact", "shadow") and not bound.thresholds:
+        why = "is multi-class, so it flags no label by default. Set 'labels' and 'threshold'."
+        if bound.probe.task.kind != "multiclass":
+            flagged = ", ".join(bound.probe.label_thresholds)
+            why = f"flags only {flagged}, which is not in the rule's 'labels'. Name it there."
+        raise SidelightError(
+            f"Rule '{bound.mode}' of probe '{bound.name}' would never apply: the probe {why}"
         )
 
 

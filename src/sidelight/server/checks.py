@@ -86,24 +86,31 @@ async def check(
         decisions = check_decisions(terms.rules, event, prompt | response)
         RequestTextObserver(request.observer, turns).check(event, decisions)
         chosen = terms.reported(decisions)
-        for decision in chosen:
-            if decision.is_too_long:
-                raise RequestError(
-                    f"Text {index} (counted from 0) has {event.tokens} tokens, but probe "
-                    f"'{decision.rule.name}' may judge at most {decision.rule.rule.max_tokens}. "
-                    "Shorten it, or choose other probes.",
-                    code="verdict_failed",
-                )
-        if silent := [decision.rule.name for decision in chosen if decision.verdict is None]:
-            if not any(turn.content for turn in turns):
-                raise RequestError(
-                    f"Text {index} (counted from 0) is empty, so {', '.join(silent)} has nothing "
-                    "to read. Leave it out, or choose other probes.",
-                    code="verdict_failed",
-                )
-            raise verdict_failure(silent)
+        _require_verdicts(f"Text {index} (counted from 0)", turns, event.tokens, chosen)
         checked.append((event, chosen))
     return checked
+
+
+def _require_verdicts(
+    which: str, turns: Sequence[Message], tokens: int, decisions: Sequence[Decision]
+) -> None:
+    """Refuses a text on which a chosen probe has no verdict, and says why."""
+    for decision in decisions:
+        if decision.is_too_long:
+            raise RequestError(
+                f"{which} has {tokens} tokens, but probe '{decision.rule.name}' may judge at most "
+                f"{decision.rule.rule.max_tokens}. Shorten it, or choose other probes.",
+                code="verdict_failed",
+            )
+    silent = [decision.rule.name for decision in decisions if decision.verdict is None]
+    if silent and not any(turn.content for turn in turns):
+        raise RequestError(
+            f"{which} is empty, so {', '.join(silent)} has nothing to read. Leave it out, or "
+            "choose other probes.",
+            code="verdict_failed",
+        )
+    if silent:
+        raise verdict_failure(silent)
 
 
 def as_user(text: str) -> list[Message]:
@@ -325,22 +332,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         terms = replace(terms, chosen=late)
     checked = await check(request, terms, texts, judges_prompt=not is_response)
     redacts = any(bound.mode == "redact" for bound in terms.chosen)
-    flagged: dict[str, None] = {}
-    spans: dict[str, list[Span]] = {}
-    for text, (_, decisions) in zip(judged.values(), checked, strict=True):
-        spans[text] = _spans_of(text, [d for d in decisions if d.rule.mode == "redact"])
-    masked, placeholders = [*(body.texts or ())], body.placeholders(spans)
-    for (index, text), (_, decisions) in zip(judged.items(), checked, strict=True):
-        if index < len(masked):
-            masked[index] = placeholders.mask(text, spans[text])
-        elif spans[text]:
-            # The protocol has no way to send a call on in other words.
-            flagged |= dict.fromkeys(d.rule.name for d in decisions if d.action == "redact")
-        flagged |= dict.fromkeys(
-            d.rule.name
-            for d in decisions
-            if d.rule.mode != "redact" and d.verdict is not None and d.verdict.flagged
-        )
+    masked, flagged = _interventions(body, [decisions for _, decisions in checked])
     is_masked = not flagged and masked != (body.texts or [])
     return GuardrailResponse(
         action="BLOCKED" if flagged else "GUARDRAIL_INTERVENED" if is_masked else "NONE",
@@ -356,3 +348,34 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
             ]
         ),
     )
+
+
+def _interventions(
+    body: GuardrailRequest, decisions: Sequence[Sequence[Decision]]
+) -> tuple[list[str], list[str]]:
+    """The texts with placeholders for what rules redact, and the probes that flag one.
+
+    Args:
+        body: The texts and calls.
+        decisions: On each that was judged, in order.
+    """
+    judged = body.judged()
+    pairs = [*zip(judged.items(), decisions, strict=True)]
+    spans = {
+        text: _spans_of(text, [d for d in own if d.rule.mode == "redact"])
+        for (_, text), own in pairs
+    }
+    masked, placeholders = [*(body.texts or ())], body.placeholders(spans)
+    flagged: list[str] = []
+    for (index, text), own in pairs:
+        if index < len(masked):
+            masked[index] = placeholders.mask(text, spans[text])
+        elif spans[text]:
+            # The protocol has no way to send a call on in other words.
+            flagged += [d.rule.name for d in own if d.action == "redact"]
+        flagged += [
+            d.rule.name
+            for d in own
+            if d.rule.mode != "redact" and d.verdict is not None and d.verdict.flagged
+        ]
+    return masked, [*dict.fromkeys(flagged)]

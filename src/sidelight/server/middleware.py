@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sidelight.server.config import name_of
 from sidelight.server.errors import RequestError
-from sidelight.server.keys import Access
+from sidelight.server.keys import Access, Caller
 from sidelight.server.observe import RequestObserver
 
 REQUEST_ID = "x-request-id"
@@ -200,6 +200,13 @@ class Gatekeeper:
                 status=403,
                 code="host_not_allowed",
             )
+        state = scope.setdefault("state", {})
+        state["caller"] = caller = self._caller(path, headers)
+        if "observer" in state:
+            state["observer"].key_id = caller.key_id
+
+    def _caller(self, path: str, headers: Headers) -> Caller:
+        """The sender of a request, whose key opens this path."""
         sent = headers.getlist("authorization")
         if len(sent) > 1:
             # A proxy might have checked the other one.
@@ -230,10 +237,7 @@ class Gatekeeper:
                 status=403,
                 code="metrics_key_only",
             )
-        state = scope.setdefault("state", {})
-        state["caller"] = caller
-        if "observer" in state:
-            state["observer"].key_id = caller.key_id
+        return caller
 
     def _foreign_name(self, headers: Headers) -> str | None:
         """A name that a request is sent to or comes from, unless this server answers to it."""

@@ -12,6 +12,7 @@ from openai.types import Decision
 from pydantic import BeforeValidator, Field, StrictBool, StrictStr
 
 from sidelight.policy.request import Json, Terms
+from sidelight.policy.rules import BoundRule
 from sidelight.server.checks import check, is_answered
 from sidelight.server.requests import Route, ServerRequest
 from sidelight.server.schemas import (
@@ -122,15 +123,7 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
     turns = [message.as_message() for message in body.input]
     terms = await request.begin([turns])
     meanings = _meanings(terms)
-    named = {question.name or "" for question in body.questions}
-    asked = named | {meanings[name][0] for name in named if name in meanings}
-    chosen = tuple(
-        bound
-        for bound in terms.chosen
-        if bound.name in asked
-        and (terms.sees_all or bound.disclosure != "none")
-        and (is_answered(turns) or bound.side == "input")
-    )
+    chosen = _asked(body, terms, meanings, is_answered=is_answered(turns))
     verdicts: dict[str, Verdict] = {}
     tokens, explanations = 0, [] if body.explain else None
     if chosen:
@@ -167,6 +160,21 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
             }
             or None,
         }
+    )
+
+
+def _asked(
+    body: DecisionRequest, terms: Terms, meanings: Meanings, *, is_answered: bool
+) -> tuple[BoundRule, ...]:
+    """The probes that a question names, that its client may see, and that can judge the input."""
+    named = {question.name or "" for question in body.questions}
+    asked = named | {meanings[name][0] for name in named if name in meanings}
+    return tuple(
+        bound
+        for bound in terms.chosen
+        if bound.name in asked
+        and (terms.sees_all or bound.disclosure != "none")
+        and (is_answered or bound.side == "input")
     )
 
 

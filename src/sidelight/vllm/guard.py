@@ -191,6 +191,27 @@ class EngineGuard:
                 async for output in outputs:
                     yield without_report(output)
             return
+        call = await self._call(prompt, client, texts, params, options)
+        ids = [_unique(request_id) for _ in texts]
+        self._text_ids[request_id].update(ids)
+        try:
+            async with aclosing(call.outputs(request_id, ids)) as outputs:
+                async for output in outputs:
+                    yield output
+        finally:
+            self._text_ids[request_id].difference_update(ids)
+            if not self._text_ids[request_id]:
+                del self._text_ids[request_id]
+
+    async def _call(
+        self,
+        prompt: Mapping[str, Any],
+        client: GuardedRequest,
+        texts: Sequence[Enforcement],
+        params: Any,
+        options: Mapping[str, Any],
+    ) -> Call:
+        """What is known of a prompt, which may be answered once blocking probes have read it."""
         if prompt.keys() <= {"prompt", "cache_salt"}:
             # As vLLM's own reading of a text gives them.
             prompt = {**prompt, "prompt_token_ids": self._tokenizer(prompt["prompt"])["input_ids"]}
@@ -205,7 +226,7 @@ class EngineGuard:
         if encoded is not None and self.context.observer.audit is not None:
             # The audit log hashes the prompt as the model reads it.
             words = self._tokenizer.decode(encoded.token_ids)
-        call = Call(
+        return Call(
             client,
             texts,
             prompt,
@@ -216,16 +237,6 @@ class EngineGuard:
             engine=self.engine,
             controls=self._controls,
         )
-        ids = [_unique(request_id) for _ in texts]
-        self._text_ids[request_id].update(ids)
-        try:
-            async with aclosing(call.outputs(request_id, ids)) as outputs:
-                async for output in outputs:
-                    yield output
-        finally:
-            self._text_ids[request_id].difference_update(ids)
-            if not self._text_ids[request_id]:
-                del self._text_ids[request_id]
 
 
 def _search_beams(original: Callable[..., Any], serving: Any, *args: Any, **kwargs: Any) -> Any:

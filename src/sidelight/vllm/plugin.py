@@ -106,17 +106,7 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
             )
         return original(arguments, *args, **kwargs)
     require_arguments(arguments)
-    fingerprint = settings.get("fingerprint")
-    files = Fingerprint(**fingerprint) if fingerprint else fingerprint_of(arguments.model, folders)
-    how = quantisation(arguments)
-    served = Served(
-        folders,
-        files.quantised(how) if how else files,
-        is_described=bool(settings.get(DESCRIBED)),
-        columns=named_columns(),
-        accepted=os.environ.get(ACCEPTED, ""),
-        keeps_states=bool(settings.get(STATES)),
-    )
+    served = _served(arguments, settings, folders)
     # Loaded here too, since an error in a worker is harder to read.
     probes = served.load()
     if served.keeps_states:
@@ -131,6 +121,21 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
     kind = "AsyncProbeScheduler" if is_async else "ProbeScheduler"
     config.scheduler_config.scheduler_cls = f"{_PACKAGE}.connector.{kind}"
     return config
+
+
+def _served(arguments: Any, settings: Mapping[str, Any], folders: tuple[str, ...]) -> Served:
+    """What the engine serves: these probes, on the model that it loads."""
+    fingerprint = settings.get("fingerprint")
+    files = Fingerprint(**fingerprint) if fingerprint else fingerprint_of(arguments.model, folders)
+    how = quantisation(arguments)
+    return Served(
+        folders,
+        files.quantised(how) if how else files,
+        is_described=bool(settings.get(DESCRIBED)),
+        columns=named_columns(),
+        accepted=os.environ.get(ACCEPTED, ""),
+        keeps_states=bool(settings.get(STATES)),
+    )
 
 
 def _connect(arguments: Any, served: Served) -> None:
