@@ -8,7 +8,7 @@ import torch
 from openai import OpenAI
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.prompts import EncodedPrompt
+from sidelight.prompts.conversation import EncodedPrompt
 from worlds.models import FAMILIES, family_backbone, saved, tiny_backbone
 from worlds.servers import http_client, openai_client
 

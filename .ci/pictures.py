@@ -16,7 +16,7 @@ from playwright.sync_api import Browser
 from sidelight import demo
 from sidelight.backbone import load_backbone
 from sidelight.data.loading import load_examples
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight.smollm2 import cache_root
 from sidelight_lab.bench.server_process import ServerProcess
 from sidelight_label.app import create_app

@@ -20,7 +20,7 @@ from sidelight.errors import (
     VerdictError,
 )
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt, Message, Part, Reads, has_response
+from sidelight.prompts.conversation import EncodedPrompt, Message, Part, Reads, has_response
 from worlds.models import SIZES, SPECIAL_TOKENS, broken, tiny_backbone, untrained_probe
 from worlds.vllm import ROUNDING, Model, expected
 

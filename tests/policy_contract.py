@@ -19,7 +19,7 @@ import pytest
 from sidelight.artifact import save_probe
 from sidelight.bank import Bank
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
+from sidelight.prompts.conversation import EncodedPrompt, Message, Part, PlainText, Reads
 from worlds.data import documented_table
 from worlds.models import INTENT, saved, score, untrained_probe
 from worlds.servers import written_alone

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from sidelight.artifact import load_probe, save_probe
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight.server.admin import Replacement
 from sidelight.server.admin import replace as replace_all
 from sidelight.server.app import create_app

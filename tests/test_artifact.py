@@ -26,7 +26,7 @@ from sidelight.calibration import Calibration
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.manifest import PROBE, model_card, read_manifest, summary
 from sidelight.mechanisms.base import mechanism_names
-from sidelight.prompts import Message, Reads
+from sidelight.prompts.conversation import Message, Reads
 from sidelight.standardisation import Standardisation
 from sidelight.thresholds import OperatingCurve
 from sidelight.training.classifier import load

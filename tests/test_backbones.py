@@ -21,7 +21,7 @@ from sidelight.cli.options import Runtime
 from sidelight.engines.parity import compare_engines
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.machine import lacks_bfloat16
-from sidelight.prompts import Message
+from sidelight.prompts.conversation import Message
 from sidelight.training import classifier
 from worlds.models import (
     CHAT_TEMPLATE,

@@ -12,7 +12,7 @@ from sidelight.bank import NUMBERS_AT_ONCE, Bank, BankState, Panel
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.probe import ProbeOutput
-from sidelight.prompts import Message, Part, Reads, Unit, judged_units, piece_lengths
+from sidelight.prompts.conversation import Message, Part, Reads, Unit, judged_units, piece_lengths
 from sidelight.standardisation import Standardisation
 from sidelight.types import Judgement
 from worlds.models import INTENT, TOPICS, TOXICITY, score, untrained_probe

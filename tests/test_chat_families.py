@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import sidelight
 from sidelight.errors import SidelightError
-from sidelight.prompts import Message, Part, PlainText, PromptEncoder
+from sidelight.prompts.conversation import Message, Part, PlainText
+from sidelight.prompts.encode import PromptEncoder
 from sidelight.smollm2 import embedded_model_path
 from worlds.models import (
     ADDED_WORDS,

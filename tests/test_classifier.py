@@ -18,7 +18,7 @@ from sidelight.cli.show import print_assessment
 from sidelight.data.loading import load_examples
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_spec
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight.training.assessment import assess
 from sidelight.training.classifier import Classifier, load, train
 from sidelight.training.fit import fit

@@ -30,7 +30,7 @@ from sidelight.errors import SidelightError
 from sidelight.explanation import Explanation
 from sidelight.manifest import PROBE, read_manifest
 from sidelight.mechanisms.base import mechanism_names
-from sidelight.prompts import Message, Place, Reads
+from sidelight.prompts.conversation import Message, Place, Reads
 from sidelight.storage import only_writer
 from sidelight.training.measuring import describe_examples
 from sidelight.types import Verdict

@@ -16,7 +16,7 @@ from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
-from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
+from sidelight.prompts.conversation import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.ragged import Ragged
 from sidelight.thresholds import ThresholdRule, operating_curves
 from sidelight.training import classifier, contexts, loop

@@ -14,7 +14,7 @@ from sidelight.data.examples import Example
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts import EncodedPrompt, Message, Part, Reads
+from sidelight.prompts.conversation import EncodedPrompt, Message, Part, Reads
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import text_logits
 from sidelight.training.classifier import Classifier

@@ -12,7 +12,7 @@ from policy_contract import ADMIN, CHATS, GUARDRAIL
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.request import LabelsOnly
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from worlds.models import INTENT, TOPICS, TOXICITY, broken, three_probes, untrained_probe
 from worlds.servers import MODEL, in_process
 

@@ -12,7 +12,7 @@ from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Enforcement, Judged
 from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import BoundRule, Rule
-from sidelight.prompts import PlainText, Reads
+from sidelight.prompts.conversation import PlainText, Reads
 from sidelight.types import Judgement, Verdict
 from worlds.models import TOPICS, untrained_probe
 

@@ -19,7 +19,7 @@ from sidelight.engines.queue import Limits, Request, RequestQueue
 from sidelight.engines.text import TextCodec
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
-from sidelight.prompts import EncodedPrompt, Message, Part, Reads
+from sidelight.prompts.conversation import EncodedPrompt, Message, Part, Reads
 from worlds.models import SIZES, family_backbone, three_probes, tiny_backbone, untrained_probe
 from worlds.servers import (
     GREEDY,

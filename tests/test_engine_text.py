@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from sidelight.engines.base import Sampling
 from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
 from sidelight.errors import ContextLengthError
-from sidelight.prompts import PlainText, PromptEncoder
+from sidelight.prompts.conversation import PlainText
+from sidelight.prompts.encode import PromptEncoder
 from worlds.models import tiny_tokenizer
 
 BYTES = st.binary(max_size=40) | st.text(max_size=20).map(str.encode)

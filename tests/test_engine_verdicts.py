@@ -18,7 +18,7 @@ from sidelight.engines.parity import compare_engines
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.prompts import Message, Reads
+from sidelight.prompts.conversation import Message, Reads
 from worlds.models import score, three_probes, tiny_backbone, untrained_probe
 from worlds.servers import (
     ask,

@@ -7,7 +7,7 @@ from sidelight.bank import Bank
 from sidelight.data.examples import Example
 from sidelight.errors import VerdictError
 from sidelight.mechanisms.base import mechanism_names
-from sidelight.prompts import Message, Reads
+from sidelight.prompts.conversation import Message, Reads
 from sidelight.training.classifier import Classifier
 from worlds.models import (
     INTENT,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sidelight import storage
 from sidelight.errors import SidelightError
-from sidelight.prompts import Message, Reads, shared_unread
+from sidelight.prompts.conversation import Message, Reads, shared_unread
 from sidelight.ragged import by_length
 from sidelight.states.cache import ActivationCache, States, random_shards
 from sidelight.states.extraction import BackboneSource, extract

@@ -11,7 +11,7 @@ from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
-from sidelight.prompts import Message, Reads
+from sidelight.prompts.conversation import Message, Reads
 from sidelight.thresholds import ThresholdRule, choose_thresholds
 from sidelight.training import loop
 from sidelight.training.dataset import ProbeDataset, make_split

@@ -6,7 +6,7 @@ import torch
 
 from sidelight.engines.llama.context import BATCH_TOKENS
 from sidelight.errors import SidelightError
-from sidelight.prompts import EncodedPrompt, Message, Part
+from sidelight.prompts.conversation import EncodedPrompt, Message, Part
 from worlds.gguf import CONFIGS, gguf_model, needs_llama
 
 pytestmark = needs_llama

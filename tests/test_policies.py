@@ -19,7 +19,7 @@ from policy_contract import (
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, Rule, read_policy
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from worlds.models import INTENT, broken, three_probes, untrained_probe
 from worlds.servers import MODEL, in_process
 

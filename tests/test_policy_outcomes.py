@@ -16,7 +16,7 @@ from sidelight.engines.base import ResponseScored, Sampling, TextDelta
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.probe import Probe
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from worlds.data import documented_table
 from worlds.models import tiny_backbone, untrained_probe
 from worlds.servers import MODEL, events_of, faults, in_process, run_engine

@@ -7,7 +7,7 @@ import pytest
 
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from worlds.models import INTENT, three_probes, untrained_probe
 
 

@@ -15,7 +15,7 @@ from sidelight.errors import SidelightError
 from sidelight.manifest import History, read_manifest, summary
 from sidelight.metrics import log_losses
 from sidelight.probe import Probe
-from sidelight.prompts import Message
+from sidelight.prompts.conversation import Message
 from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, operating_curves
 from sidelight.training.measuring import (
     describe_examples,

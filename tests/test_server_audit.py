@@ -14,7 +14,7 @@ import pytest
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight.server.config import read_config
 from sidelight.server.errors import RequestError
 from sidelight.server.observe import AuditLog

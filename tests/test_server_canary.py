@@ -10,7 +10,7 @@ import pytest
 
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight.server.observe import LogFormatter
 from worlds.models import spans_probe, three_probes, tiny_backbone, untrained_probe
 from worlds.servers import MODEL, raw_connection, raw_request, read_all, served

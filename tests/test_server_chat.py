@@ -10,7 +10,7 @@ from openai import BadRequestError
 from sidelight.data.examples import Example
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight.server.schemas import ChatRequest
 from sidelight.training.classifier import Classifier
 from worlds.models import broken, three_probes, tiny_backbone, untrained_probe

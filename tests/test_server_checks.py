@@ -12,7 +12,7 @@ from sidelight.policy.decisions import decide
 from sidelight.policy.enforcement import Judged
 from sidelight.policy.request import Outcome, Terms
 from sidelight.policy.rules import Policy, bound_rules
-from sidelight.prompts import Message, Reads
+from sidelight.prompts.conversation import Message, Reads
 from sidelight.types import Judgement, Task
 from worlds.models import three_probes, untrained_probe
 from worlds.servers import ENGINE_ROUNDING, MODEL, in_process, served

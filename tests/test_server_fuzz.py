@@ -24,7 +24,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from worlds.models import spans_probe, three_probes, untrained_probe
 from worlds.servers import MODEL, http_client, raw_connection, raw_request, read_all, served
 

@@ -11,7 +11,7 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Panel
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight.standardisation import Projection
 from worlds.models import untrained_probe
 from worlds.servers import MODEL, in_process

@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from worlds.models import TOPICS, tiny_backbone, untrained_probe
 from worlds.servers import MODEL, app_of
 

@@ -25,7 +25,7 @@ from sidelight.evaluation import evaluate_spans
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.policy.rules import BoundRule, Rule
 from sidelight.probe import ProbeOutput
-from sidelight.prompts import Message, Reads
+from sidelight.prompts.conversation import Message, Reads
 from sidelight.spans import (
     SpanRule,
     character_f1,

@@ -14,7 +14,7 @@ from torch.nn import functional
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states import cache

@@ -12,12 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from sidelight.errors import SidelightError
-from sidelight.prompts import (
-    Message,
-    Part,
-    PromptEncoder,
-    control_tokens,
-)
+from sidelight.prompts.control_tokens import control_tokens
+from sidelight.prompts.conversation import Message, Part
+from sidelight.prompts.encode import PromptEncoder
 from sidelight.prompts.turns import OUTSIDE, ChatFormat, token_parts
 from worlds.models import (
     CHAT_FAMILIES,

@@ -9,7 +9,7 @@ import torch
 
 from sidelight.bank import Bank
 from sidelight.errors import SidelightError
-from sidelight.prompts import Message, Reads, judged_units, piece_lengths
+from sidelight.prompts.conversation import Message, Reads, judged_units, piece_lengths
 from sidelight.types import Judgement, Verdict
 from sidelight.vllm.requests import Report, read_report, report_params
 from worlds.models import TOPICS, TOXICITY, broken, score, untrained_probe

@@ -24,7 +24,7 @@ from sidelight.engines.base import (
     NotExplainedError,
 )
 from sidelight.errors import SidelightError
-from sidelight.prompts import Message
+from sidelight.prompts.conversation import Message
 from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig
 from sidelight.server.keys import Caller

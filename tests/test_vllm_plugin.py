@@ -20,7 +20,7 @@ from sidelight.engines.base import GenerationError, require_same_model
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.probe import common_format
-from sidelight.prompts import EncodedPrompt, Part, Reads
+from sidelight.prompts.conversation import EncodedPrompt, Part, Reads
 from sidelight.standardisation import EPSILON, Projection
 from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, tap_layers
 from sidelight.vllm.internals import Step

@@ -13,7 +13,7 @@ from sidelight.artifact import save_probe
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_names, mechanism_spec
-from sidelight.prompts import Part
+from sidelight.prompts.conversation import Part
 from sidelight.training.classifier import Classifier
 from sidelight.training.judging import encode
 from sidelight.types import Span

@@ -3,7 +3,7 @@
 import pytest
 
 from sidelight.data.loading import load_examples
-from sidelight.prompts import Message
+from sidelight.prompts.conversation import Message
 from sidelight.training.background import Background
 from sidelight_lab.bench.defaults import (
     ALONE,

@@ -8,7 +8,7 @@ import pytest
 from sidelight.calibration import Calibration
 from sidelight.data.guards import find_guard
 from sidelight.data.loading import load_examples
-from sidelight.prompts import Message
+from sidelight.prompts.conversation import Message
 from sidelight.training.background import Background
 from sidelight.training.settings import FitOptions, suggested_settings
 from sidelight.types import Task

@@ -8,7 +8,7 @@ from planted_data import tiny_bert
 from sidelight.data.loading import load_examples
 from sidelight.evaluation import evaluate_spans
 from sidelight.manifest import PROBE
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight.spans import character_scores
 from sidelight.thresholds import F1
 from sidelight.training.dataset import ProbeDataset, make_split

@@ -6,7 +6,7 @@ import pytest
 
 from sidelight.artifact import save_probe
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight_lab.redteam.weaknesses import weaknesses
 from worlds.data import documented_table
 from worlds.models import untrained_probe

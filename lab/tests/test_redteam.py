@@ -17,7 +17,7 @@ from sidelight.data.loading import load_examples
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts import Message, Reads
+from sidelight.prompts.conversation import Message, Reads
 from sidelight.training.classifier import Classifier
 from sidelight_lab.redteam.attacks import (
     ATTACKS,

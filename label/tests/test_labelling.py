@@ -15,7 +15,7 @@ from sidelight.artifact import load_probe, save_probe
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import read_file
 from sidelight.errors import SidelightError
-from sidelight.prompts import Message, Reads
+from sidelight.prompts.conversation import Message, Reads
 from sidelight.training.judging import judge
 from sidelight.training.settings import FitOptions
 from sidelight.types import Task

@@ -29,7 +29,7 @@ from sidelight.manifest import (
 )
 from sidelight.mechanisms.base import Geometry, build_mechanism, labels_tokens, mechanism_spec
 from sidelight.probe import Probe
-from sidelight.prompts import Part
+from sidelight.prompts.conversation import Part
 from sidelight.standardisation import Standardisation
 from sidelight.storage import only_writer, replacing, sync
 

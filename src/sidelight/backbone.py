@@ -34,7 +34,8 @@ from sidelight.checkpoint import Checkpoint, fingerprint, model_folder
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.machine import find_device, free_memory, lacks_bfloat16
-from sidelight.prompts import EncodedPrompt, PromptEncoder, PromptFormat
+from sidelight.prompts.conversation import EncodedPrompt, PromptFormat
+from sidelight.prompts.encode import PromptEncoder
 from sidelight.smollm2 import EMBEDDED_NAME, embedded_model_path, require_model
 
 # Called with each layer's hidden states, ``[batch, token, width]``, while they exist; it must not

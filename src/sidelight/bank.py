@@ -22,7 +22,14 @@ from sidelight.errors import SidelightError, VerdictError
 from sidelight.explanation import Explanation, explain
 from sidelight.manifest import require_distinct_names
 from sidelight.probe import Probe, ProbeOutput
-from sidelight.prompts import EncodedPrompt, Reads, Unit, judged_units, read_tokens, tool_rows
+from sidelight.prompts.conversation import (
+    EncodedPrompt,
+    Reads,
+    Unit,
+    judged_units,
+    read_tokens,
+    tool_rows,
+)
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement, TokenLabel, Verdict

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sidelight.fingerprint import Fingerprint, hash_of
-from sidelight.prompts import PromptFormat
+from sidelight.prompts.conversation import PromptFormat
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sidelight.errors import VerdictError
 from sidelight.probe import Probe, ProbeOutput
-from sidelight.prompts import EncodedPrompt, Place, judged_units, read_tokens
+from sidelight.prompts.conversation import EncodedPrompt, Place, judged_units, read_tokens
 from sidelight.ragged import Ragged
 from sidelight.types import Verdict
 

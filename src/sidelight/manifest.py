@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
-from sidelight.prompts import PromptFormat, Reads
+from sidelight.prompts.conversation import PromptFormat, Reads
 from sidelight.spans import SpanRule
 from sidelight.thresholds import OperatingCurve
 from sidelight.types import MechanismSpec, Task, is_label, visible

@@ -13,7 +13,7 @@ from sidelight.errors import SidelightError, VerdictError
 from sidelight.fingerprint import Fingerprint
 from sidelight.manifest import History
 from sidelight.mechanisms.base import Mechanism
-from sidelight.prompts import PromptFormat, Reads, Unit
+from sidelight.prompts.conversation import PromptFormat, Reads, Unit
 from sidelight.spans import SpanRule
 from sidelight.standardisation import Projection, Standardisation
 from sidelight.types import MechanismSpec, Span, Task, TokenLabel, Verdict

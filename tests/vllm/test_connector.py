@@ -9,7 +9,7 @@ import torch
 from sidelight.artifact import save_probe
 from sidelight.bank import Panel
 from sidelight.errors import SidelightError
-from sidelight.prompts import EncodedPrompt, Part, Reads
+from sidelight.prompts.conversation import EncodedPrompt, Part, Reads
 from sidelight.vllm.internals import Step, full_group, steps_of
 from sidelight.vllm.requests import Tracking, read_report, request_params
 from sidelight.vllm.settings import Served

@@ -20,7 +20,8 @@ from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
 from sidelight.manifest import read_manifest
 from sidelight.policy.decisions import PolicyError
-from sidelight.prompts import PromptEncoder, Reads
+from sidelight.prompts.conversation import Reads
+from sidelight.prompts.encode import PromptEncoder
 from sidelight.server.keys import Caller
 from sidelight.types import Verdict
 from sidelight.vllm.endpoint import ProbeEndpoint

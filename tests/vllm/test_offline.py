@@ -11,7 +11,7 @@ from sidelight.artifact import load_probe
 from sidelight.backbone import load_backbone
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, extract
 from sidelight.vllm.requests import read_report

@@ -22,7 +22,7 @@ import pytest
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt, Message, Reads
+from sidelight.prompts.conversation import EncodedPrompt, Message, Reads
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, extract
 from sidelight.thresholds import OperatingCurve

@@ -45,7 +45,8 @@ from sidelight.calibration import Calibration
 from sidelight.checkpoint import Checkpoint
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt, PromptEncoder, PromptFormat, Reads, Side
+from sidelight.prompts.conversation import EncodedPrompt, PromptFormat, Reads, Side
+from sidelight.prompts.encode import PromptEncoder
 from sidelight.spans import SpanRule
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import text_logits

@@ -27,7 +27,7 @@ from sidelight.cli import main
 from sidelight.engines.base import Engine, Finished, PromptJudged, Sampling, TextDelta
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy
-from sidelight.prompts import Message
+from sidelight.prompts.conversation import Message
 from sidelight.server.app import create_app, server_settings
 from sidelight.server.config import ServerConfig
 

@@ -31,7 +31,7 @@ from sidelight.calibration import Calibration
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_names, mechanism_spec
 from sidelight.mechanisms.spans import Spans
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt, Part, Reads, Side
+from sidelight.prompts.conversation import EncodedPrompt, Part, Reads, Side
 from sidelight.spans import SpanRule
 from sidelight.standardisation import Standardisation
 from sidelight.types import Task

@@ -21,7 +21,7 @@ from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.plots import save_figure
 from sidelight.progress import progress
-from sidelight.prompts import EncodedPrompt, Part, Reads
+from sidelight.prompts.conversation import EncodedPrompt, Part, Reads
 from sidelight.ragged import Ragged, by_length
 from sidelight.storage import write_json, write_text
 from sidelight.training.classifier import Classifier

@@ -103,7 +103,7 @@ def label(
     from sidelight.artifact import load_probe
     from sidelight.manifest import require_distinct_names
     from sidelight.probe import common_format
-    from sidelight.prompts import Reads
+    from sidelight.prompts.conversation import Reads
     from sidelight.server.app import listen, server_settings
     from sidelight.server.config import read_config
     from sidelight.training.settings import FitOptions

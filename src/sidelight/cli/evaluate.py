@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sidelight.engines.parity import Difference
     from sidelight.explanation import Explanation
     from sidelight.manifest import Manifest
-    from sidelight.prompts import Message
+    from sidelight.prompts.conversation import Message
     from sidelight.types import Span, Verdict
 
 # Of the labels of spans, in turn; black is legible on each.
@@ -297,7 +297,7 @@ def why(example: "Example", explanation: "Explanation") -> str:
 
 def _turns(example: "Example") -> "tuple[Message, ...]":
     """The prompt, and the answer as its last turn if there is one."""
-    from sidelight.prompts import Message
+    from sidelight.prompts.conversation import Message
 
     if example.response is None:
         return example.messages

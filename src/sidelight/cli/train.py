@@ -15,7 +15,7 @@ from sidelight.errors import SidelightError
 from sidelight.storage import only_writer
 
 if TYPE_CHECKING:
-    from sidelight.prompts import PromptFormat
+    from sidelight.prompts.conversation import PromptFormat
     from sidelight.training.settings import FitOptions
     from sidelight.types import MechanismSpec
 
@@ -207,7 +207,7 @@ def _kinds() -> dict[str, Any]:
     from pydantic import PositiveInt
 
     from sidelight.calibration import CalibrationKind
-    from sidelight.prompts import PromptFormat, Side
+    from sidelight.prompts.conversation import PromptFormat, Side
     from sidelight.training.settings import TrainingSettings
 
     kinds: dict[str, Any] = {field.name: field.type for field in fields(TrainingSettings)}

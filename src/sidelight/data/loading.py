@@ -13,7 +13,7 @@ from sidelight.data.labels import encode_labels, is_missing
 from sidelight.data.readers import InMemory, Row, is_list, is_mapping, read_rows
 from sidelight.data.spans import encode_spans, holds_spans
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.prompts import Message, require_whole_characters
+from sidelight.prompts.conversation import Message, require_whole_characters
 from sidelight.types import Span, Task
 
 OnMissingLabel = Literal["error", "skip"]

@@ -16,7 +16,7 @@ from sidelight.errors import SidelightError, VerdictError, did_you_mean
 from sidelight.explanation import Explanation
 from sidelight.fingerprint import Fingerprint
 from sidelight.probe import Probe, common_format
-from sidelight.prompts import Conversation, Message
+from sidelight.prompts.conversation import Conversation, Message
 from sidelight.types import Judgement
 
 # Engines report "stop" or "length"; `policy/` reports "content_filter" where it cut the text.

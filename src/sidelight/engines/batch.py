@@ -28,7 +28,7 @@ from sidelight.engines.base import (
 from sidelight.engines.marks import AnswerSpans, mark_text
 from sidelight.engines.queue import Emission, Request
 from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
-from sidelight.prompts import EncodedPrompt, Part
+from sidelight.prompts.conversation import EncodedPrompt, Part
 from sidelight.types import Judgement
 
 

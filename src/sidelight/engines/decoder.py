@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from sidelight.backbone import Tap, TransformersBackbone, cache_name
 from sidelight.errors import SidelightError
-from sidelight.prompts import EncodedPrompt
+from sidelight.prompts.conversation import EncodedPrompt
 
 
 class PaddedRows:

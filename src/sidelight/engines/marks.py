@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt
+from sidelight.prompts.conversation import EncodedPrompt
 from sidelight.spans import settled_characters, words
 from sidelight.types import Judgement, Span, TokenLabel
 

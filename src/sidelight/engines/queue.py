@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from sidelight.bank import Panel
 from sidelight.engines.base import Admission, EngineBusyError, Event, Sampling, admit_all
 from sidelight.errors import SidelightError
-from sidelight.prompts import EncodedPrompt
+from sidelight.prompts.conversation import EncodedPrompt
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from sidelight.engines.base import Sampling
 from sidelight.errors import ContextLengthError
-from sidelight.prompts import (
+from sidelight.prompts.conversation import (
     Conversation,
     EncodedPrompt,
     PlainText,
-    PromptEncoder,
     characters,
     has_response,
 )
+from sidelight.prompts.encode import PromptEncoder
 
 # What a decoder writes for bytes that are not a character, or not yet.
 UNFINISHED = "\ufffd"

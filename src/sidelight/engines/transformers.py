@@ -39,7 +39,7 @@ from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
 from sidelight.engines.text import TextCodec
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
-from sidelight.prompts import Conversation, Message, has_response
+from sidelight.prompts.conversation import Conversation, Message, has_response
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from sidelight.engines.base import Event, PromptJudged, ResponseScored, TextDelt
 from sidelight.policy.decisions import Action, Decision, PolicyError, decide
 from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import BoundRule, Policy, Side
-from sidelight.prompts import Conversation, PlainText
+from sidelight.prompts.conversation import Conversation, PlainText
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from sidelight.manifest import OrdinaryText
 from sidelight.policy.rules import Mode
 from sidelight.policy.rules import Side as RuleSide
 from sidelight.probe import Probe
-from sidelight.prompts import Side
+from sidelight.prompts.conversation import Side
 from sidelight.server.requests import AdminOnly, Route, ServerRequest
 from sidelight.server.schemas import Listed, StrictBody
 from sidelight.thresholds import OperatingCurve

@@ -24,7 +24,7 @@ from sidelight.errors import SidelightError
 from sidelight.policy.enforcement import Judged, Passed
 from sidelight.policy.hold_back import Ended
 from sidelight.policy.request import Json, Outcome
-from sidelight.prompts import Conversation
+from sidelight.prompts.conversation import Conversation
 from sidelight.server.errors import as_request_error
 from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import (

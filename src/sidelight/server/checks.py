@@ -15,7 +15,7 @@ from sidelight.policy.enforcement import check_decisions
 from sidelight.policy.redaction import Placeholders, without_placeholders
 from sidelight.policy.request import Terms, category_fields, verdict_json
 from sidelight.policy.rules import BoundRule, Side
-from sidelight.prompts import Message, has_response
+from sidelight.prompts.conversation import Message, has_response
 from sidelight.server.errors import RequestError
 from sidelight.server.observe import RequestTextObserver
 from sidelight.server.requests import Route, ServerRequest, unless_left

@@ -25,7 +25,7 @@ from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Action, Decision
 from sidelight.policy.rules import BoundRule
-from sidelight.prompts import Conversation, PlainText
+from sidelight.prompts.conversation import Conversation, PlainText
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics, scores

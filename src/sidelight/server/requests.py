@@ -19,7 +19,7 @@ from sidelight.errors import did_you_mean
 from sidelight.policy.enforcement import require_trusted_turns
 from sidelight.policy.request import Terms
 from sidelight.policy.rules import require_policy_applies
-from sidelight.prompts import Conversation
+from sidelight.prompts.conversation import Conversation
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics

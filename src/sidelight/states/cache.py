@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
-from sidelight.prompts import EncodedPrompt, Reads
+from sidelight.prompts.conversation import EncodedPrompt, Reads
 from sidelight.standardisation import inverse_rms
 from sidelight.storage import replacing
 

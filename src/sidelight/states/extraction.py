@@ -16,7 +16,7 @@ from sidelight.bank import Bank
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe, ProbeOutput
 from sidelight.progress import Progress, progress
-from sidelight.prompts import EncodedPrompt, shared_unread
+from sidelight.prompts.conversation import EncodedPrompt, shared_unread
 from sidelight.ragged import Ragged, by_length
 from sidelight.states.cache import ActivationCache, Shard
 

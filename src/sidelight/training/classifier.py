@@ -31,7 +31,7 @@ from sidelight.evaluation import Report, SpanReport
 from sidelight.explanation import Explanation, explain
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
-from sidelight.prompts import PromptFormat
+from sidelight.prompts.conversation import PromptFormat
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import ThresholdRule
 from sidelight.training.assessment import assess

@@ -19,13 +19,8 @@ from jaxtyping import Int
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.prompts import (
-    EncodedPrompt,
-    Message,
-    PromptEncoder,
-    Reads,
-    piece_lengths,
-)
+from sidelight.prompts.conversation import EncodedPrompt, Message, Reads, piece_lengths
+from sidelight.prompts.encode import PromptEncoder
 from sidelight.training.background import Background, Messages
 from sidelight.training.settings import FitOptions
 from sidelight.types import Numbers

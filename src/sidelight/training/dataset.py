@@ -17,7 +17,7 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, Examples, LabelledExamples, located, place_of
 from sidelight.errors import SidelightError
 from sidelight.progress import say
-from sidelight.prompts import EncodedPrompt, Reads, judged_units
+from sidelight.prompts.conversation import EncodedPrompt, Reads, judged_units
 from sidelight.ragged import Ragged
 from sidelight.spans import token_labels
 from sidelight.states.cache import (

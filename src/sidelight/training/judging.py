@@ -9,7 +9,7 @@ from sidelight.backbone import TransformersBackbone, UnloadedBackbone
 from sidelight.bank import Bank
 from sidelight.data.examples import Example, located
 from sidelight.probe import Probe, ProbeOutput
-from sidelight.prompts import EncodedPrompt
+from sidelight.prompts.conversation import EncodedPrompt
 from sidelight.spans import character_scores
 from sidelight.states.extraction import text_logits
 from sidelight.training.dataset import span_places

@@ -14,7 +14,7 @@ from sidelight.calibration import CalibrationKind
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError, checked
 from sidelight.fingerprint import hash_of
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight.smollm2 import cache_root
 from sidelight.thresholds import F1, ThresholdRule
 from sidelight.training.background import Background

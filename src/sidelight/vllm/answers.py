@@ -29,7 +29,7 @@ from sidelight.engines.marks import AnswerSpans, labels_spans, mark_text
 from sidelight.policy.enforcement import Enforcement, Judged
 from sidelight.policy.hold_back import Ended, redacted_spans
 from sidelight.policy.request import Outcome, Terms
-from sidelight.prompts import EncodedPrompt, Part, PlainText
+from sidelight.prompts.conversation import EncodedPrompt, Part, PlainText
 from sidelight.types import Judgement, Span
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.lock import ProbeSet

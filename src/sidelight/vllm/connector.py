@@ -30,7 +30,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from sidelight.errors import SidelightError
-from sidelight.prompts import EncodedPrompt
+from sidelight.prompts.conversation import EncodedPrompt
 from sidelight.vllm.columns import Reading
 from sidelight.vllm.internals import end_with_parent, full_group, steps_of
 from sidelight.vllm.requests import PromptDescription, Tracking, described_prompt

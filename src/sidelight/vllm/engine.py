@@ -33,7 +33,8 @@ from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.manifest import read_manifest
 from sidelight.probe import Probe, common_format
-from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncoder, has_response
+from sidelight.prompts.conversation import Conversation, EncodedPrompt, Message, has_response
+from sidelight.prompts.encode import PromptEncoder
 from sidelight.types import Judgement, Verdict
 from sidelight.vllm.internals import guesses_responses
 from sidelight.vllm.lock import ProbeLock, ProbeSet

@@ -20,7 +20,8 @@ from sidelight.engines.marks import labels_spans
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Enforcement
-from sidelight.prompts import Message, PlainText, control_tokens
+from sidelight.prompts.control_tokens import control_tokens
+from sidelight.prompts.conversation import Message, PlainText
 from sidelight.server.config import ServerConfig
 from sidelight.server.observe import RequestObserver
 from sidelight.server.requests import ServerContext

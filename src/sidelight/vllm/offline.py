@@ -22,7 +22,7 @@ from torch import Tensor
 from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.progress import Progress
-from sidelight.prompts import EncodedPrompt, Part, Reads
+from sidelight.prompts.conversation import EncodedPrompt, Part, Reads
 from sidelight.states.cache import ActivationCache
 from sidelight.types import Judgement
 from sidelight.vllm.columns import Reading, Stage

@@ -9,7 +9,7 @@ from contextlib import aclosing, contextmanager
 from typing import Any
 
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt
+from sidelight.prompts.conversation import EncodedPrompt
 from sidelight.vllm.requests import Report, read_report, request_params
 from sidelight.vllm.settings import KEY
 

@@ -13,7 +13,8 @@ from jinja2 import TemplateError
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.request import Terms
-from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, PromptEncoder
+from sidelight.prompts.conversation import EncodedPrompt, Message, Part, PlainText
+from sidelight.prompts.encode import PromptEncoder
 
 # What vLLM's ``StructuredOutputsParams`` takes that can hold words of an answer.
 _WORDED = ("json", "regex", "choice", "grammar", "structural_tag")

@@ -17,7 +17,7 @@ from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
-from sidelight.prompts import EncodedPrompt, Part
+from sidelight.prompts.conversation import EncodedPrompt, Part
 from sidelight.types import Judgement
 from sidelight.vllm.columns import Reading
 from sidelight.vllm.internals import Step

@@ -24,7 +24,7 @@ from sidelight.errors import FingerprintMismatchError, SidelightError, did_you_m
 from sidelight.fingerprint import Fingerprint, hash_of
 from sidelight.manifest import require_distinct_names
 from sidelight.probe import Probe, common_format
-from sidelight.prompts import PromptEncoder
+from sidelight.prompts.encode import PromptEncoder
 
 if TYPE_CHECKING:
     from sidelight.server.config import ServerConfig

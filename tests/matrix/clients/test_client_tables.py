@@ -23,7 +23,7 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import read_policy
 from sidelight.probe import Probe
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight_lab.bench.server_process import ServerProcess
 from worlds.data import documented_table
 from worlds.models import saved, three_probes, tiny_backbone, untrained_probe

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from sidelight.backbone import TransformersBackbone, cache_prefix, run_with_prefix
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
-from sidelight.prompts import EncodedPrompt, Message, shared_length
+from sidelight.prompts.conversation import EncodedPrompt, Message, shared_length
 from sidelight.ragged import BATCH_TOKENS, by_length
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.types import Task

@@ -20,7 +20,7 @@ from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
-from sidelight.prompts import Message
+from sidelight.prompts.conversation import Message
 from sidelight_lab.bench.measurement import Record, conditions, table
 from sidelight_lab.datasets import default_root
 from sidelight_lab.redteam.attacks import Messages, between, pieces

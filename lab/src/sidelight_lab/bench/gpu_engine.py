@@ -27,7 +27,7 @@ from sidelight.cli import app
 from sidelight.data.loading import load_examples
 from sidelight.engines.base import Finished, Sampling
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.prompts import Message, Reads
+from sidelight.prompts.conversation import Message, Reads
 from sidelight.smollm2 import EMBEDDED_NAME, embedded_model_path
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, extract

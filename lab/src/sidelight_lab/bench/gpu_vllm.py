@@ -17,7 +17,7 @@ from sidelight.backbone import load_backbone
 from sidelight.bank import Bank
 from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
-from sidelight.prompts import EncodedPrompt, Part, Reads
+from sidelight.prompts.conversation import EncodedPrompt, Part, Reads
 from sidelight.standardisation import Projection
 from sidelight.states.extraction import text_logits
 from sidelight.storage import write_json

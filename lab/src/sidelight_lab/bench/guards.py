@@ -27,7 +27,7 @@ from sidelight.mechanisms.base import mechanism_spec
 from sidelight.metrics import decide, measure_resamples
 from sidelight.probe import Probe
 from sidelight.progress import progress, quiet
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight.states.cache import Shard
 from sidelight.states.extraction import shard_logits
 from sidelight.storage import write_json

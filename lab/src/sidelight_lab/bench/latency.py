@@ -24,7 +24,7 @@ from sidelight.errors import ContextLengthError
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.progress import progress
-from sidelight.prompts import EncodedPrompt, Message, Part, Reads
+from sidelight.prompts.conversation import EncodedPrompt, Message, Part, Reads
 from sidelight.types import Judgement, Verdict
 from sidelight_lab.bench.measurement import (
     Range,

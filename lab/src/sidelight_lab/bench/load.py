@@ -28,7 +28,7 @@ from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.data.loading import load_examples
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.progress import progress
-from sidelight.prompts import Message, Reads
+from sidelight.prompts.conversation import Message, Reads
 from sidelight.spans import SpanRule
 from sidelight.training.judging import judge
 from sidelight_lab.bench.measurement import Range, Record, conditions, spread_probe, table

@@ -23,7 +23,7 @@ from sidelight.calibration import Calibration
 from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt, PromptFormat, Reads
+from sidelight.prompts.conversation import EncodedPrompt, PromptFormat, Reads
 from sidelight.spans import SpanRule
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import text_logits

@@ -28,7 +28,7 @@ from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.progress import progress
-from sidelight.prompts import Message, Reads
+from sidelight.prompts.conversation import Message, Reads
 from sidelight.spans import SpanRule
 from sidelight.vllm.worker import Worker, current_worker
 from sidelight_lab.bench.measurement import offline_engine, untrained_guards, untrained_probe

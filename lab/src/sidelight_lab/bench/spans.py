@@ -25,7 +25,7 @@ from sidelight.evaluation import Estimate, measure_span_resamples
 from sidelight.manifest import holds_probe
 from sidelight.probe import Probe
 from sidelight.progress import Progress
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight.ragged import Ragged
 from sidelight.spans import Span, SpanRule, character_scores
 from sidelight.standardisation import normalised

@@ -19,7 +19,7 @@ from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.evaluation import Estimate
 from sidelight.progress import progress
-from sidelight.prompts import Message
+from sidelight.prompts.conversation import Message
 from sidelight.training.judging import encode
 from sidelight.types import Flags
 from sidelight_lab.redteam.attacks import ATTACKS, SEARCH, Attack, Markup, Messages, Surroundings

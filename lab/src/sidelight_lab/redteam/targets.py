@@ -16,7 +16,7 @@ from sidelight.errors import SidelightError
 from sidelight.policy.rules import BoundRule, Rule, require_rule_applies
 from sidelight.probe import Probe
 from sidelight.progress import quiet
-from sidelight.prompts import Message
+from sidelight.prompts.conversation import Message
 from sidelight.training.judging import judge
 from sidelight_lab.redteam.attacks import Messages
 

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.metrics import METRICS
-from sidelight.prompts import Reads
+from sidelight.prompts.conversation import Reads
 from sidelight.training.settings import TrainingSettings, suggested_settings
 from sidelight.types import MechanismSpec
 from sidelight_lab.baselines import BASELINES

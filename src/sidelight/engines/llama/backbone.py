@@ -25,7 +25,8 @@ from sidelight.engines.llama.decoder import Slot, read_text
 from sidelight.engines.llama.library import BY_CALLBACK, BY_LAYER_INPUT, PINNED
 from sidelight.engines.llama.trial import SAMPLE, try_once
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.prompts import EncodedPrompt, PromptEncoder, PromptFormat
+from sidelight.prompts.conversation import EncodedPrompt, PromptFormat
+from sidelight.prompts.encode import PromptEncoder
 
 _BLOCKS_PER_WEIGHT = 16
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

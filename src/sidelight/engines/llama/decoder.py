@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sidelight.backbone import Tap
 from sidelight.engines.llama.context import BATCH_TOKENS, LlamaContext
-from sidelight.prompts import EncodedPrompt
+from sidelight.prompts.conversation import EncodedPrompt
 
 
 class Slot:
