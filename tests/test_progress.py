@@ -6,9 +6,9 @@ from sidelight.progress import progress, quiet
 
 def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(monkeypatch, capsys):
     monkeypatch.setattr(module, "_EVERY_S", 0.0)
-    with progress("Reading", 1000, unit="texts") as shown:
-        shown.advance(250)
-        shown.advance(750)
+    with progress("Reading", 1000, unit="texts") as advance:
+        advance(250)
+        advance(750)
     first, middle, last = capsys.readouterr().err.split("\n")[:3]
     assert "Reading:   0%|0.00 of 1.00k" in first
     assert "Reading:  25%|250 of 1.00k" in middle
@@ -17,13 +17,13 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(monkeypatch, capsys):
 
 
 def test_a_log_gets_no_line_for_each_step(capsys):
-    with progress("Reading", 1000, unit="texts") as shown:
+    with progress("Reading", 1000, unit="texts") as advance:
         for _ in range(1000):
-            shown.advance(1)
+            advance(1)
     assert capsys.readouterr().err.count("Reading") == 2
 
 
 def test_quiet_work_shows_nothing(capsys):
-    with quiet(), progress("Reading", 1, unit="texts") as shown:
-        shown.advance(1)
+    with quiet(), progress("Reading", 1, unit="texts") as advance:
+        advance(1)
     assert not capsys.readouterr().err

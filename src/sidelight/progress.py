@@ -4,22 +4,14 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 
 _EVERY_S = 15.0
 _LINE = "{l_bar}{n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}]\n"
 _is_quiet = ContextVar("is_quiet", default=False)
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Receives how much of the work is done.
-
-    Attributes:
-        advance: To be called with the amount done since the last call.
-    """
-
-    advance: Callable[[int | float], object]
+Progress = Callable[[int | float], object]
+"""To be called with the amount of work done since the last call."""
 
 
 @contextmanager
@@ -60,4 +52,4 @@ def progress(title: str, total: int | float, *, unit: str) -> Generator[Progress
         maxinterval=_EVERY_S,
         bar_format=_LINE if is_log else None,
     ) as bar:
-        yield Progress(bar.update)
+        yield bar.update

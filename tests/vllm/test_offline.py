@@ -67,8 +67,8 @@ def test_a_cache_has_the_states_of_transformers_and_goes_on_after_a_stop(
 
     cache = cache_of(source.engine)
     with (
-        progress("Extracting", 1, unit="tokens") as shown,
-        closing(source.states(cache, cache.open(), shown)) as texts,
+        progress("Extracting", 1, unit="tokens") as advance,
+        closing(source.states(cache, cache.open(), advance)) as texts,
     ):
         cache.write(next(texts))
     assert len(cache.missing()) == len(prompts) - 1

@@ -105,7 +105,7 @@ def examine(classifier: Classifier, examples: LabelledExamples) -> Anatomy:
     logits: dict[str, np.ndarray] = {}
     shares: list[np.ndarray] = [np.empty(0)] * len(examples)
     groups = [token_groups(prompt, classifier.probe.reads) for prompt in prompts]
-    with progress("Examining", len(examples), unit="texts") as shown:
+    with progress("Examining", len(examples), unit="texts") as advance:
         for rows, tokens in read_columns(classifier, prompts):
             placed = targets[rows].to(tokens.values.device)
             values = mechanism.shares(tokens, placed).values.double().cpu()
@@ -116,7 +116,7 @@ def examine(classifier: Classifier, examples: LabelledExamples) -> Anatomy:
                 with torch.no_grad():
                     found = mechanism.logits(part).double().cpu().numpy()
                 logits.setdefault(view, np.empty((len(examples), task.outputs)))[rows] = found
-            shown.advance(len(rows))
+            advance(len(rows))
     scores = {view: validation_score(task, own, examples.labels) for view, own in logits.items()}
     layers, probe = range(classifier.backbone.fingerprint.layers), classifier.probe
     return Anatomy(

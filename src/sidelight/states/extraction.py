@@ -38,14 +38,14 @@ class StateSource(Protocol):
         ...
 
     def states(
-        self, cache: ActivationCache, rows: Sequence[int], shown: Progress
+        self, cache: ActivationCache, rows: Sequence[int], advance: Progress
     ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
         """Computes the states of these rows of a cache, and gives some of them at a time.
 
         Args:
             cache: The cache, with its texts and what is read of them.
             rows: The texts to compute.
-            shown: The progress bar, which advances by each token that has been run.
+            advance: To be called with the number of tokens that have been run.
         """
         ...
 
@@ -74,8 +74,8 @@ def extract(
     # Writing overlaps the next forward pass; one at a time, so little is in memory.
     with (
         ThreadPoolExecutor(1) as writer,
-        progress(title, sum(len(cache.prompts[row]) for row in missing), unit="tokens") as shown,
-        closing(source.states(cache, missing, shown)) as batches,
+        progress(title, sum(len(cache.prompts[row]) for row in missing), unit="tokens") as advance,
+        closing(source.states(cache, missing, advance)) as batches,
     ):
         written = writer.submit(cache.write, {})
         for texts in batches:
@@ -100,7 +100,7 @@ class BackboneSource:
         return self.backbone.encoder.max_tokens
 
     def states(
-        self, cache: ActivationCache, rows: Sequence[int], shown: Progress
+        self, cache: ActivationCache, rows: Sequence[int], advance: Progress
     ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
         """Runs one batch after the other; what all texts begin with runs once a batch."""
         layers, width = cache.fingerprint.layers, cache.fingerprint.width
@@ -113,7 +113,7 @@ class BackboneSource:
             texts = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
             with self.backbone.tapped(partial(_keep_read, [*zip(texts, masks, strict=True)])):
                 self.backbone.run(prompts, after=shared)
-            shown.advance(sum(map(len, prompts)))
+            advance(sum(map(len, prompts)))
             yield {rows[i]: hidden for i, hidden in zip(batch, texts, strict=True)}
 
 
@@ -175,7 +175,7 @@ def text_logits(
     lengths = [len(prompt) for prompt in prompts]
     judged: list[dict[int, ProbeOutput]] = [{} for _ in bank.probes]
     tap = bank.tap()
-    with progress("Judging", sum(lengths), unit="tokens") as shown:
+    with progress("Judging", sum(lengths), unit="tokens") as advance:
         for batch in by_length(lengths):
             chosen = [prompts[i] for i in batch]
             with backbone.tapped(tap):
@@ -188,5 +188,5 @@ def text_logits(
                 for i, text in zip(batch, of_prompts, strict=True):
                     can_judge = probe.can_judge(is_plain=prompts[i].is_plain)
                     texts[i] = text if can_judge else ProbeOutput(np.full_like(text.logits, np.nan))
-            shown.advance(sum(lengths[i] for i in batch))
+            advance(sum(lengths[i] for i in batch))
     return [[texts[i] for i in range(len(prompts))] for texts in judged]

@@ -142,12 +142,12 @@ class _Trainer:
         """Trains every run, and restores its best epoch."""
         tokens = sum(self._states.lengths)
         epochs = max(run.settings.epochs for run in self.runs)
-        with progress("Training", epochs * tokens, unit="tokens") as shown:
+        with progress("Training", epochs * tokens, unit="tokens") as advance:
             for epoch in range(epochs):
                 active = [run for run in self.runs if not run.has_finished]
                 if not active:
                     break
-                self._train_epoch(active, epoch, shown)
+                self._train_epoch(active, epoch, advance)
                 if validation is None:
                     for run in active:
                         run.end_epoch(None)
@@ -156,7 +156,7 @@ class _Trainer:
         for run in self.runs:
             run.restore_best()
 
-    def _train_epoch(self, runs: Sequence[TrainingRun], epoch: int, shown: Progress) -> None:
+    def _train_epoch(self, runs: Sequence[TrainingRun], epoch: int, advance: Progress) -> None:
         # Runs that see the same texts in the same order share each batch.
         groups: dict[tuple[int, int], list[TrainingRun]] = {}
         for run in runs:
@@ -170,7 +170,7 @@ class _Trainer:
                 share = min(1.0, len(texts) / batch_size)
                 for batch in self._states.batches(index, size=batch_size, shuffle=shuffle):
                     self._train_batch(group, *self._as_judged(batch, shuffle), share)
-            shown.advance(sum(self._states.lengths[text] for text in texts))
+            advance(sum(self._states.lengths[text] for text in texts))
         for run in runs:
             run.step()
 

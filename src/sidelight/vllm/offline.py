@@ -163,7 +163,7 @@ class VllmSource:
         return longest(self._backbone.encoder, self._options)
 
     def states(
-        self, cache: ActivationCache, rows: Sequence[int], shown: Progress
+        self, cache: ActivationCache, rows: Sequence[int], advance: Progress
     ) -> Generator[Mapping[int, Tensor]]:
         """Computes the states of these rows; see ``StateSource``."""
         with TemporaryDirectory(dir=cache.directory) as folder:
@@ -173,7 +173,7 @@ class VllmSource:
                 for row, place in places.items()
             )
             for row, prompt, _ in self.running().run(requests):
-                shown.advance(len(prompt))
+                advance(len(prompt))
                 yield {row: captured(places[row], self._backbone.fingerprint.layers)}
 
     def close(self) -> None:

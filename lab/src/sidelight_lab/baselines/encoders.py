@@ -77,7 +77,7 @@ class Encoder:
         """The mean of the last hidden states of each text, of length one."""
         ids = self.tokens(split.texts)["input_ids"]
         found = np.empty((len(ids), self.body.config.hidden_size), dtype=np.float32)
-        with progress("Embedding", len(ids), unit="texts") as shown:
+        with progress("Embedding", len(ids), unit="texts") as advance:
             for rows in by_length([len(own) for own in ids]):
                 texts = [torch.tensor(ids[row]) for row in rows]
                 padded = pad_sequence(texts, batch_first=True)
@@ -85,7 +85,7 @@ class Encoder:
                 hidden = self.body(input_ids=padded, attention_mask=present).last_hidden_state
                 means = (hidden * present[:, :, None]).sum(1) / present.sum(1, keepdim=True)
                 found[rows] = torch.nn.functional.normalize(means, dim=1).numpy()
-                shown.advance(len(rows))
+                advance(len(rows))
         return found
 
 

@@ -147,11 +147,11 @@ class FineTuned(Baseline):
             use_cpu=dataset.backbone.device.type == "cpu",
         )
         steps = -(-len(training) // self.batch_size) * self.epochs
-        with torch.random.fork_rng(), progress(self.title, steps, unit="steps") as shown:
+        with torch.random.fork_rng(), progress(self.title, steps, unit="steps") as advance:
 
             class Steps(TrainerCallback):
                 def on_step_end(self, *_: Any, **__: Any) -> None:
-                    shown.advance(1)
+                    advance(1)
 
             trainer = Trainer(
                 model,
@@ -190,12 +190,12 @@ def score_items(model: nn.Module, items: Sequence[Item]) -> list[Float[np.ndarra
     device = next(model.parameters()).device
     lengths = [len(item["input_ids"]) for item in items]
     found: dict[int, np.ndarray] = {}
-    with progress("Scoring", sum(lengths), unit="tokens") as shown:
+    with progress("Scoring", sum(lengths), unit="tokens") as advance:
         for rows in by_length(lengths):
             batch = _padded([items[row] for row in rows])
             logits = model(**{name: part.to(device) for name, part in batch.items()})["logits"]
             found |= dict(zip(rows, logits.cpu().numpy(), strict=True))
-            shown.advance(sum(lengths[row] for row in rows))
+            advance(sum(lengths[row] for row in rows))
     return [found[row] for row in range(len(items))]
 
 

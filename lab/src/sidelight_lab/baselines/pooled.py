@@ -40,12 +40,12 @@ def pooled_states(split: Split) -> Pooled:
     if not path.exists():
         shape = (len(cache.lengths), cache.fingerprint.layers, cache.fingerprint.width)
         means, lasts = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
-        with progress("Pooling", shape[0], unit="texts") as shown:
+        with progress("Pooling", shape[0], unit="texts") as advance:
             states = States(cache, range(shape[0]))
             for shard in map(states.read, range(len(states))):
                 pooled = shard.pooled()
                 means[shard.rows], lasts[shard.rows] = pooled.means, pooled.lasts.bfloat16()
-                shown.advance(len(shard.rows))
+                advance(len(shard.rows))
         write_tensors({"means": means, "lasts": lasts}, path)
     stored = load_file(path)
     rows = torch.from_numpy(split.rows)

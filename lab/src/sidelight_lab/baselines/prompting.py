@@ -140,7 +140,7 @@ def score_answers(
     pairs = [*product(range(len(prompts)), range(len(answers)))]
     texts = [(*prompts[prompt], *answers[answer]) for prompt, answer in pairs]
     scores = np.empty((len(prompts), len(answers)))
-    with progress("Prompting", len(texts), unit="answers") as shown:
+    with progress("Prompting", len(texts), unit="answers") as advance:
         # Padding between the prefix and a text would shift what a sliding window sees.
         most = BATCH_TOKENS if backbone.can_share_prefixes else 1
         # Lengths include the prefix: each row has its keys and values too.
@@ -160,7 +160,7 @@ def score_answers(
             chances = chances.gather(2, token_ids[:, -longest:, None])[:, :, 0].cpu().numpy()
             for row, of_text in zip(batch, chances, strict=True):
                 scores[pairs[row]] = of_text[-len(answers[pairs[row][1]]) :].mean()
-            shown.advance(len(batch))
+            advance(len(batch))
     return scores
 
 

@@ -271,9 +271,9 @@ def _margins(
 ) -> list[Float[np.ndarray, " conversation"]]:
     """The margin of each conversation, group by group; NaN: the model cannot read it."""
     margins = [np.full(len(group), np.nan) for group in groups]
-    with progress("Judging", len(groups), unit="rows") as shown:
+    with progress("Judging", len(groups), unit="rows") as advance:
         for own, group in zip(margins, groups, strict=True):
             readable = [row for row, turns in enumerate(group) if target.reads(turns)]
             own[readable] = target.margins([group[row] for row in readable])
-            shown.advance(1)
+            advance(1)
     return margins

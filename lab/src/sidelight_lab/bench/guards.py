@@ -234,7 +234,7 @@ def measure_guards(
     found: dict[str, Any] = {}
     fits = seeds * (1 + len({*rivals} & {*_PAPER})) + len({*rivals} - {*_PAPER})
     steps = sum(fits + 1 + len(guard.card.tests) for guard in guards.values())
-    with progress("Measuring guards", steps, unit="steps") as shown, quiet():
+    with progress("Measuring guards", steps, unit="steps") as advance, quiet():
         for name, guard in guards.items():
             who = {
                 "sidelight": version("sidelight"),
@@ -249,7 +249,7 @@ def measure_guards(
             }
             kept = out / "guards" / f"{name}-{digest(who)[:12]}.json"
             if kept.exists():
-                shown.advance(fits + 1 + len(guard.card.tests))
+                advance(fits + 1 + len(guard.card.tests))
             else:
                 texts = Texts.of(name, background, rows)
                 options = replace(
@@ -258,7 +258,7 @@ def measure_guards(
                     cache_root=out / "states" / name,
                     keep_cache=True,
                 )
-                done = partial(shown.advance, 1)
+                done = partial(advance, 1)
                 write_json(kept, _measure(backbone, guard, texts, rivals, seeds, options, done))
             found[name] = json.loads(kept.read_text("utf-8"))
     shutil.rmtree(out / "states", ignore_errors=True)

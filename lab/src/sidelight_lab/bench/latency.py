@@ -173,13 +173,13 @@ def measure_writing(
         (_, first), (written, whole) = runs[1:]
         return (whole - first) / (written - _TEXTS)
 
-    with progress("Timing answers", rounds * len(sets), unit="sets of probes") as shown:
+    with progress("Timing answers", rounds * len(sets), unit="sets of probes") as advance:
         for number in range(rounds):
             names = [*sets]
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 values[name].append(asyncio.run(write(sets[name])))
-                shown.advance(1)
+                advance(1)
     base = np.array(values["LLM"])
     return {
         name: (Range.of(own), Range.of((np.array(own) / base).tolist()))
@@ -232,7 +232,7 @@ def compare_latency(
     favours any.
     """
     rows: list[Row] = []
-    with progress("Timing", len(batches) * rounds, unit="rounds") as shown:
+    with progress("Timing", len(batches) * rounds, unit="rounds") as advance:
         for batch in batches:
             able = [subject for subject in subjects if subject.accepts(batch)]
             for subject in able:
@@ -242,7 +242,7 @@ def compare_latency(
                 first = number % len(able)
                 for subject in able[first:] + able[:first]:
                     seconds[subject.name].append(subject.seconds(batch))
-                shown.advance(1)
+                advance(1)
             base, size = np.array(seconds[able[0].name]), len(batch)
             rows += [
                 Row(

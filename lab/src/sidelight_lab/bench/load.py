@@ -216,7 +216,7 @@ async def _measure(
     for server in servers:
         await ask(server, seconds=min(_WARM_UP_S, round_s))
     counted = servers[0].judged()
-    with progress("Asking", rounds * len(servers), unit="rounds") as shown:
+    with progress("Asking", rounds * len(servers), unit="rounds") as advance:
         for number in range(rounds):
             # The servers take turns in going first.
             for server in servers if number % 2 == 0 else reversed(servers):
@@ -224,7 +224,7 @@ async def _measure(
                 answers = await ask(server, seconds=round_s)
                 server.answers += answers
                 server.rounds.append(_figures(answers, server.spent_s - before))
-                shown.advance(1)
+                advance(1)
     answers = servers[0].answers
     found = faults(answers)
     unanswered = abs(servers[0].judged() - counted - len(answers))

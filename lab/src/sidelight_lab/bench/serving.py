@@ -105,12 +105,12 @@ def measure_costs(
             measure = partial(_measure_once, llm, chats, written)
             measure()
             random = np.random.default_rng(0)
-            with progress("Timing", rounds * len(folders), unit="sets of probes") as shown:
+            with progress("Timing", rounds * len(folders), unit="sets of probes") as advance:
                 for done in range(1, rounds + 1):
                     for name in map(str, random.permutation(list(folders))):
                         llm.collective_rpc(fit_probes, args=(folders[name],))
                         values.setdefault(name, []).append(measure())
-                        shown.advance(1)
+                        advance(1)
                     yield {"rounds": done, "costs": costs_of(values)}
 
 

@@ -99,7 +99,7 @@ class _OneLayer(BackboneSource):
         self._is_mean = is_mean
 
     def states(
-        self, cache: ActivationCache, rows: Sequence[int], shown: Progress
+        self, cache: ActivationCache, rows: Sequence[int], advance: Progress
     ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
         """From a cache of the same texts, which is filled if it is not there."""
         fingerprint = self.backbone.fingerprint
@@ -113,7 +113,7 @@ class _OneLayer(BackboneSource):
                 # Layers differ in size by a factor of hundreds.
                 hidden = torch.stack([*map(normalised, hidden)]).mean(0, keepdim=True)
             yield {row: hidden[-1:].bfloat16()}
-            shown.advance(len(cache.prompts[row]))
+            advance(len(cache.prompts[row]))
 
 
 def compare_spans(

@@ -228,7 +228,7 @@ def measure(
     encode(target.backbone, [subject.example for subject in subjects])
     markup = Markup.of(target.backbone.tokenizer, target.backbone.encoder.prompt_format)
     outcomes: list[AttackResult] = []
-    with progress("Attacking", len(attacks), unit="attacks") as shown:
+    with progress("Attacking", len(attacks), unit="attacks") as advance:
         alone = target.margins([subject.messages for subject in subjects])
         for name in attacks:
             if name == SEARCH:
@@ -237,7 +237,7 @@ def measure(
                 rewrite = partial(Subject.attacked, by=ATTACKS[name], markup=markup)
                 attacked, skipped = _judge(target, subjects, rewrite)
                 outcomes.append(_outcome(name, subjects, alone, attacked, skipped))
-            shown.advance(1)
+            advance(1)
     return outcomes
 
 
@@ -308,7 +308,7 @@ def _search(
     surroundings: list[tuple[Sequence[str], Sequence[str]]] = []
     passed: list[int] = []
     positive = [pair for pair in zip(subjects, alone, strict=True) if pair[0].is_positive]
-    with progress("Searching", len(positive), unit="texts") as shown:
+    with progress("Searching", len(positive), unit="texts") as advance:
         for subject, margin in positive:
             random, queries = Random(f"{subject.seed} {SEARCH}"), 0
             benign = (re.split(r"(?<=[.!?])\s+", text) for text in subject.benign)
@@ -329,7 +329,7 @@ def _search(
                     break
             margins.append([margin])
             surroundings.append((before, after))
-            shown.advance(1)
+            advance(1)
     benign = [subject for subject in subjects if not subject.is_positive]
     sides_of = {own.seed: sides for own, sides in zip(benign, cycle(surroundings), strict=False)}
     copied, skipped = _judge(target, benign, lambda own: [_surrounded(own, *sides_of[own.seed])])

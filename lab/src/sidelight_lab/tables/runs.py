@@ -203,7 +203,7 @@ def judge_runs(runs: Sequence[Run], split: Split) -> list[JudgedRun]:
     assert all(run.is_fitted for run in runs)
     key = digest({"labels": split.examples.content_hash, "states": split.states.key})
     test, judged = f"test-{key[:12]}", list[JudgedRun]()
-    with progress("Testing", len(runs), unit="runs") as shown:
+    with progress("Testing", len(runs), unit="runs") as advance:
         for run in runs:
             if not (run.folder / f"{test}.npz").exists():
                 run.save(test, logits=_test_logits(run, split))
@@ -222,7 +222,7 @@ def judge_runs(runs: Sequence[Run], split: Split) -> list[JudgedRun]:
                     parameters=int(result["parameters"]),
                 )
             )
-            shown.advance(1)
+            advance(1)
     return judged
 
 
