@@ -383,11 +383,11 @@ def _runtimes(
     names = [name.strip() for name in engines.split(",")]
     if not {*names} <= {"transformers", "vllm"}:
         raise SidelightError(f"Cannot compare '{engines}'. Choose from transformers, vllm.")
-    vllm = partial(options.Runtime, engine="vllm", engine_option=engine_option)
-    makers = {"transformers": options.Runtime, "vllm": vllm}
-    runtimes = {name: makers[name](**model) for name in names}
+    vllm = partial(options.Runtime, engine="vllm", engine_option=engine_option, **model)
+    makers = {"transformers": partial(options.Runtime, **model), "vllm": vllm}
+    runtimes = {name: makers[name]() for name in names}
     if quantised is not None:
-        runtimes["quantised"] = vllm(**{**model, "model": quantised})
+        runtimes["quantised"] = vllm(model=quantised)
     return runtimes
 
 

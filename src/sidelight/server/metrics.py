@@ -62,12 +62,11 @@ class Metrics(Collector):
         self.time_to_first_text = self._time("time_to_first_text", "Until the first text")
         self.inter_text_latency = self._time("inter_text_latency", "Between two pieces of text")
         self.request_latency = self._time("e2e_request_latency", "Until the text was complete")
-        self.judging = Histogram(
-            "sidelight_judging_seconds",
+        self.judging = self._time(
+            "judging",
             "By which probes made the steps of a request longer",
-            ["side"],
+            "side",
             buckets=_JUDGING_SECONDS,
-            registry=registry,
         )
         self._scores = Histogram(
             "sidelight_probe_score",
@@ -123,10 +122,11 @@ class Metrics(Collector):
     def _count(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(f"sidelight_{name}", meaning, labels, registry=self._registry)
 
-    def _time(self, name: str, meaning: str, *labels: str) -> Histogram:
-        return Histogram(
-            f"sidelight_{name}_seconds", meaning, labels, buckets=_SECONDS, registry=self._registry
-        )
+    def _time(
+        self, name: str, meaning: str, *labels: str, buckets: Sequence[float] = _SECONDS
+    ) -> Histogram:
+        name = f"sidelight_{name}_seconds"
+        return Histogram(name, meaning, labels, buckets=buckets, registry=self._registry)
 
 
 def scores(probe: Probe, verdict: Verdict) -> dict[str, float]:

@@ -141,6 +141,7 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
                 for name in verdicts
             ]
     tasks = {bound.name: bound.probe.task for bound in terms.chosen}
+    spans = {v.probe: spans_json(v.spans) for v in verdicts.values() if v.spans is not None}
     return DecisionResponse.model_validate(
         {
             "model": body.model,
@@ -153,12 +154,7 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
                 "total_tokens": tokens,
             },
             "explanations": explanations,
-            "spans": {
-                name: spans_json(verdict.spans)
-                for name, verdict in verdicts.items()
-                if verdict.spans is not None
-            }
-            or None,
+            "spans": spans or None,
         }
     )
 
