@@ -84,7 +84,7 @@ def test_a_draw_has_labels_and_sources_alike_and_all_background_is_one_source():
     whole = load_examples(cells)
     drawn = draw_texts(whole, 18)
     assert drawn.label_counts.tolist() == [9, 9]
-    counts = Counter(str(source).partition(":")[0] for source in drawn.column("source"))
+    counts = Counter(drawn.sources)
     assert {*counts} == {"rare", "common", "background"}
     assert min(counts.values()) >= 5
     assert drawn.items == draw_texts(whole, 18).items

@@ -34,6 +34,7 @@ from sidelight.vllm.requests import (
 )
 from sidelight.vllm.settings import (
     COLUMNS,
+    CONNECTOR,
     ENVIRONMENT,
     KEY,
     Served,
@@ -548,7 +549,9 @@ def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
     probe = untrained_probe(backbone, "topics", task=TOPICS)
     folder = str(save_probe(probe, tmp_path / "topics"))
     served = Served((folder,), backbone.fingerprint, is_described=True, columns=7)
-    again = Served.from_json(json.loads(json.dumps(served.to_json())))
+    extra = json.loads(json.dumps(served.to_json()))
+    transfer = SimpleNamespace(kv_connector=CONNECTOR, kv_connector_extra_config=extra)
+    again = Served.of(SimpleNamespace(kv_transfer_config=transfer))
     assert again == served
     assert [probe.name for probe in again.load()] == ["topics"]
     with pytest.raises(SidelightError, match="distinct names"):

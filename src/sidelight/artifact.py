@@ -76,22 +76,24 @@ def save_probe(probe: Probe, directory: Path) -> Path:
     return _write({PROBE: save(tensors, manifest.metadata)}, directory)
 
 
-def copy_probe(source: Path, directory: Path, *, force: bool) -> None:
+def copy_probe(source: Path, directory: Path, *, force: bool) -> Path:
     """Copies an artifact, as ``save_probe`` writes it, once it has been checked; its version stays.
 
     Its card goes along if it names this version; otherwise one is written from the manifest.
 
     Raises:
         SidelightError: As for ``load_probe`` and ``save_probe``, or the folder holds a probe or a
-            card that ``force`` does not replace; then nothing has changed.
+            card that ``force`` does not replace, or is the same; then nothing has changed.
     """
+    if source.resolve() == directory.resolve():
+        raise SidelightError(f"{directory} is the folder of the probe itself. Name another folder.")
     manifest, content = read_artifact(source)
     _checked(manifest, content, source)
     card = source / CARD
     text = card.read_bytes() if card.exists() else b""
     is_current = manifest.version.encode() in text
     text = text if is_current else model_card(manifest).encode()
-    _write({PROBE: content, CARD: text}, directory, force=force)
+    return _write({PROBE: content, CARD: text}, directory, force=force)
 
 
 def _write(files: Mapping[str, bytes], directory: Path, *, force: bool = True) -> Path:

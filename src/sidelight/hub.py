@@ -33,11 +33,10 @@ def push(
         SidelightError: There is no artifact in the folder, the other one holds a probe or a card,
             or the hub refuses or cannot be reached.
     """
-    directory = Path(directory)
     if isinstance(repository, Path):
-        return str(_copy(directory, repository, force=force))
+        return str(copy_probe(Path(directory), repository, force=force))
     with tempfile.TemporaryDirectory() as scratch:
-        _copy(directory, Path(scratch), force=False)
+        copy_probe(Path(directory), Path(scratch), force=False)
         api = HfApi()
         try:
             api.create_repo(repository, private=private, exist_ok=True)
@@ -70,7 +69,7 @@ def pull(
     """
     directory = Path(directory)
     if isinstance(repository, Path):
-        return _copy(repository, directory, force=force)
+        return copy_probe(repository, directory, force=force)
     require_free(directory, force=force, with_card=True)
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -83,17 +82,9 @@ def pull(
         except _FAILURES as error:
             raise _refused("pull", repository, error) from error
         try:
-            return _copy(Path(scratch), directory, force=force)
+            return copy_probe(Path(scratch), directory, force=force)
         except SidelightError as error:
             raise SidelightError(str(error).replace(scratch, repository)) from error
-
-
-def _copy(source: Path, directory: Path, *, force: bool) -> Path:
-    """Puts the probe of a folder, with its card, in place of what another folder holds."""
-    if source.resolve() == directory.resolve():
-        raise SidelightError(f"{directory} is the folder of the probe itself. Name another folder.")
-    copy_probe(source, directory, force=force)
-    return directory
 
 
 def _refused(action: str, repository: str, error: Exception) -> SidelightError:

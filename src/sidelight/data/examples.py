@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from sidelight.data.labels import is_missing
 from sidelight.data.near_duplicates import NearDuplicates
-from sidelight.errors import SidelightError, did_you_mean
+from sidelight.errors import SidelightError
 from sidelight.prompts.conversation import Conversation, Message, PlainText
 from sidelight.types import Flags, Numbers, Span, Task, Values
 
@@ -156,15 +156,6 @@ class Examples:
         """The column ``source`` of each row up to its colon; empty where a row has none."""
         cells = (row.get("source") for row in self.rows)
         return ["" if is_missing(cell) else str(cell).partition(":")[0] for cell in cells]
-
-    def column(self, name: str) -> tuple[object, ...]:
-        """This column's cell of each row; None where a row lacks it."""
-        if not any(name in row for row in self.rows):
-            known = {key for row in self.rows for key in row}
-            raise SidelightError(
-                f"The examples have no column '{name}'.{did_you_mean(name, known)}"
-            )
-        return tuple(row.get(name) for row in self.rows)
 
     def select(self: _Rows, indices: Iterable[SupportsIndex]) -> _Rows:
         """The examples at these positions, in this order."""

@@ -72,20 +72,16 @@ class Served:
     def of(vllm_config: Any) -> "Served | None":
         """The served probes in vLLM's configuration; None if the plugin is not part of it."""
         transfer = vllm_config.kv_transfer_config
-        name = transfer and transfer.kv_connector
-        if name == SHARED_CONNECTOR:
-            ours = transfer.kv_connector_extra_config["connectors"][0]
-            return Served.from_json(ours["kv_connector_extra_config"])
-        return Served.from_json(transfer.kv_connector_extra_config) if name == CONNECTOR else None
+        if transfer is None or transfer.kv_connector not in (CONNECTOR, SHARED_CONNECTOR):
+            return None
+        ours = transfer.kv_connector_extra_config
+        if transfer.kv_connector == SHARED_CONNECTOR:
+            ours = ours["connectors"][0]["kv_connector_extra_config"]
+        return _SERVED.validate_python(ours)
 
     def to_json(self) -> dict[str, Any]:
-        """For vLLM's configuration."""
+        """For vLLM's configuration; ``of`` reads it."""
         return _SERVED.dump_python(self, mode="json")
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> "Served":
-        """The inverse of ``to_json``."""
-        return _SERVED.validate_python(data)
 
     def load(self) -> list[Probe]:
         """Loads the probes.
