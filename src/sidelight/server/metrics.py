@@ -75,10 +75,8 @@ class Metrics(Collector):
             buckets=_TENTHS,
             registry=registry,
         )
-        running = Gauge("sidelight_requests_running", "Being read or written", registry=registry)
-        running.set_function(lambda: engine.load.running)
-        waiting = Gauge("sidelight_requests_waiting", "In line", registry=registry)
-        waiting.set_function(lambda: engine.load.waiting)
+        self._gauge("requests_running", "Being read or written", lambda: engine.load.running)
+        self._gauge("requests_waiting", "In line", lambda: engine.load.waiting)
         build = Info("sidelight_build", "The installed version", registry=registry)
         build.info({"version": version("sidelight")})
 
@@ -121,6 +119,9 @@ class Metrics(Collector):
 
     def _count(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(f"sidelight_{name}", meaning, labels, registry=self._registry)
+
+    def _gauge(self, name: str, meaning: str, value: Callable[[], float]) -> None:
+        Gauge(f"sidelight_{name}", meaning, registry=self._registry).set_function(value)
 
     def _time(
         self, name: str, meaning: str, *labels: str, buckets: Sequence[float] = _SECONDS
