@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sidelight.artifact import load_probe
-from sidelight.backbone import TransformersBackbone, load_backbone
+from sidelight.backbone import load_backbone
 from sidelight.cli.show import print_assessment
 from sidelight.data.loading import load_examples
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
@@ -334,14 +334,15 @@ def test_what_a_classifier_cannot_be_asked_is_one_clear_error(classifier):
 
 
 @pytest.mark.parametrize("side", ["response", "both"])
-def test_a_probe_of_responses_is_not_measured_on_prompts(tiny, tmp_path, monkeypatch, side):
+def test_a_probe_of_responses_is_not_measured_on_prompts(tiny, tmp_path, ran, side):
     classifier = Classifier(tiny, untrained_probe(tiny, "p", reads=Reads(side)))
     rows = [{**row, "answer": "an answer"} for row in GOOD]
     assert classifier.evaluate(rows, response="answer").rows == len(rows)
     data = write(tmp_path / "rows.jsonl", rows)
-    monkeypatch.setattr(TransformersBackbone, "run", None)
+    ran.clear()
     refusal = rf"'p' reads responses, but {len(rows)} of {len(rows)} .* --response \(response="
     with pytest.raises(SidelightError, match=refusal):
         classifier.evaluate(rows)
     with pytest.raises(SidelightError, match=refusal):
         assess(classifier, load_examples(data, task=classifier.probe.task))
+    assert not ran

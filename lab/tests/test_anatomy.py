@@ -55,7 +55,7 @@ def make(tiny):
 
 
 def all_columns(classifier, texts):
-    prompts = encode(classifier.backbone, texts.items)
+    prompts = encode(classifier.backbone.encoder, texts.items)
     (batch,) = read_columns(classifier, prompts)
     return prompts, *batch
 
@@ -115,7 +115,7 @@ def test_a_probe_that_reads_one_layer_is_attributed_to_it(make):
 
 
 def test_every_token_is_in_one_group_and_template_tokens_are_those_of_the_prompt(tiny, make):
-    prompts = encode(tiny, examples("binary", 9, 0).items)
+    prompts = encode(tiny.encoder, examples("binary", 9, 0).items)
     groups = torch.cat([token_groups(prompt, make().probe.reads) for prompt in prompts])
     assert bool((groups.sum(1) == 1).all())
     parts = np.concatenate([np.array(prompt.parts) for prompt in prompts])

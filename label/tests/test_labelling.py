@@ -187,9 +187,8 @@ def test_probes_of_other_labels_or_responses_are_refused_and_others_not_replaced
 
 @pytest.mark.slow
 def test_a_sitting_goes_on_where_the_last_one_stopped_and_the_model_reads_nothing_again(
-    first_sitting, trained, monkeypatch
+    first_sitting, trained, ran
 ):
-    monkeypatch.setattr(type(trained.tiny), "run", None)
     trained.begin()
     assert trained.queue._order == first_sitting.queue._order
     assert [*trained.queue.decided] == [*first_sitting.queue.decided]
@@ -197,6 +196,7 @@ def test_a_sitting_goes_on_where_the_last_one_stopped_and_the_model_reads_nothin
     trained.label(5)
     trained.queue.train()
     assert trained.queue.figures[-1]["title"] == "All 45 labelled texts"
+    assert not ran
 
 
 def test_undo_takes_back_labels_and_skips_and_shows_their_texts_again(sitting):

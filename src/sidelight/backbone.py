@@ -1,17 +1,17 @@
-"""Frozen LLMs: how to get one by name, and taps on its hidden states.
+"""Frozen LLMs: taps on their hidden states, and how to get one of ``transformers`` by name.
 
 Any Hugging Face causal LM can be a backbone: decoder blocks are found by structure, not by name.
-Training, evaluation and the transformers engine use it. It does not batch requests (``engines/``).
+Training and evaluation use any ``Backbone``. It does not batch requests (``engines/``).
 """
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -36,11 +36,12 @@ from sidelight.fingerprint import Fingerprint
 from sidelight.machine import find_device, free_memory, lacks_bfloat16
 from sidelight.prompts.conversation import EncodedPrompt, PromptFormat
 from sidelight.prompts.encode import PromptEncoder
+from sidelight.ragged import BATCH_TOKENS
 from sidelight.smollm2 import EMBEDDED_NAME, embedded_model_path, require_model
 
 # Called with each layer's hidden states, ``[batch, token, width]``, while they exist; it must not
 # keep the tensor. Layer 0 is the residual stream after the embedding, layer l the stream after
-# block l, before the final norm.
+# block l, before the final norm. Long texts may come in parts, each from layer 0 on.
 Tap = Callable[[int, Tensor], None]
 
 
@@ -101,6 +102,54 @@ _NO_LIMIT = 10**9
 _CPU = torch.device("cpu")
 
 
+@runtime_checkable
+class Backbone(Protocol):
+    """A frozen LLM whose hidden states can be read, whatever runs it.
+
+    Attributes:
+        name: Its name in messages and manifests.
+        encoder: Makes its prompts.
+        fingerprint: Which weights, tokenizer and template it has, and the sizes of its states.
+    """
+
+    name: str
+    encoder: PromptEncoder
+    fingerprint: Fingerprint
+
+    @property
+    def engine(self) -> str:
+        """What runs it, with all that decides how states are computed and rounded."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its states are, and where probes on them are computed."""
+        ...
+
+    @property
+    def batch_tokens(self) -> int:
+        """The most tokens that ``run`` takes, padding included; a longer prompt is alone."""
+        ...
+
+    @property
+    def can_share_prefixes(self) -> bool:
+        """Whether ``run`` accepts ``after``."""
+        ...
+
+    def tapped(self, tap: Tap) -> AbstractContextManager[None]:
+        """Calls ``tap`` with every hidden state of this thread's passes in the block."""
+        ...
+
+    def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
+        """Reads prompts, for what the tap sees of them.
+
+        Args:
+            prompts: The batch. The tap sees them padded on the right to the longest.
+            after: Number of tokens that all prompts begin with; they are run once, and not tapped.
+        """
+        ...
+
+
 class TransformersBackbone:
     """A frozen causal LM of the ``transformers`` library.
 
@@ -112,6 +161,9 @@ class TransformersBackbone:
         prompt_format: ``chat``, ``raw`` or ``both``; None means chat if the tokenizer has a
             template.
     """
+
+    engine = "transformers"
+    batch_tokens = BATCH_TOKENS
 
     def __init__(
         self,
@@ -147,7 +199,7 @@ class TransformersBackbone:
 
     @contextmanager
     def tapped(self, tap: Tap) -> Generator[None]:
-        """Calls ``tap`` with every hidden state of this thread's forward passes in the block."""
+        """As ``Backbone.tapped``; blocks may be nested."""
         outer, self._tap = self._tap, tap
         try:
             yield
@@ -164,12 +216,7 @@ class TransformersBackbone:
 
     @torch.inference_mode()
     def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
-        """One forward pass over right-padded prompts, for what the tap sees of it.
-
-        Args:
-            prompts: The batch.
-            after: Number of tokens that all prompts begin with; they are run once, and not tapped.
-        """
+        """As ``Backbone.run``, in one forward pass."""
         token_ids, mask = self.pad(prompts)
         # Without the language-model head, whose logits nobody reads here.
         body = self.model.base_model

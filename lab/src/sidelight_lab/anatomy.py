@@ -100,7 +100,7 @@ def examine(classifier: Classifier, examples: LabelledExamples) -> Anatomy:
             f"All {len(examples)} texts are of class '{next(iter(members), None)}', but an anatomy "
             "compares classes. Give texts of two or more classes with --data."
         )
-    prompts = encode(classifier.backbone, examples.items)
+    prompts = encode(classifier.backbone.encoder, examples.items)
     targets = true_targets(task, examples.labels)
     logits: dict[str, np.ndarray] = {}
     shares: list[np.ndarray] = [np.empty(0)] * len(examples)

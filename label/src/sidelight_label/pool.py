@@ -98,7 +98,9 @@ class Pool:
                 "texts (--limit)."
             )
         limit = min(options.max_tokens, backbone.encoder.max_tokens)
-        self.prompts = encode_shortened(backbone, examples, reads=options.reads, limit=limit)
+        self.prompts = encode_shortened(
+            backbone.encoder, examples, reads=options.reads, limit=limit
+        )
         # As in `sidelight train`: of several classes, a large norm says something.
         self.is_normalised = task.kind != "multiclass"
         cache = _VectorCache(self, probes)

@@ -15,7 +15,7 @@ from sidelight.errors import SidelightError, checked
 from sidelight.storage import check_folder, only_writer, write_json, write_text
 
 if TYPE_CHECKING:
-    from sidelight.backbone import TransformersBackbone
+    from sidelight.backbone import Backbone
     from sidelight.data.examples import LabelledExamples
     from sidelight.data.guards import Card
     from sidelight.probe import Probe
@@ -113,7 +113,7 @@ def _list_cards(cards: "Mapping[str, Card]") -> None:
 
 
 def _train(
-    backbone: "TransformersBackbone",
+    backbone: "Backbone",
     texts: "Mapping[str, LabelledExamples]",
     out: Path,
     rule: "ThresholdRule",
@@ -170,7 +170,7 @@ def _train(
 
 
 def _measure(
-    backbone: "TransformersBackbone",
+    backbone: "Backbone",
     texts: "Mapping[str, LabelledExamples]",
     tests: "Mapping[str, Mapping[str, LabelledExamples]]",
     out: Path,
@@ -199,7 +199,7 @@ def _figures(path: Path) -> dict[str, dict[str, Any]]:
     return checked(Json[dict[str, dict[str, Any]]], path.read_text("utf-8"), f"Cannot read {path}")
 
 
-def _servable(out: Path, names: Iterable[str], backbone: "TransformersBackbone") -> "list[Probe]":
+def _servable(out: Path, names: Iterable[str], backbone: "Backbone") -> "list[Probe]":
     """The probes in a folder, also those of earlier runs, that this model can serve."""
     from sidelight.artifact import load_probe
     from sidelight.manifest import holds_probe

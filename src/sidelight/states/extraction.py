@@ -3,7 +3,6 @@
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sidelight.backbone import TransformersBackbone
+from sidelight.backbone import Backbone
 from sidelight.bank import Bank
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe, ProbeOutput
@@ -89,10 +88,9 @@ def extract(
 class BackboneSource:
     """Any backbone's own forward passes, over batches of texts of similar length."""
 
-    engine = "transformers"
-
-    def __init__(self, backbone: TransformersBackbone):
+    def __init__(self, backbone: Backbone):
         self.backbone = backbone
+        self.engine = backbone.engine
 
     @property
     def max_tokens(self) -> int:
@@ -106,12 +104,13 @@ class BackboneSource:
         layers, width = cache.fingerprint.layers, cache.fingerprint.width
         can_share = self.backbone.can_share_prefixes
         shared = shared_unread(cache.prompts, cache.reads) if can_share else 0
-        for batch in by_length([len(cache.prompts[row]) - shared for row in rows]):
+        lengths = [len(cache.prompts[row]) - shared for row in rows]
+        for batch in by_length(lengths, batch_tokens=self.backbone.batch_tokens):
             prompts = [cache.prompts[rows[i]] for i in batch]
             masks = [prompt.mask(cache.reads)[shared:] for prompt in prompts]
             shapes = ((layers, cache.lengths[rows[i]], width) for i in batch)
             texts = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
-            with self.backbone.tapped(partial(_keep_read, [*zip(texts, masks, strict=True)])):
+            with self.backbone.tapped(_ReadTap([*zip(texts, masks, strict=True)])):
                 self.backbone.run(prompts, after=shared)
             advance(sum(map(len, prompts)))
             yield {rows[i]: hidden for i, hidden in zip(batch, texts, strict=True)}
@@ -138,14 +137,21 @@ def shard_logits(probe: Probe, shard: Shard) -> Float[np.ndarray, "text output"]
     return probe.mechanism.finish(state).cpu().double().numpy()
 
 
-def _keep_read(
-    texts: Sequence[tuple[Float[Tensor, "layer _ width"], Bool[Tensor, " _"]]],
-    layer: int,
-    hidden: Float[Tensor, "text token width"],
-) -> None:
+class _ReadTap:
     """Copies the read tokens of each text of a batch to where they belong."""
-    for (states, mask), text in zip(texts, hidden, strict=True):
-        states[layer] = text[: len(mask)][mask]
+
+    def __init__(self, texts: Sequence[tuple[Float[Tensor, "layer _ width"], Bool[Tensor, " _"]]]):
+        self._texts = texts
+        self._start = self._stop = 0
+
+    def __call__(self, layer: int, hidden: Float[Tensor, "text token width"]) -> None:
+        if layer == 0:
+            self._start, self._stop = self._stop, self._stop + hidden.shape[1]
+        for (states, mask), text in zip(self._texts, hidden, strict=True):
+            is_read = mask[self._start : self._stop]
+            read = text[: len(is_read)][is_read]
+            before = int(mask[: self._start].sum())
+            states[layer, before : before + len(read)] = read
 
 
 def require_finite(texts: Mapping[int, Float[Tensor, "layer _ width"]], *, dtype: str) -> None:
@@ -165,7 +171,7 @@ def require_finite(texts: Mapping[int, Float[Tensor, "layer _ width"]], *, dtype
 
 
 def text_logits(
-    backbone: TransformersBackbone, bank: Bank, prompts: Sequence[EncodedPrompt]
+    backbone: Backbone, bank: Bank, prompts: Sequence[EncodedPrompt]
 ) -> list[list[ProbeOutput]]:
     """For each probe what it says of all prompts, in the given order.
 
@@ -176,7 +182,7 @@ def text_logits(
     judged: list[dict[int, ProbeOutput]] = [{} for _ in bank.probes]
     tap = bank.tap()
     with progress("Judging", sum(lengths), unit="tokens") as advance:
-        for batch in by_length(lengths):
+        for batch in by_length(lengths, batch_tokens=backbone.batch_tokens):
             chosen = [prompts[i] for i in batch]
             with backbone.tapped(tap):
                 backbone.run(chosen)

@@ -10,11 +10,7 @@ from typing import overload
 import numpy as np
 
 from sidelight.artifact import load_probe, save_probe
-from sidelight.backbone import (
-    DtypeName,
-    TransformersBackbone,
-    load_backbone,
-)
+from sidelight.backbone import Backbone, DtypeName, load_backbone
 from sidelight.bank import Bank
 from sidelight.data.examples import (
     Example,
@@ -58,7 +54,7 @@ class Classifier:
         probe: What was trained on it.
     """
 
-    backbone: TransformersBackbone
+    backbone: Backbone
     probe: Probe
 
     def predict(
@@ -191,7 +187,7 @@ class Classifier:
 
 
 def train(
-    model: str | Path | TransformersBackbone,
+    model: str | Path | Backbone,
     data: str | Path | InMemory | Examples,
     *,
     mechanism: str = AUTO,
@@ -269,7 +265,7 @@ def train(
     training = read(data, positive=positive)
     held_out = None if validation is None else read(validation, task=training.task)
     choose_validation(training, held_out, options)
-    if not isinstance(model, TransformersBackbone):
+    if not isinstance(model, Backbone):
         backbone = load_backbone(model, prompt_format=prompt_format, for_reading=source is None)
     elif prompt_format in (None, model.encoder.prompt_format):
         backbone = model
@@ -287,7 +283,7 @@ def train(
 def load(
     directory: str | Path,
     *,
-    model: str | Path | TransformersBackbone | None = None,
+    model: str | Path | Backbone | None = None,
     dtype: DtypeName = "auto",
     device: str = "auto",
 ) -> Classifier:
@@ -307,7 +303,7 @@ def load(
     named = probe.fingerprint.name if model is None else model
     backbone = (
         named
-        if isinstance(named, TransformersBackbone)
+        if isinstance(named, Backbone)
         else load_backbone(
             named,
             dtype=dtype,

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
-from sidelight.backbone import TransformersBackbone
+from sidelight.backbone import Backbone
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.prompts.conversation import EncodedPrompt, Message, Reads, piece_lengths
@@ -68,7 +68,7 @@ class Context:
 
 
 def draw_contexts(
-    backbone: TransformersBackbone,
+    backbone: Backbone,
     examples: LabelledExamples,
     groups: Sequence[Int[Numbers, " _"]],
     background: Sequence[Background],

@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sidelight.backbone import TransformersBackbone
+from sidelight.backbone import Backbone
 from sidelight.data.examples import Example, Examples, LabelledExamples, located, place_of
 from sidelight.errors import SidelightError
 from sidelight.progress import say
 from sidelight.prompts.conversation import EncodedPrompt, Reads, judged_units
+from sidelight.prompts.encode import PromptEncoder
 from sidelight.ragged import Ragged
 from sidelight.spans import token_labels
 from sidelight.states.cache import (
@@ -226,7 +227,7 @@ class ProbeDataset:
         given_sha256: Hash of the texts as they were given: none held out, no context added.
     """
 
-    backbone: TransformersBackbone
+    backbone: Backbone
     training: Split
     measured: Split
     folds: Folds = ()
@@ -254,7 +255,7 @@ class ProbeDataset:
 
 
 def prepare(
-    backbone: TransformersBackbone,
+    backbone: Backbone,
     training: LabelledExamples,
     validation: LabelledExamples | None,
     *,
@@ -315,7 +316,7 @@ def _groups(examples: LabelledExamples, count: int) -> Folds:
 
 
 def make_split(
-    backbone: TransformersBackbone,
+    backbone: Backbone,
     examples: LabelledExamples,
     options: FitOptions,
     *,
@@ -343,7 +344,7 @@ def make_split(
     drawn, contexts = draw_contexts(backbone, examples, groups, background, options), ()
     source = source or BackboneSource(backbone)
     limit = min(options.max_tokens, source.max_tokens)
-    prompts = encode_shortened(backbone, examples, reads=options.reads, limit=limit)
+    prompts = encode_shortened(backbone.encoder, examples, reads=options.reads, limit=limit)
     if drawn:
         group_of = {text: group for group, own in enumerate(groups) for text in own.tolist()}
         pairs = enumerate(zip(examples.items, prompts, strict=True))
@@ -370,8 +371,10 @@ def make_split(
         states,
         np.arange(len(prompts)),
         contexts,
-        () if examples.spans is None else span_places(backbone, examples.items, lengths),
-        None if examples.rationales is None else _rationales(backbone, examples, prompts, reads),
+        () if examples.spans is None else span_places(backbone.encoder, examples.items, lengths),
+        None
+        if examples.rationales is None
+        else _rationales(backbone.encoder, examples, prompts, reads),
     )
 
 
@@ -395,7 +398,7 @@ def _in_contexts(examples: LabelledExamples, contexts: Sequence[Context]) -> Lab
 
 
 def _rationales(
-    backbone: TransformersBackbone,
+    encoder: PromptEncoder,
     examples: LabelledExamples,
     prompts: Sequence[EncodedPrompt],
     reads: Reads,
@@ -414,9 +417,7 @@ def _rationales(
             first = len(item.messages) if reads.side == "response" else 0
             message = next((i for i in range(first, len(texts)) if words in texts[i]), -1)
             start = texts[message].find(words)
-            whole = backbone.encoder.encode_any_length(
-                item.conversation, item.response, with_places=True
-            )
+            whole = encoder.encode_any_length(item.conversation, item.response, with_places=True)
             for token, place in enumerate(whole.places):
                 if place is not None and place.message == message:
                     is_marked[token] = place.start < start + len(words) and place.end > start
@@ -425,7 +426,7 @@ def _rationales(
 
 
 def encode_shortened(
-    backbone: TransformersBackbone, examples: Examples, *, reads: Reads, limit: int
+    encoder: PromptEncoder, examples: Examples, *, reads: Reads, limit: int
 ) -> list[EncodedPrompt]:
     """The texts' token ids, at most ``limit`` of each.
 
@@ -435,7 +436,7 @@ def encode_shortened(
     prompts: list[EncodedPrompt] = []
     for index, item in enumerate(examples.items):
         with located(item, index):
-            whole = backbone.encoder.encode_any_length(item.conversation, item.response)
+            whole = encoder.encode_any_length(item.conversation, item.response)
             prompts.append(whole.shortened(limit, reads))
     unread = [index for index, prompt in enumerate(prompts) if not prompt.mask(reads).any()]
     if not unread:
@@ -454,13 +455,13 @@ def encode_shortened(
 
 
 def span_places(
-    backbone: TransformersBackbone, examples: Sequence[Example], read: Sequence[int]
+    encoder: PromptEncoder, examples: Sequence[Example], read: Sequence[int]
 ) -> list[list[tuple[int, int]]]:
     """The characters of each text's first tokens; ``read`` says of how many."""
     places: list[list[tuple[int, int]]] = []
     for index, (example, count) in enumerate(zip(examples, read, strict=True)):
         with located(example, index):
-            whole = backbone.encoder.encode_any_length(
+            whole = encoder.encode_any_length(
                 example.conversation, example.response, with_places=True
             ).places
         message = len(example.messages) - (example.response is None)

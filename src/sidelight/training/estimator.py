@@ -171,7 +171,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         examples = [as_example(text) for text in _texts(X)]
         (backbone, folder), probe = _shared(str(self.model)), self.probe_
         probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
-        prompts, who = encode(backbone, examples), backbone.fingerprint
+        prompts, who = encode(backbone.encoder, examples), backbone.fingerprint
         cache = ActivationCache(folder, prompts, reads=probe.reads, fingerprint=who)
         is_known = np.array([cache.path(text).exists() for text in range(len(prompts))])
         known, new = np.flatnonzero(is_known), np.flatnonzero(~is_known)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sidelight.artifact import save_probe
-from sidelight.backbone import TransformersBackbone
+from sidelight.backbone import Backbone
 from sidelight.data.examples import LabelledExamples
 from sidelight.evaluation import Report, SpanReport
 from sidelight.mechanisms.base import mechanism_spec
@@ -98,7 +98,7 @@ def _candidates(options: FitOptions, texts: LabelledExamples) -> list[Candidate]
 
 
 def fit(
-    backbone: TransformersBackbone,
+    backbone: Backbone,
     training: LabelledExamples,
     validation: LabelledExamples | None,
     *,

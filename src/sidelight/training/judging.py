@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from sidelight.backbone import TransformersBackbone, UnloadedBackbone
+from sidelight.backbone import Backbone
 from sidelight.bank import Bank
 from sidelight.data.examples import Example, located
 from sidelight.probe import Probe, ProbeOutput
 from sidelight.prompts.conversation import EncodedPrompt
+from sidelight.prompts.encode import PromptEncoder
 from sidelight.spans import character_scores
 from sidelight.states.extraction import text_logits
 from sidelight.training.dataset import span_places
@@ -17,9 +18,7 @@ from sidelight.training.validation import require_side
 from sidelight.types import Span
 
 
-def encode(
-    backbone: TransformersBackbone | UnloadedBackbone, examples: Sequence[Example]
-) -> list[EncodedPrompt]:
+def encode(encoder: PromptEncoder, examples: Sequence[Example]) -> list[EncodedPrompt]:
     """The examples' token ids.
 
     Raises:
@@ -29,13 +28,11 @@ def encode(
     prompts: list[EncodedPrompt] = []
     for index, example in enumerate(examples):
         with located(example, index):
-            prompts.append(backbone.encoder.encode(example.conversation, example.response))
+            prompts.append(encoder.encode(example.conversation, example.response))
     return prompts
 
 
-def judge(
-    backbone: TransformersBackbone, probe: Probe, examples: Sequence[Example]
-) -> list[ProbeOutput]:
+def judge(backbone: Backbone, probe: Probe, examples: Sequence[Example]) -> list[ProbeOutput]:
     """A probe's output for each text.
 
     Raises:
@@ -46,7 +43,7 @@ def judge(
     """
     require_side(probe, examples)
     bank = Bank([probe], device=backbone.device)
-    (judged,) = text_logits(backbone, bank, encode(backbone, examples))
+    (judged,) = text_logits(backbone, bank, encode(backbone.encoder, examples))
     for index, text in enumerate(judged):
         with located(examples[index], index):
             probe.require_finite(text.logits)
@@ -54,7 +51,7 @@ def judge(
 
 
 def find_spans(
-    backbone: TransformersBackbone, probe: Probe, examples: Sequence[Example]
+    backbone: Backbone, probe: Probe, examples: Sequence[Example]
 ) -> tuple[Float[np.ndarray, "text output"], list[list[Span]]]:
     """The logits of whole texts, and the spans in each, from one forward pass.
 
@@ -70,7 +67,7 @@ def find_spans(
 
 
 def judge_characters(
-    backbone: TransformersBackbone, probe: Probe, examples: Sequence[Example]
+    backbone: Backbone, probe: Probe, examples: Sequence[Example]
 ) -> list[tuple[ProbeOutput, Float[np.ndarray, "character label"]]]:
     """The output of a probe of spans for each text, and its characters' probabilities."""
     assert probe.spans is not None
@@ -81,6 +78,6 @@ def judge_characters(
     judged = judge(backbone, probe, examples)
     calibration = probe.spans.calibration
     tokens = [calibration.apply(text.tokens) for text in judged if text.tokens is not None]
-    places = span_places(backbone, examples, [*map(len, tokens)])
+    places = span_places(backbone.encoder, examples, [*map(len, tokens)])
     scores = map(character_scores, texts, places, tokens)
     return list(zip(judged, scores, strict=True))

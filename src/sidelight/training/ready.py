@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from sidelight.backbone import TransformersBackbone
+from sidelight.backbone import Backbone
 from sidelight.data.examples import Example, LabelledExamples, located
 from sidelight.data.guards import draw_texts, find_guard
 from sidelight.data.loading import load_examples
@@ -50,7 +50,7 @@ def load_tests(name: str, task: Task) -> dict[str, LabelledExamples]:
     return {test: load_guard(name, f":{test}", task) for test in find_guard(name).card.tests}
 
 
-def affordable(backbone: TransformersBackbone, texts: LabelledExamples) -> LabelledExamples:
+def affordable(backbone: Backbone, texts: LabelledExamples) -> LabelledExamples:
     """Texts that have ``TOKENS_ON_CPU`` tokens together on a CPU; all of them on a GPU."""
     if backbone.device.type != "cpu":
         return texts
@@ -64,7 +64,7 @@ def affordable(backbone: TransformersBackbone, texts: LabelledExamples) -> Label
 
 
 def is_trained(
-    folder: Path, backbone: TransformersBackbone, texts: LabelledExamples, rule: ThresholdRule
+    folder: Path, backbone: Backbone, texts: LabelledExamples, rule: ThresholdRule
 ) -> bool:
     """Whether a folder holds the probe that a training would write; not if it cannot be read."""
     try:
@@ -81,7 +81,7 @@ def is_trained(
 
 
 def measure(
-    backbone: TransformersBackbone,
+    backbone: Backbone,
     probe: Probe,
     texts: LabelledExamples,
     tests: Mapping[str, LabelledExamples],
@@ -144,7 +144,7 @@ def observing_policy(probes: Sequence[Probe]) -> str:
     return "".join(rules)
 
 
-def background_states(backbone: TransformersBackbone, background: Background) -> set[str]:
+def background_states(backbone: Backbone, background: Background) -> set[str]:
     """The names of the states that guards share: those of ordinary conversations alone."""
     names: set[str] = set()
     for turns in background.conversations:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from sidelight.backbone import TransformersBackbone
 from sidelight.progress import progress
 from sidelight.ragged import by_length
 from sidelight.training.dataset import ProbeDataset, Split
@@ -227,8 +228,10 @@ class Lora(FineTuned):
         """Untrained adapters around the backbone, which itself stays as it is, and a head."""
         from peft import LoraConfig, get_peft_model
 
+        backbone = dataset.backbone
+        assert isinstance(backbone, TransformersBackbone)
         # A copy of the modules around the same parameters.
-        body: Any = dataset.backbone.model.base_model
+        body: Any = backbone.model.base_model
         body = copy.deepcopy(body, {id(weight): weight for weight in body.parameters()})
         # The fused kernel's backward pass is several times slower than the plain one on CPUs.
         body.set_attn_implementation("eager")

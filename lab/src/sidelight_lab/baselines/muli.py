@@ -190,8 +190,10 @@ class Muli(Baseline):
                 f"are of {reads}. Read the prompt with its template: "
                 "Reads(side='prompt', template=True)."
             )
-        first = FirstToken.of(dataset.backbone)
-        first.require(dataset.backbone, min(prompts, key=len))
+        backbone = dataset.backbone
+        assert isinstance(backbone, TransformersBackbone)
+        first = FirstToken.of(backbone)
+        first.require(backbone, min(prompts, key=len))
         design = LogOddsDesign.of(first, _last_states(dataset.training))
         path = sparse_path(
             design,
@@ -201,7 +203,7 @@ class Muli(Baseline):
             shares=self.shares,
             iterations=self.iterations,
         )
-        candidates = (_fitted(dataset.backbone, design, weight, bias) for weight, bias in path)
+        candidates = (_fitted(backbone, design, weight, bias) for weight, bias in path)
         return best_on_validation(candidates, dataset)
 
 

@@ -52,6 +52,7 @@ class ZeroShot(Baseline):
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Fits nothing, and only draws the examples."""
         backbone, names = dataset.backbone, self.named(dataset.task)
+        assert isinstance(backbone, TransformersBackbone)
         encoder, shots = backbone.encoder, self.examples(dataset, seed=seed)
 
         def encode(text: str) -> Sequence[int]:

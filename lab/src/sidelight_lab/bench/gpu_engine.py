@@ -236,7 +236,7 @@ def speed(setting: Setting, *, probes: int) -> Result:
     """Tokens a second of extraction and decoding, and the memory of the GPU."""
     backbone = load_backbone(setting.model_name(), device=setting.device)
     served = [replace(load_probe(setting.path / "probe"), name=f"probe-{i}") for i in range(probes)]
-    prompts = encode(backbone, load_examples(_TEST, label=None).items)
+    prompts = encode(backbone.encoder, load_examples(_TEST, label=None).items)
     rates: dict[str, float] = {}
     gib: dict[str, float] = {}
     with TemporaryDirectory() as scratch:

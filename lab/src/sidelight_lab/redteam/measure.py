@@ -225,7 +225,7 @@ def measure(
         SidelightError: There is no positive text, or there are fewer than two benign ones.
     """
     subjects = draw_subjects(examples, target.thresholds, texts=texts, seed=seed)
-    encode(target.backbone, [subject.example for subject in subjects])
+    encode(target.backbone.encoder, [subject.example for subject in subjects])
     markup = Markup.of(target.backbone.tokenizer, target.backbone.encoder.prompt_format)
     outcomes: list[AttackResult] = []
     with progress("Attacking", len(attacks), unit="attacks") as advance:
