@@ -14,10 +14,9 @@ from sidelight.engines.base import (
     admit_all,
 )
 from sidelight.engines.batch import Batch
-from sidelight.engines.decoder import TransformersDecoder
 from sidelight.engines.queue import Limits, Request, RequestQueue
 from sidelight.engines.text import TextCodec
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers import TransformersDecoder, TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.prompts.conversation import EncodedPrompt, Message, Part, Reads
 from worlds.models import SIZES, family_backbone, three_probes, tiny_backbone, untrained_probe

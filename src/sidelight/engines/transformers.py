@@ -1,64 +1,168 @@
-"""The transformers engine: continuous batching over plain ``transformers`` forward calls.
+"""The transformers engine: plain forward calls of a causal LM, tokens in, logits out.
 
 ``transformers`` has a batching loop of its own, ContinuousBatchingManager. It takes no seed per
 request, tells which rows belong to which request in private attributes only, and reached 586
-tokens/s on two CPU cores where plain forward calls reached 1,596. So the loop is ours: see
-``TransformersEngine._step``. A prompt is read once, and its verdicts leave with its first token.
+tokens/s on two CPU cores where plain forward calls reached 1,596. So the loop is ours:
+``LocalEngine``.
+
+The keys and values of running requests are one left-padded batch that rows enter and leave. It uses
+only public parts of ``transformers``' ``DynamicCache``: its layers' ``keys`` and ``values``, and
+``update``. A plain ``DynamicCache()`` keeps every position in every layer; models with sliding
+windows get their windows from the attention mask.
 """
 
-import asyncio
-import logging
-import traceback
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from math import inf
-from typing import Any, TypeVar
+from collections.abc import Generator, Sequence
+from contextlib import nullcontext
+from typing import Any
 
-from sidelight.backbone import TransformersBackbone
-from sidelight.bank import Panel
-from sidelight.engines.base import (
-    Admission,
-    Engine,
-    EngineBusyError,
-    EngineUnavailableError,
-    Event,
-    GenerationError,
-    Load,
-    PromptJudged,
-    Sampling,
-    admit_all,
-    require_same_model,
-    require_verdicts,
-    require_watched,
-)
-from sidelight.engines.batch import Batch
-from sidelight.engines.decoder import TransformersDecoder
-from sidelight.engines.marks import labels_spans
-from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
-from sidelight.engines.text import TextCodec
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache
+
+from sidelight.backbone import Tap, TransformersBackbone, cache_name
+from sidelight.engines.local import LocalEngine
+from sidelight.engines.queue import Limits
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
-from sidelight.prompts.conversation import Conversation, Message, has_response
-
-T = TypeVar("T")
-
-_log = logging.getLogger(__name__)
-# All others wait while a pass runs. On a CPU, the default would take seconds.
-_PREFILL_TOKENS_ON_CPU = 256
+from sidelight.prompts.conversation import EncodedPrompt
 
 
-class TransformersEngine(Engine):
-    """Serves one backbone with its probes.
+class PaddedRows:
+    """A cache, and which of its columns hold a token in each row.
 
-    Requests are queued, begun and answered in the event loop; one thread of the engine's own runs
-    the model and judges what it reads.
+    Args:
+        cache: Keys and values, ``[row, head, column, width]`` in each layer.
+        mask: True where a column holds a token of the row; the padding comes first.
+    """
+
+    def __init__(self, cache: DynamicCache, mask: Bool[Tensor, "row column"]):
+        self.cache = cache
+        self.mask = mask
+
+    def kept(self, rows: Sequence[int]) -> "PaddedRows":
+        """These rows only, in their order, without the columns that pad all of them."""
+        if len(rows) == len(self.mask):
+            return self
+        index = torch.tensor(rows, device=self.mask.device)
+        mask = self.mask[index]
+        start = int(mask.any(dim=0).int().argmax())
+        cache = DynamicCache()
+        for i, (keys, values) in enumerate(_layers(self.cache)):
+            cache.update(keys[index, :, start:], values[index, :, start:], i)
+        return PaddedRows(cache, mask[:, start:])
+
+    def joined(self, other: "PaddedRows") -> "PaddedRows":
+        """The rows of both, padded on the left to one length."""
+        columns = max(self.mask.shape[1], other.mask.shape[1])
+        cache = DynamicCache()
+        for i, pair in enumerate(zip(_layers(self.cache), _layers(other.cache), strict=True)):
+            keys, values = (
+                torch.cat([pad(s, (0, 0, columns - s.shape[2], 0)) for s in states])
+                for states in zip(*pair, strict=True)
+            )
+            cache.update(keys, values, i)
+        masks = [pad(m, (columns - m.shape[1], 0), value=False) for m in (self.mask, other.mask)]
+        return PaddedRows(cache, torch.cat(masks))
+
+
+def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    layers: list[Any] = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+_ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention"})
+
+
+class TransformersDecoder:
+    """Plain forward calls of a causal LM over left-padded rows.
+
+    Args:
+        backbone: The model; only this object runs it, in one thread.
+
+    Attributes:
+        end_tokens: Ids that end a turn; they are counted, but are not part of the text.
+
+    Raises:
+        SidelightError: The model keeps a state other than keys and values, so rows cannot be
+            batched.
+    """
+
+    def __init__(self, backbone: TransformersBackbone):
+        kinds = set(backbone.model.config.get_text_config().to_dict().get("layer_types") or ())
+        if others := kinds - _ATTENTION_KINDS:
+            raise SidelightError(
+                f"{backbone.name} has layers of kind {', '.join(sorted(others))}, whose state is "
+                "not keys and values; the transformers engine cannot batch it. Serve a model with "
+                "attention layers only."
+            )
+        self._backbone = backbone
+        self._cache_name = cache_name(backbone.model)
+        configured = backbone.model.generation_config.eos_token_id
+        several = configured if isinstance(configured, list) else [configured]
+        ends = (*several, backbone.tokenizer.eos_token_id)
+        self.end_tokens = frozenset(token for token in ends if token is not None)
+
+    def read_prompts(
+        self, prompts: Sequence[EncodedPrompt], tap: Tap | None, *, columns: int | None = None
+    ) -> Generator[
+        None,
+        None,
+        tuple[Float[Tensor, "row vocabulary"], Bool[Tensor, "batch token"], PaddedRows],
+    ]:
+        """As ``Decoder.read_prompts``; prompts are padded on the left to the longest."""
+        token_ids, mask = self._backbone.pad(prompts, side="left")
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        rows = PaddedRows(DynamicCache(), mask[:, :0])
+        start, longest = 0, mask.shape[1]
+        while True:
+            part = slice(start, start + (columns or longest))
+            rows.mask = mask[:, : part.stop]
+            logits = self._run(token_ids[:, part], positions[:, part], rows, tap)
+            if part.stop >= longest:
+                return logits, mask, rows
+            yield
+            start = part.stop
+
+    def read_step(
+        self, tokens: Sequence[int], rows: PaddedRows, tap: Tap | None
+    ) -> Float[Tensor, "row vocabulary"]:
+        """One pass over the newest token of each row, which ``rows`` then holds."""
+        positions = rows.mask.sum(dim=1)[:, None]
+        rows.mask = pad(rows.mask, (0, 1), value=True)
+        token_ids = torch.tensor(tokens, device=self._backbone.device)[:, None]
+        return self._run(token_ids, positions, rows, tap)
+
+    @torch.inference_mode()
+    def _run(
+        self,
+        token_ids: Int[Tensor, "row token"],
+        positions: Int[Tensor, "row token"],
+        rows: PaddedRows,
+        tap: Tap | None,
+    ) -> Float[Tensor, "row vocabulary"]:
+        cache: dict[str, Any] = {self._cache_name: rows.cache}
+        with self._backbone.tapped(tap) if tap else nullcontext():
+            output = self._backbone.model(
+                input_ids=token_ids,
+                attention_mask=rows.mask.long(),
+                position_ids=positions,
+                use_cache=True,
+                logits_to_keep=self._backbone.last_position,
+                **cache,
+            )
+        return output.logits[:, -1]
+
+
+class TransformersEngine(LocalEngine):
+    """Serves one backbone of ``transformers`` with its probes.
 
     Args:
         backbone: The model. Nothing else may run it meanwhile.
-        probes: Probes trained on this backbone, with distinct names.
-        limits: How much is held at once; None: the defaults for the device.
-        model: The name that requests use; None takes the backbone's.
+        probes: As for ``LocalEngine``.
+        limits: As for ``LocalEngine``.
+        model: As for ``LocalEngine``.
     """
 
     def __init__(
@@ -69,213 +173,5 @@ class TransformersEngine(Engine):
         limits: Limits | None = None,
         model: str | None = None,
     ):
-        self.model = model or backbone.name
-        self.max_tokens = backbone.encoder.max_tokens
-        self._backbone = backbone
-        self._panel = self._load_panel(probes)
-        self._codec = TextCodec(backbone.encoder)
-        if limits is None:
-            is_slow = backbone.device.type == "cpu"
-            limits = Limits(prefill_tokens=_PREFILL_TOKENS_ON_CPU) if is_slow else Limits()
-        self._batch = Batch(
-            TransformersDecoder(backbone), self._codec, prefill_tokens=limits.prefill_tokens
-        )
-        self._queue = RequestQueue(limits)
-        self._limits, self._encoding = limits, 0
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sidelight-model")
-        self._loop: asyncio.Task[None] | None = None
-
-    @property
-    def probes(self) -> Sequence[Probe]:
-        return self._panel.probes
-
-    @property
-    def load(self) -> Load:
-        return Load(running=len(self._batch.requests), waiting=len(self._queue))
-
-    @property
-    def is_ready(self) -> bool:
-        return self._loop is not None and not self._loop.done()
-
-    async def start(self) -> None:
-        self._loop = asyncio.create_task(self._run())
-        self._loop.add_done_callback(
-            lambda _: self._deliver(_failures(self._queue.awaited, EngineUnavailableError()))
-        )
-
-    async def close(self) -> None:
-        """Stops the engine after the pass in progress."""
-        if self._loop is not None:
-            self._loop.cancel()
-            await asyncio.wait({self._loop})
-        await asyncio.to_thread(self._thread.shutdown)
-
-    async def replace_probes(self, probes: Sequence[Probe]) -> None:
-        self._require_ready()
-        panel = await asyncio.to_thread(self._load_panel, probes)
-        await asyncio.to_thread(require_verdicts, probes, device=self._backbone.device)
-        self._panel = panel
-
-    async def tokenize(self, text: Conversation) -> tuple[int, ...]:
-        return (await self._codec.in_thread([text], partial(self._codec.encode, text))).token_ids
-
-    def generate(
-        self,
-        messages: Conversation,
-        sampling: Sampling,
-        *,
-        watch: Collection[str] = (),
-        admits: Admission = admit_all,
-    ) -> AsyncGenerator[Event, None]:
-        # Not in the generator, which begins later, when other probes may have been loaded.
-        panel = self._panel
-        watched = require_watched(watch, panel.probes)
-
-        async def events() -> AsyncGenerator[Event, None]:
-            def encode() -> Request:
-                prompt, room = self._codec.encode_to_continue(
-                    messages, sampling.max_tokens, with_places=labels_spans(panel.probes)
-                )
-                return Request(prompt, sampling, room, panel, watch=watched, admits=admits)
-
-            request = await self._encoded([messages], encode)
-            self._require_ready()
-            self._queue.join([request])
-            try:
-                is_last = False
-                while not is_last:
-                    emission = await request.outbox.get()
-                    is_last = emission.is_last
-                    yield _event(emission)
-            finally:
-                self._queue.leave([request])
-
-        return events()
-
-    def judge(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        *,
-        explain: Collection[str] | None = None,
-    ) -> Coroutine[Any, Any, list[PromptJudged]]:
-        return self._judge(conversations, self._panel, frozenset(explain or ()))
-
-    async def _judge(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        panel: Panel,
-        explain: frozenset[str] = frozenset(),
-    ) -> list[PromptJudged]:
-        with_places = bool(explain) or labels_spans(panel.probes)
-
-        def encode(turns: Sequence[Message]) -> Request:
-            return Request(
-                self._codec.encode(turns, with_places=with_places),
-                Sampling(),
-                max_tokens=0,
-                panel=panel,
-                has_response=has_response(turns),
-                explain=explain,
-            )
-
-        requests = await self._encoded(
-            conversations, lambda: [encode(turns) for turns in conversations]
-        )
-        judged: list[PromptJudged] = []
-        self._require_ready()
-        self._queue.join(requests)
-        try:
-            for request in requests:
-                event = _event(await request.outbox.get())
-                assert isinstance(event, PromptJudged)
-                judged.append(event)
-        finally:
-            self._queue.leave(requests)
-        return judged
-
-    async def _encoded(self, texts: Sequence[Conversation], encode: Callable[[], T]) -> T:
-        """The encoded texts of a request.
-
-        Raises:
-            EngineBusyError: As many requests as may run and wait are being encoded.
-        """
-        limit = self._limits.running + self._limits.waiting
-        if self._encoding >= limit:
-            raise EngineBusyError(waiting=self._encoding, limit=limit)
-        self._encoding += 1
-        try:
-            return await self._codec.in_thread(texts, encode)
-        finally:
-            self._encoding -= 1
-
-    def _load_panel(self, probes: Sequence[Probe]) -> Panel:
-        require_same_model(probes, self._backbone.fingerprint)
-        return Panel(probes, device=self._backbone.device)
-
-    def _require_ready(self) -> None:
-        if not self.is_ready:
-            raise EngineUnavailableError()
-
-    async def _run(self) -> None:
-        while True:
-            await self._queue.has_work.wait()
-            await self._step()
-            if not self._queue and not self._batch.requests:
-                self._queue.has_work.clear()
-
-    async def _step(self) -> None:
-        """A pass over the prompts whose turn it is, then a token of every text being written.
-
-        A text that is being written waits for one pass over prompts at most.
-        """
-        batch, queue, turn = self._batch, self._queue, self._queue.latest_turn
-        given_up = {request for request in batch.requests if request not in queue.awaited}
-        if given_up:
-            await self._pass(partial(batch.drop, given_up), batch.requests)
-
-        waiting = queue.find_next(batch.requests)
-        if waiting and turn(waiting) <= min(map(turn, batch.prefills), default=inf):
-            queue.take(waiting)
-            batch.begin(waiting)
-        # Listed before that pass: texts that it admits got their first token in it.
-        writing = [*batch.rows]
-        if batch.prefills:
-            prefill = min(batch.prefills, key=turn)
-            queue.serve(prefill)
-            await self._pass(partial(batch.read_on, prefill), prefill)
-        for group in writing:
-            await self._pass(partial(batch.decode, group), batch.rows[group].requests)
-
-    async def _pass(
-        self, work: Callable[[], list[Emission] | None], requests: Sequence[Request]
-    ) -> None:
-        """Works in the model's thread; if that fails, these requests fail and leave the batch."""
-        future = asyncio.get_running_loop().run_in_executor(self._thread, work)
-        await asyncio.wait({future})
-        error = future.exception()
-        if error is None:
-            self._deliver(future.result() or [])
-            return
-        name = type(error).__name__
-        # Without the error's message, which may quote a prompt.
-        places = "".join(traceback.format_tb(error.__traceback__))
-        _log.error("A pass of the engine failed: %s at\n%s", name, places)
-        self._batch.drop(requests)
-        message = (
-            f"The engine failed on this request ({name}); its log says where. Other requests go on."
-        )
-        self._deliver(_failures(requests, GenerationError(message)))
-
-    def _deliver(self, emissions: Iterable[Emission]) -> None:
-        for emission in emissions:
-            emission.request.outbox.put_nowait(emission)
-
-
-def _failures(requests: Iterable[Request], error: SidelightError) -> list[Emission]:
-    return [Emission(request, error, is_last=True) for request in requests]
-
-
-def _event(emission: Emission) -> Event:
-    if isinstance(emission.event, SidelightError):
-        raise emission.event
-    return emission.event
+        decoder = TransformersDecoder(backbone)
+        super().__init__(backbone, decoder, probes, limits=limits, model=model)

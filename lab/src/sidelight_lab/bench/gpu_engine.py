@@ -25,7 +25,7 @@ from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import DtypeName, load_backbone
 from sidelight.cli import app
 from sidelight.data.loading import load_examples
-from sidelight.engines.base import Finished, Sampling
+from sidelight.engines.base import Engine, Finished, Sampling
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts.conversation import Message, Reads
 from sidelight.smollm2 import EMBEDDED_NAME, embedded_model_path
@@ -273,7 +273,7 @@ def speed(setting: Setting, *, probes: int) -> Result:
     return Result(True, summary + memory, {"tokens/s": rates, "gib": gib})
 
 
-async def _written(engine: TransformersEngine, number: int, tokens: int) -> int:
+async def _written(engine: Engine, number: int, tokens: int) -> int:
     """The tokens of an answer."""
     question = [Message("user", f"Tell me a very long story about {number + 2} friends.")]
     events = engine.generate(question, Sampling(max_tokens=tokens, temperature=0))

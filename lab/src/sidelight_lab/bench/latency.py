@@ -17,9 +17,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Panel
-from sidelight.engines.base import Finished, Sampling
-from sidelight.engines.decoder import TransformersDecoder
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.base import Engine, Finished, Sampling
+from sidelight.engines.transformers import TransformersDecoder, TransformersEngine
 from sidelight.errors import ContextLengthError
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.probe import Probe
@@ -187,7 +186,7 @@ def measure_writing(
     }
 
 
-async def _write(engine: TransformersEngine, tokens: int) -> tuple[int, float]:
+async def _write(engine: Engine, tokens: int) -> tuple[int, float]:
     """How many tokens are written, and the CPU milliseconds of this process until then."""
     sampling = Sampling(max_tokens=tokens, temperature=0)
 
