@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -212,11 +213,8 @@ def _fit_affine(
     # The prior is not convex: with logits far too small or too large, one start may not be enough.
     is_usual = _USUAL_LOGITS[0] < likely < _USUAL_LOGITS[1]
     starts = (likely,) if is_usual else (min(likely, high), 1.0)
-    options: dict[str, Any] = {"jac": True, "method": "L-BFGS-B", "bounds": bounds}
-    fits: list[Any] = [
-        cast(Any, minimize)(loss_and_slope, np.append(start, np.zeros(outputs)), **options)
-        for start in starts
-    ]
+    fit = partial(cast(Any, minimize), loss_and_slope, jac=True, method="L-BFGS-B", bounds=bounds)
+    fits: list[Any] = [fit(np.append(start, np.zeros(outputs))) for start in starts]
     best: Values = min(fits, key=lambda fit: fit.fun).x
     scale = float(best[0]) / spread
     return scale, best[1:] - scale * centre

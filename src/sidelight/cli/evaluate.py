@@ -145,22 +145,13 @@ def predict(
     **columns: Any,
 ) -> None:
     """Print one verdict per text, as JSON lines, in the order of the texts."""
-    if explains and runtime.engine == "vllm":
-        from sidelight.engines.base import NotExplainedError
-
-        raise NotExplainedError()
     _require_texts(texts, data)
     from sidelight.manifest import read_manifest
     from sidelight.training.validation import require_side
 
     # Before imports that take seconds: what the probe cannot judge is refused at once.
     manifest = read_manifest(probe)
-    labels_spans = manifest.spans is not None
-    if prints_spans and (out is not None or explains or not labels_spans):
-        raise SidelightError(
-            "--spans prints the words that a probe labels. Leave out --out and --explain, and name "
-            "a probe that was trained with --spans COLUMN."
-        )
+    _require_agreement(manifest, runtime, out, explains=explains, prints_spans=prints_spans)
     items = _read_texts(texts, data, columns)
     require_side(manifest, items)
     options.announce("Loading the model")
@@ -175,7 +166,7 @@ def predict(
         lines = ({**each.verdict.to_dict(), "explanation": each.to_dict()} for each in explained)
     else:
         verdicts = _verdicts(probe, items, runtime)
-        if prints_spans or (labels_spans and on_terminal):
+        if prints_spans or (manifest.spans is not None and on_terminal):
             _print_spans(items, verdicts, task.labels)
             return
         lines = (verdict.to_dict() for verdict in verdicts)
@@ -194,6 +185,26 @@ def _require_texts(texts: Sequence[str], data: str | None) -> None:
         raise SidelightError("Got texts and a file of texts (--data). Leave one of them out.")
     if data is not None:
         options.announce(f"Reading {data}")
+
+
+def _require_agreement(
+    manifest: "Manifest",
+    runtime: options.Runtime,
+    out: Path | None,
+    *,
+    explains: bool,
+    prints_spans: bool,
+) -> None:
+    """Refuses a form of the verdicts that the probe, the engine or another option does not have."""
+    if explains and runtime.engine == "vllm":
+        from sidelight.engines.base import NotExplainedError
+
+        raise NotExplainedError()
+    if prints_spans and (out is not None or explains or manifest.spans is None):
+        raise SidelightError(
+            "--spans prints the words that a probe labels. Leave out --out and --explain, and name "
+            "a probe that was trained with --spans COLUMN."
+        )
 
 
 def _verdicts(

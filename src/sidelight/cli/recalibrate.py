@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sidelight.data.loading import OnMissingLabel
     from sidelight.manifest import Manifest
     from sidelight.probe import Probe
+    from sidelight.thresholds import ThresholdRule
     from sidelight.training.recalibration import Recalibrated
 
 
@@ -61,11 +62,7 @@ def recalibrate(
     from sidelight.training.recalibration import require_recalibratable
 
     rule = None if threshold is None else ThresholdRule.parse(threshold)
-    if data is None and rule is None:
-        raise SidelightError(
-            "Name texts of the new traffic with --data, or what the thresholds are for with "
-            "--threshold."
-        )
+    _require_aim(data, rule)
     folder = out or probe.resolve().with_name(f"{probe.resolve().name}-recalibrated")
     require_free(folder, force=force)
     if name is not None:
@@ -73,9 +70,8 @@ def recalibrate(
     # Before imports and models that take seconds: what cannot be recalibrated is refused at once.
     manifest = read_manifest(probe)
     require_recalibratable(manifest, rule, by_texts=data is not None)
-    examples = None
-    if data is not None:
-        examples = _new_texts(data, manifest, on_missing_label=missing_label, **columns)
+    columns["on_missing_label"] = missing_label
+    examples = None if data is None else _new_texts(data, manifest, **columns)
     options.announce("Loading the probe" if examples is None else "Loading the model")
     from sidelight.artifact import load_probe, save_probe
 
@@ -85,15 +81,17 @@ def recalibrate(
     else:
         logits = runtime.load_classifier(probe).logits(examples.items)
         made = refit(loaded, examples, logits, rule=rule)
-        options.warn(examples.warnings)
     options.warn(made.warnings)
     save_probe(made.probe if name is None else replace(made.probe, name=name), folder)
-    if as_json:
-        entry = made.probe.record["recalibrations"][-1]
-        click.echo(json.dumps({"out": str(folder), **entry}, indent=2))
-    else:
-        _print_recalibration(loaded, made)
-        click.echo(f"Saved to {folder}")
+    _report(loaded, made, folder, as_json=as_json)
+
+
+def _require_aim(data: str | None, rule: "ThresholdRule | None") -> None:
+    if data is None and rule is None:
+        raise SidelightError(
+            "Name texts of the new traffic with --data, or what the thresholds are for with "
+            "--threshold."
+        )
 
 
 def _new_texts(data: str, manifest: "Manifest", **columns: Any) -> "LabelledExamples":
@@ -106,17 +104,22 @@ def _new_texts(data: str, manifest: "Manifest", **columns: Any) -> "LabelledExam
     examples = load_examples(data, task=manifest.task, **columns)
     require_side(manifest, examples.items)
     require_new_texts(manifest, examples)
+    options.warn(examples.warnings)
     return examples
 
 
-def _print_recalibration(before: "Probe", made: "Recalibrated") -> None:
+def _report(before: "Probe", made: "Recalibrated", folder: Path, *, as_json: bool) -> None:
     """The figures before and after, and where the thresholds were and are."""
     from sidelight.cli.show import print_reports
 
+    entry = made.probe.record["recalibrations"][-1]
+    if as_json:
+        click.echo(json.dumps({"out": str(folder), **entry}, indent=2))
+        return
     if made.figures is not None:
         title = f"{made.figures[0].rows:,} labelled texts, each calibrated without it"
         print_reports(title, dict(zip(("before", "after"), made.figures, strict=True)))
-    what = made.probe.record["recalibrations"][-1]["what"]
+    what = entry["what"]
     click.echo(f"{what[0].upper()}{what[1:]}.")
     curves = made.probe.history.curves
     for (label, threshold), now in zip(
@@ -130,3 +133,4 @@ def _print_recalibration(before: "Probe", made: "Recalibrated") -> None:
                 f"{alarms} of {curves[label].negatives} others, of those that the probe was "
                 "calibrated on."
             )
+    click.echo(f"Saved to {folder}")
