@@ -130,7 +130,7 @@ def test_hidden_states_that_were_not_written_are_an_error(source, backbone, tmp_
 
     (prompt,) = mixed_prompts(backbone, 1, longest=20)
     params = capture_params(prompt, Reads(), tmp_path / "gone" / "0")
-    ((_, _, output),) = source.running().run([(0, prompt, params)])
+    ((_, _, output),) = source.run([(0, prompt, params)])
     assert read_report(output.kv_transfer_params).failed == ("states",)
     with pytest.raises(SidelightError, match="hidden states are missing"):
         captured(tmp_path / "gone" / "0", backbone.fingerprint.layers)

@@ -47,89 +47,6 @@ OfflineRequest = tuple[int, EncodedPrompt, Mapping[str, Any]]
 """A number, a prompt to run once under it, and its ``kv_transfer_params``."""
 
 
-class Offline:
-    """A running ``LLMEngine`` of vLLM's on a backbone's weights, with options of ``EngineArgs``.
-
-    Raises:
-        SidelightError: vLLM is not installed, an option is unknown, or the plugin does not support
-            a feature that is in use.
-    """
-
-    def __init__(
-        self, backbone: TransformersBackbone, config: Mapping[str, Any], options: Mapping[str, Any]
-    ):
-        require_vllm()
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-
-        require_options(options, EngineArgs)
-        arguments = EngineArgs(
-            model=backbone.model.config._name_or_path,  # pyright: ignore[reportPrivateUsage]
-            dtype=backbone.fingerprint.dtype,
-            disable_log_stats=True,
-            additional_config={KEY: {**config, DESCRIBED: True}},
-            **{"max_model_len": backbone.encoder.max_tokens, **options},
-        )
-        self._llm: Any = LLMEngine.from_engine_args(arguments)
-        scheduling = self._llm.vllm_config.scheduler_config
-        self._most_tokens = _STEPS_AHEAD * scheduling.max_num_batched_tokens
-
-    def run(self, requests: Iterable[OfflineRequest]) -> Generator[tuple[int, EncodedPrompt, Any]]:
-        """Yields each number and prompt with vLLM's output, in the order in which they end.
-
-        Requests are taken when vLLM has room for them; closing the generator cancels those running.
-
-        Raises:
-            SidelightError: vLLM has stopped, or gave up a request.
-        """
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        coming = iter(requests)
-        running: dict[str, EncodedPrompt] = {}
-        try:
-            while True:
-                while sum(map(len, running.values())) < self._most_tokens:
-                    if (request := next(coming, None)) is None:
-                        break
-                    self._add(*request)
-                    running[str(request[0])] = request[1]
-                if not running:
-                    return
-                try:
-                    ended = [output for output in self._llm.step() if output.finished]
-                except EngineDeadError as error:
-                    raise SidelightError("vLLM has stopped; its log says why.") from error
-                for output in ended:
-                    prompt = running.pop(output.request_id)
-                    reason = output.outputs[0].finish_reason
-                    if reason not in ("stop", "length"):
-                        raise SidelightError(
-                            f"vLLM ended a text without reading it ({reason}); its log says why."
-                        )
-                    yield int(output.request_id), prompt, output
-        finally:
-            self._llm.abort_request([*running])
-
-    def close(self) -> None:
-        """Ends vLLM's processes."""
-        self._llm.engine_core.shutdown()
-
-    def _add(self, index: int, prompt: EncodedPrompt, params: Mapping[str, Any]) -> None:
-        from vllm.sampling_params import RequestOutputKind
-
-        from vllm import SamplingParams
-
-        # vLLM writes at least one token, which nobody reads.
-        sampling = SamplingParams(
-            max_tokens=1,
-            temperature=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={"kv_transfer_params": dict(params)},
-        )
-        self._llm.add_request(str(index), {"prompt_token_ids": [*prompt.token_ids]}, sampling)
-
-
 class VllmSource:
     """A ``StateSource`` that runs vLLM from the first missing text until it is closed.
 
@@ -148,7 +65,7 @@ class VllmSource:
         require_vllm()
         self._backbone = backbone
         self._options = dict(options or {})
-        self._llm: Offline | None = None
+        self._llm: Any = None
 
     @property
     def engine(self) -> str:
@@ -172,22 +89,84 @@ class VllmSource:
                 (row, cache.prompts[row], capture_params(cache.prompts[row], cache.reads, place))
                 for row, place in places.items()
             )
-            for row, prompt, _ in self.running().run(requests):
+            for row, prompt, _ in self.run(requests):
                 advance(len(prompt))
                 yield {row: captured(places[row], self._backbone.fingerprint.layers)}
 
+    def run(self, requests: Iterable[OfflineRequest]) -> Generator[tuple[int, EncodedPrompt, Any]]:
+        """Yields each number and prompt with vLLM's output, in the order in which they end.
+
+        Requests are taken when vLLM has room for them; closing the generator cancels those running.
+
+        Raises:
+            SidelightError: An option is unknown, the plugin does not support a feature that is in
+                use, or vLLM has stopped, or gave up a request.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._llm is None:
+            self._llm = self._started()
+        llm, coming = self._llm, iter(requests)
+        most_tokens = _STEPS_AHEAD * llm.vllm_config.scheduler_config.max_num_batched_tokens
+        running: dict[str, EncodedPrompt] = {}
+        try:
+            while True:
+                while sum(map(len, running.values())) < most_tokens:
+                    if (request := next(coming, None)) is None:
+                        break
+                    self._add(*request)
+                    running[str(request[0])] = request[1]
+                if not running:
+                    return
+                try:
+                    ended = [output for output in llm.step() if output.finished]
+                except EngineDeadError as error:
+                    raise SidelightError("vLLM has stopped; its log says why.") from error
+                for output in ended:
+                    prompt = running.pop(output.request_id)
+                    reason = output.outputs[0].finish_reason
+                    if reason not in ("stop", "length"):
+                        raise SidelightError(
+                            f"vLLM ended a text without reading it ({reason}); its log says why."
+                        )
+                    yield int(output.request_id), prompt, output
+        finally:
+            llm.abort_request([*running])
+
     def close(self) -> None:
-        """Ends vLLM if it is running."""
+        """Ends vLLM's processes, if it is running."""
         if self._llm is not None:
-            self._llm.close()
+            self._llm.engine_core.shutdown()
             self._llm = None
 
-    def running(self) -> Offline:
-        """The engine, started if it is not running yet."""
-        if self._llm is None:
-            config = {"probes": [], STATES: True}
-            self._llm = Offline(self._backbone, config, self._options)
-        return self._llm
+    def _started(self) -> Any:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        require_options(self._options, EngineArgs)
+        arguments = EngineArgs(
+            model=self._backbone.model.config._name_or_path,  # pyright: ignore[reportPrivateUsage]
+            dtype=self._backbone.fingerprint.dtype,
+            disable_log_stats=True,
+            additional_config={KEY: {"probes": [], STATES: True, DESCRIBED: True}},
+            **{"max_model_len": self._backbone.encoder.max_tokens, **self._options},
+        )
+        return LLMEngine.from_engine_args(arguments)
+
+    def _add(self, index: int, prompt: EncodedPrompt, params: Mapping[str, Any]) -> None:
+        from vllm.sampling_params import RequestOutputKind
+
+        from vllm import SamplingParams
+
+        # vLLM writes at least one token, which nobody reads.
+        sampling = SamplingParams(
+            max_tokens=1,
+            temperature=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"kv_transfer_params": dict(params)},
+        )
+        self._llm.add_request(str(index), {"prompt_token_ids": [*prompt.token_ids]}, sampling)
 
 
 def capture_params(prompt: EncodedPrompt, reads: Reads, path: Path) -> dict[str, Any]:
