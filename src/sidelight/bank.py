@@ -148,7 +148,7 @@ class Bank:
     def __init__(self, probes: Sequence[Probe], *, device: torch.device | str = "cpu"):
         if not probes:
             raise SidelightError("A bank needs one or more probes, got none. Name one.")
-        require_distinct_names(probes)
+        require_distinct_names([probe.name for probe in probes])
         self.probes = tuple(probes)
         for probe in probes:
             probe.mechanism.to(device).eval()
@@ -365,7 +365,7 @@ class Panel:
     """
 
     def __init__(self, probes: Sequence[Probe], *, device: torch.device | str = "cpu"):
-        require_distinct_names(probes)
+        require_distinct_names([probe.name for probe in probes])
         self.probes = tuple(probes)
         early = [probe for probe in probes if not probe.reads.includes_response]
         late = [probe for probe in probes if probe.reads.includes_response]

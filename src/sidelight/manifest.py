@@ -7,11 +7,11 @@ its summary, and the model card for sharing.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 
@@ -268,21 +268,12 @@ def require_name(name: str) -> None:
         )
 
 
-class _Named(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
-def require_distinct_names(probes: Iterable[_Named]) -> None:
+def require_distinct_names(names: Sequence[str]) -> None:
     """Checks that the verdicts of probes that are served together can be told apart.
-
-    Args:
-        probes: The probes, or their manifests.
 
     Raises:
         SidelightError: Two have the same name.
     """
-    names = [probe.name for probe in probes]
     if len(set(names)) < len(names):
         raise SidelightError(
             f"Probes served together need distinct names, got: {', '.join(names)}. Train one with "

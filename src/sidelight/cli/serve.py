@@ -72,7 +72,7 @@ def serve(context: click.Context, **values: Any) -> None:
     names = {field.name for field in fields(options.Runtime)}
     runtime = options.Runtime(**config.model_dump(include=names))
     # Before imports that take seconds: what is wrong with files and folders is refused at once.
-    require_distinct_names(read_manifest(folder) for folder in config.probe)
+    require_distinct_names([read_manifest(folder).name for folder in config.probe])
     policy, _ = config.loaded_policy, config.access
     from sidelight.artifact import load_probe
     from sidelight.policy.rules import require_policy_applies

@@ -86,7 +86,7 @@ class ProbeRegistry:
             path = policy_path or self._policy_path
             policy = self._policy if path is None else read_policy(path)
             probes, paths = await asyncio.to_thread(self._read, folders)
-            require_distinct_names(probes)
+            require_distinct_names([probe.name for probe in probes])
             require_policy_applies(policy, probes)
             self._has_withheld = self.withholds
             if _versions(probes) != _versions(self._engine.probes):

@@ -92,7 +92,7 @@ class Served:
         probes = [load_probe(folder) for folder in self.folders]
         for probe in probes:
             self._require_model(probe)
-        require_distinct_names(probes)
+        require_distinct_names([probe.name for probe in probes])
         return probes
 
     def _require_model(self, probe: Probe) -> None:

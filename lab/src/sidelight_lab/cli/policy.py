@@ -40,7 +40,7 @@ def check(path: Path, probe: tuple[Path, ...]) -> None:
 
     probes = [load_probe(folder) for folder in probe]
     if probes:
-        require_distinct_names(probes)
+        require_distinct_names([probe.name for probe in probes])
         common_format(probes)
         require_policy_applies(checked, probes)
     found = weaknesses(checked, probes)
