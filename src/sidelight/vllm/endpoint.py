@@ -126,7 +126,10 @@ class ProbeEndpoint:
             try:
                 probes = _report_request(fields).probes
                 served = await stack.enter_async_context(guard.engine.serving())
-                request = guard.request(observer, served, probes=probes, sees_all=caller.is_admin)
+                terms = guard.context.terms(
+                    observer, probes, for_text=True, sees_all=caller.is_admin
+                )
+                request = GuardedRequest(terms, served)
             except SidelightError as error:
                 refusal = as_request_error(error, sees_all=caller.is_admin).answer()
                 await refusal(scope, receive, send)

@@ -23,12 +23,10 @@ from sidelight.policy.enforcement import Enforcement
 from sidelight.prompts.control_tokens import control_tokens
 from sidelight.prompts.conversation import Message, PlainText
 from sidelight.server.config import ServerConfig
-from sidelight.server.observe import RequestObserver
 from sidelight.server.requests import ServerContext
 from sidelight.vllm.answers import Call, GuardedRequest, own_params
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.internals import wrap
-from sidelight.vllm.lock import ProbeSet
 from sidelight.vllm.outputs import without_report
 from sidelight.vllm.recogniser import PromptRecogniser, refuse_dictated_answers, require_drawable
 from sidelight.vllm.settings import KEY, Served, identity_of, prompt_encoder
@@ -101,7 +99,7 @@ class EngineGuard:
             async with self.engine.serving(client.served if client else None) as served:
                 if client is None:
                     observer = self.context.observer.of(_unique(request_id))
-                    client = self.request(observer, served)
+                    client = GuardedRequest(self.context.terms(observer, for_text=True), served)
                 # Before anything is awaited, so that prompts are in the order of their calls.
                 texts = client.begin(sampling_params.n)
                 written = self._outputs(prompt, client, texts, sampling_params, request_id, options)
@@ -115,28 +113,6 @@ class EngineGuard:
         finally:
             if client is not None:
                 client.decided.set()
-
-    def request(
-        self,
-        observer: RequestObserver,
-        served: ProbeSet,
-        *,
-        probes: Sequence[str] | None = None,
-        sees_all: bool = False,
-    ) -> GuardedRequest:
-        """A request that begins now, and keeps the served probes and their rules.
-
-        Args:
-            observer: Its own.
-            served: What the engine is serving.
-            probes: Those that the client chooses to be told of.
-            sees_all: Whether the client sees what rules do not disclose.
-
-        Raises:
-            PolicyError: There is no such probe.
-        """
-        terms = self.context.terms(observer, probes, for_text=True, sees_all=sees_all)
-        return GuardedRequest(terms, served)
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         """As vLLM's; refused where a rule blocks, since what it reads is not judged."""
