@@ -117,11 +117,6 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
     _connect(arguments, served)
     config = original(arguments, *args, **kwargs)
     require_supported(config, probes)
-    if config.device_config.device_type != "cpu":
-        _log.warning(
-            "Probes inside vLLM have never run on a GPU. Before you rely on a verdict, measure "
-            "this machine: 'sidelight bench gpu --out gpu-check' (30 minutes)."
-        )
     is_async = config.scheduler_config.async_scheduling
     kind = "AsyncProbeScheduler" if is_async else "ProbeScheduler"
     config.scheduler_config.scheduler_cls = f"{_PACKAGE}.connector.{kind}"
@@ -327,6 +322,15 @@ def require_supported(config: Any, probes: Sequence[Probe]) -> None:
         "Probes inside vLLM do not support: {}. docs/vllm.md says what they support; turn it off, "
         "or serve with the transformers engine.",
     )
+    _warn_of_gpus(config)
+
+
+def _warn_of_gpus(config: Any) -> None:
+    if config.device_config.device_type != "cpu":
+        _log.warning(
+            "Probes inside vLLM have never run on a GPU. Before you rely on a verdict, measure "
+            "this machine: 'sidelight bench gpu --out gpu-check' (30 minutes)."
+        )
 
 
 def _refuse(options: Mapping[str, Any], message: str) -> None:
