@@ -283,6 +283,18 @@ def test_a_test_that_cannot_be_read_is_refused_before_training(
     assert not ran
 
 
+def test_an_earlier_guard_that_is_damaged_is_refused_before_training(
+    words, model, tmp_path, capsys, ran
+):
+    out = tmp_path / "guards"
+    shutil.copytree(words[-1], out)
+    (out / "letters/probe.safetensors").write_bytes(b"")
+    shutil.rmtree(out / "shouts")
+    assert cli("guard", "--model", model, "--only", "shouts", "--out", str(out)) == 2
+    assert "letters/probe.safetensors" in capsys.readouterr().err
+    assert not ran
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

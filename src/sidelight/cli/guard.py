@@ -94,6 +94,8 @@ def guard(
         texts = {name: ready.affordable(backbone, own) for name, own in texts.items()}
     with only_writer(out):
         figures = _figures(out / "figures.json")
+        # An earlier guard that cannot be read must not cost the hours of training either.
+        _servable(out, figures.keys() - texts.keys(), backbone)
         _train(backbone, texts, out, rule, sizes=sizes, force=force)
         probes = _servable(out, dict.fromkeys([*figures, *texts]), backbone)
         _write_policy(out / "policy.toml", probes)
