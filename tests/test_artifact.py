@@ -288,8 +288,8 @@ CALIBRATIONS = (
 )
 
 
-@pytest.mark.parametrize("name", ["", "a\nb", "\x1b[31mred", "a b", "a/b", "ü", "x" * 65])
-def test_a_name_that_could_harm_a_log_or_header_is_neither_saved_nor_loaded(tiny, saved, name):
+@pytest.mark.parametrize("name", ["", "..", "a\nb", "\x1b[31mred", "a b", "a/b", "ü", "x" * 65])
+def test_a_name_that_could_harm_a_log_header_or_path_is_neither_saved_nor_loaded(tiny, saved, name):
     with pytest.raises(SidelightError, match="Name it with 1 to 64 of"):
         save_probe(probe_of(tiny, name=name), saved)
     for wrong in ({"name": name}, {"task": {"kind": "binary", "labels": ["fine", f"{name}\n"]}}):

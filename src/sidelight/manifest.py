@@ -31,7 +31,8 @@ CARD = "README.md"
 _ENTRY = "sidelight"
 # The most that the library reads.
 _HEADER_BYTES = 10**8
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# Dots alone name another folder.
+_NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,64}")
 _Count = Annotated[int, Field(ge=0)]
 
 
@@ -259,12 +260,13 @@ def require_name(name: str) -> None:
     """Checks the name of a probe, which stands in headers, paths, metrics and logs.
 
     Raises:
-        SidelightError: It is not 1 to 64 of the characters A-Z, a-z, 0-9, ``.``, ``_`` and ``-``.
+        SidelightError: It is not 1 to 64 of the characters A-Z, a-z, 0-9, ``.``, ``_`` and ``-``,
+            or it is dots alone.
     """
     if not _NAME.fullmatch(name):
         raise SidelightError(
             f"A probe cannot be called {name[:80]!r}. Name it with 1 to 64 of A-Z, a-z, 0-9, '.', "
-            "'_' and '-' (--name)."
+            "'_' and '-', not dots alone (--name)."
         )
 
 
