@@ -18,8 +18,10 @@ from sidelight.training.validation import require_side
 from sidelight.types import Span
 
 
-def encode(encoder: PromptEncoder, examples: Sequence[Example]) -> list[EncodedPrompt]:
-    """The examples' token ids.
+def encode(
+    encoder: PromptEncoder, examples: Sequence[Example], *, with_places: bool = False
+) -> list[EncodedPrompt]:
+    """The examples' token ids; ``with_places`` as for ``PromptEncoder.encode``.
 
     Raises:
         ContextLengthError: One is longer than the backbone reads.
@@ -28,7 +30,8 @@ def encode(encoder: PromptEncoder, examples: Sequence[Example]) -> list[EncodedP
     prompts: list[EncodedPrompt] = []
     for index, example in enumerate(examples):
         with located(example, index):
-            prompts.append(encoder.encode(example.conversation, example.response))
+            text = example.conversation, example.response
+            prompts.append(encoder.encode(*text, with_places=with_places))
     return prompts
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from sidelight.artifact import save_probe
 from sidelight.backbone import read_backbone
-from sidelight.data.examples import Example, located
+from sidelight.data.examples import Example
 from sidelight.engines.base import (
     Engine,
     EngineBusyError,
@@ -375,15 +375,14 @@ def predict(
         VerdictError: A verdict cannot be computed.
         SidelightError: As for ``load_vllm_engine``, or vLLM stops.
     """
+    # It brings what trains.
+    from sidelight.training.judging import encode
+
     backbone = read_backbone(model, prompt_format=common_format([probe]))
     prompt_format, most = backbone.encoder.prompt_format, longest(backbone.encoder, options or {})
     # A text that vLLM cannot read is refused before it starts.
     encoder = PromptEncoder(backbone.tokenizer, prompt_format=prompt_format, max_tokens=most)
-    prompts: list[EncodedPrompt] = []
-    for index, text in enumerate(texts):
-        with located(text, index):
-            has_spans = probe.spans is not None
-            prompts.append(encoder.encode(text.conversation, text.response, with_places=has_spans))
+    prompts = encode(encoder, texts, with_places=probe.spans is not None)
     dtype = backbone.fingerprint.dtype if dtype == "auto" else dtype
     engine = load_vllm_engine(model, [probe], dtype=dtype, options=options)
 
