@@ -313,7 +313,7 @@ def test_a_mechanism_is_trained_saved_and_served_once_it_is_registered(tiny, tmp
         tiny, tmp_path, load_examples(planted_rows("binary", 60)), "highest", validation
     )
     new = load_examples(planted_rows("binary", 40, seed=1), task=probe.task)
-    (judged,) = text_logits(tiny, Bank([probe]), encode(tiny, new.items))
+    (judged,) = text_logits(tiny, Bank([probe]), encode(tiny.encoder, new.items))
     flags = [probe.verdict(text.logits).flagged for text in judged]
     assert np.mean(flags == (new.labels == 1)) > 0.9
     with pytest.raises(SidelightError, match=r"labels tokens, such as 'spans' \(got: 'highest'\)"):
