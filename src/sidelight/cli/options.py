@@ -131,16 +131,6 @@ class Runtime:
 
             find_device(self.device)
 
-    @property
-    def backbone_device(self) -> str:
-        """The device of the backbone, which only encodes texts if the engine is vLLM."""
-        return "cpu" if self.engine == "vllm" else self.device
-
-    @property
-    def for_reading(self) -> bool:
-        """Whether the backbone reads texts itself; vLLM takes over its dtype."""
-        return self.engine != "vllm"
-
     def load_backbone(self, **more: Any) -> "TransformersBackbone":
         """The backbone in transformers; ``more`` goes to ``sidelight.backbone.load_backbone``."""
         from sidelight.backbone import load_backbone
@@ -148,8 +138,9 @@ class Runtime:
         return load_backbone(
             self.model or "smollm2",
             dtype=self.dtype,
-            device=self.backbone_device,
-            for_reading=self.for_reading,
+            # Beside vLLM it only encodes texts, and gives its dtype.
+            device="cpu" if self.engine == "vllm" else self.device,
+            for_reading=self.engine != "vllm",
             **more,
         )
 
