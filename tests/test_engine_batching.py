@@ -181,6 +181,7 @@ def check(length=10):
         # A prefill batch counts its padding, and a prompt beyond the budget goes alone.
         (Limits(prefill_tokens=100), [request(10), request(10), request(60)], [], [0, 1]),
         (Limits(prefill_tokens=50), [request(80), request(10)], [], [0]),
+        (Limits(prefill_texts=2), [request(10), request(10), request(10)], [], [0, 1]),
         # The cache has room for what is still to be written.
         (Limits(cache_tokens=100), [request(10, 30) for _ in range(3)], [], [0, 1]),
         # Checks overtake; nobody else overtakes a request that does not fit yet.

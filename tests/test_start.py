@@ -97,7 +97,7 @@ def test_a_cache_that_cannot_be_written_or_has_no_place_is_one_line(tmp_path, mo
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "file"))
     # Installed or not: what is unpacked is never looked at.
-    monkeypatch.setattr("sidelight.smollm2._packaged_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr("sidelight.smollm2.packaged_gguf", lambda: tmp_path / "model.gguf")
     assert cli("serve", "--port", "0") == 2
     assert "SIDELIGHT_CACHE to a folder that can be written" in capsys.readouterr().err
     # Nor has every user a home.

@@ -90,7 +90,7 @@ def embedded_model_path() -> str:
     Raises:
         SidelightError: The package is not installed and the hub cannot be reached.
     """
-    source = _packaged_gguf()
+    source = packaged_gguf()
     if source is None:
         return _hub_copy()
     target = cache_root() / "models" / source.stem
@@ -99,7 +99,8 @@ def embedded_model_path() -> str:
     return str(target)
 
 
-def _packaged_gguf() -> Path | None:
+def packaged_gguf() -> Path | None:
+    """The embedded model's file as its package has it; None if that is not installed."""
     # Importing the package would need its own dependencies.
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:

@@ -1,6 +1,7 @@
 """The requests of an engine: which of them wait, which go next, and what happens to them."""
 
 import asyncio
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ class Limits:
         waiting: Requests in the queue, of which each may be a list of texts; more are refused.
         prefill_tokens: Tokens of prompts that one pass reads, padding included. A longer prompt is
             read alone, in several passes.
+        prefill_texts: Prompts that are read together.
         cache_tokens: Positions of keys and values, including padding and the tokens still to be
             written. A longer request is written alone.
     """
@@ -26,6 +28,7 @@ class Limits:
     running: int = 16
     waiting: int = 128
     prefill_tokens: int = 4096
+    prefill_texts: int = sys.maxsize
     cache_tokens: int = 131_072
 
 
@@ -156,7 +159,9 @@ class RequestQueue:
 
     def _fits_prefill(self, batch: Sequence[Request]) -> bool:
         longest = max(len(request.prompt) for request in batch)
-        return len(batch) == 1 or len(batch) * longest <= self._limits.prefill_tokens
+        limits, texts = self._limits, len(batch)
+        is_small = texts <= limits.prefill_texts and texts * longest <= limits.prefill_tokens
+        return texts == 1 or is_small
 
     def _needs_room(self, request: Request) -> bool:
         """Whether its keys and values are kept beyond one pass."""

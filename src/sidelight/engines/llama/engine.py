@@ -1,0 +1,46 @@
+"""The llama.cpp engine: the loop of ``LocalEngine`` over a GGUF file."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sidelight.engines.llama.backbone import LlamaBackbone
+from sidelight.engines.llama.decoder import LlamaDecoder
+from sidelight.engines.local import LocalEngine
+from sidelight.engines.queue import Limits
+from sidelight.probe import Probe
+
+# llama.cpp takes the memory of all keys and values at the start.
+_LIMITS = Limits(running=4, prefill_tokens=256, cache_tokens=5 * 4096)
+
+
+class LlamaEngine(LocalEngine):
+    """Serves one GGUF file with its probes.
+
+    Each running text has an equal part of ``limits.cache_tokens``, and so has the prompt that is
+    only judged. A longer text is refused.
+
+    Args:
+        backbone: The file. Nothing else may run it meanwhile.
+        probes: Probes trained on this file, with distinct names.
+        limits: How much is held at once; None: four texts of 4,096 tokens.
+        model: The name that requests use; None takes the backbone's.
+
+    Raises:
+        SidelightError: There is not enough memory.
+    """
+
+    def __init__(
+        self,
+        backbone: LlamaBackbone,
+        probes: Sequence[Probe],
+        *,
+        limits: Limits | None = None,
+        model: str | None = None,
+    ):
+        # A prompt at a time, so that those that are only judged need one sequence.
+        limits = replace(limits or _LIMITS, prefill_texts=1)
+        sequences = limits.running + 1
+        positions = min(backbone.encoder.max_tokens, limits.cache_tokens // sequences)
+        context = backbone.context(sequences=sequences, positions=positions)
+        served = backbone.limited(context.positions)
+        super().__init__(served, LlamaDecoder(context), probes, limits=limits, model=model)
