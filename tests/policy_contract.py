@@ -5,8 +5,8 @@ different things. What each text is answered with is known beforehand, by plain 
 """
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,15 @@ import numpy as np
 import pytest
 
 from sidelight.artifact import save_probe
+from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
+from sidelight.engines.base import Engine
+from sidelight.policy.rules import read_policy
 from sidelight.probe import Probe
 from sidelight.prompts.conversation import EncodedPrompt, Message, Part, PlainText, Reads
 from worlds.data import documented_table
 from worlds.models import INTENT, saved, score, untrained_probe
-from worlds.servers import written_alone
+from worlds.servers import in_process, written_alone
 from worlds.vllm import ROUNDING, followed, judging_any_text, measured, tiny_llama
 
 ADMIN = "admin-key"
@@ -95,8 +98,8 @@ class Subjects:
 
     texts = _TEXTS
 
-    def __init__(self, home: Path):
-        self.backbone = tiny_llama()
+    def __init__(self, home: Path, backbone: TransformersBackbone | None = None):
+        self.backbone = backbone or tiny_llama()
         self.path = saved(self.backbone, home / "model")
         self.probes, self.folders = judging_any_text(self.backbone, READS, home)
         relayed = replace(self.probes[0], name=OF_TURNS, reads=Reads(scope="each_turn"))
@@ -254,6 +257,31 @@ class PolicyServer:
         lines = self.metrics().text.splitlines()
         series = [line for line in lines if all(word in line for word in words)]
         return sum(float(line.rsplit(" ", 1)[1]) for line in series)
+
+
+@contextmanager
+def own_server(engine: Engine, subjects: Subjects, home: Path) -> Iterator[PolicyServer]:
+    """Our own server, in process."""
+    (home / "policy.toml").write_text(subjects.policy)
+
+    @contextmanager
+    def unjudged():
+        biases = [probe.mechanism.bias for probe in subjects.probes if probe.name != "intent"]
+        kept = [bias.clone() for bias in biases]
+        for bias in biases:
+            bias.fill_(float("nan"))
+        try:
+            yield
+        finally:
+            for bias, old in zip(biases, kept, strict=True):
+                bias.copy_(old)
+
+    def ways(text):
+        return [("/v1/completions", {"prompt": text}), ("/v1/completions", {"prompt": [text, "x"]})]
+
+    options = {"audit_log": home / "audit.jsonl", "admin_key": ADMIN}
+    with in_process(engine, policy=read_policy(home / "policy.toml"), **options) as http:
+        yield PolicyServer(http, engine.model, options["audit_log"], ways, unjudged)
 
 
 def parts_of(response: httpx.Response) -> list[dict[str, Any]]:

@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 
 from sidelight.engines.llama.context import BATCH_TOKENS
 from sidelight.errors import SidelightError
 from sidelight.prompts.conversation import EncodedPrompt, Message, Part
-from worlds.gguf import CONFIGS, gguf_model, needs_llama
+from worlds.gguf import CONFIGS, gguf_model, needs_llama, states
 
 pytestmark = needs_llama
 
@@ -25,15 +24,6 @@ def model(request, tmp_path_factory):
 def prompt(length, *, start=()):
     ids = np.random.default_rng(length).integers(5, 260, length - len(start)).tolist()
     return EncodedPrompt((*start, *ids), (Part.PROMPT,) * length)
-
-
-def states(backbone, text, *, after=0):
-    seen = {}
-    with backbone.tapped(
-        lambda layer, hidden: seen.setdefault(layer, []).append(hidden[0].clone())
-    ):
-        backbone.run([text], after=after)
-    return torch.stack([torch.cat(parts) for parts in seen.values()]).float().numpy()
 
 
 def require_close(mine, theirs, *, rounding):

@@ -7,18 +7,17 @@ from dataclasses import replace
 import pytest
 
 from policy_contract import (
-    ADMIN,
     CHATS,
     GUARDRAIL,
     STREAMED,
     PolicyContract,
-    PolicyServer,
     chat,
     choices,
+    own_server,
 )
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.policy.rules import Policy, Rule, read_policy
+from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts.conversation import Reads
 from worlds.models import INTENT, broken, three_probes, untrained_probe
 from worlds.servers import MODEL, in_process
@@ -29,28 +28,9 @@ GREEDY = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_tokens": 6}
 
 @pytest.fixture(scope="module")
 def server(subjects, tmp_path_factory):
-    home = tmp_path_factory.mktemp("server")
-    (home / "policy.toml").write_text(subjects.policy)
     engine = TransformersEngine(subjects.backbone, subjects.probes)
-
-    @contextmanager
-    def unjudged():
-        biases = [probe.mechanism.bias for probe in subjects.probes if probe.name != "intent"]
-        kept = [bias.clone() for bias in biases]
-        for bias in biases:
-            bias.fill_(float("nan"))
-        try:
-            yield
-        finally:
-            for bias, old in zip(biases, kept, strict=True):
-                bias.copy_(old)
-
-    def ways(text):
-        return [("/v1/completions", {"prompt": text}), ("/v1/completions", {"prompt": [text, "x"]})]
-
-    options = {"audit_log": home / "audit.jsonl", "admin_key": ADMIN}
-    with in_process(engine, policy=read_policy(home / "policy.toml"), **options) as http:
-        yield PolicyServer(http, engine.model, options["audit_log"], ways, unjudged)
+    with own_server(engine, subjects, tmp_path_factory.mktemp("server")) as served:
+        yield served
 
 
 @pytest.mark.slow

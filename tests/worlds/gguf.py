@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf import MODEL_ARCH_NAMES, GGUFWriter, TokenType, get_tensor_name_map
@@ -14,6 +15,7 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.engines.llama.backbone import LlamaBackbone
 from sidelight.engines.llama.library import require_version
 from sidelight.errors import SidelightError
+from sidelight.prompts.conversation import EncodedPrompt
 from worlds.models import CHAT_TEMPLATE, SIZES, SPECIAL_TOKENS, tiny_backbone
 
 
@@ -79,6 +81,18 @@ def gguf_model(folder: Path, architecture: str, **sizes: Any) -> GgufModel:
     reference.tokenizer = backbone.encoder.tokenizer
     reference.model.model.layers[-1]._forward_hooks.clear()
     return GgufModel(backbone, reference)
+
+
+def states(
+    backbone: LlamaBackbone | TransformersBackbone, text: EncodedPrompt, *, after: int = 0
+) -> np.ndarray:
+    """Of each layer and token."""
+    seen: dict[int, list[torch.Tensor]] = {}
+    with backbone.tapped(
+        lambda layer, hidden: seen.setdefault(layer, []).append(hidden[0].clone())
+    ):
+        backbone.run([text], after=after)
+    return torch.stack([torch.cat(parts) for parts in seen.values()]).float().numpy()
 
 
 def write_gguf(model: Any, path: Path, architecture: str, tokenizer: Any, **changes: Any) -> Path:

@@ -7,6 +7,7 @@ when states are first wanted.
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,15 @@ class LlamaBackbone:
         """The file in llama.cpp, which is loaded when it is first asked for."""
         return LlamaModel(self.path, self._architecture)
 
+    def limited(self, max_tokens: int) -> "LlamaBackbone":
+        """The same file for texts of at most ``max_tokens``, if they were longer."""
+        other, own = copy(self), self.encoder
+        most = min(own.max_tokens, max_tokens)
+        other.encoder = PromptEncoder(
+            own.tokenizer, prompt_format=own.prompt_format, max_tokens=most
+        )
+        return other
+
     def context(self, *, sequences: int, positions: int) -> LlamaContext:
         """Room for some texts of this file."""
         return LlamaContext(
@@ -140,8 +150,9 @@ class LlamaBackbone:
         if tokens[:after] != self._prefix:
             self._context.forget(0)
             self._prefix = ()
-            _exhaust(read_text(self._context, Slot(0), tokens[:after], None))
-            self._prefix = tokens[:after]
+            if after:
+                _exhaust(read_text(self._context, Slot(0), tokens[:after], None))
+                self._prefix = tokens[:after]
         self._context.forget(0, start=after)
         _exhaust(read_text(self._context, Slot(0, after), tokens[after:], self._tap))
 

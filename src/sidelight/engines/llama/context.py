@@ -129,8 +129,8 @@ class LlamaContext:
         params.n_batch = params.n_ubatch = max(BATCH_TOKENS, sequences)
         params.n_threads = params.n_threads_batch = threads or max(1, cpu_count() - 1)
         params.type_k = params.type_v = F32 if is_exact else F16
-        # Flash attention would sum in an order that depends on threads and neighbours. On a CPU,
-        # it also takes longer for each token that is written.
+        # Flash attention would sum in an order that depends on threads and neighbours, from 512
+        # tokens on. On a CPU, it also takes longer for each token that is written.
         params.flash_attn_type = 0
         self._has_inputs = model.architecture in BY_LAYER_INPUT
         self._seen: list[list[_Rows]] = [[] for _ in range(model.layers)]

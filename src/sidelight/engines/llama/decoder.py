@@ -6,6 +6,7 @@ read until nobody holds its row any more.
 
 import weakref
 from collections.abc import Generator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -116,12 +117,16 @@ def read_text(
     *,
     columns: int | None = None,
 ) -> Generator[None, None, Float[Tensor, " vocabulary"]]:
-    """Passes over what comes next in a text, and a yield between two; returns the last logits."""
-    size = min(BATCH_TOKENS, columns or BATCH_TOKENS)
-    for start in range(0, len(tokens), size):
+    """Passes over what comes next in a text, and a yield between two; returns the last logits.
+
+    The passes are of about equal size: llama.cpp rounds differently where one has a single token.
+    """
+    count, most = len(tokens), min(BATCH_TOKENS, columns or BATCH_TOKENS)
+    passes = -(-count // most)
+    for start, stop in pairwise(i * count // passes for i in range(passes + 1)):
         if start:
             yield
-        part = tokens[start : start + size]
+        part = tokens[start:stop]
         positions = range(slot.length, slot.length + len(part))
         context.decode(part, positions, [slot.sequence] * len(part), outputs=[len(part) - 1])
         if tap is not None:

@@ -23,8 +23,7 @@ from sidelight.storage import write_json
 SAMPLE = "I'm sure: 3.14159 of 2024's   users\n\n\tdon't read “übergroße” 你好 😀 == {x}\r\n"
 """A text that tokenizers cut differently."""
 _TOKENS = 8
-# Weights of some types are multiplied by other code for one token than for several.
-_MOST_DIFFERENCE = 0.05
+_MOST_DIFFERENCE = 0.01
 
 
 def try_once(path: Path, architecture: str, identity: str) -> list[int]:
@@ -60,25 +59,22 @@ def try_once(path: Path, architecture: str, identity: str) -> list[int]:
 
 
 def _try(path: Path, architecture: str) -> list[int]:
-    """Reads tokens together, and one by one beside another text: the states must be the same."""
+    """Reads tokens at once and in two passes, then one more of both: the states must be equal."""
     model = LlamaModel(path, architecture)
-    context = LlamaContext(model, sequences=2, positions=_TOKENS, threads=1)
+    context = LlamaContext(model, sequences=2, positions=_TOKENS + 1, threads=1)
     sample = model.tokenize(SAMPLE)
-    tokens = sample[:_TOKENS]
-    count = len(tokens)
-    context.decode(tokens, range(count), [1] * count, outputs=[count - 1])
-    together = np.stack([rows.copy() for rows in context.rows()])
-    context.forget(1)
-    single: list[np.ndarray] = []
-    for position, token in enumerate(tokens):
-        context.decode([tokens[0], token], [position, position], [0, 1], outputs=[0, 1])
-        single.append(np.stack([rows[1] for rows in context.rows()]))
-    difference = np.linalg.norm(np.stack(single, 1) - together, axis=2)
-    size = np.linalg.norm(together, axis=2)
+    tokens, half = sample[:_TOKENS], _TOKENS // 2
+    states: list[np.ndarray] = []
+    for sequence, start, stop in ((0, 0, _TOKENS), (1, 0, half), (1, half, _TOKENS)):
+        context.decode(tokens[start:stop], range(start, stop), [sequence] * (stop - start))
+        states.append(np.stack([rows.copy() for rows in context.rows()]))
+    context.decode(tokens[:2], [_TOKENS, _TOKENS], [0, 1], outputs=[0, 1])
+    once, twice = states[0], np.concatenate(states[1:], 1)
+    size, difference = (np.linalg.norm(each, axis=2) for each in (once, once - twice))
     if not (np.isfinite(size) & (size > 0) & (difference <= _MOST_DIFFERENCE * size)).all():
         raise SidelightError(
-            f"llama.cpp gives other states of {path} token by token than at once, or states that "
-            "are not finite, so no probe can read it. Use another file of this model."
+            f"llama.cpp gives other states of {path} in two passes than in one, or states that are "
+            "not finite, so no probe can read it. Use another file of this model."
         )
     return sample
 
