@@ -9,7 +9,7 @@ from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts.conversation import Reads
 from sidelight_lab.redteam.weaknesses import weaknesses
 from worlds.data import documented_table
-from worlds.models import untrained_probe
+from worlds.models import spans_probe, untrained_probe
 from worlds.servers import cli
 
 BLOCK = Rule("block")
@@ -95,7 +95,7 @@ def test_each_setting_of_the_table_is_warned_of_and_nothing_else(probes, setting
     assert (weaknesses(POLICIES.get(setting, SOUND)) == found) == (setting in POLICIES)
 
 
-def test_what_a_rule_does_not_need_is_not_warned_of(probes):
+def test_what_a_rule_does_not_need_is_not_warned_of(probes, tiny):
     early, late = probes
     limited = replace(SOUND, input={"toxicity": Rule("block", max_tokens=100)})
     assert weaknesses(limited, [replace(early, record={}), late]) == []
@@ -108,6 +108,10 @@ def test_what_a_rule_does_not_need_is_not_warned_of(probes):
     both = [replace(early, prompt_format="both", reads=Reads()), late]
     told = weaknesses(replace(SOUND, system_turns="trust"), both)
     assert ["system_turns" in told[0], "earlier turn" in told[1], len(told)] == [True, True, 2]
+    # A probe of spans has the largest logit of a token, which no other token outweighs.
+    spans = replace(spans_probe(tiny, "spans"), standardisation=early.standardisation)
+    marking = replace(SOUND, input={"toxicity": BLOCK, "spans": BLOCK})
+    assert weaknesses(marking, [*probes, spans]) == []
     # A double that tells no more than the one that blocks.
     quiet = {"toxicity": BLOCK, "double": Rule(disclose="labels")}
     assert weaknesses(replace(SOUND, input=quiet), [*probes, replace(early, name="double")]) == []

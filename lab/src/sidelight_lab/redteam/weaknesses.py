@@ -107,7 +107,9 @@ def _of_probe(own: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
             f"Probe '{probe.name}' has several classes and judges the user's last turn alone, so "
             "an attack in an earlier turn is not judged. Train it again on one label."
         )
-    if probe.prompt_format != "raw" and probe.reads.scope == "conversation":
+    # The largest logit of a token is that of its text, whatever stands around it.
+    is_diluted = probe.spans is None
+    if is_diluted and probe.prompt_format != "raw" and probe.reads.scope == "conversation":
         yield (
             f"Probe '{probe.name}' judges a conversation as one text, so an attack in an earlier "
             "turn is outweighed by those after it. If a part of a text can have its labels, train "
@@ -119,7 +121,7 @@ def _of_probe(own: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
             "outweigh an attack. Train it again with this version, on two classes."
         )
     blocks_long = own.fails_closed and own.rule.max_tokens is not None
-    if not probe.history.contexts.get("inside") and not blocks_long:
+    if is_diluted and not probe.history.contexts.get("inside") and not blocks_long:
         yield (
             f"Probe '{probe.name}' learned from texts by themselves, so an attack is outweighed in "
             "a long one. Train it with background traffic (--background), or set max_tokens to the "
