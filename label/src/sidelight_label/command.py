@@ -54,7 +54,7 @@ from sidelight.errors import SidelightError
 )
 @click.option("--cache", type=options.PATH, help="Folder for what was read. [default: the user's]")
 @options.free_port
-@options.backbone
+@options.transformers
 def label(
     texts: str,
     probes: tuple[Path, ...],
@@ -140,7 +140,7 @@ def label(
             cache_root=cache,
             memory_bytes=int(memory * 2**30),
         )
-        backbone = runtime.load_backbone(prompt_format=common_format(loaded))
+        backbone = runtime.load_transformers(common_format(loaded))
         pool = Pool(backbone, pool_examples, task, fit_options, loaded)
         queue = LabelQueue(pool, file, column=label, labelled=decided, folder=folder)
         token = secrets.token_urlsafe(32)

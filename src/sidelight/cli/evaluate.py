@@ -211,7 +211,7 @@ def _verdicts(
     probe: Path, items: "Sequence[Example]", runtime: options.Runtime
 ) -> "Sequence[Verdict]":
     """The verdict on each text, by the engine that is named."""
-    if runtime.engine == "transformers":
+    if runtime.engine != "vllm":
         return runtime.load_classifier(probe).predict(items)
     from sidelight.artifact import load_probe
     from sidelight.vllm.engine import predict as predict_by_vllm

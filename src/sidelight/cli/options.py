@@ -12,14 +12,16 @@ import click
 from pydantic import Field
 
 from sidelight.errors import SidelightError, checked, did_you_mean
-from sidelight.smollm2 import require_model
+from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf
+from sidelight.smollm2 import EMBEDDED_NAME, require_model
 from sidelight.storage import check_folder
 
 if TYPE_CHECKING:
-    from sidelight.backbone import DtypeName, TransformersBackbone
+    from sidelight.backbone import Backbone, DtypeName, TransformersBackbone
     from sidelight.data.examples import LabelledExamples
     from sidelight.engines.base import Engine
     from sidelight.probe import Probe
+    from sidelight.prompts.conversation import PromptFormat
     from sidelight.states.extraction import StateSource
     from sidelight.training.classifier import Classifier
     from sidelight.training.settings import FitOptions
@@ -106,8 +108,8 @@ class Runtime:
     """The model that runs, and what runs it: see ``engine`` and ``backbone``.
 
     Raises:
-        SidelightError: Options of vLLM's engine are given for another one, or a device for vLLM;
-            or there is no such device here, or no model in the folder that is named.
+        SidelightError: Options are given that the engine has not; or there is no such device
+            here, or no model in the folder or file that is named.
     """
 
     model: str | None
@@ -115,6 +117,7 @@ class Runtime:
     device: str
     engine: str = "transformers"
     engine_option: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         if self.engine != "vllm" and self.engine_option:
@@ -123,42 +126,96 @@ class Runtime:
             )
         if self.engine == "vllm" and self.device != "auto":
             raise SidelightError("vLLM chooses its device itself; leave --device out.")
+        if self.engine == "llama":
+            self._require_no_dtype()
         if self.model is not None:
-            require_model(self.model)
+            self.model_of([])
         if self.device not in ("auto", "cpu"):
             # torch takes seconds, which are lost only if the device is wrong.
             from sidelight.machine import find_device
 
             find_device(self.device)
 
-    def load_backbone(self, **more: Any) -> "TransformersBackbone":
-        """The backbone in transformers; ``more`` goes to ``sidelight.backbone.load_backbone``."""
-        from sidelight.backbone import load_backbone
+    def load_backbone(self, prompt_format: "PromptFormat | None" = None) -> "Backbone":
+        """The backbone, for texts that are read."""
+        return self._load(self.model_of([]), prompt_format, for_reading=self.engine != "vllm")
 
-        return load_backbone(
-            self.model or "smollm2",
-            dtype=self.dtype,
-            # Beside vLLM it only encodes texts, and gives its dtype.
-            device="cpu" if self.engine == "vllm" else self.device,
-            for_reading=self.engine != "vllm",
-            **more,
-        )
+    def load_transformers(
+        self, prompt_format: "PromptFormat | None" = None
+    ) -> "TransformersBackbone":
+        """The backbone in transformers, for what needs its weights."""
+        from sidelight.backbone import TransformersBackbone
+
+        backbone = self.load_backbone(prompt_format)
+        assert isinstance(backbone, TransformersBackbone)
+        return backbone
 
     def load_classifier(self, probe: Path) -> "Classifier":
-        """A saved probe on its backbone in transformers."""
+        """A saved probe on its backbone."""
+        from sidelight.artifact import load_probe
         from sidelight.training.classifier import load
 
-        return load(probe, model=self.model, dtype=self.dtype, device=self.device)
+        loaded = load_probe(probe)
+        name, prompt_format = self.model_of([loaded]), loaded.prompt_format
+        return load(probe, model=self._load(name, prompt_format, for_reading=True))
 
     def model_of(self, probes: "Sequence[Probe]") -> str:
         """The named model, or that of the first probe.
 
         Raises:
-            SidelightError: It is a folder without a model.
+            SidelightError: It is a folder without a model, no file, or not for this engine.
         """
-        name = self.model or (probes[0].fingerprint.name if probes else "smollm2")
-        require_model(name)
+        name = self.model or (probes[0].fingerprint.name if probes else EMBEDDED_NAME)
+        if self.engine == "llama" and name == EMBEDDED_NAME:
+            name = EMBEDDED_GGUF
+        if not is_gguf(name):
+            if self.engine == "llama":
+                raise SidelightError(
+                    f"--engine llama runs GGUF files, and '{name}' is none. Name a .gguf file or "
+                    "ollama:NAME, or leave --engine out."
+                )
+            if self.tokenizer is not None:
+                raise SidelightError(
+                    f"--tokenizer is for GGUF files; '{name}' has its own. Leave it out."
+                )
+            require_model(name)
+            return name
+        if self.engine not in ("auto", "llama"):
+            raise SidelightError(
+                f"'{name}' is a GGUF file, which only llama.cpp runs (--engine llama), not "
+                f"{self.engine}. Name a folder saved by save_pretrained or a hub id here."
+            )
+        self._require_no_dtype()
+        find_gguf(name)
         return name
+
+    def _require_no_dtype(self) -> None:
+        for option, value in (("--dtype", self.dtype), ("--device", self.device)):
+            if value != "auto":
+                raise SidelightError(
+                    f"{option} {value} is not for GGUF files: their weights stay as they are, and "
+                    "llama.cpp runs them on the CPU. Leave it out."
+                )
+
+    def _load(
+        self, name: str, prompt_format: "PromptFormat | None", *, for_reading: bool
+    ) -> "Backbone":
+        if is_gguf(name):
+            from sidelight.engines.llama.backbone import LlamaBackbone
+
+            return LlamaBackbone(
+                find_gguf(name), name=name, tokenizer=self.tokenizer, prompt_format=prompt_format
+            )
+        from sidelight.backbone import load_backbone
+
+        return load_backbone(
+            name,
+            dtype=self.dtype,
+            # Beside vLLM it only encodes texts, and gives its dtype.
+            device="cpu" if self.engine == "vllm" else self.device,
+            prompt_format=prompt_format,
+            for_reading=for_reading,
+        )
 
     def load_engine(self, probes: "Sequence[Probe]") -> "Engine":
         """An engine with these probes."""
@@ -167,21 +224,28 @@ class Runtime:
             from sidelight.vllm.engine import load_vllm_engine
 
             return load_vllm_engine(name, probes, dtype=self.dtype, options=self.engine_option)
-        from sidelight.backbone import load_backbone
-        from sidelight.engines.transformers import TransformersEngine
+        from sidelight.backbone import TransformersBackbone
         from sidelight.probe import common_format
 
-        backbone = load_backbone(
-            name, dtype=self.dtype, device=self.device, prompt_format=common_format(probes)
-        )
-        return TransformersEngine(backbone, probes)
+        backbone = self._load(name, common_format(probes), for_reading=False)
+        if isinstance(backbone, TransformersBackbone):
+            from sidelight.engines.transformers import TransformersEngine
+
+            return TransformersEngine(backbone, probes)
+        from sidelight.engines.llama.backbone import LlamaBackbone
+        from sidelight.engines.llama.engine import LlamaEngine
+
+        assert isinstance(backbone, LlamaBackbone)
+        return LlamaEngine(backbone, probes)
 
     @contextmanager
-    def state_source(self, backbone: "TransformersBackbone") -> "Generator[StateSource]":
+    def state_source(self, backbone: "Backbone") -> "Generator[StateSource]":
         """The source of hidden states for training; an engine of vLLM ends with the block."""
         if self.engine == "vllm":
+            from sidelight.backbone import TransformersBackbone
             from sidelight.vllm.offline import VllmSource
 
+            assert isinstance(backbone, TransformersBackbone)
             with closing(VllmSource(backbone, options=self.engine_option)) as source:
                 yield source
         else:
@@ -276,7 +340,7 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return decorate
 
 
-def _gathered(name: str, kind: type[Any]) -> Callable[[Command], Command]:
+def _gathered(name: str, kind: type[Any], **defaults: Any) -> Callable[[Command], Command]:
     """Options that are fields of ``kind`` reach the command as one object, named ``name``."""
     names = {field.name for field in fields(kind)}
 
@@ -284,7 +348,7 @@ def _gathered(name: str, kind: type[Any]) -> Callable[[Command], Command]:
         @wraps(command)
         def gathered(**values: Any) -> Any:
             options = {option: values.pop(option) for option in names & values.keys()}
-            return command(**{name: kind(**options)}, **values)
+            return command(**{name: kind(**defaults | options)}, **values)
 
         return gathered
 
@@ -332,9 +396,15 @@ threshold = partial(
     "positive texts flagged; cost=10:1, where a miss costs 10 times as much as a false alarm.",
 )
 positive = click.option("--positive", help="The positive class of a binary task.")
-model = click.option(
-    "--model",
-    help="Backbone: smollm2 (embedded), a folder, or a hub id. [default: smollm2, or the probe's]",
+_model = partial(click.option, "--model")
+model = _model(
+    help="Backbone: smollm2 (embedded), a folder, a hub id, a .gguf file, or ollama:NAME. "
+    "[default: smollm2, or the probe's]",
+)
+tokenizer = click.option(
+    "--tokenizer",
+    metavar="FOLDER_OR_ID",
+    help="Tokenizer of a GGUF file, if the one in it cannot be read.",
 )
 dtype = click.option(
     "--dtype",
@@ -366,13 +436,25 @@ measured = together(click.argument("probe", type=PATH), data, columns, missing_l
 engine = together(
     click.option(
         "--engine",
-        type=click.Choice(["transformers", "vllm"]),
-        default="transformers",
-        help="What runs the model; docs/vllm.md says how to install vLLM.",
+        type=click.Choice(["auto", "transformers", "vllm", "llama"]),
+        default="auto",
+        help="What runs the model; auto is llama (docs/gguf.md) for a GGUF file, else "
+        "transformers; docs/vllm.md says how to install vLLM.",
     ),
     engine_option,
 )
-backbone = together(model, dtype, device, _gathered("runtime", Runtime))
+_gather = partial(_gathered, "runtime", Runtime)
+backbone = together(model, tokenizer, dtype, device, _gather(engine="auto"))
+# Without GGUF files, for what needs weights in transformers.
+transformers = together(
+    _model(
+        help="Backbone: smollm2 (embedded), a folder, or a hub id. [default: smollm2, or the "
+        "probe's]",
+    ),
+    dtype,
+    device,
+    _gather(),
+)
 # Options that ``--set`` gives, by name.
 INPUT_SETTINGS = {
     field.name: field.type for field in fields(TrainingInputs) if field.default is not MISSING

@@ -50,6 +50,7 @@ def _end(*_: object) -> NoReturn:
 @_config_options
 @options.engine
 @options.model
+@options.tokenizer
 @options.dtype
 @options.device
 @click.pass_context

@@ -129,9 +129,10 @@ class ServerConfig(BaseSettings):
         default=600, gt=0, description="Seconds after which a request is cancelled."
     )
     # Options that other commands have too.
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["auto", "transformers", "vllm", "llama"] = "auto"
     engine_option: dict[str, Any] = Field(default_factory=dict)
     model: str | None = None
+    tokenizer: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     # Seconds that running requests have from SIGTERM on.

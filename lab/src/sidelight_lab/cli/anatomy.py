@@ -21,7 +21,7 @@ from sidelight.cli import options
 @click.option("--spans", default="spans", help="Column of the spans, if the probe labels spans.")
 @options.missing_label
 @options.limit
-@options.backbone
+@options.transformers
 def anatomy(probe: Path, runtime: options.Runtime, out: Path, **given: Any) -> None:
     """Show which layers and tokens a probe uses, per class, and what it loses without them.
 

@@ -51,7 +51,7 @@ _record = options.together(
     "--held-out", type=options.AT_LEAST_ONE, default=400, help="Texts to measure on, of any class."
 )
 @click.option("--rivals", callback=names, default="tfidf", help="Trained on the same texts.  ")
-@options.backbone
+@options.transformers
 @options.as_json
 def bench_defaults(
     runtime: options.Runtime,
@@ -78,7 +78,7 @@ def bench_defaults(
     from sidelight.training.background import load_background
     from sidelight_lab.bench.defaults import compare_defaults, defaults_table, described
 
-    backbone = runtime.load_backbone()
+    backbone = runtime.load_transformers()
     with tempfile.TemporaryDirectory() as scratch:
         judged = compare_defaults(
             backbone,
@@ -177,7 +177,7 @@ def bench_everyday(
     help="What stands beside it.  ",
 )
 @options.as_json
-@options.backbone
+@options.transformers
 def bench_spans(
     runtime: options.Runtime,
     inputs: options.TrainingInputs,
@@ -216,7 +216,7 @@ def bench_spans(
     with tempfile.TemporaryDirectory(dir=inputs.cache) as scratch:
         kept = given.cache_root or cache_root() / "activations"
         record = compare_spans(
-            runtime.load_backbone(),
+            runtime.load_transformers(),
             training,
             validation,
             tested,
@@ -247,7 +247,7 @@ def bench_spans(
 @click.option("--seeds", type=options.AT_LEAST_ONE, default=1, help="Of ours and the mechanisms.")
 @options.out
 @options.as_json
-@options.backbone
+@options.transformers
 def bench_guards(
     runtime: options.Runtime, only: list[str] | None, out: Path, as_json: bool, **given: Any
 ) -> None:
@@ -263,7 +263,7 @@ def bench_guards(
     from sidelight_lab.bench.guards import measure_guards
 
     record = measure_guards(
-        runtime.load_backbone(),
+        runtime.load_transformers(),
         only or (),
         background=load_background("packaged"),
         out=out,
@@ -314,7 +314,7 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
 @click.option("--batch-sizes", callback=split_numbers, default="1,16", help="Prompts at once.  ")
 @click.option("--rounds", type=options.AT_LEAST_ONE, default=5, help="Rounds of all rows in turn.")
 @_record
-@options.backbone
+@options.transformers
 def bench_latency(runtime: options.Runtime, out: Path | None, as_json: bool, **given: Any) -> None:
     """Time one new token with every mechanism, with ten probes, and with what they replace.
 
@@ -325,7 +325,7 @@ def bench_latency(runtime: options.Runtime, out: Path | None, as_json: bool, **g
     """
     from sidelight_lab.bench.latency import measure_latency
 
-    publish(measure_latency(runtime.load_backbone(), **given), out, as_json=as_json)
+    publish(measure_latency(runtime.load_transformers(), **given), out, as_json=as_json)
 
 
 @bench.command(

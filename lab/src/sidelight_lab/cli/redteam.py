@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     help="Attack the policy of a live server, on each route that writes text; its key is "
     "SIDELIGHT_API_KEY. [default: the probe itself]",
 )
-@options.backbone
+@options.transformers
 def redteam(
     probe: Path,
     data: str,

@@ -52,7 +52,7 @@ fewshot, fewshot-sst2, fewshot-emotion; own (every row on your own files)."""
     type=options.PATH,
     help="Folder for hidden states; they stay there. [default: the user's cache]",
 )
-@options.backbone
+@options.transformers
 @options.as_json
 def reproduce(
     recipe: str, runtime: options.Runtime, out: Path, as_json: bool, **given: Any
@@ -93,7 +93,7 @@ def reproduce(
         parsed,
         text,
         out,
-        runtime.load_backbone(),
+        runtime.load_transformers(),
         load=load,
         cache_root=given["cache"] or cache_root() / "activations",
         limit=given["limit"],

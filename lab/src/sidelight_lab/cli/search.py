@@ -46,7 +46,7 @@ _SETTINGS = ("learning_rate", "weight_decay", "epochs", "batch_size")
     help="Trials of each mechanism, with those of an earlier run in the same folder.",
 )
 @click.option("--seed", type=int, default=0, help="Seed of everything random.")
-@options.backbone
+@options.transformers
 @options.as_json
 def search(
     inputs: options.TrainingInputs,
@@ -85,7 +85,7 @@ def search(
     from sidelight.training.dataset import prepare
     from sidelight_lab.search import best_of, search_settings
 
-    dataset = prepare(runtime.load_backbone(), training, validation, options=fit_options)
+    dataset = prepare(runtime.load_transformers(), training, validation, options=fit_options)
     for warning in dataset.warnings:
         click.echo(f"Warning: {warning}", err=True)
     trials_of: dict[str, tuple[Trial, ...]] = {}

@@ -1,0 +1,183 @@
+"""GGUF files by name: where they are found, and which options they do not take."""
+
+import json
+import shlex
+
+import pytest
+
+from sidelight.artifact import load_probe
+from sidelight.cli.options import Runtime
+from sidelight.errors import SidelightError
+from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf
+from sidelight.manifest import read_manifest
+from sidelight.server.config import read_config
+from sidelight.smollm2 import packaged_gguf
+from worlds.data import write
+from worlds.gguf import CONFIGS, needs_llama, write_gguf
+from worlds.models import tiny_backbone
+from worlds.servers import cli, in_process
+
+MODEL, ADAPTER, TEMPLATE = (
+    f"application/vnd.ollama.image.{kind}" for kind in ("model", "adapter", "template")
+)
+LIBRARY = "registry.ollama.ai/library"
+
+
+@pytest.fixture
+def ollama(tmp_path, monkeypatch):
+    """Adds a model to a folder of Ollama's, and returns its file of weights."""
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+    (tmp_path / "blobs").mkdir()
+
+    def add(place, *kinds):
+        layers = [
+            {"mediaType": kind, "digest": f"sha256:{place.replace('/', '')}{number}"}
+            for number, kind in enumerate(kinds)
+        ]
+        manifest = tmp_path / "manifests" / place
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(json.dumps({"schemaVersion": 2, "layers": layers}))
+        for layer in layers:
+            blob = tmp_path / "blobs" / layer["digest"].replace(":", "-")
+            blob.write_text(layer["mediaType"])
+        return manifest
+
+    return add
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A tiny GGUF file with the tokenizer in it."""
+    tiny = tiny_backbone(CONFIGS["llama"])
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return write_gguf(tiny.model, path, "llama", tiny.tokenizer)
+
+
+def test_a_name_is_a_gguf_file_by_its_end_or_by_ollama():
+    assert all(map(is_gguf, ("a/b.gguf", "B.GGUF", "ollama:llama3.2", EMBEDDED_GGUF)))
+    assert not any(map(is_gguf, ("smollm2", "folder", "owner/model-GGUF", "gguf")))
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (f"{LIBRARY}/llama3.2/latest", "llama3.2"),
+        (f"{LIBRARY}/llama3.2/1b", "llama3.2:1b"),
+        ("registry.ollama.ai/me/mine/latest", "me/mine"),
+        ("hf.co/owner/model/Q4_K_M", "hf.co/owner/model:Q4_K_M"),
+    ],
+)
+def test_a_model_of_ollama_is_found_by_the_name_that_ollama_shows(ollama, place, name):
+    ollama(place, TEMPLATE, MODEL)
+    assert find_gguf(f"ollama:{name}").read_text() == MODEL
+
+
+def test_a_model_that_ollama_has_not_is_refused_with_those_that_it_has(ollama, tmp_path):
+    with pytest.raises(SidelightError, match=f"no model 'qwen3:latest' in {tmp_path}. It has none"):
+        find_gguf("ollama:qwen3")
+    for place in (f"{LIBRARY}/llama3.2/1b", "hf.co/owner/model/Q8_0"):
+        ollama(place, MODEL)
+    with pytest.raises(SidelightError, match=r"It has hf.co/owner/model:Q8_0, llama3.2:1b\. "):
+        find_gguf("ollama:llama3.2")
+
+
+@pytest.mark.parametrize("kinds", [(MODEL, ADAPTER), (MODEL, MODEL), (TEMPLATE,)])
+def test_a_model_of_ollama_that_is_not_one_file_of_weights_is_refused(ollama, kinds):
+    ollama(f"{LIBRARY}/mine/latest", *kinds)
+    with pytest.raises(SidelightError, match=r"'ollama:mine' has .* one file of weights"):
+        find_gguf("ollama:mine")
+
+
+def test_a_damaged_folder_of_ollama_is_refused_in_one_line(ollama, tmp_path):
+    manifest = ollama(f"{LIBRARY}/mine/latest", MODEL)
+    for path in (tmp_path / "blobs").iterdir():
+        path.unlink()
+    with pytest.raises(SidelightError, match="file of 'ollama:mine' is missing"):
+        find_gguf("ollama:mine")
+    for content in ("{", "[]", "{}", '{"layers": [{}]}'):
+        manifest.write_text(content)
+        with pytest.raises(SidelightError, match="ollama pull"):
+            find_gguf("ollama:mine")
+
+
+def test_the_embedded_models_file_has_a_name():
+    assert find_gguf(EMBEDDED_GGUF) == packaged_gguf()
+    assert Runtime(model=None, dtype="auto", device="auto", engine="llama").model_of([]) == (
+        EMBEDDED_GGUF
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        ("--model {file} --dtype float32", "--dtype float32 is not for GGUF files"),
+        ("--model {file} --device cpu", "--device cpu is not for GGUF files"),
+        ("--engine llama --dtype float16", "--dtype float16 is not for GGUF files"),
+        ("--model {file} --engine-option a=1", "--engine-option is for vLLM"),
+        ("--model {file} --engine transformers", "only llama.cpp runs (--engine llama)"),
+        ("--model {file} --engine vllm", "only llama.cpp runs (--engine llama)"),
+        ("--model a/folder --engine llama", "--engine llama runs GGUF files, and 'a/folder' is"),
+        ("--model smollm2 --tokenizer t", "--tokenizer is for GGUF files; 'smollm2' has its own"),
+        ("--model absent.gguf", "There is no file 'absent.gguf'"),
+    ],
+)
+def test_what_does_not_fit_a_gguf_file_is_refused_where_it_is_given(file, options, refusal, capsys):
+    given = shlex.split(options.format(file=file))
+    for command in (
+        ("train", "--data", "x.jsonl", "--out", "x"),
+        ("predict", "probe", "a text"),
+        ("serve",),
+    ):
+        assert cli(*command, *given) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert refusal in said[-1], said
+
+
+def test_what_needs_weights_in_transformers_takes_no_gguf_file(file):
+    with pytest.raises(SidelightError, match="only llama"):
+        Runtime(model=str(file), dtype="auto", device="auto")
+
+
+def test_the_file_of_a_servers_configuration_names_engine_model_and_tokenizer(tmp_path):
+    path = tmp_path / "server.toml"
+    path.write_text('engine = "llama"\nmodel = "ollama:llama3.2"\ntokenizer = "owner/model"\n')
+    config = read_config(config=path)
+    assert (config.engine, config.model, config.tokenizer) == (
+        "llama",
+        "ollama:llama3.2",
+        "owner/model",
+    )
+
+
+@needs_llama
+@pytest.mark.slow
+def test_a_probe_of_a_gguf_file_is_trained_judges_and_is_served_by_the_files_name(
+    file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {"text": f"{word} {number}", "label": int(word == "bad")}
+        for number in range(20)
+        for word in ("good", "bad")
+    ]
+    data, out = str(write(tmp_path / "rows.jsonl", rows)), tmp_path / "probe"
+    quickly = ("--set", "epochs=4", "--set", "batch_size=16", "--set", "learning_rate=0.03")
+    training = ("train", "--data", data, "--out", str(out), "--background", "none", *quickly)
+    assert cli(*training, "--model", str(file)) == 0
+    manifest = read_manifest(out)
+    assert manifest.backbone.name == str(file)
+    assert manifest.record["engine"].startswith("llama.cpp")
+    assert cli("eval", str(out), "--data", data) == 0
+    capsys.readouterr()
+    for engine in ("auto", "llama"):
+        assert cli("predict", str(out), "bad 7", "--engine", engine) == 0
+        assert json.loads(capsys.readouterr().out)["probe"] == "probe"
+    assert cli("predict", str(out), "bad 7", "--explain") == 0
+    assert "explanation" in json.loads(capsys.readouterr().out)
+    runtime = Runtime(model=None, dtype="auto", device="auto", engine="auto")
+    served = runtime.load_engine([load_probe(out)])
+    with in_process(served) as http:
+        body = {"model": str(file), "messages": [{"role": "user", "content": "bad 7"}]}
+        answer = http.post("/v1/chat/completions", json={**body, "max_tokens": 4})
+    assert answer.status_code == 200, answer.text
+    assert [each["probe"] for each in answer.json()["sidelight"]["verdicts"]] == ["probe"]
