@@ -226,7 +226,7 @@ def measure(
     """
     subjects = draw_subjects(examples, target.thresholds, texts=texts, seed=seed)
     encode(target.backbone.encoder, [subject.example for subject in subjects])
-    markup = Markup.of(target.backbone.tokenizer, target.backbone.encoder.prompt_format)
+    markup = Markup.of(target.backbone.encoder.tokenizer, target.backbone.encoder.prompt_format)
     outcomes: list[AttackResult] = []
     with progress("Attacking", len(attacks), unit="attacks") as advance:
         alone = target.margins([subject.messages for subject in subjects])

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from sidelight.backbone import TransformersBackbone, UnloadedBackbone, read_backbone
+from sidelight.backbone import Backbone, UnloadedBackbone, read_backbone
 from sidelight.data.examples import Example
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import BoundRule, Rule, require_rule_applies
@@ -59,7 +59,7 @@ class Target(ABC):
         thresholds: As ``flagging_thresholds`` gives them.
     """
 
-    backbone: TransformersBackbone | UnloadedBackbone
+    backbone: Backbone | UnloadedBackbone
     thresholds: Mapping[str, float]
 
     def reads(self, conversation: Sequence[Message]) -> bool:
@@ -79,7 +79,7 @@ class ProbeTarget(Target):
     """A probe, which judges whole conversations."""
 
     probe: Probe
-    backbone: TransformersBackbone
+    backbone: Backbone
 
     def margins(self, conversations: Sequence[Messages]) -> list[float]:
         with quiet():
@@ -143,7 +143,11 @@ class RouteTarget(Target):
 
     def _margin(self, conversation: Messages) -> float:
         path, ask = ROUTES[self.route]
-        body = {"model": self.model, "temperature": 0, **ask(conversation, self.backbone.tokenizer)}
+        body = {
+            "model": self.model,
+            "temperature": 0,
+            **ask(conversation, self.backbone.encoder.tokenizer),
+        }
         answer = _send(self.client, "POST", path, body)
         if answer.status_code == 200:
             return _PASSED
