@@ -181,6 +181,7 @@ def test_a_package_of_guards_needs_no_code(tmp_path, monkeypatch):
         ("title = 3", r"title: Input should be a valid string"),
         ('title = "Shouts"\nmood = "good"', r"mood: Extra inputs are not permitted"),
         ("title = ", r"shouts.toml \(Invalid value"),
+        pytest.param("title = " + "[" * 3_000, r"shouts.toml \(maximum recursion", id="nested"),
         ('title = "Shouts"\nreads = "both"', r"shouts.toml \(Cannot overwrite"),
         ('title = "Shouts"\nlabels = ["a", "a"]', r"labels: .*two names that differ"),
         ('title = "Shouts"\nlabels = ["a", "b\\n"]', r"labels: .*two names that differ"),

@@ -191,7 +191,7 @@ def find_guard(name: str) -> Guard:
         ) from error
     try:
         card = Card.model_validate(tomllib.loads(path.read_text("utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = str(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
