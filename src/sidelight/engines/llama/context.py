@@ -32,7 +32,8 @@ from sidelight.engines.llama.library import (
 )
 from sidelight.errors import SidelightError
 
-_Rows = Float32[np.ndarray, "token width"]
+_LayerRows = Float32[np.ndarray, "token width"]
+_Rows = Float32[np.ndarray, "layer token width"]
 BATCH_TOKENS = 256
 """Most tokens that one pass reads. llama.cpp keeps the states of as many in each layer."""
 # llama.cpp rounds lengths up to it.
@@ -126,14 +127,15 @@ class LlamaContext:
         params = library.llama_context_default_params()
         params.n_ctx, params.n_seq_max = sequences * self.positions, sequences
         # What a pass reads is never split, so rows come in the order of its tokens.
-        params.n_batch = params.n_ubatch = max(BATCH_TOKENS, sequences)
+        self._batch_tokens = max(BATCH_TOKENS, sequences)
+        params.n_batch = params.n_ubatch = self._batch_tokens
         params.n_threads = params.n_threads_batch = threads or max(1, cpu_count() - 1)
         params.type_k = params.type_v = F32 if is_exact else F16
         # Flash attention would sum in an order that depends on threads and neighbours, from 512
         # tokens on. On a CPU, it also takes longer for each token that is written.
         params.flash_attn_type = 0
         self._has_inputs = model.architecture in BY_LAYER_INPUT
-        self._seen: list[list[_Rows]] = [[] for _ in range(model.layers)]
+        self._seen: list[list[_LayerRows]] = [[] for _ in range(model.layers)]
         if not self._has_inputs:
             self._callback = _observer(model, self._seen)
             params.cb_eval = c.cast(self._callback, c.c_void_p)
@@ -176,7 +178,7 @@ class LlamaContext:
                 fails.
         """
         count, ids = len(tokens), np.array(tokens, np.int64)
-        assert 0 < count <= max(BATCH_TOKENS, self.sequences)
+        assert 0 < count <= self._batch_tokens
         assert count == len(positions) == len(sequences)
         assert [*sequences] == sorted(sequences)
         assert 0 <= sequences[0] <= sequences[-1] < self.sequences
@@ -203,16 +205,20 @@ class LlamaContext:
             raise SidelightError(f"llama.cpp could not read {count} tokens: {logged_error()}.")
         self._tokens = count
 
-    def rows(self) -> list[_Rows]:
-        """For each layer the states of the tokens of the latest pass; valid until the next one."""
-        shape = (self._tokens, self.model.width)
+    def rows(self) -> _Rows:
+        """The states of the tokens of the latest pass; valid until the next one."""
+        layers, width = self.model.layers, self.model.width
         if self._has_inputs:
             get = getattr(self._library, GET_LAYER_INPUT)
-            addresses = (get(self._pointer, layer) for layer in range(self.model.layers))
-            return [np.ctypeslib.as_array(address, shape) for address in addresses]
-        rows = [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in self._seen]
-        assert all(own.shape == shape for own in rows)
-        return rows
+            first, last = (get(self._pointer, layer) for layer in (0, layers - 1))
+            # One array for each call: layers lie one after the other, with room for a full batch.
+            size = layers * self._batch_tokens * width
+            assert last - first == 4 * (size - self._batch_tokens * width)
+            states = np.ctypeslib.as_array((c.c_float * size).from_address(first))
+            return states.reshape(layers, self._batch_tokens, width)[:, : self._tokens]
+        states = np.stack([np.concatenate(parts) for parts in self._seen])
+        assert states.shape == (layers, self._tokens, width)
+        return states
 
     def logits(self, index: int) -> Float32[np.ndarray, " vocabulary"]:
         """The logits after a token of the latest pass, -1 for the last; valid until the next."""
@@ -220,7 +226,7 @@ class LlamaContext:
         return np.ctypeslib.as_array(address, (self.model.vocabulary_size,))
 
 
-def _observer(model: LlamaModel, seen: list[list[_Rows]]) -> Any:
+def _observer(model: LlamaModel, seen: list[list[_LayerRows]]) -> Any:
     """Copies what enters each block into ``seen``, while llama.cpp computes it.
 
     llama.cpp computes sequences that are not neighbours one after the other, in ascending order.

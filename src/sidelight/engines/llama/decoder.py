@@ -93,8 +93,9 @@ class LlamaDecoder:
         )
         places = np.argsort(order)
         if tap is not None:
-            for layer, hidden in enumerate(context.rows()):
-                tap(layer, torch.from_numpy(hidden[places])[:, None])
+            states = torch.from_numpy(context.rows())[:, places, None]
+            for layer, hidden in enumerate(states.unbind()):
+                tap(layer, hidden)
         for slot in slots:
             slot.length += 1
         return torch.from_numpy(np.stack([context.logits(int(place)) for place in places]))
@@ -130,7 +131,7 @@ def read_text(
         positions = range(slot.length, slot.length + len(part))
         context.decode(part, positions, [slot.sequence] * len(part), outputs=[len(part) - 1])
         if tap is not None:
-            for layer, hidden in enumerate(context.rows()):
-                tap(layer, torch.from_numpy(hidden)[None])
+            for layer, hidden in enumerate(torch.from_numpy(context.rows())[:, None].unbind()):
+                tap(layer, hidden)
         slot.length += len(part)
     return torch.from_numpy(context.logits(-1).copy())

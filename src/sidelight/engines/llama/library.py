@@ -112,7 +112,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_nbytes": (c.c_size_t, [_pointer]),
     "ggml_backend_tensor_get": (None, [_pointer, _pointer, c.c_size_t, c.c_size_t]),
     SET_LAYER_INPUT: (None, [_pointer, _unsigned, _bool]),
-    GET_LAYER_INPUT: (c.POINTER(_float), [_pointer, _unsigned]),
+    GET_LAYER_INPUT: (_pointer, [_pointer, _unsigned]),
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama_model_default_params": {

@@ -67,7 +67,7 @@ def _try(path: Path, architecture: str) -> list[int]:
     states: list[np.ndarray] = []
     for sequence, start, stop in ((0, 0, _TOKENS), (1, 0, half), (1, half, _TOKENS)):
         context.decode(tokens[start:stop], range(start, stop), [sequence] * (stop - start))
-        states.append(np.stack([rows.copy() for rows in context.rows()]))
+        states.append(context.rows().copy())
     context.decode(tokens[:2], [_TOKENS, _TOKENS], [0, 1], outputs=[0, 1])
     once, twice = states[0], np.concatenate(states[1:], 1)
     size, difference = (np.linalg.norm(each, axis=2) for each in (once, once - twice))
