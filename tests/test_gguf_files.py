@@ -1,6 +1,7 @@
 """GGUF files by name: where they are found, and which options they do not take."""
 
 import json
+import re
 import shlex
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from sidelight.artifact import load_probe
 from sidelight.cli.options import Runtime
 from sidelight.errors import SidelightError
+from sidelight.fingerprint import ACCEPTED
 from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf
 from sidelight.manifest import read_manifest
 from sidelight.server.config import read_config
@@ -149,35 +151,65 @@ def test_the_file_of_a_servers_configuration_names_engine_model_and_tokenizer(tm
     )
 
 
-@needs_llama
-@pytest.mark.slow
-def test_a_probe_of_a_gguf_file_is_trained_judges_and_is_served_by_the_files_name(
-    file, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
     rows = [
         {"text": f"{word} {number}", "label": int(word == "bad")}
         for number in range(20)
         for word in ("good", "bad")
     ]
-    data, out = str(write(tmp_path / "rows.jsonl", rows)), tmp_path / "probe"
+    return str(write(tmp_path_factory.mktemp("data") / "rows.jsonl", rows))
+
+
+@pytest.fixture(scope="module")
+def probe(file, data, tmp_path_factory):
+    """The folder of a probe that was trained on the file."""
+    out = tmp_path_factory.mktemp("trained") / "probe"
     quickly = ("--set", "epochs=4", "--set", "batch_size=16", "--set", "learning_rate=0.03")
     training = ("train", "--data", data, "--out", str(out), "--background", "none", *quickly)
-    assert cli(*training, "--model", str(file)) == 0
-    manifest = read_manifest(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIDELIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        assert cli(*training, "--model", str(file)) == 0
+        yield out
+
+
+@needs_llama
+@pytest.mark.slow
+def test_a_probe_of_a_gguf_file_judges_and_is_served_by_the_files_name(file, probe, data, capsys):
+    manifest = read_manifest(probe)
     assert manifest.backbone.name == str(file)
     assert manifest.record["engine"].startswith("llama.cpp")
-    assert cli("eval", str(out), "--data", data) == 0
+    assert cli("eval", str(probe), "--data", data) == 0
     capsys.readouterr()
     for engine in ("auto", "llama"):
-        assert cli("predict", str(out), "bad 7", "--engine", engine) == 0
+        assert cli("predict", str(probe), "bad 7", "--engine", engine) == 0
         assert json.loads(capsys.readouterr().out)["probe"] == "probe"
-    assert cli("predict", str(out), "bad 7", "--explain") == 0
+    assert cli("predict", str(probe), "bad 7", "--explain") == 0
     assert "explanation" in json.loads(capsys.readouterr().out)
     runtime = Runtime(model=None, dtype="auto", device="auto", engine="auto")
-    served = runtime.load_engine([load_probe(out)])
+    served = runtime.load_engine([load_probe(probe)])
     with in_process(served) as http:
         body = {"model": str(file), "messages": [{"role": "user", "content": "bad 7"}]}
         answer = http.post("/v1/chat/completions", json={**body, "max_tokens": 4})
     assert answer.status_code == 200, answer.text
     assert [each["probe"] for each in answer.json()["sidelight"]["verdicts"]] == ["probe"]
+
+
+@needs_llama
+@pytest.mark.slow
+def test_parity_and_servers_take_a_copy_of_the_file_by_the_digest_that_its_refusal_names(
+    file, probe, data, tmp_path, monkeypatch, capsys
+):
+    copy = tiny_backbone(CONFIGS["llama"])
+    copy.model.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-3
+    other = str(write_gguf(copy.model, tmp_path / "copy.gguf", "llama", copy.tokenizer))
+    measured = ("parity", str(probe), "--data", data, "--limit", "8", "--quantised", other)
+    assert cli(*measured) == 2
+    said = capsys.readouterr().err
+    assert f"{ACCEPTED} is not set" in said
+    digest = re.search(f"{ACCEPTED}=([0-9a-f]+) accepts", said)[1]
+    monkeypatch.setenv(ACCEPTED, digest)
+    assert cli(*measured, "--gate", "0.2") == 0
+    assert "llama - quantised" in capsys.readouterr().out
+    # What only judges takes no copy.
+    assert cli("eval", str(probe), "--data", data, "--model", other) == 2

@@ -45,17 +45,39 @@ class Fingerprint:
         compared = {name: getattr(self, name) for name in _COMPARED}
         return sha256(repr(compared).encode()).hexdigest()[:12]
 
-    def require(self, served: "Fingerprint", *, probe: str) -> None:
+    def require(self, served: "Fingerprint", *, probe: str, accepted: str | None = None) -> None:
         """Checks that ``served`` is the backbone that the probe was trained on.
+
+        Args:
+            served: What would run the probe.
+            probe: Its name.
+            accepted: The digest of a backbone and a quantised copy of it, on which its probes are
+                served; "" for none. None: no copy is served here.
 
         Raises:
             FingerprintMismatchError: It is not; the message names both and what differs.
         """
-        if different := self.differences(served):
+        different = self.differences(served)
+        if not different:
+            return
+        both = (
+            f"Probe '{probe}' was trained on {self.name} (fingerprint {self.digest}), but this "
+            f"backbone is {served.name} ({served.digest})"
+        )
+        if accepted is None or not _MAY_DIFFER.issuperset(different):
             raise FingerprintMismatchError(
-                f"Probe '{probe}' was trained on {self.name} (fingerprint {self.digest}), but this "
-                f"backbone is {served.name} ({served.digest}); they differ in "
-                f"{', '.join(different)}. Train the probe on this model, or serve the other."
+                f"{both}; they differ in {', '.join(different)}. Train the probe on this model, or "
+                "serve the other."
+            )
+        digest = hash_of(self.digest, served.digest)
+        if digest != accepted:
+            raise FingerprintMismatchError(
+                f"{both}, whose weights differ, and {ACCEPTED} is {accepted or 'not set'}. If they "
+                f"are quantised from the same ones, {ACCEPTED}={digest} accepts the model's probes "
+                "on them: set it to measure all that you serve, 'sidelight parity PROBE ... --data "
+                f"FILE --quantised {served.name} --gate 0.01', with the options that you give vLLM "
+                "(--engine-option), and to serve them if that ends with 0. Otherwise train the "
+                "probe on this model, or serve the other."
             )
 
     def differences(self, served: "Fingerprint") -> list[str]:
@@ -71,6 +93,10 @@ class Fingerprint:
         return replace(self, weights=hash_of(self.weights, how))
 
 
+ACCEPTED = "SIDELIGHT_QUANTISED"
+"""The variable with the digest of a model and of the quantised copy that takes its probes."""
+# A quantised copy has other weights, and its configuration says how they are written.
+_MAY_DIFFER = frozenset({"config", "weights"})
 _COMPARED = ("config", "weights", "tokenizer", "template", "layers", "width")
 
 

@@ -14,6 +14,7 @@ import click
 
 from sidelight.cli import options
 from sidelight.errors import SidelightError
+from sidelight.gguf_files import is_gguf
 from sidelight.storage import replacing, write_json
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from sidelight.prompts.conversation import Message
     from sidelight.types import Span, Verdict
 
+_COMPARED = ("transformers", "vllm", "llama")
 # Of the labels of spans, in turn; black is legible on each.
 _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
 
@@ -327,8 +329,17 @@ def _turns(example: "Example") -> "tuple[Message, ...]":
 @options.text
 @options.response
 @options.limit
-@click.option("--engines", default="transformers,vllm", help="Engines to compare, with commas.")
-@click.option("--quantised", metavar="MODEL", help="Compare with this quantised copy in vLLM too.")
+@click.option(
+    "--engines",
+    show_default=False,
+    help="Engines to compare, with commas. [default: llama for a GGUF file, else "
+    "transformers,vllm]",
+)
+@click.option(
+    "--quantised",
+    metavar="MODEL",
+    help="Compare with this quantised copy too: a GGUF file in llama.cpp, another model in vLLM.",
+)
 @click.option(
     "--gate",
     type=click.FloatRange(0, 1),
@@ -336,6 +347,7 @@ def _turns(example: "Example") -> "tuple[Message, ...]":
     help="End with exit code 1 if more than this share of verdicts differs between two engines.",
 )
 @options.model
+@options.tokenizer
 @options.dtype
 @options.device
 @options.engine_option
@@ -346,7 +358,7 @@ def parity(
     text: str,
     response: str | None,
     limit: int | None,
-    engines: str,
+    engines: str | None,
     quantised: str | None,
     gate: float | None,
     engine_option: dict[str, Any],
@@ -361,8 +373,11 @@ def parity(
     from sidelight.data.loading import load_examples
     from sidelight.manifest import read_manifest
 
+    manifests = [read_manifest(probe) for probe in probes]
+    named = model["model"] or manifests[0].backbone.name
+    engines = engines or ("llama" if is_gguf(named) else "transformers,vllm")
     compared = _runtimes(engines, quantised, engine_option, model)
-    late = [m.name for m in map(read_manifest, probes) if m.reads.includes_response]
+    late = [m.name for m in manifests if m.reads.includes_response]
     if late and response is None:
         raise SidelightError(
             f"{', '.join(late)} reads responses, so there would be nothing to compare. Name the "
@@ -392,13 +407,17 @@ def _runtimes(
 ) -> dict[str, options.Runtime]:
     """What runs each of the engines that are compared, and the quantised copy."""
     names = [name.strip() for name in engines.split(",")]
-    if not {*names} <= {"transformers", "vllm"}:
-        raise SidelightError(f"Cannot compare '{engines}'. Choose from transformers, vllm.")
-    vllm = partial(options.Runtime, engine="vllm", engine_option=engine_option, **model)
-    makers = {"transformers": partial(options.Runtime, **model), "vllm": vllm}
-    runtimes = {name: makers[name]() for name in names}
+    if not {*names} <= {*_COMPARED}:
+        raise SidelightError(f"Cannot compare '{engines}'. Choose from {', '.join(_COMPARED)}.")
+
+    def runtime(engine: str, **other: Any) -> options.Runtime:
+        of_vllm = {"engine_option": engine_option} if engine == "vllm" else {}
+        return options.Runtime(engine=engine, **of_vllm, **{**model, **other})
+
+    runtimes = {name: runtime(name) for name in names}
     if quantised is not None:
-        runtimes["quantised"] = vllm(model=quantised)
+        copy = "llama" if is_gguf(quantised) else "vllm"
+        runtimes["quantised"] = runtime(copy, model=quantised)
     return runtimes
 
 

@@ -323,8 +323,10 @@ def require_verdicts(probes: Iterable[Probe], *, device: torch.device | str = "c
         raise verdict_failure(failed)
 
 
-def require_same_model(probes: Sequence[Probe], fingerprint: Fingerprint) -> None:
-    """Checks that the probes were trained on this model.
+def require_same_model(
+    probes: Sequence[Probe], fingerprint: Fingerprint, *, accepted: str | None = None
+) -> None:
+    """Checks that the probes were trained on this model, or are ``accepted`` on this copy of it.
 
     Raises:
         SidelightError: Some read chats and others raw texts, which are two models to a fingerprint.
@@ -332,4 +334,4 @@ def require_same_model(probes: Sequence[Probe], fingerprint: Fingerprint) -> Non
     """
     common_format(probes)
     for probe in probes:
-        probe.fingerprint.require(fingerprint, probe=probe.name)
+        probe.fingerprint.require(fingerprint, probe=probe.name, accepted=accepted)

@@ -22,7 +22,7 @@ from vllm.v1.executor.abstract import Executor
 
 import vllm
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import Fingerprint
+from sidelight.fingerprint import ACCEPTED, Fingerprint
 from sidelight.policy.rules import bound_rules, require_policy_applies
 from sidelight.probe import Probe
 from sidelight.vllm.columns import tap_layers
@@ -35,7 +35,6 @@ from sidelight.vllm.internals import (
     wrap,
 )
 from sidelight.vllm.settings import (
-    ACCEPTED,
     COLUMNS,
     CONNECTOR,
     DESCRIBED,

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 
 from sidelight.artifact import load_probe
 from sidelight.backbone import read_backbone
-from sidelight.errors import FingerprintMismatchError, SidelightError, did_you_mean
-from sidelight.fingerprint import Fingerprint, hash_of
+from sidelight.errors import SidelightError, did_you_mean
+from sidelight.fingerprint import Fingerprint
 from sidelight.manifest import require_distinct_names
 from sidelight.probe import Probe, common_format
 from sidelight.prompts.encode import PromptEncoder
@@ -41,9 +41,6 @@ STATES = "keeps_states"
 """Under ``KEY``: whether hidden states are written to files, instead of verdicts."""
 CONNECTOR = "ProbeConnector"
 SHARED_CONNECTOR = "SharedConnector"
-ACCEPTED = "SIDELIGHT_QUANTISED"
-# A quantised copy has other weights, and its configuration says how they are written.
-_MAY_DIFFER = {"config", "weights"}
 
 
 @dataclass(frozen=True)
@@ -91,27 +88,9 @@ class Served:
         """
         probes = [load_probe(folder) for folder in self.folders]
         for probe in probes:
-            self._require_model(probe)
+            probe.fingerprint.require(self.fingerprint, probe=probe.name, accepted=self.accepted)
         require_distinct_names([probe.name for probe in probes])
         return probes
-
-    def _require_model(self, probe: Probe) -> None:
-        trained, served = probe.fingerprint, self.fingerprint
-        different = trained.differences(served)
-        if not set(different) <= _MAY_DIFFER:
-            trained.require(served, probe=probe.name)
-        digest = hash_of(trained.digest, served.digest)
-        if different and digest != self.accepted:
-            raise FingerprintMismatchError(
-                f"Probe '{probe.name}' was trained on {trained.name} (fingerprint "
-                f"{trained.digest}), but this is {served.name} ({served.digest}), whose weights "
-                f"differ, and {ACCEPTED} is {self.accepted or 'not set'}. If they are quantised "
-                f"from the same ones, {ACCEPTED}={digest} accepts the model's probes on them: set "
-                "it to measure all that you serve, 'sidelight parity PROBE ... --data FILE "
-                f"--quantised {served.name} --gate 0.01', with the options that you give vLLM "
-                "(--engine-option), and to serve them if that ends with 0. Otherwise train the "
-                "probe on this model, or serve the other."
-            )
 
 
 _SERVED = TypeAdapter(Served)
