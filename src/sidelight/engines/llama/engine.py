@@ -9,8 +9,9 @@ from sidelight.engines.local import LocalEngine
 from sidelight.engines.queue import Limits
 from sidelight.probe import Probe
 
-# llama.cpp takes the memory of all keys and values at the start.
-_LIMITS = Limits(running=4, prefill_tokens=256, cache_tokens=5 * 4096)
+# llama.cpp takes the memory of all keys and values at the start: 0.3 GB for the embedded model,
+# and over 1 GB for one of three billion parameters.
+_LIMITS = Limits(running=2, prefill_tokens=256, cache_tokens=3 * 4096)
 
 
 class LlamaEngine(LocalEngine):
@@ -22,7 +23,7 @@ class LlamaEngine(LocalEngine):
     Args:
         backbone: The file. Nothing else may run it meanwhile.
         probes: Probes trained on this file, with distinct names.
-        limits: How much is held at once; None: four texts of 4,096 tokens.
+        limits: How much is held at once; None: two texts of 4,096 tokens.
         model: The name that requests use; None takes the backbone's.
 
     Raises:
