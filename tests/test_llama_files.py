@@ -13,6 +13,8 @@ from sidelight.errors import SidelightError
 from worlds.gguf import CONFIGS, needs_llama, write_gguf
 from worlds.models import merging_tokenizer, tiny_backbone
 
+SIZES = {f"llama__{size}": 3 for size in ("block_count", "context_length", "embedding_length")}
+
 
 @pytest.fixture(scope="module")
 def tiny():
@@ -73,6 +75,7 @@ def test_what_is_no_whole_gguf_file_is_refused(tiny, tmp_path):
         ("llama", {"split__count": 3}, "one of several parts"),
         ("llama", {"llama__nextn_predict_layers": 1}, "predict several tokens"),
         ("llama", {}, "says nothing of its block_count, context_length, embedding_length"),
+        ("llama", SIZES, "holds a vocabulary and no weights"),
     ],
 )
 def test_a_model_whose_states_cannot_be_read_is_refused_by_name(

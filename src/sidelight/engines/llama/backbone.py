@@ -209,6 +209,8 @@ def _read_config(path: Path, reader: GGUFReader) -> tuple[str, dict[str, Any]]:
         why = "holds an encoder of images beside its language model"
     elif absent := {"block_count", "context_length", "embedding_length"} - {*config}:
         why = f"says nothing of its {', '.join(sorted(absent))}"
+    elif not reader.tensors:
+        why = "holds a vocabulary and no weights"
     if why is not None:
         raise SidelightError(f"Probes cannot read {path}: it {why}.")
     return architecture, {"architecture": architecture, **config}
