@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+import sidelight
 from sidelight.artifact import load_probe
 from sidelight.cli.options import Runtime
 from sidelight.errors import SidelightError
@@ -23,6 +24,11 @@ MODEL, ADAPTER, TEMPLATE = (
     f"application/vnd.ollama.image.{kind}" for kind in ("model", "adapter", "template")
 )
 LIBRARY = "registry.ollama.ai/library"
+ROWS = [
+    {"text": f"{word} {number}", "label": int(word == "bad")}
+    for number in range(20)
+    for word in ("good", "bad")
+]
 
 
 @pytest.fixture
@@ -75,11 +81,11 @@ def test_a_model_of_ollama_is_found_by_the_name_that_ollama_shows(ollama, place,
 
 
 def test_a_model_that_ollama_has_not_is_refused_with_those_that_it_has(ollama, tmp_path):
-    with pytest.raises(SidelightError, match=f"no model 'qwen3:latest' in {tmp_path}. It has none"):
+    with pytest.raises(SidelightError, match=f"no model 'qwen3:latest' in {tmp_path}. Known: none"):
         find_gguf("ollama:qwen3")
     for place in (f"{LIBRARY}/llama3.2/1b", "hf.co/owner/model/Q8_0"):
         ollama(place, MODEL)
-    with pytest.raises(SidelightError, match=r"It has hf.co/owner/model:Q8_0, llama3.2:1b\. "):
+    with pytest.raises(SidelightError, match=r"Known: hf.co/owner/model:Q8_0, llama3.2:1b\. "):
         find_gguf("ollama:llama3.2")
 
 
@@ -140,6 +146,13 @@ def test_what_needs_weights_in_transformers_takes_no_gguf_file(file):
         Runtime(model=str(file), dtype="auto", device="auto")
 
 
+@pytest.mark.parametrize("name", ["a/b.gguf", "ollama:llama3.2"])
+def test_python_is_told_what_to_give_for_a_gguf_file(name):
+    for load in (sidelight.load_backbone, lambda model: sidelight.train(model, ROWS)):
+        with pytest.raises(SidelightError, match="LlamaBackbone"):
+            load(name)
+
+
 def test_the_file_of_a_servers_configuration_names_engine_model_and_tokenizer(tmp_path):
     path = tmp_path / "server.toml"
     path.write_text('engine = "llama"\nmodel = "ollama:llama3.2"\ntokenizer = "owner/model"\n')
@@ -153,12 +166,7 @@ def test_the_file_of_a_servers_configuration_names_engine_model_and_tokenizer(tm
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    rows = [
-        {"text": f"{word} {number}", "label": int(word == "bad")}
-        for number in range(20)
-        for word in ("good", "bad")
-    ]
-    return str(write(tmp_path_factory.mktemp("data") / "rows.jsonl", rows))
+    return str(write(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS))
 
 
 @pytest.fixture(scope="module")

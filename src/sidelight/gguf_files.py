@@ -53,11 +53,9 @@ def _find_in_ollama(name: str) -> Path:
     manifests = {model: path for root in _ollama_folders() for model, path in _ollama_models(root)}
     if wanted not in manifests:
         folders = ", ".join(map(str, _ollama_folders()))
-        known = f"It has {', '.join(sorted(manifests))}." if manifests else "It has none."
         raise SidelightError(
-            f"Ollama has no model '{wanted}' in {folders}. {known}"
-            f"{did_you_mean(wanted, manifests) if manifests else ''} Get it with 'ollama pull', or "
-            "set OLLAMA_MODELS to the folder of its models."
+            f"Ollama has no model '{wanted}' in {folders}.{did_you_mean(wanted, manifests)} "
+            "Get it with 'ollama pull', or set OLLAMA_MODELS to the folder of its models."
         )
     manifest = manifests[wanted]
     try:

@@ -74,6 +74,11 @@ def require_model(name: str) -> None:
             f"There is no model '{name}'. Did you mean '{EMBEDDED_NAME}'? Give 'smollm2', a folder "
             "saved by save_pretrained, or a hub id."
         )
+    if name.lower().endswith(".gguf") or name.startswith("ollama:"):
+        raise SidelightError(
+            f"'{name}' is a GGUF file, which transformers does not run. In Python, give "
+            "LlamaBackbone(find_gguf(NAME)) as the model: see docs/gguf.md."
+        )
     folder = Path(name)
     # A hub id has one slash at most, and does not begin like a path.
     is_folder = name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()
