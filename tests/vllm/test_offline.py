@@ -85,7 +85,7 @@ def test_a_cache_has_the_states_of_transformers_and_goes_on_after_a_stop(
         torch.testing.assert_close(cache.text(row), other.text(row), **ROUNDING_TO_BF16)
 
 
-def test_train_and_predict_through_vllm(backbone, tmp_path):
+def test_train_and_predict_through_vllm(backbone, tmp_path, capsys):
     model = backbone.name
     texts, labels = planted("binary", 60, seed=1)
     data, probe = tmp_path / "train.jsonl", tmp_path / "probe"
@@ -106,6 +106,7 @@ def test_train_and_predict_through_vllm(backbone, tmp_path):
         out = tmp_path / f"{engine}.jsonl"
         judge = ["predict", str(probe), "--data", str(data), "--out", str(out), *options]
         assert cli(*judge) == 0
+        assert "Judging: 100%" in capsys.readouterr().err
         found[engine] = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(found["vllm"]) == len(rows)
     assert [v["label"] for v in found["vllm"]] == [v["label"] for v in found["transformers"]]

@@ -33,6 +33,7 @@ from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.manifest import read_manifest
 from sidelight.probe import Probe, common_format
+from sidelight.progress import Progress, progress
 from sidelight.prompts.conversation import Conversation, EncodedPrompt, Message, has_response
 from sidelight.prompts.encode import PromptEncoder
 from sidelight.types import Judgement, Verdict
@@ -127,6 +128,11 @@ class VllmEngine(Engine):
     def load(self) -> Load:
         """The texts that wait for verdicts; vLLM itself counts those that it writes."""
         return Load(running=0, waiting=self._waiting)
+
+    @property
+    def most_texts(self) -> int:
+        """How many texts vLLM has in a step."""
+        return self._llm.vllm_config.scheduler_config.max_num_seqs
 
     @property
     def is_ready(self) -> bool:
@@ -255,10 +261,21 @@ class VllmEngine(Engine):
             events.append(PromptJudged(said, is_plain=prompt.is_plain, tokens=len(prompt)))
         return events
 
-    async def check_all(self, prompts: Sequence[EncodedPrompt], identity: str) -> list[Judgement]:
+    async def check_all(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        identity: str,
+        *,
+        at_once: int = _RUNNING,
+        advance: Progress | None = None,
+    ) -> list[Judgement]:
         """Their judgements, in order, by the probes of this identity.
 
-        Of a long list only some are in vLLM at once, so that others get in.
+        Args:
+            prompts: Token ids of texts.
+            identity: That of the probes.
+            at_once: So many of a long list are in vLLM at once, so that others get in.
+            advance: Is told how many tokens have been judged.
 
         Raises:
             EngineBusyError: Too many wait. A list longer than the limit can only enter if nobody
@@ -266,11 +283,14 @@ class VllmEngine(Engine):
         """
         if self._waiting and self._waiting + len(prompts) > _WAITING:
             raise EngineBusyError(waiting=self._waiting, limit=_WAITING)
-        together = asyncio.Semaphore(_RUNNING)
+        together = asyncio.Semaphore(at_once)
 
         async def check(prompt: EncodedPrompt) -> Judgement:
             async with together:
-                return await self.check(prompt, identity)
+                judgement = await self.check(prompt, identity)
+            if advance is not None:
+                advance(len(prompt))
+            return judgement
 
         def leave(_: asyncio.Task[Judgement]) -> None:
             self._waiting -= 1
@@ -389,8 +409,11 @@ def predict(
     async def judged() -> list[Judgement]:
         await engine.start()
         try:
-            async with engine.serving() as served:
-                return await engine.check_all(prompts, served.identity)
+            with progress("Judging", sum(map(len, prompts)), unit="tokens") as advance:
+                async with engine.serving() as served:
+                    return await engine.check_all(
+                        prompts, served.identity, at_once=engine.most_texts, advance=advance
+                    )
         finally:
             await engine.close()
 
