@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sidelight.backbone import TransformersBackbone
+from sidelight.backbone import Backbone, TransformersBackbone
 from sidelight.bank import Bank
 from sidelight.calibration import Calibration
 from sidelight.fingerprint import Fingerprint
@@ -56,7 +56,7 @@ def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]])
     return markdown_table(title, headings, rows).strip()
 
 
-def conditions(backbone: TransformersBackbone, settings: Mapping[str, Any]) -> dict[str, Any]:
+def conditions(backbone: Backbone, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the figures depend on: the model, the settings, the machine, and package versions."""
     device = backbone.device
     is_gpu = device.type == "cuda"
