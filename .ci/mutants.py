@@ -49,6 +49,7 @@ PARTS = {
             "policy_*",
             "policies",
             "disclosure",
+            "redaction",
             "server_audit",
             "server_metrics",
         ],
@@ -56,7 +57,15 @@ PARTS = {
     "prompts": (
         16,
         ["prompts"],
-        ["prompts", "turns*", "chat_families", "backbones", "engine_text", "engine_contract"],
+        [
+            "prompts",
+            "turns*",
+            "chat_families",
+            "backbones",
+            "extraction",
+            "engine_text",
+            "engine_contract",
+        ],
     ),
     "server": (
         48,
@@ -64,6 +73,7 @@ PARTS = {
         [
             "server_*",
             "disclosure",
+            "redaction",
             "polic*",
             "admin_probes",
             "playground_api",
