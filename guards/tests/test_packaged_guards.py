@@ -28,7 +28,7 @@ def examples(name: str, test: str = "") -> LabelledExamples:
 
 
 def sources(name: str, test: str = "") -> Counter[str]:
-    return Counter(map(str, examples(name, test).column("source")))
+    return Counter(str(cells["source"]) for cells in examples(name, test).rows)
 
 
 @pytest.mark.parametrize("name", NAMES)

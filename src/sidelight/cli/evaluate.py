@@ -71,10 +71,13 @@ def evaluate(
     from sidelight.manifest import read_manifest
     from sidelight.training.validation import require_side
 
+    if plots is not None:
+        # If matplotlib is missing, say so before the backbone runs.
+        import_module("sidelight.plots")
     # Before imports that take seconds: a wrong file or column is refused at once.
     manifest = read_manifest(probe)
     if plots is not None:
-        _require_plots(manifest)
+        _require_whole_texts(manifest)
     labels = {"label": label, "on_missing_label": missing_label}
     columns |= labels if manifest.spans is None else {"spans": spans}
     examples = load_examples(data, task=manifest.task, **columns)
@@ -95,9 +98,8 @@ def evaluate(
     print_assessment(assessment)
 
 
-def _require_plots(manifest: "Manifest") -> None:
-    """Refuses plots that cannot be drawn, before the backbone runs."""
-    import_module("sidelight.plots")
+def _require_whole_texts(manifest: "Manifest") -> None:
+    """Refuses plots of a probe that labels spans."""
     if manifest.spans is not None:
         raise SidelightError(
             f"--plots draws verdicts on whole texts, but '{manifest.name}' labels spans. Leave it "
