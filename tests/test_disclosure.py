@@ -209,6 +209,27 @@ def test_a_failed_verdict_of_which_nothing_is_disclosed_is_in_no_answer(tiny):
     assert guarded.status_code == 500
 
 
+def test_a_check_is_refused_where_it_would_tell_less_than_it_was_asked_for(tiny):
+    """Rather than be answered without a probe that it names, or without any."""
+    probes = [untrained_probe(tiny, name) for name in ("open", "closed")]
+    shown, withheld = Rule("flag", threshold=1.0), Rule("flag", threshold=1.0, disclose="none")
+    both, nothing = {"open": shown, "closed": withheld}, {"open": withheld, "closed": withheld}
+    cases = [
+        (both, None, 200),
+        (both, ["open"], 200),
+        (both, ["closed"], 403),
+        (both, ["open", "closed"], 403),
+        (nothing, None, 403),
+    ]
+    for rules, named, status in cases:
+        body = {"input": TEXT} if named is None else {"input": TEXT, "probes": named}
+        with asking(tiny, probes, Policy(input=rules)) as http:
+            answer = ask(http, "/v1/moderations", body)
+        assert answer.status_code == status, (named, answer.text)
+        if status == 403:
+            assert answer.json()["error"]["code"] == "not_disclosed"
+
+
 def change_rule(http, path, rule):
     path.write_text(f"[input.toxicity]\n{rule}\n")
     change = {"json": {"policy": str(path)}, "headers": {"Authorization": f"Bearer {ADMIN}"}}
