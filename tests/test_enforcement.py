@@ -168,7 +168,9 @@ def test_an_empty_answer_has_nothing_to_judge(late):
 
 
 class Notes:
-    """An observer that keeps the decisions that it hears."""
+    """An observer that keeps the decisions that it hears, and whether its text was given up."""
+
+    was_given_up = None
 
     def prompt(self, event, decisions):
         self.of_prompt = decisions
@@ -178,8 +180,8 @@ class Notes:
     def delta(self): ...
 
     def end(self, decisions, *, is_cancelled=False):
-        if not is_cancelled:
-            self.of_end = decisions
+        if self.was_given_up is None:
+            self.of_end, self.was_given_up = decisions, is_cancelled
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +221,23 @@ def test_a_prompt_is_decided_once_for_engine_record_and_client(early):
     assert [decision.action for decision in admitted.decisions] == ["flag"]
     assert notes.of_prompt is admitted.decisions
     assert notes.of_end == ended.decisions
+    assert not notes.was_given_up
+
+
+def test_a_text_that_its_client_gives_up_is_told_from_one_that_ended(early):
+    notes = Notes()
+    enforcement = Enforcement([BoundRule(early, Rule("flag"))], lambda _: notes)
+
+    async def engine():
+        yield said_of_prompt(0.9)
+        yield TextDelta("all that is read ", tokens=1)
+        yield Finished("stop", 3, 0)
+
+    async def leave():
+        events = enforcement.guard(PlainText("x"), engine())
+        read = [await anext(events), await anext(events)]
+        await events.aclose()
+        return read
+
+    assert isinstance(asyncio.run(leave())[1], TextDelta)
+    assert notes.was_given_up
