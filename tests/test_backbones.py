@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import load_backbone, read_backbone
-from sidelight.cli.options import Runtime
+from sidelight.cli.runtime import Runtime
 from sidelight.engines.parity import compare_engines
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.machine import lacks_bfloat16

@@ -8,7 +8,7 @@ import pytest
 
 import sidelight
 from sidelight.artifact import load_probe
-from sidelight.cli.options import Runtime
+from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import ACCEPTED
 from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Bank, Panel
-from sidelight.cli.options import Runtime
+from sidelight.cli.runtime import Runtime
 from sidelight.engines.base import GenerationError, require_same_model
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.mechanisms.base import mechanism_names

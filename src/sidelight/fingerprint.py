@@ -75,9 +75,9 @@ class Fingerprint:
                 f"{both}, whose weights differ, and {ACCEPTED} is {accepted or 'not set'}. If they "
                 f"are quantised from the same ones, {ACCEPTED}={digest} accepts the model's probes "
                 "on them: set it to measure all that you serve, 'sidelight parity PROBE ... --data "
-                f"FILE --quantised {served.name} --gate 0.01', with the options that you give vLLM "
-                "(--engine-option), and to serve them if that ends with 0. Otherwise train the "
-                "probe on this model, or serve the other."
+                f"FILE --quantised {served.name} --gate 0.01', with the engine options that you "
+                "serve with (--engine-option), and to serve them if that ends with 0. Otherwise "
+                "train the probe on this model, or serve the other."
             )
 
     def differences(self, served: "Fingerprint") -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from sidelight.cli import options
+from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
 
 
@@ -70,7 +71,7 @@ def label(
     memory: float,
     cache: Path | None,
     port: int,
-    runtime: options.Runtime,
+    runtime: Runtime,
 ) -> None:
     """Label texts on a page in the browser, and train a probe on the labels meanwhile.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidelight.cli import options
+from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
 from sidelight.gguf_files import is_gguf
 from sidelight.storage import replacing, write_json
@@ -55,7 +56,7 @@ def evaluate(
     label: str,
     spans: str,
     missing_label: "OnMissingLabel",
-    runtime: options.Runtime,
+    runtime: Runtime,
     plots: Path | None,
     out: Path | None,
     as_json: bool,
@@ -145,7 +146,7 @@ def predict(
     out: Path | None,
     explains: bool,
     prints_spans: bool,
-    runtime: options.Runtime,
+    runtime: Runtime,
     **columns: Any,
 ) -> None:
     """Print one verdict per text, as JSON lines, in the order of the texts."""
@@ -193,7 +194,7 @@ def _require_texts(texts: Sequence[str], data: str | None) -> None:
 
 def _require_agreement(
     manifest: "Manifest",
-    runtime: options.Runtime,
+    runtime: Runtime,
     out: Path | None,
     *,
     explains: bool,
@@ -211,9 +212,7 @@ def _require_agreement(
         )
 
 
-def _verdicts(
-    probe: Path, items: "Sequence[Example]", runtime: options.Runtime
-) -> "Sequence[Verdict]":
+def _verdicts(probe: Path, items: "Sequence[Example]", runtime: Runtime) -> "Sequence[Verdict]":
     """The verdict on each text, by the engine that is named."""
     if runtime.engine != "vllm":
         return runtime.load_classifier(probe).predict(items)
@@ -406,15 +405,15 @@ def parity(
 
 def _runtimes(
     engines: str, quantised: str | None, engine_option: dict[str, Any], model: Mapping[str, Any]
-) -> dict[str, options.Runtime]:
+) -> dict[str, Runtime]:
     """What runs each of the engines that are compared, and the quantised copy."""
     names = [name.strip() for name in engines.split(",")]
     if not {*names} <= {*_COMPARED}:
         raise SidelightError(f"Cannot compare '{engines}'. Choose from {', '.join(_COMPARED)}.")
 
-    def runtime(engine: str, **other: Any) -> options.Runtime:
+    def runtime(engine: str, **other: Any) -> Runtime:
         of_vllm = {"engine_option": engine_option} if engine == "vllm" else {}
-        return options.Runtime(engine=engine, **of_vllm, **{**model, **other})
+        return Runtime(engine=engine, **of_vllm, **{**model, **other})
 
     runtimes = {name: runtime(name) for name in names}
     if quantised is not None:

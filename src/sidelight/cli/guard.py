@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidelight.cli import options
+from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError, checked
 from sidelight.storage import check_folder, only_writer, write_json, write_text
 
@@ -50,7 +51,7 @@ def guard(
     threshold: str,
     force: bool,
     lists: bool,
-    runtime: options.Runtime,
+    runtime: Runtime,
 ) -> None:
     """Train ready guards: injection, harmful requests, toxicity, refusals, personal data.
 

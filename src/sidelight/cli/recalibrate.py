@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidelight.cli import options
+from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def recalibrate(
     out: Path | None,
     force: bool,
     name: str | None,
-    runtime: options.Runtime,
+    runtime: Runtime,
     as_json: bool,
     **columns: Any,
 ) -> None:

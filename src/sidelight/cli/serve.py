@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from sidelight.cli import options
+from sidelight.cli.runtime import Runtime
 from sidelight.server.config import ServerConfig, read_config
 
 
@@ -70,8 +71,8 @@ def serve(context: click.Context, **values: Any) -> None:
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
         }
     )
-    names = {field.name for field in fields(options.Runtime)}
-    runtime = options.Runtime(**config.model_dump(include=names))
+    names = {field.name for field in fields(Runtime)}
+    runtime = Runtime(**config.model_dump(include=names))
     # Before imports that take seconds: what is wrong with files and folders is refused at once.
     require_distinct_names([read_manifest(folder).name for folder in config.probe])
     policy, _ = config.loaded_policy, config.access

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from sidelight.cli import options
+from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
 from sidelight.storage import only_writer
 
@@ -73,7 +74,7 @@ def train(
     name: str | None,
     threshold: str,
     background: str | None,
-    runtime: options.Runtime,
+    runtime: Runtime,
     as_json: bool,
 ) -> None:
     """Train a probe on a labelled file.

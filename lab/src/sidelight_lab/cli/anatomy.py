@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from sidelight.cli import options
+from sidelight.cli.runtime import Runtime
 
 
 @click.command(
@@ -22,7 +23,7 @@ from sidelight.cli import options
 @options.missing_label
 @options.limit
 @options.transformers
-def anatomy(probe: Path, runtime: options.Runtime, out: Path, **given: Any) -> None:
+def anatomy(probe: Path, runtime: Runtime, out: Path, **given: Any) -> None:
     """Show which layers and tokens a probe uses, per class, and what it loses without them.
 
     Writes a picture, anatomy.json and report.md; of a probe of spans instead thresholds.png,

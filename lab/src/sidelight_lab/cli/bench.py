@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidelight.cli import options
+from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
 from sidelight.storage import write_json
 from sidelight_lab.cli.options import AT_LEAST_TWO, POSITIVE, names, publish, split_numbers
@@ -54,7 +55,7 @@ _record = options.together(
 @options.transformers
 @options.as_json
 def bench_defaults(
-    runtime: options.Runtime,
+    runtime: Runtime,
     as_json: bool,
     data: str,
     text: str,
@@ -179,7 +180,7 @@ def bench_everyday(
 @options.as_json
 @options.transformers
 def bench_spans(
-    runtime: options.Runtime,
+    runtime: Runtime,
     inputs: options.TrainingInputs,
     assigned: dict[str, str],
     out: Path,
@@ -249,7 +250,7 @@ def bench_spans(
 @options.as_json
 @options.transformers
 def bench_guards(
-    runtime: options.Runtime, only: list[str] | None, out: Path, as_json: bool, **given: Any
+    runtime: Runtime, only: list[str] | None, out: Path, as_json: bool, **given: Any
 ) -> None:
     """Measure probes of the ready guards on their public tests, beside rivals.
 
@@ -315,7 +316,7 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
 @click.option("--rounds", type=options.AT_LEAST_ONE, default=5, help="Rounds of all rows in turn.")
 @_record
 @options.transformers
-def bench_latency(runtime: options.Runtime, out: Path | None, as_json: bool, **given: Any) -> None:
+def bench_latency(runtime: Runtime, out: Path | None, as_json: bool, **given: Any) -> None:
     """Time one new token with every mechanism, with ten probes, and with what they replace.
 
     That is each mechanism in its dense form on hidden states that are kept, a small encoder before

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidelight.cli import options
+from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
 from sidelight.storage import write_json
 from sidelight_lab.cli.options import names
@@ -84,7 +85,7 @@ def redteam(
     threshold: float | None,
     out: Path | None,
     url: str | None,
-    runtime: options.Runtime,
+    runtime: Runtime,
 ) -> None:
     """Attack a probe of prompts as a client could, and count what gets through.
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from sidelight.cli import options
+from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
 from sidelight_lab.cli.options import names
 
@@ -54,9 +55,7 @@ fewshot, fewshot-sst2, fewshot-emotion; own (every row on your own files)."""
 )
 @options.transformers
 @options.as_json
-def reproduce(
-    recipe: str, runtime: options.Runtime, out: Path, as_json: bool, **given: Any
-) -> None:
+def reproduce(recipe: str, runtime: Runtime, out: Path, as_json: bool, **given: Any) -> None:
     """Make a table: RECIPE is a name (see below) or your own file that ends in .toml.
 
     The backbone runs once over the texts. Probes are stored when all of them are trained, and a

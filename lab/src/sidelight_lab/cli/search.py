@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sidelight.cli import options
+from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
 from sidelight.storage import write_json, write_text
 from sidelight_lab.cli.options import names
@@ -50,7 +51,7 @@ _SETTINGS = ("learning_rate", "weight_decay", "epochs", "batch_size")
 @options.as_json
 def search(
     inputs: options.TrainingInputs,
-    runtime: options.Runtime,
+    runtime: Runtime,
     assigned: dict[str, str],
     out: Path,
     as_json: bool,

@@ -1,0 +1,170 @@
+"""The model that a command runs, and what runs it."""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sidelight.errors import SidelightError
+from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf
+from sidelight.smollm2 import EMBEDDED_NAME, require_model
+
+if TYPE_CHECKING:
+    from sidelight.backbone import Backbone, DtypeName, TransformersBackbone
+    from sidelight.engines.base import Engine
+    from sidelight.probe import Probe
+    from sidelight.prompts.conversation import PromptFormat
+    from sidelight.states.extraction import StateSource
+    from sidelight.training.classifier import Classifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """The model that runs, and what runs it: the options ``engine`` and ``backbone``.
+
+    Raises:
+        SidelightError: Options are given that the engine has not; or there is no such device
+            here, or no model in the folder or file that is named.
+    """
+
+    model: str | None
+    dtype: "DtypeName"
+    device: str
+    engine: str = "transformers"
+    engine_option: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine != "vllm" and self.engine_option:
+            raise SidelightError(
+                "--engine-option is for vLLM: give --engine vllm, or leave it out."
+            )
+        if self.engine == "vllm" and self.device != "auto":
+            raise SidelightError("vLLM chooses its device itself; leave --device out.")
+        if self.engine == "llama":
+            self._require_no_dtype()
+        if self.model is not None:
+            self.model_of([])
+        if self.device not in ("auto", "cpu"):
+            # torch takes seconds, which are lost only if the device is wrong.
+            from sidelight.machine import find_device
+
+            find_device(self.device)
+
+    def load_backbone(self, prompt_format: "PromptFormat | None" = None) -> "Backbone":
+        """The backbone, for texts that are read."""
+        return self._load(self.model_of([]), prompt_format, for_reading=self.engine != "vllm")
+
+    def load_transformers(
+        self, prompt_format: "PromptFormat | None" = None
+    ) -> "TransformersBackbone":
+        """The backbone in transformers, for what needs its weights."""
+        from sidelight.backbone import TransformersBackbone
+
+        backbone = self.load_backbone(prompt_format)
+        assert isinstance(backbone, TransformersBackbone)
+        return backbone
+
+    def load_classifier(self, probe: Path) -> "Classifier":
+        """A saved probe on its backbone."""
+        from sidelight.artifact import load_probe
+        from sidelight.training.classifier import load
+
+        loaded = load_probe(probe)
+        name, prompt_format = self.model_of([loaded]), loaded.prompt_format
+        return load(probe, model=self._load(name, prompt_format, for_reading=True))
+
+    def model_of(self, probes: "Sequence[Probe]") -> str:
+        """The named model, or that of the first probe.
+
+        Raises:
+            SidelightError: It is a folder without a model, no file, or not for this engine.
+        """
+        name = self.model or (probes[0].fingerprint.name if probes else EMBEDDED_NAME)
+        if self.engine == "llama" and name == EMBEDDED_NAME:
+            name = EMBEDDED_GGUF
+        if not is_gguf(name):
+            if self.engine == "llama":
+                raise SidelightError(
+                    f"--engine llama runs GGUF files, and '{name}' is none. Name a .gguf file or "
+                    "ollama:NAME, or leave --engine out."
+                )
+            if self.tokenizer is not None:
+                raise SidelightError(
+                    f"--tokenizer is for GGUF files; '{name}' has its own. Leave it out."
+                )
+            require_model(name)
+            return name
+        if self.engine not in ("auto", "llama"):
+            raise SidelightError(
+                f"'{name}' is a GGUF file, which only llama.cpp runs (--engine llama), not "
+                f"{self.engine}. Name a folder saved by save_pretrained or a hub id here."
+            )
+        self._require_no_dtype()
+        find_gguf(name)
+        return name
+
+    def _require_no_dtype(self) -> None:
+        for option, value in (("--dtype", self.dtype), ("--device", self.device)):
+            if value != "auto":
+                raise SidelightError(
+                    f"{option} {value} is not for GGUF files: their weights stay as they are, and "
+                    "llama.cpp runs them on the CPU. Leave it out."
+                )
+
+    def _load(
+        self, name: str, prompt_format: "PromptFormat | None", *, for_reading: bool
+    ) -> "Backbone":
+        if is_gguf(name):
+            from sidelight.engines.llama.backbone import LlamaBackbone
+
+            return LlamaBackbone(
+                find_gguf(name), name=name, tokenizer=self.tokenizer, prompt_format=prompt_format
+            )
+        from sidelight.backbone import load_backbone
+
+        return load_backbone(
+            name,
+            dtype=self.dtype,
+            # Beside vLLM it only encodes texts, and gives its dtype.
+            device="cpu" if self.engine == "vllm" else self.device,
+            prompt_format=prompt_format,
+            for_reading=for_reading,
+        )
+
+    def load_engine(self, probes: "Sequence[Probe]") -> "Engine":
+        """An engine with these probes."""
+        name = self.model_of(probes)
+        if self.engine == "vllm":
+            from sidelight.vllm.engine import load_vllm_engine
+
+            return load_vllm_engine(name, probes, dtype=self.dtype, options=self.engine_option)
+        from sidelight.backbone import TransformersBackbone
+        from sidelight.probe import common_format
+
+        backbone = self._load(name, common_format(probes), for_reading=False)
+        if isinstance(backbone, TransformersBackbone):
+            from sidelight.engines.transformers import TransformersEngine
+
+            return TransformersEngine(backbone, probes)
+        from sidelight.engines.llama.backbone import LlamaBackbone
+        from sidelight.engines.llama.engine import LlamaEngine
+
+        assert isinstance(backbone, LlamaBackbone)
+        return LlamaEngine(backbone, probes)
+
+    @contextmanager
+    def state_source(self, backbone: "Backbone") -> "Generator[StateSource]":
+        """The source of hidden states for training; an engine of vLLM ends with the block."""
+        if self.engine == "vllm":
+            from sidelight.backbone import TransformersBackbone
+            from sidelight.vllm.offline import VllmSource
+
+            assert isinstance(backbone, TransformersBackbone)
+            with closing(VllmSource(backbone, options=self.engine_option)) as source:
+                yield source
+        else:
+            from sidelight.states.extraction import BackboneSource
+
+            yield BackboneSource(backbone)
