@@ -4,12 +4,15 @@ import signal
 import sys
 
 import pytest
+import transformers
 from gguf import GGUFWriter
 
 from sidelight.engines.llama import library
 from sidelight.engines.llama.backbone import LlamaBackbone
 from sidelight.engines.llama.trial import try_once
 from sidelight.errors import SidelightError
+from sidelight.prompts.conversation import Message
+from sidelight.smollm2 import cache_root
 from worlds.gguf import CONFIGS, needs_llama, write_gguf
 from worlds.models import merging_tokenizer, tiny_backbone
 
@@ -107,6 +110,28 @@ def test_a_file_is_tried_once(tiny, tmp_path, monkeypatch):
     assert try_once(path, "llama", "this file") == sample
     with pytest.raises(FileNotFoundError):
         try_once(path, "llama", "another file")
+
+
+@needs_llama
+def test_a_files_tokenizer_is_kept_and_built_again_if_that_is_damaged_or_of_another_version(
+    tiny, tmp_path, monkeypatch
+):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    built = LlamaBackbone(path)
+    (kept,) = (cache_root() / "gguf").glob("*.tokenizer.json")
+    whole, written = kept.read_bytes(), kept.stat().st_mtime_ns
+    read = LlamaBackbone(path)
+    assert kept.stat().st_mtime_ns == written
+    assert read.fingerprint == built.fingerprint
+    messages = [Message("user", "Hi <|end|> you")]
+    assert read.encoder.encode(messages, "Yes") == built.encoder.encode(messages, "Yes")
+    for damaged in (whole[:-100], whole.replace(b"<|user|>", b"<|usar|>")):
+        kept.write_bytes(damaged)
+        assert LlamaBackbone(path).fingerprint == built.fingerprint
+        assert kept.read_bytes() == whole
+    monkeypatch.setattr(transformers, "__version__", "5.0.0")
+    assert LlamaBackbone(path).fingerprint == built.fingerprint
+    assert len([*kept.parent.glob("*.tokenizer.json")]) == 2
 
 
 @needs_llama

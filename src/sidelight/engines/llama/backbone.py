@@ -4,16 +4,21 @@ The header is read by the package ``gguf``, and nothing is dequantised. llama.cp
 when states are first wanted.
 """
 
+import json
 from collections import Counter
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
+import transformers
 from gguf import GGML_QUANT_SIZES, GGUFReader, ReaderTensor
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -26,8 +31,11 @@ from sidelight.engines.llama.decoder import Slot, read_text
 from sidelight.engines.llama.library import BY_CALLBACK, BY_LAYER_INPUT, PINNED
 from sidelight.engines.llama.trial import SAMPLE, try_once
 from sidelight.errors import SidelightError, did_you_mean
+from sidelight.fingerprint import hash_of
 from sidelight.prompts.conversation import EncodedPrompt, PromptFormat
 from sidelight.prompts.encode import PromptEncoder
+from sidelight.smollm2 import cache_root
+from sidelight.storage import write_json
 
 _BLOCKS_PER_WEIGHT = 16
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -88,7 +96,7 @@ class LlamaBackbone:
         samples = {tensor.name: _sample(tensor) for tensor in reader.tensors}
         checkpoint = Checkpoint(config, samples, _dtype(reader))
         self.is_exact = checkpoint.dtype == "float32"
-        made = _tokenizer(path, tokenizer)
+        made = _tokenizer(path, tokenizer, reader)
         chosen = prompt_format or ("chat" if made.chat_template else "raw")
         limit = int(config["context_length"])
         self.encoder = PromptEncoder(made, prompt_format=chosen, max_tokens=limit)
@@ -162,12 +170,19 @@ def _exhaust(parts: Generator[None, None, Tensor]) -> None:
         pass
 
 
+class _Reader(GGUFReader):
+    """A reader of plain arrays: with those of ``np.memmap``, a vocabulary takes seconds."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+
 def _read(path: Path) -> GGUFReader:
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise SidelightError(f"{path} is not a GGUF file. Give a file that ends by .gguf.")
-        return GGUFReader(path)
+        return _Reader(path)
     except OSError as error:
         raise SidelightError(f"Cannot read {path}: {error.strerror}.") from error
     except (ValueError, IndexError, KeyError, OverflowError) as error:
@@ -234,12 +249,18 @@ def _dtype(reader: GGUFReader) -> str:
     return _DTYPES.get(name, name)
 
 
-def _tokenizer(path: Path, given: str | None) -> Any:
+def _tokenizer(path: Path, given: str | None, reader: GGUFReader) -> Any:
+    """The one that is named, or the file's own, which transformers takes seconds to build."""
     disable_progress_bar()
+    header = sha256(reader.data[: reader.data_offset].tobytes()).hexdigest()
+    identity = hash_of(transformers.__version__, tokenizers.__version__, header)
+    kept = cache_root() / "gguf" / f"{identity}.tokenizer.json"
+    if given is None and (tokenizer := _kept_tokenizer(kept)) is not None:
+        return tokenizer
     try:
         if given is not None:
             return AutoTokenizer.from_pretrained(given, trust_remote_code=False)
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         # Libraries below raise what they like.
         what = f"'{given}' is no tokenizer" if given else f"{path} gives no tokenizer"
@@ -247,6 +268,30 @@ def _tokenizer(path: Path, given: str | None) -> Any:
             f"{what} that transformers can read ({type(error).__name__}). Name the model's own, a "
             "folder or hub id: --tokenizer NAME."
         ) from error
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {file.name: file.read_text("utf-8") for file in Path(folder).glob("*.*")}
+    write_json(kept, {"tokenizer": _tokenizer_hash(tokenizer), "files": files})
+    return tokenizer
+
+
+def _kept_tokenizer(kept: Path) -> Any:
+    """The tokenizer in a file of the cache; None: there is none, or it is not what was kept."""
+    with suppress(Exception), TemporaryDirectory() as folder:
+        entry = json.loads(kept.read_text("utf-8"))
+        for name, text in entry["files"].items():
+            (Path(folder) / name).write_text(text, "utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if _tokenizer_hash(tokenizer) == entry["tokenizer"]:
+            return tokenizer
+    return None
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """Stands for all that a tokenizer does."""
+    controls = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    parts = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, controls
+    return hash_of(type(tokenizer), *parts)
 
 
 def _require_tokens(path: Path, tokenizer: Any, tokens: Sequence[str], sample: list[int]) -> None:
