@@ -213,10 +213,15 @@ def _label_index(task: Task) -> dict[str, int]:
 
 def _lookup(row: Row, name: str, index: Mapping[str, int]) -> int:
     if name not in index:
+        others = (
+            ""
+            if row.is_beside_guard
+            else ", name another column with --label, or train a probe on these labels with "
+            "`sidelight train`"
+        )
         raise SidelightError(
             f"{row.place}: unknown label '{name[:60]}'.{did_you_mean(name[:60], index)} "
-            "Correct the row, name another column with --label, or train a probe on these labels "
-            "with `sidelight train`."
+            f"Correct the row{others}."
         )
     return index[name]
 

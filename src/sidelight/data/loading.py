@@ -164,11 +164,16 @@ def _usable(
             "other columns, or fill in what is missing."
         )
     if unlabelled and (on_missing_label == "error" or not kept):
+        # `sidelight guard` has no such option.
+        remedy = (
+            "remove them"
+            if unlabelled[0].is_beside_guard
+            else "leave them out with --missing-label skip (in training --set missing_label=skip, "
+            "in Python on_missing_label='skip')"
+        )
         raise SidelightError(
             f"{len(unlabelled)} of {len(rows)} rows have no label in '{', '.join(columns)}', the "
-            f"first at {unlabelled[0].place}. Label them, or leave them out with "
-            "--missing-label skip (in training --set missing_label=skip, in Python "
-            "on_missing_label='skip')."
+            f"first at {unlabelled[0].place}. Label them, or {remedy}."
         )
     skipped = Skipped(len(empty), len(unlabelled), empty[0].place if empty else "")
     reasons = {"with an empty text or response": empty, "without a label": unlabelled}
@@ -182,7 +187,7 @@ def _new_labels(rows: Sequence[Row], spans: Sequence[Sequence[Span]]) -> tuple[s
     """A warning if rows of one's own beside those of a guard have labels that these lack."""
     packaged, own = Counter[str](), Counter[str]()
     for row, marked in zip(rows, spans, strict=True):
-        (own if row.weight > 1 else packaged).update(span.label for span in marked)
+        (own if row.is_beside_guard else packaged).update(span.label for span in marked)
     if not (new := own.keys() - packaged.keys()):
         return ()
     return (

@@ -40,6 +40,11 @@ class Row:
     cells: Mapping[str, object]
     weight: float = 1.0
 
+    @property
+    def is_beside_guard(self) -> bool:
+        """Whether it is a user's own, beside those of a guard, whose card names its columns."""
+        return self.weight > 1
+
 
 def is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:
     return isinstance(value, Mapping)
