@@ -1,5 +1,6 @@
 """``sidelight guard``: ready guards for a model, with their figures and a policy that observes."""
 
+import json
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ import click
 
 from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
-from sidelight.errors import SidelightError, checked
+from sidelight.errors import SidelightError
 from sidelight.storage import check_folder, only_writer, write_json, write_text
 
 if TYPE_CHECKING:
@@ -194,12 +195,20 @@ def _measure(
 
 
 def _figures(path: Path) -> dict[str, dict[str, Any]]:
-    """The figures of earlier runs, by guard."""
-    from pydantic import Json
-
+    """The figures of earlier runs, by guard; each can be printed."""
     if not path.exists():
         return {}
-    return checked(Json[dict[str, dict[str, Any]]], path.read_text("utf-8"), f"Cannot read {path}")
+    try:
+        figures = json.loads(path.read_bytes())
+        for own in figures.values():
+            for test in own["tests"].values():
+                _line(test)
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise SidelightError(
+            f"Cannot read {path} as figures of guards ({type(error).__name__}: {error}). Remove "
+            "it, and name all guards of the folder: they are measured again, and not trained."
+        ) from error
+    return figures
 
 
 def _servable(out: Path, names: Iterable[str], backbone: "Backbone") -> "list[Probe]":
