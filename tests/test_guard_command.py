@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sidelight.artifact import load_probe, save_probe
+from sidelight.cli.guard import guard
 from sidelight.data.guards import draw_texts
 from sidelight.policy.rules import (
     bound_rules,
@@ -29,6 +30,11 @@ from worlds.models import untrained_probe
 from worlds.servers import cli
 
 NAMES = ("letters", "replies", "shouts")
+FIGURES = (
+    b'{"letters": {"tests": {"unseen": {"title": "a", "rows": 24, "character_f1": {"value": 0.5}, '
+    b'"f1": {"value": 0.5}}}}}'
+)
+UNREADABLE = "figures.json as figures of guards"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -298,27 +304,72 @@ def test_an_earlier_guard_that_is_damaged_is_refused_before_training(
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("figures.json", '{"shouts": 3}', "figures.json: Input should be a valid dictionary."),
-        ("figures.json", "[]", "figures.json: Input should be a valid dictionary."),
-        ("shouts", "", "shouts"),
+        *(
+            ("figures.json", content, UNREADABLE)
+            for content in (b"{", b"[]", b"\xff", b"[" * 9_999)
+        ),
+        ("figures.json", b'{"letters": 3}', UNREADABLE),
+        # Of another version, or edited.
+        ("figures.json", b'{"letters": {"version": "1"}}', UNREADABLE),
+        ("figures.json", b'{"letters": {"tests": {"unseen": {"title": "a"}}}}', UNREADABLE),
+        ("figures.json", FIGURES.replace(b"0.5", b'"half"'), UNREADABLE),
+        ("figures.json", FIGURES.replace(b'"f1"', b'"positives"'), UNREADABLE),
+        ("shouts", b"", "shouts"),
     ],
 )
 def test_what_stands_in_the_way_of_results_is_refused_before_training(
     name, content, said, model, tmp_path, capsys, ran
 ):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content)
     assert cli("guard", "--model", model, "--only", "shouts", "--out", str(tmp_path)) == 2
-    assert said in capsys.readouterr().err
+    (*_, error) = capsys.readouterr().err.splitlines()
+    assert error.startswith("Error: ")
+    assert said in error
     assert not ran
 
 
-def test_a_guard_whose_name_no_probe_can_have_is_refused_before_training(
-    model, tmp_path, monkeypatch, capsys, ran
+@pytest.mark.parametrize(
+    ("prefix", "named", "name", "said"),
+    [
+        ("odd ", "odd shouts", "odd shouts", "A probe cannot be called 'odd shouts'"),
+        ("x", "xshouts", "figures.json", "A guard called 'figures.json' has no room in"),
+        ("y", "yshouts", "Policy.toml", "A guard called 'Policy.toml' has no room in"),
+    ],
+)
+def test_a_guard_whose_name_no_folder_of_it_can_have_is_refused_before_training(
+    prefix, named, name, said, model, tmp_path, monkeypatch, capsys, ran
 ):
-    install_guards(tmp_path, monkeypatch, "odd_guards", prefix="odd ")
-    only = ("--only", "odd shouts", "--out", str(tmp_path / "out"))
-    assert cli("guard", "--model", model, *only) == 2
-    assert "A probe cannot be called 'odd shouts'" in capsys.readouterr().err
+    package = f"{prefix.strip()}_guards"
+    home = install_guards(tmp_path, monkeypatch, package, prefix=prefix)
+    names = tmp_path / f"{package}-1.0.dist-info/entry_points.txt"
+    names.write_text(names.read_text().replace(named, name))
+    for path in (home / f"{named}.toml", home / named):
+        path.rename(str(path).replace(named, name))
+    out = tmp_path / "out"
+    assert cli("guard", "--model", model, "--only", name, "--out", str(out)) == 2
+    assert said in capsys.readouterr().err
+    assert not ran
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (None, "mine.jsonl, line 2. Label them, or remove them."),
+        ("calm", "line 2: unknown label 'calm'. Known: other, shouting. Correct the row."),
+    ],
+)
+def test_rows_of_ones_own_are_refused_with_a_remedy_that_the_command_has(
+    label, said, model, tmp_path, capsys, ran
+):
+    own = write(tmp_path / "mine.jsonl", [*guard_texts(1), {"text": "Hello", "label": label}])
+    words = ("--only", "shouts", "--data", str(own), "--out", str(tmp_path / "out"))
+    assert cli("guard", "--model", model, *words) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert {*re.findall("--[a-z]+", error)} <= {
+        option for each in guard.params for option in each.opts
+    }
     assert not ran
 
 

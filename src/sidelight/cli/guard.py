@@ -79,6 +79,11 @@ def guard(
     rule = ThresholdRule.parse(threshold)
     for name in names:
         require_name(name)
+        if name.lower() in ("figures.json", "policy.toml"):
+            raise SidelightError(
+                f"A guard called '{name}' has no room in {out}, which has a file of that name. "
+                f"Leave it out (--only), or train it by `sidelight train --data guard:{name}`."
+            )
         check_folder(out / name)
     options.announce("Reading the texts")
     from sidelight.training import ready
