@@ -18,9 +18,8 @@ from sidelight.cli import app
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.manifest import Manifest
 from sidelight.mechanisms import base
-from sidelight.policy import request
-from sidelight.policy.decisions import Action
-from sidelight.policy.rules import Mode, Policy, Rule, read_policy
+from sidelight.policy import request, rules
+from sidelight.policy.rules import Action, Mode, Policy, Rule, read_policy
 from sidelight.ragged import Ragged
 from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig, read_config
@@ -355,7 +354,8 @@ def test_every_mode_action_and_header_is_documented_and_modes_can_be_chosen():
     row = pages["operate.md"].split("| `sidelight_actions_total` |")[1].split("\n")[0]
     assert {*get_args(Action)} - {"none"} == {*re.findall(r"`(\w+)`", row)}
     rows = pages["routes.md"].split("## Where the verdicts are")[1].split("## What clients keep")[0]
-    headers = [value for name, value in vars(request).items() if name.endswith("_HEADER")]
+    named = vars(rules) | vars(request)
+    headers = [value for name, value in named.items() if name.endswith("_HEADER")]
     assert headers
     assert all(f"| `{header}` |" in rows for header in headers)
     page = (SOURCE / "server" / "playground" / "index.html").read_text()

@@ -440,4 +440,4 @@ def test_a_rule_that_redacts_fits_a_probe_that_labels_spans(tiny, early, tmp_pat
     assert bound.decide(verdict).spans == spans[:1]
     # A gateway hears of a text that has a label as a whole, although no word can be redacted.
     whole = decide(bound, Judgement((replace(verdict, spans=()),)), tokens=3)
-    assert (whole.action, whole.is_marked) == ("none", True)
+    assert (whole.action, bool(bound.marks(whole.verdict))) == ("none", True)

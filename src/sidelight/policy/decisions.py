@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from sidelight.errors import SidelightError
-from sidelight.policy.rules import FAILED_LABEL, BoundRule
+from sidelight.policy.rules import Action, BoundRule
 from sidelight.types import Judgement, Span, Verdict
 
 DecisionOutcome = Literal["flagged", "passed", "failed", "unfinished"]
-Action = Literal["none", "flag", "route", "redact", "block", "fail_closed", "fail_open", "shadow"]
 Agreement = Literal["same", "different", "failed"]
 
 
@@ -48,20 +47,9 @@ class Decision:
         return self.action in ("block", "fail_closed")
 
     @property
-    def is_marked(self) -> bool:
-        """Whether the answer marks a flag for the gateway."""
-        marks = self.rule.is_blocking or self.rule.mode in ("flag", "redact")
-        return marks and self.verdict is not None and self.verdict.flagged
-
-    @property
     def spans(self) -> Sequence[Span]:
         """The words that the probe has labelled, and that its rule counts."""
         return (self.verdict and self.verdict.spans) or ()
-
-    @property
-    def route(self) -> str | None:
-        """The place where a gateway should send the request; None: the rule names none."""
-        return _route(self.rule, self.verdict) if self.rule.mode == "route" else None
 
 
 class PolicyError(SidelightError):
@@ -98,13 +86,10 @@ def decide(bound: BoundRule, judgement: Judgement, *, tokens: int) -> Decision:
     """
     is_too_long = bound.is_too_long(tokens)
     verdict = None if is_too_long else judgement.verdict(bound.name)
-    if verdict is None or (bound.is_redacting and verdict.spans is None):
-        action: Action = "none"
-        if bound.is_enforced:
-            action = "fail_closed" if bound.fails_closed else "fail_open"
-        return Decision(bound, None, action, is_too_long)
-    decided = _decided(bound, verdict, judgement.tools)
-    return Decision(bound, decided, _action(bound, decided))
+    if verdict is not None:
+        lacks_spans = bound.is_redacting and verdict.spans is None
+        verdict = None if lacks_spans else _decided(bound, verdict, judgement.tools)
+    return Decision(bound, verdict, bound.action(verdict), is_too_long)
 
 
 def _decided(bound: BoundRule, verdict: Verdict, tools: Judgement | None) -> Verdict:
@@ -132,27 +117,3 @@ def agreements(decisions: Iterable[Decision]) -> list[tuple[BoundRule, Agreement
             agreement = "same" if is_same else "different"
         found.append((shadow.rule, agreement))
     return found
-
-
-def _action(bound: BoundRule, verdict: Verdict) -> Action:
-    if bound.is_blocking and verdict.flagged:
-        return "block"
-    match bound.mode:
-        case "score" | "block":
-            return "none"
-        case "route":
-            return "none" if _route(bound, verdict) is None else "route"
-        case "redact":
-            return "redact" if verdict.spans else "none"
-        case "flag" | "shadow" as mode:
-            return mode if verdict.flagged else "none"
-
-
-def _route(bound: BoundRule, verdict: Verdict | None) -> str | None:
-    routes = bound.rule.routes
-    if verdict is None:
-        return routes.get(FAILED_LABEL, FAILED_LABEL)
-    if routes:
-        return next((routes[label] for label in verdict.labels if label in routes), None)
-    names_class = verdict.flagged or bound.probe.task.kind == "multiclass"
-    return verdict.labels[0] if names_class else None

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sidelight.engines.base import Event, PromptJudged, ResponseScored, TextDelta, verdict_failure
-from sidelight.policy.decisions import Action, Decision, PolicyError, decide
+from sidelight.policy.decisions import Decision, PolicyError, decide
 from sidelight.policy.hold_back import Ended, HoldBack
-from sidelight.policy.rules import BoundRule, Policy, Side
+from sidelight.policy.rules import Action, BoundRule, Policy, Side
 from sidelight.prompts.conversation import Conversation, PlainText
 
 

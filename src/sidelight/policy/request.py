@@ -25,8 +25,6 @@ from sidelight.probe import Probe
 from sidelight.types import Verdict, spans_json
 
 VERDICTS_HEADER = "x-sidelight-verdicts"
-FLAGGED_HEADER = "x-sidelight-flagged"
-ROUTE_HEADER = "x-sidelight-route"
 # Proxies refuse answers whose headers pass 4 to 8 KiB in all.
 _MAX_HEADER_BYTES = 3072
 _HEADER_DIGITS = 6
@@ -378,14 +376,12 @@ def _verdict_header(decisions: Sequence[Decision]) -> dict[str, str]:
 
 
 def _marks(decisions: Sequence[Decision]) -> dict[str, str]:
-    """Headers for a gateway: which probes flagged, and the routes."""
-    flagged = dict.fromkeys(d.rule.name for d in decisions if d.is_marked)
-    routes = dict.fromkeys(route for d in decisions if (route := d.route) is not None)
+    """The headers that rules mark an answer with, for a gateway."""
+    marks = dict.fromkeys(mark for d in decisions for mark in d.rule.marks(d.verdict))
     # Labels are a user's own words: a comma or a line break must not reach a header.
     return {
-        header: ", ".join(quote(name, safe=" /-_.:@") for name in names)
-        for header, names in ((FLAGGED_HEADER, flagged), (ROUTE_HEADER, routes))
-        if names
+        header: ", ".join(quote(name, safe=" /-_.:@") for own, name in marks if own == header)
+        for header in sorted({header for header, _ in marks})
     }
 
 

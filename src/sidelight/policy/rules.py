@@ -16,10 +16,20 @@ if TYPE_CHECKING:
 
 Side = Literal["input", "output"]
 Mode = Literal["score", "flag", "route", "redact", "block", "shadow"]
+Action = Literal["none", "flag", "route", "redact", "block", "fail_closed", "fail_open", "shadow"]
 Disclosure = Literal["scores", "labels", "none"]
 
 # What a rule's routes call a verdict that could not be computed.
 FAILED_LABEL = "verdict_failed"
+
+FLAGGED_HEADER = "x-sidelight-flagged"
+ROUTE_HEADER = "x-sidelight-route"
+# What the log says of a probe and a side; other actions are not logged.
+LOGGED: Mapping[Action, str] = {
+    "block": "Probe '%s' blocked the %s.",
+    "fail_closed": "Probe '%s' gave no verdict on the %s: blocked.",
+    "fail_open": "Probe '%s' gave no verdict on the %s: let through, as its rule says.",
+}
 
 # The limits hold for files only; pydantic reads the annotations in `read_policy`.
 _Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
@@ -183,6 +193,41 @@ class BoundRule:
             spans = spans and [span for span in spans if scores[span.label] >= self.rule.threshold]
         decided = self.probe.task.decide(self.name, scores, self.thresholds, spans, marked)
         return replace(decided, turn=verdict.turn)
+
+    def action(self, verdict: Verdict | None) -> Action:
+        """What follows from a verdict at the rule's thresholds; None: there is none."""
+        if verdict is None:
+            failure: Action = "fail_closed" if self.fails_closed else "fail_open"
+            return failure if self.is_enforced else "none"
+        match self.mode:
+            case "score":
+                return "none"
+            case "route":
+                return "none" if self._route(verdict) is None else "route"
+            case "redact":
+                return "redact" if verdict.spans else "none"
+            case "flag" | "block" | "shadow" as mode:
+                return mode if verdict.flagged else "none"
+
+    def marks(self, verdict: Verdict | None) -> Sequence[tuple[str, str]]:
+        """The headers that tell a gateway of a verdict, each with a name: a probe, or a route."""
+        match self.mode:
+            case "flag" | "redact" | "block":
+                return [(FLAGGED_HEADER, self.name)] if verdict and verdict.flagged else []
+            case "route":
+                route = self._route(verdict)
+                return [] if route is None else [(ROUTE_HEADER, route)]
+            case "score" | "shadow":
+                return []
+
+    def _route(self, verdict: Verdict | None) -> str | None:
+        routes = self.rule.routes
+        if verdict is None:
+            return routes.get(FAILED_LABEL, FAILED_LABEL)
+        if routes:
+            return next((routes[label] for label in verdict.labels if label in routes), None)
+        names_class = verdict.flagged or self.probe.task.kind == "multiclass"
+        return verdict.labels[0] if names_class else None
 
 
 def side_of(probe: "Probe") -> Side:

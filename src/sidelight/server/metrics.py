@@ -20,8 +20,8 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from sidelight.engines.base import Engine
-from sidelight.policy.decisions import Action, Decision, DecisionOutcome, agreements
-from sidelight.policy.rules import BoundRule
+from sidelight.policy.decisions import Decision, DecisionOutcome, agreements
+from sidelight.policy.rules import Action, BoundRule
 from sidelight.probe import Probe
 from sidelight.types import Verdict
 

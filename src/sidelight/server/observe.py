@@ -23,8 +23,8 @@ from starlette.types import Message, Send
 
 from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.errors import SidelightError
-from sidelight.policy.decisions import Action, Decision
-from sidelight.policy.rules import BoundRule
+from sidelight.policy.decisions import Decision
+from sidelight.policy.rules import LOGGED, BoundRule
 from sidelight.prompts.conversation import Conversation, PlainText
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
@@ -38,14 +38,6 @@ except ImportError:
 
 _log = logging.getLogger(__name__)
 _APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-_LOGGED: dict[Action, tuple[int, str]] = {
-    "block": (logging.INFO, "Probe '%s' blocked the %s."),
-    "fail_closed": (logging.WARNING, "Probe '%s' gave no verdict on the %s: blocked."),
-    "fail_open": (
-        logging.WARNING,
-        "Probe '%s' gave no verdict on the %s: let through, as its rule says.",
-    ),
-}
 
 
 @dataclass
@@ -201,10 +193,11 @@ class RequestTextObserver:
         self._metrics.count(new)
         self._request.decisions += new
         for decision in new:
-            if decision.action in _LOGGED:
-                level, message = _LOGGED[decision.action]
+            if decision.action in LOGGED:
+                level = logging.WARNING if decision.verdict is None else logging.INFO
+                message, rule = LOGGED[decision.action], decision.rule
                 ids = {"request_id": self._request.request_id, "key_id": self._request.key_id}
-                _log.log(level, message, decision.rule.name, decision.rule.side, extra=ids)
+                _log.log(level, message, rule.name, rule.side, extra=ids)
         if self._request.audit is None or not new:
             return
         text_hmac = self._request.audit.hash(self._text)
