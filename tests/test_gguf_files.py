@@ -1,18 +1,21 @@
 """GGUF files by name: where they are found, and which options they do not take."""
 
+import asyncio
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
 import sidelight
 from sidelight.artifact import load_probe
-from sidelight.cli.runtime import Runtime
+from sidelight.cli.runtime import _LLAMA_OPTIONS, Runtime
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import ACCEPTED
 from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf
 from sidelight.manifest import read_manifest
+from sidelight.prompts.conversation import Message
 from sidelight.server.config import read_config
 from sidelight.smollm2 import packaged_gguf
 from worlds.data import write
@@ -121,7 +124,23 @@ def test_the_embedded_models_file_has_a_name():
         ("--model {file} --dtype float32", "--dtype float32 is not for GGUF files"),
         ("--model {file} --device cpu", "--device cpu is not for GGUF files"),
         ("--engine llama --dtype float16", "--dtype float16 is not for GGUF files"),
-        ("--model {file} --engine-option a=1", "--engine-option is for vLLM"),
+        ("--model {file} --engine-option a=1", "no option 'a'. Known: texts, threads, tokens."),
+        ("--engine llama --engine-option thread=1", "no option 'thread'. Did you mean 'threads'?"),
+        ("--model {file} --engine-option threads=0", "threads=0 is no whole number from 1 to 512"),
+        ("--engine llama --engine-option threads=513", "threads=513 is no whole number from 1 to"),
+        ("--model {file} --engine-option threads=2.0", "threads=2.0 is no whole number"),
+        ("--model {file} --engine-option threads=true", "threads=True is no whole number"),
+        ("--model {file} --engine-option threads=all", "threads=all is no whole number"),
+        ("--model {file} --engine-option texts=256", "texts=256 is no whole number from 1 to 255"),
+        ("--model {file} --engine-option tokens=-1", "tokens=-1 is no whole number from 1 to"),
+        (
+            "--model smollm2 --engine-option threads=1",
+            "(--engine vllm) and llama.cpp (a GGUF file)",
+        ),
+        (
+            "--engine transformers --engine-option a=1",
+            "(--engine vllm) and llama.cpp (a GGUF file)",
+        ),
         ("--model {file} --engine transformers", "only llama.cpp runs (--engine llama)"),
         ("--model {file} --engine vllm", "only llama.cpp runs (--engine llama)"),
         ("--model a/folder --engine llama", "--engine llama runs GGUF files, and 'a/folder' is"),
@@ -139,6 +158,67 @@ def test_what_does_not_fit_a_gguf_file_is_refused_where_it_is_given(file, option
         assert cli(*command, *given) == 2
         said = capsys.readouterr().err.strip().splitlines()
         assert refusal in said[-1], said
+
+
+def test_the_options_of_llama_cpp_are_those_of_its_page():
+    page = (Path(__file__).parents[1] / "docs" / "gguf.md").read_text()
+    table = page.partition("| option | default | |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [*_LLAMA_OPTIONS]
+
+
+@pytest.mark.parametrize("option", ["texts=3", "tokens=100"])
+def test_a_command_that_reads_a_text_at_a_time_refuses_the_sizes_of_a_server(file, option, capsys):
+    given = ("--model", str(file), "--engine-option", option)
+    for command in (
+        ("train", "--data", "x.jsonl", "--out", "x"),
+        ("predict", "probe", "a text"),
+        ("eval", "probe", "--data", "x.jsonl"),
+        ("guard", "--out", "x"),
+        ("recalibrate", "probe", "--data", "x.jsonl"),
+    ):
+        assert cli(*command, *given) == 2
+        name = option.partition("=")[0]
+        said = capsys.readouterr().err
+        assert f"--engine-option {name} is for serve and parity" in said
+        assert said.count("\n") == 1
+
+
+@needs_llama
+def test_a_server_holds_as_many_and_as_long_texts_as_its_options_say_and_names_them_otherwise(file):
+    def engine(**given):
+        given = {"model": str(file), "dtype": "auto", "device": "auto", "engine_option": given}
+        return Runtime(**given, engine="auto", serves=True).load_engine([])
+
+    with pytest.raises(SidelightError, match=r"tokens=257: .* knows texts of at most 256 tokens"):
+        engine(tokens=257)
+    # 4 bytes of a value, 2 of them in 2 heads of 8 numbers, and 3 layers.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sidelight.engines.llama.backbone.free_memory", lambda: 3 * 256 * 384 - 1)
+        with pytest.raises(SidelightError, match=r"3 texts of 256 tokens .* texts=N, tokens=N"):
+            engine()
+        assert engine(texts=1).max_tokens == 256
+    assert engine(tokens=256).max_tokens == 256
+    served = engine(threads=1, texts=3, tokens=100)
+    assert served._batch._decoder._context.sequences == 4
+    assert served._backbone.threads == 1
+    template = asyncio.run(served.tokenize([Message("user", "a")]))
+    with in_process(served) as http:
+        for letters, wanted in ((99, 200), (100, 400), (200, 400)):
+            content = "a" * (letters - len(template) + 1)
+            body = {"model": str(file), "messages": [{"role": "user", "content": content}]}
+            answer = http.post("/v1/chat/completions", json={**body, "max_tokens": 4})
+            assert answer.status_code == wanted
+            if wanted == 400:
+                assert answer.json()["error"]["code"] == "context_length_exceeded"
+                assert "256 tokens that the model knows" in answer.text
+                assert "--engine-option tokens=N" in answer.text
+
+
+def test_the_file_of_a_servers_configuration_has_options_of_the_engine(file, tmp_path, capsys):
+    path = tmp_path / "server.toml"
+    path.write_text(f'model = "{file}"\nengine_option = {{ threads = 1, texts = 0 }}\n')
+    assert cli("serve", "--config", str(path)) == 2
+    assert "--engine-option texts=0 is no whole number from 1 to 255" in capsys.readouterr().err
 
 
 def test_what_needs_weights_in_transformers_takes_no_gguf_file(file):
@@ -187,7 +267,7 @@ def test_a_probe_of_a_gguf_file_judges_and_is_served_by_the_files_name(file, pro
     manifest = read_manifest(probe)
     assert manifest.backbone.name == str(file)
     assert manifest.record["engine"].startswith("llama.cpp")
-    assert cli("eval", str(probe), "--data", data) == 0
+    assert cli("eval", str(probe), "--data", data, "--engine-option", "threads=1") == 0
     capsys.readouterr()
     for engine in ("auto", "llama"):
         assert cli("predict", str(probe), "bad 7", "--engine", engine) == 0

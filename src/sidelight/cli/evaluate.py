@@ -411,9 +411,11 @@ def _runtimes(
     if not {*names} <= {*_COMPARED}:
         raise SidelightError(f"Cannot compare '{engines}'. Choose from {', '.join(_COMPARED)}.")
 
+    has_options = quantised is not None or {*names} != {"transformers"}
+
     def runtime(engine: str, **other: Any) -> Runtime:
-        of_vllm = {"engine_option": engine_option} if engine == "vllm" else {}
-        return Runtime(engine=engine, **of_vllm, **{**model, **other})
+        given = {} if engine == "transformers" and has_options else engine_option
+        return Runtime(engine=engine, engine_option=given, serves=True, **{**model, **other})
 
     runtimes = {name: runtime(name) for name in names}
     if quantised is not None:

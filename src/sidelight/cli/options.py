@@ -260,7 +260,8 @@ engine_option = click.option(
     multiple=True,
     callback=_assigned_json,
     metavar="NAME=VALUE",
-    help="Option of vLLM's engine, such as max_num_seqs=64; may be repeated.",
+    help="Option of the engine; may be repeated: threads, texts or tokens of llama.cpp "
+    "(docs/gguf.md), or one of vLLM's own, such as max_num_seqs=64.",
 )
 free_port = click.option(
     "--port",
@@ -273,19 +274,16 @@ free_port = click.option(
 columns = together(text, label, response, split)
 # A probe and labelled texts to measure it on.
 measured = together(click.argument("probe", type=PATH), data, columns, missing_label)
-# Which engine. With ``backbone``, which gathers these too, the command gets one ``runtime``.
-engine = together(
-    click.option(
-        "--engine",
-        type=click.Choice(["auto", "transformers", "vllm", "llama"]),
-        default="auto",
-        help="What runs the model; auto is llama (docs/gguf.md) for a GGUF file, else "
-        "transformers; docs/vllm.md says how to install vLLM.",
-    ),
-    engine_option,
+# Which engine. With ``backbone``, which gathers it too, the command gets one ``runtime``.
+engine = click.option(
+    "--engine",
+    type=click.Choice(["auto", "transformers", "vllm", "llama"]),
+    default="auto",
+    help="What runs the model; auto is llama (docs/gguf.md) for a GGUF file, else "
+    "transformers; docs/vllm.md says how to install vLLM.",
 )
 _gather = partial(_gathered, "runtime", Runtime)
-backbone = together(model, tokenizer, dtype, device, _gather(engine="auto"))
+backbone = together(engine_option, model, tokenizer, dtype, device, _gather(engine="auto"))
 # Without GGUF files, for what needs weights in transformers.
 transformers = together(
     _model(

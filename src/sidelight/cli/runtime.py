@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sidelight.errors import SidelightError
+from sidelight.engines.llama.library import MOST_SEQUENCES, MOST_THREADS
+from sidelight.errors import SidelightError, did_you_mean
 from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf
 from sidelight.smollm2 import EMBEDDED_NAME, require_model
 
@@ -18,10 +19,20 @@ if TYPE_CHECKING:
     from sidelight.states.extraction import StateSource
     from sidelight.training.classifier import Classifier
 
+# A text that is only judged has a sequence too; the model says how many tokens it knows.
+_LLAMA_OPTIONS = {
+    "threads": range(1, MOST_THREADS + 1),
+    "texts": range(1, MOST_SEQUENCES),
+    "tokens": range(1, 2**31),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
     """The model that runs, and what runs it: the options ``engine`` and ``backbone``.
+
+    Attributes:
+        serves: Whether an engine holds texts, so that options say how many and how long.
 
     Raises:
         SidelightError: Options are given that the engine has not; or there is no such device
@@ -34,16 +45,12 @@ class Runtime:
     engine: str = "transformers"
     engine_option: Mapping[str, Any] = field(default_factory=dict[str, Any])
     tokenizer: str | None = None
+    serves: bool = False
 
     def __post_init__(self) -> None:
-        if self.engine != "vllm" and self.engine_option:
-            raise SidelightError(
-                "--engine-option is for vLLM: give --engine vllm, or leave it out."
-            )
         if self.engine == "vllm" and self.device != "auto":
             raise SidelightError("vLLM chooses its device itself; leave --device out.")
-        if self.engine == "llama":
-            self._require_no_dtype()
+        self._require_options(self.engine)
         if self.model is not None:
             self.model_of([])
         if self.device not in ("auto", "cpu"):
@@ -94,6 +101,7 @@ class Runtime:
                 raise SidelightError(
                     f"--tokenizer is for GGUF files; '{name}' has its own. Leave it out."
                 )
+            self._require_options("transformers" if self.engine == "auto" else self.engine)
             require_model(name)
             return name
         if self.engine not in ("auto", "llama"):
@@ -101,16 +109,39 @@ class Runtime:
                 f"'{name}' is a GGUF file, which only llama.cpp runs (--engine llama), not "
                 f"{self.engine}. Name a folder saved by save_pretrained or a hub id here."
             )
-        self._require_no_dtype()
+        self._require_options("llama")
         find_gguf(name)
         return name
 
-    def _require_no_dtype(self) -> None:
+    def _require_options(self, engine: str) -> None:
+        """Checks that an engine has the options that are given."""
+        if engine == "transformers" and self.engine_option:
+            raise SidelightError(
+                "--engine-option is for vLLM (--engine vllm) and llama.cpp (a GGUF file), not for "
+                "transformers. Leave it out, or name one of these."
+            )
+        if engine != "llama":
+            return
         for option, value in (("--dtype", self.dtype), ("--device", self.device)):
             if value != "auto":
                 raise SidelightError(
                     f"{option} {value} is not for GGUF files: their weights stay as they are, and "
                     "llama.cpp runs them on the CPU. Leave it out."
+                )
+        for option, value in self.engine_option.items():
+            allowed = _LLAMA_OPTIONS.get(option)
+            if allowed is None:
+                known = did_you_mean(option, _LLAMA_OPTIONS)
+                raise SidelightError(f"llama.cpp has no option '{option}'.{known}")
+            if type(value) is not int or value not in allowed:
+                raise SidelightError(
+                    f"--engine-option {option}={value} is no whole number from {allowed[0]} to "
+                    f"{allowed[-1]}. Give one, or leave it out."
+                )
+            if option != "threads" and not self.serves:
+                raise SidelightError(
+                    f"--engine-option {option} is for serve and parity: this command reads a text "
+                    "at a time, of any length that the model knows. Leave it out."
                 )
 
     def _load(
@@ -120,7 +151,11 @@ class Runtime:
             from sidelight.engines.llama.backbone import LlamaBackbone
 
             return LlamaBackbone(
-                find_gguf(name), name=name, tokenizer=self.tokenizer, prompt_format=prompt_format
+                find_gguf(name),
+                name=name,
+                tokenizer=self.tokenizer,
+                prompt_format=prompt_format,
+                threads=self.engine_option.get("threads"),
             )
         from sidelight.backbone import load_backbone
 
@@ -149,10 +184,17 @@ class Runtime:
 
             return TransformersEngine(backbone, probes)
         from sidelight.engines.llama.backbone import LlamaBackbone
-        from sidelight.engines.llama.engine import LlamaEngine
+        from sidelight.engines.llama.engine import LlamaEngine, llama_limits
 
         assert isinstance(backbone, LlamaBackbone)
-        return LlamaEngine(backbone, probes)
+        sizes = {name: n for name, n in self.engine_option.items() if name != "threads"}
+        known = backbone.encoder.max_tokens
+        if sizes.get("tokens", 0) > known:
+            raise SidelightError(
+                f"--engine-option tokens={sizes['tokens']}: '{name}' knows texts of at most "
+                f"{known} tokens. Give at most so many, or leave it out."
+            )
+        return LlamaEngine(backbone, probes, limits=llama_limits(**sizes))
 
     @contextmanager
     def state_source(self, backbone: "Backbone") -> "Generator[StateSource]":

@@ -50,6 +50,7 @@ def _end(*_: object) -> NoReturn:
 )
 @_config_options
 @options.engine
+@options.engine_option
 @options.model
 @options.tokenizer
 @options.dtype
@@ -72,7 +73,7 @@ def serve(context: click.Context, **values: Any) -> None:
         }
     )
     names = {field.name for field in fields(Runtime)}
-    runtime = Runtime(**config.model_dump(include=names))
+    runtime = Runtime(serves=True, **config.model_dump(include=names))
     # Before imports that take seconds: what is wrong with files and folders is refused at once.
     require_distinct_names([read_manifest(folder).name for folder in config.probe])
     policy, _ = config.loaded_policy, config.access

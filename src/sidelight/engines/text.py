@@ -201,6 +201,6 @@ class TextCodec:
         if room < 1:
             raise ContextLengthError(
                 f"The prompt has {len(prompt)} tokens with its template, which leaves no room for "
-                f"an answer: the context has {most}. Shorten it."
+                f"an answer: the context has {most}. Shorten it.{self._encoder.more}"
             )
         return prompt, room if max_tokens is None else min(room, max_tokens)

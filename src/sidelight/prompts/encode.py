@@ -86,13 +86,21 @@ class PromptEncoder:
             joins the turns by line breaks and adds the tokenizer's own special tokens. A
             ``PlainText`` is always encoded as with ``raw``.
         max_tokens: The longest input that the backbone accepts.
+        more: The end of a refusal, if a setting allows longer ones.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, prompt_format: PromptFormat, max_tokens: int):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        prompt_format: PromptFormat,
+        max_tokens: int,
+        more: str = "",
+    ):
         self.tokenizer = tokenizer
         self._contents = ContentTokenizer(tokenizer)
         self.prompt_format: PromptFormat = prompt_format
-        self.max_tokens = max_tokens
+        self.max_tokens, self.more = max_tokens, more
         # Clients choose the sequences of roles, so both their number and length are bounded.
         self._cached_frame = lru_cache(maxsize=256)(self._render_frame)
 
@@ -176,7 +184,7 @@ class PromptEncoder:
     def _excess(self, size: str) -> ContextLengthError:
         return ContextLengthError(
             f"The text has {size}, but the model reads at most {self.max_tokens} tokens. Shorten "
-            "it, or judge it in parts."
+            f"it, or judge it in parts.{self.more}"
         )
 
     def encode_any_length(

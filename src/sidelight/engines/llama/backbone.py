@@ -6,7 +6,7 @@ when states are first wanted.
 
 import json
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from functools import cached_property
@@ -32,6 +32,7 @@ from sidelight.engines.llama.library import BY_CALLBACK, BY_LAYER_INPUT, PINNED
 from sidelight.engines.llama.trial import SAMPLE, try_once
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.fingerprint import hash_of
+from sidelight.machine import free_memory
 from sidelight.prompts.conversation import EncodedPrompt, PromptFormat
 from sidelight.prompts.encode import PromptEncoder
 from sidelight.smollm2 import cache_root
@@ -93,6 +94,7 @@ class LlamaBackbone:
         self.path, self.name, self.threads = path, name or path.name, threads
         reader = _read(path)
         self._architecture, config = _read_config(path, reader)
+        self._config = config
         samples = {tensor.name: _sample(tensor) for tensor in reader.tensors}
         checkpoint = Checkpoint(config, samples, _dtype(reader))
         self.is_exact = checkpoint.dtype == "float32"
@@ -124,14 +126,32 @@ class LlamaBackbone:
     def limited(self, max_tokens: int) -> "LlamaBackbone":
         """The same file for texts of at most ``max_tokens``, if they were longer."""
         other, own = copy(self), self.encoder
-        most = min(own.max_tokens, max_tokens)
-        other.encoder = PromptEncoder(
-            own.tokenizer, prompt_format=own.prompt_format, max_tokens=most
-        )
+        if max_tokens < own.max_tokens:
+            other.encoder = PromptEncoder(
+                own.tokenizer,
+                prompt_format=own.prompt_format,
+                max_tokens=max_tokens,
+                more=f" Of the {own.max_tokens} tokens that the model knows, a server allows more "
+                "with --engine-option tokens=N.",
+            )
         return other
 
     def context(self, *, sequences: int, positions: int) -> LlamaContext:
-        """Room for some texts of this file."""
+        """Room for some texts of this file.
+
+        Raises:
+            SidelightError: There is not enough memory.
+        """
+        needed = sequences * positions * _token_bytes(self._config, is_exact=self.is_exact)
+        free = free_memory()
+        # llama.cpp clears them at once, and the system would end the process without a word.
+        if free is not None and needed > free:
+            raise SidelightError(
+                f"There is not enough memory for {sequences} texts of {positions} tokens (one is "
+                f"only judged): their keys and values take {needed / 1e9:.1f} GB, and "
+                f"{free / 1e9:.1f} GB are free. Serve fewer or shorter texts at once "
+                "(--engine-option texts=N, tokens=N), or free some."
+            )
         return LlamaContext(
             self.model,
             sequences=sequences,
@@ -229,6 +249,15 @@ def _read_config(path: Path, reader: GGUFReader) -> tuple[str, dict[str, Any]]:
     if why is not None:
         raise SidelightError(f"Probes cannot read {path}: it {why}.")
     return architecture, {"architecture": architecture, **config}
+
+
+def _token_bytes(config: Mapping[str, Any], *, is_exact: bool) -> int:
+    """What the keys and values of a token take in all layers."""
+    heads = config["attention.head_count"]
+    kept = np.broadcast_to(config.get("attention.head_count_kv", heads), config["block_count"])
+    width = config["embedding_length"] // np.max(heads)
+    lengths = (config.get(f"attention.{what}_length", width) for what in ("key", "value"))
+    return int(kept.sum() * sum(lengths)) * (4 if is_exact else 2)
 
 
 def _sample(tensor: ReaderTensor) -> tuple[tuple[int, ...], bytes]:

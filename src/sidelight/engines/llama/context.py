@@ -23,6 +23,8 @@ from sidelight.engines.llama.library import (
     F16,
     F32,
     GET_LAYER_INPUT,
+    MOST_SEQUENCES,
+    MOST_THREADS,
     SCALED_EMBEDDINGS,
     SET_LAYER_INPUT,
     Batch,
@@ -38,7 +40,6 @@ BATCH_TOKENS = 256
 """Most tokens that one pass reads. llama.cpp keeps the states of as many in each layer."""
 # llama.cpp rounds lengths up to it.
 _POSITIONS_STEP = 256
-_MOST_SEQUENCES = 256
 
 
 class LlamaModel:
@@ -120,7 +121,8 @@ class LlamaContext:
         is_exact: bool = False,
         threads: int | None = None,
     ):
-        assert 1 <= sequences <= _MOST_SEQUENCES
+        assert 1 <= sequences <= MOST_SEQUENCES
+        assert 1 <= (threads or 1) <= MOST_THREADS
         self.model, self.sequences = model, sequences
         self.positions = -(-positions // _POSITIONS_STEP) * _POSITIONS_STEP
         self._library = library = model.library

@@ -9,9 +9,18 @@ from sidelight.engines.local import LocalEngine
 from sidelight.engines.queue import Limits
 from sidelight.probe import Probe
 
-# llama.cpp takes the memory of all keys and values at the start: 0.3 GB for the embedded model,
-# and over 1 GB for one of three billion parameters.
-_LIMITS = Limits(running=2, prefill_tokens=256, cache_tokens=3 * 4096)
+
+def llama_limits(*, texts: int = 2, tokens: int = 4096) -> Limits:
+    """Limits of an engine; llama.cpp takes the memory of all keys and values at the start.
+
+    By default, it is 0.3 GB for the embedded model, and over 1 GB for one of three billion
+    parameters.
+
+    Args:
+        texts: How many are written at once.
+        tokens: The most of each, with its prompt.
+    """
+    return Limits(running=texts, prefill_tokens=256, cache_tokens=(texts + 1) * tokens)
 
 
 class LlamaEngine(LocalEngine):
@@ -23,7 +32,7 @@ class LlamaEngine(LocalEngine):
     Args:
         backbone: The file. Nothing else may run it meanwhile.
         probes: Probes trained on this file, with distinct names.
-        limits: How much is held at once; None: two texts of 4,096 tokens.
+        limits: How much is held at once; None: as ``llama_limits`` has it.
         model: The name that requests use; None takes the backbone's.
 
     Raises:
@@ -39,9 +48,9 @@ class LlamaEngine(LocalEngine):
         model: str | None = None,
     ):
         # A prompt at a time, so that those that are only judged need one sequence.
-        limits = replace(limits or _LIMITS, prefill_texts=1)
+        limits = replace(limits or llama_limits(), prefill_texts=1)
         sequences = limits.running + 1
         positions = min(backbone.encoder.max_tokens, limits.cache_tokens // sequences)
         context = backbone.context(sequences=sequences, positions=positions)
-        served = backbone.limited(context.positions)
+        served = backbone.limited(positions)
         super().__init__(served, LlamaDecoder(context), probes, limits=limits, model=model)

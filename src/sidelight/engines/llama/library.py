@@ -34,6 +34,8 @@ BY_CALLBACK = frozenset({
 # The first block of these reads embeddings that were multiplied by a number.
 SCALED_EMBEDDINGS = frozenset({"gemma", "gemma2", "gemma3"})
 
+MOST_SEQUENCES, MOST_THREADS = 256, 512
+"""LLAMA_MAX_SEQ and GGML_MAX_N_THREADS in its headers."""
 F32, F16 = 0, 1
 """The types of keys and values, as ggml numbers them."""
 
