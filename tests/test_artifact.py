@@ -24,6 +24,7 @@ from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Bank
 from sidelight.calibration import Calibration
 from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.fingerprint import ACCEPTED, hash_of
 from sidelight.manifest import PROBE, model_card, read_manifest, summary
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts.conversation import Message, Reads
@@ -203,10 +204,20 @@ def test_another_backbone_is_refused_and_both_are_named(tiny, tmp_path):
     # Weights of the right shape for what the manifest says, so only the fingerprint is wrong.
     other = replace(tiny.fingerprint, name="Llama-3.2-3B", weights="0" * 16)
     folder = save_probe(replace(probe_of(tiny), fingerprint=other), tmp_path)
-    with pytest.raises(FingerprintMismatchError, match=r"differ in weights\.") as caught:
+    with pytest.raises(FingerprintMismatchError, match="whose weights differ") as caught:
         load(folder, model=tiny)
     for named in ("'toxicity'", other.name, other.digest, tiny.name, tiny.fingerprint.digest):
         assert named in str(caught.value)
+
+
+def test_a_probe_judges_on_a_copy_of_its_model_that_is_accepted(tiny, tmp_path, monkeypatch):
+    original = replace(tiny.fingerprint, name="Llama-3.2-3B", weights="0" * 16)
+    folder = save_probe(replace(probe_of(tiny), fingerprint=original), tmp_path)
+    monkeypatch.setenv(ACCEPTED, hash_of(original.digest, tiny.fingerprint.digest))
+    assert load(folder, model=tiny).predict(["a text"])
+    monkeypatch.setenv(ACCEPTED, hash_of(tiny.fingerprint.digest, original.digest))
+    with pytest.raises(FingerprintMismatchError, match=f"{ACCEPTED}=[0-9a-f]+ accepts"):
+        load(folder, model=tiny)
 
 
 def text_of(folder):

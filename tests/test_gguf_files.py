@@ -299,5 +299,15 @@ def test_parity_and_servers_take_a_copy_of_the_file_by_the_digest_that_its_refus
     monkeypatch.setenv(ACCEPTED, digest)
     assert cli(*measured, "--gate", "0.2") == 0
     assert "llama - quantised" in capsys.readouterr().out
-    # What only judges takes no copy.
-    assert cli("eval", str(probe), "--data", data, "--model", other) == 2
+    on_copy = ("--data", data, "--model", other)
+    assert cli("eval", str(probe), *on_copy) == 0
+    assert cli("predict", str(probe), "bad 7", "--model", other) == 0
+    # What it writes would be served on the file.
+    new = tmp_path / "new"
+    assert cli("recalibrate", str(probe), *on_copy, "--out", str(new)) == 2
+    assert not new.exists()
+    monkeypatch.setenv(ACCEPTED, "0" * 16)
+    capsys.readouterr()
+    for command in (("eval", str(probe), *on_copy), ("predict", str(probe), "a", *on_copy[2:])):
+        assert cli(*command) == 2
+        assert f"{ACCEPTED}={digest} accepts" in capsys.readouterr().err.splitlines()[-1]

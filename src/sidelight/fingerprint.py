@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -75,9 +76,9 @@ class Fingerprint:
                 f"{both}, whose weights differ, and {ACCEPTED} is {accepted or 'not set'}. If they "
                 f"are quantised from the same ones, {ACCEPTED}={digest} accepts the model's probes "
                 "on them: set it to measure all that you serve, 'sidelight parity PROBE ... --data "
-                f"FILE --quantised {served.name} --gate 0.01', with the engine options that you "
-                "serve with (--engine-option), and to serve them if that ends with 0. Otherwise "
-                "train the probe on this model, or serve the other."
+                f"FILE --quantised {served.name} --gate 0.01', with each --engine-option that you "
+                "serve with, and to serve and judge by them if that ends with 0. Otherwise train "
+                "the probe on this model, or serve the other."
             )
 
     def differences(self, served: "Fingerprint") -> list[str]:
@@ -95,6 +96,13 @@ class Fingerprint:
 
 ACCEPTED = "SIDELIGHT_QUANTISED"
 """The variable with the digest of a model and of the quantised copy that takes its probes."""
+
+
+def accepted_copy() -> str:
+    """The digest that the variable has; "" for none."""
+    return os.environ.get(ACCEPTED, "")
+
+
 # A quantised copy has other weights, and its configuration says how they are written.
 _MAY_DIFFER = frozenset({"config", "weights"})
 _COMPARED = ("config", "weights", "tokenizer", "template", "layers", "width")

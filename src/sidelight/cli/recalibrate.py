@@ -9,7 +9,7 @@ import click
 
 from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
-from sidelight.errors import SidelightError
+from sidelight.errors import FingerprintMismatchError, SidelightError
 
 if TYPE_CHECKING:
     from sidelight.data.examples import LabelledExamples
@@ -80,8 +80,15 @@ def recalibrate(
     if examples is None:
         made = refit(loaded, rule=rule)
     else:
-        logits = runtime.load_classifier(probe).logits(examples.items)
-        made = refit(loaded, examples, logits, rule=rule)
+        classifier = runtime.load_classifier(probe)
+        trained_on, copy = loaded.fingerprint, classifier.backbone.fingerprint
+        if trained_on.differences(copy):
+            raise FingerprintMismatchError(
+                f"'{loaded.name}' is accepted on {copy.name}, but not recalibrated on it: the new "
+                f"probe would be that of {trained_on.name}. Recalibrate it on that model, or train "
+                "a probe on the copy."
+            )
+        made = refit(loaded, examples, classifier.logits(examples.items), rule=rule)
     options.warn(made.warnings)
     save_probe(made.probe if name is None else replace(made.probe, name=name), folder)
     _report(loaded, made, folder, as_json=as_json)

@@ -14,7 +14,7 @@ import torch
 from sidelight.artifact import gives_verdicts
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
 from sidelight.explanation import Explanation
-from sidelight.fingerprint import Fingerprint
+from sidelight.fingerprint import Fingerprint, accepted_copy
 from sidelight.probe import Probe, common_format
 from sidelight.prompts.conversation import Conversation, Message
 from sidelight.types import Judgement
@@ -323,10 +323,8 @@ def require_verdicts(probes: Iterable[Probe], *, device: torch.device | str = "c
         raise verdict_failure(failed)
 
 
-def require_same_model(
-    probes: Sequence[Probe], fingerprint: Fingerprint, *, accepted: str | None = None
-) -> None:
-    """Checks that the probes were trained on this model, or are ``accepted`` on this copy of it.
+def require_same_model(probes: Sequence[Probe], fingerprint: Fingerprint) -> None:
+    """Checks that the probes were trained on this model, or are accepted on this copy of it.
 
     Raises:
         SidelightError: Some read chats and others raw texts, which are two models to a fingerprint.
@@ -334,4 +332,4 @@ def require_same_model(
     """
     common_format(probes)
     for probe in probes:
-        probe.fingerprint.require(fingerprint, probe=probe.name, accepted=accepted)
+        probe.fingerprint.require(fingerprint, probe=probe.name, accepted=accepted_copy())

@@ -6,7 +6,6 @@ token.
 
 import asyncio
 import logging
-import os
 import traceback
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +35,6 @@ from sidelight.engines.marks import labels_spans
 from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
 from sidelight.engines.text import TextCodec
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import ACCEPTED
 from sidelight.probe import Probe
 from sidelight.prompts.conversation import Conversation, Message, has_response
 
@@ -208,8 +206,7 @@ class LocalEngine(Engine):
             self._encoding -= 1
 
     def _load_panel(self, probes: Sequence[Probe]) -> Panel:
-        accepted = os.environ.get(ACCEPTED, "")
-        require_same_model(probes, self._backbone.fingerprint, accepted=accepted)
+        require_same_model(probes, self._backbone.fingerprint)
         return Panel(probes, device=self._backbone.device)
 
     def _require_ready(self) -> None:

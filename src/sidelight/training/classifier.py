@@ -25,6 +25,7 @@ from sidelight.data.readers import InMemory
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, SpanReport
 from sidelight.explanation import Explanation, explain
+from sidelight.fingerprint import accepted_copy
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts.conversation import PromptFormat
@@ -296,7 +297,8 @@ def load(
         device: Its device, as ``load_backbone`` takes it.
 
     Raises:
-        FingerprintMismatchError: ``model`` is another backbone.
+        FingerprintMismatchError: ``model`` is another backbone, and no accepted copy of it
+            (``SIDELIGHT_QUANTISED``).
         SidelightError: The artifact or the backbone cannot be loaded.
     """
     probe = load_probe(directory)
@@ -312,7 +314,7 @@ def load(
             for_reading=True,
         )
     )
-    probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
+    probe.fingerprint.require(backbone.fingerprint, probe=probe.name, accepted=accepted_copy())
     return Classifier(backbone, probe)
 
 

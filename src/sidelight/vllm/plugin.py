@@ -22,7 +22,7 @@ from vllm.v1.executor.abstract import Executor
 
 import vllm
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import ACCEPTED, Fingerprint
+from sidelight.fingerprint import ACCEPTED, Fingerprint, accepted_copy
 from sidelight.policy.rules import bound_rules, require_policy_applies
 from sidelight.probe import Probe
 from sidelight.vllm.columns import tap_layers
@@ -132,7 +132,7 @@ def _served(arguments: Any, settings: Mapping[str, Any], folders: tuple[str, ...
         files.quantised(how) if how else files,
         is_described=bool(settings.get(DESCRIBED)),
         columns=named_columns(),
-        accepted=os.environ.get(ACCEPTED, ""),
+        accepted=accepted_copy(),
         keeps_states=bool(settings.get(STATES)),
     )
 
