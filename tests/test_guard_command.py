@@ -149,12 +149,45 @@ def test_guards_whose_tests_were_stopped_can_be_served(model, tmp_path, monkeypa
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ready, "measure", stop)
+    monkeypatch.setattr(ready, "measure_tests", stop)
     given = ("--model", model, "--only", "shouts,letters", "--rows", "40", "--out", str(tmp_path))
     assert cli("guard", *given) == 130
     policy = read_policy(tmp_path / "policy.toml")
     require_policy_applies(policy, [load_probe(tmp_path / name) for name in ("shouts", "letters")])
     assert [*policy.input] == ["shouts", "letters"]
+
+
+def test_a_test_that_was_judged_before_a_kill_is_not_judged_again(
+    model, tmp_path, monkeypatch, ran
+):
+    home, again = (
+        install_guards(tmp_path, monkeypatch, "two_guards", prefix="two_"),
+        "[tests.again]",
+    )
+    card, judged = home / "two_shouts.toml", list[int]()
+    card.write_text(f"{card.read_text()}\n{again}{card.read_text().partition('[tests.unseen]')[2]}")
+    write(home / "two_shouts/test_again.jsonl.gz", guard_texts(20, 2))
+    assess = ready.assess
+
+    def stop_at_second(classifier, examples):
+        if judged:
+            raise KeyboardInterrupt
+        judged.append(len(examples))
+        return assess(classifier, examples)
+
+    out = tmp_path / "out"
+    words = ("guard", "--model", model, "--only", "two_shouts", "--rows", "40", "--out", str(out))
+    with monkeypatch.context() as patch:
+        patch.setattr(ready, "assess", stop_at_second)
+        assert cli(*words) == 130
+    before = json.loads((out / "figures.json").read_text())["two_shouts"]["tests"]
+    assert [*before] == ["unseen"]
+    ran.clear()
+    assert cli(*words) == 0
+    assert len(ran) == 20
+    after = json.loads((out / "figures.json").read_text())["two_shouts"]["tests"]
+    assert [*after] == ["unseen", "again"]
+    assert after["unseen"] == before["unseen"]
 
 
 def test_other_texts_replace_a_guard_only_by_force(words, tmp_path, capsys):

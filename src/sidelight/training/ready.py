@@ -1,6 +1,6 @@
 """Ready guards as a set: their figures on packaged tests, and a policy that observes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -80,40 +80,36 @@ def is_trained(
     )
 
 
-def measure(
-    backbone: Backbone,
-    probe: Probe,
-    texts: LabelledExamples,
-    tests: Mapping[str, LabelledExamples],
-) -> dict[str, Any]:
-    """The figures of a guard: on its left-out texts, in traffic, and on each packaged test."""
+def training_figures(probe: Probe) -> dict[str, Any]:
+    """The figures of a guard on its left-out texts and in traffic, with room for its tests."""
     return {
         "version": probe.version,
         "left_out": probe.record["validation"]["metrics"],
         "sources": probe.history.validation.sources,
         "traffic": kept_rate(probe),
-        "tests": measure_tests(Classifier(backbone, probe), texts, tests),
+        "tests": {},
     }
 
 
 def measure_tests(
     classifier: Classifier, texts: LabelledExamples, tests: Mapping[str, LabelledExamples]
-) -> dict[str, dict[str, Any]]:
-    """Figures on each packaged test, beside TF-IDF that is fitted to the same texts.
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name and the figures of each packaged test, beside TF-IDF that is fitted to these texts.
 
     TF-IDF is given the threshold at which it has as many false alarms as the probe.
     """
-    probe, figures = classifier.probe, dict[str, dict[str, Any]]()
-    words = None if probe.spans else fit_tfidf(texts.whole_texts, texts.labels, probe.task)
+    probe, words = classifier.probe, None
+    if tests and not probe.spans:
+        words = fit_tfidf(texts.whole_texts, texts.labels, probe.task)
     cards = find_guard(probe.name).card.tests
     for number, (test, examples) in enumerate(tests.items(), 1):
         title, rows = cards[test].title, len(examples)
         say(f"{probe.name}, test {number} of {len(tests)}: {title}, {rows} texts")
         assessment = assess(classifier, examples)
         trained = trained_texts(probe.history, examples)
-        figures[test] = {"title": title, "rows": rows, "trained": trained}
+        figures: dict[str, Any] = {"title": title, "rows": rows, "trained": trained}
         if assessment.spans is not None:
-            figures[test] |= assessment.spans.to_dict()
+            yield test, figures | assessment.spans.to_dict()
             continue
         assert words is not None
         positive = examples.labels == 1
@@ -122,7 +118,7 @@ def measure_tests(
         alarms, others = int(flags[~positive].sum()), np.sort(scores[~positive])[::-1]
         highest = [*others, -np.inf][alarms]
         has_both = 0 < positive.sum() < len(positive)
-        figures[test] |= {
+        figures |= {
             "positives": int(positive.sum()),
             "found": int(flags[positive].sum()),
             "false_alarms": alarms,
@@ -130,7 +126,7 @@ def measure_tests(
             "tfidf_auroc": float(roc_auc_score(positive, scores)) if has_both else None,
             "tfidf_found": int((scores[positive] > highest).sum()) if has_both else None,
         }
-    return figures
+        yield test, figures
 
 
 def observing_policy(probes: Sequence[Probe]) -> str:
