@@ -220,10 +220,16 @@ def test_what_contradicts_the_card_is_refused(source, columns, said):
     assert load_examples("guard:shouts", positive="shouting", label="label").task == TASK
 
 
-def test_own_rows_without_a_column_of_the_guard_are_refused(tmp_path):
+def test_own_rows_that_do_not_fit_the_guard_are_refused(tmp_path):
     own = write(tmp_path / "mine.jsonl", [{"text": "Ann", "entities": []}])
     with pytest.raises(SidelightError, match=r"mine.jsonl, line 1: no column 'spans'\. Rows"):
         load_examples(f"guard:letters,{own}", spans="spans")
+    turns = [{"role": "user", "content": "Ann"}] * 2
+    chat = write(tmp_path / "chat.jsonl", [{"messages": turns, "spans": []}])
+    with pytest.raises(
+        SidelightError, match=r"chat.jsonl, line 1: 2 messages, .* Give each a row\.$"
+    ):
+        load_examples(f"guard:letters,{chat}", spans="spans")
     wrong = write(tmp_path / "wrong.jsonl", [{"text": "Ann", "label": "calm"}])
     with pytest.raises(SidelightError, match=r"wrong.jsonl, line 1: unknown label 'calm'\."):
         load_examples(f"guard:shouts,{wrong}")

@@ -144,6 +144,11 @@ class Guard:
         if is_open and is_mapping(last) and last.get("role") == "assistant":
             assert is_list(turns)
             cells |= {"text": turns[:-1], "response": last.get("content")}
+        elif columns["spans"] and reads is None and is_list(turns) and len(turns) > 1:
+            raise SidelightError(
+                f"{row.place}: {len(turns)} messages, and spans count the characters of one. Give "
+                "each a row."
+            )
         wanted = [name for name in ("text", reads, columns["spans"] or "label") if name]
         if missing := [name for name in wanted if name not in cells or cells["text"] is None]:
             raise SidelightError(
