@@ -274,6 +274,8 @@ def test_a_system_prompt_marked_by_words_inside_a_turn_is_part_of_that_turn(make
     read = zip(encoded.token_ids, encoded.parts, strict=True)
     text = text_of(encoder, [token for token, part in read if part == Part.PROMPT])
     assert "zqz" in text.replace(" ", "")
+    # Both are the user's in the ids, so that nobody can tell whose turns these are.
+    assert not encoder.encode([Message("system", "zqz"), Message("user", "Go")]).is_attributed
 
 
 def test_a_day_that_changes_changes_the_frame(monkeypatch):
