@@ -13,6 +13,7 @@ import torch
 
 from sidelight.artifact import load_probe, save_probe
 from sidelight.cli.guard import guard
+from sidelight.cli.runtime import Runtime
 from sidelight.data.guards import draw_texts
 from sidelight.policy.rules import (
     bound_rules,
@@ -26,8 +27,9 @@ from sidelight.storage import only_writer
 from sidelight.thresholds import ThresholdRule
 from sidelight.training import background, ready
 from worlds.data import brief_trainings, guard_texts, install_guards, write
-from worlds.models import untrained_probe
-from worlds.servers import cli
+from worlds.gguf import CONFIGS, needs_llama, write_gguf
+from worlds.models import tiny_backbone, untrained_probe
+from worlds.servers import cli, in_process
 
 NAMES = ("letters", "replies", "shouts")
 FIGURES = (
@@ -121,6 +123,24 @@ def test_the_readme_guards_a_model_by_two_commands_of_which_one_prints_the_other
     assert "policy.toml observes: nothing is blocked, and /metrics needs a key" in told
     printed = printed.strip()
     assert printed == f"sidelight {serve}".replace("serve", f"serve --model {model}")
+
+
+@needs_llama
+@pytest.mark.slow
+def test_a_gguf_file_is_guarded_by_its_name(tmp_path, capsys):
+    tiny = tiny_backbone(CONFIGS["llama"])
+    file = str(write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer))
+    out = tmp_path / "guards"
+    given = ("guard", "--model", file, "--only", "shouts", "--rows", "40")
+    assert cli(*given, "--out", str(out), "--engine-option", "threads=1") == 0
+    probe = load_probe(out / "shouts")
+    assert probe.fingerprint.name == file
+    assert [*json.loads((out / "figures.json").read_text())] == ["shouts"]
+    assert f"Next: sidelight serve --model {file} --probe" in capsys.readouterr().out
+    served = Runtime(model=None, dtype="auto", device="auto", engine="auto").load_engine([probe])
+    with in_process(served, policy=read_policy(out / "policy.toml")) as http:
+        body = {"model": file, "messages": [{"role": "user", "content": "an X"}], "max_tokens": 2}
+        assert http.post("/v1/chat/completions", json=body).status_code == 200
 
 
 def test_what_is_complete_is_skipped_and_what_was_killed_goes_on(words, ran, capsys):
