@@ -23,6 +23,7 @@ from sidelight_label.file import LabelFile
 from sidelight_label.pool import Pool, merged
 from sidelight_label.queue import LabelQueue, certainty, require_replaceable, task_of
 from worlds.data import TASKS
+from worlds.gguf import gguf_model, needs_llama
 from worlds.models import TOXICITY, untrained_probe
 from worlds.servers import cli
 
@@ -172,6 +173,21 @@ def test_given_probes_order_the_texts_from_the_start(tiny, tmp_path):
     first = sitting.queue.next()
     assert abs(mean[first] - 0.5) <= np.sort(abs(mean - 0.5))[5]
     assert sitting.queue._order != sitting.queue._shuffled
+
+
+@needs_llama
+@pytest.mark.slow
+def test_texts_are_labelled_on_a_gguf_file(tmp_path, own_cache):
+    backbone = gguf_model(tmp_path, "llama").backbone
+    sitting = Sitting(backbone, tmp_path)
+    sitting.label(40)
+    sitting.queue.train()
+    probe = load_probe(tmp_path / "probe")
+    assert probe.fingerprint == backbone.fingerprint
+    rows = [row for row in range(60) if row not in sitting.queue.decided]
+    live = logits_of(backbone, [probe], [sitting.pool.examples.items[row] for row in rows])[0]
+    known = sitting.queue._judges[-1].probabilities[rows]
+    np.testing.assert_allclose(probe.calibration.apply(live), known, atol=ROUNDING_TO_BF16)
 
 
 def test_probes_of_other_labels_or_responses_are_refused_and_others_not_replaced(tiny, tmp_path):
@@ -371,6 +387,7 @@ def test_the_command_refuses_at_once(tmp_path, monkeypatch, capsys):
         (["--labels", "a,b", "--out", "labels.csv"], "ends in .jsonl"),
         (["--labels", "a,b", "--label", "text"], "labels would replace them"),
         (["--labels", "a,b", "--multilabel", "--probe", "p"], "not both"),
+        (["--labels", "a,b", "--model", "absent.gguf"], "There is no file 'absent.gguf'"),
     ):
         assert cli("label", "texts.jsonl", *options) == 2
         assert message in capsys.readouterr().err

@@ -55,7 +55,7 @@ from sidelight.errors import SidelightError
 )
 @click.option("--cache", type=options.PATH, help="Folder for what was read. [default: the user's]")
 @options.free_port
-@options.transformers
+@options.backbone
 def label(
     texts: str,
     probes: tuple[Path, ...],
@@ -141,7 +141,7 @@ def label(
             cache_root=cache,
             memory_bytes=int(memory * 2**30),
         )
-        backbone = runtime.load_transformers(common_format(loaded))
+        backbone = runtime.load_backbone(common_format(loaded))
         pool = Pool(backbone, pool_examples, task, fit_options, loaded)
         queue = LabelQueue(pool, file, column=label, labelled=decided, folder=folder)
         token = secrets.token_urlsafe(32)
@@ -160,6 +160,7 @@ def label(
         ("--response", response, None),
         ("--positive", task.labels[1] if task.kind == "binary" else None, None),
         ("--model", runtime.model, "smollm2"),
+        ("--tokenizer", runtime.tokenizer, None),
     ):
         command += [] if given == default else [option, str(given)]
     if made:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sidelight.backbone import TransformersBackbone
+from sidelight.backbone import Backbone
 from sidelight.data.examples import Example, Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report
@@ -76,7 +76,7 @@ class Pool:
 
     def __init__(
         self,
-        backbone: TransformersBackbone,
+        backbone: Backbone,
         examples: Examples,
         task: Task,
         options: FitOptions,
@@ -199,6 +199,7 @@ class _VectorCache(ActivationCache):
             pool.prompts,
             reads=pool.options.reads,
             fingerprint=pool.backbone.fingerprint,
+            engine=pool.backbone.engine,
         )
         self._probes = probes
         self._is_normalised = pool.is_normalised
