@@ -230,6 +230,10 @@ def test_own_rows_that_do_not_fit_the_guard_are_refused(tmp_path):
         SidelightError, match=r"chat.jsonl, line 1: 2 messages, .* Give each a row\.$"
     ):
         load_examples(f"guard:letters,{chat}", spans="spans")
+    for name, row in (("shouts", {"text": " "}), ("replies", {"text": "a", "response": None})):
+        blank = write(tmp_path / "blank.jsonl", [{**row, "label": 1}] * 3)
+        with pytest.raises(SidelightError, match=r"None of the 3 rows beside the guard has"):
+            load_examples(f"guard:{name},{blank}")
     wrong = write(tmp_path / "wrong.jsonl", [{"text": "Ann", "label": "calm"}])
     with pytest.raises(SidelightError, match=r"wrong.jsonl, line 1: unknown label 'calm'\."):
         load_examples(f"guard:shouts,{wrong}")

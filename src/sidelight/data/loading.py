@@ -157,6 +157,12 @@ def _usable(
         else:
             kept.append(row)
             items.append(item)
+    own = sum(row.is_beside_guard for row in rows)
+    if own and own == sum(row.is_beside_guard for row in empty):
+        raise SidelightError(
+            f"None of the {own} rows beside the guard has a text"
+            f"{'' if response is None else ' and an answer'}. Fill in what is missing."
+        )
     if len(empty) == len(rows):
         answers = "" if response is None else f" and an answer in column '{response}' (--response)"
         raise SidelightError(
