@@ -25,15 +25,15 @@ from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import DtypeName, load_backbone
 from sidelight.cli import app
 from sidelight.data.loading import load_examples
-from sidelight.engines.base import Engine, Finished, Sampling
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.prompts.conversation import Message, Reads
+from sidelight.prompts.conversation import Reads
 from sidelight.smollm2 import EMBEDDED_NAME, embedded_model_path
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, extract
 from sidelight.storage import write_text
 from sidelight.training.classifier import Classifier, load
 from sidelight.training.judging import encode
+from sidelight_lab.bench.measurement import write_answers
 from sidelight_lab.bench.server_process import ServerProcess
 
 # The largest difference of a logit in float32, and the share of decisions that may differ in
@@ -257,8 +257,8 @@ def speed(setting: Setting, *, probes: int) -> Result:
         try:
             for texts in (1, 1, 8):
                 start = perf_counter()
-                written = await asyncio.gather(*(_written(engine, i, tokens) for i in range(texts)))
-                rates[f"decoding {texts}"] = sum(written) / (perf_counter() - start)
+                written = await write_answers(engine, texts, tokens)
+                rates[f"decoding {texts}"] = written / (perf_counter() - start)
         finally:
             await engine.close()
 
@@ -271,13 +271,6 @@ def speed(setting: Setting, *, probes: int) -> Result:
     )
     memory = "".join(f", {value:.2f} GiB {name}" for name, value in gib.items())
     return Result(True, summary + memory, {"tokens/s": rates, "gib": gib})
-
-
-async def _written(engine: Engine, number: int, tokens: int) -> int:
-    """The tokens of an answer."""
-    question = [Message("user", f"Tell me a very long story about {number + 2} friends.")]
-    events = engine.generate(question, Sampling(max_tokens=tokens, temperature=0))
-    return sum([e.completion_tokens async for e in events if isinstance(e, Finished)])
 
 
 def _run(setting: Setting, *words: str, device: str | None = None) -> None:

@@ -17,13 +17,13 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Panel
-from sidelight.engines.base import Engine, Finished, Sampling
+from sidelight.engines.base import Engine
 from sidelight.engines.transformers import TransformersDecoder, TransformersEngine
 from sidelight.errors import ContextLengthError
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.progress import progress
-from sidelight.prompts.conversation import EncodedPrompt, Message, Part, Reads
+from sidelight.prompts.conversation import EncodedPrompt, Part, Reads
 from sidelight.types import Judgement, Verdict
 from sidelight_lab.bench.measurement import (
     Range,
@@ -32,6 +32,7 @@ from sidelight_lab.bench.measurement import (
     table,
     untrained_guards,
     untrained_probe,
+    write_answers,
 )
 
 T = TypeVar("T")
@@ -188,16 +189,9 @@ def measure_writing(
 
 async def _write(engine: Engine, tokens: int) -> tuple[int, float]:
     """How many tokens are written, and the CPU milliseconds of this process until then."""
-    sampling = Sampling(max_tokens=tokens, temperature=0)
-
-    async def answer(number: int) -> int:
-        question = [Message("user", f"Tell me a very long story about {number + 2} friends.")]
-        events = engine.generate(question, sampling)
-        return sum([e.completion_tokens async for e in events if isinstance(e, Finished)])
-
     start = process_time()
-    written = await asyncio.gather(*map(answer, range(_TEXTS)))
-    return sum(written), 1000 * (process_time() - start)
+    written = await write_answers(engine, _TEXTS, tokens)
+    return written, 1000 * (process_time() - start)
 
 
 def random_batches(

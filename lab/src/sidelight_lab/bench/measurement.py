@@ -2,6 +2,7 @@
 
 # pyright: reportMissingImports=false
 
+import asyncio
 import json
 import os
 import platform
@@ -20,10 +21,11 @@ from torch import Tensor
 from sidelight.backbone import Backbone, TransformersBackbone
 from sidelight.bank import Bank
 from sidelight.calibration import Calibration
+from sidelight.engines.base import Engine, Finished, Sampling
 from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
-from sidelight.prompts.conversation import EncodedPrompt, PromptFormat, Reads
+from sidelight.prompts.conversation import EncodedPrompt, Message, PromptFormat, Reads
 from sidelight.spans import SpanRule
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import text_logits
@@ -151,6 +153,18 @@ def spread_probe(
     shift = -scale * float(logits.mean())
     calibration = Calibration("platt", "binary", (scale,), (shift,))
     return replace(probe, calibration=calibration)
+
+
+async def write_answers(engine: Engine, texts: int, tokens: int) -> int:
+    """How many tokens an engine writes of as many answers at once, of at most so many each."""
+    sampling = Sampling(max_tokens=tokens, temperature=0)
+
+    async def answer(number: int) -> int:
+        question = [Message("user", f"Tell me a very long story about {number + 2} friends.")]
+        events = engine.generate(question, sampling)
+        return sum([e.completion_tokens async for e in events if isinstance(e, Finished)])
+
+    return sum(await asyncio.gather(*map(answer, range(texts))))
 
 
 @contextmanager

@@ -12,6 +12,8 @@ import click
 from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
+from sidelight.gguf_files import EMBEDDED_GGUF
+from sidelight.smollm2 import EMBEDDED_NAME
 from sidelight.storage import write_json
 from sidelight_lab.cli.options import AT_LEAST_TWO, POSITIVE, names, publish, split_numbers
 
@@ -327,6 +329,34 @@ def bench_latency(runtime: Runtime, out: Path | None, as_json: bool, **given: An
     from sidelight_lab.bench.latency import measure_latency
 
     publish(measure_latency(runtime.load_transformers(), **given), out, as_json=as_json)
+
+
+@bench.command(
+    "engines",
+    epilog=options.examples(
+        "sidelight bench engines --out engines",
+        "sidelight bench engines models/Llama-3.2-3B models/Llama-3.2-3B-Q4_K_M.gguf --rounds 3",
+    ),
+)
+@click.argument("models", nargs=-1)
+@click.option("--threads", type=options.AT_LEAST_ONE, default=1, help="Of each engine.")
+@click.option("--tokens", callback=split_numbers, default="256,1024", help="Of prompts.  ")
+@click.option("--written", type=options.AT_LEAST_ONE, default=48, help="Tokens of each text.")
+@click.option("--rounds", type=options.AT_LEAST_ONE, default=5, help="Of all models in turn.")
+@options.dtype
+@_record
+def bench_engines(models: tuple[str, ...], out: Path | None, as_json: bool, **given: Any) -> None:
+    """Compare transformers and llama.cpp on the CPU: prompts, texts, probes and memory.
+
+    MODELS are as `sidelight serve` takes them; without any, they are the embedded model in both
+    engines. The others are compared with the first. Each has a process of its own, and
+    the rounds ask them in turn, without probes and with three, one of which reads what is
+    written. --dtype is for those that are no GGUF files.
+    """
+    from sidelight_lab.bench.engines import compare_engines
+
+    chosen = models or (EMBEDDED_NAME, EMBEDDED_GGUF)
+    publish(compare_engines(chosen, **given), out, as_json=as_json)
 
 
 @bench.command(

@@ -1,0 +1,59 @@
+"""Engines side by side: each model in a process of its own, and figures paired by round."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sidelight.errors import SidelightError
+from sidelight_lab.bench.engines import PROBES, Subject
+from worlds.gguf import gguf_model, needs_llama
+from worlds.models import saved
+from worlds.servers import cli
+
+pytestmark = [pytest.mark.slow, needs_llama]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The same weights for both engines."""
+    folder = tmp_path_factory.mktemp("models")
+    made = gguf_model(folder, "llama")
+    return saved(made.reference, folder / "model"), str(made.backbone.path)
+
+
+def test_the_command_compares_a_file_with_the_same_model_in_transformers(models, tmp_path, capsys):
+    # Two processes begin, which takes seconds.
+    options = ("--tokens", "4,8", "--written", "4", "--rounds", "2", "--out", str(tmp_path))
+    assert cli("bench", "engines", *models, *options) == 0
+    shown = capsys.readouterr().out
+    assert shown == (tmp_path / "engines.md").read_text()
+    assert shown.startswith(f"model {models[0]} and {models[1]}, ")
+    assert ", engine transformers and llama.cpp " in shown
+    made = json.loads((tmp_path / "engines.json").read_text())
+    works = ["reading 4", "reading 8", "writing, 1 at once", "writing, 8 at once"]
+    assert made["works"] == works
+    pairs = {(one["model"], one["probes"]): np.array(one["cpu"]) for one in made["seconds"]}
+    assert [*pairs] == [(model, probes) for model in models for probes in (0, PROBES)]
+    assert all(own.shape == (len(works), 2) for own in pairs.values())
+    assert all(made["memory_mb"][model] > 1 for model in models)
+    cost = (pairs[models[1], PROBES] / pairs[models[1], 0])[0]
+    assert f" {np.median(cost):.3f} ({cost.min():.3f} to {cost.max():.3f}) |" in shown
+    ratio = (pairs[models[0], 0] / pairs[models[1], 0])[-1]
+    assert f" {np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}) |" in shown
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["transformers", "llama"])
+def test_probes_are_of_prompts_and_of_answers_and_leave_for_the_rounds_without(models, kind):
+    subject = Subject(models[kind], "auto", 1)
+    for probes in (PROBES, 0):
+        seconds = subject.measure(probes, [4], 2)
+        assert np.array(seconds).shape == (3, 2)
+        sides = [probe.reads.side for probe in subject._engine.probes]
+        assert sides == ["prompt", "prompt", "response"][:probes]
+    subject._engine._batch._decoder.end_tokens = frozenset(range(300))
+    with pytest.raises(SidelightError, match="ends its answers at once"):
+        subject.measure(0, [4], 2)
+    where, megabytes = subject.close()
+    assert where["engine"].startswith(("transformers", "llama.cpp")[kind])
+    assert megabytes > 1
