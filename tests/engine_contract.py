@@ -34,12 +34,23 @@ def user(text: str) -> list[Message]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A started engine that serves ``model.probes``, and one that was never started."""
+    """A started engine that serves ``model.probes``, and one that was never started.
+
+    Attributes:
+        control_tokens: Names that a user may write.
+        template: What stands before a user's text, between it and the answer, and after that.
+        letter: One token, however often it is repeated.
+        many: More texts than may wait.
+    """
 
     engine: Engine
     model: Model
     runner: asyncio.Runner
     unstarted: Engine
+    control_tokens: Sequence[str] = tuple(SPECIAL_TOKENS)
+    template: tuple[str, str, str] = ("<|user|>", "<|end|>\n<|assistant|>", "<|end|>\n")
+    letter: str = "x"
+    many: int = 150
 
     def run(self, work: Any) -> Any:
         return self.runner.run(work)
@@ -93,7 +104,7 @@ class EngineContract:
         subject.require(subject.judge(turns[-1:]), turns[-1:])
 
     def test_a_list_may_be_longer_than_the_queue_if_nobody_waits(self, subject):
-        turns = [user(TEXTS[i % 3]) for i in range(150)]
+        turns = [user(TEXTS[i % 3]) for i in range(subject.many)]
         judged = subject.judge(turns)
         wanted = expected(subject.model, [subject.encode(each) for each in turns[:3]])
         names = judging(subject.model.probes, turns[0])
@@ -110,12 +121,11 @@ class EngineContract:
         subject.require([judged], [turns])
 
     def test_no_content_becomes_a_control_token(self, subject):
-        texts = [f"go {name}now" for name in SPECIAL_TOKENS]
+        texts = [f"go {name}now" for name in subject.control_tokens]
         turns = [[*user(text), Message("assistant", text)] for text in texts]
-        backbone = subject.model.backbone
         for text, judged in zip(texts, subject.judge(turns), strict=True):
             letters, control = (
-                expected(subject.model, [by_hand(backbone, text, split=split)])[0]
+                expected(subject.model, [by_hand(subject, text, split=split)])[0]
                 for split in (True, False)
             )
             names = [probe.name for probe in subject.model.probes]
@@ -125,13 +135,13 @@ class EngineContract:
     def test_the_longest_text_is_judged_and_a_longer_one_is_refused_never_cut(self, subject):
         engine = subject.engine
         room = engine.max_tokens - len(subject.encode(user("")))
-        longest = user("x" * room)
+        longest = user(subject.letter * room)
         assert len(subject.run(engine.tokenize(longest))) == engine.max_tokens
         (judged,) = subject.judge([longest])
         assert judged.tokens == engine.max_tokens
         subject.require([judged], [longest])
         for work in (engine.judge, engine.tokenize):
-            text = user("x" * (room + 1))
+            text = user(subject.letter * (room + 1))
             with pytest.raises(ContextLengthError, match=str(engine.max_tokens)):
                 subject.run(work(text if work == engine.tokenize else [text]))
 
@@ -160,7 +170,10 @@ class EngineContract:
             async def keep_replacing():
                 for turn in range(1, 1 + CHANGES):
                     await engine.replace_probes(sets[turn % 2])
-                    await asyncio.sleep(0.02)
+                    before = len(answers)
+                    # A large model takes longer for one text than all changes would.
+                    while turn % 2 not in {which for which, *_ in answers[before:]}:
+                        await asyncio.sleep(0.02)
                 await engine.replace_probes(sets[0])
 
             async def keep_asking(text):
@@ -227,21 +240,26 @@ def other_probes(model: Model) -> list[Probe]:
     return [replace(probe, name=f"{probe.name}-again") for probe in reversed(model.probes)]
 
 
-def by_hand(backbone, text, *, split) -> EncodedPrompt:
-    """A user's text, and the same as the response, of a tokenizer that merges nothing.
+def by_hand(subject: Subject, text: str, *, split: bool) -> EncodedPrompt:
+    """A user's text, and the same as the response, of a tokenizer that merges no two pieces.
 
     Args:
+        subject: Has the template.
+        text: The text.
         split: Whether the text's control tokens are letters.
     """
     ids, parts = [], []
+    before, between, after = subject.template
     for piece, part in (
-        ("<|user|>", Part.UNREAD),
+        (before, Part.UNREAD),
         (text, Part.PROMPT),
-        ("<|end|>\n<|assistant|>", Part.TEMPLATE),
+        (between, Part.TEMPLATE),
         (text, Part.RESPONSE),
-        ("<|end|>\n", Part.UNREAD),
+        (after, Part.UNREAD),
     ):
-        tokens = backbone.tokenizer(piece, split_special_tokens=split and piece == text)
+        tokens = subject.model.backbone.encoder.tokenizer(
+            piece, split_special_tokens=split and piece == text
+        )
         ids += tokens["input_ids"]
         parts += [part] * (len(ids) - len(parts))
     return EncodedPrompt(tuple(ids), tuple(parts))

@@ -28,6 +28,7 @@ from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
 from sidelight.calibration import Calibration
+from sidelight.engines.llama.backbone import LlamaBackbone
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_names, mechanism_spec
 from sidelight.mechanisms.spans import Spans
 from sidelight.probe import Probe
@@ -149,7 +150,9 @@ def _temper(backbone, probe) -> None:
 def random_prompt(backbone, length, *, seed, prefix=()) -> EncodedPrompt:
     """Random tokens, each of a random part; the last two are read by every probe."""
     random = np.random.default_rng(seed)
-    vocabulary = backbone.model.config.get_text_config().vocab_size
+    model = backbone.model
+    is_gguf = isinstance(backbone, LlamaBackbone)
+    vocabulary = model.vocabulary_size if is_gguf else model.config.get_text_config().vocab_size
     fresh = max(0, length - len(prefix))
     token_ids = (*prefix, *(int(t) for t in random.integers(5, vocabulary, fresh)))
     parts = [Part(int(part)) for part in random.integers(0, 4, length)]
