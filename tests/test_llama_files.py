@@ -15,6 +15,7 @@ from sidelight.prompts.conversation import Message
 from sidelight.smollm2 import cache_root
 from worlds.gguf import CONFIGS, needs_llama, write_gguf
 from worlds.models import merging_tokenizer, tiny_backbone
+from worlds.servers import cli
 
 SIZES = {f"llama__{size}": 3 for size in ("block_count", "context_length", "embedding_length")}
 
@@ -103,6 +104,39 @@ def test_a_file_that_ends_llama_cpp_ends_no_other_process(tmp_path):
 
 
 @needs_llama
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        ("truncated", "is not a whole GGUF file"),
+        ("architecture", "'mamba', which keeps a state other than keys and values"),
+        ("killed", "llama.cpp was ended by SIGKILL while it read the first tokens of"),
+        ("version", "xllamacpp 2026.1.9000 is installed, but Sidelight needs exactly"),
+    ],
+)
+def test_a_server_of_a_file_that_cannot_be_read_says_so_in_one_line(
+    tiny, tmp_path, monkeypatch, capsys, damage, why
+):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-5])
+    elif damage == "architecture":
+        header(path, "mamba")
+    elif damage == "killed":
+        # In place of Python, what is killed at once.
+        script = tmp_path / "python"
+        script.write_text("#!/bin/sh\nkill -9 $$\n")
+        script.chmod(0o700)
+        monkeypatch.setattr(sys, "executable", str(script))
+    else:
+        install(tmp_path, monkeypatch, "2026.1.9000")
+    assert cli("serve", "--model", str(path), "--port", "0") == 2
+    said = capsys.readouterr().err
+    assert said.count("Error: ") == 1
+    assert why in said.splitlines()[-1]
+    assert "Traceback" not in said
+
+
+@needs_llama
 def test_a_file_is_tried_once(tiny, tmp_path, monkeypatch):
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
     sample = try_once(path, "llama", "this file")
@@ -163,15 +197,20 @@ def test_a_file_without_a_tokenizer_that_transformers_reads_asks_for_one(tiny, t
     assert "--tokenizer" in refusal(path)
 
 
+def install(folder, monkeypatch, version):
+    """Pretends that this version of the package is installed."""
+    described = folder / f"xllamacpp-{version}.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text(f"Name: xllamacpp\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(folder)
+
+
 @pytest.mark.parametrize("installed", ["2026.1.9000", None])
 def test_another_version_of_llama_cpp_is_refused_by_name(tmp_path, monkeypatch, installed):
     if installed is None:
         monkeypatch.setattr(sys, "path", [])
     else:
-        folder = tmp_path / f"xllamacpp-{installed}.dist-info"
-        folder.mkdir()
-        (folder / "METADATA").write_text(f"Name: xllamacpp\nVersion: {installed}\n")
-        monkeypatch.syspath_prepend(tmp_path)
+        install(tmp_path, monkeypatch, installed)
     with pytest.raises(SidelightError) as refused:
         library.require_version()
     message = str(refused.value)

@@ -11,17 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
+import httpx
 import pytest
 import torch
 import uvicorn
+from transformers import LlamaConfig
 
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import load_backbone
 from sidelight.errors import SidelightError
 from sidelight.machine import find_device, free_memory
 from sidelight.smollm2 import cache_root
-from worlds.models import saved, untrained_probe
-from worlds.servers import cli
+from worlds.gguf import CONFIGS, needs_llama, write_gguf
+from worlds.models import saved, tiny_backbone, untrained_probe
+from worlds.servers import cli, free_port, wait_until_ready
 
 
 @pytest.fixture
@@ -217,3 +220,45 @@ def test_sigterm_ends_a_server_that_is_still_starting(is_first, probe):
             assert process.wait(10) == 0
         finally:
             process.kill()
+
+
+@needs_llama
+@pytest.mark.slow
+def test_a_server_of_a_gguf_file_starts_again_after_a_kill_and_ends_its_answers_at_sigterm(
+    tmp_path, monkeypatch, capfd
+):
+    # Long enough that the signal comes while it writes.
+    config = LlamaConfig(**CONFIGS["llama"].to_dict() | {"max_position_embeddings": 4096})
+    tiny = tiny_backbone(config)
+    file = str(write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer))
+    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
+    port = free_port()
+    command = ["serve", "--model", file, "--port", str(port)]
+    body = {"model": file, "messages": [{"role": "user", "content": "a"}], "temperature": 0}
+
+    def signal_in_answer(process, number):
+        """The lines of an answer after the first, at which the signal is sent."""
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http:
+                wait_until_ready(http)
+                with http.stream(
+                    "POST", "/v1/chat/completions", json={**body, "stream": True}
+                ) as answer:
+                    lines = answer.iter_lines()
+                    assert next(lines).startswith("data: ")
+                    os.kill(process, number)
+                    return [*lines]
+        except BaseException:
+            os.kill(process, number)
+            raise
+
+    with (
+        subprocess.Popen([sys.executable, "-m", "sidelight", *command]) as killed,
+        pytest.raises(httpx.RemoteProtocolError),
+    ):
+        signal_in_answer(killed.pid, signal.SIGKILL)
+    with ThreadPoolExecutor(1) as pool:
+        lines = pool.submit(signal_in_answer, os.getpid(), signal.SIGTERM)
+        assert cli(*command) == 0
+        assert lines.result()[-2] == "data: [DONE]"
+    assert "Traceback" not in capfd.readouterr().err
