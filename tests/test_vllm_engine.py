@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -23,7 +24,8 @@ from sidelight.engines.base import (
     GenerationError,
     NotExplainedError,
 )
-from sidelight.errors import SidelightError
+from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.fingerprint import ACCEPTED, hash_of
 from sidelight.prompts.conversation import Message
 from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig
@@ -200,6 +202,19 @@ def test_a_worker_that_refuses_leaves_the_old_probes_to_all(tiny):
         assert await engine.judge(HELLO)
 
     assert replacing(tiny, change) == OLD
+
+
+def test_a_copy_of_the_model_that_is_accepted_takes_its_new_probes_too(tiny, monkeypatch):
+    original = replace(tiny.fingerprint, weights="0" * 16)
+
+    async def change(engine, llm, new):
+        new = replace(new, fingerprint=original)
+        with pytest.raises(FingerprintMismatchError, match=f"{ACCEPTED} is not set"):
+            await engine.replace_probes([new])
+        monkeypatch.setenv(ACCEPTED, hash_of(original.digest, tiny.fingerprint.digest))
+        await engine.replace_probes([new])
+
+    assert replacing(tiny, change) == NEW
 
 
 def test_workers_that_may_differ_serve_nothing_any_more(tiny):
