@@ -297,7 +297,8 @@ def test_parity_and_servers_take_a_copy_of_the_file_by_the_digest_that_its_refus
     assert f"{ACCEPTED} is not set" in said
     digest = re.search(f"{ACCEPTED}=([0-9a-f]+) accepts", said)[1]
     monkeypatch.setenv(ACCEPTED, digest)
-    assert cli(*measured, "--gate", "0.2") == 0
+    sizes = ("--engine-option", "texts=3", "--engine-option", "tokens=256")
+    assert cli(*measured, *sizes, "--gate", "0.2") == 0
     assert "llama - quantised" in capsys.readouterr().out
     on_copy = ("--data", data, "--model", other)
     assert cli("eval", str(probe), *on_copy) == 0

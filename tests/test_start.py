@@ -141,6 +141,10 @@ SERVE = "serve --port 0 --model {model} --probe {probe} "
         ("predict {probe} --data nowhere --model ./nowhere", "Cannot load './nowhere'"),
         ("recalibrate {probe} --data nowhere --device gpu", "no device 'gpu'"),
         ("parity {probe} --data nowhere --device gpu --engines transformers", "no device 'gpu'"),
+        (
+            "parity {probe} --data nowhere --engines transformers --engine-option a=1",
+            "--engine-option is for vLLM",
+        ),
         ("parity {probe} --data nowhere --quantised ./nowhere", "Cannot load './nowhere'"),
     ],
 )
