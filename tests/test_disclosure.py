@@ -13,15 +13,23 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.request import LabelsOnly
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts.conversation import Reads
-from worlds.models import INTENT, TOPICS, TOXICITY, broken, three_probes, untrained_probe
-from worlds.servers import MODEL, in_process
+from worlds.models import (
+    INTENT,
+    TOPICS,
+    TOXICITY,
+    broken,
+    spans_probe,
+    three_probes,
+    untrained_probe,
+)
+from worlds.servers import MODEL, in_process, post_paths
 
 TEXT = "Where is my refund?"
 TURNS = [{"role": "user", "content": TEXT}]
 CHAT = {"model": MODEL, "messages": TURNS, "temperature": 0, "max_tokens": 4}
 COMPLETION = {"model": MODEL, "prompt": TEXT, "temperature": 0, "max_tokens": 4}
 ANSWERED = [*TURNS, {"role": "assistant", "content": "I cannot help with that."}]
-NAMES = ("toxicity", "intent", "topics", "late")
+NAMES = ("toxicity", "intent", "topics", "words", "late")
 QUESTIONS = [
     *({"type": "predicate", "name": name} for name in ("toxicity", "violence", "late", "refund")),
     {"type": "choice", "name": "intent", "choices": [{"value": v} for v in INTENT.labels]},
@@ -41,6 +49,7 @@ ATTEMPTS = [
     *(("/v1/moderations", {"input": TEXT, "probes": [name]}) for name in NAMES),
     *(("/v1/decisions", {**DECISIONS, "input": text}) for text in (TEXT, ANSWERED)),
     ("/v1/decisions", {**DECISIONS, "explain": True}),
+    ("/v1/redact", {"input": [TEXT, "x"]}),
     *((GUARDRAIL, {"input_type": kind, "texts": [TEXT]}) for kind in ("request", "response")),
     ("/v1/probes", None),
     ("/v1/models", None),
@@ -50,7 +59,8 @@ ATTEMPTS = [
 def probes_of(backbone, *, other_scores=False):
     """Probes of both sides and each kind; the others give other scores and rank as these do."""
     late = untrained_probe(backbone, "late", reads=Reads("response"))
-    probes = [*three_probes(backbone), late]
+    words = spans_probe(backbone, "words", threshold=0.5)
+    probes = [*three_probes(backbone), words, late]
     return [rescored(probe) for probe in probes] if other_scores else probes
 
 
@@ -59,7 +69,8 @@ def rescored(probe):
     outputs = probe.task.outputs
     shift = (0.0,) * outputs if probe.task.kind == "multiclass" else (0.3, 5.0)[:outputs]
     calibration = replace(probe.calibration, scale=(0.4,) * outputs, shift=shift)
-    return replace(probe, calibration=calibration)
+    spans = probe.spans and replace(probe.spans, calibration=calibration)
+    return replace(probe, calibration=calibration, spans=spans)
 
 
 def policy_of(rule, *names):
@@ -121,7 +132,7 @@ def test_no_answer_depends_on_scores_that_a_policy_withholds(tiny, rule, thresho
 
 @pytest.mark.slow
 def test_the_attempts_would_tell_scores_that_are_not_withheld(tiny):
-    policy = policy_of(Rule("flag", threshold=1.0))
+    policy = policy_of(Rule("flag", threshold=0.0))
     first, second = (all_heard(tiny, policy, other_scores=other) for other in (False, True))
     pairs = list(zip(first, second, strict=True))
     # Plain text has no verdict, nor has a prompt alone from a probe of responses.
@@ -157,11 +168,16 @@ def test_an_admin_key_sees_everything(tiny):
     # One text at a time: texts that are read side by side share batches, which round otherwise.
     attempts = [(p, body) for p, body in ATTEMPTS if not {"n", "explain"} & (body or {}).keys()]
     plain = Rule("block", threshold=1.0, disclose="scores")
-    usual = all_heard(tiny, policy_of(plain, *NAMES[:3]), attempts=attempts)
+    usual = all_heard(tiny, policy_of(plain, *NAMES[:-1]), attempts=attempts)
     for disclose in ("labels", "none"):
-        withheld = policy_of(Rule("block", threshold=1.0, disclose=disclose), *NAMES[:3])
+        withheld = policy_of(Rule("block", threshold=1.0, disclose=disclose), *NAMES[:-1])
         assert all_heard(tiny, withheld, attempts=attempts, key=ADMIN) == usual, disclose
     assert any(name.startswith("sidelight_probe_score") for name, _ in usual[-1])
+
+
+def test_every_route_that_takes_a_body_is_attempted(tiny):
+    with asking(tiny, [], Policy()) as http:
+        assert post_paths(http) == {path for path, body in ATTEMPTS if body is not None}
 
 
 def test_no_route_that_is_read_tells_a_threshold_or_a_shadow_that_is_withheld(tiny):

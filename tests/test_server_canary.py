@@ -13,7 +13,7 @@ from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts.conversation import Reads
 from sidelight.server.observe import LogFormatter
 from worlds.models import spans_probe, three_probes, tiny_backbone, untrained_probe
-from worlds.servers import MODEL, raw_connection, raw_request, read_all, served
+from worlds.servers import MODEL, post_paths, raw_connection, raw_request, read_all, served
 
 KEY = "sk-canary-key-7f3a"
 WORD = "canary-prompt-91bc"
@@ -109,6 +109,7 @@ def test_a_canary_is_found_nowhere(logged, capfd, tmp_path):
             logger.setLevel(1)
         with httpx.Client(base_url=address, timeout=20) as http:
             http.headers["Authorization"] = f"Bearer {KEY}"
+            assert post_paths(http) == BODIES.keys()
             statuses = send_all(http, address)
             # Every forward pass fails with the prompt in its message.
             failing = Mock(side_effect=RuntimeError(f"while reading {WORD} for {KEY}"))

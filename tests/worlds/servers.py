@@ -134,6 +134,12 @@ def require_alike(verdicts, wanted):
 MODEL = "tiny/llama"
 
 
+def post_paths(http: httpx.Client) -> set[str]:
+    """The paths that the server's document has a POST for."""
+    paths = http.get("/openapi.json").raise_for_status().json()["paths"]
+    return {path for path, methods in paths.items() if "post" in methods}
+
+
 def app_of(
     engine: Engine,
     *,
