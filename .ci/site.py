@@ -18,7 +18,7 @@ import sidelight
 from sidelight.server.app import create_app
 
 ROOT = Path(__file__).parent.parent
-_OUTSIDE = re.compile(r"\]\(\.\./([^)#]+)\)")
+_OUTSIDE = re.compile(r"\]\(\.\./([^)#]+)(?:#[^)]*)?\)")
 # The base classes of what others add; their page is the how-to of a mechanism.
 _BASES = ("sidelight.mechanisms.base.Mechanism", "sidelight.engines.base.Engine")
 Schema = dict[str, Any]
@@ -56,7 +56,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Points links to files of the repository to their copies; folders have none."""
     return re.sub(
-        r"\[([^]]+)\]\(\.\./([^)#]+)\)",
+        r"\[([^]]+)\]\(\.\./([^)#]+)(?:#[^)]*)?\)",
         lambda link: f"[{link[1]}]({_source(link[2])})" if (ROOT / link[2]).is_file() else link[1],
         markdown,
     )
