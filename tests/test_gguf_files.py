@@ -105,7 +105,13 @@ def test_a_damaged_folder_of_ollama_is_refused_in_one_line(ollama, tmp_path):
         path.unlink()
     with pytest.raises(SidelightError, match="file of 'ollama:mine' is missing"):
         find_gguf("ollama:mine")
-    for content in ("{", "[]", "{}", '{"layers": [{}]}'):
+    (tmp_path / "secret").write_text("not Ollama's")
+    layer = f'{{"layers": [{{"mediaType": "{MODEL}", "digest": %s}}]}}'
+    for digest in ("../secret", str(tmp_path / "secret")):
+        manifest.write_text(layer % json.dumps(digest))
+        with pytest.raises(SidelightError, match="file of 'ollama:mine' is missing"):
+            find_gguf("ollama:mine")
+    for content in ("{", "[]", "{}", '{"layers": [{}]}', layer % 5):
         manifest.write_text(content)
         with pytest.raises(SidelightError, match="ollama pull"):
             find_gguf("ollama:mine")

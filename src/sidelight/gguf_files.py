@@ -64,15 +64,17 @@ def _find_in_ollama(name: str) -> Path:
         layers = json.loads(manifest.read_text(encoding="utf-8"))["layers"]
         kinds = [layer["mediaType"] for layer in layers]
         digests = [layer["digest"] for layer in layers if layer["mediaType"] == _MODEL]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        # Not beyond their folder, whatever a digest says.
+        blobs = [Path(digest.replace(":", "-")).name for digest in digests]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SidelightError(
             f"Cannot read Ollama's manifest {manifest} ({type(error).__name__}). Get the model "
             "again with 'ollama pull'."
         ) from error
-    if len(digests) != 1 or _ADAPTER in kinds:
-        what = "an adapter" if _ADAPTER in kinds else f"{len(digests)} files of weights"
+    if len(blobs) != 1 or _ADAPTER in kinds:
+        what = "an adapter" if _ADAPTER in kinds else f"{len(blobs)} files of weights"
         raise SidelightError(f"'{name}' has {what}. Name a model that is one file of weights.")
-    blob = manifest.parents[4] / "blobs" / digests[0].replace(":", "-")
+    blob = manifest.parents[4] / "blobs" / blobs[0]
     if not os.path.isfile(blob):
         raise SidelightError(
             f"Ollama's file of '{name}' is missing or cannot be read: {blob}. Get it again with "
