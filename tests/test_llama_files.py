@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from contextlib import suppress
 
 import pytest
 import transformers
@@ -60,6 +61,9 @@ def test_what_is_no_whole_gguf_file_is_refused(tiny, tmp_path):
     for size in (0, 3, 20, 400, 20_000, len(whole) - 5):
         path.write_bytes(whole[:size])
         assert ("not a GGUF file" if size < 4 else "not a whole GGUF file") in refusal(path)
+    path.write_bytes(whole.replace(b"<|user|>", b"<|us\xffr|>"))
+    assert "not a whole GGUF file" in refusal(path)
+    assert "not a whole GGUF file" in refusal(header(path, "llama", split__count="two"))
     path.write_bytes(b"PK" + whole)
     assert "not a GGUF file" in refusal(path)
     assert "No such file" in refusal(tmp_path / "absent.gguf")
@@ -79,6 +83,7 @@ def test_what_is_no_whole_gguf_file_is_refused(tiny, tmp_path):
         ("llama", {"split__count": 3}, "one of several parts"),
         ("llama", {"llama__nextn_predict_layers": 1}, "predict several tokens"),
         ("llama", {}, "says nothing of its block_count, context_length, embedding_length"),
+        ("llama", {**SIZES, "llama__block_count": "3"}, "says nothing of its block_count."),
         ("llama", SIZES, "holds a vocabulary and no weights"),
     ],
 )
@@ -144,6 +149,35 @@ def test_a_file_is_tried_once(tiny, tmp_path, monkeypatch):
     assert try_once(path, "llama", "this file") == sample
     with pytest.raises(FileNotFoundError):
         try_once(path, "llama", "another file")
+    (kept,) = (cache_root() / "gguf").glob("*.json")
+    for damaged in ("", "[]", "{}", "null"):
+        kept.write_text(damaged)
+        with pytest.raises(FileNotFoundError):
+            try_once(path, "llama", "this file")
+
+
+@needs_llama
+def test_a_file_is_tried_again_if_its_vocabulary_has_changed(tiny, tmp_path, monkeypatch):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    LlamaBackbone(path)
+    monkeypatch.setattr(sys, "executable", "/absent")
+    LlamaBackbone(path)
+    path.write_bytes(path.read_bytes().replace(b"gpt-2", b"qwen2"))
+    with pytest.raises(FileNotFoundError, match="/absent"):
+        LlamaBackbone(path)
+
+
+def test_a_folder_of_a_file_runs_no_code_whoever_agrees(tiny, tmp_path, monkeypatch):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": ["a.T", "a.T"]}}'
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "a.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with suppress(SidelightError):
+        LlamaBackbone(path)
+    assert not (tmp_path / "ran").exists()
 
 
 @needs_llama

@@ -39,6 +39,7 @@ from sidelight.smollm2 import cache_root
 from sidelight.storage import write_json
 
 _BLOCKS_PER_WEIGHT = 16
+_SIZES = ("block_count", "context_length", "embedding_length")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NOT_READ = {
     "keeps a state other than keys and values": (
@@ -92,15 +93,15 @@ class LlamaBackbone:
         threads: int | None = None,
     ):
         self.path, self.name, self.threads = path, name or path.name, threads
-        reader = _read(path)
-        self._architecture, config = _read_config(path, reader)
+        reader, tokens, self._architecture, config = _read(path)
         self._config = config
         samples = {tensor.name: _sample(tensor) for tensor in reader.tensors}
         checkpoint = Checkpoint(config, samples, _dtype(reader))
         self.is_exact = checkpoint.dtype == "float32"
-        made = _tokenizer(path, tokenizer, reader)
+        header = sha256(reader.data[: reader.data_offset].tobytes()).hexdigest()
+        made = _tokenizer(path, tokenizer, header)
         chosen = prompt_format or ("chat" if made.chat_template else "raw")
-        limit = int(config["context_length"])
+        limit = config["context_length"]
         self.encoder = PromptEncoder(made, prompt_format=chosen, max_tokens=limit)
         self.fingerprint = fingerprint(
             checkpoint,
@@ -108,12 +109,12 @@ class LlamaBackbone:
             name=self.name,
             prompt_format=chosen,
             # Without what follows the last block, which llama.cpp does not give for every token.
-            layers=int(config["block_count"]),
-            width=int(config["embedding_length"]),
+            layers=config["block_count"],
+            width=config["embedding_length"],
         )
-        identity = f"{self.fingerprint.config} {self.fingerprint.weights} {path.stat().st_size}"
+        identity = f"{header} {self.fingerprint.weights} {path.stat().st_size}"
         sample = try_once(path, self._architecture, identity)
-        _require_tokens(path, made, _value(reader, "tokenizer.ggml.tokens", []), sample)
+        _require_tokens(path, made, tokens, sample)
         self._tap: Tap | None = None
         self._context: LlamaContext | None = None
         self._prefix: tuple[int, ...] = ()
@@ -197,15 +198,17 @@ class _Reader(GGUFReader):
         super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
 
-def _read(path: Path) -> GGUFReader:
+def _read(path: Path) -> tuple[GGUFReader, list[str], str, dict[str, Any]]:
+    """The file, its vocabulary, its architecture, and what the header says of that."""
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise SidelightError(f"{path} is not a GGUF file. Give a file that ends by .gguf.")
-        return _Reader(path)
+        reader = _Reader(path)
+        return reader, _value(reader, "tokenizer.ggml.tokens", []), *_read_config(path, reader)
     except OSError as error:
         raise SidelightError(f"Cannot read {path}: {error.strerror}.") from error
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
+    except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
         raise SidelightError(f"{path} is not a whole GGUF file. Copy it again.") from error
 
 
@@ -242,8 +245,8 @@ def _read_config(path: Path, reader: GGUFReader) -> tuple[str, dict[str, Any]]:
         why = "has layers that predict several tokens, whose states are not of its text"
     elif any(tensor.name.startswith(("v.", "mm.")) for tensor in reader.tensors):
         why = "holds an encoder of images beside its language model"
-    elif absent := {"block_count", "context_length", "embedding_length"} - {*config}:
-        why = f"says nothing of its {', '.join(sorted(absent))}"
+    elif absent := [name for name in _SIZES if type(config.get(name)) is not int]:
+        why = f"says nothing of its {', '.join(absent)}"
     elif not reader.tensors:
         why = "holds a vocabulary and no weights"
     if why is not None:
@@ -278,10 +281,9 @@ def _dtype(reader: GGUFReader) -> str:
     return _DTYPES.get(name, name)
 
 
-def _tokenizer(path: Path, given: str | None, reader: GGUFReader) -> Any:
+def _tokenizer(path: Path, given: str | None, header: str) -> Any:
     """The one that is named, or the file's own, which transformers takes seconds to build."""
     disable_progress_bar()
-    header = sha256(reader.data[: reader.data_offset].tobytes()).hexdigest()
     identity = hash_of(transformers.__version__, tokenizers.__version__, header)
     kept = cache_root() / "gguf" / f"{identity}.tokenizer.json"
     if given is None and (tokenizer := _kept_tokenizer(kept)) is not None:
@@ -289,7 +291,9 @@ def _tokenizer(path: Path, given: str | None, reader: GGUFReader) -> Any:
     try:
         if given is not None:
             return AutoTokenizer.from_pretrained(given, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
     except Exception as error:
         # Libraries below raise what they like.
         what = f"'{given}' is no tokenizer" if given else f"{path} gives no tokenizer"

@@ -39,7 +39,7 @@ def try_once(path: Path, architecture: str, identity: str) -> list[int]:
     """
     require_version()
     kept = cache_root() / "gguf" / f"{hash_of(PINNED, identity)}.json"
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError, KeyError):
         return json.loads(kept.read_text("utf-8"))["sample"]
     command = [sys.executable, "-m", __name__, str(path), architecture]
     ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
