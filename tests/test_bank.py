@@ -15,6 +15,7 @@ from sidelight.probe import ProbeOutput
 from sidelight.prompts.conversation import Message, Part, Reads, Unit, judged_units, piece_lengths
 from sidelight.standardisation import Standardisation
 from sidelight.types import Judgement
+from test_mechanisms import VARIANTS
 from worlds.models import INTENT, TOPICS, TOXICITY, score, untrained_probe
 
 # float32: matmuls of another width add the same products in another order.
@@ -117,6 +118,26 @@ def test_probes_that_summarise_alike_do_it_in_one_call(tiny, prompts, monkeypatc
     for probe, logits in zip(mixed, bank.logits(state), strict=True):
         alone = score(tiny, Bank([probe]), prompts)[0]
         np.testing.assert_allclose(logits, alone, **ROUNDING, err_msg=probe.name)
+
+
+@pytest.mark.parametrize("task", [TOXICITY, INTENT], ids=lambda task: task.kind)
+def test_every_mechanism_says_beside_others_of_its_kind_what_it_says_alone(tiny, prompts, task):
+    """With all of its options, twice: an equal ``summary_kind`` puts them into one call."""
+    probes = [
+        untrained_probe(tiny, f"{name}-{i}", task=task, mechanism=name, options=options)
+        for i, (name, options) in enumerate(2 * VARIANTS)
+    ]
+    bank = Bank(probes)
+    columns, masks = projected(tiny, bank.tap(), prompts), read_masks(prompts, bank.reads)
+    left, right = (
+        summarise(bank, columns[:, part], {way: mask[:, part] for way, mask in masks.items()})
+        for part in (slice(20), slice(20, None))
+    )
+    together = bank.logits(bank.merge(left, right))
+    for (name, options), probe, logits in zip(2 * VARIANTS, probes, together, strict=True):
+        own = Bank([probe])
+        (alone,) = own.logits(summarise(own, bank.columns_of(probe.name, columns), masks))
+        np.testing.assert_allclose(logits, alone, **ROUNDING, err_msg=f"{name} {options}")
 
 
 def test_fifty_probes_run_as_many_matmuls_as_one(tiny, prompts):

@@ -6,7 +6,7 @@ Their tokenizers have chat templates as families of models write them, or are od
 # ruff: noqa: RUF001
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -50,7 +50,7 @@ from sidelight.prompts.encode import PromptEncoder
 from sidelight.spans import SpanRule
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import text_logits
-from sidelight.types import Task
+from sidelight.types import OptionValue, Task
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"
@@ -158,13 +158,14 @@ def untrained_probe(
     task: Task = TOXICITY,
     reads: Reads | None = None,
     mechanism: str = "readout",
+    options: Mapping[str, OptionValue] | None = None,
     threshold: float = 0.5,
 ) -> Probe:
     """A probe of random weights, seeded by its name."""
     torch.manual_seed(sum(map(ord, name)))
     who = backbone.fingerprint
     geometry = Geometry(layers=who.layers, width=who.width, outputs=task.outputs)
-    spec = mechanism_spec(mechanism)
+    spec = mechanism_spec(mechanism, options)
     built = build_mechanism(spec, geometry).eval().requires_grad_(False)
     for parameter in built.parameters():
         parameter.normal_(std=0.1)

@@ -3,9 +3,9 @@
 The dense form, which defines a mechanism, is its equation over a padded tensor. The streaming form
 needs a few numbers from each token (``columns``) and keeps a small state (``summarise``,
 ``finish``); the states of two neighbouring runs of tokens merge (``merge``). Training and serving
-both use the streaming form. Laws in ``tests/test_mechanisms.py`` prove it equal to the dense form
-for any chunking, merge order and packing. Knows hidden states, which the probe standardises if at
-all, and no text.
+both use the streaming form. Laws in ``tests/mechanism_contract.py`` prove it equal to the dense
+form for any chunking, merge order and packing. Knows hidden states, which the probe standardises
+if at all, and no text.
 """
 
 from abc import ABC, abstractmethod
@@ -67,7 +67,8 @@ class Mechanism(nn.Module, ABC):
         """Equal for mechanisms that can be summarised and merged in one call.
 
         They do the same to every layer's columns, whatever their parameters, so the layers of one
-        can stand beside those of another. None means that the mechanism must be called by itself.
+        can stand beside those of another: their states have one row for each segment, whose first
+        axis is layers. None means that the mechanism must be called by itself.
         """
         return None
 
