@@ -109,8 +109,9 @@ def test_of_two_trainings_into_one_folder_the_second_is_refused(model, tmp_path,
 def test_a_rationale_is_refused_where_nothing_would_learn_from_it(capsys):
     words = ("train", "--data", "x.jsonl", "--out", "x", "--set", "rationale=why")
     assert cli(*words, "--mechanism", "attention") == 2
-    assert "rationale= needs --mechanism readout, whose gates it teaches (got: attention)" in (
-        capsys.readouterr().err
+    assert (
+        "rationale= needs a mechanism that learns where to look, such as readout (got: attention)"
+        in (capsys.readouterr().err)
     )
 
 

@@ -140,11 +140,14 @@ def _require_agreement(
         owner, dot, _ = target.partition(".")
         if dot and owner != mechanism:
             raise SidelightError(f"--set {target} needs --mechanism {owner} (got: {mechanism}).")
-    if inputs.rationale is not None and mechanism not in (_AUTO, "readout"):
-        raise SidelightError(
-            "--set rationale= needs --mechanism readout, whose gates it teaches "
-            f"(got: {mechanism}). Leave one of them out."
-        )
+    if inputs.rationale is not None and mechanism != _AUTO:
+        from sidelight.mechanisms.base import learns_rationales
+
+        if not learns_rationales(mechanism):
+            raise SidelightError(
+                "--set rationale= needs a mechanism that learns where to look, such as readout "
+                f"(got: {mechanism}). Leave one of them out."
+            )
     if spans is not None and any((background, inputs.positive, inputs.rationale)):
         raise SidelightError(
             "--background, --set rationale= and --positive are for labels of whole texts. Leave "

@@ -103,6 +103,8 @@ class Mechanism(nn.Module, ABC):
     ) -> Float[Tensor, " segment"]:
         """The loss for looking away from the tokens that a text has its label for; 0 if none are.
 
+        By default, nothing is learnt of them. One that learns them is registered as a class.
+
         Args:
             tokens: As for ``summarise``.
             rationales: Which of them; none of a text of which it is not known.
@@ -231,6 +233,12 @@ def labels_tokens(name: str) -> bool:
     """Whether a mechanism has ``token_logits``."""
     build = _registered(name)
     return isinstance(build, type) and build.token_logits is not Mechanism.token_logits
+
+
+def learns_rationales(name: str) -> bool:
+    """Whether a mechanism has a ``rationale_loss``."""
+    build = _registered(name)
+    return isinstance(build, type) and build.rationale_loss is not Mechanism.rationale_loss
 
 
 def build_mechanism(spec: MechanismSpec, geometry: Geometry) -> Mechanism:
