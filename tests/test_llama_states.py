@@ -62,6 +62,15 @@ def test_a_shared_prefix_is_read_once_and_changes_no_state(model):
         )
 
 
+def test_what_is_written_over_a_loaded_file_changes_no_state(model):
+    path, text = model.backbone.path, prompt(10)
+    before, whole = states(model.backbone, text), path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    after = states(model.backbone, text)
+    path.write_bytes(whole)
+    assert np.array_equal(after, before)
+
+
 def test_a_token_that_the_model_lacks_is_refused(model):
     with pytest.raises(SidelightError, match="token id 300, and the model knows ids below 300"):
         model.backbone.run([EncodedPrompt((5, 300), (Part.PROMPT,) * 2)])

@@ -144,14 +144,15 @@ class LlamaBackbone:
             SidelightError: There is not enough memory.
         """
         needed = sequences * positions * _token_bytes(self._config, is_exact=self.is_exact)
+        unread = 0 if "model" in vars(self) else self.path.stat().st_size
         free = free_memory()
-        # llama.cpp clears them at once, and the system would end the process without a word.
-        if free is not None and needed > free:
+        # llama.cpp fills both at once, and the system would end the process without a word.
+        if free is not None and needed + unread > free:
             raise SidelightError(
                 f"There is not enough memory for {sequences} texts of {positions} tokens (one is "
-                f"only judged): their keys and values take {needed / 1e9:.1f} GB, and "
-                f"{free / 1e9:.1f} GB are free. Serve fewer or shorter texts at once "
-                "(--engine-option texts=N, tokens=N), or free some."
+                f"only judged): their keys and values take {needed / 1e9:.1f} GB and the "
+                f"weights {unread / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. "
+                "Serve fewer or shorter texts at once (--engine-option texts=N, tokens=N), or free some."
             )
         return LlamaContext(
             self.model,

@@ -25,6 +25,7 @@ from sidelight.engines.llama.library import (
     GET_LAYER_INPUT,
     MOST_SEQUENCES,
     MOST_THREADS,
+    READ_WHOLE,
     SCALED_EMBEDDINGS,
     SET_LAYER_INPUT,
     Batch,
@@ -63,6 +64,8 @@ class LlamaModel:
         self.library = library = load_library()
         params = library.llama_model_default_params()
         params.n_gpu_layers = 0
+        # A mapped file could be written over, and its probes would then judge other states.
+        params.load_mode = params.lazy_mode = READ_WHOLE
         self.pointer: int | None = library.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
             raise SidelightError(

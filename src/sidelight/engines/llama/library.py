@@ -38,6 +38,8 @@ MOST_SEQUENCES, MOST_THREADS = 256, 512
 """LLAMA_MAX_SEQ and GGML_MAX_N_THREADS in its headers."""
 F32, F16 = 0, 1
 """The types of keys and values, as ggml numbers them."""
+READ_WHOLE = 0
+"""LLAMA_LOAD_MODE_NONE and LLAMA_LAZY_MODE_OFF."""
 
 _pointer, _int, _unsigned, _bool, _float = c.c_void_p, c.c_int32, c.c_uint32, c.c_bool, c.c_float
 
@@ -118,8 +120,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama_model_default_params": {
-        "n_gpu_layers": -1, "split_mode": 1, "main_gpu": 0, "tensor_split": None,
-        "kv_overrides": None, "vocab_only": False, "check_tensors": False,
+        "n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "main_gpu": 0,
+        "tensor_split": None, "kv_overrides": None, "vocab_only": False, "check_tensors": False,
         "use_extra_bufts": True, "no_alloc": False, "load_mtp": False,
     },
     "llama_context_default_params": {
