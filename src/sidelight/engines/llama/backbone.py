@@ -151,8 +151,8 @@ class LlamaBackbone:
             raise SidelightError(
                 f"There is not enough memory for {sequences} texts of {positions} tokens (one is "
                 f"only judged): their keys and values take {needed / 1e9:.1f} GB and the "
-                f"weights {unread / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. "
-                "Serve fewer or shorter texts at once (--engine-option texts=N, tokens=N), or free some."
+                f"weights {unread / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Serve "
+                "fewer or shorter texts at once (--engine-option texts=N, tokens=N), or free some."
             )
         return LlamaContext(
             self.model,
