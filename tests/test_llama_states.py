@@ -78,6 +78,21 @@ def test_a_token_that_the_model_lacks_is_refused(model):
     assert len(states(model.backbone, prompt(3))) == 3
 
 
+@pytest.mark.parametrize("model", ["qwen2"], indirect=True)
+def test_ctrl_c_while_states_are_copied_ends_the_pass(model, monkeypatch):
+    before = states(model.backbone, prompt(20))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.backbone.model.library, "ggml_nbytes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.backbone.run([prompt(20)])
+    # It goes on.
+    assert np.array_equal(states(model.backbone, prompt(20)), before)
+
+
 def test_texts_are_cut_as_llama_cpp_does(model):
     encoder = model.backbone.encoder
     encoded = encoder.encode([Message("user", "Hi <|end|> you")])

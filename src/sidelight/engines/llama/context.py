@@ -141,8 +141,9 @@ class LlamaContext:
         params.flash_attn_type = 0
         self._has_inputs = model.architecture in BY_LAYER_INPUT
         self._seen: list[list[_LayerRows]] = [[] for _ in range(model.layers)]
+        self._errors: list[BaseException] = []
         if not self._has_inputs:
-            self._callback = _observer(model, self._seen)
+            self._callback = _observer(model, self._seen, self._errors)
             params.cb_eval = c.cast(self._callback, c.c_void_p)
         self._pointer: int | None = library.llama_init_from_model(model.pointer, params)
         if not self._pointer:
@@ -206,6 +207,8 @@ class LlamaContext:
         columns = (array.ctypes.data for array in (token, pos, one, places, wanted))
         batch = Batch(count, next(columns), None, *columns)
         status: int = self._library.llama_decode(self._pointer, batch)
+        if self._errors:
+            raise self._errors.pop()
         if status:
             raise SidelightError(f"llama.cpp could not read {count} tokens: {logged_error()}.")
         self._tokens = count
@@ -231,10 +234,11 @@ class LlamaContext:
         return np.ctypeslib.as_array(address, (self.model.vocabulary_size,))
 
 
-def _observer(model: LlamaModel, seen: list[list[_LayerRows]]) -> Any:
+def _observer(model: LlamaModel, seen: list[list[_LayerRows]], errors: list[BaseException]) -> Any:
     """Copies what enters each block into ``seen``, while llama.cpp computes it.
 
-    llama.cpp computes sequences that are not neighbours one after the other, in ascending order.
+    llama.cpp computes sequences that are not neighbours one after the other, in ascending order. It
+    is ended by an error, such as Ctrl-C, which ctypes would drop, so that goes to ``errors``.
     """
     library, width = model.library, model.width
     first = b"inp_scaled" if model.architecture in SCALED_EMBEDDINGS else b"embd"
@@ -245,10 +249,14 @@ def _observer(model: LlamaModel, seen: list[list[_LayerRows]]) -> Any:
         if layer is None or is_asked:
             # Whether it is wanted; all others just go on.
             return layer is not None or not is_asked
-        size: int = library.ggml_nbytes(tensor)
-        rows = np.empty((size // (4 * width), width), np.float32)
-        library.ggml_backend_tensor_get(tensor, rows.ctypes.data, 0, rows.nbytes)
-        seen[layer].append(rows)
+        try:
+            size: int = library.ggml_nbytes(tensor)
+            rows = np.empty((size // (4 * width), width), np.float32)
+            library.ggml_backend_tensor_get(tensor, rows.ctypes.data, 0, rows.nbytes)
+            seen[layer].append(rows)
+        except BaseException as error:  # noqa: BLE001 (Python raises it after the pass)
+            errors.append(error)
+            return False
         return True
 
     return EvalCallback(observe)
