@@ -136,7 +136,8 @@ def test_every_mechanism_says_beside_others_of_its_kind_what_it_says_alone(tiny,
     together = bank.logits(bank.merge(left, right))
     for (name, options), probe, logits in zip(2 * VARIANTS, probes, together, strict=True):
         own = Bank([probe])
-        (alone,) = own.logits(summarise(own, bank.columns_of(probe.name, columns), masks))
+        parts = torch.stack([bank.columns_of(probe.name, prompt) for prompt in columns])
+        (alone,) = own.logits(summarise(own, parts, masks))
         np.testing.assert_allclose(logits, alone, **ROUNDING, err_msg=f"{name} {options}")
 
 
