@@ -8,9 +8,12 @@ llama.cpp ends the process where its assumptions do not hold, so everything is c
 
 import ctypes as c
 import os
+import signal
 import weakref
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 import numpy as np
@@ -141,9 +144,8 @@ class LlamaContext:
         params.flash_attn_type = 0
         self._has_inputs = model.architecture in BY_LAYER_INPUT
         self._seen: list[list[_LayerRows]] = [[] for _ in range(model.layers)]
-        self._errors: list[BaseException] = []
         if not self._has_inputs:
-            self._callback = _observer(model, self._seen, self._errors)
+            self._callback = _observer(model, self._seen)
             params.cb_eval = c.cast(self._callback, c.c_void_p)
         self._pointer: int | None = library.llama_init_from_model(model.pointer, params)
         if not self._pointer:
@@ -206,9 +208,8 @@ class LlamaContext:
         wanted[[*outputs]] = 1
         columns = (array.ctypes.data for array in (token, pos, one, places, wanted))
         batch = Batch(count, next(columns), None, *columns)
-        status: int = self._library.llama_decode(self._pointer, batch)
-        if self._errors:
-            raise self._errors.pop()
+        with _interrupts_later():
+            status: int = self._library.llama_decode(self._pointer, batch)
         if status:
             raise SidelightError(f"llama.cpp could not read {count} tokens: {logged_error()}.")
         self._tokens = count
@@ -234,11 +235,27 @@ class LlamaContext:
         return np.ctypeslib.as_array(address, (self.model.vocabulary_size,))
 
 
-def _observer(model: LlamaModel, seen: list[list[_LayerRows]], errors: list[BaseException]) -> Any:
+@contextmanager
+def _interrupts_later() -> Generator[None]:
+    """Raises Ctrl-C after the block: ctypes would drop what it raises in a callback."""
+    stopped: list[int] = []
+    is_main = current_thread() is main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if stopped:
+        raise KeyboardInterrupt
+
+
+def _observer(model: LlamaModel, seen: list[list[_LayerRows]]) -> Any:
     """Copies what enters each block into ``seen``, while llama.cpp computes it.
 
-    llama.cpp computes sequences that are not neighbours one after the other, in ascending order. It
-    is ended by an error, such as Ctrl-C, which ctypes would drop, so that goes to ``errors``.
+    llama.cpp computes sequences that are not neighbours one after the other, in ascending order.
     """
     library, width = model.library, model.width
     first = b"inp_scaled" if model.architecture in SCALED_EMBEDDINGS else b"embd"
@@ -249,14 +266,10 @@ def _observer(model: LlamaModel, seen: list[list[_LayerRows]], errors: list[Base
         if layer is None or is_asked:
             # Whether it is wanted; all others just go on.
             return layer is not None or not is_asked
-        try:
-            size: int = library.ggml_nbytes(tensor)
-            rows = np.empty((size // (4 * width), width), np.float32)
-            library.ggml_backend_tensor_get(tensor, rows.ctypes.data, 0, rows.nbytes)
-            seen[layer].append(rows)
-        except BaseException as error:  # noqa: BLE001 (Python raises it after the pass)
-            errors.append(error)
-            return False
+        size: int = library.ggml_nbytes(tensor)
+        rows = np.empty((size // (4 * width), width), np.float32)
+        library.ggml_backend_tensor_get(tensor, rows.ctypes.data, 0, rows.nbytes)
+        seen[layer].append(rows)
         return True
 
     return EvalCallback(observe)
