@@ -273,10 +273,15 @@ def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
     reads, form, kind = bound.probe.reads, bound.probe.prompt_format, bound.probe.task.kind
     is_known = bound.side == "input" and form != "raw" and bound.probe.judges_turns
     if bound.rule.turns == "tool" and not is_known:
+        remedy = (
+            "train one on a model with a chat template (--tokenizer, if its file lacks one)"
+            if form == "raw"
+            else "train one on one label"
+        )
         raise SidelightError(
             f"Probe '{bound.name}' cannot have turns = \"tool\", which takes one that judges each "
             f"turn of a chat's prompt, got task {kind}, side {reads.side}, format {form}, scope "
-            f"{reads.scope}. Leave 'turns' out, or train one on one label."
+            f"{reads.scope}. Leave 'turns' out, or {remedy}."
         )
     if bound.mode == "route" and bound.side == "output":
         raise SidelightError(
