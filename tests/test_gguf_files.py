@@ -20,7 +20,7 @@ from sidelight.server.config import read_config
 from sidelight.smollm2 import packaged_gguf
 from worlds.data import write
 from worlds.gguf import CONFIGS, needs_llama, write_gguf
-from worlds.models import tiny_backbone
+from worlds.models import saved, tiny_backbone
 from worlds.servers import cli, in_process
 
 MODEL, ADAPTER, TEMPLATE = (
@@ -228,6 +228,33 @@ def test_the_file_of_a_servers_configuration_has_options_of_the_engine(file, tmp
     path.write_text(f'model = "{file}"\nengine_option = {{ threads = 1, texts = 0 }}\n')
     assert cli("serve", "--config", str(path)) == 2
     assert "--engine-option texts=0 is no whole number from 1 to 255" in capsys.readouterr().err
+
+
+@needs_llama
+@pytest.mark.parametrize("is_gguf", [True, False], ids=["gguf", "transformers"])
+def test_a_model_without_a_chat_template_is_warned_of_unless_raw_was_chosen(
+    is_gguf, tmp_path, capsys, caplog
+):
+    tiny = tiny_backbone(CONFIGS["llama"])
+    tiny.tokenizer.chat_template = None
+    absent = {"tokenizer.chat_template": None}
+    model = (
+        str(write_gguf(tiny.model, tmp_path / "base.gguf", "llama", tiny.tokenizer, **absent))
+        if is_gguf
+        else saved(tiny, tmp_path / "base")
+    )
+    runtime = Runtime(model=model, dtype="auto", device="auto", engine="auto")
+    capsys.readouterr()
+    assert runtime.load_backbone().encoder.prompt_format == "raw"
+    warned = capsys.readouterr().err
+    assert warned.startswith("Warning: The model has no chat template, so a chat is read as one")
+    assert "(--tokenizer FOLDER_OR_ID)" in warned
+    assert warned.count("\n") == 1
+    runtime.load_backbone("raw")
+    assert not capsys.readouterr().err
+    # A server logs it, whatever its probes were trained on.
+    runtime.load_engine([])
+    assert [f"Warning: {record.message}\n" for record in caplog.records] == [warned]
 
 
 def test_what_needs_weights_in_transformers_takes_no_gguf_file(file):

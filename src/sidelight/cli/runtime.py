@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from sidelight.engines.llama.library import MOST_SEQUENCES, MOST_THREADS
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf
@@ -60,8 +62,12 @@ class Runtime:
             find_device(self.device)
 
     def load_backbone(self, prompt_format: "PromptFormat | None" = None) -> "Backbone":
-        """The backbone, for texts that are read."""
-        return self._load(self.model_of([]), prompt_format, for_reading=self.engine != "vllm")
+        """The backbone, for texts that are read; warns if nobody chose to read chats as texts."""
+        name, for_reading = self.model_of([]), self.engine != "vllm"
+        backbone = self._load(name, prompt_format, for_reading=for_reading)
+        if prompt_format is None and (warning := backbone.encoder.warning):
+            click.echo(f"Warning: {warning}", err=True)
+        return backbone
 
     def load_transformers(
         self, prompt_format: "PromptFormat | None" = None

@@ -69,6 +69,8 @@ class LocalEngine(Engine):
         model: str | None = None,
     ):
         self.model = model or backbone.name
+        if warning := backbone.encoder.warning:
+            _log.warning(warning)
         self.max_tokens = backbone.encoder.max_tokens
         self._backbone = backbone
         self._panel = self._load_panel(probes)

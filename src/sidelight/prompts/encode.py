@@ -104,6 +104,17 @@ class PromptEncoder:
         # Clients choose the sequences of roles, so both their number and length are bounded.
         self._cached_frame = lru_cache(maxsize=256)(self._render_frame)
 
+    @property
+    def warning(self) -> str | None:
+        """What a user should know who sends chats to this model; None: it has a chat template."""
+        if self.tokenizer.chat_template:
+            return None
+        return (
+            "The model has no chat template, so a chat is read as one plain text: all its turns "
+            "are judged together. If its original has one, name that for a GGUF file (--tokenizer "
+            "FOLDER_OR_ID), or copy its chat_template.jinja into the model's folder."
+        )
+
     @cached_property
     def chat_format(self) -> ChatFormat:
         """The marks of turns in the model's chat template."""
