@@ -185,11 +185,11 @@ def _dull_places(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 def run(faults: Path, out: Path, workers: int) -> None:
     every = [json.loads(line) for line in faults.read_text().splitlines()]
     known = {json.loads(line)["patch"] for line in out.open()} if out.exists() else set()
+    left = [fault for fault in every if fault["patch"] not in known]
     # Without a fault the tests of each part pass, or what they catch says nothing.
-    left = [
-        {"part": part, "file": "", "line": 0, "change": "nothing", "patch": ""} for part in PARTS
-    ]
-    left = [fault for fault in left + every if fault["patch"] not in known or not fault["patch"]]
+    nothing = {"file": "", "line": 0, "change": "nothing", "patch": ""}
+    parts = dict.fromkeys(fault["part"] for fault in left)
+    left = [nothing | {"part": part} for part in parts] + left
     _import_libraries()
     running: dict[int, tuple[dict, Path, float]] = {}
     while left or running:
