@@ -1,6 +1,7 @@
 """The settings in which training shows a text, and that none of them crosses a fold."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import sidelight.training.fit
 from sidelight.bank import Bank
 from sidelight.calibration import fit_calibration
 from sidelight.cli.show import rate_sentence, traffic_lines
+from sidelight.cli.train import _kinds, train
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
@@ -287,8 +289,14 @@ def test_a_conversation_is_counted_at_the_threshold_that_others_set():
 
 
 def test_few_conversations_have_no_rate():
-    assert "too few" in rate_sentence(0, 99, abstains=False)
-    assert "%" not in rate_sentence(0, 99, abstains=False)
+    said = rate_sentence(0, 99, abstains=False)
+    assert "too few" in said
+    assert "%" not in said
+    # `eval` and `guard` say it too, which have no such option.
+    remedy = re.search(r"sidelight (\w+) (--set) context_tokens=N, and (--data) guard:NAME", said)
+    assert {*remedy.groups()[1:]} <= {o for each in train.params for o in each.opts}
+    assert remedy[1] == train.name
+    assert "context_tokens" in _kinds()
     assert "4.0% (95 % interval 1.6% to 9.8%)" in rate_sentence(4, 100, abstains=False)
 
 

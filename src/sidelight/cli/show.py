@@ -162,7 +162,8 @@ def rate_sentence(flagged: int, conversations: int, *, abstains: bool) -> str:
     if conversations < _FEWEST:
         return (
             f"It was judged on {conversations} ordinary conversations, too few to say which share "
-            "of them it flags. Show it more (--set context_tokens=N)."
+            "of them it flags. Train it with more: sidelight train --set context_tokens=N, and "
+            "--data guard:NAME for a ready guard."
         )
     does = "it gives another class than 'none' to" if abstains else "it flags"
     lowest, highest = wilson(np.array([flagged / conversations]), np.array([conversations]))
