@@ -13,7 +13,7 @@ from sidelight.artifact import load_probe
 from sidelight.cli.runtime import _LLAMA_OPTIONS, Runtime
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import ACCEPTED
-from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf
+from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf, served_name
 from sidelight.manifest import read_manifest
 from sidelight.prompts.conversation import Message
 from sidelight.server.config import read_config
@@ -67,6 +67,33 @@ def file(tmp_path_factory):
 def test_a_name_is_a_gguf_file_by_its_end_or_by_ollama():
     assert all(map(is_gguf, ("a/b.gguf", "B.GGUF", "ollama:llama3.2", EMBEDDED_GGUF)))
     assert not any(map(is_gguf, ("smollm2", "folder", "owner/model-GGUF", "gguf")))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("/models/Llama-3.2-3B-Q4_K_M.gguf", "Llama-3.2-3B-Q4_K_M"),
+        (EMBEDDED_GGUF, "smollm2"),
+        ("ollama:llama3.2", "llama3.2"),
+        ("ollama:hf.co/owner/model:Q4_K_M", "hf.co/owner/model:Q4_K_M"),
+        ("smollm2", "smollm2"),
+        ("owner/model-1.5", "owner/model-1.5"),
+    ],
+)
+def test_clients_name_a_model_as_its_file_or_as_ollama_does(model, name):
+    assert served_name(model) == name
+
+
+def test_a_server_has_the_name_that_it_is_given(tmp_path):
+    model = saved(tiny_backbone(CONFIGS["llama"]), tmp_path / "model")
+    runtime = Runtime(model=model, dtype="auto", device="auto", served_model_name="assistant")
+    with in_process(runtime.load_engine([])) as http:
+        assert http.get("/v1/models").json()["data"][0]["id"] == "assistant"
+        body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+        for name, wanted in ((model, 404), ("assistant", 200)):
+            answer = http.post("/v1/chat/completions", json={"model": name, **body})
+            assert answer.status_code == wanted
+        assert answer.json()["model"] == "assistant"
 
 
 @pytest.mark.parametrize(
@@ -214,7 +241,7 @@ def test_a_server_holds_as_many_and_as_long_texts_as_its_options_say_and_names_t
     with in_process(served) as http:
         for letters, wanted in ((99, 200), (100, 400), (200, 400)):
             content = "a" * (letters - len(template) + 1)
-            body = {"model": str(file), "messages": [{"role": "user", "content": content}]}
+            body = {"model": "tiny", "messages": [{"role": "user", "content": content}]}
             answer = http.post("/v1/chat/completions", json={**body, "max_tokens": 4})
             assert answer.status_code == wanted
             if wanted == 400:
@@ -313,9 +340,13 @@ def test_a_probe_of_a_gguf_file_judges_and_is_served_by_the_files_name(file, pro
     runtime = Runtime(model=None, dtype="auto", device="auto", engine="auto")
     served = runtime.load_engine([load_probe(probe)])
     with in_process(served) as http:
-        body = {"model": str(file), "messages": [{"role": "user", "content": "bad 7"}]}
+        (listed,) = http.get("/v1/models").json()["data"]
+        assert listed["id"] == "tiny"
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "bad 7"}]}
         answer = http.post("/v1/chat/completions", json={**body, "max_tokens": 4})
     assert answer.status_code == 200, answer.text
+    # Where the file lies is the operator's.
+    assert str(file.parent) not in answer.text + json.dumps(listed)
     assert [each["probe"] for each in answer.json()["sidelight"]["verdicts"]] == ["probe"]
 
 

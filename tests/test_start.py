@@ -238,7 +238,7 @@ def test_a_server_of_a_gguf_file_starts_again_after_a_kill_and_ends_its_answers_
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
     port = free_port()
     command = ["serve", "--model", file, "--port", str(port)]
-    body = {"model": file, "messages": [{"role": "user", "content": "a"}], "temperature": 0}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "temperature": 0}
 
     def signal_in_answer(process, number):
         """The lines of an answer after the first, at which the signal is sent."""

@@ -481,7 +481,10 @@ def test_every_option_has_a_place_in_vllms_server_or_a_remedy():
         *("admin_key", "admin_keys_file", "metrics_key", "allow_anonymous"),
         "allowed_host",
     }
-    as_arguments = {"host", "port", "log_level", "model", "dtype", "drain_s", "engine_option"}
+    as_arguments = {
+        *("host", "port", "log_level", "model", "served_model_name", "dtype", "drain_s"),
+        "engine_option",
+    }
     elsewhere = {"engine", "device", "tokenizer"}
     known = in_the_process | as_arguments | elsewhere | NO_PLACE.keys()
     assert ServerConfig.model_fields.keys() == known
@@ -532,3 +535,5 @@ def test_options_become_arguments_of_vllm_and_secrets_do_not():
         '--allowed-origins ["*"]', '--compilation-config {"level": 0}',
     ):  # fmt: skip
         assert part in text
+    named = arguments(options_of(served_model_name="assistant"), "name", "/folder")
+    assert named[named.index("--served-model-name") + 1] == "assistant"

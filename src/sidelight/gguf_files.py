@@ -24,6 +24,13 @@ def is_gguf(name: str) -> bool:
     return name.startswith(_OLLAMA) or name.lower().endswith(".gguf")
 
 
+def served_name(name: str) -> str:
+    """The default name for clients, who are not shown where a GGUF file lies."""
+    if name.startswith(_OLLAMA):
+        return name.removeprefix(_OLLAMA)
+    return Path(name).stem if is_gguf(name) else name
+
+
 def find_gguf(name: str) -> Path:
     """The file of a name.
 

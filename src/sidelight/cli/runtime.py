@@ -34,6 +34,7 @@ class Runtime:
     """The model that runs, and what runs it: the options ``engine`` and ``backbone``.
 
     Attributes:
+        served_model_name: Name that requests give; None: as ``LocalEngine`` has it.
         serves: Whether an engine holds texts, so that options say how many and how long.
 
     Raises:
@@ -47,6 +48,7 @@ class Runtime:
     engine: str = "transformers"
     engine_option: Mapping[str, Any] = field(default_factory=dict[str, Any])
     tokenizer: str | None = None
+    served_model_name: str | None = None
     serves: bool = False
 
     def __post_init__(self) -> None:
@@ -188,7 +190,7 @@ class Runtime:
         if isinstance(backbone, TransformersBackbone):
             from sidelight.engines.transformers import TransformersEngine
 
-            return TransformersEngine(backbone, probes)
+            return TransformersEngine(backbone, probes, model=self.served_model_name)
         from sidelight.engines.llama.backbone import LlamaBackbone
         from sidelight.engines.llama.engine import LlamaEngine, llama_limits
 
@@ -200,7 +202,8 @@ class Runtime:
                 f"--engine-option tokens={sizes['tokens']}: '{name}' knows texts of at most "
                 f"{known} tokens. Give at most so many, or leave it out."
             )
-        return LlamaEngine(backbone, probes, limits=llama_limits(**sizes))
+        limits, served = llama_limits(**sizes), self.served_model_name
+        return LlamaEngine(backbone, probes, limits=limits, model=served)
 
     @contextmanager
     def state_source(self, backbone: "Backbone") -> "Generator[StateSource]":

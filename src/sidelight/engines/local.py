@@ -35,6 +35,7 @@ from sidelight.engines.marks import labels_spans
 from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
 from sidelight.engines.text import TextCodec
 from sidelight.errors import SidelightError
+from sidelight.gguf_files import served_name
 from sidelight.probe import Probe
 from sidelight.prompts.conversation import Conversation, Message, has_response
 
@@ -56,7 +57,7 @@ class LocalEngine(Engine):
         decoder: Runs it. Nothing else may run it meanwhile.
         probes: Probes trained on this backbone, with distinct names.
         limits: How much is held at once; None: the defaults for the device.
-        model: The name that requests use; None takes the backbone's.
+        model: The name that requests use; None takes the backbone's, as ``served_name`` has it.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class LocalEngine(Engine):
         limits: Limits | None = None,
         model: str | None = None,
     ):
-        self.model = model or backbone.name
+        self.model = model or served_name(backbone.name)
         if warning := backbone.encoder.warning:
             _log.warning(warning)
         self.max_tokens = backbone.encoder.max_tokens

@@ -75,6 +75,12 @@ class ServerConfig(BaseSettings):
         default=None,
         description="TOML file that says what follows from verdicts; see docs/policies.md.",
     )
+    served_model_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name that requests give as their model. [default: that of --model; of a GGUF "
+        "file, its own without folder and ending; of ollama:NAME, NAME]",
+    )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(
         default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one."

@@ -54,7 +54,8 @@ def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
 
     Args:
         config: The configuration, with the folders of the probes.
-        model: ``smollm2``, a folder, or a hub id; requests call it so.
+        model: ``smollm2``, a folder, or a hub id; requests call it so, unless
+            ``served_model_name`` says otherwise.
         probes: Those of the folders.
 
     Raises:
@@ -149,7 +150,7 @@ def arguments(config: ServerConfig, model: str, path: str) -> list[str]:
     """The words of vLLM's command line, for the files of a model in a folder or at a hub id."""
     options = {
         "model": path,
-        "served_model_name": model,
+        "served_model_name": config.served_model_name or model,
         "dtype": config.dtype,
         "host": config.host,
         "port": config.port,

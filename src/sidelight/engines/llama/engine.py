@@ -33,7 +33,7 @@ class LlamaEngine(LocalEngine):
         backbone: The file. Nothing else may run it meanwhile.
         probes: Probes trained on this file, with distinct names.
         limits: How much is held at once; None: as ``llama_limits`` has it.
-        model: The name that requests use; None takes the backbone's.
+        model: As for ``LocalEngine``.
 
     Raises:
         SidelightError: There is not enough memory.
