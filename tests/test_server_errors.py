@@ -115,6 +115,8 @@ def test_what_only_vllm_can_do_is_refused_and_named(http, path):
         error = error_of(http.post(path, json={**BODIES[path], name: value}), 400)
         assert (error["code"], error["param"]) == ("unsupported_parameter", name)
         assert "--engine vllm" in error["message"]
+        # vLLM reads no GGUF file, whose probes it would refuse.
+        assert "for a GGUF file with its original in safetensors" in error["message"]
     # Without alternatives, but with the log-probability of each token; and nearly 1, but no number.
     for name, value in {"logprobs": 0, "best_of": True, "web_search_options": {}}.items():
         assert error_of(http.post(path, json={**BODIES[path], name: value}), 400)["param"] == name

@@ -142,7 +142,10 @@ class StrictBody(BaseModel):
                 why = f"there is no such field here.{did_you_mean(quoted, cls.model_fields)}"
                 raise _field_error("unknown_parameter", quoted, why)
             elif not _is_default(content, cls.unread[name]):
-                why = "not supported here. Leave it out; sidelight serve --engine vllm has it."
+                why = (
+                    "not supported here. Leave it out; sidelight serve --engine vllm has it, for "
+                    "a GGUF file with its original in safetensors and probes trained on that."
+                )
                 raise _field_error("unsupported_parameter", name, why)
         return fields
 
