@@ -10,8 +10,10 @@ from gguf import GGUFWriter
 
 from sidelight.engines.llama import library
 from sidelight.engines.llama.backbone import LlamaBackbone
+from sidelight.engines.llama.library import PINNED
 from sidelight.engines.llama.trial import try_once
 from sidelight.errors import SidelightError
+from sidelight.fingerprint import hash_of
 from sidelight.prompts.conversation import Message
 from sidelight.smollm2 import cache_root
 from worlds.gguf import CONFIGS, needs_llama, write_gguf
@@ -154,6 +156,22 @@ def test_a_file_is_tried_once(tiny, tmp_path, monkeypatch):
         kept.write_text(damaged)
         with pytest.raises(FileNotFoundError):
             try_once(path, "llama", "this file")
+
+
+@needs_llama
+@pytest.mark.parametrize(
+    "damaged",
+    ['{"sample": 3}', '{"sample": []}', '{"sample": ["a"]}', "{}", "[1]", "null", '{"sample": [1'],
+)
+def test_a_kept_trial_of_another_shape_counts_as_none(tmp_path, monkeypatch, damaged):
+    (cache_root() / "gguf").mkdir(parents=True)
+    kept = cache_root() / "gguf" / f"{hash_of(PINNED, 'this file')}.json"
+    monkeypatch.setattr(sys, "executable", "/absent")
+    kept.write_text('{"sample": [1, 2]}')
+    assert try_once(tmp_path, "llama", "this file") == [1, 2]
+    kept.write_text(damaged)
+    with pytest.raises(FileNotFoundError, match="/absent"):
+        try_once(tmp_path, "llama", "this file")
 
 
 @needs_llama

@@ -10,8 +10,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from signal import Signals
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field, TypeAdapter
 
 from sidelight.engines.llama.context import LlamaContext, LlamaModel
 from sidelight.engines.llama.library import PINNED, require_version
@@ -24,6 +26,8 @@ SAMPLE = "I'm sure: 3.14159 of 2024's   users\n\n\tdon't read “übergroße” 
 """A text that tokenizers cut differently."""
 _TOKENS = 8
 _MOST_DIFFERENCE = 0.01
+# What is kept of a file; anything else counts as none.
+_KEPT = TypeAdapter(dict[Literal["sample"], Annotated[list[int], Field(min_length=1)]])
 
 
 def try_once(path: Path, architecture: str, identity: str) -> list[int]:
@@ -39,8 +43,8 @@ def try_once(path: Path, architecture: str, identity: str) -> list[int]:
     """
     require_version()
     kept = cache_root() / "gguf" / f"{hash_of(PINNED, identity)}.json"
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        return json.loads(kept.read_text("utf-8"))["sample"]
+    with suppress(OSError, ValueError, KeyError):
+        return _KEPT.validate_json(kept.read_bytes(), strict=True)["sample"]
     command = [sys.executable, "-m", __name__, str(path), architecture]
     ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
     said = ended.stderr.strip().splitlines()
