@@ -10,7 +10,7 @@ import pytest
 
 from policy_contract import ADMIN, CHATS, GUARDRAIL
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.policy.request import LabelsOnly
+from sidelight.policy.request import labels_only
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts.conversation import Reads
 from worlds.models import (
@@ -302,7 +302,7 @@ def test_the_label_ranks_no_scores_of_labels_that_hold(task, labels, label):
     thresholds = {name: 0.0 if name in labels else 1.0 for name in task.labels[-2:]}
     thresholds |= dict.fromkeys(labels, 0.0)
     ordered = {name: thresholds[name] for name in task.labels if name in thresholds}
-    shown = LabelsOnly.of(task.decide("probe", scores, ordered))
+    shown = labels_only(task.decide("probe", scores, ordered))
     assert (shown.label, shown.flagged) == (label, bool(labels))
     held = labels or ((label,) if label else ())
     assert shown.probabilities == {name: float(name in held) for name in task.labels}

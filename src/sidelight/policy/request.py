@@ -1,8 +1,9 @@
 """The terms of one request, and its outcome, as clients and gateways see it.
 
 Both servers fix the ``Terms`` before they judge anything, and keep an ``Outcome`` while they
-answer. Decisions become visible here, so this is where rules that disclose less are applied. There
-are two exceptions: ``server.chat`` leaves out running scores that are not disclosed, and
+answer. Two words say what a client gets: the probes that answers report are ``chosen``, and what it
+sees of their decisions is ``Disclosed``. Answers are written from that type alone, with two
+exceptions: ``server.chat`` leaves out running scores that are not disclosed, and
 ``server.checks`` names every probe that flags in LiteLLM's ``blocked_reason``. Each client drops
 other fields that it does not know, so the same verdicts go into a header, the typed ``moderation``
 field, and the ``sidelight`` field.
@@ -37,19 +38,51 @@ CategoryNames = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
-class LabelsOnly(Verdict):
+class Disclosed:
+    """One probe's decision as a client sees it.
+
+    Attributes:
+        probe: Its name.
+        verdict: As ``labels_only`` gives it if there are no scores; None: the probe gave none.
+        has_scores: Whether the verdict's probabilities are the probe's.
+        is_too_long: As in the decision.
+    """
+
+    probe: str
+    verdict: Verdict | None
+    has_scores: bool
+    is_too_long: bool
+
+    def to_json(self) -> Json:
+        """An entry of the ``sidelight`` field.
+
+        ``labels`` are those that hold, for a multi-label probe none to all. ``turn`` is there if
+        one turn of several has decided, ``spans`` if the probe labels words.
+        """
+        verdict = self.verdict
+        if verdict is None:
+            return {"probe": self.probe, "error": "verdict_failed"}
+        return {
+            "probe": self.probe,
+            "label": verdict.label,
+            "labels": list(verdict.labels),
+            **({"probabilities": verdict.probabilities} if self.has_scores else {}),
+            "flagged": verdict.flagged,
+            **({} if verdict.turn is None else {"turn": verdict.turn}),
+            **({} if verdict.spans is None else {"spans": spans_json(verdict.spans)}),
+        }
+
+
+def labels_only(verdict: Verdict) -> Verdict:
     """A verdict without its scores: probabilities are 1.0 for labels that hold, otherwise 0.0.
 
     ``label`` is the first that holds, or "" if a multi-label probe finds none, and there is no
     ``turn``: the most probable label beside others that hold, or the turn with the highest score,
     would rank scores that are withheld. Nor are there ``spans``, which would tell what to change.
     """
-
-    @classmethod
-    def of(cls, verdict: Verdict) -> "LabelsOnly":
-        label = verdict.labels[0] if verdict.labels else ""
-        shown = {name: float(name in verdict.labels) for name in verdict.probabilities}
-        return cls(verdict.probe, label, verdict.labels, shown, verdict.flagged)
+    label = verdict.labels[0] if verdict.labels else ""
+    held = {name: float(name in verdict.labels) for name in verdict.probabilities}
+    return Verdict(verdict.probe, label, verdict.labels, held, verdict.flagged)
 
 
 @dataclass(frozen=True)
@@ -96,15 +129,17 @@ class Terms:
             chosen |= dict.fromkeys(b.name for b in visible.values() if b.is_enforced)
         return replace(self, chosen=tuple(visible[name] for name in chosen))
 
-    def disclosed(self, *, are_named: bool) -> "Terms":
+    def require_disclosed(self, *, are_named: bool) -> "Terms":
         """The same, without probes whose verdicts are not disclosed, which may not be named.
 
         Raises:
             PolicyError: No chosen probe is disclosed, or one is not that the client has named.
         """
-        shown = tuple(b for b in self.chosen if self.sees_all or b.disclosure != "none")
-        hidden = [bound.name for bound in self.chosen if bound not in shown]
-        if hidden and (are_named or not shown):
+        disclosed = tuple(
+            bound for bound in self.chosen if bound.disclosed_part(sees_all=self.sees_all) != "none"
+        )
+        hidden = [bound.name for bound in self.chosen if bound not in disclosed]
+        if hidden and (are_named or not disclosed):
             raise PolicyError(
                 f"The server's policy does not disclose verdicts of {', '.join(hidden)}. Choose "
                 "other probes, or send an admin key.",
@@ -112,7 +147,7 @@ class Terms:
                 param="probes",
                 status=403,
             )
-        return replace(self, chosen=shown)
+        return replace(self, chosen=disclosed)
 
     @property
     def probes(self) -> list[Probe]:
@@ -145,49 +180,43 @@ class Terms:
             for probe, names in unprefixed.items()
         }
 
-    def reported(self, decisions: Iterable[Decision]) -> list[Decision]:
+    def of_chosen(self, decisions: Iterable[Decision]) -> list[Decision]:
         """Only those of the chosen probes, whether or not the client sees them."""
         names = {bound.name for bound in self.chosen}
         return [decision for decision in decisions if decision.rule.name in names]
 
-    def shown(self, decisions: Iterable[Decision]) -> list[Decision]:
+    def disclosed(self, decisions: Iterable[Decision]) -> list[Disclosed]:
         """The decisions of the chosen probes, as the client sees them."""
-        return _as_disclosed(self.reported(decisions), sees_all=self.sees_all)
-
-    def verdicts(self, decisions: Iterable[Decision]) -> list[Verdict]:
-        """The verdicts of the chosen probes as the client may see them."""
-        return [d.verdict for d in self.shown(decisions) if d.verdict is not None]
+        return _disclosed(self.of_chosen(decisions), sees_all=self.sees_all)
 
     def entries(self, decisions: Iterable[Decision]) -> list[Json]:
         """The entries of the ``sidelight`` field: verdicts, then the probes that gave none."""
-        verdicts = map(verdict_json, self.verdicts(decisions))
-        failed = dict.fromkeys(d.rule.name for d in self.shown(decisions) if d.verdict is None)
-        return [*verdicts, *({"probe": name, "error": "verdict_failed"} for name in failed)]
+        disclosed = sorted(self.disclosed(decisions), key=lambda each: each.verdict is None)
+        return [each.to_json() for each in disclosed]
 
     def headers(self, decisions: Sequence[Decision]) -> dict[str, str]:
         """The headers of an answer: verdicts, and marks of every probe for a gateway."""
-        marked = _as_disclosed(decisions, sees_all=self.sees_all)
-        return {**_verdict_header(self.shown(decisions)), **_marks(marked)}
+        marks = _marks(decisions, sees_all=self.sees_all)
+        return {**_verdict_header(self.disclosed(decisions)), **marks}
 
     def moderation(self, decisions: Iterable[Decision], not_run: str) -> Json:
         """One side of the ``moderation`` field; ``not_run`` if no chosen probe is on that side."""
-        reported = self.reported(decisions)
-        shown = _as_disclosed(reported, sees_all=self.sees_all)
-        failed = [decision for decision in shown if decision.verdict is None]
+        chosen = self.of_chosen(decisions)
+        disclosed = self.disclosed(chosen)
+        failed = [each for each in disclosed if each.verdict is None]
         if failed:
             return _error("verdict_failed", _failure(failed))
-        if not reported:
+        if not chosen:
             return _error("not_run", not_run)
-        if not shown:
+        if not disclosed:
             return _error("not_disclosed", "The server's policy does not disclose these verdicts.")
         results = [
             {
                 "type": "moderation_result",
-                "model": verdict.probe,
-                **category_fields([verdict], self.categories),
+                "model": each.probe,
+                **category_fields([each], self.categories),
             }
-            for decision in shown
-            if (verdict := decision.verdict) is not None
+            for each in disclosed
         ]
         return {"type": "moderation_results", "model": self.model, "results": results}
 
@@ -289,12 +318,13 @@ def _admitted(texts: Sequence[Enforcement]) -> Judged | None:
     return next((text.admitted for text in texts if text.admitted), None)
 
 
-def category_fields(verdicts: Sequence[Verdict], names: CategoryNames) -> Json:
+def category_fields(disclosed: Iterable[Disclosed], names: CategoryNames) -> Json:
     """Whether each category of these verdicts is flagged, its score, and that text was read.
 
     A multi-class verdict is never flagged, so neither are its categories; its label is in the
     ``sidelight`` field.
     """
+    verdicts = [each.verdict for each in disclosed if each.verdict is not None]
     scores: dict[str, float] = {}
     flags: dict[str, bool] = {}
     for verdict in verdicts:
@@ -309,63 +339,42 @@ def category_fields(verdicts: Sequence[Verdict], names: CategoryNames) -> Json:
     }
 
 
-def _as_disclosed(decisions: Iterable[Decision], *, sees_all: bool) -> list[Decision]:
-    """The decisions that a client sees, never a shadow's; ``sees_all``: it has an admin key."""
-    shown: list[Decision] = []
-    for decision in decisions:
-        is_open = sees_all and not decision.rule.is_shadow
-        disclosure = "scores" if is_open else decision.rule.disclosure
-        if disclosure == "scores":
-            shown.append(decision)
-        elif disclosure == "labels":
-            verdict = decision.verdict and LabelsOnly.of(decision.verdict)
-            shown.append(replace(decision, verdict=verdict))
-    return shown
-
-
-def verdict_json(verdict: Verdict) -> Json:
-    """One verdict; ``labels`` are those that hold, for a multi-label probe none to all.
-
-    ``turn`` is there if one turn of several has decided, ``spans`` if the probe labels words.
-    """
-    has_scores = not isinstance(verdict, LabelsOnly)
-    return {
-        "probe": verdict.probe,
-        "label": verdict.label,
-        "labels": list(verdict.labels),
-        **({"probabilities": verdict.probabilities} if has_scores else {}),
-        "flagged": verdict.flagged,
-        **({} if verdict.turn is None else {"turn": verdict.turn}),
-        **({} if verdict.spans is None else {"spans": spans_json(verdict.spans)}),
-    }
-
-
 def refusal_headers(decisions: Sequence[Decision], *, sees_all: bool) -> dict[str, str]:
     """The headers of a refused prompt: every verdict but those of shadows, and the marks."""
-    shown = _as_disclosed(decisions, sees_all=sees_all)
-    return {**_verdict_header(shown), **_marks(shown)}
+    disclosed = _disclosed(decisions, sees_all=sees_all)
+    return {**_verdict_header(disclosed), **_marks(decisions, sees_all=sees_all)}
 
 
-def _verdict_header(decisions: Sequence[Decision]) -> dict[str, str]:
+def _disclosed(decisions: Iterable[Decision], *, sees_all: bool) -> list[Disclosed]:
+    """The decisions that a client sees, never a shadow's; ``sees_all``: it has an admin key."""
+    disclosed: list[Disclosed] = []
+    for decision in decisions:
+        part, verdict = decision.rule.disclosed_part(sees_all=sees_all), decision.verdict
+        if part == "none":
+            continue
+        has_scores = part == "scores"
+        if verdict is not None and not has_scores:
+            verdict = labels_only(verdict)
+        name = decision.rule.name
+        disclosed.append(Disclosed(name, verdict, has_scores, decision.is_too_long))
+    return disclosed
+
+
+def _verdict_header(disclosed: Sequence[Disclosed]) -> dict[str, str]:
     """Compact ASCII JSON.
 
     Probabilities are rounded. If the header would be too long for proxies, only probe, label and
     flag are left; if it still is, one entry with ``error``.
     """
-    verdicts = [d.verdict for d in decisions if d.verdict is not None]
-    short = [{"probe": v.probe, "label": v.label, "flagged": v.flagged} for v in verdicts]
-    full = [
-        entry
-        if isinstance(v, LabelsOnly)
-        else {
-            **entry,
-            "probabilities": {k: round(p, _HEADER_DIGITS) for k, p in v.probabilities.items()},
-        }
-        for v, entry in zip(verdicts, short, strict=True)
-    ]
-    failed = [
-        {"probe": d.rule.name, "error": "verdict_failed"} for d in decisions if d.verdict is None
-    ]
+    short: list[Json] = []
+    full: list[Json] = []
+    for each in disclosed:
+        if (verdict := each.verdict) is None:
+            continue
+        short.append({"probe": each.probe, "label": verdict.label, "flagged": verdict.flagged})
+        rounded = {k: round(p, _HEADER_DIGITS) for k, p in verdict.probabilities.items()}
+        full.append({**short[-1], **({"probabilities": rounded} if each.has_scores else {})})
+    failed = [each.to_json() for each in disclosed if each.verdict is None]
     too_long = [{"error": "too_long"}]
     texts = [
         json.dumps(each, separators=(",", ":"))
@@ -375,9 +384,14 @@ def _verdict_header(decisions: Sequence[Decision]) -> dict[str, str]:
     return {VERDICTS_HEADER: fitting}
 
 
-def _marks(decisions: Sequence[Decision]) -> dict[str, str]:
+def _marks(decisions: Sequence[Decision], *, sees_all: bool) -> dict[str, str]:
     """The headers that rules mark an answer with, for a gateway."""
-    marks = dict.fromkeys(mark for d in decisions for mark in d.rule.marks(d.verdict))
+    marks = dict.fromkeys(
+        mark
+        for decision in decisions
+        if decision.rule.disclosed_part(sees_all=sees_all) != "none"
+        for mark in decision.rule.marks(decision.verdict)
+    )
     # Labels are a user's own words: a comma or a line break must not reach a header.
     return {
         header: ", ".join(quote(name, safe=" /-_.:@") for own, name in marks if own == header)
@@ -385,9 +399,9 @@ def _marks(decisions: Sequence[Decision]) -> dict[str, str]:
     }
 
 
-def _failure(failed: Sequence[Decision]) -> str:
-    too_long = dict.fromkeys(d.rule.name for d in failed if d.is_too_long)
-    other = dict.fromkeys(d.rule.name for d in failed if d.rule.name not in too_long)
+def _failure(failed: Sequence[Disclosed]) -> str:
+    too_long = dict.fromkeys(each.probe for each in failed if each.is_too_long)
+    other = dict.fromkeys(each.probe for each in failed if each.probe not in too_long)
     reasons = [str(verdict_failure(other))] if other else []
     if too_long:
         reasons.append(

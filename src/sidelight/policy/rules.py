@@ -158,6 +158,10 @@ class BoundRule:
             return "none"
         return self.rule.disclose or ("labels" if self.is_enforced else "scores")
 
+    def disclosed_part(self, *, sees_all: bool) -> Disclosure:
+        """The part of its verdicts that a client sees; ``sees_all``: it has an admin key."""
+        return "scores" if sees_all and not self.is_shadow else self.disclosure
+
     @property
     def explains(self) -> bool:
         """Whether keys without the admin role may have its verdicts explained.

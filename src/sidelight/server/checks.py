@@ -13,7 +13,7 @@ from sidelight.engines.base import PromptJudged, verdict_failure
 from sidelight.policy.decisions import Decision
 from sidelight.policy.enforcement import check_decisions
 from sidelight.policy.redaction import Placeholders, without_placeholders
-from sidelight.policy.request import Terms, category_fields, verdict_json
+from sidelight.policy.request import Terms, category_fields
 from sidelight.policy.rules import BoundRule, Side
 from sidelight.prompts.conversation import Message, has_response
 from sidelight.server.errors import RequestError
@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 
 
 Checked = tuple[PromptJudged, Sequence[Decision]]
-"""One text, and what follows from each chosen probe, whether or not the client sees it."""
+"""One text, and what follows from each chosen probe, of which ``Terms`` give what may be sent."""
 
 
 async def check(
@@ -85,7 +85,7 @@ async def check(
         response: set[Side] = {"output"} if is_answered(turns) else set()
         decisions = check_decisions(terms.rules, event, prompt | response)
         RequestTextObserver(request.observer, turns).check(event, decisions)
-        chosen = terms.reported(decisions)
+        chosen = terms.of_chosen(decisions)
         _require_verdicts(f"Text {index} (counted from 0)", turns, event.tokens, chosen)
         checked.append((event, chosen))
     return checked
@@ -147,14 +147,15 @@ async def moderate(body: TextsRequest, request: ServerRequest) -> Results[Modera
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
         request.require_model(body.model)
     texts = [as_user(text) for text in body.input]
-    terms = (await request.begin(texts, body.probes)).disclosed(are_named=body.probes is not None)
+    terms = await request.begin(texts, body.probes)
+    terms = terms.require_disclosed(are_named=body.probes is not None)
     checked = await check(request, terms, texts)
     results = [
         ModerationResult(
-            **category_fields(verdicts, terms.categories),
-            sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in verdicts]),
+            **category_fields(terms.disclosed(decisions), terms.categories),
+            sidelight=Extension(verdicts=terms.entries(decisions)),
         )
-        for verdicts in (terms.verdicts(decisions) for _, decisions in checked)
+        for _, decisions in checked
     ]
     return Results(id=f"modr-{uuid.uuid4().hex}", model=request.engine.model, results=results)
 
@@ -182,7 +183,7 @@ async def redact(body: TextsRequest, request: ServerRequest) -> Results[Redactio
         for bound in terms.chosen
         if bound.probe.spans is not None
         and bound.side == "input"
-        and (terms.sees_all or bound.mode == "redact" or bound.disclosure == "scores")
+        and (bound.mode == "redact" or bound.disclosed_part(sees_all=terms.sees_all) == "scores")
     )
     if not labelling or (body.probes and len(labelling) < len(terms.chosen)):
         raise RequestError(
@@ -204,10 +205,11 @@ async def redact(body: TextsRequest, request: ServerRequest) -> Results[Redactio
     for index, spans in zip(judged, found, strict=True):
         placeholders.read(body.input[index], spans)
     for index, spans, (_, decisions) in zip(judged, found, checked, strict=True):
-        shown = (d for d in decisions if terms.sees_all or d.rule.disclosure == "scores")
+        parts = [d.rule.disclosed_part(sees_all=terms.sees_all) for d in decisions]
+        told = (d for d, part in zip(decisions, parts, strict=True) if part == "scores")
         results[index] = Redaction(
             text=placeholders.mask(body.input[index], spans),
-            spans=spans_json(_spans_of(body.input[index], shown)),
+            spans=spans_json(_spans_of(body.input[index], told)),
         )
     return Results(id=f"redact-{uuid.uuid4().hex}", model=request.engine.model, results=results)
 
@@ -341,11 +343,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         # The next words may label the last ones anew, so a proxy sends a text once it is whole.
         stream_holdback_chars=[*map(len, masked)] if is_response and redacts else None,
         sidelight=Extension(
-            verdicts=[
-                verdict_json(verdict)
-                for _, decisions in checked
-                for verdict in terms.verdicts(decisions)
-            ]
+            verdicts=[entry for _, decisions in checked for entry in terms.entries(decisions)]
         ),
     )
 

@@ -131,7 +131,8 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
         explained = [b.name for b in chosen if terms.sees_all or b.explains]
         explain = explained if body.explain else None
         ((event, decisions),) = await check(request, terms, [turns], explain=explain)
-        verdicts, tokens = {v.probe: v for v in terms.verdicts(decisions)}, event.tokens
+        disclosed, tokens = terms.disclosed(decisions), event.tokens
+        verdicts = {each.probe: each.verdict for each in disclosed if each.verdict is not None}
         if body.explain:
             reasons = {each.verdict.probe: each for each in event.explanations}
             explanations = [
@@ -169,7 +170,7 @@ def _asked(
         bound
         for bound in terms.chosen
         if bound.name in asked
-        and (terms.sees_all or bound.disclosure != "none")
+        and bound.disclosed_part(sees_all=terms.sees_all) != "none"
         and (is_answered or bound.side == "input")
     )
 
