@@ -3,10 +3,14 @@
 None of them leaves a chosen probe out in silence.
 """
 
+import re
+import threading
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
+import sidelight
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.decisions import decide
 from sidelight.policy.enforcement import Judged
@@ -272,3 +276,33 @@ def test_each_text_of_a_prompt_shows_its_verdicts_once_the_prompt_is_admitted(ti
     first.admitted = Judged(3, tuple(decide(bound, Judgement(), tokens=3) for bound in rules))
     failed = {"probe": "early", "error": "verdict_failed"}
     assert outcome.extension() == {"verdicts": [{"choice": i, **failed} for i in range(2)]}
+
+
+@pytest.fixture
+def calls():
+    """The functions of the product that are called, file and name, in the threads begun since."""
+    source = Path(sidelight.__file__).parent
+    names: list[tuple[str, str]] = []
+
+    def note(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(source):
+            names.append((str(path.relative_to(source)), frame.f_code.co_qualname))
+
+    before = threading.getprofile()
+    threading.setprofile(note)
+    yield names
+    threading.setprofile(before)
+
+
+def test_a_moderation_takes_the_walk_of_the_page_of_architecture(tiny, calls):
+    page = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text()
+    walk = page.split("## A text to judge")[1].split("\n## ")[0]
+    stops = re.findall(r"^ +\d+  (\S+)  ([\w.]+(?:, [\w.]+)*)  \S", walk, flags=re.MULTILINE)
+    named = [(path, name) for path, names in stops for name in names.split(", ")]
+    engine = TransformersEngine(tiny, [untrained_probe(tiny, "toxicity")])
+    with in_process(engine) as http:
+        calls.clear()
+        http.post(MODERATIONS, json={"input": TEXT}).raise_for_status()
+    first = dict.fromkeys(call for call in calls if call in named)
+    assert [*first] == named
