@@ -65,6 +65,12 @@ def test_an_option_wins_over_its_variable_and_that_over_the_file(path, monkeypat
     assert (config.salt.strip(), config.port) == (b"correct horse", 2)
 
 
+def test_options_of_an_engine_join_those_of_the_file(path):
+    path.write_text("engine_option = { texts = 4, tokens = 512 }")
+    config = read_config(config=path, engine_option={"texts": 2, "threads": 1})
+    assert config.engine_option == {"texts": 2, "tokens": 512, "threads": 1}
+
+
 def test_only_secrets_have_a_variable(monkeypatch):
     """Kubernetes sets SIDELIGHT_PORT=tcp://... for a service named sidelight."""
     for name in ServerConfig.model_fields.keys() - SECRETS:

@@ -25,7 +25,7 @@ _PACKAGES = {
     ),
 }
 _RESUMED = ("train", "guard", "demo", "label", "search", "reproduce")
-_SERVING = ("fastapi", "openai", "prometheus_client", "pydantic_settings", "uvicorn")
+_SERVING = ("fastapi", "openai", "prometheus_client", "uvicorn")
 
 
 class _Commands(click.Group):

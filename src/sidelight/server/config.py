@@ -3,21 +3,20 @@
 import os
 import secrets
 import tomllib
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    InitSettingsSource,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
 )
 
 from sidelight.errors import SidelightError, did_you_mean
@@ -48,10 +47,10 @@ def _as_secrets(value: Any) -> Any:
     return [_as_secret(each) for each in values] if isinstance(values, list | tuple) else values
 
 
-_Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_as_secrets)]
+_Keys = Annotated[tuple[SecretStr, ...], BeforeValidator(_as_secrets)]
 
 
-class ServerConfig(BaseSettings):
+class ServerConfig(BaseModel):
     """The configuration of one server.
 
     A value given by name (an option of ``sidelight serve``) wins over an environment variable, and
@@ -59,12 +58,8 @@ class ServerConfig(BaseSettings):
     have hyphens; the file may set every field but ``config``.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix=_PREFIX,
-        extra="forbid",
-        frozen=True,
-        hide_input_in_errors=True,
-        allow_inf_nan=False,
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
     )
 
     config: Path | None = Field(
@@ -144,20 +139,20 @@ class ServerConfig(BaseSettings):
     # Seconds that running requests have from SIGTERM on.
     drain_s: float = Field(default=30, ge=0)
 
+    @model_validator(mode="before")
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Pydantic's hook for where values come from, the one that wins first."""
-        assert isinstance(init_settings, InitSettingsSource)
-        path = init_settings.init_kwargs.get("config")
-        file = () if path is None else (_config_file(settings_cls, Path(path)),)
-        return init_settings, _SecretVariables(settings_cls), *file
+    def _read_sources(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The values given by name, over those of variables and of the file."""
+        # Only secrets have variables: Kubernetes sets SIDELIGHT_PORT for a service named sidelight.
+        variables = {name: os.environ.get(f"{_PREFIX}{name.upper()}") for name in _SECRETS}
+        set_here = {name: text for name, text in variables.items() if text is not None}
+        path = given.get("config")
+        file = {} if path is None else _read_file(Path(path), cls.model_fields.keys() - {"config"})
+        values = {**file, **set_here, **given}
+        if isinstance(of_file := file.get("engine_option"), dict):
+            # Each is an option by itself.
+            values["engine_option"] = {**of_file, **given.get("engine_option", {})}
+        return values
 
     @cached_property
     def access(self) -> Access:
@@ -209,30 +204,19 @@ def name_of(place: str) -> str:
     return host.removesuffix(".")
 
 
-class _SecretVariables(EnvSettingsSource):
-    """Only secrets have one: Kubernetes sets SIDELIGHT_PORT for a service named sidelight."""
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        if field_name in _SECRETS:
-            return super().get_field_value(field, field_name)
-        return None, field_name, False
-
-
-def _config_file(settings: type[BaseSettings], path: Path) -> TomlConfigSettingsSource:
-    # Pydantic treats a missing file as an empty one.
+def _read_file(path: Path, known: Collection[str]) -> dict[str, Any]:
     if not path.is_file():
         raise SidelightError(f"There is no configuration file {path}. Name a TOML file.")
     try:
-        source = TomlConfigSettingsSource(settings, path)
+        values = tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SidelightError(f"Cannot read {path}: {error}. Name a TOML file.") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SidelightError(f"{path} is not TOML: {error}.") from error
-    known = settings.model_fields.keys() - {"config"}
-    for name in source.toml_data:
+    for name in values:
         if name not in known:
             raise SidelightError(f"{path} has an unknown key: {name}.{did_you_mean(name, known)}")
-    return source
+    return values
 
 
 def read_config(**options: Any) -> ServerConfig:
