@@ -85,10 +85,10 @@ def entries_of(answer):
 
 @contextmanager
 def serving(backbone, folders, **options):
-    sources = {name: folders[name] for name in ("toxicity", "late")}
-    engine = TransformersEngine(backbone, [load_probe(path) for path in sources.values()])
+    served = [folders[name] for name in ("toxicity", "late")]
+    engine = TransformersEngine(backbone, [load_probe(path) for path in served])
     keys = {"api_key": "user-key", "admin_key": "admin-key"}
-    with in_process(engine, sources=sources, **keys, **options) as http:
+    with in_process(engine, probe=served, **keys, **options) as http:
         yield Admin(http, folders)
 
 
@@ -241,7 +241,7 @@ def test_a_rule_holds_from_the_moment_that_its_probe_does(tiny, folders, tmp_pat
         seen.append([bound.mode for bound in registry.rules])
 
     engine = Watching(tiny, [load_probe(folders["newer"])])
-    registry = ProbeRegistry(engine, Policy(), {})
+    registry = ProbeRegistry(engine, ServerConfig())
     asyncio.run(started(engine, change))
     assert seen == [["score"], ["block"], ["block"]]
 

@@ -251,7 +251,9 @@ def test_a_server_answers_as_on_the_cpu(there, tiny, folders):
     for backbone in (tiny, there):
         engine = TransformersEngine(backbone, probes)
         key = {"Authorization": "Bearer admin"}
-        with in_process(engine, policy=policy, sources=folders, admin_key=("admin",)) as http:
+        with in_process(
+            engine, policy=policy, probe=[*folders.values()], admin_key=("admin",)
+        ) as http:
             answers = [http.post(path, json=body, headers=key) for path, body in requests]
             changed = http.put(
                 "/admin/probes",

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -140,19 +139,13 @@ def post_paths(http: httpx.Client) -> set[str]:
     return {path for path, methods in paths.items() if "post" in methods}
 
 
-def app_of(
-    engine: Engine,
-    *,
-    policy: Policy | None = None,
-    sources: Mapping[str, Path] | None = None,
-    **settings: Any,
-) -> FastAPI:
+def app_of(engine: Engine, *, policy: Policy | None = None, **settings: Any) -> FastAPI:
     """Our own server of ``engine``; the settings are those of ``ServerConfig``."""
     config = ServerConfig(log_level="warning", **settings)
     if policy is not None:
         # As if its file had been read.
         vars(config)["loaded_policy"] = policy
-    return create_app(engine, config, sources=sources)
+    return create_app(engine, config)
 
 
 @contextmanager

@@ -91,8 +91,4 @@ def serve(context: click.Context, **values: Any) -> None:
 
         run_vllm(config, model, loaded)
         return
-    run(
-        partial(runtime.load_engine, loaded),
-        config,
-        sources={probe.name: path for probe, path in zip(loaded, config.probe, strict=True)},
-    )
+    run(partial(runtime.load_engine, loaded), config)

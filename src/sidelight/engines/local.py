@@ -158,14 +158,7 @@ class LocalEngine(Engine):
         *,
         explain: Collection[str] | None = None,
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
-        return self._judge(conversations, self._panel, frozenset(explain or ()))
-
-    async def _judge(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        panel: Panel,
-        explain: frozenset[str] = frozenset(),
-    ) -> list[PromptJudged]:
+        panel = self._panel
         with_places = bool(explain) or labels_spans(panel.probes)
 
         def encode(turns: Sequence[Message]) -> Request:
@@ -175,23 +168,26 @@ class LocalEngine(Engine):
                 max_tokens=0,
                 panel=panel,
                 has_response=has_response(turns),
-                explain=explain,
+                explain=frozenset(explain or ()),
             )
 
-        requests = await self._encoded(
-            conversations, lambda: [encode(turns) for turns in conversations]
-        )
-        judged: list[PromptJudged] = []
-        self._require_ready()
-        self._queue.join(requests)
-        try:
-            for request in requests:
-                event = _event(await request.outbox.get())
-                assert isinstance(event, PromptJudged)
-                judged.append(event)
-        finally:
-            self._queue.leave(requests)
-        return judged
+        async def judged() -> list[PromptJudged]:
+            requests = await self._encoded(
+                conversations, lambda: [encode(turns) for turns in conversations]
+            )
+            events: list[PromptJudged] = []
+            self._require_ready()
+            self._queue.join(requests)
+            try:
+                for request in requests:
+                    event = _event(await request.outbox.get())
+                    assert isinstance(event, PromptJudged)
+                    events.append(event)
+            finally:
+                self._queue.leave(requests)
+            return events
+
+        return judged()
 
     async def _encoded(self, texts: Sequence[Conversation], encode: Callable[[], T]) -> T:
         """The encoded texts of a request.

@@ -163,7 +163,7 @@ async def list_probes(request: ServerRequest) -> Probes[ServedProbe]:
 def _served(request: ServerRequest) -> Probes[ServedProbe]:
     cards: list[ServedProbe] = []
     for bound in request.registry.rules:
-        folder = request.registry.folder(bound.name)
+        folder = request.registry.folders.get(bound.name)
         cards.append(
             ServedProbe(
                 **_described(bound.probe),

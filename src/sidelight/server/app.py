@@ -2,12 +2,11 @@
 
 import logging
 import socket
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
 from logging.config import dictConfig
 from math import ceil
-from pathlib import Path
 
 import uvicorn
 from fastapi import APIRouter, FastAPI
@@ -77,21 +76,18 @@ _ROUTERS = (
 def create_app(
     engine: Engine,
     config: ServerConfig | None = None,
-    *,
-    sources: Mapping[str, Path] | None = None,
 ) -> FastAPI:
     """The application, which starts the engine when it starts, and closes it when it ends.
 
     Args:
         engine: What answers.
         config: The configuration; None: the defaults, with the environment's keys.
-        sources: As for ``ServerContext.of``.
 
     Raises:
         SidelightError: As for ``ServerContext.of``.
     """
     config = config or ServerConfig()
-    context = ServerContext.of(engine, config, sources)
+    context = ServerContext.of(engine, config)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
@@ -146,12 +142,7 @@ def application(
     return app
 
 
-def serve(
-    load: Callable[[], Engine],
-    config: ServerConfig,
-    *,
-    sources: Mapping[str, Path] | None = None,
-) -> None:
+def serve(load: Callable[[], Engine], config: ServerConfig) -> None:
     """Serves until SIGINT or SIGTERM, which is raised again once running requests have finished.
 
     The port is taken at once; who connects before ``load`` has returned waits until then.
@@ -159,7 +150,6 @@ def serve(
     Args:
         load: Gives the engine.
         config: The configuration.
-        sources: As for ``ServerContext.of``.
 
     Raises:
         SidelightError: The address cannot be listened on, or everybody beyond this machine would be
@@ -172,7 +162,7 @@ def serve(
     with listen(config) as listener:
         dictConfig(log_settings(config.log_level, as_json=config.json_logs))
         _log.info("Loading the model")
-        app = create_app(load(), config, sources=sources)
+        app = create_app(load(), config)
         place = (config.host, listener.getsockname()[1])
         rules = app.state.context.registry.rules
         served = ", ".join(f"{bound.name} ({bound.mode})" for bound in rules)

@@ -2,12 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sidelight.artifact import load_probe
 from sidelight.engines.base import Engine
-from sidelight.manifest import require_distinct_names
+from sidelight.manifest import read_manifest, require_distinct_names
 from sidelight.policy.rules import (
     BoundRule,
     Policy,
@@ -16,6 +16,7 @@ from sidelight.policy.rules import (
     require_policy_applies,
 )
 from sidelight.probe import Probe
+from sidelight.server.config import ServerConfig
 
 _log = logging.getLogger(__name__)
 
@@ -25,21 +26,16 @@ class ProbeRegistry:
 
     Args:
         engine: Runs the probes.
-        policy: Its rules.
-        sources: The folders that probes were loaded from, by name.
-        policy_path: The file that the policy was read from; None: it was made otherwise.
+        config: Names the policy, and the folders that probes are read from again.
+
+    Attributes:
+        folders: Those that the probes were loaded from, by name.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        policy: Policy,
-        sources: Mapping[str, Path],
-        policy_path: Path | None = None,
-    ):
+    def __init__(self, engine: Engine, config: ServerConfig):
         self._engine = engine
-        self._policy, self._policy_path = policy, policy_path
-        self._paths = dict(sources)
+        self._policy, self._policy_path = config.loaded_policy, config.policy
+        self.folders = {read_manifest(folder).name: folder for folder in config.probe}
         # The versions and policy that are being taken, while the engine may or may not have them.
         self._incoming: tuple[list[str], Policy] | None = None
         self._has_withheld = False
@@ -64,10 +60,6 @@ class ProbeRegistry:
         The series keep what was counted under earlier rules.
         """
         return self._has_withheld or any(bound.disclosure != "scores" for bound in self.rules)
-
-    def folder(self, name: str) -> Path | None:
-        """The folder that a probe was loaded from, if it was."""
-        return self._paths.get(name)
 
     async def replace(
         self, folders: Sequence[Path] | None = None, policy_path: Path | None = None
@@ -95,13 +87,13 @@ class ProbeRegistry:
                 await self._engine.replace_probes(probes)
             finally:
                 self._incoming = None
-            self._policy, self._policy_path, self._paths = policy, path, paths
+            self._policy, self._policy_path, self.folders = policy, path, paths
             served = ", ".join(f"{probe.name} {probe.version}" for probe in probes)
             _log.warning("Replaced the probes and the policy; serving: %s.", served or "none")
 
     def _read(self, folders: Sequence[Path] | None) -> tuple[list[Probe], dict[str, Path]]:
         if folders is None:
-            served = [(self._paths.get(probe.name), probe) for probe in self._engine.probes]
+            served = [(self.folders.get(probe.name), probe) for probe in self._engine.probes]
             pairs = [(load_probe(path) if path else probe, path) for path, probe in served]
         else:
             pairs = [(load_probe(folder), folder) for folder in folders]

@@ -2,11 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jiter
@@ -42,22 +41,15 @@ class ServerContext:
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
-    def of(
-        cls, engine: Engine, config: ServerConfig, sources: Mapping[str, Path] | None = None
-    ) -> "ServerContext":
+    def of(cls, engine: Engine, config: ServerConfig) -> "ServerContext":
         """The context of a server.
-
-        Args:
-            engine: What answers.
-            config: The configuration.
-            sources: The folders that probes are reloaded from, by name.
 
         Raises:
             SidelightError: A file that ``config`` names cannot be read or written, or the policy
                 does not fit the probes.
         """
         require_policy_applies(config.loaded_policy, engine.probes)
-        registry = ProbeRegistry(engine, config.loaded_policy, sources or {}, config.policy)
+        registry = ProbeRegistry(engine, config)
         observer = RequestObserver(Metrics(engine, lambda: registry.rules), audit_of(config))
         return cls(engine, registry, config, observer)
 

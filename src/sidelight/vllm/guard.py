@@ -78,8 +78,8 @@ class EngineGuard:
         self.recogniser = PromptRecogniser(self.engine.encoder)
         self._tokenizer = self.engine.encoder.tokenizer
         self._controls = control_tokens(self._tokenizer).keys()
-        sources = {p.name: Path(f) for p, f in zip(probes, served.folders, strict=True)}
-        self.context = ServerContext.of(self.engine, config, sources)
+        folders = {"probe": tuple(map(Path, served.folders))}
+        self.context = ServerContext.of(self.engine, config.model_copy(update=folders))
         llm.generate, llm.encode, llm.abort = self.generate, self.encode, self.abort
         llm.sidelight_guard = self
         # Whatever calls them.
