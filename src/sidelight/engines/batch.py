@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -44,6 +44,13 @@ class CachedRows(Protocol):
         ...
 
 
+KeptRows = TypeVar("KeptRows", covariant=True)
+PromptPasses = Generator[
+    None, None, tuple[Float[Tensor, "row vocabulary"], Bool[Tensor, "batch token"], KeptRows]
+]
+"""Passes over some prompts, with a yield between two of them: see ``Decoder.read_prompts``."""
+
+
 class Decoder(Protocol):
     """A run of the model: tokens in, logits of the last position of each row out.
 
@@ -55,11 +62,7 @@ class Decoder(Protocol):
 
     def read_prompts(
         self, prompts: Sequence[EncodedPrompt], tap: Tap | None, *, columns: int | None = None
-    ) -> Generator[
-        None,
-        None,
-        tuple[Float[Tensor, "row vocabulary"], Bool[Tensor, "batch token"], CachedRows],
-    ]:
+    ) -> PromptPasses[CachedRows]:
         """Passes over some prompts, and a yield between two passes.
 
         Args:

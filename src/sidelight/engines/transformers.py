@@ -11,7 +11,7 @@ only public parts of ``transformers``' ``DynamicCache``: its layers' ``keys`` an
 windows get their windows from the attention mask.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from sidelight.backbone import Tap, TransformersBackbone, cache_name
+from sidelight.engines.batch import PromptPasses
 from sidelight.engines.local import LocalEngine
 from sidelight.engines.queue import Limits
 from sidelight.errors import SidelightError
@@ -106,11 +107,7 @@ class TransformersDecoder:
 
     def read_prompts(
         self, prompts: Sequence[EncodedPrompt], tap: Tap | None, *, columns: int | None = None
-    ) -> Generator[
-        None,
-        None,
-        tuple[Float[Tensor, "row vocabulary"], Bool[Tensor, "batch token"], PaddedRows],
-    ]:
+    ) -> PromptPasses[PaddedRows]:
         """As ``Decoder.read_prompts``; prompts are padded on the left to the longest."""
         token_ids, mask = self._backbone.pad(prompts, side="left")
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)

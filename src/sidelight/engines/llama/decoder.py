@@ -10,10 +10,11 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from sidelight.backbone import Tap
+from sidelight.engines.batch import PromptPasses
 from sidelight.engines.llama.context import BATCH_TOKENS, LlamaContext
 from sidelight.prompts.conversation import EncodedPrompt
 
@@ -62,11 +63,7 @@ class LlamaDecoder:
 
     def read_prompts(
         self, prompts: Sequence[EncodedPrompt], tap: Tap | None, *, columns: int | None = None
-    ) -> Generator[
-        None,
-        None,
-        tuple[Float[Tensor, "row vocabulary"], Bool[Tensor, "batch token"], LlamaRows],
-    ]:
+    ) -> PromptPasses[LlamaRows]:
         """As ``Decoder.read_prompts``; the tap sees all prompts as one row, end to end."""
         rows = LlamaRows([self._take() for _ in prompts])
         logits: list[Tensor] = []
