@@ -84,10 +84,10 @@ def create_app(
         config: The configuration; None: the defaults, with the environment's keys.
 
     Raises:
-        SidelightError: As for ``ServerContext.of``.
+        SidelightError: As for ``ServerContext``.
     """
     config = config or ServerConfig()
-    context = ServerContext.of(engine, config)
+    context = ServerContext(engine, config)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:

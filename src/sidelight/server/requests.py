@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -30,28 +29,21 @@ T = TypeVar("T")
 _REQUEST_TOKENS = 2**16
 
 
-@dataclass(frozen=True)
 class ServerContext:
-    """The parts of one server, which its requests share; ``started_at`` is Unix time."""
+    """The parts of one server, which its requests share; ``started_at`` is Unix time.
 
-    engine: Engine
-    registry: ProbeRegistry
-    config: ServerConfig
-    observer: RequestObserver
-    started_at: int = field(default_factory=lambda: int(time.time()))
+    Raises:
+        SidelightError: A file that ``config`` names cannot be read or written, or the policy does
+            not fit the probes.
+    """
 
-    @classmethod
-    def of(cls, engine: Engine, config: ServerConfig) -> "ServerContext":
-        """The context of a server.
-
-        Raises:
-            SidelightError: A file that ``config`` names cannot be read or written, or the policy
-                does not fit the probes.
-        """
+    def __init__(self, engine: Engine, config: ServerConfig):
         require_policy_applies(config.loaded_policy, engine.probes)
-        registry = ProbeRegistry(engine, config)
-        observer = RequestObserver(Metrics(engine, lambda: registry.rules), audit_of(config))
-        return cls(engine, registry, config, observer)
+        self.engine, self.config = engine, config
+        self.registry = registry = ProbeRegistry(engine, config)
+        metrics = Metrics(engine, lambda: registry.rules)
+        self.observer = RequestObserver(metrics, audit_of(config))
+        self.started_at = int(time.time())
 
     def terms(
         self,

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from copy import copy
 from dataclasses import replace
 from functools import partial, wraps
 from typing import Any
@@ -83,7 +84,8 @@ class ProbeEndpoint:
         renderer = state.online_renderer
         arguments = renderer.default_chat_template_kwargs or {}
         guard.recogniser.template = renderer.chat_template, arguments
-        context = replace(guard.context, config=self._config)
+        context = copy(guard.context)
+        context.config = self._config
         routers = checks.router, questions.router, admin.admin_probes_router, status_router
         self._application = application(context, routers)
         self._routes = [route for router in routers for route in router.routes]

@@ -79,7 +79,7 @@ class EngineGuard:
         self._tokenizer = self.engine.encoder.tokenizer
         self._controls = control_tokens(self._tokenizer).keys()
         folders = {"probe": tuple(map(Path, served.folders))}
-        self.context = ServerContext.of(self.engine, config.model_copy(update=folders))
+        self.context = ServerContext(self.engine, config.model_copy(update=folders))
         llm.generate, llm.encode, llm.abort = self.generate, self.encode, self.abort
         llm.sidelight_guard = self
         # Whatever calls them.
