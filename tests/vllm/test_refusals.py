@@ -120,8 +120,9 @@ def test_a_feature_or_device_that_cpus_lack_is_refused_and_a_gpu_warned_of(
 ):
     from sidelight.vllm.plugin import require_supported
 
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     config = configured(model.path, None, **NGRAM)
+    # The import of vLLM sets it.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     require_supported(config, [])
     for part, field, value, message in (
         ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
