@@ -119,8 +119,7 @@ class Driver:
 
 
 @pytest.fixture
-def driver(llama_model, monkeypatch):
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+def driver(llama_model):
     options = {
         "block_size": BLOCK,
         "num_gpu_blocks_override": BLOCKS,
@@ -128,7 +127,7 @@ def driver(llama_model, monkeypatch):
         "max_num_seqs": 6,
         "max_num_batched_tokens": 48,
     }
-    with llm_of(llama_model, **options, **WARM_UP) as llm:
+    with llm_of(llama_model, is_apart=False, **options, **WARM_UP) as llm:
         yield Driver(llm, llama_model)
 
 

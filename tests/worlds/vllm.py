@@ -7,13 +7,14 @@ Tests inside vLLM run in an environment of their own, with the fixtures of ``tes
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import (
     CONFIG_MAPPING,
@@ -56,6 +57,10 @@ from worlds.models import (
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # It has nothing to warm up, and does not take all kernels of vLLM's warm-up.
 WARM_UP = {"kernel_config": {"enable_jit_warmup": False}} if IS_INTERPRETED else {}
+
+# Importing vLLM takes longer than most tests. So its worker shares the process of its engine, as on
+# one GPU, and an offline engine that of the test. By default its CPU backend separates all three.
+TOGETHER = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 # Two engines add float32 products in other orders, over all layers and up to 1,000 tokens.
 ROUNDING = 1e-4
@@ -224,8 +229,29 @@ def require_equal(actual, wanted, *, rounding=ROUNDING) -> None:
 
 
 @contextmanager
-def llm_of(model: Model, **options) -> Iterator:
-    """vLLM's offline engine with the plugin in it."""
+def together() -> Iterator[None]:
+    """Engines that start meanwhile share processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in TOGETHER.items():
+            patch.setenv(name, value)
+        yield
+
+
+@contextmanager
+def in_this_process() -> Iterator[None]:
+    """One offline engine at a time runs in this process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    with together():
+        try:
+            yield
+        finally:
+            cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def llm_of(model: Model, *, is_apart: bool = True, **options) -> Iterator:
+    """vLLM's offline engine with the plugin in it, in this process or in others."""
     from vllm import LLM
 
     given = {
@@ -237,15 +263,16 @@ def llm_of(model: Model, **options) -> Iterator:
         "max_model_len": 2048,
         "disable_log_stats": False,
     }
-    llm = LLM(
-        model=model.path,
-        additional_config={KEY: {"probes": model.folders, DESCRIBED: True}},
-        **{**given, **options},
-    )
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+    with nullcontext() if is_apart else in_this_process():
+        llm = LLM(
+            model=model.path,
+            additional_config={KEY: {"probes": model.folders, DESCRIBED: True}},
+            **{**given, **options},
+        )
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
 
 
 def sampling_of(prompt: EncodedPrompt, **sampling):

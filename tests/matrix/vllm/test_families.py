@@ -34,15 +34,13 @@ def test_what_is_allowed_is_tested():
 
 
 @pytest.mark.parametrize("name", TESTED)
-def test_verdicts_are_those_of_transformers(name, tmp_path, monkeypatch):
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    # In this process if possible, since importing vLLM in another takes longer than the test.
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(TESTED[name].is_apart)))
-    model = architecture_model(TESTED[name], tmp_path)
+def test_verdicts_are_those_of_transformers(name, tmp_path):
+    architecture = TESTED[name]
+    model = architecture_model(architecture, tmp_path)
     prompts = mixed_prompts(model.backbone, PROMPTS, longest=LONGEST)
     wanted = expected(model, prompts)
-    with llm_of(model, enforce_eager=IS_EAGER, **TESTED[name].options, **WARM_UP) as llm:
+    options = {"enforce_eager": IS_EAGER, **architecture.options, **WARM_UP}
+    with llm_of(model, is_apart=architecture.is_apart, **options) as llm:
         config = llm.llm_engine.vllm_config
         assert config.model_config.architecture == name
         assert (config.compilation_config.mode == 0) == IS_EAGER
@@ -50,7 +48,6 @@ def test_verdicts_are_those_of_transformers(name, tmp_path, monkeypatch):
             require_equal(verdicts(run_llm(llm, prompts)), wanted)
         begun = [prompt for prompt in prompts if len(prompt) < LONGEST // 2][:6]
         outputs = run_llm(llm, begun, max_tokens=WRITTEN, ignore_eos=True)
-    cleanup_dist_env_and_memory()
     read = [
         followed(prompt, output.outputs[0].token_ids[:-1])
         for prompt, output in zip(begun, outputs, strict=True)
