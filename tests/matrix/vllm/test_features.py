@@ -300,10 +300,3 @@ def test_the_check_compares_verdicts_and_times_serving(tmp_path):
     for name in ("vllm serving: 0 readouts", "vllm serving: 1 readouts"):
         assert all(ms > 0 for values in made[name]["figures"]["ms"].values() for ms in values)
     assert "% added" in (tmp_path / "gpu.md").read_text()
-
-
-@pytest.mark.timeout(900)
-def test_the_check_of_a_gpu_passes_with_tiny_sizes_on_a_cpu(tmp_path):
-    sections = ("vllm reference", "vllm parity: runner 1, eager", "vllm serving: 1 ")
-    only = [word for name in sections for word in ("--only", name)]
-    assert cli("bench", "gpu", "--out", str(tmp_path), *only) == 0
