@@ -71,6 +71,12 @@ def test_options_of_an_engine_join_those_of_the_file(path):
     assert config.engine_option == {"texts": 2, "tokens": 512, "threads": 1}
 
 
+def test_a_variable_in_small_letters_counts_too(monkeypatch):
+    """Otherwise a server whose operator has set a key would be open."""
+    monkeypatch.setenv("sidelight_api_key", "variable")
+    assert ServerConfig().access.keys == (Key.of("api-key-1", "variable"),)
+
+
 def test_only_secrets_have_a_variable(monkeypatch):
     """Kubernetes sets SIDELIGHT_PORT=tcp://... for a service named sidelight."""
     for name in ServerConfig.model_fields.keys() - SECRETS:

@@ -144,11 +144,11 @@ class ServerConfig(BaseModel):
     def _read_sources(cls, given: dict[str, Any]) -> dict[str, Any]:
         """The values given by name, over those of variables and of the file."""
         # Only secrets have variables: Kubernetes sets SIDELIGHT_PORT for a service named sidelight.
-        variables = {name: os.environ.get(f"{_PREFIX}{name.upper()}") for name in _SECRETS}
-        set_here = {name: text for name, text in variables.items() if text is not None}
+        every = {variable.upper(): text for variable, text in os.environ.items()}
+        variables = {n: every[v] for n in _SECRETS if (v := f"{_PREFIX}{n.upper()}") in every}
         path = given.get("config")
         file = {} if path is None else _read_file(Path(path), cls.model_fields.keys() - {"config"})
-        values = {**file, **set_here, **given}
+        values = {**file, **variables, **given}
         if isinstance(of_file := file.get("engine_option"), dict):
             # Each is an option by itself.
             values["engine_option"] = {**of_file, **given.get("engine_option", {})}
