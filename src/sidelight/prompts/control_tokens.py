@@ -6,7 +6,6 @@ Knows tokenizers, and neither conversations nor turns.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,8 +15,8 @@ from sidelight.errors import SidelightError
 
 Range = tuple[int, int]
 """First character, and the one after the last."""
-Control = tuple[int, int, int]
-"""A control token's id and range."""
+Token = tuple[int, int, int]
+"""A token's id, then its range in the text."""
 
 
 @runtime_checkable
@@ -59,14 +58,6 @@ def control_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     }
 
 
-@dataclass(frozen=True)
-class Tokenised:
-    """Token ids, and the characters that each covers."""
-
-    token_ids: Sequence[int]
-    offsets: Sequence[Range]
-
-
 class ContentTokenizer:
     """Writes control tokens only where the chat template has them; see ``turns``."""
 
@@ -99,7 +90,7 @@ class ContentTokenizer:
         (tokens,) = backend.encode_batch_fast([text], add_special_tokens=False)
         return not self._names.keys().isdisjoint(tokens.ids)
 
-    def encode_chat(self, text: str, template: Sequence[Range]) -> Tokenised:
+    def encode_chat(self, text: str, template: Sequence[Range]) -> list[Token]:
         """Encodes a rendered conversation.
 
         Where no content holds a control token, the ids are the tokenizer's own for the whole text.
@@ -119,19 +110,15 @@ class ContentTokenizer:
         tokens = self._tokenise(text, add_special_tokens=False)
         if self._has_only(controls, tokens, text):
             return tokens
-        ids: list[int] = []
-        offsets: list[Range] = []
-        cursor = 0
+        tokens, cursor = list[Token](), 0
         for token_id, start, end in controls:
-            run = self._as_text(text[cursor:start], at=cursor)
-            ids += [*run.token_ids, token_id]
-            offsets += [*run.offsets, (start, end)]
+            tokens += self._as_text(text[cursor:start], at=cursor)
+            tokens.append((token_id, start, end))
             cursor = end
-        rest = self._as_text(text[cursor:], at=cursor)
-        tokens = Tokenised([*ids, *rest.token_ids], [*offsets, *rest.offsets])
+        tokens += self._as_text(text[cursor:], at=cursor)
         return self._checked(tokens, controls, text)
 
-    def encode_raw(self, text: str) -> Tokenised:
+    def encode_raw(self, text: str) -> list[Token]:
         """Encodes a text without a template, between the tokenizer's own special tokens."""
         controls = self._controls_in(self._tokenise(""), "")
         tokens = self._tokenise(text)
@@ -139,16 +126,18 @@ class ContentTokenizer:
             return tokens
         return self._checked(self._as_text(text, add_special_tokens=True), controls, text)
 
-    def _tokenise(self, text: str, **options: Any) -> Tokenised:
+    def _tokenise(self, text: str, **options: Any) -> list[Token]:
         # Not verbose: it would warn of long texts, for which we have an error of our own.
         tokens = self._tokenizer(text, return_offsets_mapping=True, verbose=False, **options)
-        return Tokenised(tokens["input_ids"], tokens["offset_mapping"])
+        pairs = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+        return [(token_id, start, end) for token_id, (start, end) in pairs]
 
-    def _as_text(self, text: str, *, at: int = 0, add_special_tokens: bool = False) -> Tokenised:
+    def _as_text(self, text: str, *, at: int = 0, add_special_tokens: bool = False) -> list[Token]:
         """Encodes a run without looking for control tokens; it begins at character ``at``."""
         tokenizer = self._continuing if at else self._beginning
         run = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return Tokenised(run.ids, [(at + start, at + end) for start, end in run.offsets])
+        pairs = zip(run.ids, run.offsets, strict=True)
+        return [(token_id, at + start, at + end) for token_id, (start, end) in pairs]
 
     @cached_property
     def _beginning(self) -> PlainTokenizer:
@@ -173,19 +162,19 @@ class ContentTokenizer:
         plain.encode_special_tokens = True
         return plain
 
-    def _find_controls(self, piece: str) -> list[Control]:
+    def _find_controls(self, piece: str) -> list[Token]:
         return self._controls_in(self._tokenise(piece, add_special_tokens=False), piece)
 
-    def _controls_in(self, tokens: Tokenised, text: str) -> list[Control]:
-        controls: list[Control] = []
-        for token_id, (start, end) in zip(tokens.token_ids, tokens.offsets, strict=True):
+    def _controls_in(self, tokens: Sequence[Token], text: str) -> list[Token]:
+        controls: list[Token] = []
+        for token_id, start, end in tokens:
             name = self._names.get(token_id)
             is_unknown = name == self._unknown and start < end and text[start:end].strip() != name
             if name is not None and not is_unknown:
                 controls.append((token_id, start, end))
         return controls
 
-    def _has_only(self, controls: Sequence[Control], tokens: Tokenised, text: str) -> bool:
+    def _has_only(self, controls: Sequence[Token], tokens: Sequence[Token], text: str) -> bool:
         """Whether these are all its control tokens; they may cover blanks of a content nearby."""
         actual = self._controls_in(tokens, text)
         return len(actual) == len(controls) and all(
@@ -193,7 +182,7 @@ class ContentTokenizer:
             for token, expected in zip(actual, controls, strict=True)
         )
 
-    def _checked(self, tokens: Tokenised, controls: Sequence[Control], text: str) -> Tokenised:
+    def _checked(self, tokens: list[Token], controls: Sequence[Token], text: str) -> list[Token]:
         if not self._has_only(controls, tokens, text):
             raise SidelightError(
                 "The text contains the name of a control token, and this model's tokenizer cannot "

@@ -5,8 +5,8 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import date
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -14,7 +14,7 @@ from itertools import accumulate
 from jinja2 import TemplateError
 
 from sidelight.errors import ContextLengthError, SidelightError
-from sidelight.prompts.control_tokens import ContentTokenizer, Range, Tokenised, Tokenizer
+from sidelight.prompts.control_tokens import ContentTokenizer, Range, Token, Tokenizer
 from sidelight.prompts.conversation import (
     Conversation,
     EncodedPrompt,
@@ -28,46 +28,6 @@ from sidelight.prompts.conversation import (
     require_whole_characters,
 )
 from sidelight.prompts.turns import ChatFormat, are_attributed, token_parts
-
-
-@dataclass(frozen=True)
-class _Written:
-    """Turns as the model reads them.
-
-    Attributes:
-        tokens: The tokens of all, with their characters in the text that was tokenised.
-        spans: What of that text is each turn's content.
-        skipped: How many first characters of each content the template has left out; -1: it has
-            written the content in another way.
-        markers: Those that the template writes, as ``ChatFormat.markers`` gives them; None: there
-            is no template.
-        roles: Of the turns.
-    """
-
-    tokens: Tokenised
-    spans: Sequence[Range]
-    skipped: Sequence[int]
-    markers: tuple[str, ...] | None = None
-    roles: tuple[str, ...] = ()
-
-    def places(self) -> list[Place | None]:
-        """The place of each token; None: no part of a content."""
-        ends = [end for _, end in self.spans]
-        places: list[Place | None] = []
-        for first, last in map(_whole, self.tokens.offsets):
-            message = bisect_right(ends, first)
-            if (
-                message == len(ends)
-                or last <= (begin := self.spans[message][0])
-                or self.skipped[message] < 0
-            ):
-                places.append(None)
-                continue
-            moved = self.skipped[message] - begin
-            start, end = max(first, begin) + moved, min(last, ends[message]) + moved
-            places.append(Place(message, start, end))
-        return places
-
 
 # What a template writes around longer conversations is not cached.
 _CACHED_TURNS = 200
@@ -205,46 +165,17 @@ class PromptEncoder:
         texts = contents(messages, response)
         for text in texts:
             require_whole_characters(text, place="The text")
-        written = self._write(messages, response)
-        prompt = self._prompt_of(written, has_response=response is not None)
-        if not with_places:
-            return prompt
-        return replace(prompt, texts=tuple(texts), places=tuple(written.places()))
-
-    def _prompt_of(self, written: _Written, *, has_response: bool) -> EncodedPrompt:
-        token_ids = tuple(written.tokens.token_ids)
-        if written.markers is None:
-            _, stop = written.spans[-2 if has_response else -1]
-            parts = (
-                # The tokenizer's own special tokens cover no text: their offsets are (0, 0).
-                Part.TEMPLATE if end == 0 else Part.PROMPT if start < stop else Part.RESPONSE
-                for start, end in map(_whole, written.tokens.offsets)
-            )
-            return EncodedPrompt(token_ids, tuple(parts), is_plain=True)
-        turns = self.chat_format.turns(token_ids)
-        if not turns:
-            raise SidelightError(
-                "The model's chat template marks no turns, so a chat cannot be told from plain "
-                f"text. To judge chats, {_USE_RAW}."
-            )
-        if self.chat_format.markers(token_ids) != written.markers:
-            raise SidelightError(
-                "The text contains what the model's chat template writes between turns. Remove it, "
-                f"or {_USE_RAW}."
-            )
-        parts = token_parts(turns, len(token_ids), has_response=has_response)
-        is_attributed = are_attributed(turns, written.roles)
-        return EncodedPrompt(token_ids, parts, is_attributed=is_attributed)
-
-    def _write(self, messages: Conversation, response: str | None) -> _Written:
         is_plain = isinstance(messages, PlainText)
         turns = [Message("user", messages.content)] if is_plain else [*messages]
         if not turns:
             raise SidelightError("A conversation needs at least one message.")
         is_raw = is_plain or self.prompt_format == "raw"
-        return (self._write_raw if is_raw else self._write_chat)(turns, response)
+        prompt, places = (self._encode_raw if is_raw else self._encode_chat)(turns, response)
+        return replace(prompt, texts=tuple(texts), places=tuple(places)) if with_places else prompt
 
-    def _write_raw(self, messages: Sequence[Message], response: str | None) -> _Written:
+    def _encode_raw(
+        self, messages: Sequence[Message], response: str | None
+    ) -> tuple[EncodedPrompt, Iterator[Place | None]]:
         contents = [message.content for message in messages]
         prompt = "\n".join(contents)
         starts = [0, *accumulate(len(content) + 1 for content in contents)][: len(contents)]
@@ -255,29 +186,49 @@ class PromptEncoder:
             (start, start + len(content)) for start, content in zip(starts, contents, strict=True)
         ]
         tokens = self._contents.encode_raw(prompt + (response or ""))
-        return _Written(tokens, spans, [0] * len(spans))
+        parts = (
+            # The tokenizer's own special tokens cover no text: their offsets are (0, 0).
+            Part.TEMPLATE if end == 0 else Part.PROMPT if start < len(prompt) else Part.RESPONSE
+            for start, end in map(_whole, tokens)
+        )
+        encoded = EncodedPrompt(_ids(tokens), tuple(parts), is_plain=True)
+        return encoded, _places(tokens, spans, [0] * len(spans))
 
-    def _write_chat(self, messages: Sequence[Message], response: str | None) -> _Written:
+    def _encode_chat(
+        self, messages: Sequence[Message], response: str | None
+    ) -> tuple[EncodedPrompt, Iterator[Place | None]]:
         # Few chat templates know the role "developer", which speaks as the system.
-        turns = [replace(m, role="system") if m.role == "developer" else m for m in messages]
+        said = [replace(m, role="system") if m.role == "developer" else m for m in messages]
         if response is not None:
-            turns.append(Message("assistant", response))
-        roles = tuple(turn.role for turn in turns)
+            said.append(Message("assistant", response))
+        roles = tuple(turn.role for turn in said)
         for_generation = response is None
-        rendered = self._render(turns, for_generation=for_generation)
+        rendered = self._render(said, for_generation=for_generation)
         is_short = len(roles) <= _CACHED_TURNS
         find_frame = self._cached_frame if is_short else self._render_frame
         # A template may write today's date.
         literals, markers = find_frame(roles, for_generation=for_generation, _day=date.today())
-        spans = self._content_spans(rendered, turns, literals)
+        spans = self._content_spans(rendered, said, literals)
         edges = [0, *(edge for span in spans for edge in span), len(rendered)]
         template = list(zip(edges[::2], edges[1::2], strict=True))
         tokens = self._contents.encode_chat(rendered, template)
-        skipped = [
-            turn.content.find(rendered[start:end])
-            for turn, (start, end) in zip(turns, spans, strict=True)
-        ]
-        return _Written(tokens, spans, skipped, markers, roles)
+        ids = _ids(tokens)
+        turns = self.chat_format.turns(ids)
+        if not turns:
+            raise SidelightError(
+                "The model's chat template marks no turns, so a chat cannot be told from plain "
+                f"text. To judge chats, {_USE_RAW}."
+            )
+        if self.chat_format.markers(ids) != markers:
+            raise SidelightError(
+                "The text contains what the model's chat template writes between turns. Remove it, "
+                f"or {_USE_RAW}."
+            )
+        parts = token_parts(turns, len(ids), has_response=response is not None)
+        pairs = zip(said, spans, strict=True)
+        skipped = [turn.content.find(rendered[start:end]) for turn, (start, end) in pairs]
+        encoded = EncodedPrompt(ids, parts, is_attributed=are_attributed(turns, roles))
+        return encoded, _places(tokens, spans, skipped)
 
     def _render(self, turns: Sequence[Message], *, for_generation: bool) -> str:
         conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
@@ -336,7 +287,33 @@ class PromptEncoder:
         return tuple(literals), self.chat_format.markers(tokens["input_ids"])
 
 
-def _whole(offset: tuple[int, int]) -> tuple[int, int]:
+def _ids(tokens: Sequence[Token]) -> tuple[int, ...]:
+    return tuple(token_id for token_id, _, _ in tokens)
+
+
+def _whole(token: Token) -> Range:
     """The range of a token; tokenizers that trim blanks give (end, end) for a blank one."""
-    start, end = offset
+    _, start, end = token
     return (end - 1 if start == end > 0 else start, end)
+
+
+def _places(
+    tokens: Sequence[Token], spans: Sequence[Range], skipped: Sequence[int]
+) -> Iterator[Place | None]:
+    """The place of each token; None: no part of a content.
+
+    Args:
+        tokens: Those of the text that the model reads.
+        spans: What of that text is each turn's content.
+        skipped: How many first characters of each content the template has left out; -1: it has
+            written the content in another way.
+    """
+    ends = [end for _, end in spans]
+    for first, last in map(_whole, tokens):
+        message = bisect_right(ends, first)
+        if message == len(ends) or last <= spans[message][0] or skipped[message] < 0:
+            yield None
+            continue
+        begin, end = spans[message]
+        moved = skipped[message] - begin
+        yield Place(message, max(first, begin) + moved, min(last, end) + moved)
