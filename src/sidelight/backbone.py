@@ -7,7 +7,7 @@ Training and evaluation use any ``Backbone``. It does not batch requests (``engi
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -180,17 +180,10 @@ class TransformersBackbone:
         # Threads that run the model have taps of their own.
         self._local = threading.local()
         self._watch(_decoder_blocks(model))
-        self.encoder = _encoder(model.config, tokenizer, prompt_format)
-        layers, width = _sizes(model.config)
-        self.fingerprint: Fingerprint = fingerprint(
-            checkpoint,
-            tokenizer,
-            name=name,
-            prompt_format=self.encoder.prompt_format,
-            layers=layers,
-            width=width,
-            dtype=str(model.dtype).removeprefix("torch."),
+        self.encoder, stored = _identity(
+            model.config, tokenizer, checkpoint, name=name, prompt_format=prompt_format
         )
+        self.fingerprint = replace(stored, dtype=str(model.dtype).removeprefix("torch."))
 
     @property
     def device(self) -> torch.device:
@@ -269,20 +262,23 @@ class TransformersBackbone:
             block.register_forward_hook(partial(after, layer))
 
 
-def _encoder(
-    config: PreTrainedConfig, tokenizer: Any, prompt_format: PromptFormat | None
-) -> PromptEncoder:
-    chosen = prompt_format or ("chat" if tokenizer.chat_template else "raw")
-    positions = getattr(config.get_text_config(), "max_position_embeddings", _NO_LIMIT)
-    # A tokenizer without a limit reports an astronomically large one.
-    limit = min(positions, tokenizer.model_max_length)
-    return PromptEncoder(tokenizer, prompt_format=chosen, max_tokens=int(limit))
-
-
-def _sizes(config: PreTrainedConfig) -> tuple[int, int]:
-    """The number of hidden states, of the embedding and of each block, and their width."""
+def _identity(
+    config: PreTrainedConfig,
+    tokenizer: Any,
+    checkpoint: Checkpoint,
+    *,
+    name: str,
+    prompt_format: PromptFormat | None,
+) -> tuple[PromptEncoder, Fingerprint]:
+    """What makes the prompts of a model, and its fingerprint."""
     text = config.get_text_config()
-    return text.num_hidden_layers + 1, text.hidden_size
+    chosen = prompt_format or ("chat" if tokenizer.chat_template else "raw")
+    # A tokenizer without a limit reports an astronomically large one.
+    limit = min(getattr(text, "max_position_embeddings", _NO_LIMIT), tokenizer.model_max_length)
+    encoder = PromptEncoder(tokenizer, prompt_format=chosen, max_tokens=int(limit))
+    # Hidden states are those of the embedding and of each block.
+    layers, width = text.num_hidden_layers + 1, text.hidden_size
+    return encoder, fingerprint(checkpoint, encoder, name=name, layers=layers, width=width)
 
 
 def _decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -379,7 +375,6 @@ class UnloadedBackbone:
     """A backbone without its weights, for an engine that loads them itself."""
 
     path: str
-    tokenizer: Any
     encoder: PromptEncoder
     fingerprint: Fingerprint
 
@@ -401,17 +396,8 @@ def read_backbone(
         config, _ = _read_config(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         checkpoint = Checkpoint.read(model_folder(path))
-    encoder = _encoder(config, tokenizer, prompt_format)
-    layers, width = _sizes(config)
-    who = fingerprint(
-        checkpoint,
-        tokenizer,
-        name=name,
-        prompt_format=encoder.prompt_format,
-        layers=layers,
-        width=width,
-    )
-    return UnloadedBackbone(path, tokenizer, encoder, who)
+    identity = _identity(config, tokenizer, checkpoint, name=name, prompt_format=prompt_format)
+    return UnloadedBackbone(path, *identity)
 
 
 def _require_memory(name: str, folder: Path, devices: Iterable[torch.device]) -> None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sidelight.fingerprint import Fingerprint, hash_of
-from sidelight.prompts.conversation import PromptFormat
+from sidelight.prompts.encode import PromptEncoder
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -135,34 +135,31 @@ def _as_used(samples: Mapping[str, _Sample]) -> dict[str, _Sample]:
 
 def fingerprint(
     checkpoint: Checkpoint,
-    tokenizer: Any,
+    encoder: PromptEncoder,
     *,
     name: str,
-    prompt_format: PromptFormat,
     layers: int,
     width: int,
-    dtype: str | None = None,
 ) -> Fingerprint:
     """The fingerprint of a model; takes well under a second.
 
     Args:
         checkpoint: Its files.
-        tokenizer: Its tokenizer.
+        encoder: What makes its prompts: its tokenizer, and how texts are rendered.
         name: What the user calls it.
-        prompt_format: How texts are rendered.
         layers: Hidden states that a probe reads.
         width: Size of a hidden state.
-        dtype: That of the weights once they are loaded; None: that of the files.
     """
+    tokenizer = encoder.tokenizer
     return Fingerprint(
         name=name,
         config=hash_of(_stable(checkpoint.config)),
         weights=_weights_hash(checkpoint.samples),
         tokenizer=hash_of(sorted(tokenizer.get_vocab().items()), tokenizer(_SAMPLE)["input_ids"]),
-        template="raw" if prompt_format == "raw" else hash_of(str(tokenizer.chat_template)),
+        template="raw" if encoder.prompt_format == "raw" else hash_of(str(tokenizer.chat_template)),
         layers=layers,
         width=width,
-        dtype=dtype or checkpoint.dtype,
+        dtype=checkpoint.dtype,
     )
 
 

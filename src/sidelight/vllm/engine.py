@@ -399,9 +399,9 @@ def predict(
     from sidelight.training.judging import encode
 
     backbone = read_backbone(model, prompt_format=common_format([probe]))
-    prompt_format, most = backbone.encoder.prompt_format, longest(backbone.encoder, options or {})
+    own, most = backbone.encoder, longest(backbone.encoder, options or {})
     # A text that vLLM cannot read is refused before it starts.
-    encoder = PromptEncoder(backbone.tokenizer, prompt_format=prompt_format, max_tokens=most)
+    encoder = PromptEncoder(own.tokenizer, prompt_format=own.prompt_format, max_tokens=most)
     prompts = encode(encoder, texts, with_places=probe.spans is not None)
     dtype = backbone.fingerprint.dtype if dtype == "auto" else dtype
     engine = load_vllm_engine(model, [probe], dtype=dtype, options=options)

@@ -105,9 +105,8 @@ class LlamaBackbone:
         self.encoder = PromptEncoder(made, prompt_format=chosen, max_tokens=limit)
         self.fingerprint = fingerprint(
             checkpoint,
-            made,
+            self.encoder,
             name=self.name,
-            prompt_format=chosen,
             # Without what follows the last block, which llama.cpp does not give for every token.
             layers=config["block_count"],
             width=config["embedding_length"],
