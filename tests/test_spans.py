@@ -192,7 +192,7 @@ def test_a_label_holds_where_the_text_reaches_its_threshold_or_a_span_has_it(tin
         probe = replace(untrained, spans=rule, thresholds=tuple(draw.random(count).tolist()))
         logits = ProbeOutput(draw.normal(size=count), tokens=draw.normal(size=(tokens, count)))
         judged = Judgement(
-            (probe.text_verdict(logits),), token_labels={"pii": probe.token_labels(logits)}
+            (probe.verdict(logits.logits),), token_labels={"pii": probe.token_labels(logits)}
         )
         if side == "response":
             marks = AnswerSpans([probe])

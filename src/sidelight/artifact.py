@@ -167,7 +167,7 @@ def gives_verdicts(probe: Probe, *, device: torch.device | str = "cpu") -> bool:
     parts = [_PARTS] * len(_DEVIATIONS)
     try:
         for text in bank.prompt_logits(tap.projected().flatten(0, 1), parts)[0]:
-            numbers = [*probe.text_verdict(text).probabilities.values()]
+            numbers = [*probe.verdict(text.logits).probabilities.values()]
             numbers += [] if text.tokens is None else text.tokens.flatten().tolist()
             if not np.isfinite(numbers).all():
                 return False

@@ -332,7 +332,7 @@ class Bank:
                 failed.append(probe.name)
                 continue
             try:
-                verdict = probe.text_verdict(each)
+                verdict = probe.verdict(each.logits, turn=each.turn)
             except VerdictError:
                 failed.append(probe.name)
                 continue

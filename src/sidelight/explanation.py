@@ -5,7 +5,7 @@ Made from the columns of the pass that judged the text, so it costs no pass of t
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -122,7 +122,7 @@ def explain(
     with torch.inference_mode():
         logits = mechanism.logits(_texts(columns, read)).double().numpy()
     decisive = probe.highest(logits[:-1], units, ProbeOutput(logits[-1]))
-    verdict = replace(probe.verdict(decisive.logits), turn=decisive.turn)
+    verdict = probe.verdict(decisive.logits, turn=decisive.turn)
     labels = probe.task.output_labels
     label = labels[0] if probe.task.kind == "binary" else verdict.label
     targets = np.eye(len(labels), dtype=np.float32)[labels.index(label)]

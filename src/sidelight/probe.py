@@ -80,11 +80,12 @@ class Probe:
         columns = self.mechanism.columns()
         return self.standardisation.to(columns.device).fold(columns)
 
-    def verdict(self, logits: np.ndarray) -> Verdict:
+    def verdict(self, logits: np.ndarray, *, turn: int | None = None) -> Verdict:
         """The verdict on one text.
 
         Args:
             logits: ``[output]``.
+            turn: The turn that decided, as ``Verdict.turn``.
 
         Raises:
             VerdictError: A logit is not finite. There is no verdict then, not even a harmless one.
@@ -95,15 +96,7 @@ class Probe:
             (positive,) = probabilities
             probabilities = [1 - positive, positive]
         by_label = dict(zip(self.task.labels, probabilities, strict=True))
-        return self.task.decide(self.name, by_label, self.label_thresholds)
-
-    def text_verdict(self, text: ProbeOutput) -> Verdict:
-        """The verdict on a text, with the turn that decided.
-
-        Raises:
-            VerdictError: As ``verdict``.
-        """
-        return replace(self.verdict(text.logits), turn=text.turn)
+        return self.task.decide(self.name, by_label, self.label_thresholds, turn=turn)
 
     def labelled_verdict(
         self, verdict: Verdict, spans: Sequence[Span] | None, marked: Iterable[str] = ()
@@ -116,8 +109,7 @@ class Probe:
             marked: The labels of its tokens, which then hold.
         """
         scores, thresholds = verdict.probabilities, self.label_thresholds
-        decided = self.task.decide(self.name, scores, thresholds, spans, marked)
-        return replace(decided, turn=verdict.turn)
+        return self.task.decide(self.name, scores, thresholds, spans, marked, turn=verdict.turn)
 
     def token_labels(self, text: ProbeOutput) -> list[TokenLabel]:
         """Which tokens have a label; none unless the probe labels spans."""

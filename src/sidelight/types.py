@@ -89,6 +89,8 @@ class Task:
         thresholds: Mapping[str, float],
         spans: "Sequence[Span] | None" = None,
         marked: Iterable[str] = (),
+        *,
+        turn: int | None = None,
     ) -> "Verdict":
         """The verdict of a probe at some thresholds.
 
@@ -99,6 +101,7 @@ class Task:
             spans: The labelled words: what they have holds too, since tokens and texts are
                 calibrated apart; those of labels without a threshold are left out.
             marked: Labels that hold too where nobody knows the spans.
+            turn: The turn that decided, as ``Verdict.turn``.
         """
         best = max(probabilities, key=probabilities.__getitem__)
         if spans is not None:
@@ -113,7 +116,7 @@ class Task:
         if self.kind == "binary":
             best = held[0] if held else self.labels[0]
         labels = held if held or self.kind == "multilabel" else (best,)
-        return Verdict(probe, best, labels, dict(probabilities), flagged=bool(held), spans=spans)
+        return Verdict(probe, best, labels, dict(probabilities), bool(held), turn, spans)
 
 
 @dataclass(frozen=True, order=True)

@@ -1,7 +1,7 @@
 """The decision on one verdict."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from sidelight.errors import SidelightError
@@ -99,8 +99,7 @@ def _decided(bound: BoundRule, verdict: Verdict, tools: Judgement | None) -> Ver
     alone = tools.verdict(bound.name)
     if alone is not None and (decided := bound.decide(alone)).flagged:
         return decided
-    unflagged = bound.probe.task.decide(bound.name, verdict.probabilities, {})
-    return replace(unflagged, turn=verdict.turn)
+    return bound.probe.task.decide(bound.name, verdict.probabilities, {}, turn=verdict.turn)
 
 
 def agreements(decisions: Iterable[Decision]) -> list[tuple[BoundRule, Agreement]]:

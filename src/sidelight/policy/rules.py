@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -195,8 +195,8 @@ class BoundRule:
         if self.rule.threshold is not None:
             marked = ()
             spans = spans and [span for span in spans if scores[span.label] >= self.rule.threshold]
-        decided = self.probe.task.decide(self.name, scores, self.thresholds, spans, marked)
-        return replace(decided, turn=verdict.turn)
+        task, turn = self.probe.task, verdict.turn
+        return task.decide(self.name, scores, self.thresholds, spans, marked, turn=turn)
 
     def action(self, verdict: Verdict | None) -> Action:
         """What follows from a verdict at the rule's thresholds; None: there is none."""

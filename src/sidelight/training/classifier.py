@@ -86,9 +86,8 @@ class Classifier:
             pairs = zip(*find_spans(self.backbone, self.probe, examples), strict=True)
             verdict, labelled = self.probe.verdict, self.probe.labelled_verdict
             return [labelled(verdict(row), spans) for row, spans in pairs]
-        return [
-            self.probe.text_verdict(text) for text in judge(self.backbone, self.probe, examples)
-        ]
+        judged = judge(self.backbone, self.probe, examples)
+        return [self.probe.verdict(text.logits, turn=text.turn) for text in judged]
 
     def explain(self, text: str | Example, *, response: str | None = None) -> Explanation:
         """The verdict on one text, and how its logit divides among tokens and layers.

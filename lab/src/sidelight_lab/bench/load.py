@@ -99,7 +99,7 @@ def prepare(
     probabilities = np.array(
         [
             [
-                probe.text_verdict(text).probabilities["yes"]
+                probe.verdict(text.logits).probabilities["yes"]
                 for text in judge(backbone, probe, texts)
             ]
             for probe in probes[:2]

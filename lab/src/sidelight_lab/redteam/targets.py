@@ -84,7 +84,7 @@ class ProbeTarget(Target):
     def margins(self, conversations: Sequence[Messages]) -> list[float]:
         with quiet():
             judged = judge(self.backbone, self.probe, [Example(own) for own in conversations])
-        said = [self.probe.text_verdict(own).probabilities for own in judged]
+        said = [self.probe.verdict(own.logits).probabilities for own in judged]
         return [max(p[label] - least for label, least in self.thresholds.items()) for p in said]
 
 
