@@ -31,6 +31,11 @@ def read_masks(prompts, reads):
     }
 
 
+def padded_parts(prompts):
+    """The part of each token of a right-padded batch; padding is read by nobody."""
+    return pad_sequence([torch.tensor(own.parts, dtype=torch.uint8) for own in prompts], True)
+
+
 def projected(backbone, tap, prompts):
     with backbone.tapped(tap):
         backbone.run(prompts)
@@ -58,29 +63,24 @@ def probes(tiny):
 
 
 def summarised(backbone, bank, prompts):
-    masks = read_masks(prompts, bank.reads)
-    return summarise(bank, projected(backbone, bank.tap(), prompts), masks)
+    columns = projected(backbone, bank.tap(), prompts)
+    return summarise(bank, columns, padded_parts(prompts))
 
 
-def summarise(bank, columns, masks):
+def summarise(bank, columns, parts):
     """The state of each text of a padded batch."""
-    flat = {reads: mask.flatten() for reads, mask in masks.items()}
-    lengths = torch.full((len(columns),), columns.shape[1])
-    return bank.summarise(columns.flatten(0, 1), flat, lengths)
+    return bank.summarise(columns.flatten(0, 1), [bytes(row) for row in parts.numpy()])
 
 
 @pytest.mark.slow
 def test_a_bank_gives_each_probe_its_dense_form_however_texts_are_cut(tiny, probes, prompts):
     bank = Bank(probes)
     columns = projected(tiny, bank.tap(), prompts)
-    masks = read_masks(prompts, bank.reads)
-    state = summarise(bank, columns, masks)
+    masks, parts = read_masks(prompts, bank.reads), padded_parts(prompts)
+    state = summarise(bank, columns, parts)
     whole, judgements = bank.logits(state), bank.judge(state, [False] * len(state.split()))
     edges = [0, 9, 10, 40, columns.shape[1]]
-    chunks = [
-        summarise(bank, columns[:, a:b], {way: mask[:, a:b] for way, mask in masks.items()})
-        for a, b in pairwise(edges)
-    ]
+    chunks = [summarise(bank, columns[:, a:b], parts[:, a:b]) for a, b in pairwise(edges)]
     merged = bank.merge(bank.merge(chunks[0], chunks[1]), bank.merge(chunks[2], chunks[3]))
     backwards = bank.logits(BankState.pack(merged.split()[::-1]))
     alone = [score(tiny, bank, [prompt]) for prompt in prompts]
@@ -128,16 +128,15 @@ def test_every_mechanism_says_beside_others_of_its_kind_what_it_says_alone(tiny,
         for i, (name, options) in enumerate(2 * VARIANTS)
     ]
     bank = Bank(probes)
-    columns, masks = projected(tiny, bank.tap(), prompts), read_masks(prompts, bank.reads)
+    columns, parts = projected(tiny, bank.tap(), prompts), padded_parts(prompts)
     left, right = (
-        summarise(bank, columns[:, part], {way: mask[:, part] for way, mask in masks.items()})
-        for part in (slice(20), slice(20, None))
+        summarise(bank, columns[:, half], parts[:, half]) for half in (slice(20), slice(20, None))
     )
     together = bank.logits(bank.merge(left, right))
     for (name, options), probe, logits in zip(2 * VARIANTS, probes, together, strict=True):
         own = Bank([probe])
-        parts = torch.stack([bank.columns_of(probe.name, prompt) for prompt in columns])
-        (alone,) = own.logits(summarise(own, parts, masks))
+        of_probe = torch.stack([bank.columns_of(probe.name, prompt) for prompt in columns])
+        (alone,) = own.logits(summarise(own, of_probe, parts))
         np.testing.assert_allclose(logits, alone, **ROUNDING, err_msg=f"{name} {options}")
 
 
@@ -166,7 +165,7 @@ def test_hidden_states_that_overflowed_are_an_error(tiny):
     tap = bank.tap()
     for layer in range(tiny.fingerprint.layers):
         tap(layer, torch.full((1, 2, 32), torch.inf))
-    state = summarise(bank, tap.projected(), {Reads(): torch.ones(1, 2, dtype=torch.bool)})
+    state = summarise(bank, tap.projected(), torch.full((1, 2), Part.PROMPT, dtype=torch.uint8))
     assert bank.judge(state, [False]) == [Judgement((), ("p",))]
     with pytest.raises(VerdictError, match="overflowed"):
         probe.verdict(bank.logits(state)[0][0])

@@ -7,7 +7,7 @@ packs and merges.
 """
 
 import time
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sidelight.errors import SidelightError, VerdictError
@@ -182,26 +182,18 @@ class Bank:
 
     @torch.inference_mode()
     def summarise(
-        self,
-        projected: Float[Tensor, "row layer column"],
-        masks: Mapping[Reads, Bool[Tensor, " row"]],
-        lengths: Int[Tensor, " segment"],
+        self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
     ) -> BankState:
-        """The state of each request; they lie end to end.
-
-        Args:
-            projected: The columns of all their tokens.
-            masks: For each of ``reads``, the tokens that count.
-            lengths: Number of tokens of each request.
-        """
-        segments = Ragged(projected, lengths).segments
-        kept = {
-            reads: torch.zeros_like(lengths).index_add(0, segments, mask.long())
-            for reads, mask in masks.items()
-        }
+        """The state of each text; arguments as for ``prompt_logits``."""
+        device = columns.device
+        masks, lengths = dict[Reads, Tensor](), dict[Reads, Tensor]()
+        for reads in self.reads:
+            is_read = [read_tokens(own, reads) for own in parts]
+            masks[reads] = torch.from_numpy(np.concatenate(is_read)).to(device)
+            lengths[reads] = torch.tensor([int(own.sum()) for own in is_read], device=device)
         states = [
-            group.summarise(part[masks[group.reads]], kept[group.reads])
-            for group, part in zip(self._groups, projected.split(self._widths, -1), strict=True)
+            group.summarise(part[masks[group.reads]], lengths[group.reads])
+            for group, part in zip(self._groups, columns.split(self._widths, -1), strict=True)
         ]
         return BankState(tuple(states))
 
@@ -277,7 +269,7 @@ class Bank:
             columns: Those of all tokens, one prompt after the other.
             parts: For each prompt, the ``Part`` of every token.
         """
-        wholes = self._text_logits(self.summarise_texts(columns, parts))
+        wholes = self._text_logits(self.summarise(columns, parts))
         units = [judged_units(prompt) for prompt in parts]
         if not any(probe.judges_turns for probe in self.probes) or not any(units):
             return wholes
@@ -307,21 +299,8 @@ class Bank:
             start += len(prompt)
         chosen = columns[torch.from_numpy(np.concatenate(rows)).to(columns.device)]
         ends = [*accumulate(map(len, units))]
-        logits = self.logits(self.summarise_texts(chosen, unit_parts))
+        logits = self.logits(self.summarise(chosen, unit_parts))
         return [np.split(of_probe, ends[:-1]) for of_probe in logits]
-
-    def summarise_texts(
-        self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
-    ) -> BankState:
-        """The state of each text; arguments as for ``prompt_logits``."""
-        masks = {
-            reads: torch.from_numpy(np.concatenate([read_tokens(own, reads) for own in parts])).to(
-                columns.device
-            )
-            for reads in self.reads
-        }
-        lengths = torch.tensor([*map(len, parts)], device=columns.device)
-        return self.summarise(columns, masks, lengths)
 
     def _judgement(self, logits: Sequence[ProbeOutput], is_plain: bool) -> Judgement:
         verdicts: list[Verdict] = []
@@ -423,7 +402,7 @@ class Panel:
         if self.late is None:
             return [None] * len(parts)
         width = self.late.projection.weight.shape[2]
-        new = self.late.summarise_texts(columns[..., columns.shape[2] - width :], parts)
+        new = self.late.summarise(columns[..., columns.shape[2] - width :], parts)
         states = [state for state in before if state is not None]
         if len(states) == len(before):
             # All texts go on: one merge.
