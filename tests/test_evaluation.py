@@ -139,8 +139,7 @@ THREE = [[0.8, 0.1, 0.1, 0], [0.2, 0.7, 0.1, 0], [0.1, 0.2, 0.7, 0]]
     ],
 )
 def test_what_a_class_without_rows_leaves_undefined_is_none(task, probabilities, labels, values):
-    thresholds = THRESHOLDS[task.kind]
-    report = evaluate(task, np.array(probabilities), np.array(labels), thresholds=thresholds)
+    report = evaluate(decided(task, np.array(probabilities), np.array(labels)))
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert {name: data[name]["value"] for name in values} == values
     assert all(data[name]["ci"] == [None, None] for name in values if values[name] is None)
@@ -148,7 +147,7 @@ def test_what_a_class_without_rows_leaves_undefined_is_none(task, probabilities,
 
 def test_a_row_that_is_not_a_number_is_named():
     with pytest.raises(SidelightError, match=r"Row 1 .* NaN"):
-        evaluate(BINARY, np.array([[0.1], [np.nan], [0.2]]), np.zeros(3, int), thresholds=(0.5,))
+        decided(BINARY, np.array([[0.1], [np.nan], [0.2]]), np.zeros(3, int))
 
 
 @every_task
@@ -166,9 +165,8 @@ def test_log_losses_agree_with_the_reference(task):
 
 
 def report_on(task: Task, **changes) -> Report:
-    probabilities, labels = draw_rows(task, rows=300, seed=0)
-    settings = {"thresholds": THRESHOLDS[task.kind], "bootstrap": 50}
-    return evaluate(task, probabilities, labels, **(settings | changes))
+    predictions = decided(task, *draw_rows(task, rows=300, seed=0))
+    return evaluate(predictions, **({"bootstrap": 50} | changes))
 
 
 @every_task
@@ -193,14 +191,13 @@ def test_a_report_is_json_and_the_bootstrap_changes_nothing_but_its_intervals(ta
 
 @pytest.mark.slow
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
-    every = draw_rows(BINARY, rows=200_000, seed=0)
-    truth = evaluate(BINARY, *every, thresholds=(0.5,), bootstrap=0).metrics["auroc"].value
+    every = decided(BINARY, *draw_rows(BINARY, rows=200_000, seed=0))
+    truth = evaluate(every, bootstrap=0).metrics["auroc"].value
     held = 0
     for seed in range(1, 61):
         # Percentiles of fewer rows are a little too close: of 200, they hold it in 92 % of cases.
-        probabilities, labels = draw_rows(BINARY, rows=1000, seed=seed)
-        options = {"thresholds": (0.5,), "bootstrap": 200, "seed": seed}
-        report = evaluate(BINARY, probabilities, labels, **options)
+        some = decided(BINARY, *draw_rows(BINARY, rows=1000, seed=seed))
+        report = evaluate(some, bootstrap=200, seed=seed)
         held += report.metrics["auroc"].low <= truth <= report.metrics["auroc"].high
     # 95 % of 60 is 57; three binomial standard deviations below that are 51.9.
     assert held >= 52
@@ -234,7 +231,7 @@ def test_per_class_and_confusion_matrix_agree_with_the_reference(task):
 def test_an_interval_does_not_collapse_where_no_row_is_wrong(task):
     _, labels = draw_rows(MULTICLASS if task.kind == "multiclass" else task, rows=40, seed=0)
     right = np.eye(task.outputs)[labels] if task.kind == "multiclass" else labels.reshape(40, -1)
-    report = evaluate(task, 0.9 * right + 0.02, labels, thresholds=THRESHOLDS[task.kind])
+    report = evaluate(decided(task, 0.9 * right + 0.02, labels))
     for name in ("accuracy", "f1", "auroc"):
         assert report.metrics[name].value == report.metrics[name].high == 1
         assert 0.5 < report.metrics[name].low < 0.95

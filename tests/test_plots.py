@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from sidelight.metrics import decide
 from sidelight.plots import plot_report
 from sidelight.types import Task
 from worlds.servers import cli
@@ -20,7 +21,8 @@ def plot(task, directory, labels):
     if task.kind == "multiclass":
         probabilities /= probabilities.sum(axis=1, keepdims=True)
     thresholds = () if task.kind == "multiclass" else (0.5,) * task.outputs
-    return plot_report(task, probabilities, labels, directory, thresholds=thresholds, title="a $p")
+    predictions = decide(task, probabilities, labels, thresholds=thresholds)
+    return plot_report(predictions, directory, title="a $p")
 
 
 @pytest.mark.slow

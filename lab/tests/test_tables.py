@@ -12,6 +12,7 @@ from planted_data import TABLE, Data, context_of, recipe, rows_of, stored
 from sidelight.artifact import load_probe
 from sidelight.bank import Bank
 from sidelight.evaluation import evaluate
+from sidelight.metrics import decide
 from sidelight.states.extraction import cached_logits
 from sidelight.training.dataset import make_split
 from sidelight.training.settings import FitOptions
@@ -95,7 +96,12 @@ def test_figures_are_those_of_evaluate_on_the_stored_artifacts(finished, tiny, c
         np.testing.assert_allclose(own, other, atol=0.02 * np.abs(other).max())
     reports = [
         evaluate(
-            probe.task, probe.calibration.apply(logits), split.labels, thresholds=probe.thresholds
+            decide(
+                probe.task,
+                probe.calibration.apply(logits),
+                split.labels,
+                thresholds=probe.thresholds,
+            )
         )
         for probe, logits in zip(probes, expected, strict=True)
         if probe.name.startswith("readout")

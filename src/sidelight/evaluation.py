@@ -2,24 +2,23 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 
 from sidelight.data.examples import LabelledExamples
 from sidelight.metrics import (
     METRICS,
     Predictions,
-    decide,
     decision_metrics,
     measure_resamples,
     ranking_metrics,
     wilson,
 )
 from sidelight.spans import character_f1, labelled_characters
-from sidelight.types import AnyArray, Numbers, Span, Task, Values
+from sidelight.types import Numbers, Span, Task, Values
 
 
 @dataclass(frozen=True)
@@ -98,62 +97,44 @@ class Report:
         }
 
 
-def evaluate(
-    task: Task,
-    probabilities: Float[Values, "row output"],
-    labels: Shaped[AnyArray, "..."],
-    *,
-    thresholds: tuple[float, ...],
-    row_thresholds: Float[Values, "row threshold"] | None = None,
-    bootstrap: int = 1000,
-    seed: int = 0,
-) -> Report:
-    """Measures probabilities against labels.
+def evaluate(predictions: Predictions, *, bootstrap: int = 1000, seed: int = 0) -> Report:
+    """Measures probabilities and decisions against labels.
 
     Args:
-        task: The classes.
-        probabilities: Calibrated; a binary task has one column, the positive class.
-        labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
-        thresholds: From `thresholds.choose_thresholds` on validation rows.
-        row_thresholds: Those that each row is decided by, if they differ from row to row.
+        predictions: What ``decide`` makes of calibrated probabilities.
         bootstrap: Number of resamples of rows for the intervals; with 0 there are no intervals.
         seed: Seed of the resamples.
-
-    Raises:
-        SidelightError: A probability is NaN.
     """
-    predictions = decide(
-        task, probabilities, labels, thresholds=thresholds, row_thresholds=row_thresholds
-    )
+    task, rows = predictions.task, len(predictions.scores)
     confusion = predictions.confusion_matrix()
     if task.abstains and not predictions.targets[:, -1].any():
         # A class that no row has would count as one that is never right.
-        predictions = Predictions(
-            task.kind,
-            predictions.scores[:, :-1],
-            predictions.targets[:, :-1],
-            predictions.decisions[:, :-1],
+        predictions = replace(
+            predictions,
+            scores=predictions.scores[:, :-1],
+            targets=predictions.targets[:, :-1],
+            decisions=predictions.decisions[:, :-1],
         )
     draws = measure_resamples(predictions, resamples=bootstrap, seed=seed)
     metrics = {name: Estimate.of(draws[name]) for name in METRICS}
-    metrics["accuracy"] = metrics["accuracy"].as_share(len(probabilities))
+    metrics["accuracy"] = metrics["accuracy"].as_share(rows)
     # Where no row is wrong, no resample is: the rows of the rarest label say how sure that is.
     sides = [int(min(holds.sum(), (~holds).sum())) for holds in predictions.targets.T]
-    rarest = min((rows for rows in sides if rows), default=0)
+    rarest = min(filter(None, sides), default=0)
     for name, estimate in metrics.items():
         if estimate.value in (0, 1) and estimate.low == estimate.high:
             metrics[name] = estimate.as_share(rarest)
     return Report(
         task,
-        rows=len(probabilities),
+        rows=rows,
         metrics=metrics,
-        per_class=_per_class(task, predictions),
-        thresholds=thresholds,
+        per_class=_per_class(predictions),
+        thresholds=predictions.thresholds,
         confusion_matrix=confusion,
     )
 
 
-def _per_class(task: Task, predictions: Predictions) -> dict[str, dict[str, float | None]]:
+def _per_class(predictions: Predictions) -> dict[str, dict[str, float | None]]:
     columns = zip(predictions.scores.T, predictions.targets.T, strict=True)
     ranked = [ranking_metrics(*column, predictions.once) for column in columns]
     metrics = decision_metrics(predictions, predictions.once)
@@ -164,7 +145,7 @@ def _per_class(task: Task, predictions: Predictions) -> dict[str, dict[str, floa
             **{name: _number(values[index, 0]) for name, values in metrics.items()},
             "support": support[index],
         }
-        for index, label in enumerate(task.labels[: len(support)])
+        for index, label in enumerate(predictions.task.labels[: len(support)])
     }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from sidelight.errors import SidelightError
-from sidelight.types import AnyArray, Flags, Numbers, Task, TaskKind, Values
+from sidelight.types import AnyArray, Flags, Numbers, Task, Values
 
 METRICS = (
     "f1",
@@ -59,13 +59,15 @@ class Predictions:
     """The input of every metric: one column per label, whatever the task.
 
     Attributes:
-        kind: The kind of task; decides which labels the metrics are about, and how to average.
+        task: The classes; its kind decides which labels the metrics are about, and how to average.
+        thresholds: One for a binary task, one per label if multi-label, none if multi-class.
         scores: Probability of each label; a binary task has two columns, the negative class first.
         targets: Whether the label holds.
         decisions: Whether the label was predicted.
     """
 
-    kind: TaskKind
+    task: Task
+    thresholds: tuple[float, ...]
     scores: Float[Values, "row label"]
     targets: Bool[Flags, "row label"]
     decisions: Bool[Flags, "row label"]
@@ -73,7 +75,7 @@ class Predictions:
     @property
     def headline(self) -> slice:
         """The columns that the metrics are about: the positive class if binary, else all."""
-        return slice(1, 2) if self.kind == "binary" else slice(None)
+        return slice(1, 2) if self.task.kind == "binary" else slice(None)
 
     @property
     def once(self) -> Float[Values, "row 1"]:
@@ -87,7 +89,7 @@ class Predictions:
         comes before present.
         """
         actual, predicted = self.targets.astype(np.int64), self.decisions.astype(np.int64)
-        if self.kind != "multilabel":
+        if self.task.kind != "multilabel":
             return actual.T @ predicted
         actual, predicted = np.stack([1 - actual, actual]), np.stack([1 - predicted, predicted])
         return np.einsum("arl,prl->lap", actual, predicted)
@@ -99,7 +101,7 @@ class Predictions:
         if multi-label.
         """
         stated, correct = self.scores[:, self.headline], self.targets[:, self.headline]
-        if self.kind == "multiclass":
+        if self.task.kind == "multiclass":
             winner = stated.argmax(axis=1, keepdims=True)
             stated = np.take_along_axis(stated, winner, axis=1)
             correct = np.take_along_axis(correct, winner, axis=1)
@@ -123,7 +125,7 @@ def decide(
         task: The classes.
         probabilities: Each in [0, 1]; a binary task has one column, the positive class.
         labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
-        thresholds: One for a binary task, one per label if multi-label, none if multi-class.
+        thresholds: As ``choose_thresholds`` gives them for validation rows.
         row_thresholds: Those that each row is decided by, if they differ from row to row.
 
     Raises:
@@ -134,15 +136,16 @@ def decide(
     assert len(thresholds) == (0 if task.kind == "multiclass" else task.outputs), thresholds
     applied = thresholds if row_thresholds is None else row_thresholds
     if task.kind == "multilabel":
-        return Predictions(task.kind, probabilities, integers == 1, probabilities >= applied)
+        decisions = probabilities >= applied
+        return Predictions(task, thresholds, probabilities, integers == 1, decisions)
     classes = np.arange(len(task.labels))
     targets = integers[:, None] == classes
     if task.kind == "multiclass":
-        chosen = probabilities.argmax(axis=1)
-        return Predictions(task.kind, probabilities, targets, chosen[:, None] == classes)
+        decisions = probabilities.argmax(axis=1)[:, None] == classes
+        return Predictions(task, thresholds, probabilities, targets, decisions)
     flagged = probabilities >= applied  # (row, 1)
     scores = np.hstack([1 - probabilities, probabilities])
-    return Predictions(task.kind, scores, targets, np.hstack([~flagged, flagged]))
+    return Predictions(task, thresholds, scores, targets, np.hstack([~flagged, flagged]))
 
 
 def checked_labels(
@@ -278,7 +281,7 @@ def measure(
     """
     each = decision_metrics(predictions, weights)
     shown = {name: values[predictions.headline] for name, values in each.items()}
-    if predictions.kind == "multilabel":
+    if predictions.task.kind == "multilabel":
         shown = decision_metrics(predictions, weights, is_pooled=True)
     columns = (predictions.scores.T, predictions.targets.T)
     ranked = [

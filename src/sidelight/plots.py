@@ -6,7 +6,6 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Shaped
 from sklearn.metrics import (
     ConfusionMatrixDisplay,
     PrecisionRecallDisplay,
@@ -14,9 +13,8 @@ from sklearn.metrics import (
 )
 
 from sidelight.errors import SidelightError
-from sidelight.metrics import Predictions, calibration_error, decide
+from sidelight.metrics import Predictions, calibration_error
 from sidelight.storage import replacing
-from sidelight.types import AnyArray, Task, Values
 
 try:
     from matplotlib.axes import Axes
@@ -34,33 +32,18 @@ _CURVES, _NUMBERED_CLASSES, _NAMED_CLASSES, _MATRICES = 8, 30, 80, 24
 _NAME_LENGTH = 24
 
 
-def plot_report(
-    task: Task,
-    probabilities: Float[Values, "row output"],
-    labels: Shaped[AnyArray, "..."],
-    directory: Path,
-    *,
-    thresholds: tuple[float, ...],
-    title: str,
-) -> list[Path]:
+def plot_report(predictions: Predictions, directory: Path, *, title: str) -> list[Path]:
     """Draws the three plots that go with an evaluation.
 
     Args:
-        task: The classes.
-        probabilities: Calibrated; a binary task has one column, the positive class.
-        labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
+        predictions: What ``decide`` makes of calibrated probabilities.
         directory: Where to write; made if absent. Plots of the same names are replaced.
-        thresholds: What the decisions are made with; none for a multi-class task.
         title: What was measured on what, for example ``toxicity on ToxicChat test``.
 
     Returns:
         The paths of ``precision_recall.png``, ``reliability.png`` and ``confusion.png``.
-
-    Raises:
-        SidelightError: See `metrics.decide`.
     """
-    predictions = decide(task, probabilities, labels, thresholds=thresholds)
-    names = [_escape(label[:_NAME_LENGTH]) for label in task.labels]
+    names = [_escape(label[:_NAME_LENGTH]) for label in predictions.task.labels]
     figures = {
         "precision_recall.png": _precision_recall(predictions, names, title),
         "reliability.png": _reliability(predictions, title),
@@ -105,7 +88,7 @@ def _confusion(predictions: Predictions, names: Sequence[str], title: str) -> Fi
     """Actual by predicted class; of a multi-label task a matrix for each of the first labels."""
     counts = predictions.confusion_matrix()
     style: dict[str, Any] = {"colorbar": False, "cmap": "Blues"}
-    if predictions.kind == "multilabel":
+    if predictions.task.kind == "multilabel":
         shown = names[:_MATRICES]
         figure, subplots = _figure(9.6, 2.8 * -(-len(shown) // 4), title, count=len(shown))
         for axes, matrix, name in zip(subplots, counts, shown, strict=False):

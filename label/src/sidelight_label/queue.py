@@ -22,6 +22,7 @@ from sidelight.data.labels import is_missing, label_name
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.manifest import holds_probe, read_manifest
+from sidelight.metrics import decide
 from sidelight.training.validation import FOLDS
 from sidelight.types import Task
 from sidelight_label.file import LabelFile
@@ -261,7 +262,8 @@ class LabelQueue:
         def measured(judge: Judge, rows: Sequence[int]) -> dict[str, Any]:
             labels = self.pool.labelled({row: decided[row] for row in rows}).labels
             probabilities, thresholds = judge.probabilities[rows], judge.probe.thresholds
-            return evaluate(self.pool.task, probabilities, labels, thresholds=thresholds).to_dict()
+            predictions = decide(self.pool.task, probabilities, labels, thresholds=thresholds)
+            return evaluate(predictions).to_dict()
 
         rows = [*decided]
         chosen = "Most were chosen because they are hard, so these look worse than all texts."

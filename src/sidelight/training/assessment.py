@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from sidelight.data.examples import LabelledExamples
 from sidelight.evaluation import Report, SpanReport, evaluate, evaluate_spans
-from sidelight.metrics import decide
+from sidelight.metrics import Predictions, decide
 from sidelight.probe import Probe
 from sidelight.training.judging import find_spans
 from sidelight.training.measuring import trained_text_warnings
@@ -73,20 +73,18 @@ class Assessment:
         """Draws the probe's plots."""
         from sidelight.plots import plot_report
 
-        plot_report(
-            self.probe.task,
-            self.probabilities,
-            self.examples.labels,
-            folder,
-            thresholds=self.probe.thresholds,
-            title=self.probe.name,
-        )
+        plot_report(self._predictions, folder, title=self.probe.name)
+
+    @property
+    def _predictions(self) -> Predictions:
+        probe, labels = self.probe, self.examples.labels
+        return decide(probe.task, self.probabilities, labels, thresholds=probe.thresholds)
 
     @property
     def mistakes(self) -> list[Mistake]:
         """The wrong decisions of which the probe was surest."""
         task, probabilities, thresholds = self.probe.task, self.probabilities, self.probe.thresholds
-        predictions = decide(task, probabilities, self.examples.labels, thresholds=thresholds)
+        predictions = self._predictions
         holds = predictions.targets[:, predictions.headline]
         is_wrong = predictions.decisions[:, predictions.headline] != holds
         if task.kind == "multiclass":
@@ -129,11 +127,11 @@ def assess(classifier: "Classifier", examples: LabelledExamples) -> Assessment:
         limits = [*zip(probe.task.output_labels, probe.thresholds, strict=True)]
         row_thresholds = np.array([[0.0 if x in own else t for x, t in limits] for own in names])
     probabilities = probe.calibration.apply(logits)
-    report = evaluate(
+    predictions = decide(
         probe.task,
         probabilities,
         examples.labels,
         thresholds=probe.thresholds,
         row_thresholds=row_thresholds,
     )
-    return Assessment(examples, probe, probabilities, report, spans)
+    return Assessment(examples, probe, probabilities, evaluate(predictions), spans)

@@ -24,7 +24,7 @@ from sidelight.data.examples import Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.manifest import History
-from sidelight.metrics import log_losses
+from sidelight.metrics import decide, log_losses
 from sidelight.thresholds import (
     F1,
     OperatingCurve,
@@ -126,14 +126,9 @@ def calibrate_examples(
         probabilities[fold] = of_rest.apply(logits[fold])
         chosen = choose_thresholds(task, of_rest.apply(logits[rest]), labels[rest], rule=rule)
         applied[fold] = ordinary.quiet_thresholds(chosen, of_rest, rule)
-    report = evaluate(
-        task,
-        probabilities,
-        labels,
-        thresholds=thresholds,
-        row_thresholds=applied,
-    )
+    predictions = decide(task, probabilities, labels, thresholds=thresholds, row_thresholds=applied)
     losses = log_losses(task, probabilities, labels)
+    report = evaluate(predictions)
     return Calibrated(calibration, probabilities, losses, curves, alone, report, folds)
 
 

@@ -17,7 +17,7 @@ from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.manifest import Manifest
-from sidelight.metrics import log_losses
+from sidelight.metrics import decide, log_losses
 from sidelight.thresholds import (
     F1,
     ThresholdRule,
@@ -186,7 +186,7 @@ def _follow_labels(
     seen = trained_texts(probe.history, examples)
     kind = suggested_calibration(task)
     old = probe.calibration.apply(logits)
-    before = evaluate(task, old, labels, thresholds=probe.thresholds)
+    before = evaluate(decide(task, old, labels, thresholds=probe.thresholds))
     made = calibrate_examples(
         logits,
         examples,

@@ -16,7 +16,7 @@ from sidelight.calibration import Calibration, fit_calibration, suggested_calibr
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.evaluation import Estimate, evaluate
-from sidelight.metrics import log_losses
+from sidelight.metrics import decide, log_losses
 from sidelight.states.extraction import cached_logits
 from sidelight.training.background import Background
 from sidelight.training.dataset import ProbeDataset, Split, make_split, prepare
@@ -160,7 +160,7 @@ def compare_defaults(
             run = fit(backbone, drawn, None, name="default", options=own)
             logits = cached_logits(run.probe, held.states, range(len(held.prompts)))
             chances = run.probe.calibration.apply(logits)
-            at_threshold = evaluate(
+            decided = decide(
                 run.probe.task,
                 chances[held.alone],
                 held.labels[held.alone],
@@ -168,7 +168,7 @@ def compare_defaults(
             )
             printed = {
                 name: report.metrics["accuracy"].value or 0.0
-                for name, report in zip(_ACCURACIES, (at_threshold, run.report), strict=True)
+                for name, report in zip(_ACCURACIES, (evaluate(decided), run.report), strict=True)
             }
             if run.traffic is not None and len(conversations):
                 flags = flags_of(run.probe.task, chances[conversations], run.probe.thresholds)
@@ -225,7 +225,7 @@ def _measured(
         else:
             figures[decided] = float((shown.argmax(1) == labels).mean())
     labels, chances = held.labels[held.alone], chances[held.alone]
-    report = evaluate(task, chances, labels, thresholds=(0.5,) if is_binary else ())
+    report = evaluate(decide(task, chances, labels, thresholds=(0.5,) if is_binary else ()))
     right = (chances[:, 0] >= 0.5 if is_binary else chances.argmax(1)) == labels
     losses = log_losses(task, chances, labels)
     values = {name: report.metrics[name].value for name in ("ece", "auprc")[: 1 + is_binary]}

@@ -201,10 +201,7 @@ def measure_rows(
     for name, runs in judged.items():
         reports = [
             evaluate(
-                task,
-                run.probabilities[texts],
-                labels[texts],
-                thresholds=run.thresholds,
+                decide(task, run.probabilities[texts], labels[texts], thresholds=run.thresholds),
                 bootstrap=1000 if place == chosen_run(runs) and not are_draws else 0,
             )
             for place, run in enumerate(runs)
