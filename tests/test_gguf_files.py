@@ -165,6 +165,7 @@ def test_the_embedded_models_file_has_a_name():
         ("--model {file} --engine-option threads=true", "threads=True is no whole number"),
         ("--model {file} --engine-option threads=all", "threads=all is no whole number"),
         ("--model {file} --engine-option texts=256", "texts=256 is no whole number from 1 to 255"),
+        ("--model {file} --engine-option texts=2,tokens=9", "options take an --engine-option each"),
         ("--model {file} --engine-option tokens=-1", "tokens=-1 is no whole number from 1 to"),
         (
             "--model smollm2 --engine-option threads=1",
@@ -230,8 +231,21 @@ def test_a_server_holds_as_many_and_as_long_texts_as_its_options_say_and_names_t
         patch.setattr(
             "sidelight.engines.llama.backbone.free_memory", lambda: 3 * 256 * 384 + size - 1
         )
-        with pytest.raises(SidelightError, match=r"3 texts of 256 tokens .* texts=N, tokens=N"):
+        with pytest.raises(
+            SidelightError,
+            match=r"3 texts of 256 tokens .*\(--engine-option texts=N --engine-option tokens=N\)",
+        ):
             engine()
+        with pytest.MonkeyPatch.context() as unloaded:
+            # Nothing is taken first.
+            unloaded.delattr("sidelight.engines.llama.backbone.LlamaModel")
+            with pytest.raises(SidelightError, match=r"256 texts of 250 tokens .* take 0\.0 GB"):
+                engine(texts=255, tokens=250)
+        reading = Runtime(model=str(file), dtype="auto", device="auto", engine="auto")
+        patch.setattr("sidelight.engines.llama.backbone.free_memory", lambda: 0)
+        with pytest.raises(SidelightError, match=r"a text of 9 tokens.*or judge it in parts"):
+            reading.load_backbone().context(sequences=1, positions=9)
+        patch.setattr("sidelight.engines.llama.backbone.free_memory", lambda: 2 * 256 * 384 + size)
         assert engine(texts=1).max_tokens == 256
     assert engine(tokens=256).max_tokens == 256
     served = engine(threads=1, texts=3, tokens=100)

@@ -8,7 +8,7 @@ import pytest
 import transformers
 from gguf import GGUFWriter
 
-from sidelight.engines.llama import library
+from sidelight.engines.llama import library, trial
 from sidelight.engines.llama.backbone import LlamaBackbone
 from sidelight.engines.llama.library import PINNED
 from sidelight.engines.llama.trial import try_once
@@ -156,6 +156,15 @@ def test_a_file_is_tried_once(tiny, tmp_path, monkeypatch):
         kept.write_text(damaged)
         with pytest.raises(FileNotFoundError):
             try_once(path, "llama", "this file")
+
+
+@needs_llama
+def test_weights_that_do_not_fit_into_free_memory_are_not_tried(tmp_path, monkeypatch):
+    path = tmp_path / "large.gguf"
+    path.write_bytes(b"12")
+    monkeypatch.setattr(trial, "free_memory", lambda: 1)
+    with pytest.raises(SidelightError, match="for the weights of .* smaller file"):
+        try_once(path, "llama", "this file")
 
 
 @needs_llama

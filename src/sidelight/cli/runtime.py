@@ -144,7 +144,8 @@ class Runtime:
             if type(value) is not int or value not in allowed:
                 raise SidelightError(
                     f"--engine-option {option}={value} is no whole number from {allowed[0]} to "
-                    f"{allowed[-1]}. Give one, or leave it out."
+                    f"{allowed[-1]}. Give one, or leave it out; several options take an "
+                    "--engine-option each."
                 )
             if option != "threads" and not self.serves:
                 raise SidelightError(

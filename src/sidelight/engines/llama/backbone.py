@@ -147,11 +147,18 @@ class LlamaBackbone:
         free = free_memory()
         # llama.cpp fills both at once, and the system would end the process without a word.
         if free is not None and needed + unread > free:
+            texts = f"a text of {positions} tokens"
+            remedy = "Shorten the text or judge it in parts"
+            if sequences > 1:
+                texts = f"{sequences} texts of {positions} tokens (one is only judged)"
+                remedy = (
+                    "Serve fewer or shorter texts at once (--engine-option texts=N "
+                    "--engine-option tokens=N)"
+                )
             raise SidelightError(
-                f"There is not enough memory for {sequences} texts of {positions} tokens (one is "
-                f"only judged): their keys and values take {needed / 1e9:.1f} GB and the "
-                f"weights {unread / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Serve "
-                "fewer or shorter texts at once (--engine-option texts=N, tokens=N), or free some."
+                f"There is not enough memory for {texts}: keys and values take "
+                f"{needed / 1e9:.1f} GB and the weights {unread / 1e9:.1f} GB, and "
+                f"{free / 1e9:.1f} GB are free. {remedy}, or free some."
             )
         return LlamaContext(
             self.model,

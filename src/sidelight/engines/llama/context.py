@@ -151,7 +151,7 @@ class LlamaContext:
         if not self._pointer:
             raise SidelightError(
                 f"llama.cpp cannot keep {sequences} texts of {self.positions} tokens: "
-                f"{logged_error()}. Serve fewer or shorter texts at once."
+                f"{logged_error()}. Read or serve fewer or shorter texts at once."
             )
         weakref.finalize(self, library.llama_free, self._pointer)
         self._memory = library.llama_get_memory(self._pointer)

@@ -19,6 +19,7 @@ from sidelight.engines.llama.context import LlamaContext, LlamaModel
 from sidelight.engines.llama.library import PINNED, require_version
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import hash_of
+from sidelight.machine import free_memory
 from sidelight.smollm2 import cache_root
 from sidelight.storage import write_json
 
@@ -39,12 +40,19 @@ def try_once(path: Path, architecture: str, identity: str) -> list[int]:
         identity: What its header and weights say.
 
     Raises:
-        SidelightError: llama.cpp is not installed, or cannot read the file.
+        SidelightError: llama.cpp is not installed or cannot read the file, or there is not enough
+            memory for its weights.
     """
     require_version()
     kept = cache_root() / "gguf" / f"{hash_of(PINNED, identity)}.json"
     with suppress(OSError, ValueError, KeyError):
         return _KEPT.validate_json(kept.read_bytes(), strict=True)["sample"]
+    size, free = path.stat().st_size, free_memory()
+    if free is not None and size > free:
+        raise SidelightError(
+            f"There is not enough memory for the weights of {path}: they take {size / 1e9:.1f} GB, "
+            f"and {free / 1e9:.1f} GB are free. Free some, or use a smaller file of this model."
+        )
     command = [sys.executable, "-m", __name__, str(path), architecture]
     ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
     said = ended.stderr.strip().splitlines()
