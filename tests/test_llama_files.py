@@ -163,7 +163,7 @@ def test_weights_that_do_not_fit_into_free_memory_are_not_tried(tmp_path, monkey
     path = tmp_path / "large.gguf"
     path.write_bytes(b"12")
     monkeypatch.setattr(trial, "free_memory", lambda: 1)
-    with pytest.raises(SidelightError, match="for the weights of .* smaller file"):
+    with pytest.raises(SidelightError, match=r"for the weights of .* smaller file"):
         try_once(path, "llama", "this file")
 
 
