@@ -10,7 +10,6 @@ schedulers give the connector its results earlier, and put the verdicts on the o
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 
 from collections import defaultdict
-from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -30,10 +29,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import EncodedPrompt
 from sidelight.vllm.columns import Reading
 from sidelight.vllm.internals import end_with_parent, full_group, steps_of
-from sidelight.vllm.requests import PromptDescription, Tracking, described_prompt
+from sidelight.vllm.requests import Tracking
 from sidelight.vllm.settings import Served, prompt_encoder
 from sidelight.vllm.worker import LayerColumns, Loaded, RequestJudge, StepVerdicts, current_worker
 
@@ -89,11 +87,12 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             served = Served.of(vllm_config)
             assert served is not None
             self._served, self._judge = served, RequestJudge.load(served)
+            recognise = None
+            if not served.is_described:
+                recognise = prompt_encoder(vllm_config, self._judge.panel.probes).recognise
             self.tracking = Tracking(
-                reads_responses=self._judge.loaded.reads_responses,
-                prompt_of=described_prompt if served.is_described else self._recognised,
+                reads_responses=self._judge.loaded.reads_responses, recognise=recognise
             )
-            self._encoder = prompt_encoder(vllm_config, self._judge.panel.probes)
 
     # Beside the scheduler.
 
@@ -105,21 +104,6 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         self.tracking.enter(
             request.request_id, request.kv_transfer_params, token_ids, adapter=adapter
         )
-
-    def _recognised(
-        self, description: PromptDescription | None, token_ids: Sequence[int] | None
-    ) -> EncodedPrompt:
-        """The prompt as its token ids say, unless the request describes it.
-
-        An ``EngineGuard`` drops what clients say, and describes what it has read itself.
-        """
-        if description is not None:
-            return described_prompt(description, token_ids)
-        if token_ids is None:
-            raise SidelightError(
-                "Only text is judged; the request has images, audio or embeddings."
-            )
-        return self._encoder.recognise(token_ids)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepReadings:
         readings = self.tracking.plan(steps_of(scheduler_output, self._index))

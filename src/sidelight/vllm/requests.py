@@ -141,10 +141,6 @@ def read_report(params: Mapping[str, Any] | None) -> Report:
         return Report(error="its report is malformed")
 
 
-PromptReader = Callable[[PromptDescription | None, Sequence[int] | None], EncodedPrompt]
-"""Gives the prompt from what a request says of it, and its token ids."""
-
-
 @dataclass
 class _Tracked:
     """A request that vLLM's scheduler holds.
@@ -170,13 +166,22 @@ class _Tracked:
 class Tracking:
     """Follows every request from its arrival to its end.
 
+    Args:
+        recognise: Reads what tokens belong to where a request does not say it; None: it has to.
+            An ``EngineGuard`` drops what clients say, and describes what it has read itself.
+
     Attributes:
         reads_responses: Whether some probe reads the response.
     """
 
-    def __init__(self, *, reads_responses: bool, prompt_of: PromptReader = described_prompt):
+    def __init__(
+        self,
+        *,
+        reads_responses: bool,
+        recognise: Callable[[Sequence[int]], EncodedPrompt] | None = None,
+    ):
         self.reads_responses = reads_responses
-        self._prompt_of = prompt_of
+        self._recognise = recognise
         self._requests: dict[str, _Tracked] = {}
 
     def enter(
@@ -198,7 +203,14 @@ class Tracking:
         tracked = self._requests[request_id] = _Tracked(Report(adapter=adapter))
         try:
             description = read_description(params)
-            prompt = self._prompt_of(description, token_ids)
+            if description is not None or self._recognise is None:
+                prompt = described_prompt(description, token_ids)
+            elif token_ids is not None:
+                prompt = self._recognise(token_ids)
+            else:
+                raise SidelightError(
+                    "Only text is judged; the request has images, audio or embeddings."
+                )
             tracked.parts, tracked.is_plain = bytes(prompt.parts), prompt.is_plain
             tracked.path = description.path if description else ""
         # Ids that the tokenizer does not take must not end the scheduler.
