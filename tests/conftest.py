@@ -80,6 +80,7 @@ def gemma(gemma_model):
 def started(model, **options):
     from engine_contract import Subject
     from sidelight.vllm.engine import VllmEngine, load_vllm_engine
+    from sidelight.vllm.settings import ProbeSet
     from worlds.vllm import WARM_UP
 
     given = {"enforce_eager": True, "block_size": 32, "max_num_seqs": 8, "max_model_len": 1088}
@@ -95,11 +96,10 @@ def started(model, **options):
         engine = runner.run(start())
         unstarted = VllmEngine(
             engine._llm,
-            model.probes,
+            ProbeSet(tuple(model.probes), identity=""),
             name="unstarted",
             encoder=model.backbone.encoder,
             fingerprint=model.backbone.fingerprint,
-            identity="",
         )
         yield Subject(engine, model, runner, unstarted)
         runner.run(engine.close())

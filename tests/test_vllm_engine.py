@@ -144,15 +144,10 @@ def replacing(tiny, change, **options):
     async def main():
         llm = Workers(**options)
         old, new = (untrained_probe(tiny, name) for name in ("old", "new"))
-        with saved([old]) as (folders, identity):
+        with saved([old]) as (folders, served):
             llm.loaded = [load_probe(folder) for folder in folders]
         engine = VllmEngine(
-            llm,
-            [old],
-            name="tiny",
-            encoder=tiny.encoder,
-            fingerprint=tiny.fingerprint,
-            identity=identity,
+            llm, served, name="tiny", encoder=tiny.encoder, fingerprint=tiny.fingerprint
         )
         await engine.start()
         async with asyncio.timeout(20):
@@ -360,7 +355,7 @@ def test_a_client_that_reads_slowly_holds_up_no_change_and_gets_no_other_verdict
             await engine.replace_probes([new])
             prompt = tiny.encoder.encode([Message("user", "hello")])
             with pytest.raises(GenerationError, match="Other probes have judged"):
-                await engine.check(prompt, old.identity)
+                await engine.check_all([prompt], old.identity)
             with pytest.raises(EngineUnavailableError, match="just been replaced"):
                 async with engine.serving(old):
                     pytest.fail("these probes are gone")

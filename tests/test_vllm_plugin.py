@@ -356,7 +356,7 @@ def test_a_worker_keeps_its_stage_when_the_cache_comes(backbone, folders):
         torch.ops.sidelight.project(states, None, layer, torch.zeros(()))
     worker.allocate(blocks=2, block_size=4)
     worker._pages.keep(torch.arange(4, 8))
-    (probe,) = Served((folders["old"],), backbone.fingerprint).load()
+    (probe,) = Served((folders["old"],), backbone.fingerprint).load().probes
     require_equal([probe], worker.judge([READING]).result().judgements["r"], backbone, PROMPT)
 
 
@@ -398,7 +398,7 @@ def test_other_probes_judge_from_the_same_memory_and_from_no_old_column(backbone
     for folder in (first, then, first):
         change(worker, folder)
         worker._pages._has_kept.fill_(True)
-        (probe,) = Served((folder,), backbone.fingerprint).load()
+        (probe,) = Served((folder,), backbone.fingerprint).load().probes
         assert worker.judge([READING]).result().judgements["r"].failed == (probe.name,)
         outcome = pass_of(worker, backbone)
         require_equal([probe], outcome.judgements["r"], backbone, PROMPT)
@@ -553,7 +553,7 @@ def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
     transfer = SimpleNamespace(kv_connector=CONNECTOR, kv_connector_extra_config=extra)
     again = Served.of(SimpleNamespace(kv_transfer_config=transfer))
     assert again == served
-    assert [probe.name for probe in again.load()] == ["topics"]
+    assert [probe.name for probe in again.load().probes] == ["topics"]
     with pytest.raises(SidelightError, match="distinct names"):
         replace(served, folders=(folder, folder)).load()
     with pytest.raises(FingerprintMismatchError):

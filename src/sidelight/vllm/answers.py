@@ -32,10 +32,9 @@ from sidelight.policy.request import Outcome, Terms
 from sidelight.prompts.conversation import EncodedPrompt, Part, PlainText
 from sidelight.types import Judgement, Span
 from sidelight.vllm.engine import VllmEngine
-from sidelight.vllm.lock import ProbeSet
 from sidelight.vllm.outputs import TextReports, early_names, without_report
 from sidelight.vllm.requests import Report, request_params
-from sidelight.vllm.settings import KEY
+from sidelight.vllm.settings import KEY, ProbeSet
 
 
 class GuardedRequest(Outcome):

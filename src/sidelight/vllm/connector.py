@@ -24,7 +24,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
-from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -32,10 +31,8 @@ from sidelight.errors import SidelightError
 from sidelight.vllm.columns import Reading
 from sidelight.vllm.internals import end_with_parent, full_group, steps_of
 from sidelight.vllm.requests import Tracking
-from sidelight.vllm.settings import Served, prompt_encoder
+from sidelight.vllm.settings import Served, log, prompt_encoder
 from sidelight.vllm.worker import LayerColumns, Loaded, RequestJudge, StepVerdicts, current_worker
-
-_log = init_logger("vllm.sidelight")
 
 
 @dataclass
@@ -139,7 +136,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
                 self._judge = RequestJudge.load(replace(self._served, folders=loaded.folders))
             # An error here would end the engine.
             except (SidelightError, OSError):
-                _log.exception("The scheduler cannot load the probes of its workers.")
+                log.exception("The scheduler cannot load the probes of its workers.")
                 return False
         return loaded.identity == self._judge.loaded.identity
 
@@ -165,7 +162,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             blocks=self._blocks, block_size=block_size, attention=self._group.layer_names[0]
         )
         columns = self._blocks * block_size * worker.bytes_per_token
-        _log.info(
+        log.info(
             "Columns of the probes take %.1f MiB, %.2f %% of the KV cache (%.1f MiB).",
             columns / 2**20, 100 * columns / total, total / 2**20,
         )  # fmt: skip

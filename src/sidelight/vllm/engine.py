@@ -3,10 +3,9 @@
 # pyright: reportMissingImports=false
 
 import asyncio
-import logging
 import uuid
-from collections.abc import AsyncGenerator, Collection, Coroutine, Generator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Collection, Coroutine, Generator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,34 +37,31 @@ from sidelight.prompts.conversation import Conversation, EncodedPrompt, Message,
 from sidelight.prompts.encode import PromptEncoder
 from sidelight.types import Judgement, Verdict
 from sidelight.vllm.internals import guesses_responses
-from sidelight.vllm.lock import ProbeLock, ProbeSet
+from sidelight.vllm.lock import NOT_WHOLE, ProbeLock
 from sidelight.vllm.outputs import OutputListener, early_names
 from sidelight.vllm.settings import (
     DESCRIBED,
     KEY,
+    ProbeSet,
     Served,
     identity_of,
+    log,
     longest,
     require_options,
     require_vllm,
 )
 
-# vLLM shows what is logged under its own name.
-_log = logging.getLogger("vllm.sidelight")
-
 # At most so many texts wait for their verdicts; of one list, so many are in vLLM at a time.
 _WAITING, _RUNNING = 128, 16
-_NOT_WHOLE = (
-    "Replacing the probes failed on some workers, so they may differ now. Restart the server."
-)
 
 
 @contextmanager
-def saved(probes: Sequence[Probe]) -> Generator[tuple[list[str], str]]:
-    """Saves probes for as long as they take to load; gives their folders and identity."""
+def saved(probes: Sequence[Probe]) -> Generator[tuple[list[str], ProbeSet]]:
+    """Saves probes for as long as they take to load; gives their folders too."""
     with TemporaryDirectory(prefix="sidelight-probes-") as home:
         folders = [str(save_probe(probe, Path(home) / str(i))) for i, probe in enumerate(probes)]
-        yield folders, identity_of(read_manifest(folder).version for folder in folders)
+        identity = identity_of(read_manifest(folder).version for folder in folders)
+        yield folders, ProbeSet(tuple(probes), identity)
 
 
 class VllmEngine(Engine):
@@ -78,11 +74,10 @@ class VllmEngine(Engine):
 
     Args:
         llm: vLLM's engine client, with the plugin loaded in it.
-        probes: Those that it was started with.
+        served: The probes that it was started with, as its workers loaded them.
         name: The name that requests use.
         encoder: Turns messages into the model's token ids.
         fingerprint: Of the model; every probe must have been trained on it.
-        identity: That of the probes, as its workers loaded them.
 
     Attributes:
         listener: Hears every report of vLLM's.
@@ -92,20 +87,17 @@ class VllmEngine(Engine):
     def __init__(
         self,
         llm: Any,
-        probes: Sequence[Probe],
+        served: ProbeSet,
         *,
         name: str,
         encoder: PromptEncoder,
         fingerprint: Fingerprint,
-        identity: str,
     ):
         self._llm = llm
         self.listener = OutputListener(llm)
-        self._lock = ProbeLock(ProbeSet(tuple(probes), identity))
+        self._lock = ProbeLock(served)
         # A worker keeps those that were checked last, so there is one change at a time.
         self._change = asyncio.Lock()
-        # Whether all workers have the same.
-        self._is_whole = True
         self.model = name
         self._fingerprint = fingerprint
         # vLLM always writes a token, also when a text is only judged, so one position is kept free.
@@ -136,7 +128,7 @@ class VllmEngine(Engine):
 
     @property
     def is_ready(self) -> bool:
-        return self._is_open and self._is_whole and not self._llm.errored
+        return self._is_open and self._lock.is_whole and not self._llm.errored
 
     async def start(self) -> None:
         self._is_open = True
@@ -173,7 +165,7 @@ class VllmEngine(Engine):
             )
         await asyncio.to_thread(require_verdicts, probes)
         async with self._change:
-            with saved(probes) as (folders, identity):
+            with saved(probes) as (folders, new):
                 try:
                     await self._llm.collective_rpc("sidelight_check", args=(folders,))
                 # Whatever a worker raises, vLLM gives it as this.
@@ -181,7 +173,7 @@ class VllmEngine(Engine):
                     raise SidelightError(f"vLLM cannot serve these probes. {error}") from error
                 is_busy = self._llm.output_processor.has_unfinished_requests
                 async with self._lock.writing(is_busy=is_busy):
-                    loading = asyncio.create_task(self._load(ProbeSet(tuple(probes), identity)))
+                    loading = asyncio.create_task(self._load(new))
                     try:
                         await asyncio.shield(loading)
                     except asyncio.CancelledError:
@@ -199,25 +191,13 @@ class VllmEngine(Engine):
             self._lock.served = new
         # Whatever went wrong or stopped it, the workers' probes are unknown.
         except BaseException as error:
-            self._is_whole = False
-            _log.critical("%s", _NOT_WHOLE)
-            raise EngineUnavailableError(_NOT_WHOLE) from error
+            self._lock.is_whole = False
+            log.critical("%s", NOT_WHOLE)
+            raise EngineUnavailableError(NOT_WHOLE) from error
 
-    @asynccontextmanager
-    async def serving(self, begun: ProbeSet | None = None) -> AsyncGenerator[ProbeSet]:
-        """The probes that are served, and stay while somebody is inside: see ``ProbeLock``.
-
-        Args:
-            begun: Those that the request has begun with, for a part of it.
-
-        Raises:
-            EngineUnavailableError: These are being replaced, or have been, or nobody knows which
-                ones the workers have.
-        """
-        async with self._lock.reading(begun) as served:
-            if not self._is_whole:
-                raise EngineUnavailableError(_NOT_WHOLE)
-            yield served
+    def serving(self, begun: ProbeSet | None = None) -> AbstractAsyncContextManager[ProbeSet]:
+        """The probes that are served: see ``ProbeLock.reading``."""
+        return self._lock.reading(begun)
 
     async def tokenize(self, text: Conversation) -> tuple[int, ...]:
         return (await self._codec.in_thread([text], partial(self._codec.encode, text))).token_ids
@@ -280,14 +260,16 @@ class VllmEngine(Engine):
         Raises:
             EngineBusyError: Too many wait. A list longer than the limit can only enter if nobody
                 waits.
+            EngineUnavailableError: vLLM has stopped.
+            GenerationError: vLLM gave up a request, or gave no verdict.
         """
         if self._waiting and self._waiting + len(prompts) > _WAITING:
             raise EngineBusyError(waiting=self._waiting, limit=_WAITING)
         together = asyncio.Semaphore(at_once)
 
-        async def check(prompt: EncodedPrompt) -> Judgement:
+        async def read(prompt: EncodedPrompt) -> Judgement:
             async with together:
-                judgement = await self.check(prompt, identity)
+                judgement = await self._read(prompt, identity)
             if advance is not None:
                 advance(len(prompt))
             return judgement
@@ -297,7 +279,7 @@ class VllmEngine(Engine):
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(check(prompt)) for prompt in prompts]
+                tasks = [group.create_task(read(prompt)) for prompt in prompts]
                 self._waiting += len(tasks)
                 for task in tasks:
                     task.add_done_callback(leave)
@@ -305,13 +287,7 @@ class VllmEngine(Engine):
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def check(self, prompt: EncodedPrompt, identity: str) -> Judgement:
-        """The judgement of these tokens by the probes of this identity.
-
-        Raises:
-            EngineUnavailableError: vLLM has stopped.
-            GenerationError: vLLM gave up this request, or gave no verdict.
-        """
+    async def _read(self, prompt: EncodedPrompt, identity: str) -> Judgement:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         self.encoder.require_within_context(prompt)
@@ -357,7 +333,7 @@ def load_vllm_engine(
     fields = {"max_model_len": backbone.encoder.max_tokens, **(options or {})}
     require_options(fields, AsyncEngineArgs)
     arguments = AsyncEngineArgs(model=backbone.path, dtype=dtype, disable_log_stats=True, **fields)
-    with saved(probes) as (folders, identity):
+    with saved(probes) as (folders, loaded):
         arguments.additional_config = {KEY: {"probes": folders, DESCRIBED: True}}
         try:
             llm = AsyncLLM.from_engine_args(arguments)
@@ -369,12 +345,7 @@ def load_vllm_engine(
     served = Served.of(llm.vllm_config)
     assert served is not None
     return VllmEngine(
-        llm,
-        probes,
-        name=model,
-        encoder=backbone.encoder,
-        fingerprint=served.fingerprint,
-        identity=identity,
+        llm, loaded, name=model, encoder=backbone.encoder, fingerprint=served.fingerprint
     )
 
 

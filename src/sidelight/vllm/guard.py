@@ -29,7 +29,7 @@ from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.internals import wrap
 from sidelight.vllm.outputs import without_report
 from sidelight.vllm.recogniser import PromptRecogniser, refuse_dictated_answers, require_drawable
-from sidelight.vllm.settings import KEY, Served, identity_of, prompt_encoder
+from sidelight.vllm.settings import KEY, Served, prompt_encoder
 
 
 class RefusedError(SidelightError, ValueError):
@@ -66,14 +66,13 @@ class EngineGuard:
 
         self._encode, self._abort = llm.encode, llm.abort
         self._text_ids: dict[str, set[str]] = defaultdict(set)
-        probes, names = served.load(), llm.vllm_config.model_config.served_model_name
+        loaded, names = served.load(), llm.vllm_config.model_config.served_model_name
         self.engine = VllmEngine(
             llm,
-            probes,
+            loaded,
             name=names if isinstance(names, str) else names[0],
-            encoder=prompt_encoder(llm.vllm_config, probes),
+            encoder=prompt_encoder(llm.vllm_config, loaded.probes),
             fingerprint=served.fingerprint,
-            identity=identity_of(probe.version for probe in probes),
         )
         self.recogniser = PromptRecogniser(self.engine.encoder)
         self._tokenizer = self.engine.encoder.tokenizer

@@ -3,24 +3,18 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from time import monotonic
 
 from sidelight.engines.base import EngineUnavailableError
-from sidelight.probe import Probe
+from sidelight.vllm.settings import ProbeSet
 
 _LOOKS_EVERY_S = 0.02
 # Once nothing has run in vLLM for so long, requests still inside wait for slow clients.
 _SLOW_AFTER_S = 5.0
 _PATIENCE_S = 300.0
-
-
-@dataclass(frozen=True)
-class ProbeSet:
-    """Probes that all workers have, and the identity that their verdicts carry."""
-
-    probes: tuple[Probe, ...]
-    identity: str
+NOT_WHOLE = (
+    "Replacing the probes failed on some workers, so they may differ now. Restart the server."
+)
 
 
 class ProbeLock:
@@ -32,10 +26,12 @@ class ProbeLock:
 
     Attributes:
         served: What was written last.
+        is_whole: Whether all workers have it.
     """
 
     def __init__(self, served: ProbeSet):
         self.served = served
+        self.is_whole = True
         self._readers = 0
         self._is_written = False
         self._is_open = asyncio.Event()
@@ -49,12 +45,15 @@ class ProbeLock:
             begun: What the request read of which this is a part; None: it begins here.
 
         Raises:
-            EngineUnavailableError: Those are being replaced, or have been.
+            EngineUnavailableError: Those are being replaced, or have been, or nobody knows which
+                ones the workers have.
         """
         if begun is None:
             await self._opened()
         elif self._is_written or begun is not self.served:
             raise EngineUnavailableError("The probes have just been replaced. Retry.")
+        if not self.is_whole:
+            raise EngineUnavailableError(NOT_WHOLE)
         self._readers += 1
         try:
             yield self.served

@@ -32,11 +32,12 @@ from sidelight.vllm.settings import (
     KEY,
     STATES,
     Served,
+    log,
     longest,
     require_options,
     require_vllm,
 )
-from sidelight.vllm.worker import Worker, log
+from sidelight.vllm.worker import Worker
 
 # How much vLLM is given, in full steps: one runs while the next waits, so that none is half empty.
 _STEPS_AHEAD = 2

@@ -15,7 +15,6 @@ from packaging.version import Version
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.abstract import Executor
@@ -45,6 +44,7 @@ from sidelight.vllm.settings import (
     STATES,
     Served,
     fingerprint_of,
+    log,
     named_columns,
     named_folders,
     server_config,
@@ -52,7 +52,6 @@ from sidelight.vllm.settings import (
 from sidelight.vllm.worker import Worker
 from vllm import envs
 
-_log = init_logger("vllm.sidelight")
 _PACKAGE = "sidelight.vllm"
 # Part of the key of vLLM's compile cache, so that a graph without our operation is not taken for
 # one with it. The probes do not belong in it, since they change no graph.
@@ -107,7 +106,7 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
     require_arguments(arguments)
     served = _served(arguments, settings, folders)
     # Loaded here too, since an error in a worker is harder to read.
-    probes = served.load()
+    probes = served.load().probes
     if served.keeps_states:
         require_states(arguments)
     elif not served.is_described:
@@ -326,7 +325,7 @@ def require_supported(config: Any, probes: Sequence[Probe]) -> None:
 
 def _warn_of_gpus(config: Any) -> None:
     if config.device_config.device_type != "cpu":
-        _log.warning(
+        log.warning(
             "Probes inside vLLM have never run on a GPU. Before you rely on a verdict, measure "
             "this machine: 'sidelight bench gpu --out gpu-check' (30 minutes)."
         )

@@ -10,6 +10,7 @@
 # pyright: reportMissingImports=false
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,17 @@ STATES = "keeps_states"
 """Under ``KEY``: whether hidden states are written to files, instead of verdicts."""
 CONNECTOR = "ProbeConnector"
 SHARED_CONNECTOR = "SharedConnector"
+
+# vLLM shows what is logged under its own name.
+log = logging.getLogger("vllm.sidelight")
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """Probes that all workers have, and the identity that their verdicts carry."""
+
+    probes: tuple[Probe, ...]
+    identity: str
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class Served:
         """For vLLM's configuration; ``of`` reads it."""
         return _SERVED.dump_python(self, mode="json")
 
-    def load(self) -> list[Probe]:
+    def load(self) -> ProbeSet:
         """Loads the probes.
 
         Raises:
@@ -90,7 +102,7 @@ class Served:
         for probe in probes:
             probe.fingerprint.require(self.fingerprint, probe=probe.name, accepted=self.accepted)
         require_distinct_names([probe.name for probe in probes])
-        return probes
+        return ProbeSet(tuple(probes), identity_of(probe.version for probe in probes))
 
 
 _SERVED = TypeAdapter(Served)

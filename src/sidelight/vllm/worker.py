@@ -5,7 +5,6 @@ of the device, and a thread judges them while the next step runs. If the layers 
 pipeline stages, verdicts are made in the scheduler, from the columns that the stages send.
 """
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +21,7 @@ from sidelight.standardisation import Projection
 from sidelight.types import Judgement
 from sidelight.vllm.columns import Pages, Reading, Stage, receiver, set_receiver
 from sidelight.vllm.internals import pass_slots, raise_for_all
-from sidelight.vllm.settings import Served, identity_of
-
-# vLLM shows what is logged under its own name.
-log = logging.getLogger("vllm.sidelight")
+from sidelight.vllm.settings import Served, log
 
 
 @dataclass(frozen=True)
@@ -104,10 +100,9 @@ class RequestJudge:
         Raises:
             SidelightError: One is damaged, two share a name, or one belongs to another model.
         """
-        probes = served.load()
-        panel = Panel(probes, device=device)
-        identity = identity_of(probe.version for probe in probes)
-        return cls(panel, Loaded(served.folders, identity, panel.late is not None))
+        loaded = served.load()
+        panel = Panel(loaded.probes, device=device)
+        return cls(panel, Loaded(served.folders, loaded.identity, panel.late is not None))
 
     def judge(
         self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
@@ -303,7 +298,7 @@ class Worker:
         try:
             return self._judge.judge(readings, columns)
         # An error in this thread would leave vLLM waiting for the step's output.
-        except Exception:
+        except Exception:  # noqa: BLE001
             log.exception("Judging failed, so %d requests have no verdict.", len(readings))
             return self._judge.fail(readings)
 

@@ -233,9 +233,9 @@ def test_every_rank_judges_and_takes_other_probes(model):
             await engine.replace_probes(others)
             answers.append(await judged(engine))
             # The first rank alone, which nobody has told the others.
-            with saved(model.probes) as (folders, identity):
+            with saved(model.probes) as (folders, served):
                 core = engine._llm.engine_core
-                for order in (("check", folders), ("load", identity)):
+                for order in (("check", folders), ("load", served.identity)):
                     call = ("collective_rpc", f"sidelight_{order[0]}", None, (order[1],))
                     await core._call_utility_async(*call, engine=core.core_engines[0])
                 failed = await judged(engine, return_exceptions=True)
