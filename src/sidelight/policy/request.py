@@ -46,12 +46,14 @@ class Disclosed:
         verdict: As ``labels_only`` gives it if there are no scores; None: the probe gave none.
         has_scores: Whether the verdict's probabilities are the probe's.
         is_too_long: As in the decision.
+        marks: As the rule gives them.
     """
 
     probe: str
     verdict: Verdict | None
     has_scores: bool
     is_too_long: bool
+    marks: Sequence[tuple[str, str]]
 
     def to_json(self) -> Json:
         """An entry of the ``sidelight`` field.
@@ -191,12 +193,11 @@ class Terms:
 
     def entries(self, decisions: Iterable[Decision]) -> list[Json]:
         """The entries of the ``sidelight`` field: verdicts, then the probes that gave none."""
-        disclosed = sorted(self.disclosed(decisions), key=lambda each: each.verdict is None)
-        return [each.to_json() for each in disclosed]
+        return _entries(self.disclosed(decisions))
 
     def headers(self, decisions: Sequence[Decision]) -> dict[str, str]:
         """The headers of an answer: verdicts, and marks of every probe for a gateway."""
-        marks = _marks(decisions, sees_all=self.sees_all)
+        marks = _marks(_disclosed(decisions, sees_all=self.sees_all))
         return {**_verdict_header(self.disclosed(decisions)), **marks}
 
     def moderation(self, decisions: Iterable[Decision], not_run: str) -> Json:
@@ -342,22 +343,27 @@ def category_fields(disclosed: Iterable[Disclosed], names: CategoryNames) -> Jso
 def refusal_headers(decisions: Sequence[Decision], *, sees_all: bool) -> dict[str, str]:
     """The headers of a refused prompt: every verdict but those of shadows, and the marks."""
     disclosed = _disclosed(decisions, sees_all=sees_all)
-    return {**_verdict_header(disclosed), **_marks(decisions, sees_all=sees_all)}
+    return {**_verdict_header(disclosed), **_marks(disclosed)}
 
 
 def _disclosed(decisions: Iterable[Decision], *, sees_all: bool) -> list[Disclosed]:
     """The decisions that a client sees, never a shadow's; ``sees_all``: it has an admin key."""
     disclosed: list[Disclosed] = []
     for decision in decisions:
-        part, verdict = decision.rule.disclosed_part(sees_all=sees_all), decision.verdict
+        rule, verdict = decision.rule, decision.verdict
+        part = rule.disclosed_part(sees_all=sees_all)
         if part == "none":
             continue
-        has_scores = part == "scores"
+        has_scores, marks = part == "scores", rule.marks(verdict)
         if verdict is not None and not has_scores:
             verdict = labels_only(verdict)
-        name = decision.rule.name
-        disclosed.append(Disclosed(name, verdict, has_scores, decision.is_too_long))
+        disclosed.append(Disclosed(rule.name, verdict, has_scores, decision.is_too_long, marks))
     return disclosed
+
+
+def _entries(disclosed: Iterable[Disclosed]) -> list[Json]:
+    in_order = sorted(disclosed, key=lambda each: each.verdict is None)
+    return [each.to_json() for each in in_order]
 
 
 def _verdict_header(disclosed: Sequence[Disclosed]) -> dict[str, str]:
@@ -366,32 +372,22 @@ def _verdict_header(disclosed: Sequence[Disclosed]) -> dict[str, str]:
     Probabilities are rounded. If the header would be too long for proxies, only probe, label and
     flag are left; if it still is, one entry with ``error``.
     """
-    short: list[Json] = []
-    full: list[Json] = []
-    for each in disclosed:
-        if (verdict := each.verdict) is None:
-            continue
-        short.append({"probe": each.probe, "label": verdict.label, "flagged": verdict.flagged})
-        rounded = {k: round(p, _HEADER_DIGITS) for k, p in verdict.probabilities.items()}
-        full.append({**short[-1], **({"probabilities": rounded} if each.has_scores else {})})
-    failed = [each.to_json() for each in disclosed if each.verdict is None]
+    keys, entries = ("probe", "label", "flagged", "error"), _entries(disclosed)
+    short = [{key: entry[key] for key in keys if key in entry} for entry in entries]
+    full = [dict(entry) for entry in short]
+    for entry, whole in zip(full, entries, strict=True):
+        if "probabilities" in whole:
+            scores = whole["probabilities"].items()
+            entry["probabilities"] = {label: round(p, _HEADER_DIGITS) for label, p in scores}
     too_long = [{"error": "too_long"}]
-    texts = [
-        json.dumps(each, separators=(",", ":"))
-        for each in (full + failed, short + failed, too_long)
-    ]
+    texts = [json.dumps(each, separators=(",", ":")) for each in (full, short, too_long)]
     fitting = next(text for text in texts if len(text) <= _MAX_HEADER_BYTES or text == texts[-1])
     return {VERDICTS_HEADER: fitting}
 
 
-def _marks(decisions: Sequence[Decision], *, sees_all: bool) -> dict[str, str]:
+def _marks(disclosed: Sequence[Disclosed]) -> dict[str, str]:
     """The headers that rules mark an answer with, for a gateway."""
-    marks = dict.fromkeys(
-        mark
-        for decision in decisions
-        if decision.rule.disclosed_part(sees_all=sees_all) != "none"
-        for mark in decision.rule.marks(decision.verdict)
-    )
+    marks = dict.fromkeys(mark for each in disclosed for mark in each.marks)
     # Labels are a user's own words: a comma or a line break must not reach a header.
     return {
         header: ", ".join(quote(name, safe=" /-_.:@") for own, name in marks if own == header)
