@@ -124,8 +124,6 @@ def replaced_methods(path: Path) -> set[str]:
                     pairs = zip(target.elts, value.elts, strict=True)
                 for pair in pairs:
                     match pair:
-                        case ast.Attribute(attr=name), ast.Call(ast.Name("classmethod")):
-                            names.add(name)
                         case ast.Attribute(attr=name), ast.Attribute(ast.Name("self"), method):
                             names |= {name} if method in own else set()
     return names

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from copy import copy
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 from prometheus_client import REGISTRY
@@ -35,6 +35,7 @@ from sidelight.server.middleware import REQUEST_ID, Gatekeeper
 from sidelight.server.schemas import ReportRequest
 from sidelight.vllm.answers import GuardedRequest
 from sidelight.vllm.guard import EngineGuard, client_request
+from sidelight.vllm.internals import wrap
 from sidelight.vllm.settings import KEY, server_config
 
 _DONE = b"data: [DONE]"
@@ -80,6 +81,8 @@ class ProbeEndpoint:
         guard: EngineGuard | None = getattr(engine_client, "sidelight_guard", None)
         if guard is None:
             return
+        from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
+
         await guard.engine.start()
         renderer = state.online_renderer
         arguments = renderer.default_chat_template_kwargs or {}
@@ -90,7 +93,7 @@ class ProbeEndpoint:
         self._application = application(context, routers)
         self._routes = [route for router in routers for route in router.routes]
         REGISTRY.register(context.observer.metrics)
-        _mark_cut_responses()
+        wrap(ResponsesResponse, "from_request", _mark_cut)
         self.guard = guard
 
     def _withholds(self) -> bool:
@@ -338,20 +341,13 @@ def _as_refusal(event: bytes) -> bytes:
     return head + separator + json.dumps(end).encode()
 
 
-def _mark_cut_responses() -> None:
-    """Makes ``/v1/responses`` say that a text was cut, in streams and stored answers too."""
+def _mark_cut(original: Callable[..., Any], kind: Any, *args: Any, **kwargs: Any) -> Any:
+    """A ``ResponsesResponse`` that says if a text was cut, in streams and stored answers too."""
     from openai.types.responses.response import IncompleteDetails
-    from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 
-    original: Callable[..., Any] = ResponsesResponse.from_request.__func__
-
-    @wraps(original)
-    def from_request(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        response = original(cls, *args, **kwargs)
-        request = client_request.get()
-        if request is not None and any(request.cut):
-            response.status = "incomplete"
-            response.incomplete_details = IncompleteDetails(reason="content_filter")
-        return response
-
-    ResponsesResponse.from_request = classmethod(from_request)
+    response = original(kind, *args, **kwargs)
+    request = client_request.get()
+    if request is not None and any(request.cut):
+        response.status = "incomplete"
+        response.incomplete_details = IncompleteDetails(reason="content_filter")
+    return response

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from inspect import getattr_static
 from itertools import chain
 from multiprocessing import parent_process
 from threading import Thread
@@ -30,8 +31,9 @@ from sidelight.probe import Probe
 
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    """Replaces a method by ``around(original, self, ...)``, once."""
-    original = getattr(owner, name)
+    """Replaces a method, also a class's, by ``around(original, self, ...)``, once."""
+    found = getattr_static(owner, name)
+    original = found.__func__ if isinstance(found, classmethod) else found
     if getattr(original, "wrapped_by", None) == __name__:
         return
 
@@ -40,7 +42,7 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
         return around(original, self, *args, **kwargs)
 
     method.wrapped_by = __name__  # pyright: ignore[reportAttributeAccessIssue]
-    setattr(owner, name, method)
+    setattr(owner, name, classmethod(method) if isinstance(found, classmethod) else method)
 
 
 def local_layers(model: Any) -> tuple[int, list[nn.Module]]:
