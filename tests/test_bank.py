@@ -78,7 +78,8 @@ def test_a_bank_gives_each_probe_its_dense_form_however_texts_are_cut(tiny, prob
     columns = projected(tiny, bank.tap(), prompts)
     masks, parts = read_masks(prompts, bank.reads), padded_parts(prompts)
     state = summarise(bank, columns, parts)
-    whole, judgements = bank.logits(state), bank.judge(state, [False] * len(state.split()))
+    whole = bank.logits(state)
+    judgements = bank.judge(bank.text_logits(state), [False] * len(prompts))
     edges = [0, 9, 10, 40, columns.shape[1]]
     chunks = [summarise(bank, columns[:, a:b], parts[:, a:b]) for a, b in pairwise(edges)]
     merged = bank.merge(bank.merge(chunks[0], chunks[1]), bank.merge(chunks[2], chunks[3]))
@@ -166,7 +167,7 @@ def test_hidden_states_that_overflowed_are_an_error(tiny):
     for layer in range(tiny.fingerprint.layers):
         tap(layer, torch.full((1, 2, 32), torch.inf))
     state = summarise(bank, tap.projected(), torch.full((1, 2), Part.PROMPT, dtype=torch.uint8))
-    assert bank.judge(state, [False]) == [Judgement((), ("p",))]
+    assert bank.judge(bank.text_logits(state), [False]) == [Judgement((), ("p",))]
     with pytest.raises(VerdictError, match="overflowed"):
         probe.verdict(bank.logits(state)[0][0])
 

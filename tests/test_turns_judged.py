@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sidelight.bank import Bank
+from sidelight.bank import Bank, Panel
 from sidelight.errors import SidelightError
 from sidelight.prompts.conversation import Message, Reads, judged_units, piece_lengths
 from sidelight.types import Judgement, Verdict
@@ -83,11 +83,11 @@ def test_where_no_tool_has_answered_none_is_judged(tiny, content):
 
 
 def judge(backbone, probes, prompt):
-    bank = Bank(probes)
-    tap = bank.tap()
+    panel = Panel(probes)
+    tap = panel.prompt_tap()
     with backbone.tapped(tap):
         backbone.run([prompt])
-    return bank.judge_prompts(tap.projected()[0], [bytes(prompt.parts)], [False])[0]
+    return panel.judge_prompts(tap.projected()[0], [bytes(prompt.parts)], [False])[0]
 
 
 def test_pieces_between_answers_are_judged_together(tiny):

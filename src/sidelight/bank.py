@@ -213,7 +213,7 @@ class Bank:
         return [by_index[index] for index in range(len(by_index))]
 
     @torch.inference_mode()
-    def _text_logits(self, state: BankState) -> list[list[ProbeOutput]]:
+    def text_logits(self, state: BankState) -> list[list[ProbeOutput]]:
         """For each probe, its logits of each request, and of its tokens where it labels them."""
         by_probe = [[ProbeOutput(logits) for logits in of_probe] for of_probe in self.logits(state)]
         for group, part in zip(self._groups, state.states, strict=True):
@@ -224,39 +224,26 @@ class Bank:
                 by_probe[index] = [replace(logits, tokens=own) for logits, own in pairs]
         return by_probe
 
-    def judge(self, state: BankState, is_plain: Sequence[bool]) -> list[Judgement]:
-        """For each request, what the probes say; those without a verdict are named as failed.
+    def judge(
+        self, outputs: Sequence[Sequence[ProbeOutput]], is_plain: Sequence[bool]
+    ) -> list[Judgement]:
+        """For each text, what the probes say; those without a verdict are named as failed.
 
         Args:
-            state: What they know.
-            is_plain: For each request, whether it is plain text, on which probes of chats fail.
+            outputs: For each probe, its logits of each text.
+            is_plain: For each text, whether it is plain text, on which probes of chats fail.
         """
-        by_request = zip(*self._text_logits(state), strict=True)
-        return [self._judgement(*each) for each in zip(by_request, is_plain, strict=True)]
+        by_text = zip(*outputs, strict=True)
+        return [self._judgement(*each) for each in zip(by_text, is_plain, strict=True)]
 
-    def judge_prompts(
-        self,
-        columns: Float[Tensor, "token layer column"],
-        parts: Sequence[bytes],
-        is_plain: Sequence[bool],
-    ) -> list[Judgement]:
-        """As ``judge``, for whole prompts; other arguments as for ``prompt_logits``."""
-        by_prompt = zip(*self.prompt_logits(columns, parts), strict=True)
-        judged = (self._judgement(*each) for each in zip(by_prompt, is_plain, strict=True))
-        pieces = columns.split([*map(len, parts)])
-        tools = (self._judge_tools(*each) for each in zip(pieces, parts, strict=True))
-        pairs = zip(judged, tools, strict=True)
-        return [whole | Judgement(failed=own.failed, tools=own) for whole, own in pairs]
-
-    def _judge_tools(self, columns: Float[Tensor, "token layer column"], parts: bytes) -> Judgement:
+    def judge_tools(self, columns: Float[Tensor, "token layer column"], parts: bytes) -> Judgement:
         """The judgement of the turns of tools in a prompt alone, if there are any."""
         tokens, turns = tool_rows(parts)
         if not len(tokens):
             return Judgement()
         chosen = columns[torch.from_numpy(tokens).to(columns.device)]
         own_parts = bytes(np.frombuffer(parts, np.uint8)[tokens])
-        (logits,) = zip(*self.prompt_logits(chosen, [own_parts]), strict=True)
-        judged = self._judgement(logits, is_plain=False)
+        (judged,) = self.judge(self.prompt_logits(chosen, [own_parts]), [False])
         verdicts = (replace(each, turn=int(turns[each.turn or 0])) for each in judged.verdicts)
         return Judgement(tuple(verdicts), judged.failed)
 
@@ -269,7 +256,7 @@ class Bank:
             columns: Those of all tokens, one prompt after the other.
             parts: For each prompt, the ``Part`` of every token.
         """
-        wholes = self._text_logits(self.summarise(columns, parts))
+        wholes = self.text_logits(self.summarise(columns, parts))
         units = [judged_units(prompt) for prompt in parts]
         if not any(probe.judges_turns for probe in self.probes) or not any(units):
             return wholes
@@ -380,10 +367,14 @@ class Panel:
             parts: For each prompt, the ``Part`` of every token.
             is_plain: As for ``Bank.judge``.
         """
-        if self.early is None:
+        if (bank := self.early) is None:
             return [Judgement()] * len(parts)
-        width = self.early.projection.weight.shape[2]
-        return self.early.judge_prompts(columns[..., :width], parts, is_plain)
+        columns = columns[..., : bank.projection.weight.shape[2]]
+        judged = bank.judge(bank.prompt_logits(columns, parts), is_plain)
+        pieces = zip(columns.split([*map(len, parts)]), parts, strict=True)
+        tools = (bank.judge_tools(*piece) for piece in pieces)
+        pairs = zip(judged, tools, strict=True)
+        return [whole | Judgement(failed=own.failed, tools=own) for whole, own in pairs]
 
     def read(
         self,
@@ -426,7 +417,7 @@ class Panel:
         if self.late is None or not present:
             return [Judgement()] * len(states)
         assert len(present) == len(states)
-        return self.late.judge(BankState.pack(present), is_plain)
+        return self.late.judge(self.late.text_logits(BankState.pack(present)), is_plain)
 
     def explain(
         self,
