@@ -351,15 +351,6 @@ class LabelledExamples(Examples):
         return np.column_stack([holds, ~holds.any(axis=1)])
 
 
-def require_labelled(examples: Examples) -> LabelledExamples:
-    """The examples, if they have labels; else an error."""
-    if not isinstance(examples, LabelledExamples):
-        raise SidelightError(
-            "These examples have no labels. Name the column with --label (label= in Python)."
-        )
-    return examples
-
-
 def balanced_order(
     strata: Sequence[tuple[Hashable, ...]], *, weights: Sequence[float] = (), seed: int = 0
 ) -> list[int]:

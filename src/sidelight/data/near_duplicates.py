@@ -168,13 +168,9 @@ def _vectors(texts: Sequence[str]) -> Any:
 
 def _form(text: str) -> str:
     """What is compared: numbers as one and the same, and of a long text some stretches."""
-    return re.sub(r"\d+", "0", _shortened(text))
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= _MOST_CHARACTERS:
-        return text
-    # Templates make beginnings and ends alike, so most of what is compared lies between them.
-    size = _MOST_CHARACTERS // _STRETCHES
-    starts = np.linspace(0, len(text) - size, _STRETCHES).astype(int)
-    return " ".join(text[start : start + size] for start in starts)
+    if len(text) > _MOST_CHARACTERS:
+        # Templates make beginnings and ends alike, so most of what is compared lies between them.
+        size = _MOST_CHARACTERS // _STRETCHES
+        starts = np.linspace(0, len(text) - size, _STRETCHES).astype(int)
+        text = " ".join(text[start : start + size] for start in starts)
+    return re.sub(r"\d+", "0", text)

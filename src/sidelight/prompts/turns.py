@@ -179,7 +179,10 @@ class ChatFormat:
             if role == "assistant" and begin == end:
                 # A marker that nothing follows is a generation prompt.
                 continue
-            stop = self._content_end(text, role, begin, end)
+            # Where the text of the template after the content begins.
+            ending = self._footers.get((role, end == len(text)))
+            footer = ending.search(text, begin, end) if ending else None
+            stop = footer.start() if footer else end
             # A system's text holds no control token. One means that the marker of another turn
             # was not found, or that the template goes on; probes must read what follows.
             foreign = _CONTROL.search(text, begin, stop) if role == "system" else None
@@ -197,12 +200,6 @@ class ChatFormat:
 
     def _role(self, header: re.Match[str]) -> str:
         return self._roles[(header.lastindex or 1) - 1]
-
-    def _content_end(self, text: str, role: str, begin: int, end: int) -> int:
-        """The place where the text of the template after a content begins."""
-        ending = self._footers.get((role, end == len(text)))
-        footer = ending.search(text, begin, end) if ending else None
-        return footer.start() if footer else end
 
     @staticmethod
     def _text(names: Sequence[str]) -> str:

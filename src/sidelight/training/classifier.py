@@ -12,13 +12,7 @@ import numpy as np
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import Backbone, DtypeName, load_backbone
 from sidelight.bank import Bank
-from sidelight.data.examples import (
-    Example,
-    Examples,
-    LabelledExamples,
-    as_example,
-    require_labelled,
-)
+from sidelight.data.examples import Example, Examples, LabelledExamples, as_example
 from sidelight.data.guards import guard_of
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
@@ -334,13 +328,16 @@ def _as_examples(
     task: Task | None = None,
 ) -> LabelledExamples:
     if isinstance(data, Examples):
-        examples = require_labelled(data)
-        if spans is not None and examples.spans is None:
+        if not isinstance(data, LabelledExamples):
+            raise SidelightError(
+                "These examples have no labels. Name the column with --label (label= in Python)."
+            )
+        if spans is not None and data.spans is None:
             raise SidelightError(
                 "These examples have no spans. Load them with load_examples(..., "
                 f"spans='{spans}'), or leave spans= out."
             )
-        return examples
+        return data
     return load_examples(
         data, text=text, label=label, response=response, spans=spans, positive=positive, task=task
     )
