@@ -14,6 +14,7 @@ import torch
 
 from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Panel
+from sidelight.calibration import Calibration
 from sidelight.cli.show import print_spans
 from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
@@ -31,7 +32,6 @@ from sidelight.spans import (
     character_f1,
     character_scores,
     labelled_characters,
-    read_spans,
     settled_characters,
     threshold_f1,
     token_labels,
@@ -155,11 +155,16 @@ def test_words_have_the_score_of_their_highest_token_and_neighbours_join():
     scores = np.array([[0.1], [0.2], [0.9], [0.6], [0.3]])
     found = character_scores(TEXT, tokens, scores)
     assert found[:, 0].tolist() == [0.1] * 5 + [0.9] * 3 + [0.6] * 4 + [0.3, 0, 0, 0, 0]
-    assert read_spans(found, ["NAME"], [0.5]) == [Span(5, 12, "NAME")]
-    assert read_spans(found, ["NAME"], [0.5])[0].probability == 0.9
-    assert read_spans(found, ["NAME"], [0.7]) == [Span(5, 8, "NAME")]
-    assert read_spans(found, ["NAME"], [0.0]) == [Span(0, 13, "NAME")]
-    assert read_spans(found, ["NAME"], [1.0]) == []
+    calibration = Calibration("none", "binary", (1.0,), (0.0,))
+
+    def read(threshold):
+        return SpanRule(calibration, (threshold,), (None,)).read(found, ["NAME"])
+
+    assert read(0.5) == [Span(5, 12, "NAME")]
+    assert read(0.5)[0].probability == 0.9
+    assert read(0.7) == [Span(5, 8, "NAME")]
+    assert read(0.0) == [Span(0, 13, "NAME")]
+    assert read(1.0) == []
 
 
 def test_a_word_far_less_likely_than_the_surest_of_its_text_is_left_out():

@@ -117,22 +117,6 @@ def within_margin(
     return np.where(scores >= least, scores, 0.0)
 
 
-def read_spans(
-    scores: Float[Values, "character label"], labels: Sequence[str], thresholds: Sequence[float]
-) -> list[Span]:
-    """The runs of characters whose score reaches the threshold of a label, in order."""
-    spans: list[Span] = []
-    for label, own, threshold in zip(labels, scores.T, thresholds, strict=True):
-        # A character with a score of 0 is no part of a word that was read.
-        reaches = np.concatenate([[False], (own >= threshold) & (own > 0), [False]])
-        edges = np.flatnonzero(reaches[1:] != reaches[:-1]).tolist()
-        spans += [
-            Span(start, end, label, float(own[start:end].max()))
-            for start, end in zip(edges[::2], edges[1::2], strict=True)
-        ]
-    return sorted(spans)
-
-
 @dataclass(frozen=True)
 class SpanRule:
     """The rule by which the logits of a text's tokens become spans.
@@ -183,8 +167,18 @@ class SpanRule:
         return self.read(character_scores(text, tokens, scores), labels) if scores.any() else []
 
     def read(self, scores: Float[Values, "character label"], labels: Sequence[str]) -> list[Span]:
-        """The spans of a text by the probabilities of its characters."""
-        return read_spans(self.within_margins(scores), labels, self.thresholds)
+        """The runs of characters whose probability reaches the threshold of a label, in order."""
+        spans: list[Span] = []
+        columns = zip(labels, self.within_margins(scores).T, self.thresholds, strict=True)
+        for label, own, threshold in columns:
+            # A character with a score of 0 is no part of a word that was read.
+            reaches = np.concatenate([[False], (own >= threshold) & (own > 0), [False]])
+            edges = np.flatnonzero(reaches[1:] != reaches[:-1]).tolist()
+            spans += [
+                Span(start, end, label, float(own[start:end].max()))
+                for start, end in zip(edges[::2], edges[1::2], strict=True)
+            ]
+        return sorted(spans)
 
     def within_margins(
         self, scores: Float[Values, "character label"]
