@@ -107,7 +107,10 @@ def test_too_little_room_is_an_error_before_any_work(tiny, tmp_path, ran, monkey
 
 @pytest.mark.parametrize(
     ("value", "dtype", "remedy"),
-    [(float("inf"), "float16", "--dtype"), (float("nan"), "float32", "weights")],
+    [
+        (float("inf"), "float16", "--dtype bfloat16, or a GGUF file of"),
+        (float("nan"), "float32", "weights"),
+    ],
 )
 def test_a_state_that_is_not_finite_is_an_error_that_names_its_text(tmp_path, value, dtype, remedy):
     backbone = tiny_backbone()

@@ -37,7 +37,7 @@ from sidelight.machine import find_device, free_memory, lacks_bfloat16
 from sidelight.prompts.conversation import EncodedPrompt, PromptFormat
 from sidelight.prompts.encode import PromptEncoder
 from sidelight.ragged import BATCH_TOKENS
-from sidelight.smollm2 import EMBEDDED_NAME, embedded_model_path, require_model
+from sidelight.smollm2 import EMBEDDED_NAME, MODELS, embedded_model_path, require_model
 
 # Called with each layer's hidden states, ``[batch, token, width]``, while they exist; it must not
 # keep the tensor. Layer 0 is the residual stream after the embedding, layer l the stream after
@@ -441,5 +441,5 @@ def _loading_errors(name: str, device: torch.device = _CPU) -> Generator[None]:
     except (OSError, ValueError, SafetensorError) as error:
         raise SidelightError(
             f"Cannot load '{name}' as a causal language model: {str(error).splitlines()[0]} "
-            "Give 'smollm2', a folder saved by save_pretrained, or a hub id."
+            f"{MODELS}"
         ) from error

