@@ -6,7 +6,7 @@ import re
 import socket
 import time
 from contextlib import suppress
-from functools import reduce
+from functools import cache, reduce
 from operator import getitem
 
 import pytest
@@ -192,6 +192,12 @@ def schema(running):
     return schemathesis.openapi.from_url(f"{running[0]}/openapi.json", headers=KEY)
 
 
+@pytest.fixture(scope="module")
+def cases(schema):
+    """The requests to draw for an operation, which take seconds to derive from the document."""
+    return cache(lambda path, method, **options: schema[path][method].as_strategy(**options))
+
+
 def test_every_operation_of_the_document_is_tried(schema):
     documented = {
         (method, path)
@@ -205,8 +211,8 @@ def test_every_operation_of_the_document_is_tried(schema):
 @pytest.mark.parametrize("path", GETS)
 @FEW
 @given(data=st.data())
-def test_what_is_shown_is_as_the_document_says(schema, path, data):
-    case = data.draw(schema[path]["GET"].as_strategy())
+def test_what_is_shown_is_as_the_document_says(cases, path, data):
+    case = data.draw(cases(path, "GET"))
     case.call_and_validate(checks=CHECKS, headers=KEY)
 
 
@@ -219,8 +225,8 @@ def fields_of(schema, path):
 @pytest.mark.parametrize("path", VALID)
 @FEW
 @given(data=st.data())
-def test_a_request_to_the_served_model_is_answered_as_the_document_says(schema, path, data):
-    case = data.draw(schema[path]["POST"].as_strategy())
+def test_a_request_to_the_served_model_is_answered_as_the_document_says(schema, cases, path, data):
+    case = data.draw(cases(path, "POST"))
     # Drawn names are never right: these requests would all end at the first check.
     known = {"model": MODEL, "probes": None, "max_tokens": 3, "max_completion_tokens": None}
     case.body |= {name: value for name, value in known.items() if name in fields_of(schema, path)}
@@ -230,8 +236,7 @@ def test_a_request_to_the_served_model_is_answered_as_the_document_says(schema, 
 @pytest.mark.parametrize("path", VALID)
 @FEW
 @given(data=st.data())
-def test_a_body_that_the_document_forbids_is_a_refusal_that_it_describes(schema, path, data):
-    strategy = schema[path]["POST"].as_strategy(generation_mode=GenerationMode.NEGATIVE)
-    case = data.draw(strategy)
+def test_a_body_that_the_document_forbids_is_a_refusal_that_it_describes(cases, path, data):
+    case = data.draw(cases(path, "POST", generation_mode=GenerationMode.NEGATIVE))
     response = case.call_and_validate(checks=CHECKS[:-1], headers=KEY)
     assert 400 <= response.status_code < 500, case.as_curl_command()
