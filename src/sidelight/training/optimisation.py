@@ -252,9 +252,11 @@ def _random_numbers(seed: int, device: torch.device) -> Generator[None]:
 
     Only that of the CPU and of this device: asking for all of a machine's GPUs would start them.
     """
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type):
-        torch.manual_seed(seed)
+    is_cpu = device.type == "cpu"
+    # For each kind of device that has not started, `torch.manual_seed` would keep a stack trace.
+    manual_seed = torch.default_generator.manual_seed if is_cpu else torch.manual_seed
+    with torch.random.fork_rng([] if is_cpu else [device], device_type=device.type):
+        manual_seed(seed)
         yield
 
 
