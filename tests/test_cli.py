@@ -34,7 +34,7 @@ from sidelight.prompts.conversation import Message, Place, Reads
 from sidelight.storage import only_writer
 from sidelight.training.measuring import describe_examples
 from sidelight.types import Verdict
-from worlds.data import planted, with_curves, write
+from worlds.data import little_traffic, planted, with_curves, write
 from worlds.models import INTENT, broken, spans_probe, untrained_probe
 from worlds.servers import cli
 
@@ -46,7 +46,7 @@ QUICKLY = ("--set", "epochs=4", "--set", "batch_size=16", "--set", "learning_rat
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, little_traffic(folder, patch):
         patch.setenv("SIDELIGHT_CACHE", str(folder))
         yield folder
 
@@ -292,9 +292,9 @@ def test_what_the_probe_will_flag_is_said_before_the_model_is_loaded(tmp_path, c
     assert "traffic.jsonl" in error
 
 
-# Starts the command without torch, whose import takes seconds.
+# Runs commands without torch, whose import takes seconds.
 WITHOUT_TORCH = """
-import sys
+import json, sys
 
 class Absent:
     def find_spec(name, path=None, target=None):
@@ -303,32 +303,27 @@ class Absent:
 
 sys.meta_path.insert(0, Absent)
 from sidelight.cli import app
-app(sys.argv[1:])
+for command in json.loads(sys.argv[1]):
+    try:
+        app(command.split(), standalone_mode=False)
+    except ModuleNotFoundError as error:
+        print(error, file=sys.stderr)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command",
-    [
-        "train --data {data} --out {folder}/o",
-        "eval {probe} --data {data}",
-        "predict {probe} --data {data}",
-        "recalibrate {probe} --data {data}",
-    ],
-)
-def test_the_first_lines_come_before_torch_is_imported(command, untrained, tmp_path):
+def test_the_first_lines_come_before_torch_is_imported(untrained, tmp_path):
     data = labelled_rows(tmp_path / "data.jsonl", [*INTENT.labels] * 20)
-    filled = command.format(data=data, folder=tmp_path, probe=untrained).split()
-    shown = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *filled], capture_output=True, text=True
-    )
-    first, *more = shown.stderr.splitlines()
-    assert first == f"Reading {data} ..."
-    read = more.pop(0) if command.startswith("train") else "Read 60 texts"
+    commands = [f"train --data {data} --out {tmp_path}/o"]
+    commands += [f"{name} {untrained} --data {data}" for name in ("eval", "predict", "recalibrate")]
+    program = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)]
+    said = subprocess.run(program, capture_output=True, text=True, check=True)
+    lines = said.stderr.splitlines()
+    # Training also says what it has read.
+    read = lines.pop(1)
     assert read.startswith("Read 60 texts")
-    assert more[0] == "Loading the model ..."
-    assert shown.stdout == ""
+    assert lines == [f"Reading {data} ...", "Loading the model ...", "torch"] * 4
+    assert said.stdout == ""
 
 
 def test_options_of_training_data_hold_for_validation_data_where_they_apply(tmp_path):

@@ -187,7 +187,8 @@ def test_without_background_texts_are_shown_alone(tiny, examples, tmp_path):
     assert (made.contexts, len(made.training), made.training.contexts) == ((), 60, ())
     # Plain text is a context without background, which says nothing of ordinary traffic.
     both = tiny_backbone(prompt_format="both")
-    options = FitOptions(mechanism=mechanism_spec("pooling"), cache_root=tmp_path)
+    spec = mechanism_spec("pooling")
+    options = FitOptions(mechanism=spec, context_tokens=2_000, cache_root=tmp_path)
     fitted = fit(both, examples, None, name="p", options=options)
     assert fitted.traffic.conversations == 0
 
@@ -445,17 +446,17 @@ def test_background_that_holds_a_labelled_text_is_left_out(tiny, examples, optio
 def test_the_figures_are_those_of_the_threshold_that_is_served(tiny, examples, options):
     positives = [text for text, label in zip(TEXTS, examples.labels, strict=True) if label]
     alike = tuple((Message("user", f"{text}. Ordinary{i}"),) for i, text in enumerate(positives))
-    given = replace(options, background=Background(TRAFFIC + alike * 3))
     settings = TrainingSettings(epochs=2, batch_size=16, least_steps=0)
-    made = fit(tiny, examples, None, name="p", options=replace(given, settings=settings))
+    given = replace(options, settings=settings, context_tokens=8_000)
+    given = replace(given, background=Background(TRAFFIC + alike * 3))
+    made = fit(tiny, examples, None, name="p", options=given)
     kept = made.probe.record["traffic"]["worst"]
     assert len(kept) == 3
     assert [round(p, 4) for p, _ in made.traffic.worst] == [own["probability"] for own in kept]
     assert [text for _, text in made.traffic.worst] == [own["text"] for own in kept]
     # An operator's own texts stay out of artifacts.
     private = replace(given.background, private=frozenset(given.background.conversations))
-    options = replace(given, settings=settings, background=private)
-    again = fit(tiny, examples, None, name="p", options=options)
+    again = fit(tiny, examples, None, name="p", options=replace(given, background=private))
     assert again.probe.record["traffic"] == {**made.probe.record["traffic"], "worst": []}
     assert kept_rate(made.probe) == (made.traffic.flagged, made.traffic.conversations)
     assert made.report.thresholds == made.probe.thresholds
@@ -489,7 +490,7 @@ def test_several_classes_say_none_to_ordinary_traffic(tiny, options):
         tuple(map(said, texts)), ({},) * 60, labels=np.arange(60) % 3, task=INTENT
     )
     brief = TrainingSettings(learning_rate=0.05, epochs=2, batch_size=16, least_steps=0)
-    given = replace(options, settings=brief)
+    given = replace(options, settings=brief, context_tokens=10_000)
     made = fit(tiny, labelled, None, name="p", options=given)
     assert made.probe.task.labels == (*INTENT.labels, "none")
     assert made.traffic.conversations == len(TRAFFIC)

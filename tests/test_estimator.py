@@ -16,7 +16,7 @@ from sklearn.utils import estimator_checks, get_tags
 import sidelight
 from sidelight import SidelightClassifier
 from sidelight.errors import SidelightError
-from worlds.data import SIGNALS, planted
+from worlds.data import SIGNALS, little_traffic, planted
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,8 +35,9 @@ NEW_TEXTS, NEW_NUMBERS = planted("multiclass", 40, seed=1)
 @pytest.fixture(scope="module", autouse=True)
 def module_cache(tmp_path_factory):
     """Classifiers of one model share its states, so they share a folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SIDELIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch, little_traffic(folder, patch):
+        patch.setenv("SIDELIGHT_CACHE", str(folder))
         yield
 
 
@@ -75,12 +76,12 @@ def test_new_texts_get_their_class_and_probabilities_in_the_order_of_the_classes
 
 @pytest.fixture(scope="module")
 def in_traffic(model):
-    return SidelightClassifier(model, context_tokens=4000).fit(TEXTS, LETTERS)
+    return SidelightClassifier(model).fit(TEXTS, LETTERS)
 
 
 def test_it_is_the_probe_that_train_trains(model, in_traffic):
     rows = [*zip(TEXTS, LETTERS.tolist(), strict=True)]
-    made = sidelight.train(model, rows, context_tokens=4000).probe
+    made = sidelight.train(model, rows).probe
     assert made.record["contexts"]
     assert made.version == in_traffic.probe_.version
 

@@ -276,16 +276,23 @@ def documented_table(page: str, *columns: str) -> list[dict[str, str]]:
 
 
 @contextmanager
-def brief_trainings(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Little ordinary traffic, and one epoch."""
-    lines = gzip.decompress(background.PACKAGED.read_bytes()).splitlines()[:60]
+def little_traffic(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A few short conversations are packaged, and texts are shown in them a few times."""
+    lines = gzip.decompress(background.PACKAGED.read_bytes()).splitlines()[:80]
     rows = [row for row in map(json.loads, lines) if isinstance(row["text"], str)]
     traffic = [json.dumps({**row, "text": row["text"][:80]}) for row in rows]
     (folder / "traffic.jsonl").write_text("\n".join(traffic))
     patch.setattr(background, "PACKAGED", folder / "traffic.jsonl")
     patch.setattr(contexts, "_LEAST_CONTEXT_TOKENS", 2_000)
-    for mechanism in ("readout", "spans"):
-        patch.setitem(SUGGESTED, mechanism, TrainingSettings(epochs=1, least_steps=0))
     background._packaged.cache_clear()
     yield
     background._packaged.cache_clear()
+
+
+@contextmanager
+def brief_trainings(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Little ordinary traffic, and one epoch."""
+    for mechanism in ("readout", "spans"):
+        patch.setitem(SUGGESTED, mechanism, TrainingSettings(epochs=1, least_steps=0))
+    with little_traffic(folder, patch):
+        yield
