@@ -13,16 +13,19 @@ from worlds.vllm import with_probes
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=[None, Limits(prefill_tokens=32)], ids=["whole", "parts"])
+LIMITS = {"whole": Limits(waiting=20), "parts": Limits(waiting=20, prefill_tokens=32)}
+
+
+@pytest.fixture(scope="module", params=LIMITS)
 def subject(request, tmp_path_factory):
     backbone = tiny_backbone()
     model = with_probes(backbone, "", tmp_path_factory.mktemp("probes"))
     engine, unstarted = (
-        TransformersEngine(backbone, model.probes, limits=request.param) for _ in range(2)
+        TransformersEngine(backbone, model.probes, limits=LIMITS[request.param]) for _ in range(2)
     )
     with asyncio.Runner() as runner:
         runner.run(engine.start())
-        yield Subject(engine, model, runner, unstarted)
+        yield Subject(engine, model, runner, unstarted, many=30)
         runner.run(engine.close())
 
 

@@ -14,7 +14,7 @@ from sidelight.engines.llama.engine import LlamaEngine
 from sidelight.engines.queue import Limits
 from sidelight.prompts.conversation import Message, Reads
 from sidelight.smollm2 import EMBEDDED_NAME, packaged_gguf
-from worlds.gguf import CONFIGS, gguf_model, needs_llama, states
+from worlds.gguf import gguf_model, needs_llama, states
 from worlds.models import untrained_probe
 from worlds.servers import GREEDY, ask, written_alone
 from worlds.vllm import ROUNDING, with_probes
@@ -23,10 +23,11 @@ pytestmark = [pytest.mark.slow, needs_llama]
 
 # llama.cpp rounds what enters a product with quantised weights to 8 bits.
 LEAST_COSINE = 0.99
-LIMITS = Limits(running=3, prefill_tokens=32, cache_tokens=4 * 256)
+LIMITS = Limits(running=3, waiting=20, prefill_tokens=32, cache_tokens=4 * 256)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+# One of each way to read states; ``test_llama_states`` has all architectures.
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
 def subject(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
     made = gguf_model(folder, request.param)
@@ -34,7 +35,7 @@ def subject(request, tmp_path_factory):
     engine, unstarted = (LlamaEngine(made.backbone, model.probes, limits=LIMITS) for _ in range(2))
     with asyncio.Runner() as runner:
         runner.run(engine.start())
-        yield Subject(engine, model, runner, unstarted)
+        yield Subject(engine, model, runner, unstarted, many=LIMITS.waiting + 10)
         runner.run(engine.close())
 
 
