@@ -156,31 +156,6 @@ def test_spans_that_no_text_could_have_are_refused(tiny, tmp_path):
             load_probe(save_probe(probe, tmp_path / "pii"))
 
 
-@pytest.mark.parametrize(
-    "curves",
-    [
-        7,
-        {"toxic": 7},
-        {"fine": CURVES["toxic"]},
-        {"toxic": {"thresholds": [0.2, 0.4]}},
-        {"toxic": {}},
-    ],
-    ids=range(5),
-)
-def test_a_damaged_curve_is_one_clear_error(tiny, tmp_path, curves):
-    record = {"validation": {"curves": curves}}
-    save_probe(replace(probe_of(tiny), record=record), tmp_path)
-    with pytest.raises(SidelightError, match=r"is damaged .*curves"):
-        load_probe(tmp_path)
-
-
-@pytest.mark.parametrize("metrics", [{"f1": 0.5}, {"f1": {"value": "high"}}, [1]], ids=str)
-def test_metrics_that_no_report_has_are_one_clear_error(tiny, tmp_path, metrics):
-    save_probe(replace(probe_of(tiny), record={"validation": {"metrics": metrics}}), tmp_path)
-    with pytest.raises(SidelightError, match=r"is damaged .*metrics"):
-        read_manifest(tmp_path)
-
-
 def test_what_is_said_of_an_artifact_steers_no_terminal_and_forges_no_line(tiny, tmp_path):
     record = {
         "validation": {"metrics": {"f1": {"value": 0.5}}},
@@ -274,7 +249,12 @@ def _with_calibration(calibration):
     return lambda folder: rewritten(folder, calibration=calibration)
 
 
+TORN = {"thresholds": [0.2, 0.4]}
 # What `inspect` and model cards read.
+VALIDATIONS = (
+    *({"curves": own} for own in (7, {"toxic": 7}, {"fine": CURVES["toxic"]}, {"toxic": TORN})),
+    *({"metrics": own} for own in ({"f1": 0.5}, {"f1": {"value": "high"}}, [1])),
+)
 RECORDS = (
     {"validation": {"rows": -1}},
     {"recalibrations": ["x"]},
@@ -344,6 +324,7 @@ def hashed(damage):
         (lambda folder: rewritten(folder, format=1), "has format 1, but this .* reads format 2"),
         (lambda folder: rewritten(folder, mechanism={"name": "gat", "options": {}}), "'gate'"),
         *((_with_record(**own), f"{next(iter(own))}.* in its manifest") for own in RECORDS),
+        *((_with_record(validation=own), f"is damaged .*{next(iter(own))}") for own in VALIDATIONS),
         *((_with_calibration(own), r"calibration.* in its manifest") for own in CALIBRATIONS),
     ],
 )
