@@ -43,6 +43,18 @@ def test_the_command_compares_a_file_with_the_same_model_in_transformers(models,
     assert f" {np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}) |" in shown
 
 
+def test_rounds_that_were_measured_before_a_kill_are_kept(models, tmp_path):
+    options = ("--tokens", "4", "--written", "2", "--out", str(tmp_path))
+    spent = []
+    for rounds in ("1", "2"):
+        assert cli("bench", "engines", models[1], *options, "--rounds", rounds) == 0
+        seconds = json.loads((tmp_path / "engines.json").read_text())["seconds"]
+        spent.append(np.array([[one["cpu"], one["wall"]] for one in seconds]))
+    assert spent[1].shape == (2, 2, 3, 2)
+    np.testing.assert_array_equal(spent[0][..., 0], spent[1][..., 0])
+    assert (spent[1][..., 0] != spent[1][..., 1]).any()
+
+
 @pytest.mark.parametrize("kind", [0, 1], ids=["transformers", "llama"])
 def test_probes_are_of_prompts_and_of_answers_and_leave_for_the_rounds_without(models, kind):
     subject = Subject(models[kind], "auto", 1)
@@ -54,6 +66,5 @@ def test_probes_are_of_prompts_and_of_answers_and_leave_for_the_rounds_without(m
     subject._engine._batch._decoder.end_tokens = frozenset(range(300))
     with pytest.raises(SidelightError, match="ends its answers at once"):
         subject.measure(0, [4], 2)
-    where, megabytes = subject.close()
-    assert where["engine"].startswith(("transformers", "llama.cpp")[kind])
-    assert megabytes > 1
+    assert subject.conditions()["engine"].startswith(("transformers", "llama.cpp")[kind])
+    assert subject.close() > 1

@@ -5,12 +5,14 @@ else the machine does meets all of them.
 """
 
 import asyncio
+import json
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import cache, partial
 from itertools import product
 from multiprocessing import get_context
+from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
@@ -25,6 +27,7 @@ from sidelight.errors import SidelightError
 from sidelight.gguf_files import find_gguf, is_gguf
 from sidelight.progress import progress
 from sidelight.prompts.conversation import Message, Reads
+from sidelight.storage import write_json
 from sidelight_lab.bench.measurement import (
     Range,
     Record,
@@ -33,6 +36,7 @@ from sidelight_lab.bench.measurement import (
     untrained_probe,
     write_answers,
 )
+from sidelight_lab.tables.runs import digest
 
 PROBES = 3
 TEXTS = (1, 8)
@@ -96,12 +100,16 @@ class Subject:
         (judged,) = await self._engine.judge([[Message("user", " word" * length)]])
         return judged.tokens
 
-    def close(self) -> tuple[dict[str, Any], float]:
-        """Ends the engine; returns what its figures depend on, and megabytes of this process."""
+    def conditions(self) -> dict[str, Any]:
+        """What its figures depend on."""
+        return conditions(self.backbone, {"engine": self.backbone.engine})
+
+    def close(self) -> float:
+        """Ends the engine; returns megabytes of this process."""
         megabytes = psutil.Process().memory_info().rss / 1e6
         self._runner.run(self._engine.close())
         self._runner.close()
-        return conditions(self.backbone, {"engine": self.backbone.engine}), megabytes
+        return megabytes
 
 
 async def _timed(work: Awaitable[int]) -> np.ndarray:
@@ -127,6 +135,7 @@ def compare_engines(
     tokens: Sequence[int],
     written: int,
     rounds: int,
+    out: Path | None = None,
 ) -> Record:
     """Tokens a CPU second and a second, what probes add, and memory, of each model.
 
@@ -137,9 +146,9 @@ def compare_engines(
         tokens: Lengths of the prompts, without what a chat template adds.
         written: Tokens of each text.
         rounds: Of all models with probes and without, in turn.
+        out: Folder that keeps each round, so that a kill costs one; figures are paired by round.
     """
     pairs = [*product(models, (0, PROBES))]
-    spent: dict[tuple[str, int], list[list[tuple[float, float]]]] = {pair: [] for pair in pairs}
     with ExitStack() as stack:
         spawn = get_context("spawn")
         processes = {
@@ -152,18 +161,32 @@ def compare_engines(
 
         for model, probes in pairs:
             ask(model, "measure", probes, tokens[:1], 1)
+        wheres = [ask(model, "conditions") for model in models]
+        who = [{**where, "load before": None} for where in wheres]
+        name = digest({"engines": who, "tokens": tokens, "written": written, "texts": TEXTS})[:12]
+        kept = None if out is None else out / "engines" / f"{name}.json"
+        # [round, pair, work, clock]
+        measured: list[Any] = []
+        if kept is not None and kept.exists():
+            measured = json.loads(kept.read_text("utf-8"))[:rounds]
         with progress("Timing", rounds * len(pairs), unit="sets of probes") as advance:
-            for number in range(rounds):
+            advance(len(measured) * len(pairs))
+            for number in range(len(measured), rounds):
                 first = number % len(pairs)
+                own: dict[tuple[str, int], list[tuple[float, float]]] = {}
                 for pair in pairs[first:] + pairs[:first]:
                     model, probes = pair
-                    spent[pair].append(ask(model, "measure", probes, tokens, written))
+                    own[pair] = ask(model, "measure", probes, tokens, written)
                     advance(1)
-        wheres, megabytes = zip(*(ask(model, "close") for model in models), strict=True)
+                measured.append([own[pair] for pair in pairs])
+                if kept is not None:
+                    write_json(kept, measured)
+        megabytes = [ask(model, "close") for model in models]
     where = {name: " and ".join(dict.fromkeys(str(w[name]) for w in wheres)) for name in wheres[0]}
     works = [f"reading {n}" for n in tokens] + [f"writing, {n} at once" for n in TEXTS]
     # Seconds of a token: [work, clock, round].
-    seconds = {pair: np.array(rounds).transpose(1, 2, 0) for pair, rounds in spent.items()}
+    by_pair = np.array(measured).transpose(1, 2, 3, 0)
+    seconds = dict(zip(pairs, by_pair, strict=True))
     figures = {
         "works": works,
         "seconds": [

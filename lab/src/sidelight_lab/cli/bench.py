@@ -351,12 +351,13 @@ def bench_engines(models: tuple[str, ...], out: Path | None, as_json: bool, **gi
     MODELS are as `sidelight serve` takes them; without any, they are the embedded model in both
     engines. The others are compared with the first. Each has a process of its own, and
     the rounds ask them in turn, without probes and with three, one of which reads what is
-    written. --dtype is for those that are no GGUF files.
+    written. --dtype is for those that are no GGUF files. After a kill, the same command goes on
+    with the next round, if --out names the same folder.
     """
     from sidelight_lab.bench.engines import compare_engines
 
     chosen = models or (EMBEDDED_NAME, EMBEDDED_GGUF)
-    publish(compare_engines(chosen, **given), out, as_json=as_json)
+    publish(compare_engines(chosen, **given, out=out), out, as_json=as_json)
 
 
 @bench.command(
