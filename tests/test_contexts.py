@@ -20,6 +20,7 @@ from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts.conversation import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.ragged import Ragged
+from sidelight.states.cache import random_batches
 from sidelight.thresholds import ThresholdRule, operating_curves
 from sidelight.training import classifier, contexts, loop
 from sidelight.training.background import Background, load_background
@@ -199,9 +200,9 @@ def test_a_probe_of_both_formats_learns_from_both_and_one_of_chats_says_nothing_
 ):
     backbone = tiny_backbone(prompt_format="both")
     made = prepare(backbone, examples, None, options=FitOptions(cache_root=tmp_path))
-    shown = [prompt.is_plain for prompt in made.training.prompts]
+    shown = [prompt.is_plain for prompt in made.training.states.prompts]
     assert shown.count(True) >= 60
-    assert not any(prompt.is_plain for prompt in made.validation.prompts)
+    assert not any(prompt.is_plain for prompt in made.validation.states.prompts)
     probes = [untrained_probe(tiny, "p"), replace(untrained_probe(tiny, "q"), prompt_format="both")]
     texts = (said("a text").messages, PlainText("a text"))
     of_chats, of_both = score(tiny, Bank(probes), [tiny.encoder.encode(text) for text in texts])
@@ -382,7 +383,7 @@ def test_the_words_of_a_rationale_are_marked_in_what_is_read(tiny, tmp_path):
     split = make_split(tiny, examples, options=options)
     shown = [
         tiny.tokenizer.decode(np.array(prompt.token_ids)[prompt.mask(options.reads).numpy()][marks])
-        for prompt, marks in zip(split.prompts, split.rationales, strict=True)
+        for prompt, marks in zip(split.states.prompts, split.rationales, strict=True)
     ]
     assert [each.strip() for each in shown] == ["cat", ""]
 
@@ -392,7 +393,9 @@ def test_the_words_of_a_rationale_are_marked_wherever_a_text_is_shown(tiny, with
     known = [words != "" for words in with_rationales.examples.rationales]
     assert any(known[60:])
     assert [bool(marks.any()) for marks in with_rationales.rationales] == known
-    for prompt, marks in zip(with_rationales.prompts, with_rationales.rationales, strict=True):
+    for prompt, marks in zip(
+        with_rationales.states.prompts, with_rationales.rationales, strict=True
+    ):
         if marks.any():
             read = np.array(prompt.token_ids)[prompt.mask(EACH_TURN).numpy()]
             shown = tiny.tokenizer.decode(read[marks]).strip()
@@ -406,8 +409,9 @@ def test_a_readout_learns_to_look_at_the_words_of_a_rationale(with_rationales):
     missed = []
     for split in (with_rationales, without):
         (run,) = train_mechanisms([candidate], training=split, validation=None)
-        states, losses = split.own_states(), []
-        for batch in states.batches(0, size=64, shuffle=torch.Generator()):
+        states, losses = split.states, []
+        for texts in random_batches(states.shards[0], size=64, shuffle=torch.Generator()):
+            batch = states.read(texts)
             (columns,) = loop._project(batch.hidden, [run], torch.float32)
             marks = [with_rationales.rationales[row] for row in batch.rows.tolist()]
             tokens = Ragged(columns, batch.lengths)
@@ -561,7 +565,7 @@ def test_parts_of_texts_without_a_label_train_in_their_place(tiny, options, monk
     monkeypatch.setattr(TrainingRun, "loss", heard)
     candidate = mechanism_spec("readout"), TrainingSettings(epochs=8, least_steps=0)
     train_mechanisms([candidate], training=split, validation=None)
-    wholes = {*split.own_states().lengths}
+    wholes = {*split.states.lengths}
     parts = {len(unit) for units in split.units for unit in units} - wholes
     assert {*read[1]} <= wholes
     assert {*read[0]} & parts == parts

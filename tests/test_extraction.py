@@ -15,7 +15,7 @@ from sidelight import storage
 from sidelight.errors import SidelightError
 from sidelight.prompts.conversation import Message, Reads, shared_unread
 from sidelight.ragged import by_length
-from sidelight.states.cache import ActivationCache, States, random_shards
+from sidelight.states.cache import ActivationCache, Memory, random_shards
 from sidelight.states.extraction import BackboneSource, extract
 from worlds.data import encoded
 from worlds.models import tiny_backbone
@@ -37,10 +37,9 @@ def extracted(backbone, root, prompts=None, **options):
 
 def states_by_row(cache):
     """Each text's states, ``[layer, token, width]``, whichever shard holds them."""
-    texts = cache if isinstance(cache, States) else States(cache, range(len(cache.lengths)))
     states = {}
-    for index, rows in enumerate(texts.shards):
-        shard = texts.read(index)
+    for rows in cache.shards:
+        shard = cache.read(rows)
         assert shard.hidden.dtype == torch.bfloat16
         assert shard.rows.tolist() == rows
         assert shard.lengths.tolist() == [cache.lengths[row] for row in rows]
@@ -56,8 +55,7 @@ def states_by_row(cache):
 def test_shards_hold_what_a_tap_sees_of_each_text(tiny, tmp_path, reads, shard_bytes):
     prompts = [tiny.encoder.encode([Message("user", text)], text[::-1]) for text in TEXTS]
     cache = extracted(tiny, tmp_path, prompts, reads=reads, shard_bytes=shard_bytes)
-    shards = States(cache, range(len(TEXTS))).shards
-    assert (len(shards) > 1) == (shard_bytes < 10**6)
+    assert (len(cache.shards) > 1) == (shard_bytes < 10**6)
     assert not cache.missing()
     states = states_by_row(cache)
     assert sorted(states) == list(range(len(TEXTS)))
@@ -287,12 +285,12 @@ def test_states_that_cannot_be_written_or_read_are_an_error_with_a_remedy(tiny, 
 def test_some_texts_are_the_same_in_memory_and_from_disk(tiny, tmp_path):
     prompts = encoded(tiny, [f"text {number} " * (number % 3 + 1) for number in range(30)])
     cache = extracted(tiny, tmp_path, prompts, shard_bytes=40_000)
-    assert len(States(cache, range(len(prompts)))) > 3
-    bounded = cache_of(tiny, tmp_path, prompts, shard_bytes=40_000, memory_bytes=100)
+    assert len(cache.shards) > 3
+    bounded = cache_of(tiny, tmp_path, prompts, shard_bytes=40_000, memory=Memory(100))
     whole = states_by_row(cache)
     rows = [17, 3, 29, 0, 11]
-    small, large = States(cache, rows), States(bounded, rows)
-    for states in (small, large):
-        found = states_by_row(states)
+    small, large = cache.select(rows), bounded.select(rows)
+    for part in (small, large):
+        found = states_by_row(part)
         assert sorted(found) == list(range(len(rows)))
         assert all(torch.equal(found[text], whole[row]) for text, row in enumerate(rows))

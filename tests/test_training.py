@@ -346,7 +346,7 @@ def test_shards_smaller_than_a_batch_fill_it_together(tiny, tmp_path, monkeypatc
     texts, size = 60, 20
     token_bytes = tiny.fingerprint.layers * tiny.fingerprint.width * 2
     training = split_of(tiny, tmp_path, "binary", texts, seed=0, shard_bytes=60 * token_bytes)
-    assert max(map(len, training.own_states().shards)) < size
+    assert max(map(len, training.states.shards)) < size
     steps = []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(

@@ -111,7 +111,7 @@ def test_batches_have_no_influence(dataset):
     body = dataset.backbone.model.base_model
     model = SequenceClassifier(body, dataset).eval()
     together = score_items(model, prompt_items(dataset.validation))
-    for row, prompt in enumerate(dataset.validation.prompts[:6]):
+    for row, prompt in enumerate(dataset.validation.states.prompts[:6]):
         with torch.inference_mode():
             hidden = body(input_ids=torch.tensor([prompt.token_ids])).last_hidden_state[0]
             read = hidden[prompt.mask(Reads())]

@@ -221,11 +221,11 @@ def test_muli_reads_the_models_own_first_token(name, tmp_path):
     backbone = family_backbone(name)
     split = split_of(backbone, tmp_path, "binary", 6, 7)
     first = FirstToken.of(backbone)
-    first.require(backbone, split.prompts[0])
+    first.require(backbone, split.states.prompts[0])
     odds = first.log_odds(first.directions(pooled_states(split).lasts[:, -1])).double()
     logits = [
         backbone.model(input_ids=torch.tensor([prompt.token_ids])).logits[0, -1]
-        for prompt in split.prompts
+        for prompt in split.states.prompts
     ]
     chance = torch.stack(logits).double().softmax(1)
     # Cached states are rounded to bf16.

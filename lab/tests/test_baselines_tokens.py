@@ -188,9 +188,10 @@ def test_layers_are_ranked_by_what_they_tell_of_the_classes(tiny, tmp_path, kind
     layers = [targets + noise * random.normal(size=targets.shape) for noise in (3.0, 0.3, 1.0)]
     means = torch.from_numpy(np.stack(layers, 1)).float()
     whole = split_of(tiny, tmp_path, kind, 400, seed=0, is_extracted=False)
-    path = whole.states.directory / f"{whole.states.key}-pooled.safetensors"
-    write_tensors({"means": means, "lasts": means.bfloat16()}, path)
     training, validation = (whole.select(rows) for rows in (range(200), range(200, 400)))
+    for split, own in zip((training, validation), means.split(200), strict=True):
+        path = split.states.directory / f"{split.states.key}-pooled.safetensors"
+        write_tensors({"means": own.clone(), "lasts": own.bfloat16()}, path)
     assert ranked_layers(ProbeDataset(tiny, training, validation)) == [1, 2, 0]
 
 

@@ -89,9 +89,9 @@ def test_figures_are_those_of_evaluate_on_the_stored_artifacts(finished, tiny, c
     folders = sorted((finished.folder / "runs").glob("*/probe"))
     probes = [replace(load_probe(path), name=path.parent.name) for path in folders]
     split = make_split(tiny, Data().test, FitOptions(max_tokens=512, cache_root=cache))
-    expected = score(tiny, Bank(probes), split.prompts)
+    expected = score(tiny, Bank(probes), split.states.prompts)
     for probe, other in zip(probes, expected, strict=True):
-        own = cached_logits(probe, split.states, range(len(split)))
+        own = cached_logits(probe, split.states)
         # Cached states are bfloat16: 8 bits of mantissa.
         np.testing.assert_allclose(own, other, atol=0.02 * np.abs(other).max())
     reports = [

@@ -105,7 +105,7 @@ def split_of(
         shard_bytes=shard_bytes,
     )
     states = extract(BackboneSource(backbone), cache) if is_extracted else cache
-    return Split(texts, states, np.arange(count))
+    return Split(texts, states)
 
 
 def span_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -7,10 +7,12 @@ So an extraction that was killed goes on where it stopped, and several may share
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
@@ -28,8 +30,6 @@ SHARD_BYTES = 512 * 2**20
 _BYTES_PER_VALUE = 2
 # Left free on the disk.
 _RESERVE_BYTES = 2 * 2**30
-# What may be held in memory: two shards, or some texts of a cache.
-MEMORY_BYTES = 2 * SHARD_BYTES
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Shard:
     Attributes:
         hidden: Residual stream of each layer and read token; bf16 on disk.
         lengths: Tokens of each text.
-        rows: Which text of the data set each is.
+        rows: Which text of its cache each is.
     """
 
     hidden: Float[Tensor, "layer token width"]
@@ -96,24 +96,37 @@ class Pooled:
         return Pooled(self.means[texts], self.lasts[texts])
 
 
-class ActivationCache:
-    """The hidden states of one data set under one backbone, computed by one engine.
+@dataclass
+class Memory:
+    """States that are held in memory: those that are read first.
 
     Attributes:
-        key: Covers the backbone and its dtype, the engine, what is read, and every token id.
+        free: Bytes that more of them may take.
+        texts: The states of each file.
+    """
+
+    free: int = 2 * SHARD_BYTES
+    texts: dict[Path, Float[Tensor, "layer _ width"]] = field(default_factory=dict)
+
+
+class ActivationCache:
+    """The hidden states of some texts under one backbone, computed by one engine.
+
+    Attributes:
+        prompts: The token ids of each text.
         directory: The folder of the texts' files, named by the backbone, its dtype and the engine.
         lengths: The stored tokens of each text.
-        shard_tokens: The most tokens that are read together, or else one text.
+        shards: The texts that are read together; each text once.
         token_bytes: Size of a token.
 
     Args:
-        root: Folder of such folders. Data sets in the same one share the states of a text.
-        prompts: The texts of the data set.
+        root: Folder of such folders. Caches in the same one share the states of a text.
+        prompts: The token ids of each text.
         reads: Which tokens are stored.
         fingerprint: The backbone.
         engine: What computes the states; engines round differently, so they share no cache.
-        shard_bytes: The most that ``States`` reads together, or else one text.
-        memory_bytes: The most states that are held in memory, those that are read first.
+        shard_bytes: The most that is read together, or else one text.
+        memory: Holds states, maybe those of other caches too; None is one of its own.
     """
 
     def __init__(
@@ -125,21 +138,39 @@ class ActivationCache:
         fingerprint: Fingerprint,
         engine: str = "transformers",
         shard_bytes: int = SHARD_BYTES,
-        memory_bytes: int = MEMORY_BYTES,
+        memory: Memory | None = None,
     ):
-        self.prompts = prompts
         self.reads = reads
         self.fingerprint = fingerprint
         self.engine = engine
         self.token_bytes = fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
-        self.lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
-        self.shard_tokens = max(1, shard_bytes // self.token_bytes)
-        who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine)
-        self._names = [text_name(prompt, reads) for prompt in prompts]
-        self.key = _hash((who, self._names))
-        self.directory = root / _hash(who)
-        self._held: dict[str, Tensor] = {}
-        self._free = memory_bytes
+        self._shard_tokens = max(1, shard_bytes // self.token_bytes)
+        self._who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine)
+        self.directory = root / _hash(self._who)
+        self._memory = memory or Memory()
+        lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
+        self._set_texts(prompts, lengths, [text_name(prompt, reads) for prompt in prompts])
+
+    def _set_texts(
+        self, prompts: Sequence[EncodedPrompt], lengths: Sequence[int], names: Sequence[str]
+    ) -> None:
+        self.prompts, self.lengths, self._names = prompts, lengths, names
+        self.shards = random_shards(lengths, tokens=self._shard_tokens)
+
+    @property
+    def key(self) -> str:
+        """Covers the backbone and its dtype, the engine, what is read, and every token id."""
+        return _hash((self._who, self._names))
+
+    def select(self, rows: Sequence[int]) -> "ActivationCache":
+        """A cache of these texts alone, which shares files and memory with this one."""
+        part = copy(self)
+        part._set_texts(
+            [self.prompts[row] for row in rows],
+            [self.lengths[row] for row in rows],
+            [self._names[row] for row in rows],
+        )
+        return part
 
     def missing(self) -> list[int]:
         """The texts that have not been written yet, in random order; equal texts are one."""
@@ -182,9 +213,9 @@ class ActivationCache:
         Raises:
             SidelightError: The file is absent or broken.
         """
-        name, path = self._names[row], self.path(row)
-        if name in self._held:
-            return self._held[name]
+        path, memory = self.path(row), self._memory
+        if path in memory.texts:
+            return memory.texts[path]
         try:
             hidden = load_file(path)["hidden"]
         except (OSError, SafetensorError) as error:
@@ -192,50 +223,28 @@ class ActivationCache:
                 f"Cannot read the hidden states in {path}: {error}. Delete {path.parent}, and run "
                 "the same command again."
             ) from error
-        if hidden.nbytes <= self._free:
-            self._free -= hidden.nbytes
-            self._held[name] = hidden = hidden.clone()
+        if hidden.nbytes <= memory.free:
+            memory.free -= hidden.nbytes
+            memory.texts[path] = hidden = hidden.clone()
         return hidden
+
+    def read(
+        self, texts: Sequence[int], units: Mapping[int, Int[np.ndarray, " _"]] | None = None
+    ) -> Shard:
+        """The states of these texts, laid end to end.
+
+        Args:
+            texts: Their rows, in this order.
+            units: Of some of them, the stored tokens to read in place of all.
+        """
+        units = units or {}
+        read = {row: self.text(row) for row in texts}
+        read |= {row: read[row][:, unit] for row, unit in units.items()}
+        return Shard.joined(read)
 
     def path(self, row: int) -> Path:
         """The file of a text."""
         return self.directory / f"{self._names[row]}.safetensors"
-
-
-class States:
-    """The hidden states of some texts of a cache, as training reads them.
-
-    Attributes:
-        shards: The texts that are read together; each text once.
-        lengths: The stored tokens of each text.
-
-    Args:
-        cache: The cache that holds the texts.
-        rows: Their rows in it; text i of these is the cache's ``rows[i]``.
-    """
-
-    def __init__(self, cache: ActivationCache, rows: Sequence[int]):
-        self._cache = cache
-        self._rows = rows
-        self.lengths = [cache.lengths[row] for row in rows]
-        self.shards = random_shards(self.lengths, tokens=cache.shard_tokens)
-
-    def __len__(self) -> int:
-        """The number of shards."""
-        return len(self.shards)
-
-    def read(self, index: int) -> Shard:
-        """The texts of a shard."""
-        return self._joined(self.shards[index])
-
-    def batches(self, index: int, *, size: int, shuffle: torch.Generator) -> Iterator[Shard]:
-        """The texts of a shard as ``random_batches``."""
-        texts = self.shards[index]
-        for start, stop in random_batches(len(texts), size=size, shuffle=shuffle):
-            yield self._joined(texts[start:stop])
-
-    def _joined(self, texts: Sequence[int]) -> Shard:
-        return Shard.joined({text: self._cache.text(self._rows[text]) for text in texts})
 
 
 def random_shards(lengths: Sequence[int], *, tokens: int) -> list[list[int]]:
@@ -255,16 +264,20 @@ def _random_order(texts: int) -> list[int]:
     return torch.randperm(texts, generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def random_batches(texts: int, *, size: int, shuffle: torch.Generator) -> Iterator[tuple[int, int]]:
-    """The ends of batches of neighbouring texts, in random order and with a random first cut.
+def random_batches(
+    texts: Sequence[int], *, size: int, shuffle: torch.Generator
+) -> Iterator[Sequence[int]]:
+    """Batches of neighbouring texts of a shard, in random order and with a random first cut.
 
-    Texts lie in random order, so neighbours are a random batch. Fewer texts than ``size`` are one
-    batch; else the first and the last batch may have fewer texts.
+    A shard's texts are in random order, so neighbours are a random batch. Fewer texts than ``size``
+    are one batch; else the first and the last batch may have fewer texts.
     """
-    first = int(torch.randint(1, size + 1, (), generator=shuffle)) if texts >= size else texts
-    cuts = [*pairwise([0, *range(first, texts, size), texts])]
+    count = len(texts)
+    first = int(torch.randint(1, size + 1, (), generator=shuffle)) if count >= size else count
+    cuts = [*pairwise([0, *range(first, count, size), count])]
     for cut in torch.randperm(len(cuts), generator=shuffle).tolist():
-        yield cuts[cut]
+        start, stop = cuts[cut]
+        yield texts[start:stop]
 
 
 def text_name(prompt: EncodedPrompt, reads: Reads) -> str:

@@ -116,14 +116,11 @@ class BackboneSource:
             yield {rows[i]: hidden for i, hidden in zip(batch, texts, strict=True)}
 
 
-def cached_logits(
-    probe: Probe, cache: ActivationCache, rows: Sequence[int]
-) -> Float[np.ndarray, "row output"]:
+def cached_logits(probe: Probe, cache: ActivationCache) -> Float[np.ndarray, "text output"]:
     """A probe's logits of whole texts of a cache, without a forward pass."""
-    logits = [np.empty((0, probe.task.outputs))]
-    for start in range(0, len(rows), _SCORED_TEXTS):
-        texts = {row: cache.text(row) for row in rows[start : start + _SCORED_TEXTS]}
-        logits.append(shard_logits(probe, Shard.joined(texts)))
+    logits, rows = [np.empty((0, probe.task.outputs))], range(len(cache.prompts))
+    for start in rows[::_SCORED_TEXTS]:
+        logits.append(shard_logits(probe, cache.read(rows[start : start + _SCORED_TEXTS])))
     return np.concatenate(logits)
 
 

@@ -21,11 +21,7 @@ from sidelight.prompts.conversation import EncodedPrompt, Reads, judged_units
 from sidelight.prompts.encode import PromptEncoder
 from sidelight.ragged import Ragged
 from sidelight.spans import token_labels
-from sidelight.states.cache import (
-    SHARD_BYTES,
-    ActivationCache,
-    States,
-)
+from sidelight.states.cache import SHARD_BYTES, ActivationCache, Memory
 from sidelight.states.extraction import BackboneSource, StateSource, extract
 from sidelight.training.background import Background, choose_conversations
 from sidelight.training.contexts import Context, draw_contexts
@@ -78,8 +74,7 @@ class Split:
 
     Attributes:
         examples: The texts.
-        states: Hidden states of the whole data set that the texts are part of.
-        rows: The index of each text in that data set.
+        states: Their hidden states.
         contexts: The setting of each text, with the group that stays in one fold: texts, their
             contexts, and the background of these. None of them: all are shown alone.
         places: The characters of each text's tokens, if these are labelled.
@@ -88,18 +83,12 @@ class Split:
 
     examples: LabelledExamples
     states: ActivationCache
-    rows: Int[np.ndarray, " text"]
     contexts: tuple[Context, ...] = ()
     places: TokenPlaces = ()
     rationales: Sequence[Bool[np.ndarray, " _"]] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
-
-    @property
-    def prompts(self) -> list[EncodedPrompt]:
-        """The texts' token ids."""
-        return [self.states.prompts[row] for row in self.rows.tolist()]
 
     @property
     def labels(self) -> np.ndarray:
@@ -120,8 +109,7 @@ class Split:
         chosen = np.fromiter(texts, dtype=np.int64)
         return Split(
             self.examples.select(chosen),
-            self.states,
-            self.rows[chosen],
+            self.states.select(chosen.tolist()),
             self.contexts and tuple(self.contexts[text] for text in chosen),
             self.places and [self.places[text] for text in chosen],
             self.rationales and [self.rationales[text] for text in chosen],
@@ -192,19 +180,15 @@ class Split:
         """The stored tokens of each part of a text that is judged beside the whole."""
         reads = self.states.reads
         if reads.scope != "each_turn":
-            return [[] for _ in self.prompts]
+            return [[] for _ in self.states.prompts]
         units: list[list[Int[np.ndarray, " _"]]] = []
-        for prompt in self.prompts:
+        for prompt in self.states.prompts:
             mask = prompt.mask(reads).numpy()
             stored = mask.cumsum() - 1
             tokens = (unit.tokens for unit in judged_units(bytes(prompt.parts)))
             kept = (stored[positions[mask[positions]]] for positions in tokens)
             units.append([positions for positions in kept if len(positions)])
         return units
-
-    def own_states(self) -> States:
-        """The hidden states of these texts alone, as training reads them."""
-        return States(self.states, self.rows.tolist())
 
 
 def _end_to_end(rows: Sequence[np.ndarray]) -> Ragged:
@@ -279,7 +263,8 @@ def prepare(
     warnings += doubts
     groups = _groups(training, FOLDS)
     parts = background.parts(len(groups) + (0 if folds else _MEASURING_PARTS))
-    split = partial(make_split, backbone, options=options, source=source)
+    memory = Memory(options.memory_bytes)
+    split = partial(make_split, backbone, options=options, source=source, memory=memory)
     fitted = measured = split(
         training, groups=groups, background=parts[: len(groups)], title="Training texts"
     )
@@ -294,10 +279,9 @@ def prepare(
             groups=groups,
             background=measuring[: len(groups)],
             title="Validation texts",
-            in_memory=fitted.states.token_bytes * sum(fitted.states.lengths),
         )
     for texts in (fitted,) if folds else (fitted, measured):
-        cut = [prompt for prompt in texts.prompts if prompt.dropped]
+        cut = [prompt for prompt in texts.states.prompts if prompt.dropped]
         if cut:
             limit = min(options.max_tokens, max(map(len, cut)))
             warnings.append(
@@ -324,7 +308,7 @@ def make_split(
     source: StateSource | None = None,
     groups: Folds = (),
     background: Sequence[Background] = (),
-    in_memory: int = 0,
+    memory: Memory | None = None,
 ) -> Split:
     """Runs the backbone over labelled texts and their contexts, or finds their states on disk.
 
@@ -336,7 +320,7 @@ def make_split(
         source: The engine that computes the states; None is the backbone itself.
         groups: The texts of each group that contexts are drawn for; without any, there are none.
         background: What each group's contexts are made of.
-        in_memory: Bytes of other states that may be in memory at the same time.
+        memory: Holds states in memory; None is one of its own, as large as the options say.
 
     Raises:
         SidelightError: A text without a token to read, or no room for the states.
@@ -359,7 +343,7 @@ def make_split(
         fingerprint=backbone.fingerprint,
         engine=source.engine,
         shard_bytes=min(SHARD_BYTES, max(1, options.memory_bytes // 2)),
-        memory_bytes=options.memory_bytes - in_memory,
+        memory=memory or Memory(options.memory_bytes),
     )
     stored = sum(cache.path(row).exists() for row in range(len(prompts)))
     if stored:
@@ -369,7 +353,6 @@ def make_split(
     return Split(
         examples,
         states,
-        np.arange(len(prompts)),
         contexts,
         () if examples.spans is None else span_places(backbone.encoder, examples.items, lengths),
         None

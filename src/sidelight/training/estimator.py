@@ -176,7 +176,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         is_known = np.array([cache.path(text).exists() for text in range(len(prompts))])
         known, new = np.flatnonzero(is_known), np.flatnonzero(~is_known)
         logits = np.empty((len(prompts), probe.task.outputs))
-        logits[known] = cached_logits(probe, cache, known.tolist())
+        logits[known] = cached_logits(probe, cache.select(known.tolist()))
         if len(new):
             with nullcontext() if self.verbose else quiet():
                 logits[new] = Classifier(backbone, probe).logits([examples[i] for i in new])

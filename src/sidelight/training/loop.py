@@ -13,7 +13,7 @@ from sidelight.errors import SidelightError
 from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
-from sidelight.states.cache import Shard
+from sidelight.states.cache import Shard, random_batches
 from sidelight.training.dataset import Split, Targets
 from sidelight.training.optimisation import TrainingRun, validation_score
 from sidelight.training.scaling import Scaling
@@ -103,7 +103,7 @@ class _Trainer:
         device: torch.device,
         left_out: Folds,
     ):
-        self._states = states = training.own_states()
+        self._states = training.states
         self._targets = training.targets.to(device)
         # The parts that are judged of each text without a label.
         texts = zip(training.labels, training.units, strict=True)
@@ -112,7 +112,7 @@ class _Trainer:
         kept_texts = [torch.ones(len(training), dtype=torch.bool) for _ in left_out]
         for kept, rows in zip(kept_texts, left_out, strict=True):
             kept[rows] = False
-        scaling = Scaling(training, states, kept_texts)
+        scaling = Scaling(training, kept_texts)
         self.runs: list[TrainingRun] = []
         reads_answers = training.states.reads.side == "response" and not self._targets.of_tokens
         for part, kept in enumerate(kept_texts):
@@ -161,44 +161,38 @@ class _Trainer:
         groups: dict[tuple[int, int], list[TrainingRun]] = {}
         for run in runs:
             groups.setdefault((run.settings.seed, run.settings.batch_size), []).append(run)
-        order = torch.randperm(len(self._states), generator=torch.Generator().manual_seed(epoch))
-        for index in order.tolist():
-            texts = self._states.shards[index]
+        shards = self._states.shards
+        order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(epoch))
+        for texts in map(shards.__getitem__, order.tolist()):
             for (seed, batch_size), group in groups.items():
                 shuffle = torch.Generator().manual_seed(seed * 7919 + epoch)
                 # A shard with fewer texts than a batch is a part of one.
                 share = min(1.0, len(texts) / batch_size)
-                for batch in self._states.batches(index, size=batch_size, shuffle=shuffle):
+                for batch in random_batches(texts, size=batch_size, shuffle=shuffle):
                     self._train_batch(group, *self._as_judged(batch, shuffle), share)
             advance(sum(self._states.lengths[text] for text in texts))
         for run in runs:
             run.step()
 
-    def _as_judged(self, batch: Shard, random: torch.Generator) -> tuple[Shard, Targets]:
-        """The batch, with a random part of most texts that have no label in place of the whole.
+    def _as_judged(self, texts: Sequence[int], random: torch.Generator) -> tuple[Shard, Targets]:
+        """A batch, with a random part of most texts that have no label in place of the whole.
 
         Serving takes the highest logit of the parts that it judges, such as a turn, and no part of
         a text without a label has one.
         """
-        targets = self._targets.select(batch.rows.to(self._device))
-        starts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
-        tokens: list[Int[np.ndarray, " _"]] = []
-        for text, start, length in zip(
-            batch.rows.tolist(), starts, batch.lengths.tolist(), strict=True
-        ):
+        chosen: dict[int, Int[np.ndarray, " _"]] = {}
+        for text in texts:
             units = self._units[text]
-            chosen = np.arange(length)
             if units and float(torch.rand((), generator=random)) < _UNIT_ALONE:
-                chosen = units[int(torch.randint(len(units), (), generator=random))]
-            tokens.append(start + chosen)
-        lengths = torch.tensor([*map(len, tokens)])
-        if bool((lengths == batch.lengths).all()):
-            return batch, targets
-        chosen = torch.from_numpy(np.concatenate(tokens))
-        if (words := targets.rationales) is not None:
-            words = Ragged(words.values[chosen.to(self._device)], lengths.to(self._device))
+                chosen[text] = units[int(torch.randint(len(units), (), generator=random))]
+        batch = self._states.read(texts, chosen)
+        targets = self._targets.select(batch.rows.to(self._device))
+        if chosen and targets.rationales is not None:
+            marks = zip(texts, targets.rationales.split(), strict=True)
+            shown = [own.values[chosen.get(text, slice(None))] for text, own in marks]
+            words = Ragged(torch.cat(shown), batch.lengths.to(self._device))
             targets = replace(targets, rationales=words)
-        return replace(batch, hidden=batch.hidden[:, chosen], lengths=lengths), targets
+        return batch, targets
 
     def _train_batch(
         self, runs: Sequence[TrainingRun], batch: Shard, targets: Targets, share: float
@@ -240,13 +234,14 @@ class _Trainer:
             split: The texts.
             dtype: Of the matmuls; float32, as in serving, for what calibration is fitted to.
         """
-        states, of_tokens = split.own_states(), split.targets.of_tokens
+        states, of_tokens = split.states, split.targets.of_tokens
         logits = {run: np.zeros((len(split), split.task.outputs)) for run in runs}
         token_logits = {run: dict[int, Tensor]() for run in runs}
-        for index in range(len(states)):
+        for shard in states.shards:
             shuffle = torch.Generator().manual_seed(0)
-            for batch in states.batches(index, size=_VALIDATION_BATCH, shuffle=shuffle):
-                hidden, texts = batch.hidden.to(self._device), batch.rows.tolist()
+            for texts in random_batches(shard, size=_VALIDATION_BATCH, shuffle=shuffle):
+                batch = states.read(texts)
+                hidden = batch.hidden.to(self._device)
                 units = [split.units[text] for text in texts]
                 for group in _sharing_a_matmul(runs):
                     for run, columns in zip(group, _project(hidden, group, dtype), strict=True):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sidelight.mechanisms.base import Geometry
 from sidelight.standardisation import Standardisation, normalised, spread_and_mean
-from sidelight.states.cache import Pooled, States
+from sidelight.states.cache import Pooled
 from sidelight.training.dataset import Split
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
@@ -48,13 +48,11 @@ class Scaling:
 
     Args:
         training: All training texts.
-        states: Their hidden states.
         parts: The texts of each part that probes train on.
     """
 
-    def __init__(self, training: Split, states: States, parts: Sequence[Bool[Tensor, " text"]]):
+    def __init__(self, training: Split, parts: Sequence[Bool[Tensor, " text"]]):
         self._training = training
-        self._states = states
         self._parts = parts
         self._moments = cache(self._measure_moments)
         self._sample = cache(self._draw_sample)
@@ -76,8 +74,9 @@ class Scaling:
         """Mean and scale of each layer's values, from the first shards: random samples of texts."""
         hidden: list[Tensor] = []
         remaining = _MOMENT_TOKENS
-        for index in range(len(self._states)):
-            first = self._states.read(index).hidden[:, :remaining]
+        states = self._training.states
+        for shard in map(states.read, states.shards):
+            first = shard.hidden[:, :remaining]
             hidden.append(first)
             remaining -= first.shape[1]
             if not remaining:
@@ -94,8 +93,8 @@ class Scaling:
         means: list[Tensor] = []
         lasts: list[Tensor] = []
         rows: list[Tensor] = []
-        for index in range(len(self._states)):
-            shard = self._states.read(index)
+        states = self._training.states
+        for shard in map(states.read, states.shards):
             kept = is_first[shard.rows].nonzero()[:, 0]
             pooled = shard.pooled(is_normalised=is_normalised).select(kept)
             means.append(pooled.means)

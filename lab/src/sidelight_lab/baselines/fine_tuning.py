@@ -254,7 +254,7 @@ def prompt_items(split: Split) -> list[Item]:
     reads, labels = split.states.reads, torch.from_numpy(split.labels)
     return [
         {"input_ids": torch.tensor(prompt.token_ids), "read": prompt.mask(reads), "labels": label}
-        for prompt, label in zip(split.prompts, labels, strict=True)
+        for prompt, label in zip(split.states.prompts, labels, strict=True)
     ]
 
 

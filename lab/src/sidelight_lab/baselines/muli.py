@@ -183,7 +183,7 @@ class Muli(Baseline):
             SidelightError: The last token read is not the one before the answer, or the LLM's head
                 is unknown; see ``FirstToken``.
         """
-        reads, prompts = dataset.training.states.reads, dataset.training.prompts
+        reads, prompts = dataset.training.states.reads, dataset.training.states.prompts
         if reads.side != "prompt" or not all(bool(prompt.mask(reads)[-1]) for prompt in prompts):
             raise SidelightError(
                 "MULI reads the state that the answer's first token comes from, but these states "

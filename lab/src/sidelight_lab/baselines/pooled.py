@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from sidelight.progress import progress
-from sidelight.states.cache import Pooled, States, write_tensors
+from sidelight.states.cache import Pooled, write_tensors
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_validation
@@ -34,22 +34,20 @@ _ABSENT = -20.0
 # Each penalty and layer reads them again: of training, validation and test texts.
 @lru_cache(maxsize=3)
 def pooled_states(split: Split) -> Pooled:
-    """Means and last tokens; computed once for a data set and kept beside its states."""
+    """Means and last tokens; computed once and kept beside the texts' states."""
     cache = split.states
     path = cache.directory / f"{cache.key}-pooled.safetensors"
     if not path.exists():
         shape = (len(cache.lengths), cache.fingerprint.layers, cache.fingerprint.width)
         means, lasts = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
         with progress("Pooling", shape[0], unit="texts") as advance:
-            states = States(cache, range(shape[0]))
-            for shard in map(states.read, range(len(states))):
+            for shard in map(cache.read, cache.shards):
                 pooled = shard.pooled()
                 means[shard.rows], lasts[shard.rows] = pooled.means, pooled.lasts.bfloat16()
                 advance(len(shard.rows))
         write_tensors({"means": means, "lasts": lasts}, path)
     stored = load_file(path)
-    rows = torch.from_numpy(split.rows)
-    return Pooled(stored["means"][rows], stored["lasts"][rows].float())
+    return Pooled(stored["means"], stored["lasts"].float())
 
 
 @dataclass(frozen=True)

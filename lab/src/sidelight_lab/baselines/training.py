@@ -118,16 +118,19 @@ class TokenSource:
     def one_layer(split: Split, layer: int) -> "TokenSource":
         """A single shard of a single layer, in memory."""
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
-        hidden = [split.states.text(row)[[layer]].clone() for row in split.rows[order].tolist()]
+        hidden = [split.states.text(row)[[layer]].clone() for row in order.tolist()]
         shard = Shard.joined(dict(zip(order.tolist(), hidden, strict=True)))
         return TokenSource((len(split),), lambda _index: shard, torch.from_numpy(split.labels))
 
     @staticmethod
     def all_layers(split: Split) -> "TokenSource":
-        """The shards on disk, or one in memory if the split is part of a data set."""
-        states = split.own_states()
-        sizes = tuple(map(len, states.shards))
-        return TokenSource(sizes, states.read, torch.from_numpy(split.labels))
+        """The shards on disk."""
+        states = split.states
+        return TokenSource(
+            tuple(map(len, states.shards)),
+            lambda index: states.read(states.shards[index]),
+            torch.from_numpy(split.labels),
+        )
 
     def scaling(self) -> Standardisation:
         """Per-layer mean and scale of the first shard's first tokens."""
@@ -139,8 +142,9 @@ class TokenSource:
         while True:
             for index in torch.randperm(len(self.sizes), generator=shuffle).tolist():
                 shard = self.read(index)
-                for ends in random_batches(len(shard.rows), size=size, shuffle=shuffle):
-                    yield shard.select(torch.arange(*ends))
+                places = range(len(shard.rows))
+                for texts in random_batches(places, size=size, shuffle=shuffle):
+                    yield shard.select(torch.tensor(texts))
 
 
 @torch.inference_mode()

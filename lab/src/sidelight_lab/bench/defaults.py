@@ -158,7 +158,7 @@ def compare_defaults(
         drawn = examples.select(rows)
         for row, own in ours.items():
             run = fit(backbone, drawn, None, name="default", options=own)
-            logits = cached_logits(run.probe, held.states, range(len(held.prompts)))
+            logits = cached_logits(run.probe, held.states)
             chances = run.probe.calibration.apply(logits)
             decided = decide(
                 run.probe.task,

@@ -354,7 +354,7 @@ def _probe(
 def _served_logits(probe: Probe, split: Split) -> Float[np.ndarray, "text 1"]:
     """The highest of each text and of its parts that are judged beside it."""
     logits: list[np.ndarray] = []
-    for row, units in zip(split.rows.tolist(), split.units, strict=True):
+    for row, units in enumerate(split.units):
         hidden = split.states.text(row)
         parts = [hidden, *(hidden[:, unit] for unit in units if probe.judges_turns)]
         logits.append(shard_logits(probe, Shard.joined(dict(enumerate(parts)))).max(0))

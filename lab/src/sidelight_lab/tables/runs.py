@@ -228,6 +228,6 @@ def judge_runs(runs: Sequence[Run], split: Split) -> list[JudgedRun]:
 
 def _test_logits(run: Run, split: Split) -> Float[np.ndarray, "text output"]:
     if isinstance(run.row, ProbeRow):
-        return cached_logits(load_probe(run.folder / "probe"), split.states, split.rows.tolist())
+        return cached_logits(load_probe(run.folder / "probe"), split.states)
     fitted, run.fitted = run.fitted or _fit_baseline(run, run.row), None
     return fitted.logits(split)
