@@ -430,8 +430,8 @@ def test_a_gpu_reads_more_of_ordinary_traffic(examples, options, monkeypatch):
         for where in ("cpu", device):
             backbone = tiny_backbone()
             backbone.model.to(where)
-            parts = [options.background]
-            drawn = draw_contexts(backbone, examples, [np.arange(60)], parts, options)
+            groups = [(np.arange(60), options.background)]
+            drawn = draw_contexts(backbone, examples, groups, options)
             counts.append(sum(len(context.prompt) for context in drawn))
     assert counts[0] < 6_000 < counts[1]
 

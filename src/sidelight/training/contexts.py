@@ -26,6 +26,8 @@ from sidelight.training.settings import FitOptions
 from sidelight.types import Numbers
 
 Kind = Literal["alone", "inside", "turn", "plain", "background"]
+# Some texts of a data set, and the background that their contexts are made of.
+Group = tuple[Int[Numbers, " _"], Background]
 
 # How often each context of a text is drawn; plain text, where a probe allows it.
 _SHARES: dict[Kind, float] = {"inside": 0.8, "turn": 0.2}
@@ -70,8 +72,7 @@ class Context:
 def draw_contexts(
     backbone: Backbone,
     examples: LabelledExamples,
-    groups: Sequence[Int[Numbers, " _"]],
-    background: Sequence[Background],
+    groups: Sequence[Group],
     options: FitOptions,
 ) -> tuple[Context, ...]:
     """Contexts of texts, and background alone; none without background, or of labelled spans.
@@ -79,12 +80,11 @@ def draw_contexts(
     Args:
         backbone: Encodes them.
         examples: The texts.
-        groups: Which of them each group has.
-        background: Of each group.
+        groups: Those that contexts are drawn for.
         options: What is read, how many tokens of contexts, and the longest context.
     """
     task, encoder = examples.task, backbone.encoder
-    is_shown = any(map(len, background)) or encoder.prompt_format == "both"
+    is_shown = any(len(background) for _, background in groups) or encoder.prompt_format == "both"
     if options.reads.includes_response or not is_shown or examples.spans is not None:
         return ()
     is_part = options.reads_of(task).scope == "each_turn"
@@ -94,11 +94,11 @@ def draw_contexts(
         is_slow = backbone.device.type == "cpu"
         least = _LEAST_CONTEXT_TOKENS if is_slow else _LEAST_CONTEXT_TOKENS_ON_GPU
     contexts: list[Context] = []
-    for group, (texts, part) in enumerate(zip(groups, background, strict=True)):
+    for group, (texts, background) in enumerate(groups):
         sampler = ContextSampler(
             encoder,
             options.reads,
-            part.conversations,
+            background.conversations,
             is_part=is_part,
             max_tokens=limit,
             seed=int(texts[0]),

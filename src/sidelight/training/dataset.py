@@ -23,8 +23,8 @@ from sidelight.ragged import Ragged
 from sidelight.spans import token_labels
 from sidelight.states.cache import SHARD_BYTES, ActivationCache, Memory
 from sidelight.states.extraction import BackboneSource, StateSource, extract
-from sidelight.training.background import Background, choose_conversations
-from sidelight.training.contexts import Context, draw_contexts
+from sidelight.training.background import choose_conversations
+from sidelight.training.contexts import Context, Group, draw_contexts
 from sidelight.training.settings import FitOptions
 from sidelight.training.validation import FOLDS, Folds, choose_validation, shared_texts
 from sidelight.types import Task
@@ -261,25 +261,19 @@ def prepare(
     training, validation = replace(training, task=task), replace(validation, task=task)
     background, doubts = choose_conversations(options.background, training)
     warnings += doubts
-    groups = _groups(training, FOLDS)
-    parts = background.parts(len(groups) + (0 if folds else _MEASURING_PARTS))
+    rows = _groups(training, FOLDS)
+    parts = background.parts(len(rows) + (0 if folds else _MEASURING_PARTS))
+    groups = [*zip(rows, parts, strict=False)]
     memory = Memory(options.memory_bytes)
     split = partial(make_split, backbone, options=options, source=source, memory=memory)
-    fitted = measured = split(
-        training, groups=groups, background=parts[: len(groups)], title="Training texts"
-    )
+    fitted = measured = split(training, groups=groups, title="Training texts")
     if folds:
         folds = fitted.folds(len(folds))
     else:
         warnings += shared_texts(training, validation)
-        measuring = parts[len(groups) :]
-        groups = _groups(validation, len(measuring))
-        measured = split(
-            validation,
-            groups=groups,
-            background=measuring[: len(groups)],
-            title="Validation texts",
-        )
+        parts = parts[len(rows) :]
+        groups = [*zip(_groups(validation, len(parts)), parts, strict=False)]
+        measured = split(validation, groups=groups, title="Validation texts")
     for texts in (fitted,) if folds else (fitted, measured):
         cut = [prompt for prompt in texts.states.prompts if prompt.dropped]
         if cut:
@@ -306,8 +300,7 @@ def make_split(
     *,
     title: str = "Extracting",
     source: StateSource | None = None,
-    groups: Folds = (),
-    background: Sequence[Background] = (),
+    groups: Sequence[Group] = (),
     memory: Memory | None = None,
 ) -> Split:
     """Runs the backbone over labelled texts and their contexts, or finds their states on disk.
@@ -318,19 +311,18 @@ def make_split(
         options: How texts are read, and where their hidden states go.
         title: The title of the progress bar.
         source: The engine that computes the states; None is the backbone itself.
-        groups: The texts of each group that contexts are drawn for; without any, there are none.
-        background: What each group's contexts are made of.
+        groups: Those that contexts are drawn for; without any, there are none.
         memory: Holds states in memory; None is one of its own, as large as the options say.
 
     Raises:
         SidelightError: A text without a token to read, or no room for the states.
     """
-    drawn, contexts = draw_contexts(backbone, examples, groups, background, options), ()
+    drawn, contexts = draw_contexts(backbone, examples, groups, options), ()
     source = source or BackboneSource(backbone)
     limit = min(options.max_tokens, source.max_tokens)
     prompts = encode_shortened(backbone.encoder, examples, reads=options.reads, limit=limit)
     if drawn:
-        group_of = {text: group for group, own in enumerate(groups) for text in own.tolist()}
+        group_of = {text: group for group, (own, _) in enumerate(groups) for text in own.tolist()}
         pairs = enumerate(zip(examples.items, prompts, strict=True))
         alone = [Context("alone", *pair, 0, text, group_of[text]) for text, pair in pairs]
         contexts = (*alone, *drawn)

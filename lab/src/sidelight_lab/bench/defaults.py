@@ -145,8 +145,8 @@ def compare_defaults(
     options = FitOptions(cache_root=cache_root, keep_cache=True)
     shown, unseen = background.parts(2)
     held_texts = examples.select(held_rows)
-    everyone = (np.arange(len(held_texts)),)
-    held = make_split(backbone, held_texts, options, groups=everyone, background=[unseen])
+    everyone = [(np.arange(len(held_texts)), unseen)]
+    held = make_split(backbone, held_texts, options, groups=everyone)
     in_contexts = replace(options, background=shown)
     ours = {
         DEFAULT: in_contexts,
