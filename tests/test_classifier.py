@@ -13,9 +13,9 @@ from sidelight.data.loading import load_examples
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts.conversation import Reads
-from sidelight.training.assessment import assess
 from sidelight.training.classifier import Classifier, load, train
 from sidelight.training.fit import fit
+from sidelight.training.judging import assess
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.traffic import beginning
 from sidelight.training.validation import shared_texts

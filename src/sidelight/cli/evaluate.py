@@ -85,7 +85,7 @@ def evaluate(
     require_side(manifest, examples.items)
     options.announce("Loading the model")
     from sidelight.cli.show import print_assessment
-    from sidelight.training.assessment import assess
+    from sidelight.training.judging import assess
 
     assessment = assess(runtime.load_classifier(probe), examples)
     options.warn(assessment.warnings)

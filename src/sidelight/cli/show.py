@@ -11,8 +11,8 @@ from rich.text import Text
 
 from sidelight.evaluation import Report, SpanReport
 from sidelight.metrics import wilson
-from sidelight.training.assessment import Assessment
 from sidelight.training.fit import Fit
+from sidelight.training.judging import Assessment
 from sidelight.training.traffic import Traffic, kept_rate
 from sidelight.types import visible
 

@@ -25,10 +25,9 @@ from sidelight.probe import Probe
 from sidelight.prompts.conversation import PromptFormat
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import ThresholdRule
-from sidelight.training.assessment import assess
 from sidelight.training.background import load_background
 from sidelight.training.fit import fit
-from sidelight.training.judging import find_spans, judge
+from sidelight.training.judging import assess, find_spans, judge
 from sidelight.training.settings import (
     AUTO,
     READS,

@@ -1,21 +1,33 @@
-"""Texts judged by probes on their backbone: logits, and the spans of a probe that labels tokens."""
+"""Texts judged by a probe on its backbone: logits, spans, and its figures on labelled rows."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from sidelight.backbone import Backbone
 from sidelight.bank import Bank
-from sidelight.data.examples import Example, located
+from sidelight.data.examples import Example, LabelledExamples, located
+from sidelight.evaluation import Report, SpanReport, evaluate, evaluate_spans
+from sidelight.metrics import Predictions, decide
 from sidelight.probe import Probe, ProbeOutput
 from sidelight.prompts.conversation import EncodedPrompt
 from sidelight.prompts.encode import PromptEncoder
 from sidelight.spans import character_scores
 from sidelight.states.extraction import text_logits
 from sidelight.training.dataset import span_places
+from sidelight.training.measuring import trained_text_warnings
+from sidelight.training.traffic import beginning, kept_rate
 from sidelight.training.validation import require_side
 from sidelight.types import Span
+
+if TYPE_CHECKING:
+    from sidelight.training.classifier import Classifier
+
+_SHOWN_MISTAKES = 5
 
 
 def encode(
@@ -84,3 +96,119 @@ def judge_characters(
     places = span_places(backbone.encoder, examples, [*map(len, tokens)])
     scores = map(character_scores, texts, places, tokens)
     return list(zip(judged, scores, strict=True))
+
+
+class Mistake(NamedTuple):
+    """A wrong decision about a label, and the beginning of the text."""
+
+    label: str
+    is_missed: bool
+    probability: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """How a probe did.
+
+    Attributes:
+        examples: The rows.
+        probe: What judged them.
+        probabilities: Its probabilities.
+        report: Its figures of whole texts.
+        spans: How well spans are found; None: whole texts are labelled.
+    """
+
+    examples: LabelledExamples
+    probe: Probe
+    probabilities: Float[np.ndarray, "row output"]
+    report: Report
+    spans: SpanReport | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Warnings about the rows, one sentence each."""
+        warnings = trained_text_warnings(self.probe.history, self.examples)
+        return (*self.examples.warnings, *warnings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The metrics at the top level, as JSON values."""
+        traffic = dict(zip(("flagged", "conversations"), kept_rate(self.probe), strict=True))
+        figures = (
+            {**self.report.to_dict(), "traffic": traffic}
+            if self.spans is None
+            else {**self.spans.to_dict(), "whole_texts": self.report.to_dict()}
+        )
+        return {
+            "probe": self.probe.name,
+            "mechanism": self.probe.spec.name,
+            **figures,
+            "warnings": list(self.warnings),
+        }
+
+    def plot(self, folder: Path) -> None:
+        """Draws the probe's plots."""
+        from sidelight.plots import plot_report
+
+        plot_report(self._predictions, folder, title=self.probe.name)
+
+    @property
+    def _predictions(self) -> Predictions:
+        probe, labels = self.probe, self.examples.labels
+        return decide(probe.task, self.probabilities, labels, thresholds=probe.thresholds)
+
+    @property
+    def mistakes(self) -> list[Mistake]:
+        """The wrong decisions of which the probe was surest."""
+        task, probabilities, thresholds = self.probe.task, self.probabilities, self.probe.thresholds
+        predictions = self._predictions
+        holds = predictions.targets[:, predictions.headline]
+        is_wrong = predictions.decisions[:, predictions.headline] != holds
+        if task.kind == "multiclass":
+            # Two of its labels are wrong: the one that it names counts.
+            is_wrong &= ~holds
+        distances = np.where(is_wrong, np.abs(probabilities - np.array(thresholds or 0)), 0)
+        order = np.argsort(-distances, axis=None, kind="stable")[:_SHOWN_MISTAKES].tolist()
+        worst = [divmod(place, task.outputs) for place in order if distances.flat[place]]
+        names = task.output_labels
+        return [
+            Mistake(
+                names[output],
+                bool(holds[row, output]),
+                float(probabilities[row, output]),
+                beginning(self.examples.items[row].text),
+            )
+            for row, output in worst
+        ]
+
+
+def assess(classifier: "Classifier", examples: LabelledExamples) -> Assessment:
+    """Measures a probe on labelled rows.
+
+    Args:
+        classifier: The probe on its backbone.
+        examples: Loaded with the task in its manifest, and with spans for a probe of spans.
+
+    Raises:
+        SidelightError: The probe and the texts do not fit each other.
+    """
+    probe = classifier.probe
+    spans, row_thresholds = None, None
+    if examples.spans is None or probe.spans is None:
+        logits = classifier.logits(examples.items)
+    else:
+        logits, found = find_spans(classifier.backbone, probe, examples.items)
+        spans = evaluate_spans(examples, found)
+        # What a span has holds for its text, whatever the text's own probability.
+        names = [{span.label for span in own} for own in found]
+        limits = [*zip(probe.task.output_labels, probe.thresholds, strict=True)]
+        row_thresholds = np.array([[0.0 if x in own else t for x, t in limits] for own in names])
+    probabilities = probe.calibration.apply(logits)
+    predictions = decide(
+        probe.task,
+        probabilities,
+        examples.labels,
+        thresholds=probe.thresholds,
+        row_thresholds=row_thresholds,
+    )
+    return Assessment(examples, probe, probabilities, evaluate(predictions), spans)

@@ -18,9 +18,9 @@ from sidelight.probe import Probe
 from sidelight.progress import say
 from sidelight.states.cache import text_name
 from sidelight.thresholds import ThresholdRule
-from sidelight.training.assessment import assess
 from sidelight.training.background import Background
 from sidelight.training.classifier import Classifier
+from sidelight.training.judging import assess
 from sidelight.training.measuring import trained_texts
 from sidelight.training.settings import AUTO, READS, TRAINING_MAX_TOKENS, named_mechanism
 from sidelight.training.tfidf import fit_tfidf
