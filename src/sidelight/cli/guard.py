@@ -91,7 +91,10 @@ def guard(
     part = "" if data is None else f",{data}"
     texts = {name: ready.load_guard(name, part) for name in names}
     # What cannot be read must not cost the hours of training.
-    tests = {name: ready.load_tests(name, own.task) for name, own in texts.items()}
+    tests = {
+        name: {test: ready.load_guard(name, f":{test}", own.task) for test in cards[name].tests}
+        for name, own in texts.items()
+    }
     if rows is not None:
         texts = {name: draw_texts(own, rows) for name, own in texts.items()}
     sizes = {name: len(own) for name, own in texts.items()}
@@ -189,11 +192,18 @@ def _measure(
     from sidelight.artifact import load_probe
     from sidelight.training import ready
     from sidelight.training.classifier import Classifier
+    from sidelight.training.traffic import kept_rate
 
     for name, own in texts.items():
         probe = load_probe(out / name)
         if figures.get(name, {}).get("version") != probe.version:
-            figures[name] = ready.training_figures(probe)
+            figures[name] = {
+                "version": probe.version,
+                "left_out": probe.record["validation"]["metrics"],
+                "sources": probe.history.validation.sources,
+                "traffic": kept_rate(probe),
+                "tests": {},
+            }
             write_json(out / "figures.json", figures)
         done = figures[name]["tests"]
         left = {test: examples for test, examples in tests[name].items() if test not in done}

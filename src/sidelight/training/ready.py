@@ -24,7 +24,6 @@ from sidelight.training.judging import assess
 from sidelight.training.measuring import trained_texts
 from sidelight.training.settings import AUTO, READS, TRAINING_MAX_TOKENS, named_mechanism
 from sidelight.training.tfidf import fit_tfidf
-from sidelight.training.traffic import kept_rate
 from sidelight.types import Task
 
 # Most tokens of a guard's texts, where no number of rows is named.
@@ -43,11 +42,6 @@ def load_guard(name: str, part: str = "", task: Task | None = None) -> LabelledE
     """The training texts of a guard, with ``,FILE`` as its part also one's own, or a ``:TEST``."""
     spans, source = find_guard(name).card.columns["spans"], f"guard:{name}{part}"
     return load_examples(source, spans=spans, task=task)
-
-
-def load_tests(name: str, task: Task) -> dict[str, LabelledExamples]:
-    """The packaged tests of a guard, with the classes of a task."""
-    return {test: load_guard(name, f":{test}", task) for test in find_guard(name).card.tests}
 
 
 def affordable(backbone: Backbone, texts: LabelledExamples) -> LabelledExamples:
@@ -78,17 +72,6 @@ def is_trained(
         *(history.training.given_sha256, history.threshold_rule, history.seed),
         *(manifest.mechanism.name, manifest.backbone.digest, manifest.backbone.dtype),
     )
-
-
-def training_figures(probe: Probe) -> dict[str, Any]:
-    """The figures of a guard on its left-out texts and in traffic, with room for its tests."""
-    return {
-        "version": probe.version,
-        "left_out": probe.record["validation"]["metrics"],
-        "sources": probe.history.validation.sources,
-        "traffic": kept_rate(probe),
-        "tests": {},
-    }
 
 
 def measure_tests(
