@@ -5,33 +5,33 @@ import pytest
 import torch
 from sklearn.linear_model import RidgeCV
 
-from sidelight.states.cache import Pooled
 from sidelight.training.scaling import layer_weights, view_worths
 from worlds.data import TASKS
 
 TEXTS, LAYERS, WIDTH = 90, 3, 8
+VIEWS = ("means", "lasts")
 
 
-def weights_of(pooled, labels, kind="binary"):
-    return layer_weights(view_worths(pooled, labels, TASKS[kind]))
+def weights_of(views, labels, kind="binary"):
+    return layer_weights(view_worths(views, labels, TASKS[kind]))
 
 
 def shifted(labels, *, layer, view):
     """Noise, but for one layer's view, which the labels shift."""
     random = torch.Generator().manual_seed(0)
-    means, lasts = (torch.randn(TEXTS, LAYERS, WIDTH, generator=random) for _ in range(2))
+    views = torch.randn(2, TEXTS, LAYERS, WIDTH, generator=random)
     shift = torch.from_numpy(labels).reshape(TEXTS, -1).float()
-    {"means": means, "lasts": lasts}[view][:, layer, : shift.shape[1]] += 3 * shift
-    return Pooled(means, lasts)
+    views[VIEWS.index(view), :, layer, : shift.shape[1]] += 3 * shift
+    return views
 
 
-@pytest.mark.parametrize("view", ["means", "lasts"])
+@pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("kind", ["binary", "multilabel"])
 def test_the_layer_that_predicts_the_labels_weighs_most(kind, view):
     shape = (TEXTS,) if kind == "binary" else (TEXTS, 3)
     labels = np.random.default_rng(0).integers(0, 2, shape)
-    pooled = shifted(labels, layer=1, view=view)
-    weights = weights_of(pooled, labels, kind)
+    views = shifted(labels, layer=1, view=view)
+    weights = weights_of(views, labels, kind)
     assert int(weights.argmax()) == 1
     assert weights.square().mean().item() == pytest.approx(1)
     # The others hold noise, and are still not shut out.
@@ -39,20 +39,20 @@ def test_the_layer_that_predicts_the_labels_weighs_most(kind, view):
     assert others.max() < 0.1
     assert others.min() >= 0.01 - 1e-6
     # A view that is the same for all texts is worth nothing.
-    pooled.lasts[:, 0] = pooled.means[:, 0] = 1.0
-    weights = weights_of(pooled, labels, kind)
+    views[:, :, 0] = 1.0
+    weights = weights_of(views, labels, kind)
     assert torch.isfinite(weights).all()
     assert weights[0] / weights[1] == pytest.approx(0.01)
 
 
 def test_without_a_layer_that_predicts_anything_all_weigh_alike():
     labels = np.ones(TEXTS, dtype=np.int64)
-    pooled = shifted(np.zeros(TEXTS), layer=0, view="means")
-    assert torch.equal(weights_of(pooled, labels), torch.ones(LAYERS))
+    views = shifted(np.zeros(TEXTS), layer=0, view="means")
+    assert torch.equal(weights_of(views, labels), torch.ones(LAYERS))
     # Two texts of a class say more about those texts than about layers.
     labels = (np.arange(200) < 2).astype(np.int64)
     noise = torch.randn(200, LAYERS, WIDTH, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(weights_of(Pooled(noise, noise), labels), torch.ones(LAYERS))
+    assert torch.equal(weights_of(torch.stack([noise, noise]), labels), torch.ones(LAYERS))
 
 
 @pytest.mark.parametrize(("texts", "width"), [(60, 100), (100, 32)])
@@ -69,7 +69,7 @@ def test_a_worth_is_that_of_a_ridge_regression_on_texts_left_out(texts, width):
     ridge = RidgeCV(alphas=alphas, store_cv_results=True).fit(features, signs)
     errors = ridge.cv_results_.sum(0)
     expected = 1 - errors.min() / np.square(signs - signs.mean()).sum()
-    pooled = Pooled(view[:, None], view[:, None])
-    worths = view_worths(pooled, labels, TASKS["binary"])
+    views = torch.stack([view[:, None], view[:, None]])
+    worths = view_worths(views, labels, TASKS["binary"])
     assert expected > 0.1
     assert worths[0, 0].item() == pytest.approx(expected, abs=2e-3)

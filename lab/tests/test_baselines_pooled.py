@@ -222,7 +222,7 @@ def test_muli_reads_the_models_own_first_token(name, tmp_path):
     split = split_of(backbone, tmp_path, "binary", 6, 7)
     first = FirstToken.of(backbone)
     first.require(backbone, split.states.prompts[0])
-    odds = first.log_odds(first.directions(pooled_states(split).lasts[:, -1])).double()
+    odds = first.log_odds(first.directions(pooled_states(split)[1][:, -1])).double()
     logits = [
         backbone.model(input_ids=torch.tensor([prompt.token_ids])).logits[0, -1]
         for prompt in split.states.prompts
@@ -258,5 +258,5 @@ def test_states_are_pooled_shard_by_shard(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ActivationCache, "text", reading)
     monkeypatch.setattr(Shard, "pooled", pooling)
-    assert len(pooled_states(texts).means) == 12
+    assert pooled_states(texts).shape[:2] == (2, 12)
     assert read_before == [*range(1, 13)]

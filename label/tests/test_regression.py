@@ -5,7 +5,6 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from sidelight.states.cache import Pooled
 from sidelight_label import regression
 from sidelight_label.regression import fit_regression
 from worlds.data import TASKS
@@ -29,7 +28,7 @@ def drawn(kind):
     ].astype(np.int64)
     # As the template's last embedding, which is the same for all texts.
     lasts[:, 0] = 1
-    pooled = Pooled(torch.from_numpy(means).float(), torch.from_numpy(lasts).float())
+    pooled = torch.from_numpy(np.stack([means, lasts])).float()
     return pooled, labels, tuple(np.array_split(random.permutation(TEXTS), 5))
 
 
@@ -39,7 +38,7 @@ def test_the_solution_is_that_of_a_regression_on_all_features(kind, monkeypatch)
     monkeypatch.setattr(regression, "STRENGTHS", (10.0,))
     pooled, labels, folds = drawn(kind)
     solution = fit_regression(pooled, labels, TASKS[kind], folds)
-    views = torch.cat([pooled.means, pooled.lasts], 1).double()
+    views = torch.cat([*pooled], 1).double()
     spread, center = torch.std_mean(views, 0, correction=0)
     # The view that is the same for all texts says nothing.
     parts = ((views - center) / (spread + 1e-2 * spread.mean(1, keepdim=True)))[:, spread.any(1)]
@@ -61,8 +60,9 @@ def test_the_readout_gives_the_logits_of_the_regression(kind):
     pooled, labels, folds = drawn(kind)
     solution = fit_regression(pooled, labels, TASKS[kind], folds)
     # Three tokens whose mean and last one are those of a text.
-    first = (3 * pooled.means - pooled.lasts) / 2
-    hidden = torch.stack([first, first, pooled.lasts], 2)
+    means, lasts = pooled
+    first = (3 * means - lasts) / 2
+    hidden = torch.stack([first, first, lasts], 2)
     found = solution.readout()(hidden, torch.ones(TEXTS, 3, dtype=torch.bool))
     np.testing.assert_allclose(found, solution.logits(pooled), atol=ROUNDING)
 
@@ -74,7 +74,7 @@ def test_the_labels_of_a_fold_have_no_part_in_its_own_logits(kind, monkeypatch):
     pooled, labels, folds = drawn(kind)
     # Two layers of which the labels of a fold decide how much each weighs.
     noise = torch.randn(TEXTS, WIDTH, generator=torch.Generator().manual_seed(0))
-    pooled.means[:, 0] = pooled.means[:, 1] + 2 * noise
+    pooled[0, :, 0] = pooled[0, :, 1] + 2 * noise
     changed = labels.copy()
     changed[folds[2]] = 0
     before, after = (

@@ -25,7 +25,6 @@ from sidelight.smollm2 import cache_root
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import (
     ActivationCache,
-    Pooled,
     Shard,
     write_tensors,
 )
@@ -105,11 +104,11 @@ class Pool:
         self.is_normalised = task.kind != "multiclass"
         cache = _VectorCache(self, probes)
         extract(BackboneSource(backbone), cache, title="Reading")
-        self._pooled = Pooled(torch.empty(shape), torch.empty(shape))
+        self._views = torch.empty(2, *shape)
         logits = np.empty((len(probes), len(examples), task.outputs))
         for row in range(len(examples)):
             stored = load_file(cache.path(row))
-            self._pooled.means[row], self._pooled.lasts[row] = stored["means"], stored["lasts"]
+            self._views[0, row], self._views[1, row] = stored["means"], stored["lasts"]
             for number, of_probe in enumerate(logits):
                 of_probe[row] = stored[f"logits{number}"].numpy()
         self.given = [
@@ -153,8 +152,7 @@ class Pool:
             raise SidelightError(
                 "Some texts are too alike to be measured on others. Label more of each label."
             )
-        pooled = self._pooled.select(torch.tensor(rows))
-        regression = fit_regression(pooled, labelled.labels, self.task, folds)
+        regression = fit_regression(self._views[:, rows], labelled.labels, self.task, folds)
         made = calibrate_examples(regression.left_out, labelled, folds)
         sizes = self.backbone.fingerprint
         geometry = Geometry(sizes.layers, sizes.width, self.task.outputs)
@@ -183,7 +181,7 @@ class Pool:
                 **record,
             },
         )
-        probabilities = made.calibration.apply(regression.logits(self._pooled))
+        probabilities = made.calibration.apply(regression.logits(self._views))
         probabilities[rows] = made.probabilities
         return Judge(f"the probe of {len(rows)} labels", probe, probabilities), made.report
 
@@ -211,8 +209,8 @@ class _VectorCache(ActivationCache):
     def write(self, texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> None:
         for row, hidden in texts.items():
             shard = Shard.joined({row: hidden})
-            pooled = shard.pooled(is_normalised=self._is_normalised)
-            tensors = {"means": pooled.means[0], "lasts": pooled.lasts[0].bfloat16()}
+            means, lasts = shard.pooled(is_normalised=self._is_normalised)[:, 0]
+            tensors = {"means": means, "lasts": lasts.bfloat16()}
             for number, probe in enumerate(self._probes):
                 tensors[f"logits{number}"] = torch.from_numpy(shard_logits(probe, shard)[0])
             write_tensors(tensors, self.path(row))

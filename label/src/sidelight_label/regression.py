@@ -23,7 +23,6 @@ from sidelight.mechanisms.base import Geometry
 from sidelight.mechanisms.readout import Readout
 from sidelight.metrics import log_losses
 from sidelight.standardisation import Standardisation, spread_and_mean
-from sidelight.states.cache import Pooled
 from sidelight.training.scaling import relative_weights, view_worths
 from sidelight.training.validation import Folds
 from sidelight.types import Task
@@ -59,25 +58,30 @@ class Regression:
         readout.load_state_dict({**parts, "last": scale * last, "bias": self.bias})
         return readout.eval().requires_grad_(False)
 
-    def logits(self, pooled: Pooled) -> Float[np.ndarray, "text output"]:
-        """Of texts' pooled states."""
-        pairs = zip((pooled.means, pooled.lasts), self.weight.chunk(2), strict=True)
+    def logits(
+        self, views: Float[Tensor, "view text layer width"]
+    ) -> Float[np.ndarray, "text output"]:
+        """Of texts, from their means and last tokens."""
+        pairs = zip(views, self.weight.chunk(2), strict=True)
         products = (torch.einsum("tld,ldc->tc", vectors, weight) for vectors, weight in pairs)
         return (sum(products) + self.bias).double().numpy()
 
 
 def fit_regression(
-    pooled: Pooled, labels: Int[np.ndarray, "text ..."], task: Task, folds: Folds
+    pooled: Float[Tensor, "kind text layer width"],
+    labels: Int[np.ndarray, "text ..."],
+    task: Task,
+    folds: Folds,
 ) -> Regression:
     """Fits the regression to texts, of which each fold and its rest have every label."""
-    views = torch.cat([pooled.means, pooled.lasts], 1)
+    views = torch.cat([*pooled], 1)
     order = np.random.default_rng(0).permutation(len(labels))
 
     def space(
         rows: Int[np.ndarray, " row"],
     ) -> tuple[Standardisation, Float[Tensor, "feature row"], Float[np.ndarray, "text row"]]:
         """What these texts scale views by, the basis that they span, and all texts in it."""
-        worths = view_worths(pooled.select(torch.from_numpy(rows)), labels[rows], task)
+        worths = view_worths(pooled[:, rows], labels[rows], task)
         scaling = _scaling(views[rows], relative_weights(worths).flatten().float())
         features = ((views - scaling.mean) / scaling.scale).flatten(1)
         basis, _ = torch.linalg.qr(features[rows].T)

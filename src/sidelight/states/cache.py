@@ -58,42 +58,25 @@ class Shard:
         hidden = torch.cat([parts[text] for text in texts.tolist()], 1)
         return Shard(hidden, self.lengths[texts], self.rows[texts])
 
-    def pooled(self, *, is_normalised: bool = False) -> "Pooled":
-        """Two vectors for each text, in the order of the texts; float32.
+    def pooled(self, *, is_normalised: bool = False) -> Float[Tensor, "view text layer width"]:
+        """Two views of each text: the mean of its tokens, and the last of them; float32.
 
         Args:
             is_normalised: Whether the states are divided by their root mean square first.
         """
         ends = self.lengths.cumsum(0) - 1
-        means: list[Tensor] = []
-        lasts: list[Tensor] = []
+        layers: list[Tensor] = []
         # Layer by layer: a long text in float32 would be large.
         for layer in self.hidden:
             factor = inverse_rms(layer) if is_normalised else torch.ones(len(layer), 1)
             sizes = self.lengths.tolist()
             texts = zip(layer.split(sizes), factor.split(sizes), strict=True)
             sums = [(text.float().mT @ weight)[:, 0] for text, weight in texts]
-            means.append(torch.stack(sums) / self.lengths[:, None])
+            means = torch.stack(sums) / self.lengths[:, None]
             # Rounded like the states: what is kept of them is, too.
-            lasts.append((layer[ends] * factor[ends]).to(layer.dtype).float())
-        return Pooled(torch.stack(means, 1), torch.stack(lasts, 1))
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """Two vectors that stand for each text at each layer.
-
-    Attributes:
-        means: Over the tokens that a probe reads.
-        lasts: Of the last of them.
-    """
-
-    means: Float[Tensor, "text layer width"]
-    lasts: Float[Tensor, "text layer width"]
-
-    def select(self, texts: Int[Tensor, " chosen"]) -> "Pooled":
-        """The states of these texts alone."""
-        return Pooled(self.means[texts], self.lasts[texts])
+            lasts = (layer[ends] * factor[ends]).to(layer.dtype).float()
+            layers.append(torch.stack([means, lasts]))
+        return torch.stack(layers, 2)
 
 
 @dataclass

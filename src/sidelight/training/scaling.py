@@ -22,7 +22,6 @@ from torch import Tensor
 
 from sidelight.mechanisms.base import Geometry
 from sidelight.standardisation import Standardisation, normalised, spread_and_mean
-from sidelight.states.cache import Pooled
 from sidelight.training.dataset import Split
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
@@ -86,40 +85,38 @@ class Scaling:
         moments = Standardisation.measured(map(normalised, layers) if is_normalised else layers)
         return replace(moments, is_normalised=is_normalised)
 
-    def _draw_sample(self, is_normalised: bool) -> tuple[Pooled, Int[Tensor, " sample"]]:
-        """Pooled states of a few hundred distinct texts of the first shards, and which they are."""
+    def _draw_sample(
+        self, is_normalised: bool
+    ) -> tuple[Float[Tensor, "view sample layer width"], Int[Tensor, " sample"]]:
+        """The views of a few hundred distinct texts of the first shards, and which they are."""
         is_first = torch.zeros(len(self._training), dtype=torch.bool)
         is_first[self._training.first_rows] = True
-        means: list[Tensor] = []
-        lasts: list[Tensor] = []
+        views: list[Tensor] = []
         rows: list[Tensor] = []
         states = self._training.states
         for shard in map(states.read, states.shards):
             kept = is_first[shard.rows].nonzero()[:, 0]
-            pooled = shard.pooled(is_normalised=is_normalised).select(kept)
-            means.append(pooled.means)
-            lasts.append(pooled.lasts)
+            views.append(shard.pooled(is_normalised=is_normalised)[:, kept])
             rows.append(shard.rows[kept])
             if sum(map(len, rows)) >= SAMPLE_TEXTS:
                 break
-        sample = [torch.cat(parts)[:SAMPLE_TEXTS] for parts in (means, lasts, rows)]
-        return Pooled(sample[0], sample[1]), sample[2]
+        return torch.cat(views, 1)[:, :SAMPLE_TEXTS], torch.cat(rows)[:SAMPLE_TEXTS]
 
     def _measure_worths(self, part: int, is_normalised: bool) -> Float[Tensor, "view layer"]:
         """The worth of each view of each layer for a part's texts."""
-        pooled, rows = self._sample(is_normalised)
+        views, rows = self._sample(is_normalised)
         kept = self._parts[part][rows].nonzero()[:, 0]
         labels = self._training.labels[rows[kept].numpy()]
-        return view_worths(pooled.select(kept), labels, self._training.task)
+        return view_worths(views[:, kept], labels, self._training.task)
 
 
 def view_worths(
-    pooled: Pooled, labels: Int[np.ndarray, "text ..."], task: Task
+    views: Float[Tensor, "view text layer width"], labels: Int[np.ndarray, "text ..."], task: Task
 ) -> Float[Tensor, "view layer"]:
     """The worth of each layer's means, and of its last tokens; 0 or more.
 
     Args:
-        pooled: Distinct training texts in random order; only the first few hundred are used. A text
+        views: Of distinct training texts in random order; only the first few hundred are used. One
             that is there twice would predict itself.
         labels: Their labels, as in ``LabelledExamples.labels``.
         task: The classes.
@@ -128,7 +125,7 @@ def view_worths(
     target = _centred_targets(labels[:texts], task)
     worths = [
         [max(0.0, _worth(layer.contiguous(), target)) for layer in view[:texts].unbind(1)]
-        for view in (pooled.means, pooled.lasts)
+        for view in views
     ]
     return torch.tensor(worths, dtype=torch.float64)
 

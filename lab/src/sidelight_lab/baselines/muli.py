@@ -229,4 +229,5 @@ def _fitted(
 
 
 def _last_states(split: Split) -> Float[Tensor, "text width"]:
-    return pooled_states(split).lasts[:, -1]
+    _, lasts = pooled_states(split)
+    return lasts[:, -1]

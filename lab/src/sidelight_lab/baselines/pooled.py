@@ -18,9 +18,10 @@ from sklearn.covariance import LedoitWolf
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
 from sidelight.progress import progress
-from sidelight.states.cache import Pooled, write_tensors
+from sidelight.states.cache import write_tensors
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_validation
@@ -33,7 +34,7 @@ _ABSENT = -20.0
 
 # Each penalty and layer reads them again: of training, validation and test texts.
 @lru_cache(maxsize=3)
-def pooled_states(split: Split) -> Pooled:
+def pooled_states(split: Split) -> Float[Tensor, "view text layer width"]:
     """Means and last tokens; computed once and kept beside the texts' states."""
     cache = split.states
     path = cache.directory / f"{cache.key}-pooled.safetensors"
@@ -42,12 +43,12 @@ def pooled_states(split: Split) -> Pooled:
         means, lasts = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
         with progress("Pooling", shape[0], unit="texts") as advance:
             for shard in map(cache.read, cache.shards):
-                pooled = shard.pooled()
-                means[shard.rows], lasts[shard.rows] = pooled.means, pooled.lasts.bfloat16()
+                own = shard.pooled()
+                means[shard.rows], lasts[shard.rows] = own[0], own[1].bfloat16()
                 advance(len(shard.rows))
         write_tensors({"means": means, "lasts": lasts}, path)
     stored = load_file(path)
-    return Pooled(stored["means"], stored["lasts"].float())
+    return torch.stack([stored["means"], stored["lasts"].float()])
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,8 @@ class PooledRegression(Baseline):
         return best_on_validation((fitted(*candidate) for candidate in candidates), dataset)
 
     def _features(self, split: Split, layers: slice) -> Float[np.ndarray, "text feature"]:
-        pooled = pooled_states(split)
-        vectors = pooled.means if self.token == "mean" else pooled.lasts
+        means, lasts = pooled_states(split)
+        vectors = means if self.token == "mean" else lasts
         return vectors[:, layers].flatten(1).numpy()
 
 
@@ -250,7 +251,8 @@ class Mlpm(Baseline):
         """Chooses the stacking penalty on validation texts; the seed draws the folds."""
         task, labels = dataset.task, dataset.training.labels
         folds = dataset.training.examples.folds(self.folds, seed=seed)
-        layers = [part.numpy() for part in pooled_states(dataset.training).lasts.unbind(1)]
+        _, lasts = pooled_states(dataset.training)
+        layers = [part.numpy() for part in lasts.unbind(1)]
         discriminants = [gaussian_discriminant(layer, labels, task) for layer in layers]
 
         def left_out(layer: np.ndarray) -> Float[np.ndarray, "text output"]:
@@ -265,7 +267,8 @@ class Mlpm(Baseline):
         stacked = np.hstack([left_out(layer) for layer in layers])
 
         def scores(split: Split) -> Float[np.ndarray, "text score"]:
-            parts = zip(discriminants, pooled_states(split).lasts.unbind(1), strict=True)
+            _, lasts = pooled_states(split)
+            parts = zip(discriminants, lasts.unbind(1), strict=True)
             return np.hstack([discriminant(part.numpy()) for discriminant, part in parts])
 
         parameters = sum(linear.parameters for linear in discriminants)

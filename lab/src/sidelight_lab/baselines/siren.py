@@ -138,10 +138,10 @@ class Siren(Baseline):
         # Positive even if every score is zero.
         strengths = scores / scores.max().clamp(min=1e-9)
         weights = strengths[:, None].expand_as(selected)[selected]
-        mean, scale = moments(pooled_states(dataset.training).means[:, selected])
+        mean, scale = moments(pooled_states(dataset.training)[0][:, selected])
 
         def neurons(split: Split) -> Float[Tensor, "text neuron"]:
-            return (pooled_states(split).means[:, selected] - mean) / scale * weights
+            return (pooled_states(split)[0][:, selected] - mean) / scale * weights
 
         network = self._network(dataset, neurons, seed=seed)
         # The affine scaling folds into the first layer, so it does not count.
@@ -152,7 +152,7 @@ class Siren(Baseline):
     def _probe(self, dataset: ProbeDataset, layer: int) -> tuple[Bool[Tensor, " width"], float]:
         """The selected neurons, and the probe's validation score."""
         inputs, unseen = (
-            pooled_states(split).means[:, layer] for split in (dataset.training, dataset.validation)
+            pooled_states(split)[0][:, layer] for split in (dataset.training, dataset.validation)
         )
         mean, scale = moments(inputs)
         unseen = (unseen - mean) / scale

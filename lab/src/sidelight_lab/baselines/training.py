@@ -208,7 +208,7 @@ def ranked_layers(dataset: ProbeDataset) -> list[int]:
         return max(validation_score(dataset.task, each, validation.labels) for each in logits)
 
     pairs = zip(
-        *(pooled_states(split).means.unbind(1) for split in (dataset.training, validation)),
+        *(pooled_states(split)[0].unbind(1) for split in (dataset.training, validation)),
         strict=True,
     )
     scores = [score(train.numpy(), unseen.numpy()) for train, unseen in pairs]

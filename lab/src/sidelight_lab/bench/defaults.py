@@ -288,8 +288,7 @@ def fit_rival(
 
 def _pooled(name: str, split: Split) -> Float[np.ndarray, "text feature"]:
     """Means, or means and last tokens, of all layers or of the last one."""
-    pooled = pooled_states(split)
-    parts = [pooled.means, pooled.lasts]
+    parts = [*pooled_states(split)]
     if name in ("means_all_layers", "mean_last_layer"):
         parts = parts[:1]
     if name in ("last_layer", "mean_last_layer"):
