@@ -228,7 +228,8 @@ def test_the_best_of_the_tried_layers_is_kept_and_read(tiny, splits, seeing):
     assert fitted.parameters == 2 * 32 * 2 + 1
     layer = ranked_layers(dataset)[seeing]
     scaling = TokenSource.one_layer(dataset.training, layer).scaling()
-    shard = TokenSource.one_layer(test, layer).read(0)
+    source = TokenSource.one_layer(test, layer)
+    shard = source.read(source.shards[0])
     values = (shard.hidden[0].float() - scaling.mean[0]) / scaling.scale[0]
     expected = networks[seeing](Ragged(values, shard.lengths))[shard.rows.argsort()]
     np.testing.assert_allclose(fitted.logits(test), expected, rtol=1e-4, atol=1e-4)
@@ -252,9 +253,12 @@ class Counting(torch.nn.Module):
 
 def source_of(values, labels):
     count = len(values)
-    hidden, lengths = torch.tensor(values).reshape(1, -1, 1), torch.ones(count, dtype=torch.long)
-    shard = Shard(hidden, lengths, torch.arange(count))
-    return TokenSource((count,), lambda _: shard, torch.tensor(labels))
+    hidden = torch.tensor(values).reshape(1, -1, 1)
+
+    def read(texts):
+        return Shard.joined({text: hidden[:, [text]] for text in texts})
+
+    return TokenSource([range(count)], read, torch.tensor(labels))
 
 
 def trained(model, settings, *, validation=((1.0, 2.0), (0, 1))):

@@ -52,12 +52,6 @@ class Shard:
         lengths = torch.tensor([hidden.shape[1] for hidden in texts.values()])
         return Shard(torch.cat([*texts.values()], 1), lengths, torch.tensor([*texts]))
 
-    def select(self, texts: Int[Tensor, " chosen"]) -> "Shard":
-        """These texts, by their place in this shard."""
-        parts = self.hidden.split(self.lengths.tolist(), 1)
-        hidden = torch.cat([parts[text] for text in texts.tolist()], 1)
-        return Shard(hidden, self.lengths[texts], self.rows[texts])
-
     def pooled(self, *, is_normalised: bool = False) -> Float[Tensor, "view text layer width"]:
         """Two views of each text: the mean of its tokens, and the last of them; float32.
 

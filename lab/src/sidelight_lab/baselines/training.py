@@ -1,7 +1,7 @@
 """Training of small networks on the CPU: one loop, and the tokens that token models read."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
@@ -102,49 +102,46 @@ def finite(
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Tokens and labels of some texts: one layer in memory, or all layers shard by shard.
+    """Tokens and labels of some texts: one layer in memory, or all layers from disk.
 
     Attributes:
-        sizes: Number of texts in each shard.
-        read: Gives a shard by its number; its ``rows`` are positions in ``labels``.
+        shards: The texts that lie together, by their place in ``labels``; each text once.
+        read: Gives some texts of a shard.
         labels: As in ``LabelledExamples.labels``.
     """
 
-    sizes: tuple[int, ...]
-    read: Callable[[int], Shard]
+    shards: Sequence[Sequence[int]]
+    read: Callable[[Sequence[int]], Shard]
     labels: Int[Tensor, "text ..."]
 
     @staticmethod
     def one_layer(split: Split, layer: int) -> "TokenSource":
         """A single shard of a single layer, in memory."""
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
-        hidden = [split.states.text(row)[[layer]].clone() for row in order.tolist()]
-        shard = Shard.joined(dict(zip(order.tolist(), hidden, strict=True)))
-        return TokenSource((len(split),), lambda _index: shard, torch.from_numpy(split.labels))
+        hidden = {row: split.states.text(row)[[layer]].clone() for row in order.tolist()}
+
+        def read(texts: Sequence[int]) -> Shard:
+            return Shard.joined({text: hidden[text] for text in texts})
+
+        return TokenSource([[*hidden]], read, torch.from_numpy(split.labels))
 
     @staticmethod
     def all_layers(split: Split) -> "TokenSource":
         """The shards on disk."""
         states = split.states
-        return TokenSource(
-            tuple(map(len, states.shards)),
-            lambda index: states.read(states.shards[index]),
-            torch.from_numpy(split.labels),
-        )
+        return TokenSource(states.shards, states.read, torch.from_numpy(split.labels))
 
     def scaling(self) -> Standardisation:
         """Per-layer mean and scale of the first shard's first tokens."""
-        return Standardisation.measured(self.read(0).hidden[:, :_MOMENT_TOKENS])
+        return Standardisation.measured(self.read(self.shards[0]).hidden[:, :_MOMENT_TOKENS])
 
     def batches(self, *, size: int, seed: int) -> Iterator[Shard]:
         """Endless batches: shards in random order, each with a random first cut."""
         shuffle = torch.Generator().manual_seed(seed)
         while True:
-            for index in torch.randperm(len(self.sizes), generator=shuffle).tolist():
-                shard = self.read(index)
-                places = range(len(shard.rows))
-                for texts in random_batches(places, size=size, shuffle=shuffle):
-                    yield shard.select(torch.tensor(texts))
+            for index in torch.randperm(len(self.shards), generator=shuffle).tolist():
+                batches = random_batches(self.shards[index], size=size, shuffle=shuffle)
+                yield from map(self.read, batches)
 
 
 @torch.inference_mode()
@@ -154,9 +151,9 @@ def token_logits(
     """The logits of every text, in the order of the labels."""
     found: list[Tensor] = []
     rows: list[Tensor] = []
-    for index in range(len(source.sizes)):
-        shard = source.read(index)
-        for batch in map(shard.select, torch.arange(len(shard.rows)).split(_SCORED_TEXTS)):
+    for shard in source.shards:
+        for start in range(0, len(shard), _SCORED_TEXTS):
+            batch = source.read(shard[start : start + _SCORED_TEXTS])
             found.append(model(batch))
             rows.append(batch.rows)
     return torch.cat(found)[torch.cat(rows).argsort()].numpy()
@@ -181,7 +178,7 @@ def train_on_tokens(
         lambda: token_logits(model, validation),
         task=task,
         labels=validation.labels.numpy(),
-        steps=sum(math.ceil(texts / size) for texts in training.sizes),
+        steps=sum(math.ceil(len(shard) / size) for shard in training.shards),
         settings=settings,
     )
 
