@@ -100,10 +100,8 @@ def test_the_policy_observes_and_blocks_at_the_thresholds_of_training_as_it_says
     rules = {**policy.input, **policy.output}
     assert {name: rule.mode for name, rule in rules.items()} == dict.fromkeys(NAMES, "shadow")
     assert [*policy.output] == ["replies"]
-    text = (out / "policy.toml").read_text().replace('mode = "shadow"\n', "")
-    (tmp_path / "blocking.toml").write_text(
-        re.sub(r"^# (?=(mode|system_turns) =)", "", text, flags=re.MULTILINE)
-    )
+    text = (out / "policy.toml").read_text().replace('"shadow"', '"block"')
+    (tmp_path / "blocking.toml").write_text(text.replace("# system_turns =", "system_turns ="))
     blocking = read_policy(tmp_path / "blocking.toml")
     for bound in bound_rules(blocking, probes):
         require_rule_applies(bound, probes)
@@ -217,9 +215,8 @@ def test_other_texts_replace_a_guard_only_by_force(words, tmp_path, capsys):
     before = json.loads((out / "figures.json").read_text())
     adapted = (*words[:3], "--only", "shouts", "--rows", "40", "--data", own, "--out", str(out))
     assert cli(*adapted) == 2
-    assert "shouts holds a probe. Name another folder, or replace it with --force." in (
-        capsys.readouterr().err
-    )
+    remedy = "Name another folder, or replace it with --force."
+    assert f"shouts holds a probe of other texts. {remedy}" in capsys.readouterr().err
     assert cli(*adapted, "--force") == 0
     after = json.loads((out / "figures.json").read_text())
     assert load_probe(out / "shouts").version == after["shouts"]["version"]
@@ -238,8 +235,8 @@ def test_a_guard_whose_spans_were_corrected_is_not_taken_for_complete(words, tin
     record = {**letters.record, "training": {"given_sha256": whole.content_hash}}
     save_probe(replace(letters, record=record), tmp_path / "letters")
     rule = ThresholdRule.parse("f1")
-    assert ready.is_trained(tmp_path / "letters", tiny, whole, rule)
-    assert not ready.is_trained(tmp_path / "letters", tiny, corrected, rule)
+    assert ready.differences(tmp_path / "letters", tiny, whole, rule) == []
+    assert ready.differences(tmp_path / "letters", tiny, corrected, rule) == ["texts"]
 
 
 def test_a_cpu_takes_what_it_reads_in_time_unless_rows_are_named(
@@ -304,13 +301,13 @@ def test_a_probe_of_other_options_is_not_taken_for_a_complete_guard(words, tiny,
     shutil.copytree(words[-1], out)
     again = (*words[:-1], str(out))
     assert cli(*again, "--dtype", "bfloat16") == 2
-    refused = "shouts holds a probe. Name another folder, or replace it with --force."
-    assert refused.replace("shouts", "letters") in capsys.readouterr().err
+    remedy = "Name another folder, or replace it with --force."
+    assert f"letters holds a probe of other dtype. {remedy}" in capsys.readouterr().err
     probe = load_probe(out / "shouts")
     gate = untrained_probe(tiny, "shouts", task=probe.task, mechanism="gate")
     save_probe(replace(gate, record=probe.record), out / "shouts")
     assert cli(*again) == 2
-    assert refused in capsys.readouterr().err
+    assert f"shouts holds a probe of other mechanism. {remedy}" in capsys.readouterr().err
 
 
 def test_of_two_runs_into_one_folder_the_second_is_refused(words, capsys):

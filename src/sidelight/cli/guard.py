@@ -145,7 +145,7 @@ def _train(
     """
     from sidelight.cli.show import print_fit
     from sidelight.data.guards import find_guard
-    from sidelight.manifest import require_free
+    from sidelight.manifest import holds_probe
     from sidelight.smollm2 import cache_root
     from sidelight.training import ready
     from sidelight.training.background import Background, load_background
@@ -155,9 +155,15 @@ def _train(
     # One folder for all guards, in which a killed run finds what it has computed.
     states = cache_root() / f"guards-{sha256(str(out.resolve()).encode()).hexdigest()[:12]}"
     common = FitOptions(threshold=rule, cache_root=states, keep_cache=True)
-    done = {name: ready.is_trained(out / name, backbone, own, rule) for name, own in texts.items()}
-    for name in texts:
-        require_free(out / name, force=force or done[name])
+    differing = {
+        name: ready.differences(out / name, backbone, own, rule) for name, own in texts.items()
+    }
+    for name, others in differing.items():
+        if others and holds_probe(out / name) and not force:
+            raise SidelightError(
+                f"{out / name} holds a probe of other {' and '.join(others)}. Name another folder, "
+                "or replace it with --force."
+            )
     traffic = load_background("packaged")
     shared = ready.background_states(backbone, traffic)
     for number, (name, own) in enumerate(texts.items(), 1):
@@ -165,7 +171,7 @@ def _train(
         if len(own) < sizes[name]:
             count += f" of {sizes[name]:,} (--rows {sizes[name]} takes all)"
         click.echo(f"\n{name} ({number} of {len(texts)}): {count} texts")
-        if done[name]:
+        if not differing[name]:
             click.echo(f"{out / name} is complete, of these texts, options and model.")
         else:
             reads = replace(common.reads, side=card.reads)

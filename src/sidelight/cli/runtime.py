@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sidelight.engines.llama.library import MOST_SEQUENCES, MOST_THREADS
+from sidelight.engines.llama.library import MOST_SEQUENCES, MOST_THREADS, require_version
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf
 from sidelight.smollm2 import EMBEDDED_NAME, require_model
@@ -118,6 +118,7 @@ class Runtime:
                 f"{self.engine}. Name a folder saved by save_pretrained or a hub id here."
             )
         self._require_options("llama")
+        require_version()
         find_gguf(name)
         return name
 

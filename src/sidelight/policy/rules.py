@@ -343,7 +343,8 @@ def read_policy(path: Path) -> Policy:
         raise SidelightError(f"Cannot read {path}: {error}. Name a TOML file in UTF-8.") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SidelightError(
-            f"{path} is not TOML: {error}. Write texts in quotes, and table names in brackets."
+            f"{path} is not TOML: {error}. Write texts in quotes, table names in brackets, and "
+            "each key of a table once."
         ) from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -28,11 +28,12 @@ from sidelight.types import Task
 
 # Most tokens of a guard's texts, where no number of rows is named.
 TOKENS_ON_CPU = 250_000
-_POLICY = """# Nothing is blocked, and no client sees a verdict: they are counted in
-# /metrics, which needs a key then (--metrics-key).
-# To block what a guard flags, take the comment below its mode in place of it. A line such as
-# threshold = 0.9 would replace the threshold of training. Rules that block prompts refuse
-# conversations that begin with a system turn, unless only you write these:
+_POLICY = """\
+# A guard with mode = "shadow" blocks nothing, and no client sees its verdicts: they are
+# counted in /metrics, which needs a key then (--metrics-key).
+# To block what it flags, write "block" in place of "shadow". A line such as threshold = 0.9
+# would replace the threshold of training. Rules that block prompts refuse conversations that
+# begin with a system turn, unless only you write these:
 # system_turns = "trust"
 # In a rule of prompts, turns = "tool" acts on what tools bring, and on nothing that a user says.
 """
@@ -57,21 +58,25 @@ def affordable(backbone: Backbone, texts: LabelledExamples) -> LabelledExamples:
     return draw_texts(texts, sizes=np.minimum(sizes, limit).tolist(), most=TOKENS_ON_CPU)
 
 
-def is_trained(
+def differences(
     folder: Path, backbone: Backbone, texts: LabelledExamples, rule: ThresholdRule
-) -> bool:
-    """Whether a folder holds the probe that a training would write; not if it cannot be read."""
+) -> list[str]:
+    """What the probe of a folder has otherwise than the one that a training would write."""
     try:
         manifest, model = read_manifest(folder), backbone.fingerprint
     except SidelightError:
-        return False
+        return ["contents"]
     history = manifest.history
     mechanism = named_mechanism(AUTO, of_spans=texts.spans is not None)
-    wanted = (texts.content_hash, str(rule), 0, mechanism, model.digest, model.dtype)
-    return wanted == (
-        *(history.training.given_sha256, history.threshold_rule, history.seed),
-        *(manifest.mechanism.name, manifest.backbone.digest, manifest.backbone.dtype),
-    )
+    compared = {
+        "texts": (history.training.given_sha256, texts.content_hash),
+        "threshold rule": (history.threshold_rule, str(rule)),
+        "seed": (history.seed, 0),
+        "mechanism": (manifest.mechanism.name, mechanism),
+        "model": (manifest.backbone.digest, model.digest),
+        "dtype": (manifest.backbone.dtype, model.dtype),
+    }
+    return [name for name, (there, wanted) in compared.items() if there != wanted]
 
 
 def measure_tests(
@@ -113,13 +118,13 @@ def measure_tests(
 
 
 def observing_policy(probes: Sequence[Probe]) -> str:
-    """A policy in which nothing is blocked, with the lines that block as comments."""
+    """A policy in which nothing is blocked, with a comment that says how to block."""
     rules = [_POLICY]
     for probe in probes:
         side = "output" if probe.reads.includes_response else "input"
         # A bare key has no dot.
         name = f'"{probe.name}"' if "." in probe.name else probe.name
-        rules.append(f'\n[{side}.{name}]\nmode = "shadow"\n# mode = "block"\n')
+        rules.append(f'\n[{side}.{name}]\nmode = "shadow"\n')
     return "".join(rules)
 
 

@@ -210,7 +210,7 @@ def _read(path: Path) -> tuple[GGUFReader, list[str], str, dict[str, Any]]:
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise SidelightError(f"{path} is not a GGUF file. Give a file that ends by .gguf.")
+                raise SidelightError(f"{path} does not begin as a GGUF file does. Copy it again.")
         reader = _Reader(path)
         return reader, _value(reader, "tokenizer.ggml.tokens", []), *_read_config(path, reader)
     except OSError as error:
