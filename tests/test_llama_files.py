@@ -1,5 +1,6 @@
 """What is no GGUF file that probes can read is refused in one line, and ends no process."""
 
+import resource
 import signal
 import sys
 from contextlib import suppress
@@ -227,6 +228,37 @@ def test_a_files_tokenizer_is_kept_and_built_again_if_that_is_damaged_or_of_anot
     monkeypatch.setattr(transformers, "__version__", "5.0.0")
     assert LlamaBackbone(path).fingerprint == built.fingerprint
     assert len([*kept.parent.glob("*.tokenizer.json")]) == 2
+
+
+@needs_llama
+@pytest.mark.parametrize("why", ["Not a directory", "File too large"])
+def test_a_cache_that_cannot_be_written_ends_nothing_and_is_warned_of(
+    tiny, tmp_path, monkeypatch, caplog, why
+):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    built = LlamaBackbone(path)
+    assert not caplog.messages
+    if why == "Not a directory":
+        monkeypatch.setenv("SIDELIGHT_CACHE", str(path / "cache"))
+        names = [".tokenizer.json", ".json"]
+        again = LlamaBackbone(path)
+    else:
+        monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "full"))
+        names = [".tokenizer.json"]
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # A trial has fewer bytes than a tokenizer.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            again = LlamaBackbone(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        (kept,) = (tmp_path / "full" / "gguf").iterdir()
+        assert not kept.name.endswith(".tokenizer.json")
+    assert again.fingerprint == built.fingerprint
+    for name, message in zip(names, caplog.messages, strict=True):
+        assert message.startswith(f"Cannot keep {cache_root() / 'gguf'}")
+        assert f"{name} ({why}" in message
+        assert "SIDELIGHT_CACHE" in message
 
 
 @needs_llama

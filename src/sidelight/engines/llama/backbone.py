@@ -29,14 +29,13 @@ from sidelight.checkpoint import Checkpoint, fingerprint
 from sidelight.engines.llama.context import LlamaContext, LlamaModel
 from sidelight.engines.llama.decoder import Slot, read_text
 from sidelight.engines.llama.library import BY_CALLBACK, BY_LAYER_INPUT, PINNED
-from sidelight.engines.llama.trial import SAMPLE, try_once
+from sidelight.engines.llama.trial import SAMPLE, keep, try_once
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.fingerprint import hash_of
 from sidelight.machine import free_memory
 from sidelight.prompts.conversation import EncodedPrompt, PromptFormat
 from sidelight.prompts.encode import PromptEncoder
 from sidelight.smollm2 import cache_root
-from sidelight.storage import write_json
 
 _BLOCKS_PER_WEIGHT = 16
 _SIZES = ("block_count", "context_length", "embedding_length")
@@ -308,11 +307,24 @@ def _tokenizer(path: Path, given: str | None, header: str) -> Any:
             f"{what} that transformers can read ({type(error).__name__}). Name the model's own, a "
             "folder or hub id: --tokenizer NAME."
         ) from error
-    with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = {file.name: file.read_text("utf-8") for file in Path(folder).glob("*.*")}
-    write_json(kept, {"tokenizer": _tokenizer_hash(tokenizer), "files": files})
+    keep(kept, lambda: _kept(tokenizer))
     return tokenizer
+
+
+def _kept(tokenizer: Any) -> dict[str, Any]:
+    """What the cache keeps of a tokenizer.
+
+    Raises:
+        OSError: There is no room for the files that this passes through.
+    """
+    with TemporaryDirectory() as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            # The part in Rust has no narrower one for a full disk.
+            raise OSError(str(error)) from error
+        files = {file.name: file.read_text("utf-8") for file in Path(folder).glob("*.*")}
+    return {"tokenizer": _tokenizer_hash(tokenizer), "files": files}
 
 
 def _kept_tokenizer(kept: Path) -> Any:

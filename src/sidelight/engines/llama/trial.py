@@ -5,12 +5,14 @@ again: its result is kept by what identifies the file.
 """
 
 import json
+import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from signal import Signals
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, TypeAdapter
@@ -22,6 +24,8 @@ from sidelight.fingerprint import hash_of
 from sidelight.machine import free_memory
 from sidelight.smollm2 import cache_root
 from sidelight.storage import write_json
+
+_log = logging.getLogger(__name__)
 
 SAMPLE = "I'm sure: 3.14159 of 2024's   users\n\n\tdon't read “übergroße” 你好 😀 == {x}\r\n"
 """A text that tokenizers cut differently."""
@@ -66,8 +70,21 @@ def try_once(path: Path, architecture: str, identity: str) -> list[int]:
             f"not served{': ' if why else ''}{why.strip()}. Use another file of this model."
         )
     result = json.loads(ended.stdout.splitlines()[-1])
-    write_json(kept, result)
+    keep(kept, lambda: result)
     return result["sample"]
+
+
+def keep(path: Path, make: Callable[[], Any]) -> None:
+    """Writes to the cache what only saves time; where that fails, a warning says so."""
+    try:
+        write_json(path, make())
+    except OSError as error:
+        _log.warning(
+            "Cannot keep %s (%s), so every start takes seconds longer. Free some disk space, or "
+            "set SIDELIGHT_CACHE to a folder that can be written.",
+            path,
+            error.strerror or error,
+        )
 
 
 def _try(path: Path, architecture: str) -> list[int]:
