@@ -173,12 +173,12 @@ def compare_engines(
             advance(len(measured) * len(pairs))
             for number in range(len(measured), rounds):
                 first = number % len(pairs)
-                own: dict[tuple[str, int], list[tuple[float, float]]] = {}
+                spent: dict[tuple[str, int], list[tuple[float, float]]] = {}
                 for pair in pairs[first:] + pairs[:first]:
                     model, probes = pair
-                    own[pair] = ask(model, "measure", probes, tokens, written)
+                    spent[pair] = ask(model, "measure", probes, tokens, written)
                     advance(1)
-                measured.append([own[pair] for pair in pairs])
+                measured.append([spent[pair] for pair in pairs])
                 if kept is not None:
                     write_json(kept, measured)
         megabytes = [ask(model, "close") for model in models]
