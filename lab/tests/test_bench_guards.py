@@ -61,6 +61,7 @@ def measure(tiny, background, tmp_path_factory):
             "rivals": ROWS,
             "seeds": 1,
             "rows": 30,
+            "options": BRIEF,
             "out": out,
         }
         | given,
