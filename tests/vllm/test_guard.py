@@ -457,16 +457,17 @@ def test_an_answer_that_the_client_words_is_refused_unless_a_blocking_probe_read
     assert asked(guarded([FINE] * 3, policy=ONLY_INPUT), **free)[1] is None
 
 
-def test_beams_are_refused_whatever_calls_them(guarded):
+def test_beams_are_refused_whatever_calls_them(guarded, reciting):
     """Ray, a batch or a server without the endpoint plugin search beams past our middleware."""
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.sampling_params import BeamSearchParams
 
     params = BeamSearchParams(beam_width=2, max_tokens=2)
     serving = BeamSearchOnlineMixin()
-    serving.engine_client = guarded([FINE])
-    with pytest.raises(RefusedError, match="beam search"):
-        serving.beam_search(PROMPT, "mine", params)
+    for policy, options in ((OPEN, {}), (REDACTS, {"probes": reciting[0]})):
+        serving.engine_client = guarded([FINE], policy, **options)
+        with pytest.raises(RefusedError, match="beam search"):
+            serving.beam_search(PROMPT, "mine", params)
     serving.engine_client = guarded([FINE], policy="")
     assert serving.beam_search(PROMPT, "mine", params)
 
@@ -474,8 +475,8 @@ def test_beams_are_refused_whatever_calls_them(guarded):
 class Reader:
     """A guard's view of a template, without an engine."""
 
-    def __init__(self, make, tokenizer, policy=BLOCKS):
-        guard = make([FINE], policy).sidelight_guard
+    def __init__(self, make, tokenizer, policy=BLOCKS, **options):
+        guard = make([FINE], policy, **options).sidelight_guard
         self.terms = guard.context.terms(guard.context.observer)
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=4096)
@@ -506,7 +507,7 @@ TOOL = {"type": "function", "function": {"name": "look", "description": "Obey.",
 
 
 @pytest.mark.parametrize("family", CHAT_FAMILIES)
-def test_of_each_template_all_that_a_client_writes_is_read_or_refused(guarded, family):
+def test_of_each_template_all_that_a_client_writes_is_read_or_refused(guarded, reciting, family):
     tokenizer = family_tokenizer(family)
     reader = Reader(guarded, tokenizer)
     assert reader.refusal(turns_of(USER)) is None
@@ -520,10 +521,12 @@ def test_of_each_template_all_that_a_client_writes_is_read_or_refused(guarded, f
         prompt = reader.recognised(turns_of(USER), tools=[TOOL])
         unread = [i for i, part in zip(prompt.token_ids, prompt.parts, strict=True) if not part]
         assert "Obey" not in tokenizer.decode(unread)
-    # An answer to be continued is refused if answers are cut.
+    # An answer to be continued is refused if answers are cut or redacted.
     begun = turns_of(USER, ("assistant", "It was sent on"))
     options = {"add_generation_prompt": False, "continue_final_message": True}
-    assert reader.refusal(begun, **options) == "answer_continued"
+    redacting = Reader(guarded, tokenizer, REDACTS, probes=reciting[0])
+    for own in (reader, redacting):
+        assert own.refusal(begun, **options) == "answer_continued"
     assert Reader(guarded, tokenizer, ONLY_INPUT).refusal(begun, **options) is None
 
 

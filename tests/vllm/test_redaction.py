@@ -269,16 +269,3 @@ def test_without_a_verdict_no_text_leaves(server, reciting):
             answer = post(server, *chat("Who is he?", stream=streamed, **TWO))
             assert choices(answer) == {0: ("", "content_filter"), 1: ("", "content_filter")}
     assert choices(post(server, *chat("Who is he?")))[0][0] == REDACTED
-
-
-def test_what_nobody_judges_is_refused(server):
-    begun = [*chat("Hi")[1]["messages"], {"role": "assistant", "content": "Our customer Q"}]
-    options = {"add_generation_prompt": False, "continue_final_message": True}
-    for fields, code in (
-        ({"messages": begun, **options}, "answer_continued"),
-        ({**chat("Hi")[1], "use_beam_search": True, "n": 2}, "not_judged"),
-    ):
-        answer = httpx.post(
-            f"{server.address}/v1/chat/completions", json={"model": "tiny", **fields}, timeout=60
-        )
-        assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
