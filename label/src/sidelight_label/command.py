@@ -132,8 +132,7 @@ def label(
         labelled = None
         if path.stat().st_size:
             labelled = load_examples(path, text=text, label=label, response=response, task=task)
-            for warning in labelled.warnings:
-                click.echo(f"Warning: {path.name}: {warning}", err=True)
+            options.warn(f"{path.name}: {warning}" for warning in labelled.warnings)
         pool_examples, decided = merged(examples, labelled)
         runtime = replace(runtime, model=runtime.model_of(loaded))
         fit_options = FitOptions(

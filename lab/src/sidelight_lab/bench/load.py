@@ -9,7 +9,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
 from itertools import cycle
@@ -26,10 +26,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.data.loading import load_examples
-from sidelight.mechanisms.base import mechanism_spec
+from sidelight.probe import Probe
 from sidelight.progress import progress
 from sidelight.prompts.conversation import Message, Reads
-from sidelight.spans import SpanRule
 from sidelight.training.judging import judge
 from sidelight_lab.bench.measurement import Range, Record, conditions, spread_probe, table
 from sidelight_lab.bench.server_process import ServerProcess
@@ -81,7 +80,7 @@ def prepare(
     prompts = [backbone.encoder.encode(item.messages) for item in texts]
     asked = (Message("user", "Write a message."),)
     answered = [backbone.encoder.encode(asked, item.text) for item in texts]
-    probes = []
+    probes: list[Probe] = []
     for seed, name in enumerate(PROBES):
         marks = spans and name != "telling"
         is_reply = name == "reply"
@@ -89,12 +88,10 @@ def prepare(
             backbone,
             (answered if is_reply else prompts)[:_SPREAD],
             name,
-            spec=mechanism_spec("spans" if marks else "readout"),
             reads=Reads("response" if is_reply else "prompt", template=not marks),
+            labels_spans=marks,
             seed=seed,
         )
-        if marks:
-            probe = replace(probe, spans=SpanRule(probe.calibration, (0.95,), (None,)))
         probes.append(probe)
     probabilities = np.array(
         [

@@ -83,12 +83,14 @@ def untrained_probe(
     prompt_format: PromptFormat = "chat",
     spec: MechanismSpec | None = None,
     reads: Reads | None = None,
+    labels_spans: bool = False,
     seed: int = 0,
 ) -> Probe:
     """A binary probe with random weights, which costs as much as a trained one."""
     task = Task("binary", ("no", "yes"))
     geometry = Geometry(layers=who.layers, width=who.width, outputs=task.outputs)
-    spec = spec or mechanism_spec("readout")
+    spec = spec or mechanism_spec("spans" if labels_spans else "readout")
+    calibration = Calibration("none", task.kind, (1.0,), (0.0,))
     with torch.random.fork_rng(()):
         torch.manual_seed(seed)
         mechanism = build_mechanism(spec, geometry).eval().requires_grad_(False)
@@ -103,8 +105,9 @@ def untrained_probe(
         spec=spec,
         mechanism=mechanism,
         standardisation=Standardisation.identity(geometry),
-        calibration=Calibration("none", task.kind, (1.0,), (0.0,)),
+        calibration=calibration,
         thresholds=(0.5,),
+        spans=SpanRule(calibration, (0.95,), (None,)) if labels_spans else None,
         fingerprint=who,
     )
 
@@ -115,11 +118,9 @@ def untrained_guards(who: Fingerprint, *, prompt_format: PromptFormat = "chat") 
     Three read prompts, one labels spans of prompts, and one reads responses.
     """
     probe = partial(untrained_probe, who, prompt_format=prompt_format)
-    labelling = probe("pii", spec=mechanism_spec("spans"), reads=Reads(template=False))
-    rule = SpanRule(labelling.calibration, (0.95,), (None,))
     return [
         *(probe(name, seed=seed) for seed, name in enumerate(("injection", "harmful", "toxicity"))),
-        replace(labelling, spans=rule),
+        probe("pii", labels_spans=True, reads=Reads(template=False)),
         probe("refusal", reads=Reads("response")),
     ]
 
@@ -152,7 +153,8 @@ def spread_probe(
     scale = 1.5 / max(1e-6, float(logits.std()))
     shift = -scale * float(logits.mean())
     calibration = Calibration("platt", "binary", (scale,), (shift,))
-    return replace(probe, calibration=calibration)
+    rule = probe.spans and replace(probe.spans, calibration=calibration)
+    return replace(probe, calibration=calibration, spans=rule)
 
 
 async def write_answers(engine: Engine, texts: int, tokens: int) -> int:

@@ -29,7 +29,6 @@ from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.progress import progress
 from sidelight.prompts.conversation import Message, Reads
-from sidelight.spans import SpanRule
 from sidelight.vllm.worker import Worker, current_worker
 from sidelight_lab.bench.measurement import offline_engine, untrained_guards, untrained_probe
 
@@ -52,10 +51,7 @@ def probe_sets(who: Fingerprint) -> dict[str, list[Probe]]:
     """No probes, readouts, an attention probe, two of responses, and guards; random weights."""
     readouts = [untrained_probe(who, f"readout-{i}", seed=i) for i in range(100)]
     attention = untrained_probe(who, "attention", spec=mechanism_spec("attention"))
-    labelling = untrained_probe(
-        who, "spans", spec=mechanism_spec("spans"), reads=Reads("response", template=False)
-    )
-    rule = SpanRule(labelling.calibration, (0.95,), (None,))
+    late = Reads("response", template=False)
     return {
         NOTHING: [],
         "1 readout": readouts[:1],
@@ -63,7 +59,7 @@ def probe_sets(who: Fingerprint) -> dict[str, list[Probe]]:
         "100 readouts": readouts,
         "1 attention": [attention],
         "1 of responses": [untrained_probe(who, "late", reads=Reads("response"))],
-        "1 of spans": [replace(labelling, spans=rule)],
+        "1 of spans": [untrained_probe(who, "spans", labels_spans=True, reads=late)],
         "5 guards": untrained_guards(who),
     }
 

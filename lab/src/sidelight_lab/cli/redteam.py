@@ -124,8 +124,7 @@ def redteam(
         chosen = [name for name in chosen if name != SEARCH]
     attacked = load_probe(probe)
     thresholds = flagging_thresholds(attacked, labels=flag or (), threshold=threshold)
-    for warning in examples.warnings:
-        click.echo(f"Warning: {warning}", err=True)
+    options.warn(examples.warnings)
     flags = ", ".join(f"{label} from {least:.3f}" for label, least in thresholds.items())
     routes: list[dict[str, Any]] = []
     with ExitStack() as stack:

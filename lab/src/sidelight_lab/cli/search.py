@@ -87,8 +87,7 @@ def search(
     from sidelight_lab.search import best_of, search_settings
 
     dataset = prepare(runtime.load_transformers(), training, validation, options=fit_options)
-    for warning in dataset.warnings:
-        click.echo(f"Warning: {warning}", err=True)
+    options.warn(dataset.warnings)
     trials_of: dict[str, tuple[Trial, ...]] = {}
     for name in mechanisms:
         trials_of[name] = search_settings(
