@@ -8,6 +8,7 @@ Tests of one ``xdist_group`` run in one process, one after the other: those that
 import asyncio
 import importlib.util
 import os
+from contextlib import nullcontext
 
 import pytest
 
@@ -69,27 +70,30 @@ def gemma_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def llama(llama_model):
     """One engine over it for all tests, which leave its probes as they were."""
-    yield from started(llama_model, max_num_batched_tokens=48)
+    from worlds.vllm import IS_INTERPRETED
+
+    yield from started(llama_model, IS_INTERPRETED, max_num_batched_tokens=48)
 
 
 @pytest.fixture(scope="session")
 def gemma(gemma_model):
-    yield from started(gemma_model, max_num_batched_tokens=200, max_num_seqs=16)
+    """Likewise, without a process of its own for the worker."""
+    yield from started(gemma_model, True, max_num_batched_tokens=200, max_num_seqs=16)
 
 
-def started(model, **options):
+def started(model, is_together, **options):
     from engine_contract import Subject
     from sidelight.vllm.engine import VllmEngine, load_vllm_engine
     from sidelight.vllm.settings import ProbeSet
-    from worlds.vllm import WARM_UP
+    from worlds.vllm import WARM_UP, together
 
     given = {"enforce_eager": True, "block_size": 32, "max_num_seqs": 8, "max_model_len": 1088}
     with asyncio.Runner() as runner:
 
         async def start():
-            engine = load_vllm_engine(
-                model.path, model.probes, dtype="float32", options={**given, **WARM_UP, **options}
-            )
+            fields = {**given, **WARM_UP, **options}
+            with together() if is_together else nullcontext():
+                engine = load_vllm_engine(model.path, model.probes, dtype="float32", options=fields)
             await engine.start()
             return engine
 

@@ -50,7 +50,7 @@ class Subject:
     control_tokens: Sequence[str] = tuple(SPECIAL_TOKENS)
     template: tuple[str, str, str] = ("<|user|>", "<|end|>\n<|assistant|>", "<|end|>\n")
     letter: str = "x"
-    many: int = 150
+    many: int = 130
 
     def run(self, work: Any) -> Any:
         return self.runner.run(work)

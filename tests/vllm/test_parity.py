@@ -23,6 +23,8 @@ from worlds.vllm import (
 )
 
 PROMPTS, LONGEST = (16, 400) if IS_INTERPRETED else (48, 1000)
+# Tokens of short answers, and of one over several blocks.
+SHORT, LONG = (8, 30) if IS_INTERPRETED else (24, 60)
 
 
 @pytest.fixture(
@@ -86,11 +88,11 @@ def test_verdicts_equal_computed_and_from_the_cache_to_the_last_digit(subject, p
 def test_probes_of_the_response_read_what_is_written(subject, prompts):
     """Also in later turns, whose prompt holds tokens that were computed while they were decoded."""
     chosen = [prompt for prompt in prompts if len(prompt) < 300][:8]
-    outputs = run(subject, chosen, max_tokens=24, ignore_eos=True)
+    outputs = run(subject, chosen, max_tokens=SHORT, ignore_eos=True)
     read = [followed(p, o.outputs[0].token_ids[:-1]) for p, o in zip(chosen, outputs, strict=True)]
     require_equal(verdicts(outputs), expected(subject.model, read))
     opening = random_prompt(subject.model.backbone, 70, seed=11)
-    (output,) = run(subject, [opening], max_tokens=60, ignore_eos=True)
+    (output,) = run(subject, [opening], max_tokens=LONG, ignore_eos=True)
     prefix = opening.token_ids + tuple(output.outputs[0].token_ids)
     whole = random_prompt(subject.model.backbone, len(prefix) + 20, seed=12, prefix=prefix)
     require_equal(verdicts(run(subject, [whole])), expected(subject.model, [whole]))

@@ -14,10 +14,19 @@ from sidelight.prompts.conversation import Message
 from sidelight.types import Span
 from worlds.servers import in_process
 from worlds.stock import completion, stock_server, unjudged
-from worlds.vllm import ANSWER, REDACTED, ROUNDING, SECRETS, reciting_model
+from worlds.vllm import (
+    ANSWER,
+    IS_INTERPRETED,
+    REDACTED,
+    ROUNDING,
+    SECRETS,
+    TOGETHER,
+    reciting_model,
+)
 
 pytestmark = pytest.mark.xdist_group("redaction")
-STREAMED = pytest.mark.parametrize("streamed", [False, True])
+# A runner knows nothing of streams.
+STREAMED = pytest.mark.parametrize("streamed", [True] if IS_INTERPRETED else [False, True])
 WORDS = "Does Quentin Zyxwvut know 4711?"
 # A draw without any doubt: vLLM writes one text only at a temperature of 0.
 NOT_OF_ANSWERS = ("index", "text_offset", "prompt_token_ids")
@@ -44,6 +53,7 @@ def server(reciting, tmp_path_factory):
         SIDELIGHT_ADMIN_KEY=ADMIN,
         VLLM_LOGGING_LEVEL="DEBUG",
         VLLM_SERVER_DEV_MODE="1",
+        **TOGETHER,
     ) as server:
         yield server
 

@@ -14,6 +14,7 @@ import pytest
 from policy_contract import chat
 from worlds.servers import openai_client
 from worlds.stock import TOOL, post, posts, requests_of, thin_start
+from worlds.vllm import TOGETHER
 
 pytestmark = pytest.mark.xdist_group("thin")
 KEY, ADMIN, LISTED = "a-users-key", "an-admins-key", "a-listed-key"
@@ -33,7 +34,7 @@ def start(subjects, tmp_path_factory):
     more = ("enable_auto_tool_choice=true", "tool_call_parser=hermes", "enable_scale_out=true")
     options = ["--config", str(home / "server.toml")]
     options += [word for option in more for word in ("--engine-option", option)]
-    keys = {"SIDELIGHT_API_KEY": KEY, "SIDELIGHT_ADMIN_KEY": ADMIN}
+    keys = {"SIDELIGHT_API_KEY": KEY, "SIDELIGHT_ADMIN_KEY": ADMIN, **TOGETHER}
     with ExitStack() as stack:
         running = []
 
@@ -176,10 +177,9 @@ def test_ctrl_c_ends_the_server_with_the_documented_exit_code(start):
 @pytest.mark.parametrize(
     ("moment", "number", "code"),
     [
-        # In the process of the server, and in that of the engine.
-        ("Resolved architecture", signal.SIGTERM, 0),
+        # In the process of the server, and in that of a worker.
+        ("Resolved architecture", signal.SIGINT, 130),
         ("Starting to load model", signal.SIGTERM, 0),
-        ("Starting to load model", signal.SIGINT, 130),
     ],
 )
 def test_a_signal_ends_all_processes_while_the_model_loads(
