@@ -175,11 +175,16 @@ def test_a_record_may_hold_more_than_is_read(tiny, tmp_path):
     assert load_probe(saved).record == record
 
 
-def test_another_backbone_is_refused_and_both_are_named(tiny, tmp_path):
+@pytest.mark.parametrize("different", [["weights"], ["config"], ["config", "weights"]])
+def test_another_backbone_is_refused_and_both_are_named_with_their_difference(
+    tiny, tmp_path, different
+):
     # Weights of the right shape for what the manifest says, so only the fingerprint is wrong.
-    other = replace(tiny.fingerprint, name="Llama-3.2-3B", weights="0" * 16)
+    hashes = dict.fromkeys(different, "0" * 16)
+    other = replace(tiny.fingerprint, name="Llama-3.2-3B", **hashes)
     folder = save_probe(replace(probe_of(tiny), fingerprint=other), tmp_path)
-    with pytest.raises(FingerprintMismatchError, match="whose weights differ") as caught:
+    why = f"they differ in {', '.join(different)}, and {ACCEPTED} is not set"
+    with pytest.raises(FingerprintMismatchError, match=why) as caught:
         load(folder, model=tiny)
     for named in ("'toxicity'", other.name, other.digest, tiny.name, tiny.fingerprint.digest):
         assert named in str(caught.value)

@@ -59,5 +59,5 @@ def test_a_probe_of_another_file_is_refused_even_of_the_same_model(made, tmp_pat
     weight[0, 0] += 1
     changed = write_gguf(made.reference.model, tmp_path / "llama.gguf", "llama", tiny_tokenizer())
     weight[0, 0] -= 1
-    with pytest.raises(FingerprintMismatchError, match="whose weights differ"):
+    with pytest.raises(FingerprintMismatchError, match="they differ in weights, and"):
         load(folder, model=type(made.backbone)(changed))

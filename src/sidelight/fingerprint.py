@@ -63,19 +63,18 @@ class Fingerprint:
             return
         both = (
             f"Probe '{probe}' was trained on {self.name} (fingerprint {self.digest}), but this "
-            f"backbone is {served.name} ({served.digest})"
+            f"backbone is {served.name} ({served.digest}); they differ in {', '.join(different)}"
         )
         if accepted is None or not _MAY_DIFFER.issuperset(different):
             raise FingerprintMismatchError(
-                f"{both}; they differ in {', '.join(different)}. Train the probe on this model, or "
-                "serve the other."
+                f"{both}. Train the probe on this model, or serve the other."
             )
         digest = hash_of(self.digest, served.digest)
         if digest != accepted:
             raise FingerprintMismatchError(
-                f"{both}, whose weights differ, and {ACCEPTED} is {accepted or 'not set'}. If they "
-                f"are quantised from the same ones, {ACCEPTED}={digest} accepts the model's probes "
-                "on them: set it to measure all that you serve, 'sidelight parity PROBE ... --data "
+                f"{both}, and {ACCEPTED} is {accepted or 'not set'}. If both are of the same "
+                f"weights, quantised or not, {ACCEPTED}={digest} accepts the model's probes on the "
+                "copy: set it to measure all that you serve, 'sidelight parity PROBE ... --data "
                 f"FILE --quantised {served.name} --gate 0.01', with each --engine-option that you "
                 "serve with, and to serve and judge by them if that ends with 0. Otherwise train "
                 "the probe on this model, or serve the other."
