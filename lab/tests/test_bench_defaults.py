@@ -5,6 +5,7 @@ import pytest
 from sidelight.data.loading import load_examples
 from sidelight.prompts.conversation import Message
 from sidelight.training.background import Background
+from sidelight.training.settings import SUGGESTED, TrainingSettings
 from sidelight_lab.bench.defaults import (
     ALONE,
     DEFAULT,
@@ -19,7 +20,8 @@ from worlds.data import planted_rows
     ("kind", "figure"),
     [("binary", "auprc in contexts"), ("multiclass", "accuracy in contexts")],
 )
-def test_the_default_and_every_rival_have_figures(tiny, tmp_path, kind, figure):
+def test_the_default_and_every_rival_have_figures(tiny, tmp_path, monkeypatch, kind, figure):
+    monkeypatch.setitem(SUGGESTED, "readout", TrainingSettings(epochs=2, least_steps=0))
     turns = (Message("assistant", "Yes."), Message("user", "Thanks."))
     conversations = tuple((Message("user", f"Hello {i}."), *turns) for i in range(10))
     judged = compare_defaults(
