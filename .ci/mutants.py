@@ -92,6 +92,8 @@ PARTS = {
             "classifier",
             "estimator",
             "turns_judged",
+            "spans",
+            "guard_command",
         ],
     ),
 }
