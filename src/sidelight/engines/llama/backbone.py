@@ -209,7 +209,10 @@ def _read(path: Path) -> tuple[GGUFReader, list[str], str, dict[str, Any]]:
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise SidelightError(f"{path} does not begin as a GGUF file does. Copy it again.")
+                raise SidelightError(
+                    f"{path} is not a GGUF file, whatever its name says. Copy it again, or name "
+                    "another."
+                )
         reader = _Reader(path)
         return reader, _value(reader, "tokenizer.ggml.tokens", []), *_read_config(path, reader)
     except OSError as error:
