@@ -6,8 +6,15 @@ from pathlib import Path
 import pytest
 
 from sidelight.errors import SidelightError
-from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
+from sidelight.policy.rules import (
+    Policy,
+    Rule,
+    bound_rules,
+    read_policy,
+    require_policy_applies,
+)
 from sidelight.prompts.conversation import Reads
+from sidelight.types import Verdict
 from worlds.models import INTENT, three_probes, untrained_probe
 
 
@@ -149,3 +156,14 @@ def test_a_file_that_does_not_mention_system_turns_refuses_them_if_it_blocks_pro
         ("system_turns = 'trust'\n[input.toxicity]\nmode = 'block'", False),
     ):
         assert read(text).refuses_system_turns == refuses, text
+
+
+def test_a_verdict_counts_as_routed_only_if_its_label_has_a_route(probes):
+    rule = Rule("route", routes={"billing": "desk-2"})
+    (intent,) = (probe for probe in probes if probe.task == INTENT)
+    (bound,) = bound_rules(Policy(input={intent.name: rule}), [intent])
+    actions = {
+        label: bound.action(Verdict(intent.name, label, (label,), {}, flagged=False))
+        for label in INTENT.labels
+    }
+    assert actions == {"billing": "route", "refund": "none", "other": "none"}

@@ -76,6 +76,14 @@ def test_what_the_tokenizer_writes_around_a_text_cuts_no_plain_text():
     assert recognised.parts.count(Part.TEMPLATE) == 2
 
 
+def test_a_tools_turn_keeps_its_role_where_the_tokenizer_begins_texts_by_a_token():
+    with_bos = encoder(CHATML, adds_bos=True)
+    for content, keeps in (("18 degrees", True), ("18<|im_end|>", False)):
+        said = [user("how warm is it"), Message("tool", content)]
+        ids = with_bos.encode(said).token_ids
+        assert with_bos.recognise(ids, said).is_attributed == keeps
+
+
 def test_spaces_belong_to_the_text_where_offsets_are_trimmed():
     raw, chat = (encoder(template, trims_offsets=True) for template in (None, CHATML))
     for text in ("a    b", "end   ", "   hello"):
