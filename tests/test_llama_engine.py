@@ -14,7 +14,7 @@ from sidelight.engines.llama.engine import LlamaEngine
 from sidelight.engines.queue import Limits
 from sidelight.prompts.conversation import Message, Reads
 from sidelight.smollm2 import EMBEDDED_NAME, packaged_gguf
-from worlds.gguf import gguf_model, needs_llama, states
+from worlds.gguf import CONFIGS, gguf_model, needs_llama, states
 from worlds.models import untrained_probe
 from worlds.servers import GREEDY, ask, written_alone
 from worlds.vllm import ROUNDING, with_probes
@@ -26,8 +26,7 @@ LEAST_COSINE = 0.99
 LIMITS = Limits(running=3, waiting=20, prefill_tokens=32, cache_tokens=4 * 256)
 
 
-# One of each way to read states; ``test_llama_states`` has all architectures.
-@pytest.fixture(scope="module", params=["llama", "gemma3"])
+@pytest.fixture(scope="module", params=CONFIGS)
 def subject(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
     made = gguf_model(folder, request.param)
