@@ -491,6 +491,7 @@ def test_what_has_no_place_in_vllms_server_or_would_be_left_open_is_refused(monk
         *((f"no place for '{name}'", {name: True if name in switches else 7}) for name in NO_PLACE),
         ("--api-key instead", {"engine_option": {"api_key": "x"}}),
         ("run 'vllm serve'", {"engine_option": {"api_server_count": 2}}),
+        ("named twice", {"engine_option": {"served_model_name": "a"}, "served_model_name": "b"}),
         (r"Everybody who reaches 0\.0\.0\.0", {"host": "0.0.0.0"}),
     ):
         with pytest.raises(SidelightError, match=message):

@@ -175,6 +175,11 @@ def _require_places(config: ServerConfig) -> None:
     for name, remedy in NO_PLACE.items():
         if name in config.model_fields_set:
             raise SidelightError(f"vLLM's server has no place for '{name}'. Leave it out. {remedy}")
+    if config.served_model_name and "served_model_name" in config.engine_option:
+        raise SidelightError(
+            "The model is named twice, by --served-model-name and by --engine-option "
+            "served_model_name=. Leave one of them out."
+        )
     for name, remedy in _SET_HERE.items():
         if name in config.engine_option:
             raise SidelightError(f"vLLM's option '{name}' is set by Sidelight. {remedy}")
