@@ -216,7 +216,10 @@ def test_other_texts_replace_a_guard_only_by_force(words, tmp_path, capsys):
     adapted = (*words[:3], "--only", "shouts", "--rows", "40", "--data", own, "--out", str(out))
     assert cli(*adapted) == 2
     remedy = "Name another folder, or replace it with --force."
-    assert f"shouts holds a probe of other texts. {remedy}" in capsys.readouterr().err
+    assert (
+        f"shouts holds another probe: there are differences in texts. {remedy}"
+        in capsys.readouterr().err
+    )
     assert cli(*adapted, "--force") == 0
     after = json.loads((out / "figures.json").read_text())
     assert load_probe(out / "shouts").version == after["shouts"]["version"]
@@ -302,12 +305,18 @@ def test_a_probe_of_other_options_is_not_taken_for_a_complete_guard(words, tiny,
     again = (*words[:-1], str(out))
     assert cli(*again, "--dtype", "bfloat16") == 2
     remedy = "Name another folder, or replace it with --force."
-    assert f"letters holds a probe of other dtype. {remedy}" in capsys.readouterr().err
+    assert (
+        f"letters holds another probe: there are differences in dtype. {remedy}"
+        in capsys.readouterr().err
+    )
     probe = load_probe(out / "shouts")
     gate = untrained_probe(tiny, "shouts", task=probe.task, mechanism="gate")
     save_probe(replace(gate, record=probe.record), out / "shouts")
     assert cli(*again) == 2
-    assert f"shouts holds a probe of other mechanism. {remedy}" in capsys.readouterr().err
+    assert (
+        f"shouts holds another probe: there are differences in mechanism. {remedy}"
+        in capsys.readouterr().err
+    )
 
 
 def test_of_two_runs_into_one_folder_the_second_is_refused(words, capsys):

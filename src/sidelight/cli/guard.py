@@ -161,8 +161,8 @@ def _train(
     for name, others in differing.items():
         if others and holds_probe(out / name) and not force:
             raise SidelightError(
-                f"{out / name} holds a probe of other {' and '.join(others)}. Name another folder, "
-                "or replace it with --force."
+                f"{out / name} holds another probe: there are differences in {', '.join(others)}. "
+                "Name another folder, or replace it with --force."
             )
     traffic = load_background("packaged")
     shared = ready.background_states(backbone, traffic)

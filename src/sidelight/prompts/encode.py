@@ -66,7 +66,7 @@ class PromptEncoder:
 
     @property
     def warning(self) -> str | None:
-        """What a user should know who sends chats to this model; None: it has a chat template."""
+        """A warning for whoever sends chats to this model; None: it has a chat template."""
         if self.tokenizer.chat_template:
             return None
         return (

@@ -61,11 +61,14 @@ def affordable(backbone: Backbone, texts: LabelledExamples) -> LabelledExamples:
 def differences(
     folder: Path, backbone: Backbone, texts: LabelledExamples, rule: ThresholdRule
 ) -> list[str]:
-    """What the probe of a folder has otherwise than the one that a training would write."""
+    """Where the probe of a folder differs from the one that a training would write; none: nowhere.
+
+    One that cannot be read differs too.
+    """
     try:
         manifest, model = read_manifest(folder), backbone.fingerprint
     except SidelightError:
-        return ["contents"]
+        return ["its form, which cannot be read"]
     history = manifest.history
     mechanism = named_mechanism(AUTO, of_spans=texts.spans is not None)
     compared = {
