@@ -40,7 +40,6 @@ def test_no_set_the_packaged_one_and_a_file_need_no_llm(tmp_path: Path):
     assert load_background("none") == Background()
     packaged = load_background("packaged")
     assert len(packaged.conversations) == len(PACKAGED_ROWS)
-    assert packaged.private == set()
     path = tmp_path / "traffic.csv"
     path.write_text("text,source\nHello,mail\nWhere is my order?,chat\n")
     own = load_background(path)
@@ -48,7 +47,6 @@ def test_no_set_the_packaged_one_and_a_file_need_no_llm(tmp_path: Path):
     assert Counter(own.conversations) == Counter(
         [said("Hello"), said("Where is my order?"), *packaged.conversations]
     )
-    assert own.private == {said("Hello"), said("Where is my order?")}
     with pytest.raises(SidelightError, match=r"No file .*traffic\.jsonl"):
         load_background(tmp_path / "traffic.jsonl")
     path.write_text("prompt\nHello\n")
@@ -61,7 +59,7 @@ def test_a_conversation_ends_by_what_the_assistant_would_answer(tmp_path: Path):
     path.write_text(
         '{"text": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}\n'
     )
-    assert load_background(path).private == {said("Hello")}
+    assert said("Hello") in load_background(path).conversations
     packaged = load_background("packaged").conversations
     assert {turns[-1].role for turns in packaged} == {"user", "tool"}
     assert {turn.role for turns in packaged for turn in turns} > {"system", "assistant"}
@@ -107,7 +105,8 @@ def test_each_beginning_has_a_third_to_a_half_of_a_users_own(count: int, tmp_pat
     path = tmp_path / "traffic.csv"
     path.write_text("text\n" + "".join(f"Where is my order number {i}?\n" for i in range(400)))
     own = load_background(path)
-    share = sum(turns in own.private for turns in own.conversations[:count]) / count
+    is_own = [turns[0].content.startswith("Where is my order") for turns in own.conversations]
+    share = sum(is_own[:count]) / count
     assert 0.3 < share < 0.6
 
 

@@ -454,14 +454,11 @@ def test_the_figures_are_those_of_the_threshold_that_is_served(tiny, examples, o
     given = replace(options, settings=settings, context_tokens=8_000)
     given = replace(given, background=Background(TRAFFIC + alike * 3))
     made = fit(tiny, examples, None, name="p", options=given)
-    kept = made.probe.record["traffic"]["worst"]
-    assert len(kept) == 3
-    assert [round(p, 4) for p, _ in made.traffic.worst] == [own["probability"] for own in kept]
-    assert [text for _, text in made.traffic.worst] == [own["text"] for own in kept]
-    # An operator's own texts stay out of artifacts.
-    private = replace(given.background, private=frozenset(given.background.conversations))
-    again = fit(tiny, examples, None, name="p", options=replace(given, background=private))
-    assert again.probe.record["traffic"] == {**made.probe.record["traffic"], "worst": []}
+    assert len(made.traffic.worst) == 3
+    # Background texts, which may be private or under a licence of their own, stay out of artifacts.
+    record = json.dumps(made.probe.record)
+    texts = {turn.content for turns in given.background.conversations for turn in turns}
+    assert not [text for text in texts if len(text) > 3 and text in record]
     assert kept_rate(made.probe) == (made.traffic.flagged, made.traffic.conversations)
     assert made.report.thresholds == made.probe.thresholds
     assert made.probe.record["validation"]["metrics"]["thresholds"] == [*made.probe.thresholds]

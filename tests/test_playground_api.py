@@ -2,7 +2,7 @@
 
 import json
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 
@@ -144,7 +144,6 @@ def test_a_rule_decides_who_sees_running_scores_thresholds_curves_and_shares(
             cards = ask("/v1/probes", key=key).json()["probes"]
             own = [card for card in cards if card["name"] == "late"]
             assert any(card["thresholds"] for card in own) == sees
-            assert any(card["ordinary"] is not None for card in own) == sees
             found = why(ask, "toxicity", "late", key=key)
             assert "tokens" in found[0]
             withheld = {"probe": "late", "error": "not_disclosed"}
@@ -160,10 +159,7 @@ def test_the_stream_of_a_cut_answer_ends_as_without_scores(tiny, probes):
     assert choices(answer) == {0: ("", "content_filter")}
 
 
-def test_probes_are_listed_with_thresholds_curves_and_the_worst_of_ordinary_traffic(tiny, probes):
-    worst = [{"probability": 0.4, "text": "Good morning"}]
-    record = {**probes[0].record, "traffic": {"logits": [[0.1]], "worst": worst}}
-    probes = [replace(probes[0], record=record), *probes[1:]]
+def test_probes_are_listed_with_thresholds_and_curves(tiny, probes):
     policy = Policy(input={"topics": Rule("flag", threshold=0.3, labels=("sexual",))})
     with asking(tiny, probes, policy) as ask:
         cards = ask("/v1/probes").json()["probes"]
@@ -172,7 +168,6 @@ def test_probes_are_listed_with_thresholds_curves_and_the_worst_of_ordinary_traf
     curve = probes[0].history.curves["toxic"]
     (limit,) = toxicity["thresholds"]
     assert (limit["label"], limit["threshold"]) == ("toxic", 0.5)
-    assert [card["ordinary"] for card in cards] == [worst, [], [], []]
     assert limit["curve"] == json.loads(json.dumps(asdict(curve)))
     assert [(one["label"], one["threshold"]) for one in topics["thresholds"]] == [("sexual", 0.3)]
     assert (topics["mode"], intent["thresholds"], late["reads"]) == ("flag", [], "response")

@@ -74,13 +74,6 @@ class Recalibration(Reference):
     what: str
 
 
-class OrdinaryText(BaseModel):
-    """The beginning of an ordinary conversation, and the probability that training gave it."""
-
-    probability: float
-    text: str
-
-
 class KeptTraffic(BaseModel):
     """The figures that are kept of the ordinary conversations of a training."""
 
@@ -88,7 +81,6 @@ class KeptTraffic(BaseModel):
     parts: list[_Count] = []
     flagged: _Count = 0
     conversations: _Count = 0
-    worst: list[OrdinaryText] = []
 
 
 class History(BaseModel):

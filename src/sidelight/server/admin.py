@@ -8,7 +8,6 @@ from fastapi import APIRouter
 from openai.types import Model
 from pydantic import BaseModel, Field
 
-from sidelight.manifest import OrdinaryText
 from sidelight.policy.rules import Mode
 from sidelight.policy.rules import Side as RuleSide
 from sidelight.probe import Probe
@@ -100,14 +99,10 @@ class ThresholdCard(BaseModel):
 
 
 class RuleCard(ProbeCard):
-    """A probe, its rule's mode, its thresholds, and the worst of ordinary traffic in training.
-
-    The last two are null if the rule does not disclose scores.
-    """
+    """A probe, its rule's mode, and its thresholds; null unless the rule discloses scores."""
 
     mode: Mode
     thresholds: list[ThresholdCard] | None
-    ordinary: list[OrdinaryText] | None
 
 
 @models_router.get("/v1/probes")
@@ -128,7 +123,6 @@ async def list_rules(request: ServerRequest) -> Probes[RuleCard]:
                 **_described(bound.probe),
                 mode=bound.mode,
                 thresholds=thresholds if is_told else None,
-                ordinary=history.traffic.worst if is_told else None,
             )
         )
     return Probes(probes=cards)

@@ -36,12 +36,10 @@ class Background:
     Attributes:
         conversations: Their turns; none if training goes without.
         sources: Where each of them is from; "" is nowhere that others are from. None: nobody knows.
-        private: Those that are a user's own, so that no artifact may hold their texts.
     """
 
     conversations: tuple[Messages, ...] = ()
     sources: tuple[str, ...] | None = None
-    private: frozenset[Messages] = frozenset()
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -98,7 +96,7 @@ def _packaged() -> Background:
 
 
 def _balanced(*sets: Examples) -> Background:
-    """All conversations; those of every set but the first are private."""
+    """All conversations, those of each set balanced over strata of its own."""
     conversations: list[Messages] = []
     sources: list[str] = []
     strata: list[tuple[Hashable, ...]] = []
@@ -113,8 +111,7 @@ def _balanced(*sets: Examples) -> Background:
             conversations.append(turns)
             source = cells.get("source")
             sources.append("" if is_missing(source) else str(source))
-    private = frozenset(conversations[len(sets[0]) :])
-    background = Background(tuple(conversations), tuple(sources), private)
+    background = Background(tuple(conversations), tuple(sources))
     return background.select(balanced_order(strata, weights=weights))
 
 

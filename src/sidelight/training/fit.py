@@ -213,7 +213,7 @@ def calibrate_probe(
             measured.labels[len(validation) :],
             ordinary.left_out_thresholds(calibrated.alone, calibration, options.threshold),
         )
-        record["traffic"] = traffic.record(ordinary, options.background)
+        record["traffic"] = traffic.record(ordinary)
     probe = Probe(
         name=name,
         task=task,

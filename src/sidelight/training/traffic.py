@@ -15,10 +15,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sidelight.calibration import Calibration
-from sidelight.data.examples import Example
 from sidelight.metrics import wilson
 from sidelight.thresholds import OperatingCurve, ThresholdRule
-from sidelight.training.background import Background
 from sidelight.types import Task
 
 if TYPE_CHECKING:
@@ -58,23 +56,17 @@ class Traffic:
     worst: tuple[tuple[float, str], ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, without texts, which may be an operator's own."""
+        """JSON values, without texts, which may be private or under a licence of their own."""
         values = asdict(self)
         del values["worst"]
         return values
 
-    def record(self, ordinary: "Conversations", background: Background) -> dict[str, Any]:
-        """The record in an artifact: no text that the background says is a user's own."""
-        private = {beginning(Example(turns).text) for turns in background.private}
+    def record(self, ordinary: "Conversations") -> dict[str, Any]:
+        """The record in an artifact, which holds no text of the background."""
         return {
             **self.to_dict(),
             "logits": ordinary.logits.tolist(),
             "parts": ordinary.parts.tolist(),
-            "worst": [
-                {"probability": round(probability, 4), "text": text}
-                for probability, text in self.worst
-                if text not in private
-            ],
         }
 
 

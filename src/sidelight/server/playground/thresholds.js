@@ -31,9 +31,7 @@ export function startThresholds(server) {
 
   function choose() {
     const probe = server.probe(select.value), limits = probe?.thresholds ?? [];
-    const usable = limits.filter((limit) => limit.curve), ordinary = probe?.ordinary ?? [];
-    find("#ordinary").hidden = !ordinary.length;
-    find("#ordinary-texts").replaceChildren(...ordinary.map((own) => el("li", {}, `${own.probability.toFixed(2)}  ${own.text}`)));
+    const usable = limits.filter((limit) => limit.curve);
     labels.replaceChildren(...usable.map((limit) => el("option", { value: limit.label }, limit.label)));
     find("#threshold-label-box").hidden = usable.length < 2;
     find("#threshold-tools").hidden = !usable.length;
