@@ -53,6 +53,13 @@ def test_a_chat_keeps_its_turns_and_its_response(tmp_path):
         assert item.text == "Be brief.\nWhy?"
 
 
+def test_arguments_of_a_tool_call_may_be_an_object():
+    call = {"function": {"name": "forecast", "arguments": {"city": "Köln"}}}
+    turns = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "tool_calls": [call]}]
+    item = load_examples([{"text": turns}], label=None).items[0]
+    assert item.messages[1].content == '{"name": "forecast", "arguments": {"city": "Köln"}}'
+
+
 def test_an_example_knows_where_it_stood(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('text,label\n"two\nlines",a\n,a\nc,b\n')
@@ -105,7 +112,22 @@ MALFORMED = {
     "image part": (
         "a.jsonl",
         b'{"label": 1, "text": [{"role": "user", "content": [{"type": "image"}]}]}',
-        r"expected a text .* 'image'",
+        r"expected text parts .* 'image'",
+    ),
+    "call of a user": (
+        "a.jsonl",
+        b'{"text": [{"role": "user", "content": "a", "tool_calls": [{}]}], "label": 1}',
+        r"line 1: only the assistant calls tools, but .* 'user'",
+    ),
+    "call without arguments": (
+        "a.jsonl",
+        b'{"text": [{"role": "assistant", "tool_calls": [{"function": {}}]}], "label": 1}',
+        r"line 1: expected tool calls .* got \{'function': \{\}\}",
+    ),
+    "former tool call": (
+        "a.jsonl",
+        b'{"text": [{"role": "assistant", "content": "", "function_call": 1}], "label": 1}',
+        r"line 1: 'function_call' is not read\. Write it as 'tool_calls'",
     ),
     "unknown ending": ("a.xlsx", b"", r"'a\.xlsx': its name must end in \.csv, \.json"),
 }

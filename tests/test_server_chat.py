@@ -8,11 +8,13 @@ import pytest
 from openai import BadRequestError
 
 from sidelight.data.examples import Example
+from sidelight.data.loading import load_examples
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts.conversation import Reads
 from sidelight.server.schemas import ChatRequest
 from sidelight.training.classifier import Classifier
+from worlds.data import write
 from worlds.models import broken, three_probes, tiny_backbone, untrained_probe
 from worlds.servers import (
     ENGINE_ROUNDING,
@@ -323,6 +325,34 @@ def test_nothing_that_a_call_or_an_answer_holds_reaches_the_model_past_the_probe
 def test_what_would_not_be_read_of_a_message_is_refused(client, turns, word):
     with pytest.raises(BadRequestError, match=word):
         client.chat.completions.create(**asked(turns))
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        TURNS,
+        changed(1, content="Let me look."),
+        changed(1, content=[]),
+        changed(1, tool_calls=[{"function": {"name": None, "arguments": "{}"}}, CALL]),
+        changed(2, content=[{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]),
+        changed(0, content=""),
+    ],
+)
+def test_a_chat_in_a_file_is_read_as_a_chat_in_a_request(tmp_path, turns):
+    # A column of Parquet has one type.
+    for ending in (".jsonl", ".parquet") if turns is TURNS else (".jsonl",):
+        path = write(tmp_path / f"chats{ending}", [{"text": turns}])
+        (item,) = load_examples(path, label=None).items
+        assert list(item.messages) == ChatRequest.model_validate(asked(turns)).conversation()
+
+
+def test_a_chat_has_the_same_verdict_from_a_file_and_from_the_server(http, tiny):
+    answer = http.post(CHAT, json=asked(TURNS)).raise_for_status().json()
+    served = {own["probe"]: own["probabilities"] for own in answer["sidelight"]["verdicts"]}
+    (item,) = load_examples([{"text": TURNS}], label=None).items
+    for probe in three_probes(tiny):
+        (verdict,) = Classifier(tiny, probe).predict([item])
+        assert verdict.probabilities == pytest.approx(served[probe.name], abs=1e-4)
 
 
 def test_an_agents_second_turn_and_what_openais_client_gave_can_be_sent_back(client):

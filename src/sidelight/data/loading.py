@@ -1,5 +1,6 @@
 """Loads examples: reads rows, then checks and encodes their texts and labels."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,7 +67,8 @@ def load_examples(
             Face data set as `name` or `name:config`, rows as mappings, or (text, label) pairs; or
             `guard:NAME`, `guard:NAME,FILE` or `guard:NAME:TEST`, whose columns and classes are
             those of the guard's card.
-        text: Column of the prompt: a string, or a list of messages with `role` and `content`.
+        text: Column of the prompt: a string, or a list of messages with `role` and `content` (text
+            or text parts), and `tool_calls` of the assistant, which become lines of its text.
         label: Column of the label, or names of several columns separated by commas; None loads
             texts without labels.
         response: Column of the assistant's answer, for probes that read responses.
@@ -249,20 +251,67 @@ def _find_columns(
 def _parse_example(row: Row, text: str, response: str | None) -> Example | None:
     """The row's example, where a string is one user message; None if text or response is empty."""
     cell, place = row.cells.get(text), row.place
-    messages: list[Message] = []
-    for message in cell if is_list(cell) else [{"role": "user", "content": cell}]:
-        role = message.get("role") if is_mapping(message) else None
-        if not (is_mapping(message) and isinstance(role, str) and role and "content" in message):
-            raise SidelightError(
-                f"{place}: expected messages such as {{'role': 'user', 'content': 'Hello'}}, "
-                f"got {repr(message)[:80]}."
-            )
-        messages.append(Message(role, _parse_text(message["content"], place)))
+    turns = cell if is_list(cell) else [{"role": "user", "content": cell}]
+    messages = [_parse_message(turn, place) for turn in turns]
     answer = None if response is None else _parse_text(row.cells.get(response), place)
     is_answered = answer is None or answer.strip()
     if is_answered and any(message.content.strip() for message in messages):
         return Example(tuple(messages), answer, place)
     return None
+
+
+def _parse_message(turn: object, place: str) -> Message:
+    """A chat message as servers read it: content as text or text parts, then its tool calls."""
+    fields = turn if is_mapping(turn) else {}
+    role, content, calls = (fields.get(name) for name in ("role", "content", "tool_calls"))
+    if not (isinstance(role, str) and role and ("content" in fields or calls)):
+        raise SidelightError(
+            f"{place}: expected messages such as {{'role': 'user', 'content': 'Hello'}}, "
+            f"got {repr(turn)[:80]}."
+        )
+    if fields.get("function_call"):
+        raise SidelightError(
+            f"{place}: 'function_call' is not read. Write it as 'tool_calls': [{{'function': "
+            "{'name': ..., 'arguments': ...}}], its present name."
+        )
+    if calls and role != "assistant":
+        raise SidelightError(
+            f"{place}: only the assistant calls tools, but a message of the role '{role}' has "
+            "'tool_calls'. Correct the role, or remove the calls."
+        )
+    if is_list(content):
+        texts = [_parse_part(part, place) for part in content]
+    else:
+        texts = [] if content is None and calls else [_parse_text(content, place)]
+    calls = calls if is_list(calls) else [calls] if calls else []
+    return Message.of_lines(role, texts, [_parse_call(call, place) for call in calls])
+
+
+def _parse_part(part: object, place: str) -> str:
+    """The text of a content part."""
+    text = part.get("text") if is_mapping(part) else None
+    if text is None:
+        raise SidelightError(
+            f"{place}: expected text parts such as {{'type': 'text', 'text': 'Hello'}}, got "
+            f"{repr(part)[:80]}. Remove the part: probes read text only."
+        )
+    return _parse_text(text, place)
+
+
+def _parse_call(call: object, place: str) -> tuple[str, str]:
+    """The name and the arguments, as JSON, of the function that a tool call names."""
+    function = call.get("function") if is_mapping(call) else None
+    fields = function if is_mapping(function) else {}
+    name, arguments = fields.get("name") or "", fields.get("arguments")
+    if is_mapping(arguments):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    if not (isinstance(name, str) and isinstance(arguments, str)):
+        raise SidelightError(
+            f"{place}: expected tool calls such as {{'function': {{'name': 'search', 'arguments': "
+            f"'{{}}'}}}}, got {repr(call)[:80]}."
+        )
+    require_whole_characters(name + arguments, place=f"{place}: the tool call")
+    return name, arguments
 
 
 def _parse_text(cell: object, place: str) -> str:

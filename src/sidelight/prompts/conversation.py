@@ -1,6 +1,6 @@
 """Conversations, and what a probe reads of one: its tokens, and the units that it judges."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import takewhile
@@ -25,6 +25,23 @@ class Message:
 
     role: str
     content: str
+
+    @staticmethod
+    def of_lines(
+        role: str, texts: Iterable[str], calls: Iterable[tuple[str, str]] = ()
+    ) -> "Message":
+        """A turn whose texts and tool calls are lines of its content.
+
+        A call is a line of JSON whatever the chat template does with calls: the model reads the
+        same line in training, evaluation and serving.
+
+        Args:
+            role: Who speaks.
+            texts: The text of each content part.
+            calls: The name and the arguments (JSON) of each function that is called.
+        """
+        lines = (f'{{"name": "{name}", "arguments": {arguments}}}' for name, arguments in calls)
+        return Message(role, "\n".join([*texts, *lines]))
 
 
 @dataclass(frozen=True)

@@ -191,8 +191,7 @@ class ToolCall(StrictBody):
 class ChatMessage(StrictBody):
     """One turn: text, the tools that the assistant calls, or what a tool has answered.
 
-    A call is written as JSON at the end of the turn's text, whatever the template makes of calls:
-    so the model reads it, and so do the probes. Nobody reads ``name`` and the ids of calls.
+    ``name`` and the ids of calls are not read.
     """
 
     # Clients write null into each field of an answer that is sent back.
@@ -227,12 +226,9 @@ class ChatMessage(StrictBody):
 
     def as_message(self) -> Message:
         """The turn as plain text; parts and calls become lines."""
-        calls = (call.function for call in self.tool_calls or ())
-        lines = [
-            *(part.text for part in self.content),
-            *(f'{{"name": "{f.name or ""}", "arguments": {f.arguments}}}' for f in calls),
-        ]
-        return Message(self.role, "\n".join(lines))
+        functions = [call.function for call in self.tool_calls or ()]
+        calls = [(function.name or "", function.arguments) for function in functions]
+        return Message.of_lines(self.role, [part.text for part in self.content], calls)
 
 
 class StreamOptions(StrictBody):
