@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from sidelight.policy.enforcement import Enforcement, Judged
 from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import BoundRule, Rule
 from sidelight.prompts.conversation import PlainText, Reads
-from sidelight.types import Judgement, Verdict
+from sidelight.types import Judgement, Task, Verdict
 from worlds.models import TOPICS, untrained_probe
 
 
@@ -212,12 +213,25 @@ def test_a_prompt_that_the_engine_did_not_ask_about_is_decided_by_its_own_verdic
         guarded(enforcement, said_of_prompt(0.9), Finished("stop", 3, 0))
 
 
-def test_a_prompt_is_decided_once_for_engine_record_and_client(early):
+class CountingTask(Task):
+    """A task that counts the verdicts that it decides on."""
+
+    decided = 0
+
+    def decide(self, *args, **options):
+        type(self).decided += 1
+        return super().decide(*args, **options)
+
+
+def test_a_prompt_is_decided_once_for_engine_record_and_client(early, monkeypatch):
+    monkeypatch.setattr(CountingTask, "decided", 0)
+    counted = replace(early, task=CountingTask(early.task.kind, early.task.labels))
     notes = Notes()
-    enforcement = Enforcement([BoundRule(early, Rule("flag"))], lambda _: notes)
+    enforcement = Enforcement([BoundRule(counted, Rule("flag"))], lambda _: notes)
     assert enforcement.admits(said_of_prompt(0.9))
     admitted, ended = guarded(enforcement, said_of_prompt(0.9), Finished("stop", 3, 0))
     assert isinstance(admitted, Judged)
+    assert CountingTask.decided == 1
     assert [decision.action for decision in admitted.decisions] == ["flag"]
     assert notes.of_prompt is admitted.decisions
     assert notes.of_end == ended.decisions

@@ -68,6 +68,7 @@ class Enforcement:
         self._input = [bound for bound in rules if bound.side == "input"]
         self._output = [bound for bound in rules if bound.side == "output"]
         self._observe = observe
+        self._decided: tuple[PromptJudged, tuple[Decision, ...]] | None = None
         self.admitted: Judged | None = None
         self.ended: Ended | None = None
 
@@ -79,7 +80,7 @@ class Enforcement:
 
     def admits(self, event: PromptJudged) -> bool:
         """Whether the prompt is answered; the engine asks before it draws the first token."""
-        return not any(decision.is_blocking for decision in _decide_all(self._input, event))
+        return not any(decision.is_blocking for decision in self._decisions(event))
 
     async def guard(
         self, text: Conversation, events: AsyncGenerator[Event, None]
@@ -93,7 +94,7 @@ class Enforcement:
         async with aclosing(events):
             prompt = await anext(events)
             assert isinstance(prompt, PromptJudged)
-            decisions = _decide_all(self._input, prompt)
+            decisions = self._decisions(prompt)
             observer.prompt(prompt, decisions)
             _require_passed(prompt, decisions)
             self.admitted = Judged(prompt.tokens, decisions)
@@ -123,6 +124,12 @@ class Enforcement:
                 # No effect if `end` was called above. If neither text nor scores were sent, there
                 # is no partial verdict to record.
                 observer.end(holding.unfinished() if is_begun else (), is_cancelled=True)
+
+    def _decisions(self, prompt: PromptJudged) -> tuple[Decision, ...]:
+        """The decisions on the prompt, made once for equal verdicts."""
+        if self._decided is None or self._decided[0] != prompt:
+            self._decided = prompt, _decide_all(self._input, prompt)
+        return self._decided[1]
 
 
 def check_decisions(
