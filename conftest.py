@@ -1,6 +1,9 @@
 """Backbones that many tests share. They are frozen; a test that changes one makes its own."""
 
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -65,6 +68,20 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[EncodedPrompt]:
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps a test out of the user's cache."""
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def trap(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that exists once Python imports a module from the working directory."""
+    folder = tmp_path_factory.mktemp("downloads")
+    sprung = folder / "sprung"
+    for module in ("click", "numpy", "signal", "socket"):
+        (folder / f"{module}.py").write_text(f"open({str(sprung)!r}, 'w')\n")
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    # Without the empty entries, which stand for the working directory.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    return sprung
 
 
 @pytest.fixture

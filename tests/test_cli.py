@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from importlib.metadata import EntryPoints
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -324,6 +325,41 @@ def test_the_first_lines_come_before_torch_is_imported(untrained, tmp_path):
     assert read.startswith("Read 60 texts")
     assert lines == [f"Reading {data} ...", "Loading the model ...", "torch"] * 4
     assert said.stdout == ""
+
+
+def _use_nothing() -> None:
+    """For a process that only starts."""
+
+
+def test_the_processes_of_a_command_run_no_code_from_the_working_directory(trap):
+    assert cli("--version") == 0
+    # vLLM starts its processes in this way.
+    process = get_context("spawn").Process(target=_use_nothing)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert not trap.exists()
+
+
+def test_the_module_runs_no_code_from_the_working_directory(trap):
+    command = [sys.executable, "-m", "sidelight", "--version"]
+    assert "version" in subprocess.check_output(command, text=True)
+    assert not trap.exists()
+
+
+def test_python_is_started_without_the_working_directory_in_its_path():
+    sources = [
+        path
+        for folder in ("src", "lab/src", "label/src")
+        for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    assert len(sources) > 150
+    started = [
+        first
+        for path in sources
+        for first in re.findall(r"sys.executable, (\S+),", path.read_text())
+    ]
+    assert set(started) == {'"-P"'}
 
 
 def test_options_of_training_data_hold_for_validation_data_where_they_apply(tmp_path):

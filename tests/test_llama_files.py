@@ -160,6 +160,13 @@ def test_a_file_is_tried_once(tiny, tmp_path, monkeypatch):
 
 
 @needs_llama
+def test_a_trial_runs_no_code_from_the_working_directory(tiny, tmp_path, trap):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    assert try_once(path, "llama", "this file")
+    assert not trap.exists()
+
+
+@needs_llama
 def test_weights_that_do_not_fit_into_free_memory_are_not_tried(tmp_path, monkeypatch):
     path = tmp_path / "large.gguf"
     path.write_bytes(b"12")
@@ -296,6 +303,19 @@ def install(folder, monkeypatch, version):
     described.mkdir()
     (described / "METADATA").write_text(f"Name: xllamacpp\nVersion: {version}\n")
     monkeypatch.syspath_prepend(folder)
+
+
+def test_a_broken_installation_of_llama_cpp_loads_no_library_of_the_working_directory(
+    tmp_path, monkeypatch
+):
+    install(tmp_path, monkeypatch, PINNED)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    (downloads / "xllamacpp.so").touch()
+    monkeypatch.chdir(downloads)
+    with pytest.raises(SidelightError, match=r"cannot be imported\. Install its wheel again"):
+        library.load_library.__wrapped__()
 
 
 @pytest.mark.parametrize("installed", ["2026.1.9000", None])

@@ -1,10 +1,12 @@
 """The command ``sidelight``, also as ``python -m sidelight``."""
 
-import signal
+import sys
 
 
 def main() -> None:
     """Runs the command line. Ctrl-C during its imports ends the process at once."""
+    import signal
+
     handler = signal.getsignal(signal.SIGINT)
     # KeyboardInterrupt would be a traceback here, and pydantic may make another error of it.
     if handler is signal.default_int_handler:
@@ -16,4 +18,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # With ``python -m``, this is the working directory, which may hold downloads.
+    if not sys.flags.safe_path:
+        del sys.path[0]
     main()

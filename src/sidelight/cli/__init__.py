@@ -118,6 +118,8 @@ def limit_threads() -> None:
 
 def main() -> None:
     """Runs the command; what a user can put right is one line and exit code 2."""
+    # Processes of vLLM and of multiprocessing would import from the working directory first.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
         limit_threads()
         app(standalone_mode=False)

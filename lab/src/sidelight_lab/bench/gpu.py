@@ -198,7 +198,7 @@ def _run(
     start, summary = perf_counter(), ""
     with log.open("wb") as written:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sidelight_lab.bench.gpu", json.dumps(order)],
+            [sys.executable, "-P", "-m", "sidelight_lab.bench.gpu", json.dumps(order)],
             env={**os.environ, **variables}, stdout=written, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip

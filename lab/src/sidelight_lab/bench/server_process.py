@@ -28,7 +28,7 @@ class ServerProcess:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         named = [word for probe in probes for word in ("--probe", str(probe))]
-        command = [sys.executable, "-m", "sidelight", "serve", "--port", str(port)]
+        command = [sys.executable, "-P", "-m", "sidelight", "serve", "--port", str(port)]
         self._command = [*command, "--log-level", "warning", *named, *options]
 
     def __enter__(self) -> "ServerProcess":

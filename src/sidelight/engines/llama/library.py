@@ -204,7 +204,9 @@ def logged_error() -> str:
 
 def _path() -> Path:
     spec = find_spec(PACKAGE)
-    folder = Path(spec.origin).parent if spec and spec.origin else Path()
+    if spec is None or spec.origin is None:
+        raise _unexpected("cannot be imported")
+    folder = Path(spec.origin).parent
     path = next(folder.glob(f"{PACKAGE}*.so"), None)
     if path is None:
         raise _unexpected(f"has no shared library in {folder}; Windows cannot run GGUF files")

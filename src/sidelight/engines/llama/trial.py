@@ -57,7 +57,8 @@ def try_once(path: Path, architecture: str, identity: str) -> list[int]:
             f"There is not enough memory for the weights of {path}: they take {size / 1e9:.1f} GB, "
             f"and {free / 1e9:.1f} GB are free. Free some, or use a smaller file of this model."
         )
-    command = [sys.executable, "-m", __name__, str(path), architecture]
+    # -P: otherwise Python would import from the working directory, which may hold downloads.
+    command = [sys.executable, "-P", "-m", __name__, str(path), architecture]
     ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
     said = ended.stderr.strip().splitlines()
     if ended.returncode == 2 and said:
