@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.server.checks import GuardrailRequest
+from sidelight.server.guardrail import GuardrailRequest
 from sidelight.server.observe import LogFormatter
 from sidelight.server.questions import DecisionRequest
 from sidelight.server.schemas import ChatRequest, CompletionRequest, TextsRequest

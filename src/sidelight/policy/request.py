@@ -4,7 +4,7 @@ Both servers fix the ``Terms`` before they judge anything, and keep an ``Outcome
 answer. Two words say what a client gets: the probes that answers report are ``chosen``, and what it
 sees of their decisions is ``Disclosed``. Answers are written from that type alone, with two
 exceptions: ``server.chat`` leaves out running scores that are not disclosed, and
-``server.checks`` names every probe that flags in LiteLLM's ``blocked_reason``. Each client drops
+``server.guardrail`` names every probe that flags in LiteLLM's ``blocked_reason``. Each client drops
 other fields that it does not know, so the same verdicts go into a header, the typed ``moderation``
 field, and the ``sidelight`` field.
 """

@@ -1,0 +1,165 @@
+"""LiteLLM's generic guardrail: whether its proxy may send texts on, and in which words."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sidelight.policy.decisions import Decision
+from sidelight.policy.redaction import Placeholders
+from sidelight.prompts.conversation import Message
+from sidelight.server.checks import as_user, check, spans_of
+from sidelight.server.errors import RequestError
+from sidelight.server.requests import Route, ServerRequest
+from sidelight.server.schemas import Extension, IfAny, Many, ProbeNames, StrictBody, ToolCall
+from sidelight.types import Span
+
+router = APIRouter(route_class=Route)
+
+
+class GuardrailParameters(StrictBody):
+    """The parameters that a proxy's configuration passes to this guardrail."""
+
+    probes: ProbeNames = None
+
+
+class GuardrailRequest(StrictBody):
+    """Texts and tool calls of a request or of its response.
+
+    Images cannot be judged, so they are refused. A proxy sends more, which is not read. LiteLLM
+    sends the messages of a request, whose texts are judged, and never those before a response.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    input_type: Literal["request", "response"]
+    texts: Many[str] = None
+    tool_calls: Many[ToolCall] = None
+    images: list[Any] | None = Field(
+        None, max_length=0, description="Must be empty: probes read text only."
+    )
+    structured_messages: list[dict[str, Any]] | None = Field(
+        None, description="Where `texts` stand: which of them the model wrote."
+    )
+    additional_provider_specific_params: GuardrailParameters | None = None
+
+    @model_validator(mode="after")
+    def _require_content(self) -> "GuardrailRequest":
+        # A proxy that sends texts in another field would have all of them passed.
+        if self.texts is None and self.tool_calls is None:
+            raise RequestError(
+                "Got neither 'texts' nor 'tool_calls', so there is nothing to judge. Send 'texts'.",
+                code="missing_parameter",
+                param="texts",
+            )
+        return self
+
+    def judged(self) -> dict[int, str]:
+        """The texts, then the calls, by number; empty ones have nothing to judge."""
+        functions = [call.function for call in self.tool_calls or ()]
+        calls = ["\n".join(filter(None, (f.name, f.arguments))) for f in functions]
+        return {i: text for i, text in enumerate((*(self.texts or ()), *calls)) if text}
+
+    def placeholders(self, spans: Mapping[str, Sequence[Span]]) -> Placeholders:
+        """Placeholders of the labelled words of each text, which has read all of the request."""
+        placeholders = Placeholders(is_answer=self.input_type == "response")
+        for message in self.structured_messages or ():
+            content, is_written = message.get("content"), message.get("role") == "assistant"
+            parts = content if isinstance(content, list) else [{"text": content}]
+            texts = [part.get("text") for part in parts if isinstance(part, dict)]
+            texts = [text for text in texts if isinstance(text, str)]
+            # Calls of tools may repeat a placeholder, and parts of a message may make up one.
+            whole = json.dumps(message, ensure_ascii=False) + "".join(texts)
+            placeholders.read(whole, is_written=is_written)
+            for text in texts:
+                placeholders.read(text, spans.get(text, ()), is_written=is_written)
+        for text, own in spans.items():
+            placeholders.read(text, own)
+        return placeholders
+
+
+class GuardrailResponse(BaseModel):
+    """``BLOCKED`` if a probe flags a text, else ``NONE``.
+
+    ``GUARDRAIL_INTERVENED`` if a rule redacts: then ``texts`` are what is to be sent on. Of a text
+    that is still being written, ``stream_holdback_chars`` are to wait for what follows.
+    """
+
+    action: Literal["BLOCKED", "GUARDRAIL_INTERVENED", "NONE"]
+    blocked_reason: str | None
+    texts: IfAny[list[str]] = None
+    stream_holdback_chars: IfAny[list[int]] = None
+    sidelight: Extension
+
+
+@router.post("/beta/litellm_basic_guardrail_api", name="create")
+async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResponse:
+    """Texts of a request are judged as users' messages, those of a response as answers.
+
+    The answer has ``texts`` only if a rule redacts: a proxy keeps its own.
+    """
+    parameters = body.additional_provider_specific_params or GuardrailParameters()
+    is_response = body.input_type == "response"
+    judged = body.judged()
+    texts = [
+        [*as_user(""), Message("assistant", text)] if is_response else as_user(text)
+        for text in judged.values()
+    ]
+    terms = await request.begin(texts, parameters.probes)
+    if is_response:
+        late = tuple(bound for bound in terms.chosen if bound.side == "output")
+        if not late:
+            raise RequestError(
+                "No chosen probe reads a response, so none can judge this one. Load such a probe, "
+                "or use this guardrail in mode pre_call only.",
+                code="no_response_probe",
+            )
+        terms = replace(terms, chosen=late)
+    checked = await check(request, terms, texts, judges_prompt=not is_response)
+    redacts = any(bound.mode == "redact" for bound in terms.chosen)
+    masked, flagged = _interventions(body, [decisions for _, decisions in checked])
+    is_masked = not flagged and masked != (body.texts or [])
+    return GuardrailResponse(
+        action="BLOCKED" if flagged else "GUARDRAIL_INTERVENED" if is_masked else "NONE",
+        blocked_reason=f"Flagged by {', '.join(flagged)}." if flagged else None,
+        texts=masked if is_masked else None,
+        # The next words may label the last ones anew, so a proxy sends a text once it is whole.
+        stream_holdback_chars=[*map(len, masked)] if is_response and redacts else None,
+        sidelight=Extension(
+            verdicts=[entry for _, decisions in checked for entry in terms.entries(decisions)]
+        ),
+    )
+
+
+def _interventions(
+    body: GuardrailRequest, decisions: Sequence[Sequence[Decision]]
+) -> tuple[list[str], list[str]]:
+    """The texts with placeholders for what rules redact, and the probes that flag one.
+
+    Args:
+        body: The texts and calls.
+        decisions: On each that was judged, in order.
+    """
+    judged = body.judged()
+    pairs = [*zip(judged.items(), decisions, strict=True)]
+    spans = {
+        text: spans_of(text, [d for d in own if d.rule.mode == "redact"])
+        for (_, text), own in pairs
+    }
+    masked, placeholders = [*(body.texts or ())], body.placeholders(spans)
+    flagged: list[str] = []
+    for (index, text), own in pairs:
+        if index < len(masked):
+            masked[index] = placeholders.mask(text, spans[text])
+        elif spans[text]:
+            # The protocol has no way to send a call on in other words.
+            flagged += [d.rule.name for d in own if d.action == "redact"]
+        flagged += [
+            d.rule.name
+            for d in own
+            if d.rule.mode != "redact" and d.verdict is not None and d.verdict.flagged
+        ]
+    return masked, [*dict.fromkeys(flagged)]
