@@ -287,6 +287,20 @@ def test_layers_weigh_the_same_of_texts_there_twice(tiny, tmp_path, normalise):
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("weights", ["equal", "predictive"])
+@pytest.mark.parametrize("standardise", [False, True])
+def test_layers_that_are_not_read_have_projections_of_zero(corpora, weights, standardise):
+    settings = replace(BRIEF, epochs=1, layer_weights=weights, standardise=standardise, layers=2)
+    (made,) = train_mechanisms([candidate("readout", settings=settings)], **corpora["binary"])
+    projection = made.standardisation.fold(made.mechanism.columns())
+    assert projection.weight[:2].any()
+    assert not projection.weight[2:].any() and not projection.shift[2:].any()
+    assert np.isfinite(made.logits).all()
+    above = replace(settings, layers=99)
+    with pytest.raises(SidelightError, match="at most"):
+        train_mechanisms([candidate("readout", settings=above)], **corpora["binary"])
+
+
 def test_settings_are_fitted_to_few_texts_and_to_the_task():
     settings = TrainingSettings(epochs=4, batch_size=32, least_steps=96, patience=2)
     assert settings.resolved_for(5000, TASKS["binary"]) == replace(settings, normalise=True)

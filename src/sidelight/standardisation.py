@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry
 
 # Of a mean square, as in the models' own normalisation.
@@ -162,9 +163,28 @@ class Standardisation:
         scale, mean = (torch.stack(layers) for layers in zip(*moments, strict=True))
         return Standardisation(mean, torch.where(scale > 1e-6, scale, 1.0))
 
-    def weighted(self, weights: Float[Tensor, " layer"]) -> "Standardisation":
-        """Each layer's standardised states multiplied by a weight, 0 or more."""
-        return replace(self, scale=self.scale / weights.to(self.scale.device)[:, None])
+    def weighted(self, weights: Float[Tensor, " first"]) -> "Standardisation":
+        """The first layers' standardised states multiplied by weights, 0 or more."""
+        scale = self.scale.clone()
+        scale[: len(weights)] /= weights.to(scale.device)[:, None]
+        return replace(self, scale=scale)
+
+    def limited(self, layers: int | None) -> "Standardisation":
+        """With zeros in place of the states of all layers but the first; None: as it is.
+
+        Raises:
+            SidelightError: There are fewer layers.
+        """
+        if layers is None:
+            return self
+        if layers > len(self.scale):
+            raise SidelightError(
+                f"Cannot read {layers} layers: the model has {len(self.scale)} hidden states. Set "
+                f"layers to at most {len(self.scale)}."
+            )
+        scale = self.scale.clone()
+        scale[layers:] = torch.inf
+        return replace(self, scale=scale)
 
     def fold(
         self, columns: Float[Tensor, "layer width column"], *, dtype: torch.dtype = torch.float32

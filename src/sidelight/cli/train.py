@@ -37,8 +37,8 @@ _AUTO = "auto"
 )
 @options.training(
     "Of training: batch_size, beginnings, calibration, class_weight, context_tokens, epochs, "
-    "format, layer_weights, learning_rate, least_steps, none, normalise, patience, reads, seed, "
-    "standardise, template, weight_decay; docs/reference.md says what each does. Of a "
+    "format, layer_weights, layers, learning_rate, least_steps, none, normalise, patience, reads, "
+    "seed, standardise, template, weight_decay; docs/reference.md says what each does. Of a "
     "mechanism: MECHANISM.OPTION, such as attention.factor."
 )
 @click.option("--force", is_flag=True, help="Replace the probe that --out holds.")

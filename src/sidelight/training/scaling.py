@@ -63,11 +63,13 @@ class Scaling:
         if not settings.standardise:
             who = self._training.states.fingerprint
             geometry = Geometry(who.layers, who.width, 1)
-            return Standardisation.identity(geometry, is_normalised=is_normalised)
-        moments = self._moments(is_normalised)
+            identity = Standardisation.identity(geometry, is_normalised=is_normalised)
+            return identity.limited(settings.layers)
+        moments = self._moments(is_normalised).limited(settings.layers)
         if settings.layer_weights == "equal":
             return moments
-        return moments.weighted(layer_weights(self._worths(part, is_normalised)))
+        worths = self._worths(part, is_normalised)[:, : settings.layers]
+        return moments.weighted(layer_weights(worths))
 
     def _measure_moments(self, is_normalised: bool) -> Standardisation:
         """Mean and scale of each layer's values, from the first shards: random samples of texts."""

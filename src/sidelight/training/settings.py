@@ -51,6 +51,8 @@ class TrainingSettings:
         normalise: Whether hidden states are divided by their root mean square, so that no token
             outweighs others by its norm; see ``Standardisation``. None: unless there are several
             classes, which lose accuracy by it (measured in lab/docs/experiments).
+        layers: How many hidden states the probe reads, from the embedding up; the projections of
+            the others are exactly zero. None: all.
         beginnings: Whether a probe of responses also learns from a random beginning of each, since
             it has to give scores while a response is being written.
         seed: Decides initial parameters and the order of the data, and not how it is split.
@@ -66,6 +68,7 @@ class TrainingSettings:
     standardise: bool = True
     layer_weights: Literal["equal", "predictive"] = "equal"
     normalise: bool | None = None
+    layers: PositiveInt | None = None
     beginnings: bool = True
     seed: NonNegativeInt = 0
 
