@@ -1,6 +1,7 @@
 """From examples to the probe that is kept: no text is judged by a probe that has seen it."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -273,3 +274,38 @@ def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path):
     # Later, the texts are recognised as those that trained the probe.
     assert record["training"]["given_sha256"] == few.content_hash
     assert any("'z' has 4, or some" in warning for warning in made.warnings)
+
+
+def test_whatever_decides_a_probe_changes_the_hash_of_its_training(tiny):
+    texts = load_examples(planted_rows("binary", 40))
+    names = {"name": "a", "model": tiny.fingerprint, "engine": "transformers"}
+    first = FitOptions().training_sha256(texts, None, **names)
+    changed = {
+        "mechanism": mechanism_spec("pooling"),
+        "settings": suggested_settings("pooling"),
+        "reads": Reads(side="response"),
+        "background": Background(((Message("user", "Hello"),),)),
+        "context_tokens": 9,
+        "none": False,
+        "calibration": "platt",
+        "threshold": ThresholdRule.parse("fpr=0.01"),
+        "max_tokens": 99,
+    }
+    elsewhere = {"cache_root": Path("elsewhere"), "keep_cache": True, "memory_bytes": 1}
+    assert {field.name for field in fields(FitOptions)} == changed.keys() | elsewhere.keys()
+    hashes = [
+        FitOptions(**{option: value}).training_sha256(texts, None, **names)
+        for option, value in changed.items()
+    ]
+    others = {
+        "name": "b",
+        "model": replace(tiny.fingerprint, dtype="float16"),
+        "engine": "vllm",
+    }
+    for key, value in others.items():
+        hashes.append(FitOptions().training_sha256(texts, None, **{**names, key: value}))
+    hashes.append(FitOptions().training_sha256(texts, texts, **names))
+    weighted = replace(texts, weights=np.full(len(texts), 2.0))
+    hashes.append(FitOptions().training_sha256(weighted, None, **names))
+    assert len({first, *hashes}) == 1 + len(hashes)
+    assert FitOptions(**elsewhere).training_sha256(texts, None, **names) == first

@@ -87,6 +87,7 @@ class History(BaseModel):
     """A probe's record, as far as it is read; the rest is for people."""
 
     training: Reference = Reference()
+    training_sha256: str = ""
     contexts: dict[str, _Count] = {}
     traffic: KeptTraffic = KeptTraffic()
     validation: Reference = Reference()

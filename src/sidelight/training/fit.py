@@ -118,18 +118,23 @@ def fit(
         name: How verdicts will name it.
         options: What to train.
         source: The engine that computes the hidden states; None is the backbone itself.
-        out: Folder that it is written to, before the hidden states are removed. They lie in a
-            folder named by it, where the same training finds them after a kill; without ``out``,
-            by the texts and the settings.
+        out: Folder that it is written to, before the hidden states are removed. They are cached in
+            a folder derived from ``out`` and everything that decides the training, where the same
+            training finds them after a kill.
 
     Raises:
         SidelightError: There are no labels, the hidden states do not fit the disk, the training
             diverged, or the spans are of what the probe would not read.
     """
+    identity = options.training_sha256(
+        training,
+        validation,
+        name=name,
+        model=backbone.fingerprint,
+        engine=(source or backbone).engine,
+    )
     options = options.resolved_for(training)
-    chosen = (options.mechanism, options.settings, options.reads, options.calibration)
-    run = (training.content_hash, name, *chosen, options.threshold, backbone.fingerprint.digest)
-    states = options.states_folder(*(run if out is None else [out.resolve()]))
+    states = options.states_folder(identity, out and out.resolve())
     dataset = prepare(
         backbone,
         training,
@@ -152,6 +157,8 @@ def fit(
         raise divergence(*candidates[0])
     diverged = [own for own, run in zip(candidates, results, strict=True) if run is None]
     made = calibrate_probe(trained, dataset, name=name, options=options)
+    record = {**made.probe.record, "training_sha256": identity}
+    made = replace(made, probe=replace(made.probe, record=record))
     warnings = [
         *dataset.warnings,
         *(f"{divergence(*own)} The probe is made without it." for own in diverged),

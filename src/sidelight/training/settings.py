@@ -5,6 +5,7 @@ Imports no torch, so that the command line checks names at once.
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from sidelight.calibration import CalibrationKind
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError, checked
-from sidelight.fingerprint import hash_of
+from sidelight.fingerprint import Fingerprint, hash_of
 from sidelight.prompts.conversation import Reads
 from sidelight.smollm2 import cache_root
 from sidelight.thresholds import F1, ThresholdRule
@@ -169,12 +170,31 @@ class FitOptions:
     keep_cache: bool = False
     memory_bytes: int = 2**30
 
+    def training_sha256(
+        self,
+        training: LabelledExamples,
+        validation: LabelledExamples | None,
+        *,
+        name: str,
+        model: Fingerprint,
+        engine: str,
+    ) -> str:
+        """Hash of everything that decides a probe: texts, options, model and engine.
+
+        Two trainings with the same hash make the same probe, up to rounding.
+        """
+        elsewhere = ("cache_root", "keep_cache", "memory_bytes")
+        options = [getattr(self, f.name) for f in fields(self) if f.name not in elsewhere]
+        texts = [None if part is None else part.content_hash for part in (training, validation)]
+        weights = None if training.weights is None else training.weights.tolist()
+        decides = [*options, *texts, weights, name, model.digest, model.dtype, engine]
+        return sha256("\0".join(map(repr, decides)).encode(errors="surrogatepass")).hexdigest()
+
     def states_folder(self, *run: object) -> Path:
-        """Folder of the hidden states: of all trainings, or of one that does not keep them.
+        """Folder of the hidden states: the shared one, or that of one training.
 
         Args:
-            run: What a training has in common with itself after a kill, and with no other one that
-                may run at the same time; nothing: the folder of all.
+            run: Identifies the training across restarts; omit for the shared folder.
         """
         folder = self.cache_root or cache_root() / "activations"
         return folder / f"run-{hash_of(*run)}" if run and not self.keep_cache else folder
