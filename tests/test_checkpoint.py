@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,20 @@ def test_two_sets_of_weights_in_a_folder_are_refused(before, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SidelightError, match=r"two different weights 'model.norm.weight'"):
         read_backbone(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["absolute", "above", "number", "no map"])
+def test_an_index_names_files_of_its_own_folder_only(before, tmp_path, place):
+    folder = tmp_path / "other"
+    weights = "model.safetensors"
+    shutil.copytree(tmp_path, folder, ignore=shutil.ignore_patterns(weights))
+    index = folder / "model.safetensors.index.json"
+    named = {"absolute": str(tmp_path / weights), "above": f"../{weights}"}.get(place, 3)
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": named}}))
+    if place == "no map":
+        index.write_text("[]")
+    with pytest.raises(SidelightError, match=r"not a whole index of files in its own folder"):
+        read_backbone(folder)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

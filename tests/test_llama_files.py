@@ -1,8 +1,11 @@
 """What is no GGUF file that probes can read is refused in one line, and ends no process."""
 
+import json
+import os
 import resource
 import signal
 import sys
+import tempfile
 from contextlib import suppress
 
 import pytest
@@ -235,6 +238,23 @@ def test_a_files_tokenizer_is_kept_and_built_again_if_that_is_damaged_or_of_anot
     monkeypatch.setattr(transformers, "__version__", "5.0.0")
     assert LlamaBackbone(path).fingerprint == built.fingerprint
     assert len([*kept.parent.glob("*.tokenizer.json")]) == 2
+
+
+@needs_llama
+def test_a_kept_tokenizer_writes_no_file_elsewhere(tiny, tmp_path):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    built = LlamaBackbone(path)
+    (kept,) = (cache_root() / "gguf").glob("*.tokenizer.json")
+    whole = kept.read_bytes()
+    elsewhere = tmp_path / "elsewhere"
+    for name in (str(elsewhere), os.path.relpath(elsewhere, tempfile.gettempdir() + "/folder")):
+        entry = json.loads(whole)
+        entry["files"][name] = "text"
+        kept.write_text(json.dumps(entry))
+        assert LlamaBackbone(path).fingerprint == built.fingerprint
+        assert not elsewhere.exists()
+        # It is built again.
+        assert kept.read_bytes() == whole
 
 
 @needs_llama

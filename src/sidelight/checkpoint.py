@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from huggingface_hub import snapshot_download
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -41,6 +42,12 @@ _SAMPLE = "The quick brown fox, 1234567890 times: jumps!\n\tüber Straßen 你�
 
 # A weight's shape, and values spread over its length, as the bytes of bf16 numbers.
 _Sample = tuple[tuple[int, ...], bytes]
+
+
+class _Index(BaseModel):
+    """The files of a model in several parts, by the weights that they hold; all lie beside it."""
+
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^\w[^/\\]*$")]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,14 @@ def _weight_files(folder: Path) -> Iterable[Path]:
     # Engines differ in which they load if both are there.
     names = {_WEIGHTS} if (folder / _WEIGHTS).exists() else set[str]()
     if (folder / _INDEX).exists():
-        names |= {*json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values()}
+        try:
+            index = _Index.model_validate_json((folder / _INDEX).read_bytes())
+        except ValidationError as error:
+            raise ValueError(
+                f"{folder / _INDEX} is not a whole index of files in its own folder. Save the "
+                "model again with save_pretrained."
+            ) from error
+        names |= {*index.weight_map.values()}
     if not names:
         raise FileNotFoundError(
             f"{folder} has no {_WEIGHTS} or {_INDEX}, and a model is identified by these files. "

@@ -4,7 +4,6 @@ The header is read by the package ``gguf``, and nothing is dequantised. llama.cp
 when states are first wanted.
 """
 
-import json
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,13 +12,14 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tokenizers
 import torch
 import transformers
 from gguf import GGML_QUANT_SIZES, GGUFReader, ReaderTensor
+from pydantic import BaseModel, Field
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -314,6 +314,13 @@ def _tokenizer(path: Path, given: str | None, header: str) -> Any:
     return tokenizer
 
 
+class _KeptTokenizer(BaseModel):
+    """A tokenizer in the cache: its hash, and its files by their names, which lead nowhere else."""
+
+    tokenizer: str
+    files: dict[Annotated[str, Field(pattern=r"^\w[^/\\]*$")], str]
+
+
 def _kept(tokenizer: Any) -> dict[str, Any]:
     """What the cache keeps of a tokenizer.
 
@@ -327,17 +334,17 @@ def _kept(tokenizer: Any) -> dict[str, Any]:
             # The part in Rust has no narrower one for a full disk.
             raise OSError(str(error)) from error
         files = {file.name: file.read_text("utf-8") for file in Path(folder).glob("*.*")}
-    return {"tokenizer": _tokenizer_hash(tokenizer), "files": files}
+    return _KeptTokenizer(tokenizer=_tokenizer_hash(tokenizer), files=files).model_dump()
 
 
 def _kept_tokenizer(kept: Path) -> Any:
     """The tokenizer in a file of the cache; None: there is none, or it is not what was kept."""
     with suppress(Exception), TemporaryDirectory() as folder:
-        entry = json.loads(kept.read_text("utf-8"))
-        for name, text in entry["files"].items():
+        entry = _KeptTokenizer.model_validate_json(kept.read_bytes())
+        for name, text in entry.files.items():
             (Path(folder) / name).write_text(text, "utf-8")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if _tokenizer_hash(tokenizer) == entry["tokenizer"]:
+        if _tokenizer_hash(tokenizer) == entry.tokenizer:
             return tokenizer
     return None
 
