@@ -91,7 +91,11 @@ MALFORMED = {
     "lines in quotes": ("a.csv", b'text,label\n"a\nb",x\n\nb\n', r"line 5: 1 fields, .* has 2"),
     "one field too many": ("a.csv", b"text,label\na,x\nb,y,z\n", r"line 3: 3 fields"),
     "open quote": ("a.csv", b'text,label\n"a,x\n', r"line 2: unexpected end of data"),
-    "column twice": ("a.csv", b"text,text\na,b\n", r"line 1: a column appears twice"),
+    "column twice": (
+        "a.csv",
+        b"text,text\na,b\n",
+        r"line 1: column 'text' .*text\)\. Rename or remove one of the two\.$",
+    ),
     "header only": ("a.csv", b"text,label\n", r"has no rows"),
     "not UTF-8": ("a.csv", b"text,label\na,x\n\xff,y\n", r"a\.csv, line 3: .* 0xff.*iconv"),
     "damaged gzip": (

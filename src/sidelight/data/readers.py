@@ -165,8 +165,12 @@ def _read_delimited(path: Path, *, delimiter: str) -> list[Row]:
         for record in reader:
             if record and not names:
                 names = [name.strip() for name in record]
-                if len(set(names)) < len(names):
-                    raise csv.Error(f"a column appears twice ({', '.join(names)})")
+                twice = next((name for name in names if names.count(name) > 1), None)
+                if twice is not None:
+                    raise SidelightError(
+                        f"{path.name}, line {line}: column '{twice}' appears twice (columns: "
+                        f"{', '.join(names)}). Rename or remove one of the two."
+                    )
             elif record:
                 if len(record) != len(names):
                     raise csv.Error(f"{len(record)} fields, but the header has {len(names)}")
