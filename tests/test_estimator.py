@@ -145,6 +145,8 @@ def test_states_that_take_too_much_are_forgotten_before_the_next_fit(model, ran,
     [
         ([["a"], ["b"]], ["a", "b"], r"shape \(2, 1\), wanted a list"),
         (["a", 5], ["a", "b"], "Text 2 is 5, wanted a string"),
+        (["a", "b"], ["a", None], r"^Label 2 is None, wanted .* leave it out of X and y\.$"),
+        (["a", "b"], [float("nan"), 1.0], "Label 1 is nan"),
         (["a", "b"], ["a", "a"], r"Got one class \(a\), wanted two"),
         (["a", "b"], ["a"], "inconsistent numbers of samples"),
         (["a", "b"], [0.5, 1.5], "Unknown label type"),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,6 +133,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         """
         items = [as_example(text) for text in _texts(X)]
         labels = column_or_1d(y)
+        _require_labels(labels)
         check_consistent_length(items, labels)
         check_classification_targets(labels)
         classes, numbers = np.unique(labels, return_inverse=True)
@@ -249,3 +251,14 @@ def _texts(values: Any) -> Sequence[str]:
         if not isinstance(text, str):
             raise ValueError(f"Text {number + 1} is {text!r:.80}, wanted a string.")
     return texts.tolist()
+
+
+def _require_labels(labels: np.ndarray) -> None:
+    """Refuses missing labels, which NumPy cannot sort or takes for a class."""
+    for number, label in enumerate(labels.tolist()):
+        # NaN differs from itself.
+        if not isinstance(label, str | Real) or label != label:
+            raise ValueError(
+                f"Label {number + 1} is {label!r:.80}, wanted a string or a number. Label the text, "
+                "or leave it out of X and y."
+            )
