@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import EntryPoints
 from multiprocessing import get_context
@@ -22,6 +22,7 @@ import pytest
 
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone
+from sidelight.cli import app
 from sidelight.cli.evaluate import why
 from sidelight.cli.options import INPUT_SETTINGS, TrainingInputs
 from sidelight.cli.train import _kinds, train
@@ -79,7 +80,7 @@ def write_rows(path: Path, count: int, *, seed: int, **last: Any) -> str:
     return str(write(path, [*rows, *([last] if last else [])]))
 
 
-def labelled_rows(path: Path, labels: list[str | None]) -> str:
+def labelled_rows(path: Path, labels: Sequence[object]) -> str:
     rows = [{"text": f"text {i}", "label": own} for i, own in enumerate(labels)]
     return str(write(path, rows))
 
@@ -365,9 +366,10 @@ def test_python_is_started_without_the_working_directory_in_its_path():
 def test_options_of_training_data_hold_for_validation_data_where_they_apply(tmp_path):
     data = labelled_rows(tmp_path / "train.jsonl", ["yes", "no", "no", None])
     held = labelled_rows(tmp_path / "held.jsonl", ["no", None, "yes"])
-    parsed = train.make_context("train", ["--data", data, "--out", "o"]).params
+    given_options = ["--data", data, "--out", "o", "--missing-label", "skip"]
+    parsed = train.make_context("train", given_options).params
     names = [field.name for field in fields(TrainingInputs) if field.name in parsed]
-    given = TrainingInputs(**{name: parsed[name] for name in names}, missing_label="skip")
+    given = TrainingInputs(**{name: parsed[name] for name in names})
     training, validation = replace(given, validation=held).load()
     assert (len(training), len(validation)) == (3, 2)
     # A file has no splits, which shows that the option arrives.
@@ -378,6 +380,19 @@ def test_options_of_training_data_hold_for_validation_data_where_they_apply(tmp_
     limited, _ = replace(given, limit=2).load()
     assert limited.warnings == whole.warnings != ()
     assert len(limited) == 2
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "recalibrate"])
+def test_a_missing_label_names_an_option_of_the_command(command, untrained, tmp_path, capsys):
+    labels = [*["billing", "refund"] * 4, float("nan")]
+    data = labelled_rows(tmp_path / "rows.jsonl", labels)
+    arguments = [command, "--data", data, *([untrained] if command != "train" else [])]
+    arguments += ["--out", str(tmp_path / "out")] if command != "eval" else []
+    assert cli(*arguments) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "1 of 9 rows have no label in 'label', the first at rows.jsonl, line 9." in said
+    (option, value) = re.search(r"leave them out with (--\S+) (\S+)", said).groups()
+    app.get_command(None, command).make_context(command, [*arguments[1:], option, value])
 
 
 def test_the_help_names_every_option_that_can_be_set():

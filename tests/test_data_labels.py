@@ -98,7 +98,7 @@ def test_a_task_allows_one_class_only_and_keeps_its_numbers():
 @pytest.mark.parametrize("nothing", [None, float("nan"), " ", "NaN", "null"])
 def test_missing_labels_are_an_error_or_are_left_out(nothing):
     rows = [*ROWS, {"text": "hello", "label": nothing}]
-    with pytest.raises(SidelightError, match=r"1 of 5 rows have no label .* row 5\. .*missing_lab"):
+    with pytest.raises(SidelightError, match=r"1 of 5 rows have no label .* row 5\. .*missing-lab"):
         load_examples(rows)
     examples = load_examples(rows, on_missing_label="skip")
     assert (len(examples), examples.skipped.missing_label) == (4, 1)
@@ -131,7 +131,11 @@ UNUSABLE = {
     "0/1 for names": ([1, 0], {"task": SPAM}, r"unknown label '1'"),
     "name for multilabel": (["a"], {"task": Task("multilabel", ("a", "b"))}, r"Give lists"),
     "lists for classes": ([["a"]], {"task": Task("multiclass", ("a", "b"))}, r"several labels"),
-    "no label at all": ([None, None], {"on_missing_label": "skip"}, r"2 of 2 rows have no label"),
+    "no label at all": (
+        [None, None],
+        {"on_missing_label": "skip"},
+        r"2 of 2 rows .* Label them, or name",
+    ),
     "no label column": (["a"], {"label": "lable"}, r"no column 'lable'\. Did you .* --label"),
     "no response": (["a"], {"response": "answer"}, r"no column 'answer'.* --response \(response="),
     "no column of that text": (["a", "b"], {"text": "txt"}, r"no column 'txt'.* --text \(text= in"),

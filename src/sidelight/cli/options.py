@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 from pydantic import Field
@@ -16,6 +16,7 @@ from sidelight.storage import check_folder
 
 if TYPE_CHECKING:
     from sidelight.data.examples import LabelledExamples
+    from sidelight.data.loading import OnMissingLabel
     from sidelight.training.settings import FitOptions
 
 
@@ -102,7 +103,6 @@ class TrainingInputs:
     What has a default is given by ``--set``.
 
     Attributes:
-        missing_label: What to do about a row without a label.
         rationale: The column of the words that a text has its label for, where they are known.
         limit: Use so many rows, drawn at random; each class keeps its share.
         max_tokens: Longer texts are cut, and counted; judging never cuts.
@@ -117,9 +117,9 @@ class TrainingInputs:
     response: str | None
     positive: str | None
     validation: str | None
+    missing_label: "OnMissingLabel"
     split: str | None = None
     validation_split: str | None = None
-    missing_label: Literal["error", "skip"] = "error"
     rationale: str | None = None
     limit: Annotated[int, Field(ge=2)] | None = None
     max_tokens: Annotated[int, Field(ge=8)] = 1024
@@ -337,6 +337,7 @@ def training(more: str = "") -> Callable[[Command], Command]:
         label,
         response,
         positive,
+        missing_label,
         click.option("--validation", help="Validation data. [default: held out of --data]"),
         click.option(
             "--set",

@@ -176,8 +176,10 @@ def _usable(
         remedy = (
             "remove them"
             if unlabelled[0].is_beside_guard
-            else "leave them out with --missing-label skip (in training --set missing_label=skip, "
-            "in Python on_missing_label='skip')"
+            else "name another column with --label (label= in Python)"
+            if not kept
+            else "leave them out with --missing-label skip (in Python load_examples(..., "
+            "on_missing_label='skip'))"
         )
         raise SidelightError(
             f"{len(unlabelled)} of {len(rows)} rows have no label in '{', '.join(columns)}', the "

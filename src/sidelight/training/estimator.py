@@ -259,6 +259,6 @@ def _require_labels(labels: np.ndarray) -> None:
         # NaN differs from itself.
         if not isinstance(label, str | Real) or label != label:
             raise ValueError(
-                f"Label {number + 1} is {label!r:.80}, wanted a string or a number. Label the text, "
-                "or leave it out of X and y."
+                f"Label {number + 1} is {label!r:.80}, wanted a string or a number. Label the "
+                "text, or leave it out of X and y."
             )
