@@ -15,10 +15,10 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.decisions import decide
 from sidelight.policy.enforcement import Judged
 from sidelight.policy.request import Outcome, Terms
-from sidelight.policy.rules import Policy, bound_rules
+from sidelight.policy.rules import Policy, Rule, bound_rules
 from sidelight.prompts.conversation import Message, Reads
 from sidelight.types import Judgement, Task
-from worlds.models import three_probes, untrained_probe
+from worlds.models import INTENT, spans_probe, three_probes, untrained_probe
 from worlds.servers import ENGINE_ROUNDING, MODEL, in_process, served
 
 TEXT = "Where is my refund?"
@@ -251,6 +251,68 @@ def test_the_guardrail_refuses_what_it_cannot_judge(http, fields, code, word):
     refused = guard(http, **fields)
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, code)
     assert word in refused.json()["error"]["message"]
+
+
+SHADOW = Rule("shadow")
+
+
+def probes_under(tiny, **rules):
+    """Probes of prompts and responses that flag every text, under these rules."""
+    probes = [
+        untrained_probe(tiny, "spam", threshold=0.0),
+        untrained_probe(tiny, "intent", task=INTENT),
+        untrained_probe(tiny, "refusal", reads=Reads("response"), threshold=0.0),
+        spans_probe(tiny, "words", threshold=0.5),
+    ]
+    late = {"refusal"} & rules.keys()
+    policy = Policy(
+        input={name: rule for name, rule in rules.items() if name not in late},
+        output={name: rules[name] for name in late},
+    )
+    return in_process(TransformersEngine(tiny, probes), policy=policy, metrics_key=("scraper",))
+
+
+@pytest.mark.parametrize("names", [["intent"], []])
+def test_a_client_of_the_proxy_cannot_deselect_a_probe_that_blocks_or_redacts(tiny, names):
+    blocking = {"spam": Rule("block"), "refusal": Rule("block")}
+    with probes_under(tiny, **blocking) as http:
+        asked = guard(http, **choosing(*names)).json()
+        answered = guard(http, input_type="response", **choosing(*names)).json()
+    assert asked["blocked_reason"] == "Flagged by spam."
+    assert answered["blocked_reason"] == "Flagged by refusal."
+    with probes_under(tiny, words=Rule("redact"), spam=SHADOW) as http:
+        masked = [guard(http, **chosen).json()["texts"] for chosen in ({}, choosing(*names))]
+    assert masked[0] == masked[1] != [TEXT]
+
+
+@pytest.mark.parametrize("kind", ["request", "response"])
+def test_the_guardrail_lets_through_and_counts_what_probes_in_shadow_mode_flag(tiny, kind):
+    everything = dict.fromkeys(("spam", "intent", "refusal", "words"), SHADOW)
+    with probes_under(tiny, **everything) as http:
+        passed = guard(http, input_type=kind)
+        series = http.get("/metrics", headers={"Authorization": "Bearer scraper"}).text
+        # Only the operator decides that nothing is reported.
+        refused = guard(http, input_type=kind, **choosing())
+    assert passed.status_code == 200
+    assert (passed.json()["action"], passed.json()["sidelight"]["verdicts"]) == ("NONE", [])
+    counted = "spam" if kind == "request" else "refusal"
+    assert f'sidelight_verdicts_total{{outcome="flagged",probe="{counted}"}} 1.0' in series
+    code = "no_prompt_probe" if kind == "request" else "no_response_probe"
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, code)
+
+
+def test_the_guardrail_refuses_responses_that_no_probe_reads_not_even_in_shadow_mode(tiny):
+    engine = TransformersEngine(tiny, [untrained_probe(tiny, "spam")])
+    with in_process(engine, policy=Policy(input={"spam": SHADOW})) as http:
+        refused = guard(http, input_type="response")
+    assert refused.json()["error"]["code"] == "no_response_probe"
+
+
+def test_a_moderation_says_that_every_probe_is_in_shadow_mode(tiny):
+    with probes_under(tiny, spam=SHADOW, intent=SHADOW, words=SHADOW) as http:
+        refused = http.post(MODERATIONS, json={"input": TEXT})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "no_prompt_probe")
+    assert "shadow mode" in refused.json()["error"]["message"]
 
 
 def test_the_guardrail_does_not_judge_the_missing_prompt_of_a_response(tiny):

@@ -21,7 +21,7 @@ from sidelight.engines.base import verdict_failure
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.policy.decisions import Decision, PolicyError
 from sidelight.policy.enforcement import Enforcement, Judged, TextObserver
-from sidelight.policy.rules import BoundRule, Policy
+from sidelight.policy.rules import BoundRule, Policy, Side
 from sidelight.probe import Probe
 from sidelight.types import Verdict, spans_json
 
@@ -150,6 +150,16 @@ class Terms:
                 status=403,
             )
         return replace(self, chosen=disclosed)
+
+    def with_enforced(self) -> "Terms":
+        """The same, also reporting every probe whose rule blocks or redacts."""
+        names = {bound.name for bound in self.chosen}
+        enforced = (b for b in self.rules if b.mode in ("block", "redact") and b.name not in names)
+        return replace(self, chosen=(*self.chosen, *enforced))
+
+    def on(self, side: Side) -> list[BoundRule]:
+        """The rules of this side, chosen or not, also of probes in shadow mode."""
+        return [bound for bound in self.rules if bound.side == side]
 
     @property
     def probes(self) -> list[Probe]:

@@ -38,6 +38,7 @@ async def check(
     conversations: Sequence[Sequence[Message]],
     *,
     judges_prompt: bool = True,
+    counts_shadows: bool = False,
     explain: Collection[str] | None = None,
 ) -> list[Checked]:
     """The verdicts of the chosen probes on each conversation, from one pass each.
@@ -51,20 +52,15 @@ async def check(
         conversations: To judge.
         judges_prompt: Whether the turns before the assistant's are judged; if they are made up, no
             verdict on them counts.
+        counts_shadows: Whether verdicts of probes in shadow mode suffice, which are only counted.
         explain: Names of probes whose verdicts are explained; None: the client does not ask.
 
     Raises:
         VerdictError: A chosen probe gave no verdict.
         RequestError: No chosen probe can judge one of them. An empty answer would look harmless.
     """
-    if all(bound.side == "output" for bound in terms.chosen):
-        for turns in conversations:
-            if not is_answered(turns):
-                raise RequestError(
-                    "No chosen probe reads a prompt alone, so none can judge a text by itself. "
-                    "Load such a probe, or use /v1/chat/completions.",
-                    code="no_prompt_probe",
-                )
+    if not counts_shadows and not all(map(is_answered, conversations)):
+        require_prompt_probe(terms)
     judging = request.engine.judge(conversations, explain=explain)
     events = await unless_left(request, judging)
     checked: list[Checked] = []
@@ -80,6 +76,22 @@ async def check(
         _require_verdicts(f"Text {index} (counted from 0)", turns, event.tokens, chosen)
         checked.append((event, chosen))
     return checked
+
+
+def require_prompt_probe(terms: Terms) -> None:
+    """Refuses a prompt that no chosen probe reads."""
+    if any(bound.side == "input" for bound in terms.chosen):
+        return
+    message = (
+        "No chosen probe reads a prompt alone, so none can judge a text by itself. Load such a "
+        "probe, or use /v1/chat/completions."
+    )
+    if (prompt_rules := terms.on("input")) and all(bound.is_shadow for bound in prompt_rules):
+        message = (
+            "Every probe that reads prompts is in shadow mode, so there is no verdict to report. "
+            'Give one another mode in the policy, such as mode = "score".'
+        )
+    raise RequestError(message, code="no_prompt_probe")
 
 
 def _require_verdicts(

@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sidelight.policy.decisions import Decision
 from sidelight.policy.redaction import Placeholders
+from sidelight.policy.request import Terms
+from sidelight.policy.rules import Side
 from sidelight.prompts.conversation import Message
-from sidelight.server.checks import as_user, check, spans_of
+from sidelight.server.checks import as_user, check, require_prompt_probe, spans_of
 from sidelight.server.errors import RequestError
 from sidelight.server.requests import Route, ServerRequest
 from sidelight.server.schemas import Extension, IfAny, Many, ProbeNames, StrictBody, ToolCall
@@ -109,16 +111,17 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         for text in judged.values()
     ]
     terms = await request.begin(texts, parameters.probes)
-    if is_response:
-        late = tuple(bound for bound in terms.chosen if bound.side == "output")
-        if not late:
-            raise RequestError(
-                "No chosen probe reads a response, so none can judge this one. Load such a probe, "
-                "or use this guardrail in mode pre_call only.",
-                code="no_response_probe",
-            )
-        terms = replace(terms, chosen=late)
-    checked = await check(request, terms, texts, judges_prompt=not is_response)
+    # A proxy may take the parameters of its own client.
+    terms = terms.with_enforced()
+    side: Side = "output" if is_response else "input"
+    terms = replace(terms, chosen=tuple(b for b in terms.chosen if b.side == side))
+    has_shadow = any(bound.is_shadow for bound in terms.on(side))
+    is_observed = parameters.probes is None and has_shadow
+    if not terms.chosen and not is_observed:
+        _refuse(terms, side)
+    checked = await check(
+        request, terms, texts, judges_prompt=not is_response, counts_shadows=is_observed
+    )
     redacts = any(bound.mode == "redact" for bound in terms.chosen)
     masked, flagged = _interventions(body, [decisions for _, decisions in checked])
     is_masked = not flagged and masked != (body.texts or [])
@@ -131,6 +134,17 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         sidelight=Extension(
             verdicts=[entry for _, decisions in checked for entry in terms.entries(decisions)]
         ),
+    )
+
+
+def _refuse(terms: Terms, side: Side) -> None:
+    """Refuses texts that no chosen probe can judge."""
+    if side == "input":
+        require_prompt_probe(terms)
+    raise RequestError(
+        "No chosen probe reads a response, so none can judge this one. Load such a probe, or use "
+        "this guardrail in mode pre_call only.",
+        code="no_response_probe",
     )
 
 
