@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from torch import nn
 
-from sidelight.errors import ContextLengthError
+from sidelight.artifact import save_probe
+from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.mechanisms.base import mechanism_names
+from sidelight.prompts.conversation import Message
 from sidelight_lab.bench import latency
+from sidelight_lab.bench.checks import text_of, words_for
 from sidelight_lab.bench.latency import (
     Answer,
     Subject,
@@ -17,7 +20,7 @@ from sidelight_lab.bench.latency import (
     random_batches,
 )
 from worlds.data import encoded
-from worlds.models import saved, tiny_backbone
+from worlds.models import saved, tiny_backbone, untrained_probe
 from worlds.servers import cli
 
 pytestmark = pytest.mark.slow
@@ -116,3 +119,33 @@ def test_the_command_writes_a_row_for_each_subject_size_and_length(
     assert shown.count("| guard of its size, then LLM ") == 4
     rows = json.loads((tmp_path / "latency.json").read_text())["rows"]
     assert len(rows) == 4 * len(subjects)
+
+
+@pytest.mark.parametrize("tokens", [65, 125])
+def test_a_text_to_check_has_the_tokens_that_are_asked_for(tiny, tokens):
+    words = words_for(tiny.encoder, tokens)
+    for number in (0, 123_456):
+        assert len(tiny.encoder.encode([Message("user", text_of(words, number))])) == tokens
+
+
+def test_a_length_that_no_text_has_is_refused(tiny):
+    with pytest.raises(ContextLengthError, match=r"reads up to 256\. .*--tokens"):
+        words_for(tiny.encoder, 257)
+    for tokens in (3, 66):
+        with pytest.raises(SidelightError, match=rf"prompt of {tokens} tokens.*--tokens"):
+            words_for(tiny.encoder, tokens)
+
+
+def test_the_command_times_a_check_by_each_set_of_probes(tiny, tmp_path, capsys):
+    model = saved(tiny, tmp_path / "model")
+    probes = [str(save_probe(untrained_probe(tiny, name), tmp_path / name)) for name in ("a", "b")]
+    named = [word for probe in probes for word in ("--probe", probe)]
+    options = ["--tokens", "65,125", "--rounds", "4", "--out", str(tmp_path)]
+    assert cli("bench", "latency", "--model", model, *named, *options) == 0
+    shown = capsys.readouterr().out
+    assert shown == (tmp_path / "checks.md").read_text()
+    rows = json.loads((tmp_path / "checks.json").read_text())["rows"]
+    asked = [(probe, length) for probe in probes for length in (65, 125)]
+    assert [(row["probes"], row["tokens"]) for row in rows] == asked
+    for row in rows:
+        assert 0 < row["ms"]["low"] <= row["ms"]["median"] <= row["ms"]["high"]

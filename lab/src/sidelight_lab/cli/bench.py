@@ -306,7 +306,13 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
         raise SidelightError("Some answers were faulty: see the table of faults.")
 
 
-@bench.command("latency", epilog=options.examples("sidelight bench latency --out latency"))
+@bench.command(
+    "latency",
+    epilog=options.examples(
+        "sidelight bench latency --out latency",
+        "sidelight bench latency --probe probes/injection --tokens 64,512 --rounds 100",
+    ),
+)
 @click.option(
     "--tokens",
     callback=split_numbers,
@@ -315,19 +321,44 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
 )
 @click.option("--batch-sizes", callback=split_numbers, default="1,16", help="Prompts at once.  ")
 @click.option("--rounds", type=options.AT_LEAST_ONE, default=5, help="Rounds of all rows in turn.")
+@click.option(
+    "--probe",
+    "probes",
+    multiple=True,
+    help="Time a check by these probes over HTTP instead, as `sidelight serve` takes them; each "
+    "--probe is a row.",
+)
 @_record
 @options.transformers
-def bench_latency(runtime: Runtime, out: Path | None, as_json: bool, **given: Any) -> None:
+def bench_latency(
+    runtime: Runtime,
+    probes: tuple[str, ...],
+    tokens: tuple[int, ...],
+    batch_sizes: tuple[int, ...],
+    rounds: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     """Time one new token with every mechanism, with ten probes, and with what they replace.
 
     That is each mechanism in its dense form on hidden states that are kept, a small encoder before
     the LLM, and a guard of the LLM's own size before it. Then the CPU time of a token of four
     answers, with readouts and with probes of the five ready guards. Prompts and weights of probes
     are random.
-    """
-    from sidelight_lab.bench.latency import measure_latency
 
-    publish(measure_latency(runtime.load_transformers(), **given), out, as_json=as_json)
+    With --probe, time a check instead: one text to /v1/moderations of a server with these probes.
+    """
+    backbone = runtime.load_transformers()
+    if probes:
+        from sidelight_lab.bench.checks import measure_checks
+
+        words = ("--model", backbone.name, "--dtype", runtime.dtype, "--device", runtime.device)
+        record = measure_checks(backbone, probes, tokens=tokens, rounds=rounds, options=words)
+    else:
+        from sidelight_lab.bench.latency import measure_latency
+
+        record = measure_latency(backbone, tokens=tokens, batch_sizes=batch_sizes, rounds=rounds)
+    publish(record, out, as_json=as_json)
 
 
 @bench.command(
