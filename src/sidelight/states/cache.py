@@ -86,6 +86,11 @@ class Memory:
     texts: dict[Path, Float[Tensor, "layer _ width"]] = field(default_factory=dict)
 
 
+def token_bytes(fingerprint: Fingerprint) -> int:
+    """The size of a token's hidden states of all layers."""
+    return fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
+
+
 class ActivationCache:
     """The hidden states of some texts under one backbone, computed by one engine.
 
@@ -120,7 +125,7 @@ class ActivationCache:
         self.reads = reads
         self.fingerprint = fingerprint
         self.engine = engine
-        self.token_bytes = fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
+        self.token_bytes = token_bytes(fingerprint)
         self._shard_tokens = max(1, shard_bytes // self.token_bytes)
         self._who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine)
         self.directory = root / _hash(self._who)

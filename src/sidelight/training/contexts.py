@@ -105,7 +105,7 @@ def draw_contexts(
         )
         lengths = (len(encoder.encode_any_length(examples.items[i].conversation)) for i in texts)
         of_texts = sum(min(length, limit) for length in lengths)
-        tokens = round(max(least / len(groups), _CONTEXT_TOKENS * of_texts))
+        tokens = context_budget(of_texts, least=least / len(groups))
         alone: list[Context] = []
         if is_part or task.abstains:
             alone = sampler.background(tokens=round(tokens * _BACKGROUND_SHARE))
@@ -113,6 +113,12 @@ def draw_contexts(
         drawn = (*alone, *sampler.of_texts(examples, texts, tokens=tokens))
         contexts += [replace(context, group=group) for context in drawn]
     return tuple(contexts)
+
+
+def context_budget(tokens: int, *, least: float | None = None) -> int:
+    """The tokens of the contexts of texts that have so many; ``least``: by default, on a CPU."""
+    least = _LEAST_CONTEXT_TOKENS if least is None else least
+    return round(max(least, _CONTEXT_TOKENS * tokens))
 
 
 class ContextSampler:

@@ -1,0 +1,96 @@
+"""What a training would take, estimated before any text is run: disk, and time on a CPU."""
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from sidelight.data.examples import LabelledExamples, located
+from sidelight.fingerprint import Fingerprint
+from sidelight.prompts.encode import PromptEncoder
+from sidelight.states.cache import token_bytes
+from sidelight.training.contexts import context_budget
+from sidelight.training.settings import TRAINING_MAX_TOKENS
+
+# Operations per token and parameter: 2 in the forward pass; the rest is attention, calibration
+# and the probe. Measured on SmolLM2-135M: `sidelight guard --only injection`.
+_OPERATIONS = 3.0
+# Rows, depth and columns of the product that measures this CPU: a batch in one block.
+_PRODUCT = (1024, 576, 1536)
+_REPETITIONS = 20
+
+
+@dataclass(frozen=True)
+class TrainingEstimate:
+    """What training a probe takes; ``str`` says it in a sentence's words.
+
+    Attributes:
+        tokens: Those of the texts and of their contexts.
+        disk_bytes: For their hidden states, which are removed at the end.
+        seconds: On this CPU; right within a factor of two.
+    """
+
+    tokens: int
+    disk_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        minutes = max(2, round(self.seconds / 60))
+        time = f"{minutes} minutes" if minutes < 100 else f"{minutes / 60:.0f} hours"
+        return f"about {time} on this CPU, {self.disk_bytes / 1e9:.1f} GB of disk"
+
+
+def estimate_training(
+    texts: LabelledExamples,
+    encoder: PromptEncoder,
+    model: Fingerprint,
+    *,
+    operations_per_s: float | None = None,
+) -> TrainingEstimate:
+    """Estimate what training a probe on these texts takes, with the packaged background.
+
+    Disk is exact up to the contexts that are drawn. Time is proportional to tokens and parameters,
+    of which a block of width D has about 12 D^2 (Kaplan et al. 2020, section 2.1); a mixture of
+    experts takes less.
+
+    Args:
+        texts: The training texts.
+        encoder: Counts their tokens.
+        model: The frozen LLM, which need not be loaded.
+        operations_per_s: Of this CPU, in float32; None measures it, in under a second.
+    """
+    tokens = sum(training_tokens(texts, encoder))
+    if texts.spans is None and texts.items[0].response is None:
+        tokens += context_budget(tokens)
+    parameters = 12 * (model.layers - 1) * model.width**2
+    speed = operations_per_s or _operations_per_s()
+    return TrainingEstimate(
+        tokens, tokens * token_bytes(model), _OPERATIONS * parameters * tokens / speed
+    )
+
+
+def training_tokens(texts: LabelledExamples, encoder: PromptEncoder) -> list[int]:
+    """The tokens of each text that a training reads.
+
+    Raises:
+        SidelightError: The model's template cannot render one.
+    """
+    limit = min(TRAINING_MAX_TOKENS, encoder.max_tokens)
+    counts: list[int] = []
+    for index, item in enumerate(texts.items):
+        with located(item, index):
+            prompt = encoder.encode_any_length(item.conversation, item.response)
+            counts.append(min(limit, len(prompt)))
+    return counts
+
+
+def _operations_per_s() -> float:
+    """Of the fastest of some matrix products, since other programs interrupt some of them."""
+    rows, depth, columns = _PRODUCT
+    left, right = torch.randn(rows, depth), torch.randn(depth, columns)
+    seconds: list[float] = []
+    for _ in range(_REPETITIONS):
+        start = perf_counter()
+        torch.mm(left, right)
+        seconds.append(perf_counter() - start)
+    return 2 * rows * depth * columns / min(seconds)

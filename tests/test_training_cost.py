@@ -1,0 +1,73 @@
+"""The estimate of a training is what one takes on disk, and grows with tokens and parameters."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sidelight.data.examples import Example, LabelledExamples
+from sidelight.prompts.conversation import Message
+from sidelight.training.background import load_background
+from sidelight.training.cost import TrainingEstimate, estimate_training, training_tokens
+from sidelight.training.dataset import prepare
+from sidelight.training.settings import FitOptions
+from worlds.data import little_traffic
+from worlds.models import TOXICITY
+
+SPEED = 1e9
+# Contexts end with the one that fills their share of tokens.
+OF_CONTEXTS = 0.1
+
+
+@pytest.fixture
+def texts():
+    items = tuple(
+        Example((Message("user", f"number {i:02d} has a text of its own"),)) for i in range(60)
+    )
+    return LabelledExamples(items, ({},) * 60, labels=np.arange(60) % 2, task=TOXICITY)
+
+
+def test_the_disk_is_what_a_training_writes(tiny, texts, tmp_path, monkeypatch):
+    with little_traffic(tmp_path, monkeypatch):
+        options = FitOptions(cache_root=tmp_path / "states", background=load_background("packaged"))
+        prepare(tiny, texts, None, options=options)
+        estimate = estimate_training(texts, tiny.encoder, tiny.fingerprint, operations_per_s=SPEED)
+    files = (tmp_path / "states").rglob("*.safetensors")
+    written = sum(path.stat().st_size for path in files)
+    assert estimate.disk_bytes == pytest.approx(written, rel=OF_CONTEXTS)
+
+
+def test_a_wider_and_deeper_model_takes_more_of_both(tiny, texts):
+    own, blocks = tiny.fingerprint, tiny.fingerprint.layers - 1
+    larger = replace(own, width=4 * own.width, layers=2 * blocks + 1)
+    small, large = (
+        estimate_training(texts, tiny.encoder, model, operations_per_s=SPEED)
+        for model in (own, larger)
+    )
+    assert small.tokens == large.tokens
+    assert large.seconds == pytest.approx(2 * 4**2 * small.seconds)
+    assert large.disk_bytes == small.disk_bytes * 4 * larger.layers / own.layers
+
+
+def test_time_is_measured_on_this_cpu(tiny, texts):
+    measured = estimate_training(texts, tiny.encoder, tiny.fingerprint)
+    assert 0 < measured.seconds < 60
+
+
+def test_texts_with_responses_or_spans_are_trained_without_contexts(tiny, texts):
+    alone = sum(training_tokens(texts, tiny.encoder))
+    spans = replace(texts, spans=((),) * len(texts))
+    answers = replace(texts, items=tuple(replace(item, response="") for item in texts.items))
+    for others in (spans, answers):
+        estimate = estimate_training(others, tiny.encoder, tiny.fingerprint, operations_per_s=SPEED)
+        assert estimate.tokens == pytest.approx(alone, rel=OF_CONTEXTS)
+    shown = estimate_training(texts, tiny.encoder, tiny.fingerprint, operations_per_s=SPEED)
+    assert shown.tokens > 10 * alone
+
+
+def test_an_estimate_says_minutes_or_hours_and_gigabytes():
+    said = [str(TrainingEstimate(1, 14_300_000_000, seconds)) for seconds in (20, 840, 36_000)]
+    assert [text.split(" on ")[0] for text in said] == [
+        "about 2 minutes", "about 14 minutes", "about 10 hours",
+    ]  # fmt: skip
+    assert said[0].endswith("14.3 GB of disk")
