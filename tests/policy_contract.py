@@ -33,7 +33,7 @@ TOKENS = 24
 # Of the answers to `quiet` texts, some reach it twice in a row, some only once, some never.
 LEAK = 0.75
 CHATS, CHECKS = "/v1/chat/completions", "/v1/moderations"
-GUARDRAIL = "/beta/litellm_basic_guardrail_api"
+GUARDRAIL, CLASSIFY = "/beta/litellm_basic_guardrail_api", "/classify"
 RESPONSES = {"leak", "heard"}
 NAMES = ("injection", "leak", "newer", "told", "labelled", "silent", "heard")
 READS = {name: Reads("response") if name in RESPONSES else Reads() for name in NAMES}
@@ -356,6 +356,7 @@ def told(server: PolicyServer, text: str, name: str) -> dict[str, str]:
     asked = {"input_type": "request", "texts": [text]}
     asked["additional_provider_specific_params"] = chosen
     guarded = server.post((GUARDRAIL, asked)).json()
+    classified = server.post((CLASSIFY, {"model": name, "input": text}))
 
     def decided(**options: Any) -> httpx.Response:
         questions = [{"type": "predicate", "name": category}]
@@ -391,6 +392,7 @@ def told(server: PolicyServer, text: str, name: str) -> dict[str, str]:
         ),
         "`/v1/moderations`, score of a category": lambda: number(checked, "results", 0, *scores),
         "`/v1/decisions`, `probability`": probability,
+        "`/classify`, `probs`": lambda: number(classified, "data", 0, "probs", 1),
         "guardrail, `action`": lambda: "yes" if guarded["action"] == "BLOCKED" else "nothing",
         "guardrail, field `sidelight`": lambda: ENTRIES[seen(in_guard.get(name))],
     }
@@ -471,6 +473,9 @@ class PolicyContract:
         for text, one in zip(texts, results, strict=True):
             status = server.post(chat(text, max_tokens=1)).status_code
             assert (status == 400) == one["flagged"], text
+        asked = CLASSIFY, {"model": "injection", "input": texts}
+        labels = [one["label"] for one in server.post(asked).json()["data"]]
+        assert labels == ["toxic" if one["flagged"] else "fine" for one in results]
         for kind, own in (("request", "injection"), ("response", "leak")):
             asked = {"input_type": kind, "texts": [subjects.injected]}
             assert own in verdicts(server.post((GUARDRAIL, asked), ADMIN))
@@ -552,6 +557,7 @@ class PolicyContract:
                 chat(subjects.benign, max_tokens=2),
                 chat(subjects.benign, max_tokens=2, stream=True),
                 (CHECKS, {"input": subjects.benign}),
+                (CLASSIFY, {"model": "told", "input": subjects.benign}),
             ):
                 answer = server.post(asked, key)
                 assert answer.status_code == 200 or asked[0] == CHECKS

@@ -50,6 +50,8 @@ ATTEMPTS = [
     *(("/v1/decisions", {**DECISIONS, "input": text}) for text in (TEXT, ANSWERED)),
     ("/v1/decisions", {**DECISIONS, "explain": True}),
     ("/v1/redact", {"input": [TEXT, "x"]}),
+    *(("/classify", {"model": name, "input": [TEXT, "x"]}) for name in NAMES),
+    *(("/v1/classify", {"model": name, "messages": ANSWERED}) for name in NAMES),
     *((GUARDRAIL, {"input_type": kind, "texts": [TEXT]}) for kind in ("request", "response")),
     ("/v1/probes", None),
     ("/v1/models", None),

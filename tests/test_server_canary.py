@@ -29,6 +29,8 @@ BODIES = {
         "questions": [{"type": "predicate", "name": WORD}, {"type": "predicate", "name": "topics"}],
     },
     "/v1/redact": {"input": WORD},
+    "/classify": {"model": "topics", "input": WORD},
+    "/v1/classify": {"model": "topics", "messages": MESSAGES},
     "/beta/litellm_basic_guardrail_api": {"input_type": "request", "texts": [WORD]},
 }
 CHANGES = [{}, {"stream": True, "n": 2}, {"model": WORD}, {"probes": [WORD]}, {"messages": WORD}]

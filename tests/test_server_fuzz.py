@@ -49,6 +49,8 @@ VALID = {
         "explain": True,
     },
     "/v1/redact": {"input": ["hello", "you"], "probes": ["words"]},
+    "/classify": {"model": "toxicity", "input": ["hello", "you"], "use_activation": True},
+    "/v1/classify": {"model": "toxicity", "messages": [{"role": "user", "content": PARTS}]},
     "/beta/litellm_basic_guardrail_api": {
         "input_type": "request",
         "texts": ["hello"],

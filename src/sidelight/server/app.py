@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from sidelight.engines.base import Engine, EngineUnavailableError
 from sidelight.errors import SidelightError
-from sidelight.server import admin, chat, checks, guardrail, questions
+from sidelight.server import admin, chat, checks, classify, guardrail, questions
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import add_error_handlers
 from sidelight.server.middleware import Gatekeeper, RequestScope
@@ -67,6 +67,7 @@ _ROUTERS = (
     chat.router,
     checks.router,
     guardrail.router,
+    classify.router,
     questions.router,
     admin.models_router,
     status_router,

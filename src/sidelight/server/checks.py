@@ -121,6 +121,11 @@ def as_user(text: str) -> list[Message]:
     return [Message("user", text)]
 
 
+def as_answer(text: str) -> list[Message]:
+    """A bare text as the assistant's answer to an unknown prompt, on which no verdict counts."""
+    return [*as_user(""), Message("assistant", text)]
+
+
 def is_answered(turns: Sequence[Message]) -> bool:
     """Whether it has a response that says something; an empty one cannot be judged."""
     return has_response(turns) and bool(turns[-1].content)

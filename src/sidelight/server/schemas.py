@@ -126,6 +126,11 @@ class StrictBody(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
     unread: ClassVar[Unread] = {}
+    # The remedy for another value of a field in ``unread``.
+    unsupported: ClassVar[str] = (
+        "Leave it out; sidelight serve --engine vllm has it, for a GGUF file with its original in "
+        "safetensors and probes trained on that."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -142,10 +147,7 @@ class StrictBody(BaseModel):
                 why = f"there is no such field here.{did_you_mean(quoted, cls.model_fields)}"
                 raise _field_error("unknown_parameter", quoted, why)
             elif not _is_default(content, cls.unread[name]):
-                why = (
-                    "not supported here. Leave it out; sidelight serve --engine vllm has it, for "
-                    "a GGUF file with its original in safetensors and probes trained on that."
-                )
+                why = f"not supported here. {cls.unsupported}"
                 raise _field_error("unsupported_parameter", name, why)
         return fields
 

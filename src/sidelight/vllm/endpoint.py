@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
 from sidelight.errors import SidelightError
-from sidelight.server import admin, checks, guardrail, questions
+from sidelight.server import admin, checks, classify, guardrail, questions
 from sidelight.server.app import LOOPBACK, application, status_router
 from sidelight.server.errors import RequestError, as_request_error, wrong_field
 from sidelight.server.keys import Caller
@@ -89,7 +89,7 @@ class ProbeEndpoint:
         guard.recogniser.template = renderer.chat_template, arguments
         context = copy(guard.context)
         context.config = self._config
-        checking = checks.router, guardrail.router, questions.router
+        checking = checks.router, guardrail.router, classify.router, questions.router
         routers = *checking, admin.admin_probes_router, status_router
         self._application = application(context, routers)
         self._routes = [route for router in routers for route in router.routes]

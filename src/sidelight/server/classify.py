@@ -1,0 +1,184 @@
+"""Classification as vLLM's server defines it: one probe, and a label for each text."""
+
+import time
+import uuid
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from fastapi import APIRouter
+from openai.types import CompletionUsage
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from sidelight.errors import did_you_mean
+from sidelight.policy.request import Terms
+from sidelight.policy.rules import Side
+from sidelight.prompts.conversation import Message
+from sidelight.server.checks import as_answer, as_user, check
+from sidelight.server.errors import RequestError
+from sidelight.server.requests import Route, ServerRequest
+from sidelight.server.schemas import (
+    MAX_ITEMS,
+    ChatMessage,
+    MessageList,
+    Name,
+    StrictBody,
+    Texts,
+    Unread,
+)
+from sidelight.types import NONE, Verdict
+
+router = APIRouter(route_class=Route)
+
+
+def _refuse_token_ids(value: Any) -> Any:
+    if isinstance(value, list) and value and isinstance(value[0], int | list):
+        raise PydanticCustomError("token_ids", "Send a text or a list of texts, not token ids")
+    return value
+
+
+class ClassifyRequest(StrictBody):
+    """Texts, each as a user's message, or one conversation."""
+
+    unread: ClassVar[Unread] = {
+        # Content goes through the chat template, which writes the special tokens.
+        "add_generation_prompt": (True,),
+        "add_special_tokens": (True,),
+        "cache_salt": (),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "continue_final_message": (),
+        "media_io_kwargs": ({},),
+        "mm_processor_kwargs": ({},),
+        "normalize": (),
+        "padding": ("do_not_pad",),
+        "priority": (0,),
+        "request_id": None,
+        "truncate_prompt_tokens": (),
+        "truncation_side": (),
+        "user": None,
+    }
+    unsupported: ClassVar[str] = (
+        "Leave it out: a text is read whole, in the model's own chat template, and scores are "
+        "calibrated probabilities."
+    )
+
+    model: Name | None = Field(
+        None, description="A probe's name. The served model's name means its only prompt probe."
+    )
+    input: Annotated[Texts, BeforeValidator(_refuse_token_ids)] | None = Field(
+        None, min_length=1, max_length=MAX_ITEMS
+    )
+    messages: MessageList[ChatMessage] | None = Field(None, min_length=1)
+    use_activation: Literal[True] | None = Field(
+        None, description="Scores are probabilities, never logits."
+    )
+
+    @model_validator(mode="after")
+    def _require_one_content(self) -> "ClassifyRequest":
+        if (self.input is None) == (self.messages is None):
+            raise RequestError(
+                "Send either 'input', a text or a list of texts, or 'messages', one conversation.",
+                code="missing_parameter",
+                param="input",
+            )
+        return self
+
+    def conversations(self, side: Side) -> list[list[Message]]:
+        """What a probe of this side classifies; a bare text is on the side that the probe reads."""
+        if self.messages is not None:
+            return [[message.as_message() for message in self.messages]]
+        return [as_user(text) if side == "input" else as_answer(text) for text in self.input or ()]
+
+
+class Classification(BaseModel):
+    """One text's label, and the probabilities of all labels in the order of ``/v1/models``.
+
+    ``label`` is the decision at the server's threshold, not the most probable label: the
+    highest-scoring label that holds. If none does, it is the negative label of a binary probe,
+    the predicted class, or ``none`` for multi-label and span probes.
+    """
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class ClassifyResponse(BaseModel):
+    """One classification per text, in order; ``model`` is the probe."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Classification]
+    usage: CompletionUsage
+
+
+@router.post("/classify", name="create")
+@router.post("/v1/classify", name="create")
+async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyResponse:
+    """Texts are classified by the one probe that ``model`` names."""
+    terms = _of_one_probe(await request.begin(body.conversations("input")), body.model)
+    (bound,) = terms.chosen
+    conversations = body.conversations(bound.side)
+    checked = await check(
+        request, terms, conversations, judges_prompt=bound.side == "input" or bool(body.messages)
+    )
+    told = [each for _, decisions in checked for each in terms.disclosed(decisions)]
+    tokens = sum(event.tokens for event, _ in checked)
+    return ClassifyResponse(
+        id=f"classify-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=bound.name,
+        data=[_classification(index, each.verdict) for index, each in enumerate(told)],
+        usage=CompletionUsage(prompt_tokens=tokens, completion_tokens=0, total_tokens=tokens),
+    )
+
+
+def _classification(index: int, verdict: Verdict | None) -> Classification:
+    assert verdict is not None, "check refuses a text without one"
+    probabilities = verdict.probabilities
+    label = max(verdict.labels, key=probabilities.__getitem__, default=NONE)
+    probs = [*probabilities.values()]
+    return Classification(index=index, label=label, probs=probs, num_classes=len(probs))
+
+
+def _of_one_probe(terms: Terms, name: str | None) -> Terms:
+    """The same, reporting the probe that a request's ``model`` means.
+
+    Raises:
+        RequestError: It means none, or might mean several.
+        PolicyError: The policy does not disclose its verdicts.
+    """
+    named = [bound for bound in terms.chosen if bound.name == name]
+    if named:
+        return replace(terms, chosen=tuple(named)).require_disclosed(are_named=True)
+    names = [bound.name for bound in terms.chosen]
+    if name not in (None, terms.model):
+        raise RequestError(
+            f"Unknown probe '{name}'.{did_you_mean(name or '', [*names, terms.model])}",
+            status=404,
+            code="model_not_found",
+            param="model",
+        )
+    of_prompts = tuple(bound for bound in terms.chosen if bound.side == "input")
+    if not of_prompts:
+        why = "no probe reads a prompt alone" if names else "every probe is in shadow mode"
+        raise RequestError(
+            f"Model '{terms.model}' means its prompt probe, but {why}. Name a probe in 'model'. "
+            f"Known: {', '.join(names) or 'none'}.",
+            code="no_prompt_probe",
+            param="model",
+        )
+    terms = replace(terms, chosen=of_prompts).require_disclosed(are_named=False)
+    if len(terms.chosen) > 1:
+        listed = ", ".join(bound.name for bound in terms.chosen)
+        raise RequestError(
+            f"Model '{terms.model}' has {len(terms.chosen)} prompt probes. Name one of them in "
+            f"'model': {listed}.",
+            code="probe_required",
+            param="model",
+        )
+    return terms
