@@ -1,6 +1,6 @@
 """The model that a command runs, and what runs it."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ import click
 from sidelight.engines.llama.library import MOST_SEQUENCES, MOST_THREADS, require_version
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf
+from sidelight.guards import probe_folder, probe_folders
 from sidelight.smollm2 import EMBEDDED_NAME, require_model
 
 if TYPE_CHECKING:
@@ -62,6 +63,28 @@ class Runtime:
             from sidelight.machine import find_device
 
             find_device(self.device)
+
+    def probe_folder(self, source: Path) -> Path:
+        """The folder of a probe, or of a guard that was trained for the model."""
+        return probe_folder(source, *self._guarded_model())
+
+    def probe_folders(self, sources: "Sequence[Path]") -> list[Path]:
+        """The folders of probes, and of guards that were trained for the model."""
+        return probe_folders(sources, *self._guarded_model())
+
+    def _guarded_model(self) -> "tuple[str, Callable[[], str]] | tuple[None, None]":
+        """The model that a guard has to be trained for, and what gives its digest."""
+        if self.model is None and self.engine != "llama":
+            return None, None
+        name = self.model_of([])
+        return name, lambda: self._digest(name)
+
+    def _digest(self, name: str) -> str:
+        if is_gguf(name):
+            return self._load(name, None, for_reading=True).fingerprint.digest
+        from sidelight.backbone import read_backbone
+
+        return read_backbone(name).fingerprint.digest
 
     def load_backbone(self, prompt_format: "PromptFormat | None" = None) -> "Backbone":
         """The backbone, for texts that are read; warns if nobody chose to read chats as texts."""
