@@ -19,6 +19,23 @@ ALL = "all"
 _NAME = re.compile(rf"(?:{PREFIX})?(?P<name>[^@]+)(?:@(?P<version>\d+))?")
 
 
+class UntrainedGuardError(SidelightError):
+    """There is no probe of a guard for a model; the message has the command that trains it.
+
+    Attributes:
+        guard: The name of the guard.
+    """
+
+    def __init__(self, guard: str, model: str | None):
+        self.guard = guard
+        words = ["sidelight", "guard", "--only", guard]
+        words += ["--model", model] if model and model != EMBEDDED_NAME else []
+        super().__init__(
+            f"The guard '{guard}' has not been trained for {model or EMBEDDED_NAME}. Train it "
+            f"with: {shlex.join(words)}"
+        )
+
+
 def is_guard(source: str | Path) -> bool:
     """Whether it is the name of a guard, and no folder's."""
     return str(source).startswith(PREFIX)
@@ -117,19 +134,9 @@ def _folder(named: str, model: str | None, digest: str | None) -> Path:
     if digest is None:
         if packaged:
             return packaged[0]
-        raise untrained(name, model)
+        raise UntrainedGuardError(name, model)
     local = trained_guards(digest) / local_name(guard)
     for folder in (*packaged, local):
         if (folder / PROBE).exists() and read_manifest(folder).backbone.digest == digest:
             return folder
-    raise untrained(name, model)
-
-
-def untrained(name: str, model: str | None) -> SidelightError:
-    """The error that there is no probe of a guard for a model, with the command that trains it."""
-    words = ["sidelight", "guard", "--only", name]
-    words += ["--model", model] if model and model != EMBEDDED_NAME else []
-    return SidelightError(
-        f"The guard '{name}' has not been trained for {model or EMBEDDED_NAME}. Train it with: "
-        f"{shlex.join(words)}"
-    )
+    raise UntrainedGuardError(name, model)
