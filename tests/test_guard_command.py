@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from sidelight.artifact import load_probe
 from sidelight.cli.guard import guard
@@ -226,6 +227,7 @@ def test_a_cpu_takes_what_it_reads_in_time_unless_rows_are_named(
     drawn = ready.affordable(whole, tiny.encoder)
     assert most - max(sizes.values()) <= sum(sizes[item] for item in drawn.items) <= most
     assert drawn.items == draw_texts(whole, len(drawn)).items
+    assert ready.affordable(whole, tiny.encoder, torch.device("cuda")) is whole
     assert cli("guard", "--model", model, "--only", "shouts", "--out", str(tmp_path / "out")) == 0
     told = f"{len(drawn)} texts of 60 (--rows 60 takes all)"
     assert told in capsys.readouterr().out

@@ -157,8 +157,8 @@ def _train(
     from sidelight.training.fit import fit
 
     available = len(texts)
-    if not takes_all and backbone.device.type == "cpu":
-        texts = ready.affordable(texts, backbone.encoder)
+    if not takes_all:
+        texts = ready.affordable(texts, backbone.encoder, backbone.device)
     fit_options = ready.guard_options(name, texts, backbone, rule)
     identity = fit_options.training_sha256(
         texts, None, name=name, model=backbone.fingerprint, engine=backbone.engine

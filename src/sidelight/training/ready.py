@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.metrics import roc_auc_score
 
 from sidelight.backbone import Backbone, TransformersBackbone
@@ -32,6 +33,7 @@ from sidelight.training.settings import (
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task
 
+_CPU = torch.device("cpu")
 # Most tokens of a guard's texts, where no number of rows is named.
 TOKENS_ON_CPU = 250_000
 _POLICY = """\
@@ -51,8 +53,12 @@ def load_guard(name: str, part: str = "", task: Task | None = None) -> LabelledE
     return load_examples(source, spans=spans, task=task)
 
 
-def affordable(texts: LabelledExamples, encoder: PromptEncoder) -> LabelledExamples:
-    """Texts that have ``TOKENS_ON_CPU`` tokens together."""
+def affordable(
+    texts: LabelledExamples, encoder: PromptEncoder, device: torch.device = _CPU
+) -> LabelledExamples:
+    """Texts that have ``TOKENS_ON_CPU`` tokens together on a CPU; all of them on a GPU."""
+    if device.type != "cpu":
+        return texts
     sizes = training_tokens(texts, encoder)
     return draw_texts(texts, sizes=sizes, most=TOKENS_ON_CPU)
 
