@@ -106,10 +106,12 @@ clean: ## Remove the environment and caches
 
 # What cannot be had is skipped by its test.
 .venv/.clients: .venv/bin/python
-	@echo "==> Installing clients with an older openai, and the AI SDK"
+	@echo "==> Installing clients with an older openai, NeMo Guardrails, and the AI SDK"
 	@$(PYTHON) -m venv .venv/clients
 	@.venv/clients/bin/python -m pip install --quiet --disable-pip-version-check \
 	  'openai<3' 'pydantic-ai-slim[openai]>=2' || true
+	@.venv/clients/bin/python -m pip install --quiet --disable-pip-version-check \
+	  'nemoguardrails==0.24.1' || true
 	@npm install --silent --no-audit --no-fund --prefix .venv/node \
 	  ai@6 @ai-sdk/openai-compatible@2 zod@4 || true
 	@touch $@

@@ -144,9 +144,7 @@ class ServedProbe(ProbeCard):
 class Replacement(StrictBody):
     """The folders and the policy to serve from now on; null: the same as now, read again."""
 
-    probe: Listed[str] | None = Field(
-        None, description="Folders of all probes on this machine, or ready guards."
-    )
+    probe: Listed[str] | None = Field(None, description="Folders of all probes on this machine.")
     policy: str | None = Field(None, description="A policy's file on this machine.")
 
 
