@@ -114,7 +114,7 @@ def label(
     from sidelight_label.pool import Pool, merged
     from sidelight_label.queue import LabelQueue, require_replaceable, task_of
 
-    loaded = [load_probe(folder) for folder in probes]
+    loaded = [load_probe(folder) for folder in runtime.probe_folders(probes)]
     require_distinct_names([probe.name for probe in loaded])
     for probe in loaded:
         require_side(probe, examples.items)

@@ -1,11 +1,8 @@
-"""``sidelight guard``: ready guards for a model, with their figures and a policy that observes."""
+"""``sidelight guard``: trains ready guards for a model, measures them, and writes a policy."""
 
 import json
 import shlex
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from hashlib import sha256
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,24 +11,28 @@ import click
 from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
+from sidelight.guards import local_name, trained_guards
 from sidelight.storage import check_folder, only_writer, write_json, write_text
 
 if TYPE_CHECKING:
     from sidelight.backbone import Backbone
     from sidelight.data.examples import LabelledExamples
     from sidelight.data.guards import Card
-    from sidelight.probe import Probe
     from sidelight.thresholds import ThresholdRule
+
+_FIGURES, _POLICY = "figures.json", "policy.toml"
 
 
 @click.command(
     epilog=options.examples(
         "sidelight guard --list",
-        "sidelight guard --model smollm2 --out probes",
+        "sidelight guard --model Qwen/Qwen3-0.6B",
         "sidelight guard --only injection --data mine.jsonl --out probes",
     )
 )
-@options.new_folder("--out", help="Folder for the probes, policy.toml and figures.json.")
+@options.new_folder(
+    "--out", help="Folder for the probes and policy.toml. [default: where guard:NAME finds them]"
+)
 @click.option("--only", metavar="NAMES", help="Guards to train, with commas. [default: all]")
 @click.option(
     "--rows",
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 )
 @click.option("--data", help="Rows of your own beside those of the guard that --only names.")
 @options.threshold(default="f1")
-@click.option("--force", is_flag=True, help="Replace what --out holds of other texts or options.")
+@click.option("--force", is_flag=True, help="Replace what the folder holds of other options.")
 @click.option("--list", "lists", is_flag=True, help="Print the cards, and train nothing.")
 @options.backbone
 def guard(
@@ -56,65 +57,62 @@ def guard(
 ) -> None:
     """Train ready guards: injection, harmful requests, toxicity, refusals, personal data.
 
-    Prints figures on left-out texts, and on public tests beside TF-IDF. After a kill, the same
-    command goes on with what is left.
+    The embedded model's are packaged: 'sidelight serve --probe guard:all' needs no training. For
+    another model this trains and measures each, on left-out texts and on public tests beside
+    TF-IDF. After a kill, the same command goes on with what is left.
     """
-    from sidelight.data.guards import draw_texts, find_guard, guard_names
+    from sidelight.data.guards import find_guard
 
-    # Where there is none, the error says what to install.
-    names = guard_names() or ["injection"]
-    if only is not None:
-        names = [*dict.fromkeys(name.strip() for name in only.split(","))]
+    names = _names(only)
     cards = {name: find_guard(name).card for name in names}
     if lists:
         _list_cards(cards)
         return
-    if out is None:
-        raise SidelightError("Name a folder for the guards with --out, or print them with --list.")
     if data is not None and (only is None or len(names) > 1):
         raise SidelightError(f"--data adapts one guard. Name it: --only {' or '.join(names)}.")
+    if out is None and (data, rows, threshold) != (None, None, "f1"):
+        raise SidelightError(
+            "--data, --rows and --threshold make other guards than guard:NAME. Name a folder for "
+            "them with --out."
+        )
     from sidelight.manifest import require_name
     from sidelight.thresholds import ThresholdRule
 
     rule = ThresholdRule.parse(threshold)
     for name in names:
         require_name(name)
-        if name.lower() in ("figures.json", "policy.toml"):
+        if name.lower() == _POLICY:
             raise SidelightError(
-                f"A guard called '{name}' has no room in {out}, which has a file of that name. "
-                f"Leave it out (--only), or train it by `sidelight train --data guard:{name}`."
+                f"A guard called '{name}' has no room beside the file of that name. Leave it out "
+                f"(--only), or train it by `sidelight train --data guard:{name}`."
             )
-        check_folder(out / name)
+        if out is not None:
+            check_folder(out / name)
     options.announce("Reading the texts")
-    from sidelight.training import ready
-
-    part = "" if data is None else f",{data}"
-    texts = {name: ready.load_guard(name, part) for name in names}
     # What cannot be read must not cost the hours of training.
-    tests = {
-        name: {test: ready.load_guard(name, f":{test}", own.task) for test in cards[name].tests}
-        for name, own in texts.items()
-    }
-    if rows is not None:
-        texts = {name: draw_texts(own, rows) for name, own in texts.items()}
-    sizes = {name: len(own) for name, own in texts.items()}
+    texts, tests = _read(cards, data, rows)
     options.announce("Loading the model")
     backbone = runtime.load_backbone()
-    if rows is None:
-        texts = {name: ready.affordable(backbone, own) for name, own in texts.items()}
-    with only_writer(out):
-        figures = _figures(out / "figures.json")
-        # An earlier guard that cannot be read must not cost the hours of training either.
-        _servable(out, figures.keys() - texts.keys(), backbone)
-        _train(backbone, texts, out, rule, sizes=sizes, force=force)
-        probes = _servable(out, dict.fromkeys([*figures, *texts]), backbone)
-        _write_policy(out / "policy.toml", probes)
-        words = ["--model", runtime.model] if runtime.model else []
-        words += [word for probe in probes for word in ("--probe", str(out / probe.name))]
-        command = shlex.join(["sidelight", "serve", *words, "--policy", str(out / "policy.toml")])
-        click.echo(f"Ready to be served, while the tests run: {command}")
-        _measure(backbone, texts, tests, out, figures)
-    click.echo(f"Figures: {out / 'figures.json'}. Next: {command}")
+    home = trained_guards(backbone.fingerprint.digest) if out is None else out
+    folders: list[Path] = []
+    with only_writer(home):
+        for number, (name, own) in enumerate(texts.items(), 1):
+            folder = home / (local_name(find_guard(name)) if out is None else name)
+            folders.append(folder)
+            click.echo(f"\n{name} ({number} of {len(texts)})")
+            own = _train(backbone, name, own, folder, rule, takes_all=bool(rows), force=force)
+            _measure(backbone, own, tests[name], folder)
+        _write_policy(home / _POLICY, home)
+    _say_next(runtime.model, names if out is None else folders, home)
+
+
+def _names(only: str | None) -> list[str]:
+    from sidelight.data.guards import guard_names
+
+    if only is None:
+        # Where there is none, the error says what to install.
+        return guard_names() or ["injection"]
+    return [*dict.fromkeys(name.strip() for name in only.split(","))]
 
 
 def _list_cards(cards: "Mapping[str, Card]") -> None:
@@ -124,163 +122,98 @@ def _list_cards(cards: "Mapping[str, Card]") -> None:
         click.echo(f"  Tests: {', '.join(card.tests)}\n")
 
 
+def _read(
+    cards: "Mapping[str, Card]", data: str | None, rows: int | None
+) -> "tuple[dict[str, LabelledExamples], dict[str, dict[str, LabelledExamples]]]":
+    """The training texts and the tests of each guard."""
+    from sidelight.data.guards import draw_texts
+    from sidelight.training import ready
+
+    part = "" if data is None else f",{data}"
+    texts = {name: ready.load_guard(name, part) for name in cards}
+    tests = {
+        name: {test: ready.load_guard(name, f":{test}", own.task) for test in cards[name].tests}
+        for name, own in texts.items()
+    }
+    if rows is not None:
+        texts = {name: draw_texts(own, rows) for name, own in texts.items()}
+    return texts, tests
+
+
 def _train(
     backbone: "Backbone",
-    texts: "Mapping[str, LabelledExamples]",
-    out: Path,
+    name: str,
+    texts: "LabelledExamples",
+    folder: Path,
     rule: "ThresholdRule",
     *,
-    sizes: Mapping[str, int],
+    takes_all: bool,
     force: bool,
-) -> None:
-    """Trains the guards that are not complete.
-
-    Args:
-        backbone: The frozen LLM.
-        texts: The training texts of each guard.
-        out: The folder.
-        rule: What thresholds are chosen for.
-        sizes: How many texts each guard has on a GPU.
-        force: Whether what lies in the folder is replaced.
-    """
+) -> "LabelledExamples":
+    """Trains a guard that is not complete, and gives the texts that it is trained on."""
     from sidelight.cli.show import print_fit
-    from sidelight.data.guards import find_guard
-    from sidelight.manifest import holds_probe
-    from sidelight.smollm2 import cache_root
+    from sidelight.manifest import holds_probe, read_manifest, require_free
     from sidelight.training import ready
-    from sidelight.training.background import Background, load_background
     from sidelight.training.fit import fit
-    from sidelight.training.settings import FitOptions
 
-    # One folder for all guards, in which a killed run finds what it has computed.
-    states = cache_root() / f"guards-{sha256(str(out.resolve()).encode()).hexdigest()[:12]}"
-    common = FitOptions(threshold=rule, cache_root=states, keep_cache=True)
-    differing = {
-        name: ready.differences(out / name, backbone, own, rule) for name, own in texts.items()
-    }
-    for name, others in differing.items():
-        if others and holds_probe(out / name) and not force:
-            raise SidelightError(
-                f"{out / name} holds another probe: there are differences in {', '.join(others)}. "
-                "Name another folder, or replace it with --force."
-            )
-    traffic = load_background("packaged")
-    shared = ready.background_states(backbone, traffic)
-    for number, (name, own) in enumerate(texts.items(), 1):
-        card, count = find_guard(name).card, f"{len(own):,}"
-        if len(own) < sizes[name]:
-            count += f" of {sizes[name]:,} (--rows {sizes[name]} takes all)"
-        click.echo(f"\n{name} ({number} of {len(texts)}): {count} texts")
-        if not differing[name]:
-            click.echo(f"{out / name} is complete, of these texts, options and model.")
-        else:
-            reads = replace(common.reads, side=card.reads)
-            background = Background() if card.labels is None else traffic
-            own_options = replace(common, reads=reads, background=background)
-            options.warn(own.warnings)
-            made = fit(backbone, own, None, name=name, options=own_options, out=out / name)
-            options.warn(warning for warning in made.warnings if warning not in own.warnings)
-            print_fit(made)
-        for file in states.glob("*/*.safetensors"):
-            if file.stem not in shared:
-                file.unlink()
-    shutil.rmtree(states, ignore_errors=True)
+    available = len(texts)
+    if not takes_all:
+        texts = ready.affordable(texts, backbone.encoder, backbone.device)
+    fit_options = ready.guard_options(name, texts, backbone, rule)
+    identity = fit_options.training_sha256(
+        texts, None, name=name, model=backbone.fingerprint, engine=backbone.engine
+    )
+    if holds_probe(folder) and not force:
+        if read_manifest(folder).history.training_sha256 == identity:
+            click.echo(f"{folder} is complete, of these texts, options and model.")
+            return texts
+        require_free(folder, force=False)
+    some = f" of {available:,} (--rows {available} takes all)" if len(texts) < available else ""
+    click.echo(f"{len(texts):,} texts{some}")
+    options.warn(texts.warnings)
+    made = fit(backbone, texts, None, name=name, options=fit_options, out=folder)
+    options.warn(warning for warning in made.warnings if warning not in texts.warnings)
+    print_fit(made)
+    return texts
 
 
 def _measure(
     backbone: "Backbone",
-    texts: "Mapping[str, LabelledExamples]",
-    tests: "Mapping[str, Mapping[str, LabelledExamples]]",
-    out: Path,
-    figures: dict[str, dict[str, Any]],
+    texts: "LabelledExamples",
+    tests: "dict[str, LabelledExamples]",
+    folder: Path,
 ) -> None:
-    """Writes and prints the figures of the guards, beside those that a folder has already."""
+    """Writes and prints the figures on tests, of which a kill costs one at most."""
     from sidelight.artifact import load_probe
-    from sidelight.training import ready
+    from sidelight.progress import say
     from sidelight.training.classifier import Classifier
-    from sidelight.training.traffic import kept_rate
+    from sidelight.training.ready import GuardTests
 
-    for name, own in texts.items():
-        probe = load_probe(out / name)
-        if figures.get(name, {}).get("version") != probe.version:
-            figures[name] = {
-                "version": probe.version,
-                "left_out": probe.record["validation"]["metrics"],
-                "sources": probe.history.validation.sources,
-                "traffic": kept_rate(probe),
-                "tests": {},
-            }
-            write_json(out / "figures.json", figures)
-        done = figures[name]["tests"]
-        left = {test: examples for test, examples in tests[name].items() if test not in done}
-        for test, measured in ready.measure_tests(Classifier(backbone, probe), own, left):
-            # A kill costs one test at most.
-            done[test] = measured
-            write_json(out / "figures.json", figures)
-        click.echo(f"\n{name} on public tests")
-        for test in done.values():
-            click.echo(_line(test))
+    classifier = Classifier(backbone, load_probe(folder))
+    measured, figures = GuardTests(texts, tests), _figures(folder / _FIGURES)
+    for number, (test, examples) in enumerate(tests.items(), 1):
+        known = figures.get(test, {})
+        wanted = (classifier.probe.version, examples.content_hash)
+        if (known.get("probe"), known.get("texts_sha256")) != wanted:
+            say(f"Test {number} of {len(tests)}: {test}, {len(examples)} texts")
+            figures[test] = measured.measure(classifier, test)
+            write_json(folder / _FIGURES, figures)
+        click.echo(_line(figures[test]))
 
 
 def _figures(path: Path) -> dict[str, dict[str, Any]]:
-    """The figures of earlier runs, by guard; each can be printed."""
-    if not path.exists():
-        return {}
+    """The figures of an earlier run; none where they cannot be read, since they are made again."""
     try:
         figures = json.loads(path.read_bytes())
-        for own in figures.values():
-            for test in own["tests"].values():
-                _line(test)
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise SidelightError(
-            f"Cannot read {path} as figures of guards ({type(error).__name__}: {error}). Remove "
-            "it, and name all guards of the folder: they are measured again, and not trained."
-        ) from error
+        for test in figures.values():
+            _line(test)
+    except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
+        return {}
     return figures
 
 
-def _servable(out: Path, names: Iterable[str], backbone: "Backbone") -> "list[Probe]":
-    """The probes in a folder, also those of earlier runs, that this model can serve."""
-    from sidelight.artifact import load_probe
-    from sidelight.manifest import holds_probe
-
-    probes = [load_probe(out / name) for name in names if holds_probe(out / name)]
-    return [probe for probe in probes if probe.fingerprint.digest == backbone.fingerprint.digest]
-
-
-def _write_policy(path: Path, probes: "Sequence[Probe]") -> None:
-    from sidelight.training.ready import observing_policy
-
-    if path.exists():
-        click.echo(f"{path} was there, and stays as it is.")
-        options.warn(_policy_doubts(path, probes))
-    else:
-        write_text(path, observing_policy(probes))
-        click.echo(
-            f"{path} observes: nothing is blocked, and /metrics needs a key (--metrics-key)."
-        )
-
-
-def _policy_doubts(path: Path, probes: "Sequence[Probe]") -> list[str]:
-    """Warnings of what a policy that was there does not say of the probes, or says of others."""
-    from sidelight.policy.rules import read_policy, require_policy_applies, side_of
-
-    try:
-        policy = read_policy(path)
-        require_policy_applies(policy, probes)
-    except SidelightError as error:
-        return [f"A server would refuse {path}: {error}"]
-    others = [probe.name for probe in probes if probe.name not in policy.side(side_of(probe))]
-    if not others:
-        return []
-    return [
-        f"{path} has no rule for {', '.join(others)}: clients see their verdicts. Add a table for "
-        'each, as [input.NAME] or, of answers, [output.NAME], with mode = "shadow".'
-    ]
-
-
 def _line(test: Mapping[str, Any]) -> str:
-    """The figures of a test; TF-IDF finds so many at as many false alarms."""
+    """The figures of a test; TF-IDF finds so many at as many false positives."""
     title, positives = f"{test['title']}, {test['rows']} texts", test.get("positives")
     if trained := test.get("trained"):
         title += f" ({trained} of them trained it, which flatters)"
@@ -297,5 +230,41 @@ def _line(test: Mapping[str, Any]) -> str:
     if positives:
         parts.append(f"found {test['found']} of {positives}{words[1]}")
     if others := test["rows"] - positives:
-        parts.append(f"false alarms {test['false_alarms']} of {others}")
+        parts.append(f"false positives {test['false_positives']} of {others}")
     return f"{title}: {', '.join(parts)}"
+
+
+def _write_policy(path: Path, home: Path) -> None:
+    """Writes a policy for all guards of a folder, unless there is one, which may lack some."""
+    from sidelight.manifest import PROBE, read_manifest
+    from sidelight.policy.rules import read_policy, side_of
+    from sidelight.training.ready import shadow_policy
+
+    manifests = [read_manifest(probe.parent) for probe in sorted(home.glob(f"*/{PROBE}"))]
+    # Versions of a guard have one name.
+    manifests = [*{each.name: each for each in manifests}.values()]
+    if not path.exists():
+        write_text(path, shadow_policy(manifests))
+        click.echo(f"\n{path} is in shadow mode: nothing is blocked.")
+        return
+    policy = read_policy(path)
+    lacking = [each.name for each in manifests if each.name not in policy.side(side_of(each))]
+    click.echo(f"\n{path} exists and was left unchanged.")
+    if lacking:
+        options.warn(
+            [
+                f"{path} has no rule for {', '.join(lacking)}: clients see their verdicts. Add a "
+                "table for each, as [input.NAME] or, for answers, [output.NAME], with mode = "
+                '"shadow".'
+            ]
+        )
+
+
+def _say_next(model: str | None, probes: "Sequence[str | Path]", home: Path) -> None:
+    words = ["--model", model] if model else []
+    if isinstance(probes[0], str):
+        words += ["--probe", f"guard:{','.join(map(str, probes))}"]
+    else:
+        words += [word for probe in probes for word in ("--probe", str(probe))]
+    command = shlex.join(["sidelight", "serve", *words, "--policy", str(home / _POLICY)])
+    click.echo(f"Next: {command}")

@@ -10,6 +10,7 @@ import click
 from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
 from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.guards import is_guard
 
 if TYPE_CHECKING:
     from sidelight.data.examples import LabelledExamples
@@ -64,6 +65,10 @@ def recalibrate(
 
     rule = None if threshold is None else ThresholdRule.parse(threshold)
     _require_aim(data, rule)
+    if is_guard(probe):
+        if out is None:
+            raise SidelightError(f"Name a folder for the recalibrated {probe} with --out.")
+        probe = runtime.probe_folder(probe)
     folder = out or probe.resolve().with_name(f"{probe.resolve().name}-recalibrated")
     require_free(folder, force=force)
     if name is not None:

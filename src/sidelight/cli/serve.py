@@ -75,6 +75,7 @@ def serve(context: click.Context, **values: Any) -> None:
     names = {field.name for field in fields(Runtime)}
     runtime = Runtime(serves=True, **config.model_dump(include=names))
     # Before imports that take seconds: what is wrong with files and folders is refused at once.
+    config = config.model_copy(update={"probe": tuple(runtime.probe_folders(config.probe))})
     require_distinct_names([read_manifest(folder).name for folder in config.probe])
     policy, _ = config.loaded_policy, config.access
     from sidelight.artifact import load_probe

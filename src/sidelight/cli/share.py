@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from sidelight.cli import options
+from sidelight.guards import probe_folder
 
 _force = partial(click.option, "--force", is_flag=True)
 
@@ -30,6 +31,7 @@ def push(probe: Path, repository: str, private: bool, force: bool) -> None:
     """
     from sidelight import hub
 
+    probe = probe_folder(probe)
     click.echo(f"Shared: {hub.push(probe, _place(repository), private=private, force=force)}")
 
 
@@ -68,8 +70,9 @@ def inspect(probe: Path, as_json: bool) -> None:
     """Show what a probe decides and reads, its backbone, and its figures from training."""
     from sidelight.manifest import read_manifest, summary
 
+    probe = probe_folder(probe)
     manifest = read_manifest(probe)
-    # Before imports that takes seconds: a folder without a probe is refused at once.
+    # Before imports that take seconds: a folder without a probe is refused at once.
     from sidelight.artifact import load_probe
 
     load_probe(probe)

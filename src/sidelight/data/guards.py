@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, PositiveInt, ValidationError
 
 from sidelight.data.examples import LabelledExamples, balanced_order
 from sidelight.data.labels import TRUTH, is_missing, label_name
@@ -23,7 +23,8 @@ from sidelight.data.readers import Row, is_list, is_mapping, read_file, read_row
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.types import Task, is_label
 
-_GROUP, _PREFIX = "sidelight.guards", "guard:"
+_GROUP = "sidelight.guards"
+PREFIX = "guard:"
 _PACKAGED = ("harmful", "injection", "pii", "refusal", "toxicity")
 # Rows of one's own count as much as all packaged ones together, but each as so many at the least
 # and at the most.
@@ -55,6 +56,7 @@ class Card(BaseModel, extra="forbid", frozen=True):
 
     Attributes:
         labels: The negative and the positive class; None if it labels spans.
+        version: Of its texts; a change of them, or of the threshold of the trained probe, is one.
         rationale: The column of the words that a text is positive for, where they are known.
         sources: Of the training texts, by the column ``source``.
     """
@@ -62,6 +64,7 @@ class Card(BaseModel, extra="forbid", frozen=True):
     title: str
     positive: str
     reads: Literal["prompt", "response"]
+    version: PositiveInt = 1
     labels: Annotated[tuple[str, str], AfterValidator(_require_classes)] | None = None
     rationale: str | None = None
     noise: str
@@ -178,7 +181,7 @@ def find_guard(name: str) -> Guard:
     if not packages and name in _PACKAGED:
         raise SidelightError(
             f"The guard '{name}' belongs to the package sidelight-guards, which is not installed. "
-            "Run `pip install sidelight-guards`."
+            "Run `pip install ./guards` in a clone of Sidelight; the package is not on PyPI yet."
         )
     if not packages:
         raise SidelightError(f"There is no guard '{name}'.{did_you_mean(name, guard_names())}")
@@ -211,10 +214,15 @@ def guard_of(source: object) -> Guard | None:
     Raises:
         SidelightError: There is no such guard, or no such test.
     """
-    if not isinstance(source, str) or not source.startswith(_PREFIX):
+    if not isinstance(source, str) or not source.startswith(PREFIX):
         return None
-    head, comma, own = source.removeprefix(_PREFIX).partition(",")
+    head, comma, own = source.removeprefix(PREFIX).partition(",")
     name, colon, test = head.partition(":")
+    if own.startswith(PREFIX):
+        raise SidelightError(
+            f"'{source}' names two guards, and data is of one. Train each by itself: sidelight "
+            "guard --only NAME,NAME."
+        )
     guard = find_guard(name)
     if comma and (colon or not own):
         raise SidelightError(

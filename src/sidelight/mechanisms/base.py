@@ -266,7 +266,7 @@ def _registered(name: str) -> Builder:
     if name in _MOVED:
         raise SidelightError(
             f"Mechanism '{name}' belongs to the package sidelight-lab, which is not installed. "
-            "Run `pip install sidelight-lab`."
+            "Run `pip install ./lab` in a clone of Sidelight; the package is not on PyPI yet."
         )
     raise SidelightError(
         f"Unknown mechanism '{name}'.{did_you_mean(name, {*_BUILDERS, *others.names})}"

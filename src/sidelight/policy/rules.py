@@ -12,6 +12,7 @@ from sidelight.errors import SidelightError, did_you_mean
 from sidelight.types import Verdict
 
 if TYPE_CHECKING:
+    from sidelight.manifest import Manifest
     from sidelight.probe import Probe
 
 Side = Literal["input", "output"]
@@ -234,7 +235,7 @@ class BoundRule:
         return verdict.labels[0] if names_class else None
 
 
-def side_of(probe: "Probe") -> Side:
+def side_of(probe: "Probe | Manifest") -> Side:
     """The side that a probe judges: the response, if it reads any of it."""
     return "output" if probe.reads.includes_response else "input"
 

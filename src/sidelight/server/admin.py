@@ -144,7 +144,9 @@ class ServedProbe(ProbeCard):
 class Replacement(StrictBody):
     """The folders and the policy to serve from now on; null: the same as now, read again."""
 
-    probe: Listed[str] | None = Field(None, description="Folders of all probes on this machine.")
+    probe: Listed[str] | None = Field(
+        None, description="Folders of all probes on this machine, or ready guards."
+    )
     policy: str | None = Field(None, description="A policy's file on this machine.")
 
 

@@ -65,7 +65,10 @@ class ServerConfig(BaseModel):
     config: Path | None = Field(
         default=None, description="TOML file with these options; names have underscores there."
     )
-    probe: tuple[Path, ...] = Field(default=(), description="Folder of a probe; may be repeated.")
+    probe: tuple[Path, ...] = Field(
+        default=(),
+        description="Folder of a probe, or a ready guard such as guard:injection; may be repeated.",
+    )
     policy: Path | None = Field(
         default=None,
         description="TOML file that says what follows from verdicts; see docs/policies.md.",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sidelight.artifact import load_probe
 from sidelight.engines.base import Engine
+from sidelight.guards import probe_folders
 from sidelight.manifest import read_manifest, require_distinct_names
 from sidelight.policy.rules import (
     BoundRule,
@@ -96,7 +97,9 @@ class ProbeRegistry:
             served = [(self.folders.get(probe.name), probe) for probe in self._engine.probes]
             pairs = [(load_probe(path) if path else probe, path) for path, probe in served]
         else:
-            pairs = [(load_probe(folder), folder) for folder in folders]
+            model = next((probe.fingerprint for probe in self._engine.probes), None)
+            named = probe_folders(folders, model and model.name, model and (lambda: model.digest))
+            pairs = [(load_probe(folder), folder) for folder in named]
         # What was read again may have another name.
         return [probe for probe, _ in pairs], {probe.name: path for probe, path in pairs if path}
 

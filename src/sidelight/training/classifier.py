@@ -10,7 +10,7 @@ from typing import overload
 import numpy as np
 
 from sidelight.artifact import load_probe, save_probe
-from sidelight.backbone import Backbone, DtypeName, load_backbone
+from sidelight.backbone import Backbone, DtypeName, load_backbone, read_backbone
 from sidelight.bank import Bank
 from sidelight.data.examples import Example, Examples, LabelledExamples, as_example
 from sidelight.data.guards import guard_of
@@ -20,6 +20,7 @@ from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, SpanReport
 from sidelight.explanation import Explanation, explain
 from sidelight.fingerprint import accepted_copy
+from sidelight.guards import probe_folder
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts.conversation import PromptFormat
@@ -283,7 +284,7 @@ def load(
     """A saved probe on its backbone.
 
     Args:
-        directory: The artifact.
+        directory: The artifact, or the name of a ready guard, such as ``guard:injection``.
         model: The backbone, or its name; None takes the name it was trained under.
         dtype: The dtype of a backbone that is loaded, as ``load_backbone`` takes it.
         device: Its device, as ``load_backbone`` takes it.
@@ -293,7 +294,11 @@ def load(
             (``SIDELIGHT_QUANTISED``).
         SidelightError: The artifact or the backbone cannot be loaded.
     """
-    probe = load_probe(directory)
+    given, digest = None, None
+    if model is not None:
+        given = model.fingerprint.name if isinstance(model, Backbone) else str(model)
+        digest = partial(_digest, model)
+    probe = load_probe(probe_folder(directory, given, digest))
     named = probe.fingerprint.name if model is None else model
     backbone = (
         named
@@ -308,6 +313,10 @@ def load(
     )
     probe.fingerprint.require(backbone.fingerprint, probe=probe.name, accepted=accepted_copy())
     return Classifier(backbone, probe)
+
+
+def _digest(model: str | Path | Backbone) -> str:
+    return (model if isinstance(model, Backbone) else read_backbone(model)).fingerprint.digest
 
 
 def _tell(sentences: Sequence[str]) -> None:

@@ -44,6 +44,7 @@ from sidelight.vllm.settings import (
     STATES,
     Served,
     fingerprint_of,
+    found_folders,
     log,
     named_columns,
     named_folders,
@@ -123,6 +124,7 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
 
 def _served(arguments: Any, settings: Mapping[str, Any], folders: tuple[str, ...]) -> Served:
     """What the engine serves: these probes, on the model that it loads."""
+    folders = found_folders(arguments.model, folders)
     fingerprint = settings.get("fingerprint")
     files = Fingerprint(**fingerprint) if fingerprint else fingerprint_of(arguments.model, folders)
     how = quantisation(arguments)

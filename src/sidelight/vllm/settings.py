@@ -1,7 +1,8 @@
 """What vLLM's processes are told: the probes to serve, and by which policy.
 
-``SIDELIGHT_PROBES`` names folders of probes, separated by the system's path separator. So does
-``additional_config={"sidelight": {"probes": [...]}}``. Without either, the plugin does nothing.
+``SIDELIGHT_PROBES`` names folders of probes, separated by the system's path separator, or ready
+guards (``guard:injection``). So does ``additional_config={"sidelight": {"probes": [...]}}``.
+Without either, the plugin does nothing.
 ``SIDELIGHT_COLUMNS`` keeps room for larger probes.
 ``SIDELIGHT_QUANTISED`` accepts the probes of a model on a quantised copy.
 ``SIDELIGHT_POLICY`` and ``SIDELIGHT_AUDIT_LOG`` name the files of a server of vLLM's.
@@ -12,6 +13,7 @@
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,8 +23,10 @@ from transformers import AutoTokenizer
 
 from sidelight.artifact import load_probe
 from sidelight.backbone import read_backbone
+from sidelight.data.guards import PREFIX
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.fingerprint import Fingerprint
+from sidelight.guards import probe_folders
 from sidelight.manifest import require_distinct_names
 from sidelight.probe import Probe, common_format
 from sidelight.prompts.encode import PromptEncoder
@@ -118,7 +122,9 @@ def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     if "probes" in config:
         return tuple(map(str, config["probes"]))
     named = os.environ.get(ENVIRONMENT, "")
-    return tuple(filter(None, named.split(os.pathsep))) or None
+    # The separator of paths may be the colon of guard:NAME.
+    names = re.split(rf"(?<!\b{PREFIX[:-1]}){re.escape(os.pathsep)}", named)
+    return tuple(filter(None, names)) or None
 
 
 def named_columns() -> int:
@@ -134,6 +140,12 @@ def named_columns() -> int:
             "keep room for the first probes only."
         )
     return int(columns)
+
+
+def found_folders(model: str, sources: Sequence[str]) -> tuple[str, ...]:
+    """The folders of probes, and of ready guards that were trained for a model."""
+    folders = probe_folders(sources, model, lambda: read_backbone(model).fingerprint.digest)
+    return tuple(map(str, folders))
 
 
 def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:

@@ -34,7 +34,7 @@ def anatomy(probe: Path, runtime: Runtime, out: Path, **given: Any) -> None:
     from sidelight_lab.anatomy import examine, write_anatomy
     from sidelight_lab.spans_anatomy import examine_spans
 
-    classifier = runtime.load_classifier(probe)
+    classifier = runtime.load_classifier(runtime.probe_folder(probe))
     columns = {name: given[name] for name in ("text", "response", "split")}
     columns |= (
         {"label": given["label"], "on_missing_label": given["missing_label"]}

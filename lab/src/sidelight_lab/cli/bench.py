@@ -13,6 +13,7 @@ from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
 from sidelight.gguf_files import EMBEDDED_GGUF
+from sidelight.guards import probe_folder
 from sidelight.smollm2 import EMBEDDED_NAME
 from sidelight.storage import write_json
 from sidelight_lab.cli.options import AT_LEAST_TWO, POSITIVE, names, publish, split_numbers
@@ -136,6 +137,7 @@ def bench_everyday(
     from sidelight.manifest import read_manifest
 
     # Before imports that take seconds: a wrong probe, file or column is refused at once.
+    probe = probe_folder(probe)
     examples = load_examples(data, text=text, label=label, task=read_manifest(probe).task)
     from sidelight.training.classifier import load
     from sidelight_lab.bench.everyday import measure_everyday, toxicchat_prompts

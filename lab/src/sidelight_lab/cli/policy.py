@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from sidelight.cli import options
+from sidelight.guards import probe_folders
 
 
 @click.group()
@@ -38,7 +39,7 @@ def check(path: Path, probe: tuple[Path, ...]) -> None:
     from sidelight.probe import common_format
     from sidelight_lab.redteam.weaknesses import weaknesses
 
-    probes = [load_probe(folder) for folder in probe]
+    probes = [load_probe(folder) for folder in probe_folders(probe)]
     if probes:
         require_distinct_names([probe.name for probe in probes])
         common_format(probes)

@@ -96,6 +96,7 @@ def redteam(
     from sidelight.manifest import read_manifest
 
     # Before imports that take seconds: a wrong file or column is refused at once.
+    probe = runtime.probe_folder(probe)
     examples = load_examples(
         data,
         text=text,
