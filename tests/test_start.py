@@ -1,5 +1,6 @@
 """What keeps a model from being loaded is one line, before anything is loaded; signals end it."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,22 +9,25 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from unittest.mock import Mock
 
 import httpx
+import huggingface_hub
 import pytest
 import torch
 import uvicorn
 from transformers import LlamaConfig
 
 from sidelight.artifact import load_probe, save_probe
-from sidelight.backbone import load_backbone
+from sidelight.backbone import load_backbone, read_backbone
+from sidelight.checkpoint import stored_bytes
 from sidelight.errors import SidelightError
 from sidelight.machine import find_device, free_memory
 from sidelight.smollm2 import cache_root
 from worlds.gguf import CONFIGS, needs_llama, write_gguf
-from worlds.models import saved, tiny_backbone, untrained_probe
+from worlds.models import family_backbone, saved, tiny_backbone, untrained_probe
 from worlds.servers import cli, free_port, wait_until_ready
 
 
@@ -54,7 +58,7 @@ def test_a_device_without_an_operation_that_probes_need_is_refused(monkeypatch):
         ("auto", 1000, 10**12, "0.0 GB are free on cuda:1"),
         ("float32", 1000, 10**12, "0.0 GB are free on cuda:1"),
         # They are converted before they are moved.
-        ("float32", 10**12, 1000, "0.0 GB are free on cpu"),
+        ("bfloat16", 10**12, 1000, "0.0 GB are free on cpu"),
     ],
 )
 def test_weights_for_a_gpu_need_its_memory_and_that_of_the_cpu_if_they_are_converted(
@@ -63,9 +67,100 @@ def test_weights_for_a_gpu_need_its_memory_and_that_of_the_cpu_if_they_are_conve
     monkeypatch.setattr("sidelight.backbone.find_device", torch.device)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (gpu, 10**12))
     monkeypatch.setattr("sidelight.backbone.free_memory", lambda: cpu)
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)
+    monkeypatch.setattr(torch.nn.Module, "__init__", None)
     with pytest.raises(SidelightError, match=f"does not fit into memory: its weights .* {room}"):
         load_backbone(folder, dtype=dtype, device="cuda:1")
+
+
+def test_memory_is_counted_in_the_dtype_that_is_loaded(tmp_path, monkeypatch):
+    folder = saved(family_backbone("llama", dtype=torch.bfloat16), tmp_path / "model")
+    stored = stored_bytes(Path(folder))
+    monkeypatch.setattr("sidelight.backbone.free_memory", lambda: 2 * stored - 1)
+    assert load_backbone(folder, device="cpu").fingerprint.dtype == "bfloat16"
+    with pytest.raises(SidelightError, match="does not fit into memory"):
+        load_backbone(folder, device="cpu", dtype="float32")
+    # The other way, half of what is stored is enough.
+    folder = saved(family_backbone("llama", dtype=torch.float32), tmp_path / "wide")
+    monkeypatch.setattr("sidelight.backbone.free_memory", lambda: stored)
+    assert load_backbone(folder, device="cpu", dtype="bfloat16").fingerprint.dtype == "bfloat16"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """Makes the hub's cache hold a folder as a model."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def hold(name, folder):
+        cached = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        return shutil.copytree(folder, cached / "snapshots" / ("0" * 40))
+
+    return hold
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_model_of_the_hub_that_does_not_fit_is_refused_before_its_weights_are_downloaded(
+    folder, hub_cache, monkeypatch
+):
+    held = hub_cache("some/model", folder)
+    assert load_backbone("some/model").fingerprint.name == "some/model"
+    monkeypatch.setattr("sidelight.backbone.free_memory", lambda: 1000)
+    with pytest.raises(SidelightError, match="'some/model' does not fit into memory"):
+        load_backbone("some/model")
+    (held / "model.safetensors").unlink()
+    index = {"metadata": {"total_size": 140 * 10**9}, "weight_map": {}}
+    (held / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SidelightError, match=r"its weights take 140\.0 GB"):
+        load_backbone("some/model")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Says what answers in the hub's place: a handler of HTTP, or nothing."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", Mock(side_effect=AssertionError("waits to try again")))
+    started = []
+
+    def answer(status=None, **headers):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.end_headers()
+
+            do_HEAD = do_GET  # noqa: N815
+
+            def log_message(self, *_):
+                pass
+
+        port = free_port()
+        if status is not None:
+            started.append(HTTPServer(("127.0.0.1", port), Handler))
+            threading.Thread(target=started[-1].serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+    yield answer
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("load", [load_backbone, read_backbone])
+def test_a_wrong_name_of_the_hub_is_refused_at_once(hub, hub_cache, load):
+    for answer, says in (
+        ({}, "the Hugging Face hub cannot be reached"),
+        ({"status": 404, "x_error_code": "RepoNotFound"}, "neither a folder here nor a model"),
+        ({"status": 503}, "the Hugging Face hub cannot be reached"),
+    ):
+        hub(**answer)
+        with pytest.raises(SidelightError, match=f"^Cannot load 'some/typo' .*{says}.*") as caught:
+            load("some/typo")
+        assert "\n" not in str(caught.value)
 
 
 def test_the_memory_that_ran_out_is_named(folder, monkeypatch):

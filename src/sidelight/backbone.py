@@ -5,7 +5,7 @@ Training and evaluation use any ``Backbone``. It does not batch requests (``engi
 """
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from sidelight.checkpoint import Checkpoint, fingerprint, model_folder
+from sidelight.checkpoint import Checkpoint, fingerprint, model_folder, stored_bytes
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.machine import find_device, free_memory, lacks_bfloat16
@@ -98,6 +98,7 @@ def cache_name(model: Any) -> str:
 
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _NO_LIMIT = 10**9
 _CPU = torch.device("cpu")
 
@@ -321,17 +322,20 @@ def load_backbone(
     path = _path(name)
     # Loading takes a second, and its progress bars would clutter ours.
     disable_progress_bar()
-    if dtype in ("auto", "float32"):
-        # Weights of the stored dtype are mapped from disk, and need a GPU's memory alone.
-        through = [_CPU] if dtype == "float32" else []
-        _require_memory(name, Path(path), {*through, target})
     with _loading_errors(name, target):
-        config, kind = _read_config(path)
-        checkpoint = Checkpoint.read(model_folder(path))
+        # Weights may take hours to download: what is no model, or cannot fit, is refused before.
+        config, kind = _read_config(described := model_folder(path, with_weights=False))
+        own = config.get_text_config().dtype
+        own = "" if own is None else str(own).removeprefix("torch.")
+        wanted = own if dtype == "auto" else dtype
+        _require_memory(name, described, stored=own, wanted=wanted, target=target)
+        folder = model_folder(path)
+        checkpoint = Checkpoint.read(folder)
+        _require_memory(name, folder, stored=checkpoint.dtype, wanted=wanted, target=target)
         if for_reading and dtype == "auto" and lacks_bfloat16(target):
-            dtype = _dtype_for_reading(checkpoint, path)
-        model = kind.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            dtype = _dtype_for_reading(checkpoint, folder)
+        model = kind.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 "an adapter beside its files (adapter_config.json) changes the weights. Merge it "
@@ -344,16 +348,16 @@ def load_backbone(
     )
 
 
-def _dtype_for_reading(checkpoint: Checkpoint, path: str) -> DtypeName:
+def _dtype_for_reading(checkpoint: Checkpoint, folder: Path) -> DtypeName:
     if checkpoint.dtype != "bfloat16":
         return "auto"
     free = free_memory()
-    return "float32" if free is None or 4 * _stored_bytes(model_folder(path)) <= free else "auto"
+    return "float32" if free is None or 4 * stored_bytes(folder) <= free else "auto"
 
 
-def _read_config(path: str) -> tuple[PreTrainedConfig, Any]:
+def _read_config(folder: Path) -> tuple[PreTrainedConfig, Any]:
     """The configuration, and the class that loads its model."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not config.is_encoder_decoder:
         if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
             return config, AutoModelForCausalLM
@@ -393,25 +397,36 @@ def read_backbone(
     """
     name, path = str(name), _path(str(name))
     with _loading_errors(name):
-        config, _ = _read_config(path)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        checkpoint = Checkpoint.read(model_folder(path))
+        folder = model_folder(path)
+        config, _ = _read_config(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        checkpoint = Checkpoint.read(folder)
     identity = _identity(config, tokenizer, checkpoint, name=name, prompt_format=prompt_format)
     return UnloadedBackbone(path, *identity)
 
 
-def _require_memory(name: str, folder: Path, devices: Iterable[torch.device]) -> None:
-    """Refuses weights that cannot fit: the system would end the process without a word."""
-    weights = _stored_bytes(folder)
+def _require_memory(
+    name: str, folder: Path, *, stored: str, wanted: str, target: torch.device
+) -> None:
+    """Refuses weights that cannot fit: the system would end the process without a word.
+
+    Args:
+        name: What the user calls the model.
+        folder: Its files; the weights may be missing.
+        stored: Their dtype in the files.
+        wanted: Their dtype once loaded.
+        target: Where they go.
+    """
+    weights, devices = stored_bytes(folder), {target}
+    # Weights of the stored dtype are mapped from disk, and need the memory of the target alone.
+    if stored != wanted and {stored, wanted} <= _DTYPE_BYTES.keys():
+        weights = weights * _DTYPE_BYTES[wanted] // _DTYPE_BYTES[stored]
+        devices.add(_CPU)
     for device in devices:
         free = _free_memory(device)
         if free is not None and weights > free:
             what = f"its weights take {weights / 1e9:.1f} GB and "
             raise SidelightError(_too_large(name, what, device))
-
-
-def _stored_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _free_memory(device: torch.device) -> int | None:

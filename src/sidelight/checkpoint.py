@@ -14,16 +14,21 @@ from typing import Annotated, Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sidelight.errors import transport_errors
 from sidelight.fingerprint import Fingerprint, hash_of
 from sidelight.prompts.encode import PromptEncoder
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# What a model of the hub is loaded from: its description, and its weights.
+_DESCRIPTION = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_WEIGHT_FILES = ("model*.safetensors",)
 _VALUES_PER_WEIGHT = 16
 
 # Buffers of older files, which transformers computes and no longer saves.
@@ -48,6 +53,13 @@ class _Index(BaseModel):
     """The files of a model in several parts, by the weights that they hold; all lie beside it."""
 
     weight_map: dict[str, Annotated[str, Field(pattern=r"^\w[^/\\]*$")]]
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of all weights; 0 if it does not say."""
+        size = self.metadata.get("total_size")
+        return int(size) if isinstance(size, int | float) else 0
 
 
 @dataclass(frozen=True)
@@ -86,16 +98,48 @@ class Checkpoint:
         return Checkpoint(config, _as_used(samples), values.most_common(1)[0][0])
 
 
-def model_folder(name: str) -> Path:
-    """The folder of a model; one of the hub is downloaded first, unless it has been.
+def model_folder(name: str, *, with_weights: bool = True) -> Path:
+    """The folder of a model, which is downloaded first if it is the hub's and not in its cache.
+
+    Everything that is read of a model is read from here, so the hub is asked once and without the
+    retries of each file.
+
+    Args:
+        name: A folder, or a hub id.
+        with_weights: Whether the weights are downloaded too.
 
     Raises:
-        OSError: The hub cannot be reached.
+        OSError: There is no such model, or the hub cannot be reached.
         ValueError: It is no name of a model.
     """
     if Path(name).is_dir():
         return Path(name)
-    return Path(snapshot_download(name, allow_patterns=[_CONFIG, "model*.safetensors", _INDEX]))
+    patterns = [*_DESCRIPTION, *(_WEIGHT_FILES if with_weights else ())]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            "it is neither a folder here nor a model of the Hugging Face hub that you may read. "
+            "Check the name; for a private or gated model, run `hf auth login`."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise OSError(
+            "there is no such folder, the Hugging Face hub cannot be reached, and its cache has no "
+            "complete copy. Check the name and the network."
+        ) from error
+    except transport_errors() as error:
+        raise OSError(f"the Hugging Face hub fails ({type(error).__name__}). Try again.") from error
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of a model's weights: of the files, or what their index says before they are there.
+
+    Raises:
+        ValueError: The index is damaged.
+    """
+    index = _read_index(folder)
+    paths = {folder / name for name in (_WEIGHTS, *index.weight_map.values())}
+    return max(index.total_size, sum(path.stat().st_size for path in paths if path.exists()))
 
 
 def _sample(weight: Tensor) -> _Sample:
@@ -104,18 +148,23 @@ def _sample(weight: Tensor) -> _Sample:
     return tuple(weight.shape), numbers.tobytes()
 
 
+def _read_index(folder: Path) -> _Index:
+    """The index of the weights; an empty one if there is none."""
+    if not (folder / _INDEX).exists():
+        return _Index(weight_map={})
+    try:
+        return _Index.model_validate_json((folder / _INDEX).read_bytes())
+    except ValidationError as error:
+        raise ValueError(
+            f"{folder / _INDEX} is not a whole index of files in its own folder. Save the model "
+            "again with save_pretrained."
+        ) from error
+
+
 def _weight_files(folder: Path) -> Iterable[Path]:
     # Engines differ in which they load if both are there.
     names = {_WEIGHTS} if (folder / _WEIGHTS).exists() else set[str]()
-    if (folder / _INDEX).exists():
-        try:
-            index = _Index.model_validate_json((folder / _INDEX).read_bytes())
-        except ValidationError as error:
-            raise ValueError(
-                f"{folder / _INDEX} is not a whole index of files in its own folder. Save the "
-                "model again with save_pretrained."
-            ) from error
-        names |= {*index.weight_map.values()}
+    names |= {*_read_index(folder).weight_map.values()}
     if not names:
         raise FileNotFoundError(
             f"{folder} has no {_WEIGHTS} or {_INDEX}, and a model is identified by these files. "

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from sidelight.backbone import Tap
-from sidelight.checkpoint import Checkpoint, fingerprint
+from sidelight.checkpoint import Checkpoint, fingerprint, model_folder
 from sidelight.engines.llama.context import LlamaContext, LlamaModel
 from sidelight.engines.llama.decoder import Slot, read_text
 from sidelight.engines.llama.library import BY_CALLBACK, BY_LAYER_INPUT, PINNED
@@ -299,7 +299,8 @@ def _tokenizer(path: Path, given: str | None, header: str) -> Any:
         return tokenizer
     try:
         if given is not None:
-            return AutoTokenizer.from_pretrained(given, trust_remote_code=False)
+            folder = model_folder(given, with_weights=False)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, trust_remote_code=False
         )
