@@ -249,6 +249,8 @@ def calibrate_probe(
 def _record(trained: TrainingRun, dataset: ProbeDataset, options: FitOptions) -> dict[str, Any]:
     """The record of a training: its texts and its settings."""
     texts, settings = dataset.originals.examples, asdict(trained.settings)
+    contexts = Counter(context.kind for context in dataset.training.contexts)
+    del contexts["alone"]
     return {
         "engine": dataset.training.states.engine,
         "training": {
@@ -256,7 +258,7 @@ def _record(trained: TrainingRun, dataset: ProbeDataset, options: FitOptions) ->
             "texts": text_hashes(texts),
             **({"given_sha256": dataset.given_sha256} if dataset.given_sha256 else {}),
         },
-        "contexts": dict(Counter(context.kind for context in dataset.contexts)),
+        "contexts": dict(contexts),
         "threshold_rule": str(options.threshold),
         "max_tokens": options.max_tokens,
         "folds": len(dataset.folds),
