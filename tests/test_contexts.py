@@ -17,6 +17,7 @@ from sidelight.cli.train import _kinds, train
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
+from sidelight.manifest import read_manifest, summary
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts.conversation import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.ragged import Ragged
@@ -180,6 +181,60 @@ def test_validation_texts_share_no_background_with_training_texts(tiny, examples
     # Folds that are drawn later keep to it too.
     assert_parted(made.training, 5)
     assert len(made.validation) == 20
+
+
+def with_long_system_prompts(examples, rows):
+    items = [*examples.items]
+    for row in rows:
+        turns = Message("system", "Be brief. " * 20), *items[row].messages
+        items[row] = Example(turns, place=f"chats.jsonl, line {row + 1}")
+    return replace(examples, items=tuple(items))
+
+
+@pytest.mark.slow
+def test_texts_that_a_system_prompt_leaves_no_room_for_are_left_out_and_counted(
+    tiny, examples, options
+):
+    held_out = with_long_system_prompts(examples.select(range(20)), [3])
+    rest = with_long_system_prompts(examples.select(range(20, 60)), [5, 7])
+    options = replace(options, max_tokens=200, background=Background())
+    made = prepare(tiny, rest, held_out, options=options)
+    assert (len(made.originals), len(made.validation)) == (38, 19)
+    assert rest.items[5] not in made.originals.examples.items
+    for said in ("2 of 40 training texts were left out", "1 of 20 validation texts were left out"):
+        (warning,) = (each for each in made.warnings if said in each)
+        assert re.search(r"first chats\.jsonl, line [46]\. .*--set max_tokens", warning)
+    # Other texts that are longer are cut, and evaluation reads all of them whole.
+    assert sum("left out" in warning for warning in made.warnings) == 2
+    report = classifier.Classifier(tiny, untrained_probe(tiny, "toxicity")).evaluate(rest)
+    assert report.rows == 40
+
+
+@pytest.mark.slow
+def test_contexts_are_counted_of_the_texts_that_train(tiny, examples, options, tmp_path):
+    held_out, rest = examples.select(range(20)), examples.select(range(20, 60))
+    options = replace(options, mechanism=mechanism_spec("pooling"))
+    made = prepare(tiny, rest, held_out, options=options)
+    shown = Counter(own.kind for own in made.training.contexts if own.kind != "alone")
+    assert shown != Counter(own.kind for own in made.contexts)
+    fit(tiny, rest, held_out, name="p", options=options, out=tmp_path / "p")
+    manifest = read_manifest(tmp_path / "p")
+    assert manifest.history.contexts == shown
+    card = summary(manifest)
+    assert f"40 texts, and in {shown.total():,} contexts" in card["trained on"]
+
+
+@pytest.mark.slow
+def test_a_probe_of_responses_compares_no_background(tiny, examples, options):
+    items = tuple(replace(item, response="Ordinary0 thing said.") for item in examples.items)
+    # A text of the background, which a probe of prompts leaves out.
+    items = (Example(TRAFFIC[0], response="Fine."), *items[1:])
+    examples = replace(examples, items=items)
+    options = replace(options, reads=Reads("response"))
+    made = prepare(tiny, examples, None, options=options)
+    assert not any("background" in warning for warning in made.warnings)
+    as_prompts = prepare(tiny, examples, None, options=replace(options, reads=EACH_TURN))
+    assert any("conversations of the background hold" in each for each in as_prompts.warnings)
 
 
 @pytest.mark.slow

@@ -192,6 +192,11 @@ class EncodedPrompt:
         parts = (part if i in kept else Part.UNREAD for i, part in enumerate(self.parts))
         return replace(self, parts=tuple(parts))
 
+    @property
+    def fixed(self) -> int:
+        """Tokens that ``shortened`` never removes: the template's and the system prompt's."""
+        return sum(part not in (*_TEXT, Part.RESPONSE) for part in self.parts)
+
     def shortened(self, limit: int, reads: Reads | None = None) -> "EncodedPrompt":
         """Removes tokens of the text, and none of the template, until ``limit`` remain.
 
@@ -212,11 +217,11 @@ class EncodedPrompt:
             return self
         prompt = [i for i, part in enumerate(self.parts) if part in _TEXT]
         response = [i for i, part in enumerate(self.parts) if part == Part.RESPONSE]
-        room = len(prompt) + len(response) - excess
+        room = limit - self.fixed
         if room <= 0:
             raise ContextLengthError(
                 f"A limit of {limit} tokens leaves no room for the text beside the chat template "
-                f"and the system prompt ({limit - room} tokens). Raise max_tokens, or shorten "
+                f"and the system prompt ({self.fixed} tokens). Raise max_tokens, or shorten "
                 "the system prompt."
             )
         side = (reads or Reads()).side

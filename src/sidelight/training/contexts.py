@@ -69,6 +69,11 @@ class Context:
     group: int = 0
 
 
+def has_contexts(examples: LabelledExamples, options: FitOptions) -> bool:
+    """Whether training shows texts in background: not responses, nor texts of labelled spans."""
+    return not options.reads.includes_response and examples.spans is None
+
+
 def draw_contexts(
     backbone: Backbone,
     examples: LabelledExamples,
@@ -85,7 +90,7 @@ def draw_contexts(
     """
     task, encoder = examples.task, backbone.encoder
     is_shown = any(len(background) for _, background in groups) or encoder.prompt_format == "both"
-    if options.reads.includes_response or not is_shown or examples.spans is not None:
+    if not is_shown or not has_contexts(examples, options):
         return ()
     is_part = options.reads_of(task).scope == "each_turn"
     limit = min(options.max_tokens, encoder.max_tokens)

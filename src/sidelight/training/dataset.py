@@ -23,8 +23,8 @@ from sidelight.ragged import Ragged
 from sidelight.spans import token_labels
 from sidelight.states.cache import SHARD_BYTES, ActivationCache, Memory
 from sidelight.states.extraction import BackboneSource, StateSource, extract
-from sidelight.training.background import choose_conversations
-from sidelight.training.contexts import Context, Group, draw_contexts
+from sidelight.training.background import Background, choose_conversations
+from sidelight.training.contexts import Context, Group, draw_contexts, has_contexts
 from sidelight.training.settings import FitOptions
 from sidelight.training.validation import FOLDS, Folds, choose_validation, shared_texts
 from sidelight.types import Task
@@ -256,11 +256,17 @@ def prepare(
             states do not fit the disk.
     """
     given_sha256 = training.content_hash
+    limit = min(options.max_tokens, (source or BackboneSource(backbone)).max_tokens)
+    training, crowded = _with_room(backbone.encoder, training, limit, title="training")
+    if validation is not None:
+        validation, more = _with_room(backbone.encoder, validation, limit, title="validation")
+        crowded += more
     training, validation, folds, warnings = choose_validation(training, validation, options)
     task = options.with_none(training.task)
     training, validation = replace(training, task=task), replace(validation, task=task)
-    background, doubts = choose_conversations(options.background, training)
-    warnings += doubts
+    shown = options.background if has_contexts(training, options) else Background()
+    background, doubts = choose_conversations(shown, training)
+    warnings += [*crowded, *doubts]
     rows = _groups(training, FOLDS)
     parts = background.parts(len(rows) + (0 if folds else _MEASURING_PARTS))
     groups = [*zip(rows, parts, strict=False)]
@@ -283,6 +289,36 @@ def prepare(
                 "(--set max_tokens=N); judging never cuts."
             )
     return ProbeDataset(backbone, fitted, measured, folds, tuple(warnings), given_sha256)
+
+
+def _with_room(
+    encoder: PromptEncoder, examples: LabelledExamples, limit: int, *, title: str
+) -> tuple[LabelledExamples, list[str]]:
+    """The texts that a limit leaves room for beside their system prompt, and a warning of others.
+
+    Without any room, as beside a long template, all are returned: encoding refuses them.
+    """
+    full: list[int] = []
+    for index, item in enumerate(examples.items):
+        # A text of one message has the template beside it, as all have.
+        if len(item.messages) > 1:
+            with located(item, index):
+                prompt = encoder.encode_any_length(item.conversation, item.response)
+            if len(prompt) > limit and prompt.fixed >= limit:
+                full.append(index)
+    if len(full) in (0, len(examples)):
+        return examples, []
+    kept = replace(
+        examples.select(np.setdiff1d(np.arange(len(examples)), full)),
+        skipped=examples.skipped,
+        warnings=examples.warnings,
+    )
+    return kept, [
+        f"{len(full)} of {len(examples)} {title} texts were left out: their system prompt and chat "
+        f"template alone take {limit} tokens or more, first "
+        f"{place_of(examples.items[full[0]], full[0])}. Shorten the system prompts, or raise the "
+        "limit (--set max_tokens=N)."
+    ]
 
 
 def _groups(examples: LabelledExamples, count: int) -> Folds:
