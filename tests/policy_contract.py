@@ -34,6 +34,7 @@ TOKENS = 24
 LEAK = 0.75
 CHATS, CHECKS = "/v1/chat/completions", "/v1/moderations"
 GUARDRAIL, CLASSIFY = "/beta/litellm_basic_guardrail_api", "/classify"
+CONTENTS = "/api/v1/text/contents"
 RESPONSES = {"leak", "heard"}
 NAMES = ("injection", "leak", "newer", "told", "labelled", "silent", "heard")
 READS = {name: Reads("response") if name in RESPONSES else Reads() for name in NAMES}
@@ -239,13 +240,13 @@ class PolicyServer:
     unjudged: Callable[[], AbstractContextManager[None]]
     absent: frozenset[str] = field(default_factory=frozenset)
 
-    def post(self, asked: Asked, key: str | None = None) -> httpx.Response:
+    def post(self, asked: Asked, key: str | None = None, **headers: str) -> httpx.Response:
         path, body = asked
-        if path not in (CHECKS, GUARDRAIL):
+        if path not in (CHECKS, GUARDRAIL, CONTENTS):
             body = {"model": self.model, **body}
         if path in (CHATS, "/v1/completions"):
             body = {"temperature": 0, "max_tokens": TOKENS, **body}
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers |= {"Authorization": f"Bearer {key}"} if key else {}
         return self.http.post(path, json=body, headers=headers)
 
     def metrics(self, key: str | None = ADMIN) -> httpx.Response:
@@ -357,6 +358,7 @@ def told(server: PolicyServer, text: str, name: str) -> dict[str, str]:
     asked["additional_provider_specific_params"] = chosen
     guarded = server.post((GUARDRAIL, asked)).json()
     classified = server.post((CLASSIFY, {"model": name, "input": text}))
+    detected = server.post((CONTENTS, {"contents": [text]}), **{"detector-id": name})
 
     def decided(**options: Any) -> httpx.Response:
         questions = [{"type": "predicate", "name": category}]
@@ -393,6 +395,9 @@ def told(server: PolicyServer, text: str, name: str) -> dict[str, str]:
         "`/v1/moderations`, score of a category": lambda: number(checked, "results", 0, *scores),
         "`/v1/decisions`, `probability`": probability,
         "`/classify`, `probs`": lambda: number(classified, "data", 0, "probs", 1),
+        "`/api/v1/text/...`, `score`": lambda: (
+            number(detected, 0, 0, "score") if detected.status_code == 200 else "403 not_disclosed"
+        ),
         "guardrail, `action`": lambda: "yes" if guarded["action"] == "BLOCKED" else "nothing",
         "guardrail, field `sidelight`": lambda: ENTRIES[seen(in_guard.get(name))],
     }
@@ -476,6 +481,10 @@ class PolicyContract:
         asked = CLASSIFY, {"model": "injection", "input": texts}
         labels = [one["label"] for one in server.post(asked).json()["data"]]
         assert labels == ["toxic" if one["flagged"] else "fine" for one in results]
+        found = server.post((CONTENTS, {"contents": texts}), **{"detector-id": "injection"}).json()
+        assert [[one["text"] for one in own] for own in found] == [
+            [text] if one["flagged"] else [] for text, one in zip(texts, results, strict=True)
+        ]
         for kind, own in (("request", "injection"), ("response", "leak")):
             asked = {"input_type": kind, "texts": [subjects.injected]}
             assert own in verdicts(server.post((GUARDRAIL, asked), ADMIN))
@@ -558,6 +567,7 @@ class PolicyContract:
                 chat(subjects.benign, max_tokens=2, stream=True),
                 (CHECKS, {"input": subjects.benign}),
                 (CLASSIFY, {"model": "told", "input": subjects.benign}),
+                (CONTENTS, {"contents": [subjects.benign]}),
             ):
                 answer = server.post(asked, key)
                 assert answer.status_code == 200 or asked[0] == CHECKS

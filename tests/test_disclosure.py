@@ -53,6 +53,9 @@ ATTEMPTS = [
     *(("/classify", {"model": name, "input": [TEXT, "x"]}) for name in NAMES),
     *(("/v1/classify", {"model": name, "messages": ANSWERED}) for name in NAMES),
     *((GUARDRAIL, {"input_type": kind, "texts": [TEXT]}) for kind in ("request", "response")),
+    ("/api/v1/text/contents", {"contents": [TEXT, "x"], "detector_params": {"threshold": 0.0}}),
+    *(("/api/v1/text/chat", {"messages": turns, "tools": []}) for turns in (TURNS, ANSWERED)),
+    ("/api/v1/text/generation", {"prompt": TEXT, "generated_text": "I cannot help with that."}),
     ("/v1/probes", None),
     ("/v1/models", None),
 ]

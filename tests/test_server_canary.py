@@ -30,6 +30,9 @@ BODIES = {
     },
     "/v1/redact": {"input": WORD},
     "/classify": {"model": "topics", "input": WORD},
+    "/api/v1/text/contents": {"contents": [WORD]},
+    "/api/v1/text/chat": {"messages": MESSAGES},
+    "/api/v1/text/generation": {"prompt": WORD, "generated_text": WORD},
     "/v1/classify": {"model": "topics", "messages": MESSAGES},
     "/beta/litellm_basic_guardrail_api": {"input_type": "request", "texts": [WORD]},
 }
@@ -37,6 +40,7 @@ CHANGES = [{}, {"stream": True, "n": 2}, {"model": WORD}, {"probes": [WORD]}, {"
 CHANGES += [{"input": WORD * 50, "prompt": WORD * 50}, {"filler": WORD * 1000}, {WORD: WORD}]
 HEADERS = [{"Authorization": f"Bearer {KEY}{WORD}"}, {"Authorization": f"Basic {KEY}"}]
 HEADERS += [{"X-Request-Id": WORD, "User-Agent": WORD, "Traceparent": WORD}]
+HEADERS += [{"Detector-Id": WORD}]
 
 
 @pytest.fixture

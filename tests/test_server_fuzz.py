@@ -25,6 +25,7 @@ from schemathesis.specs.openapi.checks import (
 
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts.conversation import Reads
+from sidelight.server.errors import DETECTORS
 from worlds.models import spans_probe, three_probes, untrained_probe
 from worlds.servers import MODEL, http_client, raw_connection, raw_request, read_all, served
 
@@ -50,6 +51,13 @@ VALID = {
     },
     "/v1/redact": {"input": ["hello", "you"], "probes": ["words"]},
     "/classify": {"model": "toxicity", "input": ["hello", "you"], "use_activation": True},
+    "/api/v1/text/contents": {"contents": ["hello", "you"], "detector_params": {"threshold": 0.5}},
+    "/api/v1/text/chat": {
+        "messages": [{"role": "user", "content": PARTS}],
+        "tools": [],
+        "detector_params": {},
+    },
+    "/api/v1/text/generation": {"prompt": "hello", "generated_text": "you", "detector_params": {}},
     "/v1/classify": {"model": "toxicity", "messages": [{"role": "user", "content": PARTS}]},
     "/beta/litellm_basic_guardrail_api": {
         "input_type": "request",
@@ -158,8 +166,12 @@ def test_a_body_with_odd_parts_or_damaged_or_of_any_type_is_answered_or_refused(
     assert answer.status_code < 500, answer.text
     assert answer.status_code != 429
     if answer.status_code >= 400:
-        (error,) = answer.json().values()
-        assert error.keys() == {"message", "type", "param", "code"}
+        error = answer.json()
+        if path.startswith(DETECTORS):
+            assert error.keys() == {"code", "message"}
+        else:
+            (error,) = error.values()
+            assert error.keys() == {"message", "type", "param", "code"}
         assert error["message"]
 
 

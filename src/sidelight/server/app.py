@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from sidelight.engines.base import Engine, EngineUnavailableError
 from sidelight.errors import SidelightError
-from sidelight.server import admin, chat, checks, classify, guardrail, questions
+from sidelight.server import admin, chat, checks, classify, detectors, guardrail, questions
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import add_error_handlers
 from sidelight.server.middleware import Gatekeeper, RequestScope
@@ -68,6 +68,7 @@ _ROUTERS = (
     checks.router,
     guardrail.router,
     classify.router,
+    detectors.router,
     questions.router,
     admin.models_router,
     status_router,

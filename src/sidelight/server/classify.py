@@ -14,7 +14,7 @@ from sidelight.errors import did_you_mean
 from sidelight.policy.request import Terms
 from sidelight.policy.rules import Side
 from sidelight.prompts.conversation import Message
-from sidelight.server.checks import as_answer, as_user, check
+from sidelight.server.checks import as_answer, as_user, check, require_prompt_probe
 from sidelight.server.errors import RequestError
 from sidelight.server.requests import Route, ServerRequest
 from sidelight.server.schemas import (
@@ -163,21 +163,15 @@ def _of_one_probe(terms: Terms, name: str | None) -> Terms:
             code="model_not_found",
             param="model",
         )
+    if not names:
+        require_prompt_probe(terms)
     of_prompts = tuple(bound for bound in terms.chosen if bound.side == "input")
-    if not of_prompts:
-        why = "no probe reads a prompt alone" if names else "every probe is in shadow mode"
+    terms = replace(terms, chosen=of_prompts)
+    terms = terms.require_disclosed(are_named=False) if of_prompts else terms
+    if len(terms.chosen) != 1:
         raise RequestError(
-            f"Model '{terms.model}' means its prompt probe, but {why}. Name a probe in 'model'. "
-            f"Known: {', '.join(names) or 'none'}.",
-            code="no_prompt_probe",
-            param="model",
-        )
-    terms = replace(terms, chosen=of_prompts).require_disclosed(are_named=False)
-    if len(terms.chosen) > 1:
-        listed = ", ".join(bound.name for bound in terms.chosen)
-        raise RequestError(
-            f"Model '{terms.model}' has {len(terms.chosen)} prompt probes. Name one of them in "
-            f"'model': {listed}.",
+            f"Model '{terms.model}' has {len(terms.chosen)} probes of prompts, not one. Name a "
+            f"probe in 'model': {', '.join(names)}.",
             code="probe_required",
             param="model",
         )

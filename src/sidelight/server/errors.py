@@ -1,4 +1,4 @@
-"""Every failure as an answer in OpenAI's error shape, without tracebacks and without prompts."""
+"""Every failure as an answer in its API's error shape, without tracebacks and without prompts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Scope
 
 from sidelight.engines.base import (
     EngineBusyError,
@@ -20,6 +21,8 @@ from sidelight.policy.decisions import PolicyError
 from sidelight.policy.request import refusal_headers
 from sidelight.server.keys import Caller
 
+# What the routes of the detectors API begin with.
+DETECTORS = "/api/v1/text/"
 # As nginx logs a client that left; nobody receives it.
 _CLIENT_LEFT = 499
 _MAX_QUOTED = 500
@@ -56,8 +59,17 @@ class RequestError(SidelightError):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
         self.headers = headers
 
-    def answer(self) -> JSONResponse:
-        return JSONResponse(self.body, status_code=self.status, headers=self.headers)
+    def answer(self, scope: Scope) -> JSONResponse:
+        """The answer to this request, in the shape that clients of its route read."""
+        is_detectors = routed_path(scope).startswith(DETECTORS)
+        body = {"code": self.status, "message": str(self)} if is_detectors else self.body
+        return JSONResponse(body, status_code=self.status, headers=self.headers)
+
+
+def routed_path(scope: Scope) -> str:
+    """The path that routes are found by, without the prefix that an application is served under."""
+    path, prefix = scope["path"], scope.get("root_path", "")
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 def as_request_error(error: SidelightError, *, sees_all: bool = False) -> RequestError:
@@ -80,7 +92,7 @@ def as_request_error(error: SidelightError, *, sees_all: bool = False) -> Reques
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Makes every failure of ``app`` answer in OpenAI's shape; ``RequestScope`` answers crashes."""
+    """Makes every failure of ``app`` an answer in its shape; ``RequestScope`` answers crashes."""
     app.exception_handler(SidelightError)(_failed)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_not_served)
@@ -89,12 +101,12 @@ def add_error_handlers(app: FastAPI) -> None:
 
 async def _failed(request: Request, error: SidelightError) -> Response:
     caller: Caller = getattr(request.state, "caller", Caller())
-    return as_request_error(error, sees_all=caller.is_admin).answer()
+    return as_request_error(error, sees_all=caller.is_admin).answer(request.scope)
 
 
-async def _invalid(_request: Request, error: RequestValidationError) -> Response:
+async def _invalid(request: Request, error: RequestValidationError) -> Response:
     first = error.errors()[0]
-    return wrong_field(first, first["loc"][1:]).answer()
+    return wrong_field(first, first["loc"][1:]).answer(request.scope)
 
 
 def wrong_field(error: Mapping[str, Any], place: Sequence[int | str]) -> RequestError:
@@ -123,7 +135,8 @@ async def _not_served(request: Request, error: HTTPException) -> Response:
         message += ". docs/routes.md lists the routes."
         if request.url.path.startswith("/v1/responses"):
             message += " This server has no Responses API: use /v1/chat/completions."
-    return RequestError(message, status=status, code=code, headers=error.headers).answer()
+    error_of_route = RequestError(message, status=status, code=code, headers=error.headers)
+    return error_of_route.answer(request.scope)
 
 
 async def _left(_request: Request, _error: ClientDisconnect) -> Response:

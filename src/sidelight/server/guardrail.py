@@ -12,8 +12,7 @@ from sidelight.policy.decisions import Decision
 from sidelight.policy.redaction import Placeholders
 from sidelight.policy.request import Terms
 from sidelight.policy.rules import Side
-from sidelight.prompts.conversation import Message
-from sidelight.server.checks import as_user, check, require_prompt_probe, spans_of
+from sidelight.server.checks import as_answer, as_user, check, require_prompt_probe, spans_of
 from sidelight.server.errors import RequestError
 from sidelight.server.requests import Route, ServerRequest
 from sidelight.server.schemas import Extension, IfAny, Many, ProbeNames, StrictBody, ToolCall
@@ -106,10 +105,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
     parameters = body.additional_provider_specific_params or GuardrailParameters()
     is_response = body.input_type == "response"
     judged = body.judged()
-    texts = [
-        [*as_user(""), Message("assistant", text)] if is_response else as_user(text)
-        for text in judged.values()
-    ]
+    texts = [as_answer(text) if is_response else as_user(text) for text in judged.values()]
     terms = await request.begin(texts, parameters.probes)
     # A proxy may take the parameters of its own client.
     terms = terms.with_enforced()

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sidelight.server.config import name_of
-from sidelight.server.errors import RequestError
+from sidelight.server.errors import RequestError, routed_path
 from sidelight.server.keys import Access, Caller
 from sidelight.server.observe import RequestObserver
 
@@ -84,14 +84,14 @@ class RequestScope:
                     status=503,
                     code="shutting_down",
                 )
-                await error.answer()(scope, receive, named)
+                await error.answer(scope)(scope, receive, named)
             raise
         # Whatever fails: the answer to a crash must have the id under which it is logged.
         except Exception as failure:
             is_late = isinstance(failure, TimeoutError) and timeout.expired()
             error = self._lateness() if is_late else _crash(observer.request_id)
             if content_type is None:
-                await error.answer()(scope, receive, named)
+                await error.answer(scope)(scope, receive, named)
             elif is_late and content_type.startswith("text/event-stream"):
                 event = f"data: {json.dumps(error.body)}\n\n".encode()
                 await send({"type": "http.response.body", "body": event})
@@ -178,12 +178,12 @@ class Gatekeeper:
             try:
                 self._require_access(scope)
             except RequestError as refusal:
-                await refusal.answer()(scope, receive, send)
+                await refusal.answer(scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
     def _require_access(self, scope: Scope) -> None:
-        path, headers = _routed(scope), Headers(scope=scope)
+        path, headers = routed_path(scope), Headers(scope=scope)
         if "content-length" in headers and "transfer-encoding" in headers:
             # RFC 9112, section 6.1: a proxy may have taken the other one for the body's end.
             raise RequestError(
@@ -263,9 +263,3 @@ def _is_local(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _routed(scope: Scope) -> str:
-    """The path that routes are found by: without the prefix that an application is served under."""
-    path, prefix = scope["path"], scope.get("root_path", "")
-    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
 from sidelight.errors import SidelightError
-from sidelight.server import admin, checks, classify, guardrail, questions
+from sidelight.server import admin, checks, classify, detectors, guardrail, questions
 from sidelight.server.app import LOOPBACK, application, status_router
 from sidelight.server.errors import RequestError, as_request_error, wrong_field
 from sidelight.server.keys import Caller
@@ -89,8 +89,9 @@ class ProbeEndpoint:
         guard.recogniser.template = renderer.chat_template, arguments
         context = copy(guard.context)
         context.config = self._config
-        checking = checks.router, guardrail.router, classify.router, questions.router
-        routers = *checking, admin.admin_probes_router, status_router
+        doors = classify.router, detectors.router, guardrail.router
+        judging = checks.router, questions.router, *doors
+        routers = *judging, admin.admin_probes_router, status_router
         self._application = application(context, routers)
         self._routes = [route for router in routers for route in router.routes]
         REGISTRY.register(context.observer.metrics)
@@ -137,7 +138,7 @@ class ProbeEndpoint:
                 )
                 request = GuardedRequest(terms, served)
             except SidelightError as error:
-                refusal = as_request_error(error, sees_all=caller.is_admin).answer()
+                refusal = as_request_error(error, sees_all=caller.is_admin).answer(scope)
                 await refusal(scope, receive, send)
                 return
             answer = _Answer(
@@ -215,7 +216,7 @@ class _Answer:
 
     async def _refuse(self) -> None:
         self._is_over = True
-        answer = self._refusal().answer()
+        answer = self._refusal().answer(self._scope)
         answer.headers.update(self._id)
         await answer(self._scope, self._receive, self._send)
 
