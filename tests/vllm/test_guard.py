@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from prometheus_client import REGISTRY
 
 from sidelight.artifact import save_probe
 from sidelight.engines.base import GenerationError
@@ -670,6 +671,67 @@ def test_where_a_rule_withholds_the_keys_of_vllm_open_no_metrics(
     assert statuses[""] == statuses["theirs"] == (200 if is_open else 403)
     assert statuses["scraper"] == (200 if is_open or metrics_key else 403)
     assert statuses["admin"] == 200
+
+
+@pytest.fixture
+def doors(guarded, monkeypatch):
+    """Makes a client of vLLM's application with a key of its own, our routes, and a prefix."""
+    monkeypatch.setenv("SIDELIGHT_ADMIN_KEY", "admin")
+    metrics = []
+
+    def make(root_path=""):
+        from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+        app, endpoint, llm = FastAPI(root_path=root_path), ProbeEndpoint(), guarded([FINE], "")
+        app.state.args = SimpleNamespace(api_key=["theirs"], host=None)
+        app.add_api_route("/v1/models", lambda: "models")
+        endpoint.attach_router(app)
+        app.add_middleware(AuthenticationMiddleware, tokens=["theirs"])
+        renderer = SimpleNamespace(chat_template=None, default_chat_template_kwargs=None)
+        state = SimpleNamespace(online_renderer=renderer)
+        asyncio.run(endpoint.init_state(llm, state, app.state.args))
+        metrics.append(llm.sidelight_guard.context.observer.metrics)
+        return TestClient(app)
+
+    yield make
+    for each in metrics:
+        REGISTRY.unregister(each)
+
+
+DOORS = {
+    "/classify": {"model": "early", "input": "x"},
+    "/v1/classify": {"messages": [{"role": "user", "content": "x"}]},
+    "/api/v1/text/contents": {"contents": ["x"]},
+    "/api/v1/text/chat": {"messages": [{"role": "user", "content": "x"}]},
+    "/api/v1/text/generation": {"prompt": "x", "generated_text": "y"},
+    "/v1/moderations": {"input": "x"},
+    "/beta/litellm_basic_guardrail_api": {"input_type": "request", "texts": ["x"]},
+}
+# Some lead to a route, as servers read paths; the others to none.
+SPELLINGS = ("{}", "{}/", "/{}", "{}%0A", "{}?x=/health", "/health/..{}", "{};x", "/x{}", "/x//{}")
+
+
+@pytest.mark.parametrize("root_path", ["", "/x"])
+def test_the_keys_of_vllm_hold_on_our_routes_however_a_path_is_written(doors, root_path):
+    """vLLM itself asks for a key only where a path begins with `/v1`."""
+    http = doors(root_path)
+    for path, body in DOORS.items():
+        spelt = [spelling.format(path) for spelling in SPELLINGS]
+        spelt += [path.upper(), path.replace("c", "%63"), path.replace("/", "/./")]
+        for sent in spelt:
+            for key in (None, "wrong", "Theirs", "theirs "):
+                headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+                answer = http.post(sent, json=body, headers=headers)
+                is_key = key == "theirs " and answer.status_code == 200
+                assert is_key or answer.status_code in (401, 404), (sent, key, answer.text)
+            assert http.get(sent).status_code in (401, 404)
+        for key in ("theirs", "admin"):
+            headers = {"Authorization": f"Bearer {key}"}
+            # vLLM asks for its own keys under /v1, whatever ours are.
+            if key == "theirs" or not path.startswith("/v1"):
+                for prefix in {"", root_path}:
+                    answer = http.post(f"{prefix}{path}", json=body, headers=headers)
+                    assert answer.status_code == 200, (prefix, path, answer.text)
 
 
 def test_a_change_without_a_policy_reads_the_served_file_again(guarded, tmp_path, monkeypatch):

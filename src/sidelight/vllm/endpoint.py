@@ -29,7 +29,12 @@ from starlette.types import Message as Event
 from sidelight.errors import SidelightError
 from sidelight.server import admin, checks, classify, detectors, guardrail, questions
 from sidelight.server.app import LOOPBACK, application, status_router
-from sidelight.server.errors import RequestError, as_request_error, wrong_field
+from sidelight.server.errors import (
+    RequestError,
+    as_request_error,
+    routed_path,
+    wrong_field,
+)
 from sidelight.server.keys import Caller
 from sidelight.server.middleware import REQUEST_ID, Gatekeeper
 from sidelight.server.schemas import ReportRequest
@@ -117,7 +122,8 @@ class ProbeEndpoint:
             await app(scope, receive, send)
         elif (ours := self.application(scope)) is not None:
             # As the outermost application of its own.
-            await ours({**scope, "app": ours, "root_path": ""}, receive, send)
+            own = {"app": ours, "root_path": "", "path": routed_path(scope)}
+            await ours({**scope, **own}, receive, send)
         elif scope["method"] != "POST":
             await app(scope, receive, send)
         else:
