@@ -8,15 +8,19 @@ import pytest
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.prompts.conversation import Message
 from sidelight.training.background import load_background
+from sidelight.training.contexts import context_budget
 from sidelight.training.cost import TrainingEstimate, estimate_training, training_tokens
 from sidelight.training.dataset import prepare
+from sidelight.training.ready import TOKENS_ON_CPU
 from sidelight.training.settings import FitOptions
-from worlds.data import little_traffic
+from worlds.data import documented_table, little_traffic
 from worlds.models import TOXICITY
 
 SPEED = 1e9
 # Contexts end with the one that fills their share of tokens.
 OF_CONTEXTS = 0.1
+# 2,190 CPU seconds on two cores, before rounding.
+MEASURED_H = 2190 / 2 / 3600
 
 
 @pytest.fixture
@@ -71,3 +75,21 @@ def test_an_estimate_says_minutes_or_hours_and_gigabytes():
         "about 2 minutes", "about 14 minutes", "about 10 hours",
     ]  # fmt: skip
     assert said[0].endswith("14.3 GB of disk")
+
+
+def test_the_documented_estimates_are_those_of_a_guard_on_a_cpu():
+    measured, *rows = documented_table("guards.md", "model", "blocks x width", "hours")
+    assert len(rows) == 3
+    tokens = TOKENS_ON_CPU + context_budget(TOKENS_ON_CPU)
+
+    def work(row):
+        blocks, width = map(int, row["blocks x width"].split(" x "))
+        return blocks * width**2, 2 * (blocks + 1) * width * tokens / 1e9
+
+    of_measured, disk = work(measured)
+    assert float(measured["GB of disk"]) == pytest.approx(disk, rel=OF_CONTEXTS)
+    for row in rows:
+        parameters, disk = work(row)
+        hours = MEASURED_H * parameters / of_measured
+        assert float(row["hours"]) == pytest.approx(hours, rel=0.05)
+        assert float(row["GB of disk"]) == pytest.approx(disk, rel=0.01)
