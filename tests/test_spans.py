@@ -26,7 +26,7 @@ from sidelight.evaluation import evaluate_spans
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.policy.rules import BoundRule, Rule
 from sidelight.probe import ProbeOutput
-from sidelight.prompts.conversation import Message, Reads
+from sidelight.prompts.conversation import EncodedPrompt, Message, Part, Place, Reads
 from sidelight.spans import (
     SpanRule,
     character_f1,
@@ -222,6 +222,35 @@ def test_a_label_holds_where_the_text_reaches_its_threshold_or_a_span_has_it(tin
     # Some hold by a span alone and some by the text alone.
     assert {number for number, _, _ in seen} == {*range(count + 1)}
     assert {alone for _, alone, _ in seen} == {located for _, _, located in seen} == {True, False}
+
+
+class CountedPlace(Place):
+    """A place that counts how often its message is asked for."""
+
+    __slots__ = ("asked",)
+
+    def __getattribute__(self, name):
+        if name == "message":
+            object.__setattr__(self, "asked", getattr(self, "asked", 0) + 1)
+        return super().__getattribute__(name)
+
+
+def test_spans_of_many_messages_are_found_in_one_pass_over_their_tokens(tiny):
+    probe, messages = spans_probe(tiny, "pii"), 50
+    places = [CountedPlace(message, 0, 2) for message in range(messages)]
+    prompt = EncodedPrompt(
+        (1,) * messages,
+        (Part.PROMPT,) * messages,
+        texts=("ab",) * messages + ("",),
+        places=tuple(places),
+    )
+    labels = [(token, "NAME", 0.95) for token in range(messages)]
+    task = probe.task.output_labels
+    judged = Judgement((probe.verdict(np.zeros(len(task))),), token_labels={"pii": labels})
+    (verdict,) = mark_text(judged, [probe], prompt).verdicts
+    found = [(span.message, span.start, span.end) for span in verdict.spans]
+    assert found == [(message, 0, 2) for message in range(messages)]
+    assert max(place.asked for place in places) <= 2
 
 
 def test_where_nobody_knows_the_places_of_tokens_a_label_of_any_of_them_holds(tiny):

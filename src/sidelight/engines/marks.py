@@ -4,8 +4,10 @@ A bank knows which tokens have a label; an engine knows where each of them stand
 """
 
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import compress
 
 from sidelight.probe import Probe
 from sidelight.prompts.conversation import EncodedPrompt
@@ -39,25 +41,31 @@ def mark_text(judgement: Judgement, probes: Iterable[Probe], prompt: EncodedProm
 
     def spans(name: str, labels: Iterable[TokenLabel]) -> tuple[Span, ...] | None:
         probe = by_name[name]
-        is_read = prompt.mask(probe.reads).tolist()
-        read = [place for place, counts in zip(prompt.places, is_read, strict=True) if counts]
-        labels = [*labels]
-        if any(read[token] is None for token, _, _ in labels):
-            return None
         assert probe.spans is not None
-        marked: list[Span] = []
-        for message, content in enumerate(messages):
-            own = [(i, place) for i, place in enumerate(read) if place and place.message == message]
-            index = {token: i for i, (token, _) in enumerate(own)}
-            of_message = probe.spans.labelled_spans(
-                content,
-                [(place.start, place.end) for _, place in own],
-                [(index[token], label, score) for token, label, score in labels if token in index],
-                probe.task.output_labels,
+        is_read = prompt.mask(probe.reads).tolist()
+        # By message, the places of its tokens; and the number of each token among these.
+        tokens: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        read: list[tuple[int, int] | None] = []
+        for place in compress(prompt.places, is_read):
+            if place is None:
+                read.append(None)
+            else:
+                own = tokens[place.message]
+                read.append((place.message, len(own)))
+                own.append((place.start, place.end))
+        by_message: dict[int, list[TokenLabel]] = defaultdict(list)
+        for token, label, score in labels:
+            if (found := read[token]) is None:
+                return None
+            message, number = found
+            by_message[message].append((number, label, score))
+        return tuple(
+            replace(span, message=None if message in unnamed else message)
+            for message, own in sorted(by_message.items())
+            for span in probe.spans.labelled_spans(
+                messages[message], tokens[message], own, probe.task.output_labels
             )
-            named = None if message in unnamed else message
-            marked += [replace(span, message=named) for span in of_message]
-        return tuple(marked)
+        )
 
     return _with_spans(
         judgement,

@@ -194,7 +194,9 @@ class TextEvents:
                     if not prompt.done():
                         # It has failed, or was aborted before the prompt was read.
                         first.result()
-                    yield self._prompt_judged(prompt.result() if prompt.done() else Report())
+                    report = prompt.result() if prompt.done() else Report()
+                    # Spans of thousands of messages take seconds.
+                    yield await asyncio.to_thread(self._prompt_judged, report)
                     output = await first
                 finally:
                     first.cancel()

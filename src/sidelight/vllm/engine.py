@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Collection, Coroutine, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
@@ -234,12 +235,17 @@ class VllmEngine(Engine):
             )
             judged = await self.check_all(prompts, begun.identity)
         early, every = early_names(probes), {probe.name for probe in probes}
-        events: list[PromptJudged] = []
-        for turns, prompt, judgement in zip(conversations, prompts, judged, strict=True):
+
+        def event(
+            turns: Sequence[Message], prompt: EncodedPrompt, judgement: Judgement
+        ) -> PromptJudged:
             said = judgement.of(every if has_response(turns) else early)
             said = mark_text(said, probes, prompt)
-            events.append(PromptJudged(said, is_plain=prompt.is_plain, tokens=len(prompt)))
-        return events
+            return PromptJudged(said, is_plain=prompt.is_plain, tokens=len(prompt))
+
+        # Spans of thousands of messages take seconds.
+        each = zip(conversations, prompts, judged, strict=True)
+        return await asyncio.to_thread(lambda: [*starmap(event, each)])
 
     async def check_all(
         self,
