@@ -126,6 +126,8 @@ def replaced_methods(path: Path) -> set[str]:
                     match pair:
                         case ast.Attribute(attr=name), ast.Attribute(ast.Name("self"), method):
                             names |= {name} if method in own else set()
+                        case ast.Attribute(ast.Name(owner), name), ast.Name(made):
+                            names |= {name} if owner[0].isupper() and made in own else set()
     return names
 
 

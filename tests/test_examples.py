@@ -14,7 +14,7 @@ import yaml
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.vllm.settings import ENVIRONMENT
+from sidelight.vllm import ENVIRONMENT
 from worlds.models import three_probes
 from worlds.servers import http_client, served
 

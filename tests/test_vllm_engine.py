@@ -31,10 +31,11 @@ from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig
 from sidelight.server.keys import Caller
 from sidelight.server.requests import ServerRequest
+from sidelight.vllm import ENVIRONMENT, KEY, POLICY
 from sidelight.vllm.engine import VllmEngine, saved
 from sidelight.vllm.requests import Report, report_params
 from sidelight.vllm.server import NO_PLACE, arguments, serve
-from sidelight.vllm.settings import KEY, SET_HERE, identity_of, require_options
+from sidelight.vllm.settings import SET_HERE, identity_of, require_options
 from worlds.models import untrained_probe
 
 ROOT = Path(__file__).parents[1]
@@ -501,13 +502,59 @@ def test_what_has_no_place_in_vllms_server_or_would_be_left_open_is_refused(monk
         serve(options_of(), "smollm2", [])
 
 
-def test_a_plugin_that_cannot_be_imported_stops_vllm(monkeypatch):
-    """vLLM logs an error while it loads an entry point, and then serves without it."""
+class PlainArgs:
+    """vLLM's public arguments, in a vLLM that has nothing else that we know."""
+
+    def __init__(self, **additional_config):
+        self.additional_config = additional_config
+
+    def create_engine_config(self):
+        return "plain"
+
+
+@pytest.fixture
+def unknown_vllm(monkeypatch):
+    """The plugin as vLLM loads it, in a vLLM whose internals have moved."""
+    for name in (ENVIRONMENT, POLICY):
+        monkeypatch.delenv(name, raising=False)
+    args = type("EngineArgs", (PlainArgs,), dict(vars(PlainArgs)))
+    vllm = ModuleType("vllm")
+    vllm.EngineArgs, vllm.__version__ = args, "9.1"
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.delitem(sys.modules, "sidelight.vllm.plugin", raising=False)
+    # Set by the plugin, for the processes that it starts.
+    monkeypatch.setattr(os, "environ", {**os.environ})
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (place,) = project["entry-points"]["vllm.general_plugins"].values()
-    monkeypatch.setitem(sys.modules, "sidelight.vllm.plugin", None)
-    install = EntryPoint("sidelight", place, "vllm.general_plugins").load()
-    with pytest.raises(ImportError):
+    # vLLM logs an error while it loads an entry point, and then serves without it.
+    return vllm, EntryPoint("sidelight", place, "vllm.general_plugins").load()
+
+
+def test_vllm_without_probes_starts_whatever_its_version(unknown_vllm, caplog):
+    vllm, install = unknown_vllm
+    # vLLM may call a plugin more than once.
+    install()
+    install()
+    assert vllm.EngineArgs().create_engine_config() == "plain"
+    assert vllm.EngineArgs(another=1).create_engine_config() == "plain"
+    assert not {"sidelight.vllm.plugin", "vllm.config"} & {*sys.modules}
+    assert not caplog.messages
+    del vllm.EngineArgs
+    install()
+    assert "additional_config['sidelight'] are not served" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("name", [ENVIRONMENT, POLICY, None])
+def test_an_unknown_vllm_is_refused_where_probes_are_named(unknown_vllm, name):
+    vllm, install = unknown_vllm
+    if name is None:
+        install()
+    else:
+        os.environ[name] = "named"
+    with pytest.raises(SidelightError, match=r"This is vLLM 9\.1, .* tested with >=0\.32,<0\.34"):
+        install() if name else vllm.EngineArgs(sidelight={"probes": []}).create_engine_config()
+    # Processes of the engine do not see its configuration before they load the plugin.
+    with pytest.raises(SidelightError, match=r"This is vLLM 9\.1"):
         install()
 
 

@@ -22,6 +22,7 @@ from sidelight.mechanisms.base import mechanism_names
 from sidelight.probe import common_format
 from sidelight.prompts.conversation import EncodedPrompt, Part, Reads
 from sidelight.standardisation import EPSILON, Projection
+from sidelight.vllm import ENVIRONMENT, KEY
 from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, tap_layers
 from sidelight.vllm.internals import Step
 from sidelight.vllm.requests import (
@@ -35,8 +36,6 @@ from sidelight.vllm.requests import (
 from sidelight.vllm.settings import (
     COLUMNS,
     CONNECTOR,
-    ENVIRONMENT,
-    KEY,
     Served,
     fingerprint_of,
     identity_of,

@@ -25,11 +25,12 @@ from sidelight.prompts.conversation import Reads
 from sidelight.prompts.encode import PromptEncoder
 from sidelight.server.keys import Caller
 from sidelight.types import Verdict
+from sidelight.vllm import KEY
 from sidelight.vllm.endpoint import ProbeEndpoint
 from sidelight.vllm.guard import EngineGuard, RefusedError
 from sidelight.vllm.recogniser import PromptRecogniser
 from sidelight.vllm.requests import Report, report_params
-from sidelight.vllm.settings import KEY, Served, identity_of, server_config
+from sidelight.vllm.settings import Served, identity_of, server_config
 from worlds.models import (
     CHAT_FAMILIES,
     CHATML,

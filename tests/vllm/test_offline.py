@@ -14,8 +14,9 @@ from sidelight.progress import progress
 from sidelight.prompts.conversation import Reads
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, extract
+from sidelight.vllm import KEY
 from sidelight.vllm.requests import read_report
-from sidelight.vllm.settings import KEY, STATES
+from sidelight.vllm.settings import STATES
 from worlds.data import planted
 from worlds.models import spans_probe
 from worlds.servers import cli

@@ -10,8 +10,8 @@ from transformers import StableLmConfig
 from sidelight.artifact import save_probe
 from sidelight.backbone import load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.vllm import ENVIRONMENT, KEY
 from sidelight.vllm.engine import load_vllm_engine
-from sidelight.vllm.settings import ENVIRONMENT, KEY
 from worlds.models import SIZES, saved, tiny_backbone, untrained_probe
 
 NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}

@@ -37,8 +37,9 @@ from sidelight.prompts.conversation import EncodedPrompt, Part, Reads, Side
 from sidelight.spans import SpanRule
 from sidelight.standardisation import Standardisation
 from sidelight.types import Task
+from sidelight.vllm import KEY
 from sidelight.vllm.requests import read_report, request_params
-from sidelight.vllm.settings import DESCRIBED, KEY
+from sidelight.vllm.settings import DESCRIBED
 from worlds.models import (
     INTENT,
     SIZES,

@@ -31,10 +31,11 @@ from sidelight.policy.hold_back import Ended, redacted_spans
 from sidelight.policy.request import Outcome, Terms
 from sidelight.prompts.conversation import EncodedPrompt, Part, PlainText
 from sidelight.types import Judgement, Span
+from sidelight.vllm import KEY
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.outputs import TextReports, early_names, without_report
 from sidelight.vllm.requests import Report, request_params
-from sidelight.vllm.settings import KEY, ProbeSet
+from sidelight.vllm.settings import ProbeSet
 
 
 class GuardedRequest(Outcome):

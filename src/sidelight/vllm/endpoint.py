@@ -38,10 +38,11 @@ from sidelight.server.errors import (
 from sidelight.server.keys import Caller
 from sidelight.server.middleware import REQUEST_ID, Gatekeeper
 from sidelight.server.schemas import ReportRequest
+from sidelight.vllm import KEY
 from sidelight.vllm.answers import GuardedRequest
 from sidelight.vllm.guard import EngineGuard, client_request
 from sidelight.vllm.internals import wrap
-from sidelight.vllm.settings import KEY, server_config
+from sidelight.vllm.settings import server_config
 
 _DONE = b"data: [DONE]"
 _DATA = b"data: "

@@ -37,12 +37,12 @@ from sidelight.progress import Progress, progress
 from sidelight.prompts.conversation import Conversation, EncodedPrompt, Message, has_response
 from sidelight.prompts.encode import PromptEncoder
 from sidelight.types import Judgement, Verdict
+from sidelight.vllm import KEY
 from sidelight.vllm.internals import guesses_responses
 from sidelight.vllm.lock import NOT_WHOLE, ProbeLock
 from sidelight.vllm.outputs import OutputListener, early_names
 from sidelight.vllm.settings import (
     DESCRIBED,
-    KEY,
     ProbeSet,
     Served,
     identity_of,

@@ -24,12 +24,13 @@ from sidelight.prompts.control_tokens import control_tokens
 from sidelight.prompts.conversation import Message, PlainText
 from sidelight.server.config import ServerConfig
 from sidelight.server.requests import ServerContext
+from sidelight.vllm import KEY
 from sidelight.vllm.answers import Call, GuardedRequest, own_params
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.internals import wrap
 from sidelight.vllm.outputs import without_report
 from sidelight.vllm.recogniser import PromptRecogniser, refuse_dictated_answers, require_drawable
-from sidelight.vllm.settings import KEY, Served, prompt_encoder
+from sidelight.vllm.settings import Served, prompt_encoder
 
 
 class RefusedError(SidelightError, ValueError):

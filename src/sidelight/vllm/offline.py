@@ -25,11 +25,11 @@ from sidelight.progress import Progress
 from sidelight.prompts.conversation import EncodedPrompt, Part, Reads
 from sidelight.states.cache import ActivationCache
 from sidelight.types import Judgement
+from sidelight.vllm import KEY
 from sidelight.vllm.columns import Reading, Stage
 from sidelight.vllm.requests import request_params
 from sidelight.vllm.settings import (
     DESCRIBED,
-    KEY,
     STATES,
     Served,
     log,

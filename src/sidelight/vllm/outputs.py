@@ -10,8 +10,8 @@ from typing import Any
 
 from sidelight.probe import Probe
 from sidelight.prompts.conversation import EncodedPrompt
+from sidelight.vllm import KEY
 from sidelight.vllm.requests import Report, read_report, request_params
-from sidelight.vllm.settings import KEY
 
 
 class TextReports:

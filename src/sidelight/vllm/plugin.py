@@ -1,6 +1,6 @@
 """How our parts get into vLLM, and what is tested and refused at the start.
 
-vLLM's plugin imports this file, and no other file here does.
+``install`` imports this file once probes are named, and no other file here does.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -24,6 +24,7 @@ from sidelight.errors import SidelightError
 from sidelight.fingerprint import ACCEPTED, Fingerprint, accepted_copy
 from sidelight.policy.rules import bound_rules, require_policy_applies
 from sidelight.probe import Probe
+from sidelight.vllm import ENVIRONMENT, KEY, POLICY, TESTED
 from sidelight.vllm.columns import tap_layers
 from sidelight.vllm.guard import EngineGuard
 from sidelight.vllm.internals import (
@@ -37,9 +38,6 @@ from sidelight.vllm.settings import (
     COLUMNS,
     CONNECTOR,
     DESCRIBED,
-    ENVIRONMENT,
-    KEY,
-    POLICY,
     SHARED_CONNECTOR,
     STATES,
     Served,
@@ -58,7 +56,6 @@ _PACKAGE = "sidelight.vllm"
 # one with it. The probes do not belong in it, since they change no graph.
 _GRAPH = {KEY: "taps-1"}
 
-TESTED = SpecifierSet(">=0.32,<0.34")
 UNTESTED = "SIDELIGHT_VLLM_UNTESTED"
 """Set it to 1 to allow versions, devices and architectures that have not been tested."""
 ARCHITECTURES = {
@@ -80,7 +77,7 @@ _LOAD_FORMATS = {
 
 
 def wrap_vllm() -> None:
-    """Wraps vLLM's methods, once per process. If no probes are named, they do nothing more."""
+    """Wraps vLLM's methods, once per process. Without probes, they do nothing more."""
     wrap(AsyncLLM, "__init__", _guard)
     wrap(EngineArgs, "create_engine_config", _configure)
     wrap(BaseModelLoader, "load_model", _load)
@@ -221,7 +218,7 @@ def _guard(original: Callable[..., Any], llm: Any, *args: Any, **kwargs: Any) ->
 
 def require_arguments(arguments: Any) -> None:
     """Checks vLLM's version, and that no option takes the place of our parts."""
-    if Version(vllm.__version__) not in TESTED and not _allows_untested():
+    if Version(vllm.__version__) not in SpecifierSet(TESTED) and not _allows_untested():
         raise SidelightError(
             f"This is vLLM {vllm.__version__}; probes inside vLLM were tested with {TESTED}. "
             f"Install such a version, serve with the transformers engine, or set {UNTESTED}=1 and "

@@ -19,9 +19,10 @@ from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
 from sidelight.prompts.conversation import EncodedPrompt, Part
 from sidelight.types import Judgement
+from sidelight.vllm import KEY
 from sidelight.vllm.columns import Reading
 from sidelight.vllm.internals import Step
-from sidelight.vllm.settings import DESCRIBED, KEY
+from sidelight.vllm.settings import DESCRIBED
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from sidelight.errors import SidelightError
 from sidelight.probe import Probe, common_format
 from sidelight.server.app import cannot_listen, require_keys
 from sidelight.server.config import ServerConfig
+from sidelight.vllm import KEY
 from sidelight.vllm.internals import wrap
-from sidelight.vllm.settings import KEY, SET_HERE, require_vllm, serve_with
+from sidelight.vllm.settings import SET_HERE, require_vllm, serve_with
 
 _PROXY = "Limit it in a proxy in front of the server."
 # Options of our own HTTP layer, and what to do instead.

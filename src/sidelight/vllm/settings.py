@@ -30,16 +30,14 @@ from sidelight.guards import probe_folders
 from sidelight.manifest import require_distinct_names
 from sidelight.probe import Probe, common_format
 from sidelight.prompts.encode import PromptEncoder
+from sidelight.vllm import ENVIRONMENT, POLICY
 
 if TYPE_CHECKING:
     from sidelight.server.config import ServerConfig
 
-ENVIRONMENT = "SIDELIGHT_PROBES"
 COLUMNS = "SIDELIGHT_COLUMNS"
-POLICY = "SIDELIGHT_POLICY"
 # The options of a server that vLLM's own takes from the environment, beside the secrets.
 _SERVER = {"policy": POLICY, "audit_log": "SIDELIGHT_AUDIT_LOG"}
-KEY = "sidelight"
 DESCRIBED = "described"
 """Under ``KEY``: whether requests describe their tokens."""
 STATES = "keeps_states"

@@ -14,8 +14,9 @@ from sidelight.artifact import save_probe
 from sidelight.backbone import load_backbone
 from sidelight.engines.base import GenerationError
 from sidelight.manifest import read_manifest
+from sidelight.vllm import KEY
 from sidelight.vllm.engine import saved
-from sidelight.vllm.settings import KEY, identity_of
+from sidelight.vllm.settings import identity_of
 from worlds.models import untrained_probe
 from worlds.servers import cli
 from worlds.vllm import (

@@ -15,8 +15,9 @@ from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.fingerprint import ACCEPTED
+from sidelight.vllm import KEY
 from sidelight.vllm.engine import load_vllm_engine
-from sidelight.vllm.settings import KEY, STATES, Served
+from sidelight.vllm.settings import STATES, Served
 from worlds.servers import cli
 from worlds.vllm import ROUNDING, expected, llm_of, mixed_prompts, require_equal, run_llm, verdicts
 

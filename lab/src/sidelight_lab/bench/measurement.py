@@ -31,7 +31,8 @@ from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import text_logits
 from sidelight.storage import write_text
 from sidelight.types import MechanismSpec, Task
-from sidelight.vllm.settings import KEY, require_options, require_vllm
+from sidelight.vllm import KEY
+from sidelight.vllm.settings import require_options, require_vllm
 from sidelight_lab.environment import package_versions
 from sidelight_lab.tables.writing import markdown_table
 
