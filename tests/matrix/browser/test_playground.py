@@ -84,7 +84,7 @@ def gated(tiny):
 
 
 def say(page, text=TEXT, *, tokens=20):
-    page.get_by_label("Most tokens").fill(str(tokens))
+    page.get_by_label("Max tokens").fill(str(tokens))
     page.get_by_label("Your message").fill(text)
     page.keyboard.press("Enter")
 
