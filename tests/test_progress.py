@@ -9,11 +9,13 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(monkeypatch, capsys):
     with progress("Reading", 1000, unit="texts") as advance:
         advance(250)
         advance(750)
-    first, middle, last = capsys.readouterr().err.split("\n")[:3]
+    first, middle, last, *rest = capsys.readouterr().err.split("\n")
     assert "Reading:   0%|0.00 of 1.00k" in first
     assert "Reading:  25%|250 of 1.00k" in middle
     assert "Reading: 100%|1.00k of 1.00k" in last
     assert "texts/s" in last
+    # And each of them once.
+    assert not "".join(rest).strip()
 
 
 def test_a_log_gets_no_line_for_each_step(capsys):

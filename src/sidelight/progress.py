@@ -53,3 +53,10 @@ def progress(title: str, total: int | float, *, unit: str) -> Generator[Progress
         bar_format=_LINE if is_log else None,
     ) as bar:
         yield bar.update
+        # Closing would print the last line once more.
+        if is_log and not bar.disable and bar.last_print_n == bar.n:
+            bar.display = _nothing
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """Prints no line."""
