@@ -133,11 +133,14 @@ def test_a_seed_gives_the_same_text_beside_any_neighbours(llama):
     assert alone != other
 
 
-def test_another_kind_of_state_is_refused():
+@pytest.mark.parametrize("kind", ["linear_attention", "chunked_attention"])
+def test_layers_that_cannot_be_batched_are_refused_by_their_kind_alone(kind):
     backbone = tiny_backbone()
-    backbone.model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
-    with pytest.raises(SidelightError, match="linear_attention"):
+    backbone.model.config.layer_types = ["full_attention", kind, "full_attention"]
+    with pytest.raises(SidelightError, match=f"layers of kind {kind}, .* --engine vllm") as refused:
         TransformersEngine(backbone, [])
+    # Chunked attention keeps keys and values, too.
+    assert "keys and values" not in str(refused.value)
 
 
 @pytest.mark.slow

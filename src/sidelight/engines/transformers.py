@@ -86,17 +86,17 @@ class TransformersDecoder:
         end_tokens: Ids that end a turn; they are counted, but are not part of the text.
 
     Raises:
-        SidelightError: The model keeps a state other than keys and values, so rows cannot be
-            batched.
+        SidelightError: Rows of the model cannot be batched: its layers keep a state other than keys
+            and values, or attend to chunks.
     """
 
     def __init__(self, backbone: TransformersBackbone):
         kinds = set(backbone.model.config.get_text_config().to_dict().get("layer_types") or ())
         if others := kinds - _ATTENTION_KINDS:
             raise SidelightError(
-                f"{backbone.name} has layers of kind {', '.join(sorted(others))}, whose state is "
-                "not keys and values; the transformers engine cannot batch it. Serve a model with "
-                "attention layers only."
+                f"{backbone.name} has layers of kind {', '.join(sorted(others))}, and the "
+                f"transformers engine batches {' and '.join(sorted(_ATTENTION_KINDS))} only. Serve "
+                "it with --engine vllm, or serve another model."
             )
         self._backbone = backbone
         self._cache_name = cache_name(backbone.model)
