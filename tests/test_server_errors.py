@@ -19,7 +19,7 @@ from sidelight.server.observe import LogFormatter
 from sidelight.server.questions import DecisionRequest
 from sidelight.server.schemas import ChatRequest, CompletionRequest, TextsRequest
 from worlds.models import three_probes
-from worlds.servers import MODEL, http_client, served
+from worlds.servers import MODEL, http_client, in_process, served
 
 CHAT, TEXT, MODERATIONS = "/v1/chat/completions", "/v1/completions", "/v1/moderations"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -109,14 +109,28 @@ NOT_HERE |= {"frequency_penalty": 0.5, "presence_penalty": -0.5, "service_tier":
 NOT_HERE |= {"best_of": 2, "echo": True, "suffix": "x", "modalities": ["audio"]}
 
 
+def test_advice_on_a_field_is_that_of_the_field_and_the_engine(http, tiny):
+    for path, name, value, advice in (
+        (CHAT, "prompt", "hello", "send the prompt to /v1/completions"),
+        (TEXT, "messages", HELLO, "the messages to /v1/chat/completions"),
+        (CHAT, "tools", [TOOL], "this engine calls no tools"),
+    ):
+        message = error_of(http.post(path, json={**BODIES[path], name: value}), 400)["message"]
+        assert advice in message
+        assert "GGUF" not in message
+    # Probes of a GGUF file cannot judge what vLLM reads.
+    with in_process(TransformersEngine(tiny, []), model="tiny.gguf") as client:
+        answer = client.post(CHAT, json={**VALID, "tools": [TOOL]})
+    assert "vLLM reads no GGUF file" in error_of(answer, 400)["message"]
+
+
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_what_only_vllm_can_do_is_refused_and_named(http, path):
     for name, value in NOT_HERE.items():
         error = error_of(http.post(path, json={**BODIES[path], name: value}), 400)
         assert (error["code"], error["param"]) == ("unsupported_parameter", name)
         assert "--engine vllm" in error["message"]
-        # vLLM reads no GGUF file, whose probes it would refuse.
-        assert "for a GGUF file with its original in safetensors" in error["message"]
+        assert "GGUF" not in error["message"]
     # Without alternatives, but with the log-probability of each token; and nearly 1, but no number.
     for name, value in {"logprobs": 0, "best_of": True, "web_search_options": {}}.items():
         assert error_of(http.post(path, json={**BODIES[path], name: value}), 400)["param"] == name

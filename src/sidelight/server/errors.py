@@ -17,6 +17,7 @@ from sidelight.engines.base import (
     NotExplainedError,
 )
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
+from sidelight.gguf_files import is_gguf
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.request import refusal_headers
 from sidelight.server.keys import Caller
@@ -106,16 +107,24 @@ async def _failed(request: Request, error: SidelightError) -> Response:
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
     first = error.errors()[0]
-    return wrong_field(first, first["loc"][1:]).answer(request.scope)
+    more = ""
+    if "--engine vllm" in first["msg"]:
+        probes = request.app.state.context.engine.probes
+        names = (request.app.state.context.config.model, *(p.fingerprint.name for p in probes))
+        if any(name is not None and is_gguf(name) for name in names):
+            more = " vLLM reads no GGUF file: train the probes on the original's safetensors."
+    return wrong_field(first, first["loc"][1:], more=more).answer(request.scope)
 
 
-def wrong_field(error: Mapping[str, Any], place: Sequence[int | str]) -> RequestError:
-    """One of pydantic's errors, at this place of the body."""
+def wrong_field(
+    error: Mapping[str, Any], place: Sequence[int | str], *, more: str = ""
+) -> RequestError:
+    """One of pydantic's errors, at this place of the body, with a sentence that follows it."""
     field = error.get("ctx", {}).get("field")
     param = _shortened(".".join(map(str, [*place, *([field] if field else [])])))
     # A body that is not an object has no field to blame: most often the content type is missing.
     message = (
-        f"{param}: {_shortened(error['msg'])}"
+        f"{param}: {_shortened(error['msg'])}{more}"
         if param
         else "The body must be a JSON object, sent with Content-Type: application/json."
     )

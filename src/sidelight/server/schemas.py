@@ -65,6 +65,17 @@ _COMPLETION_TOKENS = 16
 # Fields that are accepted and not read, with the values that they may have besides those that ask
 # for nothing in any field; None: any value.
 Unread = Mapping[str, tuple[Any, ...] | None]
+# Fields of requests for text that belong elsewhere.
+_REMEDIES = {
+    "prompt": "a chat has 'messages'. Send these, or send the prompt to /v1/completions.",
+    "messages": "a text completion has a 'prompt'. Send that, or the messages to "
+    "/v1/chat/completions.",
+    **dict.fromkeys(
+        ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls"),
+        "this engine calls no tools. Leave it out, or serve the model with --engine vllm. Calls "
+        "and their results are read where they are turns of 'messages'.",
+    ),
+}
 _NOTHING = (None, False, "", [])
 # Clients that always send some of OpenAI's fields send these.
 _UNREAD: Unread = {
@@ -127,10 +138,9 @@ class StrictBody(BaseModel):
 
     unread: ClassVar[Unread] = {}
     # The remedy for another value of a field in ``unread``.
-    unsupported: ClassVar[str] = (
-        "Leave it out; sidelight serve --engine vllm has it, for a GGUF file with its original in "
-        "safetensors and probes trained on that."
-    )
+    unsupported: ClassVar[str] = "Leave it out, or serve the model with --engine vllm."
+    # In place of that, by field.
+    remedies: ClassVar[Mapping[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -147,7 +157,7 @@ class StrictBody(BaseModel):
                 why = f"there is no such field here.{did_you_mean(quoted, cls.model_fields)}"
                 raise _field_error("unknown_parameter", quoted, why)
             elif not _is_default(content, cls.unread[name]):
-                why = f"not supported here. {cls.unsupported}"
+                why = cls.remedies.get(name, f"not supported here. {cls.unsupported}")
                 raise _field_error("unsupported_parameter", name, why)
         return fields
 
@@ -261,6 +271,7 @@ class WritingRequest(ReportRequest):
     """The common fields of requests for text."""
 
     unread: ClassVar[Unread] = _UNREAD
+    remedies: ClassVar[Mapping[str, str]] = _REMEDIES
 
     model: Name
     temperature: float | None = Field(None, ge=0, le=2)
