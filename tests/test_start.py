@@ -23,12 +23,14 @@ from transformers import LlamaConfig
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import load_backbone, read_backbone
 from sidelight.checkpoint import stored_bytes
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.machine import find_device, free_memory
+from sidelight.policy.rules import Policy, Rule
 from sidelight.smollm2 import cache_root
 from worlds.gguf import CONFIGS, needs_llama, write_gguf
 from worlds.models import family_backbone, saved, tiny_backbone, untrained_probe
-from worlds.servers import cli, free_port, wait_until_ready
+from worlds.servers import cli, free_port, in_process, wait_until_ready
 
 
 @pytest.fixture
@@ -272,7 +274,29 @@ def test_a_signal_stops_the_server_with_the_documented_exit_code_and_its_log_nam
     with ThreadPoolExecutor(1) as pool:
         pool.submit(stop)
         assert cli(*SERVE.format(model=folder, probe=probe).split()) == code
-    assert f"Probes: {load_probe(probe).name} (score)\n" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert f"Probes: {load_probe(probe).name} (score)\n" in said
+    assert "Stopping: running requests: 0" in said
+    # Its lines name neither what is served nor where.
+    assert "uvicorn" not in said
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "is_warned"),
+    [
+        ("shadow", {}, True),
+        ("shadow", {"api_key": "user"}, True),
+        ("shadow", {"metrics_key": "scraper"}, False),
+        ("shadow", {"admin_key": "admin"}, False),
+        ("score", {}, False),
+    ],
+)
+def test_a_shadow_that_nobody_can_see_is_warned_of(tiny, caplog, mode, options, is_warned):
+    engine = TransformersEngine(tiny, [untrained_probe(tiny, "toxicity")])
+    with in_process(engine, policy=Policy(input={"toxicity": Rule(mode)}), **options):
+        warnings = [line for line in caplog.messages if "shadow" in line]
+    assert len(warnings) == is_warned
+    assert all("SIDELIGHT_METRICS_KEY" in line for line in warnings)
 
 
 def _then(coroutine, call):

@@ -173,7 +173,16 @@ def serve(load: Callable[[], Engine], config: ServerConfig) -> None:
         _log.info("Listening on http://%s:%d (Ctrl-C stops)", *place)
         if config.playground:
             _log.info("The playground is at http://%s:%d/playground", *place)
-        uvicorn.Server(server_settings(app, config)).run(sockets=[listener])
+        _Server(server_settings(app, config)).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which says in our log what the end waits for."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        running, limit_s = len(self.server_state.tasks), self.config.timeout_graceful_shutdown
+        _log.info("Stopping: running requests: %d, ended after %s s", running, limit_s)
+        await super().shutdown(sockets)
 
 
 def listen(config: ServerConfig) -> socket.socket:
@@ -217,6 +226,5 @@ def server_settings(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
         lifespan="on",
         access_log=False,
         log_config=log_settings(config.log_level, as_json=config.json_logs),
-        log_level=config.log_level,
         timeout_graceful_shutdown=ceil(config.drain_s),
     )

@@ -341,7 +341,8 @@ def log_settings(level: str, *, as_json: bool) -> dict[str, Any]:
     """Settings for ``logging.config``: every record of the process goes to standard error.
 
     Args:
-        level: Of the server's own loggers; others log warnings and errors only.
+        level: Of the server's own loggers; others log warnings and errors only. uvicorn's lines of
+            its start and end are left out at ``info``: the server's own say more.
         as_json: One JSON object per line, in place of text.
     """
     handler = {
@@ -356,5 +357,5 @@ def log_settings(level: str, *, as_json: bool) -> dict[str, Any]:
         "formatters": {"line": {"()": LogFormatter, "as_json": as_json}},
         "handlers": {"stderr": handler},
         "root": {"level": "WARNING", "handlers": ["stderr"]},
-        "loggers": {"uvicorn": own, "sidelight": own},
+        "loggers": {"uvicorn": {"level": "WARNING"} if level == "info" else own, "sidelight": own},
     }

@@ -1,6 +1,7 @@
 """A request at a route: its body, the parts of the server that answer it, and their limits."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
@@ -24,6 +25,7 @@ from sidelight.server.metrics import Metrics
 from sidelight.server.observe import RequestObserver, RequestTextObserver, audit_of
 from sidelight.server.probes import ProbeRegistry
 
+_log = logging.getLogger("sidelight.server")
 T = TypeVar("T")
 # Most tokens of all texts of a request, unless one text alone may have more.
 _REQUEST_TOKENS = 2**16
@@ -44,6 +46,13 @@ class ServerContext:
         metrics = Metrics(engine, lambda: registry.rules)
         self.observer = RequestObserver(metrics, audit_of(config))
         self.started_at = int(time.time())
+        access = config.access
+        is_closed = not (access.metrics_keys or access.admin_keys or config.audit_log)
+        if is_closed and any(bound.is_shadow for bound in registry.rules):
+            _log.warning(
+                "Nothing shows the verdicts of the policy's shadow rules: no key opens /metrics, "
+                "and there is no audit log. Set SIDELIGHT_METRICS_KEY to a secret."
+            )
 
     def terms(
         self,
