@@ -10,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidelight.engines.base import Sampling
+from sidelight.engines.base import EngineUnavailableError, Sampling
 from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
 from sidelight.errors import ContextLengthError
 from sidelight.prompts.conversation import PlainText
 from sidelight.prompts.encode import PromptEncoder
 from worlds.models import tiny_tokenizer
+from worlds.servers import run_engine
 
 BYTES = st.binary(max_size=40) | st.text(max_size=20).map(str.encode)
 SHORT_TEXT = st.text(alphabet="ab\u00e9", max_size=30)
@@ -88,6 +89,26 @@ def test_top_p_leaves_the_tail_out():
     logits = torch.tensor([0.5, 0.2, 0.2, 0.1]).log()
     sampler = Sampler(Sampling(top_p=0.6, seed=0))
     assert {int(sampler(logits)) for _ in range(200)} == {0, 1}
+
+
+def test_a_closed_engine_leaves_no_thread_and_takes_no_text(tiny):
+    before, text = {*threading.enumerate()}, PlainText("x")
+
+    async def encode(engine):
+        assert await engine.tokenize(text)
+        return engine
+
+    engine = run_engine(tiny, encode)
+    left = {*threading.enumerate()} - before
+    assert not [thread.name for thread in left if thread.name.startswith("sidelight-")]
+    with pytest.raises(EngineUnavailableError):
+        asyncio.run(engine.tokenize(text))
+
+
+def test_a_limit_of_one_token_is_in_the_singular():
+    encoder = PromptEncoder(tiny_tokenizer(), prompt_format="raw", max_tokens=1)
+    with pytest.raises(ContextLengthError, match=r"at most 1 token\. Shorten"):
+        encoder.encode(PlainText("one two three"))
 
 
 def test_short_texts_do_not_wait_for_long_ones_nor_anybody_for_what_is_given_up():

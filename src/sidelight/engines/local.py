@@ -109,6 +109,7 @@ class LocalEngine(Engine):
             self._loop.cancel()
             await asyncio.wait({self._loop})
         await asyncio.to_thread(self._thread.shutdown)
+        await asyncio.to_thread(self._codec.close)
 
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
         self._require_ready()

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sidelight.engines.base import Sampling
+from sidelight.engines.base import EngineUnavailableError, Sampling
 from sidelight.errors import ContextLengthError
 from sidelight.prompts.conversation import (
     Conversation,
@@ -145,7 +145,7 @@ _SHORT_CHARACTERS = 2**14
 
 
 class TextCodec:
-    """Encodes texts within a model's context, and decodes its tokens.
+    """Encodes texts within a model's context, and decodes its tokens; its engine closes it.
 
     Args:
         encoder: Turns texts into tokens as the model reads them, within its chat template.
@@ -165,11 +165,21 @@ class TextCodec:
 
         Raises:
             ContextLengthError: A text is too long.
+            EngineUnavailableError: The codec is closed.
         """
         for text in texts:
             self._encoder.require_few_characters(text)
         is_long = sum(map(characters, texts)) > _SHORT_CHARACTERS
-        return await asyncio.get_running_loop().run_in_executor(self._threads[is_long], encode)
+        try:
+            result = asyncio.get_running_loop().run_in_executor(self._threads[is_long], encode)
+        except RuntimeError as error:
+            raise EngineUnavailableError() from error
+        return await result
+
+    def close(self) -> None:
+        """Ends its threads, once they have encoded what waits."""
+        for thread in self._threads:
+            thread.shutdown()
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the tokens, without special ones."""

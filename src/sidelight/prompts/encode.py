@@ -153,9 +153,10 @@ class PromptEncoder:
             raise self._excess(f"{length} characters, of which a token has at most {longest}")
 
     def _excess(self, size: str) -> ContextLengthError:
+        limit = f"{self.max_tokens} token{'s' * (self.max_tokens != 1)}"
         return ContextLengthError(
-            f"The text has {size}, but the model reads at most {self.max_tokens} tokens. Shorten "
-            f"it, or judge it in parts.{self.more}"
+            f"The text has {size}, but the model reads at most {limit}. Shorten it, or judge it in "
+            f"parts.{self.more}"
         )
 
     def encode_any_length(

@@ -138,6 +138,7 @@ class VllmEngine(Engine):
         """Ends vLLM's processes."""
         self._is_open = False
         await asyncio.to_thread(self._llm.shutdown)
+        await asyncio.to_thread(self._codec.close)
 
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
         """As for every engine, once the requests in it are done; new ones wait (``serving``).
