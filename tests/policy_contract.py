@@ -20,6 +20,7 @@ from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
 from sidelight.engines.base import Engine
+from sidelight.manifest import read_manifest
 from sidelight.policy.rules import read_policy
 from sidelight.probe import Probe
 from sidelight.prompts.conversation import EncodedPrompt, Message, Part, PlainText, Reads
@@ -111,6 +112,11 @@ class Subjects:
         intent = replace(intent, standardisation=measured(self.backbone))
         self.probes.append(intent)
         self.folders.append(str(save_probe(intent, home / "intent")))
+        # As if they had been loaded, with the mechanisms that a test may break.
+        self.probes = [
+            replace(probe, version=read_manifest(folder).version)
+            for probe, folder in zip(self.probes, self.folders, strict=True)
+        ]
         self.by_name = {probe.name: probe for probe in self.probes}
         self.folder_of = dict(zip(self.by_name, self.folders, strict=True))
         plain = [self.backbone.encoder.encode(PlainText(text)) for text in _TEXTS]
@@ -556,7 +562,9 @@ class PolicyContract:
         assert answer.headers["x-sidelight-route"] == f"desk of {label}"
         plain = server.post(("/v1/completions", {"prompt": subjects.benign, "max_tokens": 2}))
         assert plain.headers["x-sidelight-route"] == "verdict_failed"
-        assert verdicts(plain)["intent"] == {"probe": "intent", "error": "verdict_failed"}
+        version = subjects.by_name["intent"].version
+        failed = {"probe": "intent", "version": version, "error": "verdict_failed"}
+        assert verdicts(plain)["intent"] == failed
 
     def test_a_shadow_is_in_no_answer_and_in_the_counts(self, server, subjects):
         compared = ("sidelight_shadow_agreements_total{", 'shadow="newer"')
@@ -616,6 +624,35 @@ class PolicyContract:
             assert {(e["probe"], e["flagged"]) for e in heard} == {
                 (name, flagged) for name, flagged in told if not streamed or name not in RESPONSES
             }
+
+    @STREAMED
+    def test_each_verdict_has_the_digest_of_its_probe(self, server, subjects, streamed):
+        wanted = {probe.name: probe.version for probe in subjects.probes}
+        assert all(wanted.values())
+        audited = len(server.audit.read_text().splitlines()) if server.audit.exists() else 0
+        guarded = {"input_type": "request", "texts": [subjects.benign]}
+        for asked in (
+            chat(subjects.passing, stream=streamed),
+            ("/v1/completions", {"prompt": subjects.passing, "stream": streamed}),
+            (GUARDRAIL, guarded),
+        ):
+            for key in (None, ADMIN):
+                found = verdicts(server.post(asked, key))
+                assert found
+                assert {name: entry["version"] for name, entry in found.items()} == {
+                    name: wanted[name] for name in found
+                }
+        (checked,) = server.post((CHECKS, {"input": subjects.benign})).json()["results"]
+        for entry in checked["sidelight"]["verdicts"]:
+            assert entry["version"] == wanted[entry["probe"]]
+        lines = map(json.loads, server.audit.read_text().splitlines()[audited:])
+        told = {line["probe"]: line["version"] for line in lines if "probe" in line}
+        assert told == wanted
+        served = [line for line in server.metrics().text.splitlines() if "probe_info{" in line]
+        assert sorted(served) == sorted(
+            f'sidelight_probe_info{{probe="{name}",version="{version}"}} 1.0'
+            for name, version in wanted.items()
+        )
 
     def test_each_place_tells_what_the_documented_table_says(self, server, subjects):
         for setting, name in (("scores", "told"), ("labels", "labelled"), ("none", "silent")):

@@ -336,7 +336,7 @@ def test_each_text_of_a_prompt_shows_its_verdicts_once_the_prompt_is_admitted(ti
     outcome = Outcome(Terms(MODEL, Policy(), rules, rules, Mock()))
     first, _ = outcome.begin(2)
     first.admitted = Judged(3, tuple(decide(bound, Judgement(), tokens=3) for bound in rules))
-    failed = {"probe": "early", "error": "verdict_failed"}
+    failed = {"probe": "early", "version": "", "error": "verdict_failed"}
     assert outcome.extension() == {"verdicts": [{"choice": i, **failed} for i in range(2)]}
 
 

@@ -96,7 +96,9 @@ class Probe:
             (positive,) = probabilities
             probabilities = [1 - positive, positive]
         by_label = dict(zip(self.task.labels, probabilities, strict=True))
-        return self.task.decide(self.name, by_label, self.label_thresholds, turn=turn)
+        return self.task.decide(
+            self.name, by_label, self.label_thresholds, turn=turn, version=self.version
+        )
 
     def labelled_verdict(
         self, verdict: Verdict, spans: Sequence[Span] | None, marked: Iterable[str] = ()
@@ -109,7 +111,15 @@ class Probe:
             marked: The labels of its tokens, which then hold.
         """
         scores, thresholds = verdict.probabilities, self.label_thresholds
-        return self.task.decide(self.name, scores, thresholds, spans, marked, turn=verdict.turn)
+        return self.task.decide(
+            self.name,
+            scores,
+            thresholds,
+            spans,
+            marked,
+            turn=verdict.turn,
+            version=verdict.version,
+        )
 
     def token_labels(self, text: ProbeOutput) -> list[TokenLabel]:
         """Which tokens have a label; none unless the probe labels spans."""

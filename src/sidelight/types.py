@@ -91,6 +91,7 @@ class Task:
         marked: Iterable[str] = (),
         *,
         turn: int | None = None,
+        version: str = "",
     ) -> "Verdict":
         """The verdict of a probe at some thresholds.
 
@@ -102,6 +103,7 @@ class Task:
                 calibrated apart; those of labels without a threshold are left out.
             marked: Labels that hold too where nobody knows the spans.
             turn: The turn that decided, as ``Verdict.turn``.
+            version: Of the probe, as ``Verdict.version``.
         """
         best = max(probabilities, key=probabilities.__getitem__)
         if spans is not None:
@@ -116,7 +118,9 @@ class Task:
         if self.kind == "binary":
             best = held[0] if held else self.labels[0]
         labels = held if held or self.kind == "multilabel" else (best,)
-        return Verdict(probe, best, labels, dict(probabilities), bool(held), turn, spans)
+        return Verdict(
+            probe, best, labels, dict(probabilities), bool(held), turn, spans, version=version
+        )
 
 
 @dataclass(frozen=True, order=True)
@@ -161,6 +165,8 @@ class Verdict:
             several were judged together); None if the whole did.
         spans: The words that have a label, in order, of the prompt or the response; None if the
             probe labels none, or if nobody knows where in the text its tokens stand.
+        version: ``Probe.version`` of the probe that gave it; "" for a probe that was not loaded
+            from an artifact. Equal statements of two versions are equal.
     """
 
     probe: str
@@ -170,10 +176,12 @@ class Verdict:
     flagged: bool
     turn: int | None = None
     spans: tuple[Span, ...] | None = None
+    version: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values; ``spans`` only if there are any to tell of."""
-        values = asdict(self)
+        # The dictionary keeps the places of the first two.
+        values = {"probe": self.probe, "version": self.version, **asdict(self)}
         del values["spans"]
         return values if self.spans is None else {**values, "spans": spans_json(self.spans)}
 

@@ -99,7 +99,9 @@ def _decided(bound: BoundRule, verdict: Verdict, tools: Judgement | None) -> Ver
     alone = tools.verdict(bound.name)
     if alone is not None and (decided := bound.decide(alone)).flagged:
         return decided
-    return bound.probe.task.decide(bound.name, verdict.probabilities, {}, turn=verdict.turn)
+    return bound.probe.task.decide(
+        bound.name, verdict.probabilities, {}, turn=verdict.turn, version=verdict.version
+    )
 
 
 def agreements(decisions: Iterable[Decision]) -> list[tuple[BoundRule, Agreement]]:

@@ -43,6 +43,7 @@ class Disclosed:
 
     Attributes:
         probe: Its name.
+        version: Of the artifact, as the audit log has it; also where the probe gave no verdict.
         verdict: As ``labels_only`` gives it if there are no scores; None: the probe gave none.
         has_scores: Whether the verdict's probabilities are the probe's.
         is_too_long: As in the decision.
@@ -50,6 +51,7 @@ class Disclosed:
     """
 
     probe: str
+    version: str
     verdict: Verdict | None
     has_scores: bool
     is_too_long: bool
@@ -63,9 +65,10 @@ class Disclosed:
         """
         verdict = self.verdict
         if verdict is None:
-            return {"probe": self.probe, "error": "verdict_failed"}
+            return {"probe": self.probe, "version": self.version, "error": "verdict_failed"}
         return {
             "probe": self.probe,
+            "version": self.version,
             "label": verdict.label,
             "labels": list(verdict.labels),
             **({"probabilities": verdict.probabilities} if self.has_scores else {}),
@@ -84,7 +87,8 @@ def labels_only(verdict: Verdict) -> Verdict:
     """
     label = verdict.labels[0] if verdict.labels else ""
     held = {name: float(name in verdict.labels) for name in verdict.probabilities}
-    return Verdict(verdict.probe, label, verdict.labels, held, verdict.flagged)
+    version = verdict.version
+    return Verdict(verdict.probe, label, verdict.labels, held, verdict.flagged, version=version)
 
 
 @dataclass(frozen=True)
@@ -367,7 +371,8 @@ def _disclosed(decisions: Iterable[Decision], *, sees_all: bool) -> list[Disclos
         has_scores, marks = part == "scores", rule.marks(verdict)
         if verdict is not None and not has_scores:
             verdict = labels_only(verdict)
-        disclosed.append(Disclosed(rule.name, verdict, has_scores, decision.is_too_long, marks))
+        name, version = rule.name, rule.probe.version
+        disclosed.append(Disclosed(name, version, verdict, has_scores, decision.is_too_long, marks))
     return disclosed
 
 

@@ -196,8 +196,15 @@ class BoundRule:
         if self.rule.threshold is not None:
             marked = ()
             spans = spans and [span for span in spans if scores[span.label] >= self.rule.threshold]
-        task, turn = self.probe.task, verdict.turn
-        return task.decide(self.name, scores, self.thresholds, spans, marked, turn=turn)
+        return self.probe.task.decide(
+            self.name,
+            scores,
+            self.thresholds,
+            spans,
+            marked,
+            turn=verdict.turn,
+            version=verdict.version,
+        )
 
     def action(self, verdict: Verdict | None) -> Action:
         """What follows from a verdict at the rule's thresholds; None: there is none."""

@@ -16,7 +16,7 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import Metric
+from prometheus_client.core import InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from sidelight.engines.base import Engine
@@ -93,12 +93,16 @@ class Metrics(Collector):
         The times at which series began are left out: they double what is stored, and nobody asks
         for them.
         """
+        # A new family at each scrape: a version that is no longer served leaves no series.
+        served = InfoMetricFamily("sidelight_probe", "The probes that are served", labels=["probe"])
         for rule in self._rules():
+            served.add_metric([rule.name], {"version": rule.probe.version})
             for outcome in get_args(DecisionOutcome):
                 self._verdicts.labels(rule.name, outcome)
             for action in get_args(Action):
                 if action != "none":
                     self._actions.labels(rule.name, rule.side, action)
+        yield served
         for family in self._registry.collect():
             family.samples = [s for s in family.samples if not s.name.endswith("_created")]
             yield family
