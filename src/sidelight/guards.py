@@ -2,37 +2,44 @@
 
 It is the probe that was trained for the model: one that a package of guards ships, or one that
 ``sidelight guard`` has trained on this machine. ``guard:NAME@VERSION`` pins a version of the
-guard's texts, ``guard:NAME,NAME`` names several, and ``guard:all`` every one.
+guard's texts, ``guard:NAME,NAME`` names several, and ``guard:all`` every one. The name wins over a
+folder ``guard:NAME`` in the working directory, which its absolute path names.
 """
 
+import os
 import re
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sidelight.data.guards import PREFIX, Guard, find_guard, guard_names
 from sidelight.errors import SidelightError
-from sidelight.manifest import PROBE, read_manifest
+from sidelight.fingerprint import accepted_copy, hash_of
+from sidelight.manifest import PROBE, holds_probe, read_manifest
 from sidelight.smollm2 import EMBEDDED_NAME, cache_root
 
 ALL = "all"
-_NAME = re.compile(rf"(?:{PREFIX})?(?P<name>[^@]+)(?:@(?P<version>\d+))?")
+_NAME = re.compile(r"(?P<name>[^@:]+)(?:@(?P<version>[0-9]{1,9}))?")
 
 
 class UntrainedGuardError(SidelightError):
-    """There is no probe of a guard for a model; the message has the command that trains it.
+    """There are no probes of guards for a model; the message has the command that trains them.
 
     Attributes:
-        guard: The name of the guard.
+        guards: The names of the guards.
     """
 
-    def __init__(self, guard: str, model: str | None):
-        self.guard = guard
-        words = ["sidelight", "guard", "--only", guard]
+    def __init__(self, guards: Sequence[str], model: str | None):
+        self.guards = tuple(guards)
+        words = ["sidelight", "guard", "--only", ",".join(guards)]
         words += ["--model", model] if model and model != EMBEDDED_NAME else []
+        named = ", ".join(f"'{name}'" for name in guards)
+        subject, it = (
+            (f"guard {named} has", "it") if len(guards) == 1 else (f"guards {named} have", "them")
+        )
         super().__init__(
-            f"The guard '{guard}' has not been trained for {model or EMBEDDED_NAME}. Train it "
-            f"with: {shlex.join(words)}"
+            f"The {subject} not been trained for {model or EMBEDDED_NAME}. Train {it} with: "
+            f"{shlex.join(words)}"
         )
 
 
@@ -47,7 +54,7 @@ def trained_guards(digest: str) -> Path:
     Args:
         digest: Of the model's fingerprint.
     """
-    return cache_root() / "guards" / digest
+    return _home() / digest
 
 
 def local_name(guard: Guard) -> str:
@@ -66,21 +73,31 @@ def probe_folders(
         sources: Folders, and names of guards.
         model: The name of the model that is to run them, for messages; None: that of the probes.
         digest: Gives the digest of its fingerprint, which takes about a second; it is called at
-            most once. None: a guard is the one that its package ships for the embedded model.
+            most once. None: a guard is the one that its package ships for the embedded model, or
+            else the one that was trained for it here.
 
     Raises:
-        SidelightError: There is no such guard, not of this version, or none for this model.
+        UntrainedGuardError: There are none for this model.
+        SidelightError: There is no such guard, or not of this version, or one is named twice.
     """
-    given = [*sources]
-    wanted: str | None = None
-    if digest is not None and any(map(is_guard, given)):
-        wanted = digest()
+    named = [(source, _guards(source) if is_guard(source) else []) for source in sources]
+    names = [guard.name for _, guards in named for guard, _ in guards]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise SidelightError(f"The guard '{repeated}' is named twice. Name it once.")
+    wanted = digest() if digest is not None and names else None
     folders: list[Path] = []
-    for source in given:
-        if not is_guard(source):
+    untrained: list[str] = []
+    for source, guards in named:
+        if not guards:
             folders.append(Path(source))
-            continue
-        folders += [_folder(name, model, wanted) for name in _names(str(source))]
+        for guard, version in guards:
+            folder = _trained(guard, version, wanted)
+            if folder is None:
+                untrained.append(guard.name)
+            else:
+                folders.append(folder)
+    if untrained:
+        raise UntrainedGuardError(untrained, model)
     return folders
 
 
@@ -88,10 +105,11 @@ def probe_folder(
     source: str | Path, model: str | None = None, digest: Callable[[], str] | None = None
 ) -> Path:
     """The folder of the one probe that is named; arguments and errors as for ``probe_folders``."""
-    folders = probe_folders([source], model, digest)
-    if len(folders) > 1:
-        raise SidelightError(f"'{source}' names {len(folders)} guards; name one here.")
-    return folders[0]
+    if is_guard(source) and len(guards := _guards(source)) > 1:
+        names = ", ".join(guard.name for guard, _ in guards)
+        raise SidelightError(f"'{source}' names several guards. Name one of them here: {names}.")
+    (folder,) = probe_folders([source], model, digest)
+    return folder
 
 
 def packaged_folders(guard: Guard) -> list[Path]:
@@ -103,40 +121,81 @@ def _depth(path: Path) -> tuple[int, str]:
     return len(path.parts), str(path)
 
 
+def _home() -> Path:
+    return cache_root() / "guards"
+
+
 def _names(source: str) -> list[str]:
-    """``guard:a,b`` as ``a`` and ``b``; ``guard:all`` as all that are installed."""
-    names = [name.strip() for name in source.split(",")]
-    if names == [f"{PREFIX}{ALL}"]:
+    """``guard:a,guard:b`` and ``guard:a,b`` as ``a`` and ``b``; ``guard:all`` as every guard."""
+    names = [name.strip().removeprefix(PREFIX) for name in source.split(",")]
+    if names == [ALL]:
         # Where there is none, the error says what to install.
         return guard_names() or ["injection"]
     return names
 
 
-def _folder(named: str, model: str | None, digest: str | None) -> Path:
+def _guards(source: str | Path) -> list[tuple[Guard, int]]:
+    """The guards of a name, each with the version that is wanted."""
+    try:
+        return [_guard(name, source) for name in _names(str(source))]
+    except SidelightError as error:
+        if not os.path.exists(source):
+            raise
+        raise SidelightError(
+            f"{error} To name the folder '{source}', write {Path(source).absolute()}."
+        ) from error
+
+
+def _guard(named: str, source: str | Path) -> tuple[Guard, int]:
     match = _NAME.fullmatch(named)
     if match is None:
         raise SidelightError(
-            f"Cannot read the guard '{named}'. Write guard:NAME, guard:NAME@VERSION, "
+            f"Cannot read '{source}' as the name of a probe. Write guard:NAME, guard:NAME@VERSION, "
             "guard:NAME,NAME or guard:all."
         )
-    name, version = match["name"], match["version"]
-    guard = find_guard(name)
-    if version is not None and int(version) != guard.card.version:
-        local = None if digest is None else trained_guards(digest) / f"{name}@{version}"
-        if local is not None and (local / PROBE).exists():
-            return local
-        raise SidelightError(
-            f"Version {version} of the guard '{name}' is not installed: the package has version "
-            f"{guard.card.version}. Install the release that has {version}, or leave '@{version}' "
-            "out."
-        )
-    packaged = packaged_folders(guard)
-    if digest is None:
-        if packaged:
-            return packaged[0]
-        raise UntrainedGuardError(name, model)
-    local = trained_guards(digest) / local_name(guard)
-    for folder in (*packaged, local):
-        if (folder / PROBE).exists() and read_manifest(folder).backbone.digest == digest:
+    guard = find_guard(match["name"])
+    return guard, guard.card.version if match["version"] is None else int(match["version"])
+
+
+def _trained(guard: Guard, version: int, digest: str | None) -> Path | None:
+    """The folder of the probe of a guard; None: this version has not been trained for the model."""
+    is_installed = version == guard.card.version
+    for folder in packaged_folders(guard) if is_installed else ():
+        trained_on = _packaged_digest(guard, folder)
+        # Without a model, it runs on that of the probe.
+        if digest is None or _fits(trained_on, digest):
             return folder
-    raise UntrainedGuardError(name, model)
+    for folder in _local_folders(f"{guard.name}@{version}", digest):
+        backbone = read_manifest(folder).backbone
+        if backbone.name == EMBEDDED_NAME if digest is None else _fits(backbone.digest, digest):
+            return folder
+    if not is_installed:
+        raise SidelightError(
+            f"Version {version} of the guard '{guard.name}' is not installed: the package has "
+            f"version {guard.card.version}. Install the release that has {version}, or leave "
+            f"'@{version}' out."
+        )
+    return None
+
+
+def _local_folders(name: str, digest: str | None) -> Iterator[Path]:
+    """Where a guard may have been trained on this machine, for the model itself first."""
+    homes = [] if digest is None else [trained_guards(digest)]
+    if (digest is None or accepted_copy()) and _home().is_dir():
+        homes += sorted(_home().iterdir())
+    return (home / name for home in homes if holds_probe(home / name))
+
+
+def _packaged_digest(guard: Guard, folder: Path) -> str:
+    try:
+        return read_manifest(folder).backbone.digest
+    except SidelightError as error:
+        raise SidelightError(
+            f"{error} It is the packaged probe of the guard '{guard.name}': install its package "
+            "again."
+        ) from error
+
+
+def _fits(trained_on: str, served: str) -> bool:
+    """Whether the probes of a model, by its digest, are for the served one, or accepted there."""
+    return trained_on == served or hash_of(trained_on, served) == accepted_copy()

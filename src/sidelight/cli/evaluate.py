@@ -16,7 +16,6 @@ from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
 from sidelight.gguf_files import is_gguf
-from sidelight.guards import probe_folders
 from sidelight.storage import replacing, write_json
 
 if TYPE_CHECKING:
@@ -378,7 +377,7 @@ def parity(
     from sidelight.data.loading import load_examples
     from sidelight.manifest import read_manifest
 
-    probes = tuple(probe_folders(probes))
+    probes = tuple(Runtime(engine="auto", serves=True, **model).probe_folders(probes))
     manifests = [read_manifest(probe) for probe in probes]
     named = model["model"] or manifests[0].backbone.name
     engines = engines or ("llama" if is_gguf(named) else "transformers,vllm")

@@ -80,10 +80,10 @@ class Runtime:
         try:
             yield
         except UntrainedGuardError as error:
-            from sidelight.training.ready import estimate_guard
+            from sidelight.training.ready import estimate_guards
 
             model = self._read(self.model_of([]))
-            estimate = estimate_guard(error.guard, model.encoder, model.fingerprint)
+            estimate = estimate_guards(error.guards, model.encoder, model.fingerprint)
             raise SidelightError(f"{error} ({estimate})") from error
 
     def _guarded_model(self) -> "tuple[str, Callable[[], str]] | tuple[None, None]":

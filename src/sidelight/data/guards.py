@@ -218,7 +218,7 @@ def guard_of(source: object) -> Guard | None:
         return None
     head, comma, own = source.removeprefix(PREFIX).partition(",")
     name, colon, test = head.partition(":")
-    if own.startswith(PREFIX):
+    if own.strip().startswith(PREFIX):
         raise SidelightError(
             f"'{source}' names two guards, and data is of one. Train each by itself: sidelight "
             "guard --only NAME,NAME."

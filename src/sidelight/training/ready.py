@@ -63,9 +63,19 @@ def affordable(
     return draw_texts(texts, sizes=sizes, most=TOKENS_ON_CPU)
 
 
-def estimate_guard(name: str, encoder: PromptEncoder, model: Fingerprint) -> TrainingEstimate:
-    """What training a guard takes on this CPU, from the texts that it takes by default."""
-    return estimate_training(affordable(load_guard(name), encoder), encoder, model)
+def estimate_guards(
+    names: Sequence[str], encoder: PromptEncoder, model: Fingerprint
+) -> TrainingEstimate:
+    """What training guards takes on this CPU, from the texts that each takes by default."""
+    parts = [
+        estimate_training(affordable(load_guard(name), encoder), encoder, model) for name in names
+    ]
+    return TrainingEstimate(
+        tokens=sum(part.tokens for part in parts),
+        # The states of one are removed before the next is trained.
+        disk_bytes=max(part.disk_bytes for part in parts),
+        seconds=sum(part.seconds for part in parts),
+    )
 
 
 def guard_options(

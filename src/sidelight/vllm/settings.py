@@ -120,8 +120,9 @@ def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     if "probes" in config:
         return tuple(map(str, config["probes"]))
     named = os.environ.get(ENVIRONMENT, "")
-    # The separator of paths may be the colon of guard:NAME.
-    names = re.split(rf"(?<!\b{PREFIX[:-1]}){re.escape(os.pathsep)}", named)
+    # The separator of paths may be the colon of guard:NAME, at the start of a name.
+    separator, guard = re.escape(os.pathsep), PREFIX[:-1]
+    names = re.split(f"(?<!^{guard})(?<!{separator}{guard}){separator}", named)
     return tuple(filter(None, names)) or None
 
 

@@ -1,0 +1,298 @@
+"""``guard:NAME`` in place of a probe's folder: what it finds, and what it refuses in one line."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sidelight import load
+from sidelight.artifact import load_probe, save_probe
+from sidelight.data.guards import guard_names, guard_of
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.errors import SidelightError
+from sidelight.fingerprint import ACCEPTED, hash_of
+from sidelight.guards import UntrainedGuardError, probe_folder, probe_folders, trained_guards
+from sidelight.manifest import PROBE, read_manifest
+from sidelight.prompts.conversation import Reads
+from sidelight.smollm2 import EMBEDDED_NAME
+from worlds.data import guard_texts, install_guards, write
+from worlds.models import untrained_probe
+from worlds.servers import MODEL, cli, in_process
+
+ADMIN = {"Authorization": "Bearer admin-key"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def package(tiny, tmp_path_factory) -> Path:
+    """A package whose guard ``shouts`` is trained, and a machine that has trained ``replies``."""
+    folder = tmp_path_factory.mktemp("guards")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIDELIGHT_CACHE", str(folder / "cache"))
+        patch.delenv(ACCEPTED, raising=False)
+        home = install_guards(folder, patch, "named_guards")
+        save_probe(untrained_probe(tiny, "shouts"), home / "shouts")
+        replies = untrained_probe(tiny, "replies", reads=Reads("response"))
+        save_probe(replies, trained_guards(tiny.fingerprint.digest) / "replies@1")
+        yield home
+
+
+@pytest.fixture
+def digest(tiny):
+    return lambda: tiny.fingerprint.digest
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    return str(write(tmp_path / "texts.jsonl", guard_texts(4)))
+
+
+def refused(capsys, *words: str) -> str:
+    """The one line that a command ends with; its progress is in others."""
+    assert cli(*words) == 2, words
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    lines = [line for line in error.splitlines() if not line.endswith(" ...")]
+    assert len(lines) == 1, error
+    return lines[0]
+
+
+def test_a_name_is_the_packaged_probe_or_the_one_trained_here(tiny, package, digest):
+    local = trained_guards(tiny.fingerprint.digest) / "replies@1"
+    assert probe_folder("guard:shouts", MODEL, digest) == package / "shouts"
+    assert probe_folder("guard:shouts@1", MODEL, digest) == package / "shouts"
+    assert probe_folder("guard:replies", MODEL, digest) == local
+    both = [package / "shouts", local]
+    for named in ("guard:shouts,replies", "guard:shouts, guard:replies"):
+        assert probe_folders([named], MODEL, digest) == both
+    assert probe_folders(["a", "guard:replies"], MODEL, digest) == [Path("a"), local]
+
+
+def test_without_a_model_it_is_the_embedded_ones_packaged_or_trained_here(
+    tiny, package, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path))
+    assert probe_folder("guard:shouts") == package / "shouts"
+    other = save_probe(untrained_probe(tiny, "letters"), trained_guards("another") / "letters@1")
+    with pytest.raises(UntrainedGuardError, match=f"'letters' has not been .* {EMBEDDED_NAME}"):
+        probe_folder("guard:letters")
+    probe = load_probe(other)
+    embedded = replace(probe, fingerprint=replace(probe.fingerprint, name=EMBEDDED_NAME))
+    folder = save_probe(embedded, trained_guards("embedded") / "letters@1")
+    assert probe_folder("guard:letters") == folder
+
+
+def test_an_accepted_copy_takes_the_guards_of_its_model(tiny, package, monkeypatch):
+    def copy() -> str:
+        return "quantised"
+
+    with pytest.raises(UntrainedGuardError):
+        probe_folders(["guard:shouts,replies"], "copy", copy)
+    monkeypatch.setenv(ACCEPTED, hash_of(tiny.fingerprint.digest, "quantised"))
+    local = trained_guards(tiny.fingerprint.digest) / "replies@1"
+    assert probe_folders(["guard:shouts,replies"], "copy", copy) == [package / "shouts", local]
+
+
+def test_a_version_that_was_trained_here_stays_when_the_package_has_a_newer_one(
+    tiny, monkeypatch, tmp_path, digest
+):
+    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
+    home = install_guards(tmp_path, monkeypatch, "newer_guards", prefix="newer_")
+    card = home / "newer_shouts.toml"
+    card.write_text(card.read_text().replace("noise =", "version = 2\nnoise ="))
+    kept = trained_guards(tiny.fingerprint.digest) / "newer_shouts@1"
+    save_probe(untrained_probe(tiny, "newer_shouts"), kept)
+    assert probe_folder("guard:newer_shouts@1", MODEL, digest) == kept
+    with pytest.raises(UntrainedGuardError):
+        probe_folder("guard:newer_shouts", MODEL, digest)
+
+
+def test_every_guard_that_is_not_trained_is_in_the_command(digest):
+    missing = [name for name in guard_names() if name not in ("shouts", "replies")]
+    with pytest.raises(UntrainedGuardError) as refusal:
+        probe_folders(["guard:all"], "other/model", digest)
+    assert refusal.value.guards == tuple(missing)
+    command = f"sidelight guard --only {','.join(missing)} --model other/model"
+    assert str(refusal.value).endswith(f"Train them with: {command}")
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("guard:", "Cannot read 'guard:' as the name of a probe. Write guard:NAME"),
+        ("guard:shouts,,replies", "Cannot read 'guard:shouts,,replies'"),
+        ("guard:shouts@", "Cannot read 'guard:shouts@'"),
+        ("guard:shouts@x", "Cannot read 'guard:shouts@x'"),
+        ("guard:shouts@" + "9" * 5000, "Cannot read"),
+        ("guard:shouts:unseen", "Cannot read 'guard:shouts:unseen'"),
+        ("guard:shout", "There is no guard 'shout'. Did you mean 'shouts'?"),
+        ("guard:../shouts", "There is no guard '../shouts'."),
+        ("guard:shouts,mine.jsonl", "There is no guard 'mine.jsonl'."),
+        ("guard:all,shouts", "There is no guard 'all'."),
+        ("guard:shouts@2", "the package has version 1. Install the release that has 2, or leave"),
+        ("guard:shouts,replies", "Name one of them here: shouts, replies."),
+        ("guard:all", "Name one of them here: "),
+    ],
+)
+def test_a_wrong_name_is_refused_in_one_line_with_its_remedy(named, said, model, capsys):
+    assert said in refused(capsys, "predict", "--model", model, named, "AN X")
+
+
+def test_a_guard_is_served_once(model, capsys, tmp_path):
+    serve = ("serve", "--model", model)
+    for words in (
+        ("--probe", "guard:shouts,shouts"),
+        ("--probe", "guard:shouts", "--probe", "guard:replies,guard:shouts@1"),
+    ):
+        said = refused(capsys, *serve, *words)
+        assert said.endswith("The guard 'shouts' is named twice. Name it once.")
+    config = tmp_path / "server.toml"
+    config.write_text('probe = ["guard:replies", "guard:replies"]')
+    assert "'replies' is named twice" in refused(capsys, *serve, "--config", str(config))
+
+
+def test_a_file_of_options_names_guards_and_what_training_one_takes(model, capsys, tmp_path):
+    config = tmp_path / "server.toml"
+    config.write_text('probe = ["guard:shouts,letters"]')
+    said = refused(capsys, "serve", "--model", model, "--config", str(config))
+    assert f"The guard 'letters' has not been trained for {model}." in said
+    assert "GB of disk" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("predict", "guard:shout", "AN X"),
+        ("eval", "guard:shout", "--data", "DATA"),
+        ("inspect", "guard:shout"),
+        ("recalibrate", "guard:shout", "--data", "DATA", "--out", "OUT"),
+        ("push", "guard:shout", "./OUT"),
+        ("parity", "guard:shout", "--data", "DATA"),
+        ("serve", "--probe", "guard:shout"),
+        ("label", "DATA", "--out", "OUT", "--probe", "guard:shout"),
+        ("anatomy", "guard:shout", "--data", "DATA", "--out", "OUT"),
+        ("redteam", "guard:shout", "--data", "DATA"),
+        ("bench", "everyday", "guard:shout", "--data", "DATA"),
+        ("policy", "check", "POLICY", "--probe", "guard:shout"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_every_command_that_takes_a_probe_takes_a_name(words, data, tmp_path, capsys):
+    (tmp_path / "policy.toml").write_text("")
+    given = {"DATA": data, "OUT": str(tmp_path / "out"), "POLICY": str(tmp_path / "policy.toml")}
+    assert "There is no guard 'shout'. Did you mean 'shouts'?" in refused(
+        capsys, *(given.get(word, word) for word in words)
+    )
+
+
+def test_a_guard_is_asked_shown_and_shared_by_its_name(model, package, tmp_path, capsys):
+    version = read_manifest(package / "shouts").version
+    assert cli("predict", "--model", model, "guard:shouts", "AN X") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["probe"], said["version"]) == ("shouts", version)
+    assert cli("inspect", "guard:shouts", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "shouts"
+    assert cli("push", "guard:shouts", str(tmp_path / "shared")) == 0
+    assert load_probe(tmp_path / "shared").version == version
+
+
+def test_python_loads_a_guard_for_its_model(tiny, model, package):
+    version = read_manifest(package / "shouts").version
+    for given in (tiny, model):
+        (verdict,) = load("guard:shouts", model=given).predict(["AN X"])
+        assert verdict.version == verdict.to_dict()["version"] == version
+    with pytest.raises(SidelightError, match="Name one of them here"):
+        load("guard:shouts,replies", model=tiny)
+
+
+def test_engines_are_compared_by_guards_of_the_named_model(model, data, capsys):
+    words = ("parity", "--data", data, "--engines", "transformers", "--model", model)
+    assert cli(*words, "guard:shouts") == 0
+    assert "shouts" in capsys.readouterr().out
+    assert "The guard 'letters' has not been trained for " + model in refused(
+        capsys, *words, "guard:letters"
+    )
+
+
+def test_a_recalibrated_guard_needs_a_folder(model, data, capsys):
+    said = refused(capsys, "recalibrate", "guard:shouts", "--data", data)
+    assert said.endswith("Name a folder for the recalibrated guard:shouts with --out.")
+
+
+def test_a_folder_of_this_form_is_named_by_its_absolute_path(
+    tiny, package, model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    folder = save_probe(untrained_probe(tiny, "own"), tmp_path / "guard:own")
+    for named in ("guard:own", "./guard:own"):
+        said = refused(capsys, "inspect", named)
+        assert said.endswith(f"To name the folder 'guard:own', write {folder}.")
+    assert cli("inspect", str(folder)) == 0
+    # It does not stand in for a guard.
+    shutil.copytree(folder, tmp_path / "guard:shouts")
+    assert probe_folder("guard:shouts") == package / "shouts"
+
+
+@pytest.mark.parametrize("damage", ["torn", "foreign"])
+def test_a_damaged_packaged_probe_says_to_install_its_package_again(damage, package, model, capsys):
+    path = package / "shouts" / PROBE
+    sound = path.read_bytes()
+    path.write_bytes(sound[:40] if damage == "torn" else b"\x02" + b"\x00" * 7 + b"{}")
+    try:
+        said = refused(capsys, "predict", "--model", model, "guard:shouts", "AN X")
+    finally:
+        path.write_bytes(sound)
+    assert str(path.parent) in said
+    assert said.endswith("packaged probe of the guard 'shouts': install its package again.")
+
+
+def test_data_is_of_one_guard(model, tmp_path, capsys):
+    for named in ("guard:shouts,guard:letters", "guard:shouts, guard:letters"):
+        words = ("--data", named, "--model", model, "--out", str(tmp_path / "out"))
+        assert "names two guards, and data is of one" in refused(capsys, "train", *words)
+        with pytest.raises(SidelightError, match="names two guards"):
+            guard_of(named)
+
+
+def test_a_server_replaces_probes_by_guards(tiny, package):
+    first = untrained_probe(tiny, "first")
+    with in_process(TransformersEngine(tiny, [first]), admin_key="admin-key") as http:
+
+        def put(*named: str):
+            return http.put("/admin/probes", json={"probe": named}, headers=ADMIN)
+
+        def served() -> dict[str, str]:
+            lines = http.get("/metrics", headers=ADMIN).text.splitlines()
+            info = [line for line in lines if line.startswith("sidelight_probe_info{")]
+            assert all(line.endswith(" 1.0") for line in info)
+            pairs = (line.split('"')[1::2] for line in info)
+            return dict(pairs)
+
+        assert served() == {"first": ""}
+        for wrong, said in (
+            (("guard:shout",), "Did you mean 'shouts'?"),
+            (("guard:shouts", "guard:shouts"), "named twice"),
+            (("guard:letters",), "sidelight guard --only letters"),
+        ):
+            answer = put(*wrong)
+            assert answer.status_code == 400
+            assert said in answer.json()["error"]["message"]
+        assert served() == {"first": ""}
+        assert put("guard:shouts,replies").status_code == 200
+        local = trained_guards(tiny.fingerprint.digest) / "replies@1"
+        wanted = {folder.name.split("@")[0]: folder for folder in (package / "shouts", local)}
+        assert served() == {name: read_manifest(path).version for name, path in wanted.items()}
+
+
+def test_vllm_is_told_names_of_guards_between_folders(monkeypatch, model, package):
+    settings = pytest.importorskip("sidelight.vllm.settings")
+    named = ["guard:shouts", "/probes/guard", "guard:replies@1,shouts", "safeguard", "guard:pii"]
+    monkeypatch.setenv(settings.ENVIRONMENT, os.pathsep.join(named))
+    assert settings.named_folders({}) == tuple(named)
+    monkeypatch.setenv(settings.ENVIRONMENT, os.pathsep.join(["", "guard:shouts", ""]))
+    assert settings.named_folders({}) == ("guard:shouts",)
+    assert settings.found_folders(model, ["guard:shouts"]) == (str(package / "shouts"),)
+    with pytest.raises(UntrainedGuardError, match="--only letters --model"):
+        settings.found_folders(model, ["guard:letters"])
