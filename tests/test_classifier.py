@@ -8,7 +8,7 @@ import pytest
 
 from sidelight.artifact import load_probe
 from sidelight.backbone import load_backbone
-from sidelight.cli.show import print_assessment
+from sidelight.cli.show import print_assessment, summary
 from sidelight.data.loading import load_examples
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_spec
@@ -258,11 +258,13 @@ def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fit
     for mistake in kept.mistakes:
         assert f"'{mistake.label}' {mistake.probability:.2f}  {mistake.text}\n" in shown[0]
     for label, threshold in probe.label_thresholds.items():
-        assert f"Threshold of '{label}': {threshold:.3f}" in shown[0]
+        assert f"Threshold for '{label}': {threshold:.3f}" in shown[0]
     if probe.thresholds:
-        assert "Of 150 ordinary conversations" in shown[0]
-        assert "flags 4.0%" in shown[0]
+        assert "False positives: 4.0 % of 150 conversations" in shown[0]
         assert "without background" in shown[1]
+    # The last line says it all.
+    for text, background in zip(shown, ((6, 150), (0, 0)), strict=True):
+        assert text.splitlines()[-1] == summary(kept.report, background)
 
 
 def test_other_answers_to_a_shared_prompt_are_not_shared_texts():

@@ -269,7 +269,9 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_jud
     assert load_probe(folder).spec.name == "pooling"
     told = capsys.readouterr()
     assert "were cut to 64 tokens" in told.err
-    (hint,) = [line for line in told.out.splitlines() if line.startswith("Next: ")]
+    *_, figures, saved_to, hint = told.out.splitlines()
+    assert figures.startswith("Finds ")
+    assert saved_to == "Saved to ."
     _, program, *command = shlex.split(hint.replace("TEST_FILE", "TEST_FILE.jsonl"))
     assert program == "sidelight"
     assert cli(*command, "--json") == 0

@@ -140,7 +140,9 @@ def test_a_gguf_file_is_guarded_by_its_name(tmp_path, capsys):
     probe = load_probe(out / "shouts")
     assert probe.fingerprint.name == file
     assert [*figures_of(out / "shouts")] == ["unseen"]
-    assert f"Next: sidelight serve --model {file} --probe" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert [line for line in told.splitlines() if line.startswith("Finds ")]
+    assert f"Next: sidelight serve --model {file} --probe" in told
     served = Runtime(model=None, dtype="auto", device="auto", engine="auto").load_engine([probe])
     with in_process(served, policy=read_policy(out / "policy.toml")) as http:
         body = {"model": "tiny", "messages": [{"role": "user", "content": "an X"}], "max_tokens": 2}

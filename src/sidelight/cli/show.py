@@ -1,4 +1,7 @@
-"""Figures of trainings and measurements, for a terminal."""
+"""Figures of trainings and measurements, for a terminal.
+
+Those of a training and of an evaluation end with one sentence, ``summary``.
+"""
 
 import sys
 from collections.abc import Mapping
@@ -14,12 +17,12 @@ from sidelight.metrics import wilson
 from sidelight.training.fit import Fit
 from sidelight.training.judging import Assessment
 from sidelight.training.traffic import Traffic, kept_rate
-from sidelight.types import visible
+from sidelight.types import NONE, visible
 
 _METRICS = ("auprc", "auroc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")
-# Fewer conversations say no rate.
+# Fewer conversations give no false-positive rate.
 _FEWEST = 100
-# The width of a table that is not shown in a terminal.
+# Of a table outside a terminal.
 _WIDTH = 110
 
 
@@ -40,26 +43,27 @@ def print_reports(title: str, reports: Mapping[str, Report]) -> None:
 
 
 def print_fit(made: Fit) -> None:
-    """The figures of a training on validation data and in ordinary traffic."""
+    """The figures of a training on held-out texts and on background traffic."""
     spec, folds = made.probe.spec, made.probe.history.folds
     if made.spans is not None:
         print_spans(made.spans)
-        click.echo(f"Tokens that it looks ahead: {made.probe.mechanism.lookahead}.")
+        click.echo(f"Lookahead: {made.probe.mechanism.lookahead} tokens")
     else:
-        title = f"All texts, each judged without it ({folds} folds)" if folds else "Validation data"
+        title = f"All texts, out of fold ({folds} folds)" if folds else "Validation data"
         baseline = {} if made.baseline is None else {"TF-IDF baseline": made.baseline}
         print_reports(title, {spec.name: made.report, **baseline})
     if sources := made.probe.history.validation.sources:
         print_sources(sources)
     if made.traffic is not None and made.traffic.conversations:
         click.echo(traffic_lines(made.traffic, abstains=made.probe.task.abstains))
+    click.echo(summary(made.spans or made.report, kept_rate(made.probe)))
 
 
 def print_sources(sources: Mapping[str, Mapping[str, int]]) -> None:
-    """The texts found and flagged of each source, among those that did not train the probe."""
+    """True and false positives by source, out of fold."""
     table = Table(title="By source", title_justify="left")
     table.add_column("source")
-    for name in ("found", "falsely flagged"):
+    for name in ("found", "false positives"):
         table.add_column(name, justify="right")
     for source, counts in sources.items():
         pairs = (("found", "positives"), ("flagged", "others"))
@@ -71,33 +75,32 @@ def print_sources(sources: Mapping[str, Mapping[str, int]]) -> None:
 
 
 def print_assessment(assessment: Assessment) -> None:
-    """The figures on labelled rows; of whole texts also what decides, and mistakes."""
+    """The figures on labelled rows; for whole texts also thresholds and the worst errors."""
+    probe = assessment.probe
     if assessment.spans is not None:
         print_spans(assessment.spans)
         print_report(assessment.report)
+        click.echo(summary(assessment.spans, kept_rate(probe)))
         return
-    probe = assessment.probe
     click.echo(f"\n'{probe.name}', {probe.spec.name}")
     print_report(assessment.report)
     for label, threshold in probe.label_thresholds.items():
-        click.echo(f"Threshold of '{label}': {threshold:.3f}")
+        click.echo(f"Threshold for '{label}': {threshold:.3f}")
     flagged, conversations = kept_rate(probe)
     if conversations:
         click.echo(rate_sentence(flagged, conversations, abstains=probe.task.abstains))
     elif probe.thresholds:
-        click.echo(
-            "The probe keeps no figures of ordinary traffic: it was trained without background."
-        )
+        click.echo("False positives: unknown, since the probe was trained without background.")
     if mistakes := assessment.mistakes:
-        click.echo("Wrong decisions, the farthest from the threshold first:")
+        click.echo("Errors, farthest from the threshold first:")
         for label, is_missed, probability, text in mistakes:
-            click.echo(
-                f"  {'missed' if is_missed else 'wrongly'} '{label}' {probability:.2f}  {text}"
-            )
+            error = "missed" if is_missed else "falsely"
+            click.echo(f"  {error} '{label}' {probability:.2f}  {text}")
+    click.echo(summary(assessment.report, (flagged, conversations)))
 
 
 def print_report(report: Report) -> None:
-    """The metrics, then the labels."""
+    """A table of the metrics, then one of the labels."""
     metrics = Table(title=f"{report.rows:,} rows, {report.task.kind}", title_justify="left")
     metrics.add_column("metric")
     metrics.add_column("value [95 % interval]")
@@ -114,7 +117,7 @@ def print_report(report: Report) -> None:
 
 
 def print_spans(report: SpanReport) -> None:
-    """A line for all labels and for each."""
+    """A row for all labels together and one for each."""
     table = Table(title=f"Spans in {report.texts:,} texts", title_justify="left")
     table.add_column("label")
     for name in (*report.metrics, "spans"):
@@ -125,53 +128,100 @@ def print_spans(report: SpanReport) -> None:
         count = report.spans.get(label, sum(report.spans.values()))
         table.add_row(Text(label), *map(str, own.values()), f"{count:,}")
     console().print(table)
+
+
+def summary(report: Report | SpanReport, background: tuple[int, int]) -> str:
+    """One sentence on what a probe finds and what it flags without cause.
+
+    Args:
+        report: Figures on texts that did not train the probe.
+        background: How many background conversations were flagged, and of how many; none of 0.
+    """
+    if isinstance(report, SpanReport):
+        return _span_summary(report)
+    task, counts, rows = report.task, report.confusion_matrix, report.rows
+    traffic = _background_share(*background)
+    if task.kind == "multiclass":
+        named = f"; assigns a class other than '{NONE}' to {traffic}" if traffic else ""
+        return f"Classifies {np.trace(counts):,} of {rows:,} texts correctly{named}."
+    ((passed, false), (missed, found)) = (
+        counts if task.kind == "binary" else counts.sum(0)
+    ).tolist()
+    if task.kind == "multilabel":
+        flagged = f"; flags {traffic}" if traffic else ""
+        return (
+            f"Finds {found:,} of {found + missed:,} labels in {rows:,} texts and assigns "
+            f"{false:,} wrongly{flagged}."
+        )
+    # A test may have texts of one label alone.
+    positives, others = found + missed, passed + false
+    finds = f"finds {found:,} of {positives:,} '{task.labels[1]}' texts" if positives else ""
+    flags = [f"{false:,} of {others:,} other texts"] if others else []
+    flags += [traffic] if traffic else []
+    said = "; ".join(filter(None, [finds, flags and f"flags {' and '.join(flags)}"]))
+    return f"{said[0].upper()}{said[1:]}."
+
+
+def _span_summary(report: SpanReport) -> str:
     spans, whole, in_part = (
         sum(counts.values()) for counts in (report.spans, report.whole, report.in_part)
     )
-    click.echo(
-        f"Of {spans:,} labelled spans, {whole:,} were found whole, {in_part:,} in part and "
-        f"{spans - whole - in_part:,} not at all."
-    )
+    precision = report.metrics["precision"].value
+    exact = "" if precision is None else f"; {_percent(precision)} of the spans found are exact"
+    return f"Finds {whole:,} of {spans:,} labelled spans whole and {in_part:,} in part{exact}."
+
+
+def _background_share(flagged: int, conversations: int) -> str:
+    """A rate, or counts where there are too few conversations; "" without any."""
+    if not conversations:
+        return ""
+    if conversations < _FEWEST:
+        return f"{flagged} of {conversations} background conversations"
+    return f"{_percent(flagged / conversations)} of background traffic"
 
 
 def traffic_lines(traffic: Traffic, *, abstains: bool) -> str:
-    """The lines on what a probe flags of ordinary traffic, and finds inside it."""
+    """The lines on what a probe flags of background traffic, and finds inside it."""
     lines = [rate_sentence(traffic.flagged, traffic.conversations, abstains=abstains)]
     if traffic.conversations >= _FEWEST:
         counts = [
-            f"{kind['name']} {kind['flagged'] / kind['conversations']:.1%} "
+            f"{kind['name']} {_percent(kind['flagged'] / kind['conversations'])} "
             f"of {kind['conversations']}"
             for kind in traffic.kinds
             if kind["conversations"]
         ]
-        lines.append(f"By length and turns: {'; '.join(counts)}.")
+        lines.append(f"By length and turns: {'; '.join(counts)}")
     lines += [
-        "Your positive texts inside up to {words} words of other text: {found} of {positives} "
-        "found. Other text of that length: {flagged} of {ordinary} flagged.".format(**counts)
+        "Positives embedded in up to {words} words of other text: {found} of {positives} found, "
+        "{flagged} of {ordinary} false positives".format(**counts)
         for counts in traffic.surroundings
         if counts["positives"] and counts["ordinary"]
     ]
     if traffic.worst:
-        lines.append("Ordinary conversations with the highest probabilities:")
+        lines.append("Highest-scoring background conversations:")
         lines += [f"  {probability:.2f}  {text}" for probability, text in traffic.worst]
     return "\n".join(lines)
 
 
 def rate_sentence(flagged: int, conversations: int, *, abstains: bool) -> str:
-    """The sentence on ordinary conversations that are flagged, or given a class; no rate of few."""
+    """The false-positive rate on background traffic; for few conversations, how to get one."""
     if conversations < _FEWEST:
         return (
-            f"It was judged on {conversations} ordinary conversations, too few to say which share "
-            "of them it flags. Train it with more: sidelight train --set context_tokens=N, and "
-            "--data guard:NAME for a ready guard."
+            f"False positives: unknown, since {conversations} background conversations are too "
+            "few for a rate. Train with more: sidelight train --set context_tokens=N, and --data "
+            "guard:NAME for a ready guard."
         )
-    does = "it gives another class than 'none' to" if abstains else "it flags"
-    lowest, highest = wilson(np.array([flagged / conversations]), np.array([conversations]))
+    share = flagged / conversations
+    ((low,), (high,)) = wilson(np.array([share]), np.array([conversations])).tolist()
+    errors = f"Classes other than '{NONE}'" if abstains else "False positives"
     return (
-        f"Of {conversations} ordinary conversations of sources that set neither the probe nor its "
-        f"threshold, {does} {flagged / conversations:.1%} (95 % interval {lowest[0]:.1%} to "
-        f"{highest[0]:.1%})."
+        f"{errors}: {_percent(share)} of {conversations} conversations from held-out sources "
+        f"(95 % CI {100 * low:.1f} to {_percent(high)})"
     )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _number(value: float | None) -> str:
