@@ -32,7 +32,7 @@ V2 := VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/tests/t
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
-demo: .venv/.runtime ## Train a guard and another probe on the embedded model, serve them, ask one question
+demo: .venv/.runtime ## Hold five chats with the trained guards, then train a probe, on the embedded model
 	@$(BIN)/sidelight demo
 
 test: .venv/.dev .venv-vllm/.ready ## Run the tests of every change, with run-time shape checks where arrays are

@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests:tests/matrix/browser .venv/bin/python .ci/pictures.py
 
-It needs Chromium, and the probes that ``sidelight demo`` leaves in the cache.
+It needs Chromium, and the probe of intents that ``sidelight demo`` leaves in the cache.
 """
 
 import re
@@ -16,6 +16,7 @@ from playwright.sync_api import Browser
 from sidelight import demo
 from sidelight.backbone import load_backbone
 from sidelight.data.loading import load_examples
+from sidelight.guards import probe_folder
 from sidelight.prompts.conversation import Reads
 from sidelight.smollm2 import cache_root
 from sidelight_lab.bench.server_process import ServerProcess
@@ -29,7 +30,7 @@ PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 
 
 def draw_playground(browser: Browser) -> None:
-    folders = sorted((cache_root() / "demo").iterdir())
+    folders = [probe_folder("guard:injection"), cache_root() / "demo" / demo.INTENT]
     with ServerProcess(folders, options=["--playground"]) as server:
         server.wait_until_ready()
         size = {"width": 900, "height": 700}

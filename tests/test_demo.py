@@ -1,6 +1,8 @@
-"""The demonstration, and its bundled data: tasks, balance, and no text in both parts."""
+"""The demonstration with the packaged guards, and its data: balanced, no text in both parts."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,10 @@ import sidelight
 from sidelight import demo
 from sidelight.artifact import load_probe
 from sidelight.data.examples import LabelledExamples
+from sidelight.data.guards import find_guard, guard_names
 from sidelight.data.loading import load_examples
+from sidelight.policy.rules import read_policy
 from sidelight.types import Task
-from worlds.data import brief_trainings, install_guards
-from worlds.models import saved
 from worlds.servers import cli
 
 INTENTS = ("account_access", "billing", "cancel", "other", "refund", "technical_issue")
@@ -46,13 +48,12 @@ def test_demonstration_data_are_balanced_of_the_documented_task_and_share_no_tex
     assert len(runs & five_grams(training)) <= SHARED_FIVE_GRAMS * len(runs)
 
 
-def test_the_demonstrations_guard_learns_packaged_texts_of_both_labels_alike():
-    packaged = {item.text_key for item in load_examples("guard:injection").items}
-    training, test = demo.demo_texts()["injection"]
-    assert {item.text_key for item in training.items} <= packaged
-    assert np.ptp(training.label_counts) == 0
-    assert demo.demo_texts()["injection"][0].items == training.items
-    assert load_examples(test).task == training.task
+def test_the_demonstrations_policy_has_a_rule_for_every_guard_and_blocks_injections():
+    policy = read_policy(demo.POLICY)
+    for side, reads in (("input", "prompt"), ("output", "response")):
+        guards = [name for name in guard_names() if find_guard(name).card.reads == reads]
+        assert sorted(policy.side(side)) == sorted(guards)
+    assert policy.input["injection"].mode == "block"
 
 
 def test_the_demonstration_without_the_guards_package_says_first_what_to_install(
@@ -64,22 +65,46 @@ def test_the_demonstration_without_the_guards_package_says_first_what_to_install
     said = capsys.readouterr()
     assert said.out == ""
     (error,) = said.err.splitlines()
-    assert "Run `pip install sidelight-guards`." in error
+    assert "Run `pip install ./guards` in a clone" in error
 
 
-def test_the_demonstration_trains_serves_and_asks(tiny, tmp_path, monkeypatch, capsys):
+def panels(text: str) -> dict[str, str]:
+    """The content of each panel by its title, in lines as they are shown."""
+    shown = re.findall(r"^╭─ (.+?) ─*╮$(.+?)^╰─+╯$", text, re.DOTALL | re.MULTILINE)
+    return {title: "\n".join(re.findall(r"│ (.*?) *│", lines)) for title, lines in shown}
+
+
+@pytest.mark.slow
+def test_the_demonstration_guards_five_chats_and_trains_a_probe(tmp_path, monkeypatch, capfd):
+    """With the embedded model and the packaged probes, as `make demo`."""
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "a cache"))
-    install_guards(tmp_path, monkeypatch, "demo_guards")
-    monkeypatch.setattr(demo, "EMBEDDED_NAME", saved(tiny, tmp_path / "smollm2"))
-    texts = {"shouts": (load_examples("guard:shouts"), "guard:shouts:unseen")}
-    monkeypatch.setattr(demo, "demo_texts", lambda: texts)
-    with brief_trainings(tmp_path, monkeypatch):
-        assert cli("demo", "--port", "0") == 0
-    said = capsys.readouterr().out
-    assert "Training 'shouts' on 60 texts" in said
-    assert "On 24 other texts: " in said
-    assert re.search(r"shouts: (OTHER|SHOUTING)", said)
-    folder = tmp_path / "a cache" / "demo" / "shouts"
+    assert cli("demo", "--port", "0") == 0
+    said = capfd.readouterr()
+    # No warning, and no progress.
+    assert said.err == ""
+    chats = panels(said.out)
+    titles = [f"{number}. {title}" for number, title in enumerate(demo.CHATS, 1)]
+    assert [*chats] == [*titles, "A question to the new probe"]
+    question, document, toxic, personal, tool, refund = chats.values()
+    for blocked in (document, tool):
+        assert "400 content_filter" in blocked
+        assert "injection: injection" in blocked
+    for answered in (question, toxic, personal, refund):
+        assert "400" not in answered
+        assert "injection" in answered.split("not flagged: ")[1]
+    assert "toxicity: toxic" in toxic
+    assert "toxicity:" not in question
+    assert "+1 415 555 0132[PHONE_NUMBER]" in personal
+    assert re.search(r"intent: (refund|billing)", refund)
+    # On texts that the probe was not trained on, of six classes alike.
+    found, of = map(int, re.search(r"Out of fold: Classifies (\d+) of (\d+)", said.out).groups())
+    assert of == 240
+    assert found > 0.5 * of
+    commands = [shlex.split(line) for line in said.out.split("Try next:")[1].splitlines() if line]
+    assert [words[1] for words in commands] == ["predict", "serve", "train"]
     # As a shell takes it, whose words end at blanks.
-    assert f"sidelight serve --playground --probe '{folder}'" in said
-    assert load_probe(folder).name == "shouts"
+    probes = [commands[1][at + 1] for at, word in enumerate(commands[1]) if word == "--probe"]
+    assert probes == [demo.GUARDS, str(tmp_path / "a cache" / "demo" / demo.INTENT)]
+    assert load_probe(Path(probes[1])).name == demo.INTENT
+    assert cli(*commands[0][1:]) == 0
+    assert json.loads(capfd.readouterr().out)["flagged"]

@@ -87,11 +87,12 @@ def _serve() -> click.Command:
 @click.option("--keep", is_flag=True, help="Leave the server running until Ctrl-C.")
 @options.free_port
 def demo(keep: bool, port: int) -> None:
-    """Train two small probes on the embedded model, serve them, and ask one question.
+    """Hold five chats with the trained guards of the embedded model, then train a probe.
 
-    One is the ready guard of injections, on a part of its texts; the other tells intents apart.
+    The chats go through the openai client, under a policy that blocks injections. The probe tells
+    intents apart, and learns it from 240 labelled texts.
     """
-    # If the packages of a server are missing, say so before anything is trained.
+    # If the packages of a server are missing, say so before the model is loaded.
     import_module("sidelight.server.app")
     from sidelight.demo import run_demo
 
