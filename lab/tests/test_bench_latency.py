@@ -144,7 +144,10 @@ def test_the_command_times_a_check_by_each_set_of_probes(tiny, tmp_path, capsys)
     assert cli("bench", "latency", "--model", model, *named, *options) == 0
     shown = capsys.readouterr().out
     assert shown == (tmp_path / "checks.md").read_text()
-    rows = json.loads((tmp_path / "checks.json").read_text())["rows"]
+    record = json.loads((tmp_path / "checks.json").read_text())
+    # Of the servers, not of the model that counts tokens.
+    assert record["conditions"]["dtype"] == "auto"
+    rows = record["rows"]
     asked = [(probe, length) for probe in probes for length in (65, 125)]
     assert [(row["probes"], row["tokens"]) for row in rows] == asked
     for row in rows:

@@ -28,7 +28,7 @@ def measure_checks(
     *,
     tokens: Sequence[int],
     rounds: int,
-    options: Sequence[str] = (),
+    dtype: str = "auto",
 ) -> Record:
     """Milliseconds from the request to the whole answer, of one client that asks in turn.
 
@@ -40,12 +40,14 @@ def measure_checks(
         probes: What each server is given as ``--probe``.
         tokens: Lengths of the prompts, chat template included.
         rounds: Timings of each row and length.
-        options: More words of the command line of ``sidelight serve``.
+        dtype: That of the servers, as ``sidelight serve`` takes it; ``auto`` need not be the dtype
+            of ``backbone``, which is loaded for reading.
 
     Raises:
         SidelightError: A server does not start, or refuses a text.
     """
-    where = conditions(backbone, {"rounds": rounds})
+    where = conditions(backbone, {"dtype": dtype, "rounds": rounds})
+    options = ("--model", backbone.name, "--dtype", dtype, "--device", str(backbone.device))
     numbers = count()
     # Before servers start: a wrong length is refused at once.
     words = {length: words_for(backbone.encoder, length) for length in tokens}

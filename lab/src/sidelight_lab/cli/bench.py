@@ -354,8 +354,7 @@ def bench_latency(
     if probes:
         from sidelight_lab.bench.checks import measure_checks
 
-        words = ("--model", backbone.name, "--dtype", runtime.dtype, "--device", runtime.device)
-        record = measure_checks(backbone, probes, tokens=tokens, rounds=rounds, options=words)
+        record = measure_checks(backbone, probes, tokens=tokens, rounds=rounds, dtype=runtime.dtype)
     else:
         from sidelight_lab.bench.latency import measure_latency
 
