@@ -14,6 +14,8 @@ training.
 Everything is kept by KV slot, never by request. ``docs/vllm.md`` says what is supported.
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 import logging
 import os
 from collections.abc import Mapping
@@ -45,7 +47,7 @@ def install() -> None:
         _wrap_vllm()
         return
     try:
-        from vllm import EngineArgs  # pyright: ignore[reportMissingImports]
+        from vllm import EngineArgs
 
         original: Any = EngineArgs.create_engine_config
     except (ImportError, AttributeError) as error:
@@ -72,7 +74,7 @@ def install() -> None:
         _wrap_vllm()
         return arguments.create_engine_config(*args, **kwargs)
 
-    create_engine_config.looks_for_probes = True  # pyright: ignore[reportAttributeAccessIssue]
+    create_engine_config.looks_for_probes = True
     EngineArgs.create_engine_config = create_engine_config
 
 
@@ -87,7 +89,7 @@ def _wrap_vllm() -> None:
 
         wrap_vllm()
     except (ImportError, AttributeError) as error:
-        import vllm  # pyright: ignore[reportMissingImports]
+        import vllm
 
         raise SidelightError(
             f"This is vLLM {getattr(vllm, '__version__', 'of an unknown version')}, which lacks "
