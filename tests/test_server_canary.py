@@ -34,10 +34,17 @@ BODIES = {
     "/api/v1/text/chat": {"messages": MESSAGES},
     "/api/v1/text/generation": {"prompt": WORD, "generated_text": WORD},
     "/v1/classify": {"model": "topics", "messages": MESSAGES},
-    "/beta/litellm_basic_guardrail_api": {"input_type": "request", "texts": [WORD]},
+    "/beta/litellm_basic_guardrail_api": {
+        "input_type": "request",
+        "texts": [WORD],
+        "structured_messages": MESSAGES,
+    },
 }
+LISTS = ["messages", "prompt", "input", "questions", "texts", "tool_calls", "structured_messages"]
 CHANGES = [{}, {"stream": True, "n": 2}, {"model": WORD}, {"probes": [WORD]}, {"messages": WORD}]
 CHANGES += [{"input": WORD * 50, "prompt": WORD * 50}, {"filler": WORD * 1000}, {WORD: WORD}]
+# Every list of a body, with many wrong items, and with one wrong item of much text.
+CHANGES += [{name: wrong} for name in LISTS for wrong in ([[WORD]] * 50, [{WORD: WORD * 50}])]
 HEADERS = [{"Authorization": f"Bearer {KEY}{WORD}"}, {"Authorization": f"Basic {KEY}"}]
 HEADERS += [{"X-Request-Id": WORD, "User-Agent": WORD, "Traceparent": WORD}]
 HEADERS += [{"Detector-Id": WORD}]

@@ -24,6 +24,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts.conversation import Reads
 from sidelight.server.errors import DETECTORS
 from worlds.models import spans_probe, three_probes, untrained_probe
@@ -62,6 +63,11 @@ VALID = {
     "/beta/litellm_basic_guardrail_api": {
         "input_type": "request",
         "texts": ["hello"],
+        "tool_calls": [{"function": {"name": "search", "arguments": "hello"}}],
+        "structured_messages": [
+            {"role": "system", "content": "hello"},
+            {"role": "user", "content": PARTS},
+        ],
         "additional_provider_specific_params": {"probes": ["toxicity"]},
     },
 }
@@ -173,6 +179,45 @@ def test_a_body_with_odd_parts_or_damaged_or_of_any_type_is_answered_or_refused(
             (error,) = error.values()
             assert error.keys() == {"message", "type", "param", "code"}
         assert error["message"]
+
+
+JSON = {"Content-Type": "application/json"}
+CPU_S = 3.0
+# Bytes of a body, less what is beside its longest part.
+ROOM = 4 * 2**20 - 2000
+
+
+@pytest.fixture(scope="module")
+def roomy(tiny):
+    """A server with the largest body by default, and a rule that redacts."""
+    late = untrained_probe(tiny, "refusal", reads=Reads("response"))
+    engine = TransformersEngine(tiny, [*three_probes(tiny), late, spans_probe(tiny, "words")])
+    policy = Policy(input={"words": Rule("redact")})
+    with served(engine, policy=policy) as address, http_client(address) as http:
+        yield http
+
+
+@pytest.mark.parametrize("path", VALID)
+def test_no_text_or_list_that_fills_a_body_takes_long_or_is_blamed_at_length(roomy, path):
+    """While one request is read, no other is served."""
+    for place in places(VALID[path])[1:]:
+        body = {"": copy.deepcopy(VALID[path])}
+        *above, last = ("", *place)
+        holder = reduce(getitem, above, body)
+        fillings = []
+        if isinstance(holder[last], str):
+            # Unicode's normal form of this letter has 18.
+            fillings = ["\ufdfa" * (ROOM // 3)]
+        elif isinstance(holder[last], list):
+            fillings = [[1] * (ROOM // 2), [{}] * (ROOM // 3)]
+        for holder[last] in fillings:
+            sent = json.dumps(body[""], ensure_ascii=False, separators=(",", ":")).encode()
+            begin = time.process_time()
+            answer = roomy.post(path, content=sent, headers=JSON, timeout=60)
+            assert time.process_time() - begin < CPU_S, place
+            assert answer.status_code < 500, answer.text
+            if answer.status_code >= 400:
+                assert len(answer.json()["error"]["message"]) < 5000, place
 
 
 @SOME

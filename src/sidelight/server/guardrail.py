@@ -1,7 +1,8 @@
 """LiteLLM's generic guardrail: whether its proxy may send texts on, and in which words."""
 
+import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,8 +16,19 @@ from sidelight.policy.rules import Side
 from sidelight.server.checks import as_answer, as_user, check, require_prompt_probe, spans_of
 from sidelight.server.errors import RequestError
 from sidelight.server.requests import Route, ServerRequest
-from sidelight.server.schemas import Extension, IfAny, Many, ProbeNames, StrictBody, ToolCall
+from sidelight.server.schemas import (
+    Extension,
+    IfAny,
+    Many,
+    MessageList,
+    ProbeNames,
+    StrictBody,
+    ToolCall,
+)
 from sidelight.types import Span
+
+# Of `structured_messages` in which placeholders are looked for. The slowest take 2 s.
+_MOST_CHARACTERS = 2**19
 
 router = APIRouter(route_class=Route)
 
@@ -42,8 +54,8 @@ class GuardrailRequest(StrictBody):
     images: list[Any] | None = Field(
         None, max_length=0, description="Must be empty: probes read text only."
     )
-    structured_messages: list[dict[str, Any]] | None = Field(
-        None, description="Where `texts` stand: which of them the model wrote."
+    structured_messages: MessageList[dict[str, Any]] | None = Field(
+        None, description="The messages that `texts` stand in, with their roles."
     )
     additional_provider_specific_params: GuardrailParameters | None = None
 
@@ -68,10 +80,7 @@ class GuardrailRequest(StrictBody):
         """Placeholders of the labelled words of each text, which has read all of the request."""
         placeholders = Placeholders(is_answer=self.input_type == "response")
         for message in self.structured_messages or ():
-            content, is_written = message.get("content"), message.get("role") == "assistant"
-            parts = content if isinstance(content, list) else [{"text": content}]
-            texts = [part.get("text") for part in parts if isinstance(part, dict)]
-            texts = [text for text in texts if isinstance(text, str)]
+            texts, is_written = _texts_of(message), message.get("role") == "assistant"
             # Calls of tools may repeat a placeholder, and parts of a message may make up one.
             whole = json.dumps(message, ensure_ascii=False) + "".join(texts)
             placeholders.read(whole, is_written=is_written)
@@ -80,6 +89,25 @@ class GuardrailRequest(StrictBody):
         for text, own in spans.items():
             placeholders.read(text, own)
         return placeholders
+
+    def require_few_characters(self) -> None:
+        """Refuses messages that are too long to look for placeholders in."""
+        length = len(json.dumps(self.structured_messages or (), ensure_ascii=False))
+        if length > _MOST_CHARACTERS:
+            raise RequestError(
+                f"'structured_messages' has {length} characters, but at most {_MOST_CHARACTERS} "
+                "are read where a rule redacts. Send fewer or shorter messages.",
+                code="request_too_large",
+                param="structured_messages",
+            )
+
+
+def _texts_of(message: Mapping[str, Any]) -> list[str]:
+    """The texts of a message's content, part by part."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return [text for text in texts if isinstance(text, str)]
 
 
 class GuardrailResponse(BaseModel):
@@ -115,11 +143,18 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
     is_observed = parameters.probes is None and has_shadow
     if not terms.chosen and not is_observed:
         _refuse(terms, side)
+    redacts = any(bound.mode == "redact" for bound in terms.chosen)
+    if redacts:
+        body.require_few_characters()
     checked = await check(
         request, terms, texts, judges_prompt=not is_response, counts_shadows=is_observed
     )
-    redacts = any(bound.mode == "redact" for bound in terms.chosen)
-    masked, flagged = _interventions(body, [decisions for _, decisions in checked])
+    decisions = [decisions for _, decisions in checked]
+    flagged, masked = _flagged(decisions), body.texts or []
+    if redacts:
+        # Unicode's normal forms of long texts would hold up all other requests.
+        masked, in_calls = await asyncio.to_thread(_redacted, body, decisions)
+        flagged = [*dict.fromkeys((*in_calls, *flagged))]
     is_masked = not flagged and masked != (body.texts or [])
     return GuardrailResponse(
         action="BLOCKED" if flagged else "GUARDRAIL_INTERVENED" if is_masked else "NONE",
@@ -144,10 +179,21 @@ def _refuse(terms: Terms, side: Side) -> None:
     )
 
 
-def _interventions(
+def _flagged(decisions: Iterable[Sequence[Decision]]) -> list[str]:
+    """The probes that flag a text, and whose rule does not redact."""
+    flagged = (
+        d.rule.name
+        for own in decisions
+        for d in own
+        if d.rule.mode != "redact" and d.verdict is not None and d.verdict.flagged
+    )
+    return [*dict.fromkeys(flagged)]
+
+
+def _redacted(
     body: GuardrailRequest, decisions: Sequence[Sequence[Decision]]
 ) -> tuple[list[str], list[str]]:
-    """The texts with placeholders for what rules redact, and the probes that flag one.
+    """The texts with placeholders for what rules redact, and the probes that would redact a call.
 
     Args:
         body: The texts and calls.
@@ -159,17 +205,14 @@ def _interventions(
         text: spans_of(text, [d for d in own if d.rule.mode == "redact"])
         for (_, text), own in pairs
     }
-    masked, placeholders = [*(body.texts or ())], body.placeholders(spans)
-    flagged: list[str] = []
+    masked, in_calls = [*(body.texts or ())], list[str]()
+    if not any(spans.values()):
+        return masked, in_calls
+    placeholders = body.placeholders(spans)
     for (index, text), own in pairs:
         if index < len(masked):
             masked[index] = placeholders.mask(text, spans[text])
         elif spans[text]:
             # The protocol has no way to send a call on in other words.
-            flagged += [d.rule.name for d in own if d.action == "redact"]
-        flagged += [
-            d.rule.name
-            for d in own
-            if d.rule.mode != "redact" and d.verdict is not None and d.verdict.flagged
-        ]
-    return masked, [*dict.fromkeys(flagged)]
+            in_calls += [d.rule.name for d in own if d.action == "redact"]
+    return masked, in_calls

@@ -23,6 +23,7 @@ from sidelight.server.schemas import (
     Name,
     StrictBody,
     Unread,
+    few,
 )
 from sidelight.types import Task, Verdict, spans_json
 
@@ -97,7 +98,11 @@ class DecisionRequest(StrictBody):
             json_schema_input_type=str | list[InputMessage],
         ),
     ]
-    questions: Listed[Question] = Field(min_length=1, max_length=_MAX_QUESTIONS)
+    questions: Annotated[
+        Listed[Question],
+        Field(min_length=1, max_length=_MAX_QUESTIONS),
+        few("choices", "levels"),
+    ]
     explain: Literal["matrix"] | bool | None = Field(
         None,
         description="Whether to say what each token and layer adds to the logits; "

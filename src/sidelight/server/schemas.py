@@ -107,14 +107,24 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-def _require_few(messages: Any) -> Any:
-    if isinstance(messages, list):
-        turns = [turn for turn in cast("list[Any]", messages) if isinstance(turn, dict)]
-        parts = [turn.get(name) for turn in turns for name in ("content", "tool_calls")]
-        count = len(messages) + sum(len(part) for part in parts if isinstance(part, list))
-        if count > MAX_ITEMS:
-            raise ValueError(f"got {count} messages with their parts, at most {MAX_ITEMS} items")
-    return messages
+def few(*lists: str) -> BeforeValidator:
+    """Refuses a list that has too many items with those of its items' lists of these names.
+
+    Every object costs time that no other request gets.
+    """
+
+    def require_few(items: Any) -> Any:
+        if isinstance(items, list):
+            count = len(items)
+            if count <= MAX_ITEMS:
+                objects = [item for item in cast("list[Any]", items) if isinstance(item, dict)]
+                parts = [item.get(name) for item in objects for name in lists]
+                count += sum(len(part) for part in parts if isinstance(part, list))
+            if count > MAX_ITEMS:
+                raise ValueError(f"got {count} items with their parts, at most {MAX_ITEMS} items")
+        return items
+
+    return BeforeValidator(require_few)
 
 
 T = TypeVar("T")
@@ -125,7 +135,7 @@ Name = Annotated[str, Field(max_length=_MAX_NAME)]
 Listed = Annotated[list[T], Field(fail_fast=True)]
 Many = Annotated[Listed[T] | None, Field(max_length=MAX_ITEMS)]
 # Counted as a whole before pydantic makes objects of it.
-MessageList = Annotated[Listed[T], BeforeValidator(_require_few)]
+MessageList = Annotated[Listed[T], few("content", "tool_calls")]
 # One text or several. Not a union: that would blame one member for an error in the other.
 Texts = Annotated[Listed[str], BeforeValidator(_as_list, json_schema_input_type=str | Listed[str])]
 ProbeNames = Annotated[Listed[Name] | None, Field(description="Only these probes; null: all.")]
