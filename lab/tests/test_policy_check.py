@@ -9,7 +9,7 @@ from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts.conversation import Reads
 from sidelight_lab.redteam.weaknesses import weaknesses
 from worlds.data import documented_table
-from worlds.models import spans_probe, untrained_probe
+from worlds.models import INTENT, spans_probe, untrained_probe
 from worlds.servers import cli
 
 BLOCK = Rule("block")
@@ -30,6 +30,7 @@ def probes(tiny):
 POLICIES = {
     "no rule on the input blocks": {"input": {"toxicity": Rule("flag")}},
     '`system_turns = "trust"`': {"system_turns": "trust"},
+    "`system_turns` left out beside a rule that blocks prompts": {"system_turns": None},
     '`on_failure = "pass"`': {"output": {"late": PASSING}},
     '`max_tokens` with `on_failure = "pass"`': {
         "output": {"late": replace(PASSING, max_tokens=100)}
@@ -63,6 +64,7 @@ PROBES = {
 # What the warnings of a row say, in their order; one that is not here has a single warning.
 WORDS = {
     "no rule on the input blocks": ["No rule blocks prompts"],
+    "`system_turns` left out beside a rule that blocks prompts": ["Behind LiteLLM"],
     '`max_tokens` with `on_failure = "pass"`': ["[output.late] on_failure", "max_tokens = 100"],
     "`threshold = 1.0`": ["[input.toxicity] threshold = 1.0"],
     "`threshold = 0`": ["[output.shadow] threshold = 0 counts every text"],
@@ -117,10 +119,28 @@ def test_what_a_rule_does_not_need_is_not_warned_of(probes, tiny):
     assert weaknesses(replace(SOUND, input=quiet), [*probes, replace(early, name="double")]) == []
 
 
+def test_rules_that_block_behind_litellm_alone_are_named_on_request(probes, tiny):
+    early, late = probes
+    quiet = {"toxicity": BLOCK, "counted": Rule("shadow"), "pii": Rule("redact")}
+    marking = replace(SOUND, input={**quiet, "urgent": Rule("flag")})
+    told = weaknesses(marking, behind_litellm=True)
+    assert ["[input.urgent]" in told[0], 'mode = "flag"' in told[0], len(told)] == [True, True, 1]
+    assert weaknesses(marking) == []
+    # A probe without a rule is scored; one of several classes flags nothing.
+    classes = untrained_probe(tiny, "intent", task=INTENT)
+    served = [early, late, replace(early, name="unruled", reads=late.reads), classes]
+    told = weaknesses(SOUND, served, behind_litellm=True)
+    assert [word for word in told if "LiteLLM" in word] == [
+        word for word in told if word.startswith("[output.unruled]")
+    ]
+    assert told
+
+
 def test_the_exit_code_says_whether_there_are_warnings(probes, tmp_path, capsys):
     folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in probes]
     options = [word for folder in folders for word in ("--probe", folder)]
-    text = "[input.toxicity]\nmode = 'block'\n[output.late]\nmode = 'block'\n"
+    rules = "[input.toxicity]\nmode = 'block'\n[output.late]\nmode = 'block'\n"
+    text = f"system_turns = 'refuse'\n{rules}"
     path = tmp_path / "policy.toml"
 
     def check(written, *more):
@@ -131,7 +151,7 @@ def test_the_exit_code_says_whether_there_are_warnings(probes, tmp_path, capsys)
     code, told = check(text, *options)
     assert (code, told.err) == (0, "")
     assert told.out.startswith("No warnings.")
-    code, told = check(f"system_turns = 'trust'\n{text}", *options)
+    code, told = check(f"system_turns = 'trust'\n{rules}", *options)
     assert code == 1
     assert [line.startswith("Warning: system_turns") for line in told.out.splitlines()] == [True]
     for wrong, more in (("mod = 'block'", []), (text.replace("late", "lat"), options)):

@@ -19,7 +19,7 @@ from sidelight.server.errors import RequestError
 from sidelight.server.observe import RequestTextObserver
 from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import Extension, TextsRequest
-from sidelight.types import Span, spans_json
+from sidelight.types import Judgement, Span, spans_json
 
 # Clients send OpenAI's own names by default; here they mean: every probe.
 _OPENAI_MODELS = ("omni-moderation-", "text-moderation-")
@@ -39,6 +39,8 @@ async def check(
     *,
     judges_prompt: bool = True,
     counts_shadows: bool = False,
+    tools: Collection[int] | None = None,
+    trusted: Collection[int] = (),
     explain: Collection[str] | None = None,
 ) -> list[Checked]:
     """The verdicts of the chosen probes on each conversation, from one pass each.
@@ -53,6 +55,9 @@ async def check(
         judges_prompt: Whether the turns before the assistant's are judged; if they are made up, no
             verdict on them counts.
         counts_shadows: Whether verdicts of probes in shadow mode suffice, which are only counted.
+        tools: Indices of the conversations of one text that count as a tool's; None: all, since
+            their roles are unknown.
+        trusted: Indices of the conversations on which only rules that redact act.
         explain: Names of probes whose verdicts are explained; None: the client does not ask.
 
     Raises:
@@ -66,11 +71,13 @@ async def check(
     checked: list[Checked] = []
     for index, (event, turns) in enumerate(zip(events, conversations, strict=True)):
         if len(turns) == 1:
-            # A text by itself, whoever wrote it.
-            event = replace(event, judgement=replace(event.judgement, tools=None))
+            own = None if tools is None or index in tools else Judgement()
+            event = replace(event, judgement=replace(event.judgement, tools=own))
         prompt: set[Side] = {"input"} if judges_prompt else set()
         response: set[Side] = {"output"} if is_answered(turns) else set()
-        decisions = check_decisions(terms.rules, event, prompt | response)
+        is_trusted = index in trusted
+        rules = [bound for bound in terms.rules if not is_trusted or bound.mode == "redact"]
+        decisions = check_decisions(rules, event, prompt | response)
         RequestTextObserver(request.observer, turns).check(event, decisions)
         chosen = terms.of_chosen(decisions)
         _require_verdicts(f"Text {index} (counted from 0)", turns, event.tokens, chosen)

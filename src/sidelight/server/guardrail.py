@@ -3,16 +3,18 @@
 import asyncio
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sidelight.policy.decisions import Decision
+from sidelight.policy.decisions import Decision, PolicyError
+from sidelight.policy.enforcement import require_trusted_turns
 from sidelight.policy.redaction import Placeholders
 from sidelight.policy.request import Terms
 from sidelight.policy.rules import Side
+from sidelight.prompts.conversation import Message
 from sidelight.server.checks import as_answer, as_user, check, require_prompt_probe, spans_of
 from sidelight.server.errors import RequestError
 from sidelight.server.requests import Route, ServerRequest
@@ -27,6 +29,16 @@ from sidelight.server.schemas import (
 )
 from sidelight.types import Span
 
+Role = Literal["system", "user", "assistant", "tool"]
+_ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
+# The roles that a text may have, from the most trusted on.
+_TRUST: Sequence[Role] = ("system", "assistant", "user", "tool")
 # Of `structured_messages` in which placeholders are looked for. The slowest take 2 s.
 _MOST_CHARACTERS = 2**19
 
@@ -42,8 +54,8 @@ class GuardrailParameters(StrictBody):
 class GuardrailRequest(StrictBody):
     """Texts and tool calls of a request or of its response.
 
-    Images cannot be judged, so they are refused. A proxy sends more, which is not read. LiteLLM
-    sends the messages of a request, whose texts are judged, and never those before a response.
+    Images cannot be judged, so they are refused. Other fields are not read. LiteLLM sends the
+    messages of a request, and never those before a response.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -70,11 +82,21 @@ class GuardrailRequest(StrictBody):
             )
         return self
 
-    def judged(self) -> dict[int, str]:
-        """The texts, then the calls, by number; empty ones have nothing to judge."""
-        functions = [call.function for call in self.tool_calls or ()]
-        calls = ["\n".join(filter(None, (f.name, f.arguments))) for f in functions]
-        return {i: text for i, text in enumerate((*(self.texts or ()), *calls)) if text}
+    def roles(self) -> dict[str, Role]:
+        """The role that each text has in the messages: of several, the least trusted.
+
+        ``system`` are the turns that the conversation begins with. As in a chat, a later one counts
+        as the user's.
+        """
+        roles: dict[str, Role] = {}
+        is_leading = True
+        for message in self.structured_messages or ():
+            role = _ROLES.get(str(message.get("role")), "user")
+            is_leading = is_leading and role == "system"
+            role = "user" if role == "system" and not is_leading else role
+            for text in _texts_of(message):
+                roles[text] = max(role, roles.get(text, role), key=_TRUST.index)
+        return roles
 
     def placeholders(self, spans: Mapping[str, Sequence[Span]]) -> Placeholders:
         """Placeholders of the labelled words of each text, which has read all of the request."""
@@ -126,15 +148,23 @@ class GuardrailResponse(BaseModel):
 
 @router.post("/beta/litellm_basic_guardrail_api", name="create")
 async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResponse:
-    """Texts of a request are judged as users' messages, those of a response as answers.
+    """Each text of a request is judged by itself, by its role; each of a response as an answer.
 
     The answer has ``texts`` only if a rule redacts: a proxy keeps its own.
     """
     parameters = body.additional_provider_specific_params or GuardrailParameters()
     is_response = body.input_type == "response"
-    judged = body.judged()
-    texts = [as_answer(text) if is_response else as_user(text) for text in judged.values()]
-    terms = await request.begin(texts, parameters.probes)
+    texts = _texts(body)
+    system = [text for text in texts if text.role == "system"]
+    judged = [text for text in texts if text.role != "system"]
+    terms = await request.begin([text.conversation for text in judged], parameters.probes)
+    try:
+        require_trusted_turns(terms.policy, [[Message("system", text.words)] for text in system])
+    except PolicyError as refusal:
+        # An error would reach the proxy's client, and its operator, without the reason.
+        return GuardrailResponse(
+            action="BLOCKED", blocked_reason=str(refusal), sidelight=Extension(verdicts=[])
+        )
     # A proxy may take the parameters of its own client.
     terms = terms.with_enforced()
     side: Side = "output" if is_response else "input"
@@ -146,14 +176,22 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
     redacts = any(bound.mode == "redact" for bound in terms.chosen)
     if redacts:
         body.require_few_characters()
+        # Trusted words pass, but what they say of people is masked all the same.
+        judged += system
     checked = await check(
-        request, terms, texts, judges_prompt=not is_response, counts_shadows=is_observed
+        request,
+        terms,
+        [text.conversation for text in judged],
+        judges_prompt=not is_response,
+        counts_shadows=is_observed,
+        tools={i for i, text in enumerate(judged) if text.role in (None, "tool")},
+        trusted={i for i, text in enumerate(judged) if text.role == "system"},
     )
     decisions = [decisions for _, decisions in checked]
     flagged, masked = _flagged(decisions), body.texts or []
     if redacts:
         # Unicode's normal forms of long texts would hold up all other requests.
-        masked, in_calls = await asyncio.to_thread(_redacted, body, decisions)
+        masked, in_calls = await asyncio.to_thread(_redacted, body, judged, decisions)
         flagged = [*dict.fromkeys((*in_calls, *flagged))]
     is_masked = not flagged and masked != (body.texts or [])
     return GuardrailResponse(
@@ -179,6 +217,43 @@ def _refuse(terms: Terms, side: Side) -> None:
     )
 
 
+@dataclass(frozen=True)
+class _Text:
+    """A text of a request or response, or a call.
+
+    Attributes:
+        index: Its place among the texts and, behind them, the calls.
+        words: What it says; never empty.
+        role: Its role; None if unknown. ``system`` is a turn that the conversation begins with.
+        is_response: Whether it is part of the response.
+    """
+
+    index: int
+    words: str
+    role: Role | None
+    is_response: bool
+
+    @property
+    def conversation(self) -> list[Message]:
+        """The text by itself, since many templates know no tools, and no turns out of order."""
+        if self.is_response:
+            return as_answer(self.words)
+        return as_user(self.words)
+
+
+def _texts(body: GuardrailRequest) -> list[_Text]:
+    """The texts, then the calls; empty ones have nothing to judge."""
+    is_response = body.input_type == "response"
+    roles = {} if is_response else body.roles()
+    said: list[tuple[str, Role | None]] = [(words, roles.get(words)) for words in body.texts or ()]
+    for call in body.tool_calls or ():
+        words = "\n".join(filter(None, (call.function.name, call.function.arguments)))
+        said.append((words, "assistant"))
+    return [
+        _Text(index, words, role, is_response) for index, (words, role) in enumerate(said) if words
+    ]
+
+
 def _flagged(decisions: Iterable[Sequence[Decision]]) -> list[str]:
     """The probes that flag a text, and whose rule does not redact."""
     flagged = (
@@ -191,28 +266,28 @@ def _flagged(decisions: Iterable[Sequence[Decision]]) -> list[str]:
 
 
 def _redacted(
-    body: GuardrailRequest, decisions: Sequence[Sequence[Decision]]
+    body: GuardrailRequest, texts: Sequence[_Text], decisions: Sequence[Sequence[Decision]]
 ) -> tuple[list[str], list[str]]:
     """The texts with placeholders for what rules redact, and the probes that would redact a call.
 
     Args:
-        body: The texts and calls.
-        decisions: On each that was judged, in order.
+        body: The request.
+        texts: What was judged of it.
+        decisions: On each of these.
     """
-    judged = body.judged()
-    pairs = [*zip(judged.items(), decisions, strict=True)]
+    pairs = [*zip(texts, decisions, strict=True)]
     spans = {
-        text: spans_of(text, [d for d in own if d.rule.mode == "redact"])
-        for (_, text), own in pairs
+        text.words: spans_of(text.words, [d for d in own if d.rule.mode == "redact"])
+        for text, own in pairs
     }
     masked, in_calls = [*(body.texts or ())], list[str]()
     if not any(spans.values()):
         return masked, in_calls
     placeholders = body.placeholders(spans)
-    for (index, text), own in pairs:
-        if index < len(masked):
-            masked[index] = placeholders.mask(text, spans[text])
-        elif spans[text]:
+    for text, own in pairs:
+        if text.index < len(masked):
+            masked[text.index] = placeholders.mask(text.words, spans[text.words])
+        elif spans[text.words]:
             # The protocol has no way to send a call on in other words.
             in_calls += [d.rule.name for d in own if d.action == "redact"]
     return masked, in_calls

@@ -24,7 +24,10 @@ def policy() -> None:
 @click.option(
     "--probe", type=options.PATH, multiple=True, help="Folder of a probe; may be repeated."
 )
-def check(path: Path, probe: tuple[Path, ...]) -> None:
+@click.option(
+    "--litellm", is_flag=True, help="Also name rules that block in LiteLLM's guardrail alone."
+)
+def check(path: Path, probe: tuple[Path, ...], litellm: bool) -> None:
     """Warn of settings in a policy file under which a known evasion passes, or every text counts.
 
     The exit code is 0 without warnings, 1 with some, and 2 if the file is wrong or does not fit the
@@ -44,7 +47,7 @@ def check(path: Path, probe: tuple[Path, ...]) -> None:
         require_distinct_names([probe.name for probe in probes])
         common_format(probes)
         require_policy_applies(checked, probes)
-    found = weaknesses(checked, probes)
+    found = weaknesses(checked, probes, behind_litellm=litellm)
     for weakness in found:
         click.echo(f"Warning: {weakness}")
     if found:

@@ -6,17 +6,20 @@ Only settings are read, and what manifests say of training. What a probe flags i
 
 from collections.abc import Iterator, Sequence
 
-from sidelight.policy.rules import BoundRule, Policy, Rule, Side, bound_rules
+from sidelight.policy.rules import BoundRule, Mode, Policy, Rule, Side, bound_rules
 from sidelight.probe import Probe
 
 
-def weaknesses(policy: Policy, probes: Sequence[Probe] = ()) -> list[str]:
+def weaknesses(
+    policy: Policy, probes: Sequence[Probe] = (), *, behind_litellm: bool = False
+) -> list[str]:
     """What a client could use against this policy, one sentence or two each.
 
     Args:
         policy: The rules.
         probes: The probes that will be served, as far as they are known; rules of others are
             checked by themselves.
+        behind_litellm: Whether to name the rules that block in LiteLLM's guardrail alone.
     """
     bound = bound_rules(policy, probes)
     sides: tuple[Side, ...] = ("input", "output")
@@ -29,6 +32,7 @@ def weaknesses(policy: Policy, probes: Sequence[Probe] = ()) -> list[str]:
             for weakness in _of_rule(f"[{side}.{name}]", rule, side)
         ),
         *(weakness for own in bound if own.mode == "block" for weakness in _of_probe(own, bound)),
+        *(_of_guardrail(policy, bound) if behind_litellm else ()),
     ]
 
 
@@ -40,12 +44,35 @@ def _of_prompts(policy: Policy, bound: Sequence[BoundRule]) -> Iterator[str]:
             'mode = "block".'
         )
         return
+    if policy.system_turns is None:
+        yield (
+            "system_turns is not set, so every chat that begins with a system turn is refused. "
+            "Behind LiteLLM that is each request of an application with a system prompt. Say "
+            '"trust" if only your own applications write system turns, otherwise "refuse".'
+        )
     formats = {own.probe.prompt_format for own in bound if own.name in blocking}
     if policy.system_turns == "trust" and formats != {"raw"}:
         yield (
             'system_turns = "trust" answers a conversation whose leading system turn holds the '
             'attack, which no probe of chats reads. If clients can write such turns, say "refuse".'
         )
+
+
+def _of_guardrail(policy: Policy, bound: Sequence[BoundRule]) -> Iterator[str]:
+    """The rules that block in LiteLLM's guardrail and nowhere else."""
+    sides: tuple[Side, ...] = ("input", "output")
+    modes: dict[tuple[Side, str], Mode] = {
+        (side, name): rule.mode for side in sides for name, rule in policy.side(side).items()
+    }
+    # Without a threshold, as with several classes, nothing is flagged.
+    modes |= {(own.side, own.name): own.mode if own.thresholds else "shadow" for own in bound}
+    for (side, name), mode in modes.items():
+        if mode in ("score", "flag", "route"):
+            yield (
+                f'[{side}.{name}] has mode = "{mode}", and LiteLLM\'s guardrail blocks whatever it '
+                'flags. Set mode = "shadow" to count its verdicts only, or "block" to block them '
+                "on every route."
+            )
 
 
 def _of_rule(place: str, rule: Rule, side: Side) -> Iterator[str]:
