@@ -1,17 +1,26 @@
 """The packaged texts: what their cards and the notice say of them holds."""
 
+import json
 import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from sidelight.artifact import load_probe
+from sidelight.bank import Bank
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.guards import find_guard
 from sidelight.data.loading import load_examples
 from sidelight.data.near_duplicates import NearDuplicates
+from sidelight.guards import probe_folder
+from sidelight.manifest import read_manifest
+from sidelight.prompts.conversation import Part
+from sidelight.training.background import load_background
 
 NAMES = ("harmful", "injection", "pii", "refusal", "toxicity")
 PACKAGE = Path(__file__).parents[1] / "src" / "sidelight_guards"
@@ -73,7 +82,7 @@ def test_the_notice_counts_the_rows_of_every_source_and_test():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_tests_of_a_card_are_the_files_beside_it_and_at_most_400_rows(name):
     tests = find_guard(name).card.tests
-    files = {path.name for path in (PACKAGE / name).iterdir()}
+    files = {path.name for path in (PACKAGE / name).glob("*.jsonl.gz")}
     assert files == {"train.jsonl.gz", *(f"test_{test}.jsonl.gz" for test in tests)}
     assert all(100 <= len(examples(name, test)) <= 400 for test in tests)
     assert {test for test in tests if len(examples(name, test)) == 400} >= {
@@ -90,6 +99,68 @@ def test_the_page_counts_the_texts_and_names_the_tests():
         told = (int(positive.replace(",", "")), int(other.replace(",", "")))
         assert told == (held.sum(), (~held).sum())
         assert re.findall(r"`(\w+)`", tests) == [*find_guard(name).card.tests]
+
+
+def packaged(name: str, file: str) -> Any:
+    return json.loads((PACKAGE / name / file).read_bytes())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_packaged_probe_was_trained_on_the_packaged_texts(name):
+    """After a change of the texts, `make guards` trains it again."""
+    build, probe = packaged(name, "build.json"), load_probe(PACKAGE / name)
+    assert (probe.name, probe.version) == (name, build["probe"])
+    assert build["texts_sha256"] == examples(name).content_hash
+    assert build["version"] == find_guard(name).card.version
+    assert build["texts"] == [probe.history.training.rows, len(examples(name))]
+    assert set(probe.task.output_labels) <= {*(find_guard(name).card.labels or probe.task.labels)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_packaged_figures_are_those_of_the_packaged_probe_on_the_packaged_tests(name):
+    figures, version = packaged(name, "figures.json"), load_probe(PACKAGE / name).version
+    tests = {test: examples(name, test).content_hash for test in find_guard(name).card.tests}
+    assert {test: own["texts_sha256"] for test, own in figures.items()} == tests
+    assert {own["probe"] for own in figures.values()} == {version}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_guard_is_found_by_its_name_and_by_the_model(name):
+    folders = (PACKAGE / name, PACKAGE / name / "smollm2.gguf")
+    assert probe_folder(f"guard:{name}") == folders[0]
+    for folder in folders:
+        digest = read_manifest(folder).backbone.digest
+        assert probe_folder(f"guard:{name}", "a model", lambda digest=digest: digest) == folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_copy_for_gguf_has_the_logits_of_the_probe(name):
+    probe, copy = (load_probe(PACKAGE / name / part) for part in ("", "smollm2.gguf"))
+    assert copy.record["copy_of"] == probe.version
+    build = packaged(name, "build.json")["gguf"]
+    assert build["probe"] == probe.version
+    assert build["agreeing"] >= 0.99 * build["texts"] > 900
+    hidden = torch.randn(31, 40, 576, generator=torch.Generator().manual_seed(0)) * 5
+    parts = [bytes([Part.RESPONSE if probe.reads.includes_response else Part.PROMPT] * 40)]
+    logits: list[np.ndarray] = []
+    for own in (probe, copy):
+        bank = Bank([own])
+        tap = bank.tap()
+        for layer in range(own.fingerprint.layers):
+            tap(layer, hidden[layer, None])
+        logits += bank.logits(bank.summarise(tap.projected().flatten(0, 1), parts))
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_packaged_probe_holds_a_text(name):
+    texts = {turn.content for turns in load_background("packaged").conversations for turn in turns}
+    texts |= {turn.content for item in examples(name).items for turn in item.messages}
+    for folder in (PACKAGE / name, PACKAGE / name / "smollm2.gguf"):
+        record = json.dumps(load_probe(folder).record, ensure_ascii=False)
+        # Beginnings too; names of sources are short.
+        assert not [text for text in texts if len(text) > 40 and text[:40] in record]
 
 
 @pytest.mark.slow

@@ -1,0 +1,277 @@
+"""Trains the guards that ship in ``guards/``, accepts them on GGUF, and writes docs/guards.md.
+
+    .venv/bin/python .ci/guards.py            what `make guards` runs; after a kill it goes on
+    .venv/bin/python .ci/guards.py tables     writes the tables alone
+
+Each guard is trained by ``sidelight guard`` on the embedded model into ``build/guards``. The probe
+does not read the last layer, whose states llama.cpp does not compute for every token, so a copy
+without that layer serves the embedded GGUF file, if both agree on the decisions that ``agreement``
+counts. The package gets the probe, the copy, ``figures.json`` (public tests), and ``build.json``,
+which says how the probe was made.
+"""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sidelight.artifact import load_probe, save_probe
+from sidelight.backbone import Backbone, load_backbone
+from sidelight.bank import Bank
+from sidelight.cli import app
+from sidelight.data.examples import Example
+from sidelight.data.guards import find_guard, guard_names
+from sidelight.engines.llama.backbone import LlamaBackbone
+from sidelight.fingerprint import Fingerprint
+from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf
+from sidelight.manifest import PROBE, read_manifest
+from sidelight.mechanisms.base import Geometry, build_mechanism
+from sidelight.metrics import wilson
+from sidelight.probe import Probe
+from sidelight.smollm2 import EMBEDDED_NAME
+from sidelight.standardisation import Standardisation
+from sidelight.states.extraction import text_logits
+from sidelight.storage import write_json
+from sidelight.training.background import load_background
+from sidelight.training.judging import encode
+from sidelight.training.ready import load_guard
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "guards" / "src" / "sidelight_guards"
+BUILD = ROOT / "build" / "guards"
+PAGE = ROOT / "docs" / "guards.md"
+# The share of decisions on which the copy must agree with the probe.
+AGREEMENT, TEXTS = 0.99, 500
+# Longer texts are left out of the comparison: both engines read them at 200 tokens a second.
+CHARACTERS = 1200
+# Parameters that a mechanism divides by the root of the number of layers.
+_SCALED = {"readout": ("value", "last"), "spans": ("features",)}
+_TABLE = re.compile(r"(<!-- table of guards: (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+def build() -> None:
+    """Trains, compares, packages and documents every guard."""
+    app(["guard", "--model", EMBEDDED_NAME, "--out", str(BUILD)], standalone_mode=False)
+    names = guard_names()
+    probes = {name: load_probe(BUILD / name) for name in names}
+    copies = _accepted_copies(probes)
+    for name, probe in probes.items():
+        folder = PACKAGE / name
+        shutil.copy(BUILD / name / PROBE, folder / PROBE)
+        shutil.copy(BUILD / name / "figures.json", folder / "figures.json")
+        save_probe(copies[name], folder / EMBEDDED_GGUF)
+        write_json(folder / "build.json", _record(name, probe))
+    write_tables()
+
+
+def without_last_layers(probe: Probe, model: Fingerprint) -> Probe:
+    """The probe for a copy of its model that has the first layers alone, with the same logits."""
+    layers = model.layers
+    scaling, scale = probe.standardisation, math.sqrt(layers / probe.fingerprint.layers)
+    assert scaling.scale[layers:].isinf().all(), "the probe reads layers that the copy lacks"
+    mechanism = build_mechanism(probe.spec, Geometry(layers, model.width, probe.task.outputs))
+    state = {
+        key: value[:layers].clone() if key in ("gate", *_SCALED[probe.spec.name]) else value
+        for key, value in probe.mechanism.state_dict().items()
+    }
+    for key in _SCALED[probe.spec.name]:
+        state[key] *= scale
+    mechanism.load_state_dict(state)
+    return replace(
+        probe,
+        mechanism=mechanism.eval().requires_grad_(False),
+        standardisation=Standardisation(
+            scaling.mean[:layers], scaling.scale[:layers], scaling.is_normalised
+        ),
+        fingerprint=model,
+        record={**probe.record, "copy_of": probe.version},
+    )
+
+
+def _accepted_copies(probes: dict[str, Probe]) -> dict[str, Probe]:
+    """A copy of each probe for the embedded GGUF file, whose decisions were compared."""
+    gguf = LlamaBackbone(find_gguf(EMBEDDED_GGUF), name=EMBEDDED_GGUF)
+    copies = {name: without_last_layers(probe, gguf.fingerprint) for name, probe in probes.items()}
+    path = BUILD / "agreement.json"
+    known = json.loads(path.read_bytes()) if path.exists() else {}
+    versions = {name: probe.version for name, probe in probes.items()}
+    if {name: known.get(name, {}).get("probe") for name in probes} != versions:
+        original = load_backbone(EMBEDDED_NAME, for_reading=True)
+        known = agreement(probes, copies, original, gguf)
+        write_json(path, known)
+    for name, figures in known.items():
+        print(f"{name}: {figures['agreeing']} of {figures['texts']} decisions agree on GGUF")
+        if figures["agreeing"] < AGREEMENT * figures["texts"]:
+            sys.exit(
+                f"{name} decides differently on {EMBEDDED_GGUF}. Train it there: sidelight guard "
+                f"--model {EMBEDDED_GGUF} --only {name} --out FOLDER"
+            )
+    return copies
+
+
+def agreement(
+    probes: dict[str, Probe], copies: dict[str, Probe], original: Backbone, gguf: Backbone
+) -> dict[str, Any]:
+    """How many decisions on 500 positive and 500 background texts are the same on both engines."""
+    conversations = map(Example, load_background("packaged").conversations)
+    background = [*filter(_is_short, conversations)][:TEXTS]
+    figures: dict[str, Any] = {}
+    for reads in ("prompt", "response"):
+        names = [name for name, probe in probes.items() if probe.reads.side == reads]
+        positives = {name: _drawn(name, holds=True) for name in names}
+        # There is no background of answers: those without the label stand for it.
+        negatives = {n: background if reads == "prompt" else _drawn(n, holds=False) for n in names}
+        shared = background if reads == "prompt" else negatives[names[0]]
+        texts = [*shared, *(text for name in names for text in positives[name])]
+        flags = [
+            _flags([own[name] for name in names], backbone, texts)
+            for own, backbone in ((probes, original), (copies, gguf))
+        ]
+        start = len(shared)
+        for row, name in enumerate(names):
+            stop = start + len(positives[name])
+            rows = [*range(len(shared)), *range(start, stop)]
+            ours, theirs = (side[row][rows] for side in flags)
+            figures[name] = {
+                "probe": probes[name].version,
+                "texts": len(rows),
+                "agreeing": int((ours == theirs).sum()),
+                "flagged": [int(ours.sum()), int(theirs.sum())],
+            }
+            start = stop
+    return figures
+
+
+def _is_short(example: Example) -> bool:
+    return sum(len(turn.content) for turn in example.messages) <= CHARACTERS
+
+
+def _drawn(name: str, *, holds: bool) -> list[Example]:
+    """Texts of a guard that have a label, or none, drawn at random."""
+    texts = load_guard(name)
+    has = texts.labels.reshape(len(texts), -1).any(1)
+    order = np.random.default_rng(0).permutation(len(texts))
+    chosen = [texts.items[row] for row in order if has[row] == holds]
+    return [*filter(_is_short, chosen)][:TEXTS]
+
+
+def _flags(probes: list[Probe], backbone: Backbone, texts: list[Example]) -> list[np.ndarray]:
+    bank = Bank(probes, device=backbone.device)
+    judged = text_logits(backbone, bank, encode(backbone.encoder, texts))
+    return [
+        np.array([probe.verdict(text.logits).flagged for text in outputs])
+        for probe, outputs in zip(probes, judged, strict=True)
+    ]
+
+
+def _record(name: str, probe: Probe) -> dict[str, Any]:
+    """How a packaged probe was made."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    history = probe.history
+    return {
+        "guard": name,
+        "version": find_guard(name).card.version,
+        "probe": probe.version,
+        "command": f"sidelight guard --model {EMBEDDED_NAME}",
+        "commit": commit.stdout.strip(),
+        "date": date.today().isoformat(),
+        "texts_sha256": load_guard(name).content_hash,
+        "texts": [history.training.rows, len(load_guard(name))],
+        "training_sha256": history.training_sha256,
+        "threshold_rule": history.threshold_rule,
+        "seed": history.seed,
+        "dtype": probe.fingerprint.dtype,
+        "packages": {package: version(package) for package in ("torch", "transformers", "numpy")},
+        "gguf": json.loads((BUILD / "agreement.json").read_bytes())[name],
+    }
+
+
+def with_tables(page: str) -> str:
+    """The page with the tables as the packaged files have them."""
+    tables = {"probes": _probes_table, "tests": _tests_table}
+    return _TABLE.sub(lambda match: match[1] + tables[match[2]](), page)
+
+
+def write_tables() -> None:
+    PAGE.write_text(with_tables(PAGE.read_text("utf-8")), "utf-8")
+
+
+def _packaged(name: str, file: str) -> Any:
+    return json.loads((PACKAGE / name / file).read_bytes())
+
+
+def _probes_table() -> str:
+    lines = [
+        "| guard | version | texts trained on | threshold | held-out texts found | other texts "
+        "flagged | background flagged (95 % CI) | agrees on GGUF |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in guard_names():
+        made, manifest = _packaged(name, "build.json"), read_manifest(PACKAGE / name)
+        history, traffic = manifest.history, manifest.history.traffic
+        used, available = made["texts"]
+        texts = f"{used:,}" if used == available else f"{used:,} of {available:,}"
+        cells = ["", "", ""]
+        if manifest.spans is None and len(manifest.thresholds) == 1:
+            (curve,) = history.curves.values()
+            hits, alarms = curve.at(manifest.thresholds[0])
+            cells[:2] = [f"{hits} of {curve.positives}", f"{alarms} of {curve.negatives}"]
+            cells[2] = _share(traffic.flagged, traffic.conversations)
+        threshold = f"{manifest.thresholds[0]:.3f}" if len(manifest.thresholds) == 1 else "by label"
+        gguf = made["gguf"]
+        agrees = f"{gguf['agreeing']} of {gguf['texts']}"
+        row = [f"`{name}`", str(made["version"]), texts, threshold, *cells, agrees]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join([*lines, ""])
+
+
+def _share(flagged: int, count: int) -> str:
+    if not count:
+        return ""
+    (low,), (high,) = wilson(np.array([flagged / count]), np.array([count]))
+    return f"{flagged / count:.1%} of {count} ({low:.1%} to {high:.1%})"
+
+
+def _tests_table() -> str:
+    lines = [
+        "| guard | test | AUROC (95 % CI) | TF-IDF | found | TF-IDF | false positives |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in guard_names():
+        for test, figures in _packaged(name, "figures.json").items():
+            lines.append(f"| `{name}` | `{test}` | {' | '.join(_cells(figures))} |")
+    return "\n".join([*lines, ""])
+
+
+def _cells(test: dict[str, Any]) -> list[str]:
+    if "positives" not in test:
+        f1, exact = (test[key]["value"] for key in ("character_f1", "f1"))
+        return [f"character F1 {f1:.3f}", "", f"F1 of exact spans {exact:.3f}", "", ""]
+    auroc, words, found = "", "", ""
+    if test["auroc"]["value"] is not None:
+        low, high = test["auroc"]["ci"]
+        auroc = f"{test['auroc']['value']:.3f} ({low:.3f} to {high:.3f})"
+        words, found = f"{test['tfidf_auroc']:.3f}", str(test["tfidf_found"])
+    others = test["rows"] - test["positives"]
+    return [
+        auroc,
+        words,
+        f"{test['found']} of {test['positives']}" if test["positives"] else "",
+        found,
+        f"{test['false_positives']} of {others}" if others else "",
+    ]
+
+
+if __name__ == "__main__":
+    write_tables() if "tables" in sys.argv else build()
