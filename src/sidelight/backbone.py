@@ -310,9 +310,10 @@ def load_backbone(
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: the first GPU, or the CPU without one.
         prompt_format: ``chat``, ``raw``, or ``both`` for a probe that judges plain text too; None
             means chat if the model has a chat template.
-        for_reading: Whether texts are read more than written. ``auto`` is then ``float32``, two to
-            four times as fast, for weights stored in ``bfloat16`` on an x86 CPU without bfloat16
-            arithmetic, if they take at most half of the free memory.
+        for_reading: Whether prompts dominate the work, as in training and in guarding. ``auto`` is
+            then ``float32`` for weights stored in ``bfloat16`` on an x86 CPU without bfloat16
+            arithmetic, if they take at most half of the free memory: reading is two to five times
+            as fast, and writing about as fast.
 
     Raises:
         SidelightError: The model cannot be found, is not a causal LM with decoder blocks, or its

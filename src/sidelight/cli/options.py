@@ -251,8 +251,8 @@ dtype = click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
-    help="Dtype of the backbone; auto keeps that of its weights, except where a CPU without "
-    "bfloat16 arithmetic reads texts only.",
+    help="Dtype of the backbone; auto keeps that of its weights, except on a CPU without "
+    "bfloat16 arithmetic, which is faster in float32.",
 )
 device = click.option("--device", default="auto", help="cpu, cuda, cuda:1, or auto.")
 engine_option = click.option(

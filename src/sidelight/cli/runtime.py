@@ -226,7 +226,7 @@ class Runtime:
         from sidelight.backbone import TransformersBackbone
         from sidelight.probe import common_format
 
-        backbone = self._load(name, common_format(probes), for_reading=False)
+        backbone = self._load(name, common_format(probes), for_reading=True)
         if isinstance(backbone, TransformersBackbone):
             from sidelight.engines.transformers import TransformersEngine
 
