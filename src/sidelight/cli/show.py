@@ -158,8 +158,10 @@ def summary(report: Report | SpanReport, background: tuple[int, int]) -> str:
     finds = f"finds {found:,} of {positives:,} '{task.labels[1]}' texts" if positives else ""
     flags = [f"{false:,} of {others:,} other texts"] if others else []
     flags += [traffic] if traffic else []
-    said = "; ".join(filter(None, [finds, flags and f"flags {' and '.join(flags)}"]))
-    return f"{said[0].upper()}{said[1:]}."
+    clauses = [finds] if finds else []
+    clauses += [f"flags {' and '.join(flags)}"] if flags else []
+    sentence = "; ".join(clauses)
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def _span_summary(report: SpanReport) -> str:
