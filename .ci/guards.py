@@ -1,13 +1,13 @@
 """Trains the guards that ship in ``guards/``, accepts them on GGUF, and writes docs/guards.md.
 
     .venv/bin/python .ci/guards.py            what `make guards` runs; after a kill it goes on
-    .venv/bin/python .ci/guards.py tables     writes the tables alone
+    .venv/bin/python .ci/guards.py STEP ...   one step: build, accept, or tables
 
-Each guard is trained by ``sidelight guard`` on the embedded model into ``build/guards``. The probe
-does not read the last layer, whose states llama.cpp does not compute for every token, so a copy
-without that layer serves the embedded GGUF file, if both agree on the decisions that ``agreement``
-counts. The package gets the probe, the copy, ``figures.json`` (public tests), and ``build.json``,
-which says how the probe was made.
+``build`` trains each guard by ``sidelight guard`` on the embedded model into ``build/guards``, and
+packages the probe, ``figures.json`` (public tests), and ``build.json``, which says how the probe was
+made. The probe does not read the last layer, whose states llama.cpp does not compute for every
+token. ``accept`` packages a copy without that layer for the embedded GGUF file, if both agree on
+the decisions that ``agreement`` counts. ``tables`` writes the tables of docs/guards.md.
 """
 
 import json
@@ -61,15 +61,28 @@ _TABLE = re.compile(r"(<!-- table of guards: (\w+) -->\n).*?(?=<!-- end -->)", r
 def build() -> None:
     """Trains, compares, packages and documents every guard."""
     app(["guard", "--model", EMBEDDED_NAME, "--out", str(BUILD)], standalone_mode=False)
-    names = guard_names()
-    probes = {name: load_probe(BUILD / name) for name in names}
-    copies = _accepted_copies(probes)
+    probes = {name: load_probe(BUILD / name) for name in guard_names()}
     for name, probe in probes.items():
         folder = PACKAGE / name
-        shutil.copy(BUILD / name / PROBE, folder / PROBE)
-        shutil.copy(BUILD / name / "figures.json", folder / "figures.json")
-        save_probe(copies[name], folder / EMBEDDED_GGUF)
-        write_json(folder / "build.json", _record(name, probe))
+        for file in (PROBE, "figures.json"):
+            shutil.copy(BUILD / name / file, folder / file)
+        record = folder / "build.json"
+        if not record.exists() or json.loads(record.read_bytes())["probe"] != probe.version:
+            # A copy of an earlier probe would decide as that one did.
+            shutil.rmtree(folder / EMBEDDED_GGUF, ignore_errors=True)
+            write_json(record, _record(name, probe))
+    write_tables()
+
+
+def accept() -> None:
+    """Packages a copy of each probe for the embedded GGUF file, once decisions agree there."""
+    probes = {name: load_probe(PACKAGE / name) for name in guard_names()}
+    copies = _accepted_copies(probes)
+    for name, copy in copies.items():
+        save_probe(copy, PACKAGE / name / EMBEDDED_GGUF)
+        record = _packaged(name, "build.json")
+        figures = json.loads((BUILD / "agreement.json").read_bytes())[name]
+        write_json(PACKAGE / name / "build.json", record | {"gguf": figures})
     write_tables()
 
 
@@ -199,7 +212,6 @@ def _record(name: str, probe: Probe) -> dict[str, Any]:
         "seed": history.seed,
         "dtype": probe.fingerprint.dtype,
         "packages": {package: version(package) for package in ("torch", "transformers", "numpy")},
-        "gguf": json.loads((BUILD / "agreement.json").read_bytes())[name],
     }
 
 
@@ -235,8 +247,8 @@ def _probes_table() -> str:
             cells[:2] = [f"{hits} of {curve.positives}", f"{alarms} of {curve.negatives}"]
             cells[2] = _share(traffic.flagged, traffic.conversations)
         threshold = f"{manifest.thresholds[0]:.3f}" if len(manifest.thresholds) == 1 else "by label"
-        gguf = made["gguf"]
-        agrees = f"{gguf['agreeing']} of {gguf['texts']}"
+        gguf = made.get("gguf")
+        agrees = f"{gguf['agreeing']} of {gguf['texts']}" if gguf else "not compared"
         row = [f"`{name}`", str(made["version"]), texts, threshold, *cells, agrees]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join([*lines, ""])
@@ -279,5 +291,8 @@ def _cells(test: dict[str, Any]) -> list[str]:
     ]
 
 
+_STEPS = {"build": build, "accept": accept, "tables": write_tables}
+
 if __name__ == "__main__":
-    write_tables() if "tables" in sys.argv else build()
+    for step in sys.argv[1:] or ("build", "accept"):
+        _STEPS[step]()

@@ -17,7 +17,7 @@ from sidelight.data.examples import LabelledExamples
 from sidelight.data.guards import find_guard
 from sidelight.data.loading import load_examples
 from sidelight.data.near_duplicates import NearDuplicates
-from sidelight.guards import probe_folder
+from sidelight.guards import packaged_folders, probe_folder
 from sidelight.manifest import read_manifest
 from sidelight.prompts.conversation import Part
 from sidelight.training.background import load_background
@@ -126,9 +126,8 @@ def test_the_packaged_figures_are_those_of_the_packaged_probe_on_the_packaged_te
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_guard_is_found_by_its_name_and_by_the_model(name):
-    folders = (PACKAGE / name, PACKAGE / name / "smollm2.gguf")
-    assert probe_folder(f"guard:{name}") == folders[0]
-    for folder in folders:
+    assert probe_folder(f"guard:{name}") == PACKAGE / name
+    for folder in packaged_folders(find_guard(name)):
         digest = read_manifest(folder).backbone.digest
         assert probe_folder(f"guard:{name}", "a model", lambda digest=digest: digest) == folder
 
@@ -136,6 +135,8 @@ def test_a_guard_is_found_by_its_name_and_by_the_model(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_copy_for_gguf_has_the_logits_of_the_probe(name):
+    if not (PACKAGE / name / "smollm2.gguf").exists():
+        pytest.skip("not compared on smollm2.gguf yet: .ci/guards.py accept")
     probe, copy = (load_probe(PACKAGE / name / part) for part in ("", "smollm2.gguf"))
     assert copy.record["copy_of"] == probe.version
     build = packaged(name, "build.json")["gguf"]
@@ -157,7 +158,7 @@ def test_the_copy_for_gguf_has_the_logits_of_the_probe(name):
 def test_no_packaged_probe_holds_a_text(name):
     texts = {turn.content for turns in load_background("packaged").conversations for turn in turns}
     texts |= {turn.content for item in examples(name).items for turn in item.messages}
-    for folder in (PACKAGE / name, PACKAGE / name / "smollm2.gguf"):
+    for folder in packaged_folders(find_guard(name)):
         record = json.dumps(load_probe(folder).record, ensure_ascii=False)
         # Beginnings too; names of sources are short.
         assert not [text for text in texts if len(text) > 40 and text[:40] in record]
