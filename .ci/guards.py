@@ -3,9 +3,9 @@
     .venv/bin/python .ci/guards.py            what `make guards` runs; after a kill it goes on
     .venv/bin/python .ci/guards.py STEP ...   one step: build, accept, or tables
 
-``build`` trains each guard by ``sidelight guard`` on the embedded model into ``build/guards``, and
-packages the probe, ``figures.json`` (public tests), and ``build.json``, which says how the probe was
-made. The probe does not read the last layer, whose states llama.cpp does not compute for every
+``build`` trains each guard by ``sidelight guard`` on the embedded model into ``build/guards``. It
+packages the probe, ``figures.json`` (public tests) and ``build.json``, which says how the probe
+was made. The probe does not read the last layer, whose states llama.cpp does not compute for every
 token. ``accept`` packages a copy without that layer for the embedded GGUF file, if both agree on
 the decisions that ``agreement`` counts. ``tables`` writes the tables of docs/guards.md.
 """
