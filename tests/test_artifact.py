@@ -284,6 +284,19 @@ CALIBRATIONS = (
 )
 
 
+@pytest.mark.parametrize(
+    ("field", "claimed"),
+    [("mechanism", {"options": {"heads": 10**12}}), ("backbone", {"width": 10**12})],
+)
+def test_sizes_that_a_manifest_claims_are_compared_before_memory_is_taken(
+    tiny, tmp_path, field, claimed
+):
+    save_probe(untrained_probe(tiny, "toxicity", mechanism="readout"), tmp_path)
+    rewritten(tmp_path, **{field: {**json.loads(text_of(tmp_path))[field], **claimed}})
+    with pytest.raises(SidelightError, match=r"not those of a 'readout'|mean or scale is not"):
+        load_probe(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["", "..", "a\nb", "\x1b[31mred", "a b", "a/b", "ü", "x" * 65])
 def test_a_name_that_could_harm_a_log_header_or_path_is_neither_saved_nor_loaded(tiny, saved, name):
     with pytest.raises(SidelightError, match="Name it with 1 to 64 of"):

@@ -168,6 +168,7 @@ DAMAGE = {
     "truncated weights": ("-", {"model.safetensors": bytes([100, *[0] * 7]) + b'{"a": {'}),
     "garbled weights": ("-", {"model.safetensors": bytes([9, *[0] * 7]) + b"[1, 2, 3]"}),
     "garbled config": ("-", {"config.json": b"{not json"}),
+    "deep config": ("-", {"config.json": b'{"a": ' + b"[" * 100_000}),
     "unknown architecture": ("-", {"config.json": b'{"model_type": "nonesuch"}'}),
     "encoder and decoder": ("-", {"config.json": b'{"model_type": "t5"}'}),
     "encoder": ("-", {"config.json": b'{"model_type": "vit"}'}),

@@ -181,17 +181,23 @@ def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
     spec = mechanism_spec(manifest.mechanism.name, manifest.mechanism.options)
     if manifest.spans is not None and not labels_tokens(spec.name):
         raise ValueError(f"its mechanism '{spec.name}' labels no tokens, so no text has spans")
-    mechanism = build_mechanism(spec, Geometry(backbone.layers, backbone.width, task.outputs))
+    geometry = Geometry(backbone.layers, backbone.width, task.outputs)
+    # Sizes are compared before memory is taken: the manifest may claim any.
+    shape = (geometry.layers, geometry.width)
+    if any(tuple(tensors[name].shape) != shape for name in ("mean", "scale")):
+        raise ValueError(f"mean or scale is not [{backbone.layers}, {backbone.width}]")
     standardisation = Standardisation(
         tensors.pop("mean"), tensors.pop("scale"), manifest.is_normalised
     )
-    if {standardisation.mean.shape, standardisation.scale.shape} != {
-        (backbone.layers, backbone.width)
+    weights = {key.removeprefix(_PARAMETER): value for key, value in tensors.items()}
+    with torch.device("meta"):
+        claimed = build_mechanism(spec, geometry).state_dict()
+    if {name: own.shape for name, own in claimed.items()} != {
+        name: own.shape for name, own in weights.items()
     }:
-        raise ValueError(f"mean or scale is not [{backbone.layers}, {backbone.width}]")
-    mechanism.load_state_dict(
-        {key.removeprefix(_PARAMETER): value for key, value in tensors.items()}
-    )
+        raise ValueError(f"its weights are not those of a '{spec.name}' with its options")
+    mechanism = build_mechanism(spec, geometry)
+    mechanism.load_state_dict(weights)
     return Probe(
         name=manifest.name,
         task=task,

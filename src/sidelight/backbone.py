@@ -447,6 +447,12 @@ def _too_large(name: str, what: str, device: torch.device) -> str:
 def _loading_errors(name: str, device: torch.device = _CPU) -> Generator[None]:
     try:
         yield
+    # JSON that is nested too deeply exceeds the interpreter's stack, which is a RuntimeError.
+    except (OSError, ValueError, SafetensorError, RecursionError) as error:
+        raise SidelightError(
+            f"Cannot load '{name}' as a causal language model: {str(error).splitlines()[0]} "
+            f"{MODELS}"
+        ) from error
     except (MemoryError, RuntimeError) as error:
         # PyTorch's allocator of the CPU raises no class of its own, that of a GPU does.
         is_of_gpu = isinstance(error, torch.OutOfMemoryError)
@@ -454,8 +460,3 @@ def _loading_errors(name: str, device: torch.device = _CPU) -> Generator[None]:
         if not is_full and "allocate memory" not in str(error):
             raise
         raise SidelightError(_too_large(name, "", device if is_of_gpu else _CPU)) from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise SidelightError(
-            f"Cannot load '{name}' as a causal language model: {str(error).splitlines()[0]} "
-            f"{MODELS}"
-        ) from error
