@@ -98,7 +98,8 @@ def label(
 
     examples = load_examples(texts, text=text, label=None, response=response, split=split)
     if limit is not None:
-        examples = examples.select(examples.draw(limit, seed=0))
+        chosen = examples.select(examples.draw(limit, seed=0))
+        examples = replace(chosen, warnings=examples.warnings)
     import uvicorn
 
     from sidelight.artifact import load_probe
@@ -134,6 +135,7 @@ def label(
             labelled = load_examples(path, text=text, label=label, response=response, task=task)
             options.warn(f"{path.name}: {warning}" for warning in labelled.warnings)
         pool_examples, decided = merged(examples, labelled)
+        options.warn(pool_examples.warnings)
         runtime = replace(runtime, model=runtime.model_of(loaded))
         fit_options = FitOptions(
             reads=replace(reads, scope="conversation"),
