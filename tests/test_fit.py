@@ -1,5 +1,7 @@
 """From examples to the probe that is kept: no text is judged by a probe that has seen it."""
 
+import os
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts.conversation import Message, Reads
+from sidelight.storage import holding
 from sidelight.thresholds import ThresholdRule, choose_thresholds
 from sidelight.training import loop
 from sidelight.training.dataset import ProbeDataset, make_split
@@ -20,6 +23,7 @@ from sidelight.training.fit import fit, none_warnings
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.measuring import calibrate_examples, measure_sources
 from sidelight.training.settings import (
+    ABANDONED_S,
     Background,
     FitOptions,
     suggested_settings,
@@ -309,3 +313,32 @@ def test_whatever_decides_a_probe_changes_the_hash_of_its_training(tiny):
     hashes.append(FitOptions().training_sha256(weighted, None, **names))
     assert len({first, *hashes}) == 1 + len(hashes)
     assert FitOptions(**elsewhere).training_sha256(texts, None, **names) == first
+
+
+def test_states_of_abandoned_trainings_are_removed_and_no_others(tmp_path, capsys):
+    options = FitOptions(cache_root=tmp_path)
+    old, live, recent = (options.states_folder(name) for name in ("old", "live", "recent"))
+    named = tmp_path / "run-experiments"
+    for folder in (old, live, recent, named):
+        (folder / "states").mkdir(parents=True)
+        for path in (folder, folder / "states"):
+            age = 0 if folder == recent else ABANDONED_S + 60
+            os.utime(path, (time.time() - age,) * 2)
+    with holding(live), options.own_states("new") as states:
+        assert {*tmp_path.iterdir()} == {live, recent, named, states}
+    assert {*tmp_path.iterdir()} == {live, recent, named}
+    said = "Removed the hidden states of 1 abandoned trainings, unused for 7 days.\n"
+    assert capsys.readouterr().err == said
+    # A training that fails or is killed goes on with what it has.
+    with pytest.raises(ZeroDivisionError), options.own_states("new"):
+        raise ZeroDivisionError
+    assert states.is_dir()
+
+
+def test_of_two_equal_trainings_the_first_to_end_leaves_the_states_to_the_other(tmp_path):
+    options = FitOptions(cache_root=tmp_path)
+    with options.own_states("same") as states:
+        with options.own_states("same"):
+            pass
+        assert states.is_dir()
+    assert not states.exists()

@@ -1,7 +1,11 @@
 """Files that are whole or as they were, and folders that are left as they were."""
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -9,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from sidelight.errors import SidelightError
-from sidelight.storage import check_folder, replacing, write_json, write_text
+from sidelight.storage import (
+    check_folder,
+    holding,
+    remove_unused,
+    replacing,
+    write_json,
+    write_text,
+)
 
 
 def die_while_writing(path: Path) -> None:
@@ -64,3 +75,61 @@ def test_checking_a_folder_leaves_none_and_refuses_one_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SidelightError, match="Name another folder"):
         check_folder(tmp_path / "file" / "folder")
+
+
+def age(folder, seconds):
+    for path in (folder, *folder.glob("*/")):
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_a_folder_is_removed_once_no_process_holds_it(tmp_path):
+    folder = tmp_path / "run"
+    with holding(folder), holding(folder):
+        (folder / "states").mkdir()
+        assert not remove_unused(folder)
+    with holding(folder):
+        program = f"from sidelight.storage import *; print(remove_unused(Path({str(folder)!r})))"
+        other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert other.stdout == "False\n"
+    assert (folder / "states").is_dir()
+    assert remove_unused(folder)
+    assert not [*tmp_path.iterdir()]
+    assert not remove_unused(folder)
+
+
+def test_a_folder_that_was_written_to_lately_is_not_abandoned(tmp_path):
+    folder = tmp_path / "run"
+    with holding(folder):
+        (folder / "states").mkdir()
+    age(folder, 100)
+    assert not remove_unused(folder, idle_s=200)
+    (folder / "states" / "new").write_text("")
+    assert not remove_unused(folder, idle_s=50)
+    age(folder, 100)
+    assert remove_unused(folder, idle_s=50)
+
+
+def test_who_waits_for_a_folder_that_is_being_removed_gets_a_new_one(tmp_path, monkeypatch):
+    folder, began = tmp_path / "run", threading.Event()
+    with holding(folder):
+        (folder / "old").write_text("")
+
+    def slowly(path, **_):
+        began.set()
+        time.sleep(0.1)
+        remove(path)
+
+    remove = shutil.rmtree
+    monkeypatch.setattr("shutil.rmtree", slowly)
+    remover = threading.Thread(target=remove_unused, args=(folder,))
+    remover.start()
+    began.wait()
+    with holding(folder):
+        (folder / "new").write_text("")
+    remover.join()
+    assert {path.name for path in folder.iterdir()} == {"new", "in-use.lock"}
+
+
+def test_an_error_in_a_held_folder_is_raised(tmp_path):
+    with pytest.raises(FileNotFoundError), holding(tmp_path / "run"):
+        (tmp_path / "absent").read_text()

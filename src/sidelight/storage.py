@@ -17,6 +17,7 @@ from sidelight.errors import SidelightError
 
 # Processes of other machines may write too, so that only time tells who was killed.
 _STALE_S = 3600
+_IN_USE = "in-use.lock"
 
 
 @contextmanager
@@ -86,6 +87,61 @@ def only_writer(directory: Path) -> Generator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def holding(folder: Path) -> Generator[None]:
+    """Keeps a folder, which is made if absent, from ``remove_unused`` of any process."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = (folder / _IN_USE).open("a+b")
+        except FileNotFoundError:
+            continue
+        with file:
+            # Some disks have no locks.
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_SH)
+            # Else it was removed while this waited.
+            if _is_at(file.fileno(), folder / _IN_USE):
+                yield
+                return
+
+
+def remove_unused(folder: Path, *, idle_s: float = 0) -> bool:
+    """Removes a folder unless a process is holding it. Returns whether it did.
+
+    Args:
+        folder: One that ``holding`` keeps.
+        idle_s: Only if nothing has been written to it for so many seconds, and its disk has locks.
+    """
+    with suppress(OSError):
+        written = max(path.stat().st_mtime for path in (folder, *folder.glob("*/")))
+        if time.time() - written < idle_s:
+            return False
+        with (folder / _IN_USE).open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:
+                if idle_s:
+                    return False
+            if not _is_at(file.fileno(), folder / _IN_USE):
+                return False
+            # Under another name first: the next to hold the folder makes a new one.
+            removed = folder.rename(f"{folder}-{secrets.token_hex(8)}")
+            shutil.rmtree(removed, ignore_errors=True)
+            return True
+    return False
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of this path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: Path, text: str) -> None:

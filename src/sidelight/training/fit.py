@@ -1,6 +1,5 @@
 """From labelled examples to a calibrated probe with its figures."""
 
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -134,47 +133,45 @@ def fit(
         engine=(source or backbone).engine,
     )
     options = options.resolved_for(training)
-    states = options.states_folder(identity, out and out.resolve())
-    dataset = prepare(
-        backbone,
-        training,
-        validation,
-        options=replace(options, cache_root=states),
-        source=source,
-    )
-    candidates = _candidates(options, training)
-    # The baseline first: what it refuses in seconds must not cost the hours of training.
-    baseline = None if training.spans is not None else measure_baseline(dataset, options)
-    results = train_mechanisms(
-        candidates,
-        training=dataset.training,
-        validation=None if dataset.folds else dataset.measured,
-        folds=dataset.folds,
-        device=backbone.device,
-    )
-    trained = [run for run in results if run is not None]
-    if not trained:
-        raise divergence(*candidates[0])
-    diverged = [own for own, run in zip(candidates, results, strict=True) if run is None]
-    made = calibrate_probe(trained, dataset, name=name, options=options)
-    record = {**made.probe.record, "training_sha256": identity}
-    made = replace(made, probe=replace(made.probe, record=record))
-    warnings = [
-        *dataset.warnings,
-        *(f"{divergence(*own)} The probe is made without it." for own in diverged),
-        *made.warnings,
-    ]
-    if baseline is not None:
-        warnings += baseline_warnings(made.losses, baseline.losses, dataset.validation.examples)
-    warnings += none_warnings(made)
-    if made.traffic is not None and made.probe.thresholds:
-        warnings += traffic_warnings(
-            made.traffic, made.probe.history.curves, made.probe.thresholds, options.threshold
+    with options.own_states(identity, out and out.resolve()) as states:
+        dataset = prepare(
+            backbone,
+            training,
+            validation,
+            options=replace(options, cache_root=states),
+            source=source,
         )
-    if out is not None:
-        save_probe(made.probe, out)
-    if not options.keep_cache:
-        shutil.rmtree(states, ignore_errors=True)
+        candidates = _candidates(options, training)
+        # The baseline first: what it refuses in seconds must not cost the hours of training.
+        baseline = None if training.spans is not None else measure_baseline(dataset, options)
+        results = train_mechanisms(
+            candidates,
+            training=dataset.training,
+            validation=None if dataset.folds else dataset.measured,
+            folds=dataset.folds,
+            device=backbone.device,
+        )
+        trained = [run for run in results if run is not None]
+        if not trained:
+            raise divergence(*candidates[0])
+        diverged = [own for own, run in zip(candidates, results, strict=True) if run is None]
+        made = calibrate_probe(trained, dataset, name=name, options=options)
+        record = {**made.probe.record, "training_sha256": identity}
+        made = replace(made, probe=replace(made.probe, record=record))
+        warnings = [
+            *dataset.warnings,
+            *(f"{divergence(*own)} The probe is made without it." for own in diverged),
+            *made.warnings,
+        ]
+        if baseline is not None:
+            warnings += baseline_warnings(made.losses, baseline.losses, dataset.validation.examples)
+        warnings += none_warnings(made)
+        if made.traffic is not None and made.probe.thresholds:
+            warnings += traffic_warnings(
+                made.traffic, made.probe.history.curves, made.probe.thresholds, options.threshold
+            )
+        if out is not None:
+            save_probe(made.probe, out)
     return replace(made, baseline=baseline and baseline.report, warnings=tuple(warnings))
 
 

@@ -4,6 +4,9 @@ Imports no torch, so that the command line checks names at once.
 """
 
 import math
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -15,8 +18,10 @@ from sidelight.calibration import CalibrationKind
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError, checked
 from sidelight.fingerprint import Fingerprint, hash_of
+from sidelight.progress import say
 from sidelight.prompts.conversation import Reads
 from sidelight.smollm2 import cache_root
+from sidelight.storage import holding, remove_unused
 from sidelight.thresholds import F1, ThresholdRule
 from sidelight.training.background import Background
 from sidelight.types import NONE, MechanismSpec, Task
@@ -98,6 +103,10 @@ class TrainingSettings:
         patience = math.ceil(self.patience * epochs / self.epochs)
         return replace(chosen, batch_size=batch_size, epochs=epochs, patience=patience)
 
+
+# From then on, the states of a training that no process runs are abandoned.
+ABANDONED_S = 7 * 86400
+_RUN = re.compile(r"run-[0-9a-f]{16}(-[0-9a-f]{16})?")
 
 # Chosen on ToxicChat validation data.
 SUGGESTED = {
@@ -198,6 +207,31 @@ class FitOptions:
         """
         folder = self.cache_root or cache_root() / "activations"
         return folder / f"run-{hash_of(*run)}" if run and not self.keep_cache else folder
+
+    @contextmanager
+    def own_states(self, *run: object) -> Generator[Path]:
+        """The folder of one training's states, which is removed if the block ends without an error.
+
+        No other process removes it meanwhile. States of trainings that were abandoned are removed
+        first, since they take gigabytes and only the same training would use them.
+
+        Args:
+            run: As for ``states_folder``.
+        """
+        states = self.states_folder(*run)
+        if self.keep_cache:
+            yield states
+            return
+        with holding(states):
+            abandoned = (path for path in states.parent.glob("run-*") if _RUN.fullmatch(path.name))
+            removed = sum(remove_unused(path, idle_s=ABANDONED_S) for path in abandoned)
+            if removed:
+                say(
+                    f"Removed the hidden states of {removed} abandoned trainings, unused for "
+                    f"{ABANDONED_S // 86400} days."
+                )
+            yield states
+        remove_unused(states)
 
     def reads_of(self, task: Task) -> Reads:
         """The tokens that a probe of these labels reads.

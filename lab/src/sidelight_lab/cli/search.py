@@ -3,7 +3,6 @@
 import csv
 import json
 import shlex
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from io import StringIO
@@ -80,28 +79,26 @@ def search(
 
     # Trials are scored as they are; training chooses the calibration.
     fit_options = replace(inputs.fit_options(), calibration="none")
-    states = fit_options.states_folder(out.resolve())
-    fit_options = replace(fit_options, cache_root=states)
     choose_validation(training, validation, fit_options)
     from sidelight.training.dataset import prepare
     from sidelight_lab.search import best_of, search_settings
 
-    dataset = prepare(runtime.load_transformers(), training, validation, options=fit_options)
-    options.warn(dataset.warnings)
-    trials_of: dict[str, tuple[Trial, ...]] = {}
-    for name in mechanisms:
-        trials_of[name] = search_settings(
-            dataset,
-            name,
-            trials=trials,
-            seed=seed,
-            storage=out / "journal.log",
-            folds=dataset.folds,
-            on_generation=lambda tried: _report(tried, trials),
-        )
-        write_search(trials_of, out)
-    if not fit_options.keep_cache:
-        shutil.rmtree(states, ignore_errors=True)
+    with fit_options.own_states(out.resolve()) as states:
+        run_options = replace(fit_options, cache_root=states)
+        dataset = prepare(runtime.load_transformers(), training, validation, options=run_options)
+        options.warn(dataset.warnings)
+        trials_of: dict[str, tuple[Trial, ...]] = {}
+        for name in mechanisms:
+            trials_of[name] = search_settings(
+                dataset,
+                name,
+                trials=trials,
+                seed=seed,
+                storage=out / "journal.log",
+                folds=dataset.folds,
+                on_generation=lambda tried: _report(tried, trials),
+            )
+            write_search(trials_of, out)
     if as_json:
         click.echo((out / "best.json").read_text("utf-8"), nl=False)
         return
