@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sidelight.artifact import load_probe
+import sidelight
+from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import load_backbone
 from sidelight.cli.show import print_assessment, summary
 from sidelight.data.loading import load_examples
@@ -327,3 +329,16 @@ def test_a_probe_of_responses_is_not_measured_on_prompts(tiny, tmp_path, ran, si
     with pytest.raises(SidelightError, match=refusal):
         assess(classifier, load_examples(data, task=classifier.probe.task))
     assert not ran
+
+
+def test_the_documented_way_to_load_a_probe_runs(tiny, tmp_path, monkeypatch, capsys):
+    backbone = load_backbone(saved(tiny, tmp_path / "model"))
+    save_probe(untrained_probe(backbone, "urgency"), tmp_path / "probes" / "urgency")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "reference.md").read_text("utf-8")
+    exec(page.split("## Python\n\n```python\n")[1].split("```")[0], {})
+    assert "fine" in capsys.readouterr().out
+
+
+def test_the_public_names_are_listed_before_they_are_loaded():
+    assert {*sidelight.__all__, "__version__"} <= {*dir(sidelight)}
