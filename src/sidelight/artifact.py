@@ -192,10 +192,11 @@ def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
     weights = {key.removeprefix(_PARAMETER): value for key, value in tensors.items()}
     with torch.device("meta"):
         claimed = build_mechanism(spec, geometry).state_dict()
-    if {name: own.shape for name, own in claimed.items()} != {
-        name: own.shape for name, own in weights.items()
-    }:
-        raise ValueError(f"its weights are not those of a '{spec.name}' with its options")
+    claims, stored = ({(name, own.shape) for name, own in x.items()} for x in (claimed, weights))
+    if wrong := sorted({name for name, _ in claims ^ stored}):
+        raise ValueError(
+            f"its weights {', '.join(wrong)} are not those of a '{spec.name}' of these sizes"
+        )
     mechanism = build_mechanism(spec, geometry)
     mechanism.load_state_dict(weights)
     return Probe(

@@ -222,15 +222,23 @@ class FitOptions:
         if self.keep_cache:
             yield states
             return
-        with holding(states):
-            abandoned = (path for path in states.parent.glob("run-*") if _RUN.fullmatch(path.name))
-            removed = sum(remove_unused(path, idle_s=ABANDONED_S) for path in abandoned)
-            if removed:
-                say(
-                    f"Removed the hidden states of {removed} abandoned trainings, unused for "
-                    f"{ABANDONED_S // 86400} days."
+        try:
+            with holding(states):
+                abandoned = (
+                    path for path in states.parent.glob("run-*") if _RUN.fullmatch(path.name)
                 )
-            yield states
+                removed = sum(remove_unused(path, idle_s=ABANDONED_S) for path in abandoned)
+                if removed:
+                    say(
+                        f"Removed the hidden states of {removed} abandoned trainings, unused for "
+                        f"{ABANDONED_S // 86400} days."
+                    )
+                yield states
+        except BaseException:
+            # The same training goes on with what there is.
+            if not any(states.glob("*/")):
+                remove_unused(states)
+            raise
         remove_unused(states)
 
     def reads_of(self, task: Task) -> Reads:
