@@ -104,7 +104,7 @@ def ask(hosted, tmp_path_factory) -> Iterator[Ask]:
         stack.enter_context(started(*serve, ready=f"{sidelight}/ready"))
         stack.enter_context(started(*litellm, ready=f"{proxy}/health/liveliness", **environment))
         headers = {"Authorization": f"Bearer {KEY}"}
-        http = stack.enter_context(httpx.Client(base_url=proxy, headers=headers, timeout=120))
+        http = stack.enter_context(httpx.Client(base_url=proxy, headers=headers, timeout=START_S))
         yield lambda *messages: http.post(
             "/v1/chat/completions", json={"model": "any", "messages": messages}
         )
