@@ -187,11 +187,6 @@ def test_an_error_about_a_text_names_its_place(tiny, classifier, tmp_path):
     for ask in (classifier.evaluate, lambda data: classifier.predict(load_examples(data).items)):
         with pytest.raises(ContextLengthError, match=r"^rows\.jsonl, line 7: The text has"):
             ask(data)
-    system = {"role": "system", "content": "be brief " * 20}
-    rows[6]["text"] = [system, {"role": "user", "content": "hello"}]
-    options = options_of("gate", max_tokens=64, cache_root=tmp_path)
-    with pytest.raises(ContextLengthError, match=r"^Given rows, row 7: .* system prompt"):
-        fit(tiny, load_examples(rows), load_examples(rows), name="p", options=options)
 
 
 def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):

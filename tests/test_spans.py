@@ -502,7 +502,7 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     command += ["--mechanism", "spans", "--set", "spans.lookahead=2"]
     assert cli(*command) == 0
     told = capsys.readouterr().out
-    assert "looks ahead: 2" in told
+    assert "Lookahead: 2 tokens" in told
     assert f"eval {probe} --data TEST_FILE --text letter --spans pii" in " ".join(told.split())
     texts = write("test.jsonl", 30, 1)
     unknown = {"letter": "Is it ABC?", "pii": [{"start": 6, "end": 9, "label": "OTHER"}]}
