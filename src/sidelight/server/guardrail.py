@@ -91,11 +91,13 @@ class GuardrailRequest(StrictBody):
         roles: dict[str, Role] = {}
         is_leading = True
         for message in self.structured_messages or ():
-            role = _ROLES.get(str(message.get("role")), "user")
+            role: Role = _ROLES.get(str(message.get("role")), "user")
             is_leading = is_leading and role == "system"
-            role = "user" if role == "system" and not is_leading else role
+            if role == "system" and not is_leading:
+                role = "user"
             for text in _texts_of(message):
-                roles[text] = max(role, roles.get(text, role), key=_TRUST.index)
+                known = roles.get(text, role)
+                roles[text] = role if _TRUST.index(role) > _TRUST.index(known) else known
         return roles
 
     def placeholders(self, spans: Mapping[str, Sequence[Span]]) -> Placeholders:
