@@ -666,7 +666,9 @@ def test_commands_of_packages_that_are_missing_say_what_to_install(monkeypatch, 
     monkeypatch.setattr("sidelight.cli.entry_points", lambda **_: EntryPoints())
     for command, package in (("reproduce", "lab"), ("redteam", "lab"), ("label", "label")):
         assert cli(command) == 2
-        assert f"pip install sidelight-{package}`" in capsys.readouterr().err
+        assert (
+            f"In a clone of Sidelight, run `pip install './{package}'`." in capsys.readouterr().err
+        )
     assert cli("--help") == 0
     assert "reproduce" not in capsys.readouterr().out
 

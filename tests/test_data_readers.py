@@ -165,7 +165,7 @@ def test_an_absent_file_names_its_neighbours(tmp_path, place, says):
 
 def test_a_name_of_the_hub_names_the_package_that_reads_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    remedy = r"No file 'owner/.*pip install 'sidelight\[datasets\]'"
+    remedy = r"No file 'owner/.*pip install '\.\[datasets\]'"
     with pytest.raises(SidelightError, match=remedy):
         load_examples("owner/name:config")
 

@@ -248,6 +248,13 @@ def test_a_policy_that_exists_stays_and_what_it_lacks_is_said(words, tmp_path, c
     assert policy.read_text() == '[input.shouts]\nmode = "block"\n'
 
 
+def test_a_wrong_policy_is_refused_before_training(model, tmp_path, capsys, ran):
+    (tmp_path / "policy.toml").write_text("input =")
+    assert cli("guard", "--model", model, "--only", "shouts", "--out", str(tmp_path)) == 2
+    assert "is not TOML" in capsys.readouterr().err
+    assert not ran
+
+
 def test_of_two_runs_into_one_folder_the_second_is_refused(words, capsys):
     with only_writer(Path(words[-1])):
         assert cli(*words) == 2

@@ -138,7 +138,7 @@ def test_a_guard_whose_package_is_missing_says_what_to_install(monkeypatch, tmp_
     # Nothing of the environment, as if no package were installed.
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     assert not entry_points(group="sidelight.guards")
-    with pytest.raises(SidelightError, match=r"Run `pip install \./guards` in a clone"):
+    with pytest.raises(SidelightError, match=r"clone of Sidelight, run `pip install '\./guards'`"):
         guard_of("guard:injection")
 
 

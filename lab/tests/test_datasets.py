@@ -212,7 +212,7 @@ def test_what_cannot_be_read_is_refused_with_its_place_and_remedy(tmp_path, monk
     refused("imdb", r"several files for 'train': train\.csv, train\.js")
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setenv("SIDELIGHT_DATA", str(tmp_path))
-    refused("sst2", r"pip install 'sidelight\[datasets\].*set SIDELIGHT_DATA to", None)
+    refused("sst2", r"pip install '\.\[datasets\].*set SIDELIGHT_DATA to", None)
 
 
 def test_any_files_make_a_data_set(tmp_path):

@@ -45,6 +45,15 @@ def transport_errors() -> tuple[type[Exception], ...]:
     return tuple(import_module(name).HTTPError for name in installed)
 
 
+def how_to_install(part: str) -> str:
+    """The sentence on installing a part of Sidelight, none of which is on PyPI yet.
+
+    Args:
+        part: An extra, such as ``.[serve]``, or a package's folder, such as ``./lab``.
+    """
+    return f"In a clone of Sidelight, run `pip install '{part}'`."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the closest known name, and all known names.
 

@@ -1,7 +1,7 @@
 """Trained guards by name: ``guard:NAME`` names a probe wherever a folder of one is expected.
 
-It is the probe that was trained for the model: one that a package of guards ships, or one that
-``sidelight guard`` has trained on this machine. ``guard:NAME@VERSION`` pins a version of the
+The name resolves to the probe that was trained for the model: one from a package of guards, or one
+that ``sidelight guard`` trained on this machine. ``guard:NAME@VERSION`` pins a version of the
 guard's texts, ``guard:NAME,NAME`` names several, and ``guard:all`` every one. The name wins over a
 folder ``guard:NAME`` in the working directory, which its absolute path names.
 """
@@ -72,9 +72,9 @@ def probe_folders(
     Args:
         sources: Folders, and names of guards.
         model: The name of the model that is to run them, for messages; None: that of the probes.
-        digest: Gives the digest of its fingerprint, which takes about a second; it is called at
-            most once. None: a guard is the one that its package ships for the embedded model, or
-            else the one that was trained for it here.
+        digest: Returns the digest of the model's fingerprint, in about a second; called at most
+            once. None: guards resolve to the probes of the embedded model, packaged or trained
+            on this machine.
 
     Raises:
         UntrainedGuardError: There are none for this model.

@@ -12,7 +12,7 @@ from sklearn.metrics import (
     average_precision_score,
 )
 
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, how_to_install
 from sidelight.metrics import Predictions, calibration_error
 from sidelight.storage import replacing
 
@@ -21,7 +21,7 @@ try:
     from matplotlib.figure import Figure
 except ImportError as error:
     raise SidelightError(
-        "Plots need the package matplotlib. Run `pip install 'sidelight[plots]'`."
+        f"Plots need the package matplotlib. {how_to_install('.[plots]')}"
     ) from error
 
 # matplotlib and scikit-learn leave the types of **kwargs open.

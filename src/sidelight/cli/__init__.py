@@ -13,16 +13,13 @@ from sidelight.cli.guard import guard
 from sidelight.cli.recalibrate import recalibrate
 from sidelight.cli.share import inspect, pull, push
 from sidelight.cli.train import train
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, how_to_install
 
 _GROUP = "sidelight.commands"
 # Commands of packages that may be missing.
 _PACKAGES = {
-    "label": "sidelight-label",
-    **dict.fromkeys(
-        ("anatomy", "bench", "policy", "redteam", "reproduce", "search"),
-        "sidelight-lab",
-    ),
+    "label": "label",
+    **dict.fromkeys(("anatomy", "bench", "policy", "redteam", "reproduce", "search"), "lab"),
 }
 _RESUMED = ("train", "guard", "demo", "label", "search", "reproduce")
 _SERVING = ("fastapi", "openai", "prometheus_client", "uvicorn")
@@ -41,8 +38,8 @@ class _Commands(click.Group):
             return entry.load()
         if package := _PACKAGES.get(cmd_name):
             raise SidelightError(
-                f"'sidelight {cmd_name}' belongs to the package {package}, which is not installed. "
-                f"Run `pip install {package}`."
+                f"'sidelight {cmd_name}' belongs to the package sidelight-{package}, which is not "
+                f"installed. {how_to_install(f'./{package}')}"
             )
         return None
 
@@ -77,7 +74,7 @@ def _serve() -> click.Command:
         return click.Command(
             "serve",
             callback=refuse,
-            short_help="Serve an LLM and its probes (pip install 'sidelight[serve]').",
+            short_help="Serve an LLM and its probes (needs the extra 'serve').",
             context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
         )
     return serve
@@ -151,7 +148,7 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package not in _SERVING:
             raise
-        _fail(f"A server needs the package {package}. Run `pip install 'sidelight[serve]'`.")
+        _fail(f"A server needs the package {package}. {how_to_install('.[serve]')}")
 
 
 def _fail(message: str) -> None:

@@ -76,6 +76,7 @@ def guard(
             "them with --out."
         )
     from sidelight.manifest import require_name
+    from sidelight.policy.rules import read_policy
     from sidelight.thresholds import ThresholdRule
 
     rule = ThresholdRule.parse(threshold)
@@ -96,6 +97,9 @@ def guard(
     home = trained_guards(backbone.fingerprint.digest) if out is None else out
     folders: list[Path] = []
     with only_writer(home):
+        # A wrong policy must not be found only after the hours of training, either.
+        if (home / _POLICY).exists():
+            read_policy(home / _POLICY)
         for number, (name, own) in enumerate(texts.items(), 1):
             folder = home / (local_name(find_guard(name)) if out is None else name)
             folders.append(folder)

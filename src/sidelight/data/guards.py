@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, PositiveInt, ValidationError
 from sidelight.data.examples import LabelledExamples, balanced_order
 from sidelight.data.labels import TRUTH, is_missing, label_name
 from sidelight.data.readers import Row, is_list, is_mapping, read_file, read_rows
-from sidelight.errors import SidelightError, did_you_mean
+from sidelight.errors import SidelightError, did_you_mean, how_to_install
 from sidelight.types import Task, is_label
 
 _GROUP = "sidelight.guards"
@@ -181,7 +181,7 @@ def find_guard(name: str) -> Guard:
     if not packages and name in _PACKAGED:
         raise SidelightError(
             f"The guard '{name}' belongs to the package sidelight-guards, which is not installed. "
-            "Run `pip install ./guards` in a clone of Sidelight; the package is not on PyPI yet."
+            f"{how_to_install('./guards')}"
         )
     if not packages:
         raise SidelightError(f"There is no guard '{name}'.{did_you_mean(name, guard_names())}")

@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from sidelight.errors import SidelightError, did_you_mean, transport_errors
+from sidelight.errors import SidelightError, did_you_mean, how_to_install, transport_errors
 
 InMemory = Sequence[Mapping[str, object]] | Sequence[Sequence[object]]
 
@@ -243,8 +243,8 @@ def _read_hub(source: str, split: str) -> list[Row]:
         datasets: Any = import_module("datasets")
     except ImportError as error:
         raise SidelightError(
-            f"{_absence(Path(source))} To read it as a Hugging Face data set, run "
-            "`pip install 'sidelight[datasets]'`."
+            f"{_absence(Path(source))} A Hugging Face data set needs the package datasets. "
+            f"{how_to_install('.[datasets]')}"
         ) from error
     name, _, config = source.partition(":")
     try:

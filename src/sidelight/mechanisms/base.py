@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sidelight.errors import SidelightError, did_you_mean
+from sidelight.errors import SidelightError, did_you_mean, how_to_install
 from sidelight.mechanisms.shares import Shares, integrated
 from sidelight.ragged import Ragged
 from sidelight.types import MechanismSpec, OptionValue
@@ -266,7 +266,7 @@ def _registered(name: str) -> Builder:
     if name in _MOVED:
         raise SidelightError(
             f"Mechanism '{name}' belongs to the package sidelight-lab, which is not installed. "
-            "Run `pip install ./lab` in a clone of Sidelight; the package is not on PyPI yet."
+            f"{how_to_install('./lab')}"
         )
     raise SidelightError(
         f"Unknown mechanism '{name}'.{did_you_mean(name, {*_BUILDERS, *others.names})}"

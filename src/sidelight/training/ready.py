@@ -40,8 +40,8 @@ _POLICY = """\
 # In shadow mode a guard blocks nothing, and no client sees its verdicts: they are counted in
 # /metrics, which needs a key then (--metrics-key).
 # To block what a guard flags, write "block" in place of "shadow". A line such as
-# threshold = 0.9 overrides the threshold of training. Rules that block prompts also check
-# system turns. If only your application writes those, add this line at the top of the file:
+# threshold = 0.9 overrides the threshold of training. Rules that block prompts refuse chats that
+# begin with a system turn. If only your application writes those, add this line at the top:
 # system_turns = "trust"
 # In a rule of prompts, turns = "tool" acts on tool results, and on nothing that a user says.
 """

@@ -99,12 +99,12 @@ def test_it_trains_evaluates_and_predicts(bare, probe):
 def test_a_command_whose_package_is_missing_says_in_a_line_what_to_install(bare, probe):
     tested = DATA / "urgency_test.jsonl"
     for command, remedy in (
-        (f"serve --probe {probe}", "pip install 'sidelight[serve]'"),
-        ("demo", "pip install 'sidelight[serve]'"),
-        (f"eval {probe} --data {tested} --plots plots", "pip install 'sidelight[plots]'"),
-        ("search", "pip install sidelight-lab"),
-        ("label", "pip install sidelight-label"),
-        (f"eval {probe} --data guard:injection:spikee", "pip install sidelight-guards"),
+        (f"serve --probe {probe}", "pip install '.[serve]'"),
+        ("demo", "pip install '.[serve]'"),
+        (f"eval {probe} --data {tested} --plots plots", "pip install '.[plots]'"),
+        ("search", "pip install './lab'"),
+        ("label", "pip install './label'"),
+        (f"eval {probe} --data guard:injection:spikee", "pip install './guards'"),
     ):
         done = bare.run("sidelight", *command.split())
         assert done.returncode == 2, command

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, how_to_install
 
 PACKAGE = "xllamacpp"
 PINNED = "2026.10.11549"
@@ -185,8 +185,8 @@ def require_version() -> None:
     except PackageNotFoundError as error:
         raise SidelightError(
             f"GGUF files are run by the package {PACKAGE} {PINNED}, which is not installed. "
-            "Install it with: pip install 'sidelight[gguf]' (there are wheels for Linux on x86-64 "
-            "and arm64, and for macOS on arm64)"
+            f"{how_to_install('.[gguf]')} There are wheels for Linux on x86-64 and arm64, and for "
+            "macOS on arm64."
         ) from error
     if installed != PINNED:
         raise SidelightError(
