@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError
+from sidelight.machine import lacks_bfloat16
 from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
@@ -109,6 +110,8 @@ class _Trainer:
         texts = zip(training.labels, training.units, strict=True)
         self._units = [[] if np.any(labels) else units for labels, units in texts]
         self._device = device
+        # Without bfloat16 arithmetic, a CPU takes eight times as long for the same products.
+        self._dtype = torch.float32 if lacks_bfloat16(device) else torch.bfloat16
         kept_texts = [torch.ones(len(training), dtype=torch.bool) for _ in left_out]
         for kept, rows in zip(kept_texts, left_out, strict=True):
             kept[rows] = False
@@ -197,11 +200,12 @@ class _Trainer:
     def _train_batch(
         self, runs: Sequence[TrainingRun], batch: Shard, targets: Targets, share: float
     ) -> None:
-        hidden, lengths = batch.hidden.to(self._device), batch.lengths.to(self._device)
+        hidden = batch.hidden.to(self._device, self._dtype)
+        lengths = batch.lengths.to(self._device)
         active = [run for run in runs if run.texts[batch.rows].any()]
-        for group in _sharing_a_matmul(active):
+        for group in _sharing_a_matmul(active, self._dtype):
             losses: list[Tensor] = []
-            for run, columns in zip(group, _project(hidden, group, torch.bfloat16), strict=True):
+            for run, columns in zip(group, _project(hidden, group, self._dtype), strict=True):
                 tokens, wanted, kept = Ragged(columns, lengths), targets, run.texts[batch.rows]
                 if not kept.all():
                     texts = kept.nonzero()[:, 0].to(self._device)
@@ -215,7 +219,7 @@ class _Trainer:
     def _validate(self, runs: Sequence[TrainingRun], validation: Split) -> None:
         targets = validation.targets
         labels = targets.labels.values.numpy()
-        scores = self.score(runs, validation, dtype=torch.bfloat16)
+        scores = self.score(runs, validation, dtype=self._dtype)
         for run, (logits, token_logits) in zip(runs, scores, strict=True):
             judged = np.concatenate(token_logits) if targets.of_tokens else logits
             if np.isfinite(judged).all():
@@ -243,7 +247,7 @@ class _Trainer:
                 batch = states.read(texts)
                 hidden = batch.hidden.to(self._device)
                 units = [split.units[text] for text in texts]
-                for group in _sharing_a_matmul(runs):
+                for group in _sharing_a_matmul(runs, self._dtype):
                     for run, columns in zip(group, _project(hidden, group, dtype), strict=True):
                         tokens = Ragged(columns, batch.lengths.to(self._device))
                         logits[run][texts] = _served(run, tokens, units).cpu().numpy()
@@ -257,11 +261,14 @@ class _Trainer:
         ]
 
 
-def _sharing_a_matmul(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
+def _sharing_a_matmul(runs: Sequence[TrainingRun], dtype: torch.dtype) -> list[list[TrainingRun]]:
     """Runs with up to so many columns, all of normalised states or none; one with more is alone.
 
-    Rounding does not depend on the other runs.
+    Rounding does not depend on the other runs: in float32, whose sums depend on the width of a
+    product, every run is alone.
     """
+    if dtype == torch.float32:
+        return [[run] for run in runs]
     groups: list[list[TrainingRun]] = []
     filled = 0
     for run in sorted(runs, key=lambda run: run.standardisation.is_normalised):

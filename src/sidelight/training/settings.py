@@ -163,7 +163,8 @@ class FitOptions:
         keep_cache: Whether the hidden states stay for other trainings, which share those of a text;
             else a training has them in a folder of its own, which it removes.
         memory_bytes: The most that hidden states may take in memory while training; more are read
-            from disk again in each epoch.
+            from disk again in each epoch. A CPU without bfloat16 arithmetic also holds one batch in
+            float32.
     """
 
     mechanism: MechanismSpec | None = None
