@@ -59,7 +59,8 @@ _TABLE = re.compile(r"(<!-- table of guards: (\w+) -->\n).*?(?=<!-- end -->)", r
 
 
 def build() -> None:
-    """Trains, compares, packages and documents every guard."""
+    """Trains, measures, packages and documents every guard."""
+    commit = _commit_of_build()
     app(["guard", "--model", EMBEDDED_NAME, "--out", str(BUILD)], standalone_mode=False)
     probes = {name: load_probe(BUILD / name) for name in guard_names()}
     for name, probe in probes.items():
@@ -70,7 +71,7 @@ def build() -> None:
         if not record.exists() or json.loads(record.read_bytes())["probe"] != probe.version:
             # A copy of an earlier probe would decide as that one did.
             shutil.rmtree(folder / EMBEDDED_GGUF, ignore_errors=True)
-            write_json(record, _record(name, probe))
+            write_json(record, _record(name, probe, commit))
     write_tables()
 
 
@@ -192,18 +193,35 @@ def _flags(probes: list[Probe], backbone: Backbone, texts: list[Example]) -> lis
     ]
 
 
-def _record(name: str, probe: Probe) -> dict[str, Any]:
+def _commit_of_build() -> str:
+    """The commit that the build began at, which is the present one, without changes to it."""
+    path, head = BUILD / "commit", _git("rev-parse", "HEAD")
+    if not path.exists():
+        if changed := _git("status", "--porcelain", "--", "src", "guards"):
+            sys.exit(f"Commit these changes first, so that build.json can name them:\n{changed}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(head)
+    if (begun := path.read_text()) != head:
+        sys.exit(f"{BUILD} was begun at {begun}. Check that out, or remove the folder.")
+    return begun
+
+
+def _git(*words: str) -> str:
+    command = ["git", *words]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def _record(name: str, probe: Probe, commit: str) -> dict[str, Any]:
     """How a packaged probe was made."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
     history = probe.history
     return {
         "guard": name,
         "version": find_guard(name).card.version,
         "probe": probe.version,
         "command": f"sidelight guard --model {EMBEDDED_NAME}",
-        "commit": commit.stdout.strip(),
+        "commit": commit,
         "date": date.today().isoformat(),
         "texts_sha256": load_guard(name).content_hash,
         "texts": [history.training.rows, len(load_guard(name))],

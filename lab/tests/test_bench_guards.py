@@ -8,6 +8,7 @@ import pytest
 from sidelight.calibration import Calibration
 from sidelight.data.guards import find_guard
 from sidelight.data.loading import load_examples
+from sidelight.errors import SidelightError
 from sidelight.prompts.conversation import Message
 from sidelight.training.background import Background
 from sidelight.training.settings import FitOptions, suggested_settings
@@ -122,6 +123,22 @@ def test_each_text_passes_the_backbone_once_and_tests_come_last(tiny, measure, r
     tested = {tiny.encoder.encode(item.messages).token_ids for item in items}
     assert {*passed[-len(tested) :]} == tested
     assert not (tmp_path / "states").exists()
+
+
+def test_each_draw_trains_on_other_texts_and_figures_are_means_over_draws(
+    measure, background, tmp_path
+):
+    first, second = (Texts.of("shouts", background, 20, draw) for draw in range(2))
+    assert {*first.training.items} != {*second.training.items}
+    assert first.traffic.items == second.traffic.items
+    given = {"names": ["shouts"], "rivals": ["tfidf"], "rows": 20}
+    one = measure(**given, out=tmp_path / "one").results["guards"]["shouts"]["mean"]["tfidf"]
+    two = measure(**given, draws=2, out=tmp_path / "two").results["guards"]["shouts"]["mean"][
+        "tfidf"
+    ]
+    assert one != two
+    with pytest.raises(SidelightError, match="fewer with --rows"):
+        measure(names=["shouts"], rows=None, draws=2, out=tmp_path / "all")
 
 
 def test_recall_is_counted_where_so_much_traffic_is_flagged():

@@ -242,8 +242,9 @@ def draw_texts(
     *,
     sizes: Sequence[int] = (),
     most: int = 0,
+    seed: int = 0,
 ) -> LabelledExamples:
-    """Some of the packaged texts, balanced over sources and labels, the same ones each time.
+    """Some of the packaged texts, balanced over sources and labels.
 
     All rows of one's own stay, and count as they do beside so many.
 
@@ -252,12 +253,14 @@ def draw_texts(
         count: How many; None draws as many as have ``most`` in all.
         sizes: Of each text.
         most: The sum of the sizes of what is drawn.
+        seed: Decides which texts are drawn.
     """
     is_own = np.zeros(len(examples)) if examples.weights is None else examples.weights > 1
     packaged, own = np.flatnonzero(is_own == 0), np.flatnonzero(is_own)
     # All background is one source: its many would outweigh the others.
     sources, labels = examples.sources, examples.label_names()
-    order = packaged[balanced_order([(sources[row], tuple(labels[row])) for row in packaged])]
+    strata = [(sources[row], tuple(labels[row])) for row in packaged]
+    order = packaged[balanced_order(strata, seed=seed)]
     if count is None:
         count = int(np.searchsorted(np.cumsum(np.asarray(sizes)[order]), most, side="right"))
     rows = np.sort(order[:count])

@@ -69,7 +69,7 @@ _HOW = (
     "row was trained on, or of a guard of answers, the answers in them: how many are flagged at "
     "that threshold, and the recall where at most 1 % or 4 % of them are flagged. `ours` is what "
     "`sidelight train --data guard:NAME` makes; other rows are trained on the same texts, alone. "
-    "AUROC has its 95 % bootstrap interval over test texts; of several seeds, figures are means."
+    "AUROC has its 95 % bootstrap interval over test texts; figures are means over draws and seeds."
 )
 
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -152,8 +152,8 @@ class Texts:
     traffic: LabelledExamples
 
     @staticmethod
-    def of(name: str, background: Background, rows: int | None) -> "Texts":
-        """Draws them, the same ones each time."""
+    def of(name: str, background: Background, rows: int | None, draw: int = 0) -> "Texts":
+        """One draw of the training texts; the rest is the same for all draws."""
         whole = load_examples(f"guard:{name}")
         reads_answers = whole.items[0].response is not None
         sources = [str(cells.get("source")).removeprefix("background:") for cells in whole.rows]
@@ -168,11 +168,11 @@ class Texts:
         unseen = {*left_out.conversations}
         hidden = {*(left_out.sources or ())}
         texts = whole.select(row for row, own in enumerate(sources) if own not in hidden)
-        drawn = draw_texts(texts, rows or len(texts))
+        drawn = draw_texts(texts, rows or len(texts), seed=draw)
         shown = background.select(
             row for row, turns in enumerate(background.conversations) if turns not in unseen
         )
-        conversations = choose_conversations(left_out, drawn)[0].conversations
+        conversations = choose_conversations(left_out, texts)[0].conversations
         items = map(_answered if reads_answers else Example, conversations)
         kept = tuple(item for item in items if item is not None)[:_CONVERSATIONS]
         negative = np.zeros(len(kept), np.int64)
@@ -194,6 +194,7 @@ def measure_guards(
     rivals: Sequence[str],
     seeds: int,
     out: Path,
+    draws: int = 1,
     rows: int | None = None,
     options: FitOptions | None = None,
 ) -> Record:
@@ -205,6 +206,7 @@ def measure_guards(
         background: Ordinary traffic, of which a part is left out to measure in.
         rivals: Some of ``RIVALS``.
         seeds: Of the probes; other rows have one.
+        draws: How often ``rows`` texts are drawn, each draw with other texts.
         out: Folder that keeps the figures of finished guards, which another run does not repeat,
             and until the end the hidden states.
         rows: The most training texts of each guard.
@@ -213,6 +215,8 @@ def measure_guards(
     for rival in rivals:
         if rival not in RIVALS:
             raise SidelightError(f"Unknown rival '{rival}'.{did_you_mean(rival, RIVALS)}")
+    if draws > 1 and rows is None:
+        raise SidelightError("All texts can be drawn in one way alone. Name fewer with --rows.")
     given = options or FitOptions()
     # Where there is none, the error says what to install.
     installed = guard_names() or ["injection"]
@@ -232,7 +236,7 @@ def measure_guards(
             notes.append(f"The row 'encoder' is left out: {error}")
             rivals = [rival for rival in rivals if rival != "encoder"]
     found: dict[str, Any] = {}
-    fits = seeds * (1 + len({*rivals} & {*_PAPER})) + len({*rivals} - {*_PAPER})
+    fits = draws * (seeds * (1 + len({*rivals} & {*_PAPER})) + len({*rivals} - {*_PAPER}))
     steps = sum(fits + 1 + len(guard.card.tests) for guard in guards.values())
     with progress("Measuring guards", steps, unit="steps") as advance, quiet():
         for name, guard in guards.items():
@@ -245,13 +249,13 @@ def measure_guards(
                 },
                 "background": [background.conversations, background.sources],
                 "options": repr(given),
-                "rows": (rows, seeds, *rivals),
+                "rows": (rows, draws, seeds, *rivals),
             }
             kept = out / "guards" / f"{name}-{digest(who)[:12]}.json"
             if kept.exists():
                 advance(fits + 1 + len(guard.card.tests))
             else:
-                texts = Texts.of(name, background, rows)
+                texts = [Texts.of(name, background, rows, draw) for draw in range(draws)]
                 options = replace(
                     given,
                     reads=replace(READS, side=guard.card.reads),
@@ -262,7 +266,7 @@ def measure_guards(
                 write_json(kept, _measure(backbone, guard, texts, rivals, seeds, options, done))
             found[name] = json.loads(kept.read_text("utf-8"))
     shutil.rmtree(out / "states", ignore_errors=True)
-    settings = {"rows": rows or "all", "seeds": seeds}
+    settings = {"rows": rows or "all", "draws": draws, "seeds": seeds}
     sections = [_HOW, *notes]
     for name, figures in found.items():
         sections += guard_sections(name, figures)
@@ -272,25 +276,26 @@ def measure_guards(
 def _measure(
     backbone: TransformersBackbone,
     guard: Guard,
-    texts: Texts,
+    draws: Sequence[Texts],
     rivals: Sequence[str],
     seeds: int,
     options: FitOptions,
     done: Callable[[], object],
 ) -> dict[str, Any]:
-    """Figures of all rows of a guard, by test."""
-    task, own_states = texts.training.task, options.cache_root
+    """Figures of all rows of a guard, by test; means over draws and seeds."""
+    texts, own_states = draws[0], options.cache_root
     assert own_states is not None
-    rows: list[Row] = []
-    for row in (OURS, *(rival for rival in rivals if rival in _PAPER)):
-        for seed in range(seeds):
-            rows.append(_probe(backbone, row, texts, options, seed))
-            done()
-    alone = make_split(backbone, texts.training, options)
-    for rival in rivals:
-        if rival not in _PAPER:
-            rows.append(_rival(rival, alone, backbone))
-            done()
+    task, rows = texts.training.task, list[Row]()
+    for drawn in draws:
+        for row in (OURS, *(rival for rival in rivals if rival in _PAPER)):
+            for seed in range(seeds):
+                rows.append(_probe(backbone, row, drawn, options, seed))
+                done()
+        alone = make_split(backbone, drawn.training, options)
+        for rival in rivals:
+            if rival not in _PAPER:
+                rows.append(_rival(rival, alone, backbone))
+                done()
     # Judging never cuts.
     options = replace(options, max_tokens=backbone.encoder.max_tokens)
     traffic = [np.empty(0) for _ in rows]
@@ -375,7 +380,7 @@ def measure_rows(
     traffic: Sequence[Float[np.ndarray, " conversation"]],
     task: Task,
 ) -> dict[str, Draws]:
-    """Figures of each row on a test, means over its seeds.
+    """Figures of each row on a test, means over its draws and seeds.
 
     Args:
         rows: Each with one seed.

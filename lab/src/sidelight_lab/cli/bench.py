@@ -248,6 +248,9 @@ def bench_spans(
     default="pooling,gate,attention,mean_last_layer,means_all_layers,tfidf,encoder",
     help="What stands beside it.  ",
 )
+@click.option(
+    "--draws", type=options.AT_LEAST_ONE, default=1, help="Draw --rows texts so often, and average."
+)
 @click.option("--seeds", type=options.AT_LEAST_ONE, default=1, help="Of ours and the mechanisms.")
 @options.out
 @options.as_json
