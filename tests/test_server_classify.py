@@ -3,9 +3,9 @@
 import pytest
 
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.policy.rules import Policy, Rule
+from sidelight.policy.rules import Rule
 from sidelight.prompts.conversation import Message, Reads
-from sidelight.server.classify import _classification
+from sidelight.server.classify import classification_of
 from worlds.models import (
     INTENT,
     PIECES,
@@ -15,7 +15,7 @@ from worlds.models import (
     three_probes,
     untrained_probe,
 )
-from worlds.servers import ENGINE_ROUNDING, MODEL, in_process, served
+from worlds.servers import ENGINE_ROUNDING, MODEL, served, under_rules
 
 TEXT = "Where is my refund?"
 TURNS = [{"role": "user", "content": TEXT}]
@@ -44,17 +44,6 @@ def refusal(http, headers=None, **body):
     answer = http.post("/classify", json=body, headers=headers)
     error = answer.json()["error"]
     return answer.status_code, error["code"], error["param"], error["message"]
-
-
-def serving(tiny, probes, rules=None, **options):
-    """Our server of these probes, whose rules are given by name."""
-    sides = {probe.name: "output" if probe.reads.includes_response else "input" for probe in probes}
-    policy = {
-        side: {name: rule for name, rule in (rules or {}).items() if sides[name] == side}
-        for side in ("input", "output")
-    }
-    engine = TransformersEngine(tiny, probes)
-    return in_process(engine, policy=Policy(**policy), admin_key=ADMIN, **options)
 
 
 @pytest.mark.parametrize("path", ["/classify", "/v1/classify"])
@@ -89,7 +78,7 @@ def test_probabilities_are_in_the_order_in_which_the_models_list_the_labels(http
 def test_a_binary_label_is_positive_if_and_only_if_the_rule_flags(tiny, threshold):
     """Also where the other label is the more probable one."""
     probe = untrained_probe(tiny, "toxicity")
-    with serving(tiny, [probe], {"toxicity": Rule("flag", threshold=threshold)}) as http:
+    with under_rules(tiny, [probe], {"toxicity": Rule("flag", threshold=threshold)}) as http:
         found = classify(http, input=[TEXT, "a", "x"])["data"]
     assert len({max(each["probs"]) == each["probs"][1] for each in found}) == 2
     assert {each["label"] for each in found} == {"fine" if threshold else "toxic"}
@@ -110,14 +99,14 @@ def test_a_binary_label_is_positive_if_and_only_if_the_rule_flags(tiny, threshol
 )
 def test_the_label_is_the_highest_scoring_one_that_holds(task, thresholds, label):
     scores = {name: [0.4, 0.6, 0.1][index] for index, name in enumerate(task.labels)}
-    found = _classification(0, task.decide("probe", scores, thresholds))
+    found = classification_of(0, task.decide("probe", scores, thresholds))
     assert (found.label, found.probs) == (label, [*scores.values()])
 
 
 def test_a_label_of_a_span_holds_whatever_the_text_scores():
     scores = dict.fromkeys(PIECES.labels, 0.1)
     verdict = PIECES.decide("words", scores, dict.fromkeys(PIECES.labels, 0.9), marked=["PLACE"])
-    assert _classification(0, verdict).label == "PLACE"
+    assert classification_of(0, verdict).label == "PLACE"
 
 
 def test_a_conversation_is_classified_as_a_chat_is(http):
@@ -156,7 +145,7 @@ def test_the_model_means_a_probe_or_the_only_one_that_reads_prompts(tiny, http):
     assert "Did you mean 'toxicity'?" in message
     probes = [untrained_probe(tiny, "toxicity"), untrained_probe(tiny, "newer")]
     late = untrained_probe(tiny, "refusal", reads=Reads("response"))
-    with serving(tiny, [*probes, late], {"newer": Rule("shadow")}) as alone:
+    with under_rules(tiny, [*probes, late], {"newer": Rule("shadow")}) as alone:
         for body in ({}, {"model": MODEL}, {"model": "toxicity"}):
             assert classify(alone, input=TEXT, **body)["model"] == "toxicity"
         status, code, _, message = refusal(alone, input=TEXT, model="newer")
@@ -166,11 +155,11 @@ def test_the_model_means_a_probe_or_the_only_one_that_reads_prompts(tiny, http):
 
 def test_without_a_reported_probe_of_prompts_the_refusal_says_why(tiny):
     late = untrained_probe(tiny, "refusal", reads=Reads("response"))
-    with serving(tiny, [late]) as http:
+    with under_rules(tiny, [late]) as http:
         status, code, _, message = refusal(http, input=TEXT)
         assert (status, code) == (400, "probe_required")
         assert "refusal" in message
-    with serving(tiny, [untrained_probe(tiny, "newer")], {"newer": Rule("shadow")}) as http:
+    with under_rules(tiny, [untrained_probe(tiny, "newer")], {"newer": Rule("shadow")}) as http:
         status, code, _, message = refusal(http, input=TEXT)
         assert (status, code) == (400, "no_prompt_probe")
         assert "shadow" in message
@@ -188,7 +177,7 @@ def test_what_a_policy_withholds_is_withheld(tiny):
     names = ("labelled", "hidden", "other")
     probes = [untrained_probe(tiny, name, threshold=0.0) for name in names]
     rules = {"labelled": Rule("block"), "hidden": Rule("flag", disclose="none")}
-    with serving(tiny, probes, rules) as http:
+    with under_rules(tiny, probes, rules) as http:
         key = {"Authorization": f"Bearer {ADMIN}"}
         (found,) = classify(http, model="labelled", input=TEXT)["data"]
         assert (found["label"], found["probs"]) == ("toxic", [0.0, 1.0])
@@ -240,7 +229,7 @@ def test_fields_with_the_values_of_vllms_own_clients_are_accepted(http):
 def test_a_text_without_a_verdict_ends_the_request(tiny):
     """An entry less would look like a harmless text."""
     probe = untrained_probe(tiny, "words", reads=Reads(template=False))
-    with serving(tiny, [probe]) as http:
+    with under_rules(tiny, [probe]) as http:
         status, code, _, message = refusal(http, input=[TEXT, ""])
         assert (status, code) == (400, "verdict_failed")
         assert "Text 1" in message

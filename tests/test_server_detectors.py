@@ -3,11 +3,11 @@
 import pytest
 
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.policy.rules import Policy, Rule
+from sidelight.policy.rules import Rule
 from sidelight.prompts.conversation import Reads
 from sidelight.server.errors import DETECTORS
 from worlds.models import broken, spans_probe, three_probes, untrained_probe
-from worlds.servers import ENGINE_ROUNDING, http_client, in_process, served
+from worlds.servers import ENGINE_ROUNDING, http_client, served, under_rules
 
 TEXT = "Where is my réfund? 🙂 Ask Ann."
 TURNS = [{"role": "user", "content": TEXT}]
@@ -52,16 +52,6 @@ def refusal(http, route, detector=None, headers=None, **body):
 def verdicts(http, texts):
     results = http.post("/v1/moderations", json={"input": texts}).json()["results"]
     return [{v["probe"]: v for v in one["sidelight"]["verdicts"]} for one in results]
-
-
-def serving(tiny, probes, rules=None, **options):
-    sides = {probe.name: "output" if probe.reads.includes_response else "input" for probe in probes}
-    policy = {
-        side: {name: rule for name, rule in (rules or {}).items() if sides[name] == side}
-        for side in ("input", "output")
-    }
-    engine = TransformersEngine(tiny, probes)
-    return in_process(engine, policy=Policy(**policy), admin_key=ADMIN, **options)
 
 
 def test_each_text_has_a_list_of_what_probes_of_prompts_flag_in_it(http):
@@ -178,7 +168,7 @@ def test_what_would_be_ignored_is_refused_in_the_words_of_the_api(http, route, b
 
 def test_every_failure_has_the_shape_of_the_api(tiny):
     probe = untrained_probe(tiny, "toxicity")
-    with serving(tiny, [broken(probe)]) as http:
+    with under_rules(tiny, [broken(probe)]) as http:
         assert refusal(http, "contents")[0] == 500
     options = {"api_key": KEY, "max_body_bytes": 200}
     with served(TransformersEngine(tiny, [probe]), **options) as address, http_client(address) as h:
@@ -203,7 +193,7 @@ def test_what_a_policy_withholds_is_withheld(tiny):
         "newer": Rule("shadow"),
         "words": Rule("flag", disclose="labels"),
     }
-    with serving(tiny, probes, rules) as http:
+    with under_rules(tiny, probes, rules) as http:
         (found,) = detect(http, "contents", contents=[TEXT])
         assert {one["detection"] for one in found} == {"labelled", "words"}
         assert {one["score"] for one in found} == {1.0}
@@ -225,7 +215,7 @@ def test_probes_in_shadow_mode_are_counted_and_stop_nothing(tiny):
         untrained_probe(tiny, "newer", threshold=0.0),
         untrained_probe(tiny, "later", reads=Reads("response"), threshold=0.0),
     ]
-    with serving(tiny, probes, dict.fromkeys(("newer", "later"), Rule("shadow"))) as http:
+    with under_rules(tiny, probes, dict.fromkeys(("newer", "later"), Rule("shadow"))) as http:
         assert detect(http, "contents") == [[], []]
         assert detect(http, "chat") == []
         assert detect(http, "generation") == []
@@ -238,6 +228,6 @@ def test_probes_in_shadow_mode_are_counted_and_stop_nothing(tiny):
 @pytest.mark.parametrize("late", [False, True])
 def test_without_a_probe_that_reads_it_nothing_looks_clean(tiny, late):
     probe = untrained_probe(tiny, "only", reads=Reads("response") if late else Reads())
-    with serving(tiny, [probe]) as http:
+    with under_rules(tiny, [probe]) as http:
         for route in ("contents", "chat") if late else ("generation",):
             assert refusal(http, route)[0] == 400

@@ -5,8 +5,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -25,7 +25,8 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.cli import main
 from sidelight.engines.base import Engine, Finished, PromptJudged, Sampling, TextDelta
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.policy.rules import Policy
+from sidelight.policy.rules import Policy, Rule, side_of
+from sidelight.probe import Probe
 from sidelight.prompts.conversation import Message
 from sidelight.server.app import create_app, server_settings
 from sidelight.server.config import ServerConfig
@@ -209,6 +210,22 @@ def in_process(engine: Engine, **options: Any) -> Iterator[TestClient]:
     app = app_of(engine, **options)
     with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
         yield client
+
+
+def under_rules(
+    backbone: TransformersBackbone,
+    probes: Sequence[Probe],
+    rules: Mapping[str, Rule] | None = None,
+    **options: Any,
+) -> AbstractContextManager[TestClient]:
+    """A client of a server of these probes, whose rules are given by name, with an admin key."""
+    sides = {probe.name: side_of(probe) for probe in probes}
+    policy = {
+        side: {name: rule for name, rule in (rules or {}).items() if sides[name] == side}
+        for side in ("input", "output")
+    }
+    engine = TransformersEngine(backbone, probes)
+    return in_process(engine, policy=Policy(**policy), admin_key="admin-key", **options)
 
 
 @contextmanager

@@ -132,12 +132,13 @@ async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyRes
         id=f"classify-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=bound.name,
-        data=[_classification(index, each.verdict) for index, each in enumerate(told)],
+        data=[classification_of(index, each.verdict) for index, each in enumerate(told)],
         usage=CompletionUsage(prompt_tokens=tokens, completion_tokens=0, total_tokens=tokens),
     )
 
 
-def _classification(index: int, verdict: Verdict | None) -> Classification:
+def classification_of(index: int, verdict: Verdict | None) -> Classification:
+    """A verdict in the shape of vLLM's classification API."""
     assert verdict is not None, "check refuses a text without one"
     probabilities = verdict.probabilities
     label = max(verdict.labels, key=probabilities.__getitem__, default=NONE)
