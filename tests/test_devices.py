@@ -42,6 +42,12 @@ def on(device: torch.device) -> TransformersBackbone:
     return backbone
 
 
+@pytest.fixture(autouse=True)
+def one_arithmetic(monkeypatch):
+    """Training in bfloat16 on both devices, also where a CPU would rather train in float32."""
+    monkeypatch.setattr("sidelight.training.loop.lacks_bfloat16", lambda device: False)
+
+
 @pytest.fixture(scope="module")
 def there():
     """The tiny backbone on the pretended device, for the tests of this file."""

@@ -62,4 +62,4 @@ def test_evaluation_names_the_extra_before_it_looks_at_the_probe(monkeypatch, tm
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     absent = str(tmp_path / "absent")
     assert cli("eval", absent, "--data", absent, "--plots", str(tmp_path)) == 2
-    assert "sidelight[plots]" in capsys.readouterr().err
+    assert "pip install '.[plots]'" in capsys.readouterr().err

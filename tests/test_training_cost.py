@@ -70,7 +70,9 @@ def test_texts_with_responses_or_spans_are_trained_without_contexts(tiny, texts)
 
 
 def test_an_estimate_says_minutes_or_hours_and_gigabytes():
-    said = [str(TrainingEstimate(1, 14_300_000_000, seconds)) for seconds in (20, 840, 36_000)]
+    said = [
+        str(TrainingEstimate(1, 14_300_000_000, seconds)) for seconds in (20.0, 840.0, 36_000.0)
+    ]
     assert [text.split(" on ")[0] for text in said] == [
         "about 2 minutes", "about 14 minutes", "about 10 hours",
     ]  # fmt: skip
