@@ -397,6 +397,14 @@ def test_a_missing_label_names_an_option_of_the_command(command, untrained, tmp_
     app.get_command(None, command).make_context(command, [*arguments[1:], option, value])
 
 
+@pytest.mark.parametrize("arguments", [["--data", "guard:refusal"], ["--response", "answer"]])
+def test_background_is_refused_for_a_probe_of_answers(arguments, tmp_path, capsys):
+    rows = labelled_rows(tmp_path / "rows.jsonl", ["yes", "no"] * 4)
+    ours = ["train", "--data", rows, *arguments, "--background", rows, "--out", tmp_path / "out"]
+    assert cli(*ours) == 2
+    assert "--background has prompts alone" in capsys.readouterr().err
+
+
 def test_the_help_names_every_option_that_can_be_set():
     (own,) = (option for option in train.params if option.name == "assigned")
     for name in (*INPUT_SETTINGS, *_kinds()):

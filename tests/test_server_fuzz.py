@@ -221,6 +221,15 @@ def test_no_text_or_list_that_fills_a_body_takes_long_or_is_blamed_at_length(roo
                 assert len(error["message"]) < 5000, place
 
 
+def test_a_body_of_a_million_lists_is_parsed_at_once(roomy):
+    """The garbage collector would visit them again and again."""
+    sent = b'{"input":[' + b"[]," * (ROOM // 3) + b"[]]}"
+    begin = time.process_time()
+    answer = roomy.post("/v1/moderations", content=sent, headers=JSON, timeout=60)
+    assert time.process_time() - begin < 1.0
+    assert answer.status_code == 400
+
+
 @SOME
 @given(data=st.data(), path=PATHS, half_closes=st.booleans())
 def test_a_client_may_leave_at_any_byte(address, data, path, half_closes):

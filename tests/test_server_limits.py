@@ -250,17 +250,25 @@ def ending(kind=None, *, deadline=0.001):
 
 
 def test_a_request_that_outlasts_the_servers_end_is_told_so():
-    async def main():
-        task = asyncio.create_task(answer(ending(deadline=60), sent))
+    """Without an exception, of which uvicorn would log the traceback."""
+
+    async def cancelled(kind, sent):
+        task = asyncio.create_task(answer(ending(kind, deadline=60), sent))
         await asyncio.sleep(0)
         task.cancel()
         await task
 
-    sent = []
+    plain, streamed = [], []
+    asyncio.run(cancelled(None, plain))
+    assert plain[0]["status"] == 503
+    assert json.loads(plain[1]["body"])["error"]["code"] == "shutting_down"
+    asyncio.run(cancelled(b"text/event-stream", streamed))
+    event = json.loads(streamed[-1]["body"].removeprefix(b"data: "))
+    assert event["error"]["code"] == "shutting_down"
+    assert not streamed[-1].get("more_body")
+    # Nothing can be added to another kind of answer.
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(main())
-    assert sent[0]["status"] == 503
-    assert json.loads(sent[1]["body"])["error"]["code"] == "shutting_down"
+        asyncio.run(cancelled(b"application/json", []))
 
 
 def test_a_request_past_its_deadline_is_an_error_and_its_stream_has_no_done():

@@ -97,6 +97,10 @@ def train(
 
     fit_options, prompt_format = _fit_options(inputs, mechanism, assigned, of_spans=bool(spans))
     fit_options = replace(fit_options, threshold=ThresholdRule.parse(threshold))
+    if background not in (None, "none") and fit_options.reads.includes_response:
+        raise SidelightError(
+            "--background has prompts alone, and the probe would read answers. Leave it out."
+        )
     name = name or out.resolve().name
     require_name(name)
     require_free(out, force=force)

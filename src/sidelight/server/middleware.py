@@ -37,9 +37,9 @@ class RequestScope:
     template of their route, never by path or query. Crashes are answered here, since Starlette's
     own handler is outside all middleware: its answer would have no id.
 
-    The deadline cancels the request, which frees its place in the engine. An answer that has not
-    begun becomes a 504. A stream of events ends with an error event and no ``[DONE]``; any other
-    answer that has begun is cut off.
+    The deadline cancels the request, which frees its place in the engine, and so does the end of
+    the server. An answer that has not begun becomes a 504 or 503. A stream of events ends with an
+    error event and no ``[DONE]``; any other answer that has begun is cut off.
 
     Args:
         app: What answers.
@@ -76,23 +76,19 @@ class RequestScope:
         try:
             async with timeout:
                 await self._app(scope, receive, named)
-        except asyncio.CancelledError:
-            # Uvicorn gives up what outlasts its graceful shutdown.
-            if content_type is None:
-                error = RequestError(
-                    "The server is stopping and cancelled the request. Send it again later.",
-                    status=503,
-                    code="shutting_down",
-                )
-                await error.answer(scope)(scope, receive, named)
-            raise
         # Whatever fails: the answer to a crash must have the id under which it is logged.
-        except Exception as failure:
-            is_late = isinstance(failure, TimeoutError) and timeout.expired()
-            error = self._lateness() if is_late else _crash(observer.request_id)
+        except (Exception, asyncio.CancelledError) as failure:
+            is_cut = True
+            if isinstance(failure, asyncio.CancelledError):
+                # Uvicorn gives up what outlasts its graceful shutdown, and would log the traceback.
+                error = _stopping()
+            elif isinstance(failure, TimeoutError) and timeout.expired():
+                error = self._lateness()
+            else:
+                error, is_cut = _crash(observer.request_id), False
             if content_type is None:
                 await error.answer(scope)(scope, receive, named)
-            elif is_late and content_type.startswith("text/event-stream"):
+            elif is_cut and content_type.startswith("text/event-stream"):
                 event = f"data: {json.dumps(error.body)}\n\n".encode()
                 await send({"type": "http.response.body", "body": event})
             else:
@@ -135,6 +131,14 @@ class RequestScope:
 def _route(scope: Scope) -> str:
     """The template of the route; all unknown routes share one."""
     return getattr(scope.get("route"), "path", "other")
+
+
+def _stopping() -> RequestError:
+    return RequestError(
+        "The server is stopping and cancelled the request. Send it again later.",
+        status=503,
+        code="shutting_down",
+    )
 
 
 def _crash(request_id: str) -> RequestError:

@@ -1,10 +1,11 @@
 """A request at a route: its body, the parts of the server that answer it, and their limits."""
 
 import asyncio
+import gc
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -119,9 +120,10 @@ class ServerRequest(Request):
             )
         self._received = bytes(received)
         try:
-            self._value = jiter.from_json(
-                self._received, allow_inf_nan=False, catch_duplicate_keys=True
-            )
+            with _without_collection():
+                self._value = jiter.from_json(
+                    self._received, allow_inf_nan=False, catch_duplicate_keys=True
+                )
         except ValueError as error:
             raise RequestError(f"The body is not valid JSON: {error}.") from error
 
@@ -204,6 +206,21 @@ class ServerRequest(Request):
                     f"texts at a time{remedy}.",
                     code="request_too_large",
                 )
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Pauses the garbage collector, which visits a growing tree of lists over and over.
+
+    No other request is served while a body is parsed: a million empty lists take 0.1 s, not 1.4.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Route(APIRoute):
