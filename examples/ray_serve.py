@@ -11,6 +11,7 @@ from sidelight.artifact import load_probe
 from sidelight.backbone import load_backbone
 from sidelight.engines.base import Engine, EngineUnavailableError
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.guards import named_sources, probe_folders
 from sidelight.probe import Probe
 from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig
@@ -20,7 +21,7 @@ class Settings(BaseModel, extra="forbid"):
     """What stands behind ``ray_serve:app`` as NAME=VALUE, or as ``args`` in a Serve config file.
 
     Paths are those of every machine: a shared disk, or the same folders on each. Several probes
-    have a colon between them.
+    have a colon between them: ``guard:injection:/probes/intent``.
     """
 
     probes: str
@@ -48,7 +49,8 @@ def app(settings: Settings) -> serve.Application:
     def replica_app() -> FastAPI:
         # Ray sends no request before this returns, so the model may load in it. Without a key
         # the replica does not start: Ray may listen beyond this machine.
-        probes = [load_probe(folder) for folder in settings.probes.split(os.pathsep)]
+        folders = probe_folders(named_sources(settings.probes), settings.model)
+        probes = [load_probe(folder) for folder in folders]
         key = os.environ.get("SIDELIGHT_API_KEY", "")
         config = ServerConfig(policy=settings.policy, api_key=(key,))
         return create_app(engine_of(settings, probes), config)

@@ -62,6 +62,13 @@ def local_name(guard: Guard) -> str:
     return f"{guard.name}@{guard.card.version}"
 
 
+def named_sources(text: str) -> list[str]:
+    """The folders and guards in a list with the separator of paths (``os.pathsep``)."""
+    # It may be the colon of guard:NAME, at the start of a name.
+    separator, guard = re.escape(os.pathsep), PREFIX[:-1]
+    return [*filter(None, re.split(f"(?<!^{guard})(?<!{separator}{guard}){separator}", text))]
+
+
 def probe_folders(
     sources: Iterable[str | Path],
     model: str | None = None,

@@ -13,7 +13,6 @@ Without either, the plugin does nothing.
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,10 +22,9 @@ from transformers import AutoTokenizer
 
 from sidelight.artifact import load_probe
 from sidelight.backbone import read_backbone
-from sidelight.data.guards import PREFIX
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.fingerprint import Fingerprint
-from sidelight.guards import probe_folders
+from sidelight.guards import named_sources, probe_folders
 from sidelight.manifest import require_distinct_names
 from sidelight.probe import Probe, common_format
 from sidelight.prompts.encode import PromptEncoder
@@ -119,11 +117,7 @@ def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The probes' folders; None: ``additional_config[KEY]`` and the environment name none."""
     if "probes" in config:
         return tuple(map(str, config["probes"]))
-    named = os.environ.get(ENVIRONMENT, "")
-    # The separator of paths may be the colon of guard:NAME, at the start of a name.
-    separator, guard = re.escape(os.pathsep), PREFIX[:-1]
-    names = re.split(f"(?<!^{guard})(?<!{separator}{guard}){separator}", named)
-    return tuple(filter(None, names)) or None
+    return tuple(named_sources(os.environ.get(ENVIRONMENT, ""))) or None
 
 
 def named_columns() -> int:
