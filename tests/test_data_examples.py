@@ -1,5 +1,7 @@
 """Loaded texts are what the rows say, and their parts keep texts whole and labels in proportion."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -227,6 +229,56 @@ def test_versions_of_a_text_stay_together(count):
     part = examples.select(range(0, 3 * count, 3))
     assert part.distinct == count
     assert part.grouping_warnings() == ()
+
+
+def test_rows_with_one_value_in_a_column_stay_together():
+    """Texts that share a document or an attack, whatever else they hold."""
+    words = [text for text, _ in versions(60)[::3]]
+    rows = [
+        {"text": word, "label": n % 2, "document": n // 6 if n < 30 else None, "attack": ""}
+        for n, word in enumerate(words)
+    ]
+    rows[0]["attack"] = rows[59]["attack"] = "Ignore this."
+    examples = load_examples(rows)
+    assert examples.distinct == 60
+    grouped = replace(examples, group_columns=("attack", "document"))
+    assert grouped.distinct == 60 - 25 - 1
+    documents = np.array(
+        [-1 - n if row["document"] is None else row["document"] for n, row in enumerate(rows)]
+    )
+    for fold in grouped.folds(5, seed=0):
+        assert {*documents[fold]}.isdisjoint(documents[np.setdiff1d(np.arange(60), fold)])
+        assert (0 in fold) == (59 in fold)
+    (warning,) = grouped.grouping_warnings()
+    assert warning.startswith(
+        "31 texts are near-duplicates of others, or share their attack or document"
+    )
+    assert grouped.select(range(30)).distinct == 5
+
+
+def test_a_column_that_would_join_most_texts_gives_way_before_the_one_named_first():
+    words = [text for text, _ in versions(60)[::3]]
+    rows = [
+        {"text": word, "label": n % 2, "document": "the same", "attack": n // 2}
+        for n, word in enumerate(words)
+    ]
+    examples = replace(load_examples(rows), group_columns=("attack", "document"))
+    assert examples.distinct == 30
+
+
+def test_a_long_text_with_a_paragraph_more_is_a_version_of_it():
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice([*"abcdefghijklmnopqrstuvwxyz"], 6)) for _ in range(3000)]
+    rows = []
+    for n in range(20):
+        text = [*random.choice(words, 800)]
+        place = random.integers(800)
+        inserted = [*text[:place], *random.choice(words, 60), *text[place:]]
+        rows += [(" ".join(text), n % 2), (" ".join(inserted), n % 2)]
+    examples = load_examples(rows)
+    assert examples.distinct == 20
+    for fold in examples.folds(5, seed=0):
+        assert len({*(fold // 2).tolist()}) == len(fold) / 2
 
 
 def test_texts_that_differ_in_numbers_alone_stay_together_however_many_they_are():

@@ -120,6 +120,8 @@ class Examples:
             `select` or `split` does not inherit them.
         compared: Which texts are near-duplicates, if the whole that these are a part of was
             compared; None compares them when it is needed.
+        group_columns: Columns that say which texts belong together: `split` and `folds` keep rows
+            with one value in one of them together, as they do near-duplicates.
     """
 
     items: tuple[Example, ...]
@@ -127,6 +129,7 @@ class Examples:
     skipped: Skipped = field(default_factory=Skipped)
     warnings: tuple[str, ...] = ()
     compared: NearDuplicates | None = None
+    group_columns: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -242,9 +245,11 @@ class Examples:
         groups, divided = self._grouping
         first = np.unique(self._near_duplicates.texts, return_index=True)[1]
         alike = int((np.bincount(groups[first])[groups] > 1).sum())
+        shared = " or ".join(self.group_columns)
+        shares = f", or share their {shared} with others" if shared else ""
         warnings = {
-            f"{alike} texts are near-duplicates of others: such texts stay in one fold, or on "
-            "one side of a split.": alike,
+            f"{alike} texts are near-duplicates of others{shares}: such texts stay in one fold, or "
+            "on one side of a split.": alike,
             f"{divided} texts are near-duplicates of so many others that folds would be "
             "impossible if they stayed together: they are parted, and the figures flatter the "
             "probe. Give texts that differ in more than a few words, or others to validate on "
@@ -265,7 +270,8 @@ class Examples:
     @cached_property
     def _grouping(self) -> tuple[Int[Numbers, " row"], int]:
         """The group of each row, which stays together, and how many rows' groups were divided."""
-        return self._near_duplicates.groups(self._strata())
+        columns = ([_group_of(cells, name) for cells in self.rows] for name in self.group_columns)
+        return self._near_duplicates.joined_by(columns).groups(self._strata())
 
     def label_names(self) -> list[list[str]]:
         """The labels of each text; none of texts without labels."""
@@ -278,6 +284,12 @@ class Examples:
     def _strata(self) -> Bool[Flags, "row stratum"]:
         """The groups of rows whose shares a split keeps: one per label, or all rows in one."""
         return np.ones((len(self), 1), dtype=np.bool_)
+
+
+def _group_of(cells: Mapping[str, object], column: str) -> object:
+    """The value of a row in a column of groups; None: it belongs to no other."""
+    cell = cells.get(column)
+    return None if is_missing(cell) else str(cell)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -58,6 +58,8 @@ class Card(BaseModel, extra="forbid", frozen=True):
         labels: The negative and the positive class; None if it labels spans.
         version: Of its texts; a change of them, or of the threshold of the trained probe, is one.
         rationale: The column of the words that a text is positive for, where they are known.
+        groups: Columns of which rows with one value stay in one fold, such as the document that
+            several texts were made from.
         sources: Of the training texts, by the column ``source``.
     """
 
@@ -67,6 +69,7 @@ class Card(BaseModel, extra="forbid", frozen=True):
     version: PositiveInt = 1
     labels: Annotated[tuple[str, str], AfterValidator(_require_classes)] | None = None
     rationale: str | None = None
+    groups: tuple[str, ...] = ()
     noise: str
     languages: str
     limits: tuple[str, ...]

@@ -89,6 +89,7 @@ def load_examples(
         SidelightError: The source cannot be read, or a row is malformed; the message names the
             place and the remedy.
     """
+    groups: tuple[str, ...] = ()
     if (guard := guard_of(source)) is None:
         rows = read_rows(source, split=split, text=text, label=label or "label")
     else:
@@ -104,6 +105,7 @@ def load_examples(
         if task is None and guard.card.labels is not None:
             task = Task("binary", guard.card.labels)
         rationale = guard.card.rationale if guard.test is None else None
+        groups = guard.card.groups
     label = label if spans is None else None
     named = {"text": text, "response": response, "spans": spans, "set rationale": rationale}
     columns = _find_columns(rows, label, named)
@@ -134,6 +136,7 @@ def load_examples(
         weights=None if (weights == 1).all() else weights,
         rationales=None if rationale is None else _rationales(kept, items, rationale),
         spans=marked,
+        group_columns=groups,
     )
 
 

@@ -6,9 +6,11 @@ splits and folds keep such texts together. Two texts are alike by the cosine of 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -20,8 +22,10 @@ from sidelight.types import Flags, Numbers, Values
 _COSINES = (0.75, 0.85, 0.95, np.inf)
 # Parts that the groups must allow: a group has at most the rows of one, and a label has as many.
 _PARTS = 5
-# Of a long text so many stretches are compared.
-_MOST_CHARACTERS, _STRETCHES = 1000, 8
+# Of a long text, pieces with so many characters in all, each of them of so many at the most.
+_MOST_CHARACTERS, _PIECE = 2000, 125
+# A piece ends where the hash of the last characters is a multiple of this: its length in the mean.
+_BETWEEN = 64
 _FEATURES = 2**16
 # More texts are compared within parts of neighbours in the alphabet: a minute a part on one core.
 _MOST_TEXTS = 10_000
@@ -61,6 +65,25 @@ class NearDuplicates:
         left, right = numbers[self.left], numbers[self.right]
         kept = (left >= 0) & (right >= 0)
         return NearDuplicates(texts, left[kept], right[kept], self.cosines[kept])
+
+    def joined_by(self, columns: Iterable[Sequence[object]]) -> "NearDuplicates":
+        """With the texts of rows that have one value in a column as if they were alike.
+
+        Args:
+            columns: A value for each row; None joins it to no other. Where groups are too large,
+                the last columns stop joining first.
+        """
+        pairs = [(self.left, self.right, self.cosines)]
+        for place, column in enumerate(columns):
+            first: dict[object, int] = {}
+            joined = [
+                (text, first[value])
+                for text, value in zip(self.texts.tolist(), column, strict=True)
+                if value is not None and first.setdefault(value, text) != text
+            ]
+            left, right = np.array(joined, dtype=np.int64).reshape(-1, 2).T
+            pairs.append((left, right, np.full(len(joined), _COSINES[max(2 - place, 0)])))
+        return NearDuplicates(self.texts, *map(np.concatenate, zip(*pairs, strict=True)))
 
     def groups(self, strata: Bool[Flags, "row stratum"]) -> tuple[Int[Numbers, " row"], int]:
         """The number of each row's group, and how many rows' groups had to be divided.
@@ -167,10 +190,39 @@ def _vectors(texts: Sequence[str]) -> Any:
 
 
 def _form(text: str) -> str:
-    """What is compared: numbers as one and the same, and of a long text some stretches."""
-    if len(text) > _MOST_CHARACTERS:
-        # Templates make beginnings and ends alike, so most of what is compared lies between them.
-        size = _MOST_CHARACTERS // _STRETCHES
-        starts = np.linspace(0, len(text) - size, _STRETCHES).astype(int)
-        text = " ".join(text[start : start + size] for start in starts)
-    return re.sub(r"\d+", "0", text)
+    """What is compared: numbers as one and the same, and of a long text some pieces.
+
+    Pieces begin and end by the characters around them, and those with the least hashes are taken,
+    so that two long texts have most of them in common even if one has a paragraph that the other
+    lacks (Broder 1997, "On the resemblance and containment of documents").
+    """
+    text = re.sub(r"\d+", "0", text)
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    starts = [0, *_piece_starts(text), len(text)]
+    pieces = {text[start : min(end, start + _PIECE)] for start, end in pairwise(starts)}
+    chosen: list[str] = []
+    left = _MOST_CHARACTERS
+    for piece in sorted(pieces, key=_rank):
+        if left <= 0:
+            break
+        chosen.append(piece)
+        left -= len(piece)
+    return " ".join(chosen)
+
+
+def _rank(piece: str) -> tuple[int, str]:
+    return crc32(piece.encode("utf-8", "surrogatepass")), piece
+
+
+def _piece_starts(text: str) -> list[int]:
+    """Where pieces begin, by the four characters before each place."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    # The constants are those of xxHash; unsigned products wrap around.
+    factors = (668265263, 3266489917, 2246822519, 2654435761)
+    window = sum(
+        codes[place : len(codes) + place - 3] * np.uint32(factor)
+        for place, factor in enumerate(factors)
+    )
+    mixed = (window ^ (window >> np.uint32(15))) * np.uint32(2246822519)
+    return (np.flatnonzero((mixed ^ (mixed >> np.uint32(13))) % _BETWEEN == 0) + 4).tolist()

@@ -21,7 +21,7 @@ PACKAGED = Path(__file__).with_name("background.jsonl.gz")
 # Characters and turns at which a conversation is longer.
 _LENGTHS, _TURNS = (64, 256, 1024, 4096), (2, 5)
 _WEIGHTS = (1.0, 1.0, 1.0, 3.0, 8.0)
-# Cosine from which background counts as a labelled text, and the most texts that it is compared to.
+# Cosine from which background counts as a labelled text, and how many it is compared to at once.
 _SAME_TEXT, _COMPARED_TEXTS = 0.85, 5000
 # Texts that are so many times as long as each other are never alike.
 _LONGER = 4
@@ -138,11 +138,13 @@ def choose_conversations(
     keys = {item.text_key for item in examples.items}
     turns = [[Example((turn,)).text_key for turn in messages] for messages in conversations]
     labelled = {*keys}
-    if len(keys) <= _COMPARED_TEXTS:
-        lengths = [*map(len, keys)]
-        shortest, longest = min(lengths) / _LONGER, max(lengths) * _LONGER
-        compared = [key for key in {*chain(*turns)} if shortest <= len(key) <= longest]
-        is_alike = are_alike(compared, [*keys], cosine=_SAME_TEXT)
+    lengths = [*map(len, keys)]
+    shortest, longest = min(lengths) / _LONGER, max(lengths) * _LONGER
+    compared = [key for key in {*chain(*turns)} if shortest <= len(key) <= longest]
+    ordered = sorted(keys)
+    for start in range(0, len(ordered), _COMPARED_TEXTS):
+        part = ordered[start : start + _COMPARED_TEXTS]
+        is_alike = are_alike(compared, part, cosine=_SAME_TEXT)
         labelled |= {compared[index] for index in np.flatnonzero(is_alike)}
     kept = background.select(row for row, texts in enumerate(turns) if not labelled & {*texts})
     if left_out := len(conversations) - len(kept):
