@@ -51,7 +51,7 @@ BUILD = ROOT / "build" / "guards"
 PAGE = ROOT / "docs" / "guards.md"
 # The share of decisions on which the copy must agree with the probe.
 AGREEMENT, TEXTS = 0.99, 500
-# Longer texts are left out of the comparison, which takes half an hour as it is.
+# Longer texts are compared where there are not enough others: it takes an hour as it is.
 CHARACTERS = 240
 # Parameters that a mechanism divides by the root of the number of layers.
 _SCALED = {"readout": ("value", "last"), "spans": ("features",)}
@@ -170,18 +170,22 @@ def agreement(
     return figures
 
 
+def _length(example: Example) -> int:
+    return sum(map(len, (example.response or "", *(turn.content for turn in example.messages))))
+
+
 def _is_short(example: Example) -> bool:
-    turns = [*(turn.content for turn in example.messages), example.response or ""]
-    return sum(map(len, turns)) <= CHARACTERS
+    return _length(example) <= CHARACTERS
 
 
 def _drawn(name: str, *, holds: bool) -> list[Example]:
-    """Texts of a guard that have a label, or none, drawn at random."""
+    """Texts of a guard that have a label, or none: short ones at random, then the shortest."""
     texts = load_guard(name)
     has = texts.labels.reshape(len(texts), -1).any(1)
     order = np.random.default_rng(0).permutation(len(texts))
     chosen = [texts.items[row] for row in order if has[row] == holds]
-    return [*filter(_is_short, chosen)][:TEXTS]
+    long = sorted((text for text in chosen if not _is_short(text)), key=_length)
+    return [*filter(_is_short, chosen), *long][:TEXTS]
 
 
 def _flags(probes: list[Probe], backbone: Backbone, texts: list[Example]) -> list[np.ndarray]:

@@ -54,6 +54,7 @@ SEEN = {
 }
 FLAGGED = {"injection", "told", "labelled"}
 POLICY = """
+invisible_characters = "strip"
 [input.injection]
 mode = "block"
 threshold = {threshold}
@@ -446,6 +447,24 @@ class PolicyContract:
             unsaid = {OF_TURNS} if path == "/v1/completions" else set[str]()
             assert set(answer.headers["x-sidelight-flagged"].split(", ")) == FLAGGED | unsaid
             assert in_header(answer)["injection"]["flagged"]
+
+    @STREAMED
+    def test_invisible_characters_hide_nothing(self, server, subjects, streamed):
+        hidden, harmless = map("\u200b".join, (subjects.injected, subjects.benign))
+        asked = [chat(hidden), ("/v1/completions", {"prompt": hidden}), *server.ways(hidden)]
+        for path, body in asked:
+            answer = server.post((path, {**body, "stream": streamed}))
+            assert refusal(answer) == (400, "content_filter"), (path, body)
+        plain, disguised = (
+            server.post(chat(text, stream=streamed), ADMIN) for text in (subjects.benign, harmless)
+        )
+        assert choices(disguised) == choices(plain)
+        for name, own in verdicts(plain).items():
+            wanted = pytest.approx(own["probabilities"], abs=ROUNDING)
+            assert verdicts(disguised)[name]["probabilities"] == wanted
+        results = server.post((CHECKS, {"input": [subjects.benign, harmless]}), ADMIN).json()
+        scores = [own["category_scores"] for own in results["results"]]
+        assert scores[1] == pytest.approx(scores[0], abs=ROUNDING)
 
     @STREAMED
     def test_an_answer_is_cut_before_what_a_probe_flags(self, server, subjects, streamed):

@@ -14,7 +14,12 @@ from worlds.servers import cli
 
 BLOCK = Rule("block")
 PASSING = Rule("block", on_failure="pass")
-SOUND = Policy(input={"toxicity": BLOCK}, output={"late": BLOCK}, system_turns="refuse")
+SOUND = Policy(
+    input={"toxicity": BLOCK},
+    output={"late": BLOCK},
+    system_turns="refuse",
+    invisible_characters="strip",
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +36,7 @@ POLICIES = {
     "no rule on the input blocks": {"input": {"toxicity": Rule("flag")}},
     '`system_turns = "trust"`': {"system_turns": "trust"},
     "`system_turns` left out beside a rule that blocks prompts": {"system_turns": None},
+    "`invisible_characters` off": {"invisible_characters": "off"},
     '`on_failure = "pass"`': {"output": {"late": PASSING}},
     '`max_tokens` with `on_failure = "pass"`': {
         "output": {"late": replace(PASSING, max_tokens=100)}
@@ -140,6 +146,7 @@ def test_the_exit_code_says_whether_there_are_warnings(probes, tmp_path, capsys)
     folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in probes]
     options = [word for folder in folders for word in ("--probe", folder)]
     rules = "[input.toxicity]\nmode = 'block'\n[output.late]\nmode = 'block'\n"
+    rules = f"invisible_characters = 'strip'\n{rules}"
     text = f"system_turns = 'refuse'\n{rules}"
     path = tmp_path / "policy.toml"
 

@@ -21,6 +21,18 @@ class ContextLengthError(SidelightError):
     """A text is longer than the backbone or the probe may read; nothing is truncated silently."""
 
 
+class DisguisedTextError(SidelightError):
+    """A text holds invisible characters, or words of two scripts, which its reader refuses.
+
+    Attributes:
+        code: ``invisible_characters`` or ``mixed_scripts``.
+    """
+
+    def __init__(self, message: str, *, code: str = "invisible_characters"):
+        super().__init__(message)
+        self.code = code
+
+
 class VerdictError(SidelightError):
     """A verdict could not be computed; this must never be taken for a harmless verdict."""
 

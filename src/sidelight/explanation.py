@@ -5,7 +5,7 @@ Made from the columns of the pass that judged the text, so it costs no pass of t
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -137,8 +137,15 @@ def explain(
         baseline=float(shares.baseline),
         steps=shares.steps,
         shares=shares.values.numpy(),
-        places=tuple(prompt.places[row] for row in read[unit].tolist()),
+        places=tuple(_as_sent(prompt, prompt.places[row]) for row in read[unit].tolist()),
     )
+
+
+def _as_sent(prompt: EncodedPrompt, place: Place | None) -> Place | None:
+    if place is None or place.start == place.end:
+        return place
+    start, end = prompt.as_sent(place.message, place.start, place.end)
+    return replace(place, start=start, end=end)
 
 
 def _texts(

@@ -92,6 +92,24 @@ def test_the_tokens_of_a_cut_answer_end_before_the_cut_on_every_route(server, su
         assert (whole["status"], whole["incomplete_details"]) == ("incomplete", {"reason": why})
 
 
+def test_invisible_characters_are_refused_in_token_ids(server, subjects):
+    """Which nobody can strip without changing the tokens."""
+    for text, code in (
+        (subjects.benign, None),
+        ("\u200b".join(subjects.benign), "invisible_characters"),
+    ):
+        ids = list(subjects.chat(text).token_ids)
+        for asked in (
+            completion(ids, add_special_tokens=False),
+            ("/inference/v1/generate", {"token_ids": ids, "sampling_params": {"max_tokens": 2}}),
+        ):
+            answer = server.post(asked)
+            if code is None:
+                assert answer.status_code == 200, answer.text
+            else:
+                assert refusal(answer) == (400, code), asked[0]
+
+
 def test_a_token_that_ends_the_text_is_judged_too(server, subjects):
     ids, scores, _ = subjects.answers[subjects.passing]
     over = int(np.flatnonzero(scores[3:] >= LEAK)[0]) + 4

@@ -39,6 +39,11 @@ def mark_text(judgement: Judgement, probes: Iterable[Probe], prompt: EncodedProm
     unnamed = {len(messages) - 1, *([0] if len(messages) == 2 else [])}
     by_name = {probe.name: probe for probe in probes}
 
+    def as_sent(span: Span, message: int) -> Span:
+        start, end = prompt.as_sent(message, span.start, span.end)
+        named = None if message in unnamed else message
+        return replace(span, start=start, end=end, message=named)
+
     def spans(name: str, labels: Iterable[TokenLabel]) -> tuple[Span, ...] | None:
         probe = by_name[name]
         assert probe.spans is not None
@@ -60,7 +65,7 @@ def mark_text(judgement: Judgement, probes: Iterable[Probe], prompt: EncodedProm
             message, number = found
             by_message[message].append((number, label, score))
         return tuple(
-            replace(span, message=None if message in unnamed else message)
+            as_sent(span, message)
             for message, own in sorted(by_message.items())
             for span in probe.spans.labelled_spans(
                 messages[message], tokens[message], own, probe.task.output_labels

@@ -15,6 +15,7 @@ from sidelight.prompts.conversation import (
     Conversation,
     EncodedPrompt,
     PlainText,
+    as_read,
     characters,
     has_response,
 )
@@ -192,10 +193,15 @@ class TextCodec:
 
         Raises:
             ContextLengthError: The text is too long; it is never cut.
+            DisguisedTextError: The policy refuses it.
         """
-        if isinstance(text, PlainText) or not has_response(text):
-            return self._encoder.encode(text, with_places=with_places)
-        return self._encoder.encode(text[:-1], text[-1].content, with_places=with_places)
+        read = as_read(text)
+        if isinstance(read, PlainText) or not has_response(read):
+            prompt = self._encoder.encode(read, with_places=with_places)
+        else:
+            answer = read[-1].content
+            prompt = self._encoder.encode(read[:-1], answer, with_places=with_places)
+        return prompt.read_from(text)
 
     def encode_to_continue(
         self, text: Conversation, max_tokens: int | None, *, with_places: bool = False
@@ -204,8 +210,9 @@ class TextCodec:
 
         Raises:
             ContextLengthError: The text leaves no room for a token.
+            DisguisedTextError: The policy refuses the text.
         """
-        prompt = self._encoder.encode(text, with_places=with_places)
+        prompt = self._encoder.encode(as_read(text), with_places=with_places).read_from(text)
         most = self._encoder.max_tokens
         room = most - len(prompt)
         if room < 1:

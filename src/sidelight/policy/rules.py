@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from sidelight.errors import SidelightError, did_you_mean
+from sidelight.prompts.invisible import Invisible
 from sidelight.types import Verdict
 
 if TYPE_CHECKING:
@@ -84,11 +85,13 @@ class Policy:
         output: By name of a probe that reads the response.
         system_turns: Whether a conversation may begin with turns that no probe reads, the system's
             or a developer's; None: only if no rule blocks prompts.
+        invisible_characters: What happens to them before the model and the probes read a text.
     """
 
     input: Mapping[str, Rule] = field(default_factory=dict)
     output: Mapping[str, Rule] = field(default_factory=dict)
     system_turns: Literal["trust", "refuse"] | None = None
+    invisible_characters: Invisible = "off"
 
     @property
     def refuses_system_turns(self) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from sidelight.errors import ContextLengthError, SidelightError
+from sidelight.prompts.invisible import Invisible, require_plain_sight, visible, visible_places
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,10 +22,11 @@ Scope = Literal["conversation", "each_turn", "last_turn"]
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation; ``invisible``: how an engine reads it."""
 
     role: str
     content: str
+    invisible: Invisible = field(default="off", compare=False)
 
     @staticmethod
     def of_lines(
@@ -46,9 +48,13 @@ class Message:
 
 @dataclass(frozen=True)
 class PlainText:
-    """A text without a chat template around it, such as a prompt to complete."""
+    """A text without a chat template around it, such as a prompt to complete.
+
+    ``invisible`` is as for ``Message``.
+    """
 
     content: str
+    invisible: Invisible = field(default="off", compare=False)
 
 
 Conversation = Sequence[Message] | PlainText
@@ -69,6 +75,29 @@ def contents(messages: Conversation, response: str | None) -> list[str]:
     is_plain = isinstance(messages, PlainText)
     texts = [messages.content] if is_plain else [turn.content for turn in messages]
     return [*texts, response or ""]
+
+
+def with_invisible(text: Conversation, invisible: Invisible) -> Conversation:
+    """The same, of which an engine treats invisible characters so."""
+    if isinstance(text, PlainText):
+        return replace(text, invisible=invisible)
+    return [replace(turn, invisible=invisible) for turn in text]
+
+
+def as_read(text: Conversation) -> Conversation:
+    """What the model reads of a text: without its invisible characters, if these are stripped.
+
+    Raises:
+        DisguisedTextError: It has some, and they are refused.
+    """
+
+    def read(content: str, invisible: Invisible) -> str:
+        require_plain_sight(content, invisible)
+        return visible(content) if invisible == "strip" else content
+
+    if isinstance(text, PlainText):
+        return replace(text, content=read(text.content, text.invisible))
+    return [replace(turn, content=read(turn.content, turn.invisible)) for turn in text]
 
 
 class Part(IntEnum):
@@ -166,6 +195,8 @@ class EncodedPrompt:
         dropped: Tokens of text that were removed to fit a training limit; 0 outside training.
         texts: What each message says, and the response; empty if no places are known.
         places: Where each token stands in them; None: only the template or tokenizer wrote it.
+        origins: For each text, where its characters stand in the text as sent, of which invisible
+            ones were removed; None: none were. Empty: none in any text.
     """
 
     token_ids: tuple[int, ...]
@@ -175,9 +206,32 @@ class EncodedPrompt:
     dropped: int = field(default=0, kw_only=True)
     texts: tuple[str, ...] = field(default=(), kw_only=True, compare=False, repr=False)
     places: tuple[Place | None, ...] = field(default=(), kw_only=True, compare=False, repr=False)
+    origins: tuple[Sequence[int] | None, ...] = field(
+        default=(), kw_only=True, compare=False, repr=False
+    )
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def as_sent(self, message: int, start: int, end: int) -> tuple[int, int]:
+        """Where characters of one of the texts stand in what was sent, from the first to the last.
+
+        Args:
+            message: The number of the text.
+            start: The first character, of which there is at least one.
+            end: The one after the last.
+        """
+        origins = self.origins[message] if self.origins else None
+        return (start, end) if origins is None else (origins[start], origins[end - 1] + 1)
+
+    def read_from(self, text: Conversation) -> "EncodedPrompt":
+        """The same, if its texts are ``as_read`` of this one, with their places in it."""
+        sent = contents(text, None)
+        if not self.places or all(map(str.__eq__, sent, self.texts)):
+            return self
+        pairs = zip(sent, self.texts, strict=False)
+        origins = (None if own == read else visible_places(own) for own, read in pairs)
+        return replace(self, origins=tuple(origins))
 
     def mask(self, reads: Reads) -> "Bool[Tensor, ' token']":
         """True for the tokens that a probe reads."""

@@ -24,7 +24,7 @@ from sidelight.errors import SidelightError
 from sidelight.policy.enforcement import Judged, Passed
 from sidelight.policy.hold_back import Ended
 from sidelight.policy.request import Json, Outcome
-from sidelight.prompts.conversation import Conversation
+from sidelight.prompts.conversation import Conversation, with_invisible
 from sidelight.server.errors import as_request_error
 from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import (
@@ -253,9 +253,10 @@ async def _answer(
     tells_scores = bool(body.stream and options.include_scores)
     streams: list[AsyncGenerator[Passed, None]] = []
     for prompt in prompts:
+        read = with_invisible(prompt, terms.policy.invisible_characters)
         for number, text in enumerate(outcome.begin(n, tells_scores=tells_scores)):
             events = request.engine.generate(
-                prompt, _reseeded(sampling, number), watch=text.watch, admits=text.admits
+                read, _reseeded(sampling, number), watch=text.watch, admits=text.admits
             )
             streams.append(text.guard(prompt, events))
     await unless_left(request, _wait_for_admission(streams))

@@ -66,7 +66,9 @@ async def check(
     """
     if not counts_shadows and not all(map(is_answered, conversations)):
         require_prompt_probe(terms)
-    judging = request.engine.judge(conversations, explain=explain)
+    invisible = terms.policy.invisible_characters
+    read = [[replace(turn, invisible=invisible) for turn in turns] for turns in conversations]
+    judging = request.engine.judge(read, explain=explain)
     events = await unless_left(request, judging)
     checked: list[Checked] = []
     for index, (event, turns) in enumerate(zip(events, conversations, strict=True)):

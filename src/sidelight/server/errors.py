@@ -16,7 +16,7 @@ from sidelight.engines.base import (
     GenerationError,
     NotExplainedError,
 )
-from sidelight.errors import ContextLengthError, SidelightError, VerdictError
+from sidelight.errors import ContextLengthError, DisguisedTextError, SidelightError, VerdictError
 from sidelight.gguf_files import is_gguf
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.request import refusal_headers
@@ -82,6 +82,8 @@ def as_request_error(error: SidelightError, *, sees_all: bool = False) -> Reques
         case PolicyError(status=status, code=code, param=param, decisions=decisions):
             headers = refusal_headers(decisions, sees_all=sees_all) if decisions else None
             return RequestError(message, status=status, code=code, param=param, headers=headers)
+        case DisguisedTextError(code=code):
+            return RequestError(message, code=code)
         case EngineBusyError():
             headers = {"Retry-After": "1"}
         case EngineUnavailableError():

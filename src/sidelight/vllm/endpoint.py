@@ -8,11 +8,12 @@ routes of our own server that judge texts and change probes, where vLLM has none
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
+import asyncio
 import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from copy import copy
 from dataclasses import replace
@@ -27,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
 from sidelight.errors import SidelightError
+from sidelight.prompts.invisible import visible
 from sidelight.server import admin, checks, classify, detectors, guardrail, questions
 from sidelight.server.app import LOOPBACK, application, status_router
 from sidelight.server.errors import (
@@ -50,6 +52,8 @@ _EVENT_END = b"\n\n"
 # Answers in OpenAI's chunks, which take one without a choice.
 _CHUNKED = ("/v1/chat/completions", "/v1/completions", "/invocations")
 _MESSAGES = "/v1/messages"
+# Invisible characters are stripped from texts of so many characters in all.
+_MOST_CHARACTERS = 2**19
 # Fields that no route for text has; vLLM would ignore them, and with them what a client relies on.
 _NOT_OURS = ("explain", "policies")
 
@@ -144,6 +148,9 @@ class ProbeEndpoint:
                     observer, probes, for_text=True, sees_all=caller.is_admin
                 )
                 request = GuardedRequest(terms, served)
+                if terms.policy.invisible_characters == "strip":
+                    body = await asyncio.to_thread(_in_plain_sight, fields, request.sent)
+                    receive = _giving(body, receive) if request.sent else receive
             except SidelightError as error:
                 refusal = as_request_error(error, sees_all=caller.is_admin).answer(scope)
                 await refusal(scope, receive, send)
@@ -299,16 +306,49 @@ async def _read(receive: Receive) -> tuple[dict[str, Any], Receive]:
     events: list[Event] = []
     while not events or events[-1].get("more_body"):
         events.append(await receive())
-    left = iter(events)
-
-    async def again() -> Event:
-        return next(left, None) or await receive()
-
     try:
         fields = json.loads(b"".join(event.get("body", b"") for event in events))
     except (ValueError, RecursionError):
         fields = None
-    return fields if isinstance(fields, dict) else {}, again
+    return fields if isinstance(fields, dict) else {}, _giving(events, receive)
+
+
+def _giving(events: Iterable[Event], receive: Receive) -> Receive:
+    """What gives these events, then those that follow."""
+    left = iter(events)
+
+    async def give() -> Event:
+        return next(left, None) or await receive()
+
+    return give
+
+
+def _in_plain_sight(fields: Mapping[str, Any], sent: dict[str, str]) -> list[Event]:
+    """The body without the invisible characters of its texts, which are noted as sent.
+
+    Texts beyond a length in all keep theirs, and ``EngineGuard`` refuses them.
+    """
+    left = _MOST_CHARACTERS
+
+    def read(value: Any) -> Any:
+        nonlocal left
+        if isinstance(value, dict):
+            return {name: read(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [*map(read, value)]
+        if not isinstance(value, str) or len(value) > left:
+            return value
+        if (text := visible(value)) != value:
+            left -= len(value)
+            sent[text] = value
+        return text
+
+    try:
+        body = json.dumps(read(fields)).encode()
+    except RecursionError:
+        sent.clear()
+        return []
+    return [{"type": "http.request", "body": body, "more_body": False}]
 
 
 def _report_request(fields: Mapping[str, Any]) -> ReportRequest:

@@ -20,8 +20,10 @@ from sidelight.engines.marks import labels_spans
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Enforcement
+from sidelight.policy.request import Terms
 from sidelight.prompts.control_tokens import control_tokens
 from sidelight.prompts.conversation import Message, PlainText
+from sidelight.prompts.invisible import require_plain_sight
 from sidelight.server.config import ServerConfig
 from sidelight.server.requests import ServerContext
 from sidelight.vllm import KEY
@@ -195,9 +197,12 @@ class EngineGuard:
         is_labelled = labels_spans(p for p in client.served.probes if not p.reads.includes_response)
         said = prompt.get(KEY)
         prompt = {name: value for name, value in prompt.items() if name != KEY}
+        await asyncio.to_thread(self._require_plain_sight, prompt, client.terms)
         encoded = await asyncio.to_thread(
             self.recogniser.recognise, prompt, said, with_places=is_labelled
         )
+        if encoded is not None:
+            encoded = encoded.read_from([Message("", client.sent.get(t, t)) for t in encoded.texts])
         await asyncio.to_thread(self.recogniser.require_read, encoded, client.terms)
         words = ""
         if encoded is not None and self.context.observer.audit is not None:
@@ -213,6 +218,19 @@ class EngineGuard:
             options=options,
             engine=self.engine,
             controls=self._controls,
+        )
+
+    def _require_plain_sight(self, prompt: Mapping[str, Any], terms: Terms) -> None:
+        """Refuses a prompt with invisible characters, also where none could be stripped.
+
+        Raises:
+            DisguisedTextError: It has some, such as one of token ids.
+        """
+        invisible = terms.policy.invisible_characters
+        if invisible == "off" or not (ids := prompt.get("prompt_token_ids")):
+            return
+        require_plain_sight(
+            self._tokenizer.decode(ids), "refuse" if invisible == "strip" else invisible
         )
 
 

@@ -50,6 +50,11 @@ def _of_prompts(policy: Policy, bound: Sequence[BoundRule]) -> Iterator[str]:
             "Behind LiteLLM that is each request of an application with a system prompt. Say "
             '"trust" if only your own applications write system turns, otherwise "refuse".'
         )
+    if policy.invisible_characters == "off":
+        yield (
+            "invisible_characters is off, so zero-width spaces between its letters hide an attack. "
+            'Say "strip".'
+        )
     formats = {own.probe.prompt_format for own in bound if own.name in blocking}
     if policy.system_turns == "trust" and formats != {"raw"}:
         yield (
