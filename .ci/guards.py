@@ -41,9 +41,11 @@ from sidelight.smollm2 import EMBEDDED_NAME
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import text_logits
 from sidelight.storage import write_json
+from sidelight.thresholds import OperatingPoint
 from sidelight.training.background import load_background
 from sidelight.training.judging import encode
 from sidelight.training.ready import load_guard
+from sidelight.training.traffic import Conversations
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "guards" / "src" / "sidelight_guards"
@@ -239,7 +241,7 @@ def _record(name: str, probe: Probe, commit: str) -> dict[str, Any]:
 
 def with_tables(page: str) -> str:
     """The page with the tables as the packaged files have them."""
-    tables = {"probes": _probes_table, "tests": _tests_table}
+    tables = {"probes": _probes_table, "tests": _tests_table, "thresholds": _thresholds_table}
     return _TABLE.sub(lambda match: match[1] + tables[match[2]](), page)
 
 
@@ -273,6 +275,28 @@ def _probes_table() -> str:
         agrees = f"{gguf['agreeing']} of {gguf['texts']}" if gguf else "not compared"
         row = [f"`{name}`", str(made["version"]), texts, threshold, *cells, agrees]
         lines.append(f"| {' | '.join(row)} |")
+    return "\n".join([*lines, ""])
+
+
+def _thresholds_table() -> str:
+    lines = [
+        "| guard | threshold | held-out texts found | other texts flagged | background flagged |",
+        "|---|---|---|---|---|",
+    ]
+    for name in guard_names():
+        probe = load_probe(PACKAGE / name)
+        if probe.task.kind != "binary" or probe.spans is not None:
+            continue
+        (curve,), (own,) = probe.history.curves.values(), probe.thresholds
+        scores = probe.calibration.apply(Conversations.kept(probe).logits)[:, 0]
+        points = [*curve.operating_points(), OperatingPoint(own, *curve.at(own))]
+        for threshold, found, flagged in sorted({*points}, reverse=True):
+            mark = " (packaged)" if threshold == own else ""
+            cells = [f"`{name}`", f"{threshold:.3f}{mark}"]
+            cells += [f"{found} of {curve.positives}", f"{flagged} of {curve.negatives}"]
+            count = int((scores >= threshold).sum())
+            cells.append(f"{count} of {len(scores)}" if len(scores) else "")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 

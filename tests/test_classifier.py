@@ -259,6 +259,14 @@ def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fit
     if probe.thresholds:
         assert "False positives: 4.0 % of 150 conversations" in shown[0]
         assert "without background" in shown[1]
+    points = kept.operating_points
+    assert bool(points) == (probe.task.kind == "binary")
+    scores, holds = kept.probabilities[:, 0], examples.labels.reshape(len(examples), -1)[:, 0] == 1
+    for threshold, found, flagged in points:
+        assert (scores[holds] >= threshold).sum() == found
+        assert (scores[~holds] >= threshold).sum() == flagged
+        assert f"{threshold:.3f}" in shown[0].partition("Other thresholds")[2]
+    assert kept.to_dict()["operating_points"] == [point._asdict() for point in points]
     # The last line says it all.
     for text, background in zip(shown, ((6, 150), (0, 0)), strict=True):
         assert text.splitlines()[-1] == summary(kept.report, background)

@@ -98,6 +98,21 @@ def test_a_curve_counts_what_is_flagged_and_no_other_threshold_follows_the_rule_
     assert paid == pytest.approx(costs.min())
 
 
+@settings(max_examples=30, deadline=None)
+@given(rows=rows)
+def test_an_operating_point_finds_most_within_its_rate(rows):
+    scores = np.array([score / 20 for score, _ in rows])
+    holds = np.array([holds for _, holds in rows])
+    curve = OperatingCurve.of(scores, holds)
+    for rate in (0.0, 0.1, 0.5):
+        for threshold, found, flagged in curve.operating_points([rate]):
+            assert flagged <= rate * curve.negatives
+            pairs = zip(curve.true_positives, curve.false_positives, strict=True)
+            assert found == max(hits for hits, alarms in pairs if alarms <= rate * curve.negatives)
+            assert curve.at(threshold) == (found, flagged)
+    assert len(curve.operating_points()) <= 6
+
+
 def test_by_the_calibration_alone_thresholds_are_those_of_bayes():
     scores, holds = draw_calibrated(20_000, seed=0)
     curve = OperatingCurve.of(scores, holds, points=20_001)

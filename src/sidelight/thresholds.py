@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -18,6 +18,8 @@ from sidelight.types import AnyArray, Flags, Numbers, Task, Values
 _SATURATED = 1e-9
 # The most points of a stored curve.
 POINTS = 128
+# Rates of false positives for which an operator is shown a threshold.
+RATES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1)
 # With fewer positive texts, a threshold moves from draw to draw.
 ENOUGH_POSITIVES = 30
 # What the calibration says of a text weighs as much as so many texts of the rarer side. On draws of
@@ -76,6 +78,14 @@ class ThresholdRule:
 
 
 F1 = ThresholdRule()
+
+
+class OperatingPoint(NamedTuple):
+    """A threshold, and how many positive and negative texts reach it."""
+
+    threshold: float
+    found: int
+    flagged: int
 
 
 @dataclass(frozen=True)
@@ -185,6 +195,22 @@ class OperatingCurve:
             best = np.flatnonzero(worth >= worth.max() - 1e-12)
             point = int(best[len(best) // 2])
         return self.thresholds[point]
+
+    def operating_points(self, rates: Sequence[float] = RATES) -> list[OperatingPoint]:
+        """For each rate of false positives, the threshold that finds most texts within it.
+
+        Rates that differ in no text have one point.
+        """
+        alarms = np.array(self.false_positives)
+        found: dict[int, OperatingPoint] = {}
+        for rate in rates:
+            within = np.flatnonzero(alarms <= rate * self.negatives)
+            if len(within):
+                point = int(within[-1])
+                found[point] = OperatingPoint(
+                    self.thresholds[point], self.true_positives[point], self.false_positives[point]
+                )
+        return [*found.values()]
 
     def at(self, threshold: float) -> tuple[int, int]:
         """Positive and negative texts flagged by the point closest to a threshold."""

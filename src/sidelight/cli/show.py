@@ -86,6 +86,7 @@ def print_assessment(assessment: Assessment) -> None:
     print_report(assessment.report)
     for label, threshold in probe.label_thresholds.items():
         click.echo(f"Threshold for '{label}': {threshold:.3f}")
+    print_operating_points(assessment)
     flagged, conversations = kept_rate(probe)
     if conversations:
         click.echo(rate_sentence(flagged, conversations, abstains=probe.task.abstains))
@@ -97,6 +98,21 @@ def print_assessment(assessment: Assessment) -> None:
             error = "missed" if is_missed else "falsely"
             click.echo(f"  {error} '{label}' {probability:.2f}  {text}")
     click.echo(summary(assessment.report, (flagged, conversations)))
+
+
+def print_operating_points(assessment: Assessment) -> None:
+    """Thresholds to choose from: what each finds and flags of these rows."""
+    if not (points := assessment.operating_points):
+        return
+    table = Table(title="Other thresholds on these rows", title_justify="left")
+    for name in ("threshold", "found", "false positives"):
+        table.add_column(name, justify="right")
+    positives = int(assessment.examples.labels.sum())
+    others = len(assessment.examples) - positives
+    for point in points:
+        found, flagged = f"{point.found} of {positives}", f"{point.flagged} of {others}"
+        table.add_row(f"{point.threshold:.3f}", found, flagged)
+    console().print(table)
 
 
 def print_report(report: Report) -> None:

@@ -18,6 +18,7 @@ from sidelight.prompts.conversation import EncodedPrompt
 from sidelight.prompts.encode import PromptEncoder
 from sidelight.spans import character_scores
 from sidelight.states.extraction import text_logits
+from sidelight.thresholds import OperatingPoint, operating_curves
 from sidelight.training.dataset import span_places
 from sidelight.training.measuring import trained_text_warnings
 from sidelight.training.traffic import beginning, kept_rate
@@ -131,6 +132,15 @@ class Assessment:
         warnings = trained_text_warnings(self.probe.history, self.examples)
         return (*self.examples.warnings, *warnings)
 
+    @property
+    def operating_points(self) -> list[OperatingPoint]:
+        """Thresholds to choose from, by these rows; none but for a binary probe of whole texts."""
+        task, labels = self.probe.task, self.examples.labels
+        if self.spans is not None or task.kind != "binary" or len(np.unique(labels)) < 2:
+            return []
+        (curve,) = operating_curves(task, self.probabilities, labels).values()
+        return curve.operating_points()
+
     def to_dict(self) -> dict[str, Any]:
         """The metrics at the top level, as JSON values."""
         traffic = dict(zip(("flagged", "conversations"), kept_rate(self.probe), strict=True))
@@ -143,6 +153,7 @@ class Assessment:
             "probe": self.probe.name,
             "mechanism": self.probe.spec.name,
             **figures,
+            "operating_points": [point._asdict() for point in self.operating_points],
             "warnings": list(self.warnings),
         }
 
