@@ -35,10 +35,9 @@ help: ## Show the targets
 demo: .venv/.runtime ## Hold five chats with the trained guards, then train a probe, on the embedded model
 	@$(BIN)/sidelight demo
 
-test: .venv/.dev .venv-vllm/.ready ## Run the tests of every change, with run-time shape checks where arrays are
+test: .venv/.dev ## Run the tests of every change, with run-time shape checks where arrays are
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(OWN) -n auto --dist loadfile \
 	  --jaxtyping-packages=$(SHAPED),beartype.beartype
-	@$(MAKE) --no-print-directory vllm
 
 vllm: .venv-vllm/.ready ## Run the tests inside vLLM, on both of its model runners
 	@if [ -x .venv-vllm/bin/sidelight ]; then \

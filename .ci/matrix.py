@@ -1,4 +1,4 @@
-"""Runs the lanes of the matrix: outside worlds, and vLLM beyond what `make test` covers.
+"""Runs the lanes of the matrix: outside worlds, and vLLM beyond what `make vllm` covers.
 
     .venv/bin/python .ci/matrix.py              every lane that has not passed at this commit
     .venv/bin/python .ci/matrix.py LANE ...     these lanes

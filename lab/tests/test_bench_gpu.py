@@ -3,89 +3,16 @@
 import json
 import socket
 import subprocess
-from contextlib import nullcontext
-from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-import pytest
-
-from sidelight.errors import SidelightError
 from sidelight.storage import write_text
 from sidelight_lab.bench.gpu import (
-    CHECK,
     conditions_of,
     logged_error,
     public,
-    report,
-    run_check,
-    run_section,
 )
 from sidelight_lab.bench.gpu_engine import Setting
-from worlds.pretended_device import pretended
-from worlds.servers import cli
-
-NEEDS_VLLM = tuple(name for name in CHECK if name.startswith(("vllm parity", "vllm serving")))
-PLANTED = "agreement: float32"
-
-
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    return Setting("cpu", str(tmp_path_factory.mktemp("check")), None, "tiny")
-
-
-@pytest.fixture(scope="module")
-def outcomes(setting):
-    """Of all sections, in this process: a start of Python for each would take a minute.
-
-    Those of our own engine run on a device that refuses to mix with the CPU.
-    """
-    results = {}
-    for name in (name for name in CHECK if name not in NEEDS_VLLM[1:]):
-        if name == PLANTED:
-            np.save(setting.path / "float32.npy", np.zeros((7, 3)))
-        is_elsewhere = name not in ("cpu", "serve") and not name.startswith("vllm")
-        with pretended() if is_elsewhere else nullcontext():
-            where = replace(setting, device="pretend" if is_elsewhere else "cpu")
-            results[name] = {"seconds": 1.0, **asdict(run_section(name, where, Path("none")))}
-    return results
-
-
-# Every section trains, serves or reads, on the tiny model.
-@pytest.mark.slow
-def test_every_section_runs_and_one_that_fails_loses_no_other(outcomes):
-    failed = {name for name, outcome in outcomes.items() if not outcome["passed"]}
-    assert failed - {*NEEDS_VLLM} == {PLANTED}
-    assert json.dumps(outcomes)
-
-
-@pytest.mark.slow
-def test_what_fails_is_one_line_with_its_type_and_our_innermost_line(outcomes, setting):
-    page = report(conditions_of(setting), outcomes)
-    assert "**Tried out without a GPU.**" in page
-    (line,) = [line for line in page.splitlines() if line.startswith(f"| {PLANTED}")]
-    assert "FAILED: ValueError: operands could not be broadcast" in line
-    assert "(at sidelight_lab/bench/gpu_engine.py:" in line
-    assert str(setting.path) not in page + json.dumps(outcomes)
-
-
-@pytest.mark.slow
-def test_a_section_has_a_process_and_a_time_limit_and_what_passed_is_not_repeated(tmp_path, capsys):
-    only = ["--only", "vllm graphs", "--only", "train", "--model", "/nowhere"]
-    assert cli("bench", "gpu", "--out", str(tmp_path), *only) == 1
-    assert "[2/2] vllm graphs: passed" in capsys.readouterr().err
-    first = json.loads((tmp_path / "gpu.json").read_text())["sections"]
-    assert first["train"]["summary"].startswith("SidelightError: Cannot load '/nowhere'")
-    assert "/nowhere" in (tmp_path / "logs" / "train.log").read_text()
-    assert not run_check(tmp_path, model="/nowhere", only=["vllm graphs", "train"], limit_s=0.1)
-    second = json.loads((tmp_path / "gpu.json").read_text())["sections"]
-    assert second["vllm graphs"] == first["vllm graphs"]
-    assert second["train"]["summary"] == "It took over 0.1 s."
-    with pytest.raises(SidelightError, match=r"other conditions \(model\)"):
-        run_check(tmp_path, only=["vllm graphs"])
-    with pytest.raises(SidelightError, match="vllm reference"):
-        run_check(tmp_path / "other", only=["pace"])
 
 
 def test_a_report_names_no_folder_machine_or_key(monkeypatch, tmp_path):

@@ -104,6 +104,7 @@ class TrainingInputs:
 
     Attributes:
         rationale: The column of the words that a text has its label for, where they are known.
+        groups: Columns, separated by commas, of which rows with one value stay in one fold.
         limit: Use so many rows, drawn at random; each class keeps its share.
         max_tokens: Longer texts are cut, and counted; judging never cuts.
         cache: Folder for hidden states; None is the user's cache.
@@ -121,6 +122,7 @@ class TrainingInputs:
     split: str | None = None
     validation_split: str | None = None
     rationale: str | None = None
+    groups: str | None = None
     limit: Annotated[int, Field(ge=2)] | None = None
     max_tokens: Annotated[int, Field(ge=8)] = 1024
     cache: Path | None = None
@@ -148,8 +150,9 @@ class TrainingInputs:
             )
         if self.cache is not None:
             check_folder(self.cache)
-        words = {} if self.rationale is None else {"rationale": self.rationale}
-        whole = read(self.data, split=self.split, positive=self.positive, **words)
+        columns = {"rationale": self.rationale, "groups": self.groups}
+        named = {name: column for name, column in columns.items() if column is not None}
+        whole = read(self.data, split=self.split, positive=self.positive, **named)
         rows = whole.draw(self.limit or len(whole), seed=0)
         # Warnings about the file hold for some of its rows too.
         training = replace(whole.select(rows), warnings=whole.warnings)

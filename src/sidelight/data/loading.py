@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, overload
 
@@ -33,6 +33,7 @@ def load_examples(
     on_missing_label: OnMissingLabel = "error",
     spans: str | None = None,
     rationale: str | None = None,
+    groups: str | None = None,
 ) -> LabelledExamples: ...
 @overload
 def load_examples(
@@ -55,6 +56,7 @@ def load_examples(
     on_missing_label: OnMissingLabel = "error",
     spans: str | None = None,
     rationale: str | None = None,
+    groups: str | None = None,
 ) -> Examples:
     """Loads texts with their labels, and infers the task from the labels.
 
@@ -84,12 +86,16 @@ def load_examples(
             that ``task`` lacks are left out and counted.
         rationale: Column of the words that a text has its label for, where they are known, as they
             stand in it; training then teaches a readout where to look.
+        groups: Columns, separated by commas, of which rows with one value belong together, such as
+            a customer or the document that texts were made from: a part that is left out holds all
+            of them or none. Empty cells join nothing. Where a group would be too large, columns
+            give way from the last one on.
 
     Raises:
         SidelightError: The source cannot be read, or a row is malformed; the message names the
             place and the remedy.
     """
-    groups: tuple[str, ...] = ()
+    joined = tuple(name.strip() for name in groups.split(",")) if groups else ()
     if (guard := guard_of(source)) is None:
         rows = read_rows(source, split=split, text=text, label=label or "label")
     else:
@@ -105,9 +111,10 @@ def load_examples(
         if task is None and guard.card.labels is not None:
             task = Task("binary", guard.card.labels)
         rationale = guard.card.rationale if guard.test is None else None
-        groups = guard.card.groups
+        joined = joined or guard.card.groups
     label = label if spans is None else None
-    named = {"text": text, "response": response, "spans": spans, "set rationale": rationale}
+    named = [("text", text), ("response", response), ("spans", spans), ("set rationale", rationale)]
+    named += [("set groups", name) for name in joined if groups]
     columns = _find_columns(rows, label, named)
     kept, plain = _usable(rows, columns, text, response, on_missing_label=on_missing_label)
     if spans is None and not columns:
@@ -136,7 +143,7 @@ def load_examples(
         weights=None if (weights == 1).all() else weights,
         rationales=None if rationale is None else _rationales(kept, items, rationale),
         spans=marked,
-        group_columns=groups,
+        group_columns=joined,
     )
 
 
@@ -225,7 +232,7 @@ def _rationales(rows: Sequence[Row], items: Sequence[Example], column: str) -> t
 
 
 def _find_columns(
-    rows: Sequence[Row], label: str | None, named: Mapping[str, str | None]
+    rows: Sequence[Row], label: str | None, named: Sequence[tuple[str, str | None]]
 ) -> tuple[str, ...]:
     """The columns of labels: `label` names several, or a single one whose name has a comma.
 
@@ -235,7 +242,7 @@ def _find_columns(
     labels = () if label is None else (label,)
     if label is not None and label not in known:
         labels = tuple(dict.fromkeys(name.strip() for name in label.split(",")))
-    for option, name in [*named.items(), *(("label", name) for name in labels)]:
+    for option, name in [*named, *(("label", name) for name in labels)]:
         if name is not None and name not in known:
             labelled = [c for c in known if any(holds_spans(row.cells.get(c)) for row in rows)]
             hint = (
