@@ -12,6 +12,9 @@ import sys
 
 from openai import OpenAI
 
+if missing := {"MODEL_URL", "MODEL_API_KEY", "MODEL"} - os.environ.keys():
+    sys.exit(f"Set {', '.join(sorted(missing))}: the address, key and name of the hosted model.")
+
 guard = OpenAI(
     base_url=os.environ.get("SIDELIGHT_URL", "http://127.0.0.1:8000") + "/v1",
     api_key=os.environ.get("SIDELIGHT_API_KEY", "unused"),
