@@ -14,10 +14,10 @@ import torch
 
 from sidelight.artifact import load_probe
 from sidelight.bank import Bank
-from sidelight.data.examples import LabelledExamples
+from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.guards import find_guard
 from sidelight.data.loading import load_examples
-from sidelight.data.near_duplicates import NearDuplicates
+from sidelight.data.near_duplicates import NearDuplicates, are_alike
 from sidelight.guards import packaged_folders, probe_folder
 from sidelight.manifest import read_manifest
 from sidelight.prompts.conversation import Part
@@ -180,6 +180,17 @@ def test_no_training_text_is_a_near_duplicate_of_a_test(name):
     is_training[alike.texts[: len(training)]] = True
     assert not is_training[alike.texts[len(training) :]].any()
     assert (is_training[alike.left] == is_training[alike.right]).all()
+
+
+@pytest.mark.slow
+def test_no_conversation_of_the_background_holds_a_near_duplicate_of_a_test():
+    """It would train as a text without the label."""
+    tests = [examples(name, test) for name in NAMES for test in find_guard(name).card.tests]
+    keys = sorted({item.text_key for test in tests for item in test.items})
+    said = {turn for turns in load_background("packaged").conversations for turn in turns}
+    asked = sorted({Example((turn,)).text_key for turn in said if turn.role != "assistant"})
+    alike = are_alike(asked, keys, cosine=0.75)
+    assert not alike.any(), [asked[row] for row in np.flatnonzero(alike)]
 
 
 def test_a_row_of_shared_alike_texts_names_its_author():
