@@ -203,6 +203,8 @@ def _commit_of_build() -> str:
     """The commit that the build began at, which is the present one, without changes to it."""
     path, head = BUILD / "commit", _git("rev-parse", "HEAD")
     if not path.exists():
+        if any(BUILD.glob("*/")):
+            sys.exit(f"{BUILD} says of no commit that it was begun at. Remove the folder.")
         if changed := _git("status", "--porcelain", "--", "src", "guards"):
             sys.exit(f"Commit these changes first, so that build.json can name them:\n{changed}")
         path.parent.mkdir(parents=True, exist_ok=True)

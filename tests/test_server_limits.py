@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import logging
+import logging.config
 import os
 import signal
 import threading
@@ -19,7 +21,7 @@ from sidelight.server.app import create_app, serve
 from sidelight.server.config import ServerConfig
 from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import RequestScope
-from sidelight.server.observe import RequestObserver
+from sidelight.server.observe import RequestObserver, log_settings
 from sidelight.server.schemas import MAX_ITEMS
 from worlds.models import spans_probe, three_probes, tiny_backbone
 from worlds.servers import (
@@ -250,13 +252,13 @@ def ending(kind=None, *, deadline=0.001):
 
 
 def test_a_request_that_outlasts_the_servers_end_is_told_so():
-    """Without an exception, of which uvicorn would log the traceback."""
-
     async def cancelled(kind, sent):
         task = asyncio.create_task(answer(ending(kind, deadline=60), sent))
         await asyncio.sleep(0)
         task.cancel()
-        await task
+        # Whoever has cancelled it learns of it.
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
     plain, streamed = [], []
     asyncio.run(cancelled(None, plain))
@@ -267,8 +269,26 @@ def test_a_request_that_outlasts_the_servers_end_is_told_so():
     assert event["error"]["code"] == "shutting_down"
     assert not streamed[-1].get("more_body")
     # Nothing can be added to another kind of answer.
-    with pytest.raises(asyncio.CancelledError):
-        asyncio.run(cancelled(b"application/json", []))
+    asyncio.run(cancelled(b"application/json", cut := []))
+    assert cut[-1]["body"] == b"begun"
+
+
+def test_a_cancellation_within_the_application_is_a_crash():
+    async def app(scope, receive, send):
+        raise asyncio.CancelledError
+
+    sent = []
+    scope = RequestScope(app, observer=RequestObserver(Metrics(engine()[0], tuple)), deadline=60)
+    asyncio.run(answer(scope, sent))
+    assert sent[0]["status"] == 500
+
+
+def test_uvicorn_logs_no_traceback_of_what_it_has_cancelled(capsys):
+    logging.config.dictConfig(log_settings("info", as_json=False))
+    for error in (asyncio.CancelledError(), ValueError()):
+        logging.getLogger("uvicorn.error").error("Exception in ASGI application", exc_info=error)
+    assert "ValueError" in (said := capsys.readouterr().err)
+    assert "Cancelled" not in said
 
 
 def test_a_request_past_its_deadline_is_an_error_and_its_stream_has_no_done():

@@ -148,6 +148,11 @@ class TrainingInputs:
             raise SidelightError(
                 "--set validation_split needs --validation. Name the data set, or leave it out."
             )
+        if self.validation is not None and self.groups is not None:
+            raise SidelightError(
+                "--set groups= keeps rows in one fold, and with --validation there are no folds. "
+                "Leave one of them out."
+            )
         if self.cache is not None:
             check_folder(self.cache)
         columns = {"rationale": self.rationale, "groups": self.groups}

@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int
 from sidelight.types import Flags, Numbers, Values
 
 # Cosines from which texts are joined. Where too many would be, only higher ones count, and at last
-# none.
-_COSINES = (0.75, 0.85, 0.95, np.inf)
+# none. Columns whose values join rows give way before near-duplicates do.
+_COSINES = (0.75, 0.85, 0.95, 0.9500001, np.inf)
 # Parts that the groups must allow: a group has at most the rows of one, and a label has as many.
 _PARTS = 5
 # Of a long text, pieces with so many characters in all, each of them of so many at the most.
@@ -110,7 +110,7 @@ class NearDuplicates:
             is_divided = rows > max(len(self.texts) / _PARTS, 1)
             for stratum in holds.T:
                 if len(np.unique(groups[stratum])) < min(_PARTS, stratum.sum()):
-                    is_divided |= stratum
+                    is_divided |= np.isin(groups, groups[stratum])
             is_divided &= (np.bincount(groups)[groups] > 1) & (levels < len(steps) - 1)
             if not is_divided.any():
                 # Numbered in the order of the rows.
@@ -200,7 +200,11 @@ def _form(text: str) -> str:
     if len(text) <= _MOST_CHARACTERS:
         return text
     starts = [0, *_piece_starts(text), len(text)]
-    pieces = {text[start : min(end, start + _PIECE)] for start, end in pairwise(starts)}
+    pieces = {
+        text[place : min(place + _PIECE, end)]
+        for start, end in pairwise(starts)
+        for place in range(start, end, _PIECE)
+    }
     chosen: list[str] = []
     left = _MOST_CHARACTERS
     for piece in sorted(pieces, key=_rank):

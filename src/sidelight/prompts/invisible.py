@@ -15,19 +15,28 @@ Invisible = Literal["off", "strip", "refuse", "refuse_mixed_scripts"]
 """What happens to invisible characters before a text is read; the last also refuses words that mix
 scripts."""
 
-# Scripts whose letters take joiners: Arabic to Mandaic, Indic to Sinhala, Tibetan, Myanmar, Khmer
-# and Mongolian, and their extensions.
-_JOINED = (
-    "\u0600-\u061b\u061d-\u08ff\u0900-\u0dff\u0f00-\u0fff\u1000-\u109f\u1780-\u17b3\u17b6-\u180a"
-    "\u1810-\u18af\ua840-\ua95f\ufb50-\ufdff\ufe70-\ufefc\U00011000-\U0001193f"
+# Scripts whose letters take a shape by their neighbours: Arabic to Mandaic, and Mongolian.
+_SHAPED = (
+    "\u0600-\u061b\u061d-\u08ff\u1820-\u18aa\ufb50-\ufdff\ufe70-\ufefc"
+    "\U00010d00-\U00010d27\U0001e900-\U0001e94b"
 )
-# Scripts without blanks between words: Thai, Lao, Tibetan, Myanmar, Khmer, kana and Han.
+# Signs that end a consonant in scripts from Devanagari to Khmer, beside which joiners stand.
+_VIRAMAS = (
+    "\u094d\u09cd\u0a4d\u0acd\u0b4d\u0bcd\u0c4d\u0ccd\u0d3b\u0d3c\u0d4d\u0dca\u0f84\u1039\u103a"
+    "\u17d2\u1a60\u1b44\ua806\ua8c4\ua9c0\uaaf6\U00011046\U0001107f\U000110b9\U00011133"
+    "\u17c9\u17ca\U0001134d\U00011235\U000112ea\U00011442\U000114c2\U000115bf\U0001163f\U000116b6\U00011839\U0001193e"
+)
+# Scripts without blanks between words, where a blank of no width may end a line: Thai to Myanmar,
+# Khmer, and those of Java and their neighbours.
 _UNSPACED = (
-    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17b3\u17b6-\u17ff\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17b3\u17b6-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1bbf"
+    "\ua980-\ua9ff\uaa00-\uaa7f"
 )
-_HAN = (
-    "\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uff9f\uffa1-\uffef"
-    "\U00020000-\U000323af"
+# What takes variation selectors: ideographs, and signs of Unicode's StandardizedVariants.
+_IDEOGRAPHS = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003347f"
+_VARIED = (
+    "0\u3001\u3002\uff01\uff0c\uff0e\uff10\uff1a\uff1b\uff1f\u210b-\u2133\u2200-\u22ff\u2a00-\u2aff"
+    "\U0001d49c-\U0001d4cf\u1000-\u109f\uaa60-\uaa7f\ua840-\ua87f"
 )
 _PICTURES = (
     "\u00a9\u00ae\u203c\u2049\u2122\u2139\u2190-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
@@ -41,30 +50,40 @@ _FLAGS = "|".join(
     for code in ("gbeng", "gbsct", "gbwls")
 )
 _ALWAYS = (
-    # Controls without those that are blanks or end lines, and overrides of the direction.
-    "\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u115f\u1160\u17b4\u17b5\u202d\u202e"
-    "\u2060-\u2065\u206a-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3"
+    # Controls without tabs and ends of lines or pages, and overrides of the direction.
+    "\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u034f\u115f\u1160\u17b4\u17b5\u202d\u202e"
+    "\u2060-\u2065\u206a-\u206f\u3164\ufeff\uffa0\ufff0-\ufffc\U0001bca0-\U0001bca3"
     "\U0001d173-\U0001d17a\U000e0000-\U000e00ff\U000e01f0-\U000e0fff"
 )
 # Marks and embeddings of direction, and isolates.
 _DIRECTIONS = "\u061c\u200e\u200f\u202a-\u202c\u2066-\u2069"
-_AFTER_PICTURE = rf"(?<=[{_PICTURES}])|(?<=[{_PICTURES}]\ufe0f)"
+_SUSPECTS = rf"{_ALWAYS}\u200b-\u200d\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef"
+# Accents and vowel points, which are part of a word too.
+_MARKS = "\u0300-\u036f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u064b-\u065f\u0670"
+_PART_OF_WORD = rf"\w|[{_SUSPECTS}{_MARKS}]"
+_NO_EDGE = rf"{_PART_OF_WORD}|[{_DIRECTIONS}]"
+_JOINS = "|".join(
+    (
+        rf"(?:(?<=[{_PICTURES}])|(?<=[{_PICTURES}]\ufe0f))\u200d[{_PICTURES}]",
+        rf"(?<=[{_VIRAMAS}])\u200d|\u200d[{_VIRAMAS}]",
+        # At the edge of a word, a letter in its shape within one.
+        rf"(?<=[{_SHAPED}])\u200d(?!{_NO_EDGE})|(?<!{_NO_EDGE})\u200d[{_SHAPED}]",
+    )
+)
 _UNNEEDED = (
     rf"[{_ALWAYS}]+",
-    rf"(?<![{_UNSPACED}])\u200b|\u200b(?![{_UNSPACED}])",
-    rf"(?<![{_JOINED}])\u200c",
-    # Between two pictures, or after a letter that takes it.
-    rf"(?<![{_JOINED}])(?!(?:{_AFTER_PICTURE})\u200d[{_PICTURES}])\u200d",
-    rf"(?<![{_PICTURES}0-9#*])[\ufe0e\ufe0f]|(?<=[0-9#*])[\ufe0e\ufe0f](?!\u20e3)",
-    rf"(?<![{_HAN}\u2200-\u22ff\u1000-\u109f\ua840-\ua87f])[\ufe00-\ufe0d]",
-    rf"(?<![{_HAN}])[\U000e0100-\U000e01ef]",
-    r"(?<![\u1800-\u180a\u1810-\u18af])[\u180b-\u180f]",
+    rf"(?<![{_UNSPACED}])\u200b+(?![{_UNSPACED}\u200b])",
+    # Persian endings follow words of other scripts, digits and quotes too.
+    rf"(?<![{_SHAPED}{_VIRAMAS}])\u200c(?![{_VIRAMAS}]|(?<=[^{_SUSPECTS}{_DIRECTIONS}]\u200c)[\u0620-\u06ff])",
+    rf"(?!{_JOINS})\u200d",
+    rf"(?<![{_PICTURES}0-9#*])[\ufe0e\ufe0f]+|(?<=[0-9#*])[\ufe0e\ufe0f](?!\u20e3)",
+    rf"(?<![{_IDEOGRAPHS}{_VARIED}])[\ufe00-\ufe02]+|[\ufe03-\ufe0d]+",
+    rf"(?<![{_IDEOGRAPHS}])[\U000e0100-\U000e011f]+|[\U000e0120-\U000e01ef]+",
+    r"(?<![\u1800-\u180a\u1810-\u18af])[\u180b-\u180f]+",
 )
-_SUSPECTS = rf"{_ALWAYS}\u200b-\u200d\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef"
 _ANY_DIRECTION = rf"[{_DIRECTIONS}]+"
-# In a text that runs from right to left, only inside a word of another script.
-_OTHER = rf"[^\W{_RIGHT_TO_LEFT}]|[{_SUSPECTS}]"
-_INSIDE_WORD = rf"(?<={_OTHER})[{_DIRECTIONS}]+(?={_OTHER})"
+# In a text that runs from right to left, only inside a word.
+_INSIDE_WORD = rf"(?<={_PART_OF_WORD})[{_DIRECTIONS}]+(?={_PART_OF_WORD})"
 _RUNS_LEFT = re.compile(f"[{_RIGHT_TO_LEFT}]")
 # Whatever may be invisible: all other characters are passed at once.
 _SUSPECT = re.compile(f"[{_SUSPECTS}{_DIRECTIONS}]")

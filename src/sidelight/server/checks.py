@@ -15,6 +15,7 @@ from sidelight.policy.redaction import Placeholders, without_placeholders
 from sidelight.policy.request import Terms, category_fields
 from sidelight.policy.rules import BoundRule, Side
 from sidelight.prompts.conversation import Message, has_response
+from sidelight.prompts.invisible import visible
 from sidelight.server.errors import RequestError
 from sidelight.server.observe import RequestTextObserver
 from sidelight.server.requests import Route, ServerRequest, unless_left
@@ -115,7 +116,7 @@ def _require_verdicts(
                 code="verdict_failed",
             )
     silent = [decision.rule.name for decision in decisions if decision.verdict is None]
-    if silent and not any(turn.content for turn in turns):
+    if silent and not any(visible(turn.content) for turn in turns):
         raise RequestError(
             f"{which} is empty, so {', '.join(silent)} has nothing to read. Leave it out, or "
             "choose other probes.",

@@ -9,12 +9,14 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sidelight.errors import DisguisedTextError, SidelightError
 from sidelight.policy.decisions import Decision, PolicyError
 from sidelight.policy.enforcement import require_trusted_turns
 from sidelight.policy.redaction import Placeholders
 from sidelight.policy.request import Terms
 from sidelight.policy.rules import Side
 from sidelight.prompts.conversation import Message
+from sidelight.prompts.invisible import Invisible, require_plain_sight, visible
 from sidelight.server.checks import as_answer, as_user, check, require_prompt_probe, spans_of
 from sidelight.server.errors import RequestError
 from sidelight.server.requests import Route, ServerRequest
@@ -152,7 +154,8 @@ class GuardrailResponse(BaseModel):
 async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResponse:
     """Each text of a request is judged by itself, by its role; each of a response as an answer.
 
-    The answer has ``texts`` only if a rule redacts: a proxy keeps its own.
+    The answer has ``texts`` only if a rule redacts, or invisible characters were stripped: a proxy
+    keeps its own.
     """
     parameters = body.additional_provider_specific_params or GuardrailParameters()
     is_response = body.input_type == "response"
@@ -163,10 +166,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
     try:
         require_trusted_turns(terms.policy, [[Message("system", text.words)] for text in system])
     except PolicyError as refusal:
-        # An error would reach the proxy's client, and its operator, without the reason.
-        return GuardrailResponse(
-            action="BLOCKED", blocked_reason=str(refusal), sidelight=Extension(verdicts=[])
-        )
+        return _blocked(refusal)
     # A proxy may take the parameters of its own client.
     terms = terms.with_enforced()
     side: Side = "output" if is_response else "input"
@@ -180,21 +180,29 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         body.require_few_characters()
         # Trusted words pass, but what they say of people is masked all the same.
         judged += system
-    checked = await check(
-        request,
-        terms,
-        [text.conversation for text in judged],
-        judges_prompt=not is_response,
-        counts_shadows=is_observed,
-        tools={i for i, text in enumerate(judged) if text.role in (None, "tool")},
-        trusted={i for i, text in enumerate(judged) if text.role == "system"},
-    )
+    invisible = terms.policy.invisible_characters
+    try:
+        checked = await check(
+            request,
+            terms,
+            [text.conversation for text in judged],
+            judges_prompt=not is_response,
+            counts_shadows=is_observed,
+            tools={i for i, text in enumerate(judged) if text.role in (None, "tool")},
+            trusted={i for i, text in enumerate(judged) if text.role == "system"},
+        )
+        await asyncio.to_thread(_require_plain_sight, body, texts, invisible)
+    except DisguisedTextError as refusal:
+        return _blocked(refusal)
     decisions = [decisions for _, decisions in checked]
     flagged, masked = _flagged(decisions), body.texts or []
     if redacts:
         # Unicode's normal forms of long texts would hold up all other requests.
         masked, in_calls = await asyncio.to_thread(_redacted, body, judged, decisions)
         flagged = [*dict.fromkeys((*in_calls, *flagged))]
+    if invisible == "strip":
+        # The model behind the proxy is to read what was judged.
+        masked = await asyncio.to_thread(lambda: [*map(visible, masked)])
     is_masked = not flagged and masked != (body.texts or [])
     return GuardrailResponse(
         action="BLOCKED" if flagged else "GUARDRAIL_INTERVENED" if is_masked else "NONE",
@@ -206,6 +214,26 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
             verdicts=[entry for _, decisions in checked for entry in terms.entries(decisions)]
         ),
     )
+
+
+def _blocked(refusal: SidelightError) -> GuardrailResponse:
+    """An error would reach the proxy's client, and its operator, without the reason."""
+    return GuardrailResponse(
+        action="BLOCKED", blocked_reason=str(refusal), sidelight=Extension(verdicts=[])
+    )
+
+
+def _require_plain_sight(
+    body: GuardrailRequest, texts: Sequence["_Text"], invisible: Invisible
+) -> None:
+    """Refuses what is disguised, also in texts that no probe reads and in calls, which stay.
+
+    Raises:
+        DisguisedTextError: One is.
+    """
+    for text in texts:
+        stays = invisible == "strip" and text.index >= len(body.texts or ())
+        require_plain_sight(text.words, "refuse" if stays else invisible)
 
 
 def _refuse(terms: Terms, side: Side) -> None:

@@ -78,9 +78,10 @@ class RequestScope:
                 await self._app(scope, receive, named)
         # Whatever fails: the answer to a crash must have the id under which it is logged.
         except (Exception, asyncio.CancelledError) as failure:
+            task = asyncio.current_task()
             is_cut = True
-            if isinstance(failure, asyncio.CancelledError):
-                # Uvicorn gives up what outlasts its graceful shutdown, and would log the traceback.
+            if isinstance(failure, asyncio.CancelledError) and task and task.cancelling():
+                # Uvicorn gives up what outlasts its graceful shutdown.
                 error = _stopping()
             elif isinstance(failure, TimeoutError) and timeout.expired():
                 error = self._lateness()
@@ -92,6 +93,8 @@ class RequestScope:
                 event = f"data: {json.dumps(error.body)}\n\n".encode()
                 await send({"type": "http.response.body", "body": event})
             else:
+                raise
+            if isinstance(failure, asyncio.CancelledError) and is_cut:
                 raise
         finally:
             if content_type is None:

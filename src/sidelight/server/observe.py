@@ -3,6 +3,7 @@
 Names, numbers and hashes only: never a text, a key, or a word that a client chose.
 """
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -337,6 +338,11 @@ class LogFormatter(logging.Formatter):
         return f"{text}\n{places}" if places else text
 
 
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """False for the traceback of a request that uvicorn has cancelled itself at its end."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
 def log_settings(level: str, *, as_json: bool) -> dict[str, Any]:
     """Settings for ``logging.config``: every record of the process goes to standard error.
 
@@ -351,11 +357,17 @@ def log_settings(level: str, *, as_json: bool) -> dict[str, Any]:
         "formatter": "line",
     }
     own = {"level": level.upper()}
+    uvicorn = {"level": "WARNING"} if level == "info" else own
     return {
         "version": 1,
         "disable_existing_loggers": False,
+        "filters": {"not cancelled": {"()": lambda: _is_no_cancellation}},
         "formatters": {"line": {"()": LogFormatter, "as_json": as_json}},
         "handlers": {"stderr": handler},
         "root": {"level": "WARNING", "handlers": ["stderr"]},
-        "loggers": {"uvicorn": {"level": "WARNING"} if level == "info" else own, "sidelight": own},
+        "loggers": {
+            "uvicorn": uvicorn,
+            "uvicorn.error": {"filters": ["not cancelled"]},
+            "sidelight": own,
+        },
     }

@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -53,7 +53,9 @@ _EVENT_END = b"\n\n"
 _CHUNKED = ("/v1/chat/completions", "/v1/completions", "/invocations")
 _MESSAGES = "/v1/messages"
 # Invisible characters are stripped from texts of so many characters in all.
-_MOST_CHARACTERS = 2**19
+_MOST_CHARACTERS = 2**20
+# Fields that prompts are made of, on any route of vLLM's.
+_PROMPTS = ("messages", "prompt", "input", "instructions", "system", "tools", "documents")
 # Fields that no route for text has; vLLM would ignore them, and with them what a client relies on.
 _NOT_OURS = ("explain", "policies")
 
@@ -323,32 +325,41 @@ def _giving(events: Iterable[Event], receive: Receive) -> Receive:
     return give
 
 
-def _in_plain_sight(fields: Mapping[str, Any], sent: dict[str, str]) -> list[Event]:
-    """The body without the invisible characters of its texts, which are noted as sent.
+def _in_plain_sight(fields: Mapping[str, Any], sent: dict[str, str | None]) -> list[Event]:
+    """The body without the invisible characters of texts that a prompt is made of, noted as sent.
 
     Texts beyond a length in all keep theirs, and ``EngineGuard`` refuses them.
     """
-    left = _MOST_CHARACTERS
+    left, is_changed = _MOST_CHARACTERS, False
 
     def read(value: Any) -> Any:
-        nonlocal left
+        nonlocal left, is_changed
         if isinstance(value, dict):
-            return {name: read(each) for name, each in value.items()}
+            return {name: read_field(name, each) for name, each in value.items()}
         if isinstance(value, list):
             return [*map(read, value)]
-        if not isinstance(value, str) or len(value) > left:
+        if not isinstance(value, str):
             return value
-        if (text := visible(value)) != value:
-            left -= len(value)
-            sent[text] = value
+        left -= len(value)
+        text = visible(value) if left >= 0 else value
+        is_changed |= text != value
+        sent[text] = value if sent.get(text, value) == value else None
         return text
 
-    try:
-        body = json.dumps(read(fields)).encode()
-    except RecursionError:
-        sent.clear()
-        return []
-    return [{"type": "http.request", "body": body, "more_body": False}]
+    def read_field(name: str, value: Any) -> Any:
+        if name == "arguments" and isinstance(value, str) and "\\u" in value:
+            # JSON within JSON, as clients write calls of tools.
+            with suppress(ValueError, RecursionError):
+                return read(json.dumps(json.loads(value), ensure_ascii=False))
+        return read(value)
+
+    with suppress(RecursionError):
+        read_fields = {n: read(own) if n in _PROMPTS else own for n, own in fields.items()}
+        body = json.dumps(read_fields).encode()
+        if is_changed:
+            return [{"type": "http.request", "body": body, "more_body": False}]
+    sent.clear()
+    return []
 
 
 def _report_request(fields: Mapping[str, Any]) -> ReportRequest:

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,7 @@ class EngineGuard:
         if not isinstance(prompt, Mapping):
             # Text that arrives while the model writes, or a request that its caller has prepared.
             self.require_unblocked("Prompts that are neither text nor token ids")
+            self._require_plain_sight({}, client.terms)
             own = own_params(params, 0, None)
             written = self.engine.listener.generate(prompt, own, request_id, **options)
             async with aclosing(written) as outputs:
@@ -201,8 +203,13 @@ class EngineGuard:
         encoded = await asyncio.to_thread(
             self.recogniser.recognise, prompt, said, with_places=is_labelled
         )
-        if encoded is not None:
-            encoded = encoded.read_from([Message("", client.sent.get(t, t)) for t in encoded.texts])
+        if encoded is not None and client.sent:
+            sent = [client.sent.get(text) if text else "" for text in encoded.texts]
+            if None in sent:
+                # Better no spans than spans of other characters.
+                encoded = replace(encoded, texts=(), places=())
+            else:
+                encoded = encoded.read_from([Message("", text or "") for text in sent])
         await asyncio.to_thread(self.recogniser.require_read, encoded, client.terms)
         words = ""
         if encoded is not None and self.context.observer.audit is not None:
@@ -225,10 +232,18 @@ class EngineGuard:
 
         Raises:
             DisguisedTextError: It has some, such as one of token ids.
+            PolicyError: Nobody can tell.
         """
         invisible = terms.policy.invisible_characters
-        if invisible == "off" or not (ids := prompt.get("prompt_token_ids")):
+        if invisible == "off":
             return
+        ids = prompt.get("prompt_token_ids")
+        if ids is None:
+            raise PolicyError(
+                "The prompt has no token ids, so nobody can tell whether it holds invisible "
+                "characters, which the server's policy strips or refuses. Send text.",
+                code="not_judged",
+            )
         require_plain_sight(
             self._tokenizer.decode(ids), "refuse" if invisible == "strip" else invisible
         )
