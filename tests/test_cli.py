@@ -405,6 +405,13 @@ def test_background_is_refused_for_a_probe_of_answers(arguments, tmp_path, capsy
     assert "--background has prompts alone" in capsys.readouterr().err
 
 
+def test_groups_are_refused_where_there_are_no_folds(tmp_path, capsys):
+    rows = labelled_rows(tmp_path / "rows.jsonl", ["yes", "no"] * 4)
+    data = ("--data", rows, "--validation", rows, "--out", tmp_path / "out")
+    assert cli("train", *data, "--set", "groups=label") == 2
+    assert "there are no folds" in capsys.readouterr().err
+
+
 def test_the_help_names_every_option_that_can_be_set():
     (own,) = (option for option in train.params if option.name == "assigned")
     for name in (*INPUT_SETTINGS, *_kinds()):

@@ -230,7 +230,7 @@ def test_versions_of_a_text_stay_together(count):
 
 
 def test_rows_with_one_value_in_a_column_stay_together():
-    """Texts that share a document or an attack, whatever else they hold."""
+    """Rows that share a document or an attack."""
     words = [text for text, _ in versions(60)[::3]]
     rows = [
         {"text": word, "label": n % 2, "document": n // 6 if n < 30 else None, "attack": ""}
@@ -262,6 +262,28 @@ def test_a_column_that_would_join_most_texts_gives_way_before_the_one_named_firs
         for n, word in enumerate(words)
     ]
     assert load_examples(rows, groups="attack,document").distinct == 30
+
+
+def test_near_duplicates_stay_together_where_a_column_gives_way():
+    rows = [
+        {"text": text, "label": n // 3 % 2, "site": "a" if n < 60 else None}
+        for n, (text, _) in enumerate(versions(30))
+    ]
+    assert load_examples(rows).distinct == 30
+    examples = load_examples(rows, groups="site")
+    assert examples.distinct == 30
+    assert any("are near-duplicates of so many others" in w for w in examples.grouping_warnings())
+
+
+def test_all_rows_of_a_parted_group_are_counted():
+    """Also those whose own label would not have asked for it."""
+    words = [text for text, _ in versions(40)[::3]]
+    rows = [
+        {"text": word, "label": int(n < 20 and n % 2), "document": n // 10 if n < 20 else None}
+        for n, word in enumerate(words)
+    ]
+    *_, warning = load_examples(rows, groups="document").grouping_warnings()
+    assert warning.startswith("20 texts are near-duplicates of so many others")
 
 
 def test_a_long_text_with_a_paragraph_more_is_a_version_of_it():

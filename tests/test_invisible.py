@@ -239,7 +239,7 @@ def test_litellms_guardrail_sends_stripped_texts_back_and_blocks_what_it_cannot_
             asked(system[0]["content"], structured_messages=system),
         ):
             assert answer["action"] == "BLOCKED"
-            assert "nobody can see" in answer["blocked_reason"]
+            assert "invisible characters" in answer["blocked_reason"]
 
 
 @pytest.mark.parametrize(

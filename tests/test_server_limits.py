@@ -256,7 +256,7 @@ def test_a_request_that_outlasts_the_servers_end_is_told_so():
         task = asyncio.create_task(answer(ending(kind, deadline=60), sent))
         await asyncio.sleep(0)
         task.cancel()
-        # Whoever has cancelled it learns of it.
+        # The cancellation still reaches the caller.
         with pytest.raises(asyncio.CancelledError):
             await task
 

@@ -58,12 +58,17 @@ def test_a_rule_is_read_back_from_its_text_or_answered_with_the_forms():
             ThresholdRule.parse(text)
 
 
+def measured(rows):
+    """The scores, the labels and the curve of some rows."""
+    scores = np.array([score / 20 for score, _ in rows])
+    holds = np.array([holds for _, holds in rows])
+    return scores, holds, OperatingCurve.of(scores, holds)
+
+
 @settings(max_examples=30, deadline=None)
 @given(rows=rows)
 def test_a_curve_counts_what_is_flagged_and_no_other_threshold_follows_the_rule_better(rows):
-    scores = np.array([score / 20 for score, _ in rows])
-    holds = np.array([holds for _, holds in rows])
-    curve = OperatingCurve.of(scores, holds)
+    scores, holds, curve = measured(rows)
     assert (curve.positives, curve.negatives) == (holds.sum(), (~holds).sum())
     counts = zip(curve.true_positives, curve.false_positives, curve.expected, strict=True)
     for threshold, (hits, alarms, expected) in zip(curve.thresholds, counts, strict=True):
@@ -101,9 +106,7 @@ def test_a_curve_counts_what_is_flagged_and_no_other_threshold_follows_the_rule_
 @settings(max_examples=30, deadline=None)
 @given(rows=rows)
 def test_an_operating_point_finds_most_within_its_rate(rows):
-    scores = np.array([score / 20 for score, _ in rows])
-    holds = np.array([holds for _, holds in rows])
-    curve = OperatingCurve.of(scores, holds)
+    _, _, curve = measured(rows)
     for rate in (0.0, 0.1, 0.5):
         for threshold, found, flagged in curve.operating_points([rate]):
             assert flagged <= rate * curve.negatives

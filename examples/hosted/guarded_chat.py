@@ -10,7 +10,7 @@ If Sidelight does not answer, ``is_flagged`` raises: nothing is asked or shown u
 import os
 import sys
 
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 if missing := {"MODEL_URL", "MODEL_API_KEY", "MODEL"} - os.environ.keys():
     sys.exit(f"Set {', '.join(sorted(missing))}: the address, key and name of the hosted model.")
@@ -24,7 +24,12 @@ hosted = OpenAI(base_url=os.environ["MODEL_URL"], api_key=os.environ["MODEL_API_
 
 def is_flagged(*texts: str) -> bool:
     """Whether a guard flags a text: a question, a document, a tool's result, an answer."""
-    return any(result.flagged for result in guard.moderations.create(input=texts).results)
+    try:
+        checked = guard.moderations.create(input=texts)
+    except BadRequestError:
+        # The policy refuses the text, or it is too long to be checked.
+        return True
+    return any(result.flagged for result in checked.results)
 
 
 def ask(question: str) -> str:

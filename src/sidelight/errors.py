@@ -22,7 +22,7 @@ class ContextLengthError(SidelightError):
 
 
 class DisguisedTextError(SidelightError):
-    """A text holds invisible characters, or words of two scripts, which its reader refuses.
+    """A text has invisible characters or mixed-script words, and the policy refuses them.
 
     Attributes:
         code: ``invisible_characters`` or ``mixed_scripts``.

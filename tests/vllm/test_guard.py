@@ -568,6 +568,40 @@ def answered(llm, vllm, path="/v1/chat/completions"):
     return start["status"], {k.decode(): v.decode() for k, v in start["headers"]}, body
 
 
+@pytest.mark.parametrize("policy", ["", 'invisible_characters = "strip"\n'])
+def test_vllm_reads_prompts_without_the_invisible_characters_that_are_stripped(guarded, policy):
+    endpoint, read = ProbeEndpoint(), {}
+    endpoint.guard, endpoint._routes = guarded([FINE], policy).sidelight_guard, ()
+    call = {"function": {"name": "look", "arguments": '{"q": "a\\u00adb"}'}}
+    body = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "H\u200bi"}]},
+            {"role": "assistant", "tool_calls": [call]},
+        ],
+        "structured_outputs": {"regex": "[^\u200b]+"},
+    }
+    sent = json.dumps(body).encode()
+
+    async def app(scope, receive, send):
+        read.update(json.loads((await receive())["body"]))
+
+    async def receive():
+        return {"type": "http.request", "body": sent}
+
+    scope = {"type": "http", "method": "POST", "path": "/", "state": {"caller": Caller()}}
+    asyncio.run(endpoint.around(app)(scope, receive, None))
+    if policy:
+        body["messages"][0]["content"][0]["text"] = "Hi"
+        call["function"]["arguments"] = '{"q": "ab"}'
+    assert read == body
+
+
+def test_a_prompt_without_token_ids_is_refused_where_invisible_characters_are(guarded):
+    for policy, code in (("", None), ('invisible_characters = "refuse"\n', "not_judged")):
+        _, error = asked(guarded([FINE], policy), {"prompt_embeds": None})
+        assert getattr(error and error.__cause__, "code", None) == code
+
+
 def streaming(llm, *, early=(), raises=False):
     """An application that streams what the engine writes, after words of its own."""
 

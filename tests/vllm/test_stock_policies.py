@@ -93,7 +93,7 @@ def test_the_tokens_of_a_cut_answer_end_before_the_cut_on_every_route(server, su
 
 
 def test_invisible_characters_are_refused_in_token_ids(server, subjects):
-    """Which nobody can strip without changing the tokens."""
+    """Stripping would change the tokens."""
     for text, code in (
         (subjects.benign, None),
         ("\u200b".join(subjects.benign), "invisible_characters"),

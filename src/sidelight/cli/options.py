@@ -104,7 +104,7 @@ class TrainingInputs:
 
     Attributes:
         rationale: The column of the words that a text has its label for, where they are known.
-        groups: Columns, separated by commas, of which rows with one value stay in one fold.
+        groups: Columns, separated by commas, whose equal values keep rows in one fold.
         limit: Use so many rows, drawn at random; each class keeps its share.
         max_tokens: Longer texts are cut, and counted; judging never cuts.
         cache: Folder for hidden states; None is the user's cache.

@@ -120,8 +120,8 @@ class Examples:
             `select` or `split` does not inherit them.
         compared: Which texts are near-duplicates, if the whole that these are a part of was
             compared; None compares them when it is needed.
-        group_columns: Columns that say which texts belong together: `split` and `folds` keep rows
-            with one value in one of them together, as they do near-duplicates.
+        group_columns: Columns whose equal values keep rows together in `split` and `folds`, like
+            near-duplicates.
     """
 
     items: tuple[Example, ...]
@@ -246,11 +246,12 @@ class Examples:
         first = np.unique(self._near_duplicates.texts, return_index=True)[1]
         alike = int((np.bincount(groups[first])[groups] > 1).sum())
         shared = " or ".join(self.group_columns)
+        too_many = f", or share their {shared} with so many," if shared else ""
         shares = f", or share their {shared} with others" if shared else ""
         warnings = {
             f"{alike} texts are near-duplicates of others{shares}: such texts stay in one fold, or "
             "on one side of a split.": alike,
-            f"{divided} texts are near-duplicates of so many others that folds would be "
+            f"{divided} texts are near-duplicates of so many others{too_many} that folds would be "
             "impossible if they stayed together: they are parted, and the figures flatter the "
             "probe. Give texts that differ in more than a few words, or others to validate on "
             "(--validation, validation=).": divided,
@@ -287,7 +288,7 @@ class Examples:
 
 
 def _group_of(cells: Mapping[str, object], column: str) -> object:
-    """The value of a row in a column of groups; None: it belongs to no other."""
+    """The row's value in a group column; None if the cell is empty."""
     cell = cells.get(column)
     return None if is_missing(cell) else str(cell)
 

@@ -58,8 +58,7 @@ class Card(BaseModel, extra="forbid", frozen=True):
         labels: The negative and the positive class; None if it labels spans.
         version: Of its texts; a change of them, or of the threshold of the trained probe, is one.
         rationale: The column of the words that a text is positive for, where they are known.
-        groups: Columns of which rows with one value stay in one fold, such as the document that
-            several texts were made from.
+        groups: Columns whose equal values keep rows in one fold, such as the source document.
         sources: Of the training texts, by the column ``source``.
     """
 

@@ -86,10 +86,9 @@ def load_examples(
             that ``task`` lacks are left out and counted.
         rationale: Column of the words that a text has its label for, where they are known, as they
             stand in it; training then teaches a readout where to look.
-        groups: Columns, separated by commas, of which rows with one value belong together, such as
-            a customer or the document that texts were made from: a part that is left out holds all
-            of them or none. Empty cells join nothing. Where a group would be too large, columns
-            give way from the last one on.
+        groups: Columns, separated by commas, whose equal values keep rows together in a split or
+            fold, such as a customer or a source document. Empty cells join nothing. If groups
+            become too large, the last column is ignored first.
 
     Raises:
         SidelightError: The source cannot be read, or a row is malformed; the message names the

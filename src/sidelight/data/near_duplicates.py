@@ -18,13 +18,13 @@ from jaxtyping import Bool, Float, Int
 from sidelight.types import Flags, Numbers, Values
 
 # Cosines from which texts are joined. Where too many would be, only higher ones count, and at last
-# none. Columns whose values join rows give way before near-duplicates do.
-_COSINES = (0.75, 0.85, 0.95, 0.9500001, np.inf)
+# none.
+_COSINES = (0.75, 0.85, 0.95, np.inf)
 # Parts that the groups must allow: a group has at most the rows of one, and a label has as many.
 _PARTS = 5
-# Of a long text, pieces with so many characters in all, each of them of so many at the most.
+# Total length of the pieces sampled from a long text, and the longest piece.
 _MOST_CHARACTERS, _PIECE = 2000, 125
-# A piece ends where the hash of the last characters is a multiple of this: its length in the mean.
+# Mean distance of piece boundaries, in characters.
 _BETWEEN = 64
 _FEATURES = 2**16
 # More texts are compared within parts of neighbours in the alphabet: a minute a part on one core.
@@ -67,14 +67,17 @@ class NearDuplicates:
         return NearDuplicates(texts, left[kept], right[kept], self.cosines[kept])
 
     def joined_by(self, columns: Iterable[Sequence[object]]) -> "NearDuplicates":
-        """With the texts of rows that have one value in a column as if they were alike.
+        """Also join the texts of rows that share a value in a column.
 
         Args:
-            columns: A value for each row; None joins it to no other. Where groups are too large,
-                the last columns stop joining first.
+            columns: A value for each row; None joins the row to no other. If groups become too
+                large, the last column stops joining first, and all columns before near-duplicates.
         """
+        columns = [*columns]
         pairs = [(self.left, self.right, self.cosines)]
         for place, column in enumerate(columns):
+            # Below every cosine, so that `groups` drops columns before near-duplicates.
+            strength = _COSINES[0] * (len(columns) - place) / (len(columns) + 1)
             first: dict[object, int] = {}
             joined = [
                 (text, first[value])
@@ -82,7 +85,7 @@ class NearDuplicates:
                 if value is not None and first.setdefault(value, text) != text
             ]
             left, right = np.array(joined, dtype=np.int64).reshape(-1, 2).T
-            pairs.append((left, right, np.full(len(joined), _COSINES[max(2 - place, 0)])))
+            pairs.append((left, right, np.full(len(joined), strength)))
         return NearDuplicates(self.texts, *map(np.concatenate, zip(*pairs, strict=True)))
 
     def groups(self, strata: Bool[Flags, "row stratum"]) -> tuple[Int[Numbers, " row"], int]:
@@ -97,7 +100,9 @@ class NearDuplicates:
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
-        count, steps = int(self.texts.max(initial=-1)) + 1, np.array(_COSINES)
+        count = int(self.texts.max(initial=-1)) + 1
+        of_columns = np.unique(self.cosines[self.cosines < _COSINES[0]])
+        steps = np.append(of_columns, _COSINES)
         levels = np.zeros(count, dtype=np.int64)
         holds = np.zeros((count, strata.shape[1]), dtype=np.bool_)
         np.logical_or.at(holds, self.texts, strata)
@@ -190,11 +195,11 @@ def _vectors(texts: Sequence[str]) -> Any:
 
 
 def _form(text: str) -> str:
-    """What is compared: numbers as one and the same, and of a long text some pieces.
+    """Normalised text: every number becomes 0, and a long text is reduced to a sample of pieces.
 
-    Pieces begin and end by the characters around them, and those with the least hashes are taken,
-    so that two long texts have most of them in common even if one has a paragraph that the other
-    lacks (Broder 1997, "On the resemblance and containment of documents").
+    Piece boundaries depend on the surrounding characters, and the pieces with the lowest hashes are
+    sampled. An inserted paragraph leaves most of them unchanged (Broder 1997, "On the resemblance
+    and containment of documents").
     """
     text = re.sub(r"\d+", "0", text)
     if len(text) <= _MOST_CHARACTERS:
@@ -220,9 +225,9 @@ def _rank(piece: str) -> tuple[int, str]:
 
 
 def _piece_starts(text: str) -> list[int]:
-    """Where pieces begin, by the four characters before each place."""
+    """Piece boundaries, by a hash of the four preceding characters."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    # The constants are those of xxHash; unsigned products wrap around.
+    # xxHash's multipliers; uint32 overflow is intended.
     factors = (668265263, 3266489917, 2246822519, 2654435761)
     window = sum(
         codes[place : len(codes) + place - 3] * np.uint32(factor)

@@ -85,7 +85,7 @@ class Policy:
         output: By name of a probe that reads the response.
         system_turns: Whether a conversation may begin with turns that no probe reads, the system's
             or a developer's; None: only if no rule blocks prompts.
-        invisible_characters: What happens to them before the model and the probes read a text.
+        invisible_characters: Whether to strip or refuse them before the model reads a text.
     """
 
     input: Mapping[str, Rule] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from sidelight.errors import ContextLengthError, SidelightError
-from sidelight.prompts.invisible import Invisible, require_plain_sight, visible, visible_places
+from sidelight.prompts.invisible import Invisible, reject_disguises, visible, visible_places
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ Scope = Literal["conversation", "each_turn", "last_turn"]
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; ``invisible``: how an engine reads it."""
+    """One turn of a conversation; ``invisible`` is how an engine handles invisible characters."""
 
     role: str
     content: str
@@ -78,21 +78,21 @@ def contents(messages: Conversation, response: str | None) -> list[str]:
 
 
 def with_invisible(text: Conversation, invisible: Invisible) -> Conversation:
-    """The same, of which an engine treats invisible characters so."""
+    """The text with this handling of its invisible characters."""
     if isinstance(text, PlainText):
         return replace(text, invisible=invisible)
     return [replace(turn, invisible=invisible) for turn in text]
 
 
 def as_read(text: Conversation) -> Conversation:
-    """What the model reads of a text: without its invisible characters, if these are stripped.
+    """The text as the model reads it, with invisible characters stripped if the policy says so.
 
     Raises:
-        DisguisedTextError: It has some, and they are refused.
+        DisguisedTextError: The policy refuses the text.
     """
 
     def read(content: str, invisible: Invisible) -> str:
-        require_plain_sight(content, invisible)
+        reject_disguises(content, invisible)
         return visible(content) if invisible == "strip" else content
 
     if isinstance(text, PlainText):
@@ -195,8 +195,8 @@ class EncodedPrompt:
         dropped: Tokens of text that were removed to fit a training limit; 0 outside training.
         texts: What each message says, and the response; empty if no places are known.
         places: Where each token stands in them; None: only the template or tokenizer wrote it.
-        origins: For each text, where its characters stand in the text as sent, of which invisible
-            ones were removed; None: none were. Empty: none in any text.
+        origins: For each text, the index of each character in the original text; None if nothing
+            was stripped from it. Empty if nothing was stripped from any text.
     """
 
     token_ids: tuple[int, ...]
@@ -214,18 +214,18 @@ class EncodedPrompt:
         return len(self.token_ids)
 
     def as_sent(self, message: int, start: int, end: int) -> tuple[int, int]:
-        """Where characters of one of the texts stand in what was sent, from the first to the last.
+        """Map a character range of a stripped text to the original text.
 
         Args:
-            message: The number of the text.
-            start: The first character, of which there is at least one.
-            end: The one after the last.
+            message: Index of the text.
+            start: First character.
+            end: End of the range, exclusive; greater than ``start``.
         """
         origins = self.origins[message] if self.origins else None
         return (start, end) if origins is None else (origins[start], origins[end - 1] + 1)
 
     def read_from(self, text: Conversation) -> "EncodedPrompt":
-        """The same, if its texts are ``as_read`` of this one, with their places in it."""
+        """The prompt with ``origins``, if its texts are ``as_read`` of this text."""
         sent = contents(text, None)
         if not self.places or all(map(str.__eq__, sent, self.texts)):
             return self

@@ -1,9 +1,9 @@
-"""Characters that nobody can see, and words of two scripts: disguises that a reader overlooks.
+"""Invisible characters and mixed-script words, which hide an attack from classifiers.
 
-Invisible is what Unicode calls default-ignorable (zero-width spaces, soft hyphens, tags, variation
-selectors, marks of direction) or a control character, but not where a script or an emoji needs it:
-joiners in Arabic and Indic words, zero-width spaces in Thai, selectors after emoji and ideographs,
-marks of direction in texts that run from right to left.
+A character is invisible if Unicode calls it default-ignorable (zero-width spaces, soft hyphens,
+tags, variation selectors, direction marks) or a control character. It is kept where a script or an
+emoji needs it: joiners in Persian and Indic words, zero-width spaces in Thai, selectors after emoji
+and ideographs, direction marks in right-to-left text.
 """
 
 import re
@@ -12,27 +12,26 @@ from typing import Literal
 from sidelight.errors import DisguisedTextError
 
 Invisible = Literal["off", "strip", "refuse", "refuse_mixed_scripts"]
-"""What happens to invisible characters before a text is read; the last also refuses words that mix
-scripts."""
+"""How invisible characters are handled; the last value also refuses mixed-script words."""
 
-# Scripts whose letters take a shape by their neighbours: Arabic to Mandaic, and Mongolian.
+# Cursive scripts, where a joiner changes the form of a letter: Arabic to Mandaic, and Mongolian.
 _SHAPED = (
     "\u0600-\u061b\u061d-\u08ff\u1820-\u18aa\ufb50-\ufdff\ufe70-\ufefc"
     "\U00010d00-\U00010d27\U0001e900-\U0001e94b"
 )
-# Signs that end a consonant in scripts from Devanagari to Khmer, beside which joiners stand.
+# Viramas and register shifters, Devanagari to Khmer: joiners next to them select a conjunct.
 _VIRAMAS = (
     "\u094d\u09cd\u0a4d\u0acd\u0b4d\u0bcd\u0c4d\u0ccd\u0d3b\u0d3c\u0d4d\u0dca\u0f84\u1039\u103a"
     "\u17d2\u1a60\u1b44\ua806\ua8c4\ua9c0\uaaf6\U00011046\U0001107f\U000110b9\U00011133"
     "\u17c9\u17ca\U0001134d\U00011235\U000112ea\U00011442\U000114c2\U000115bf\U0001163f\U000116b6\U00011839\U0001193e"
 )
-# Scripts without blanks between words, where a blank of no width may end a line: Thai to Myanmar,
-# Khmer, and those of Java and their neighbours.
+# Scripts without spaces, where a zero-width space separates words: Thai, Lao, Myanmar, Khmer,
+# Javanese and related ones.
 _UNSPACED = (
     "\u0e00-\u0fff\u1000-\u109f\u1780-\u17b3\u17b6-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1bbf"
     "\ua980-\ua9ff\uaa00-\uaa7f"
 )
-# What takes variation selectors: ideographs, and signs of Unicode's StandardizedVariants.
+# Bases of variation selectors: ideographs, and the entries of Unicode's StandardizedVariants.
 _IDEOGRAPHS = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003347f"
 _VARIED = (
     "0\u3001\u3002\uff01\uff0c\uff0e\uff10\uff1a\uff1b\uff1f\u210b-\u2133\u2200-\u22ff\u2a00-\u2aff"
@@ -66,7 +65,7 @@ _JOINS = "|".join(
     (
         rf"(?:(?<=[{_PICTURES}])|(?<=[{_PICTURES}]\ufe0f))\u200d[{_PICTURES}]",
         rf"(?<=[{_VIRAMAS}])\u200d|\u200d[{_VIRAMAS}]",
-        # At the edge of a word, a letter in its shape within one.
+        # At a word boundary, a joiner keeps the medial form of a cursive letter.
         rf"(?<=[{_SHAPED}])\u200d(?!{_NO_EDGE})|(?<!{_NO_EDGE})\u200d[{_SHAPED}]",
     )
 )
@@ -85,7 +84,7 @@ _ANY_DIRECTION = rf"[{_DIRECTIONS}]+"
 # In a text that runs from right to left, only inside a word.
 _INSIDE_WORD = rf"(?<={_PART_OF_WORD})[{_DIRECTIONS}]+(?={_PART_OF_WORD})"
 _RUNS_LEFT = re.compile(f"[{_RIGHT_TO_LEFT}]")
-# Whatever may be invisible: all other characters are passed at once.
+# Characters that may be invisible; a text without any is returned unchanged.
 _SUSPECT = re.compile(f"[{_SUSPECTS}{_DIRECTIONS}]")
 _INVISIBLE, _INVISIBLE_BESIDE_RTL = (
     re.compile(f"({_FLAGS})|(?=[{_SUSPECTS}{_DIRECTIONS}])(?:{'|'.join((*_UNNEEDED, own))})")
@@ -105,7 +104,7 @@ _MIXED = re.compile("|".join(f"[{own}](?=[{''.join(_SCRIPTS)}])[^{own}]" for own
 
 
 def visible(text: str) -> str:
-    """The text without its invisible characters; a second time changes nothing."""
+    """The text without its invisible characters; idempotent."""
     return _pattern(text).sub(r"\1", text) if _SUSPECT.search(text) else text
 
 
@@ -114,7 +113,7 @@ def holds_invisible(text: str) -> bool:
 
 
 def visible_places(text: str) -> list[int]:
-    """Where each character of ``visible(text)`` stands in ``text``."""
+    """The index in ``text`` of each character of ``visible(text)``."""
     places: list[int] = []
     end = 0
     for match in _pattern(text).finditer(text):
@@ -125,26 +124,31 @@ def visible_places(text: str) -> list[int]:
 
 
 def mixes_scripts(text: str) -> bool:
-    """Whether a word has letters of two scripts that resemble each other, as Latin and Cyrillic."""
+    """Whether a word mixes scripts with look-alike letters, such as Latin and Cyrillic."""
     return bool(_NOT_LATIN.search(text) and _MIXED.search(visible(text)))
 
 
-def require_plain_sight(text: str, invisible: Invisible) -> None:
-    """Refuses a text that is disguised.
+def reject_disguises(text: str, invisible: Invisible, *, can_strip: bool = True) -> None:
+    """Check that a text has no disguise that the policy refuses.
+
+    Args:
+        text: The text.
+        invisible: How the policy handles invisible characters.
+        can_strip: Whether the caller strips them; if not, ``strip`` refuses them too.
 
     Raises:
-        DisguisedTextError: It has invisible characters, or words of two scripts, whichever of them
-            are refused; ``strip`` refuses nothing.
+        DisguisedTextError: The text has invisible characters or mixed-script words.
     """
-    if invisible in ("refuse", "refuse_mixed_scripts") and holds_invisible(text):
+    is_refused = invisible in ("refuse", "refuse_mixed_scripts")
+    if (is_refused or (invisible == "strip" and not can_strip)) and holds_invisible(text):
         raise DisguisedTextError(
-            "The text holds characters that nobody can see, such as zero-width spaces, which the "
-            "server's policy refuses. Remove them."
+            "The text contains invisible characters, such as zero-width spaces, and the server's "
+            "policy refuses them. Remove them."
         )
     if invisible == "refuse_mixed_scripts" and mixes_scripts(text):
         raise DisguisedTextError(
-            "The text holds words with letters of two scripts that resemble each other, such as "
-            "Latin and Cyrillic, which the server's policy refuses. Write each word in one script.",
+            "The text contains words that mix scripts with look-alike letters, such as Latin and "
+            "Cyrillic, and the server's policy refuses them. Write each word in one script.",
             code="mixed_scripts",
         )
 

@@ -16,7 +16,7 @@ from sidelight.policy.redaction import Placeholders
 from sidelight.policy.request import Terms
 from sidelight.policy.rules import Side
 from sidelight.prompts.conversation import Message
-from sidelight.prompts.invisible import Invisible, require_plain_sight, visible
+from sidelight.prompts.invisible import Invisible, reject_disguises, visible
 from sidelight.server.checks import as_answer, as_user, check, require_prompt_probe, spans_of
 from sidelight.server.errors import RequestError
 from sidelight.server.requests import Route, ServerRequest
@@ -191,7 +191,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
             tools={i for i, text in enumerate(judged) if text.role in (None, "tool")},
             trusted={i for i, text in enumerate(judged) if text.role == "system"},
         )
-        await asyncio.to_thread(_require_plain_sight, body, texts, invisible)
+        await asyncio.to_thread(_reject_disguises, body, texts, invisible)
     except DisguisedTextError as refusal:
         return _blocked(refusal)
     decisions = [decisions for _, decisions in checked]
@@ -201,7 +201,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         masked, in_calls = await asyncio.to_thread(_redacted, body, judged, decisions)
         flagged = [*dict.fromkeys((*in_calls, *flagged))]
     if invisible == "strip":
-        # The model behind the proxy is to read what was judged.
+        # The model behind the proxy must get the text that was classified.
         masked = await asyncio.to_thread(lambda: [*map(visible, masked)])
     is_masked = not flagged and masked != (body.texts or [])
     return GuardrailResponse(
@@ -217,23 +217,23 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
 
 
 def _blocked(refusal: SidelightError) -> GuardrailResponse:
-    """An error would reach the proxy's client, and its operator, without the reason."""
+    """A blocked response with the reason, which LiteLLM drops from an error."""
     return GuardrailResponse(
         action="BLOCKED", blocked_reason=str(refusal), sidelight=Extension(verdicts=[])
     )
 
 
-def _require_plain_sight(
+def _reject_disguises(
     body: GuardrailRequest, texts: Sequence["_Text"], invisible: Invisible
 ) -> None:
-    """Refuses what is disguised, also in texts that no probe reads and in calls, which stay.
+    """Check all texts, including system turns that no probe reads, and tool calls.
 
     Raises:
-        DisguisedTextError: One is.
+        DisguisedTextError: The policy refuses a text, or a tool call would have to be stripped,
+            which LiteLLM's protocol cannot express.
     """
     for text in texts:
-        stays = invisible == "strip" and text.index >= len(body.texts or ())
-        require_plain_sight(text.words, "refuse" if stays else invisible)
+        reject_disguises(text.words, invisible, can_strip=text.index < len(body.texts or ()))
 
 
 def _refuse(terms: Terms, side: Side) -> None:

@@ -37,9 +37,9 @@ class RequestScope:
     template of their route, never by path or query. Crashes are answered here, since Starlette's
     own handler is outside all middleware: its answer would have no id.
 
-    The deadline cancels the request, which frees its place in the engine, and so does the end of
-    the server. An answer that has not begun becomes a 504 or 503. A stream of events ends with an
-    error event and no ``[DONE]``; any other answer that has begun is cut off.
+    The deadline and a server shutdown cancel the request, which frees its engine slot. A response
+    that has not started becomes 504 (deadline) or 503 (shutdown). An event stream ends with an
+    error event and no ``[DONE]``; any other started response is truncated.
 
     Args:
         app: What answers.
@@ -81,7 +81,7 @@ class RequestScope:
             task = asyncio.current_task()
             is_cut = True
             if isinstance(failure, asyncio.CancelledError) and task and task.cancelling():
-                # Uvicorn gives up what outlasts its graceful shutdown.
+                # Uvicorn cancels requests that outlast the graceful shutdown.
                 error = _stopping()
             elif isinstance(failure, TimeoutError) and timeout.expired():
                 error = self._lateness()

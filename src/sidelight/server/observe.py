@@ -339,7 +339,7 @@ class LogFormatter(logging.Formatter):
 
 
 def _is_no_cancellation(record: logging.LogRecord) -> bool:
-    """False for the traceback of a request that uvicorn has cancelled itself at its end."""
+    """Drop the traceback of a request that uvicorn cancelled during shutdown."""
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 

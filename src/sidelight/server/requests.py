@@ -210,9 +210,9 @@ class ServerRequest(Request):
 
 @contextmanager
 def _without_collection() -> Generator[None]:
-    """Pauses the garbage collector, which visits a growing tree of lists over and over.
+    """Pause the garbage collector, which would rescan a growing tree of lists.
 
-    No other request is served while a body is parsed: a million empty lists take 0.1 s, not 1.4.
+    Parsing blocks the event loop: a million empty lists take 0.1 s this way, 1.4 s otherwise.
     """
     was_enabled = gc.isenabled()
     gc.disable()

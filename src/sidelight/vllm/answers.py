@@ -45,8 +45,8 @@ class GuardedRequest(Outcome):
         served: The probes that judge it.
         tokenless: The texts that end without a token, whose end vLLM leaves out of its streams.
         decided: Set once each prompt is answered, or one is refused, or nothing more is written.
-        sent: By a text without its invisible characters, which the policy strips: as it was sent,
-            or None if it was sent in several ways. Empty if nothing was stripped.
+        sent: Original text of each stripped text; None if several originals map to it. Empty if
+            nothing was stripped.
     """
 
     def __init__(self, terms: Terms, served: ProbeSet):

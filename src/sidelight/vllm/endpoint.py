@@ -52,9 +52,9 @@ _EVENT_END = b"\n\n"
 # Answers in OpenAI's chunks, which take one without a choice.
 _CHUNKED = ("/v1/chat/completions", "/v1/completions", "/invocations")
 _MESSAGES = "/v1/messages"
-# Invisible characters are stripped from texts of so many characters in all.
+# Total text length up to which a request body is stripped.
 _MOST_CHARACTERS = 2**20
-# Fields that prompts are made of, on any route of vLLM's.
+# Body fields that become part of a prompt on any vLLM route.
 _PROMPTS = ("messages", "prompt", "input", "instructions", "system", "tools", "documents")
 # Fields that no route for text has; vLLM would ignore them, and with them what a client relies on.
 _NOT_OURS = ("explain", "policies")
@@ -151,7 +151,7 @@ class ProbeEndpoint:
                 )
                 request = GuardedRequest(terms, served)
                 if terms.policy.invisible_characters == "strip":
-                    body = await asyncio.to_thread(_in_plain_sight, fields, request.sent)
+                    body = await asyncio.to_thread(_strip_body, fields, request.sent)
                     receive = _giving(body, receive) if request.sent else receive
             except SidelightError as error:
                 refusal = as_request_error(error, sees_all=caller.is_admin).answer(scope)
@@ -316,7 +316,7 @@ async def _read(receive: Receive) -> tuple[dict[str, Any], Receive]:
 
 
 def _giving(events: Iterable[Event], receive: Receive) -> Receive:
-    """What gives these events, then those that follow."""
+    """A receive channel that replays these events first."""
     left = iter(events)
 
     async def give() -> Event:
@@ -325,10 +325,17 @@ def _giving(events: Iterable[Event], receive: Receive) -> Receive:
     return give
 
 
-def _in_plain_sight(fields: Mapping[str, Any], sent: dict[str, str | None]) -> list[Event]:
-    """The body without the invisible characters of texts that a prompt is made of, noted as sent.
+def _strip_body(fields: Mapping[str, Any], sent: dict[str, str | None]) -> list[Event]:
+    """Strip invisible characters from the fields that prompts are made of.
 
-    Texts beyond a length in all keep theirs, and ``EngineGuard`` refuses them.
+    ``EngineGuard`` refuses what is left beyond ``_MOST_CHARACTERS``.
+
+    Args:
+        fields: The request body.
+        sent: Receives the original of each text.
+
+    Returns:
+        The new body; empty if nothing was stripped.
     """
     left, is_changed = _MOST_CHARACTERS, False
 
@@ -348,7 +355,7 @@ def _in_plain_sight(fields: Mapping[str, Any], sent: dict[str, str | None]) -> l
 
     def read_field(name: str, value: Any) -> Any:
         if name == "arguments" and isinstance(value, str) and "\\u" in value:
-            # JSON within JSON, as clients write calls of tools.
+            # Tool-call arguments are JSON in a string, where the characters are escaped.
             with suppress(ValueError, RecursionError):
                 return read(json.dumps(json.loads(value), ensure_ascii=False))
         return read(value)

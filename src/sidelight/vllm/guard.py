@@ -24,7 +24,7 @@ from sidelight.policy.enforcement import Enforcement
 from sidelight.policy.request import Terms
 from sidelight.prompts.control_tokens import control_tokens
 from sidelight.prompts.conversation import Message, PlainText
-from sidelight.prompts.invisible import require_plain_sight
+from sidelight.prompts.invisible import reject_disguises
 from sidelight.server.config import ServerConfig
 from sidelight.server.requests import ServerContext
 from sidelight.vllm import KEY
@@ -165,7 +165,7 @@ class EngineGuard:
         if not isinstance(prompt, Mapping):
             # Text that arrives while the model writes, or a request that its caller has prepared.
             self.require_unblocked("Prompts that are neither text nor token ids")
-            self._require_plain_sight({}, client.terms)
+            self._reject_disguises({}, client.terms)
             own = own_params(params, 0, None)
             written = self.engine.listener.generate(prompt, own, request_id, **options)
             async with aclosing(written) as outputs:
@@ -199,14 +199,14 @@ class EngineGuard:
         is_labelled = labels_spans(p for p in client.served.probes if not p.reads.includes_response)
         said = prompt.get(KEY)
         prompt = {name: value for name, value in prompt.items() if name != KEY}
-        await asyncio.to_thread(self._require_plain_sight, prompt, client.terms)
+        await asyncio.to_thread(self._reject_disguises, prompt, client.terms)
         encoded = await asyncio.to_thread(
             self.recogniser.recognise, prompt, said, with_places=is_labelled
         )
         if encoded is not None and client.sent:
             sent = [client.sent.get(text) if text else "" for text in encoded.texts]
             if None in sent:
-                # Better no spans than spans of other characters.
+                # Without the original text, span offsets would be wrong.
                 encoded = replace(encoded, texts=(), places=())
             else:
                 encoded = encoded.read_from([Message("", text or "") for text in sent])
@@ -227,12 +227,12 @@ class EngineGuard:
             controls=self._controls,
         )
 
-    def _require_plain_sight(self, prompt: Mapping[str, Any], terms: Terms) -> None:
-        """Refuses a prompt with invisible characters, also where none could be stripped.
+    def _reject_disguises(self, prompt: Mapping[str, Any], terms: Terms) -> None:
+        """Check a prompt after ``endpoint`` has stripped the body, if the request has one.
 
         Raises:
-            DisguisedTextError: It has some, such as one of token ids.
-            PolicyError: Nobody can tell.
+            DisguisedTextError: The prompt still contains invisible characters.
+            PolicyError: It has no token ids to check.
         """
         invisible = terms.policy.invisible_characters
         if invisible == "off":
@@ -240,13 +240,11 @@ class EngineGuard:
         ids = prompt.get("prompt_token_ids")
         if ids is None:
             raise PolicyError(
-                "The prompt has no token ids, so nobody can tell whether it holds invisible "
-                "characters, which the server's policy strips or refuses. Send text.",
+                "The prompt has no token ids, so it cannot be checked for invisible characters, "
+                "and the server's policy strips or refuses them. Send text.",
                 code="not_judged",
             )
-        require_plain_sight(
-            self._tokenizer.decode(ids), "refuse" if invisible == "strip" else invisible
-        )
+        reject_disguises(self._tokenizer.decode(ids), invisible, can_strip=False)
 
 
 def _search_beams(original: Callable[..., Any], serving: Any, *args: Any, **kwargs: Any) -> Any:

@@ -27,7 +27,7 @@ def setting(tmp_path_factory):
 def outcomes(setting):
     """Of all sections, in this process: a start of Python for each would take a minute.
 
-    Those of our own engine run on a device that refuses to mix with the CPU.
+    Sections of our own engine run on a pretended device that rejects mixing with the CPU.
     """
     results = {}
     for name in (name for name in CHECK if name not in NEEDS_VLLM[1:]):
