@@ -1,13 +1,19 @@
 """Trains the guards that ship in ``guards/``, accepts them on GGUF, and writes docs/guards.md.
 
-    .venv/bin/python .ci/guards.py            what `make guards` runs; after a kill it goes on
-    .venv/bin/python .ci/guards.py STEP ...   one step: build, accept, or tables
+    .venv/bin/python .ci/guards.py                      what `make guards` runs
+    .venv/bin/python .ci/guards.py STEP [GUARD ...]     one step, of these guards alone
 
-``build`` trains each guard by ``sidelight guard`` on the embedded model into ``build/guards``. It
-packages the probe, ``figures.json`` (public tests) and ``build.json``, which says how the probe
-was made. The probe does not read the last layer, whose states llama.cpp does not compute for every
-token. ``accept`` packages a copy without that layer for the embedded GGUF file, if both agree on
-the decisions that ``agreement`` counts. ``tables`` writes the tables of docs/guards.md.
+The steps are ``train``, ``package``, ``accept`` and ``tables``; after a kill, each goes on.
+
+``train`` trains every guard three times on the embedded model into ``build/guards``, each time on
+other texts of the guard, and in another order. It also trains each without some of its sources,
+and measures what the probe finds of these. ``package`` takes the training that is best on the
+sources left out, measures all three on the public tests, and packages the probe with
+``figures.json`` (tests), ``trainings.json`` (all three trainings) and ``build.json``, which says
+how the probe was made. The probe does not read the last layer, whose states llama.cpp does not
+compute for every token. ``accept`` packages a copy without that layer for the embedded GGUF file,
+if both agree on the decisions that ``agreement`` counts. ``tables`` writes the tables of
+docs/guards.md.
 """
 
 import json
@@ -16,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
@@ -23,17 +30,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import roc_auc_score
 
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import Backbone, load_backbone
 from sidelight.bank import Bank
-from sidelight.cli import app
-from sidelight.data.examples import Example
+from sidelight.cli.show import print_fit
+from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.guards import find_guard, guard_names
 from sidelight.engines.llama.backbone import LlamaBackbone
 from sidelight.fingerprint import Fingerprint
 from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf
-from sidelight.manifest import PROBE, read_manifest
+from sidelight.manifest import PROBE, holds_probe, read_manifest
 from sidelight.mechanisms.base import Geometry, build_mechanism
 from sidelight.metrics import wilson
 from sidelight.probe import Probe
@@ -41,16 +49,108 @@ from sidelight.smollm2 import EMBEDDED_NAME
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import text_logits
 from sidelight.storage import write_json
-from sidelight.thresholds import OperatingPoint
+from sidelight.thresholds import F1, OperatingPoint
 from sidelight.training.background import load_background
-from sidelight.training.judging import encode
-from sidelight.training.ready import load_guard
+from sidelight.training.classifier import Classifier
+from sidelight.training.dataset import Split, prepare
+from sidelight.training.fit import fit
+from sidelight.training.judging import assess_logits, encode
+from sidelight.training.loop import Candidate, train_mechanisms
+from sidelight.training.measuring import measure_sources
+from sidelight.training.ready import GuardTests, affordable, guard_options, load_guard
+from sidelight.training.settings import FitOptions
 from sidelight.training.traffic import Conversations
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "guards" / "src" / "sidelight_guards"
 BUILD = ROOT / "build" / "guards"
 PAGE = ROOT / "docs" / "guards.md"
+STATES, LEFT_OUT = BUILD / "states", "left_out.json"
+TRAININGS = 3
+# Sources of personas and system prompts, which resemble attacks and are none.
+PERSONAS = (
+    "ChatGPT-System-Prompts",
+    "LobeChat agents",
+    "awesome-chatgpt-prompts-zh",
+    "awesome-copilot",
+    "awesome-cursorrules",
+    "fabric patterns",
+)
+# Sources that are left out together: relatives share a fold, so that none trains for another.
+FOLDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "injection": (
+        (
+            "payload in ordinary document",
+            "own payloads in documents",
+            "clean documents",
+            "own hard negatives",
+            "MetaTool",
+        ),
+        (
+            "BIPIA in context",
+            "own direct attacks",
+            "PayloadsAllTheThings",
+            "pallms",
+            "ChatGPT-System-Prompts",
+            "Marco-Bench-MIF",
+            "RestGPT",
+        ),
+        (
+            "CyberSecEval prompt injection",
+            "CyberSecEval, machine-translated",
+            "garak sysprompt_extraction",
+            "awesome-copilot",
+            "FollowBench",
+            "WebArena tasks",
+        ),
+        (
+            "in-the-wild jailbreaks",
+            "GPTFuzz templates",
+            "garak (AutoDAN, DRA)",
+            "garak (policy puppetry, grandma, exfiltration)",
+            "LobeChat agents",
+            "fabric patterns",
+            "own ordinary orders",
+            "M-IFEval",
+            "NESTFUL (glaive part)",
+        ),
+        (
+            "deepset/prompt-injections train",
+            "InjecAgent",
+            "PromptInject",
+            "Hinglish stealth",
+            "awesome-cursorrules",
+            "awesome-chatgpt-prompts-zh",
+            "security manuals",
+            "MCP servers",
+        ),
+    ),
+    "harmful": (
+        ("AILuminate demo", "CoCoNot", "spikee harmful instructions"),
+        (
+            "CatQA",
+            "own, other languages",
+            "MedQuAD",
+            "CyberSecEval",
+            "CyberSecEval FRR, machine-translated",
+        ),
+        ("HarmfulQA", "OpenAI RBR gold", "QALD-9-plus"),
+        (
+            "wrapped requests",
+            "JADE",
+            "Marco-Bench-MIF",
+            "own hard negatives",
+            "CyberSOCEval questions",
+        ),
+        (
+            "HarmBench adversarial-training behaviours",
+            "GPTFuzz questions",
+            "own contrast pairs",
+            "Hinglish stealth",
+            "disguised spelling (made)",
+        ),
+    ),
+}
 # The share of decisions on which the copy must agree with the probe.
 AGREEMENT, TEXTS = 0.99, 500
 # Longer texts are compared where there are not enough others: it takes an hour as it is.
@@ -60,15 +160,105 @@ _SCALED = {"readout": ("value", "last"), "spans": ("features",)}
 _TABLE = re.compile(r"(<!-- table of guards: (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
-def build() -> None:
-    """Trains, measures, packages and documents every guard."""
+def train(names: Sequence[str]) -> None:
+    """Trains every guard several times, and without some of its sources."""
+    _commit_of_build()
+    backbone = load_backbone(EMBEDDED_NAME, for_reading=True)
+    for name in names:
+        for seed in range(TRAININGS):
+            folder = BUILD / f"training-{seed}" / name
+            texts = affordable(load_guard(name), backbone.encoder, seed=seed)
+            options = _options(name, texts, backbone, seed)
+            if not holds_probe(folder):
+                print(f"{name}, training {seed + 1}: {len(texts):,} texts", flush=True)
+                print_fit(fit(backbone, texts, None, name=name, options=options, out=folder))
+            if name in FOLDS and not (folder / LEFT_OUT).exists():
+                figures = left_out(load_probe(folder), texts, options, backbone)
+                write_json(folder / LEFT_OUT, figures)
+
+
+def _options(name: str, texts: LabelledExamples, backbone: Backbone, seed: int) -> FitOptions:
+    """As ``sidelight guard`` trains, but for the seed and where the hidden states stay."""
+    options = guard_options(name, texts, backbone, F1, seed=seed)
+    return replace(options, cache_root=STATES, keep_cache=True)
+
+
+def left_out(
+    probe: Probe, texts: LabelledExamples, options: FitOptions, backbone: Backbone
+) -> dict[str, Any]:
+    """What probes find of sources that they were trained without, at the probe's own threshold.
+
+    Also the AUROC of documents with a payload against those without, of a carrier of documents that
+    the probe was trained without.
+    """
+    dataset = prepare(backbone, texts, None, options=options)
+    split, folds = dataset.training, FOLDS[probe.name]
+    assert options.settings is not None
+    candidate = (probe.spec, options.settings)
+    # A labelled text and its contexts; conversations of the background have no source.
+    sources = np.array(split.examples.sources, dtype=object)
+    sources[[context.kind == "background" for context in split.contexts]] = ""
+    parts = np.array([context.group for context in split.contexts]) % len(folds)
+    for fold, names in enumerate(folds):
+        parts[np.isin(sources, names)] = fold
+    alone = split.alone
+    examples = split.examples.select(alone)
+    logits = _without(candidate, split, parts)
+    probabilities = probe.calibration.apply(logits)
+    flags = probabilities[:, 0] >= probe.thresholds[0]
+    is_ordinary = sources == ""
+    figures: dict[str, Any] = {
+        "sources": measure_sources(examples, probabilities[alone], probe.thresholds),
+        "auroc": _auroc(logits[alone, 0], examples.labels),
+        "conversations": int(is_ordinary.sum()),
+        "flagged": int(flags[is_ordinary].sum()),
+    }
+    carriers = np.array([str(cells.get("carrier", "")) for cells in split.examples.rows])
+    carriers[is_ordinary] = ""
+    if carriers.any():
+        numbers = np.unique(carriers, return_inverse=True)[1]
+        logits = _without(candidate, split, np.where(carriers == "", -1, numbers))
+        for carrier in sorted({*carriers[alone]} - {""}):
+            rows = alone[carriers[alone] == carrier]
+            if len(np.unique(split.labels[rows])) == 2:
+                area = _auroc(logits[rows, 0], split.labels[rows])
+                figures.setdefault("carriers", {})[carrier] = {"texts": len(rows), "auroc": area}
+    return figures
+
+
+def _without(candidate: Candidate, split: Split, parts: np.ndarray) -> np.ndarray:
+    """The logits of each part by a probe of the others; parts below 0 are in no part."""
+    folds = tuple(np.flatnonzero(parts == part) for part in np.unique(parts[parts >= 0]))
+    (run,) = train_mechanisms(
+        [candidate], training=split, validation=None, folds=folds, shares_matmuls=True
+    )
+    assert run is not None, "the training diverged"
+    return run.logits
+
+
+def _auroc(scores: np.ndarray, labels: np.ndarray) -> float:
+    return float(roc_auc_score(labels == 1, scores))
+
+
+def package(names: Sequence[str]) -> None:
+    """Measures, packages and documents the best training of each guard."""
     commit = _commit_of_build()
-    app(["guard", "--model", EMBEDDED_NAME, "--out", str(BUILD)], standalone_mode=False)
-    probes = {name: load_probe(BUILD / name) for name in guard_names()}
-    for name, probe in probes.items():
-        folder = PACKAGE / name
-        for file in (PROBE, "figures.json"):
-            shutil.copy(BUILD / name / file, folder / file)
+    backbone = load_backbone(EMBEDDED_NAME, for_reading=True)
+    for name in names:
+        folders = [BUILD / f"training-{seed}" / name for seed in range(TRAININGS)]
+        probes = [*map(load_probe, folders)]
+        measured = _measure_tests(name, probes, folders[0].parent.parent / name, backbone)
+        trainings = [
+            {"seed": p.history.seed, "tests": own} for p, own in zip(probes, measured, strict=True)
+        ]
+        for training, folder in zip(trainings, folders, strict=True):
+            if (folder / LEFT_OUT).exists():
+                training["left_out"] = json.loads((folder / LEFT_OUT).read_bytes())
+        best = max(range(TRAININGS), key=lambda row: _worth(trainings[row], probes[row]))
+        probe, folder = probes[best], PACKAGE / name
+        shutil.copy(folders[best] / PROBE, folder / PROBE)
+        write_json(folder / "figures.json", measured[best])
+        write_json(folder / "trainings.json", {"packaged": best, "trainings": trainings})
         record = folder / "build.json"
         if not record.exists() or json.loads(record.read_bytes())["probe"] != probe.version:
             # A copy of an earlier probe would decide as that one did.
@@ -77,9 +267,53 @@ def build() -> None:
     write_tables()
 
 
-def accept() -> None:
+def _worth(training: dict[str, Any], probe: Probe) -> float:
+    """By what one of several trainings is chosen: never by a test."""
+    if left := training.get("left_out"):
+        return left["auroc"]
+    return max(probe.history.epochs.scores)
+
+
+def _measure_tests(
+    name: str, probes: Sequence[Probe], folder: Path, backbone: Backbone
+) -> list[dict[str, Any]]:
+    """The figures of several probes on each test, from one pass; a kill costs one test at most."""
+    texts = [affordable(load_guard(name), backbone.encoder, seed=p.history.seed) for p in probes]
+    tests = {
+        test: load_guard(name, f":{test}", probes[0].task) for test in find_guard(name).card.tests
+    }
+    trained = [GuardTests(own, tests) for own in texts]
+    figures: list[dict[str, Any]] = [{} for _ in probes]
+    for test, examples in tests.items():
+        path = folder / f"{test}.json"
+        wanted = [[probe.version, examples.content_hash] for probe in probes]
+        known = json.loads(path.read_bytes()) if path.exists() else []
+        if [[own["probe"], own["texts_sha256"]] for own in known] != wanted:
+            print(f"{name}: test {test}, {len(examples)} texts", flush=True)
+            if probes[0].spans is not None:
+                known = [
+                    own.measure(Classifier(backbone, probe), test)
+                    for own, probe in zip(trained, probes, strict=True)
+                ]
+            else:
+                bank = Bank(probes, device=backbone.device)
+                judged = text_logits(backbone, bank, encode(backbone.encoder, examples.items))
+                known = [
+                    own.figures(
+                        assess_logits(probe, examples, np.array([x.logits for x in outputs])), test
+                    )
+                    for own, probe, outputs in zip(trained, probes, judged, strict=True)
+                ]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, known)
+        for own, of_test in zip(figures, known, strict=True):
+            own[test] = of_test
+    return figures
+
+
+def accept(names: Sequence[str]) -> None:
     """Packages a copy of each probe for the embedded GGUF file, once decisions agree there."""
-    probes = {name: load_probe(PACKAGE / name) for name in guard_names()}
+    probes = {name: load_probe(PACKAGE / name) for name in names}
     copies = _accepted_copies(probes)
     for name, copy in copies.items():
         save_probe(copy, PACKAGE / name / EMBEDDED_GGUF)
@@ -243,7 +477,13 @@ def _record(name: str, probe: Probe, commit: str) -> dict[str, Any]:
 
 def with_tables(page: str) -> str:
     """The page with the tables as the packaged files have them."""
-    tables = {"probes": _probes_table, "tests": _tests_table, "thresholds": _thresholds_table}
+    tables = {
+        "probes": _probes_table,
+        "tests": _tests_table,
+        "floors": _floors_table,
+        "sources": _left_out_table,
+        "thresholds": _thresholds_table,
+    }
     return _TABLE.sub(lambda match: match[1] + tables[match[2]](), page)
 
 
@@ -311,12 +551,106 @@ def _share(flagged: int, count: int) -> str:
 
 def _tests_table() -> str:
     lines = [
-        "| guard | test | AUROC (95 % CI) | TF-IDF | found | TF-IDF | false positives |",
-        "|---|---|---|---|---|---|---|",
+        "| guard | test | AUROC (95 % CI) | TF-IDF | found | TF-IDF | false positives | three "
+        "trainings: AUROC, found, false positives |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in guard_names():
         for test, figures in _packaged(name, "figures.json").items():
-            lines.append(f"| `{name}` | `{test}` | {' | '.join(_cells(figures))} |")
+            cells = [*_cells(figures), _of_trainings([x["tests"][test] for x in _trainings(name)])]
+            lines.append(f"| `{name}` | `{test}` | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _trainings(name: str) -> list[dict[str, Any]]:
+    """The record of each training of a guard; none of one that was trained once."""
+    path = PACKAGE / name / "trainings.json"
+    return json.loads(path.read_bytes())["trainings"] if path.exists() else []
+
+
+def _of_trainings(figures: Sequence[dict[str, Any]]) -> str:
+    """Mean and standard deviation of what several trainings have on a test."""
+    if not figures:
+        return ""
+    if "positives" not in figures[0]:
+        return ", ".join(
+            f"{title} {_spread([own[key]['value'] for own in figures], digits=3)}"
+            for key, title in (("character_f1", "character F1"), ("f1", "F1"))
+        )
+    parts: list[str] = []
+    if figures[0]["auroc"]["value"] is not None:
+        parts.append(_spread([own["auroc"]["value"] for own in figures], digits=3))
+    if figures[0]["positives"]:
+        parts.append(_spread([own["found"] for own in figures]))
+    if figures[0]["rows"] > figures[0]["positives"]:
+        parts.append(_spread([own["false_positives"] for own in figures]))
+    return ", ".join(parts)
+
+
+def _spread(values: Sequence[float], digits: int = 0) -> str:
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def _left_out_table() -> str:
+    """What each source that is left out of training is found or flagged, over three trainings."""
+    lines = [
+        "| guard | source, left out of training | texts a training | found | flagged |",
+        "|---|---|---|---|---|",
+    ]
+    for name in guard_names():
+        records = [own["left_out"] for own in _trainings(name) if "left_out" in own]
+        if not records:
+            continue
+        sources = {name: None for own in records for name in own["sources"]}
+        rows: list[tuple[float, str]] = []
+        for source in sources:
+            own = [record["sources"][source] for record in records if source in record["sources"]]
+            found, flagged = (
+                [each[hits] / each[texts] for each in own if each[texts]]
+                for hits, texts in (("found", "positives"), ("flagged", "others"))
+            )
+            count = np.mean([each["positives"] + each["others"] for each in own])
+            cells = [_share_of(found), _share_of(flagged)]
+            order = -np.mean(found) if found else 1 + np.mean(flagged)
+            rows.append((order, f"| `{name}` | {source} | {count:.0f} | {' | '.join(cells)} |"))
+        lines += [line for _, line in sorted(rows)]
+    return "\n".join([*lines, ""])
+
+
+def _share_of(rates: Sequence[float]) -> str:
+    return f"{np.mean(rates):.2f} ± {np.std(rates, ddof=1):.2f}" if len(rates) > 1 else ""
+
+
+def _floors_table() -> str:
+    lines = [
+        "| guard | mean recall of attack sources left out | flagged, mean of other sources | "
+        "personas and system prompts flagged | background flagged | AUROC, all sources left out | "
+        "AUROC of documents, by carrier |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in guard_names():
+        records = [own["left_out"] for own in _trainings(name) if "left_out" in own]
+        if not records:
+            continue
+        recalls, alarms, areas, background, personas = ([] for _ in range(5))
+        carriers: list[float] = []
+        for own in records:
+            of_sources = own["sources"].values()
+            recalls.append(
+                np.mean([x["found"] / x["positives"] for x in of_sources if x["positives"]])
+            )
+            alarms.append(np.mean([x["flagged"] / x["others"] for x in of_sources if x["others"]]))
+            background.append(own["flagged"] / own["conversations"])
+            areas.append(own["auroc"])
+            shown = [own["sources"][source] for source in PERSONAS if source in own["sources"]]
+            if shown:
+                flagged, others = (sum(x[key] for x in shown) for key in ("flagged", "others"))
+                personas.append(flagged / others)
+            carriers += [each["auroc"] for each in own.get("carriers", {}).values()]
+        cells = [f"`{name}`", *map(_share_of, (recalls, alarms, personas))]
+        cells += [f"{np.mean(background):.1%} ± {np.std(background, ddof=1):.1%}"]
+        cells += [_spread(areas, digits=3), _spread(carriers, digits=3) if carriers else ""]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -339,8 +673,9 @@ def _cells(test: dict[str, Any]) -> list[str]:
     ]
 
 
-_STEPS = {"build": build, "accept": accept, "tables": write_tables}
+_STEPS = {"train": train, "package": package, "accept": accept, "tables": lambda _: write_tables()}
 
 if __name__ == "__main__":
-    for step in sys.argv[1:] or ("build", "accept"):
-        _STEPS[step]()
+    step, *chosen = sys.argv[1:] or ("",)
+    for each in [_STEPS[step]] if step else [train, package, accept]:
+        each(chosen or guard_names())

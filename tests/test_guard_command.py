@@ -229,6 +229,7 @@ def test_a_cpu_takes_what_it_reads_in_time_unless_rows_are_named(
     drawn = ready.affordable(whole, tiny.encoder)
     assert most - max(sizes.values()) <= sum(sizes[item] for item in drawn.items) <= most
     assert drawn.items == draw_texts(whole, len(drawn)).items
+    assert drawn.items != ready.affordable(whole, tiny.encoder, seed=1).items
     assert ready.affordable(whole, tiny.encoder, torch.device("cuda")) is whole
     assert cli("guard", "--model", model, "--only", "shouts", "--out", str(tmp_path / "out")) == 0
     told = f"{len(drawn)} texts of 60 (--rows 60 takes all)"

@@ -204,11 +204,27 @@ def assess(classifier: "Classifier", examples: LabelledExamples) -> Assessment:
         SidelightError: The probe and the texts do not fit each other.
     """
     probe = classifier.probe
-    spans, row_thresholds = None, None
     if examples.spans is None or probe.spans is None:
-        logits = classifier.logits(examples.items)
-    else:
-        logits, found = find_spans(classifier.backbone, probe, examples.items)
+        return assess_logits(probe, examples, classifier.logits(examples.items))
+    return assess_logits(probe, examples, *find_spans(classifier.backbone, probe, examples.items))
+
+
+def assess_logits(
+    probe: Probe,
+    examples: LabelledExamples,
+    logits: Float[np.ndarray, "text output"],
+    found: Sequence[Sequence[Span]] | None = None,
+) -> Assessment:
+    """Measures a probe whose logits are known.
+
+    Args:
+        probe: The probe.
+        examples: As for ``assess``.
+        logits: Its logits of each text.
+        found: The spans that it finds in each text; None: whole texts are labelled.
+    """
+    spans, row_thresholds = None, None
+    if found is not None:
         spans = evaluate_spans(examples, found)
         # What a span has holds for its text, whatever the text's own probability.
         names = [{span.label for span in own} for own in found]

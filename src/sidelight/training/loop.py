@@ -40,6 +40,7 @@ def train_mechanisms(
     validation: Split | None,
     folds: Folds = (),
     device: torch.device | str = "cpu",
+    shares_matmuls: bool = False,
 ) -> list[TrainingRun | None]:
     """Trains all candidates side by side; the result of one does not depend on its neighbours.
 
@@ -55,12 +56,16 @@ def train_mechanisms(
         folds: Cross-fitting also trains each candidate without each of these, from one read, to
             score it.
         device: Where to train.
+        shares_matmuls: Whether runs share matmuls in float32 too, which is several times as fast
+            for many folds. Their results then depend on their neighbours, within rounding.
 
     Returns:
         A run for each candidate, in their order; None for one whose numbers are no longer finite,
         on a fold or on all texts.
     """
-    trainer = _Trainer(candidates, training, torch.device(device), (_NOTHING, *folds))
+    trainer = _Trainer(
+        candidates, training, torch.device(device), (_NOTHING, *folds), shares=shares_matmuls
+    )
     trainer.train(None if validation is None else validation.without_contexts())
     whole = trainer.runs[: len(candidates)]
     if validation is not None:
@@ -95,6 +100,7 @@ class _Trainer:
         training: The texts.
         device: Where to train.
         left_out: Indices of the texts that each part leaves out.
+        shares: Whether runs share matmuls in float32.
     """
 
     def __init__(
@@ -103,6 +109,8 @@ class _Trainer:
         training: Split,
         device: torch.device,
         left_out: Folds,
+        *,
+        shares: bool = False,
     ):
         self._states = training.states
         self._targets = training.targets.to(device)
@@ -110,6 +118,7 @@ class _Trainer:
         texts = zip(training.labels, training.units, strict=True)
         self._units = [[] if np.any(labels) else units for labels, units in texts]
         self._device = device
+        self._shares = shares
         # Without bfloat16 arithmetic, a CPU takes eight times as long for the same products.
         self._dtype = torch.float32 if lacks_bfloat16(device) else torch.bfloat16
         kept_texts = [torch.ones(len(training), dtype=torch.bool) for _ in left_out]
@@ -203,7 +212,7 @@ class _Trainer:
         hidden = batch.hidden.to(self._device, self._dtype)
         lengths = batch.lengths.to(self._device)
         active = [run for run in runs if run.texts[batch.rows].any()]
-        for group in _sharing_a_matmul(active, self._dtype):
+        for group in self._sharing_a_matmul(active):
             losses: list[Tensor] = []
             for run, columns in zip(group, _project(hidden, group, self._dtype), strict=True):
                 tokens, wanted, kept = Ragged(columns, lengths), targets, run.texts[batch.rows]
@@ -227,6 +236,14 @@ class _Trainer:
             else:
                 run.has_diverged = True
 
+    def _sharing_a_matmul(self, runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
+        """Groups of runs. Rounding does not depend on the other runs, unless they shall share.
+
+        The sums of float32 depend on the width of a product, so there every run is alone.
+        """
+        is_alone = self._dtype == torch.float32 and not self._shares
+        return [[run] for run in runs] if is_alone else _grouped(runs)
+
     @torch.inference_mode()
     def score(
         self, runs: Sequence[TrainingRun], split: Split, *, dtype: torch.dtype
@@ -247,7 +264,7 @@ class _Trainer:
                 batch = states.read(texts)
                 hidden = batch.hidden.to(self._device)
                 units = [split.units[text] for text in texts]
-                for group in _sharing_a_matmul(runs, self._dtype):
+                for group in self._sharing_a_matmul(runs):
                     for run, columns in zip(group, _project(hidden, group, dtype), strict=True):
                         tokens = Ragged(columns, batch.lengths.to(self._device))
                         logits[run][texts] = _served(run, tokens, units).cpu().numpy()
@@ -261,14 +278,8 @@ class _Trainer:
         ]
 
 
-def _sharing_a_matmul(runs: Sequence[TrainingRun], dtype: torch.dtype) -> list[list[TrainingRun]]:
-    """Runs with up to so many columns, all of normalised states or none; one with more is alone.
-
-    Rounding does not depend on the other runs: in float32, whose sums depend on the width of a
-    product, every run is alone.
-    """
-    if dtype == torch.float32:
-        return [[run] for run in runs]
+def _grouped(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
+    """Runs with up to so many columns, all of normalised states or none; one with more is alone."""
     groups: list[list[TrainingRun]] = []
     filled = 0
     for run in sorted(runs, key=lambda run: run.standardisation.is_normalised):

@@ -21,7 +21,7 @@ from sidelight.thresholds import ThresholdRule
 from sidelight.training.background import Background, load_background
 from sidelight.training.classifier import Classifier
 from sidelight.training.cost import TrainingEstimate, estimate_training, training_tokens
-from sidelight.training.judging import assess
+from sidelight.training.judging import Assessment, assess
 from sidelight.training.measuring import trained_texts
 from sidelight.training.settings import (
     AUTO,
@@ -54,13 +54,20 @@ def load_guard(name: str, part: str = "", task: Task | None = None) -> LabelledE
 
 
 def affordable(
-    texts: LabelledExamples, encoder: PromptEncoder, device: torch.device = _CPU
+    texts: LabelledExamples,
+    encoder: PromptEncoder,
+    device: torch.device = _CPU,
+    *,
+    seed: int = 0,
 ) -> LabelledExamples:
-    """Texts that have ``TOKENS_ON_CPU`` tokens together on a CPU; all of them on a GPU."""
+    """Texts that have ``TOKENS_ON_CPU`` tokens together on a CPU; all of them on a GPU.
+
+    ``seed`` decides which.
+    """
     if device.type != "cpu":
         return texts
     sizes = training_tokens(texts, encoder)
-    return draw_texts(texts, sizes=sizes, most=TOKENS_ON_CPU)
+    return draw_texts(texts, sizes=sizes, most=TOKENS_ON_CPU, seed=seed)
 
 
 def estimate_guards(
@@ -79,7 +86,7 @@ def estimate_guards(
 
 
 def guard_options(
-    name: str, texts: LabelledExamples, backbone: Backbone, rule: ThresholdRule
+    name: str, texts: LabelledExamples, backbone: Backbone, rule: ThresholdRule, *, seed: int = 0
 ) -> FitOptions:
     """How a guard is trained.
 
@@ -90,7 +97,7 @@ def guard_options(
     layers = backbone.fingerprint.layers - 1 if isinstance(backbone, TransformersBackbone) else None
     settings = suggested_settings(named_mechanism(AUTO, of_spans=of_spans))
     return FitOptions(
-        settings=replace(settings, layers=layers),
+        settings=replace(settings, layers=layers, seed=seed),
         reads=replace(READS, side=card.reads),
         background=Background() if card.labels is None else load_background("packaged"),
         threshold=rule,
@@ -115,8 +122,11 @@ class GuardTests:
 
     def measure(self, classifier: Classifier, test: str) -> dict[str, Any]:
         """The figures on a test, beside those of TF-IDF at as many false positives."""
-        probe, examples = classifier.probe, self.tests[test]
-        assessment = assess(classifier, examples)
+        return self.figures(assess(classifier, self.tests[test]), test)
+
+    def figures(self, assessment: Assessment, test: str) -> dict[str, Any]:
+        """The same of a test that is assessed already."""
+        probe, examples = assessment.probe, assessment.examples
         figures: dict[str, Any] = {
             "title": find_guard(probe.name).card.tests[test].title,
             "rows": len(examples),
