@@ -82,7 +82,6 @@ FOLDS: dict[str, tuple[tuple[str, ...], ...]] = {
         (
             "payload in ordinary document",
             "own payloads in documents",
-            "clean documents",
             "own hard negatives",
             "MetaTool",
         ),
@@ -97,7 +96,6 @@ FOLDS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
         (
             "CyberSecEval prompt injection",
-            "CyberSecEval, machine-translated",
             "garak sysprompt_extraction",
             "awesome-copilot",
             "FollowBench",
