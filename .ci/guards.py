@@ -164,15 +164,20 @@ def train(names: Sequence[str]) -> None:
     backbone = load_backbone(EMBEDDED_NAME, for_reading=True)
     for name in names:
         for seed in range(TRAININGS):
-            folder = BUILD / f"training-{seed}" / name
-            texts = affordable(load_guard(name), backbone.encoder, seed=seed)
-            options = _options(name, texts, backbone, seed)
-            if not holds_probe(folder):
-                print(f"{name}, training {seed + 1}: {len(texts):,} texts", flush=True)
-                print_fit(fit(backbone, texts, None, name=name, options=options, out=folder))
-            if name in FOLDS and not (folder / LEFT_OUT).exists():
-                figures = left_out(load_probe(folder), texts, options, backbone)
-                write_json(folder / LEFT_OUT, figures)
+            train_once(name, seed, backbone)
+
+
+def train_once(name: str, seed: int, backbone: Backbone) -> None:
+    """One training of a guard, and what it finds of sources that it is trained without."""
+    folder = BUILD / f"training-{seed}" / name
+    texts = affordable(load_guard(name), backbone.encoder, seed=seed)
+    options = _options(name, texts, backbone, seed)
+    if not holds_probe(folder):
+        print(f"{name}, training {seed + 1}: {len(texts):,} texts", flush=True)
+        print_fit(fit(backbone, texts, None, name=name, options=options, out=folder))
+    if name in FOLDS and not (folder / LEFT_OUT).exists():
+        print(f"{name}, training {seed + 1}: without some sources", flush=True)
+        write_json(folder / LEFT_OUT, left_out(load_probe(folder), texts, options, backbone))
 
 
 def _options(name: str, texts: LabelledExamples, backbone: Backbone, seed: int) -> FitOptions:

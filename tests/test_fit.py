@@ -132,8 +132,8 @@ def folds(whole):
     return choose_folds(whole.training.examples)
 
 
-def cross_fitted_on(training, folds):
-    return train_mechanisms(CANDIDATES, training=training, validation=None, folds=folds)
+def cross_fitted_on(training, folds, **options):
+    return train_mechanisms(CANDIDATES, training=training, validation=None, folds=folds, **options)
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +158,12 @@ def test_no_text_teaches_the_mechanism_that_judges_it(whole, folds, cross_fitted
 def test_folds_that_are_not_projected_together_give_the_same(
     whole, folds, cross_fitted, monkeypatch
 ):
+    sharing = cross_fitted_on(whole.training, folds, shares_matmuls=True)
     monkeypatch.setattr(loop, "_MOST_COLUMNS", 1)
-    for together, apart in zip(cross_fitted, cross_fitted_on(whole.training, folds), strict=True):
+    alone = cross_fitted_on(whole.training, folds)
+    for together, shared, apart in zip(cross_fitted, sharing, alone, strict=True):
         np.testing.assert_allclose(together.logits, apart.logits, atol=ROUNDING)
+        np.testing.assert_allclose(shared.logits, apart.logits, atol=ROUNDING)
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.prompts.conversation import Reads
 from sidelight.ragged import Ragged
-from sidelight.standardisation import Standardisation
+from sidelight.standardisation import Projection, Standardisation
 from sidelight.states import cache
+from sidelight.training import loop
 from sidelight.training.dataset import Targets, make_split, prepare
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import (
@@ -397,3 +398,21 @@ def test_training_and_validation_share_the_memory_and_what_fits_is_read_once(
     assert least <= sum(map(sizes.get, held)) <= most
     # What trains comes first.
     assert (made.measured.states.path(0) in held) == (share == 1)
+
+
+@pytest.mark.parametrize("is_normalised", [None, torch.tensor([True, False, True])])
+def test_products_of_states_in_another_dtype_have_the_columns_and_the_gradient(is_normalised):
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 7, 5, generator=random).to(torch.bfloat16)
+    columns: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    for project in (loop._scaled_products, lambda hidden, own: own.layers(hidden.float())):
+        weight = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        shift = torch.ones(4, 3, requires_grad=True)
+        own = project(hidden, Projection(weight, shift, is_normalised))
+        (own * torch.arange(3)).sum().backward()
+        assert weight.grad is not None
+        columns.append(own.detach())
+        gradients.append(weight.grad)
+    torch.testing.assert_close(*columns)
+    torch.testing.assert_close(*gradients)
