@@ -64,9 +64,24 @@ from sidelight.training.traffic import Conversations
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "guards" / "src" / "sidelight_guards"
 BUILD = ROOT / "build" / "guards"
-PAGE = ROOT / "docs" / "guards.md"
+PAGES = (ROOT / "docs" / "guards.md", ROOT / "README.md")
 STATES, LEFT_OUT = BUILD / "states", "left_out.json"
 TRAININGS = 3
+# The share of background traffic up to which a training may be packaged.
+_QUIET = 0.04
+# The tests that README shows.
+_HEADLINES = {
+    "injection": {
+        "agentdojo": "AgentDojo: tool results",
+        "everyday": "40 everyday attacks, 100 ordinary prompts",
+    },
+    "harmful": {
+        "jailbreakbench": "JailbreakBench: harmful and harmless requests on the same subjects"
+    },
+    "toxicity": {"wikipedia": "Wikipedia comments"},
+    "refusal": {"xstest_completions": "XSTest: answers of five models"},
+    "pii": {"presidio": "Presidio's sentences"},
+}
 # Sources of personas and system prompts, which resemble attacks and are none.
 PERSONAS = (
     "ChatGPT-System-Prompts",
@@ -270,11 +285,19 @@ def package(names: Sequence[str]) -> None:
     write_tables()
 
 
-def _worth(training: dict[str, Any], probe: Probe) -> float:
-    """By what one of several trainings is chosen: never by a test."""
+def _worth(training: dict[str, Any], probe: Probe) -> tuple[bool, float]:
+    """By what one of several trainings is chosen, never by a test.
+
+    That is what it finds of sources left out, if it flags little background traffic.
+    """
     if left := training.get("left_out"):
-        return left["auroc"]
-    return max(probe.history.epochs.scores)
+        is_quiet = left["flagged"] <= _QUIET * left["conversations"]
+        return is_quiet, float(np.mean(_recalls(left["sources"])))
+    return True, max(probe.record["epochs"]["scores"])
+
+
+def _recalls(sources: dict[str, dict[str, int]]) -> list[float]:
+    return [own["found"] / own["positives"] for own in sources.values() if own["positives"]]
 
 
 def _measure_tests(
@@ -299,7 +322,9 @@ def _measure_tests(
                     for own, probe in zip(trained, probes, strict=True)
                 ]
             else:
-                bank = Bank(probes, device=backbone.device)
+                # A bank wants names that differ.
+                named = [replace(p, name=f"{name}-{p.history.seed}") for p in probes]
+                bank = Bank(named, device=backbone.device)
                 judged = text_logits(backbone, bank, encode(backbone.encoder, examples.items))
                 known = [
                     own.figures(
@@ -486,12 +511,14 @@ def with_tables(page: str) -> str:
         "floors": _floors_table,
         "sources": _left_out_table,
         "thresholds": _thresholds_table,
+        "headlines": _headlines_table,
     }
     return _TABLE.sub(lambda match: match[1] + tables[match[2]](), page)
 
 
 def write_tables() -> None:
-    PAGE.write_text(with_tables(PAGE.read_text("utf-8")), "utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text("utf-8")), "utf-8")
 
 
 def _packaged(name: str, file: str) -> Any:
@@ -553,15 +580,29 @@ def _share(flagged: int, count: int) -> str:
 
 
 def _tests_table() -> str:
-    lines = [
-        "| guard | test | AUROC (95 % CI) | TF-IDF | found | TF-IDF | false positives | three "
-        "trainings: AUROC, found, false positives |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name in guard_names():
+    trainings = {name: _trainings(name) for name in guard_names()}
+    titles = ["guard", "test", "AUROC (95 % CI)", "TF-IDF", "found", "TF-IDF", "false positives"]
+    if any(trainings.values()):
+        titles.append("three trainings: AUROC, found, false positives")
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for name, own in trainings.items():
         for test, figures in _packaged(name, "figures.json").items():
-            cells = [*_cells(figures), _of_trainings([x["tests"][test] for x in _trainings(name)])]
-            lines.append(f"| `{name}` | `{test}` | {' | '.join(cells)} |")
+            cells = [*_cells(figures), _of_trainings([each["tests"][test] for each in own])]
+            row = [f"`{name}`", f"`{test}`", *cells][: len(titles)]
+            lines.append(f"| {' | '.join(row)} |")
+    return "\n".join([*lines, ""])
+
+
+def _headlines_table() -> str:
+    """Of each guard a test or two, for readers of README."""
+    lines = [
+        "| guard | public test | AUROC (95 % CI) | TF-IDF | found | false positives |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, tests in _HEADLINES.items():
+        for test, title in tests.items():
+            auroc, words, found, _, alarms = _cells(_packaged(name, "figures.json")[test])
+            lines.append(f"| `{name}` | {title} | {auroc} | {words} | {found} | {alarms} |")
     return "\n".join([*lines, ""])
 
 
@@ -639,9 +680,7 @@ def _floors_table() -> str:
         carriers: list[float] = []
         for own in records:
             of_sources = own["sources"].values()
-            recalls.append(
-                np.mean([x["found"] / x["positives"] for x in of_sources if x["positives"]])
-            )
+            recalls.append(np.mean(_recalls(own["sources"])))
             alarms.append(np.mean([x["flagged"] / x["others"] for x in of_sources if x["others"]]))
             background.append(own["flagged"] / own["conversations"])
             areas.append(own["auroc"])

@@ -91,6 +91,18 @@ def test_a_draw_has_labels_and_sources_alike_and_all_background_is_one_source():
     assert len(draw_texts(whole, 100)) == 60
 
 
+def test_a_draw_has_both_labels_of_a_source_beside_many_sources_of_one_label():
+    """Else the style of a source would stand for its label."""
+    cells = [{"text": f"mixed {n}", "label": n % 2, "source": "mixed"} for n in range(40)]
+    cells += [
+        {"text": f"harmless {n}", "label": 0, "source": f"harmless {n % 10}"} for n in range(100)
+    ]
+    drawn = draw_texts(load_examples(cells), 44)
+    counts = Counter(zip(drawn.sources, drawn.labels.tolist(), strict=True))
+    assert counts["mixed", 0] >= 2
+    assert counts["mixed", 1] == 20
+
+
 def test_own_chats_end_with_the_answer_that_a_guard_of_answers_reads(tmp_path):
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "No."}]
     own = write(tmp_path / "mine.jsonl", [{"messages": turns, "label": 1}])

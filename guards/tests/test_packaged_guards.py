@@ -102,9 +102,11 @@ def test_the_page_counts_the_texts_and_names_the_tests():
         assert re.findall(r"`(\w+)`", tests) == [*find_guard(name).card.tests]
 
 
-def test_the_tables_of_the_page_are_those_of_the_packaged_files():
+@pytest.mark.parametrize("name", ["docs/guards.md", "README.md"])
+def test_the_tables_of_the_pages_are_those_of_the_packaged_files(name):
     root = PACKAGE.parents[2]
-    page = (root / "docs" / "guards.md").read_text("utf-8")
+    page = (root / name).read_text("utf-8")
+    assert "<!-- table of guards" in page
     assert run_path(str(root / ".ci" / "guards.py"))["with_tables"](page) == page
 
 
