@@ -154,6 +154,11 @@ def scraping(folder: Path, target: str) -> Iterator[Prometheus]:
         httpx.Client(base_url=address, transport=waiting) as http,
     ):
         try:
+            # Until its storage is open, it answers 503.
+            deadline = time.monotonic() + START_S
+            while http.get(f"http://127.0.0.1:{port}/-/ready").status_code != 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
             yield Prometheus(http)
         finally:
             process.terminate()
