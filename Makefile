@@ -54,7 +54,7 @@ gpu-check: $(if $(GPU),.venv-gpu/.ready,.venv/.runtime .venv-vllm/.ready) ## Che
 matrix: .venv/.dev .venv/.clients .venv-vllm/.ready ## Run what a release needs beyond that, lane by lane: matrix.md
 	$(BIN)/python .ci/matrix.py $(LANES)
 
-guards: .venv/.dev ## Train the guards that ship in guards/, and write their tables (two hours; goes on after a kill)
+guards: .venv/.dev ## Train the guards that ship in guards/, and write their tables (several hours; continues after a kill)
 	$(BIN)/python .ci/guards.py
 
 fast: .venv/.dev ## Run the fast tests (under a minute)

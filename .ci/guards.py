@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -174,16 +175,18 @@ _TABLE = re.compile(r"(<!-- table of guards: (\w+) -->\n).*?(?=<!-- end -->)", r
 
 
 def train(names: Sequence[str]) -> None:
-    """Trains every guard several times, and without some of its sources."""
+    """Train each guard several times, and again without some of its sources."""
     _commit_of_build()
     backbone = load_backbone(EMBEDDED_NAME, for_reading=True)
     for name in names:
         for seed in range(TRAININGS):
             train_once(name, seed, backbone)
+        # Those of all guards would take 70 GB.
+        shutil.rmtree(STATES, ignore_errors=True)
 
 
 def train_once(name: str, seed: int, backbone: Backbone) -> None:
-    """One training of a guard, and what it finds of sources that it is trained without."""
+    """Train a guard once, and measure it on sources left out of training."""
     folder = BUILD / f"training-{seed}" / name
     texts = affordable(load_guard(name), backbone.encoder, seed=seed)
     options = _options(name, texts, backbone, seed)
@@ -196,7 +199,7 @@ def train_once(name: str, seed: int, backbone: Backbone) -> None:
 
 
 def _options(name: str, texts: LabelledExamples, backbone: Backbone, seed: int) -> FitOptions:
-    """As ``sidelight guard`` trains, but for the seed and where the hidden states stay."""
+    """The options of ``sidelight guard``, with another seed and a shared cache."""
     options = guard_options(name, texts, backbone, F1, seed=seed)
     return replace(options, cache_root=STATES, keep_cache=True)
 
@@ -204,10 +207,10 @@ def _options(name: str, texts: LabelledExamples, backbone: Backbone, seed: int) 
 def left_out(
     probe: Probe, texts: LabelledExamples, options: FitOptions, backbone: Backbone
 ) -> dict[str, Any]:
-    """What probes find of sources that they were trained without, at the probe's own threshold.
+    """Figures on sources left out of training, at the threshold of the probe.
 
-    Also the AUROC of documents with a payload against those without, of a carrier of documents that
-    the probe was trained without.
+    With carriers, also the AUROC that separates documents with a payload from those without, for
+    each carrier left out of training.
     """
     dataset = prepare(backbone, texts, None, options=options)
     split, folds = dataset.training, FOLDS[probe.name]
@@ -216,9 +219,12 @@ def left_out(
     # A labelled text and its contexts; conversations of the background have no source.
     sources = np.array(split.examples.sources, dtype=object)
     sources[[context.kind == "background" for context in split.contexts]] = ""
+    # Background, labelled or not, is left out by its groups.
     parts = np.array([context.group for context in split.contexts]) % len(folds)
     for fold, names in enumerate(folds):
         parts[np.isin(sources, names)] = fold
+    if unlisted := {*sources} - {"", "background", *chain(*folds)}:
+        sys.exit(f"No fold of {probe.name} leaves out {', '.join(sorted(unlisted))}: see FOLDS.")
     alone = split.alone
     examples = split.examples.select(alone)
     logits = _without(candidate, split, parts)
@@ -259,7 +265,7 @@ def _auroc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def package(names: Sequence[str]) -> None:
-    """Measures, packages and documents the best training of each guard."""
+    """Measure all trainings of each guard on its tests, and package the best."""
     commit = _commit_of_build()
     backbone = load_backbone(EMBEDDED_NAME, for_reading=True)
     for name in names:
@@ -286,9 +292,9 @@ def package(names: Sequence[str]) -> None:
 
 
 def _worth(training: dict[str, Any], probe: Probe) -> tuple[bool, float]:
-    """By what one of several trainings is chosen, never by a test.
+    """Rank a training by its recall on left-out sources; those that flag background come last.
 
-    That is what it finds of sources left out, if it flags little background traffic.
+    Tests play no part.
     """
     if left := training.get("left_out"):
         is_quiet = left["flagged"] <= _QUIET * left["conversations"]
@@ -303,7 +309,7 @@ def _recalls(sources: dict[str, dict[str, int]]) -> list[float]:
 def _measure_tests(
     name: str, probes: Sequence[Probe], folder: Path, backbone: Backbone
 ) -> list[dict[str, Any]]:
-    """The figures of several probes on each test, from one pass; a kill costs one test at most."""
+    """Figures of several probes on each test, from one forward pass; each test is saved."""
     texts = [affordable(load_guard(name), backbone.encoder, seed=p.history.seed) for p in probes]
     tests = {
         test: load_guard(name, f":{test}", probes[0].task) for test in find_guard(name).card.tests
@@ -526,11 +532,17 @@ def _packaged(name: str, file: str) -> Any:
 
 
 def _probes_table() -> str:
-    lines = [
-        "| guard | version | texts trained on | threshold | held-out texts found | other texts "
-        "flagged | background flagged (95 % CI) | agrees on GGUF |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    titles = (
+        "guard",
+        "version",
+        "texts trained on",
+        "threshold",
+        "held-out texts found",
+        "other texts flagged",
+        "background flagged (95 % CI)",
+        "agrees on GGUF",
+    )
+    rows: list[list[str]] = []
     for name in guard_names():
         made, manifest = _packaged(name, "build.json"), read_manifest(PACKAGE / name)
         history, traffic = manifest.history, manifest.history.traffic
@@ -545,16 +557,19 @@ def _probes_table() -> str:
         threshold = f"{manifest.thresholds[0]:.3f}" if len(manifest.thresholds) == 1 else "by label"
         gguf = made.get("gguf")
         agrees = f"{gguf['agreeing']} of {gguf['texts']}" if gguf else "not compared"
-        row = [f"`{name}`", str(made["version"]), texts, threshold, *cells, agrees]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join([*lines, ""])
+        rows.append([f"`{name}`", str(made["version"]), texts, threshold, *cells, agrees])
+    return _table(titles, rows)
 
 
 def _thresholds_table() -> str:
-    lines = [
-        "| guard | threshold | held-out texts found | other texts flagged | background flagged |",
-        "|---|---|---|---|---|",
-    ]
+    titles = (
+        "guard",
+        "threshold",
+        "held-out texts found",
+        "other texts flagged",
+        "background flagged",
+    )
+    rows: list[list[str]] = []
     for name in guard_names():
         probe = load_probe(PACKAGE / name)
         if probe.task.kind != "binary" or probe.spans is not None:
@@ -568,8 +583,14 @@ def _thresholds_table() -> str:
             cells += [f"{found} of {curve.positives}", f"{flagged} of {curve.negatives}"]
             count = int((scores >= threshold).sum())
             cells.append(f"{count} of {len(scores)}" if len(scores) else "")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+            rows.append(cells)
+    return _table(titles, rows)
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (titles, *rows))
+    return "\n".join([head, f"|{'---|' * len(titles)}", *body, ""])
 
 
 def _share(flagged: int, count: int) -> str:
@@ -584,26 +605,26 @@ def _tests_table() -> str:
     titles = ["guard", "test", "AUROC (95 % CI)", "TF-IDF", "found", "TF-IDF", "false positives"]
     if any(trainings.values()):
         titles.append("three trainings: AUROC, found, false positives")
-    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    rows: list[list[str]] = []
     for name, own in trainings.items():
         for test, figures in _packaged(name, "figures.json").items():
             cells = [*_cells(figures), _of_trainings([each["tests"][test] for each in own])]
-            row = [f"`{name}`", f"`{test}`", *cells][: len(titles)]
-            lines.append(f"| {' | '.join(row)} |")
-    return "\n".join([*lines, ""])
+            rows.append([f"`{name}`", f"`{test}`", *cells][: len(titles)])
+    return _table(titles, rows)
 
 
 def _headlines_table() -> str:
-    """Of each guard a test or two, for readers of README."""
-    lines = [
-        "| guard | public test | AUROC (95 % CI) | TF-IDF | found | false positives |",
-        "|---|---|---|---|---|---|",
-    ]
+    """The tests in README."""
+    titles = ("guard", "public test", "AUROC (95 % CI)", "TF-IDF", "found", "false positives")
+    rows: list[list[str]] = []
     for name, tests in _HEADLINES.items():
         for test, title in tests.items():
-            auroc, words, found, _, alarms = _cells(_packaged(name, "figures.json")[test])
-            lines.append(f"| `{name}` | {title} | {auroc} | {words} | {found} | {alarms} |")
-    return "\n".join([*lines, ""])
+            figures = _packaged(name, "figures.json")[test]
+            auroc, words, found, _, alarms = _cells(figures)
+            # The column counts texts, and a test of spans has none to count.
+            found = found if "positives" in figures else ""
+            rows.append([f"`{name}`", title, auroc, words, found, alarms])
+    return _table(titles, rows)
 
 
 def _trainings(name: str) -> list[dict[str, Any]]:
@@ -636,17 +657,15 @@ def _spread(values: Sequence[float], digits: int = 0) -> str:
 
 
 def _left_out_table() -> str:
-    """What each source that is left out of training is found or flagged, over three trainings."""
-    lines = [
-        "| guard | source, left out of training | texts a training | found | flagged |",
-        "|---|---|---|---|---|",
-    ]
+    """Recall and false positives of each left-out source, over all trainings."""
+    titles = ("guard", "source left out of training", "texts per training", "found", "flagged")
+    table: list[list[str]] = []
     for name in guard_names():
         records = [own["left_out"] for own in _trainings(name) if "left_out" in own]
         if not records:
             continue
         sources = {name: None for own in records for name in own["sources"]}
-        rows: list[tuple[float, str]] = []
+        rows: list[tuple[float, list[str]]] = []
         for source in sources:
             own = [record["sources"][source] for record in records if source in record["sources"]]
             found, flagged = (
@@ -656,9 +675,9 @@ def _left_out_table() -> str:
             count = np.mean([each["positives"] + each["others"] for each in own])
             cells = [_share_of(found), _share_of(flagged)]
             order = -np.mean(found) if found else 1 + np.mean(flagged)
-            rows.append((order, f"| `{name}` | {source} | {count:.0f} | {' | '.join(cells)} |"))
-        lines += [line for _, line in sorted(rows)]
-    return "\n".join([*lines, ""])
+            rows.append((order, [f"`{name}`", source, f"{count:.0f}", *cells]))
+        table += [row for _, row in sorted(rows)]
+    return _table(titles, table)
 
 
 def _share_of(rates: Sequence[float]) -> str:
@@ -666,12 +685,16 @@ def _share_of(rates: Sequence[float]) -> str:
 
 
 def _floors_table() -> str:
-    lines = [
-        "| guard | mean recall of attack sources left out | flagged, mean of other sources | "
-        "personas and system prompts flagged | background flagged | AUROC, all sources left out | "
-        "AUROC of documents, by carrier |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    titles = (
+        "guard",
+        "recall, mean of left-out sources",
+        "flagged, mean of left-out sources",
+        "personas and system prompts flagged",
+        "background flagged",
+        "AUROC, all left-out sources",
+        "AUROC of documents, by carrier",
+    )
+    rows: list[list[str]] = []
     for name in guard_names():
         records = [own["left_out"] for own in _trainings(name) if "left_out" in own]
         if not records:
@@ -692,8 +715,8 @@ def _floors_table() -> str:
         cells = [f"`{name}`", *map(_share_of, (recalls, alarms, personas))]
         cells += [f"{np.mean(background):.1%} ± {np.std(background, ddof=1):.1%}"]
         cells += [_spread(areas, digits=3), _spread(carriers, digits=3) if carriers else ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        rows.append(cells)
+    return _table(titles, rows)
 
 
 def _cells(test: dict[str, Any]) -> list[str]:
