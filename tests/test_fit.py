@@ -158,7 +158,17 @@ def test_no_text_teaches_the_mechanism_that_judges_it(whole, folds, cross_fitted
 def test_folds_that_are_not_projected_together_give_the_same(
     whole, folds, cross_fitted, monkeypatch
 ):
-    sharing = cross_fitted_on(whole.training, folds, shares_matmuls=True)
+    widths: list[int] = []
+    project = loop._project
+
+    def counted(hidden, runs, dtype):
+        widths.append(len(runs))
+        return project(hidden, runs, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_project", counted)
+        sharing = cross_fitted_on(whole.training, folds, shares_matmuls=True)
+    assert max(widths) > 1
     monkeypatch.setattr(loop, "_MOST_COLUMNS", 1)
     alone = cross_fitted_on(whole.training, folds)
     for together, shared, apart in zip(cross_fitted, sharing, alone, strict=True):

@@ -238,9 +238,10 @@ class _Trainer:
                 run.has_diverged = True
 
     def _sharing_a_matmul(self, runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
-        """Groups of runs. Rounding does not depend on the other runs, unless they shall share.
+        """Groups of runs that share a matmul.
 
-        The sums of float32 depend on the width of a product, so there every run is alone.
+        In float32, sums depend on the width of a product, so each run is alone unless
+        ``shares_matmuls``.
         """
         is_alone = self._dtype == torch.float32 and not self._shares
         return [[run] for run in runs] if is_alone else _grouped(runs)
@@ -328,8 +329,8 @@ def _scaled_products(
 class _LayerProducts(torch.autograd.Function):
     """``hidden @ weight`` in the dtype of the weight, layer by layer.
 
-    A copy of all layers in another dtype costs more than the matmuls, and so does the gradient of a
-    thin weight as autograd computes it, ``hidden.T @ gradient`` (a third of the time of a batch).
+    Copying all layers to another dtype costs more than the matmuls, and so does autograd's gradient
+    of a thin weight, ``hidden.T @ gradient``. Hidden states get no gradient.
     """
 
     @staticmethod

@@ -125,7 +125,7 @@ class GuardTests:
         return self.figures(assess(classifier, self.tests[test]), test)
 
     def figures(self, assessment: Assessment, test: str) -> dict[str, Any]:
-        """The same of a test that is assessed already."""
+        """As ``measure``, from an assessment."""
         probe, examples = assessment.probe, assessment.examples
         figures: dict[str, Any] = {
             "title": find_guard(probe.name).card.tests[test].title,
