@@ -250,7 +250,7 @@ def test_rows_with_one_value_in_a_column_stay_together():
         assert (0 in fold) == (59 in fold)
     (warning,) = grouped.grouping_warnings()
     assert warning.startswith(
-        "31 texts are near-duplicates of others, or share their attack or document"
+        "31 texts are near-duplicates of others or have the same attack or document:"
     )
     assert grouped.select(range(30)).distinct == 5
 
@@ -272,7 +272,7 @@ def test_near_duplicates_stay_together_where_a_column_gives_way():
     assert load_examples(rows).distinct == 30
     examples = load_examples(rows, groups="site")
     assert examples.distinct == 30
-    assert any("are near-duplicates of so many others" in w for w in examples.grouping_warnings())
+    assert any("are near-duplicates of too many others" in w for w in examples.grouping_warnings())
 
 
 def test_all_rows_of_a_parted_group_are_counted():
@@ -283,7 +283,7 @@ def test_all_rows_of_a_parted_group_are_counted():
         for n, word in enumerate(words)
     ]
     *_, warning = load_examples(rows, groups="document").grouping_warnings()
-    assert warning.startswith("20 texts are near-duplicates of so many others")
+    assert warning.startswith("20 texts are near-duplicates of too many others")
 
 
 def test_a_long_text_with_a_paragraph_more_is_a_version_of_it():
@@ -351,8 +351,8 @@ def test_texts_of_one_template_are_parted_where_folds_would_be_impossible():
     for fold in examples.folds(5, seed=0):
         assert examples.select(fold).label_counts.tolist() == [4, 4]
     (warning,) = examples.grouping_warnings()
-    assert warning.startswith("40 texts are near-duplicates of so many others")
-    assert "the figures flatter the probe" in warning
+    assert warning.startswith("40 texts are near-duplicates of too many others")
+    assert "the figures are optimistic" in warning
     # One label's template parts no other text.
     mixed = load_examples([*rows[:20], *((text, "other") for text, _ in versions(20))])
     other = np.arange(20, 80)

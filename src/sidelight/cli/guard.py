@@ -37,7 +37,7 @@ _FIGURES, _POLICY = "figures.json", "policy.toml"
 @click.option(
     "--rows",
     type=click.IntRange(min=20),
-    help="Use N packaged texts of each guard, of each source and label alike. [default: all; on a "
+    help="Use N packaged texts of each guard, balanced by source and label. [default: all; on a "
     "CPU as many as have 250,000 tokens]",
 )
 @click.option("--data", help="Rows of your own beside those of the guard that --only names.")

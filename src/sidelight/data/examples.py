@@ -246,15 +246,14 @@ class Examples:
         first = np.unique(self._near_duplicates.texts, return_index=True)[1]
         alike = int((np.bincount(groups[first])[groups] > 1).sum())
         shared = " or ".join(self.group_columns)
-        too_many = f", or share their {shared} with so many," if shared else ""
-        shares = f", or share their {shared} with others" if shared else ""
+        share = f" or have the same {shared}" if shared else ""
         warnings = {
-            f"{alike} texts are near-duplicates of others{shares}: such texts stay in one fold, or "
+            f"{alike} texts are near-duplicates of others{share}: such texts stay in one fold, or "
             "on one side of a split.": alike,
-            f"{divided} texts are near-duplicates of so many others{too_many} that folds would be "
-            "impossible if they stayed together: they are parted, and the figures flatter the "
-            "probe. Give texts that differ in more than a few words, or others to validate on "
-            "(--validation, validation=).": divided,
+            f"{divided} texts are near-duplicates of too many others{share} to stay in one fold: "
+            "they are split across folds, and the figures are optimistic. Give texts that "
+            "differ in more than a few words, or others to validate on (--validation, "
+            "validation=).": divided,
         }
         return tuple(warning for warning, count in warnings.items() if count)
 

@@ -246,7 +246,7 @@ def draw_texts(
     most: int = 0,
     seed: int = 0,
 ) -> LabelledExamples:
-    """Some of the packaged texts, balanced over labels, and over the labels of each source.
+    """Draw some of the packaged texts, balanced by label and by source and label.
 
     All rows of one's own stay, and count as they do beside so many.
 
@@ -261,8 +261,8 @@ def draw_texts(
     packaged, own = np.flatnonzero(is_own == 0), np.flatnonzero(is_own)
     # All background is one source: its many would outweigh the others.
     sources, labels = examples.sources, examples.label_names()
-    # By both at once: beside many sources without the label, those that have both would give none
-    # without it, and the probe would take their style for the label.
+    # Balanced separately, sources with both labels would contribute positives alone beside many
+    # negative sources, and the probe would learn the style of a source instead of the label.
     strata = [((sources[row], *labels[row]), tuple(labels[row])) for row in packaged]
     order = packaged[balanced_order(strata, seed=seed)]
     if count is None:

@@ -85,7 +85,7 @@ def with_invisible(text: Conversation, invisible: Invisible) -> Conversation:
 
 
 def as_read(text: Conversation) -> Conversation:
-    """The text as the model reads it, with invisible characters stripped if the policy says so.
+    """The text that is encoded: without invisible characters if the policy strips them.
 
     Raises:
         DisguisedTextError: The policy refuses the text.

@@ -229,8 +229,8 @@ def _reject_disguises(
     """Check all texts, including system turns that no probe reads, and tool calls.
 
     Raises:
-        DisguisedTextError: The policy refuses a text, or a tool call would have to be stripped,
-            which LiteLLM's protocol cannot express.
+        DisguisedTextError: The policy refuses a text, or strips characters that a tool call
+            contains, which LiteLLM's protocol cannot return.
     """
     for text in texts:
         reject_disguises(text.words, invisible, can_strip=text.index < len(body.texts or ()))
