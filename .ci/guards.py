@@ -164,6 +164,25 @@ FOLDS: dict[str, tuple[tuple[str, ...], ...]] = {
             "disguised spelling (made)",
         ),
     ),
+    "toxicity": (
+        (
+            "Civil Comments (toxic spans)",
+            "Davidson tweets",
+            "Wikipedia talk (CAT)",
+            "disguised spelling, real",
+            "disguised spelling (made)",
+        ),
+        ("HatemojiBuild", "own look-alikes"),
+        ("Surge AI toxicity", "madlibs"),
+        ("ToxiGen", "MLMA (Arabic)", "own hard negatives"),
+        ("Wikipedia comments",),
+    ),
+    "refusal": (
+        ("JailbreakBench artifacts",),
+        ("refusal_direction runs",),
+        ("XSTest completions",),
+        ("CoCoNot preferences", "OpenAI RBR gold"),
+    ),
 }
 # The share of decisions on which the copy must agree with the probe.
 AGREEMENT, TEXTS = 0.99, 500
@@ -684,6 +703,10 @@ def _share_of(rates: Sequence[float]) -> str:
     return f"{np.mean(rates):.2f} ± {np.std(rates, ddof=1):.2f}" if len(rates) > 1 else ""
 
 
+def _percent_of(rates: Sequence[float]) -> str:
+    return f"{np.mean(rates):.1%} ± {np.std(rates, ddof=1):.1%}" if len(rates) > 1 else ""
+
+
 def _floors_table() -> str:
     titles = (
         "guard",
@@ -705,7 +728,9 @@ def _floors_table() -> str:
             of_sources = own["sources"].values()
             recalls.append(np.mean(_recalls(own["sources"])))
             alarms.append(np.mean([x["flagged"] / x["others"] for x in of_sources if x["others"]]))
-            background.append(own["flagged"] / own["conversations"])
+            # No ordinary conversation stands beside the texts of a guard of answers.
+            if own["conversations"]:
+                background.append(own["flagged"] / own["conversations"])
             areas.append(own["auroc"])
             shown = [own["sources"][source] for source in PERSONAS if source in own["sources"]]
             if shown:
@@ -713,7 +738,7 @@ def _floors_table() -> str:
                 personas.append(flagged / others)
             carriers += [each["auroc"] for each in own.get("carriers", {}).values()]
         cells = [f"`{name}`", *map(_share_of, (recalls, alarms, personas))]
-        cells += [f"{np.mean(background):.1%} ± {np.std(background, ddof=1):.1%}"]
+        cells += [_percent_of(background)]
         cells += [_spread(areas, digits=3), _spread(carriers, digits=3) if carriers else ""]
         rows.append(cells)
     return _table(titles, rows)
