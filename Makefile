@@ -18,7 +18,7 @@ export SIDELIGHT_NODE ?= $(abspath .venv/node)
 
 # One process for each core. What is inside vLLM has an environment of its own.
 OWN := --ignore=tests/vllm --ignore=tests/matrix
-SHAPED := sidelight.bank,sidelight.mechanisms,sidelight.metrics,sidelight.ragged,sidelight.standardisation,sidelight.states,sidelight.training
+SHAPED := sidelight.probes,sidelight.statistics.metrics,sidelight.states,sidelight.training
 
 # Tests that share an engine or a server are a group: one process runs them.
 VLLM_PYTEST := OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -p no:unraisableexception -n 2 --dist loadgroup

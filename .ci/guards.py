@@ -33,32 +33,31 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from sidelight.artifact import load_probe, save_probe
-from sidelight.backbone import Backbone, load_backbone
-from sidelight.bank import Bank
 from sidelight.cli.show import print_fit
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.guards import find_guard, guard_names
 from sidelight.engines.llama.backbone import LlamaBackbone
-from sidelight.fingerprint import Fingerprint
-from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf
-from sidelight.manifest import PROBE, holds_probe, read_manifest
-from sidelight.mechanisms.base import Geometry, build_mechanism
-from sidelight.metrics import wilson
-from sidelight.probe import Probe
-from sidelight.smollm2 import EMBEDDED_NAME
-from sidelight.standardisation import Standardisation
+from sidelight.models.fingerprint import Fingerprint
+from sidelight.models.gguf_files import EMBEDDED_GGUF, find_gguf
+from sidelight.models.smollm2 import EMBEDDED_NAME
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.bank import Bank
+from sidelight.probes.manifest import PROBE, holds_probe, read_manifest
+from sidelight.probes.mechanisms.base import Geometry, build_mechanism
+from sidelight.probes.probe import Probe
+from sidelight.probes.standardisation import Standardisation
+from sidelight.scoring import GuardTests, assess_logits, encode
+from sidelight.states.backbone import Backbone, load_backbone
 from sidelight.states.extraction import text_logits
+from sidelight.statistics.metrics import wilson
+from sidelight.statistics.thresholds import F1, OperatingPoint
 from sidelight.storage import write_json
-from sidelight.thresholds import F1, OperatingPoint
 from sidelight.training.background import load_background
-from sidelight.training.classifier import Classifier
 from sidelight.training.dataset import Split, prepare
 from sidelight.training.fit import fit
-from sidelight.training.judging import assess_logits, encode
 from sidelight.training.loop import Candidate, train_mechanisms
 from sidelight.training.measuring import measure_sources
-from sidelight.training.ready import GuardTests, affordable, guard_options, load_guard
+from sidelight.training.ready import affordable, guard_options, load_guard
 from sidelight.training.settings import FitOptions
 from sidelight.training.traffic import Conversations
 
@@ -343,7 +342,7 @@ def _measure_tests(
             print(f"{name}: test {test}, {len(examples)} texts", flush=True)
             if probes[0].spans is not None:
                 known = [
-                    own.measure(Classifier(backbone, probe), test)
+                    own.measure(backbone, probe, test)
                     for own, probe in zip(trained, probes, strict=True)
                 ]
             else:

@@ -33,12 +33,12 @@ PRODUCT = "src/sidelight"
 PARTS = {
     "mechanisms": (
         20,
-        ["mechanisms"],
+        ["probes/mechanisms"],
         ["mechanisms", "bank", "explanation", "training"],
     ),
     "bank": (
         12,
-        ["bank.py"],
+        ["probes/bank.py"],
         ["bank", "mechanisms", "explanation", "engine_contract", "engine_verdicts", "vllm_plugin"],
     ),
     "policy": (
@@ -56,7 +56,10 @@ PARTS = {
     ),
     "prompts": (
         16,
-        ["prompts"],
+        [
+            f"models/{x}.py"
+            for x in ("control_tokens", "conversation", "encode", "invisible", "turns")
+        ],
         [
             "prompts",
             "turns*",
@@ -83,7 +86,7 @@ PARTS = {
     "columns": (8, ["vllm/columns.py"], ["vllm_*"]),
     "training": (
         24,
-        ["training"],
+        ["training", "classifier.py", "estimator.py", "scoring.py"],
         [
             "training",
             "fit",

@@ -20,7 +20,7 @@ from sidelight.server.app import create_app
 ROOT = Path(__file__).parent.parent
 _OUTSIDE = re.compile(r"\]\(\.\./([^)#]+)(?:#[^)]*)?\)")
 # The base classes of what others add; their page is the how-to of a mechanism.
-_BASES = ("sidelight.mechanisms.base.Mechanism", "sidelight.engines.base.Engine")
+_BASES = ("sidelight.probes.mechanisms.base.Mechanism", "sidelight.engines.base.Engine")
 Schema = dict[str, Any]
 
 

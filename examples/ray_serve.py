@@ -7,14 +7,14 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from ray import serve
 
-from sidelight.artifact import load_probe
-from sidelight.backbone import load_backbone
 from sidelight.engines.base import Engine, EngineUnavailableError
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.guards import named_sources, probe_folders
-from sidelight.probe import Probe
+from sidelight.probes.artifact import load_probe
+from sidelight.probes.probe import Probe
 from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig
+from sidelight.states.backbone import load_backbone
 
 
 class Settings(BaseModel, extra="forbid"):

@@ -19,8 +19,8 @@ from sidelight.errors import (
     SidelightError,
     VerdictError,
 )
-from sidelight.probe import Probe
-from sidelight.prompts.conversation import EncodedPrompt, Message, Part, Reads, has_response
+from sidelight.models.conversation import EncodedPrompt, Message, Part, Reads, has_response
+from sidelight.probes.probe import Probe
 from worlds.models import SIZES, SPECIAL_TOKENS, broken, tiny_backbone, untrained_probe
 from worlds.vllm import ROUNDING, Model, expected
 

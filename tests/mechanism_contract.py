@@ -16,9 +16,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sidelight.mechanisms import attention
-from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
-from sidelight.ragged import Ragged
+from sidelight.probes.mechanisms import attention
+from sidelight.probes.mechanisms.base import Geometry, build_mechanism, mechanism_spec
+from sidelight.probes.ragged import Ragged
 
 LAYERS, WIDTH = 3, 32
 # float32: the same sums of up to a few hundred products, in another order.

@@ -16,14 +16,14 @@ import httpx
 import numpy as np
 import pytest
 
-from sidelight.artifact import save_probe
-from sidelight.backbone import TransformersBackbone
-from sidelight.bank import Bank
 from sidelight.engines.base import Engine
-from sidelight.manifest import read_manifest
+from sidelight.models.conversation import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.policy.rules import read_policy
-from sidelight.probe import Probe
-from sidelight.prompts.conversation import EncodedPrompt, Message, Part, PlainText, Reads
+from sidelight.probes.artifact import save_probe
+from sidelight.probes.bank import Bank
+from sidelight.probes.manifest import read_manifest
+from sidelight.probes.probe import Probe
+from sidelight.states.backbone import TransformersBackbone
 from worlds.data import documented_table
 from worlds.models import INTENT, saved, score, untrained_probe
 from worlds.servers import in_process, written_alone

@@ -13,11 +13,11 @@ import pytest
 from fastapi import Request
 from transformers import LlamaConfig
 
-from sidelight.artifact import load_probe, save_probe
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.manifest import PROBE
+from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts.conversation import Reads
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.manifest import PROBE
 from sidelight.server.admin import Replacement
 from sidelight.server.admin import replace as replace_all
 from sidelight.server.app import create_app

@@ -19,18 +19,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sidelight
-from sidelight import artifact, storage
-from sidelight.artifact import load_probe, save_probe
-from sidelight.bank import Bank
-from sidelight.calibration import Calibration
+from sidelight import storage
+from sidelight.classifier import load
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from sidelight.fingerprint import ACCEPTED, hash_of
-from sidelight.manifest import PROBE, model_card, read_manifest, summary
-from sidelight.mechanisms.base import mechanism_names
-from sidelight.prompts.conversation import Message, Reads
-from sidelight.standardisation import Standardisation
-from sidelight.thresholds import OperatingCurve
-from sidelight.training.classifier import load
+from sidelight.models.conversation import Message, Reads
+from sidelight.models.fingerprint import ACCEPTED, hash_of
+from sidelight.probes import artifact
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.bank import Bank
+from sidelight.probes.manifest import PROBE, model_card, read_manifest, summary
+from sidelight.probes.mechanisms.base import mechanism_names
+from sidelight.probes.standardisation import Standardisation
+from sidelight.statistics.calibration import Calibration
+from sidelight.statistics.thresholds import OperatingCurve
 from worlds.models import INTENT, PIECES, TOPICS, TOXICITY, score, spans_probe, untrained_probe
 
 TASKS = [TOXICITY, INTENT, TOPICS]

@@ -15,14 +15,14 @@ import torch
 from tokenizers.normalizers import Lowercase
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sidelight.artifact import load_probe, save_probe
-from sidelight.backbone import load_backbone, read_backbone
+from sidelight import classifier
 from sidelight.cli.runtime import Runtime
 from sidelight.engines.parity import compare_engines
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from sidelight.machine import lacks_bfloat16
-from sidelight.prompts.conversation import Message
-from sidelight.training import classifier
+from sidelight.models.conversation import Message
+from sidelight.models.machine import lacks_bfloat16
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.states.backbone import load_backbone, read_backbone
 from worlds.models import (
     CHAT_TEMPLATE,
     SIZES,
@@ -276,9 +276,9 @@ def test_auto_keeps_another_stored_dtype_and_what_float32_makes_too_large(
     assert dtype_of(dtype="bfloat16") == load_backbone(in_bfloat16).fingerprint.dtype == "bfloat16"
     assert dtype_of(saved(family_backbone("llama", dtype=torch.float16), tmp_path)) == "float16"
     free = 4 * (Path(in_bfloat16) / "model.safetensors").stat().st_size
-    monkeypatch.setattr("sidelight.backbone.free_memory", lambda: free)
+    monkeypatch.setattr("sidelight.states.backbone.free_memory", lambda: free)
     assert dtype_of() == "float32"
-    monkeypatch.setattr("sidelight.backbone.free_memory", lambda: free - 1)
+    monkeypatch.setattr("sidelight.states.backbone.free_memory", lambda: free - 1)
     assert dtype_of() == "bfloat16"
 
 

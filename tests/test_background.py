@@ -12,7 +12,7 @@ from sidelight.data.examples import Example, balanced_order
 from sidelight.data.loading import load_examples
 from sidelight.data.near_duplicates import are_alike
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
 from sidelight.training.background import (
     PACKAGED,
     Background,

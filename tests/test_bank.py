@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from sidelight.bank import NUMBERS_AT_ONCE, Bank, BankState, Panel
 from sidelight.errors import SidelightError, VerdictError
-from sidelight.mechanisms.base import mechanism_names
-from sidelight.probe import ProbeOutput
-from sidelight.prompts.conversation import Message, Part, Reads, Unit, judged_units, piece_lengths
-from sidelight.standardisation import Standardisation
+from sidelight.models.conversation import Message, Part, Reads, Unit, judged_units, piece_lengths
+from sidelight.probes.bank import NUMBERS_AT_ONCE, Bank, BankState, Panel
+from sidelight.probes.mechanisms.base import mechanism_names
+from sidelight.probes.probe import ProbeOutput
+from sidelight.probes.standardisation import Standardisation
 from sidelight.types import Judgement
 from test_mechanisms import VARIANTS
 from worlds.models import INTENT, TOPICS, TOXICITY, score, untrained_probe
@@ -108,7 +108,7 @@ def test_a_bank_gives_each_probe_its_dense_form_however_texts_are_cut(tiny, prob
 @pytest.mark.parametrize("at_once", [NUMBERS_AT_ONCE, 1])
 def test_probes_that_summarise_alike_do_it_in_one_call(tiny, prompts, monkeypatch, at_once):
     """In any order and in parts that fit a cache, and each gets its own logits."""
-    monkeypatch.setattr("sidelight.bank.NUMBERS_AT_ONCE", at_once)
+    monkeypatch.setattr("sidelight.probes.bank.NUMBERS_AT_ONCE", at_once)
     mixed = [
         untrained_probe(tiny, f"{mechanism}-{i}", mechanism=mechanism)
         for i, mechanism in product(range(6), ("readout", "gate"))

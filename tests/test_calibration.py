@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.stats import t as student_t
 
-from sidelight.calibration import Calibration, CalibrationKind, fit_calibration
 from sidelight.errors import SidelightError
+from sidelight.statistics.calibration import Calibration, CalibrationKind, fit_calibration
 from sidelight.types import Task
 
 BINARY = Task("binary", ("safe", "toxic"))

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import sidelight
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import Message, Part, PlainText
-from sidelight.prompts.encode import PromptEncoder
-from sidelight.smollm2 import embedded_model_path
+from sidelight.models.conversation import Message, Part, PlainText
+from sidelight.models.encode import PromptEncoder
+from sidelight.models.smollm2 import embedded_model_path
 from worlds.models import (
     ADDED_WORDS,
     CHAT_FAMILIES,

@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, Qwen3MoeConfig
 
-from sidelight.backbone import load_backbone, read_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.states.backbone import load_backbone, read_backbone
 from worlds.models import FAMILIES, SIZES, family_backbone, identified, saved, tiny_tokenizer
 
 _TEXT = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}

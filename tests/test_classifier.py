@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 import sidelight
-from sidelight.artifact import load_probe, save_probe
-from sidelight.backbone import load_backbone
+from sidelight.classifier import Classifier, load, train
 from sidelight.cli.show import print_assessment, summary
 from sidelight.data.loading import load_examples
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
-from sidelight.mechanisms.base import mechanism_spec
-from sidelight.prompts.conversation import Reads
-from sidelight.training.classifier import Classifier, load, train
+from sidelight.models.conversation import Reads
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.mechanisms.base import mechanism_spec
+from sidelight.scoring import assess
+from sidelight.states.backbone import load_backbone
 from sidelight.training.fit import fit
-from sidelight.training.judging import assess
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.traffic import beginning
 from sidelight.training.validation import shared_texts
@@ -203,7 +203,7 @@ def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):
         parameter.fill_(3e38)
     examples = load_examples(write(tmp_path / "rows.jsonl", rows), task=probe.task)
     with pytest.raises(VerdictError, match=r"^rows\.jsonl, line 1: Probe 'p' gave a logit"):
-        assess(Classifier(tiny, probe), examples)
+        assess(tiny, probe, examples)
 
 
 def test_users_are_told_of_texts_that_are_cut_shared_or_rare(tiny):
@@ -226,7 +226,7 @@ def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, 
     rows = [*seen, *planted_rows("binary", 28, seed=5)]
     with pytest.warns(UserWarning, match="12 of 40 texts were trained on: the figures flatter"):
         classifier.evaluate(rows)
-    assessment = assess(classifier, load_examples(rows, task=classifier.probe.task))
+    assessment = assess(tiny, classifier.probe, load_examples(rows, task=classifier.probe.task))
     assert assessment.warnings[-1].startswith("12 of 40 texts were trained on")
 
 
@@ -237,9 +237,7 @@ def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fit
     labelled = load_examples(planted_rows(kind, 40, seed=3), task=probe.task)
     # Labels that the probe has not seen: each is wrong.
     examples = replace(labelled, labels=np.roll(labelled.labels, 1, axis=0))
-    kept, none = (
-        assess(Classifier(tiny, one), examples) for one in (replace(probe, record=record), probe)
-    )
+    kept, none = (assess(tiny, one, examples) for one in (replace(probe, record=record), probe))
     assert 0 < len(kept.mistakes) <= 5
     texts = [item.text for item in examples.items]
     assert {mistake.text for mistake in kept.mistakes} <= {*map(beginning, texts)}
@@ -330,7 +328,7 @@ def test_a_probe_of_responses_is_not_measured_on_prompts(tiny, tmp_path, ran, si
     with pytest.raises(SidelightError, match=refusal):
         classifier.evaluate(rows)
     with pytest.raises(SidelightError, match=refusal):
-        assess(classifier, load_examples(data, task=classifier.probe.task))
+        assess(tiny, classifier.probe, load_examples(data, task=classifier.probe.task))
     assert not ran
 
 

@@ -20,8 +20,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from sidelight.artifact import load_probe, save_probe
-from sidelight.backbone import TransformersBackbone
 from sidelight.cli import app
 from sidelight.cli.evaluate import why
 from sidelight.cli.options import INPUT_SETTINGS, TrainingInputs
@@ -29,10 +27,12 @@ from sidelight.cli.train import _kinds, train
 from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.explanation import Explanation
-from sidelight.manifest import PROBE, read_manifest
-from sidelight.mechanisms.base import mechanism_names
-from sidelight.prompts.conversation import Message, Place, Reads
+from sidelight.models.conversation import Message, Place, Reads
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.explanation import Explanation
+from sidelight.probes.manifest import PROBE, read_manifest
+from sidelight.probes.mechanisms.base import mechanism_names
+from sidelight.states.backbone import TransformersBackbone
 from sidelight.storage import only_writer
 from sidelight.training.measuring import describe_examples
 from sidelight.types import Verdict
@@ -629,7 +629,7 @@ def test_a_wrong_file_column_probe_or_rule_and_help_are_told_before_imports_that
 
 def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
     refuse = Mock(side_effect=OSError(28, "No space left on device", "/full/disk"))
-    monkeypatch.setattr("sidelight.manifest.read_manifest", refuse)
+    monkeypatch.setattr("sidelight.probes.manifest.read_manifest", refuse)
     assert cli("inspect", "probe") == 2
     assert capsys.readouterr().err.startswith("Error: No space left on device (/full/disk). ")
 

@@ -10,20 +10,21 @@ import pytest
 import torch
 
 import sidelight.training.fit
-from sidelight.bank import Bank
-from sidelight.calibration import fit_calibration
+from sidelight import classifier
 from sidelight.cli.show import rate_sentence, traffic_lines
 from sidelight.cli.train import _kinds, train
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.manifest import read_manifest, summary
-from sidelight.mechanisms.base import mechanism_spec
-from sidelight.prompts.conversation import EncodedPrompt, Message, Part, PlainText, Reads
-from sidelight.ragged import Ragged
+from sidelight.models.conversation import EncodedPrompt, Message, Part, PlainText, Reads
+from sidelight.probes.bank import Bank
+from sidelight.probes.manifest import read_manifest, summary
+from sidelight.probes.mechanisms.base import mechanism_spec
+from sidelight.probes.ragged import Ragged
 from sidelight.states.cache import random_batches
-from sidelight.thresholds import ThresholdRule, operating_curves
-from sidelight.training import classifier, contexts, loop
+from sidelight.statistics.calibration import fit_calibration
+from sidelight.statistics.thresholds import ThresholdRule, operating_curves
+from sidelight.training import contexts, loop
 from sidelight.training.background import Background, load_background
 from sidelight.training.contexts import Context, ContextSampler, draw_contexts
 from sidelight.training.dataset import ProbeDataset, make_split, prepare

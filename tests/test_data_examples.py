@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sidelight.data.examples import Examples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
 from sidelight.types import Task
 from worlds.data import ROWS, labelled
 

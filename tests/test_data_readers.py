@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
 from sidelight.types import Task
 from worlds.data import ROWS, WRITERS, DatasetsError, HubTable, stand_in_for_datasets, write
 

@@ -10,11 +10,11 @@ import pytest
 
 import sidelight
 from sidelight import demo
-from sidelight.artifact import load_probe
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.guards import find_guard, guard_names
 from sidelight.data.loading import load_examples
 from sidelight.policy.rules import read_policy
+from sidelight.probes.artifact import load_probe
 from sidelight.types import Task
 from worlds.servers import cli
 

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from sidelight.artifact import load_probe, save_probe
-from sidelight.backbone import TransformersBackbone
-from sidelight.bank import Bank, Panel
+from sidelight.classifier import Classifier
 from sidelight.data.examples import Example
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.mechanisms.base import mechanism_names, mechanism_spec
+from sidelight.models.conversation import EncodedPrompt, Message, Part, Reads
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts.conversation import EncodedPrompt, Message, Part, Reads
-from sidelight.standardisation import Standardisation
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.bank import Bank, Panel
+from sidelight.probes.mechanisms.base import mechanism_names, mechanism_spec
+from sidelight.probes.standardisation import Standardisation
+from sidelight.states.backbone import TransformersBackbone
 from sidelight.states.extraction import text_logits
-from sidelight.training.classifier import Classifier
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import TrainingSettings
 from sidelight.vllm.columns import Reading, set_receiver

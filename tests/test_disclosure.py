@@ -10,9 +10,9 @@ import pytest
 
 from policy_contract import ADMIN, CHATS, GUARDRAIL
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.models.conversation import Reads
 from sidelight.policy.request import labels_only
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts.conversation import Reads
 from worlds.models import (
     INTENT,
     TOPICS,

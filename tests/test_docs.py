@@ -16,11 +16,11 @@ import torch
 
 from sidelight.cli import app
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.manifest import Manifest
-from sidelight.mechanisms import base
 from sidelight.policy import request, rules
 from sidelight.policy.rules import Action, Mode, Policy, Rule, read_policy
-from sidelight.ragged import Ragged
+from sidelight.probes.manifest import Manifest
+from sidelight.probes.mechanisms import base
+from sidelight.probes.ragged import Ragged
 from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig, read_config
 from sidelight.server.metrics import Metrics

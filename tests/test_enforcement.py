@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidelight.engines.base import Finished, PromptJudged, ResponseScored, TextDelta
+from sidelight.models.conversation import PlainText, Reads
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Enforcement, Judged
 from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import BoundRule, Rule
-from sidelight.prompts.conversation import PlainText, Reads
 from sidelight.types import Judgement, Task, Verdict
 from worlds.models import TOPICS, untrained_probe
 

@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig
 
-from sidelight.bank import Panel
 from sidelight.engines.base import (
     EngineBusyError,
     Finished,
@@ -18,7 +17,8 @@ from sidelight.engines.queue import Limits, Request, RequestQueue
 from sidelight.engines.text import TextCodec
 from sidelight.engines.transformers import TransformersDecoder, TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
-from sidelight.prompts.conversation import EncodedPrompt, Message, Part, Reads
+from sidelight.models.conversation import EncodedPrompt, Message, Part, Reads
+from sidelight.probes.bank import Panel
 from worlds.models import SIZES, family_backbone, three_probes, tiny_backbone, untrained_probe
 from worlds.servers import (
     GREEDY,

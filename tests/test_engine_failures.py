@@ -13,7 +13,7 @@ from sidelight.engines.base import (
 )
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
 from worlds.models import tiny_backbone
 from worlds.servers import ask, count_passes, run_engine
 

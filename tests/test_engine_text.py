@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sidelight.engines.base import EngineUnavailableError, Sampling
 from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
 from sidelight.errors import ContextLengthError
-from sidelight.prompts.conversation import PlainText
-from sidelight.prompts.encode import PromptEncoder
+from sidelight.models.conversation import PlainText
+from sidelight.models.encode import PromptEncoder
 from worlds.models import tiny_tokenizer
 from worlds.servers import run_engine
 

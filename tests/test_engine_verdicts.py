@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from sidelight.bank import Bank
 from sidelight.engines.base import Finished, PromptJudged, ResponseScored, Sampling, TextDelta
 from sidelight.engines.parity import compare_engines
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import Message, Reads
+from sidelight.models.conversation import Message, Reads
+from sidelight.probes.bank import Bank
 from worlds.models import score, three_probes, tiny_backbone, untrained_probe
 from worlds.servers import (
     ask,

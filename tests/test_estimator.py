@@ -135,7 +135,7 @@ def test_states_that_take_too_much_are_forgotten_before_the_next_fit(model, ran,
     texts = [f"{text}-{number}" for number, text in enumerate(texts)]
     classifier = SidelightClassifier(model, **QUICK)
     for most, times in ((2**30, 1), (2**30, 1), (0, 2)):
-        monkeypatch.setattr("sidelight.training.estimator._MOST_BYTES", most)
+        monkeypatch.setattr("sidelight.estimator._MOST_BYTES", most)
         classifier.fit(texts, numbers)
         assert {*Counter(ran).values()} == {times}
 

@@ -10,9 +10,9 @@ from scipy.stats import binomtest
 from sklearn import metrics as reference
 
 from sidelight.cli.show import print_report
+from sidelight.data.evaluation import Report, evaluate
 from sidelight.errors import SidelightError
-from sidelight.evaluation import Report, evaluate
-from sidelight.metrics import METRICS, Predictions, decide, log_losses, measure
+from sidelight.statistics.metrics import METRICS, Predictions, decide, log_losses, measure
 from sidelight.types import Task
 
 BINARY = Task("binary", ("safe", "toxic"))

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from sidelight.bank import Bank
+from sidelight.classifier import Classifier
 from sidelight.data.examples import Example
 from sidelight.errors import VerdictError
-from sidelight.mechanisms.base import mechanism_names
-from sidelight.prompts.conversation import Message, Reads
-from sidelight.training.classifier import Classifier
+from sidelight.models.conversation import Message, Reads
+from sidelight.probes.bank import Bank
+from sidelight.probes.mechanisms.base import mechanism_names
 from worlds.models import (
     INTENT,
     TOPICS,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from sidelight import storage
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import Message, Reads, shared_unread
-from sidelight.ragged import by_length
+from sidelight.models.conversation import Message, Reads, shared_unread
+from sidelight.probes.ragged import by_length
 from sidelight.states.cache import ActivationCache, Memory, random_shards
 from sidelight.states.extraction import BackboneSource, extract
 from worlds.data import encoded

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import sidelight.training.fit
-from sidelight.calibration import fit_calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.base import mechanism_spec
-from sidelight.prompts.conversation import Message, Reads
+from sidelight.models.conversation import Message, Reads
+from sidelight.probes.mechanisms.base import mechanism_spec
+from sidelight.statistics.calibration import fit_calibration
+from sidelight.statistics.thresholds import ThresholdRule, choose_thresholds
 from sidelight.storage import holding
-from sidelight.thresholds import ThresholdRule, choose_thresholds
 from sidelight.training import loop
 from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.fit import fit, none_warnings

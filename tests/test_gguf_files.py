@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 import sidelight
-from sidelight.artifact import load_probe
 from sidelight.cli.runtime import _LLAMA_OPTIONS, Runtime
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import ACCEPTED
-from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf, served_name
-from sidelight.manifest import read_manifest
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
+from sidelight.models.fingerprint import ACCEPTED
+from sidelight.models.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf, served_name
+from sidelight.models.smollm2 import packaged_gguf
+from sidelight.probes.artifact import load_probe
+from sidelight.probes.manifest import read_manifest
 from sidelight.server.config import read_config
-from sidelight.smollm2 import packaged_gguf
 from worlds.data import write
 from worlds.gguf import CONFIGS, needs_llama, write_gguf
 from worlds.models import saved, tiny_backbone

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sidelight.artifact import load_probe
+from sidelight import scoring
+from sidelight.classifier import Classifier
 from sidelight.cli.guard import guard
 from sidelight.cli.runtime import Runtime
 from sidelight.data.guards import draw_texts
@@ -18,8 +19,10 @@ from sidelight.policy.rules import (
     read_policy,
     require_rule_applies,
 )
+from sidelight.probes.artifact import load_probe
 from sidelight.storage import only_writer
 from sidelight.training import ready
+from sidelight.training.tfidf import fit_tfidf
 from worlds.data import brief_trainings, guard_texts, install_guards, write
 from worlds.gguf import CONFIGS, needs_llama, write_gguf
 from worlds.models import tiny_backbone, untrained_probe
@@ -75,7 +78,7 @@ def test_figures_are_those_of_the_threshold_and_of_tfidf_at_as_many_false_positi
     out = Path(words[-1])
     told = figures_of(out / "shouts")["unseen"]
     probe, examples = load_probe(out / "shouts"), ready.load_guard("shouts", ":unseen")
-    logits = ready.Classifier(tiny, probe).logits(examples.items)
+    logits = Classifier(tiny, probe).logits(examples.items)
     flags = probe.calibration.apply(logits)[:, 0] >= probe.thresholds[0]
     positive = examples.labels == 1
     assert told["positives"] == positive.sum()
@@ -84,7 +87,7 @@ def test_figures_are_those_of_the_threshold_and_of_tfidf_at_as_many_false_positi
         flags[~positive].sum(),
     )
     training = draw_texts(ready.load_guard("shouts"), 40)
-    scores = ready.fit_tfidf(training.whole_texts, training.labels, training.task).logits(
+    scores = fit_tfidf(training.whole_texts, training.labels, training.task).logits(
         examples.whole_texts
     )[:, 0]
     pairs = scores[positive][:, None] > scores[~positive]
@@ -179,18 +182,18 @@ def test_a_test_measured_before_a_kill_is_not_measured_again(model, tmp_path, mo
     card, judged = home / "two_shouts.toml", list[int]()
     card.write_text(f"{card.read_text()}\n{again}{card.read_text().partition('[tests.unseen]')[2]}")
     write(home / "two_shouts/test_again.jsonl.gz", guard_texts(20, 2))
-    assess = ready.assess
+    assess = scoring.assess
 
-    def stop_at_second(classifier, examples):
+    def stop_at_second(backbone, probe, examples):
         if judged:
             raise KeyboardInterrupt
         judged.append(len(examples))
-        return assess(classifier, examples)
+        return assess(backbone, probe, examples)
 
     out = tmp_path / "out"
     words = ("guard", "--model", model, "--only", "two_shouts", "--rows", "40", "--out", str(out))
     with monkeypatch.context() as patch:
-        patch.setattr(ready, "assess", stop_at_second)
+        patch.setattr(scoring, "assess", stop_at_second)
         assert cli(*words) == 130
     before = figures_of(out / "two_shouts")
     assert [*before] == ["unseen"]

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from sidelight import load
-from sidelight.artifact import load_probe, save_probe
 from sidelight.data.guards import guard_names, guard_of
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import ACCEPTED, hash_of
 from sidelight.guards import UntrainedGuardError, probe_folder, probe_folders, trained_guards
-from sidelight.manifest import PROBE, read_manifest
-from sidelight.prompts.conversation import Reads
-from sidelight.smollm2 import EMBEDDED_NAME
+from sidelight.models.conversation import Reads
+from sidelight.models.fingerprint import ACCEPTED, hash_of
+from sidelight.models.smollm2 import EMBEDDED_NAME
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.manifest import PROBE, read_manifest
 from worlds.data import guard_texts, install_guards, write
 from worlds.models import untrained_probe
 from worlds.servers import MODEL, cli, in_process

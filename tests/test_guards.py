@@ -8,11 +8,11 @@ from importlib.metadata import entry_points
 import numpy as np
 import pytest
 
-from sidelight.artifact import load_probe
+from sidelight.classifier import train
 from sidelight.data.guards import draw_texts, find_guard, guard_of
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.training.classifier import train
+from sidelight.probes.artifact import load_probe
 from sidelight.training.dataset import make_split
 from sidelight.training.settings import FitOptions
 from sidelight.types import Task

@@ -8,10 +8,10 @@ from unittest.mock import Mock
 import pytest
 from huggingface_hub import ModelCard
 
-from sidelight.artifact import load_probe, save_probe
 from sidelight.errors import SidelightError
-from sidelight.hub import pull, push
-from sidelight.manifest import CARD, PROBE
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.hub import pull, push
+from sidelight.probes.manifest import CARD, PROBE
 from sidelight.storage import write_text
 from worlds.models import broken, untrained_probe
 
@@ -53,9 +53,9 @@ def uploads(monkeypatch):
         for path, content in commits[-1].items():
             (Path(local_dir) / path).write_bytes(content)
 
-    monkeypatch.setattr("sidelight.hub.HfApi.create_repo", Mock())
-    monkeypatch.setattr("sidelight.hub.HfApi.upload_folder", upload)
-    monkeypatch.setattr("sidelight.hub.snapshot_download", download)
+    monkeypatch.setattr("sidelight.probes.hub.HfApi.create_repo", Mock())
+    monkeypatch.setattr("sidelight.probes.hub.HfApi.upload_folder", upload)
+    monkeypatch.setattr("sidelight.probes.hub.snapshot_download", download)
     return commits
 
 
@@ -173,8 +173,8 @@ def test_a_hub_that_cannot_answer_is_one_clear_error(artifact, tmp_path, reposit
 @pytest.mark.parametrize("client", ["httpx", "httpx2"])
 def test_a_hub_that_cannot_be_reached_is_one_line(artifact, tmp_path, monkeypatch, client):
     unreachable = Mock(side_effect=pytest.importorskip(client).ConnectError("no route"))
-    monkeypatch.setattr("sidelight.hub.HfApi.create_repo", unreachable)
-    monkeypatch.setattr("sidelight.hub.snapshot_download", unreachable)
+    monkeypatch.setattr("sidelight.probes.hub.HfApi.create_repo", unreachable)
+    monkeypatch.setattr("sidelight.probes.hub.snapshot_download", unreachable)
     said = r"ConnectError: no route"
     with pytest.raises(SidelightError, match=rf"push to 'me/mine' \({said}\).*folder write \./"):
         push(artifact, "me/mine")

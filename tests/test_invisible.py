@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from sidelight.data.loading import load_examples
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.policy.rules import Policy, Rule, read_policy
-from sidelight.prompts.invisible import (
+from sidelight.models.invisible import (
     holds_invisible,
     mixes_scripts,
     visible,
     visible_places,
 )
+from sidelight.policy.rules import Policy, Rule, read_policy
 from sidelight.training.background import PACKAGED
 from worlds.models import spans_probe, three_probes
 from worlds.servers import in_process

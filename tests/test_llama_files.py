@@ -17,9 +17,9 @@ from sidelight.engines.llama.backbone import LlamaBackbone
 from sidelight.engines.llama.library import PINNED
 from sidelight.engines.llama.trial import try_once
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import hash_of
-from sidelight.prompts.conversation import Message
-from sidelight.smollm2 import cache_root
+from sidelight.models.conversation import Message
+from sidelight.models.fingerprint import hash_of
+from sidelight.models.smollm2 import cache_root
 from worlds.gguf import CONFIGS, needs_llama, write_gguf
 from worlds.models import merging_tokenizer, tiny_backbone
 from worlds.servers import cli

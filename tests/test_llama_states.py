@@ -7,7 +7,7 @@ import pytest
 
 from sidelight.engines.llama.context import BATCH_TOKENS
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import EncodedPrompt, Message, Part
+from sidelight.models.conversation import EncodedPrompt, Message, Part
 from worlds.gguf import CONFIGS, gguf_model, needs_llama, states
 
 pytestmark = needs_llama

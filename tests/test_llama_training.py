@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from sidelight.artifact import load_probe, save_probe
+from sidelight.classifier import Classifier, load
 from sidelight.data.loading import load_examples
 from sidelight.engines.llama.library import PINNED
 from sidelight.errors import FingerprintMismatchError
-from sidelight.mechanisms.base import mechanism_spec
-from sidelight.training.classifier import Classifier, load
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, TrainingSettings
 from worlds.data import planted_rows

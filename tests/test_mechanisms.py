@@ -24,14 +24,15 @@ from mechanism_contract import (
     streamed,
     summarised,
 )
-from sidelight.artifact import load_probe, save_probe
-from sidelight.bank import Bank
+from sidelight.data.evaluation import evaluate_spans
 from sidelight.data.loading import load_examples
+from sidelight.data.spans import settled_characters
 from sidelight.engines.marks import AnswerSpans
 from sidelight.errors import SidelightError
-from sidelight.evaluation import evaluate_spans
-from sidelight.mechanisms import attention, base
-from sidelight.mechanisms.base import (
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.bank import Bank
+from sidelight.probes.mechanisms import attention, base
+from sidelight.probes.mechanisms.base import (
     Geometry,
     Mechanism,
     build_mechanism,
@@ -40,11 +41,10 @@ from sidelight.mechanisms.base import (
     mechanism_spec,
     register,
 )
-from sidelight.ragged import Ragged
-from sidelight.spans import settled_characters
+from sidelight.probes.ragged import Ragged
+from sidelight.scoring import encode, find_spans
 from sidelight.states.extraction import text_logits
 from sidelight.training.fit import fit
-from sidelight.training.judging import encode, find_spans
 from sidelight.training.settings import FitOptions, TrainingSettings
 from worlds.data import planted_rows, span_rows
 

@@ -17,8 +17,8 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts.conversation import Reads
 from worlds.models import tiny_backbone, untrained_probe
 from worlds.servers import MODEL, free_port, http_client, in_process, served
 

@@ -8,8 +8,8 @@ import pytest
 
 from policy_contract import CHATS, choices, parts_of
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts.conversation import Reads
 from sidelight.server.config import ServerConfig
 from sidelight.server.playground import STRICT
 from sidelight.vllm.server import NO_PLACE

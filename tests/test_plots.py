@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from sidelight.metrics import decide
-from sidelight.plots import plot_report
+from sidelight.data.plots import plot_report
+from sidelight.statistics.metrics import decide
 from sidelight.types import Task
 from worlds.servers import cli
 
@@ -58,7 +58,7 @@ def test_wrong_rows_leave_no_folder_behind(tmp_path):
 
 
 def test_evaluation_names_the_extra_before_it_looks_at_the_probe(monkeypatch, tmp_path, capsys):
-    monkeypatch.delitem(sys.modules, "sidelight.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "sidelight.data.plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     absent = str(tmp_path / "absent")
     assert cli("eval", absent, "--data", absent, "--plots", str(tmp_path)) == 2

@@ -17,8 +17,8 @@ from policy_contract import (
 )
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
+from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts.conversation import Reads
 from worlds.models import INTENT, broken, three_probes, untrained_probe
 from worlds.servers import MODEL, in_process
 

@@ -14,9 +14,9 @@ from torch import nn
 from policy_contract import ADMIN, CHATS, parts_of
 from sidelight.engines.base import ResponseScored, Sampling, TextDelta
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
-from sidelight.probe import Probe
-from sidelight.prompts.conversation import Reads
+from sidelight.probes.probe import Probe
 from worlds.data import documented_table
 from worlds.models import tiny_backbone, untrained_probe
 from worlds.servers import MODEL, events_of, faults, in_process, run_engine

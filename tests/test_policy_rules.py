@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sidelight.errors import SidelightError
+from sidelight.models.conversation import Reads
 from sidelight.policy.rules import (
     Policy,
     Rule,
@@ -13,7 +14,6 @@ from sidelight.policy.rules import (
     read_policy,
     require_policy_applies,
 )
-from sidelight.prompts.conversation import Reads
 from sidelight.types import Verdict
 from worlds.models import INTENT, three_probes, untrained_probe
 

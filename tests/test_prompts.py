@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidelight.errors import ContextLengthError, SidelightError
-from sidelight.prompts.conversation import Message, Part, PlainText, Reads, piece_lengths
-from sidelight.prompts.encode import PromptEncoder
+from sidelight.models.conversation import Message, Part, PlainText, Reads, piece_lengths
+from sidelight.models.encode import PromptEncoder
 from worlds.models import (
     CHATML,
     DEFAULT_SYSTEM,

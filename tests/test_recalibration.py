@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from sidelight.artifact import load_probe, save_probe
-from sidelight.calibration import Calibration, fit_calibration, suggested_calibration
 from sidelight.data.examples import Example, Examples, LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.manifest import History, read_manifest, summary
-from sidelight.metrics import log_losses
-from sidelight.probe import Probe
-from sidelight.prompts.conversation import Message
-from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, operating_curves
+from sidelight.models.conversation import Message
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.manifest import History, read_manifest, summary
+from sidelight.probes.probe import Probe
+from sidelight.statistics.calibration import Calibration, fit_calibration, suggested_calibration
+from sidelight.statistics.metrics import log_losses
+from sidelight.statistics.thresholds import F1, ThresholdRule, choose_thresholds, operating_curves
 from sidelight.training.measuring import (
     describe_examples,
     text_hashes,

@@ -13,8 +13,8 @@ import pytest
 
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
+from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts.conversation import Reads
 from sidelight.server.config import read_config
 from sidelight.server.errors import RequestError
 from sidelight.server.observe import AuditLog

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts.conversation import Reads
 from sidelight.server.observe import LogFormatter
 from worlds.models import spans_probe, three_probes, tiny_backbone, untrained_probe
 from worlds.servers import MODEL, post_paths, raw_connection, raw_request, read_all, served

@@ -7,13 +7,13 @@ import time
 import pytest
 from openai import BadRequestError
 
+from sidelight.classifier import Classifier
 from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.prompts.conversation import Reads
+from sidelight.models.conversation import Reads
 from sidelight.server.schemas import ChatRequest
-from sidelight.training.classifier import Classifier
 from worlds.data import write
 from worlds.models import broken, three_probes, tiny_backbone, untrained_probe
 from worlds.servers import (

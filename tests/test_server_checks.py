@@ -12,11 +12,11 @@ import pytest
 
 import sidelight
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.models.conversation import Message, Reads
 from sidelight.policy.decisions import decide
 from sidelight.policy.enforcement import Judged
 from sidelight.policy.request import Outcome, Terms
 from sidelight.policy.rules import Policy, Rule, bound_rules
-from sidelight.prompts.conversation import Message, Reads
 from sidelight.types import Judgement, Task
 from worlds.models import INTENT, spans_probe, three_probes, untrained_probe
 from worlds.servers import ENGINE_ROUNDING, MODEL, in_process, served

@@ -3,8 +3,8 @@
 import pytest
 
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.models.conversation import Message, Reads
 from sidelight.policy.rules import Rule
-from sidelight.prompts.conversation import Message, Reads
 from sidelight.server.classify import classification_of
 from worlds.models import (
     INTENT,

@@ -8,8 +8,8 @@ import pytest
 from policy_contract import choices
 from sidelight.engines.base import Sampling, TextDelta
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.models.conversation import PlainText, Reads
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts.conversation import PlainText, Reads
 from worlds.models import three_probes, tiny_backbone, untrained_probe
 from worlds.servers import MODEL, in_process, require_alike, run_engine, served
 

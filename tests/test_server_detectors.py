@@ -3,8 +3,8 @@
 import pytest
 
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Rule
-from sidelight.prompts.conversation import Reads
 from sidelight.server.errors import DETECTORS
 from worlds.models import broken, spans_probe, three_probes, untrained_probe
 from worlds.servers import ENGINE_ROUNDING, http_client, served, under_rules

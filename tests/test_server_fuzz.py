@@ -24,8 +24,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts.conversation import Reads
 from sidelight.server.errors import DETECTORS
 from worlds.models import spans_probe, three_probes, untrained_probe
 from worlds.servers import MODEL, http_client, raw_connection, raw_request, read_all, served

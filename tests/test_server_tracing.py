@@ -11,8 +11,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts.conversation import Reads
 from worlds.models import TOPICS, tiny_backbone, untrained_probe
 from worlds.servers import MODEL, app_of
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from sidelight.cli.show import summary
+from sidelight.data.evaluation import evaluate, evaluate_spans
 from sidelight.data.loading import load_examples
-from sidelight.evaluation import evaluate, evaluate_spans
-from sidelight.metrics import decide
+from sidelight.statistics.metrics import decide
 from sidelight.types import Span, Task
 
 BINARY = Task("binary", ("fine", "urgent"))

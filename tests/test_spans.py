@@ -12,22 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from sidelight.artifact import load_probe, save_probe
-from sidelight.bank import Panel
-from sidelight.calibration import Calibration
+from sidelight.classifier import Classifier, train
 from sidelight.cli.show import print_spans
+from sidelight.data.evaluation import evaluate_spans
 from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
-from sidelight.engines.marks import AnswerSpans, mark_text
-from sidelight.engines.queue import Limits
-from sidelight.engines.transformers import TransformersEngine
-from sidelight.errors import SidelightError
-from sidelight.evaluation import evaluate_spans
-from sidelight.mechanisms.base import mechanism_spec
-from sidelight.policy.rules import BoundRule, Rule
-from sidelight.probe import ProbeOutput
-from sidelight.prompts.conversation import EncodedPrompt, Message, Part, Place, Reads
-from sidelight.spans import (
+from sidelight.data.spans import (
     SpanRule,
     character_f1,
     character_scores,
@@ -38,10 +28,20 @@ from sidelight.spans import (
     within_margin,
     words,
 )
-from sidelight.thresholds import ThresholdRule
-from sidelight.training.classifier import Classifier, train
+from sidelight.engines.marks import AnswerSpans, mark_text
+from sidelight.engines.queue import Limits
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.errors import SidelightError
+from sidelight.models.conversation import EncodedPrompt, Message, Part, Place, Reads
+from sidelight.policy.rules import BoundRule, Rule
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.bank import Panel
+from sidelight.probes.mechanisms.base import mechanism_spec
+from sidelight.probes.probe import ProbeOutput
+from sidelight.scoring import find_spans
+from sidelight.statistics.calibration import Calibration
+from sidelight.statistics.thresholds import ThresholdRule
 from sidelight.training.fit import fit
-from sidelight.training.judging import find_spans
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.spans import calibrate_spans
 from sidelight.types import Judgement, Span, Task

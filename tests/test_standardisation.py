@@ -2,8 +2,8 @@
 
 import torch
 
-from sidelight.mechanisms.base import Geometry
-from sidelight.standardisation import Standardisation
+from sidelight.probes.mechanisms.base import Geometry
+from sidelight.probes.standardisation import Standardisation
 
 # Standardisation subtracts means a hundred times the spread, which costs two digits.
 CANCELLATION = {"rtol": 1e-2, "atol": 2e-3}

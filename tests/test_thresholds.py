@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidelight.errors import SidelightError
-from sidelight.manifest import History
-from sidelight.thresholds import (
+from sidelight.probes.manifest import History
+from sidelight.statistics.thresholds import (
     ENOUGH_POSITIVES,
     F1,
     POINTS,

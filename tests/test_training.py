@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
-from sidelight.prompts.conversation import Reads
-from sidelight.ragged import Ragged
-from sidelight.standardisation import Projection, Standardisation
+from sidelight.models.conversation import Reads
+from sidelight.probes.mechanisms.base import Geometry, mechanism_names, mechanism_spec
+from sidelight.probes.ragged import Ragged
+from sidelight.probes.standardisation import Projection, Standardisation
 from sidelight.states import cache
 from sidelight.training import loop
 from sidelight.training.dataset import Targets, make_split, prepare

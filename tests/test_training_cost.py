@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sidelight.data.examples import Example, LabelledExamples
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
 from sidelight.training.background import load_background
 from sidelight.training.contexts import context_budget
 from sidelight.training.cost import TrainingEstimate, estimate_training, training_tokens

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from sidelight.errors import SidelightError
-from sidelight.prompts.control_tokens import control_tokens
-from sidelight.prompts.conversation import Message, Part
-from sidelight.prompts.encode import PromptEncoder
-from sidelight.prompts.turns import OUTSIDE, ChatFormat, token_parts
+from sidelight.models.control_tokens import control_tokens
+from sidelight.models.conversation import Message, Part
+from sidelight.models.encode import PromptEncoder
+from sidelight.models.turns import OUTSIDE, ChatFormat, token_parts
 from worlds.models import (
     CHAT_FAMILIES,
     CHATML,
@@ -283,6 +283,6 @@ def test_a_day_that_changes_changes_the_frame(monkeypatch):
     for day in (datetime(2026, 5, 31), datetime(2026, 6, 1)):
         clock = SimpleNamespace(now=lambda day=day: day, today=lambda day=day: day.date())
         monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
-        monkeypatch.setattr("sidelight.prompts.encode.date", clock)
+        monkeypatch.setattr("sidelight.models.encode.date", clock)
         ids = encoder.encode([Message("user", "Hello")]).token_ids
         assert day.strftime("%B %d") in text_of(encoder, ids)

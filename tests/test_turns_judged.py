@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from sidelight.bank import Bank, Panel
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import Message, Reads, judged_units, piece_lengths
+from sidelight.models.conversation import Message, Reads, judged_units, piece_lengths
+from sidelight.probes.bank import Bank, Panel
 from sidelight.types import Judgement, Verdict
 from sidelight.vllm.requests import Report, read_report, report_params
 from worlds.models import TOPICS, TOXICITY, broken, score, untrained_probe

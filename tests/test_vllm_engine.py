@@ -16,7 +16,6 @@ import click
 import pytest
 from fastapi import Request
 
-from sidelight.artifact import load_probe
 from sidelight.cli import app
 from sidelight.engines.base import (
     EngineBusyError,
@@ -25,8 +24,9 @@ from sidelight.engines.base import (
     NotExplainedError,
 )
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from sidelight.fingerprint import ACCEPTED, hash_of
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
+from sidelight.models.fingerprint import ACCEPTED, hash_of
+from sidelight.probes.artifact import load_probe
 from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig
 from sidelight.server.keys import Caller

@@ -13,15 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sidelight.artifact import load_probe, save_probe
-from sidelight.bank import Bank, Panel
 from sidelight.cli.runtime import Runtime
 from sidelight.engines.base import GenerationError, require_same_model
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from sidelight.mechanisms.base import mechanism_names
-from sidelight.probe import common_format
-from sidelight.prompts.conversation import EncodedPrompt, Part, Reads
-from sidelight.standardisation import EPSILON, Projection
+from sidelight.models.conversation import EncodedPrompt, Part, Reads
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.bank import Bank, Panel
+from sidelight.probes.mechanisms.base import mechanism_names
+from sidelight.probes.probe import common_format
+from sidelight.probes.standardisation import EPSILON, Projection
 from sidelight.vllm import ENVIRONMENT, KEY
 from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, tap_layers
 from sidelight.vllm.internals import Step

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from sidelight.artifact import load_probe
-from sidelight.bank import Bank
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.guards import find_guard
 from sidelight.data.loading import load_examples
 from sidelight.data.near_duplicates import NearDuplicates, are_alike
 from sidelight.guards import packaged_folders, probe_folder
-from sidelight.manifest import read_manifest
-from sidelight.prompts.conversation import Part
+from sidelight.models.conversation import Part
+from sidelight.probes.artifact import load_probe
+from sidelight.probes.bank import Bank
+from sidelight.probes.manifest import read_manifest
 from sidelight.training.background import load_background
 
 NAMES = ("harmful", "injection", "pii", "refusal", "toxicity")

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import LabelledExamples
+from sidelight.states.backbone import TransformersBackbone
 from sidelight.training.dataset import ProbeDataset
 from sidelight.types import TaskKind
 from sidelight_lab.datasets import DataSet

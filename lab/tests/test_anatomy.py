@@ -9,13 +9,18 @@ import torch
 from matplotlib.image import imread
 from planted_data import write_rows
 
-from sidelight.artifact import save_probe
+from sidelight.classifier import Classifier
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_names, mechanism_spec
-from sidelight.prompts.conversation import Part
-from sidelight.training.classifier import Classifier
-from sidelight.training.judging import encode
+from sidelight.models.conversation import Part
+from sidelight.probes.artifact import save_probe
+from sidelight.probes.mechanisms.base import (
+    Geometry,
+    build_mechanism,
+    mechanism_names,
+    mechanism_spec,
+)
+from sidelight.scoring import encode
 from sidelight.types import Span
 from sidelight_lab.anatomy import (
     ablated,

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertModel
 
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import Reads
+from sidelight.models.conversation import Reads
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.optimisation import validation_score
 from sidelight_lab.baselines import fine_tuning

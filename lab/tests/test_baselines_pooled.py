@@ -11,7 +11,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import Message, Reads
+from sidelight.models.conversation import Message, Reads
 from sidelight.states.cache import ActivationCache, Shard
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.optimisation import validation_score

@@ -6,7 +6,7 @@ import torch
 from planted_data import dataset_without_states
 
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
 from sidelight_lab.baselines.prompting import FewShot, ZeroShot, score_answers
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from sidelight.errors import SidelightError
-from sidelight.ragged import Ragged
-from sidelight.standardisation import Standardisation
+from sidelight.probes.ragged import Ragged
+from sidelight.probes.standardisation import Standardisation
 from sidelight.states.cache import Shard, write_tensors
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.optimisation import validation_score

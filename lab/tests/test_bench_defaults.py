@@ -3,7 +3,7 @@
 import pytest
 
 from sidelight.data.loading import load_examples
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
 from sidelight.training.background import Background
 from sidelight.training.settings import SUGGESTED, TrainingSettings
 from sidelight_lab.bench.defaults import (

@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig
 
 from sidelight.data.loading import load_examples
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
 from sidelight_lab.bench.everyday import (
     AGENTS,
     ANSWERS,

@@ -49,7 +49,7 @@ def test_vllm_that_cannot_be_installed_leaves_our_engine_and_a_reason(monkeypatc
 
 def test_the_error_of_another_process_is_read_from_the_log(tmp_path):
     log = tmp_path / "log"
-    place = '  File "/home/me/src/sidelight/bank.py", line 155, in __init__\n'
+    place = '  File "/home/me/src/sidelight/probes/bank.py", line 155, in __init__\n'
     write_text(
         log, f"INFO No Error here\n(EngineCore pid=7)   RuntimeError: Two devices.\n{place}ok\n"
     )

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from sidelight.calibration import Calibration
 from sidelight.data.guards import find_guard
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
+from sidelight.statistics.calibration import Calibration
 from sidelight.training.background import Background
 from sidelight.training.settings import FitOptions, suggested_settings
 from sidelight.types import Task

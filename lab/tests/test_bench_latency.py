@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from torch import nn
 
-from sidelight.artifact import save_probe
 from sidelight.errors import ContextLengthError, SidelightError
-from sidelight.mechanisms.base import mechanism_names
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
+from sidelight.probes.artifact import save_probe
+from sidelight.probes.mechanisms.base import mechanism_names
 from sidelight_lab.bench import latency
 from sidelight_lab.bench.checks import text_of, words_for
 from sidelight_lab.bench.latency import (

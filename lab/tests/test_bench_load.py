@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from transformers import LlamaConfig
 
-from sidelight.artifact import load_probe
 from sidelight.policy.rules import read_policy
+from sidelight.probes.artifact import load_probe
 from sidelight_lab.bench.load import PROBES, TOLERANCE, Answer, Question, faults, prepare
 from sidelight_lab.bench.serving import MEASURES, NOTHING, costs_of
 from worlds.models import SIZES, tiny_backbone

@@ -5,12 +5,12 @@ import json
 import pytest
 from planted_data import tiny_bert
 
+from sidelight.data.evaluation import evaluate_spans
 from sidelight.data.loading import load_examples
-from sidelight.evaluation import evaluate_spans
-from sidelight.manifest import PROBE
-from sidelight.prompts.conversation import Reads
-from sidelight.spans import character_scores
-from sidelight.thresholds import F1
+from sidelight.data.spans import character_scores
+from sidelight.models.conversation import Reads
+from sidelight.probes.manifest import PROBE
+from sidelight.statistics.thresholds import F1
 from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.settings import FitOptions
 from sidelight.training.spans import calibrate_spans

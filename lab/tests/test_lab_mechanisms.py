@@ -18,10 +18,10 @@ from mechanism_contract import (
     projected,
     shares_of,
 )
-from sidelight.artifact import load_probe, save_probe
 from sidelight.errors import SidelightError
-from sidelight.mechanisms import base
-from sidelight.ragged import Ragged
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.mechanisms import base
+from sidelight.probes.ragged import Ragged
 from sidelight.training.settings import suggested_settings
 from sidelight_lab.mechanisms import fusion
 from test_mechanisms import readout_logits

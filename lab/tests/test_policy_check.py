@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from sidelight.artifact import save_probe
+from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts.conversation import Reads
+from sidelight.probes.artifact import save_probe
 from sidelight_lab.redteam.weaknesses import weaknesses
 from worlds.data import documented_table
 from worlds.models import INTENT, spans_probe, untrained_probe

@@ -11,14 +11,14 @@ from random import Random
 import pytest
 from transformers import LlamaConfig
 
-from sidelight.artifact import load_probe, save_probe
+from sidelight.classifier import Classifier
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
+from sidelight.models.conversation import Message, Reads
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts.conversation import Message, Reads
-from sidelight.training.classifier import Classifier
+from sidelight.probes.artifact import load_probe, save_probe
 from sidelight_lab.redteam.attacks import (
     ATTACKS,
     SEARCH,

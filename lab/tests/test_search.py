@@ -11,8 +11,8 @@ from planted_data import write_rows
 from sklearn.metrics import average_precision_score
 
 from sidelight.errors import SidelightError
-from sidelight.manifest import read_manifest
-from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
+from sidelight.probes.manifest import read_manifest
+from sidelight.probes.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.states import cache as states_cache
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.loop import train_mechanisms

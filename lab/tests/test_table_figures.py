@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from sidelight.evaluation import Estimate
-from sidelight.metrics import METRICS
+from sidelight.data.evaluation import Estimate
+from sidelight.statistics.metrics import METRICS
 from sidelight_lab.tables.figures import (
     Difference,
     difference,

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from planted_data import TABLE, Data, context_of, recipe, rows_of, stored
 
-from sidelight.artifact import load_probe
-from sidelight.bank import Bank
-from sidelight.evaluation import evaluate
-from sidelight.metrics import decide
+from sidelight.data.evaluation import evaluate
+from sidelight.probes.artifact import load_probe
+from sidelight.probes.bank import Bank
 from sidelight.states.extraction import cached_logits
+from sidelight.statistics.metrics import decide
 from sidelight.training.dataset import make_split
 from sidelight.training.settings import FitOptions
 from sidelight_lab.baselines import BASELINES

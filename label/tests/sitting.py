@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from sidelight.data.loading import load_examples
-from sidelight.prompts.conversation import Reads
+from sidelight.models.conversation import Reads
 from sidelight.training.settings import FitOptions
 from sidelight_label.file import LabelFile
 from sidelight_label.pool import Pool, merged

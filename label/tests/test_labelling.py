@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from sitting import Sitting
 
-from sidelight.artifact import load_probe, save_probe
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import read_file
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import Message, Reads
-from sidelight.training.judging import judge
+from sidelight.models.conversation import Message, Reads
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.scoring import judge
 from sidelight.training.settings import FitOptions
 from sidelight.types import Task
 from sidelight_label.file import LabelFile

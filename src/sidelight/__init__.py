@@ -13,31 +13,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sidelight.backbone import load_backbone
-    from sidelight.bank import Bank
+    from sidelight.classifier import Classifier, load, train
     from sidelight.data.loading import load_examples
     from sidelight.errors import SidelightError
-    from sidelight.explanation import Explanation
-    from sidelight.probe import Probe
-    from sidelight.training.classifier import Classifier, load, train
-    from sidelight.training.estimator import SidelightClassifier
+    from sidelight.estimator import SidelightClassifier
+    from sidelight.probes.bank import Bank
+    from sidelight.probes.explanation import Explanation
+    from sidelight.probes.probe import Probe
+    from sidelight.states.backbone import load_backbone
     from sidelight.types import Task, Verdict
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Bank": "sidelight.bank",
-    "Classifier": "sidelight.training.classifier",
-    "Explanation": "sidelight.explanation",
-    "Probe": "sidelight.probe",
-    "SidelightClassifier": "sidelight.training.estimator",
+    "Bank": "sidelight.probes.bank",
+    "Classifier": "sidelight.classifier",
+    "Explanation": "sidelight.probes.explanation",
+    "Probe": "sidelight.probes.probe",
+    "SidelightClassifier": "sidelight.estimator",
     "SidelightError": "sidelight.errors",
     "Task": "sidelight.types",
     "Verdict": "sidelight.types",
-    "load": "sidelight.training.classifier",
-    "load_backbone": "sidelight.backbone",
+    "load": "sidelight.classifier",
+    "load_backbone": "sidelight.states.backbone",
     "load_examples": "sidelight.data.loading",
-    "train": "sidelight.training.classifier",
+    "train": "sidelight.classifier",
 }
 
 __all__ = [

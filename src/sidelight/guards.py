@@ -14,9 +14,9 @@ from pathlib import Path
 
 from sidelight.data.guards import PREFIX, Guard, find_guard, guard_names
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import accepted_copy, hash_of
-from sidelight.manifest import PROBE, holds_probe, read_manifest
-from sidelight.smollm2 import EMBEDDED_NAME, cache_root
+from sidelight.models.fingerprint import accepted_copy, hash_of
+from sidelight.models.smollm2 import EMBEDDED_NAME, cache_root
+from sidelight.probes.manifest import PROBE, holds_probe, read_manifest
 
 ALL = "all"
 _NAME = re.compile(r"(?P<name>[^@:]+)(?:@(?P<version>[0-9]{1,9}))?")

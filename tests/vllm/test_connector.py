@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sidelight.artifact import save_probe
-from sidelight.bank import Panel
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import EncodedPrompt, Part, Reads
+from sidelight.models.conversation import EncodedPrompt, Part, Reads
+from sidelight.probes.artifact import save_probe
+from sidelight.probes.bank import Panel
 from sidelight.vllm.internals import Step, full_group, steps_of
 from sidelight.vllm.requests import Tracking, read_report, request_params
 from sidelight.vllm.settings import Served

@@ -16,13 +16,13 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client import REGISTRY
 
-from sidelight.artifact import save_probe
 from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
-from sidelight.manifest import read_manifest
+from sidelight.models.conversation import Reads
+from sidelight.models.encode import PromptEncoder
 from sidelight.policy.decisions import PolicyError
-from sidelight.prompts.conversation import Reads
-from sidelight.prompts.encode import PromptEncoder
+from sidelight.probes.artifact import save_probe
+from sidelight.probes.manifest import read_manifest
 from sidelight.server.keys import Caller
 from sidelight.types import Verdict
 from sidelight.vllm import KEY

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from sidelight.artifact import load_probe, save_probe
-from sidelight.backbone import load_backbone
 from sidelight.errors import SidelightError
+from sidelight.models.conversation import Reads
+from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.progress import progress
-from sidelight.prompts.conversation import Reads
+from sidelight.states.backbone import load_backbone
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, extract
 from sidelight.vllm import KEY

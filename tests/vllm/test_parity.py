@@ -10,7 +10,7 @@ from uuid import uuid4
 import numpy as np
 import pytest
 
-from sidelight.mechanisms.base import mechanism_names
+from sidelight.probes.mechanisms.base import mechanism_names
 from worlds.vllm import (
     IS_INTERPRETED,
     expected,

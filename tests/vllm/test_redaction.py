@@ -8,9 +8,9 @@ import pytest
 
 from policy_contract import ADMIN, chat, choices, parts_of, verdicts
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.models.conversation import Message
 from sidelight.policy.redaction import redacted
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts.conversation import Message
 from sidelight.types import Span
 from worlds.servers import in_process
 from worlds.stock import completion, stock_server, unjudged

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from sidelight.prompts.conversation import EncodedPrompt, Part
+from sidelight.models.conversation import EncodedPrompt, Part
 from worlds.vllm import (
     IS_INTERPRETED,
     WARM_UP,

@@ -7,8 +7,8 @@ from threading import Event
 import pytest
 
 from policy_contract import TOKENS, chat, verdicts
-from sidelight.artifact import save_probe
-from sidelight.prompts.conversation import Reads
+from sidelight.models.conversation import Reads
+from sidelight.probes.artifact import save_probe
 from worlds.stock import post, replace_probe, token_ids
 from worlds.vllm import ROUNDING, judging_any_text
 

@@ -26,7 +26,7 @@ from policy_contract import (
     refusal,
     verdicts,
 )
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
 from worlds.servers import openai_client
 from worlds.stock import TOOL, completion, posts, token_ids, unjudged
 from worlds.vllm import ROUNDING

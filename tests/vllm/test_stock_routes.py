@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from policy_contract import STREAMED, parts_of, refusal
-from sidelight.artifact import save_probe
+from sidelight.probes.artifact import save_probe
 from worlds.stock import post, posts, replace_probe, requests_of, written_in
 
 pytestmark = pytest.mark.xdist_group("stock")

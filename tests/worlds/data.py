@@ -19,13 +19,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples
-from sidelight.probe import Probe
-from sidelight.prompts.conversation import EncodedPrompt, Message, Reads
+from sidelight.models.conversation import EncodedPrompt, Message, Reads
+from sidelight.probes.probe import Probe
+from sidelight.states.backbone import TransformersBackbone
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, extract
-from sidelight.thresholds import OperatingCurve
+from sidelight.statistics.thresholds import OperatingCurve
 from sidelight.training import background, contexts
 from sidelight.training.dataset import Split
 from sidelight.training.settings import SUGGESTED, TrainingSettings

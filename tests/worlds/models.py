@@ -39,17 +39,17 @@ from transformers import (
     Qwen3Config,
 )
 
-from sidelight.backbone import TransformersBackbone
-from sidelight.bank import Bank
-from sidelight.calibration import Calibration
-from sidelight.checkpoint import Checkpoint
-from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
-from sidelight.probe import Probe
-from sidelight.prompts.conversation import EncodedPrompt, PromptFormat, Reads, Side
-from sidelight.prompts.encode import PromptEncoder
-from sidelight.spans import SpanRule
-from sidelight.standardisation import Standardisation
+from sidelight.data.spans import SpanRule
+from sidelight.models.checkpoint import Checkpoint
+from sidelight.models.conversation import EncodedPrompt, PromptFormat, Reads, Side
+from sidelight.models.encode import PromptEncoder
+from sidelight.probes.bank import Bank
+from sidelight.probes.mechanisms.base import Geometry, build_mechanism, mechanism_spec
+from sidelight.probes.probe import Probe
+from sidelight.probes.standardisation import Standardisation
+from sidelight.states.backbone import TransformersBackbone
 from sidelight.states.extraction import text_logits
+from sidelight.statistics.calibration import Calibration
 from sidelight.types import OptionValue, Task
 
 CHAT_TEMPLATE = (

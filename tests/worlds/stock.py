@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from policy_contract import ADMIN, Asked, Subjects, chat, parts_of
-from sidelight.manifest import read_manifest
+from sidelight.probes.manifest import read_manifest
 from sidelight.vllm.settings import identity_of
 from worlds.servers import free_port
 from worlds.vllm import IS_INTERPRETED

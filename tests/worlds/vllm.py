@@ -25,17 +25,22 @@ from transformers import (
     LlamaConfig,
 )
 
-from sidelight.artifact import save_probe
-from sidelight.backbone import TransformersBackbone
-from sidelight.bank import Bank
-from sidelight.calibration import Calibration
+from sidelight.data.spans import SpanRule
 from sidelight.engines.llama.backbone import LlamaBackbone
-from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_names, mechanism_spec
-from sidelight.mechanisms.spans import Spans
-from sidelight.probe import Probe
-from sidelight.prompts.conversation import EncodedPrompt, Part, Reads, Side
-from sidelight.spans import SpanRule
-from sidelight.standardisation import Standardisation
+from sidelight.models.conversation import EncodedPrompt, Part, Reads, Side
+from sidelight.probes.artifact import save_probe
+from sidelight.probes.bank import Bank
+from sidelight.probes.mechanisms.base import (
+    Geometry,
+    build_mechanism,
+    mechanism_names,
+    mechanism_spec,
+)
+from sidelight.probes.mechanisms.spans import Spans
+from sidelight.probes.probe import Probe
+from sidelight.probes.standardisation import Standardisation
+from sidelight.states.backbone import TransformersBackbone
+from sidelight.statistics.calibration import Calibration
 from sidelight.types import Task
 from sidelight.vllm import KEY
 from sidelight.vllm.requests import read_report, request_params

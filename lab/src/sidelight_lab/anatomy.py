@@ -16,16 +16,16 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
 
-from sidelight.bank import Bank
+from sidelight.classifier import Classifier
 from sidelight.data.examples import LabelledExamples
+from sidelight.data.plots import save_figure
 from sidelight.errors import SidelightError
-from sidelight.plots import save_figure
+from sidelight.models.conversation import EncodedPrompt, Part, Reads
+from sidelight.probes.bank import Bank
+from sidelight.probes.ragged import Ragged, by_length
 from sidelight.progress import progress
-from sidelight.prompts.conversation import EncodedPrompt, Part, Reads
-from sidelight.ragged import Ragged, by_length
+from sidelight.scoring import encode
 from sidelight.storage import write_json, write_text
-from sidelight.training.classifier import Classifier
-from sidelight.training.judging import encode
 from sidelight.training.optimisation import validation_score
 from sidelight.types import Task
 from sidelight_lab.search import score_name

@@ -27,7 +27,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
+from sidelight.probes.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.loop import Candidate, train_mechanisms
 from sidelight.training.optimisation import validation_score

@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve
 
+from sidelight.classifier import Classifier
 from sidelight.data.examples import LabelledExamples
-from sidelight.plots import save_figure
-from sidelight.spans import character_f1, labelled_characters
+from sidelight.data.plots import save_figure
+from sidelight.data.spans import character_f1, labelled_characters
+from sidelight.scoring import judge_characters
 from sidelight.storage import write_text
-from sidelight.training.classifier import Classifier
-from sidelight.training.judging import judge_characters
 from sidelight.types import Flags, Span, Values
 
 # The first labels are drawn.

@@ -102,10 +102,10 @@ def label(
         examples = replace(chosen, warnings=examples.warnings)
     import uvicorn
 
-    from sidelight.artifact import load_probe
-    from sidelight.manifest import require_distinct_names
-    from sidelight.probe import common_format
-    from sidelight.prompts.conversation import Reads
+    from sidelight.models.conversation import Reads
+    from sidelight.probes.artifact import load_probe
+    from sidelight.probes.manifest import require_distinct_names
+    from sidelight.probes.probe import common_format
     from sidelight.server.app import listen, server_settings
     from sidelight.server.config import read_config
     from sidelight.training.settings import FitOptions

@@ -15,14 +15,14 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sidelight.backbone import Backbone
+from sidelight.data.evaluation import Report
 from sidelight.data.examples import Example, Examples, LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.evaluation import Report
-from sidelight.mechanisms.base import Geometry, mechanism_spec
-from sidelight.probe import Probe
-from sidelight.smollm2 import cache_root
-from sidelight.standardisation import Standardisation
+from sidelight.models.smollm2 import cache_root
+from sidelight.probes.mechanisms.base import Geometry, mechanism_spec
+from sidelight.probes.probe import Probe
+from sidelight.probes.standardisation import Standardisation
+from sidelight.states.backbone import Backbone
 from sidelight.states.cache import (
     ActivationCache,
     Shard,

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from sidelight.artifact import save_probe
+from sidelight.data.evaluation import Report, evaluate
 from sidelight.data.examples import Examples
 from sidelight.data.labels import is_missing, label_name
 from sidelight.errors import SidelightError
-from sidelight.evaluation import Report, evaluate
-from sidelight.manifest import holds_probe, read_manifest
-from sidelight.metrics import decide
+from sidelight.probes.artifact import save_probe
+from sidelight.probes.manifest import holds_probe, read_manifest
+from sidelight.statistics.metrics import decide
 from sidelight.training.validation import FOLDS
 from sidelight.types import Task
 from sidelight_label.file import LabelFile

@@ -18,11 +18,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from torch import Tensor
 
-from sidelight.calibration import link
-from sidelight.mechanisms.base import Geometry
-from sidelight.mechanisms.readout import Readout
-from sidelight.metrics import log_losses
-from sidelight.standardisation import Standardisation, spread_and_mean
+from sidelight.probes.mechanisms.base import Geometry
+from sidelight.probes.mechanisms.readout import Readout
+from sidelight.probes.standardisation import Standardisation, spread_and_mean
+from sidelight.statistics.calibration import link
+from sidelight.statistics.metrics import log_losses
 from sidelight.training.scaling import relative_weights, view_worths
 from sidelight.training.validation import Folds
 from sidelight.types import Task

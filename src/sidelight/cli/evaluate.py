@@ -15,7 +15,7 @@ import click
 from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
-from sidelight.gguf_files import is_gguf
+from sidelight.models.gguf_files import is_gguf
 from sidelight.storage import replacing, write_json
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from sidelight.data.examples import Example
     from sidelight.data.loading import OnMissingLabel
     from sidelight.engines.parity import Difference
-    from sidelight.explanation import Explanation
-    from sidelight.manifest import Manifest
-    from sidelight.prompts.conversation import Message
+    from sidelight.models.conversation import Message
+    from sidelight.probes.explanation import Explanation
+    from sidelight.probes.manifest import Manifest
     from sidelight.types import Span, Verdict
 
 _COMPARED = ("transformers", "vllm", "llama")
@@ -69,12 +69,12 @@ def evaluate(
     """
     options.announce(f"Reading {data}")
     from sidelight.data.loading import load_examples
-    from sidelight.manifest import read_manifest
+    from sidelight.probes.manifest import read_manifest
     from sidelight.training.validation import require_side
 
     if plots is not None:
         # If matplotlib is missing, say so before the backbone runs.
-        import_module("sidelight.plots")
+        import_module("sidelight.data.plots")
     # Before imports that take seconds: a wrong file or column is refused at once.
     probe = runtime.probe_folder(probe)
     manifest = read_manifest(probe)
@@ -86,9 +86,10 @@ def evaluate(
     require_side(manifest, examples.items)
     options.announce("Loading the model")
     from sidelight.cli.show import print_assessment
-    from sidelight.training.judging import assess
+    from sidelight.scoring import assess
 
-    assessment = assess(runtime.load_classifier(probe), examples)
+    classifier = runtime.load_classifier(probe)
+    assessment = assess(classifier.backbone, classifier.probe, examples)
     options.warn(assessment.warnings)
     if out is not None:
         write_json(out, assessment.to_dict())
@@ -153,7 +154,7 @@ def predict(
 ) -> None:
     """Print one verdict per text, as JSON lines, in the order of the texts."""
     _require_texts(texts, data)
-    from sidelight.manifest import read_manifest
+    from sidelight.probes.manifest import read_manifest
     from sidelight.training.validation import require_side
 
     # Before imports that take seconds: what the probe cannot judge is refused at once.
@@ -219,7 +220,7 @@ def _verdicts(probe: Path, items: "Sequence[Example]", runtime: Runtime) -> "Seq
     """The verdict on each text, by the engine that is named."""
     if runtime.engine != "vllm":
         return runtime.load_classifier(probe).predict(items)
-    from sidelight.artifact import load_probe
+    from sidelight.probes.artifact import load_probe
     from sidelight.vllm.engine import predict as predict_by_vllm
 
     loaded = load_probe(probe)
@@ -314,7 +315,7 @@ def why(example: "Example", explanation: "Explanation") -> str:
 
 def _turns(example: "Example") -> "tuple[Message, ...]":
     """The prompt, and the answer as its last turn if there is one."""
-    from sidelight.prompts.conversation import Message
+    from sidelight.models.conversation import Message
 
     if example.response is None:
         return example.messages
@@ -375,7 +376,7 @@ def parity(
     to see what users get. With --quantised, see what quantised weights change.
     """
     from sidelight.data.loading import load_examples
-    from sidelight.manifest import read_manifest
+    from sidelight.probes.manifest import read_manifest
 
     probes = tuple(Runtime(engine="auto", serves=True, **model).probe_folders(probes))
     manifests = [read_manifest(probe) for probe in probes]
@@ -389,8 +390,8 @@ def parity(
             "column of the answers with --response."
         )
     examples = load_examples(data, text=text, label=None, response=response)
-    from sidelight.artifact import load_probe
     from sidelight.engines.parity import compare_engines
+    from sidelight.probes.artifact import load_probe
     from sidelight.vllm.internals import QUANTISING
 
     loaded = [load_probe(probe) for probe in probes]

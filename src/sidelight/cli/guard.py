@@ -15,10 +15,10 @@ from sidelight.guards import local_name, trained_guards
 from sidelight.storage import check_folder, only_writer, write_json, write_text
 
 if TYPE_CHECKING:
-    from sidelight.backbone import Backbone
     from sidelight.data.examples import LabelledExamples
     from sidelight.data.guards import Card
-    from sidelight.thresholds import ThresholdRule
+    from sidelight.states.backbone import Backbone
+    from sidelight.statistics.thresholds import ThresholdRule
 
 _FIGURES, _POLICY = "figures.json", "policy.toml"
 
@@ -75,9 +75,9 @@ def guard(
             "--data, --rows and --threshold make other guards than guard:NAME. Name a folder for "
             "them with --out."
         )
-    from sidelight.manifest import require_name
     from sidelight.policy.rules import read_policy
-    from sidelight.thresholds import ThresholdRule
+    from sidelight.probes.manifest import require_name
+    from sidelight.statistics.thresholds import ThresholdRule
 
     rule = ThresholdRule.parse(threshold)
     for name in names:
@@ -156,7 +156,7 @@ def _train(
 ) -> "LabelledExamples":
     """Trains a guard that is not complete, and gives the texts that it is trained on."""
     from sidelight.cli.show import print_fit
-    from sidelight.manifest import holds_probe, read_manifest, require_free
+    from sidelight.probes.manifest import holds_probe, read_manifest, require_free
     from sidelight.training import ready
     from sidelight.training.fit import fit
 
@@ -188,19 +188,18 @@ def _measure(
     folder: Path,
 ) -> None:
     """Writes and prints the figures on tests, of which a kill costs one at most."""
-    from sidelight.artifact import load_probe
+    from sidelight.probes.artifact import load_probe
     from sidelight.progress import say
-    from sidelight.training.classifier import Classifier
-    from sidelight.training.ready import GuardTests
+    from sidelight.scoring import GuardTests
 
-    classifier = Classifier(backbone, load_probe(folder))
+    probe = load_probe(folder)
     measured, figures = GuardTests(texts, tests), _figures(folder / _FIGURES)
     for number, (test, examples) in enumerate(tests.items(), 1):
         known = figures.get(test, {})
-        wanted = (classifier.probe.version, examples.content_hash)
+        wanted = (probe.version, examples.content_hash)
         if (known.get("probe"), known.get("texts_sha256")) != wanted:
             say(f"Test {number} of {len(tests)}: {test}, {len(examples)} texts")
-            figures[test] = measured.measure(classifier, test)
+            figures[test] = measured.measure(backbone, probe, test)
             write_json(folder / _FIGURES, figures)
         click.echo(_line(figures[test]))
 
@@ -240,8 +239,8 @@ def _line(test: Mapping[str, Any]) -> str:
 
 def _write_policy(path: Path, home: Path) -> None:
     """Writes a policy for all guards of a folder, unless there is one, which may lack some."""
-    from sidelight.manifest import PROBE, read_manifest
     from sidelight.policy.rules import read_policy, side_of
+    from sidelight.probes.manifest import PROBE, read_manifest
     from sidelight.training.ready import shadow_policy
 
     manifests = [read_manifest(probe.parent) for probe in sorted(home.glob(f"*/{PROBE}"))]

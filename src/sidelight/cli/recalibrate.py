@@ -15,9 +15,9 @@ from sidelight.guards import is_guard
 if TYPE_CHECKING:
     from sidelight.data.examples import LabelledExamples
     from sidelight.data.loading import OnMissingLabel
-    from sidelight.manifest import Manifest
-    from sidelight.probe import Probe
-    from sidelight.thresholds import ThresholdRule
+    from sidelight.probes.manifest import Manifest
+    from sidelight.probes.probe import Probe
+    from sidelight.statistics.thresholds import ThresholdRule
     from sidelight.training.recalibration import Recalibrated
 
 
@@ -58,8 +58,8 @@ def recalibrate(
     move to what --threshold wants, by the curve of left-out texts in the manifest. The probe stays,
     and a new one is written, whose manifest says what it was recalibrated on.
     """
-    from sidelight.manifest import read_manifest, require_free, require_name
-    from sidelight.thresholds import ThresholdRule
+    from sidelight.probes.manifest import read_manifest, require_free, require_name
+    from sidelight.statistics.thresholds import ThresholdRule
     from sidelight.training.recalibration import recalibrate as refit
     from sidelight.training.recalibration import require_recalibratable
 
@@ -79,7 +79,7 @@ def recalibrate(
     columns["on_missing_label"] = missing_label
     examples = None if data is None else _new_texts(data, manifest, **columns)
     options.announce("Loading the probe" if examples is None else "Loading the model")
-    from sidelight.artifact import load_probe, save_probe
+    from sidelight.probes.artifact import load_probe, save_probe
 
     loaded = load_probe(probe)
     if examples is None:

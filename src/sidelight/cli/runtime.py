@@ -10,17 +10,22 @@ import click
 
 from sidelight.engines.llama.library import MOST_SEQUENCES, MOST_THREADS, require_version
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf
 from sidelight.guards import UntrainedGuardError, probe_folder, probe_folders
-from sidelight.smollm2 import EMBEDDED_NAME, require_model
+from sidelight.models.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf
+from sidelight.models.smollm2 import EMBEDDED_NAME, require_model
 
 if TYPE_CHECKING:
-    from sidelight.backbone import Backbone, DtypeName, TransformersBackbone, UnloadedBackbone
+    from sidelight.classifier import Classifier
     from sidelight.engines.base import Engine
-    from sidelight.probe import Probe
-    from sidelight.prompts.conversation import PromptFormat
+    from sidelight.models.conversation import PromptFormat
+    from sidelight.probes.probe import Probe
+    from sidelight.states.backbone import (
+        Backbone,
+        DtypeName,
+        TransformersBackbone,
+        UnloadedBackbone,
+    )
     from sidelight.states.extraction import StateSource
-    from sidelight.training.classifier import Classifier
 
 # A text that is only judged has a sequence too; the model says how many tokens it knows.
 _LLAMA_OPTIONS = {
@@ -60,7 +65,7 @@ class Runtime:
             self.model_of([])
         if self.device not in ("auto", "cpu"):
             # torch takes seconds, which are lost only if the device is wrong.
-            from sidelight.machine import find_device
+            from sidelight.models.machine import find_device
 
             find_device(self.device)
 
@@ -97,7 +102,7 @@ class Runtime:
         """The model's encoder and fingerprint; its weights are not loaded."""
         if is_gguf(name):
             return self._load(name, None, for_reading=True)
-        from sidelight.backbone import read_backbone
+        from sidelight.states.backbone import read_backbone
 
         return read_backbone(name)
 
@@ -113,7 +118,7 @@ class Runtime:
         self, prompt_format: "PromptFormat | None" = None
     ) -> "TransformersBackbone":
         """The backbone in transformers, for what needs its weights."""
-        from sidelight.backbone import TransformersBackbone
+        from sidelight.states.backbone import TransformersBackbone
 
         backbone = self.load_backbone(prompt_format)
         assert isinstance(backbone, TransformersBackbone)
@@ -121,8 +126,8 @@ class Runtime:
 
     def load_classifier(self, probe: Path) -> "Classifier":
         """A saved probe on its backbone."""
-        from sidelight.artifact import load_probe
-        from sidelight.training.classifier import load
+        from sidelight.classifier import load
+        from sidelight.probes.artifact import load_probe
 
         loaded = load_probe(probe)
         name, prompt_format = self.model_of([loaded]), loaded.prompt_format
@@ -205,7 +210,7 @@ class Runtime:
                 prompt_format=prompt_format,
                 threads=self.engine_option.get("threads"),
             )
-        from sidelight.backbone import load_backbone
+        from sidelight.states.backbone import load_backbone
 
         return load_backbone(
             name,
@@ -223,8 +228,8 @@ class Runtime:
             from sidelight.vllm.engine import load_vllm_engine
 
             return load_vllm_engine(name, probes, dtype=self.dtype, options=self.engine_option)
-        from sidelight.backbone import TransformersBackbone
-        from sidelight.probe import common_format
+        from sidelight.probes.probe import common_format
+        from sidelight.states.backbone import TransformersBackbone
 
         backbone = self._load(name, common_format(probes), for_reading=True)
         if isinstance(backbone, TransformersBackbone):
@@ -249,7 +254,7 @@ class Runtime:
     def state_source(self, backbone: "Backbone") -> "Generator[StateSource]":
         """The source of hidden states for training; an engine of vLLM ends with the block."""
         if self.engine == "vllm":
-            from sidelight.backbone import TransformersBackbone
+            from sidelight.states.backbone import TransformersBackbone
             from sidelight.vllm.offline import VllmSource
 
             assert isinstance(backbone, TransformersBackbone)

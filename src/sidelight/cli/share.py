@@ -29,7 +29,7 @@ def push(probe: Path, repository: str, private: bool, force: bool) -> None:
 
     REPOSITORY is owner/name on the hub, or a folder written as ./NAME, ../NAME, ~/NAME or /NAME.
     """
-    from sidelight import hub
+    from sidelight.probes import hub
 
     probe = probe_folder(probe)
     click.echo(f"Shared: {hub.push(probe, _place(repository), private=private, force=force)}")
@@ -50,7 +50,7 @@ def pull(repository: str, probe: Path, revision: str | None, force: bool) -> Non
 
     REPOSITORY is owner/name on the hub, or a folder written as ./NAME, ../NAME, ~/NAME or /NAME.
     """
-    from sidelight import hub
+    from sidelight.probes import hub
 
     hub.pull(_place(repository), probe, revision=revision, force=force)
     click.echo(f"Saved to {probe}")
@@ -68,12 +68,12 @@ def _place(repository: str) -> str | Path:
 @options.as_json
 def inspect(probe: Path, as_json: bool) -> None:
     """Show what a probe decides and reads, its backbone, and its figures from training."""
-    from sidelight.manifest import read_manifest, summary
+    from sidelight.probes.manifest import read_manifest, summary
 
     probe = probe_folder(probe)
     manifest = read_manifest(probe)
     # Before imports that take seconds: a folder without a probe is refused at once.
-    from sidelight.artifact import load_probe
+    from sidelight.probes.artifact import load_probe
 
     load_probe(probe)
     if as_json:

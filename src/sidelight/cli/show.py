@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sidelight.evaluation import Report, SpanReport
-from sidelight.metrics import wilson
+from sidelight.data.evaluation import Report, SpanReport
+from sidelight.scoring import Assessment
+from sidelight.statistics.metrics import wilson
 from sidelight.training.fit import Fit
-from sidelight.training.judging import Assessment
 from sidelight.training.traffic import Traffic, kept_rate
 from sidelight.types import NONE, visible
 

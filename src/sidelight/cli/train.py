@@ -16,7 +16,7 @@ from sidelight.errors import SidelightError
 from sidelight.storage import only_writer
 
 if TYPE_CHECKING:
-    from sidelight.prompts.conversation import PromptFormat
+    from sidelight.models.conversation import PromptFormat
     from sidelight.training.settings import FitOptions
     from sidelight.types import MechanismSpec
 
@@ -90,8 +90,8 @@ def train(
         spans = spans or guard.card.columns["spans"]
     _require_agreement(inputs, mechanism, assigned, spans, background)
     # Before texts and models, which take seconds: a misspelt name or value is refused at once.
-    from sidelight.manifest import require_free, require_name
-    from sidelight.thresholds import ThresholdRule
+    from sidelight.probes.manifest import require_free, require_name
+    from sidelight.statistics.thresholds import ThresholdRule
     from sidelight.training.background import load_background
     from sidelight.training.validation import choose_validation
 
@@ -145,7 +145,7 @@ def _require_agreement(
         if dot and owner != mechanism:
             raise SidelightError(f"--set {target} needs --mechanism {owner} (got: {mechanism}).")
     if inputs.rationale is not None and mechanism != _AUTO:
-        from sidelight.mechanisms.base import learns_rationales
+        from sidelight.probes.mechanisms.base import learns_rationales
 
         if not learns_rationales(mechanism):
             raise SidelightError(
@@ -200,7 +200,7 @@ def _eval_command(out: Path) -> str:
 
 def _spec(mechanism: str, assigned: Mapping[str, str]) -> "MechanismSpec":
     """The mechanism with its options, ``MECHANISM.OPTION``."""
-    from sidelight.mechanisms.base import mechanism_spec
+    from sidelight.probes.mechanisms.base import mechanism_spec
 
     values = {
         name.partition(".")[2]: int(text) if text.isdigit() else text
@@ -214,8 +214,8 @@ def _kinds() -> dict[str, Any]:
     """The types of what ``--set`` gives to training."""
     from pydantic import PositiveInt
 
-    from sidelight.calibration import CalibrationKind
-    from sidelight.prompts.conversation import PromptFormat, Side
+    from sidelight.models.conversation import PromptFormat, Side
+    from sidelight.statistics.calibration import CalibrationKind
     from sidelight.training.settings import TrainingSettings
 
     kinds: dict[str, Any] = {field.name: field.type for field in fields(TrainingSettings)}

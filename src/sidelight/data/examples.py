@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from sidelight.data.labels import is_missing
 from sidelight.data.near_duplicates import NearDuplicates
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import Conversation, Message, PlainText
+from sidelight.models.conversation import Conversation, Message, PlainText
 from sidelight.types import Flags, Numbers, Span, Task, Values
 
 # Enough rows to choose a threshold and a calibration on.

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from sidelight.data.readers import Row, is_list
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.prompts.conversation import require_whole_characters
+from sidelight.models.conversation import require_whole_characters
 from sidelight.types import Numbers, Task, is_label
 
 _PAIRS = (("0", "1"), ("false", "true"), ("no", "yes"))

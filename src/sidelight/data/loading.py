@@ -12,9 +12,9 @@ from sidelight.data.examples import Example, Examples, LabelledExamples, Skipped
 from sidelight.data.guards import guard_of
 from sidelight.data.labels import encode_labels, is_missing
 from sidelight.data.readers import InMemory, Row, is_list, is_mapping, read_rows
-from sidelight.data.spans import encode_spans, holds_spans
+from sidelight.data.span_labels import encode_spans, holds_spans
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.prompts.conversation import Message, require_whole_characters
+from sidelight.models.conversation import Message, require_whole_characters
 from sidelight.types import Span, Task
 
 OnMissingLabel = Literal["error", "skip"]

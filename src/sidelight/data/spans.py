@@ -1,101 +1,230 @@
-"""Turns a column of labelled spans into a task, labels and spans."""
+"""Labelled spans of a text: read off the scores of its tokens, and compared with others.
 
-import json
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+Knows characters and scores, and neither probes nor files.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Float
 
-from sidelight.data.examples import Example, located
-from sidelight.data.labels import is_missing, label_name
-from sidelight.data.readers import is_list, is_mapping
-from sidelight.errors import SidelightError
-from sidelight.types import NONE, Numbers, Span, Task, is_label
+from sidelight.statistics.calibration import Calibration
+from sidelight.types import Flags, Span, Task, TokenLabel, Values
 
-_KEYS = ("start", "end", "label")
-_FORM = '[{"start": 0, "end": 5, "label": "NAME"}], or [] for a text without any'
+# Scripts without blanks between words, of which each character counts as one: Thai to Lao, Myanmar,
+# Khmer, kana and Han.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+)
+_LETTER = rf"[^\W{_UNSPACED}]"
+_APOSTROPHE = "['\N{RIGHT SINGLE QUOTATION MARK}]"
+# Accents, vowel signs, joiners and soft hyphens belong to the letter before them (Unicode's annex
+# 29, rule WB4); a zero-width space does not. No more than the basic plane, of which sets are fast.
+_EXTENSIONS = "".join(
+    character
+    for character in map(chr, range(0x80, 0x10000))
+    if unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf") and character != "\u200b"
+)
+# A word, or a mark by itself.
+_WORD = re.compile(
+    rf"{_LETTER}+(?:[{_EXTENSIONS}]+{_LETTER}*|{_APOSTROPHE}{_LETTER}+)*|[{_UNSPACED}]|[^\w\s]"
+)
+_UNFINISHED_WORD = re.compile(rf"{_LETTER}|{_APOSTROPHE}|[{_EXTENSIONS}]")
 
 
-def encode_spans(
-    items: Sequence[Example], cells: Sequence[object], column: str, *, task: Task | None
-) -> tuple[Task, Int[Numbers, "row ..."], tuple[tuple[Span, ...], ...], tuple[str, ...]]:
-    """Reads a column of spans.
+def words(text: str) -> list[tuple[int, int]]:
+    """The characters of each word, and of each mark that is part of none."""
+    return [match.span() for match in _WORD.finditer(text)]
 
-    Returns:
-        The task, the labels and the spans as in ``LabelledExamples``, and warnings.
+
+def token_labels(
+    text: str, tokens: Sequence[tuple[int, int]], spans: Iterable[Span], labels: Sequence[str]
+) -> Bool[Flags, "token label"]:
+    """The labels of each token: those of its characters, blanks around it aside.
+
+    Args:
+        text: The text.
+        tokens: The characters of each token.
+        spans: What is labelled.
+        labels: Their order.
     """
-    rows: list[tuple[Span, ...]] = []
-    for index, (item, cell) in enumerate(zip(items, cells, strict=True)):
-        with located(item, index):
-            rows.append(_parse_spans(cell, item.span_text, column=column))
-    names = Counter(span.label for row in rows for span in row)
-    task = task or _task(sorted(names), column)
-    judged, warnings = task.output_labels, tuple[str, ...]()
-    unknown = {name: count for name, count in names.items() if name not in judged}
-    if unknown:
-        warnings = (
-            "Left out the spans of labels that training did not know "
-            f"({', '.join(unknown)[:200]}; {sum(unknown.values())} in all). What is found there "
-            "counts as a false alarm.",
+    holds = labelled_characters(text, spans, labels)
+    flags = np.zeros((len(tokens), len(labels)), dtype=np.bool_)
+    for flag, (start, end) in zip(flags, tokens, strict=True):
+        own = text[start:end]
+        if own.strip():
+            start, end = end - len(own.lstrip()), start + len(own.rstrip())
+        flag[:] = holds[start:end].any(0)
+    return flags
+
+
+def labelled_characters(
+    text: str, spans: Iterable[Span], labels: Sequence[str]
+) -> Bool[Flags, "character label"]:
+    """The labels of each character."""
+    holds = np.zeros((len(text), len(labels)), dtype=np.bool_)
+    for span in spans:
+        holds[span.start : span.end, labels.index(span.label)] = True
+    return holds
+
+
+def character_scores(
+    text: str, tokens: Sequence[tuple[int, int]], scores: Float[Values, "token label"]
+) -> Float[Values, "character label"]:
+    """The score of each character: that of its word, which is its highest token's.
+
+    Blanks between two words have the lower score of these, so that neighbours join; other
+    characters, and words without a token, have 0.
+
+    Args:
+        text: The text.
+        tokens: The characters of each token, in order.
+        scores: Of each token, 0 or more.
+    """
+    ranges = np.array([*words(text)], dtype=np.int64).reshape(-1, 2)
+    # Tokens of parts of a character have the same characters; none ends before an earlier one.
+    starts, ends = np.array([*tokens], dtype=np.int64).reshape(-1, 2).T
+    first, stop = (
+        np.searchsorted(ends, ranges[:, 0], "right"),
+        np.searchsorted(starts, ranges[:, 1]),
+    )
+    # A row for each word, between a row for what stands before it and one for what follows.
+    of_pieces = np.zeros((2 * len(ranges) + 1, scores.shape[1]))
+    of_words = of_pieces[1::2]
+    if (has_token := first < stop).any():
+        # The highest from first to stop; the rows between two words are left out.
+        edges = np.stack([first, stop], 1)[has_token].ravel()
+        padded = np.vstack([scores, np.zeros((1, scores.shape[1]))])
+        of_words[has_token] = np.maximum.reduceat(padded, edges)[::2]
+    of_pieces[2:-1:2] = np.minimum(of_words[:-1], of_words[1:])
+    return np.repeat(of_pieces, np.diff(ranges.ravel(), prepend=0, append=len(text)), axis=0)
+
+
+def within_margin(
+    scores: Float[Values, " character"], margin: float | None
+) -> Float[Values, " character"]:
+    """The probabilities of characters, and 0 where the surest is surer by more than the margin.
+
+    Nobody labels a weak word beside a strong one, and where all are weak, the strongest of them.
+    """
+    if margin is None:
+        return scores
+    highest = scores.max(initial=0.0)
+    least = highest / (highest + (1 - highest) * np.exp(margin)) if highest else 0.0
+    return np.where(scores >= least, scores, 0.0)
+
+
+@dataclass(frozen=True)
+class SpanRule:
+    """The rule by which the logits of a text's tokens become spans.
+
+    Attributes:
+        calibration: From the logits of a token to probabilities.
+        thresholds: The probability from which each label holds.
+        margins: How far, in log-odds, a word may be below the surest of its text; None: any.
+    """
+
+    calibration: Calibration
+    thresholds: tuple[float, ...]
+    margins: tuple[float | None, ...]
+
+    def fits(self, task: Task) -> bool:
+        """Whether it has a threshold between 0 and 1, and a margin, for each label of a task."""
+        calibration = self.calibration
+        parts = (self.thresholds, self.margins, calibration.scale, calibration.shift)
+        is_complete = {*map(len, parts)} == {task.outputs}
+        return (
+            is_complete
+            and calibration.task == task.kind
+            and all(0 <= least <= 1 for least in self.thresholds)
+            and all(margin is None or margin >= 0 for margin in self.margins)
         )
-    spans = tuple(tuple(span for span in row if span.label in judged) for row in rows)
-    holds = [[any(span.label == label for span in row) for label in judged] for row in spans]
-    labels = np.array(holds, dtype=np.int64)
-    return task, labels[:, 0] if task.kind == "binary" else labels, spans, warnings
+
+    def token_labels(
+        self, logits: Float[Values, "token label"], labels: Sequence[str]
+    ) -> list[TokenLabel]:
+        """The tokens that reach the threshold of a label: no other can be part of a span."""
+        probabilities = self.calibration.apply(logits)
+        return [
+            (token, labels[label], float(probabilities[token, label]))
+            for token, label in np.argwhere(probabilities >= self.thresholds).tolist()
+        ]
+
+    def labelled_spans(
+        self,
+        text: str,
+        tokens: Sequence[tuple[int, int]],
+        token_labels: Iterable[TokenLabel],
+        labels: Sequence[str],
+    ) -> list[Span]:
+        """The spans of a text, from the labels of its tokens alone."""
+        scores = np.zeros((len(tokens), len(labels)))
+        for token, label, probability in token_labels:
+            scores[token, labels.index(label)] = probability
+        return self.read(character_scores(text, tokens, scores), labels) if scores.any() else []
+
+    def read(self, scores: Float[Values, "character label"], labels: Sequence[str]) -> list[Span]:
+        """The runs of characters whose probability reaches the threshold of a label, in order."""
+        spans: list[Span] = []
+        columns = zip(labels, self.within_margins(scores).T, self.thresholds, strict=True)
+        for label, own, threshold in columns:
+            # A character with a score of 0 is no part of a word that was read.
+            reaches = np.concatenate([[False], (own >= threshold) & (own > 0), [False]])
+            edges = np.flatnonzero(reaches[1:] != reaches[:-1]).tolist()
+            spans += [
+                Span(start, end, label, float(own[start:end].max()))
+                for start, end in zip(edges[::2], edges[1::2], strict=True)
+            ]
+        return sorted(spans)
+
+    def within_margins(
+        self, scores: Float[Values, "character label"]
+    ) -> Float[Values, "character label"]:
+        """``within_margin`` of each label's probabilities."""
+        pairs = zip(scores.T, self.margins, strict=True)
+        return np.stack([within_margin(own, margin) for own, margin in pairs], 1)
 
 
-def _task(names: Sequence[str], column: str) -> Task:
-    if not names:
-        raise SidelightError(
-            f"No text has a span in column '{column}'. Give texts with spans: {_FORM}."
+def settled_characters(text: str, characters: int) -> int:
+    """The number of first characters of a growing text that keep their spans, whatever follows.
+
+    A word counts once it is complete, and the blanks after it once the next word is.
+
+    Args:
+        text: So far.
+        characters: Those whose tokens have their final labels.
+    """
+    if characters == len(text) or _UNFINISHED_WORD.match(text, characters):
+        while characters and _UNFINISHED_WORD.match(text, characters - 1):
+            characters -= 1
+    return len(text[:characters].rstrip())
+
+
+def character_f1(
+    actual: Bool[Flags, "character ..."], predicted: Bool[Flags, "character ..."]
+) -> float:
+    """The F1 of a text's characters (SemEval-2021 task 5, Pavlopoulos et al. 2021).
+
+    It is 1 if neither has any, and 0 if only one has.
+    """
+    total = int(actual.sum()) + int(predicted.sum())
+    return 2 * int((actual & predicted).sum()) / total if total else 1.0
+
+
+def threshold_f1(
+    actual: Sequence[Bool[Flags, " character"]],
+    scores: Sequence[Float[Values, " character"]],
+    thresholds: Float[Values, " threshold"],
+) -> Float[Values, " threshold"]:
+    """The mean of ``character_f1`` over texts, at each of some thresholds above 0."""
+    sums = np.zeros(len(thresholds))
+    for holds, own in zip(actual, scores, strict=True):
+        flagged, hits = (
+            len(part) - np.searchsorted(np.sort(part), thresholds) for part in (own, own[holds])
         )
-    wrong = [
-        name for name in names if not is_label(name) or name in ("", NONE) or {*"[]"} & {*name}
-    ]
-    if wrong:
-        raise SidelightError(
-            f"A span cannot have the label {wrong[0][:60]!r}: labels stand in placeholders such as "
-            "[NAME_1], so they have no brackets. Rename it in the data."
-        )
-    if len(names) == 1:
-        return Task("binary", (NONE, names[0]))
-    return Task("multilabel", tuple(names))
-
-
-def holds_spans(cell: object) -> bool:
-    """Whether a cell is a list of spans, and not an empty one."""
-    return is_list(cell) and bool(cell) and is_mapping(cell[0]) and {*_KEYS} <= {*cell[0]}
-
-
-def _parse_spans(cell: object, text: str, *, column: str) -> tuple[Span, ...]:
-    if is_missing(cell):
-        return ()
-    if isinstance(cell, str) and cell.strip().startswith("["):
-        # A table of comma-separated values holds a list as JSON.
-        with suppress(ValueError):
-            cell = json.loads(cell)
-    if not is_list(cell):
-        raise SidelightError(
-            f"column '{column}' holds {str(cell)[:60]!r}. Write a list of spans, such as {_FORM}."
-        )
-    return tuple(sorted(_parse_span(span, text) for span in cell))
-
-
-def _parse_span(span: object, text: str) -> Span:
-    unknown = {*span} - {*_KEYS, "probability"} if is_mapping(span) else {}
-    if not is_mapping(span) or unknown or not {*_KEYS} <= {*span}:
-        named = f" (unknown: {', '.join(map(str, unknown))})" if unknown else ""
-        raise SidelightError(
-            f"expected a span with the keys {', '.join(_KEYS)}, got {str(span)[:80]}{named}."
-        )
-    start, end = span["start"], span["end"]
-    if type(start) is not int or type(end) is not int or not 0 <= start < end <= len(text):
-        raise SidelightError(
-            f"a span from {start!r} to {end!r} is not within the {len(text)} characters of the "
-            "text. Count Unicode code points from 0, the end exclusive."
-        )
-    if not text[start:end].strip():
-        raise SidelightError(f"the span from {start} to {end} has only blanks. Remove it.")
-    return Span(start, end, label_name(span["label"], "its label"))
+        total = holds.sum() + flagged
+        sums += np.where(total > 0, 2 * hits / np.maximum(total, 1), 1.0)
+    return sums / max(len(actual), 1)

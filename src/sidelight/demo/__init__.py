@@ -22,18 +22,18 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sidelight.artifact import load_probe
-from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.cli.evaluate import marked_text
 from sidelight.cli.show import console, summary
 from sidelight.data.loading import load_examples
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.guards import probe_folders
-from sidelight.probe import Probe
+from sidelight.models.smollm2 import EMBEDDED_NAME, cache_root
+from sidelight.probes.artifact import load_probe
+from sidelight.probes.probe import Probe
 from sidelight.progress import quiet
 from sidelight.server.app import create_app, listen, server_settings
 from sidelight.server.config import ServerConfig
-from sidelight.smollm2 import EMBEDDED_NAME, cache_root
+from sidelight.states.backbone import TransformersBackbone, load_backbone
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, suggested_settings
 from sidelight.types import Span

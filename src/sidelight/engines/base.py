@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import torch
 
-from sidelight.artifact import gives_verdicts
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
-from sidelight.explanation import Explanation
-from sidelight.fingerprint import Fingerprint, accepted_copy
-from sidelight.probe import Probe, common_format
-from sidelight.prompts.conversation import Conversation, Message
+from sidelight.models.conversation import Conversation, Message
+from sidelight.models.fingerprint import Fingerprint, accepted_copy
+from sidelight.probes.artifact import gives_verdicts
+from sidelight.probes.explanation import Explanation
+from sidelight.probes.probe import Probe, common_format
 from sidelight.types import Judgement
 
 # Engines report "stop" or "length"; `policy/` reports "content_filter" where it cut the text.

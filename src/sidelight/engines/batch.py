@@ -15,8 +15,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sidelight.backbone import Tap
-from sidelight.bank import BankState, Panel
 from sidelight.engines.base import (
     Finished,
     FinishReason,
@@ -28,7 +26,9 @@ from sidelight.engines.base import (
 from sidelight.engines.marks import AnswerSpans, mark_text
 from sidelight.engines.queue import Emission, Request
 from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
-from sidelight.prompts.conversation import EncodedPrompt, Part
+from sidelight.models.conversation import EncodedPrompt, Part
+from sidelight.probes.bank import BankState, Panel
+from sidelight.states.backbone import Tap
 from sidelight.types import Judgement
 
 

@@ -13,8 +13,6 @@ from functools import partial
 from math import inf
 from typing import Any, TypeVar
 
-from sidelight.backbone import Backbone
-from sidelight.bank import Panel
 from sidelight.engines.base import (
     Admission,
     Engine,
@@ -35,9 +33,11 @@ from sidelight.engines.marks import labels_spans
 from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
 from sidelight.engines.text import TextCodec
 from sidelight.errors import SidelightError
-from sidelight.gguf_files import served_name
-from sidelight.probe import Probe
-from sidelight.prompts.conversation import Conversation, Message, has_response
+from sidelight.models.conversation import Conversation, Message, has_response
+from sidelight.models.gguf_files import served_name
+from sidelight.probes.bank import Panel
+from sidelight.probes.probe import Probe
+from sidelight.states.backbone import Backbone
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import compress
 
-from sidelight.probe import Probe
-from sidelight.prompts.conversation import EncodedPrompt
-from sidelight.spans import settled_characters, words
+from sidelight.data.spans import settled_characters, words
+from sidelight.models.conversation import EncodedPrompt
+from sidelight.probes.probe import Probe
 from sidelight.types import Judgement, Span, TokenLabel
 
 

@@ -14,7 +14,7 @@ from itertools import combinations
 import numpy as np
 
 from sidelight.engines.base import Engine, verdict_failure
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
 from sidelight.types import Verdict
 
 

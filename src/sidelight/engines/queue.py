@@ -5,10 +5,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from sidelight.bank import Panel
 from sidelight.engines.base import Admission, EngineBusyError, Event, Sampling, admit_all
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import EncodedPrompt
+from sidelight.models.conversation import EncodedPrompt
+from sidelight.probes.bank import Panel
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sidelight.engines.base import EngineUnavailableError, Sampling
 from sidelight.errors import ContextLengthError
-from sidelight.prompts.conversation import (
+from sidelight.models.conversation import (
     Conversation,
     EncodedPrompt,
     PlainText,
@@ -19,7 +19,7 @@ from sidelight.prompts.conversation import (
     characters,
     has_response,
 )
-from sidelight.prompts.encode import PromptEncoder
+from sidelight.models.encode import PromptEncoder
 
 # What a decoder writes for bytes that are not a character, or not yet.
 UNFINISHED = "\ufffd"

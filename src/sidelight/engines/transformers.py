@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from sidelight.backbone import Tap, TransformersBackbone, cache_name
 from sidelight.engines.batch import PromptPasses
 from sidelight.engines.local import LocalEngine
 from sidelight.engines.queue import Limits
 from sidelight.errors import SidelightError
-from sidelight.probe import Probe
-from sidelight.prompts.conversation import EncodedPrompt
+from sidelight.models.conversation import EncodedPrompt
+from sidelight.probes.probe import Probe
+from sidelight.states.backbone import Tap, TransformersBackbone, cache_name
 
 
 class PaddedRows:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sidelight.engines.base import Event, PromptJudged, ResponseScored, TextDelta, verdict_failure
+from sidelight.models.conversation import Conversation, PlainText
 from sidelight.policy.decisions import Decision, PolicyError, decide
 from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import Action, BoundRule, Policy, Side
-from sidelight.prompts.conversation import Conversation, PlainText
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from sidelight.errors import SidelightError, did_you_mean
 from sidelight.policy.decisions import Decision, PolicyError
 from sidelight.policy.enforcement import Enforcement, Judged, TextObserver
 from sidelight.policy.rules import BoundRule, Policy, Side
-from sidelight.probe import Probe
+from sidelight.probes.probe import Probe
 from sidelight.types import Verdict, spans_json
 
 VERDICTS_HEADER = "x-sidelight-verdicts"

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.prompts.invisible import Invisible
+from sidelight.models.invisible import Invisible
 from sidelight.types import Verdict
 
 if TYPE_CHECKING:
-    from sidelight.manifest import Manifest
-    from sidelight.probe import Probe
+    from sidelight.probes.manifest import Manifest
+    from sidelight.probes.probe import Probe
 
 Side = Literal["input", "output"]
 Mode = Literal["score", "flag", "route", "redact", "block", "shadow"]

@@ -8,13 +8,13 @@ from fastapi import APIRouter
 from openai.types import Model
 from pydantic import BaseModel, Field
 
+from sidelight.models.conversation import Side
 from sidelight.policy.rules import Mode
 from sidelight.policy.rules import Side as RuleSide
-from sidelight.probe import Probe
-from sidelight.prompts.conversation import Side
+from sidelight.probes.probe import Probe
 from sidelight.server.requests import AdminOnly, Route, ServerRequest
 from sidelight.server.schemas import Listed, StrictBody
-from sidelight.thresholds import OperatingCurve
+from sidelight.statistics.thresholds import OperatingCurve
 from sidelight.types import TaskKind
 
 models_router = APIRouter(route_class=Route)

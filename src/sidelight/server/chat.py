@@ -21,10 +21,10 @@ from starlette.types import Receive, Scope, Send
 
 from sidelight.engines.base import FinishReason, Sampling, TextDelta
 from sidelight.errors import SidelightError
+from sidelight.models.conversation import Conversation, with_invisible
 from sidelight.policy.enforcement import Judged, Passed
 from sidelight.policy.hold_back import Ended
 from sidelight.policy.request import Json, Outcome
-from sidelight.prompts.conversation import Conversation, with_invisible
 from sidelight.server.errors import as_request_error
 from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import (

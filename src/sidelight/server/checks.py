@@ -9,13 +9,13 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from sidelight.engines.base import PromptJudged, verdict_failure
+from sidelight.models.conversation import Message, has_response
+from sidelight.models.invisible import visible
 from sidelight.policy.decisions import Decision
 from sidelight.policy.enforcement import check_decisions
 from sidelight.policy.redaction import Placeholders, without_placeholders
 from sidelight.policy.request import Terms, category_fields
 from sidelight.policy.rules import BoundRule, Side
-from sidelight.prompts.conversation import Message, has_response
-from sidelight.prompts.invisible import visible
 from sidelight.server.errors import RequestError
 from sidelight.server.observe import RequestTextObserver
 from sidelight.server.requests import Route, ServerRequest, unless_left

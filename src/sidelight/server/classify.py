@@ -11,9 +11,9 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from sidelight.errors import did_you_mean
+from sidelight.models.conversation import Message
 from sidelight.policy.request import Terms
 from sidelight.policy.rules import Side
-from sidelight.prompts.conversation import Message
 from sidelight.server.checks import as_answer, as_user, check, require_prompt_probe
 from sidelight.server.errors import RequestError
 from sidelight.server.requests import Route, ServerRequest

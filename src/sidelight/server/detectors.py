@@ -12,10 +12,10 @@ from fastapi import APIRouter, Header
 from pydantic import BaseModel, Field
 
 from sidelight.errors import did_you_mean
+from sidelight.models.conversation import Message
 from sidelight.policy.decisions import Decision
 from sidelight.policy.request import Json, Terms
 from sidelight.policy.rules import Side
-from sidelight.prompts.conversation import Message
 from sidelight.server.checks import as_answer, as_user, check, is_answered
 from sidelight.server.errors import DETECTORS, RequestError
 from sidelight.server.requests import Route, ServerRequest

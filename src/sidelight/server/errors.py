@@ -17,7 +17,7 @@ from sidelight.engines.base import (
     NotExplainedError,
 )
 from sidelight.errors import ContextLengthError, DisguisedTextError, SidelightError, VerdictError
-from sidelight.gguf_files import is_gguf
+from sidelight.models.gguf_files import is_gguf
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.request import refusal_headers
 from sidelight.server.keys import Caller

@@ -10,13 +10,13 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sidelight.errors import DisguisedTextError, SidelightError
+from sidelight.models.conversation import Message
+from sidelight.models.invisible import Invisible, reject_disguises, visible
 from sidelight.policy.decisions import Decision, PolicyError
 from sidelight.policy.enforcement import require_trusted_turns
 from sidelight.policy.redaction import Placeholders
 from sidelight.policy.request import Terms
 from sidelight.policy.rules import Side
-from sidelight.prompts.conversation import Message
-from sidelight.prompts.invisible import Invisible, reject_disguises, visible
 from sidelight.server.checks import as_answer, as_user, check, require_prompt_probe, spans_of
 from sidelight.server.errors import RequestError
 from sidelight.server.requests import Route, ServerRequest

@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 from sidelight.engines.base import Engine
 from sidelight.policy.decisions import Decision, DecisionOutcome, agreements
 from sidelight.policy.rules import Action, BoundRule
-from sidelight.probe import Probe
+from sidelight.probes.probe import Probe
 from sidelight.types import Verdict
 
 # `deploy/alerts.yaml` names these bounds.

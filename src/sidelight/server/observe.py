@@ -24,9 +24,9 @@ from starlette.types import Message, Send
 
 from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.errors import SidelightError
+from sidelight.models.conversation import Conversation, PlainText
 from sidelight.policy.decisions import Decision
 from sidelight.policy.rules import LOGGED, BoundRule
-from sidelight.prompts.conversation import Conversation, PlainText
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics, scores

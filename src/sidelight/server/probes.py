@@ -5,10 +5,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from sidelight.artifact import load_probe
 from sidelight.engines.base import Engine
 from sidelight.guards import probe_folders
-from sidelight.manifest import read_manifest, require_distinct_names
 from sidelight.policy.rules import (
     BoundRule,
     Policy,
@@ -16,7 +14,9 @@ from sidelight.policy.rules import (
     read_policy,
     require_policy_applies,
 )
-from sidelight.probe import Probe
+from sidelight.probes.artifact import load_probe
+from sidelight.probes.manifest import read_manifest, require_distinct_names
+from sidelight.probes.probe import Probe
 from sidelight.server.config import ServerConfig
 
 _log = logging.getLogger(__name__)

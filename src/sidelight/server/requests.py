@@ -16,10 +16,10 @@ from starlette.requests import ClientDisconnect
 
 from sidelight.engines.base import Engine
 from sidelight.errors import did_you_mean
+from sidelight.models.conversation import Conversation
 from sidelight.policy.enforcement import require_trusted_turns
 from sidelight.policy.request import Terms
 from sidelight.policy.rules import require_policy_applies
-from sidelight.prompts.conversation import Conversation
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics

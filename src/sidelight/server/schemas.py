@@ -27,7 +27,7 @@ from pydantic_core import PydanticCustomError
 
 from sidelight.engines.base import Sampling
 from sidelight.errors import did_you_mean
-from sidelight.prompts.conversation import Message, PlainText
+from sidelight.models.conversation import Message, PlainText
 
 
 class ErrorResponse(BaseModel):

@@ -1,1 +1,1 @@
-"""Hidden states of labelled texts: computed once, kept on disk, read by training and scoring."""
+"""The frozen model, and hidden states of labelled texts: computed once, kept on disk."""

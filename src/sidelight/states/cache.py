@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import Fingerprint
-from sidelight.prompts.conversation import EncodedPrompt, Reads
-from sidelight.standardisation import inverse_rms
+from sidelight.models.conversation import EncodedPrompt, Reads
+from sidelight.models.fingerprint import Fingerprint
+from sidelight.probes.standardisation import inverse_rms
 from sidelight.storage import replacing
 
 FORMAT_VERSION = 3

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sidelight.backbone import Backbone
-from sidelight.bank import Bank
 from sidelight.errors import SidelightError
-from sidelight.probe import Probe, ProbeOutput
+from sidelight.models.conversation import EncodedPrompt, shared_unread
+from sidelight.probes.bank import Bank
+from sidelight.probes.probe import Probe, ProbeOutput
+from sidelight.probes.ragged import Ragged, by_length
 from sidelight.progress import Progress, progress
-from sidelight.prompts.conversation import EncodedPrompt, shared_unread
-from sidelight.ragged import Ragged, by_length
+from sidelight.states.backbone import Backbone
 from sidelight.states.cache import ActivationCache, Shard
 
 _SCORED_TEXTS = 32

@@ -12,7 +12,7 @@ from sidelight.data.examples import Example, Examples, LabelledExamples, balance
 from sidelight.data.labels import is_missing
 from sidelight.data.loading import load_examples
 from sidelight.data.near_duplicates import are_alike
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
 
 Messages = tuple[Message, ...]
 

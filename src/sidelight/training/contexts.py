@@ -16,11 +16,11 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
-from sidelight.backbone import Backbone
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import EncodedPrompt, Message, Reads, piece_lengths
-from sidelight.prompts.encode import PromptEncoder
+from sidelight.models.conversation import EncodedPrompt, Message, Reads, piece_lengths
+from sidelight.models.encode import PromptEncoder
+from sidelight.states.backbone import Backbone
 from sidelight.training.background import Background, Messages
 from sidelight.training.settings import FitOptions
 from sidelight.types import Numbers

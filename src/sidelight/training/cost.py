@@ -6,8 +6,8 @@ from time import perf_counter
 import torch
 
 from sidelight.data.examples import LabelledExamples, located
-from sidelight.fingerprint import Fingerprint
-from sidelight.prompts.encode import PromptEncoder
+from sidelight.models.encode import PromptEncoder
+from sidelight.models.fingerprint import Fingerprint
 from sidelight.states.cache import token_bytes
 from sidelight.training.contexts import context_budget
 from sidelight.training.settings import TRAINING_MAX_TOKENS

@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sidelight.backbone import Backbone
 from sidelight.data.examples import Example, Examples, LabelledExamples, located, place_of
+from sidelight.data.spans import token_labels
 from sidelight.errors import SidelightError
+from sidelight.models.conversation import EncodedPrompt, Reads, judged_units
+from sidelight.models.encode import PromptEncoder
+from sidelight.probes.ragged import Ragged
 from sidelight.progress import say
-from sidelight.prompts.conversation import EncodedPrompt, Reads, judged_units
-from sidelight.prompts.encode import PromptEncoder
-from sidelight.ragged import Ragged
-from sidelight.spans import token_labels
+from sidelight.states.backbone import Backbone
 from sidelight.states.cache import SHARD_BYTES, ActivationCache, Memory
 from sidelight.states.extraction import BackboneSource, StateSource, extract
 from sidelight.training.background import Background, choose_conversations

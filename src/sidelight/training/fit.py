@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from sidelight.artifact import save_probe
-from sidelight.backbone import Backbone
+from sidelight.data.evaluation import Report, SpanReport
 from sidelight.data.examples import LabelledExamples
-from sidelight.evaluation import Report, SpanReport
-from sidelight.mechanisms.base import mechanism_spec
-from sidelight.probe import Probe
+from sidelight.probes.artifact import save_probe
+from sidelight.probes.mechanisms.base import mechanism_spec
+from sidelight.probes.probe import Probe
+from sidelight.states.backbone import Backbone
 from sidelight.states.extraction import StateSource
 from sidelight.training.dataset import ProbeDataset, prepare
 from sidelight.training.loop import Candidate, divergence, train_mechanisms

@@ -11,10 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError
-from sidelight.machine import lacks_bfloat16
+from sidelight.models.machine import lacks_bfloat16
+from sidelight.probes.ragged import Ragged
+from sidelight.probes.standardisation import Projection, inverse_rms
 from sidelight.progress import Progress, progress
-from sidelight.ragged import Ragged
-from sidelight.standardisation import Projection, inverse_rms
 from sidelight.states.cache import Shard, random_batches
 from sidelight.training.dataset import Split, Targets
 from sidelight.training.optimisation import TrainingRun, validation_score

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from sidelight.calibration import (
+from sidelight.data.evaluation import Report, evaluate
+from sidelight.data.examples import Examples, LabelledExamples
+from sidelight.errors import SidelightError
+from sidelight.probes.manifest import History
+from sidelight.statistics.calibration import (
     Calibration,
     CalibrationKind,
     fit_calibration,
     require_calibratable,
     suggested_calibration,
 )
-from sidelight.data.examples import Examples, LabelledExamples
-from sidelight.errors import SidelightError
-from sidelight.evaluation import Report, evaluate
-from sidelight.manifest import History
-from sidelight.metrics import decide, log_losses
-from sidelight.thresholds import (
+from sidelight.statistics.metrics import decide, log_losses
+from sidelight.statistics.thresholds import (
     F1,
     OperatingCurve,
     ThresholdRule,

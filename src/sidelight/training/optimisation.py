@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.base import Geometry, Mechanism, build_mechanism
-from sidelight.ragged import Ragged
-from sidelight.standardisation import Standardisation
+from sidelight.probes.mechanisms.base import Geometry, Mechanism, build_mechanism
+from sidelight.probes.ragged import Ragged
+from sidelight.probes.standardisation import Standardisation
 from sidelight.training.dataset import Targets
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import MechanismSpec, Task

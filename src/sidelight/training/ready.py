@@ -1,28 +1,21 @@
-"""Ready guards as a set: how they are trained, their figures on packaged tests, and a policy."""
+"""Ready guards as a set: how they are trained, and a policy for them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 
-from sidelight.backbone import Backbone, TransformersBackbone
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.guards import draw_texts, find_guard
 from sidelight.data.loading import load_examples
-from sidelight.fingerprint import Fingerprint
-from sidelight.manifest import Manifest
-from sidelight.probe import Probe
-from sidelight.prompts.encode import PromptEncoder
-from sidelight.thresholds import ThresholdRule
+from sidelight.models.encode import PromptEncoder
+from sidelight.models.fingerprint import Fingerprint
+from sidelight.probes.manifest import Manifest
+from sidelight.probes.probe import Probe
+from sidelight.states.backbone import Backbone, TransformersBackbone
+from sidelight.statistics.thresholds import ThresholdRule
 from sidelight.training.background import Background, load_background
-from sidelight.training.classifier import Classifier
 from sidelight.training.cost import TrainingEstimate, estimate_training, training_tokens
-from sidelight.training.judging import Assessment, assess
-from sidelight.training.measuring import trained_texts
 from sidelight.training.settings import (
     AUTO,
     READS,
@@ -30,7 +23,6 @@ from sidelight.training.settings import (
     named_mechanism,
     suggested_settings,
 )
-from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task
 
 _CPU = torch.device("cpu")
@@ -102,55 +94,6 @@ def guard_options(
         background=Background() if card.labels is None else load_background("packaged"),
         threshold=rule,
     )
-
-
-@dataclass(frozen=True)
-class GuardTests:
-    """The packaged tests of a guard, on which it and TF-IDF are measured.
-
-    Attributes:
-        texts: What the guard was trained on, and TF-IDF is.
-        tests: The texts of each test.
-    """
-
-    texts: LabelledExamples
-    tests: dict[str, LabelledExamples]
-
-    @cached_property
-    def _tfidf(self) -> Any:
-        return fit_tfidf(self.texts.whole_texts, self.texts.labels, self.texts.task)
-
-    def measure(self, classifier: Classifier, test: str) -> dict[str, Any]:
-        """The figures on a test, beside those of TF-IDF at as many false positives."""
-        return self.figures(assess(classifier, self.tests[test]), test)
-
-    def figures(self, assessment: Assessment, test: str) -> dict[str, Any]:
-        """As ``measure``, from an assessment."""
-        probe, examples = assessment.probe, assessment.examples
-        figures: dict[str, Any] = {
-            "title": find_guard(probe.name).card.tests[test].title,
-            "rows": len(examples),
-            "trained": trained_texts(probe.history, examples),
-            # By which figures of another probe, or of a corrected test, are recognised.
-            "probe": probe.version,
-            "texts_sha256": examples.content_hash,
-        }
-        if assessment.spans is not None:
-            return figures | assessment.spans.to_dict()
-        positive = examples.labels == 1
-        flags = assessment.probabilities[:, 0] >= probe.thresholds[0]
-        scores = self._tfidf.logits(examples.whole_texts)[:, 0]
-        alarms, others = int(flags[~positive].sum()), np.sort(scores[~positive])[::-1]
-        highest = [*others, -np.inf][alarms]
-        has_both = 0 < positive.sum() < len(positive)
-        return figures | {
-            "positives": int(positive.sum()),
-            "found": int(flags[positive].sum()),
-            "false_positives": alarms,
-            "auroc": assessment.report.metrics["auroc"].to_dict(),
-            "tfidf_auroc": float(roc_auc_score(positive, scores)) if has_both else None,
-            "tfidf_found": int((scores[positive] > highest).sum()) if has_both else None,
-        }
 
 
 def shadow_policy(probes: Sequence[Probe | Manifest]) -> str:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from sidelight.calibration import suggested_calibration
+from sidelight.data.evaluation import Report, evaluate
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.evaluation import Report, evaluate
-from sidelight.manifest import Manifest
-from sidelight.metrics import decide, log_losses
-from sidelight.thresholds import (
+from sidelight.probes.manifest import Manifest
+from sidelight.statistics.calibration import suggested_calibration
+from sidelight.statistics.metrics import decide, log_losses
+from sidelight.statistics.thresholds import (
     F1,
     ThresholdRule,
     require_thresholds,
@@ -33,7 +33,7 @@ from sidelight.training.measuring import (
 from sidelight.training.traffic import Conversations
 
 if TYPE_CHECKING:
-    from sidelight.probe import Probe
+    from sidelight.probes.probe import Probe
 
 # With fewer texts a probe is better off as it is.
 LEAST_LABELLED = 30

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sidelight.mechanisms.base import Geometry
-from sidelight.standardisation import Standardisation, normalised, spread_and_mean
+from sidelight.probes.mechanisms.base import Geometry
+from sidelight.probes.standardisation import Standardisation, normalised, spread_and_mean
 from sidelight.training.dataset import Split
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task

@@ -14,15 +14,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from sidelight.calibration import CalibrationKind
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError, checked
-from sidelight.fingerprint import Fingerprint, hash_of
+from sidelight.models.conversation import Reads
+from sidelight.models.fingerprint import Fingerprint, hash_of
+from sidelight.models.smollm2 import cache_root
 from sidelight.progress import say
-from sidelight.prompts.conversation import Reads
-from sidelight.smollm2 import cache_root
+from sidelight.statistics.calibration import CalibrationKind
+from sidelight.statistics.thresholds import F1, ThresholdRule
 from sidelight.storage import holding, remove_unused
-from sidelight.thresholds import F1, ThresholdRule
 from sidelight.training.background import Background
 from sidelight.types import NONE, MechanismSpec, Task
 
@@ -127,7 +127,7 @@ def named_mechanism(mechanism: str, *, of_spans: bool = False) -> str:
     """
     if mechanism == AUTO:
         return "spans" if of_spans else "readout"
-    from sidelight.mechanisms.base import labels_tokens
+    from sidelight.probes.mechanisms.base import labels_tokens
 
     if of_spans and not labels_tokens(mechanism):
         raise SidelightError(

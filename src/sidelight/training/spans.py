@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from sidelight.calibration import fit_calibration, suggested_calibration
+from sidelight.data.evaluation import SpanReport, evaluate_spans
 from sidelight.data.examples import LabelledExamples
-from sidelight.evaluation import SpanReport, evaluate_spans
-from sidelight.spans import (
+from sidelight.data.spans import (
     SpanRule,
     character_scores,
     labelled_characters,
@@ -21,7 +20,8 @@ from sidelight.spans import (
     within_margin,
     words,
 )
-from sidelight.thresholds import F1, OperatingCurve, ThresholdRule
+from sidelight.statistics.calibration import fit_calibration, suggested_calibration
+from sidelight.statistics.thresholds import F1, OperatingCurve, ThresholdRule
 from sidelight.training.dataset import Split, TokenPlaces
 from sidelight.training.optimisation import TrainingRun
 from sidelight.training.validation import FOLDS

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sidelight.calibration import Calibration
-from sidelight.metrics import wilson
-from sidelight.thresholds import OperatingCurve, ThresholdRule
+from sidelight.statistics.calibration import Calibration
+from sidelight.statistics.metrics import wilson
+from sidelight.statistics.thresholds import OperatingCurve, ThresholdRule
 from sidelight.types import Task
 
 if TYPE_CHECKING:
-    from sidelight.probe import Probe
+    from sidelight.probes.probe import Probe
     from sidelight.training.contexts import Context
 
 # The share of ordinary conversations that may be flagged, unless a rule says otherwise. Of sources

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int
 
-from sidelight.calibration import require_calibratable, suggested_calibration
 from sidelight.data.examples import Example, LabelledExamples, validation_share
 from sidelight.errors import SidelightError
-from sidelight.manifest import Manifest
-from sidelight.thresholds import require_thresholds, threshold_doubts
+from sidelight.probes.manifest import Manifest
+from sidelight.statistics.calibration import require_calibratable, suggested_calibration
+from sidelight.statistics.thresholds import require_thresholds, threshold_doubts
 from sidelight.training.settings import FEW_TEXTS, FitOptions
 
 if TYPE_CHECKING:
-    from sidelight.probe import Probe
+    from sidelight.probes.probe import Probe
 
 Folds = tuple[Int[np.ndarray, " _"], ...]
 FOLDS = 5

@@ -26,10 +26,10 @@ from sidelight.engines.base import (
     TextDelta,
 )
 from sidelight.engines.marks import AnswerSpans, labels_spans, mark_text
+from sidelight.models.conversation import EncodedPrompt, Part, PlainText
 from sidelight.policy.enforcement import Enforcement, Judged
 from sidelight.policy.hold_back import Ended, redacted_spans
 from sidelight.policy.request import Outcome, Terms
-from sidelight.prompts.conversation import EncodedPrompt, Part, PlainText
 from sidelight.types import Judgement, Span
 from sidelight.vllm import KEY
 from sidelight.vllm.engine import VllmEngine

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sidelight.errors import SidelightError
-from sidelight.standardisation import Projection
+from sidelight.probes.standardisation import Projection
 from sidelight.vllm.settings import COLUMNS
 
 

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
 from sidelight.errors import SidelightError
-from sidelight.prompts.invisible import visible
+from sidelight.models.invisible import visible
 from sidelight.server import admin, checks, classify, detectors, guardrail, questions
 from sidelight.server.app import LOOPBACK, application, status_router
 from sidelight.server.errors import (

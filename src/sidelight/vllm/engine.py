@@ -12,8 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-from sidelight.artifact import save_probe
-from sidelight.backbone import read_backbone
 from sidelight.data.examples import Example
 from sidelight.engines.base import (
     Engine,
@@ -30,12 +28,14 @@ from sidelight.engines.base import (
 from sidelight.engines.marks import labels_spans, mark_text
 from sidelight.engines.text import TextCodec
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import Fingerprint
-from sidelight.manifest import read_manifest
-from sidelight.probe import Probe, common_format
+from sidelight.models.conversation import Conversation, EncodedPrompt, Message, has_response
+from sidelight.models.encode import PromptEncoder
+from sidelight.models.fingerprint import Fingerprint
+from sidelight.probes.artifact import save_probe
+from sidelight.probes.manifest import read_manifest
+from sidelight.probes.probe import Probe, common_format
 from sidelight.progress import Progress, progress
-from sidelight.prompts.conversation import Conversation, EncodedPrompt, Message, has_response
-from sidelight.prompts.encode import PromptEncoder
+from sidelight.states.backbone import read_backbone
 from sidelight.types import Judgement, Verdict
 from sidelight.vllm import KEY
 from sidelight.vllm.internals import guesses_responses
@@ -374,7 +374,7 @@ def predict(
         SidelightError: As for ``load_vllm_engine``, or vLLM stops.
     """
     # It brings what trains.
-    from sidelight.training.judging import encode
+    from sidelight.scoring import encode
 
     backbone = read_backbone(model, prompt_format=common_format([probe]))
     own, most = backbone.encoder, longest(backbone.encoder, options or {})

@@ -19,12 +19,12 @@ from typing import Any
 
 from sidelight.engines.marks import labels_spans
 from sidelight.errors import SidelightError
+from sidelight.models.control_tokens import control_tokens
+from sidelight.models.conversation import Message, PlainText
+from sidelight.models.invisible import reject_disguises
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Enforcement
 from sidelight.policy.request import Terms
-from sidelight.prompts.control_tokens import control_tokens
-from sidelight.prompts.conversation import Message, PlainText
-from sidelight.prompts.invisible import reject_disguises
 from sidelight.server.config import ServerConfig
 from sidelight.server.requests import ServerContext
 from sidelight.vllm import KEY

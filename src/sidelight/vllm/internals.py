@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from sidelight.errors import SidelightError
-from sidelight.probe import Probe
+from sidelight.probes.probe import Probe
 
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:

@@ -19,10 +19,10 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
+from sidelight.models.conversation import EncodedPrompt, Part, Reads
 from sidelight.progress import Progress
-from sidelight.prompts.conversation import EncodedPrompt, Part, Reads
+from sidelight.states.backbone import TransformersBackbone
 from sidelight.states.cache import ActivationCache
 from sidelight.types import Judgement
 from sidelight.vllm import KEY

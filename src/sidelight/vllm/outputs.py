@@ -8,8 +8,8 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mappi
 from contextlib import aclosing, contextmanager
 from typing import Any
 
-from sidelight.probe import Probe
-from sidelight.prompts.conversation import EncodedPrompt
+from sidelight.models.conversation import EncodedPrompt
+from sidelight.probes.probe import Probe
 from sidelight.vllm import KEY
 from sidelight.vllm.requests import Report, read_report, request_params
 

@@ -21,9 +21,9 @@ from vllm.v1.executor.abstract import Executor
 
 import vllm
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import ACCEPTED, Fingerprint, accepted_copy
+from sidelight.models.fingerprint import ACCEPTED, Fingerprint, accepted_copy
 from sidelight.policy.rules import bound_rules, require_policy_applies
-from sidelight.probe import Probe
+from sidelight.probes.probe import Probe
 from sidelight.vllm import ENVIRONMENT, KEY, POLICY, TESTED
 from sidelight.vllm.columns import tap_layers
 from sidelight.vllm.guard import EngineGuard

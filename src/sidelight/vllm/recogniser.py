@@ -11,10 +11,10 @@ from typing import Any
 from jinja2 import TemplateError
 
 from sidelight.errors import SidelightError
+from sidelight.models.conversation import EncodedPrompt, Message, Part, PlainText
+from sidelight.models.encode import PromptEncoder
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.request import Terms
-from sidelight.prompts.conversation import EncodedPrompt, Message, Part, PlainText
-from sidelight.prompts.encode import PromptEncoder
 
 # What vLLM's ``StructuredOutputsParams`` takes that can hold words of an answer.
 _WORDED = ("json", "regex", "choice", "grammar", "structural_tag")

@@ -17,7 +17,7 @@ from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import EncodedPrompt, Part
+from sidelight.models.conversation import EncodedPrompt, Part
 from sidelight.types import Judgement
 from sidelight.vllm import KEY
 from sidelight.vllm.columns import Reading

@@ -15,12 +15,12 @@ from contextlib import suppress
 from math import ceil
 from typing import Any, NoReturn
 
-from sidelight.backbone import read_backbone
 from sidelight.engines.base import EngineUnavailableError
 from sidelight.errors import SidelightError
-from sidelight.probe import Probe, common_format
+from sidelight.probes.probe import Probe, common_format
 from sidelight.server.app import cannot_listen, require_keys
 from sidelight.server.config import ServerConfig
+from sidelight.states.backbone import read_backbone
 from sidelight.vllm import KEY
 from sidelight.vllm.internals import wrap
 from sidelight.vllm.settings import SET_HERE, require_vllm, serve_with

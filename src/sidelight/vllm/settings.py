@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 from transformers import AutoTokenizer
 
-from sidelight.artifact import load_probe
-from sidelight.backbone import read_backbone
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.fingerprint import Fingerprint
 from sidelight.guards import named_sources, probe_folders
-from sidelight.manifest import require_distinct_names
-from sidelight.probe import Probe, common_format
-from sidelight.prompts.encode import PromptEncoder
+from sidelight.models.encode import PromptEncoder
+from sidelight.models.fingerprint import Fingerprint
+from sidelight.probes.artifact import load_probe
+from sidelight.probes.manifest import require_distinct_names
+from sidelight.probes.probe import Probe, common_format
+from sidelight.states.backbone import read_backbone
 from sidelight.vllm import ENVIRONMENT, POLICY
 
 if TYPE_CHECKING:

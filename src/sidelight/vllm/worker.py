@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sidelight.bank import NUMBERS_AT_ONCE, BankState, Panel
 from sidelight.errors import SidelightError
-from sidelight.standardisation import Projection
+from sidelight.probes.bank import NUMBERS_AT_ONCE, BankState, Panel
+from sidelight.probes.standardisation import Projection
 from sidelight.types import Judgement
 from sidelight.vllm.columns import Pages, Reading, Stage, receiver, set_receiver
 from sidelight.vllm.internals import pass_slots, raise_for_all

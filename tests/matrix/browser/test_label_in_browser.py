@@ -11,8 +11,8 @@ import pytest
 from browser import PHONE, chromium, needs_chromium, page_at, violations
 from sitting import TOKEN, Sitting, saved_labels, texts_of
 
-from sidelight.artifact import save_probe
-from sidelight.manifest import read_manifest
+from sidelight.probes.artifact import save_probe
+from sidelight.probes.manifest import read_manifest
 from sidelight_label.app import create_app
 from worlds.models import saved, untrained_probe
 from worlds.servers import listening

@@ -11,8 +11,8 @@ import pytest
 from browser import PHONE, chromium, needs_chromium, page_at, violations
 
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
-from sidelight.prompts.conversation import Reads
 from worlds.data import with_curves
 from worlds.models import INTENT, PIECES, TOPICS, spans_probe, untrained_probe
 from worlds.servers import MODEL, http_client, served

@@ -19,9 +19,9 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse
 
-from sidelight.calibration import Calibration
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import read_policy
+from sidelight.statistics.calibration import Calibration
 from sidelight.types import Task
 from worlds.models import tiny_backbone, untrained_probe
 from worlds.servers import free_port, http_client, listening, served

@@ -17,12 +17,12 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from sidelight.backbone import TransformersBackbone
-from sidelight.bank import Bank
-from sidelight.calibration import Calibration
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import read_policy
-from sidelight.probe import Probe
+from sidelight.probes.bank import Bank
+from sidelight.probes.probe import Probe
+from sidelight.states.backbone import TransformersBackbone
+from sidelight.statistics.calibration import Calibration
 from sidelight.types import Task
 from test_examples import EXAMPLES
 from worlds.data import encoded

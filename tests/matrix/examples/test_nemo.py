@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.probe import Probe
-from sidelight.prompts.conversation import Message
+from sidelight.models.conversation import Message
+from sidelight.probes.probe import Probe
+from sidelight.states.backbone import TransformersBackbone
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.types import Task

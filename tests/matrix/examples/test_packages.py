@@ -21,9 +21,9 @@ import pytest
 import yaml
 from fastapi import FastAPI, Request
 
-from sidelight.artifact import load_probe, save_probe
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule, read_policy
+from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, TrainingSettings
 from test_examples import EXAMPLES, KEY, address, require_verdicts_printed, server

@@ -8,7 +8,7 @@ from engine_contract import EngineContract, Subject
 from sidelight.engines.llama.backbone import LlamaBackbone
 from sidelight.engines.llama.engine import LlamaEngine
 from sidelight.engines.queue import Limits
-from sidelight.smollm2 import packaged_gguf
+from sidelight.models.smollm2 import packaged_gguf
 from worlds.gguf import needs_llama
 from worlds.vllm import with_probes
 

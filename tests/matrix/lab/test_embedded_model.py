@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sidelight.backbone import load_backbone
+from sidelight import classifier
 from sidelight.data.loading import load_examples
-from sidelight.training import classifier
+from sidelight.states.backbone import load_backbone
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 TOXICCHAT = Path(os.environ.get("SIDELIGHT_DATA") or SHARED) / "toxicchat0124/train.jsonl.gz"

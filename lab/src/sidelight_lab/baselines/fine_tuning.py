@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from sidelight.backbone import TransformersBackbone
+from sidelight.probes.ragged import by_length
 from sidelight.progress import progress
-from sidelight.ragged import by_length
+from sidelight.states.backbone import TransformersBackbone
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.optimisation import make_loss, validation_score
 from sidelight_lab.baselines.base import Baseline, FittedBaseline

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
-from sidelight.prompts.conversation import EncodedPrompt
+from sidelight.models.conversation import EncodedPrompt
+from sidelight.states.backbone import TransformersBackbone
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_validation
 from sidelight_lab.baselines.pooled import pooled_states

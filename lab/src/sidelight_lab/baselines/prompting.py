@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from sidelight.backbone import TransformersBackbone, cache_prefix, run_with_prefix
 from sidelight.errors import SidelightError
+from sidelight.models.conversation import EncodedPrompt, Message, shared_length
+from sidelight.probes.ragged import BATCH_TOKENS, by_length
 from sidelight.progress import progress
-from sidelight.prompts.conversation import EncodedPrompt, Message, shared_length
-from sidelight.ragged import BATCH_TOKENS, by_length
+from sidelight.states.backbone import TransformersBackbone, cache_prefix, run_with_prefix
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
 from sidelight.data.examples import LabelledExamples
-from sidelight.spans import token_labels, words
+from sidelight.data.spans import token_labels, words
 from sidelight.training.dataset import ProbeDataset, Split, TokenPlaces
 from sidelight.training.spans import TokenScores
 from sidelight_lab.baselines.encoders import Encoder

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sidelight.mechanisms.stages import finish_softmax, summarise_softmax
-from sidelight.ragged import Ragged
-from sidelight.standardisation import Standardisation
+from sidelight.probes.mechanisms.stages import finish_softmax, summarise_softmax
+from sidelight.probes.ragged import Ragged
+from sidelight.probes.standardisation import Standardisation
 from sidelight.states.cache import Shard
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.optimisation import make_loss

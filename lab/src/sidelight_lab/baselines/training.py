@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sidelight.errors import SidelightError
-from sidelight.standardisation import Standardisation
+from sidelight.probes.standardisation import Standardisation
 from sidelight.states.cache import Shard, random_batches
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.optimisation import validation_score

@@ -10,11 +10,11 @@ from time import perf_counter
 import httpx
 import numpy as np
 
-from sidelight.backbone import Backbone
 from sidelight.errors import ContextLengthError, SidelightError
+from sidelight.models.conversation import Message
+from sidelight.models.encode import PromptEncoder
 from sidelight.progress import progress
-from sidelight.prompts.conversation import Message
-from sidelight.prompts.encode import PromptEncoder
+from sidelight.states.backbone import Backbone
 from sidelight_lab.bench.measurement import Range, Record, conditions, table
 from sidelight_lab.bench.server_process import ServerProcess
 

@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from sklearn.metrics import average_precision_score
 
-from sidelight.backbone import TransformersBackbone
-from sidelight.calibration import Calibration, fit_calibration, suggested_calibration
+from sidelight.data.evaluation import Estimate, evaluate
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.evaluation import Estimate, evaluate
-from sidelight.metrics import decide, log_losses
+from sidelight.states.backbone import TransformersBackbone
 from sidelight.states.extraction import cached_logits
+from sidelight.statistics.calibration import Calibration, fit_calibration, suggested_calibration
+from sidelight.statistics.metrics import decide, log_losses
 from sidelight.training.background import Background
 from sidelight.training.dataset import ProbeDataset, Split, make_split, prepare
 from sidelight.training.fit import fit

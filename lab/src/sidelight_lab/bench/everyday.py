@@ -19,8 +19,8 @@ from sklearn.metrics import roc_auc_score
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
+from sidelight.models.conversation import Message
 from sidelight.progress import progress
-from sidelight.prompts.conversation import Message
 from sidelight_lab.bench.measurement import Record, conditions, table
 from sidelight_lab.datasets import default_root
 from sidelight_lab.redteam.attacks import Messages, between, pieces

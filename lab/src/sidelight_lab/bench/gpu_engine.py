@@ -21,18 +21,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import sidelight
-from sidelight.artifact import load_probe, save_probe
-from sidelight.backbone import DtypeName, load_backbone
+from sidelight.classifier import Classifier, load
 from sidelight.cli import app
 from sidelight.data.loading import load_examples
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.prompts.conversation import Reads
-from sidelight.smollm2 import EMBEDDED_NAME, embedded_model_path
+from sidelight.models.conversation import Reads
+from sidelight.models.smollm2 import EMBEDDED_NAME, embedded_model_path
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.scoring import encode
+from sidelight.states.backbone import DtypeName, load_backbone
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, extract
 from sidelight.storage import write_text
-from sidelight.training.classifier import Classifier, load
-from sidelight.training.judging import encode
 from sidelight_lab.bench.measurement import write_answers
 from sidelight_lab.bench.server_process import ServerProcess
 

@@ -16,22 +16,22 @@ import numpy as np
 from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from sidelight.backbone import TransformersBackbone
-from sidelight.calibration import Calibration
+from sidelight.data.evaluation import Estimate
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.guards import Guard, draw_texts, find_guard, guard_names
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.evaluation import Estimate
-from sidelight.mechanisms.base import mechanism_spec
-from sidelight.metrics import decide, measure_resamples
-from sidelight.probe import Probe
+from sidelight.models.conversation import Reads
+from sidelight.probes.mechanisms.base import mechanism_spec
+from sidelight.probes.probe import Probe
 from sidelight.progress import progress, quiet
-from sidelight.prompts.conversation import Reads
+from sidelight.states.backbone import TransformersBackbone
 from sidelight.states.cache import Shard
 from sidelight.states.extraction import shard_logits
+from sidelight.statistics.calibration import Calibration
+from sidelight.statistics.metrics import decide, measure_resamples
+from sidelight.statistics.thresholds import choose_thresholds
 from sidelight.storage import write_json
-from sidelight.thresholds import choose_thresholds
 from sidelight.training.background import Background, Messages, choose_conversations
 from sidelight.training.dataset import Split, make_split
 from sidelight.training.fit import fit

@@ -15,15 +15,15 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BertConfig, BertForSequenceClassification
 
-from sidelight.backbone import TransformersBackbone
-from sidelight.bank import Panel
 from sidelight.engines.base import Engine
 from sidelight.engines.transformers import TransformersDecoder, TransformersEngine
 from sidelight.errors import ContextLengthError
-from sidelight.mechanisms.base import mechanism_names, mechanism_spec
-from sidelight.probe import Probe
+from sidelight.models.conversation import EncodedPrompt, Part, Reads
+from sidelight.probes.bank import Panel
+from sidelight.probes.mechanisms.base import mechanism_names, mechanism_spec
+from sidelight.probes.probe import Probe
 from sidelight.progress import progress
-from sidelight.prompts.conversation import EncodedPrompt, Part, Reads
+from sidelight.states.backbone import TransformersBackbone
 from sidelight.types import Judgement, Verdict
 from sidelight_lab.bench.measurement import (
     Range,

@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sidelight.backbone import Backbone, TransformersBackbone
-from sidelight.bank import Bank
-from sidelight.calibration import Calibration
+from sidelight.data.spans import SpanRule
 from sidelight.engines.base import Engine, Finished, Sampling
-from sidelight.fingerprint import Fingerprint
-from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
-from sidelight.probe import Probe
-from sidelight.prompts.conversation import EncodedPrompt, Message, PromptFormat, Reads
-from sidelight.spans import SpanRule
-from sidelight.standardisation import Standardisation
+from sidelight.models.conversation import EncodedPrompt, Message, PromptFormat, Reads
+from sidelight.models.fingerprint import Fingerprint
+from sidelight.probes.bank import Bank
+from sidelight.probes.mechanisms.base import Geometry, build_mechanism, mechanism_spec
+from sidelight.probes.probe import Probe
+from sidelight.probes.standardisation import Standardisation
+from sidelight.states.backbone import Backbone, TransformersBackbone
 from sidelight.states.extraction import text_logits
+from sidelight.statistics.calibration import Calibration
 from sidelight.storage import write_text
 from sidelight.types import MechanismSpec, Task
 from sidelight.vllm import KEY

@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from sidelight.artifact import save_probe
-from sidelight.backbone import load_backbone
-from sidelight.evaluation import Estimate
-from sidelight.fingerprint import Fingerprint
-from sidelight.mechanisms.base import mechanism_spec
-from sidelight.probe import Probe
+from sidelight.data.evaluation import Estimate
+from sidelight.models.conversation import Message, Reads
+from sidelight.models.fingerprint import Fingerprint
+from sidelight.probes.artifact import save_probe
+from sidelight.probes.mechanisms.base import mechanism_spec
+from sidelight.probes.probe import Probe
 from sidelight.progress import progress
-from sidelight.prompts.conversation import Message, Reads
+from sidelight.states.backbone import load_backbone
 from sidelight.vllm.worker import Worker, current_worker
 from sidelight_lab.bench.measurement import offline_engine, untrained_guards, untrained_probe
 

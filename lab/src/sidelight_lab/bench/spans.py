@@ -17,21 +17,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sidelight.artifact import load_probe
-from sidelight.backbone import TransformersBackbone
+from sidelight.data.evaluation import Estimate, measure_span_resamples
 from sidelight.data.examples import LabelledExamples
+from sidelight.data.spans import Span, SpanRule, character_scores
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.evaluation import Estimate, measure_span_resamples
-from sidelight.manifest import holds_probe
-from sidelight.probe import Probe
+from sidelight.models.conversation import Reads
+from sidelight.probes.artifact import load_probe
+from sidelight.probes.manifest import holds_probe
+from sidelight.probes.probe import Probe
+from sidelight.probes.ragged import Ragged
+from sidelight.probes.standardisation import normalised
 from sidelight.progress import Progress
-from sidelight.prompts.conversation import Reads
-from sidelight.ragged import Ragged
-from sidelight.spans import Span, SpanRule, character_scores
-from sidelight.standardisation import normalised
+from sidelight.states.backbone import TransformersBackbone
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, StateSource, extract
-from sidelight.thresholds import F1
+from sidelight.statistics.thresholds import F1
 from sidelight.training.dataset import ProbeDataset, TokenPlaces, make_split
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, suggested_settings

@@ -12,14 +12,14 @@ import click
 from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
-from sidelight.gguf_files import EMBEDDED_GGUF
 from sidelight.guards import probe_folder
-from sidelight.smollm2 import EMBEDDED_NAME
+from sidelight.models.gguf_files import EMBEDDED_GGUF
+from sidelight.models.smollm2 import EMBEDDED_NAME
 from sidelight.storage import write_json
 from sidelight_lab.cli.options import AT_LEAST_TWO, POSITIVE, names, publish, split_numbers
 
 if TYPE_CHECKING:
-    from sidelight.backbone import DtypeName
+    from sidelight.states.backbone import DtypeName
     from sidelight_lab.redteam.attacks import Messages
 
 
@@ -134,12 +134,12 @@ def bench_everyday(
     the same texts without the attacks.
     """
     from sidelight.data.loading import load_examples
-    from sidelight.manifest import read_manifest
+    from sidelight.probes.manifest import read_manifest
 
     # Before imports that take seconds: a wrong probe, file or column is refused at once.
     probe = probe_folder(probe)
     examples = load_examples(data, text=text, label=label, task=read_manifest(probe).task)
-    from sidelight.training.classifier import load
+    from sidelight.classifier import load
     from sidelight_lab.bench.everyday import measure_everyday, toxicchat_prompts
     from sidelight_lab.redteam.targets import ProbeTarget, flagging_thresholds
 
@@ -202,7 +202,7 @@ def bench_spans(
     """
     from sidelight.data.examples import validation_share
     from sidelight.data.loading import load_examples
-    from sidelight.smollm2 import cache_root
+    from sidelight.models.smollm2 import cache_root
     from sidelight.training.settings import TrainingSettings, suggested_settings
     from sidelight_lab.bench.spans import compare_spans
 

@@ -37,9 +37,9 @@ def check(path: Path, probe: tuple[Path, ...], litellm: bool) -> None:
 
     # Before imports that take seconds: a wrong file is refused at once.
     checked = read_policy(path)
-    from sidelight.artifact import load_probe
-    from sidelight.manifest import require_distinct_names
-    from sidelight.probe import common_format
+    from sidelight.probes.artifact import load_probe
+    from sidelight.probes.manifest import require_distinct_names
+    from sidelight.probes.probe import common_format
     from sidelight_lab.redteam.weaknesses import weaknesses
 
     probes = [load_probe(folder) for folder in probe_folders(probe)]

@@ -93,7 +93,7 @@ def redteam(
     has found nothing. Use texts that training has not seen.
     """
     from sidelight.data.loading import load_examples
-    from sidelight.manifest import read_manifest
+    from sidelight.probes.manifest import read_manifest
 
     # Before imports that take seconds: a wrong file or column is refused at once.
     probe = runtime.probe_folder(probe)
@@ -105,7 +105,7 @@ def redteam(
         on_missing_label=missing_label,
         task=read_manifest(probe).task,
     )
-    from sidelight.artifact import load_probe
+    from sidelight.probes.artifact import load_probe
     from sidelight_lab.redteam.attacks import SEARCH, attack_names
     from sidelight_lab.redteam.measure import evasion_table, measure
     from sidelight_lab.redteam.targets import (

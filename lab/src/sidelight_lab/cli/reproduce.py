@@ -77,7 +77,7 @@ def reproduce(recipe: str, runtime: Runtime, out: Path, as_json: bool, **given: 
         # The runs of a few-shot table are its draws.
         parsed = replace(parsed, seeds=given["seeds"], draws=given["seeds"])
 
-    from sidelight.smollm2 import cache_root
+    from sidelight.models.smollm2 import cache_root
     from sidelight_lab.datasets import from_files, load_data_set
     from sidelight_lab.tables.reproduce import RecipeContext
     from sidelight_lab.tables.reproduce import reproduce as make_table

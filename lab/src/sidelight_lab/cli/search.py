@@ -68,7 +68,7 @@ def search(
     options.typed(assigned, {})
     # Before imports that take seconds: a wrong file or column is refused at once.
     training, validation = inputs.load()
-    from sidelight.mechanisms.base import mechanism_names, mechanism_spec
+    from sidelight.probes.mechanisms.base import mechanism_names, mechanism_spec
 
     if not mechanisms:
         known = ", ".join(mechanism_names())

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sidelight.mechanisms.base import Geometry, Mechanism
-from sidelight.mechanisms.readout import Readout
-from sidelight.mechanisms.shares import Shares
-from sidelight.ragged import Ragged
+from sidelight.probes.mechanisms.base import Geometry, Mechanism
+from sidelight.probes.mechanisms.readout import Readout
+from sidelight.probes.mechanisms.shares import Shares
+from sidelight.probes.ragged import Ragged
 from sidelight_lab.mechanisms.fusion import Fusion
 
 

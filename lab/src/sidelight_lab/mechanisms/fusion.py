@@ -7,16 +7,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sidelight.mechanisms.base import Geometry, Mechanism, hide
-from sidelight.mechanisms.shares import Shares, integrated
-from sidelight.mechanisms.stages import (
+from sidelight.probes.mechanisms.base import Geometry, Mechanism, hide
+from sidelight.probes.mechanisms.shares import Shares, integrated
+from sidelight.probes.mechanisms.stages import (
     finish_softmax,
     last_token,
     masked_softmax,
     merge_with_last,
     summarise_with_last,
 )
-from sidelight.ragged import Ragged
+from sidelight.probes.ragged import Ragged
 
 # Dropout of the features in training; chosen on validation data.
 DROPOUT = 0.3

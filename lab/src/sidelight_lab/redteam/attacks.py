@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.prompts.conversation import Message, PromptFormat
+from sidelight.models.conversation import Message, PromptFormat
 from sidelight_lab.redteam.disguises import DISGUISES
 
 Messages = tuple[Message, ...]

@@ -15,12 +15,12 @@ import numpy as np
 from jaxtyping import Bool
 from tabulate import tabulate
 
+from sidelight.data.evaluation import Estimate
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import ContextLengthError, SidelightError
-from sidelight.evaluation import Estimate
+from sidelight.models.conversation import Message
 from sidelight.progress import progress
-from sidelight.prompts.conversation import Message
-from sidelight.training.judging import encode
+from sidelight.scoring import encode
 from sidelight.types import Flags
 from sidelight_lab.redteam.attacks import ATTACKS, SEARCH, Attack, Markup, Messages, Surroundings
 from sidelight_lab.redteam.targets import Target

@@ -10,14 +10,14 @@ from typing import Any
 
 import httpx
 
-from sidelight.backbone import Backbone, UnloadedBackbone, read_backbone
 from sidelight.data.examples import Example
 from sidelight.errors import SidelightError
+from sidelight.models.conversation import Message
 from sidelight.policy.rules import BoundRule, Rule, require_rule_applies
-from sidelight.probe import Probe
+from sidelight.probes.probe import Probe
 from sidelight.progress import quiet
-from sidelight.prompts.conversation import Message
-from sidelight.training.judging import judge
+from sidelight.scoring import judge
+from sidelight.states.backbone import Backbone, UnloadedBackbone, read_backbone
 from sidelight_lab.redteam.attacks import Messages
 
 _AT_ONCE = 8

@@ -7,7 +7,7 @@ Only settings are read, and what manifests say of training. What a probe flags i
 from collections.abc import Iterator, Sequence
 
 from sidelight.policy.rules import BoundRule, Mode, Policy, Rule, Side, bound_rules
-from sidelight.probe import Probe
+from sidelight.probes.probe import Probe
 
 
 def weaknesses(

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from sidelight.evaluation import Estimate, Report, evaluate
-from sidelight.metrics import decide, measure_resamples
+from sidelight.data.evaluation import Estimate, Report, evaluate
+from sidelight.statistics.metrics import decide, measure_resamples
 from sidelight.types import Task, Values
 from sidelight_lab.tables.recipes import Row
 from sidelight_lab.tables.runs import JudgedRun

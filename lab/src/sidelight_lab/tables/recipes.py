@@ -12,9 +12,9 @@ import pydantic.dataclasses
 from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
 
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.mechanisms.base import mechanism_spec
-from sidelight.metrics import METRICS
-from sidelight.prompts.conversation import Reads
+from sidelight.models.conversation import Reads
+from sidelight.probes.mechanisms.base import mechanism_spec
+from sidelight.statistics.metrics import METRICS
 from sidelight.training.settings import TrainingSettings, suggested_settings
 from sidelight.types import MechanismSpec
 from sidelight_lab.baselines import BASELINES

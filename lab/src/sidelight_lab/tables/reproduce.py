@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
+from sidelight.states.backbone import TransformersBackbone
 from sidelight.storage import write_json, write_text
 from sidelight.training.dataset import ProbeDataset, Split, make_split
 from sidelight.training.settings import FitOptions

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from sidelight.artifact import load_probe, save_probe
-from sidelight.calibration import fit_calibration, suggested_calibration
 from sidelight.errors import SidelightError
+from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.progress import progress, say
 from sidelight.states.extraction import cached_logits
+from sidelight.statistics.calibration import fit_calibration, suggested_calibration
+from sidelight.statistics.thresholds import choose_thresholds
 from sidelight.storage import replacing
-from sidelight.thresholds import choose_thresholds
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.fit import calibrate_probe
 from sidelight.training.loop import train_mechanisms

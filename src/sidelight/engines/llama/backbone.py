@@ -24,18 +24,18 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from sidelight.backbone import Tap
-from sidelight.checkpoint import Checkpoint, fingerprint, model_folder
 from sidelight.engines.llama.context import LlamaContext, LlamaModel
 from sidelight.engines.llama.decoder import Slot, read_text
 from sidelight.engines.llama.library import BY_CALLBACK, BY_LAYER_INPUT, PINNED
 from sidelight.engines.llama.trial import SAMPLE, keep, try_once
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.fingerprint import hash_of
-from sidelight.machine import free_memory
-from sidelight.prompts.conversation import EncodedPrompt, PromptFormat
-from sidelight.prompts.encode import PromptEncoder
-from sidelight.smollm2 import cache_root
+from sidelight.models.checkpoint import Checkpoint, fingerprint, model_folder
+from sidelight.models.conversation import EncodedPrompt, PromptFormat
+from sidelight.models.encode import PromptEncoder
+from sidelight.models.fingerprint import hash_of
+from sidelight.models.machine import free_memory
+from sidelight.models.smollm2 import cache_root
+from sidelight.states.backbone import Tap
 
 _BLOCKS_PER_WEIGHT = 16
 _SIZES = ("block_count", "context_length", "embedding_length")

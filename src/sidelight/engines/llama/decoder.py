@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sidelight.backbone import Tap
 from sidelight.engines.batch import PromptPasses
 from sidelight.engines.llama.context import BATCH_TOKENS, LlamaContext
-from sidelight.prompts.conversation import EncodedPrompt
+from sidelight.models.conversation import EncodedPrompt
+from sidelight.states.backbone import Tap
 
 
 class Slot:

@@ -7,7 +7,7 @@ from sidelight.engines.llama.backbone import LlamaBackbone
 from sidelight.engines.llama.decoder import LlamaDecoder
 from sidelight.engines.local import LocalEngine
 from sidelight.engines.queue import Limits
-from sidelight.probe import Probe
+from sidelight.probes.probe import Probe
 
 
 def llama_limits(*, texts: int = 2, tokens: int = 4096) -> Limits:

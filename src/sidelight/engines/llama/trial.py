@@ -20,9 +20,9 @@ from pydantic import Field, TypeAdapter
 from sidelight.engines.llama.context import LlamaContext, LlamaModel
 from sidelight.engines.llama.library import PINNED, require_version
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import hash_of
-from sidelight.machine import free_memory
-from sidelight.smollm2 import cache_root
+from sidelight.models.fingerprint import hash_of
+from sidelight.models.machine import free_memory
+from sidelight.models.smollm2 import cache_root
 from sidelight.storage import write_json
 
 _log = logging.getLogger(__name__)

@@ -1,0 +1,101 @@
+"""Turns a column of labelled spans into a task, labels and spans."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+from jaxtyping import Int
+
+from sidelight.data.examples import Example, located
+from sidelight.data.labels import is_missing, label_name
+from sidelight.data.readers import is_list, is_mapping
+from sidelight.errors import SidelightError
+from sidelight.types import NONE, Numbers, Span, Task, is_label
+
+_KEYS = ("start", "end", "label")
+_FORM = '[{"start": 0, "end": 5, "label": "NAME"}], or [] for a text without any'
+
+
+def encode_spans(
+    items: Sequence[Example], cells: Sequence[object], column: str, *, task: Task | None
+) -> tuple[Task, Int[Numbers, "row ..."], tuple[tuple[Span, ...], ...], tuple[str, ...]]:
+    """Reads a column of spans.
+
+    Returns:
+        The task, the labels and the spans as in ``LabelledExamples``, and warnings.
+    """
+    rows: list[tuple[Span, ...]] = []
+    for index, (item, cell) in enumerate(zip(items, cells, strict=True)):
+        with located(item, index):
+            rows.append(_parse_spans(cell, item.span_text, column=column))
+    names = Counter(span.label for row in rows for span in row)
+    task = task or _task(sorted(names), column)
+    judged, warnings = task.output_labels, tuple[str, ...]()
+    unknown = {name: count for name, count in names.items() if name not in judged}
+    if unknown:
+        warnings = (
+            "Left out the spans of labels that training did not know "
+            f"({', '.join(unknown)[:200]}; {sum(unknown.values())} in all). What is found there "
+            "counts as a false alarm.",
+        )
+    spans = tuple(tuple(span for span in row if span.label in judged) for row in rows)
+    holds = [[any(span.label == label for span in row) for label in judged] for row in spans]
+    labels = np.array(holds, dtype=np.int64)
+    return task, labels[:, 0] if task.kind == "binary" else labels, spans, warnings
+
+
+def _task(names: Sequence[str], column: str) -> Task:
+    if not names:
+        raise SidelightError(
+            f"No text has a span in column '{column}'. Give texts with spans: {_FORM}."
+        )
+    wrong = [
+        name for name in names if not is_label(name) or name in ("", NONE) or {*"[]"} & {*name}
+    ]
+    if wrong:
+        raise SidelightError(
+            f"A span cannot have the label {wrong[0][:60]!r}: labels stand in placeholders such as "
+            "[NAME_1], so they have no brackets. Rename it in the data."
+        )
+    if len(names) == 1:
+        return Task("binary", (NONE, names[0]))
+    return Task("multilabel", tuple(names))
+
+
+def holds_spans(cell: object) -> bool:
+    """Whether a cell is a list of spans, and not an empty one."""
+    return is_list(cell) and bool(cell) and is_mapping(cell[0]) and {*_KEYS} <= {*cell[0]}
+
+
+def _parse_spans(cell: object, text: str, *, column: str) -> tuple[Span, ...]:
+    if is_missing(cell):
+        return ()
+    if isinstance(cell, str) and cell.strip().startswith("["):
+        # A table of comma-separated values holds a list as JSON.
+        with suppress(ValueError):
+            cell = json.loads(cell)
+    if not is_list(cell):
+        raise SidelightError(
+            f"column '{column}' holds {str(cell)[:60]!r}. Write a list of spans, such as {_FORM}."
+        )
+    return tuple(sorted(_parse_span(span, text) for span in cell))
+
+
+def _parse_span(span: object, text: str) -> Span:
+    unknown = {*span} - {*_KEYS, "probability"} if is_mapping(span) else {}
+    if not is_mapping(span) or unknown or not {*_KEYS} <= {*span}:
+        named = f" (unknown: {', '.join(map(str, unknown))})" if unknown else ""
+        raise SidelightError(
+            f"expected a span with the keys {', '.join(_KEYS)}, got {str(span)[:80]}{named}."
+        )
+    start, end = span["start"], span["end"]
+    if type(start) is not int or type(end) is not int or not 0 <= start < end <= len(text):
+        raise SidelightError(
+            f"a span from {start!r} to {end!r} is not within the {len(text)} characters of the "
+            "text. Count Unicode code points from 0, the end exclusive."
+        )
+    if not text[start:end].strip():
+        raise SidelightError(f"the span from {start} to {end} has only blanks. Remove it.")
+    return Span(start, end, label_name(span["label"], "its label"))

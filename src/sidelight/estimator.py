@@ -1,0 +1,264 @@
+"""scikit-learn's face: a classifier of texts for pipelines, cross-validation and grid search."""
+
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
+
+from sidelight.classifier import Classifier
+from sidelight.data.examples import LabelledExamples, as_example
+from sidelight.models.smollm2 import cache_root
+from sidelight.probes.artifact import save_probe
+from sidelight.probes.mechanisms.base import mechanism_spec
+from sidelight.progress import quiet
+from sidelight.scoring import encode
+from sidelight.states.backbone import TransformersBackbone, load_backbone
+from sidelight.states.cache import ActivationCache
+from sidelight.states.extraction import cached_logits
+from sidelight.statistics.calibration import CalibrationKind
+from sidelight.training.background import load_background
+from sidelight.training.fit import fit
+from sidelight.training.settings import (
+    AUTO,
+    TRAINING_MAX_TOKENS,
+    FitOptions,
+    named_mechanism,
+    suggested_settings,
+)
+from sidelight.types import Task
+
+# Where the states of all texts take more, they are made again.
+_MOST_BYTES = 16 * 2**30
+# Arguments that are settings of a mechanism.
+_SETTINGS = "learning_rate", "weight_decay", "epochs", "batch_size", "class_weight"
+
+
+class SidelightClassifier(ClassifierMixin, BaseEstimator):
+    """A probe on a frozen LLM, as a scikit-learn classifier of texts.
+
+    It is the probe that ``sidelight.train`` trains. Texts are a list, an array or a Series of
+    strings, each a message of a user. In one process, the LLM reads a text once to train on,
+    however many folds and settings train on it; but each fold shows its texts in traffic of its
+    own.
+
+    Args:
+        model: The LLM: ``smollm2``, a folder, or a hub id.
+        mechanism: ``auto`` is a readout; else one of ``mechanism_names()``.
+        learning_rate: Of the optimiser; this and the next three are the mechanism's own if None.
+        weight_decay: Of the optimiser.
+        epochs: The most.
+        batch_size: Texts per step.
+        background: Ordinary traffic, as ``load_background`` takes it: a file of texts or chats,
+            ``packaged``, or ``none``, which shows texts alone.
+        context_tokens: The fewest tokens of it that texts are shown in; None: 40,000, and 400,000
+            on a GPU.
+        none: Whether a probe of several classes says ``none`` to ordinary traffic once it is saved
+            and served; here, it always chooses among ``classes_``.
+        class_weight: ``balanced`` weighs classes by inverse frequency.
+        calibration: How logits become probabilities; None: a temperature for several classes, else
+            Platt scaling.
+        max_tokens: Longer texts are cut for training; judging never cuts.
+        random_state: Decides initial parameters and the order of the data; None is 0.
+        verbose: Whether to show progress.
+
+    Attributes:
+        classes_: The labels, sorted. The last of two is the positive class.
+        probe_: The trained probe.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "smollm2",
+        *,
+        mechanism: str = AUTO,
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
+        epochs: int | None = None,
+        batch_size: int | None = None,
+        class_weight: Literal["balanced"] | None = None,
+        background: str | Path = "packaged",
+        context_tokens: int | None = None,
+        none: bool = True,
+        calibration: CalibrationKind | None = None,
+        max_tokens: int = TRAINING_MAX_TOKENS,
+        random_state: int | None = 0,
+        verbose: bool = False,
+    ):
+        self.model = model
+        self.mechanism = mechanism
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.class_weight = class_weight
+        self.background = background
+        self.context_tokens = context_tokens
+        self.none = none
+        self.calibration: CalibrationKind | None = calibration
+        self.max_tokens = max_tokens
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def __sklearn_tags__(self) -> Any:
+        """Scikit-learn's tags: the input is a list of strings."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        tags.input_tags.one_d_array = tags.input_tags.string = True
+        return tags
+
+    # scikit-learn's names of the arguments.
+    def fit(self, X: Any, y: Any) -> "SidelightClassifier":  # noqa: N803
+        """Trains a probe; doubts about the data come as warnings.
+
+        Args:
+            X: The texts.
+            y: Their labels, of two or more classes.
+
+        Raises:
+            ValueError: The texts or the labels have another form.
+            SidelightError: The model or the settings cannot be used.
+        """
+        items = [as_example(text) for text in _texts(X)]
+        labels = column_or_1d(y)
+        _require_labels(labels)
+        check_consistent_length(items, labels)
+        check_classification_targets(labels)
+        classes, numbers = np.unique(labels, return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(
+                f"Got one class ({classes[0]}), wanted two or more. Add texts of another."
+            )
+        task = Task(
+            "binary" if len(classes) == 2 else "multiclass",
+            tuple(str(label) for label in classes),
+        )
+        examples = LabelledExamples(
+            tuple(items), ({},) * len(items), task=task, labels=numbers.astype(np.int64)
+        )
+        backbone, folder = _shared(str(self.model))
+        if sum(file.stat().st_size for file in folder.rglob("*")) > _MOST_BYTES:
+            for states in folder.iterdir():
+                shutil.rmtree(states)
+        options = replace(self._options(), cache_root=folder, keep_cache=True)
+        with nullcontext() if self.verbose else quiet():
+            result = fit(backbone, examples, None, name="probe", options=options)
+        for sentence in result.warnings:
+            warnings.warn(sentence, stacklevel=2)
+        self.classes_, self.probe_ = classes, result.probe
+        return self
+
+    def predict_proba(self, X: Any) -> Float[np.ndarray, "text class"]:  # noqa: N803
+        """The calibrated probability of each class, in the order of ``classes_``.
+
+        For a probe that also knows ``none``, that is the probability if the text is of a class.
+
+        Raises:
+            ValueError: These are no texts.
+            SidelightError: A text is longer than the model reads, or the model is another one.
+        """
+        check_is_fitted(self)
+        examples = [as_example(text) for text in _texts(X)]
+        (backbone, folder), probe = _shared(str(self.model)), self.probe_
+        probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
+        prompts, who = encode(backbone.encoder, examples), backbone.fingerprint
+        cache = ActivationCache(folder, prompts, reads=probe.reads, fingerprint=who)
+        is_known = np.array([cache.path(text).exists() for text in range(len(prompts))])
+        known, new = np.flatnonzero(is_known), np.flatnonzero(~is_known)
+        logits = np.empty((len(prompts), probe.task.outputs))
+        logits[known] = cached_logits(probe, cache.select(known.tolist()))
+        if len(new):
+            with nullcontext() if self.verbose else quiet():
+                logits[new] = Classifier(backbone, probe).logits([examples[i] for i in new])
+        probabilities = probe.calibration.apply(logits)
+        if probe.task.kind == "binary":
+            return np.column_stack([1 - probabilities, probabilities])
+        given = probabilities[:, : len(self.classes_)]
+        return given / given.sum(1, keepdims=True)
+
+    def predict(self, X: Any) -> np.ndarray:  # noqa: N803
+        """The most probable class of each text, whatever the probe's threshold."""
+        probabilities = self.predict_proba(X)
+        return self.classes_[probabilities.argmax(axis=1)]
+
+    @property
+    def classifier_(self) -> Classifier:
+        """The probe on its model: verdicts with the probe's threshold."""
+        check_is_fitted(self)
+        return Classifier(_shared(str(self.model))[0], self.probe_)
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes the probe as an artifact, to serve or to load with ``sidelight.load``.
+
+        The folder's name is the probe's.
+        """
+        check_is_fitted(self)
+        folder = Path(directory)
+        return save_probe(replace(self.probe_, name=folder.resolve().name), folder)
+
+    def _options(self) -> FitOptions:
+        spec = mechanism_spec(named_mechanism(self.mechanism))
+        # NumPy's numbers, as of a grid, cannot be written to a manifest.
+        chosen = {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name in _SETTINGS
+            if (value := getattr(self, name)) is not None
+        }
+        return FitOptions(
+            mechanism=spec,
+            settings=suggested_settings(spec.name).changed(
+                seed=int(self.random_state or 0), **chosen
+            ),
+            background=load_background(self.background),
+            context_tokens=self.context_tokens,
+            none=self.none,
+            calibration=self.calibration,
+            max_tokens=int(self.max_tokens),
+        )
+
+
+# One, since a second LLM would double the memory.
+@lru_cache(maxsize=1)
+def _shared(model: str) -> tuple[TransformersBackbone, Path]:
+    """A model, and the folder of its states, which all classifiers of this process share."""
+    backbone, root = load_backbone(model, for_reading=True), cache_root() / "activations"
+    root.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="shared-", dir=root))
+    weakref.finalize(backbone, shutil.rmtree, folder, ignore_errors=True)
+    return backbone, folder
+
+
+def _texts(values: Any) -> Sequence[str]:
+    """The texts of a list, an array or a Series."""
+    texts = np.asarray(values, dtype=object)
+    if texts.ndim != 1 or not len(texts):
+        raise ValueError(
+            f"Got texts of the shape {texts.shape}, wanted a list of one or more strings."
+        )
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"Text {number + 1} is {text!r:.80}, wanted a string.")
+    return texts.tolist()
+
+
+def _require_labels(labels: np.ndarray) -> None:
+    """Refuses missing labels, which NumPy cannot sort or takes for a class."""
+    for number, label in enumerate(labels.tolist()):
+        # NaN differs from itself.
+        if not isinstance(label, str | Real) or label != label:
+            raise ValueError(
+                f"Label {number + 1} is {label!r:.80}, wanted a string or a number. Label the "
+                "text, or leave it out of X and y."
+            )

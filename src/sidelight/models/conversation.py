@@ -1,0 +1,412 @@
+"""Conversations, and what a probe reads of one: its tokens, and the units that it judges."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from itertools import takewhile
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from sidelight.errors import ContextLengthError, SidelightError
+from sidelight.models.invisible import Invisible, reject_disguises, visible, visible_places
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PromptFormat = Literal["chat", "raw", "both"]
+Side = Literal["prompt", "response", "both"]
+Scope = Literal["conversation", "each_turn", "last_turn"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; ``invisible`` is how an engine handles invisible characters."""
+
+    role: str
+    content: str
+    invisible: Invisible = field(default="off", compare=False)
+
+    @staticmethod
+    def of_lines(
+        role: str, texts: Iterable[str], calls: Iterable[tuple[str, str]] = ()
+    ) -> "Message":
+        """A turn whose texts and tool calls are lines of its content.
+
+        A call is a line of JSON whatever the chat template does with calls: the model reads the
+        same line in training, evaluation and serving.
+
+        Args:
+            role: Who speaks.
+            texts: The text of each content part.
+            calls: The name and the arguments (JSON) of each function that is called.
+        """
+        lines = (f'{{"name": "{name}", "arguments": {arguments}}}' for name, arguments in calls)
+        return Message(role, "\n".join([*texts, *lines]))
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text without a chat template around it, such as a prompt to complete.
+
+    ``invisible`` is as for ``Message``.
+    """
+
+    content: str
+    invisible: Invisible = field(default="off", compare=False)
+
+
+Conversation = Sequence[Message] | PlainText
+
+
+def has_response(turns: Sequence[Message]) -> bool:
+    """Whether the last turn is the assistant's, which is then taken as the response to judge."""
+    return bool(turns) and turns[-1].role == "assistant"
+
+
+def characters(messages: Conversation, response: str | None = None) -> int:
+    """The length of a conversation, with its response and without its template."""
+    return sum(map(len, contents(messages, response)))
+
+
+def contents(messages: Conversation, response: str | None) -> list[str]:
+    """All that a conversation says, and the response."""
+    is_plain = isinstance(messages, PlainText)
+    texts = [messages.content] if is_plain else [turn.content for turn in messages]
+    return [*texts, response or ""]
+
+
+def with_invisible(text: Conversation, invisible: Invisible) -> Conversation:
+    """The text with this handling of its invisible characters."""
+    if isinstance(text, PlainText):
+        return replace(text, invisible=invisible)
+    return [replace(turn, invisible=invisible) for turn in text]
+
+
+def as_read(text: Conversation) -> Conversation:
+    """The text that is encoded: without invisible characters if the policy strips them.
+
+    Raises:
+        DisguisedTextError: The policy refuses the text.
+    """
+
+    def read(content: str, invisible: Invisible) -> str:
+        reject_disguises(content, invisible)
+        return visible(content) if invisible == "strip" else content
+
+    if isinstance(text, PlainText):
+        return replace(text, content=read(text.content, text.invisible))
+    return [replace(turn, content=read(turn.content, turn.invisible)) for turn in text]
+
+
+class Part(IntEnum):
+    """The part of a prompt that a token belongs to."""
+
+    UNREAD = 0
+    """The system's turn, what precedes the prompt or follows the response, and what the template
+    writes after a turn without text."""
+    PROMPT = 1
+    """What a user says, and plain text."""
+    TEMPLATE = 2
+    """Written by the chat template once the prompt has begun: turn markers, generation prompt."""
+    RESPONSE = 3
+    REPLY = 4
+    """A turn of the assistant in the prompt. A client may have written it."""
+    SYSTEM = 5
+    """A turn of the system behind others. A client may have written it instead of a user's."""
+    TOOL = 6
+    """What a tool has answered. A client may have written it."""
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The tokens that a probe reads.
+
+    Attributes:
+        side: The prompt, the response, or both.
+        template: Whether the chat template's tokens count as part of the prompt. The markers that
+            follow a prompt carry much of what the model has concluded about it.
+        scope: Of a prompt of several turns, whether the whole is judged as one text; or each turn
+            with what the template writes after it, and the whole, and the highest score counts; or
+            the user's last turn alone, which the model has read after all others.
+
+    Raises:
+        SidelightError: A response has no last turn of a user.
+    """
+
+    side: Side = "prompt"
+    template: bool = True
+    scope: Scope = "conversation"
+
+    def __post_init__(self) -> None:
+        if self.scope == "last_turn" and self.includes_response:
+            raise SidelightError("Only the prompt has a last turn: read it alone (side='prompt').")
+
+    @property
+    def includes_response(self) -> bool:
+        """Whether the response is read, so that no verdict is possible before it is written."""
+        return self.side != "prompt"
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """The kinds of token that are read."""
+        template = {Part.TEMPLATE} if self.template else set[Part]()
+        prompt = {*_TEXT, *template}
+        sides = {"prompt": prompt, "response": {Part.RESPONSE}, "both": {*prompt, Part.RESPONSE}}
+        return frozenset(sides[self.side])
+
+
+def require_whole_characters(text: str, *, place: str) -> None:
+    """Checks that a text can be written as UTF-8: that it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SidelightError(
+            f"{place} holds half a character (a lone surrogate) at position {error.start}. Remove "
+            "it, or decode the text again from valid UTF-8 or UTF-16."
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The place of a token in the texts of a conversation.
+
+    Attributes:
+        message: The message, from 0. System turns count; a response follows the last message.
+        start: The first character of that message that it stands for, in Unicode code points.
+        end: The one after the last.
+    """
+
+    message: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Token ids and what each token belongs to.
+
+    Attributes:
+        token_ids: One id per token.
+        parts: One ``Part`` per token.
+        is_plain: Whether it is plain text, without a chat template around it.
+        is_attributed: Whether each turn is known to be of the role that its message has.
+        dropped: Tokens of text that were removed to fit a training limit; 0 outside training.
+        texts: What each message says, and the response; empty if no places are known.
+        places: Where each token stands in them; None: only the template or tokenizer wrote it.
+        origins: For each text, the index of each character in the original text; None if nothing
+            was stripped from it. Empty if nothing was stripped from any text.
+    """
+
+    token_ids: tuple[int, ...]
+    parts: tuple[Part, ...]
+    is_plain: bool = field(default=False, kw_only=True)
+    is_attributed: bool = field(default=False, kw_only=True, compare=False)
+    dropped: int = field(default=0, kw_only=True)
+    texts: tuple[str, ...] = field(default=(), kw_only=True, compare=False, repr=False)
+    places: tuple[Place | None, ...] = field(default=(), kw_only=True, compare=False, repr=False)
+    origins: tuple[Sequence[int] | None, ...] = field(
+        default=(), kw_only=True, compare=False, repr=False
+    )
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def as_sent(self, message: int, start: int, end: int) -> tuple[int, int]:
+        """Map a character range of a stripped text to the original text.
+
+        Args:
+            message: Index of the text.
+            start: First character.
+            end: End of the range, exclusive; greater than ``start``.
+        """
+        origins = self.origins[message] if self.origins else None
+        return (start, end) if origins is None else (origins[start], origins[end - 1] + 1)
+
+    def read_from(self, text: Conversation) -> "EncodedPrompt":
+        """The prompt with ``origins``, if its texts are ``as_read`` of this text."""
+        sent = contents(text, None)
+        if not self.places or all(map(str.__eq__, sent, self.texts)):
+            return self
+        pairs = zip(sent, self.texts, strict=False)
+        origins = (None if own == read else visible_places(own) for own, read in pairs)
+        return replace(self, origins=tuple(origins))
+
+    def mask(self, reads: Reads) -> "Bool[Tensor, ' token']":
+        """True for the tokens that a probe reads."""
+        # Reading a file of texts must not wait for torch.
+        import torch
+
+        return torch.from_numpy(read_tokens(bytes(self.parts), reads))
+
+    def only(self, tokens: Int[np.ndarray, " _"]) -> "EncodedPrompt":
+        """The same prompt, of which no other tokens are read."""
+        kept = {*tokens.tolist()}
+        parts = (part if i in kept else Part.UNREAD for i, part in enumerate(self.parts))
+        return replace(self, parts=tuple(parts))
+
+    @property
+    def fixed(self) -> int:
+        """Tokens that ``shortened`` never removes: the template's and the system prompt's."""
+        return sum(part not in (*_TEXT, Part.RESPONSE) for part in self.parts)
+
+    def shortened(self, limit: int, reads: Reads | None = None) -> "EncodedPrompt":
+        """Removes tokens of the text, and none of the template, until ``limit`` remain.
+
+        For training only, where the caller counts and reports what was dropped. A probe of the
+        prompt loses the text's last tokens. A probe of the response loses the prompt's first
+        tokens and, if that is not enough, the response's last ones. For a probe of both, prompt and
+        response each keep at least half of the room if they need it.
+
+        Args:
+            limit: The largest length.
+            reads: What the probe reads; None means the prompt.
+
+        Raises:
+            ContextLengthError: The template and the system prompt alone exceed ``limit``.
+        """
+        excess = len(self) - limit
+        if excess <= 0:
+            return self
+        prompt = [i for i, part in enumerate(self.parts) if part in _TEXT]
+        response = [i for i, part in enumerate(self.parts) if part == Part.RESPONSE]
+        room = limit - self.fixed
+        if room <= 0:
+            raise ContextLengthError(
+                f"A limit of {limit} tokens leaves no room for the text beside the chat template "
+                f"and the system prompt ({self.fixed} tokens). Raise max_tokens, or shorten "
+                "the system prompt."
+            )
+        side = (reads or Reads()).side
+        least = {"prompt": room, "both": room // 2, "response": 0}[side]
+        held = min(len(prompt), max(least, room - len(response)))
+        gone = {*(prompt[held:] if side == "prompt" else prompt[: len(prompt) - held])}
+        gone |= {*response[room - held :]}
+        kept = [i for i in range(len(self)) if i not in gone]
+        return replace(
+            self,
+            token_ids=tuple(self.token_ids[i] for i in kept),
+            parts=tuple(self.parts[i] for i in kept),
+            dropped=excess,
+        )
+
+
+def piece_lengths(parts: bytes) -> list[int]:
+    """The tokens of each piece of a prompt: a turn's text, with what precedes the first or follows.
+
+    Args:
+        parts: The ``Part`` of each token; one or more.
+    """
+    of_tokens = np.frombuffer(parts, np.uint8)
+    is_text = np.isin(of_tokens, _TEXT)
+    is_first = is_text & ~np.append(False, is_text[:-1])
+    begins = np.flatnonzero(is_first)
+    return np.diff([0, *begins[1:], len(parts)]).tolist()
+
+
+def read_tokens(parts: bytes, reads: Reads) -> Bool[np.ndarray, " token"]:
+    """True for the tokens of a prompt that a probe reads.
+
+    Args:
+        parts: The ``Part`` of each token.
+        reads: What the probe reads.
+    """
+    kinds = np.frombuffer(parts, np.uint8)
+    is_read = np.isin(kinds, [*reads.parts])
+    if reads.scope == "last_turn" and Part.PROMPT in kinds:
+        last = int(np.flatnonzero(kinds == Part.PROMPT)[-1])
+        ends = np.cumsum(piece_lengths(parts))
+        piece = int(np.searchsorted(ends, last, side="right"))
+        # Without a turn of a user, the whole is read.
+        is_read[: ends[piece - 1] if piece else 0] = False
+        is_read[ends[piece] :] = False
+    return is_read
+
+
+# What somebody has written, rather than a template.
+_TEXT = (Part.PROMPT, Part.REPLY, Part.SYSTEM, Part.TOOL)
+_NO_REPLY = (Part.PROMPT, Part.SYSTEM)
+# A turn of fewer tokens says too little by itself; beside more of them it is outweighed.
+_LEAST_TOKENS = 8
+_MOST_TOKENS = 64
+_NEAREST_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a prompt that is judged by itself, beside the whole.
+
+    Attributes:
+        tokens: The tokens that it is made of, in their order.
+        turn: The first turn that it holds, among those with text.
+    """
+
+    tokens: Int[np.ndarray, " _"]
+    turn: int
+
+
+def judged_units(parts: bytes) -> list[Unit]:
+    """The parts of a prompt that are judged beside the whole, lest other turns outweigh them.
+
+    Each turn with a text is judged by itself, a short one with the turns after it, or else before
+    it; also by itself if those outweigh it, which a client could write too. The user's turns are
+    also judged together, without what stands between them.
+
+    Args:
+        parts: The ``Part`` of each token.
+    """
+    lengths = piece_lengths(parts)
+    count, ends = len(lengths), np.cumsum(lengths)
+    starts = ends - lengths
+    kinds = np.frombuffer(parts, np.uint8)
+    texts = [
+        int(np.isin(kinds[start:end], _TEXT).sum()) for start, end in zip(starts, ends, strict=True)
+    ]
+    spans: dict[tuple[int, ...], list[np.ndarray]] = {}
+    for first in filter(texts.__getitem__, range(count)):
+        start, stop = first, first + 1
+        while sum(texts[start:stop]) < _LEAST_TOKENS and (start, stop) != (0, count):
+            start, stop = (start, stop + 1) if stop < count else (start - 1, stop)
+        tokens = [np.arange(starts[i], ends[i]) for i in range(start, stop)]
+        if stop - start > 1:
+            # Of a long neighbour what is next to it, or many short turns would copy it.
+            before, after = slice(-_NEAREST_TOKENS, None), slice(_NEAREST_TOKENS)
+            tokens = [
+                piece if i == first else piece[before if i < first else after]
+                for i, piece in zip(range(start, stop), tokens, strict=True)
+            ]
+        spans.setdefault(tuple(range(start, stop)), tokens)
+        if stop - start > 1 and sum(texts[start:stop]) > _MOST_TOKENS:
+            spans.setdefault((first,), [np.arange(starts[first], ends[first])])
+    is_users = np.isin(kinds, _NO_REPLY)
+    users = tuple(i for i in range(count) if is_users[starts[i] : ends[i]].any())
+    spans[users] = [np.arange(starts[i], ends[i]) for i in users]
+    return [
+        Unit(np.concatenate(tokens), unit[0])
+        for unit, tokens in spans.items()
+        if 0 < len(unit) < count
+    ]
+
+
+def tool_rows(parts: bytes) -> tuple[Int[np.ndarray, " _"], Int[np.ndarray, " turn"]]:
+    """The tokens of all turns of tools, as those of a ``Unit``, and which turns these are."""
+    lengths = piece_lengths(parts)
+    turn_of = np.repeat(np.arange(len(lengths)), lengths)
+    turns = np.unique(turn_of[np.frombuffer(parts, np.uint8) == Part.TOOL])
+    return np.flatnonzero(np.isin(turn_of, turns)), turns
+
+
+def shared_length(texts: Sequence[Sequence[int]]) -> int:
+    """The length of the longest beginning that all texts share."""
+    columns = zip(*texts, strict=False)
+    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
+
+
+def shared_unread(prompts: Sequence[EncodedPrompt], reads: Reads) -> int:
+    """The length of the unread beginning that all prompts share, such as a system prompt.
+
+    Each prompt must have a token that is read.
+    """
+    unread = min(int(prompt.mask(reads).int().argmax()) for prompt in prompts)
+    return shared_length([prompt.token_ids[:unread] for prompt in prompts])

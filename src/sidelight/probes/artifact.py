@@ -1,0 +1,224 @@
+"""A probe as a file, with its manifest in the header. Nothing is unpickled.
+
+Also the check that a probe which is loaded gives verdicts.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from sidelight.probes.bank import Bank
+from sidelight.errors import SidelightError, VerdictError
+from sidelight.probes.manifest import (
+    CARD,
+    FORMAT_VERSION,
+    PROBE,
+    Manifest,
+    damaged,
+    model_card,
+    read_artifact,
+    require_free,
+    require_name,
+)
+from sidelight.probes.mechanisms.base import Geometry, build_mechanism, labels_tokens, mechanism_spec
+from sidelight.probes.probe import Probe
+from sidelight.models.conversation import Part
+from sidelight.probes.standardisation import Standardisation
+from sidelight.storage import only_writer, replacing, sync
+
+_PARAMETER = "mechanism."
+# The parts of a made-up text, and how many standard deviations its states are from the mean one. An
+# attention sink has a hundred times the norm of other tokens.
+_PARTS = bytes([Part.PROMPT, Part.RESPONSE] * 4)
+_DEVIATIONS = (0.0, 1.0, 100.0)
+# States of a language model deviate by this much in some dimensions.
+_ORDINARY = 10.0
+
+
+def save_probe(probe: Probe, directory: Path) -> Path:
+    """Writes the artifact; other files in ``directory`` stay.
+
+    A save that is killed leaves the old artifact, since its file is replaced at once.
+
+    Raises:
+        SidelightError: The folder cannot be written, or the name is no probe's.
+    """
+    require_name(probe.name)
+    parameters = {
+        f"{_PARAMETER}{key}": value.detach().cpu().contiguous()
+        for key, value in probe.mechanism.state_dict().items()
+    }
+    scaling = probe.standardisation
+    tensors = {**parameters, "mean": scaling.mean.cpu(), "scale": scaling.scale.cpu()}
+    manifest = Manifest(
+        format=FORMAT_VERSION,
+        name=probe.name,
+        mechanism=probe.spec,
+        task=probe.task,
+        reads=probe.reads,
+        is_normalised=scaling.is_normalised,
+        prompt_format=probe.prompt_format,
+        calibration=probe.calibration,
+        thresholds=probe.thresholds,
+        backbone=probe.fingerprint,
+        record=probe.record,
+        weights_sha256=_sha256(tensors),
+        spans=probe.spans,
+    )
+    # As bytes: only its owner could read a file that the library writes itself.
+    return _write({PROBE: save(tensors, manifest.metadata)}, directory)
+
+
+def copy_probe(source: Path, directory: Path, *, force: bool) -> Path:
+    """Copies an artifact, as ``save_probe`` writes it, once it has been checked; its version stays.
+
+    Its card goes along if it names this version; otherwise one is written from the manifest.
+
+    Raises:
+        SidelightError: As for ``load_probe`` and ``save_probe``, or the folder holds a probe or a
+            card that ``force`` does not replace, or is the same; then nothing has changed.
+    """
+    if source.resolve() == directory.resolve():
+        raise SidelightError(f"{directory} is the folder of the probe itself. Name another folder.")
+    manifest, content = read_artifact(source)
+    _checked(manifest, content, source)
+    card = source / CARD
+    text = card.read_bytes() if card.exists() else b""
+    is_current = manifest.version.encode() in text
+    text = text if is_current else model_card(manifest).encode()
+    return _write({PROBE: content, CARD: text}, directory, force=force)
+
+
+def _write(files: Mapping[str, bytes], directory: Path, *, force: bool = True) -> Path:
+    try:
+        # Else a probe that another process has written meanwhile could be replaced.
+        with nullcontext() if force else only_writer(directory):
+            if not force:
+                require_free(directory, force=False, with_card=CARD in files)
+            for name, content in files.items():
+                with replacing(directory / name) as partial:
+                    partial.write_bytes(content)
+                    sync(partial)
+            sync(directory)
+    except OSError as error:
+        raise SidelightError(
+            f"Cannot write the probe to {directory}: {error.strerror}. Name another folder."
+        ) from error
+    return directory
+
+
+def load_probe(directory: str | Path) -> Probe:
+    """The probe stored in a folder.
+
+    Raises:
+        SidelightError: The folder holds no artifact, one of another format, or a damaged one, or a
+            probe without verdicts (``gives_verdicts``).
+    """
+    return _checked(*read_artifact(directory), Path(directory))
+
+
+def _checked(manifest: Manifest, content: bytes, directory: Path) -> Probe:
+    try:
+        tensors = load(content)
+        if _sha256(tensors) != manifest.weights_sha256:
+            raise ValueError("its weights are not those that its manifest was written with")
+        probe = _assemble(manifest, tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise damaged(directory, str(error)) from error
+    if not gives_verdicts(probe):
+        raise damaged(
+            directory,
+            "it gives no verdict: its weights are not finite, or they or the inverse of its scale "
+            "are so large that sums overflow",
+        )
+    return probe
+
+
+@torch.inference_mode()
+def gives_verdicts(probe: Probe, *, device: torch.device | str = "cpu") -> bool:
+    """Whether a probe judges made-up texts, as it cannot if its weights are not finite or enormous.
+
+    Their states are random and have the mean and the deviations of those that it was trained on, or
+    ordinary deviations where those are smaller. They take the way of all others: the folded
+    projection in float32, mechanism, calibration.
+
+    Args:
+        probe: To be served.
+        device: Where the backbone's hidden states are.
+    """
+    # The kernel of attention may take a weight that is not a number for none.
+    if not all(bool(weights.isfinite().all()) for weights in probe.mechanism.parameters()):
+        return False
+    bank, scaling = Bank([probe], device=device), probe.standardisation
+    tap, generator = bank.tap(), torch.Generator().manual_seed(0)
+    # The scale of a layer of weight 0 is infinite.
+    scales = torch.where(scaling.scale.isfinite(), scaling.scale, 1).clamp(min=_ORDINARY)
+    for layer, (mean, scale) in enumerate(zip(scaling.mean, scales, strict=True)):
+        noise = torch.randn(len(_DEVIATIONS), len(_PARTS), len(mean), generator=generator)
+        deviations = torch.tensor(_DEVIATIONS)[:, None, None] * noise
+        tap(layer, (mean.cpu() + scale.cpu() * deviations).to(device))
+    parts = [_PARTS] * len(_DEVIATIONS)
+    try:
+        for text in bank.prompt_logits(tap.projected().flatten(0, 1), parts)[0]:
+            numbers = [*probe.verdict(text.logits).probabilities.values()]
+            numbers += [] if text.tokens is None else text.tokens.flatten().tolist()
+            if not np.isfinite(numbers).all():
+                return False
+    except VerdictError:
+        return False
+    return True
+
+
+def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
+    task, backbone = manifest.task, manifest.backbone
+    spec = mechanism_spec(manifest.mechanism.name, manifest.mechanism.options)
+    if manifest.spans is not None and not labels_tokens(spec.name):
+        raise ValueError(f"its mechanism '{spec.name}' labels no tokens, so no text has spans")
+    geometry = Geometry(backbone.layers, backbone.width, task.outputs)
+    # Sizes are compared before memory is taken: the manifest may claim any.
+    shape = (geometry.layers, geometry.width)
+    if any(tuple(tensors[name].shape) != shape for name in ("mean", "scale")):
+        raise ValueError(f"mean or scale is not [{backbone.layers}, {backbone.width}]")
+    standardisation = Standardisation(
+        tensors.pop("mean"), tensors.pop("scale"), manifest.is_normalised
+    )
+    weights = {key.removeprefix(_PARAMETER): value for key, value in tensors.items()}
+    with torch.device("meta"):
+        claimed = build_mechanism(spec, geometry).state_dict()
+    claims, stored = ({(name, own.shape) for name, own in x.items()} for x in (claimed, weights))
+    if wrong := sorted({name for name, _ in claims ^ stored}):
+        raise ValueError(
+            f"its weights {', '.join(wrong)} are not those of a '{spec.name}' of these sizes"
+        )
+    mechanism = build_mechanism(spec, geometry)
+    mechanism.load_state_dict(weights)
+    return Probe(
+        name=manifest.name,
+        task=task,
+        reads=manifest.reads,
+        prompt_format=manifest.prompt_format,
+        spec=spec,
+        mechanism=mechanism.eval().requires_grad_(False),
+        standardisation=standardisation,
+        calibration=manifest.calibration,
+        thresholds=manifest.thresholds,
+        fingerprint=backbone,
+        record=manifest.record,
+        version=manifest.version,
+        spans=manifest.spans,
+    )
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,156 @@
+"""Why a probe said what it said: how its logit divides among a text's tokens and layers.
+
+Made from the columns of the pass that judged the text, so it costs no pass of the model.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sidelight.errors import VerdictError
+from sidelight.probes.probe import Probe, ProbeOutput
+from sidelight.models.conversation import EncodedPrompt, Place, judged_units, read_tokens
+from sidelight.probes.ragged import Ragged
+from sidelight.types import Verdict
+
+Method = Literal["exact", "integrated_gradients"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The shares of tokens and layers in the logit behind one verdict.
+
+    ``baseline`` and all ``shares`` sum to ``logit``, within 1e-4. It is the logit before
+    calibration: probabilities and thresholds are not divided.
+
+    Attributes:
+        verdict: At the probe's own thresholds.
+        label: Whose logit it is: the positive one of a binary probe, otherwise the verdict's.
+        logit: Of the turns that decided, if a verdict names a turn. If the probe has several
+            classes, less the mean of their logits: a shift of all changes no verdict.
+        baseline: The logit of a text whose tokens are all like the mean of the training texts.
+        steps: Gradients that were integrated; 0 if the shares are exact.
+        shares: In logits, for each token that the probe read for this logit and each layer; layer
+            0 is the embedding.
+        places: Where these tokens stand; None: the chat template or the tokenizer wrote them.
+    """
+
+    verdict: Verdict
+    label: str
+    logit: float
+    baseline: float
+    steps: int
+    shares: Float[np.ndarray, "token layer"]
+    places: tuple[Place | None, ...]
+
+    @property
+    def method(self) -> Method:
+        """``exact`` where the logit is a sum of weights times values, such as gates times readouts.
+
+        Then a share is the token's own terms, with the weights as they are. Otherwise gradients are
+        integrated from the baseline to the text.
+        """
+        return "integrated_gradients" if self.steps else "exact"
+
+    @property
+    def template(self) -> float:
+        """The shares of the tokens that stand in no text, added up."""
+        is_template = [place is None for place in self.places]
+        return float(self.shares[is_template].sum())
+
+    def to_dict(self, *, matrix: bool = False) -> dict[str, Any]:
+        """As JSON values: the shares of each token of the texts, and of each layer.
+
+        Args:
+            matrix: Whether to add each token's share in each layer, as its ``layers``.
+        """
+        rows = zip(self.places, self.shares.sum(1).tolist(), self.shares, strict=True)
+        return {
+            "probe": self.verdict.probe,
+            "label": self.label,
+            "method": self.method,
+            "steps": self.steps,
+            "logit": self.logit,
+            "baseline": self.baseline,
+            "template": self.template,
+            "layers": self.shares.sum(0).tolist(),
+            "tokens": [
+                {
+                    "message": place.message,
+                    "start": place.start,
+                    "end": place.end,
+                    "share": share,
+                    **({"layers": layers.tolist()} if matrix else {}),
+                }
+                for place, share, layers in rows
+                if place is not None
+            ],
+        }
+
+
+def explain(
+    probe: Probe, columns: Float[Tensor, "token layer column"], prompt: EncodedPrompt
+) -> Explanation:
+    """The verdict on one text, and why.
+
+    Args:
+        probe: In evaluation mode.
+        columns: The probe's own, of every token.
+        prompt: The text, with any response, and the places of its tokens.
+
+    Raises:
+        VerdictError: A logit is not finite, or a probe of chats would have to judge plain text.
+    """
+    if not probe.can_judge(is_plain=prompt.is_plain):
+        raise VerdictError(
+            f"Probe '{probe.name}' was trained on chats alone and cannot judge plain text. Send a "
+            "message."
+        )
+    parts = bytes(prompt.parts)
+    units = judged_units(parts) if probe.judges_turns else []
+    is_read = read_tokens(parts, probe.reads)
+    members = [*(unit.tokens for unit in units), np.arange(len(parts))]
+    read = [tokens[is_read[tokens]] for tokens in members]
+    # On the CPU, where there is float64: Apple's GPUs have none.
+    columns, mechanism = columns.cpu(), deepcopy(probe.mechanism).cpu()
+    with torch.inference_mode():
+        logits = mechanism.logits(_texts(columns, read)).double().numpy()
+    decisive = probe.highest(logits[:-1], units, ProbeOutput(logits[-1]))
+    verdict = probe.verdict(decisive.logits, turn=decisive.turn)
+    labels = probe.task.output_labels
+    label = labels[0] if probe.task.kind == "binary" else verdict.label
+    targets = np.eye(len(labels), dtype=np.float32)[labels.index(label)]
+    if probe.task.kind == "multiclass":
+        targets -= 1 / len(labels)
+    unit = int(logits[:, labels.index(label)].argmax())
+    shares = mechanism.shares(_texts(columns, [read[unit]]), torch.from_numpy(targets)[None])
+    return Explanation(
+        verdict=verdict,
+        label=label,
+        logit=float(logits[unit] @ targets),
+        baseline=float(shares.baseline),
+        steps=shares.steps,
+        shares=shares.values.numpy(),
+        places=tuple(_as_sent(prompt, prompt.places[row]) for row in read[unit].tolist()),
+    )
+
+
+def _as_sent(prompt: EncodedPrompt, place: Place | None) -> Place | None:
+    if place is None or place.start == place.end:
+        return place
+    start, end = prompt.as_sent(place.message, place.start, place.end)
+    return replace(place, start=start, end=end)
+
+
+def _texts(
+    columns: Float[Tensor, "token layer column"], tokens: Sequence[Int[np.ndarray, " _"]]
+) -> Ragged:
+    """These tokens of each text, end to end."""
+    rows = torch.from_numpy(np.concatenate(tokens))
+    return Ragged(columns[rows], torch.tensor([*map(len, tokens)]))

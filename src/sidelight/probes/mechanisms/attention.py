@@ -1,0 +1,212 @@
+"""Downcast multi-head self-attention, the paper's strongest and most expensive mechanism."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sidelight.errors import SidelightError
+from sidelight.probes.mechanisms.base import Aggregator, Geometry, hide, register
+from sidelight.probes.mechanisms.pooling import pooling_stage
+from sidelight.probes.mechanisms.shares import freeze_weights
+from sidelight.probes.mechanisms.stages import TwoStage, masked_softmax
+from sidelight.probes.ragged import Ragged
+
+# Tokens of a text whose queries are used in training; see ``DowncastAttention._queries``.
+TRAINING_QUERIES = 32
+# Of a head in float32, for CUDA's kernel that needs no memory for scores.
+_WIDTH_MULTIPLE = 4
+
+
+class DowncastAttention(Aggregator):
+    """Self-attention among the items in a narrow space, then pooling.
+
+    Q, K, V: width -> inner; scaled dot-product attention per head; inner -> width; mean or max
+    over items (Meyoyan & Del Corro 2026, section 3). No positions, residual, norm or biases.
+    The state is the projected items themselves, so it grows like a small KV cache.
+
+    Args:
+        groups: Groups with projections of their own.
+        width: Size of an item.
+        inner: Size of the narrow space, divisible by ``heads``.
+        heads: Attention heads.
+        over_items: How the attended items become one vector.
+        training_queries: Queries per segment that training samples; None uses all.
+    """
+
+    def __init__(
+        self,
+        *,
+        groups: int,
+        width: int,
+        inner: int,
+        heads: int,
+        over_items: Literal["mean", "max"],
+        training_queries: int | None = None,
+    ):
+        super().__init__()
+        self.query_key_value = nn.Parameter(torch.empty(groups, width, 3 * inner))
+        self.out = nn.Parameter(torch.empty(groups, inner, width))
+        nn.init.normal_(self.query_key_value, std=width**-0.5)
+        nn.init.normal_(self.out, std=inner**-0.5)
+        self._heads = heads
+        self._over_items = over_items
+        self._pool = pooling_stage(over_items)
+        self._training_queries = training_queries
+
+    def forward(
+        self, items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
+    ) -> Float[Tensor, "batch group width"]:
+        """Attends, projects back to full width, pools."""
+        projected = torch.einsum("bgnd,gdk->bgnk", hide(items, mask), self.query_key_value)
+        query, key, value = (
+            part.unflatten(-1, (self._heads, -1)) for part in projected.chunk(3, -1)
+        )  # (B, G, N, H, inner / H)
+        scores = torch.einsum("bgihe,bgjhe->bgijh", query, key) / query.shape[-1] ** 0.5
+        weights = masked_softmax(scores, mask[:, None, None, :, None])
+        attended = torch.einsum("bgijh,bgjhe->bgihe", weights, value).flatten(-2)
+        return self._pool(torch.einsum("bgne,ged->bgnd", attended, self.out), mask)
+
+    def columns(
+        self, carry: Float[Tensor, "group width carry"]
+    ) -> Float[Tensor, "group width column"]:
+        """Query, key and value; what is carried is composed in ``finish``."""
+        return self.query_key_value
+
+    def with_frozen_weights(self, items: Ragged) -> Ragged:
+        """Queries and keys only weigh."""
+        return Ragged(freeze_weights(items.values, items.values.shape[2] // 3 * 2), items.lengths)
+
+    def summarise(self, items: Ragged) -> Ragged:
+        """The projected items."""
+        return items
+
+    def merge(self, left: Ragged, right: Ragged) -> Ragged:
+        """All items of both."""
+        return left.joined(right)
+
+    def finish(
+        self, state: Ragged, carry: Float[Tensor, "group width carry"]
+    ) -> Float[Tensor, "segment group carry"]:
+        """Attends within each segment, then pools what the carry needs.
+
+        Under mean pooling, the way back to full width is composed with the carry, so that no item
+        becomes as wide as a hidden state again.
+        """
+        order: list[Tensor] = []
+        pooled: list[Tensor] = []
+        for chosen, items, shown in _padded(state):
+            queries = self._queries(shown)
+            attended = self._attend(items, shown, queries)
+            if self._over_items == "max":
+                attended = torch.einsum("bgne,ged->bgnd", attended, self.out)
+            order.append(chosen)
+            pooled.append(self._pool(attended, shown.gather(1, queries)))
+        vectors = torch.cat(pooled)[torch.cat(order).argsort()]
+        through = (
+            carry if self._over_items == "max" else torch.einsum("ged,gdk->gek", self.out, carry)
+        )
+        return torch.einsum("bge,gek->bgk", vectors, through)
+
+    def _queries(self, shown: Bool[Tensor, "batch item"]) -> Int[Tensor, "batch query"]:
+        """The items whose queries are used: all, or in training a sample of long segments.
+
+        The mean over evenly spread queries estimates the mean over all, at a cost that grows with
+        the length instead of its square.
+        """
+        lengths = shown.sum(1, keepdim=True)
+        sample = self._training_queries
+        if not self.training or sample is None or int(lengths.min()) <= sample:
+            return torch.arange(shown.shape[1], device=shown.device).expand_as(shown)
+        spread = (torch.arange(sample, device=shown.device) + 0.5) / sample
+        return (spread * lengths).long()
+
+    def _attend(
+        self,
+        items: Float[Tensor, "batch item group column"],
+        shown: Bool[Tensor, "batch item"],
+        queries: Int[Tensor, "batch query"],
+    ) -> Float[Tensor, "batch group query inner"]:
+        query, key, value = items.chunk(3, -1)
+        if queries.shape[1] < items.shape[1]:
+            query = query[torch.arange(len(items), device=items.device)[:, None], queries]
+        query, key, value = (
+            part.float().unflatten(-1, (self._heads, -1)).permute(0, 2, 3, 1, 4).flatten(1, 2)
+            for part in (query, key, value)
+        )  # (B, G * H, N, inner / H)
+        mask = None if bool(shown.all()) else shown[:, None, None, :]
+        width = query.shape[-1]
+        # Of other widths, CUDA writes down the scores of every pair of items.
+        query, key, value = (
+            functional.pad(part, (0, -width % _WIDTH_MULTIPLE)) for part in (query, key, value)
+        )
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=width**-0.5
+        )[..., :width]
+        return attended.unflatten(1, (-1, self._heads)).transpose(2, 3).flatten(3)
+
+
+def _padded(
+    state: Ragged,
+) -> Iterator[
+    tuple[
+        Int[Tensor, " chosen"],
+        Float[Tensor, "chosen item group column"],
+        Bool[Tensor, "chosen item"],
+    ]
+]:
+    """Segments side by side, padded with zeros that the mask hides.
+
+    They come in groups in which none is a third longer than another, so that padding is cheap.
+    """
+    segments = state.values.split(state.lengths.tolist())
+    order = state.lengths.argsort(stable=True)
+    bucket = (state.lengths[order].clamp(min=1).float().log2() * 2.5).floor()
+    sizes = torch.unique_consecutive(bucket, return_counts=True)[1]
+    for chosen in order.split(sizes.tolist()):
+        items = torch.nn.utils.rnn.pad_sequence(
+            [segments[i] for i in chosen.tolist()], batch_first=True
+        )
+        position = torch.arange(items.shape[1], device=items.device)
+        yield chosen, items, position[None] < state.lengths[chosen][:, None]
+
+
+@register("attention")
+def attention(
+    geometry: Geometry,
+    *,
+    factor: int = 8,
+    heads: int = 4,
+    pooling: Literal["mean", "max"] = "mean",
+) -> TwoStage:
+    """Downcast attention in both stages.
+
+    Args:
+        geometry: Sizes.
+        factor: Hidden-state width over inner width (the paper searches 4 to 64).
+        heads: Attention heads.
+        pooling: Over the attended items.
+    """
+    inner = geometry.width // factor
+    if inner == 0 or inner % heads:
+        raise SidelightError(
+            f"Attention with factor {factor} has {inner} inner columns, which {heads} heads cannot "
+            f"share. Choose heads that divide {inner}."
+        )
+
+    def stage(groups: int) -> DowncastAttention:
+        # Tokens can be sampled. Layers are few and differ, and a maximum needs all items.
+        samples = groups == geometry.layers and pooling == "mean"
+        return DowncastAttention(
+            groups=groups,
+            width=geometry.width,
+            inner=inner,
+            heads=heads,
+            over_items=pooling,
+            training_queries=TRAINING_QUERIES if samples else None,
+        )
+
+    return TwoStage(stage, geometry)

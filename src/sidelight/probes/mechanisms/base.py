@@ -1,0 +1,273 @@
+"""The contract of a mechanism, and the registry of mechanisms by name.
+
+The dense form, which defines a mechanism, is its equation over a padded tensor. The streaming form
+needs a few numbers from each token (``columns``) and keeps a small state (``summarise``,
+``finish``); the states of two neighbouring runs of tokens merge (``merge``). Training and serving
+both use the streaming form. Laws in ``tests/mechanism_contract.py`` prove it equal to the dense
+form for any chunking, merge order and packing. Knows hidden states, which the probe standardises
+if at all, and no text.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from inspect import Parameter, signature
+from typing import Any, TypeVar, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from sidelight.errors import SidelightError, did_you_mean, how_to_install
+from sidelight.probes.mechanisms.shares import Shares, integrated
+from sidelight.probes.ragged import Ragged
+from sidelight.types import MechanismSpec, OptionValue
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that a mechanism is built for.
+
+    Attributes:
+        layers: Hidden states per token: the embedding output and one per block (L + 1).
+        width: Size of a hidden state.
+        outputs: Logits of the task.
+    """
+
+    layers: int
+    width: int
+    outputs: int
+
+
+class Mechanism(nn.Module, ABC):
+    """Turns all hidden states of a text into logits.
+
+    Attributes:
+        lookahead: How many of the next tokens the logits of a token depend on.
+    """
+
+    lookahead: int = 0
+
+    @abstractmethod
+    def forward(
+        self, hidden: Float[Tensor, "batch layer token width"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch output"]:
+        """The dense form; where the mask is False, ``hidden`` may hold anything, even NaN."""
+
+    @abstractmethod
+    def columns(self) -> Float[Tensor, "layer width column"]:
+        """The projection of each token and layer that the streaming form needs."""
+
+    @abstractmethod
+    def summarise(self, tokens: Ragged) -> Ragged:
+        """The state of each segment of projected tokens, ``[row, layer, column]``, in float32."""
+
+    def summary_kind(self) -> Hashable | None:
+        """Equal for mechanisms that can be summarised and merged in one call.
+
+        They do the same to every layer's columns, whatever their parameters, so the layers of one
+        can stand beside those of another: their states have one row for each segment, whose first
+        axis is layers. None means that the mechanism must be called by itself.
+        """
+        return None
+
+    @abstractmethod
+    def merge(self, left: Ragged, right: Ragged) -> Ragged:
+        """The state of each segment after both runs of tokens; ``right`` follows ``left``."""
+
+    @abstractmethod
+    def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
+        """The logits of each segment; NaN for a segment without tokens."""
+
+    def votes(self, state: Ragged) -> Float[Tensor, "segment voter output"]:
+        """The logits that training compares with the labels; each voter gets its own loss."""
+        return self.finish(state)[:, None]
+
+    def token_logits(self, state: Ragged) -> Ragged | None:
+        """The logits of each token, ``[token, output]``, of which spans are made.
+
+        None, as by default, means that it labels texts alone. One that labels tokens is registered
+        as a class, keeps every token in its state, and has no ``summary_kind``.
+        """
+        return None
+
+    def set_prior(self, logits: Float[Tensor, " output"]) -> None:
+        """Begins at the log-odds that tokens have each label, before it is trained to label them.
+
+        By default it begins wherever its parameters were drawn.
+        """
+
+    def rationale_loss(
+        self, tokens: Ragged, rationales: Bool[Tensor, " token"]
+    ) -> Float[Tensor, " segment"]:
+        """The loss for looking away from the tokens that a text has its label for; 0 if none are.
+
+        By default, nothing is learnt of them. One that learns them is registered as a class.
+
+        Args:
+            tokens: As for ``summarise``.
+            rationales: Which of them; none of a text of which it is not known.
+        """
+        return tokens.values.new_zeros(len(tokens.lengths), dtype=torch.float32)
+
+    def logits(self, tokens: Ragged) -> Float[Tensor, "segment output"]:
+        """The logits of segments of projected tokens, as for ``summarise``."""
+        return self.finish(self.summarise(tokens))
+
+    def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
+        """The term that each token of each layer adds to a segment's target.
+
+        Args:
+            tokens: As for ``summarise``, of segments that each have a token.
+            targets: For each segment the weights of its logits whose sum is the target.
+        """
+        return integrated(self.logits, tokens, targets)
+
+
+class Aggregator(nn.Module, ABC):
+    """Reduces a group's items to one vector: a stage of the paper's mechanisms.
+
+    In the token stage, groups are layers and items are tokens; in the layer stage there is one
+    group, and items are layers. Everything after a stage's weights is linear, so instead of whole
+    vectors a stage can *carry* the projections that the next stage needs:
+    ``finish(summarise(items @ columns(carry)), carry) == forward(items) @ carry``.
+    """
+
+    @abstractmethod
+    def forward(
+        self, items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
+    ) -> Float[Tensor, "batch group width"]:
+        """The dense form; where the mask is False, ``items`` may hold anything, even NaN."""
+
+    @abstractmethod
+    def columns(
+        self, carry: Float[Tensor, "group width carry"]
+    ) -> Float[Tensor, "group width column"]:
+        """The projection of each item that the streaming form needs."""
+
+    def with_frozen_weights(self, items: Ragged) -> Ragged:
+        """The projected items, so that the aggregated vector is linear in them for autograd.
+
+        No gradient passes through what only weighs items, and no two of them share a maximum.
+        """
+        return items
+
+    @abstractmethod
+    def summarise(self, items: Ragged) -> Ragged:
+        """The state of each segment of projected items, ``[row, group, column]``, in float32."""
+
+    def summary_kind(self) -> Hashable | None:
+        """As ``Mechanism.summary_kind``, with groups in place of layers."""
+        return None
+
+    @abstractmethod
+    def merge(self, left: Ragged, right: Ragged) -> Ragged:
+        """The state of each segment after both runs of items."""
+
+    @abstractmethod
+    def finish(
+        self, state: Ragged, carry: Float[Tensor, "group width carry"]
+    ) -> Float[Tensor, "segment group carry"]:
+        """The aggregated vector of each segment, seen through ``carry``."""
+
+
+def hide(
+    items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
+) -> Float[Tensor, "batch group item width"]:
+    """The items, with masked ones set to zero."""
+    # Filled, not multiplied: padding can hold NaN, and NaN * 0 is NaN.
+    return torch.where(mask[:, None, :, None], items, items.new_zeros(()))
+
+
+Builder = Callable[..., Mechanism]
+_Builder = TypeVar("_Builder", bound=Builder)
+_BUILDERS: dict[str, Builder] = {}
+# Entry points of other packages, each a builder as for ``register``.
+_GROUP = "sidelight.mechanisms"
+_MOVED = ("blend", "fusion")
+
+
+def register(name: str) -> Callable[[_Builder], _Builder]:
+    """Registers the decorated class, or a function that builds a mechanism.
+
+    It is called with a ``Geometry``. Its keyword-only arguments are the options, each with a
+    default: positive whole numbers, or a ``Literal`` of names.
+
+    Args:
+        name: What users call the mechanism.
+    """
+
+    def remember(build: _Builder) -> _Builder:
+        _BUILDERS[name] = build
+        return build
+
+    return remember
+
+
+def mechanism_names() -> tuple[str, ...]:
+    """All registered names, in alphabetical order; without those of entry points."""
+    return tuple(sorted(_BUILDERS))
+
+
+def mechanism_spec(name: str, options: Mapping[str, OptionValue] | None = None) -> MechanismSpec:
+    """A checked specification with every option filled in.
+
+    Raises:
+        SidelightError: The mechanism or an option is unknown, or a value is not allowed.
+    """
+    parameters = signature(_registered(name)).parameters.values()
+    known = {each.name: each for each in parameters if each.kind is Parameter.KEYWORD_ONLY}
+    for option, value in (options or {}).items():
+        if option not in known:
+            raise SidelightError(
+                f"Unknown option '{option}' of mechanism '{name}'.{did_you_mean(option, known)}"
+            )
+        _check_value(f"{name}.{option}", value, known[option].annotation)
+    return MechanismSpec(
+        name, {each.name: each.default for each in known.values()} | {**(options or {})}
+    )
+
+
+def labels_tokens(name: str) -> bool:
+    """Whether a mechanism has ``token_logits``."""
+    build = _registered(name)
+    return isinstance(build, type) and build.token_logits is not Mechanism.token_logits
+
+
+def learns_rationales(name: str) -> bool:
+    """Whether a mechanism has a ``rationale_loss``."""
+    build = _registered(name)
+    return isinstance(build, type) and build.rationale_loss is not Mechanism.rationale_loss
+
+
+def build_mechanism(spec: MechanismSpec, geometry: Geometry) -> Mechanism:
+    """A mechanism with fresh parameters, drawn with torch's current seed."""
+    return _registered(spec.name)(geometry, **spec.options)
+
+
+def _check_value(option: str, value: OptionValue, kind: Any) -> None:
+    """Options are positive whole numbers, or one of a few names."""
+    names = get_args(kind)
+    if names and value not in names:
+        raise SidelightError(
+            f"{option} cannot be {value!r}.{did_you_mean(str(value), map(str, names))}"
+        )
+    if not names and (type(value) is not int or value < 1):
+        raise SidelightError(f"{option} cannot be {value!r}: give a whole number, 1 or more.")
+
+
+def _registered(name: str) -> Builder:
+    if name in _BUILDERS:
+        return _BUILDERS[name]
+    others = entry_points(group=_GROUP)
+    if name in others.names:
+        return others[name].load()
+    if name in _MOVED:
+        raise SidelightError(
+            f"Mechanism '{name}' belongs to the package sidelight-lab, which is not installed. "
+            f"{how_to_install('./lab')}"
+        )
+    raise SidelightError(
+        f"Unknown mechanism '{name}'.{did_you_mean(name, {*_BUILDERS, *others.names})}"
+    )

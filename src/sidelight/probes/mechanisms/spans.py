@@ -1,0 +1,122 @@
+"""The spans mechanism: logits of every token, the largest of which are those of the text."""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.functional import gelu, pad
+
+from sidelight.probes.mechanisms.base import Geometry, Mechanism, hide, register
+from sidelight.probes.mechanisms.shares import Shares, integrated
+from sidelight.probes.ragged import Ragged
+
+
+@register("spans")
+class Spans(Mechanism):
+    """logits = max_t z_t, where z_t = b + V gelu(c + M_0 u_t + M_1 mean(u_t-k+1 ... u_t)
+    + sum_j M_1+j u_t+j) and u_t = (1 / sqrt(L + 1)) sum_l A_l x_lt: r features of the token itself,
+    their mean over the last k tokens, and those of the tokens after it.
+
+    A causal model has not read on where it reads a token, so the next few tokens say more of it.
+    ``token_logits`` is what labels each token. A token costs r numbers, which the state keeps.
+
+    Args:
+        geometry: Sizes.
+        rank: Features of a token (r).
+        window: k, of the mean; a text's first tokens have the mean of those before them.
+        lookahead: How many tokens after it count.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        rank: int = 64,
+        window: int = 8,
+        lookahead: Literal[0, 1, 2, 3, 4] = 1,
+    ):
+        super().__init__()
+        layers, width, outputs = geometry.layers, geometry.width, geometry.outputs
+        self.window = window
+        self.lookahead: int = lookahead
+        read = (2 + lookahead) * rank
+        self.features = nn.Parameter(torch.randn(layers, width, rank) / math.sqrt(width))
+        self.mixing = nn.Parameter(torch.randn(read, rank) / math.sqrt(read))
+        self.threshold = nn.Parameter(torch.zeros(rank))
+        self.value = nn.Parameter(torch.zeros(rank, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(
+        self, hidden: Float[Tensor, "batch layer token width"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch output"]:
+        """The equation above, literally, over the tokens that the mask keeps."""
+        order = (~mask).byte().argsort(dim=1, stable=True)
+        mask = mask.gather(1, order)
+        hidden = hide(hidden.take_along_dim(order[:, None, :, None], 2), mask)
+        features = torch.einsum("bltd,ldr->btr", hidden, self.columns())
+        starts = [max(0, end - self.window) for end in range(1, mask.shape[1] + 1)]
+        means = [features[:, start : t + 1].mean(1) for t, start in enumerate(starts)]
+        ahead = pad(features, (0, 0, 0, self.lookahead)).unfold(1, self.lookahead + 1, 1)
+        read = torch.cat([features, torch.stack(means, 1), *ahead.unbind(-1)[1:]], -1)
+        logits = self._network(read) + self.bias
+        return torch.where(mask[..., None], logits, -torch.inf).amax(1)
+
+    def columns(self) -> Float[Tensor, "layer width column"]:
+        """The share of each layer in the features."""
+        return self.features / math.sqrt(len(self.features))
+
+    def summarise(self, tokens: Ragged) -> Ragged:
+        """The features of every token: ``[token, 1, feature]``."""
+        return Ragged(tokens.values.float().sum(1, keepdim=True), tokens.lengths)
+
+    def merge(self, left: Ragged, right: Ragged) -> Ragged:
+        return left.joined(right)
+
+    def token_logits(self, state: Ragged) -> Ragged:
+        """The logits of each token, ``[token, output]``."""
+        return Ragged(self._scores(state) + self.bias, state.lengths)
+
+    def set_prior(self, logits: Float[Tensor, " output"]) -> None:
+        self.bias.data.copy_(logits)
+
+    def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
+        """The largest logits of each segment's tokens."""
+        highest = Ragged(self._scores(state), state.lengths).without_ties().maxima()
+        return torch.where((state.lengths == 0)[:, None], torch.nan, highest + self.bias)
+
+    def _scores(self, state: Ragged) -> Float[Tensor, "token output"]:
+        """The logits without their bias."""
+        features, segments = state.values[:, 0], state.segments
+        rows = torch.arange(len(features), device=features.device)
+        position = rows - (state.lengths.cumsum(0) - state.lengths)[segments]
+
+        def shifted(by: int) -> Tensor:
+            """Each token's neighbour at this distance; 0 outside of its segment."""
+            neighbours = (rows + by).clamp(0, max(len(rows) - 1, 0))
+            is_inside = (neighbours == rows + by) & (segments[neighbours] == segments)
+            return torch.where(is_inside[:, None], features[neighbours], 0)
+
+        sums = torch.stack([shifted(-i) for i in range(self.window)]).sum(0)
+        means = sums / (position + 1).clamp(max=self.window)[:, None]
+        ahead = [shifted(distance) for distance in range(1, self.lookahead + 1)]
+        return self._network(torch.cat([features, means, *ahead], 1))
+
+    def _network(self, read: Float[Tensor, "*token read"]) -> Float[Tensor, "*token output"]:
+        return gelu(read @ self.mixing + self.threshold) @ self.value
+
+    def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
+        """By integrated gradients, of the logits of the tokens that decide."""
+        # What inference mode makes cannot be part of a gradient.
+        with torch.inference_mode(False), torch.no_grad():
+            text = Ragged(tokens.values.clone(), tokens.lengths.clone())
+            scores = Ragged(self._scores(self.summarise(text)), text.lengths).without_ties()
+            decides = scores.values == scores.maxima()[scores.segments]
+
+        def logits(columns: Ragged) -> Tensor:
+            scores = self._scores(self.summarise(columns))
+            kept = scores * decides.repeat(len(scores) // max(1, len(decides)), 1)
+            return Ragged(kept, columns.lengths).sums() + self.bias
+
+        return integrated(logits, tokens, targets, sums_layers=True)

@@ -1,0 +1,299 @@
+"""Texts judged by a probe: logits, spans, and figures on labelled rows or on a guard's tests."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from sklearn.metrics import roc_auc_score
+
+from sidelight.data.evaluation import Report, SpanReport, evaluate, evaluate_spans
+from sidelight.data.examples import Example, LabelledExamples, located
+from sidelight.data.guards import find_guard
+from sidelight.data.spans import character_scores
+from sidelight.models.conversation import EncodedPrompt
+from sidelight.models.encode import PromptEncoder
+from sidelight.probes.bank import Bank
+from sidelight.probes.probe import Probe, ProbeOutput
+from sidelight.states.backbone import Backbone
+from sidelight.states.extraction import text_logits
+from sidelight.statistics.metrics import Predictions, decide
+from sidelight.statistics.thresholds import OperatingPoint, operating_curves
+from sidelight.training.dataset import span_places
+from sidelight.training.measuring import trained_text_warnings, trained_texts
+from sidelight.training.tfidf import fit_tfidf
+from sidelight.training.traffic import beginning, kept_rate
+from sidelight.training.validation import require_side
+from sidelight.types import Span
+
+_SHOWN_MISTAKES = 5
+
+
+def encode(
+    encoder: PromptEncoder, examples: Sequence[Example], *, with_places: bool = False
+) -> list[EncodedPrompt]:
+    """The examples' token ids; ``with_places`` as for ``PromptEncoder.encode``.
+
+    Raises:
+        ContextLengthError: One is longer than the backbone reads.
+        SidelightError: One cannot be rendered.
+    """
+    prompts: list[EncodedPrompt] = []
+    for index, example in enumerate(examples):
+        with located(example, index):
+            text = example.conversation, example.response
+            prompts.append(encoder.encode(*text, with_places=with_places))
+    return prompts
+
+
+def judge(backbone: Backbone, probe: Probe, examples: Sequence[Example]) -> list[ProbeOutput]:
+    """A probe's output for each text.
+
+    Raises:
+        ContextLengthError: A text is longer than the backbone reads.
+        SidelightError: The probe reads responses and a text has none, or it finds spans in prompts
+            and a text has a response.
+        VerdictError: A logit is not finite; the message names the first text with one.
+    """
+    require_side(probe, examples)
+    bank = Bank([probe], device=backbone.device)
+    (judged,) = text_logits(backbone, bank, encode(backbone.encoder, examples))
+    for index, text in enumerate(judged):
+        with located(examples[index], index):
+            probe.require_finite(text.logits)
+    return judged
+
+
+def probe_logits(
+    backbone: Backbone, probe: Probe, examples: Sequence[Example]
+) -> Float[np.ndarray, "text output"]:
+    """A probe's logits of each text; the errors are those of ``judge``."""
+    judged = judge(backbone, probe, examples)
+    return np.reshape([text.logits for text in judged], (len(judged), probe.task.outputs))
+
+
+def find_spans(
+    backbone: Backbone, probe: Probe, examples: Sequence[Example]
+) -> tuple[Float[np.ndarray, "text output"], list[list[Span]]]:
+    """The logits of whole texts, and the spans in each, from one forward pass.
+
+    Raises:
+        ContextLengthError: A text is longer than the backbone reads.
+        VerdictError: A logit is not finite.
+        SidelightError: The probe reads responses and a text has none, or the reverse.
+    """
+    assert probe.spans is not None
+    judged = judge_characters(backbone, probe, examples)
+    logits = np.reshape([text.logits for text, _ in judged], (len(examples), probe.task.outputs))
+    return logits, [probe.spans.read(scores, probe.task.output_labels) for _, scores in judged]
+
+
+def judge_characters(
+    backbone: Backbone, probe: Probe, examples: Sequence[Example]
+) -> list[tuple[ProbeOutput, Float[np.ndarray, "character label"]]]:
+    """The output of a probe of spans for each text, and its characters' probabilities."""
+    assert probe.spans is not None
+    texts: list[str] = []
+    for index, example in enumerate(examples):
+        with located(example, index):
+            texts.append(example.span_text)
+    judged = judge(backbone, probe, examples)
+    calibration = probe.spans.calibration
+    tokens = [calibration.apply(text.tokens) for text in judged if text.tokens is not None]
+    places = span_places(backbone.encoder, examples, [*map(len, tokens)])
+    scores = map(character_scores, texts, places, tokens)
+    return list(zip(judged, scores, strict=True))
+
+
+class Mistake(NamedTuple):
+    """A wrong decision about a label, and the beginning of the text."""
+
+    label: str
+    is_missed: bool
+    probability: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """How a probe did.
+
+    Attributes:
+        examples: The rows.
+        probe: What judged them.
+        probabilities: Its probabilities.
+        report: Its figures of whole texts.
+        spans: How well spans are found; None: whole texts are labelled.
+    """
+
+    examples: LabelledExamples
+    probe: Probe
+    probabilities: Float[np.ndarray, "row output"]
+    report: Report
+    spans: SpanReport | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Warnings about the rows, one sentence each."""
+        warnings = trained_text_warnings(self.probe.history, self.examples)
+        return (*self.examples.warnings, *warnings)
+
+    @property
+    def operating_points(self) -> list[OperatingPoint]:
+        """Thresholds to choose from, by these rows; none but for a binary probe of whole texts."""
+        task, labels = self.probe.task, self.examples.labels
+        if self.spans is not None or task.kind != "binary" or len(np.unique(labels)) < 2:
+            return []
+        (curve,) = operating_curves(task, self.probabilities, labels).values()
+        return curve.operating_points()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The metrics at the top level, as JSON values."""
+        traffic = dict(zip(("flagged", "conversations"), kept_rate(self.probe), strict=True))
+        figures = (
+            {**self.report.to_dict(), "traffic": traffic}
+            if self.spans is None
+            else {**self.spans.to_dict(), "whole_texts": self.report.to_dict()}
+        )
+        return {
+            "probe": self.probe.name,
+            "mechanism": self.probe.spec.name,
+            **figures,
+            "operating_points": [point._asdict() for point in self.operating_points],
+            "warnings": list(self.warnings),
+        }
+
+    def plot(self, folder: Path) -> None:
+        """Draws the probe's plots."""
+        from sidelight.data.plots import plot_report
+
+        plot_report(self._predictions, folder, title=self.probe.name)
+
+    @property
+    def _predictions(self) -> Predictions:
+        probe, labels = self.probe, self.examples.labels
+        return decide(probe.task, self.probabilities, labels, thresholds=probe.thresholds)
+
+    @property
+    def mistakes(self) -> list[Mistake]:
+        """The wrong decisions of which the probe was surest."""
+        task, probabilities, thresholds = self.probe.task, self.probabilities, self.probe.thresholds
+        predictions = self._predictions
+        holds = predictions.targets[:, predictions.headline]
+        is_wrong = predictions.decisions[:, predictions.headline] != holds
+        if task.kind == "multiclass":
+            # Two of its labels are wrong: the one that it names counts.
+            is_wrong &= ~holds
+        distances = np.where(is_wrong, np.abs(probabilities - np.array(thresholds or 0)), 0)
+        order = np.argsort(-distances, axis=None, kind="stable")[:_SHOWN_MISTAKES].tolist()
+        worst = [divmod(place, task.outputs) for place in order if distances.flat[place]]
+        names = task.output_labels
+        return [
+            Mistake(
+                names[output],
+                bool(holds[row, output]),
+                float(probabilities[row, output]),
+                beginning(self.examples.items[row].text),
+            )
+            for row, output in worst
+        ]
+
+
+def assess(backbone: Backbone, probe: Probe, examples: LabelledExamples) -> Assessment:
+    """Measures a probe on labelled rows.
+
+    Args:
+        backbone: The model that the probe was trained on.
+        probe: The probe.
+        examples: Loaded with the task in its manifest, and with spans for a probe of spans.
+
+    Raises:
+        SidelightError: The probe and the texts do not fit each other.
+    """
+    if examples.spans is None or probe.spans is None:
+        return assess_logits(probe, examples, probe_logits(backbone, probe, examples.items))
+    return assess_logits(probe, examples, *find_spans(backbone, probe, examples.items))
+
+
+def assess_logits(
+    probe: Probe,
+    examples: LabelledExamples,
+    logits: Float[np.ndarray, "text output"],
+    found: Sequence[Sequence[Span]] | None = None,
+) -> Assessment:
+    """Measures a probe whose logits are known.
+
+    Args:
+        probe: The probe.
+        examples: As for ``assess``.
+        logits: Its logits of each text.
+        found: The spans that it finds in each text; None: whole texts are labelled.
+    """
+    spans, row_thresholds = None, None
+    if found is not None:
+        spans = evaluate_spans(examples, found)
+        # What a span has holds for its text, whatever the text's own probability.
+        names = [{span.label for span in own} for own in found]
+        limits = [*zip(probe.task.output_labels, probe.thresholds, strict=True)]
+        row_thresholds = np.array([[0.0 if x in own else t for x, t in limits] for own in names])
+    probabilities = probe.calibration.apply(logits)
+    predictions = decide(
+        probe.task,
+        probabilities,
+        examples.labels,
+        thresholds=probe.thresholds,
+        row_thresholds=row_thresholds,
+    )
+    return Assessment(examples, probe, probabilities, evaluate(predictions), spans)
+
+
+@dataclass(frozen=True)
+class GuardTests:
+    """The packaged tests of a guard, on which it and TF-IDF are measured.
+
+    Attributes:
+        texts: What the guard was trained on, and TF-IDF is.
+        tests: The texts of each test.
+    """
+
+    texts: LabelledExamples
+    tests: dict[str, LabelledExamples]
+
+    @cached_property
+    def _tfidf(self) -> Any:
+        return fit_tfidf(self.texts.whole_texts, self.texts.labels, self.texts.task)
+
+    def measure(self, backbone: Backbone, probe: Probe, test: str) -> dict[str, Any]:
+        """The figures on a test, beside those of TF-IDF at as many false positives."""
+        return self.figures(assess(backbone, probe, self.tests[test]), test)
+
+    def figures(self, assessment: Assessment, test: str) -> dict[str, Any]:
+        """As ``measure``, from an assessment."""
+        probe, examples = assessment.probe, assessment.examples
+        figures: dict[str, Any] = {
+            "title": find_guard(probe.name).card.tests[test].title,
+            "rows": len(examples),
+            "trained": trained_texts(probe.history, examples),
+            # By which figures of another probe, or of a corrected test, are recognised.
+            "probe": probe.version,
+            "texts_sha256": examples.content_hash,
+        }
+        if assessment.spans is not None:
+            return figures | assessment.spans.to_dict()
+        positive = examples.labels == 1
+        flags = assessment.probabilities[:, 0] >= probe.thresholds[0]
+        scores = self._tfidf.logits(examples.whole_texts)[:, 0]
+        alarms, others = int(flags[~positive].sum()), np.sort(scores[~positive])[::-1]
+        highest = [*others, -np.inf][alarms]
+        has_both = 0 < positive.sum() < len(positive)
+        return figures | {
+            "positives": int(positive.sum()),
+            "found": int(flags[positive].sum()),
+            "false_positives": alarms,
+            "auroc": assessment.report.metrics["auroc"].to_dict(),
+            "tfidf_auroc": float(roc_auc_score(positive, scores)) if has_both else None,
+            "tfidf_found": int((scores[positive] > highest).sum()) if has_both else None,
+        }

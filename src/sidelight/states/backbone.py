@@ -1,0 +1,462 @@
+"""Frozen LLMs: taps on their hidden states, and how to get one of ``transformers`` by name.
+
+Any Hugging Face causal LM can be a backbone: decoder blocks are found by structure, not by name.
+Training and evaluation use any ``Backbone``. It does not batch requests (``engines/``).
+"""
+
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Int
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from sidelight.errors import SidelightError
+from sidelight.models.checkpoint import Checkpoint, fingerprint, model_folder, stored_bytes
+from sidelight.models.conversation import EncodedPrompt, PromptFormat
+from sidelight.models.encode import PromptEncoder
+from sidelight.models.fingerprint import Fingerprint
+from sidelight.models.machine import find_device, free_memory, lacks_bfloat16
+from sidelight.models.smollm2 import EMBEDDED_NAME, MODELS, embedded_model_path, require_model
+from sidelight.probes.ragged import BATCH_TOKENS
+
+# Called with each layer's hidden states, ``[batch, token, width]``, while they exist; it must not
+# keep the tensor. Layer 0 is the residual stream after the embedding, layer l the stream after
+# block l, before the final norm. Long texts may come in parts, each from layer 0 on.
+Tap = Callable[[int, Tensor], None]
+
+
+def cache_prefix(model: Any, prefix: Int[Tensor, " prefix"]) -> DynamicCache:
+    """The keys and values of a prefix of at least one token.
+
+    Args:
+        model: A causal model of ``transformers`` for which ``can_share`` is true.
+        prefix: Token ids.
+    """
+    cache = DynamicCache()
+    model(input_ids=prefix[None], use_cache=True, **{cache_name(model): cache})
+    return cache
+
+
+def run_with_prefix(
+    model: Any,
+    cache: DynamicCache,
+    token_ids: Int[Tensor, "text token"],
+    present: Bool[Tensor, "text token"],
+    **options: Any,
+) -> Any:
+    """The model's output on ``token_ids``, where each row follows the prefix in ``cache``.
+
+    Gradients flow back through the prefix. Afterwards the cache holds the rows as well.
+
+    Args:
+        model: The one that ``cache_prefix`` got.
+        cache: What ``cache_prefix`` returned.
+        token_ids: What follows the prefix.
+        present: Where there is a token; padding may be on either side.
+        options: Passed to the model's forward pass.
+    """
+    before = present.new_ones(len(token_ids), cache.get_seq_length())
+    cache.batch_repeat_interleave(len(token_ids))
+    mask = torch.cat([before, present], 1)
+    positions = (mask.cumsum(1) - 1)[:, before.shape[1] :]
+    begun = {cache_name(model): cache, "use_cache": True, **options}
+    return model(input_ids=token_ids, attention_mask=mask.long(), position_ids=positions, **begun)
+
+
+def can_share(model: Any) -> bool:
+    """Whether the state after a prefix is exactly the keys and values of all its tokens."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    usual = "full_attention" if window is None else "sliding_attention"
+    kinds = getattr(config, "layer_types", None) or [usual]
+    return set(kinds) == {"full_attention"} and not getattr(model, "_is_stateful", False)
+
+
+def cache_name(model: Any) -> str:
+    """The name of the model's argument for a cache, which transformers 5.24 renamed."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_NO_LIMIT = 10**9
+_CPU = torch.device("cpu")
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A frozen LLM whose hidden states can be read, whatever runs it.
+
+    Attributes:
+        name: Its name in messages and manifests.
+        encoder: Makes its prompts.
+        fingerprint: Which weights, tokenizer and template it has, and the sizes of its states.
+    """
+
+    name: str
+    encoder: PromptEncoder
+    fingerprint: Fingerprint
+
+    @property
+    def engine(self) -> str:
+        """What runs it, with all that decides how states are computed and rounded."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its states are, and where probes on them are computed."""
+        ...
+
+    @property
+    def batch_tokens(self) -> int:
+        """The most tokens that ``run`` takes, padding included; a longer prompt is alone."""
+        ...
+
+    @property
+    def can_share_prefixes(self) -> bool:
+        """Whether ``run`` accepts ``after``."""
+        ...
+
+    def tapped(self, tap: Tap) -> AbstractContextManager[None]:
+        """Calls ``tap`` with every hidden state of this thread's passes in the block."""
+        ...
+
+    def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
+        """Reads prompts, for what the tap sees of them.
+
+        Args:
+            prompts: The batch. The tap sees them padded on the right to the longest.
+            after: Number of tokens that all prompts begin with; they are run once, and not tapped.
+        """
+        ...
+
+
+class TransformersBackbone:
+    """A frozen causal LM of the ``transformers`` library.
+
+    Args:
+        model: The model; it is put into evaluation mode and its weights are frozen.
+        tokenizer: Its fast tokenizer.
+        name: Its name in messages and manifests.
+        checkpoint: The files that the model was loaded from and still equals; they identify it.
+        prompt_format: ``chat``, ``raw`` or ``both``; None means chat if the tokenizer has a
+            template.
+    """
+
+    engine = "transformers"
+    batch_tokens = BATCH_TOKENS
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        name: str,
+        checkpoint: Checkpoint,
+        prompt_format: PromptFormat | None = None,
+    ):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        # Threads that run the model have taps of their own.
+        self._local = threading.local()
+        self._watch(_decoder_blocks(model))
+        self.encoder, stored = _identity(
+            model.config, tokenizer, checkpoint, name=name, prompt_format=prompt_format
+        )
+        self.fingerprint = replace(stored, dtype=str(model.dtype).removeprefix("torch."))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.model.device
+
+    @contextmanager
+    def tapped(self, tap: Tap) -> Generator[None]:
+        """As ``Backbone.tapped``; blocks may be nested."""
+        outer, self._tap = self._tap, tap
+        try:
+            yield
+        finally:
+            self._tap = outer
+
+    @property
+    def _tap(self) -> Tap | None:
+        return getattr(self._local, "tap", None)
+
+    @_tap.setter
+    def _tap(self, tap: Tap | None) -> None:
+        self._local.tap = tap
+
+    @torch.inference_mode()
+    def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
+        """As ``Backbone.run``, in one forward pass."""
+        token_ids, mask = self.pad(prompts)
+        # Without the language-model head, whose logits nobody reads here.
+        body = self.model.base_model
+        if after:
+            tap, self._tap = self._tap, None
+            begun = cache_prefix(body, token_ids[0, :after])
+            self._tap = tap
+            run_with_prefix(body, begun, token_ids[:, after:], mask[:, after:])
+        else:
+            body(input_ids=token_ids, attention_mask=mask, use_cache=False)
+
+    @property
+    def can_share_prefixes(self) -> bool:
+        """Whether ``run`` accepts ``after``: see ``can_share``."""
+        return can_share(self.model)
+
+    @property
+    def last_position(self) -> Int[Tensor, " one"]:
+        """The value of ``logits_to_keep`` that keeps the last token only.
+
+        The number 1 would keep a slice, which is not contiguous in a batch, so that PyTorch would
+        copy the output matrix once for every row.
+        """
+        return torch.tensor([-1], device=self.device)
+
+    def pad(
+        self, prompts: Sequence[EncodedPrompt], *, side: Literal["left", "right"] = "right"
+    ) -> tuple[Int[Tensor, "batch token"], Bool[Tensor, "batch token"]]:
+        """The prompts' ids, padded on one side, and a mask of the real ones."""
+        longest = max(len(prompt) for prompt in prompts)
+        token_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            start = longest - len(prompt) if side == "left" else 0
+            token_ids[row, start : start + len(prompt)] = torch.tensor(prompt.token_ids)
+            mask[row, start : start + len(prompt)] = True
+        return token_ids.to(self.device), mask.to(self.device)
+
+    def _watch(self, blocks: nn.ModuleList) -> None:
+        def before_first(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._tap is not None:
+                self._tap(0, args[0] if args else kwargs["hidden_states"])
+
+        def after(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+            if self._tap is not None:
+                self._tap(layer, output if torch.is_tensor(output) else output[0])
+
+        blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)
+        for layer, block in enumerate(blocks, start=1):
+            block.register_forward_hook(partial(after, layer))
+
+
+def _identity(
+    config: PreTrainedConfig,
+    tokenizer: Any,
+    checkpoint: Checkpoint,
+    *,
+    name: str,
+    prompt_format: PromptFormat | None,
+) -> tuple[PromptEncoder, Fingerprint]:
+    """What makes the prompts of a model, and its fingerprint."""
+    text = config.get_text_config()
+    chosen = prompt_format or ("chat" if tokenizer.chat_template else "raw")
+    # A tokenizer without a limit reports an astronomically large one.
+    limit = min(getattr(text, "max_position_embeddings", _NO_LIMIT), tokenizer.model_max_length)
+    encoder = PromptEncoder(tokenizer, prompt_format=chosen, max_tokens=int(limit))
+    # Hidden states are those of the embedding and of each block.
+    layers, width = text.num_hidden_layers + 1, text.hidden_size
+    return encoder, fingerprint(checkpoint, encoder, name=name, layers=layers, width=width)
+
+
+def _decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks: the heaviest of the module lists with one entry per layer."""
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not lists:
+        raise SidelightError(
+            f"{type(model).__name__} has no list of {depth} decoder blocks, so its residual stream "
+            "cannot be tapped. Sidelight supports decoder-only causal language models."
+        )
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+def load_backbone(
+    name: str | Path = EMBEDDED_NAME,
+    *,
+    dtype: DtypeName = "auto",
+    device: str = "auto",
+    prompt_format: PromptFormat | None = None,
+    for_reading: bool = False,
+) -> TransformersBackbone:
+    """Loads a backbone by name.
+
+    Args:
+        name: ``smollm2`` (the embedded default), a local folder, or a hub id.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: that of the stored weights.
+        device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: the first GPU, or the CPU without one.
+        prompt_format: ``chat``, ``raw``, or ``both`` for a probe that judges plain text too; None
+            means chat if the model has a chat template.
+        for_reading: Whether prompts dominate the work, as in training and in guarding. ``auto`` is
+            then ``float32`` for weights stored in ``bfloat16`` on an x86 CPU without bfloat16
+            arithmetic, if they take at most half of the free memory: reading is two to five times
+            as fast, and writing about as fast.
+
+    Raises:
+        SidelightError: The model cannot be found, is not a causal LM with decoder blocks, or its
+            weights are not in safetensors files, or changed by an adapter.
+    """
+    name, target = str(name), find_device(device)
+    path = _path(name)
+    # Loading takes a second, and its progress bars would clutter ours.
+    disable_progress_bar()
+    with _loading_errors(name, target):
+        # Weights may take hours to download: what is no model, or cannot fit, is refused before.
+        config, kind = _read_config(described := model_folder(path, with_weights=False))
+        own = config.get_text_config().dtype
+        own = "" if own is None else str(own).removeprefix("torch.")
+        wanted = own if dtype == "auto" else dtype
+        _require_memory(name, described, stored=own, wanted=wanted, target=target)
+        folder = model_folder(path)
+        checkpoint = Checkpoint.read(folder)
+        _require_memory(name, folder, stored=checkpoint.dtype, wanted=wanted, target=target)
+        if for_reading and dtype == "auto" and lacks_bfloat16(target):
+            dtype = _dtype_for_reading(checkpoint, folder)
+        model = kind.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "an adapter beside its files (adapter_config.json) changes the weights. Merge it "
+                "into them (merge_and_unload of peft), or remove it."
+            )
+        model = cast(PreTrainedModel, model)
+        model.to(target)  # pyright: ignore[reportArgumentType]
+    return TransformersBackbone(
+        model, tokenizer, name=name, checkpoint=checkpoint, prompt_format=prompt_format
+    )
+
+
+def _dtype_for_reading(checkpoint: Checkpoint, folder: Path) -> DtypeName:
+    if checkpoint.dtype != "bfloat16":
+        return "auto"
+    free = free_memory()
+    return "float32" if free is None or 4 * stored_bytes(folder) <= free else "auto"
+
+
+def _read_config(folder: Path) -> tuple[PreTrainedConfig, Any]:
+    """The configuration, and the class that loads its model."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not config.is_encoder_decoder:
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return config, AutoModelForCausalLM
+        # A model that also sees may be known as that alone; its text decoder is read.
+        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return config, AutoModelForImageTextToText
+    raise ValueError(
+        f"a model of type '{config.model_type}' is not one, and probes read decoder-only models."
+    )
+
+
+def _path(name: str) -> str:
+    require_model(name)
+    return embedded_model_path() if name == EMBEDDED_NAME else name
+
+
+@dataclass(frozen=True)
+class UnloadedBackbone:
+    """A backbone without its weights, for an engine that loads them itself."""
+
+    path: str
+    encoder: PromptEncoder
+    fingerprint: Fingerprint
+
+
+def read_backbone(
+    name: str | Path, *, prompt_format: PromptFormat | None = None
+) -> UnloadedBackbone:
+    """A model as ``load_backbone`` describes it, without its weights.
+
+    Args:
+        name: As for ``load_backbone``.
+        prompt_format: As for ``load_backbone``.
+
+    Raises:
+        SidelightError: The model cannot be found, or its weights are not in safetensors files.
+    """
+    name, path = str(name), _path(str(name))
+    with _loading_errors(name):
+        folder = model_folder(path)
+        config, _ = _read_config(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        checkpoint = Checkpoint.read(folder)
+    identity = _identity(config, tokenizer, checkpoint, name=name, prompt_format=prompt_format)
+    return UnloadedBackbone(path, *identity)
+
+
+def _require_memory(
+    name: str, folder: Path, *, stored: str, wanted: str, target: torch.device
+) -> None:
+    """Refuses weights that cannot fit: the system would end the process without a word.
+
+    Args:
+        name: What the user calls the model.
+        folder: Its files; the weights may be missing.
+        stored: Their dtype in the files.
+        wanted: Their dtype once loaded.
+        target: Where they go.
+    """
+    weights, devices = stored_bytes(folder), {target}
+    # Weights of the stored dtype are mapped from disk, and need the memory of the target alone.
+    if stored != wanted and {stored, wanted} <= _DTYPE_BYTES.keys():
+        weights = weights * _DTYPE_BYTES[wanted] // _DTYPE_BYTES[stored]
+        devices.add(_CPU)
+    for device in devices:
+        free = _free_memory(device)
+        if free is not None and weights > free:
+            what = f"its weights take {weights / 1e9:.1f} GB and "
+            raise SidelightError(_too_large(name, what, device))
+
+
+def _free_memory(device: torch.device) -> int | None:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+
+
+def _too_large(name: str, what: str, device: torch.device) -> str:
+    free = _free_memory(device)
+    room = "the memory is full" if free is None else f"{max(free, 0) / 1e9:.1f} GB are free"
+    return (
+        f"'{name}' does not fit into memory: {what}{room} on {device}. Serve a smaller "
+        "model, give --dtype bfloat16, or free some memory."
+    )
+
+
+@contextmanager
+def _loading_errors(name: str, device: torch.device = _CPU) -> Generator[None]:
+    try:
+        yield
+    # JSON that is nested too deeply exceeds the interpreter's stack, which is a RuntimeError.
+    except (OSError, ValueError, SafetensorError, RecursionError) as error:
+        raise SidelightError(
+            f"Cannot load '{name}' as a causal language model: {str(error).splitlines()[0]} "
+            f"{MODELS}"
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's allocator of the CPU raises no class of its own, that of a GPU does.
+        is_of_gpu = isinstance(error, torch.OutOfMemoryError)
+        is_full = is_of_gpu or isinstance(error, MemoryError)
+        if not is_full and "allocate memory" not in str(error):
+            raise
+        raise SidelightError(_too_large(name, "", device if is_of_gpu else _CPU)) from error
