@@ -10,8 +10,8 @@ import pytest
 import torch
 from openai import OpenAI
 
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.models.conversation import EncodedPrompt
-from sidelight.states.backbone import TransformersBackbone
 from worlds.models import FAMILIES, family_backbone, saved, tiny_backbone
 from worlds.servers import http_client, openai_client
 

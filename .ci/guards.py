@@ -37,8 +37,9 @@ from sidelight.cli.show import print_fit
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.guards import find_guard, guard_names
 from sidelight.engines.llama.backbone import LlamaBackbone
+from sidelight.engines.llama.files import EMBEDDED_GGUF, find_gguf
+from sidelight.engines.transformers.backbone import load_backbone
 from sidelight.models.fingerprint import Fingerprint
-from sidelight.models.gguf_files import EMBEDDED_GGUF, find_gguf
 from sidelight.models.smollm2 import EMBEDDED_NAME
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.probes.bank import Bank
@@ -47,8 +48,8 @@ from sidelight.probes.mechanisms.base import Geometry, build_mechanism
 from sidelight.probes.probe import Probe
 from sidelight.probes.standardisation import Standardisation
 from sidelight.scoring import GuardTests, assess_logits, encode
-from sidelight.states.backbone import Backbone, load_backbone
 from sidelight.states.extraction import text_logits
+from sidelight.states.reader import Backbone
 from sidelight.statistics.metrics import wilson
 from sidelight.statistics.thresholds import F1, OperatingPoint
 from sidelight.storage import write_json

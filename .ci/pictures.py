@@ -15,10 +15,10 @@ from playwright.sync_api import Browser
 
 from sidelight import demo
 from sidelight.data.loading import load_examples
+from sidelight.engines.transformers.backbone import load_backbone
 from sidelight.guards import probe_folder
 from sidelight.models.conversation import Reads
 from sidelight.models.smollm2 import cache_root
-from sidelight.states.backbone import load_backbone
 from sidelight_lab.bench.server_process import ServerProcess
 from sidelight_label.app import create_app
 from sidelight_label.file import LabelFile

@@ -8,13 +8,13 @@ from pydantic import BaseModel
 from ray import serve
 
 from sidelight.engines.base import Engine, EngineUnavailableError
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.backbone import load_backbone
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.guards import named_sources, probe_folders
 from sidelight.probes.artifact import load_probe
 from sidelight.probes.probe import Probe
 from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig
-from sidelight.states.backbone import load_backbone
 
 
 class Settings(BaseModel, extra="forbid"):

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 
 from sidelight.engines.base import Engine
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.models.conversation import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.policy.rules import read_policy
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.bank import Bank
 from sidelight.probes.manifest import read_manifest
 from sidelight.probes.probe import Probe
-from sidelight.states.backbone import TransformersBackbone
 from worlds.data import documented_table
 from worlds.models import INTENT, saved, score, untrained_probe
 from worlds.servers import in_process, written_alone

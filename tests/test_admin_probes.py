@@ -13,7 +13,7 @@ import pytest
 from fastapi import Request
 from transformers import LlamaConfig
 
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
 from sidelight.probes.artifact import load_probe, save_probe

@@ -18,11 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sidelight import classifier
 from sidelight.cli.runtime import Runtime
 from sidelight.engines.parity import compare_engines
+from sidelight.engines.transformers.backbone import load_backbone, read_model
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.models.conversation import Message
 from sidelight.models.machine import lacks_bfloat16
 from sidelight.probes.artifact import load_probe, save_probe
-from sidelight.states.backbone import load_backbone, read_backbone
 from worlds.models import (
     CHAT_TEMPLATE,
     SIZES,
@@ -145,7 +145,7 @@ def test_a_change_of_the_model_is_another_backbone_and_is_named(tiny, change, fi
     before, changed = tiny.fingerprint, tiny_backbone()
     change(changed.model, changed.tokenizer)
     folder = saved(changed, tmp_path)
-    for load in (load_backbone, read_backbone):
+    for load in (load_backbone, read_model):
         after = replace(load(folder).fingerprint, name="tiny/changed")
         assert before.digest != after.digest
         with pytest.raises(FingerprintMismatchError, match=f"differ in {field}\\.") as caught:
@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_be_loaded_is_one_line(whole, tmp_path, offline, re
         path.unlink()
     for name, content in written.items():
         (folder / name).write_bytes(content)
-    for load in (load_backbone, read_backbone):
+    for load in (load_backbone, read_model):
         with pytest.raises(SidelightError, match=f"Cannot load.*{folder}") as caught:
             load(folder)
         assert "\n" not in str(caught.value)
@@ -210,7 +210,7 @@ def test_a_tap_sees_the_passes_of_its_own_thread_and_block_alone(tiny):
     assert outer == inner == others == layers
 
 
-@pytest.mark.parametrize("load", [load_backbone, read_backbone])
+@pytest.mark.parametrize("load", [load_backbone, read_model])
 def test_python_in_a_models_folder_never_runs(whole, tmp_path, offline, monkeypatch, load):
     """transformers would ask at the terminal, and run it after a "y"."""
     monkeypatch.setattr("builtins.input", lambda _: "y")
@@ -228,7 +228,7 @@ def test_python_in_a_models_folder_never_runs(whole, tmp_path, offline, monkeypa
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("load", [load_backbone, read_backbone])
+@pytest.mark.parametrize("load", [load_backbone, read_model])
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no such model", "", "smollm"])
 def test_a_name_that_is_no_model_is_one_line(offline, name, load):
     with pytest.raises(SidelightError, match="Give 'smollm2', a folder") as caught:
@@ -276,9 +276,9 @@ def test_auto_keeps_another_stored_dtype_and_what_float32_makes_too_large(
     assert dtype_of(dtype="bfloat16") == load_backbone(in_bfloat16).fingerprint.dtype == "bfloat16"
     assert dtype_of(saved(family_backbone("llama", dtype=torch.float16), tmp_path)) == "float16"
     free = 4 * (Path(in_bfloat16) / "model.safetensors").stat().st_size
-    monkeypatch.setattr("sidelight.states.backbone.free_memory", lambda: free)
+    monkeypatch.setattr("sidelight.engines.transformers.backbone.free_memory", lambda: free)
     assert dtype_of() == "float32"
-    monkeypatch.setattr("sidelight.states.backbone.free_memory", lambda: free - 1)
+    monkeypatch.setattr("sidelight.engines.transformers.backbone.free_memory", lambda: free - 1)
     assert dtype_of() == "bfloat16"
 
 
@@ -324,7 +324,7 @@ def test_the_embedded_model_is_converted_once_and_loads(own_cache, capsys):
     folder = Path(os.environ["SIDELIGHT_CACHE"]) / "models"
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert any(path.name == "model.safetensors" for path in written)
-    assert read_backbone("smollm2").fingerprint == who
+    assert read_model("smollm2").fingerprint == who
     assert said not in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == written
     shutil.rmtree(folder)

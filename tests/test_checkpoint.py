@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, Qwen3MoeConfig
 
+from sidelight.engines.transformers.backbone import load_backbone, read_model
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from sidelight.states.backbone import load_backbone, read_backbone
 from worlds.models import FAMILIES, SIZES, family_backbone, identified, saved, tiny_tokenizer
 
 _TEXT = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
@@ -59,7 +59,7 @@ def test_a_model_is_the_same_loaded_or_not_in_one_file_and_in_shards_of_any_dtyp
         backbone.model.save_pretrained(folder, max_shard_size=size)
         backbone.tokenizer.save_pretrained(folder)
         assert (len([*folder.glob("*.safetensors")]) > 1) == (size == "30KB")
-        loaded, read = (load(folder).fingerprint for load in (load_backbone, read_backbone))
+        loaded, read = (load(folder).fingerprint for load in (load_backbone, read_model))
         assert loaded.dtype == {"1GB": "float32", "30KB": "bfloat16"}[size]
         # The library picks the tokenizer's class by the model's type, whatever was saved.
         assert who(loaded) == replace(who(full.fingerprint), tokenizer=loaded.tokenizer)
@@ -72,24 +72,24 @@ def test_a_model_is_the_same_loaded_or_not_in_one_file_and_in_shards_of_any_dtyp
 
 def test_an_unloaded_backbone_reads_texts_as_the_loaded_one(tiny, tmp_path):
     folder = saved(tiny, tmp_path)
-    loaded, read = load_backbone(folder), read_backbone(folder)
+    loaded, read = load_backbone(folder), read_model(folder)
     assert read.path == folder
     assert read.encoder.max_tokens == loaded.encoder.max_tokens == 256
     assert read.encoder.prompt_format == loaded.encoder.prompt_format == "chat"
-    raw = read_backbone(folder, prompt_format="raw")
+    raw = read_model(folder, prompt_format="raw")
     assert (raw.encoder.prompt_format, raw.fingerprint.template) == ("raw", "raw")
 
 
 @pytest.fixture
 def before(tiny, tmp_path):
     """Who the model is that lies in the test's folder."""
-    return read_backbone(saved(tiny, tmp_path)).fingerprint
+    return read_model(saved(tiny, tmp_path)).fingerprint
 
 
 def test_a_default_that_transformers_adds_does_not_change_a_model(before, tmp_path, monkeypatch):
     as_dict = LlamaConfig.to_dict
     monkeypatch.setattr(LlamaConfig, "to_dict", lambda self: {**as_dict(self), "added": 1})
-    for after in (load(tmp_path).fingerprint for load in (load_backbone, read_backbone)):
+    for after in (load(tmp_path).fingerprint for load in (load_backbone, read_model)):
         assert after == before
 
 
@@ -98,18 +98,18 @@ def test_what_wrote_a_configuration_is_no_part_of_it_and_all_else_is(before, tmp
     entries = json.loads(config.read_text())
     written = {"transformers_version": "9.9.9", "_name_or_path": "elsewhere", "use_cache": False}
     config.write_text(json.dumps({**entries, **written}))
-    assert read_backbone(tmp_path).fingerprint == before
+    assert read_model(tmp_path).fingerprint == before
     fewer = {name: value for name, value in entries.items() if name != "attention_bias"}
     for changed in ({**entries, "attention_bias": True}, fewer):
         config.write_text(json.dumps(changed))
-        require_other(before, read_backbone(tmp_path).fingerprint, "config")
+        require_other(before, read_model(tmp_path).fingerprint, "config")
 
 
 def test_computed_buffers_of_older_files_make_no_difference(before, tmp_path):
     path = tmp_path / "model.safetensors"
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
     save_file({**load_file(path), **buffers}, path)
-    assert read_backbone(tmp_path).fingerprint == before
+    assert read_model(tmp_path).fingerprint == before
 
 
 def test_a_quantised_copy_is_another_model(before, tmp_path):
@@ -121,12 +121,12 @@ def test_a_quantised_copy_is_another_model(before, tmp_path):
     save_file({**weights, "lm_head.weight_scale": torch.ones(1)}, path)
     how = {"quant_method": "fp8"}
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": how}))
-    after = read_backbone(tmp_path).fingerprint
+    after = read_model(tmp_path).fingerprint
     assert after.dtype == "float8_e4m3fn"
     require_other(before, after, "config, weights")
 
 
-@pytest.mark.parametrize("load", [load_backbone, read_backbone])
+@pytest.mark.parametrize("load", [load_backbone, read_model])
 def test_weights_of_another_form_are_refused_with_a_remedy(tiny, load, tmp_path):
     saved(tiny, tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -141,7 +141,7 @@ def test_two_sets_of_weights_in_a_folder_are_refused(before, tmp_path):
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SidelightError, match=r"two different weights 'model.norm.weight'"):
-        read_backbone(tmp_path)
+        read_model(tmp_path)
 
 
 @pytest.mark.parametrize("place", ["absolute", "above", "number", "no map"])
@@ -155,7 +155,7 @@ def test_an_index_names_files_of_its_own_folder_only(before, tmp_path, place):
     if place == "no map":
         index.write_text("[]")
     with pytest.raises(SidelightError, match=r"not a whole index of files in its own folder"):
-        read_backbone(folder)
+        read_model(folder)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -217,11 +217,11 @@ def test_a_model_of_the_hub_is_identified_in_little_memory(before, tmp_path, off
     if not child:
         try:
             at_first = memory("VmRSS")
-            digest = read_backbone("some/model").fingerprint.digest
+            digest = read_model("some/model").fingerprint.digest
             (tmp_path / "peak").write_text(f"{digest} {memory('VmHWM') - at_first}")
         finally:
             os._exit(0)
     os.waitpid(child, 0)
     digest, grown = (tmp_path / "peak").read_text().split()
-    assert digest == read_backbone(folder).fingerprint.digest
+    assert digest == read_model(folder).fingerprint.digest
     assert int(grown) < 150e6

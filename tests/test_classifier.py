@@ -11,12 +11,12 @@ import sidelight
 from sidelight.classifier import Classifier, load, train
 from sidelight.cli.show import print_assessment, summary
 from sidelight.data.loading import load_examples
+from sidelight.engines.transformers.backbone import load_backbone
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.models.conversation import Reads
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.scoring import assess
-from sidelight.states.backbone import load_backbone
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.traffic import beginning

@@ -26,13 +26,13 @@ from sidelight.cli.options import INPUT_SETTINGS, TrainingInputs
 from sidelight.cli.train import _kinds, train
 from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Place, Reads
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.probes.explanation import Explanation
 from sidelight.probes.manifest import PROBE, read_manifest
 from sidelight.probes.mechanisms.base import mechanism_names
-from sidelight.states.backbone import TransformersBackbone
 from sidelight.storage import only_writer
 from sidelight.training.measuring import describe_examples
 from sidelight.types import Verdict

@@ -9,14 +9,14 @@ import torch
 
 from sidelight.classifier import Classifier
 from sidelight.data.examples import Example
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.backbone import TransformersBackbone
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import EncodedPrompt, Message, Part, Reads
 from sidelight.policy.rules import Policy, Rule
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.probes.bank import Bank, Panel
 from sidelight.probes.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.probes.standardisation import Standardisation
-from sidelight.states.backbone import TransformersBackbone
 from sidelight.states.extraction import text_logits
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import TrainingSettings

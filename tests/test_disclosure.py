@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from policy_contract import ADMIN, CHATS, GUARDRAIL
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.policy.request import labels_only
 from sidelight.policy.rules import Policy, Rule

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sidelight.cli import app
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.policy import request, rules
 from sidelight.policy.rules import Action, Mode, Policy, Rule, read_policy
 from sidelight.probes.manifest import Manifest

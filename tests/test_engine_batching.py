@@ -15,7 +15,7 @@ from sidelight.engines.base import (
 from sidelight.engines.batch import Batch
 from sidelight.engines.queue import Limits, Request, RequestQueue
 from sidelight.engines.text import TextCodec
-from sidelight.engines.transformers import TransformersDecoder, TransformersEngine
+from sidelight.engines.transformers.engine import TransformersDecoder, TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.models.conversation import EncodedPrompt, Message, Part, Reads
 from sidelight.probes.bank import Panel

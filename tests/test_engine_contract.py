@@ -6,7 +6,7 @@ import pytest
 
 from engine_contract import EngineContract, Subject
 from sidelight.engines.queue import Limits
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from worlds.models import tiny_backbone
 from worlds.vllm import with_probes
 

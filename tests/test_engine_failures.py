@@ -12,7 +12,7 @@ from sidelight.engines.base import (
     Sampling,
 )
 from sidelight.engines.queue import Limits
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Message
 from worlds.models import tiny_backbone
 from worlds.servers import ask, count_passes, run_engine

@@ -15,7 +15,7 @@ import torch
 from sidelight.engines.base import Finished, PromptJudged, ResponseScored, Sampling, TextDelta
 from sidelight.engines.parity import compare_engines
 from sidelight.engines.queue import Limits
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Reads
 from sidelight.probes.bank import Bank

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sidelight.engines.transformers import TransformersEngine
-from sidelight.states.backbone import TransformersBackbone
+from sidelight.engines.transformers.backbone import TransformersBackbone
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.vllm import ENVIRONMENT
 from worlds.models import three_probes
 from worlds.servers import http_client, served

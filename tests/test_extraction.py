@@ -16,7 +16,7 @@ from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Reads, shared_unread
 from sidelight.probes.ragged import by_length
 from sidelight.states.cache import ActivationCache, Memory, random_shards
-from sidelight.states.extraction import BackboneSource, extract
+from sidelight.states.extraction import extract
 from worlds.data import encoded
 from worlds.models import tiny_backbone
 
@@ -32,7 +32,7 @@ def cache_of(backbone, root, prompts=None, **options):
 
 
 def extracted(backbone, root, prompts=None, **options):
-    return extract(BackboneSource(backbone), cache_of(backbone, root, prompts, **options))
+    return extract(backbone, cache_of(backbone, root, prompts, **options))
 
 
 def states_by_row(cache):
@@ -85,7 +85,7 @@ def test_the_same_data_give_the_same_files_and_a_complete_cache_runs_nothing(tin
     first, second = (extracted(tiny, tmp_path / name, shard_bytes=5_000) for name in ("a", "b"))
     assert contents(first.directory) == contents(second.directory)
     ran.clear()
-    extract(BackboneSource(tiny), first)
+    extract(tiny, first)
     assert not ran
 
 
@@ -96,11 +96,11 @@ def test_too_little_room_is_an_error_before_any_work(tiny, tmp_path, ran, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=free))
     free = 2**31 + needed - 1
     with pytest.raises(SidelightError, match=r"may be used.*SIDELIGHT_CACHE.*fewer rows"):
-        extract(BackboneSource(tiny), cache)
+        extract(tiny, cache)
     assert not ran
     assert not list(tmp_path.rglob("*.safetensors"))
     free += 1
-    extract(BackboneSource(tiny), cache)
+    extract(tiny, cache)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_state_that_is_not_finite_is_an_error_that_names_its_text(tmp_path, va
     backbone.fingerprint = replace(backbone.fingerprint, dtype=dtype)
     cache = cache_of(backbone, tmp_path, prompts)
     with pytest.raises(SidelightError, match=rf"Text 6 .* layer 0 .* {dtype}\. .*{remedy}"):
-        extract(BackboneSource(backbone), cache)
+        extract(backbone, cache)
     assert cache.missing()
 
 
@@ -149,18 +149,18 @@ def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_p
     if not child:
         try:
             tiny.model.base_model.register_forward_pre_hook(die)
-            extract(BackboneSource(tiny), cache)
+            extract(tiny, cache)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     before = identities(cache.directory)
     assert 0 < len(before) < len(cache.prompts)
 
-    extract(BackboneSource(tiny), cache)
+    extract(tiny, cache)
     after = identities(cache.directory)
     assert {name: after[name] for name in before} == before
     assert len(after) == len(cache.prompts)
-    whole = extract(BackboneSource(tiny), several_batches(tiny, tmp_path / "whole"))
+    whole = extract(tiny, several_batches(tiny, tmp_path / "whole"))
     assert cache.directory.name == whole.directory.name
     wanted = states_by_row(whole)
     for row, states in states_by_row(cache).items():
@@ -254,16 +254,16 @@ def test_two_processes_that_write_the_same_states_at_once_both_have_them_whole(t
     child = os.fork()
     if not child:
         try:
-            extract(BackboneSource(tiny), cache)
+            extract(tiny, cache)
             os._exit(bool(cache.missing()))
         finally:
             os._exit(1)
-    extract(BackboneSource(tiny), cache)
+    extract(tiny, cache)
     written.append(states_by_row(cache))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     written.append(states_by_row(several_batches(tiny, tmp_path / "both")))
     assert len([*cache.directory.iterdir()]) == len(cache.prompts)
-    wanted = states_by_row(extract(BackboneSource(tiny), several_batches(tiny, tmp_path / "alone")))
+    wanted = states_by_row(extract(tiny, several_batches(tiny, tmp_path / "alone")))
     for states in written:
         for row, hidden in states.items():
             torch.testing.assert_close(hidden, wanted[row], **ROUNDING_TO_BF16)

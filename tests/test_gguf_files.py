@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 import sidelight
-from sidelight.cli.runtime import _LLAMA_OPTIONS, Runtime
+from sidelight.cli.runtime import Runtime
+from sidelight.engines.llama.backend import OPTIONS
+from sidelight.engines.llama.files import EMBEDDED_GGUF, find_gguf, is_gguf, served_name
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message
 from sidelight.models.fingerprint import ACCEPTED
-from sidelight.models.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf, served_name
 from sidelight.models.smollm2 import packaged_gguf
 from sidelight.probes.artifact import load_probe
 from sidelight.probes.manifest import read_manifest
@@ -167,16 +168,10 @@ def test_the_embedded_models_file_has_a_name():
         ("--model {file} --engine-option texts=256", "texts=256 is no whole number from 1 to 255"),
         ("--model {file} --engine-option texts=2,tokens=9", "options take an --engine-option each"),
         ("--model {file} --engine-option tokens=-1", "tokens=-1 is no whole number from 1 to"),
-        (
-            "--model smollm2 --engine-option threads=1",
-            "(--engine vllm) and llama.cpp (a GGUF file)",
-        ),
-        (
-            "--engine transformers --engine-option a=1",
-            "(--engine vllm) and llama.cpp (a GGUF file)",
-        ),
-        ("--model {file} --engine transformers", "only llama.cpp runs (--engine llama)"),
-        ("--model {file} --engine vllm", "only llama.cpp runs (--engine llama)"),
+        ("--model smollm2 --engine-option threads=1", "transformers has no engine options"),
+        ("--engine transformers --engine-option a=1", "transformers has no engine options"),
+        ("--model {file} --engine transformers", "transformers does not run. It runs with --engin"),
+        ("--model {file} --engine vllm", "vllm does not run. It runs with --engine llama"),
         ("--model a/folder --engine llama", "--engine llama runs GGUF files, and 'a/folder' is"),
         ("--model smollm2 --tokenizer t", "--tokenizer is for GGUF files; 'smollm2' has its own"),
         ("--model absent.gguf", "There is no file 'absent.gguf'"),
@@ -197,7 +192,7 @@ def test_what_does_not_fit_a_gguf_file_is_refused_where_it_is_given(file, option
 def test_the_options_of_llama_cpp_are_those_of_its_page():
     page = (Path(__file__).parents[1] / "docs" / "gguf.md").read_text()
     table = page.partition("| option | default | |")[2].partition("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [*_LLAMA_OPTIONS]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [*OPTIONS]
 
 
 @pytest.mark.parametrize("option", ["texts=3", "tokens=100"])
@@ -299,7 +294,9 @@ def test_a_model_without_a_chat_template_is_warned_of_unless_raw_was_chosen(
 
 
 def test_what_needs_weights_in_transformers_takes_no_gguf_file(file):
-    with pytest.raises(SidelightError, match="only llama"):
+    with pytest.raises(
+        SidelightError, match="transformers does not run. It runs with --engine llama"
+    ):
         Runtime(model=str(file), dtype="auto", device="auto")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from sidelight import load
 from sidelight.data.guards import guard_names, guard_of
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.guards import UntrainedGuardError, probe_folder, probe_folders, trained_guards
 from sidelight.models.conversation import Reads

@@ -11,9 +11,9 @@ from engine_contract import EngineContract, Subject
 from sidelight.engines.llama.backbone import LlamaBackbone
 from sidelight.engines.llama.engine import LlamaEngine
 from sidelight.engines.queue import Limits
+from sidelight.engines.transformers.backbone import load_backbone
 from sidelight.models.conversation import Message, Reads
 from sidelight.models.smollm2 import EMBEDDED_NAME, packaged_gguf
-from sidelight.states.backbone import load_backbone
 from worlds.gguf import CONFIGS, gguf_model, needs_llama, states
 from worlds.models import untrained_probe
 from worlds.servers import GREEDY, ask, written_alone

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
 from worlds.models import tiny_backbone, untrained_probe

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from policy_contract import CHATS, choices, parts_of
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
 from sidelight.server.config import ServerConfig

@@ -15,7 +15,7 @@ from policy_contract import (
     choices,
     own_server,
 )
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule

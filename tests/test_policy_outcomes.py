@@ -13,7 +13,7 @@ from torch import nn
 
 from policy_contract import ADMIN, CHATS, parts_of
 from sidelight.engines.base import ResponseScored, Sampling, TextDelta
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
 from sidelight.probes.probe import Probe

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from policy_contract import CHATS, GUARDRAIL, choices
 from sidelight.engines.base import Finished, ResponseScored, TextDelta
 from sidelight.engines.marks import AnswerSpans
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import decide
 from sidelight.policy.hold_back import HoldBack

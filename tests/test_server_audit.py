@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule

@@ -11,7 +11,7 @@ from sidelight.classifier import Classifier
 from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
 from sidelight.engines.queue import Limits
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.server.schemas import ChatRequest
 from worlds.data import write

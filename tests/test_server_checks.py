@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 import sidelight
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Message, Reads
 from sidelight.policy.decisions import decide
 from sidelight.policy.enforcement import Judged

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Message, Reads
 from sidelight.policy.rules import Rule
 from sidelight.server.classify import classification_of

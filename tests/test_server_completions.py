@@ -7,7 +7,7 @@ import pytest
 
 from policy_contract import choices
 from sidelight.engines.base import Sampling, TextDelta
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import PlainText, Reads
 from sidelight.policy.rules import Policy, Rule
 from worlds.models import three_probes, tiny_backbone, untrained_probe

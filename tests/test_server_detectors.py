@@ -2,7 +2,7 @@
 
 import pytest
 
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Rule
 from sidelight.server.errors import DETECTORS

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.server.app import create_app, serve
 from sidelight.server.config import ServerConfig

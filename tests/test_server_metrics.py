@@ -7,12 +7,12 @@ from importlib.metadata import version
 
 import pytest
 
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.backbone import TransformersBackbone
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
 from sidelight.probes.bank import Panel
 from sidelight.probes.standardisation import Projection
-from sidelight.states.backbone import TransformersBackbone
 from worlds.models import untrained_probe
 from worlds.servers import MODEL, in_process
 

@@ -30,7 +30,7 @@ from sidelight.data.spans import (
 )
 from sidelight.engines.marks import AnswerSpans, mark_text
 from sidelight.engines.queue import Limits
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt, Message, Part, Place, Reads
 from sidelight.policy.rules import BoundRule, Rule

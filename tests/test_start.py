@@ -20,17 +20,19 @@ import torch
 import uvicorn
 from transformers import LlamaConfig
 
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.backbone import load_backbone, read_model
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.models.checkpoint import stored_bytes
 from sidelight.models.machine import find_device, free_memory
 from sidelight.models.smollm2 import cache_root
 from sidelight.policy.rules import Policy, Rule
 from sidelight.probes.artifact import load_probe, save_probe
-from sidelight.states.backbone import load_backbone, read_backbone
 from worlds.gguf import CONFIGS, needs_llama, write_gguf
 from worlds.models import family_backbone, saved, tiny_backbone, untrained_probe
 from worlds.servers import cli, free_port, in_process, wait_until_ready
+
+BACKBONE = "sidelight.engines.transformers.backbone"
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def folder(tmp_path, tiny):
 
 def test_weights_that_do_not_fit_into_free_memory_are_not_loaded(folder, monkeypatch):
     load_backbone(folder)
-    monkeypatch.setattr("sidelight.states.backbone.free_memory", lambda: 1000)
+    monkeypatch.setattr(f"{BACKBONE}.free_memory", lambda: 1000)
     monkeypatch.setattr(torch.nn.Module, "__init__", None)
     with pytest.raises(SidelightError, match=r"does not fit into memory: its weights take .* GB"):
         load_backbone(folder)
@@ -66,9 +68,9 @@ def test_a_device_without_an_operation_that_probes_need_is_refused(monkeypatch):
 def test_weights_for_a_gpu_need_its_memory_and_that_of_the_cpu_if_they_are_converted(
     folder, monkeypatch, dtype, gpu, cpu, room
 ):
-    monkeypatch.setattr("sidelight.states.backbone.find_device", torch.device)
+    monkeypatch.setattr(f"{BACKBONE}.find_device", torch.device)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (gpu, 10**12))
-    monkeypatch.setattr("sidelight.states.backbone.free_memory", lambda: cpu)
+    monkeypatch.setattr(f"{BACKBONE}.free_memory", lambda: cpu)
     monkeypatch.setattr(torch.nn.Module, "__init__", None)
     with pytest.raises(SidelightError, match=f"does not fit into memory: its weights .* {room}"):
         load_backbone(folder, dtype=dtype, device="cuda:1")
@@ -77,13 +79,13 @@ def test_weights_for_a_gpu_need_its_memory_and_that_of_the_cpu_if_they_are_conve
 def test_memory_is_counted_in_the_dtype_that_is_loaded(tmp_path, monkeypatch):
     folder = saved(family_backbone("llama", dtype=torch.bfloat16), tmp_path / "model")
     stored = stored_bytes(Path(folder))
-    monkeypatch.setattr("sidelight.states.backbone.free_memory", lambda: 2 * stored - 1)
+    monkeypatch.setattr(f"{BACKBONE}.free_memory", lambda: 2 * stored - 1)
     assert load_backbone(folder, device="cpu").fingerprint.dtype == "bfloat16"
     with pytest.raises(SidelightError, match="does not fit into memory"):
         load_backbone(folder, device="cpu", dtype="float32")
     # The other way, half of what is stored is enough.
     folder = saved(family_backbone("llama", dtype=torch.float32), tmp_path / "wide")
-    monkeypatch.setattr("sidelight.states.backbone.free_memory", lambda: stored)
+    monkeypatch.setattr(f"{BACKBONE}.free_memory", lambda: stored)
     assert load_backbone(folder, device="cpu", dtype="bfloat16").fingerprint.dtype == "bfloat16"
 
 
@@ -107,7 +109,7 @@ def test_a_model_of_the_hub_that_does_not_fit_is_refused_before_its_weights_are_
 ):
     held = hub_cache("some/model", folder)
     assert load_backbone("some/model").fingerprint.name == "some/model"
-    monkeypatch.setattr("sidelight.states.backbone.free_memory", lambda: 1000)
+    monkeypatch.setattr(f"{BACKBONE}.free_memory", lambda: 1000)
     with pytest.raises(SidelightError, match="'some/model' does not fit into memory"):
         load_backbone("some/model")
     (held / "model.safetensors").unlink()
@@ -152,7 +154,7 @@ def hub(monkeypatch):
         server.server_close()
 
 
-@pytest.mark.parametrize("load", [load_backbone, read_backbone])
+@pytest.mark.parametrize("load", [load_backbone, read_model])
 def test_a_wrong_name_of_the_hub_is_refused_at_once(hub, hub_cache, load):
     for answer, says in (
         ({}, "the Hugging Face hub cannot be reached"),
@@ -166,7 +168,7 @@ def test_a_wrong_name_of_the_hub_is_refused_at_once(hub, hub_cache, load):
 
 
 def test_the_memory_that_ran_out_is_named(folder, monkeypatch):
-    monkeypatch.setattr("sidelight.states.backbone.find_device", torch.device)
+    monkeypatch.setattr(f"{BACKBONE}.find_device", torch.device)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (3 * 10**9, 10**12))
     for error, room in (
         (torch.OutOfMemoryError(), "3.0 GB are free on cuda:1"),
@@ -240,7 +242,7 @@ SERVE = "serve --port 0 --model {model} --probe {probe} "
         ("parity {probe} --data nowhere --device gpu --engines transformers", "no device 'gpu'"),
         (
             "parity {probe} --data nowhere --engines transformers --engine-option a=1",
-            "--engine-option is for vLLM",
+            "transformers has no engine options",
         ),
         ("parity {probe} --data nowhere --quantised ./nowhere", "Cannot load './nowhere'"),
     ],
@@ -252,7 +254,7 @@ def test_a_mistake_that_needs_no_model_is_refused_before_data_and_model(
     moved = save_probe(replace(load_probe(probe), fingerprint=named), tmp_path / "moved")
     keys = tmp_path / "keys"
     keys.write_text("one two three")
-    monkeypatch.setattr("sidelight.states.backbone.AutoConfig.from_pretrained", None)
+    monkeypatch.setattr("sidelight.engines.transformers.backbone.AutoConfig.from_pretrained", None)
     places = {"model": folder, "probe": probe, "moved": moved, "keys": keys, "folder": tmp_path}
     assert cli(*command.format(**places).split()) == 2
     shown = capsys.readouterr().err

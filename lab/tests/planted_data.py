@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from sidelight.data.examples import LabelledExamples
-from sidelight.states.backbone import TransformersBackbone
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.training.dataset import ProbeDataset
 from sidelight.types import TaskKind
 from sidelight_lab.datasets import DataSet

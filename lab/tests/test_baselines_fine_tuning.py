@@ -38,7 +38,7 @@ def dataset(tiny, tmp_path_factory):
 
 
 def test_lora_learns_counts_adapters_and_head_and_leaves_the_backbone_as_it_was(dataset):
-    backbone = dataset.backbone
+    backbone = dataset.reader
 
     def hooks():
         return sum(len(module._forward_hooks) for module in backbone.model.modules())
@@ -62,13 +62,13 @@ def test_lora_learns_counts_adapters_and_head_and_leaves_the_backbone_as_it_was(
 
 
 def part_of(dataset, count):
-    return ProbeDataset(dataset.backbone, dataset.training.select(range(count)), dataset.validation)
+    return ProbeDataset(dataset.reader, dataset.training.select(range(count)), dataset.validation)
 
 
 def test_fine_tuning_keeps_the_best_epoch(dataset, tmp_path):
     """With a rate that makes the head jump: the last epoch is not the best."""
     torch.manual_seed(0)
-    model = SequenceClassifier(dataset.backbone.model.base_model, dataset)
+    model = SequenceClassifier(dataset.reader.model.base_model, dataset)
     tuning = Lora(learning_rate=0.5, epochs=6)
     fitted = tuning.tune(model, dataset, prompt_items, folder=tmp_path, seed=0)
     log = json.loads((tmp_path / "checkpoint-30" / "trainer_state.json").read_text())["log_history"]
@@ -108,7 +108,7 @@ def test_a_fine_tuning_that_diverges_names_its_rate(dataset):
 
 
 def test_batches_have_no_influence(dataset):
-    body = dataset.backbone.model.base_model
+    body = dataset.reader.model.base_model
     model = SequenceClassifier(body, dataset).eval()
     together = score_items(model, prompt_items(dataset.validation))
     for row, prompt in enumerate(dataset.validation.states.prompts[:6]):

@@ -54,9 +54,9 @@ def test_zero_shot_is_the_log_odds_of_the_names(dataset):
     found = ZeroShot(names=("good", "bad"), question="How?").fit(dataset, seed=0).logits(few)
     for row, text in enumerate(few.texts):
         asked = f"How? Answer with one of: good, bad.\n\nText: {text}"
-        prompt = dataset.backbone.encoder.encode([Message("user", asked)]).token_ids
+        prompt = dataset.reader.encoder.encode([Message("user", asked)]).token_ids
         good, bad = (
-            one_pass(dataset.backbone, prompt, dataset.backbone.tokenizer(name)["input_ids"])
+            one_pass(dataset.reader, prompt, dataset.reader.tokenizer(name)["input_ids"])
             for name in ("good", "bad")
         )
         assert found[row, 0] == pytest.approx(bad - good, abs=ROUNDING)

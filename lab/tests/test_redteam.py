@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from sidelight.classifier import Classifier
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.loading import load_examples
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.models.conversation import Message, Reads
 from sidelight.policy.rules import Policy, Rule

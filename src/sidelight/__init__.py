@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sidelight.classifier import Classifier, load, train
     from sidelight.data.loading import load_examples
+    from sidelight.engines.transformers.backbone import load_backbone
     from sidelight.errors import SidelightError
     from sidelight.estimator import SidelightClassifier
     from sidelight.probes.bank import Bank
     from sidelight.probes.explanation import Explanation
     from sidelight.probes.probe import Probe
-    from sidelight.states.backbone import load_backbone
     from sidelight.types import Task, Verdict
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ _HOMES = {
     "Task": "sidelight.types",
     "Verdict": "sidelight.types",
     "load": "sidelight.classifier",
-    "load_backbone": "sidelight.states.backbone",
+    "load_backbone": "sidelight.engines.transformers.backbone",
     "load_examples": "sidelight.data.loading",
     "train": "sidelight.classifier",
 }

@@ -14,6 +14,7 @@ from sidelight.data.examples import Example, Examples, LabelledExamples, as_exam
 from sidelight.data.guards import guard_of
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
+from sidelight.engines.transformers.backbone import DtypeName, load_backbone, read_model
 from sidelight.errors import SidelightError
 from sidelight.guards import probe_folder
 from sidelight.models.conversation import PromptFormat
@@ -24,8 +25,7 @@ from sidelight.probes.explanation import Explanation, explain
 from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.scoring import assess, find_spans, judge, probe_logits
-from sidelight.states.backbone import Backbone, DtypeName, load_backbone, read_backbone
-from sidelight.states.extraction import StateSource
+from sidelight.states.reader import Backbone
 from sidelight.statistics.thresholds import ThresholdRule
 from sidelight.training.background import load_background
 from sidelight.training.fit import fit
@@ -199,7 +199,6 @@ def train(
     none: bool = True,
     prompt_format: PromptFormat | None = None,
     threshold: str = "f1",
-    source: StateSource | None = None,
 ) -> Classifier:
     """Trains a probe on labelled data.
 
@@ -229,8 +228,6 @@ def train(
         prompt_format: As for ``load_backbone``; None also takes that of a given backbone.
         threshold: What the thresholds are chosen for: ``f1``, ``fpr=0.01``, ``recall=0.95`` or
             ``cost=10:1``, as ``ThresholdRule`` describes them.
-        source: The engine that computes the hidden states, such as ``VllmSource``; None means the
-            backbone itself.
 
     Raises:
         SidelightError: The data or the model cannot be used; the message names the remedy.
@@ -261,7 +258,7 @@ def train(
     held_out = None if validation is None else read(validation, task=training.task)
     choose_validation(training, held_out, options)
     if not isinstance(model, Backbone):
-        backbone = load_backbone(model, prompt_format=prompt_format, for_reading=source is None)
+        backbone = load_backbone(model, prompt_format=prompt_format, for_reading=True)
     elif prompt_format in (None, model.encoder.prompt_format):
         backbone = model
     else:
@@ -270,7 +267,7 @@ def train(
             f"'{prompt_format}'. Load it with load_backbone(..., prompt_format='{prompt_format}')."
         )
     _tell(training.warnings)
-    result = fit(backbone, training, held_out, name=name, options=options, source=source)
+    result = fit(backbone, training, held_out, name=name, options=options)
     _tell([warning for warning in result.warnings if warning not in training.warnings])
     return Classifier(backbone, result.probe)
 
@@ -317,7 +314,7 @@ def load(
 
 
 def _digest(model: str | Path | Backbone) -> str:
-    return (model if isinstance(model, Backbone) else read_backbone(model)).fingerprint.digest
+    return (model if isinstance(model, Backbone) else read_model(model)).fingerprint.digest
 
 
 def _tell(sentences: Sequence[str]) -> None:

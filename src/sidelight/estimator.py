@@ -20,12 +20,12 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 
 from sidelight.classifier import Classifier
 from sidelight.data.examples import LabelledExamples, as_example
+from sidelight.engines.transformers.backbone import TransformersBackbone, load_backbone
 from sidelight.models.smollm2 import cache_root
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.progress import quiet
 from sidelight.scoring import encode
-from sidelight.states.backbone import TransformersBackbone, load_backbone
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import cached_logits
 from sidelight.statistics.calibration import CalibrationKind

@@ -18,8 +18,8 @@ from sidelight.models.conversation import EncodedPrompt
 from sidelight.models.encode import PromptEncoder
 from sidelight.probes.bank import Bank
 from sidelight.probes.probe import Probe, ProbeOutput
-from sidelight.states.backbone import Backbone
 from sidelight.states.extraction import text_logits
+from sidelight.states.reader import Backbone
 from sidelight.statistics.metrics import Predictions, decide
 from sidelight.statistics.thresholds import OperatingPoint, operating_curves
 from sidelight.training.dataset import span_places

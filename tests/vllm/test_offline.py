@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from sidelight.engines.transformers.backbone import load_backbone, read_model
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Reads
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.progress import progress
-from sidelight.states.backbone import load_backbone
 from sidelight.states.cache import ActivationCache
-from sidelight.states.extraction import BackboneSource, extract
+from sidelight.states.extraction import extract
 from sidelight.vllm import KEY
 from sidelight.vllm.requests import read_report
 from sidelight.vllm.settings import STATES
@@ -45,17 +45,20 @@ def backbone(llama_model):
 
 
 @pytest.fixture
-def source(backbone):
+def reader(llama_model):
     """Steps of 48 tokens; ``sidelight train`` below has steps of 200."""
-    from sidelight.vllm.offline import VllmSource
+    from sidelight.vllm.offline import VllmReader
 
     options = {**OPTIONS, "max_num_batched_tokens": 48}
-    with in_this_process(), closing(VllmSource(backbone, options=options)) as made:
+    with (
+        in_this_process(),
+        closing(VllmReader(read_model(llama_model.path), dtype="float32", options=options)) as made,
+    ):
         yield made
 
 
 def test_a_cache_has_the_states_of_transformers_and_goes_on_after_a_stop(
-    source, backbone, tmp_path
+    reader, backbone, tmp_path
 ):
     """Prompts of 1 to 300 tokens, several at once, of which some tokens are kept."""
     from sidelight.vllm.offline import capture_params, captured
@@ -72,28 +75,28 @@ def test_a_cache_has_the_states_of_transformers_and_goes_on_after_a_stop(
             shard_bytes=150_000,
         )
 
-    cache = cache_of(source.engine)
+    cache = cache_of(reader.engine)
     with (
         progress("Extracting", 1, unit="tokens") as advance,
-        closing(source.states(cache, cache.open(), advance)) as texts,
+        closing(reader.states(cache, cache.open(), advance)) as texts,
     ):
         cache.write(next(texts))
     assert len(cache.missing()) == len(prompts) - 1
     (text,) = cache.directory.glob("*.safetensors")
     first = text.stat().st_mtime_ns
-    extract(source, cache)
+    extract(reader, cache)
     assert text.stat().st_mtime_ns == first
     # What was being computed has left nothing.
     assert {path.suffix for path in cache.directory.iterdir()} <= {".safetensors", ""}
     assert not any(path.is_dir() for path in cache.directory.iterdir())
-    other = extract(BackboneSource(backbone), cache_of("transformers"))
+    other = extract(backbone, cache_of("transformers"))
     assert other.directory != cache.directory
     for row in range(len(prompts)):
         torch.testing.assert_close(cache.text(row), other.text(row), **ROUNDING_TO_BF16)
     # States that were not written are an error.
     gone = tmp_path / "gone" / "0"
     params = capture_params(prompts[0], Reads(), gone)
-    ((_, _, output),) = source.run([(0, prompts[0], params)])
+    ((_, _, output),) = reader.run([(0, prompts[0], params)])
     assert read_report(output.kv_transfer_params).failed == ("states",)
     with pytest.raises(SidelightError, match="hidden states are missing"):
         captured(gone, backbone.fingerprint.layers)

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from policy_contract import ADMIN, chat, choices, parts_of, verdicts
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Message
 from sidelight.policy.redaction import redacted
 from sidelight.policy.rules import Policy, Rule

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import StableLmConfig
 
+from sidelight.engines.transformers.backbone import load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.probes.artifact import save_probe
-from sidelight.states.backbone import load_backbone
 from sidelight.vllm import ENVIRONMENT, KEY
 from sidelight.vllm.engine import load_vllm_engine
 from worlds.models import SIZES, saved, tiny_backbone, untrained_probe

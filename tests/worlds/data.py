@@ -20,11 +20,11 @@ import pyarrow.parquet
 import pytest
 
 from sidelight.data.examples import Example, LabelledExamples
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.models.conversation import EncodedPrompt, Message, Reads
 from sidelight.probes.probe import Probe
-from sidelight.states.backbone import TransformersBackbone
 from sidelight.states.cache import ActivationCache
-from sidelight.states.extraction import BackboneSource, extract
+from sidelight.states.extraction import extract
 from sidelight.statistics.thresholds import OperatingCurve
 from sidelight.training import background, contexts
 from sidelight.training.dataset import Split
@@ -104,7 +104,7 @@ def split_of(
         fingerprint=backbone.fingerprint,
         shard_bytes=shard_bytes,
     )
-    states = extract(BackboneSource(backbone), cache) if is_extracted else cache
+    states = extract(backbone, cache) if is_extracted else cache
     return Split(texts, states)
 
 

@@ -13,9 +13,9 @@ from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedConfig, Qwen2C
 
 from sidelight.engines.llama.backbone import LlamaBackbone
 from sidelight.engines.llama.library import require_version
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt
-from sidelight.states.backbone import TransformersBackbone
 from worlds.models import CHAT_TEMPLATE, SIZES, SPECIAL_TOKENS, tiny_backbone
 
 

@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from sidelight.data.spans import SpanRule
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.models.checkpoint import Checkpoint
 from sidelight.models.conversation import EncodedPrompt, PromptFormat, Reads, Side
 from sidelight.models.encode import PromptEncoder
@@ -47,7 +48,6 @@ from sidelight.probes.bank import Bank
 from sidelight.probes.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.probes.standardisation import Standardisation
-from sidelight.states.backbone import TransformersBackbone
 from sidelight.states.extraction import text_logits
 from sidelight.statistics.calibration import Calibration
 from sidelight.types import OptionValue, Task

@@ -23,13 +23,13 @@ from starlette.testclient import TestClient
 
 from sidelight.cli import main
 from sidelight.engines.base import Engine, Finished, PromptJudged, Sampling, TextDelta
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.backbone import TransformersBackbone
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Message
 from sidelight.policy.rules import Policy, Rule, side_of
 from sidelight.probes.probe import Probe
 from sidelight.server.app import create_app, server_settings
 from sidelight.server.config import ServerConfig
-from sidelight.states.backbone import TransformersBackbone
 
 
 def cli(*arguments: str) -> int:

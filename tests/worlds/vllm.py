@@ -27,6 +27,7 @@ from transformers import (
 
 from sidelight.data.spans import SpanRule
 from sidelight.engines.llama.backbone import LlamaBackbone
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.models.conversation import EncodedPrompt, Part, Reads, Side
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.bank import Bank
@@ -39,7 +40,6 @@ from sidelight.probes.mechanisms.base import (
 from sidelight.probes.mechanisms.spans import Spans
 from sidelight.probes.probe import Probe
 from sidelight.probes.standardisation import Standardisation
-from sidelight.states.backbone import TransformersBackbone
 from sidelight.statistics.calibration import Calibration
 from sidelight.types import Task
 from sidelight.vllm import KEY

@@ -260,7 +260,7 @@ def _judge(
     candidates: Sequence[Candidate], dataset: ProbeDataset, folds: Folds
 ) -> list[np.ndarray | None]:
     """The logits of the validation texts after each training; None where it diverged."""
-    device = dataset.backbone.device
+    device = dataset.reader.device
     trained = train_mechanisms(
         candidates,
         training=dataset.training,

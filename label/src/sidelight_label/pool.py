@@ -22,13 +22,13 @@ from sidelight.models.smollm2 import cache_root
 from sidelight.probes.mechanisms.base import Geometry, mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.probes.standardisation import Standardisation
-from sidelight.states.backbone import Backbone
 from sidelight.states.cache import (
     ActivationCache,
     Shard,
     write_tensors,
 )
-from sidelight.states.extraction import BackboneSource, extract, shard_logits
+from sidelight.states.extraction import extract, shard_logits
+from sidelight.states.reader import Backbone
 from sidelight.training.dataset import encode_shortened
 from sidelight.training.measuring import (
     calibrate_examples,
@@ -103,7 +103,7 @@ class Pool:
         # As in `sidelight train`: of several classes, a large norm says something.
         self.is_normalised = task.kind != "multiclass"
         cache = _VectorCache(self, probes)
-        extract(BackboneSource(backbone), cache, title="Reading")
+        extract(backbone, cache, title="Reading")
         self._views = torch.empty(2, *shape)
         logits = np.empty((len(probes), len(examples), task.outputs))
         for row in range(len(examples)):

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from itertools import pairwise
@@ -14,8 +14,8 @@ import click
 
 from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
+from sidelight.engines.backend import DEFAULT, engines_of, find_backend
 from sidelight.errors import SidelightError
-from sidelight.models.gguf_files import is_gguf
 from sidelight.storage import replacing, write_json
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from sidelight.probes.manifest import Manifest
     from sidelight.types import Span, Verdict
 
-_COMPARED = ("transformers", "vllm", "llama")
 # Of the labels of spans, in turn; black is legible on each.
 _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
 
@@ -337,13 +336,12 @@ def _turns(example: "Example") -> "tuple[Message, ...]":
 @click.option(
     "--engines",
     show_default=False,
-    help="Engines to compare, with commas. [default: llama for a GGUF file, else "
-    "transformers,vllm]",
+    help="Engines to compare, with commas. [default: those that run the model]",
 )
 @click.option(
     "--quantised",
     metavar="MODEL",
-    help="Compare with this quantised copy too: a GGUF file in llama.cpp, another model in vLLM.",
+    help="Compare with this quantised copy too: a GGUF file, or another model in vLLM.",
 )
 @click.option(
     "--gate",
@@ -381,8 +379,8 @@ def parity(
     probes = tuple(Runtime(engine="auto", serves=True, **model).probe_folders(probes))
     manifests = [read_manifest(probe) for probe in probes]
     named = model["model"] or manifests[0].backbone.name
-    engines = engines or ("llama" if is_gguf(named) else "transformers,vllm")
-    compared = _runtimes(engines, quantised, engine_option, model)
+    names = [name.strip() for name in engines.split(",")] if engines else engines_of(named)
+    compared = _runtimes(names, quantised, engine_option, model)
     late = [m.name for m in manifests if m.reads.includes_response]
     if late and response is None:
         raise SidelightError(
@@ -392,15 +390,10 @@ def parity(
     examples = load_examples(data, text=text, label=None, response=response)
     from sidelight.engines.parity import compare_engines
     from sidelight.probes.artifact import load_probe
-    from sidelight.vllm.internals import QUANTISING
 
     loaded = [load_probe(probe) for probe in probes]
     drawn = examples.draw(limit or len(examples), seed=0)
     texts = [_turns(examples.items[row]) for row in drawn]
-    if quantised is not None and "vllm" in compared:
-        # What quantises the copy must leave the original as it is.
-        original = {k: v for k, v in engine_option.items() if k not in QUANTISING}
-        compared["vllm"] = replace(compared["vllm"], engine_option=original)
     makers = {name: partial(each.load_engine, loaded) for name, each in compared.items()}
     differences = compare_engines(makers, texts)
     if out is not None:
@@ -409,23 +402,31 @@ def parity(
 
 
 def _runtimes(
-    engines: str, quantised: str | None, engine_option: dict[str, Any], model: Mapping[str, Any]
+    names: Sequence[str],
+    quantised: str | None,
+    engine_option: dict[str, Any],
+    model: Mapping[str, Any],
 ) -> dict[str, Runtime]:
-    """What runs each of the engines that are compared, and the quantised copy."""
-    names = [name.strip() for name in engines.split(",")]
-    if not {*names} <= {*_COMPARED}:
-        raise SidelightError(f"Cannot compare '{engines}'. Choose from {', '.join(_COMPARED)}.")
+    """The model in each of the engines that are compared, and the quantised copy."""
+    has_options = quantised is not None or {*names} != {DEFAULT}
 
-    has_options = quantised is not None or {*names} != {"transformers"}
+    def runtime(engine: str, options: dict[str, Any], **other: Any) -> Runtime:
+        return Runtime(engine=engine, engine_option=options, serves=True, **{**model, **other})
 
-    def runtime(engine: str, **other: Any) -> Runtime:
-        given = {} if engine == "transformers" and has_options else engine_option
-        return Runtime(engine=engine, engine_option=given, serves=True, **{**model, **other})
-
-    runtimes = {name: runtime(name) for name in names}
+    runtimes: dict[str, Runtime] = {}
+    for name in names:
+        # Options that quantise the copy must not quantise the original; transformers has none.
+        left_out = (find_backend(name).quantising or ()) if quantised is not None else ()
+        own = {k: v for k, v in engine_option.items() if k not in left_out}
+        runtimes[name] = runtime(name, {} if name == DEFAULT and has_options else own)
     if quantised is not None:
-        copy = "llama" if is_gguf(quantised) else "vllm"
-        runtimes["quantised"] = runtime(copy, model=quantised)
+        taking = [n for n in engines_of(quantised) if find_backend(n).quantising is not None]
+        if not taking:
+            raise SidelightError(
+                f"No installed engine runs the quantised copy '{quantised}'. Install the one that "
+                "you serve it with."
+            )
+        runtimes["quantised"] = runtime(taking[0], engine_option, model=quantised)
     return runtimes
 
 

@@ -17,7 +17,7 @@ from sidelight.storage import check_folder, only_writer, write_json, write_text
 if TYPE_CHECKING:
     from sidelight.data.examples import LabelledExamples
     from sidelight.data.guards import Card
-    from sidelight.states.backbone import Backbone
+    from sidelight.states.reader import Backbone
     from sidelight.statistics.thresholds import ThresholdRule
 
 _FIGURES, _POLICY = "figures.json", "policy.toml"

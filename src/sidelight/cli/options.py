@@ -11,6 +11,7 @@ import click
 from pydantic import Field
 
 from sidelight.cli.runtime import Runtime
+from sidelight.engines.backend import engine_names
 from sidelight.errors import SidelightError, checked, did_you_mean
 from sidelight.storage import check_folder
 
@@ -285,10 +286,10 @@ measured = together(click.argument("probe", type=PATH), data, columns, missing_l
 # Which engine. With ``backbone``, which gathers it too, the command gets one ``runtime``.
 engine = click.option(
     "--engine",
-    type=click.Choice(["auto", "transformers", "vllm", "llama"]),
+    type=click.Choice(["auto", *engine_names()]),
     default="auto",
-    help="What runs the model; auto is llama (docs/gguf.md) for a GGUF file, else "
-    "transformers; docs/vllm.md says how to install vLLM.",
+    help="Engine; auto is llama (docs/gguf.md) for a GGUF file, else transformers. docs/vllm.md "
+    "says how to install vLLM.",
 )
 _gather = partial(_gathered, "runtime", Runtime)
 backbone = together(engine_option, model, tokenizer, dtype, device, _gather(engine="auto"))

@@ -1,66 +1,46 @@
-"""The model that a command runs, and what runs it."""
+"""The model that a command runs, and the engine that runs it."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from sidelight.engines.llama.library import MOST_SEQUENCES, MOST_THREADS, require_version
-from sidelight.errors import SidelightError, did_you_mean
+from sidelight.engines.backend import DEFAULT, Backend, EngineOptions, engines_of, find_backend
+from sidelight.errors import SidelightError
 from sidelight.guards import UntrainedGuardError, probe_folder, probe_folders
-from sidelight.models.gguf_files import EMBEDDED_GGUF, find_gguf, is_gguf
-from sidelight.models.smollm2 import EMBEDDED_NAME, require_model
+from sidelight.models.smollm2 import EMBEDDED_NAME
 
 if TYPE_CHECKING:
     from sidelight.classifier import Classifier
     from sidelight.engines.base import Engine
+    from sidelight.engines.transformers.backbone import TransformersBackbone
     from sidelight.models.conversation import PromptFormat
     from sidelight.probes.probe import Probe
-    from sidelight.states.backbone import (
-        Backbone,
-        DtypeName,
-        TransformersBackbone,
-        UnloadedBackbone,
-    )
-    from sidelight.states.extraction import StateSource
-
-# A text that is only judged has a sequence too; the model says how many tokens it knows.
-_LLAMA_OPTIONS = {
-    "threads": range(1, MOST_THREADS + 1),
-    "texts": range(1, MOST_SEQUENCES),
-    "tokens": range(1, 2**31),
-}
+    from sidelight.states.reader import Backbone, Reader
 
 
 @dataclass(frozen=True, kw_only=True)
-class Runtime:
-    """The model that runs, and what runs it: the options ``engine`` and ``backbone``.
+class Runtime(EngineOptions):
+    """The options of a command that name a model and an engine.
 
     Attributes:
-        served_model_name: Name that requests give; None: as ``LocalEngine`` has it.
-        serves: Whether an engine holds texts, so that options say how many and how long.
+        model: The name of the model; None: that of the probes, or the embedded one.
+        engine: The name of the engine; ``auto``: the first that runs the model.
 
     Raises:
-        SidelightError: Options are given that the engine has not; or there is no such device
-            here, or no model in the folder or file that is named.
+        SidelightError: The engine lacks an option that is given; or there is no such device here,
+            or no model in the folder or file that is named.
     """
 
     model: str | None
-    dtype: "DtypeName"
-    device: str
-    engine: str = "transformers"
-    engine_option: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    tokenizer: str | None = None
-    served_model_name: str | None = None
-    serves: bool = False
+    engine: str = DEFAULT
 
     def __post_init__(self) -> None:
-        if self.engine == "vllm" and self.device != "auto":
-            raise SidelightError("vLLM chooses its device itself; leave --device out.")
-        self._require_options(self.engine)
+        if self.engine != "auto":
+            self._backend(self.engine)
         if self.model is not None:
             self.model_of([])
         if self.device not in ("auto", "cpu"):
@@ -68,6 +48,16 @@ class Runtime:
             from sidelight.models.machine import find_device
 
             find_device(self.device)
+
+    def _backend(self, engine: str) -> Backend:
+        options = {field.name: getattr(self, field.name) for field in fields(EngineOptions)}
+        return find_backend(engine)(EngineOptions(**options))
+
+    def backend_of(self, model: str) -> Backend:
+        """The engine that runs a model: the named one, or the first that can."""
+        if self.engine != "auto":
+            return self._backend(self.engine)
+        return self._backend(next(iter(engines_of(model)), DEFAULT))
 
     def probe_folder(self, source: Path) -> Path:
         """The folder of a probe, or of a guard that was trained for the model."""
@@ -87,51 +77,17 @@ class Runtime:
         except UntrainedGuardError as error:
             from sidelight.training.ready import estimate_guards
 
-            model = self._read(self.model_of([]))
+            name = self.model_of([])
+            model = self.backend_of(name).read(name)
             estimate = estimate_guards(error.guards, model.encoder, model.fingerprint)
             raise SidelightError(f"{error} ({estimate})") from error
 
     def _guarded_model(self) -> "tuple[str, Callable[[], str]] | tuple[None, None]":
         """The model that a guard has to be trained for, and what gives its digest."""
-        if self.model is None and self.engine != "llama":
-            return None, None
         name = self.model_of([])
-        return name, lambda: self._read(name).fingerprint.digest
-
-    def _read(self, name: str) -> "UnloadedBackbone | Backbone":
-        """The model's encoder and fingerprint; its weights are not loaded."""
-        if is_gguf(name):
-            return self._load(name, None, for_reading=True)
-        from sidelight.states.backbone import read_backbone
-
-        return read_backbone(name)
-
-    def load_backbone(self, prompt_format: "PromptFormat | None" = None) -> "Backbone":
-        """The backbone, for texts that are read; warns if nobody chose to read chats as texts."""
-        name, for_reading = self.model_of([]), self.engine != "vllm"
-        backbone = self._load(name, prompt_format, for_reading=for_reading)
-        if prompt_format is None and (warning := backbone.encoder.warning):
-            click.echo(f"Warning: {warning}", err=True)
-        return backbone
-
-    def load_transformers(
-        self, prompt_format: "PromptFormat | None" = None
-    ) -> "TransformersBackbone":
-        """The backbone in transformers, for what needs its weights."""
-        from sidelight.states.backbone import TransformersBackbone
-
-        backbone = self.load_backbone(prompt_format)
-        assert isinstance(backbone, TransformersBackbone)
-        return backbone
-
-    def load_classifier(self, probe: Path) -> "Classifier":
-        """A saved probe on its backbone."""
-        from sidelight.classifier import load
-        from sidelight.probes.artifact import load_probe
-
-        loaded = load_probe(probe)
-        name, prompt_format = self.model_of([loaded]), loaded.prompt_format
-        return load(probe, model=self._load(name, prompt_format, for_reading=True))
+        if self.model is None and name == EMBEDDED_NAME:
+            return None, None
+        return name, lambda: self.backend_of(name).read(name).fingerprint.digest
 
     def model_of(self, probes: "Sequence[Probe]") -> str:
         """The named model, or that of the first probe.
@@ -140,127 +96,48 @@ class Runtime:
             SidelightError: It is a folder without a model, no file, or not for this engine.
         """
         name = self.model or (probes[0].fingerprint.name if probes else EMBEDDED_NAME)
-        if self.engine == "llama" and name == EMBEDDED_NAME:
-            name = EMBEDDED_GGUF
-        if not is_gguf(name):
-            if self.engine == "llama":
-                raise SidelightError(
-                    f"--engine llama runs GGUF files, and '{name}' is none. Name a .gguf file or "
-                    "ollama:NAME, or leave --engine out."
-                )
-            if self.tokenizer is not None:
-                raise SidelightError(
-                    f"--tokenizer is for GGUF files; '{name}' has its own. Leave it out."
-                )
-            self._require_options("transformers" if self.engine == "auto" else self.engine)
-            require_model(name)
-            return name
-        if self.engine not in ("auto", "llama"):
-            raise SidelightError(
-                f"'{name}' is a GGUF file, which only llama.cpp runs (--engine llama), not "
-                f"{self.engine}. Name a folder saved by save_pretrained or a hub id here."
-            )
-        self._require_options("llama")
-        require_version()
-        find_gguf(name)
-        return name
+        return self.backend_of(name).find(name)
 
-    def _require_options(self, engine: str) -> None:
-        """Checks that an engine has the options that are given."""
-        if engine == "transformers" and self.engine_option:
-            raise SidelightError(
-                "--engine-option is for vLLM (--engine vllm) and llama.cpp (a GGUF file), not for "
-                "transformers. Leave it out, or name one of these."
-            )
-        if engine != "llama":
-            return
-        for option, value in (("--dtype", self.dtype), ("--device", self.device)):
-            if value != "auto":
-                raise SidelightError(
-                    f"{option} {value} is not for GGUF files: their weights stay as they are, and "
-                    "llama.cpp runs them on the CPU. Leave it out."
-                )
-        for option, value in self.engine_option.items():
-            allowed = _LLAMA_OPTIONS.get(option)
-            if allowed is None:
-                known = did_you_mean(option, _LLAMA_OPTIONS)
-                raise SidelightError(f"llama.cpp has no option '{option}'.{known}")
-            if type(value) is not int or value not in allowed:
-                raise SidelightError(
-                    f"--engine-option {option}={value} is no whole number from {allowed[0]} to "
-                    f"{allowed[-1]}. Give one, or leave it out; several options take an "
-                    "--engine-option each."
-                )
-            if option != "threads" and not self.serves:
-                raise SidelightError(
-                    f"--engine-option {option} is for serve and parity: this command reads a text "
-                    "at a time, of any length that the model knows. Leave it out."
-                )
+    def load_backbone(self, prompt_format: "PromptFormat | None" = None) -> "Backbone":
+        """The backbone, for texts that are read; warns if nobody chose to read chats as texts."""
+        name = self.model_of([])
+        backbone = self.backend_of(name).load(name, prompt_format)
+        _warn_of_format(backbone, prompt_format)
+        return backbone
 
-    def _load(
-        self, name: str, prompt_format: "PromptFormat | None", *, for_reading: bool
-    ) -> "Backbone":
-        if is_gguf(name):
-            from sidelight.engines.llama.backbone import LlamaBackbone
+    def load_transformers(
+        self, prompt_format: "PromptFormat | None" = None
+    ) -> "TransformersBackbone":
+        """The backbone in transformers, for what needs its weights."""
+        from sidelight.engines.transformers.backbone import TransformersBackbone
 
-            return LlamaBackbone(
-                find_gguf(name),
-                name=name,
-                tokenizer=self.tokenizer,
-                prompt_format=prompt_format,
-                threads=self.engine_option.get("threads"),
-            )
-        from sidelight.states.backbone import load_backbone
+        backbone = self.load_backbone(prompt_format)
+        assert isinstance(backbone, TransformersBackbone)
+        return backbone
 
-        return load_backbone(
-            name,
-            dtype=self.dtype,
-            # Beside vLLM it only encodes texts, and gives its dtype.
-            device="cpu" if self.engine == "vllm" else self.device,
-            prompt_format=prompt_format,
-            for_reading=for_reading,
-        )
+    @contextmanager
+    def reader(self, prompt_format: "PromptFormat | None" = None) -> "Generator[Reader]":
+        """The model as training reads it, until the block ends."""
+        name = self.model_of([])
+        with self.backend_of(name).reader(name, prompt_format) as reader:
+            _warn_of_format(reader, prompt_format)
+            yield reader
+
+    def load_classifier(self, probe: Path) -> "Classifier":
+        """A saved probe on its backbone."""
+        from sidelight.classifier import load
+        from sidelight.probes.artifact import load_probe
+
+        loaded = load_probe(probe)
+        name = self.model_of([loaded])
+        return load(probe, model=self.backend_of(name).load(name, loaded.prompt_format))
 
     def load_engine(self, probes: "Sequence[Probe]") -> "Engine":
         """An engine with these probes."""
         name = self.model_of(probes)
-        if self.engine == "vllm":
-            from sidelight.vllm.engine import load_vllm_engine
+        return self.backend_of(name).engine(name, probes)
 
-            return load_vllm_engine(name, probes, dtype=self.dtype, options=self.engine_option)
-        from sidelight.probes.probe import common_format
-        from sidelight.states.backbone import TransformersBackbone
 
-        backbone = self._load(name, common_format(probes), for_reading=True)
-        if isinstance(backbone, TransformersBackbone):
-            from sidelight.engines.transformers import TransformersEngine
-
-            return TransformersEngine(backbone, probes, model=self.served_model_name)
-        from sidelight.engines.llama.backbone import LlamaBackbone
-        from sidelight.engines.llama.engine import LlamaEngine, llama_limits
-
-        assert isinstance(backbone, LlamaBackbone)
-        sizes = {name: n for name, n in self.engine_option.items() if name != "threads"}
-        known = backbone.encoder.max_tokens
-        if sizes.get("tokens", 0) > known:
-            raise SidelightError(
-                f"--engine-option tokens={sizes['tokens']}: '{name}' knows texts of at most "
-                f"{known} tokens. Give at most so many, or leave it out."
-            )
-        limits, served = llama_limits(**sizes), self.served_model_name
-        return LlamaEngine(backbone, probes, limits=limits, model=served)
-
-    @contextmanager
-    def state_source(self, backbone: "Backbone") -> "Generator[StateSource]":
-        """The source of hidden states for training; an engine of vLLM ends with the block."""
-        if self.engine == "vllm":
-            from sidelight.states.backbone import TransformersBackbone
-            from sidelight.vllm.offline import VllmSource
-
-            assert isinstance(backbone, TransformersBackbone)
-            with closing(VllmSource(backbone, options=self.engine_option)) as source:
-                yield source
-        else:
-            from sidelight.states.extraction import BackboneSource
-
-            yield BackboneSource(backbone)
+def _warn_of_format(reader: "Reader", prompt_format: "PromptFormat | None") -> None:
+    if prompt_format is None and (warning := reader.encoder.warning):
+        click.echo(f"Warning: {warning}", err=True)

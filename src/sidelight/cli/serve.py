@@ -87,9 +87,7 @@ def serve(context: click.Context, **values: Any) -> None:
     model = runtime.model_of(loaded)
     if not loaded:
         click.echo("Warning: no probe is named (--probe), so no text is judged.", err=True)
-    if config.engine == "vllm":
-        from sidelight.vllm.server import serve as run_vllm
-
-        run_vllm(config, model, loaded)
+    if (serve_there := runtime.backend_of(model).serve) is not None:
+        serve_there(config, model, loaded)
         return
     run(partial(runtime.load_engine, loaded), config)

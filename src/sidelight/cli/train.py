@@ -116,13 +116,10 @@ def train(
     from sidelight.cli.show import print_fit
     from sidelight.training.fit import fit
 
-    backbone = runtime.load_backbone(prompt_format=prompt_format)
-    with runtime.state_source(backbone) as source, only_writer(out):
+    with runtime.reader(prompt_format) as reader, only_writer(out):
         # Another run may have ended meanwhile.
         require_free(out, force=force)
-        result = fit(
-            backbone, training, validation, name=name, options=fit_options, source=source, out=out
-        )
+        result = fit(reader, training, validation, name=name, options=fit_options, out=out)
     options.warn(warning for warning in result.warnings if warning not in printed)
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))

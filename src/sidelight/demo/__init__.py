@@ -25,7 +25,8 @@ from rich.text import Text
 from sidelight.cli.evaluate import marked_text
 from sidelight.cli.show import console, summary
 from sidelight.data.loading import load_examples
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.backbone import TransformersBackbone, load_backbone
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.guards import probe_folders
 from sidelight.models.smollm2 import EMBEDDED_NAME, cache_root
 from sidelight.probes.artifact import load_probe
@@ -33,7 +34,6 @@ from sidelight.probes.probe import Probe
 from sidelight.progress import quiet
 from sidelight.server.app import create_app, listen, server_settings
 from sidelight.server.config import ServerConfig
-from sidelight.states.backbone import TransformersBackbone, load_backbone
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, suggested_settings
 from sidelight.types import Span

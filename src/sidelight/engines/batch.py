@@ -28,7 +28,7 @@ from sidelight.engines.queue import Emission, Request
 from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
 from sidelight.models.conversation import EncodedPrompt, Part
 from sidelight.probes.bank import BankState, Panel
-from sidelight.states.backbone import Tap
+from sidelight.states.reader import Tap
 from sidelight.types import Judgement
 
 

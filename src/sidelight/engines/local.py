@@ -34,10 +34,9 @@ from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
 from sidelight.engines.text import TextCodec
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Conversation, Message, has_response
-from sidelight.models.gguf_files import served_name
 from sidelight.probes.bank import Panel
 from sidelight.probes.probe import Probe
-from sidelight.states.backbone import Backbone
+from sidelight.states.reader import Backbone
 
 T = TypeVar("T")
 
@@ -57,7 +56,7 @@ class LocalEngine(Engine):
         decoder: Runs it. Nothing else may run it meanwhile.
         probes: Probes trained on this backbone, with distinct names.
         limits: How much is held at once; None: the defaults for the device.
-        model: The name that requests use; None takes the backbone's, as ``served_name`` has it.
+        model: The name that requests use; None takes the backbone's.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class LocalEngine(Engine):
         limits: Limits | None = None,
         model: str | None = None,
     ):
-        self.model = model or served_name(backbone.name)
+        self.model = model or backbone.name
         if warning := backbone.encoder.warning:
             _log.warning(warning)
         self.max_tokens = backbone.encoder.max_tokens

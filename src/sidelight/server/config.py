@@ -133,7 +133,7 @@ class ServerConfig(BaseModel):
         default=600, gt=0, description="Seconds after which a request is cancelled."
     )
     # Options that other commands have too.
-    engine: Literal["auto", "transformers", "vllm", "llama"] = "auto"
+    engine: str = "auto"
     engine_option: dict[str, Any] = Field(default_factory=dict)
     model: str | None = None
     tokenizer: str | None = None

@@ -17,7 +17,6 @@ from sidelight.engines.base import (
     NotExplainedError,
 )
 from sidelight.errors import ContextLengthError, DisguisedTextError, SidelightError, VerdictError
-from sidelight.models.gguf_files import is_gguf
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.request import refusal_headers
 from sidelight.server.keys import Caller
@@ -109,24 +108,16 @@ async def _failed(request: Request, error: SidelightError) -> Response:
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
     first = error.errors()[0]
-    more = ""
-    if "--engine vllm" in first["msg"]:
-        probes = request.app.state.context.engine.probes
-        names = (request.app.state.context.config.model, *(p.fingerprint.name for p in probes))
-        if any(name is not None and is_gguf(name) for name in names):
-            more = " vLLM reads no GGUF file: train the probes on the original's safetensors."
-    return wrong_field(first, first["loc"][1:], more=more).answer(request.scope)
+    return wrong_field(first, first["loc"][1:]).answer(request.scope)
 
 
-def wrong_field(
-    error: Mapping[str, Any], place: Sequence[int | str], *, more: str = ""
-) -> RequestError:
-    """One of pydantic's errors, at this place of the body, with a sentence that follows it."""
+def wrong_field(error: Mapping[str, Any], place: Sequence[int | str]) -> RequestError:
+    """One of pydantic's errors, at this place of the body."""
     field = error.get("ctx", {}).get("field")
     param = _shortened(".".join(map(str, [*place, *([field] if field else [])])))
     # A body that is not an object has no field to blame: most often the content type is missing.
     message = (
-        f"{param}: {_shortened(error['msg'])}{more}"
+        f"{param}: {_shortened(error['msg'])}"
         if param
         else "The body must be a JSON object, sent with Content-Type: application/json."
     )

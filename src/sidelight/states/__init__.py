@@ -1,1 +1,1 @@
-"""The frozen model, and hidden states of labelled texts: computed once, kept on disk."""
+"""Hidden states of texts: how models are read, and states that are kept on disk."""

@@ -3,7 +3,6 @@
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,41 +15,14 @@ from sidelight.probes.bank import Bank
 from sidelight.probes.probe import Probe, ProbeOutput
 from sidelight.probes.ragged import Ragged, by_length
 from sidelight.progress import Progress, progress
-from sidelight.states.backbone import Backbone
 from sidelight.states.cache import ActivationCache, Shard
+from sidelight.states.reader import Backbone, Reader
 
 _SCORED_TEXTS = 32
 
 
-@runtime_checkable
-class StateSource(Protocol):
-    """An engine that computes the hidden states of a cache."""
-
-    @property
-    def engine(self) -> str:
-        """Its name, with all that decides how states are computed and rounded."""
-        ...
-
-    @property
-    def max_tokens(self) -> int:
-        """The longest text that it runs."""
-        ...
-
-    def states(
-        self, cache: ActivationCache, rows: Sequence[int], advance: Progress
-    ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
-        """Computes the states of these rows of a cache, and gives some of them at a time.
-
-        Args:
-            cache: The cache, with its texts and what is read of them.
-            rows: The texts to compute.
-            advance: To be called with the number of tokens that have been run.
-        """
-        ...
-
-
 def extract(
-    source: StateSource,
+    reader: Reader,
     cache: ActivationCache,
     *,
     title: str = "Extracting",
@@ -58,15 +30,15 @@ def extract(
     """Writes the missing texts; after a kill, a second call writes only the rest.
 
     Args:
-        source: The engine that computes the hidden states.
-        cache: The cache to fill, made for the source's engine.
+        reader: Computes the hidden states.
+        cache: The cache to fill, made for the reader's engine.
         title: Of the progress bar.
 
     Raises:
         SidelightError: The states would not fit the disk, or one is not finite.
     """
     # Engines round differently.
-    assert cache.engine == source.engine
+    assert cache.engine == reader.engine
     missing = cache.open()
     if not missing:
         return cache
@@ -74,7 +46,7 @@ def extract(
     with (
         ThreadPoolExecutor(1) as writer,
         progress(title, sum(len(cache.prompts[row]) for row in missing), unit="tokens") as advance,
-        closing(source.states(cache, missing, advance)) as batches,
+        closing(reader.states(cache, missing, advance)) as batches,
     ):
         written = writer.submit(cache.write, {})
         for texts in batches:
@@ -85,35 +57,39 @@ def extract(
     return cache
 
 
-class BackboneSource:
-    """Any backbone's own forward passes, over batches of texts of similar length."""
+def tapped_states(
+    backbone: Backbone, cache: ActivationCache, rows: Sequence[int], advance: Progress
+) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
+    """``Reader.states`` of a backbone: batches of similar length, and a common prefix once each."""
+    layers, width = cache.fingerprint.layers, cache.fingerprint.width
+    shared = shared_unread(cache.prompts, cache.reads) if backbone.can_share_prefixes else 0
+    lengths = [len(cache.prompts[row]) - shared for row in rows]
+    for batch in by_length(lengths, batch_tokens=backbone.batch_tokens):
+        prompts = [cache.prompts[rows[i]] for i in batch]
+        masks = [prompt.mask(cache.reads)[shared:] for prompt in prompts]
+        shapes = ((layers, cache.lengths[rows[i]], width) for i in batch)
+        texts = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+        with backbone.tapped(_ReadTap([*zip(texts, masks, strict=True)])):
+            backbone.run(prompts, after=shared)
+        advance(sum(map(len, prompts)))
+        yield {rows[i]: hidden for i, hidden in zip(batch, texts, strict=True)}
 
-    def __init__(self, backbone: Backbone):
-        self.backbone = backbone
-        self.engine = backbone.engine
 
-    @property
-    def max_tokens(self) -> int:
-        """The longest text that the backbone reads."""
-        return self.backbone.encoder.max_tokens
+class _ReadTap:
+    """Copies the read tokens of each text of a batch to where they belong."""
 
-    def states(
-        self, cache: ActivationCache, rows: Sequence[int], advance: Progress
-    ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
-        """Runs one batch after the other; what all texts begin with runs once a batch."""
-        layers, width = cache.fingerprint.layers, cache.fingerprint.width
-        can_share = self.backbone.can_share_prefixes
-        shared = shared_unread(cache.prompts, cache.reads) if can_share else 0
-        lengths = [len(cache.prompts[row]) - shared for row in rows]
-        for batch in by_length(lengths, batch_tokens=self.backbone.batch_tokens):
-            prompts = [cache.prompts[rows[i]] for i in batch]
-            masks = [prompt.mask(cache.reads)[shared:] for prompt in prompts]
-            shapes = ((layers, cache.lengths[rows[i]], width) for i in batch)
-            texts = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
-            with self.backbone.tapped(_ReadTap([*zip(texts, masks, strict=True)])):
-                self.backbone.run(prompts, after=shared)
-            advance(sum(map(len, prompts)))
-            yield {rows[i]: hidden for i, hidden in zip(batch, texts, strict=True)}
+    def __init__(self, texts: Sequence[tuple[Float[Tensor, "layer _ width"], Bool[Tensor, " _"]]]):
+        self._texts = texts
+        self._start = self._stop = 0
+
+    def __call__(self, layer: int, hidden: Float[Tensor, "text token width"]) -> None:
+        if layer == 0:
+            self._start, self._stop = self._stop, self._stop + hidden.shape[1]
+        for (states, mask), text in zip(self._texts, hidden, strict=True):
+            is_read = mask[self._start : self._stop]
+            read = text[: len(is_read)][is_read]
+            before = int(mask[: self._start].sum())
+            states[layer, before : before + len(read)] = read
 
 
 def cached_logits(probe: Probe, cache: ActivationCache) -> Float[np.ndarray, "text output"]:
@@ -132,23 +108,6 @@ def shard_logits(probe: Probe, shard: Shard) -> Float[np.ndarray, "text output"]
     columns = projection.layers(shard.hidden.to(device, torch.float32)).transpose(0, 1)
     state = probe.mechanism.summarise(Ragged(columns, shard.lengths.to(device)))
     return probe.mechanism.finish(state).cpu().double().numpy()
-
-
-class _ReadTap:
-    """Copies the read tokens of each text of a batch to where they belong."""
-
-    def __init__(self, texts: Sequence[tuple[Float[Tensor, "layer _ width"], Bool[Tensor, " _"]]]):
-        self._texts = texts
-        self._start = self._stop = 0
-
-    def __call__(self, layer: int, hidden: Float[Tensor, "text token width"]) -> None:
-        if layer == 0:
-            self._start, self._stop = self._stop, self._stop + hidden.shape[1]
-        for (states, mask), text in zip(self._texts, hidden, strict=True):
-            is_read = mask[self._start : self._stop]
-            read = text[: len(is_read)][is_read]
-            before = int(mask[: self._start].sum())
-            states[layer, before : before + len(read)] = read
 
 
 def require_finite(texts: Mapping[int, Float[Tensor, "layer _ width"]], *, dtype: str) -> None:

@@ -20,7 +20,7 @@ from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt, Message, Reads, piece_lengths
 from sidelight.models.encode import PromptEncoder
-from sidelight.states.backbone import Backbone
+from sidelight.states.reader import Reader
 from sidelight.training.background import Background, Messages
 from sidelight.training.settings import FitOptions
 from sidelight.types import Numbers
@@ -75,7 +75,7 @@ def has_contexts(examples: LabelledExamples, options: FitOptions) -> bool:
 
 
 def draw_contexts(
-    backbone: Backbone,
+    reader: Reader,
     examples: LabelledExamples,
     groups: Sequence[Group],
     options: FitOptions,
@@ -83,12 +83,12 @@ def draw_contexts(
     """Contexts of texts, and background alone; none without background, or of labelled spans.
 
     Args:
-        backbone: Encodes them.
+        reader: Encodes them.
         examples: The texts.
         groups: Those that contexts are drawn for.
         options: What is read, how many tokens of contexts, and the longest context.
     """
-    task, encoder = examples.task, backbone.encoder
+    task, encoder = examples.task, reader.encoder
     is_shown = any(len(background) for _, background in groups) or encoder.prompt_format == "both"
     if not is_shown or not has_contexts(examples, options):
         return ()
@@ -96,7 +96,7 @@ def draw_contexts(
     limit = min(options.max_tokens, encoder.max_tokens)
     least = options.context_tokens
     if least is None:
-        is_slow = backbone.device.type == "cpu"
+        is_slow = reader.device.type == "cpu"
         least = _LEAST_CONTEXT_TOKENS if is_slow else _LEAST_CONTEXT_TOKENS_ON_GPU
     contexts: list[Context] = []
     for group, (texts, background) in enumerate(groups):

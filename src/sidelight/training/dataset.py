@@ -20,9 +20,9 @@ from sidelight.models.conversation import EncodedPrompt, Reads, judged_units
 from sidelight.models.encode import PromptEncoder
 from sidelight.probes.ragged import Ragged
 from sidelight.progress import say
-from sidelight.states.backbone import Backbone
 from sidelight.states.cache import SHARD_BYTES, ActivationCache, Memory
-from sidelight.states.extraction import BackboneSource, StateSource, extract
+from sidelight.states.extraction import extract
+from sidelight.states.reader import Reader
 from sidelight.training.background import Background, choose_conversations
 from sidelight.training.contexts import Context, Group, draw_contexts, has_contexts
 from sidelight.training.settings import FitOptions
@@ -202,7 +202,7 @@ class ProbeDataset:
     """The splits that settings are chosen on. Test data is not part of it.
 
     Attributes:
-        backbone: The frozen LLM.
+        reader: The frozen LLM, in any engine.
         training: What parameters are fitted to: texts alone, then their contexts.
         measured: What early stopping, settings, calibration and thresholds are chosen on: texts
             alone, then their contexts. If texts are cross-fitted, these are those of ``training``.
@@ -211,7 +211,7 @@ class ProbeDataset:
         given_sha256: Hash of the texts as they were given: none held out, no context added.
     """
 
-    backbone: Backbone
+    reader: Reader
     training: Split
     measured: Split
     folds: Folds = ()
@@ -239,14 +239,13 @@ class ProbeDataset:
 
 
 def prepare(
-    backbone: Backbone,
+    reader: Reader,
     training: LabelledExamples,
     validation: LabelledExamples | None,
     *,
     options: FitOptions,
-    source: StateSource | None = None,
 ) -> ProbeDataset:
-    """Chooses the validation texts, draws contexts, and runs the backbone over all texts.
+    """Chooses the validation texts, draws contexts, and runs the model over all texts.
 
     A fit and a search both begin here, so that a search chooses by the texts that calibrate later.
     The arguments are those of ``fit``.
@@ -256,10 +255,10 @@ def prepare(
             states do not fit the disk.
     """
     given_sha256 = training.content_hash
-    limit = min(options.max_tokens, (source or BackboneSource(backbone)).max_tokens)
-    training, crowded = _with_room(backbone.encoder, training, limit, title="training")
+    limit = min(options.max_tokens, reader.max_tokens)
+    training, crowded = _with_room(reader.encoder, training, limit, title="training")
     if validation is not None:
-        validation, more = _with_room(backbone.encoder, validation, limit, title="validation")
+        validation, more = _with_room(reader.encoder, validation, limit, title="validation")
         crowded += more
     training, validation, folds, warnings = choose_validation(training, validation, options)
     task = options.with_none(training.task)
@@ -271,7 +270,7 @@ def prepare(
     parts = background.parts(len(rows) + (0 if folds else _MEASURING_PARTS))
     groups = [*zip(rows, parts, strict=False)]
     memory = Memory(options.memory_bytes)
-    split = partial(make_split, backbone, options=options, source=source, memory=memory)
+    split = partial(make_split, reader, options=options, memory=memory)
     fitted = measured = split(training, groups=groups, title="Training texts")
     if folds:
         folds = fitted.folds(len(folds))
@@ -288,7 +287,7 @@ def prepare(
                 f"{len(cut)} of {len(texts)} texts were cut to {limit} tokens for training "
                 "(--set max_tokens=N); judging never cuts."
             )
-    return ProbeDataset(backbone, fitted, measured, folds, tuple(warnings), given_sha256)
+    return ProbeDataset(reader, fitted, measured, folds, tuple(warnings), given_sha256)
 
 
 def _with_room(
@@ -330,33 +329,30 @@ def _groups(examples: LabelledExamples, count: int) -> Folds:
 
 
 def make_split(
-    backbone: Backbone,
+    reader: Reader,
     examples: LabelledExamples,
     options: FitOptions,
     *,
     title: str = "Extracting",
-    source: StateSource | None = None,
     groups: Sequence[Group] = (),
     memory: Memory | None = None,
 ) -> Split:
-    """Runs the backbone over labelled texts and their contexts, or finds their states on disk.
+    """Runs the model over labelled texts and their contexts, or finds their states on disk.
 
     Args:
-        backbone: The frozen LLM.
+        reader: The frozen LLM, in any engine.
         examples: The texts.
         options: How texts are read, and where their hidden states go.
         title: The title of the progress bar.
-        source: The engine that computes the states; None is the backbone itself.
         groups: Those that contexts are drawn for; without any, there are none.
         memory: Holds states in memory; None is one of its own, as large as the options say.
 
     Raises:
         SidelightError: A text without a token to read, or no room for the states.
     """
-    drawn, contexts = draw_contexts(backbone, examples, groups, options), ()
-    source = source or BackboneSource(backbone)
-    limit = min(options.max_tokens, source.max_tokens)
-    prompts = encode_shortened(backbone.encoder, examples, reads=options.reads, limit=limit)
+    drawn, contexts = draw_contexts(reader, examples, groups, options), ()
+    limit = min(options.max_tokens, reader.max_tokens)
+    prompts = encode_shortened(reader.encoder, examples, reads=options.reads, limit=limit)
     if drawn:
         group_of = {text: group for group, (own, _) in enumerate(groups) for text in own.tolist()}
         pairs = enumerate(zip(examples.items, prompts, strict=True))
@@ -368,24 +364,24 @@ def make_split(
         options.states_folder(),
         prompts,
         reads=options.reads_of(examples.task),
-        fingerprint=backbone.fingerprint,
-        engine=source.engine,
+        fingerprint=reader.fingerprint,
+        engine=reader.engine,
         shard_bytes=min(SHARD_BYTES, max(1, options.memory_bytes // 2)),
         memory=memory or Memory(options.memory_bytes),
     )
     stored = sum(cache.path(row).exists() for row in range(len(prompts)))
     if stored:
         say(f"{title}: the hidden states of {stored:,} of {len(prompts):,} are on disk already.")
-    states = extract(source, cache, title=title)
+    states = extract(reader, cache, title=title)
     reads, lengths = options.reads, states.lengths
     return Split(
         examples,
         states,
         contexts,
-        () if examples.spans is None else span_places(backbone.encoder, examples.items, lengths),
+        () if examples.spans is None else span_places(reader.encoder, examples.items, lengths),
         None
         if examples.rationales is None
-        else _rationales(backbone.encoder, examples, prompts, reads),
+        else _rationales(reader.encoder, examples, prompts, reads),
     )
 
 

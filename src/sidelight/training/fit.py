@@ -14,8 +14,7 @@ from sidelight.data.examples import LabelledExamples
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.probes.probe import Probe
-from sidelight.states.backbone import Backbone
-from sidelight.states.extraction import StateSource
+from sidelight.states.reader import Reader
 from sidelight.training.dataset import ProbeDataset, prepare
 from sidelight.training.loop import Candidate, divergence, train_mechanisms
 from sidelight.training.measuring import (
@@ -97,26 +96,24 @@ def _candidates(options: FitOptions, texts: LabelledExamples) -> list[Candidate]
 
 
 def fit(
-    backbone: Backbone,
+    reader: Reader,
     training: LabelledExamples,
     validation: LabelledExamples | None,
     *,
     name: str,
     options: FitOptions,
-    source: StateSource | None = None,
     out: Path | None = None,
 ) -> Fit:
-    """Trains a probe, from one pass of the backbone over the texts.
+    """Trains a probe, from one pass of a model over the texts.
 
     Args:
-        backbone: The frozen LLM.
+        reader: The frozen LLM, in any engine.
         training: Labelled texts. Of labelled spans, the probe labels spans; they are shown alone,
             and if the options name no mechanism, left-out texts choose how far it looks ahead.
         validation: Labelled texts for early stopping, threshold and calibration; None holds out
             part of ``training``, or cross-fits it if it is small.
         name: How verdicts will name it.
         options: What to train.
-        source: The engine that computes the hidden states; None is the backbone itself.
         out: Folder that it is written to, before the hidden states are removed. They are cached in
             a folder derived from ``out`` and everything that decides the training, where the same
             training finds them after a kill.
@@ -129,17 +126,16 @@ def fit(
         training,
         validation,
         name=name,
-        model=backbone.fingerprint,
-        engine=(source or backbone).engine,
+        model=reader.fingerprint,
+        engine=reader.engine,
     )
     options = options.resolved_for(training)
     with options.own_states(identity, out and out.resolve()) as states:
         dataset = prepare(
-            backbone,
+            reader,
             training,
             validation,
             options=replace(options, cache_root=states),
-            source=source,
         )
         candidates = _candidates(options, training)
         # The baseline first: what it refuses in seconds must not cost the hours of training.
@@ -149,7 +145,7 @@ def fit(
             training=dataset.training,
             validation=None if dataset.folds else dataset.measured,
             folds=dataset.folds,
-            device=backbone.device,
+            device=reader.device,
         )
         trained = [run for run in results if run is not None]
         if not trained:
@@ -222,13 +218,13 @@ def calibrate_probe(
         name=name,
         task=task,
         reads=dataset.training.states.reads,
-        prompt_format=dataset.backbone.encoder.prompt_format,
+        prompt_format=dataset.reader.encoder.prompt_format,
         spec=trained.spec,
         mechanism=trained.mechanism,
         standardisation=trained.standardisation,
         calibration=calibration,
         thresholds=report.thresholds,
-        fingerprint=dataset.backbone.fingerprint,
+        fingerprint=dataset.reader.fingerprint,
         spans=rule,
         record=record | span_record,
     )

@@ -8,11 +8,12 @@ import torch
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.guards import draw_texts, find_guard
 from sidelight.data.loading import load_examples
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.models.encode import PromptEncoder
 from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.manifest import Manifest
 from sidelight.probes.probe import Probe
-from sidelight.states.backbone import Backbone, TransformersBackbone
+from sidelight.states.reader import Backbone
 from sidelight.statistics.thresholds import ThresholdRule
 from sidelight.training.background import Background, load_background
 from sidelight.training.cost import TrainingEstimate, estimate_training, training_tokens

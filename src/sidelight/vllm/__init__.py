@@ -28,6 +28,8 @@ ENVIRONMENT = "SIDELIGHT_PROBES"
 POLICY = "SIDELIGHT_POLICY"
 KEY = "sidelight"
 TESTED = ">=0.32,<0.34"
+# Options that quantise weights, or keys and values.
+QUANTISING = ("quantization", "quantization_config", "kv_cache_dtype")
 # Set for the processes of an engine whose configuration names probes: they do not see that.
 _INHERITED = "_SIDELIGHT_IN_VLLM"
 

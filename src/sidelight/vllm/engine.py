@@ -27,6 +27,7 @@ from sidelight.engines.base import (
 )
 from sidelight.engines.marks import labels_spans, mark_text
 from sidelight.engines.text import TextCodec
+from sidelight.engines.transformers.backbone import read_model
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Conversation, EncodedPrompt, Message, has_response
 from sidelight.models.encode import PromptEncoder
@@ -35,7 +36,6 @@ from sidelight.probes.artifact import save_probe
 from sidelight.probes.manifest import read_manifest
 from sidelight.probes.probe import Probe, common_format
 from sidelight.progress import Progress, progress
-from sidelight.states.backbone import read_backbone
 from sidelight.types import Judgement, Verdict
 from sidelight.vllm import KEY
 from sidelight.vllm.internals import guesses_responses
@@ -336,7 +336,7 @@ def load_vllm_engine(
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    backbone = read_backbone(model, prompt_format=common_format(probes))
+    backbone = read_model(model, prompt_format=common_format(probes))
     fields = {"max_model_len": backbone.encoder.max_tokens, **(options or {})}
     require_options(fields, AsyncEngineArgs)
     arguments = AsyncEngineArgs(model=backbone.path, dtype=dtype, disable_log_stats=True, **fields)
@@ -376,7 +376,7 @@ def predict(
     # It brings what trains.
     from sidelight.scoring import encode
 
-    backbone = read_backbone(model, prompt_format=common_format([probe]))
+    backbone = read_model(model, prompt_format=common_format([probe]))
     own, most = backbone.encoder, longest(backbone.encoder, options or {})
     # A text that vLLM cannot read is refused before it starts.
     encoder = PromptEncoder(own.tokenizer, prompt_format=own.prompt_format, max_tokens=most)

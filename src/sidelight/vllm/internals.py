@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from sidelight.errors import SidelightError
 from sidelight.probes.probe import Probe
+from sidelight.vllm import QUANTISING
 
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -166,8 +167,6 @@ def guesses_responses(config: Any, probes: Iterable[Probe]) -> bool:
     return is_guessing and any(probe.reads.includes_response for probe in probes)
 
 
-QUANTISING = ("quantization", "quantization_config", "kv_cache_dtype")
-"""vLLM's options that quantise what it loads, or the keys and values."""
 _CACHES_OF_FLOATS = ("auto", "float", "bfloat")
 
 

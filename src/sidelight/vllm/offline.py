@@ -22,8 +22,8 @@ from torch import Tensor
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt, Part, Reads
 from sidelight.progress import Progress
-from sidelight.states.backbone import TransformersBackbone
 from sidelight.states.cache import ActivationCache
+from sidelight.states.reader import Model
 from sidelight.types import Judgement
 from sidelight.vllm import KEY
 from sidelight.vllm.columns import Reading, Stage
@@ -48,23 +48,31 @@ OfflineRequest = tuple[int, EncodedPrompt, Mapping[str, Any]]
 """A number, a prompt to run once under it, and its ``kv_transfer_params``."""
 
 
-class VllmSource:
-    """A ``StateSource`` that runs vLLM from the first missing text until it is closed.
+class VllmReader:
+    """A ``Reader`` that runs vLLM from the first missing text until it is closed.
 
     Only vLLM's own options limit its batches. What texts begin with alike runs once, unless vLLM's
     prefix cache is off.
 
     Args:
-        backbone: Says which weights, and encodes texts; its own forward pass is not used.
+        model: The model, which vLLM loads.
+        dtype: The dtype that vLLM computes in; ``auto``: that of the stored weights.
         options: Fields of vLLM's ``EngineArgs``.
 
     Raises:
         SidelightError: vLLM is not installed.
     """
 
-    def __init__(self, backbone: TransformersBackbone, *, options: Mapping[str, Any] | None = None):
+    device = torch.device("cpu")
+
+    def __init__(
+        self, model: Model, *, dtype: str = "auto", options: Mapping[str, Any] | None = None
+    ):
         require_vllm()
-        self._backbone = backbone
+        self.name, self.encoder, self.fingerprint = model.name, model.encoder, model.fingerprint
+        if dtype != "auto":
+            self.fingerprint = replace(model.fingerprint, dtype=dtype)
+        self._path = model.path
         self._options = dict(options or {})
         self._llm: Any = None
 
@@ -78,12 +86,12 @@ class VllmSource:
 
     @property
     def max_tokens(self) -> int:
-        return longest(self._backbone.encoder, self._options)
+        return longest(self.encoder, self._options)
 
     def states(
         self, cache: ActivationCache, rows: Sequence[int], advance: Progress
     ) -> Generator[Mapping[int, Tensor]]:
-        """Computes the states of these rows; see ``StateSource``."""
+        """As ``Reader.states``."""
         with TemporaryDirectory(dir=cache.directory) as folder:
             places = {row: Path(folder) / str(row) for row in rows}
             requests = (
@@ -92,7 +100,7 @@ class VllmSource:
             )
             for row, prompt, _ in self.run(requests):
                 advance(len(prompt))
-                yield {row: captured(places[row], self._backbone.fingerprint.layers)}
+                yield {row: captured(places[row], self.fingerprint.layers)}
 
     def run(self, requests: Iterable[OfflineRequest]) -> Generator[tuple[int, EncodedPrompt, Any]]:
         """Yields each number and prompt with vLLM's output, in the order in which they end.
@@ -146,11 +154,11 @@ class VllmSource:
 
         require_options(self._options, EngineArgs)
         arguments = EngineArgs(
-            model=self._backbone.model.config._name_or_path,  # pyright: ignore[reportPrivateUsage]
-            dtype=self._backbone.fingerprint.dtype,
+            model=self._path,
+            dtype=self.fingerprint.dtype,
             disable_log_stats=True,
             additional_config={KEY: {"probes": [], STATES: True, DESCRIBED: True}},
-            **{"max_model_len": self._backbone.encoder.max_tokens, **self._options},
+            **{"max_model_len": self.encoder.max_tokens, **self._options},
         )
         return LLMEngine.from_engine_args(arguments)
 

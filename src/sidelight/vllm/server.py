@@ -16,11 +16,11 @@ from math import ceil
 from typing import Any, NoReturn
 
 from sidelight.engines.base import EngineUnavailableError
+from sidelight.engines.transformers.backbone import read_model
 from sidelight.errors import SidelightError
 from sidelight.probes.probe import Probe, common_format
 from sidelight.server.app import cannot_listen, require_keys
 from sidelight.server.config import ServerConfig
-from sidelight.states.backbone import read_backbone
 from sidelight.vllm import KEY
 from sidelight.vllm.internals import wrap
 from sidelight.vllm.settings import SET_HERE, require_vllm, serve_with
@@ -68,7 +68,7 @@ def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
     require_keys(config)
     require_vllm()
     _end_at_signals()
-    backbone = read_backbone(model, prompt_format=common_format(probes))
+    backbone = read_model(model, prompt_format=common_format(probes))
     plugins = filter(None, os.environ.get("VLLM_PLUGINS", "").split(","))
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, KEY]))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", config.log_level.upper())

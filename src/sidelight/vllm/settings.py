@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 from transformers import AutoTokenizer
 
+from sidelight.engines.transformers.backbone import read_model
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.guards import named_sources, probe_folders
 from sidelight.models.encode import PromptEncoder
@@ -27,7 +28,6 @@ from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.artifact import load_probe
 from sidelight.probes.manifest import require_distinct_names
 from sidelight.probes.probe import Probe, common_format
-from sidelight.states.backbone import read_backbone
 from sidelight.vllm import ENVIRONMENT, POLICY
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def named_columns() -> int:
 
 def found_folders(model: str, sources: Sequence[str]) -> tuple[str, ...]:
     """The folders of probes, and of ready guards that were trained for a model."""
-    folders = probe_folders(sources, model, lambda: read_backbone(model).fingerprint.digest)
+    folders = probe_folders(sources, model, lambda: read_model(model).fingerprint.digest)
     return tuple(map(str, folders))
 
 
@@ -149,7 +149,7 @@ def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
             weights are not in safetensors files.
     """
     prompt_format = common_format(map(load_probe, folders))
-    return read_backbone(model, prompt_format=prompt_format).fingerprint
+    return read_model(model, prompt_format=prompt_format).fingerprint
 
 
 # Of ``sidelight serve``, whose process it stays in.

@@ -10,7 +10,7 @@ from threading import Semaphore
 import pytest
 from browser import PHONE, chromium, needs_chromium, page_at, violations
 
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
 from worlds.data import with_curves

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 from real_clients import CLIENTS, NOT_INSTALLED, WITH_LANES
 
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.backbone import TransformersBackbone
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import read_policy
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.probe import Probe
-from sidelight.states.backbone import TransformersBackbone
 from sidelight_lab.bench.server_process import ServerProcess
 from worlds.data import documented_table
 from worlds.models import saved, three_probes, tiny_backbone, untrained_probe

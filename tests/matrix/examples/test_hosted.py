@@ -17,11 +17,11 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.backbone import TransformersBackbone
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.policy.rules import read_policy
 from sidelight.probes.bank import Bank
 from sidelight.probes.probe import Probe
-from sidelight.states.backbone import TransformersBackbone
 from sidelight.statistics.calibration import Calibration
 from sidelight.types import Task
 from test_examples import EXAMPLES

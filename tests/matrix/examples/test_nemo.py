@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from sidelight.data.examples import Example, LabelledExamples
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.backbone import TransformersBackbone
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Message
 from sidelight.probes.probe import Probe
-from sidelight.states.backbone import TransformersBackbone
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.types import Task

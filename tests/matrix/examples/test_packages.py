@@ -21,7 +21,7 @@ import pytest
 import yaml
 from fastapi import FastAPI, Request
 
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.policy.rules import Policy, Rule, read_policy
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.training.fit import fit

@@ -11,7 +11,7 @@ import pytest
 
 from sidelight import classifier
 from sidelight.data.loading import load_examples
-from sidelight.states.backbone import load_backbone
+from sidelight.engines.transformers.backbone import load_backbone
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 TOXICCHAT = Path(os.environ.get("SIDELIGHT_DATA") or SHARED) / "toxicchat0124/train.jsonl.gz"

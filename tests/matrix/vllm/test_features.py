@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from engine_contract import TEXTS, other_probes, require_verdicts, user
 from sidelight.engines.base import GenerationError
+from sidelight.engines.transformers.backbone import load_backbone
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.manifest import read_manifest
-from sidelight.states.backbone import load_backbone
 from sidelight.vllm import KEY
 from sidelight.vllm.engine import saved
 from sidelight.vllm.settings import identity_of

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sidelight.engines.transformers.backbone import TransformersBackbone, load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.models.fingerprint import ACCEPTED
 from sidelight.probes.artifact import save_probe
-from sidelight.states.backbone import TransformersBackbone, load_backbone
 from sidelight.vllm import KEY
 from sidelight.vllm.engine import load_vllm_engine
 from sidelight.vllm.settings import STATES, Served

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.probes.ragged import by_length
 from sidelight.progress import progress
-from sidelight.states.backbone import TransformersBackbone
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.optimisation import make_loss, validation_score
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
@@ -145,7 +145,7 @@ class FineTuned(Baseline):
             remove_unused_columns=False,
             label_names=["labels"],
             dataloader_pin_memory=False,
-            use_cpu=dataset.backbone.device.type == "cpu",
+            use_cpu=dataset.reader.device.type == "cpu",
         )
         steps = -(-len(training) // self.batch_size) * self.epochs
         with torch.random.fork_rng(), progress(self.title, steps, unit="steps") as advance:
@@ -228,7 +228,7 @@ class Lora(FineTuned):
         """Untrained adapters around the backbone, which itself stays as it is, and a head."""
         from peft import LoraConfig, get_peft_model
 
-        backbone = dataset.backbone
+        backbone = dataset.reader
         assert isinstance(backbone, TransformersBackbone)
         # A copy of the modules around the same parameters.
         body: Any = backbone.model.base_model
@@ -246,7 +246,7 @@ class Lora(FineTuned):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = SequenceClassifier(body, dataset)
-            return get_peft_model(model, config).to(dataset.backbone.device)  # pyright: ignore[reportArgumentType]
+            return get_peft_model(model, config).to(dataset.reader.device)  # pyright: ignore[reportArgumentType]
 
 
 def prompt_items(split: Split) -> list[Item]:
@@ -293,5 +293,5 @@ class FineTunedEncoder(FineTuned):
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = SequenceClassifier(encoder.body, dataset).to(dataset.backbone.device)
+            model = SequenceClassifier(encoder.body, dataset).to(dataset.reader.device)
         return self.tune(model, dataset, encode, seed=seed)

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt
-from sidelight.states.backbone import TransformersBackbone
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_validation
 from sidelight_lab.baselines.pooled import pooled_states
@@ -190,7 +190,7 @@ class Muli(Baseline):
                 f"are of {reads}. Read the prompt with its template: "
                 "Reads(side='prompt', template=True)."
             )
-        backbone = dataset.backbone
+        backbone = dataset.reader
         assert isinstance(backbone, TransformersBackbone)
         first = FirstToken.of(backbone)
         first.require(backbone, min(prompts, key=len))

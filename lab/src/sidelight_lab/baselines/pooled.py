@@ -174,7 +174,7 @@ class PooledRegression(Baseline):
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Chooses penalty and layer on validation texts; nothing is random."""
         training = dataset.training
-        layers = range(dataset.backbone.fingerprint.layers)
+        layers = range(dataset.reader.fingerprint.layers)
         parts = {
             "last": [slice(layers[-1], len(layers))],
             "best": [slice(layer, layer + 1) for layer in layers],

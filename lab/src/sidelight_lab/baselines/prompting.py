@@ -14,11 +14,15 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from sidelight.engines.transformers.backbone import (
+    TransformersBackbone,
+    cache_prefix,
+    run_with_prefix,
+)
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt, Message, shared_length
 from sidelight.probes.ragged import BATCH_TOKENS, by_length
 from sidelight.progress import progress
-from sidelight.states.backbone import TransformersBackbone, cache_prefix, run_with_prefix
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
@@ -51,7 +55,7 @@ class ZeroShot(Baseline):
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Fits nothing, and only draws the examples."""
-        backbone, names = dataset.backbone, self.named(dataset.task)
+        backbone, names = dataset.reader, self.named(dataset.task)
         assert isinstance(backbone, TransformersBackbone)
         encoder, shots = backbone.encoder, self.examples(dataset, seed=seed)
 

@@ -126,7 +126,7 @@ class Siren(Baseline):
         Raises:
             SidelightError: No neuron tells the classes apart.
         """
-        layers = range(dataset.backbone.fingerprint.layers)
+        layers = range(dataset.reader.fingerprint.layers)
         probes = [self._probe(dataset, layer) for layer in layers]
         selected = torch.stack([neurons for neurons, _ in probes])
         if not selected.any():

@@ -103,7 +103,7 @@ def encoder(dataset: ProbeDataset, tuning: FineTunedEncoder | None = None) -> It
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = SequenceClassifier(reader.body, dataset, labels_tokens=True)
-        model = model.to(dataset.backbone.device)
+        model = model.to(dataset.reader.device)
     tuning.tune(model, dataset, lambda split: items_of(split.examples)[0], seed=0)
 
     def scores(examples: LabelledExamples) -> tuple[TokenPlaces, TokenScores]:

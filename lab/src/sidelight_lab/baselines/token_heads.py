@@ -113,7 +113,7 @@ class BestLayer(Baseline):
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Chooses the layer and the epoch on validation texts."""
-        width, task, settings = dataset.backbone.fingerprint.width, dataset.task, self.settings
+        width, task, settings = dataset.reader.fingerprint.width, dataset.task, self.settings
 
         def fitted(layer: int) -> FittedBaseline:
             training = TokenSource.one_layer(dataset.training, layer)

@@ -14,7 +14,7 @@ from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.models.conversation import Message
 from sidelight.models.encode import PromptEncoder
 from sidelight.progress import progress
-from sidelight.states.backbone import Backbone
+from sidelight.states.reader import Backbone
 from sidelight_lab.bench.measurement import Range, Record, conditions, table
 from sidelight_lab.bench.server_process import ServerProcess
 

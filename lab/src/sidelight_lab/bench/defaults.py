@@ -13,8 +13,8 @@ from sklearn.metrics import average_precision_score
 
 from sidelight.data.evaluation import Estimate, evaluate
 from sidelight.data.examples import LabelledExamples
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.states.backbone import TransformersBackbone
 from sidelight.states.extraction import cached_logits
 from sidelight.statistics.calibration import Calibration, fit_calibration, suggested_calibration
 from sidelight.statistics.metrics import decide, log_losses

@@ -20,13 +20,13 @@ import numpy as np
 import psutil
 import torch
 
+from sidelight.engines.llama.files import find_gguf, is_gguf
 from sidelight.engines.queue import Limits
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.backbone import DtypeName, load_backbone
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Reads
-from sidelight.models.gguf_files import find_gguf, is_gguf
 from sidelight.progress import progress
-from sidelight.states.backbone import DtypeName, load_backbone
 from sidelight.storage import write_json
 from sidelight_lab.bench.measurement import (
     Range,

@@ -24,14 +24,14 @@ import sidelight
 from sidelight.classifier import Classifier, load
 from sidelight.cli import app
 from sidelight.data.loading import load_examples
-from sidelight.engines.transformers import TransformersEngine
+from sidelight.engines.transformers.backbone import DtypeName, load_backbone
+from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.models.smollm2 import EMBEDDED_NAME, embedded_model_path
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.scoring import encode
-from sidelight.states.backbone import DtypeName, load_backbone
 from sidelight.states.cache import ActivationCache
-from sidelight.states.extraction import BackboneSource, extract
+from sidelight.states.extraction import extract
 from sidelight.storage import write_text
 from sidelight_lab.bench.measurement import write_answers
 from sidelight_lab.bench.server_process import ServerProcess
@@ -245,7 +245,7 @@ def speed(setting: Setting, *, probes: int) -> Result:
                 Path(scratch) / folder, prompts, reads=Reads(), fingerprint=backbone.fingerprint
             )
             start = perf_counter()
-            extract(BackboneSource(backbone), cache)
+            extract(backbone, cache)
             rates["extraction"] = sum(map(len, prompts)) / (perf_counter() - start)
     tokens = 128 if setting.is_gpu else 8
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sidelight.engines.transformers.backbone import load_backbone
 from sidelight.models.conversation import EncodedPrompt, Part, Reads
 from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.probes.bank import Bank
 from sidelight.probes.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.probes.standardisation import Projection
-from sidelight.states.backbone import load_backbone
 from sidelight.states.extraction import text_logits
 from sidelight.storage import write_json
 from sidelight.vllm.columns import Pages, Reading, Stage, set_receiver, slots_of

@@ -20,12 +20,12 @@ from sidelight.data.evaluation import Estimate
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.guards import Guard, draw_texts, find_guard, guard_names
 from sidelight.data.loading import load_examples
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.models.conversation import Reads
 from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.progress import progress, quiet
-from sidelight.states.backbone import TransformersBackbone
 from sidelight.states.cache import Shard
 from sidelight.states.extraction import shard_logits
 from sidelight.statistics.calibration import Calibration

@@ -16,14 +16,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BertConfig, BertForSequenceClassification
 
 from sidelight.engines.base import Engine
-from sidelight.engines.transformers import TransformersDecoder, TransformersEngine
+from sidelight.engines.transformers.backbone import TransformersBackbone
+from sidelight.engines.transformers.engine import TransformersDecoder, TransformersEngine
 from sidelight.errors import ContextLengthError
 from sidelight.models.conversation import EncodedPrompt, Part, Reads
 from sidelight.probes.bank import Panel
 from sidelight.probes.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.progress import progress
-from sidelight.states.backbone import TransformersBackbone
 from sidelight.types import Judgement, Verdict
 from sidelight_lab.bench.measurement import (
     Range,

@@ -24,12 +24,12 @@ from openai import APIError, APIStatusError, AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidelight.data.loading import load_examples
+from sidelight.engines.transformers.backbone import TransformersBackbone, load_backbone
 from sidelight.models.conversation import Message, Reads
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.probe import Probe
 from sidelight.progress import progress
 from sidelight.scoring import judge
-from sidelight.states.backbone import TransformersBackbone, load_backbone
 from sidelight_lab.bench.measurement import Range, Record, conditions, spread_probe, table
 from sidelight_lab.bench.server_process import ServerProcess
 

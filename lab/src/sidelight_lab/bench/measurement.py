@@ -20,14 +20,15 @@ from torch import Tensor
 
 from sidelight.data.spans import SpanRule
 from sidelight.engines.base import Engine, Finished, Sampling
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.models.conversation import EncodedPrompt, Message, PromptFormat, Reads
 from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.bank import Bank
 from sidelight.probes.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.probes.standardisation import Standardisation
-from sidelight.states.backbone import Backbone, TransformersBackbone
 from sidelight.states.extraction import text_logits
+from sidelight.states.reader import Backbone
 from sidelight.statistics.calibration import Calibration
 from sidelight.storage import write_text
 from sidelight.types import MechanismSpec, Task

@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 
 from sidelight.data.evaluation import Estimate
+from sidelight.engines.transformers.backbone import load_backbone
 from sidelight.models.conversation import Message, Reads
 from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.progress import progress
-from sidelight.states.backbone import load_backbone
 from sidelight.vllm.worker import Worker, current_worker
 from sidelight_lab.bench.measurement import offline_engine, untrained_guards, untrained_probe
 

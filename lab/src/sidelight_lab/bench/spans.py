@@ -6,7 +6,6 @@ test texts are read once all rows are fitted.
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from sidelight.data.evaluation import Estimate, measure_span_resamples
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.spans import Span, SpanRule, character_scores
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.models.conversation import Reads
 from sidelight.probes.artifact import load_probe
@@ -28,9 +28,9 @@ from sidelight.probes.probe import Probe
 from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import normalised
 from sidelight.progress import Progress
-from sidelight.states.backbone import TransformersBackbone
 from sidelight.states.cache import ActivationCache
-from sidelight.states.extraction import BackboneSource, StateSource, extract
+from sidelight.states.extraction import extract
+from sidelight.states.reader import Reader
 from sidelight.statistics.thresholds import F1
 from sidelight.training.dataset import ProbeDataset, TokenPlaces, make_split
 from sidelight.training.fit import fit
@@ -89,12 +89,15 @@ class Row:
         return draws
 
 
-class _OneLayer(BackboneSource):
-    """The last layer's states, or the mean over layers, from those of all layers on disk."""
+class _OneLayer:
+    """Reads the last layer's states, or the mean over layers, from those of all layers on disk."""
 
     def __init__(self, backbone: TransformersBackbone, root: Path, *, is_mean: bool):
-        super().__init__(backbone)
+        self.name, self.encoder = backbone.name, backbone.encoder
+        self.device, self.max_tokens = backbone.device, backbone.max_tokens
+        self.fingerprint = replace(backbone.fingerprint, layers=1)
         self.engine = "mean of layers" if is_mean else "last layer"
+        self._backbone = backbone
         self._root = root
         self._is_mean = is_mean
 
@@ -102,11 +105,11 @@ class _OneLayer(BackboneSource):
         self, cache: ActivationCache, rows: Sequence[int], advance: Progress
     ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
         """From a cache of the same texts, which is filled if it is not there."""
-        fingerprint = self.backbone.fingerprint
+        fingerprint = self._backbone.fingerprint
         whole = ActivationCache(
             self._root, cache.prompts, reads=cache.reads, fingerprint=fingerprint
         )
-        extract(BackboneSource(self.backbone), whole)
+        extract(self._backbone, whole)
         for row in rows:
             hidden = whole.text(row)
             if self._is_mean:
@@ -146,17 +149,15 @@ def compare_spans(
             raise SidelightError(f"Unknown rival '{rival}'.{did_you_mean(rival, RIVALS)}")
     reads = Reads(options.reads.side, template=False)
     options = replace(options, reads=reads, cache_root=root, keep_cache=True)
-    rows = {OURS: _probes(backbone, None, training, validation, options, seeds, out)}
-    alone = copy(backbone)
-    alone.fingerprint = replace(backbone.fingerprint, layers=1)
+    rows = {OURS: _probes(backbone, training, validation, options, seeds, out)}
     learned, measured = (
         make_split(backbone, texts, options, title="Texts") for texts in (training, validation)
     )
     dataset = ProbeDataset(backbone, learned, measured)
     for rival in rivals:
         if rival in _ONE_LAYER:
-            source = _OneLayer(backbone, root, is_mean=_ONE_LAYER[rival])
-            rows[rival] = _probes(alone, source, training, validation, options, 1, out)
+            reader = _OneLayer(backbone, root, is_mean=_ONE_LAYER[rival])
+            rows[rival] = _probes(reader, training, validation, options, 1, out)
         else:
             rows[rival] = _best(_BASELINES[rival](dataset), validation)
     draws = {name: row.measure(test) for name, row in rows.items()}
@@ -173,8 +174,7 @@ def compare_spans(
 
 
 def _probes(
-    backbone: TransformersBackbone,
-    source: StateSource | None,
+    reader: Reader,
     training: LabelledExamples,
     validation: LabelledExamples,
     options: FitOptions,
@@ -184,29 +184,28 @@ def _probes(
     """What ``sidelight train --spans`` makes with each seed; what is there is not trained again."""
     probes: list[Probe] = []
     settings = options.settings or suggested_settings("spans")
-    engine = "all layers" if source is None else source.engine
+    layers = reader.engine if isinstance(reader, _OneLayer) else "all layers"
     for seed in range(seeds):
         who = {
             "texts": [(texts.content_hash, texts.spans) for texts in (training, validation)],
-            "backbone": backbone.fingerprint.digest,
+            "backbone": reader.fingerprint.digest,
             "settings": repr((settings, options.max_tokens)),
         }
-        name = f"{engine.replace(' ', '-')}-{seed}"
+        name = f"{layers.replace(' ', '-')}-{seed}"
         folder = out / "probes" / f"{name}-{digest(who)[:12]}"
         if not holds_probe(folder):
             fit(
-                backbone,
+                reader,
                 training,
                 validation,
                 name=name,
                 options=replace(options, settings=replace(settings, seed=seed)),
-                source=source,
                 out=folder,
             )
         probes.append(load_probe(folder))
     return Row(
         [probe.spans for probe in probes if probe.spans is not None],
-        [partial(_token_logits, backbone, source, options, probe) for probe in probes],
+        [partial(_token_logits, reader, options, probe) for probe in probes],
         [probe.record["spans"]["character_f1"]["value"] for probe in probes],
         [probe.mechanism.lookahead for probe in probes],
     )
@@ -214,14 +213,13 @@ def _probes(
 
 @torch.inference_mode()
 def _token_logits(
-    backbone: TransformersBackbone,
-    source: StateSource | None,
+    reader: Reader,
     options: FitOptions,
     probe: Probe,
     examples: LabelledExamples,
 ) -> tuple[TokenPlaces, list[Float[np.ndarray, "_ label"]]]:
     """Those that ``find_spans`` computes, from hidden states that all seeds share."""
-    split = make_split(backbone, examples, options, title="Test texts", source=source)
+    split = make_split(reader, examples, options, title="Test texts")
     mechanism, projection = probe.mechanism, probe.projection()
     logits: list[np.ndarray] = []
     for row in range(len(split)):

@@ -11,15 +11,15 @@ import click
 
 from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
+from sidelight.engines.llama.files import EMBEDDED_GGUF
 from sidelight.errors import SidelightError
 from sidelight.guards import probe_folder
-from sidelight.models.gguf_files import EMBEDDED_GGUF
 from sidelight.models.smollm2 import EMBEDDED_NAME
 from sidelight.storage import write_json
 from sidelight_lab.cli.options import AT_LEAST_TWO, POSITIVE, names, publish, split_numbers
 
 if TYPE_CHECKING:
-    from sidelight.states.backbone import DtypeName
+    from sidelight.engines.transformers.backbone import DtypeName
     from sidelight_lab.redteam.attacks import Messages
 
 

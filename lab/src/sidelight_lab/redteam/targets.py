@@ -11,13 +11,14 @@ from typing import Any
 import httpx
 
 from sidelight.data.examples import Example
+from sidelight.engines.transformers.backbone import read_model
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message
 from sidelight.policy.rules import BoundRule, Rule, require_rule_applies
 from sidelight.probes.probe import Probe
 from sidelight.progress import quiet
 from sidelight.scoring import judge
-from sidelight.states.backbone import Backbone, UnloadedBackbone, read_backbone
+from sidelight.states.reader import Backbone, Model
 from sidelight_lab.redteam.attacks import Messages
 
 _AT_ONCE = 8
@@ -59,7 +60,7 @@ class Target(ABC):
         thresholds: As ``flagging_thresholds`` gives them.
     """
 
-    backbone: Backbone | UnloadedBackbone
+    backbone: Backbone | Model
     thresholds: Mapping[str, float]
 
     def reads(self, conversation: Sequence[Message]) -> bool:
@@ -184,7 +185,7 @@ def server_targets(
     Raises:
         SidelightError: It does not answer, wants another key, or serves another model.
     """
-    backbone = read_backbone(model or probe.fingerprint.name, prompt_format=probe.prompt_format)
+    backbone = read_model(model or probe.fingerprint.name, prompt_format=probe.prompt_format)
     probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
     (served, *_) = _send(client, "GET", "/v1/models").json()["data"]
     limit = served.get("max_model_len")

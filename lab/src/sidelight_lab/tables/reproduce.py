@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Int
 
 from sidelight.data.examples import LabelledExamples
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
-from sidelight.states.backbone import TransformersBackbone
 from sidelight.storage import write_json, write_text
 from sidelight.training.dataset import ProbeDataset, Split, make_split
 from sidelight.training.settings import FitOptions

@@ -116,7 +116,7 @@ def draw_few(dataset: ProbeDataset, recipe: Recipe) -> list[ProbeDataset]:
             split.select(_balanced(split, recipe.labels_per_class, random))
             for split in (dataset.training, dataset.validation)
         )
-        draws.append(ProbeDataset(dataset.backbone, training, validation))
+        draws.append(ProbeDataset(dataset.reader, training, validation))
     return draws
 
 
@@ -152,7 +152,7 @@ def _train(runs: Sequence[tuple[Run, ProbeRow]], *, max_tokens: int) -> None:
         [(row.spec(), replace(row.training_settings(), seed=run.seed)) for run, row in runs],
         training=dataset.training,
         validation=dataset.validation,
-        device=dataset.backbone.device,
+        device=dataset.reader.device,
     )
     # Probes that are trained together share the time evenly.
     seconds = (perf_counter() - start) / len(runs)

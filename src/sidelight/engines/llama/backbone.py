@@ -19,6 +19,7 @@ import tokenizers
 import torch
 import transformers
 from gguf import GGML_QUANT_SIZES, GGUFReader, ReaderTensor
+from jaxtyping import Float
 from pydantic import BaseModel, Field
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -35,7 +36,10 @@ from sidelight.models.encode import PromptEncoder
 from sidelight.models.fingerprint import hash_of
 from sidelight.models.machine import free_memory
 from sidelight.models.smollm2 import cache_root
-from sidelight.states.backbone import Tap
+from sidelight.progress import Progress
+from sidelight.states.cache import ActivationCache
+from sidelight.states.extraction import tapped_states
+from sidelight.states.reader import Tap
 
 _BLOCKS_PER_WEIGHT = 16
 _SIZES = ("block_count", "context_length", "embedding_length")
@@ -116,6 +120,17 @@ class LlamaBackbone:
         self._tap: Tap | None = None
         self._context: LlamaContext | None = None
         self._prefix: tuple[int, ...] = ()
+
+    @property
+    def max_tokens(self) -> int:
+        """Length of the longest text that it reads, in tokens."""
+        return self.encoder.max_tokens
+
+    def states(
+        self, cache: ActivationCache, rows: Sequence[int], advance: Progress
+    ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
+        """As ``Reader.states``."""
+        return tapped_states(self, cache, rows, advance)
 
     @cached_property
     def model(self) -> LlamaModel:

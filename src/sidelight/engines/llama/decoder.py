@@ -16,7 +16,7 @@ from torch import Tensor
 from sidelight.engines.batch import PromptPasses
 from sidelight.engines.llama.context import BATCH_TOKENS, LlamaContext
 from sidelight.models.conversation import EncodedPrompt
-from sidelight.states.backbone import Tap
+from sidelight.states.reader import Tap
 
 
 class Slot:

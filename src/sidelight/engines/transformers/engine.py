@@ -24,10 +24,11 @@ from transformers import DynamicCache
 from sidelight.engines.batch import PromptPasses
 from sidelight.engines.local import LocalEngine
 from sidelight.engines.queue import Limits
+from sidelight.engines.transformers.backbone import TransformersBackbone, cache_name
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt
 from sidelight.probes.probe import Probe
-from sidelight.states.backbone import Tap, TransformersBackbone, cache_name
+from sidelight.states.reader import Tap
 
 
 class PaddedRows:

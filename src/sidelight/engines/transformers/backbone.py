@@ -1,20 +1,19 @@
-"""Frozen LLMs: taps on their hidden states, and how to get one of ``transformers`` by name.
+"""Models of ``transformers`` by name, and taps on their hidden states.
 
 Any Hugging Face causal LM can be a backbone: decoder blocks are found by structure, not by name.
-Training and evaluation use any ``Backbone``. It does not batch requests (``engines/``).
 """
 
 import threading
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -38,11 +37,10 @@ from sidelight.models.fingerprint import Fingerprint
 from sidelight.models.machine import find_device, free_memory, lacks_bfloat16
 from sidelight.models.smollm2 import EMBEDDED_NAME, MODELS, embedded_model_path, require_model
 from sidelight.probes.ragged import BATCH_TOKENS
-
-# Called with each layer's hidden states, ``[batch, token, width]``, while they exist; it must not
-# keep the tensor. Layer 0 is the residual stream after the embedding, layer l the stream after
-# block l, before the final norm. Long texts may come in parts, each from layer 0 on.
-Tap = Callable[[int, Tensor], None]
+from sidelight.progress import Progress
+from sidelight.states.cache import ActivationCache
+from sidelight.states.extraction import tapped_states
+from sidelight.states.reader import Model, Tap
 
 
 def cache_prefix(model: Any, prefix: Int[Tensor, " prefix"]) -> DynamicCache:
@@ -103,54 +101,6 @@ _NO_LIMIT = 10**9
 _CPU = torch.device("cpu")
 
 
-@runtime_checkable
-class Backbone(Protocol):
-    """A frozen LLM whose hidden states can be read, whatever runs it.
-
-    Attributes:
-        name: Its name in messages and manifests.
-        encoder: Makes its prompts.
-        fingerprint: Which weights, tokenizer and template it has, and the sizes of its states.
-    """
-
-    name: str
-    encoder: PromptEncoder
-    fingerprint: Fingerprint
-
-    @property
-    def engine(self) -> str:
-        """What runs it, with all that decides how states are computed and rounded."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where its states are, and where probes on them are computed."""
-        ...
-
-    @property
-    def batch_tokens(self) -> int:
-        """The most tokens that ``run`` takes, padding included; a longer prompt is alone."""
-        ...
-
-    @property
-    def can_share_prefixes(self) -> bool:
-        """Whether ``run`` accepts ``after``."""
-        ...
-
-    def tapped(self, tap: Tap) -> AbstractContextManager[None]:
-        """Calls ``tap`` with every hidden state of this thread's passes in the block."""
-        ...
-
-    def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
-        """Reads prompts, for what the tap sees of them.
-
-        Args:
-            prompts: The batch. The tap sees them padded on the right to the longest.
-            after: Number of tokens that all prompts begin with; they are run once, and not tapped.
-        """
-        ...
-
-
 class TransformersBackbone:
     """A frozen causal LM of the ``transformers`` library.
 
@@ -190,6 +140,17 @@ class TransformersBackbone:
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.model.device
+
+    @property
+    def max_tokens(self) -> int:
+        """Length of the longest text that the model reads, in tokens."""
+        return self.encoder.max_tokens
+
+    def states(
+        self, cache: ActivationCache, rows: Sequence[int], advance: Progress
+    ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
+        """As ``Reader.states``."""
+        return tapped_states(self, cache, rows, advance)
 
     @contextmanager
     def tapped(self, tap: Tap) -> Generator[None]:
@@ -375,18 +336,7 @@ def _path(name: str) -> str:
     return embedded_model_path() if name == EMBEDDED_NAME else name
 
 
-@dataclass(frozen=True)
-class UnloadedBackbone:
-    """A backbone without its weights, for an engine that loads them itself."""
-
-    path: str
-    encoder: PromptEncoder
-    fingerprint: Fingerprint
-
-
-def read_backbone(
-    name: str | Path, *, prompt_format: PromptFormat | None = None
-) -> UnloadedBackbone:
+def read_model(name: str | Path, *, prompt_format: PromptFormat | None = None) -> Model:
     """A model as ``load_backbone`` describes it, without its weights.
 
     Args:
@@ -403,7 +353,7 @@ def read_backbone(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         checkpoint = Checkpoint.read(folder)
     identity = _identity(config, tokenizer, checkpoint, name=name, prompt_format=prompt_format)
-    return UnloadedBackbone(path, *identity)
+    return Model(name, path, *identity)
 
 
 def _require_memory(

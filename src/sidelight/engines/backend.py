@@ -1,0 +1,145 @@
+"""Engines as commands see them: the models that each runs, and how it starts.
+
+Packages offer engines by entry points of the group ``sidelight.engines``: a value of ``--engine``,
+and a ``Backend``. Its module is imported where a model is named, so it imports no engine itself.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sidelight.errors import SidelightError, did_you_mean
+
+if TYPE_CHECKING:
+    from sidelight.engines.base import Engine
+    from sidelight.engines.transformers.backbone import DtypeName
+    from sidelight.models.conversation import PromptFormat
+    from sidelight.probes.probe import Probe
+    from sidelight.states.reader import Backbone, Model, Reader
+
+_GROUP = "sidelight.engines"
+# It runs what no other engine is named for.
+DEFAULT = "transformers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How a model is run.
+
+    Attributes:
+        dtype: Of its weights.
+        device: Where they are.
+        engine_option: Options of the engine by name, as JSON values.
+        tokenizer: A folder or hub id of the tokenizer, where it is not the model's own.
+        served_model_name: The name that requests give; None: the engine's.
+        serves: Whether an engine holds several texts, so that options say how many and how long.
+    """
+
+    dtype: "DtypeName" = "auto"
+    device: str = "auto"
+    engine_option: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tokenizer: str | None = None
+    served_model_name: str | None = None
+    serves: bool = False
+
+
+class Backend(ABC):
+    """An engine that models can be run in.
+
+    Attributes:
+        name: The value of ``--engine``.
+        quantising: Engine options that quantise the weights; None: it takes no quantised copy of a
+            model whose probes are accepted by digest.
+
+    Args:
+        options: How to run models.
+
+    Raises:
+        SidelightError: The engine lacks an option that is given.
+    """
+
+    name: ClassVar[str]
+    quantising: ClassVar[frozenset[str] | None] = None
+
+    def __init__(self, options: EngineOptions):
+        self.options = options
+        self.require_options()
+
+    @classmethod
+    @abstractmethod
+    def runs(cls, model: str) -> bool:
+        """Whether a model of this name runs in the engine, by the name alone."""
+
+    @abstractmethod
+    def require_options(self) -> None:
+        """Check that the engine has the options that are given.
+
+        Raises:
+            SidelightError: It lacks one, or a value is wrong.
+        """
+
+    @abstractmethod
+    def find(self, model: str) -> str:
+        """The name of the model that runs where this one is named; no weights are read.
+
+        Raises:
+            SidelightError: There is no such model here, or the engine does not run it.
+        """
+
+    @abstractmethod
+    def read(self, model: str) -> "Model":
+        """A model without its weights."""
+
+    @abstractmethod
+    def load(self, model: str, prompt_format: "PromptFormat | None") -> "Backbone":
+        """A model for passes over single texts.
+
+        Raises:
+            SidelightError: The engine has none: it only serves, or reads for training.
+        """
+
+    @contextmanager
+    def reader(self, model: str, prompt_format: "PromptFormat | None") -> "Generator[Reader]":
+        """A model that computes hidden states for training, until the block ends."""
+        yield self.load(model, prompt_format)
+
+    @abstractmethod
+    def engine(self, model: str, probes: "Sequence[Probe]") -> "Engine":
+        """An engine that serves a model with these probes."""
+
+    @property
+    def serve(self) -> "Callable[[Any, str, Sequence[Probe]], None] | None":
+        """The engine's own server, given a ``ServerConfig``, a model and probes; None: ours."""
+        return None
+
+
+def engine_names() -> list[str]:
+    """The installed engines, ``transformers`` first."""
+    names = {entry.name for entry in entry_points(group=_GROUP)}
+    return [DEFAULT, *sorted(names - {DEFAULT})]
+
+
+def find_backend(name: str) -> type[Backend]:
+    """An installed engine.
+
+    Raises:
+        SidelightError: There is none of this name, or several.
+    """
+    found = {entry.value: entry for entry in entry_points(group=_GROUP, name=name)}
+    if not found:
+        raise SidelightError(f"There is no engine '{name}'.{did_you_mean(name, engine_names())}")
+    if len(found) > 1:
+        raise SidelightError(
+            f"Several packages have an engine '{name}': {', '.join(found)}. Uninstall all but one."
+        )
+    (entry,) = found.values()
+    backend: type[Backend] = entry.load()
+    return backend
+
+
+def engines_of(model: str) -> list[str]:
+    """The installed engines that run a model of this name, ``transformers`` first."""
+    return [name for name in engine_names() if find_backend(name).runs(model)]

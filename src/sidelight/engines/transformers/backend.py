@@ -1,0 +1,82 @@
+"""``--engine transformers``: folders and hub ids, in this process."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sidelight.engines.backend import Backend, engines_of
+from sidelight.errors import SidelightError
+from sidelight.models.smollm2 import require_model
+
+if TYPE_CHECKING:
+    from sidelight.engines.base import Engine
+    from sidelight.engines.transformers.backbone import TransformersBackbone
+    from sidelight.models.conversation import PromptFormat
+    from sidelight.probes.probe import Probe
+    from sidelight.states.reader import Model
+
+
+def is_folder_or_hub_id(model: str) -> bool:
+    """Whether a name can be that of a model in safetensors files."""
+    return not model.lower().endswith(".gguf") and not model.startswith("ollama:")
+
+
+def require_safetensors(model: str, engine: str, tokenizer: str | None) -> None:
+    """Check that a name is one of a model in safetensors files, which has its own tokenizer.
+
+    Raises:
+        SidelightError: It is another engine's, or there is no such model.
+    """
+    if not is_folder_or_hub_id(model):
+        others = engines_of(model)
+        remedy = f" It runs with --engine {others[0]}, the default for it." if others else ""
+        raise SidelightError(
+            f"'{model}' is a GGUF file, which {engine} does not run.{remedy} Name a folder saved "
+            "by save_pretrained or a hub id here."
+        )
+    if tokenizer is not None:
+        raise SidelightError(f"--tokenizer is for GGUF files; '{model}' has its own. Leave it out.")
+    require_model(model)
+
+
+class TransformersBackend(Backend):
+    """Runs any causal language model of ``transformers``."""
+
+    name = "transformers"
+
+    @classmethod
+    def runs(cls, model: str) -> bool:
+        return is_folder_or_hub_id(model)
+
+    def require_options(self) -> None:
+        if self.options.engine_option:
+            raise SidelightError(
+                "transformers has no engine options (--engine-option). Leave them out, or name "
+                "another engine (--engine)."
+            )
+
+    def find(self, model: str) -> str:
+        require_safetensors(model, self.name, self.options.tokenizer)
+        return model
+
+    def read(self, model: str) -> "Model":
+        from sidelight.engines.transformers.backbone import read_model
+
+        return read_model(model)
+
+    def load(self, model: str, prompt_format: "PromptFormat | None") -> "TransformersBackbone":
+        from sidelight.engines.transformers.backbone import load_backbone
+
+        return load_backbone(
+            model,
+            dtype=self.options.dtype,
+            device=self.options.device,
+            prompt_format=prompt_format,
+            for_reading=True,
+        )
+
+    def engine(self, model: str, probes: "Sequence[Probe]") -> "Engine":
+        from sidelight.engines.transformers.engine import TransformersEngine
+        from sidelight.probes.probe import common_format
+
+        backbone = self.load(model, common_format(probes))
+        return TransformersEngine(backbone, probes, model=self.options.served_model_name)
