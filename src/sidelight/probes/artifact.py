@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sidelight.probes.bank import Bank
 from sidelight.errors import SidelightError, VerdictError
+from sidelight.models.conversation import Part
+from sidelight.probes.bank import Bank
 from sidelight.probes.manifest import (
     CARD,
     FORMAT_VERSION,
@@ -27,9 +28,13 @@ from sidelight.probes.manifest import (
     require_free,
     require_name,
 )
-from sidelight.probes.mechanisms.base import Geometry, build_mechanism, labels_tokens, mechanism_spec
+from sidelight.probes.mechanisms.base import (
+    Geometry,
+    build_mechanism,
+    labels_tokens,
+    mechanism_spec,
+)
 from sidelight.probes.probe import Probe
-from sidelight.models.conversation import Part
 from sidelight.probes.standardisation import Standardisation
 from sidelight.storage import only_writer, replacing, sync
 

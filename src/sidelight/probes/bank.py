@@ -19,9 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sidelight.errors import SidelightError, VerdictError
-from sidelight.probes.explanation import Explanation, explain
-from sidelight.probes.manifest import require_distinct_names
-from sidelight.probes.probe import Probe, ProbeOutput
 from sidelight.models.conversation import (
     EncodedPrompt,
     Reads,
@@ -30,6 +27,9 @@ from sidelight.models.conversation import (
     read_tokens,
     tool_rows,
 )
+from sidelight.probes.explanation import Explanation, explain
+from sidelight.probes.manifest import require_distinct_names
+from sidelight.probes.probe import Probe, ProbeOutput
 from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import Projection
 from sidelight.types import Judgement, TokenLabel, Verdict

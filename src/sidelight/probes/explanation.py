@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.errors import VerdictError
-from sidelight.probes.probe import Probe, ProbeOutput
 from sidelight.models.conversation import EncodedPrompt, Place, judged_units, read_tokens
+from sidelight.probes.probe import Probe, ProbeOutput
 from sidelight.probes.ragged import Ragged
 from sidelight.types import Verdict
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from sidelight.probes.artifact import copy_probe
 from sidelight.errors import SidelightError, transport_errors
+from sidelight.probes.artifact import copy_probe
 from sidelight.probes.manifest import CARD, PROBE, require_free
 
 # Other errors of the hub's client are errors of the operating system.

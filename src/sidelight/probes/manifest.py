@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 
-from sidelight.statistics.calibration import Calibration
-from sidelight.errors import SidelightError
-from sidelight.models.fingerprint import Fingerprint
-from sidelight.models.conversation import PromptFormat, Reads
 from sidelight.data.spans import SpanRule
+from sidelight.errors import SidelightError
+from sidelight.models.conversation import PromptFormat, Reads
+from sidelight.models.fingerprint import Fingerprint
+from sidelight.statistics.calibration import Calibration
 from sidelight.statistics.thresholds import OperatingCurve
 from sidelight.types import MechanismSpec, Task, is_label, visible
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from sidelight.statistics.calibration import Calibration
+from sidelight.data.spans import SpanRule
 from sidelight.errors import SidelightError, VerdictError
+from sidelight.models.conversation import PromptFormat, Reads, Unit
 from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.manifest import History
 from sidelight.probes.mechanisms.base import Mechanism
-from sidelight.models.conversation import PromptFormat, Reads, Unit
-from sidelight.data.spans import SpanRule
 from sidelight.probes.standardisation import Projection, Standardisation
+from sidelight.statistics.calibration import Calibration
 from sidelight.types import MechanismSpec, Span, Task, TokenLabel, Verdict
 
 

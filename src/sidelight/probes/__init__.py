@@ -1,0 +1,1 @@
+"""One probe and its file; many probes as one projection, and why a logit is what it is."""
