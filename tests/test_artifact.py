@@ -170,7 +170,6 @@ def test_what_is_said_of_an_artifact_steers_no_terminal_and_forges_no_line(tiny,
 
 
 def test_a_record_may_hold_more_than_is_read(tiny, tmp_path):
-    # As those that were written when drift was measured from an artifact.
     record = {"validation": {"scores": {"toxic": [4] * 10}}}
     saved = save_probe(replace(probe_of(tiny), record=record), tmp_path)
     assert load_probe(saved).record == record
@@ -240,11 +239,6 @@ def with_tensor(name, *shape):
         with_text(folder, text_of(folder), tensors)
 
     return damage
-
-
-def of_earlier_layout(folder):
-    (folder / "manifest.json").write_text(text_of(folder))
-    save_file(load_file(folder / PROBE), folder / PROBE)
 
 
 def _with_record(**own):
@@ -335,7 +329,6 @@ def hashed(damage):
         (lambda folder: (folder / PROBE).write_bytes(b""), "Cannot read .*probe.safetensors"),
         (lambda folder: (folder / PROBE).unlink(), "holds no probe .probe.safetensors is missing"),
         (lambda folder: save_file(load_file(folder / PROBE), folder / PROBE), "another program's"),
-        (of_earlier_layout, "has an earlier layout.*manifest.json.*Train it again"),
         (lambda folder: with_text(folder, "{not"), "is damaged .its manifest cannot be read"),
         (lambda folder: with_text(folder, "[]"), "is damaged .its manifest cannot be read"),
         (lambda folder: with_text(folder, "{}"), "is damaged .its manifest cannot be read"),

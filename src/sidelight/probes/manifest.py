@@ -191,11 +191,6 @@ def read_artifact(directory: str | Path, *, header_only: bool = False) -> tuple[
     try:
         text = header["__metadata__"][_ENTRY]
     except (KeyError, TypeError) as error:
-        if (path.parent / "manifest.json").exists():
-            raise SidelightError(
-                f"The probe in {path.parent} has an earlier layout, with a manifest.json beside "
-                f"{PROBE}. Train it again."
-            ) from error
         raise _no_probe(path.parent, f"{PROBE} is another program's") from error
     return _parsed(text, path.parent), content
 

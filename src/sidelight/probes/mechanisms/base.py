@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sidelight.errors import SidelightError, did_you_mean, how_to_install
+from sidelight.errors import SidelightError, did_you_mean
 from sidelight.probes.mechanisms.shares import Shares, integrated
 from sidelight.probes.ragged import Ragged
 from sidelight.types import MechanismSpec, OptionValue
@@ -185,7 +185,6 @@ _Builder = TypeVar("_Builder", bound=Builder)
 _BUILDERS: dict[str, Builder] = {}
 # Entry points of other packages, each a builder as for ``register``.
 _GROUP = "sidelight.mechanisms"
-_MOVED = ("blend", "fusion")
 
 
 def register(name: str) -> Callable[[_Builder], _Builder]:
@@ -263,11 +262,6 @@ def _registered(name: str) -> Builder:
     others = entry_points(group=_GROUP)
     if name in others.names:
         return others[name].load()
-    if name in _MOVED:
-        raise SidelightError(
-            f"Mechanism '{name}' belongs to the package sidelight-lab, which is not installed. "
-            f"{how_to_install('./lab')}"
-        )
     raise SidelightError(
         f"Unknown mechanism '{name}'.{did_you_mean(name, {*_BUILDERS, *others.names})}"
     )
