@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -27,7 +28,7 @@ from sidelight.models.fingerprint import ACCEPTED, hash_of
 from sidelight.probes import artifact
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.probes.bank import Bank
-from sidelight.probes.manifest import PROBE, model_card, read_manifest, summary
+from sidelight.probes.manifest import CARD, PROBE, model_card, read_manifest, summary
 from sidelight.probes.mechanisms.base import mechanism_names
 from sidelight.probes.standardisation import Standardisation
 from sidelight.statistics.calibration import Calibration
@@ -140,7 +141,25 @@ def test_of_two_saves_at_once_one_is_there_whole(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(storage.os, "replace", save_another_first)
     save_probe(untrained_probe(tiny, "probe"), tmp_path)
     assert load_probe(tmp_path).name == "probe"
-    assert replaced == [*tmp_path.iterdir()] == [tmp_path / PROBE]
+    assert replaced == [tmp_path / PROBE]
+    assert {path.name for path in tmp_path.iterdir()} == {PROBE, CARD}
+    assert load_probe(tmp_path).version in (tmp_path / CARD).read_text()
+
+
+def test_a_saved_probe_has_a_model_card_that_the_hub_can_read(saved, tiny):
+    card, probe = ModelCard.load(saved / CARD), load_probe(saved)
+    assert card.data.library_name == "sidelight"
+    for fact in ("toxicity", "fine, toxic", "readout", probe.fingerprint.name, probe.version):
+        assert fact in card.text
+    save_probe(probe_of(tiny, name="other"), saved)
+    assert load_probe(saved).version in (saved / CARD).read_text()
+    assert probe.version not in (saved / CARD).read_text()
+
+
+def test_a_readme_that_is_no_model_card_stays(tiny, tmp_path):
+    (tmp_path / CARD).write_text("My project.")
+    load_probe(save_probe(probe_of(tiny), tmp_path))
+    assert (tmp_path / CARD).read_text() == "My project."
 
 
 def test_spans_that_no_text_could_have_are_refused(tiny, tmp_path):

@@ -31,7 +31,7 @@ from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Place, Reads
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.probes.explanation import Explanation
-from sidelight.probes.manifest import PROBE, read_manifest
+from sidelight.probes.manifest import CARD, PROBE, read_manifest
 from sidelight.probes.mechanisms.base import mechanism_names
 from sidelight.storage import only_writer
 from sidelight.training.measuring import describe_examples
@@ -94,7 +94,7 @@ def thresholds_of(folder: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_training_leaves_the_probe_and_no_activations(trained, cache):
-    assert {path.name for path in trained.iterdir()} == {PROBE}
+    assert {path.name for path in trained.iterdir()} == {PROBE, CARD}
     probe = load_probe(trained)
     assert (probe.spec.name, probe.record["seed"]) == ("readout", 2)
     assert not list((cache / "activations").rglob("*.safetensors"))
@@ -237,13 +237,6 @@ def test_a_probe_is_recalibrated_on_labelled_texts_and_by_a_rule_alone(model, tm
     data = write_rows(tmp_path / "test.jsonl", 60, seed=2)
     assert cli("eval", str(hesitant), "--data", data, "--label", "toxic", "--json") == 0
     assert json.loads(capsys.readouterr().out)["thresholds"] == thresholds_of(hesitant)
-
-
-def test_a_probe_that_was_pushed_is_pulled(untrained, tmp_path, capsys):
-    assert cli("push", untrained, str(tmp_path / "shared")) == 0
-    assert str(tmp_path / "shared") in capsys.readouterr().out
-    assert cli("pull", str(tmp_path / "shared"), str(tmp_path / "mine")) == 0
-    assert (tmp_path / "mine" / PROBE).read_bytes() == (Path(untrained) / PROBE).read_bytes()
 
 
 @pytest.mark.slow
@@ -479,8 +472,6 @@ def test_without_a_command_the_help_is_shown_line_by_line(capfd):
         "predict {probe} x --model {model}",
         "recalibrate {probe} --threshold f1 --out {out}",
         "serve --port 0 --probe {probe} --model nowhere",
-        "push {probe} {out}",
-        "pull {probe} {out}",
     ],
 )
 def test_a_probe_without_verdicts_is_refused_by_every_command(

@@ -168,7 +168,6 @@ def test_a_file_of_options_names_guards_and_what_training_one_takes(model, capsy
         ("eval", "guard:shout", "--data", "DATA"),
         ("inspect", "guard:shout"),
         ("recalibrate", "guard:shout", "--data", "DATA", "--out", "OUT"),
-        ("push", "guard:shout", "./OUT"),
         ("parity", "guard:shout", "--data", "DATA"),
         ("serve", "--probe", "guard:shout"),
         ("label", "DATA", "--out", "OUT", "--probe", "guard:shout"),
@@ -187,15 +186,13 @@ def test_every_command_that_takes_a_probe_takes_a_name(words, data, tmp_path, ca
     )
 
 
-def test_a_guard_is_asked_shown_and_shared_by_its_name(model, package, tmp_path, capsys):
+def test_a_guard_is_asked_and_shown_by_its_name(model, package, capsys):
     version = read_manifest(package / "shouts").version
     assert cli("predict", "--model", model, "guard:shouts", "AN X") == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["probe"], said["version"]) == ("shouts", version)
     assert cli("inspect", "guard:shouts", "--json") == 0
     assert json.loads(capsys.readouterr().out)["name"] == "shouts"
-    assert cli("push", "guard:shouts", str(tmp_path / "shared")) == 0
-    assert load_probe(tmp_path / "shared").version == version
 
 
 def test_python_loads_a_guard_for_its_model(tiny, model, package):

@@ -1,188 +1,165 @@
-"""Sharing artifacts."""
+"""``hf:OWNER/NAME@REVISION`` in place of a probe's folder, from a hub on this machine."""
 
-import fcntl
-from functools import partial
-from pathlib import Path
-from unittest.mock import Mock
+import json
+import os
+import threading
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from huggingface_hub import ModelCard
 
+from sidelight import load
 from sidelight.errors import SidelightError
+from sidelight.guards import named_sources, probe_folder, probe_folders
 from sidelight.probes.artifact import load_probe, save_probe
-from sidelight.probes.hub import pull, push
 from sidelight.probes.manifest import CARD, PROBE
-from sidelight.storage import write_text
 from worlds.models import broken, untrained_probe
+from worlds.servers import cli, free_port
+
+FIRST, SECOND = "1" * 40, "2" * 40
+
+
+class Hub(ThreadingHTTPServer):
+    """The files of each commit of each repository, and how often a file was downloaded."""
+
+    def __init__(self, repositories, revisions):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.repositories, self.revisions = repositories, revisions
+        self.downloads = []
+
+
+class Answer(BaseHTTPRequestHandler):
+    """What huggingface_hub asks for: the commit of a revision, its list of files, and a file."""
+
+    server: Hub
+
+    def do_GET(self):
+        path = self.path.partition("?")[0].strip("/")
+        if path.startswith("api/models/"):
+            owner, name, what, revision = path.removeprefix("api/models/").split("/")
+        else:
+            owner, name, what, revision, file = path.split("/")
+        commits = self.server.repositories.get(f"{owner}/{name}")
+        if commits is None:
+            return self.answer(404, x_error_code="RepoNotFound")
+        commit = self.server.revisions.get(revision, revision)
+        if commit not in commits:
+            return self.answer(404, x_error_code="RevisionNotFound")
+        files = commits[commit]
+        if what == "resolve":
+            self.server.downloads += [file] * (self.command == "GET")
+            etag = f'"{sha256(files[file]).hexdigest()}"'
+            return self.answer(200, files[file], etag=etag, x_repo_commit=commit)
+        siblings = [{"rfilename": file} for file in files]
+        tree = [
+            {"type": "file", "path": file, "size": len(content), "oid": sha256(content).hexdigest()}
+            for file, content in files.items()
+        ]
+        info = {"id": f"{owner}/{name}", "sha": commit, "siblings": siblings}
+        return self.answer(200, json.dumps(tree if what == "tree" else info).encode())
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def answer(self, status, content=b"", **headers):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture
-def artifact(tiny, tmp_path):
-    return save_probe(untrained_probe(tiny, "toxicity"), tmp_path / "mine")
+def hub(hub_at, tiny, tmp_path):
+    """A hub with two versions of a probe, of which the first is ``v1`` and the second ``main``."""
+    folders = [save_probe(untrained_probe(tiny, name), tmp_path / name) for name in ("old", "new")]
+    commits = [
+        {path.name: path.read_bytes() for path in folder.iterdir()} | {"notes.txt": b"mine"}
+        for folder in folders
+    ]
+
+    versions = dict(zip((FIRST, SECOND), commits, strict=True))
+    hub = Hub({"me/mine": versions}, {"v1": FIRST, "main": SECOND})
+    threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True).start()
+    hub_at(f"http://127.0.0.1:{hub.server_port}")
+    yield hub
+    hub.shutdown()
+    hub.server_close()
 
 
-def test_what_is_pulled_is_what_was_pushed_and_its_card_says_so(artifact, tmp_path):
-    push(artifact, tmp_path / "shared")
-    pulled = load_probe(pull(tmp_path / "shared", tmp_path / "theirs"))
-    own = load_probe(artifact)
-    assert pulled.fingerprint == own.fingerprint
-    for key, value in own.mechanism.state_dict().items():
-        assert value.equal(pulled.mechanism.state_dict()[key])
-    card = ModelCard.load(tmp_path / "shared" / "README.md")
-    assert card.data.library_name == "sidelight"
-    for fact in ("toxicity", "fine, toxic", "readout", own.fingerprint.name):
-        assert fact in card.text
+def test_a_revision_is_a_tag_a_branch_or_a_commit(hub):
+    for revision, name in (("v1", "old"), ("main", "new"), (FIRST, "old"), (SECOND, "new")):
+        assert load_probe(probe_folder(f"hf:me/mine@{revision}")).name == name
+    hub.revisions["main"] = FIRST
+    assert load_probe(probe_folder("hf:me/mine@main")).name == "old"
 
 
-def contents(folder):
-    return {
-        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+def test_the_probe_alone_is_downloaded_and_once(hub, hub_at):
+    folder = probe_folder("hf:me/mine@v1")
+    assert probe_folder("hf:me/mine@v1") == folder
+    assert hub.downloads == [PROBE]
+    # The cache has it while the hub cannot be reached.
+    hub_at(f"http://127.0.0.1:{free_port()}")
+    assert probe_folder("hf:me/mine@v1") == folder
 
 
-@pytest.fixture
-def uploads(monkeypatch):
-    """The files of each upload to the hub; what was uploaded last is what it gives."""
-    commits = []
-
-    def upload(*_, folder_path, **__):
-        commits.append(contents(Path(folder_path)))
-        return "https://hub/me/mine"
-
-    def download(*_, local_dir, **__):
-        for path, content in commits[-1].items():
-            (Path(local_dir) / path).write_bytes(content)
-
-    monkeypatch.setattr("sidelight.probes.hub.HfApi.create_repo", Mock())
-    monkeypatch.setattr("sidelight.probes.hub.HfApi.upload_folder", upload)
-    monkeypatch.setattr("sidelight.probes.hub.snapshot_download", download)
-    return commits
+def test_commands_and_python_take_its_name(hub, tiny, model, tmp_path, capsys):
+    version = load_probe(tmp_path / "old").version
+    assert cli("predict", "--model", model, "hf:me/mine@v1", "a text") == 0
+    assert json.loads(capsys.readouterr().out)["version"] == version
+    assert cli("inspect", "hf:me/mine@v1", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "old"
+    (verdict,) = load("hf:me/mine@v1", model=tiny).predict(["a text"])
+    assert verdict.version == version
 
 
-def test_the_hub_gets_the_artifact_with_a_card_and_gives_the_same_version(
-    artifact, tmp_path, uploads
-):
-    write_text(artifact / "runs" / "a-run" / "secret.txt", "mine")
-    before = contents(artifact)
-    assert push(artifact, "me/mine") == "https://hub/me/mine"
-    assert contents(artifact) == before
-    assert {str(path) for path in uploads[0]} == {PROBE, CARD}
-    pulled = pull("me/mine", tmp_path / "theirs")
-    assert contents(pulled) == uploads[0]
-    assert load_probe(pulled).version == load_probe(artifact).version
-    # A card that somebody has written for this version is pushed as it is.
-    write_text(artifact / CARD, f"Version {load_probe(artifact).version}, best on chats.")
-    push(artifact, "me/mine")
-    assert uploads[1][Path(CARD)] == (artifact / CARD).read_bytes()
+def test_it_stands_beside_folders_in_lists(hub, tmp_path):
+    listed = os.pathsep.join(("hf:me/mine@v1", str(tmp_path / "new"), "hf:me/mine@main", "guard:a"))
+    named = named_sources(listed)
+    assert named == ["hf:me/mine@v1", str(tmp_path / "new"), "hf:me/mine@main", "guard:a"]
+    assert [load_probe(f).name for f in probe_folders(named[:3])] == ["old", "new", "new"]
 
 
-@pytest.fixture
-def trained_before(tiny, tmp_path):
-    """A folder as train and push leave it, with a file of the user's own."""
-    folder = save_probe(untrained_probe(tiny, "older", mechanism="gate"), tmp_path / "older")
-    write_text(folder / CARD, "The older one.")
-    write_text(folder / "notes.txt", "mine")
-    return folder
+def test_a_recalibrated_probe_of_the_hub_needs_a_folder(hub, capsys):
+    assert cli("recalibrate", "hf:me/mine@v1", "--threshold", "f1") == 2
+    said = capsys.readouterr().err.strip()
+    assert said.endswith("Name a folder for the recalibrated hf:me/mine@v1 with --out.")
 
 
-@pytest.mark.parametrize("door", ["push", "pull", "pull from the hub"])
-def test_another_probe_is_replaced_by_force_alone_and_as_a_whole(
-    artifact, trained_before, door, uploads
-):
-    push(artifact, "me/mine")
-    transfer = {
-        "push": partial(push, artifact, trained_before),
-        "pull": partial(pull, artifact, trained_before),
-        "pull from the hub": partial(pull, "me/mine", trained_before),
-    }[door]
-    before = contents(trained_before)
-    with pytest.raises(SidelightError, match=r"older holds a probe.*--force"):
-        transfer()
-    assert contents(trained_before) == before
-    transfer(force=True)
-    # Its card does not stay beside the weights of another.
-    assert {str(path) for path in contents(trained_before)} == {PROBE, CARD, "notes.txt"}
-    assert load_probe(trained_before).version == load_probe(artifact).version
-    assert load_probe(artifact).version in (trained_before / CARD).read_text()
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ("hf:me/mine", r"Cannot read 'hf:me/mine' .*Write hf:OWNER/NAME@REVISION"),
+        ("hf:me/mine@", r"Cannot read 'hf:me/mine@'"),
+        ("hf:@v1", r"Cannot read 'hf:@v1'"),
+        ("hf:not a name@v1", r"'hf:not a name@v1' \(HFValidationError.*hf auth login"),
+        ("hf:me/typo@v1", r"'hf:me/typo@v1' \(RepositoryNotFoundError.*hf auth login"),
+        ("hf:me/mine@v3", r"'hf:me/mine@v3' \(RevisionNotFoundError.*hf auth login"),
+        ("hf:me/empty@v1", r"'hf:me/empty@v1' holds no probe\.safetensors"),
+    ],
+)
+def test_a_wrong_name_is_one_line_with_its_remedy(hub, named, says, capsys):
+    hub.repositories["me/empty"] = {FIRST: {CARD: b"Nothing yet."}}
+    with pytest.raises(SidelightError, match=says):
+        probe_folder(named)
+    assert cli("predict", named, "a text") == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize("damage", ["torn", "without verdicts", "no probe"])
-def test_what_cannot_be_pulled_leaves_the_old_probe_in_its_place(
-    tiny, artifact, trained_before, damage, uploads
-):
-    if damage == "without verdicts":
-        save_probe(broken(load_probe(artifact)), artifact)
-    uploads.append(contents(artifact))
-    if damage == "torn":
-        uploads[-1][Path(PROBE)] = uploads[-1][Path(PROBE)][:-9]
-    elif damage == "no probe":
-        uploads[-1].clear()
-    before = contents(trained_before)
-    with pytest.raises(SidelightError, match="me/mine"):
-        pull("me/mine", trained_before, force=True)
-    assert contents(trained_before) == before
+def test_a_hub_that_cannot_be_reached_is_one_clear_error(hub_at):
+    hub_at(f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(SidelightError, match=r"'hf:me/mine@v1'.*Check the name, the network"):
+        probe_folder("hf:me/mine@v1")
 
 
-def test_of_two_pushes_at_once_the_later_one_replaces_nothing_without_force(
-    artifact, tiny, tmp_path, monkeypatch
-):
-    other = save_probe(untrained_probe(tiny, "other"), tmp_path / "other")
-    shared, flock = tmp_path / "shared", fcntl.flock
-
-    def wait(*arguments):
-        """Until the other push is done."""
-        monkeypatch.setattr(fcntl, "flock", flock)
-        push(other, shared)
-        flock(*arguments)
-
-    monkeypatch.setattr(fcntl, "flock", wait)
-    with pytest.raises(SidelightError, match=r"shared holds a probe\."):
-        push(artifact, shared)
-    assert load_probe(shared).name == "other"
-
-
-def test_a_readme_is_replaced_by_force_alone(artifact, tmp_path):
-    write_text(tmp_path / "project" / CARD, "My project.")
-    for share in (partial(push, artifact), partial(pull, artifact)):
-        with pytest.raises(SidelightError, match=rf"replace .*{CARD}.*--force"):
-            share(tmp_path / "project")
-    assert contents(tmp_path / "project") == {Path(CARD): b"My project."}
-    push(artifact, tmp_path / "project", force=True)
-    assert "My project." not in (tmp_path / "project" / CARD).read_text()
-
-
-def test_a_probe_is_not_copied_onto_itself(artifact):
-    before = contents(artifact)
-    for share in (push, pull):
-        with pytest.raises(SidelightError, match="the probe itself"):
-            share(artifact, artifact, force=True)
-    assert contents(artifact) == before
-
-
-@pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize("repository", ["no-one/nothing", "not a name"])
-def test_a_hub_that_cannot_answer_is_one_clear_error(artifact, tmp_path, repository):
-    for share, places in (
-        (pull, (repository, tmp_path / "theirs")),
-        (push, (artifact, repository)),
-    ):
-        with pytest.raises(SidelightError, match=f"'{repository}'.*hf auth login"):
-            share(*places)
-
-
-@pytest.mark.parametrize("client", ["httpx", "httpx2"])
-def test_a_hub_that_cannot_be_reached_is_one_line(artifact, tmp_path, monkeypatch, client):
-    unreachable = Mock(side_effect=pytest.importorskip(client).ConnectError("no route"))
-    monkeypatch.setattr("sidelight.probes.hub.HfApi.create_repo", unreachable)
-    monkeypatch.setattr("sidelight.probes.hub.snapshot_download", unreachable)
-    said = r"ConnectError: no route"
-    with pytest.raises(SidelightError, match=rf"push to 'me/mine' \({said}\).*folder write \./"):
-        push(artifact, "me/mine")
-    with pytest.raises(SidelightError, match=rf"pull 'me/mine' \({said}\)"):
-        pull("me/mine", tmp_path / "theirs")
-
-
-def test_only_an_artifact_can_be_pushed(tmp_path):
-    with pytest.raises(SidelightError, match="holds no probe"):
-        push(tmp_path, tmp_path / "shared")
-    assert not (tmp_path / "shared").exists()
+def test_a_probe_of_the_hub_without_verdicts_is_refused(hub, tiny, tmp_path, capsys):
+    folder = save_probe(broken(untrained_probe(tiny, "broken")), tmp_path / "broken")
+    hub.repositories["me/broken"] = {FIRST: {PROBE: (folder / PROBE).read_bytes()}}
+    assert cli("inspect", "hf:me/broken@v1") == 2
+    assert "it gives no verdict" in capsys.readouterr().err

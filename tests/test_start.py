@@ -120,9 +120,8 @@ def test_a_model_of_the_hub_that_does_not_fit_is_refused_before_its_weights_are_
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(hub_at, monkeypatch):
     """Says what answers in the hub's place: a handler of HTTP, or nothing."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", Mock(side_effect=AssertionError("waits to try again")))
     started = []
 
@@ -143,10 +142,7 @@ def hub(monkeypatch):
         if status is not None:
             started.append(HTTPServer(("127.0.0.1", port), Handler))
             threading.Thread(target=started[-1].serve_forever, args=(0.01,), daemon=True).start()
-        address = f"http://127.0.0.1:{port}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-        template = address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        hub_at(f"http://127.0.0.1:{port}")
 
     yield answer
     for server in started:
@@ -155,7 +151,7 @@ def hub(monkeypatch):
 
 
 @pytest.mark.parametrize("load", [load_backbone, read_model])
-def test_a_wrong_name_of_the_hub_is_refused_at_once(hub, hub_cache, load):
+def test_a_wrong_name_of_the_hub_is_refused_at_once(hub, load):
     for answer, says in (
         ({}, "the Hugging Face hub cannot be reached"),
         ({"status": 404, "x_error_code": "RepoNotFound"}, "neither a folder here nor a model"),

@@ -282,7 +282,8 @@ def load(
     """A saved probe on its backbone.
 
     Args:
-        directory: The artifact, or the name of a ready guard, such as ``guard:injection``.
+        directory: The artifact, or its name: ``guard:injection``, or ``hf:OWNER/NAME@REVISION`` on
+            the Hugging Face hub.
         model: The backbone, or its name; None takes the name it was trained under.
         dtype: The dtype of a backbone that is loaded, as ``load_backbone`` takes it.
         device: Its device, as ``load_backbone`` takes it.

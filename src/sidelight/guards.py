@@ -1,9 +1,10 @@
-"""Trained guards by name: ``guard:NAME`` names a probe wherever a folder of one is expected.
+"""Probes by name: ``guard:NAME`` stands wherever the folder of a probe is expected.
 
-The name resolves to the probe that was trained for the model: one from a package of guards, or one
-that ``sidelight guard`` trained on this machine. ``guard:NAME@VERSION`` pins a version of the
-guard's texts, ``guard:NAME,NAME`` names several, and ``guard:all`` every one. The name wins over a
-folder ``guard:NAME`` in the working directory, which its absolute path names.
+It resolves to the probe of this guard that was trained for the model: one from a package of guards,
+or one that ``sidelight guard`` trained on this machine. ``guard:NAME@VERSION`` pins a version of
+the guard's texts, ``guard:NAME,NAME`` names several, and ``guard:all`` every one.
+``hf:OWNER/NAME@REVISION`` is a probe on the Hugging Face hub. A name wins over a folder of that
+name in the working directory, which its absolute path names.
 """
 
 import os
@@ -16,6 +17,7 @@ from sidelight.data.guards import PREFIX, Guard, find_guard, guard_names
 from sidelight.errors import SidelightError
 from sidelight.models.fingerprint import accepted_copy, hash_of
 from sidelight.models.smollm2 import EMBEDDED_NAME, cache_root
+from sidelight.probes import hub
 from sidelight.probes.manifest import PROBE, holds_probe, read_manifest
 
 ALL = "all"
@@ -63,10 +65,11 @@ def local_name(guard: Guard) -> str:
 
 
 def named_sources(text: str) -> list[str]:
-    """The folders and guards in a list with the separator of paths (``os.pathsep``)."""
-    # It may be the colon of guard:NAME, at the start of a name.
-    separator, guard = re.escape(os.pathsep), PREFIX[:-1]
-    return [*filter(None, re.split(f"(?<!^{guard})(?<!{separator}{guard}){separator}", text))]
+    """The folders and names in a list with the separator of paths (``os.pathsep``)."""
+    # It may be the colon of guard:NAME or hf:NAME, at the start of a name.
+    separator, prefixes = re.escape(os.pathsep), (PREFIX[:-1], hub.PREFIX[:-1])
+    within = "".join(f"(?<!^{prefix})(?<!{separator}{prefix})" for prefix in prefixes)
+    return [*filter(None, re.split(within + separator, text))]
 
 
 def probe_folders(
@@ -74,10 +77,10 @@ def probe_folders(
     model: str | None = None,
     digest: Callable[[], str] | None = None,
 ) -> list[Path]:
-    """The folders of probes that are named, with those of guards.
+    """The folders of probes that are named; a probe on the hub is downloaded.
 
     Args:
-        sources: Folders, and names of guards.
+        sources: Folders, names of guards, and of probes on the hub.
         model: The name of the model that is to run them, for messages; None: that of the probes.
         digest: Returns the digest of the model's fingerprint, in about a second; called at most
             once. None: guards resolve to the probes of the embedded model, packaged or trained
@@ -85,7 +88,8 @@ def probe_folders(
 
     Raises:
         UntrainedGuardError: There are none for this model.
-        SidelightError: There is no such guard, or not of this version, or one is named twice.
+        SidelightError: There is no such guard, or not of this version, or one is named twice; or
+            as for ``hub.download_probe``.
     """
     named = [(source, _guards(source) if is_guard(source) else []) for source in sources]
     names = [guard.name for _, guards in named for guard, _ in guards]
@@ -96,7 +100,7 @@ def probe_folders(
     untrained: list[str] = []
     for source, guards in named:
         if not guards:
-            folders.append(Path(source))
+            folders.append(hub.download_probe(source) if hub.is_on_hub(source) else Path(source))
         for guard, version in guards:
             folder = _trained(guard, version, wanted)
             if folder is None:

@@ -10,8 +10,8 @@ import click
 from sidelight.cli import options
 from sidelight.cli.evaluate import evaluate, parity, predict
 from sidelight.cli.guard import guard
+from sidelight.cli.inspect import inspect
 from sidelight.cli.recalibrate import recalibrate
-from sidelight.cli.share import inspect, pull, push
 from sidelight.cli.train import train
 from sidelight.errors import SidelightError, how_to_install
 
@@ -96,7 +96,7 @@ def demo(keep: bool, port: int) -> None:
     run_demo(keep=keep, port=port)
 
 
-_COMMANDS = (train, guard, evaluate, recalibrate, predict, parity, inspect, push, pull, demo)
+_COMMANDS = (train, guard, evaluate, recalibrate, predict, parity, inspect, demo)
 for _command in (*_COMMANDS, _serve()):
     app.add_command(_command)
 

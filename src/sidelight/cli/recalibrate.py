@@ -11,6 +11,7 @@ from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.guards import is_guard
+from sidelight.probes.hub import is_on_hub
 
 if TYPE_CHECKING:
     from sidelight.data.examples import LabelledExamples
@@ -65,7 +66,7 @@ def recalibrate(
 
     rule = None if threshold is None else ThresholdRule.parse(threshold)
     _require_aim(data, rule)
-    if is_guard(probe):
+    if is_guard(probe) or is_on_hub(probe):
         if out is None:
             raise SidelightError(f"Name a folder for the recalibrated {probe} with --out.")
         probe = runtime.probe_folder(probe)

@@ -5,7 +5,6 @@ Also the check that a probe which is loaded gives verdicts.
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,13 @@ from sidelight.models.conversation import Part
 from sidelight.probes.bank import Bank
 from sidelight.probes.manifest import (
     CARD,
+    CARD_LIBRARY,
     FORMAT_VERSION,
     PROBE,
     Manifest,
     damaged,
     model_card,
     read_artifact,
-    require_free,
     require_name,
 )
 from sidelight.probes.mechanisms.base import (
@@ -36,7 +35,7 @@ from sidelight.probes.mechanisms.base import (
 )
 from sidelight.probes.probe import Probe
 from sidelight.probes.standardisation import Standardisation
-from sidelight.storage import only_writer, replacing, sync
+from sidelight.storage import replacing, sync
 
 _PARAMETER = "mechanism."
 # The parts of a made-up text, and how many standard deviations its states are from the mean one. An
@@ -48,9 +47,10 @@ _ORDINARY = 10.0
 
 
 def save_probe(probe: Probe, directory: Path) -> Path:
-    """Writes the artifact; other files in ``directory`` stay.
+    """Writes the artifact and its model card; other files in ``directory`` stay.
 
-    A save that is killed leaves the old artifact, since its file is replaced at once.
+    A save that is killed leaves the old artifact, since its file is replaced at once. A README.md
+    that is no card of a probe stays, too.
 
     Raises:
         SidelightError: The folder cannot be written, or the name is no probe's.
@@ -78,40 +78,16 @@ def save_probe(probe: Probe, directory: Path) -> Path:
         spans=probe.spans,
     )
     # As bytes: only its owner could read a file that the library writes itself.
-    return _write({PROBE: save(tensors, manifest.metadata)}, directory)
-
-
-def copy_probe(source: Path, directory: Path, *, force: bool) -> Path:
-    """Copies an artifact, as ``save_probe`` writes it, once it has been checked; its version stays.
-
-    Its card goes along if it names this version; otherwise one is written from the manifest.
-
-    Raises:
-        SidelightError: As for ``load_probe`` and ``save_probe``, or the folder holds a probe or a
-            card that ``force`` does not replace, or is the same; then nothing has changed.
-    """
-    if source.resolve() == directory.resolve():
-        raise SidelightError(f"{directory} is the folder of the probe itself. Name another folder.")
-    manifest, content = read_artifact(source)
-    _checked(manifest, content, source)
-    card = source / CARD
-    text = card.read_bytes() if card.exists() else b""
-    is_current = manifest.version.encode() in text
-    text = text if is_current else model_card(manifest).encode()
-    return _write({PROBE: content, CARD: text}, directory, force=force)
-
-
-def _write(files: Mapping[str, bytes], directory: Path, *, force: bool = True) -> Path:
+    files = {PROBE: save(tensors, manifest.metadata)}
     try:
-        # Else a probe that another process has written meanwhile could be replaced.
-        with nullcontext() if force else only_writer(directory):
-            if not force:
-                require_free(directory, force=False, with_card=CARD in files)
-            for name, content in files.items():
-                with replacing(directory / name) as partial:
-                    partial.write_bytes(content)
-                    sync(partial)
-            sync(directory)
+        card = directory / CARD
+        if not card.exists() or CARD_LIBRARY.encode() in card.read_bytes():
+            files[CARD] = model_card(manifest).encode()
+        for name, content in files.items():
+            with replacing(directory / name) as partial:
+                partial.write_bytes(content)
+                sync(partial)
+        sync(directory)
     except OSError as error:
         raise SidelightError(
             f"Cannot write the probe to {directory}: {error.strerror}. Name another folder."

@@ -1,7 +1,7 @@
 """The manifest of a probe: everything but its numbers, checked field by field when it is read.
 
 It stands in the header of the probe's file. Also what is said of a probe from its manifest alone:
-its summary, and the model card for sharing.
+its summary, and the model card.
 """
 
 import hashlib
@@ -26,6 +26,8 @@ from sidelight.types import MechanismSpec, Task, is_label, visible
 FORMAT_VERSION = 2
 PROBE = "probe.safetensors"
 CARD = "README.md"
+# The line of a card's front matter that tells it from another README.md.
+CARD_LIBRARY = "library_name: sidelight"
 
 # Of the header's metadata.
 _ENTRY = "sidelight"
@@ -283,25 +285,20 @@ def holds_probe(directory: Path) -> bool:
     return (directory / PROBE).exists()
 
 
-def require_free(directory: Path, *, force: bool, with_card: bool = False) -> None:
-    """Checks that a probe may be written to a folder, also ``with_card``.
+def require_free(directory: Path, *, force: bool) -> None:
+    """Checks that a probe may be written to a folder.
 
     Raises:
-        SidelightError: It holds a probe or a card that is not to be replaced.
+        SidelightError: It holds a probe that is not to be replaced.
     """
     if holds_probe(directory) and not force:
         raise SidelightError(
             f"{directory} holds a probe. Name another folder, or replace it with --force."
         )
-    if with_card and not force and (directory / CARD).exists():
-        raise SidelightError(
-            f"A model card would replace {directory / CARD}. Name another folder, or replace it "
-            "with --force."
-        )
 
 
 _CARD = """---
-library_name: sidelight
+{library}
 tags: [sidelight, probe, text-classification]
 ---
 
@@ -317,7 +314,7 @@ states that the frozen LLM `{backbone}` computes anyway, in the same forward pas
 ```python
 import sidelight
 
-clf = sidelight.load("path/to/this/folder")
+clf = sidelight.load("path/to/this/folder")  # or "hf:OWNER/NAME@REVISION"
 print(clf.predict(["some text"])[0])
 ```
 
@@ -381,4 +378,4 @@ def model_card(manifest: Manifest) -> str:
     """The model card, in Markdown."""
     rows = "\n".join(f"- **{name}**: {value}" for name, value in summary(manifest).items())
     names = {"name": manifest.name, "backbone": manifest.backbone.name}
-    return _CARD.format(**names, version=manifest.version, rows=rows)
+    return _CARD.format(library=CARD_LIBRARY, **names, version=manifest.version, rows=rows)

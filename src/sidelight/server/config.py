@@ -67,7 +67,7 @@ class ServerConfig(BaseModel):
     )
     probe: tuple[Path, ...] = Field(
         default=(),
-        description="Folder of a probe, or a ready guard such as guard:injection; may be repeated.",
+        description="Folder of a probe, guard:NAME, or hf:OWNER/NAME@REVISION; may be repeated.",
     )
     policy: Path | None = Field(
         default=None,

@@ -1,8 +1,8 @@
 """What vLLM's processes are told: the probes to serve, and by which policy.
 
-``SIDELIGHT_PROBES`` names folders of probes, separated by the system's path separator, or ready
-guards (``guard:injection``). So does ``additional_config={"sidelight": {"probes": [...]}}``.
-Without either, the plugin does nothing.
+``SIDELIGHT_PROBES`` names folders of probes, separated by the system's path separator, ready guards
+(``guard:injection``) or probes on the hub (``hf:OWNER/NAME@REVISION``). So does
+``additional_config={"sidelight": {"probes": [...]}}``. Without either, the plugin does nothing.
 ``SIDELIGHT_COLUMNS`` keeps room for larger probes.
 ``SIDELIGHT_QUANTISED`` accepts the probes of a model on a quantised copy.
 ``SIDELIGHT_POLICY`` and ``SIDELIGHT_AUDIT_LOG`` name the files of a server of vLLM's.

@@ -1,0 +1,28 @@
+"""``sidelight inspect`` shows a probe."""
+
+from pathlib import Path
+
+import click
+
+from sidelight.cli import options
+from sidelight.guards import probe_folder
+
+
+@click.command(epilog=options.examples("sidelight inspect probes/toxicity"))
+@click.argument("probe", type=options.PATH)
+@options.as_json
+def inspect(probe: Path, as_json: bool) -> None:
+    """Show what a probe decides and reads, its backbone, and its figures from training."""
+    from sidelight.probes.manifest import read_manifest, summary
+
+    probe = probe_folder(probe)
+    manifest = read_manifest(probe)
+    # Before imports that take seconds: a folder without a probe is refused at once.
+    from sidelight.probes.artifact import load_probe
+
+    load_probe(probe)
+    if as_json:
+        click.echo(manifest.to_json())
+        return
+    for name, value in summary(manifest).items():
+        click.echo(f"{name:<12} {value}")
