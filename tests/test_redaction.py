@@ -16,7 +16,7 @@ from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import decide
 from sidelight.policy.hold_back import HoldBack
-from sidelight.policy.redaction import Placeholders, redacted, without_placeholders
+from sidelight.policy.redaction import redacted
 from sidelight.policy.rules import (
     BoundRule,
     Policy,
@@ -106,161 +106,6 @@ def test_overlapping_spans_are_one_placeholder():
     assert redacted("abcdefghijklm", spans, start=3, end=11) == "[A]ij[C]"
 
 
-NAMES = re.compile("Ann|Bo|Cy|Di|E\u0301va|\u00c9va")
-
-
-def masked(*texts, placeholders=None, written=()):
-    """Texts in which names are placeholders; the model wrote those of these places."""
-    names = placeholders or Placeholders()
-    spans = [[Span(*m.span(), "NAME") for m in NAMES.finditer(text)] for text in texts]
-    for index, (text, own) in enumerate(zip(texts, spans, strict=True)):
-        names.read(text, own, is_written=index in written)
-    return [names.mask(text, own) for text, own in zip(texts, spans, strict=True)]
-
-
-def test_equal_words_have_equal_placeholders():
-    assert masked("Ann met Bo, and Ann") == ["[NAME_1] met [NAME_2], and [NAME_1]"]
-    # Composed and decomposed.
-    assert masked("\u00c9va", "Bo, E\u0301va") == ["[NAME_1]", "[NAME_2], [NAME_1]"]
-    names, texts = Placeholders(), [("ANN  LEE", 8), ("Ann lee, 3", 7)]
-    for text, end in texts:
-        names.read(text, [Span(0, end, "NAME"), Span(9, 10, "AGE")][: len(text) - 8])
-    assert [names.mask(text, [Span(0, end, "NAME")]) for text, end in texts] == [
-        "[NAME_1]",
-        "[NAME_1], 3",
-    ]
-
-
-@pytest.mark.parametrize(
-    "literal",
-    [
-        "[NAME_1]",
-        "[name_1]",
-        "[NAME_001]",
-        "\uff3bNAME\uff3f\uff11\uff3d",
-        "[NA\u200bME_1\ufeff]",
-        "[NA\u202aME\u3164_1]",
-    ],
-)
-def test_no_words_have_a_placeholder_that_a_text_has(literal):
-    for text in (f"{literal} met Ann", f"Ann met {literal}"):
-        assert masked(text) == [text.replace("Ann", "[NAME_2]")]
-    assert masked("Ann, Bo", literal) == ["[NAME_3], [NAME_2]", literal]
-    huge = f"[NAME_{'9' * 5000}]"
-    assert masked("Ann", huge, "[NAME_2][AGE_1]") == ["[NAME_1]", huge, "[NAME_2][AGE_1]"]
-
-
-def test_many_placeholders_in_texts_cost_little():
-    literals = "".join(f"[NAME_{i}]" for i in range(1, 10_001))
-    assert masked("Ann", literals, "Bo")[::2] == ["[NAME_10001]", "[NAME_10002]"]
-    assert masked(*(f"Ann[NAME_{i}]" for i in range(1, 2_001)))[0] == "[NAME_2001][NAME_1]"
-    accents = "Ann" + "\u0300\u0316" * 200_000
-    for text in ("[" * 100_000, "[" + "_1" * 50_000, "[A_" + "0" * 100_000, accents[2:]):
-        assert masked(text) == [text]
-    names, spans = Placeholders(), [Span(0, len(accents), "NAME")]
-    names.read(accents, spans)
-    assert names.mask(accents, spans) == "[NAME_1]"
-
-
-@given(data=st.data())
-@settings(max_examples=50, deadline=None)
-def test_a_placeholder_means_the_same_in_all_turns_of_a_chat(data):
-    """The model repeats what it has read; a user may quote that, or make placeholders up."""
-    texts, seen, meant = [], {}, {}
-    for turn in range(6):
-        word = st.sampled_from(["Ann", "Bo", "Cy", "[NAME_1]", "[NAME_2]", "[NAME_3]", "hi"])
-        texts.append(" ".join(data.draw(st.lists(word, max_size=4))))
-        read = masked(*texts, written=range(1, 2 * turn, 2))
-        now = {}
-        for text, said in zip(texts, read, strict=True):
-            for before, after in zip(text.split(), said.split(), strict=True):
-                if before in ("Ann", "Bo", "Cy"):
-                    now[after] = before
-        # Whom the model has spoken of, or somebody whom nobody knows.
-        for literal, who in meant.items():
-            assert now.get(literal) == who
-        for literal in set(re.findall(r"\[\w+\]", " ".join(texts))) - seen.keys():
-            assert literal not in now
-            meant[literal] = seen[literal] = None
-        echoes = data.draw(st.lists(st.sampled_from([*now, "hi"]), max_size=2))
-        meant |= {echo: now[echo] for echo in echoes if echo in now}
-        seen |= dict.fromkeys(meant)
-        texts.append(" ".join(echoes))
-
-
-def test_a_placeholder_that_a_text_has_is_no_word():
-    text = "Hi [NAME_1] (Ann [NAME_c386d081]). [NAME_12345] [NAME_19830412] [Ann_1] [AGE_1]"
-    text += " \u201c[NAME_2]\u201d, [NAME_3] \u24b6\u24dd\u24dd"
-
-    def kept(*words):
-        spans = [Span(text.index(word), text.index(word) + len(word), "NAME") for word in words]
-        left = without_placeholders(text, spans, ["NAME", "PLACE"])
-        return [text[span.start : span.end] for span in left]
-
-    assert kept("NAME_1", "[NAME_1", "NAME_1] (", "\u201c[NAME_2]\u201d, [") == []
-    # Letters in circles are neither words nor marks.
-    assert kept("[NAME_3] \u24b6\u24dd\u24dd") == ["\u24b6\u24dd\u24dd"]
-    assert kept("[NAME_1] (Ann [NAME_c386d081]).", "Ann ") == ["(Ann", "Ann "]
-    # Whoever writes these could hide a value.
-    others = ["NAME_12345", "NAME_19830412", "Ann_1", "AGE_1"]
-    assert kept(*others) == others
-    many = "[NAME_1]" * 20_000
-    spans = [Span(i, i + 1, "NAME") for i in range(0, len(many), 2)]
-    assert without_placeholders(many, [*spans, Span(0, len(many), "NAME")], ["NAME"]) == []
-
-
-def test_no_call_of_a_gateway_gives_two_words_one_placeholder(tiny, early, late):
-    """Both probes label all words of a text that are no placeholder."""
-    probes = [
-        replace(probe, spans=replace(probe.spans, thresholds=(0.0, 1.0))) for probe in (early, late)
-    ]
-    policy = Policy(
-        input={"early": Rule("redact", labels=("NAME",))},
-        output={"late": Rule("redact", labels=("NAME",))},
-    )
-
-    def said(role, text, **fields):
-        return {"role": role, "content": text, **fields}
-
-    def call(arguments):
-        function = {"name": "call", "arguments": arguments}
-        return said("assistant", None, tool_calls=[{"type": "function", "function": function}])
-
-    with in_process(TransformersEngine(tiny, probes), policy=policy) as http:
-
-        def sent_on(kind, *texts, messages=None):
-            body = {"input_type": kind, "texts": texts, "structured_messages": messages}
-            return http.post(GUARDRAIL, json=body).json()["texts"]
-
-        asked = [said("user", "Ann Lee")]
-        assert sent_on("request", "Ann Lee", messages=asked) == ["[NAME_1]"]
-        # LiteLLM does not send the prompt of a response.
-        answers = [sent_on("response", "Bo Ray", "Cy", "Bo Ray") for _ in range(2)]
-        assert all(first == last != other for first, other, last in answers)
-        assert len({name for each in answers for name in each}) == 4
-        answered = answers[0][0]
-        assert re.fullmatch(r"\[NAME_[a-f][0-9a-f]{7}\]", answered)
-        for repeated, expected in (
-            ([said("assistant", "[NAME_1]")], ["[NAME_1]", "[NAME_2]"]),
-            ([call('{"to": "[NAME_1]"}'), said("tool", "[NAME_1]")], ["[NAME_1]", "[NAME_2]"]),
-            ([said("user", "[NAME_1]")], ["[NAME_2]", "[NAME_3]"]),
-            ([said("tool", "[name_1]"), said("assistant", "[NAME_1]")], ["[NAME_2]", "[NAME_3]"]),
-            ([said("user", [{"text": "[NAME"}, {"text": "_1]"}])], ["[NAME_2]", "[NAME_3]"]),
-            ([said("assistant", answered)], ["[NAME_1]", "[NAME_2]"]),
-        ):
-            messages = [*asked, *repeated, said("user", "Di")]
-            assert sent_on("request", "Ann Lee", "Di", messages=messages) == expected
-        texts = ["Ann Lee", answered, "[NAME_1]", "Di"]
-        kept = [answered, "[NAME_1]"]
-        assert sent_on("request", *texts) == ["[NAME_2]", *kept, "[NAME_3]"]
-        redacted = http.post("/v1/redact", json={"input": texts}).json()["results"]
-        assert [each["text"] for each in redacted] == ["[NAME_2]", *kept, "[NAME_3]"]
-        tools = {"input_type": "request", "tool_calls": call("[NAME_1]")["tool_calls"]}
-        assert http.post(GUARDRAIL, json=tools).json()["action"] == "BLOCKED"
-        tools["tool_calls"][0]["function"]["name"] = None
-        assert http.post(GUARDRAIL, json=tools).json()["action"] == "NONE"
-
-
 def answers(http, **changes):
     """The texts of a chat's choices, and all bytes that came, plain and streamed."""
     body = {"model": "tiny/llama", "messages": QUESTION, "max_tokens": 60, "seed": 3, **changes}
@@ -339,8 +184,9 @@ def test_without_a_verdict_no_text_leaves(tiny, late):
         assert bool(choice["message"]["content"]) is is_sent
 
 
-def test_words_of_texts_are_replaced_alike(tiny, early, late):
-    texts = ["Ann Lee and Bo came to Rome", "Bo left Rome", ""]
+def test_words_of_texts_are_replaced(tiny, early, late):
+    """What looks like a placeholder is text as any other."""
+    texts = ["Ann Lee and Bo came to Rome", "[NAME] left Rome for [NAME_4111]", ""]
     with in_process(TransformersEngine(tiny, [early, late])) as http:
         answer = http.post("/v1/redact", json={"input": texts}).json()
         nothing = http.post("/v1/redact", json={"input": ""}).json()
@@ -352,15 +198,13 @@ def test_words_of_texts_are_replaced_alike(tiny, early, late):
     assert (empty.status_code, empty.json()["error"]["code"]) == (400, "verdict_failed")
     assert [answer["results"].pop()] == nothing["results"] == [{"text": "", "spans": []}]
     spans = [[Span(**span) for span in result["spans"]] for result in answer["results"]]
-    names = Placeholders()
-    for text, own in zip(texts[:2], spans, strict=True):
-        names.read(text, own)
     rows = zip(texts[:2], spans, answer["results"], moderated["results"], strict=True)
     for text, own, result, check in rows:
         (verdict,) = check["sidelight"]["verdicts"]
         assert verdict["spans"] == result["spans"]
-        assert result["text"] == names.mask(text, own)
-    assert any(result["spans"] for result in answer["results"])
+        assert own
+        assert result["text"] == redacted(text, own)
+    assert any(span.start > texts[1].index("[NAME_") for span in spans[1])
 
 
 @pytest.mark.parametrize("disclose", ["labels", "none"])
@@ -382,7 +226,6 @@ def test_words_are_replaced_without_spans_that_are_not_disclosed(tiny, early, di
 def test_a_gateway_gets_what_it_may_send_on(tiny, early, late):
     policy = Policy(input={"early": Rule("redact")}, output={"late": Rule("redact")})
     text = "Ann Lee and Bo came to Rome, and then 400 more"
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": text}}
     with in_process(TransformersEngine(tiny, [early, late]), policy=policy) as http:
         masked = http.post("/v1/redact", json={"input": text}).json()["results"][0]["text"]
         for kind in ("request", "response"):
@@ -396,10 +239,21 @@ def test_a_gateway_gets_what_it_may_send_on(tiny, early, late):
                 assert "stream_holdback_chars" not in answer
             else:
                 assert answer["stream_holdback_chars"] == [*map(len, answer["texts"])]
-        called = http.post(GUARDRAIL, json={"input_type": "request", "tool_calls": [call]}).json()
         chat = {"model": "tiny/llama", "messages": QUESTION, "max_tokens": 1}
         assert http.post(CHATS, json=chat).status_code == 200
-    assert (called["action"], called["blocked_reason"]) == ("BLOCKED", "Flagged by early.")
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"), [(0.9, ("BLOCKED", "Flagged by early.")), (1.0, ("NONE", None))]
+)
+def test_a_call_that_a_rule_would_redact_is_blocked(tiny, threshold, expected):
+    probe = spans_probe(tiny, "early", threshold=threshold)
+    policy = Policy(input={"early": Rule("redact")})
+    call = {"type": "function", "function": {"name": "f", "arguments": "Ann Lee came to Rome"}}
+    with in_process(TransformersEngine(tiny, [probe]), policy=policy) as http:
+        body = {"input_type": "request", "tool_calls": [call]}
+        answer = http.post(GUARDRAIL, json=body).json()
+    assert (answer["action"], answer["blocked_reason"]) == expected
 
 
 def test_spans_of_a_conversation_name_their_message(tiny, early):

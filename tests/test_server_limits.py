@@ -16,14 +16,13 @@ import pytest
 from fastapi.testclient import TestClient
 
 from sidelight.engines.transformers.engine import TransformersEngine
-from sidelight.policy.rules import Policy, Rule
 from sidelight.server.app import create_app, serve
 from sidelight.server.config import ServerConfig
 from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import RequestScope
 from sidelight.server.observe import RequestObserver, log_settings
 from sidelight.server.schemas import MAX_ITEMS
-from worlds.models import spans_probe, three_probes, tiny_backbone
+from worlds.models import three_probes, tiny_backbone
 from worlds.servers import (
     MODEL,
     free_port,
@@ -150,22 +149,6 @@ def test_a_conversation_and_a_message_have_so_many_parts_at_most(http, path, bod
     refused = post(http, path, body(MAX_ITEMS + 1))
     assert refused.status_code == 400
     assert f"at most {MAX_ITEMS} items" in refused.json()["error"]["message"]
-
-
-@pytest.mark.parametrize("redacts", [True, False])
-def test_messages_are_searched_for_placeholders_up_to_a_length_and_only_where_a_rule_redacts(
-    tiny, redacts
-):
-    probe = spans_probe(tiny, "words", threshold=0.5)
-    policy = Policy(input={"words": Rule("redact" if redacts else "score")})
-    with in_process(TransformersEngine(tiny, [probe]), policy=policy) as http:
-        for length, status in ((2**19 - 100, 200), (2**19, 400 if redacts else 200)):
-            said = [{"role": "user", "content": "\ufdfa" * length}]
-            body = CALLS | {"texts": ["Ann"], "structured_messages": said}
-            answer = post(http, GUARDRAIL, body)
-            assert answer.status_code == status
-            if status == 400:
-                assert error_of(answer) == (400, TOO_LARGE)
 
 
 def test_a_body_may_have_so_many_bytes_and_what_might_not_fit_is_refused(http):

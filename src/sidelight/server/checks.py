@@ -13,7 +13,7 @@ from sidelight.models.conversation import Message, has_response
 from sidelight.models.invisible import visible
 from sidelight.policy.decisions import Decision
 from sidelight.policy.enforcement import check_decisions
-from sidelight.policy.redaction import Placeholders, without_placeholders
+from sidelight.policy.redaction import redacted
 from sidelight.policy.request import Terms, category_fields
 from sidelight.policy.rules import BoundRule, Side
 from sidelight.server.errors import RequestError
@@ -179,7 +179,7 @@ async def moderate(body: TextsRequest, request: ServerRequest) -> Results[Modera
 
 
 class Redaction(BaseModel):
-    """A text with its placeholders, and the spans that they stand for, in the text as sent.
+    """A text with its placeholders, and the spans that they replace, in the text as sent.
 
     Spans have probabilities, so only those of rules that disclose scores are there.
     """
@@ -190,7 +190,7 @@ class Redaction(BaseModel):
 
 @router.post("/v1/redact", name="create")
 async def redact(body: TextsRequest, request: ServerRequest) -> Results[Redaction]:
-    """Words that probes label become ``[LABEL_1]``: equal words alike in all texts of a request."""
+    """Words that probes label become ``[LABEL]``."""
     if body.model is not None:
         request.require_model(body.model)
     texts = [as_user(text) for text in body.input]
@@ -215,37 +215,29 @@ async def redact(body: TextsRequest, request: ServerRequest) -> Results[Redactio
     judged = [index for index, text in enumerate(body.input) if text]
     checked = await check(request, replace(terms, chosen=labelling), [texts[i] for i in judged])
     results = [Redaction(text="", spans=[]) for _ in texts]
-    found = [
-        spans_of(body.input[index], decisions)
-        for index, (_, decisions) in zip(judged, checked, strict=True)
-    ]
-    placeholders = Placeholders()
-    for index, spans in zip(judged, found, strict=True):
-        placeholders.read(body.input[index], spans)
-    for index, spans, (_, decisions) in zip(judged, found, checked, strict=True):
-        parts = [d.rule.disclosed_part(sees_all=terms.sees_all) for d in decisions]
-        told = (d for d, part in zip(decisions, parts, strict=True) if part == "scores")
+    for index, (_, decisions) in zip(judged, checked, strict=True):
+        disclosed = (
+            d for d in decisions if d.rule.disclosed_part(sees_all=terms.sees_all) == "scores"
+        )
         results[index] = Redaction(
-            text=placeholders.mask(body.input[index], spans),
-            spans=spans_json(spans_of(body.input[index], told)),
+            text=redacted(body.input[index], spans_of(decisions)),
+            spans=spans_json(spans_of(disclosed)),
         )
     return Results(id=f"redact-{uuid.uuid4().hex}", model=request.engine.model, results=results)
 
 
-def spans_of(text: str, decisions: Iterable[Decision]) -> list[Span]:
+def spans_of(decisions: Iterable[Decision]) -> list[Span]:
     """The words that these probes have labelled, in order.
 
     Raises:
         VerdictError: Nobody knows where those of a probe stand.
     """
     every: list[Span] = []
-    labels: list[str] = []
     for decision in decisions:
         if decision.verdict is None or decision.verdict.spans is None:
             raise verdict_failure([decision.rule.name])
         every += decision.verdict.spans
-        labels += decision.rule.probe.task.output_labels
-    return without_placeholders(text, sorted(every), labels)
+    return sorted(every)
 
 
 def _listed(rules: Iterable[BoundRule]) -> str:

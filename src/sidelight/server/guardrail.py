@@ -1,7 +1,6 @@
 """LiteLLM's generic guardrail: whether its proxy may send texts on, and in which words."""
 
 import asyncio
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from sidelight.models.conversation import Message
 from sidelight.models.invisible import Invisible, reject_disguises, visible
 from sidelight.policy.decisions import Decision, PolicyError
 from sidelight.policy.enforcement import require_trusted_turns
-from sidelight.policy.redaction import Placeholders
+from sidelight.policy.redaction import redacted
 from sidelight.policy.request import Terms
 from sidelight.policy.rules import Side
 from sidelight.server.checks import as_answer, as_user, check, require_prompt_probe, spans_of
@@ -29,7 +28,6 @@ from sidelight.server.schemas import (
     StrictBody,
     ToolCall,
 )
-from sidelight.types import Span
 
 Role = Literal["system", "user", "assistant", "tool"]
 _ROLES: Mapping[str, Role] = {
@@ -41,8 +39,6 @@ _ROLES: Mapping[str, Role] = {
 }
 # The roles that a text may have, from the most trusted on.
 _TRUST: Sequence[Role] = ("system", "assistant", "user", "tool")
-# Of `structured_messages` in which placeholders are looked for. The slowest take 2 s.
-_MOST_CHARACTERS = 2**19
 
 router = APIRouter(route_class=Route)
 
@@ -102,31 +98,6 @@ class GuardrailRequest(StrictBody):
                 roles[text] = role if _TRUST.index(role) > _TRUST.index(known) else known
         return roles
 
-    def placeholders(self, spans: Mapping[str, Sequence[Span]]) -> Placeholders:
-        """Placeholders of the labelled words of each text, which has read all of the request."""
-        placeholders = Placeholders(is_answer=self.input_type == "response")
-        for message in self.structured_messages or ():
-            texts, is_written = _texts_of(message), message.get("role") == "assistant"
-            # Calls of tools may repeat a placeholder, and parts of a message may make up one.
-            whole = json.dumps(message, ensure_ascii=False) + "".join(texts)
-            placeholders.read(whole, is_written=is_written)
-            for text in texts:
-                placeholders.read(text, spans.get(text, ()), is_written=is_written)
-        for text, own in spans.items():
-            placeholders.read(text, own)
-        return placeholders
-
-    def require_few_characters(self) -> None:
-        """Refuses messages that are too long to look for placeholders in."""
-        length = len(json.dumps(self.structured_messages or (), ensure_ascii=False))
-        if length > _MOST_CHARACTERS:
-            raise RequestError(
-                f"'structured_messages' has {length} characters, but at most {_MOST_CHARACTERS} "
-                "are read where a rule redacts. Send fewer or shorter messages.",
-                code="request_too_large",
-                param="structured_messages",
-            )
-
 
 def _texts_of(message: Mapping[str, Any]) -> list[str]:
     """The texts of a message's content, part by part."""
@@ -177,7 +148,6 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         _refuse(terms, side)
     redacts = any(bound.mode == "redact" for bound in terms.chosen)
     if redacts:
-        body.require_few_characters()
         # Trusted words pass, but what they say of people is masked all the same.
         judged += system
     invisible = terms.policy.invisible_characters
@@ -197,8 +167,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
     decisions = [decisions for _, decisions in checked]
     flagged, masked = _flagged(decisions), body.texts or []
     if redacts:
-        # Unicode's normal forms of long texts would hold up all other requests.
-        masked, in_calls = await asyncio.to_thread(_redacted, body, judged, decisions)
+        masked, in_calls = _mask(body, judged, decisions)
         flagged = [*dict.fromkeys((*in_calls, *flagged))]
     if invisible == "strip":
         # The model behind the proxy must get the text that was classified.
@@ -295,7 +264,7 @@ def _flagged(decisions: Iterable[Sequence[Decision]]) -> list[str]:
     return [*dict.fromkeys(flagged)]
 
 
-def _redacted(
+def _mask(
     body: GuardrailRequest, texts: Sequence[_Text], decisions: Sequence[Sequence[Decision]]
 ) -> tuple[list[str], list[str]]:
     """The texts with placeholders for what rules redact, and the probes that would redact a call.
@@ -305,19 +274,13 @@ def _redacted(
         texts: What was judged of it.
         decisions: On each of these.
     """
-    pairs = [*zip(texts, decisions, strict=True)]
-    spans = {
-        text.words: spans_of(text.words, [d for d in own if d.rule.mode == "redact"])
-        for text, own in pairs
-    }
     masked, in_calls = [*(body.texts or ())], list[str]()
-    if not any(spans.values()):
-        return masked, in_calls
-    placeholders = body.placeholders(spans)
-    for text, own in pairs:
+    for text, own in zip(texts, decisions, strict=True):
+        redacting = [d for d in own if d.rule.mode == "redact"]
+        spans = spans_of(redacting)
         if text.index < len(masked):
-            masked[text.index] = placeholders.mask(text.words, spans[text.words])
-        elif spans[text.words]:
+            masked[text.index] = redacted(text.words, spans)
+        else:
             # The protocol has no way to send a call on in other words.
-            in_calls += [d.rule.name for d in own if d.action == "redact"]
+            in_calls += [d.rule.name for d in redacting if d.action == "redact"]
     return masked, in_calls

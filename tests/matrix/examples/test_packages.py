@@ -5,7 +5,6 @@ import copy
 import importlib.util
 import json
 import os
-import re
 import runpy
 import signal
 import subprocess
@@ -114,7 +113,7 @@ async def ask_through_proxy(messages: list[dict[str, Any]]) -> list[dict[str, An
     @other.post("/chat/completions")
     async def answer(request: Request) -> dict[str, Any]:
         asked.append(await request.json())
-        message = {"role": "assistant", "content": "Dear [PERSON_1]"}
+        message = {"role": "assistant", "content": "Dear [PERSON]"}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         return {"id": "1", "object": "chat.completion", "created": 1, "choices": [choice]}
 
@@ -137,7 +136,7 @@ async def ask_through_proxy(messages: list[dict[str, Any]]) -> list[dict[str, An
 CHAT = [
     {"role": "system", "content": "ab and VWX"},
     {"role": "user", "content": "ce or XYZ, or bd"},
-    {"role": "assistant", "content": "ad XYZ, [PERSON_2]"},
+    {"role": "assistant", "content": "ad XYZ, or bc"},
     {"role": "user", "content": [{"type": "text", "text": "bc VWX and 123"}]},
 ]
 
@@ -149,8 +148,8 @@ def test_another_model_reads_placeholders_for_what_a_rule_redacts(tiny, pii, mon
         messages = asyncio.run(ask_through_proxy(CHAT))
     assert [message["role"] for message in messages] == [turn["role"] for turn in CHAT]
     *first, last = [message["content"] for message in messages]
-    assert first == ["ab and [PERSON_1]", "ce or [PERSON_2], or bd", "ad [PERSON_2], [PERSON_2]"]
-    assert last == [{"type": "text", "text": "bc [PERSON_1] and [NUMBER_1]"}]
+    assert first == ["ab and [PERSON]", "ce or [PERSON], or bd", "ad [PERSON], or bc"]
+    assert last == [{"type": "text", "text": "bc [PERSON] and [NUMBER]"}]
 
 
 def test_another_model_reads_nothing_that_could_not_be_masked(tiny, pii, monkeypatch):
@@ -201,10 +200,8 @@ def test_no_piece_of_a_word_leaves_before_it_is_replaced(tiny, threshold, monkey
         with http_client(address) as http:
             body = {"input_type": "response", "texts": [text]}
             whole = http.post("/beta/litellm_basic_guardrail_api", json=body).json()
-    # Placeholders of each judgement are its own.
-    (text,), number = whole["texts"], re.compile(r"_[0-9a-f]{8}\]")
-    assert number.sub("]", text) == number.sub("]", streamed)
-    assert len(number.findall(streamed)) > 1
+    assert [streamed] == whole["texts"]
+    assert streamed.count("[") > 1
 
 
 def test_the_tickets_of_the_example_are_labelled(tmp_path, monkeypatch):
