@@ -51,14 +51,9 @@ def _task(names: Sequence[str], column: str) -> Task:
         raise SidelightError(
             f"No text has a span in column '{column}'. Give texts with spans: {_FORM}."
         )
-    wrong = [
-        name for name in names if not is_label(name) or name in ("", NONE) or {*"[]"} & {*name}
-    ]
-    if wrong:
-        raise SidelightError(
-            f"A span cannot have the label {wrong[0][:60]!r}: labels stand in placeholders such as "
-            "[NAME_1], so they have no brackets. Rename it in the data."
-        )
+    wrong = next((name for name in names if not is_label(name) or name in ("", NONE)), None)
+    if wrong is not None:
+        raise SidelightError(f"A span cannot have the label {wrong[:60]!r}. Rename it in the data.")
     if len(names) == 1:
         return Task("binary", (NONE, names[0]))
     return Task("multilabel", tuple(names))
