@@ -433,10 +433,9 @@ TRAIN = "train --data {data} --out o --label toxic "
         ("predict {probe} --data {empty}", "empty.jsonl, line 2"),
         ("predict {probe}", "Write texts after the probe, or name a file with --data"),
         ("predict {probe} x --data {empty}", "Leave one of them out"),
-        ("predict {probe} x --engine vllm --explain", "cannot explain"),
-        ("predict {probe} x --engine vllm --device cpu", "vLLM chooses its device"),
+        ("predict {probe} x --engine vllm", "vLLM serves, and reads texts for training"),
+        (TRAIN + "--engine vllm --device cpu", "vLLM chooses its device"),
         # Which is not installed here.
-        ("predict {probe} x --model {model} --engine vllm", "docs/vllm.md"),
         (TRAIN + "--model {model} --engine vllm", "docs/vllm.md"),
         ("tarin", "train"),
         (TRAIN + "--model smolm2", "Did you mean 'smollm2'"),

@@ -171,7 +171,6 @@ def test_the_embedded_models_file_has_a_name():
         ("--model smollm2 --engine-option threads=1", "transformers has no engine options"),
         ("--engine transformers --engine-option a=1", "transformers has no engine options"),
         ("--model {file} --engine transformers", "transformers does not run. It runs with --engin"),
-        ("--model {file} --engine vllm", "vllm does not run. It runs with --engine llama"),
         ("--model a/folder --engine llama", "--engine llama runs GGUF files, and 'a/folder' is"),
         ("--model smollm2 --tokenizer t", "--tokenizer is for GGUF files; 'smollm2' has its own"),
         ("--model absent.gguf", "There is no file 'absent.gguf'"),
@@ -187,6 +186,12 @@ def test_what_does_not_fit_a_gguf_file_is_refused_where_it_is_given(file, option
         assert cli(*command, *given) == 2
         said = capsys.readouterr().err.strip().splitlines()
         assert refusal in said[-1], said
+
+
+@pytest.mark.parametrize("command", ["train --data x.jsonl --out x", "serve"])
+def test_vllm_refuses_a_gguf_file(file, command, capsys):
+    assert cli(*command.split(), "--model", str(file), "--engine", "vllm") == 2
+    assert "vllm does not run. It runs with --engine llama" in capsys.readouterr().err
 
 
 def test_the_options_of_llama_cpp_are_those_of_its_page():
@@ -295,7 +300,7 @@ def test_a_model_without_a_chat_template_is_warned_of_unless_raw_was_chosen(
 
 def test_what_needs_weights_in_transformers_takes_no_gguf_file(file):
     with pytest.raises(
-        SidelightError, match="transformers does not run. It runs with --engine llama"
+        SidelightError, match=r"transformers does not run\. It runs with --engine llama"
     ):
         Runtime(model=str(file), dtype="auto", device="auto")
 

@@ -32,10 +32,8 @@ from sidelight.types import Span
 _SHOWN_MISTAKES = 5
 
 
-def encode(
-    encoder: PromptEncoder, examples: Sequence[Example], *, with_places: bool = False
-) -> list[EncodedPrompt]:
-    """The examples' token ids; ``with_places`` as for ``PromptEncoder.encode``.
+def encode(encoder: PromptEncoder, examples: Sequence[Example]) -> list[EncodedPrompt]:
+    """The examples' token ids.
 
     Raises:
         ContextLengthError: One is longer than the backbone reads.
@@ -44,8 +42,7 @@ def encode(
     prompts: list[EncodedPrompt] = []
     for index, example in enumerate(examples):
         with located(example, index):
-            text = example.conversation, example.response
-            prompts.append(encoder.encode(*text, with_places=with_places))
+            prompts.append(encoder.encode(example.conversation, example.response))
     return prompts
 
 

@@ -117,7 +117,6 @@ def _require_whole_texts(manifest: "Manifest") -> None:
         "sidelight predict probes/toxicity --data texts.jsonl --out verdicts.jsonl",
         "sidelight predict probes/toxicity --explain 'How do I bake bread?'",
         "sidelight predict probes/pii --spans 'My name is Ann Lee.'",
-        "sidelight predict probes/toxicity --data texts.jsonl --engine vllm --out verdicts.jsonl",
     )
 )
 @click.argument("probe", type=options.PATH)
@@ -159,21 +158,26 @@ def predict(
     # Before imports that take seconds: what the probe cannot judge is refused at once.
     probe = runtime.probe_folder(probe)
     manifest = read_manifest(probe)
-    _require_agreement(manifest, runtime, out, explains=explains, prints_spans=prints_spans)
+    if prints_spans and (out is not None or explains or manifest.spans is None):
+        raise SidelightError(
+            "--spans prints the words that a probe labels. Leave out --out and --explain, and name "
+            "a probe that was trained with --spans COLUMN."
+        )
     items = _read_texts(texts, data, columns)
     require_side(manifest, items)
     options.announce("Loading the model")
+    classifier = runtime.load_classifier(probe)
     on_terminal, task = out is None and sys.stdout.isatty(), manifest.task
     lines: Iterable[Mapping[str, Any]]
     if explains:
-        explained = map(runtime.load_classifier(probe).explain, items)
+        explained = map(classifier.explain, items)
         if on_terminal:
             for each in zip(items, explained, strict=True):
                 click.echo(why(*each))
             return
         lines = ({**each.verdict.to_dict(), "explanation": each.to_dict()} for each in explained)
     else:
-        verdicts = _verdicts(probe, items, runtime)
+        verdicts = classifier.predict(items)
         if prints_spans or (manifest.spans is not None and on_terminal):
             _print_spans(items, verdicts, task.labels)
             return
@@ -193,40 +197,6 @@ def _require_texts(texts: Sequence[str], data: str | None) -> None:
         raise SidelightError("Got texts and a file of texts (--data). Leave one of them out.")
     if data is not None:
         options.announce(f"Reading {data}")
-
-
-def _require_agreement(
-    manifest: "Manifest",
-    runtime: Runtime,
-    out: Path | None,
-    *,
-    explains: bool,
-    prints_spans: bool,
-) -> None:
-    """Refuses a form of the verdicts that the probe, the engine or another option does not have."""
-    if explains and runtime.engine == "vllm":
-        from sidelight.engines.base import NotExplainedError
-
-        raise NotExplainedError()
-    if prints_spans and (out is not None or explains or manifest.spans is None):
-        raise SidelightError(
-            "--spans prints the words that a probe labels. Leave out --out and --explain, and name "
-            "a probe that was trained with --spans COLUMN."
-        )
-
-
-def _verdicts(probe: Path, items: "Sequence[Example]", runtime: Runtime) -> "Sequence[Verdict]":
-    """The verdict on each text, by the engine that is named."""
-    if runtime.engine != "vllm":
-        return runtime.load_classifier(probe).predict(items)
-    from sidelight.probes.artifact import load_probe
-    from sidelight.vllm.engine import predict as predict_by_vllm
-
-    loaded = load_probe(probe)
-    model = runtime.model_of([loaded])
-    return predict_by_vllm(
-        loaded, items, model=model, dtype=runtime.dtype, options=runtime.engine_option
-    )
 
 
 def _read_texts(

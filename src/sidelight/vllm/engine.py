@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-from sidelight.data.examples import Example
 from sidelight.engines.base import (
     Engine,
     EngineBusyError,
@@ -23,7 +22,6 @@ from sidelight.engines.base import (
     PromptJudged,
     require_same_model,
     require_verdicts,
-    verdict_failure,
 )
 from sidelight.engines.marks import labels_spans, mark_text
 from sidelight.engines.text import TextCodec
@@ -35,8 +33,7 @@ from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.manifest import read_manifest
 from sidelight.probes.probe import Probe, common_format
-from sidelight.progress import Progress, progress
-from sidelight.types import Judgement, Verdict
+from sidelight.types import Judgement
 from sidelight.vllm import KEY
 from sidelight.vllm.internals import guesses_responses
 from sidelight.vllm.lock import NOT_WHOLE, ProbeLock
@@ -47,7 +44,6 @@ from sidelight.vllm.settings import (
     Served,
     identity_of,
     log,
-    longest,
     require_options,
     require_vllm,
 )
@@ -121,11 +117,6 @@ class VllmEngine(Engine):
     def load(self) -> Load:
         """The texts that wait for verdicts; vLLM itself counts those that it writes."""
         return Load(running=0, waiting=self._waiting)
-
-    @property
-    def most_texts(self) -> int:
-        """How many texts vLLM has in a step."""
-        return self._llm.vllm_config.scheduler_config.max_num_seqs
 
     @property
     def is_ready(self) -> bool:
@@ -248,21 +239,12 @@ class VllmEngine(Engine):
         each = zip(conversations, prompts, judged, strict=True)
         return await asyncio.to_thread(lambda: [*starmap(event, each)])
 
-    async def check_all(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        identity: str,
-        *,
-        at_once: int = _RUNNING,
-        advance: Progress | None = None,
-    ) -> list[Judgement]:
+    async def check_all(self, prompts: Sequence[EncodedPrompt], identity: str) -> list[Judgement]:
         """Their judgements, in order, by the probes of this identity.
 
         Args:
             prompts: Token ids of texts.
             identity: That of the probes.
-            at_once: So many of a long list are in vLLM at once, so that others get in.
-            advance: Is told how many tokens have been judged.
 
         Raises:
             EngineBusyError: Too many wait. A list longer than the limit can only enter if nobody
@@ -272,14 +254,11 @@ class VllmEngine(Engine):
         """
         if self._waiting and self._waiting + len(prompts) > _WAITING:
             raise EngineBusyError(waiting=self._waiting, limit=_WAITING)
-        together = asyncio.Semaphore(at_once)
+        together = asyncio.Semaphore(_RUNNING)
 
         async def read(prompt: EncodedPrompt) -> Judgement:
             async with together:
-                judgement = await self._read(prompt, identity)
-            if advance is not None:
-                advance(len(prompt))
-            return judgement
+                return await self._read(prompt, identity)
 
         def leave(_: asyncio.Task[Judgement]) -> None:
             self._waiting -= 1
@@ -354,50 +333,3 @@ def load_vllm_engine(
     return VllmEngine(
         llm, loaded, name=model, encoder=backbone.encoder, fingerprint=served.fingerprint
     )
-
-
-def predict(
-    probe: Probe,
-    texts: Sequence[Example],
-    *,
-    model: str,
-    dtype: str = "auto",
-    options: Mapping[str, Any] | None = None,
-) -> list[Verdict]:
-    """The verdicts of ``Classifier.predict``, by an engine that runs for these texts alone.
-
-    Other arguments are those of ``load_vllm_engine``, but ``auto`` keeps the dtype of the weights.
-
-    Raises:
-        ContextLengthError: A text leaves no room for the token that vLLM always writes.
-        VerdictError: A verdict cannot be computed.
-        SidelightError: As for ``load_vllm_engine``, or vLLM stops.
-    """
-    # It brings what trains.
-    from sidelight.scoring import encode
-
-    backbone = read_model(model, prompt_format=common_format([probe]))
-    own, most = backbone.encoder, longest(backbone.encoder, options or {})
-    # A text that vLLM cannot read is refused before it starts.
-    encoder = PromptEncoder(own.tokenizer, prompt_format=own.prompt_format, max_tokens=most)
-    prompts = encode(encoder, texts, with_places=probe.spans is not None)
-    dtype = backbone.fingerprint.dtype if dtype == "auto" else dtype
-    engine = load_vllm_engine(model, [probe], dtype=dtype, options=options)
-
-    async def judged() -> list[Judgement]:
-        await engine.start()
-        try:
-            with progress("Judging", sum(map(len, prompts)), unit="tokens") as advance:
-                async with engine.serving() as served:
-                    return await engine.check_all(
-                        prompts, served.identity, at_once=engine.most_texts, advance=advance
-                    )
-        finally:
-            await engine.close()
-
-    verdicts: list[Verdict] = []
-    for prompt, judgement in zip(prompts, asyncio.run(judged()), strict=True):
-        if judgement.failed:
-            raise verdict_failure(judgement.failed)
-        verdicts += mark_text(judgement, [probe], prompt).verdicts
-    return verdicts

@@ -33,7 +33,6 @@ from sidelight.vllm.settings import (
     STATES,
     Served,
     log,
-    longest,
     require_options,
     require_vllm,
 )
@@ -86,7 +85,9 @@ class VllmReader:
 
     @property
     def max_tokens(self) -> int:
-        return longest(self.encoder, self._options)
+        context = self.encoder.max_tokens
+        # vLLM always writes a token, so one position is kept free.
+        return min(context, int(self._options.get("max_model_len", context))) - 1
 
     def states(
         self, cache: ActivationCache, rows: Sequence[int], advance: Progress

@@ -188,11 +188,6 @@ def prompt_encoder(vllm_config: Any, probes: Sequence[Probe]) -> PromptEncoder:
     return PromptEncoder(tokenizer, prompt_format=prompt_format, max_tokens=model.max_model_len)
 
 
-def longest(encoder: PromptEncoder, options: Mapping[str, Any]) -> int:
-    """Tokens of the longest text: the context less the token that vLLM always writes."""
-    return min(encoder.max_tokens, int(options.get("max_model_len", encoder.max_tokens))) - 1
-
-
 # vLLM's options that Sidelight sets itself, and what to do instead, in any command.
 SET_HERE = {
     "model": "Give --model instead.",
