@@ -124,7 +124,7 @@ def _new_texts(data: str, manifest: "Manifest", **columns: Any) -> "LabelledExam
 
 def _report(before: "Probe", made: "Recalibrated", folder: Path, *, as_json: bool) -> None:
     """The figures before and after, and where the thresholds were and are."""
-    from sidelight.cli.show import print_reports
+    from sidelight.cli.show import print_reports, summary
 
     entry = made.probe.record["recalibrations"][-1]
     if as_json:
@@ -132,7 +132,10 @@ def _report(before: "Probe", made: "Recalibrated", folder: Path, *, as_json: boo
         return
     if made.figures is not None:
         title = f"{made.figures[0].rows:,} labelled texts, each calibrated without it"
-        print_reports(title, dict(zip(("before", "after"), made.figures, strict=True)))
+        reports = dict(zip(("before", "after"), made.figures, strict=True))
+        print_reports(title, reports)
+        for name, report in reports.items():
+            click.echo(f"{name.capitalize()}: {summary(report, (0, 0))}")
     what = entry["what"]
     click.echo(f"{what[0].upper()}{what[1:]}.")
     curves = made.probe.history.curves
@@ -141,10 +144,10 @@ def _report(before: "Probe", made: "Recalibrated", folder: Path, *, as_json: boo
     ):
         click.echo(f"Threshold of '{label}': {threshold:.3f} before, {now:.3f} now.")
         if made.figures is None and label in curves:
-            caught, alarms = curves[label].at(now)
+            (found, false), (found_now, false_now) = map(curves[label].at, (threshold, now))
             click.echo(
-                f"It flags {caught} of {curves[label].positives} texts that are '{label}', and "
-                f"{alarms} of {curves[label].negatives} others, of those that the probe was "
-                "calibrated on."
+                "On the texts that the probe was calibrated on, it finds "
+                f"{found_now} of {curves[label].positives} '{label}' texts ({found} before) and "
+                f"flags {false_now} of {curves[label].negatives} others ({false} before)."
             )
     click.echo(f"Saved to {folder}")

@@ -213,7 +213,10 @@ def trained_text_warnings(history: History, examples: Examples) -> tuple[str, ..
     count = trained_texts(history, examples)
     if not count:
         return ()
-    return (f"{count} of {len(examples)} texts were trained on: the figures flatter the probe.",)
+    return (
+        f"{count} of {len(examples)} texts were trained on: the figures flatter the probe. Leave "
+        "them out.",
+    )
 
 
 def _hashes(examples: Examples) -> list[bytes]:

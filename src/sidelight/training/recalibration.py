@@ -28,6 +28,7 @@ from sidelight.training.measuring import (
     FLATTERING,
     calibrate_examples,
     describe_examples,
+    trained_text_warnings,
     trained_texts,
 )
 from sidelight.training.traffic import Conversations
@@ -38,11 +39,7 @@ if TYPE_CHECKING:
 # With fewer texts a probe is better off as it is.
 LEAST_LABELLED = 30
 LEAST_PER_SIDE = 10
-# Users are told where a label is caught less than this part as often as before, and where scores
-# tell it from others less well than this (AUROC).
-_KEPT_RECALL = 0.5
-_LEAST_AUROC = 0.6
-# And where a figure is worse than before by this much.
+# Users are told where a figure is worse than before by this much.
 _NOTICEABLE = 0.01
 
 
@@ -183,7 +180,6 @@ def _follow_labels(
     rule: ThresholdRule,
 ) -> Recalibrated:
     task, labels = probe.task, examples.labels
-    seen = trained_texts(probe.history, examples)
     kind = suggested_calibration(task)
     old = probe.calibration.apply(logits)
     before = evaluate(decide(task, old, labels, thresholds=probe.thresholds))
@@ -204,11 +200,6 @@ def _follow_labels(
         "after": after.to_dict(),
         "curves": made.record()["curves"],
     }
-    recalls = {
-        label: (before.per_class[label]["recall"], after.per_class[label]["recall"])
-        for label in before.per_class
-        if label in probe.label_thresholds
-    }
     losses = log_losses(task, old, labels)
     figures: dict[str, tuple[float | None, float | None]] = {
         "log loss": (float(losses.mean()), float(made.losses.mean()))
@@ -217,32 +208,14 @@ def _follow_labels(
     if str(rule) == probe.history.threshold_rule:
         for name, metric in (("accuracy", "accuracy"), ("F1", "f1")):
             figures[name] = before.metrics[metric].value, after.metrics[metric].value
-    warning = (
-        f"{seen} of {len(examples)} texts were trained on: the probe scores them too well, so its "
-        "probabilities will be over-confident, and the figures flatter it. Leave them out."
-    )
     doubts = (
-        *([warning] if seen else ()),
+        *trained_text_warnings(probe.history, examples),
         *(() if made.folds else (FLATTERING,)),
         *threshold_doubts(task, examples.count_by_label, len(examples), rule),
-        *_recall_warnings(recalls),
         *_metric_warnings(figures),
-        *(_auroc_warnings(before) if task.kind != "multiclass" else ()),
     )
     recorded = _recorded(probe, fitted, rule, entry, made.alone)
     return Recalibrated(recorded, (before, after), doubts)
-
-
-def _auroc_warnings(before: Report) -> list[str]:
-    """Labels that the probe's scores do not follow, one sentence each."""
-    judged = before.task.output_labels
-    aurocs = {label: before.per_class[label]["auroc"] for label in judged}
-    return [
-        f"The probe's scores hardly tell '{label}' from the other texts (AUROC {auroc:.2f}), so no "
-        "threshold will do. Check the labels, or train a probe on them."
-        for label, auroc in aurocs.items()
-        if auroc is not None and auroc < _LEAST_AUROC
-    ]
 
 
 def _metric_warnings(figures: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
@@ -261,17 +234,6 @@ def _metric_warnings(figures: Mapping[str, tuple[float | None, float | None]]) -
     ]
 
 
-def _recall_warnings(recalls: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
-    """Labels that are caught far less often than before, one sentence each."""
-    return [
-        f"The new threshold catches {after:.0%} of the texts that are '{label}', the old one "
-        f"{before:.0%}. If that is not what you want, choose another one, such as --threshold "
-        f"recall={min(0.99, before):.2f}; whoever sends many harmless texts can cause it."
-        for label, (before, after) in recalls.items()
-        if before is not None and after is not None and after < _KEPT_RECALL * before
-    ]
-
-
 def _follow_rule(probe: "Probe", rule: ThresholdRule) -> Recalibrated:
     curves = probe.history.curves
     alone = tuple(curve.threshold(rule) for curve in curves.values())
@@ -279,13 +241,6 @@ def _follow_rule(probe: "Probe", rule: ThresholdRule) -> Recalibrated:
     positives = {label: curve.positives for label, curve in curves.items()}
     texts = max(curve.positives + curve.negatives for curve in curves.values())
     doubts = threshold_doubts(probe.task, positives, texts, rule)
-    moves = zip(curves.items(), probe.thresholds, thresholds, strict=True)
-    recalls = {
-        label: (curve.at(before)[0] / most, curve.at(after)[0] / most)
-        for (label, curve), before, after in moves
-        if (most := curve.positives)
-    }
-    doubts += _recall_warnings(recalls)
     fitted = replace(probe, thresholds=thresholds)
     kept = probe.history.reference.model_dump(mode="json", include={"curves"})
     entry = {"what": f"thresholds for {rule}", **kept}
