@@ -13,13 +13,12 @@ from typing import Any
 from zlib import crc32
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from sidelight.types import Flags, Numbers, Values
+from sidelight.types import Flags, Numbers
 
-# Cosines from which texts are joined. Where too many would be, only higher ones count, and at last
-# none.
-_COSINES = (0.75, 0.85, 0.95, np.inf)
+# Cosine from which two texts are alike.
+_COSINE = 0.75
 # Parts that the groups must allow: a group has at most the rows of one, and a label has as many.
 _PARTS = 5
 # Total length of the pieces sampled from a long text, and the longest piece.
@@ -42,20 +41,22 @@ class NearDuplicates:
         texts: The number of each row's text; equal texts have one number.
         left: A text of each pair of alike texts.
         right: The other one.
-        cosines: How alike they are.
+        priorities: Where a group would become too large, pairs of the lowest priority stop joining
+            first.
     """
 
     texts: Int[Numbers, " row"]
     left: Int[Numbers, " pair"]
     right: Int[Numbers, " pair"]
-    cosines: Float[Values, " pair"]
+    priorities: Int[Numbers, " pair"]
 
     @staticmethod
     def among(keys: Sequence[str]) -> "NearDuplicates":
         """Compares the rows' texts; equal keys are equal texts."""
         numbers: dict[str, int] = {}
         texts = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
-        return NearDuplicates(texts, *_pairs([*numbers]))
+        left, right = _pairs([*numbers])
+        return NearDuplicates(texts, left, right, np.zeros_like(left))
 
     def select(self, rows: Sequence[int]) -> "NearDuplicates":
         """Only these rows; nothing is compared again."""
@@ -64,7 +65,7 @@ class NearDuplicates:
         numbers[present] = np.arange(len(present))
         left, right = numbers[self.left], numbers[self.right]
         kept = (left >= 0) & (right >= 0)
-        return NearDuplicates(texts, left[kept], right[kept], self.cosines[kept])
+        return NearDuplicates(texts, left[kept], right[kept], self.priorities[kept])
 
     def joined_by(self, columns: Iterable[Sequence[object]]) -> "NearDuplicates":
         """Also join the texts of rows that share a value in a column.
@@ -74,10 +75,8 @@ class NearDuplicates:
                 large, the last column stops joining first, and all columns before near-duplicates.
         """
         columns = [*columns]
-        pairs = [(self.left, self.right, self.cosines)]
-        for place, column in enumerate(columns):
-            # Below every cosine, so that `groups` drops columns before near-duplicates.
-            strength = _COSINES[0] * (len(columns) - place) / (len(columns) + 1)
+        pairs = [(self.left, self.right, self.priorities + len(columns))]
+        for priority, column in enumerate(reversed(columns)):
             first: dict[object, int] = {}
             joined = [
                 (text, first[value])
@@ -85,14 +84,14 @@ class NearDuplicates:
                 if value is not None and first.setdefault(value, text) != text
             ]
             left, right = np.array(joined, dtype=np.int64).reshape(-1, 2).T
-            pairs.append((left, right, np.full(len(joined), strength)))
+            pairs.append((left, right, np.full(len(joined), priority)))
         return NearDuplicates(self.texts, *map(np.concatenate, zip(*pairs, strict=True)))
 
     def groups(self, strata: Bool[Flags, "row stratum"]) -> tuple[Int[Numbers, " row"], int]:
         """The number of each row's group, and how many rows' groups had to be divided.
 
         Where a group would have more than a fifth of the rows, or a label fewer than five groups,
-        texts are joined by higher cosines alone, and at last not at all.
+        its columns stop joining texts, the last one first, and then its near-duplicates do.
 
         Args:
             strata: The labels of each row.
@@ -101,13 +100,13 @@ class NearDuplicates:
         from scipy.sparse.csgraph import connected_components
 
         count = int(self.texts.max(initial=-1)) + 1
-        of_columns = np.unique(self.cosines[self.cosines < _COSINES[0]])
-        steps = np.append(of_columns, _COSINES)
+        # The least priority that joins a text; one more than the highest joins none.
         levels = np.zeros(count, dtype=np.int64)
+        most = int(self.priorities.max(initial=0)) + 1
         holds = np.zeros((count, strata.shape[1]), dtype=np.bool_)
         np.logical_or.at(holds, self.texts, strata)
         while True:
-            joined = self.cosines >= steps[np.maximum(levels[self.left], levels[self.right])]
+            joined = self.priorities >= np.maximum(levels[self.left], levels[self.right])
             pairs = (self.left[joined], self.right[joined])
             graph = coo_array((np.ones(joined.sum()), pairs), (count, count))
             groups = connected_components(graph, directed=False)[1].astype(np.int64)
@@ -116,7 +115,7 @@ class NearDuplicates:
             for stratum in holds.T:
                 if len(np.unique(groups[stratum])) < min(_PARTS, stratum.sum()):
                     is_divided |= np.isin(groups, groups[stratum])
-            is_divided &= (np.bincount(groups)[groups] > 1) & (levels < len(steps) - 1)
+            is_divided &= (np.bincount(groups)[groups] > 1) & (levels < most)
             if not is_divided.any():
                 # Numbered in the order of the rows.
                 first = np.unique(groups[self.texts], return_index=True)[1]
@@ -141,10 +140,8 @@ def are_alike(
     return distances[:, 0] <= 1 - cosine
 
 
-def _pairs(
-    texts: Sequence[str],
-) -> tuple[Int[Numbers, " pair"], Int[Numbers, " pair"], Float[Values, " pair"]]:
-    """Texts that are alike, with their cosines."""
+def _pairs(texts: Sequence[str]) -> tuple[Int[Numbers, " pair"], Int[Numbers, " pair"]]:
+    """Texts that are alike."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
     from sklearn import config_context
@@ -154,7 +151,7 @@ def _pairs(
     forms = [_form(text) for text in texts]
     same = np.array([first.setdefault(form, index) for index, form in enumerate(forms)], np.int64)
     repeated = np.flatnonzero(same != np.arange(len(texts)))
-    pairs = [(repeated, same[repeated], np.ones(len(repeated)))]
+    pairs = [(repeated, same[repeated])]
     distinct = np.array([index for _, index in sorted(first.items())], dtype=np.int64)
     for part in np.array_split(distinct, max(1, -(-len(distinct) // _MOST_TEXTS))):
         options: dict[str, Any] = {"metric": "cosine", "algorithm": "brute"}
@@ -164,18 +161,17 @@ def _pairs(
             nearest: Any = NearestNeighbors(n_neighbors=count, **options)
             with config_context(working_memory=_MEMORY_MIB):
                 distances, neighbours = nearest.fit(vectors[rows]).kneighbors()
-            left, rank = np.nonzero(distances <= 1 - _COSINES[0])
+            left, rank = np.nonzero(distances <= 1 - _COSINE)
             if not len(left):
                 break
             right = neighbours[left, rank]
-            cosines = 1 - distances[left, rank].astype(np.float64)
-            pairs.append((part[rows[left]], part[rows[right]], cosines))
+            pairs.append((part[rows[left]], part[rows[right]]))
             # Those that have more alike than are looked for are found by one of each group.
-            graph = coo_array((cosines, (left, right)), (len(rows), len(rows)))
+            graph = coo_array((np.ones(len(left)), (left, right)), (len(rows), len(rows)))
             groups = connected_components(graph, directed=False)[1]
             rows = rows[np.unique(groups, return_index=True)[1]]
-    left, right, cosines = map(np.concatenate, zip(*pairs, strict=True))
-    return left, right, cosines
+    left, right = map(np.concatenate, zip(*pairs, strict=True))
+    return left, right
 
 
 def _vectors(texts: Sequence[str]) -> Any:
