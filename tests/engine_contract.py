@@ -4,7 +4,7 @@ They subclass ``EngineContract`` and give it the fixture ``subject``.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from sidelight.errors import (
 from sidelight.models.conversation import EncodedPrompt, Message, Part, Reads, has_response
 from sidelight.probes.probe import Probe
 from worlds.models import SIZES, SPECIAL_TOKENS, broken, tiny_backbone, untrained_probe
+from worlds.servers import ask
 from worlds.vllm import ROUNDING, Model, expected
 
 TEXTS = [f"{'word ' * (i % 9)}number {i}" for i in range(12)]
@@ -41,6 +42,8 @@ class Subject:
         template: What stands before a user's text, between it and the answer, and after that.
         letter: One token, however often it is repeated.
         many: More texts than may wait.
+        alone: The greedy answer of the model alone to a text, and its number of tokens; None: the
+            engine writes nothing.
     """
 
     engine: Engine
@@ -51,6 +54,7 @@ class Subject:
     template: tuple[str, str, str] = ("<|user|>", "<|end|>\n<|assistant|>", "<|end|>\n")
     letter: str = "x"
     many: int = 130
+    alone: Callable[[str], tuple[str, int]] | None = None
 
     def run(self, work: Any) -> Any:
         return self.runner.run(work)
@@ -90,7 +94,7 @@ def require_verdicts(judgement, wanted, names) -> None:
 
 
 class EngineContract:
-    """Laws of judging. Those of writing are of the engine that writes."""
+    """The laws of every engine; one that writes nothing refuses to."""
 
     def test_verdicts_are_those_of_one_pass_over_each_text_in_the_order_of_the_list(self, subject):
         turns = [user(text) for text in TEXTS]
@@ -238,6 +242,25 @@ class EngineContract:
 def other_probes(model: Model) -> list[Probe]:
     """As many columns of a layer, in another order and with other names."""
     return [replace(probe, name=f"{probe.name}-again") for probe in reversed(model.probes)]
+
+    def test_texts_written_together_are_those_that_the_model_writes_alone(self, subject):
+        texts = [f"{'word ' * (5 * i % 17)}number {i}" for i in range(9)]
+        if subject.alone is None:
+            with pytest.raises(SidelightError, match="only judges"):
+                subject.run(ask(subject.engine, texts[0]))
+            return
+
+        async def all_at_once():
+            asking = (ask(subject.engine, text, delay_s=i / 500) for i, text in enumerate(texts))
+            return await asyncio.gather(*asking)
+
+        for text, answer in zip(texts, subject.run(all_at_once()), strict=True):
+            said, tokens = subject.alone(text)
+            assert answer.text.rstrip("\ufffd") == said
+            assert answer.finished.completion_tokens == tokens
+            # Probes of the response have read what was written.
+            assert answer.finished.judgement.verdicts
+        assert len({answer.text for answer in subject.run(all_at_once())}) > 1
 
 
 def by_hand(subject: Subject, text: str, *, split: bool) -> EncodedPrompt:

@@ -1,6 +1,7 @@
 """The transformers engine keeps the laws of every engine."""
 
 import asyncio
+from functools import partial
 
 import pytest
 
@@ -8,6 +9,7 @@ from engine_contract import EngineContract, Subject
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers.engine import TransformersEngine
 from worlds.models import tiny_backbone
+from worlds.servers import reference
 from worlds.vllm import with_probes
 
 pytestmark = pytest.mark.slow
@@ -25,7 +27,8 @@ def subject(request, tmp_path_factory):
     )
     with asyncio.Runner() as runner:
         runner.run(engine.start())
-        yield Subject(engine, model, runner, unstarted, many=30)
+        alone = partial(reference, backbone)
+        yield Subject(engine, model, runner, unstarted, many=30, alone=alone)
         runner.run(engine.close())
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from sidelight.models.conversation import Message, Reads
 from sidelight.models.smollm2 import EMBEDDED_NAME, packaged_gguf
 from worlds.gguf import CONFIGS, gguf_model, needs_llama, states
 from worlds.models import untrained_probe
-from worlds.servers import GREEDY, ask, written_alone
+from worlds.servers import GREEDY, ask, reference
 from worlds.vllm import ROUNDING, with_probes
 
 pytestmark = [pytest.mark.slow, needs_llama]
@@ -34,29 +35,13 @@ def subject(request, tmp_path_factory):
     engine, unstarted = (LlamaEngine(made.backbone, model.probes, limits=LIMITS) for _ in range(2))
     with asyncio.Runner() as runner:
         runner.run(engine.start())
-        yield Subject(engine, model, runner, unstarted, many=LIMITS.waiting + 10)
+        alone = partial(reference, made.reference)
+        many = LIMITS.waiting + 10
+        yield Subject(engine, model, runner, unstarted, many=many, alone=alone)
         runner.run(engine.close())
 
 
 class TestLlama(EngineContract):
-    def test_texts_written_together_are_those_that_the_model_writes_alone(self, subject):
-        texts = [f"{'word ' * (5 * i % 17)}number {i}" for i in range(9)]
-
-        async def all_at_once():
-            asking = (ask(subject.engine, text, delay_s=i / 500) for i, text in enumerate(texts))
-            return await asyncio.gather(*asking)
-
-        answers = subject.run(all_at_once())
-        backbone = subject.model.backbone
-        for text, answer in zip(texts, answers, strict=True):
-            _, ids = written_alone(backbone, text)
-            said = backbone.tokenizer.decode(ids, skip_special_tokens=True)
-            assert answer.text.rstrip("\ufffd") == said.rstrip("\ufffd")
-            assert answer.finished.completion_tokens == len(ids)
-            # Also of the tokens that it wrote.
-            scored = answer.finished.judgement
-            assert scored.verdicts
-
     def test_a_sequence_is_free_when_its_text_is_complete_or_given_up(self, subject):
         decoder = subject.engine._batch._decoder
 
