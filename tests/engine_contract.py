@@ -238,11 +238,6 @@ class EngineContract:
             with pytest.raises(EngineUnavailableError):
                 subject.run(work)
 
-
-def other_probes(model: Model) -> list[Probe]:
-    """As many columns of a layer, in another order and with other names."""
-    return [replace(probe, name=f"{probe.name}-again") for probe in reversed(model.probes)]
-
     def test_texts_written_together_are_those_that_the_model_writes_alone(self, subject):
         texts = [f"{'word ' * (5 * i % 17)}number {i}" for i in range(9)]
         if subject.alone is None:
@@ -261,6 +256,11 @@ def other_probes(model: Model) -> list[Probe]:
             # Probes of the response have read what was written.
             assert answer.finished.judgement.verdicts
         assert len({answer.text for answer in subject.run(all_at_once())}) > 1
+
+
+def other_probes(model: Model) -> list[Probe]:
+    """As many columns of a layer, in another order and with other names."""
+    return [replace(probe, name=f"{probe.name}-again") for probe in reversed(model.probes)]
 
 
 def by_hand(subject: Subject, text: str, *, split: bool) -> EncodedPrompt:

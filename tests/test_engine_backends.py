@@ -21,9 +21,10 @@ from sidelight.errors import SidelightError
 
 class TinyBackend(Backend):
     name = "tiny"
+    runs_safetensors = False
 
     @classmethod
-    def runs(cls, model):
+    def owns(cls, model):
         return model.startswith("tiny:")
 
     def require_options(self):
@@ -77,6 +78,7 @@ def test_an_engine_of_another_package_runs_the_models_that_it_names(
     install_engine(tmp_path, monkeypatch)
     assert engine_names() == ["transformers", "llama", "tiny", "vllm"]
     assert engines_of("tiny:1") == ["tiny"]
+    assert engines_of("smollm2") == ["transformers", "vllm"]
     assert cli("predict", str(probe), "a text", "--model", "tiny:1") == 0
     assert json.loads(capsys.readouterr().out)["probe"] == "p"
     served = Runtime(model="tiny:1", engine="auto").load_engine([])

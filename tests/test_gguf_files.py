@@ -170,7 +170,7 @@ def test_the_embedded_models_file_has_a_name():
         ("--model {file} --engine-option tokens=-1", "tokens=-1 is no whole number from 1 to"),
         ("--model smollm2 --engine-option threads=1", "transformers has no engine options"),
         ("--engine transformers --engine-option a=1", "transformers has no engine options"),
-        ("--model {file} --engine transformers", "transformers does not run. It runs with --engin"),
+        ("--model {file} --engine transformers", "runs in llama alone, not in transformers"),
         ("--model a/folder --engine llama", "--engine llama runs GGUF files, and 'a/folder' is"),
         ("--model smollm2 --tokenizer t", "--tokenizer is for GGUF files; 'smollm2' has its own"),
         ("--model absent.gguf", "There is no file 'absent.gguf'"),
@@ -191,7 +191,7 @@ def test_what_does_not_fit_a_gguf_file_is_refused_where_it_is_given(file, option
 @pytest.mark.parametrize("command", ["train --data x.jsonl --out x", "serve"])
 def test_vllm_refuses_a_gguf_file(file, command, capsys):
     assert cli(*command.split(), "--model", str(file), "--engine", "vllm") == 2
-    assert "vllm does not run. It runs with --engine llama" in capsys.readouterr().err
+    assert "runs in llama alone, not in vllm" in capsys.readouterr().err
 
 
 def test_the_options_of_llama_cpp_are_those_of_its_page():
@@ -299,9 +299,7 @@ def test_a_model_without_a_chat_template_is_warned_of_unless_raw_was_chosen(
 
 
 def test_what_needs_weights_in_transformers_takes_no_gguf_file(file):
-    with pytest.raises(
-        SidelightError, match=r"transformers does not run\. It runs with --engine llama"
-    ):
+    with pytest.raises(SidelightError, match="runs in llama alone, not in transformers"):
         Runtime(model=str(file), dtype="auto", device="auto")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sidelight.engines.backend import DEFAULT, Backend, EngineOptions, engines_of, find_backend
+from sidelight.engines.backend import DEFAULT, Backend, EngineOptions, find_backend, owner_of
 from sidelight.errors import SidelightError
 from sidelight.guards import UntrainedGuardError, probe_folder, probe_folders
 from sidelight.models.smollm2 import EMBEDDED_NAME
@@ -57,7 +57,7 @@ class Runtime(EngineOptions):
         """The engine that runs a model: the named one, or the first that can."""
         if self.engine != "auto":
             return self._backend(self.engine)
-        return self._backend(next(iter(engines_of(model)), DEFAULT))
+        return self._backend(owner_of(model) or DEFAULT)
 
     def probe_folder(self, source: Path) -> Path:
         """The folder of a probe, or of a guard that was trained for the model."""
@@ -84,6 +84,8 @@ class Runtime(EngineOptions):
 
     def _guarded_model(self) -> "tuple[str, Callable[[], str]] | tuple[None, None]":
         """The model that a guard has to be trained for, and what gives its digest."""
+        if self.model is None and self.engine == "auto":
+            return None, None
         name = self.model_of([])
         if self.model is None and name == EMBEDDED_NAME:
             return None, None

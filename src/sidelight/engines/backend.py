@@ -1,7 +1,7 @@
 """Engines as commands see them: the models that each runs, and how it starts.
 
 Packages offer engines by entry points of the group ``sidelight.engines``: a value of ``--engine``,
-and a ``Backend``. Its module is imported where a model is named, so it imports no engine itself.
+and a ``Backend``. Its module is imported wherever a model is named, so it imports no engine.
 """
 
 from abc import ABC, abstractmethod
@@ -51,6 +51,7 @@ class Backend(ABC):
 
     Attributes:
         name: The value of ``--engine``.
+        runs_safetensors: Whether it runs folders saved by ``save_pretrained``, and hub ids.
         quantising: Engine options that quantise the weights; None: it takes no quantised copy of a
             model whose probes are accepted by digest.
 
@@ -62,6 +63,7 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
+    runs_safetensors: ClassVar[bool] = True
     quantising: ClassVar[frozenset[str] | None] = None
 
     def __init__(self, options: EngineOptions):
@@ -69,9 +71,9 @@ class Backend(ABC):
         self.require_options()
 
     @classmethod
-    @abstractmethod
-    def runs(cls, model: str) -> bool:
-        """Whether a model of this name runs in the engine, by the name alone."""
+    def owns(cls, model: str) -> bool:
+        """Whether a name has a form that is this engine's alone, such as ``FILE.gguf``."""
+        return False
 
     @abstractmethod
     def require_options(self) -> None:
@@ -140,6 +142,13 @@ def find_backend(name: str) -> type[Backend]:
     return backend
 
 
+def owner_of(model: str) -> str | None:
+    """The installed engine that alone runs models of this name; None: it is a folder or hub id."""
+    return next((name for name in engine_names() if find_backend(name).owns(model)), None)
+
+
 def engines_of(model: str) -> list[str]:
     """The installed engines that run a model of this name, ``transformers`` first."""
-    return [name for name in engine_names() if find_backend(name).runs(model)]
+    if (owner := owner_of(model)) is not None:
+        return [owner]
+    return [name for name in engine_names() if find_backend(name).runs_safetensors]

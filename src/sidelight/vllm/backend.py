@@ -5,7 +5,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sidelight.engines.backend import Backend
-from sidelight.engines.transformers.backend import is_folder_or_hub_id, require_safetensors
+from sidelight.engines.transformers.backend import require_safetensors
 from sidelight.errors import SidelightError
 from sidelight.vllm import QUANTISING
 
@@ -21,10 +21,6 @@ class VllmBackend(Backend):
 
     name = "vllm"
     quantising = frozenset(QUANTISING)
-
-    @classmethod
-    def runs(cls, model: str) -> bool:
-        return is_folder_or_hub_id(model)
 
     def require_options(self) -> None:
         if self.options.device != "auto":

@@ -28,10 +28,11 @@ class LlamaBackend(Backend):
     """Runs GGUF files in llama.cpp."""
 
     name = "llama"
+    runs_safetensors = False
     quantising = frozenset[str]()
 
     @classmethod
-    def runs(cls, model: str) -> bool:
+    def owns(cls, model: str) -> bool:
         return is_gguf(model)
 
     def require_options(self) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sidelight.engines.backend import Backend, engines_of
+from sidelight.engines.backend import Backend, owner_of
 from sidelight.errors import SidelightError
 from sidelight.models.smollm2 import require_model
 
@@ -15,23 +15,16 @@ if TYPE_CHECKING:
     from sidelight.states.reader import Model
 
 
-def is_folder_or_hub_id(model: str) -> bool:
-    """Whether a name can be that of a model in safetensors files."""
-    return not model.lower().endswith(".gguf") and not model.startswith("ollama:")
-
-
 def require_safetensors(model: str, engine: str, tokenizer: str | None) -> None:
     """Check that a name is one of a model in safetensors files, which has its own tokenizer.
 
     Raises:
         SidelightError: It is another engine's, or there is no such model.
     """
-    if not is_folder_or_hub_id(model):
-        others = engines_of(model)
-        remedy = f" It runs with --engine {others[0]}, the default for it." if others else ""
+    if (owner := owner_of(model)) is not None:
         raise SidelightError(
-            f"'{model}' is a GGUF file, which {engine} does not run.{remedy} Name a folder saved "
-            "by save_pretrained or a hub id here."
+            f"'{model}' runs in {owner} alone, not in {engine}. Leave --engine out, or name a "
+            "folder saved by save_pretrained or a hub id here."
         )
     if tokenizer is not None:
         raise SidelightError(f"--tokenizer is for GGUF files; '{model}' has its own. Leave it out.")
@@ -42,10 +35,6 @@ class TransformersBackend(Backend):
     """Runs any causal language model of ``transformers``."""
 
     name = "transformers"
-
-    @classmethod
-    def runs(cls, model: str) -> bool:
-        return is_folder_or_hub_id(model)
 
     def require_options(self) -> None:
         if self.options.engine_option:
