@@ -11,6 +11,7 @@ from sidelight.cli import options
 from sidelight.cli.evaluate import evaluate, parity, predict
 from sidelight.cli.guard import guard
 from sidelight.cli.inspect import inspect
+from sidelight.cli.policy import policy
 from sidelight.cli.recalibrate import recalibrate
 from sidelight.cli.train import train
 from sidelight.errors import SidelightError, how_to_install
@@ -19,7 +20,7 @@ _GROUP = "sidelight.commands"
 # Commands of packages that may be missing.
 _PACKAGES = {
     "label": "label",
-    **dict.fromkeys(("anatomy", "bench", "policy", "redteam", "reproduce", "search"), "lab"),
+    **dict.fromkeys(("anatomy", "bench", "redteam", "reproduce", "search"), "lab"),
 }
 _RESUMED = ("train", "guard", "demo", "label", "search", "reproduce")
 _SERVING = ("fastapi", "openai", "prometheus_client", "uvicorn")
@@ -96,7 +97,7 @@ def demo(keep: bool, port: int) -> None:
     run_demo(keep=keep, port=port)
 
 
-_COMMANDS = (train, guard, evaluate, recalibrate, predict, parity, inspect, demo)
+_COMMANDS = (train, guard, evaluate, recalibrate, predict, parity, inspect, policy, demo)
 for _command in (*_COMMANDS, _serve()):
     app.add_command(_command)
 

@@ -6,8 +6,8 @@ import pytest
 
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
+from sidelight.policy.weaknesses import weaknesses
 from sidelight.probes.artifact import save_probe
-from sidelight_lab.redteam.weaknesses import weaknesses
 from worlds.data import documented_table
 from worlds.models import INTENT, spans_probe, untrained_probe
 from worlds.servers import cli

@@ -1,4 +1,4 @@
-"""``sidelight policy check``: what of a policy file a client could use against it."""
+"""``sidelight policy check``: the settings of a policy file that let known evasions pass."""
 
 import sys
 from pathlib import Path
@@ -37,10 +37,10 @@ def check(path: Path, probe: tuple[Path, ...], litellm: bool) -> None:
 
     # Before imports that take seconds: a wrong file is refused at once.
     checked = read_policy(path)
+    from sidelight.policy.weaknesses import weaknesses
     from sidelight.probes.artifact import load_probe
     from sidelight.probes.manifest import require_distinct_names
     from sidelight.probes.probe import common_format
-    from sidelight_lab.redteam.weaknesses import weaknesses
 
     probes = [load_probe(folder) for folder in probe_folders(probe)]
     if probes:
