@@ -37,7 +37,7 @@ CHATS, CHECKS = "/v1/chat/completions", "/v1/moderations"
 GUARDRAIL, CLASSIFY = "/beta/litellm_basic_guardrail_api", "/classify"
 CONTENTS = "/api/v1/text/contents"
 RESPONSES = {"leak", "heard"}
-NAMES = ("injection", "leak", "newer", "told", "labelled", "silent", "heard")
+NAMES = ("injection", "leak", "newer", "told", "labelled", "heard")
 READS = {name: Reads("response") if name in RESPONSES else Reads() for name in NAMES}
 # As "injection", turn by turn.
 OF_TURNS = "relayed"
@@ -48,7 +48,6 @@ SEEN = {
     "leak": "labels",
     "told": "scores",
     "labelled": "labels",
-    "silent": "nothing",
     "intent": "scores",
     "heard": "scores",
 }
@@ -79,10 +78,6 @@ threshold = 0.0
 mode = "flag"
 threshold = 0.0
 disclose = "labels"
-[input.silent]
-mode = "flag"
-threshold = 0.0
-disclose = "none"
 """
 # What a tool must not bring and a user may say, and the other way round.
 ORDER, CALM = (
@@ -331,9 +326,7 @@ def refusal(response: httpx.Response) -> tuple[int, str]:
     return response.status_code, response.json()["error"]["code"]
 
 
-def seen(entry: dict[str, Any] | None) -> str:
-    if entry is None:
-        return "nothing"
+def seen(entry: dict[str, Any]) -> str:
     return "scores" if "probabilities" in entry else "labels"
 
 
@@ -342,12 +335,10 @@ def documented(setting: str) -> dict[str, str]:
     return {row["where"]: row[f'`"{setting}"`'] for row in documented_table("policies.md", "where")}
 
 
-ENTRIES = {"scores": "label, probabilities", "labels": "label", "nothing": "nothing"}
+ENTRIES = {"scores": "label, probabilities", "labels": "label"}
 
 
 def number(response: httpx.Response, *steps: str | int) -> str:
-    if response.status_code != 200:
-        return " ".join(map(str, refusal(response)))
     value = response.json()
     for step in steps:
         value = value[step]
@@ -359,7 +350,7 @@ def told(server: PolicyServer, text: str, name: str) -> dict[str, str]:
     category, chosen = f"{name}/toxic", {"probes": [name]}
     answer = server.post(chat(text, max_tokens=2))
     moderated = answer.json()["moderation"]["input"]["results"]
-    places = [i for i, each in enumerate(moderated) if category in each["category_scores"]]
+    (place,) = (i for i, each in enumerate(moderated) if category in each["category_scores"])
     checked = server.post((CHECKS, {"input": text, **chosen}))
     asked = {"input_type": "request", "texts": [text]}
     asked["additional_provider_specific_params"] = chosen
@@ -371,13 +362,9 @@ def told(server: PolicyServer, text: str, name: str) -> dict[str, str]:
         questions = [{"type": "predicate", "name": category}]
         return server.post(("/v1/decisions", {"input": text, "questions": questions, **options}))
 
-    def probability() -> str:
-        is_refused = decided().json()["answers"][0]["type"] == "refusal"
-        return "refusal" if is_refused else number(decided(), "answers", 0, "probability")
-
     def why() -> str:
-        explanations = decided(explain=True).json()["explanations"]
-        return explanations[0].get("error", "shares") if explanations else "nothing"
+        (explanation,) = decided(explain=True).json()["explanations"]
+        return explanation.get("error", "shares")
 
     def thresholds() -> str:
         (probe,) = (p for p in server.http.get("/v1/probes").json()["probes"] if p["name"] == name)
@@ -387,26 +374,22 @@ def told(server: PolicyServer, text: str, name: str) -> dict[str, str]:
     flagged = answer.headers["x-sidelight-flagged"].split(", ")
     in_guard = {entry["probe"]: entry for entry in guarded["sidelight"]["verdicts"]}
     words: dict[str, Callable[[], str]] = {
-        "header `x-sidelight-verdicts`": lambda: ENTRIES[seen(in_header(answer).get(name))],
-        "field `sidelight` of chats": lambda: ENTRIES[seen(verdicts(answer).get(name))],
+        "header `x-sidelight-verdicts`": lambda: ENTRIES[seen(in_header(answer)[name])],
+        "field `sidelight` of chats": lambda: ENTRIES[seen(verdicts(answer)[name])],
         "field `explanations`": why,
         "scores while a text is written, `/v1/probes` thresholds and curves": thresholds,
         "headers `x-sidelight-flagged` and `x-sidelight-route`": lambda: (
             "yes" if name in flagged else "nothing"
         ),
-        "`moderation`, score of a category": lambda: (
-            number(answer, "moderation", "input", "results", places[0], *scores)
-            if places
-            else "not_disclosed"
+        "`moderation`, score of a category": lambda: number(
+            answer, "moderation", "input", "results", place, *scores
         ),
         "`/v1/moderations`, score of a category": lambda: number(checked, "results", 0, *scores),
-        "`/v1/decisions`, `probability`": probability,
+        "`/v1/decisions`, `probability`": lambda: number(decided(), "answers", 0, "probability"),
         "`/classify`, `probs`": lambda: number(classified, "data", 0, "probs", 1),
-        "`/api/v1/text/...`, `score`": lambda: (
-            number(detected, 0, 0, "score") if detected.status_code == 200 else "403 not_disclosed"
-        ),
+        "`/api/v1/text/...`, `score`": lambda: number(detected, 0, 0, "score"),
         "guardrail, `action`": lambda: "yes" if guarded["action"] == "BLOCKED" else "nothing",
-        "guardrail, field `sidelight`": lambda: ENTRIES[seen(in_guard.get(name))],
+        "guardrail, field `sidelight`": lambda: ENTRIES[seen(in_guard[name])],
     }
     return {place: word() for place, word in words.items() if place not in server.absent}
 
@@ -606,7 +589,7 @@ class PolicyContract:
     def test_answers_tell_what_each_rule_discloses_and_an_admin_everything(
         self, server, subjects, streamed, key
     ):
-        wanted = {n: "scores" if key else own for n, own in SEEN.items() if key or own != "nothing"}
+        wanted = {name: "scores" if key else own for name, own in SEEN.items()}
         answer = server.post(chat(subjects.passing, stream=streamed), key)
         assert {name: seen(entry) for name, entry in verdicts(answer).items()} == wanted
         in_headers = {name: seen(entry) for name, entry in in_header(answer).items()}
@@ -629,15 +612,14 @@ class PolicyContract:
             answer = server.post(asked, key)
             *_, part = (part for part in parts_of(answer) if part.get("moderation"))
             entries = part["sidelight"]["verdicts"]
-            shown = [name for name, own in SEEN.items() if key or own != "nothing"]
             for choice in range(texts):
                 mine = [e["probe"] for e in entries if e.get("choice", 0) == choice]
-                assert sorted(mine) == sorted(shown)
+                assert sorted(mine) == sorted(SEEN)
             assert all(("choice" in entry) == (texts > 1) for entry in entries)
             results = {side: part["moderation"][side]["results"] for side in ("input", "output")}
             moderated = {side: [each["model"] for each in own] for side, own in results.items()}
             assert sorted(moderated["output"]) == sorted([*RESPONSES] * texts)
-            assert set(moderated["input"]) == {*shown} - RESPONSES
+            assert set(moderated["input"]) == SEEN.keys() - RESPONSES
             heard = json.loads(answer.headers["x-sidelight-verdicts"])
             told = {(e["probe"], e["flagged"]) for e in entries}
             assert {(e["probe"], e["flagged"]) for e in heard} == {
@@ -674,7 +656,7 @@ class PolicyContract:
         )
 
     def test_each_place_tells_what_the_documented_table_says(self, server, subjects):
-        for setting, name in (("scores", "told"), ("labels", "labelled"), ("none", "silent")):
+        for setting, name in (("scores", "told"), ("labels", "labelled")):
             wanted = {p: word for p, word in documented(setting).items() if p not in server.absent}
             assert told(server, subjects.benign, name) == wanted, setting
 
@@ -682,7 +664,7 @@ class PolicyContract:
         server.post(chat(subjects.benign, max_tokens=2))
         for key in (None, "another"):
             assert refusal(server.metrics(key)) == (403, "metrics_key_required")
-        for name in ("told", "labelled", "silent", "newer"):
+        for name in ("told", "labelled", "newer"):
             assert server.counted("sidelight_probe_score_count{", f'probe="{name}"') > 0
 
     def test_decisions_are_audited_and_counted(self, server, subjects):

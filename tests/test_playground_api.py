@@ -127,7 +127,6 @@ def test_a_decision_says_why_where_it_is_asked_alone(ask):
     [
         (Rule("flag"), True, True),
         (Rule("flag", disclose="labels"), False, False),
-        (Rule("flag", disclose="none"), False, None),
         (Rule("block", threshold=1.0), False, False),
         (Rule("block", threshold=1.0, disclose="scores"), True, False),
         (Rule("shadow"), False, None),

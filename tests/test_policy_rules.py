@@ -85,6 +85,7 @@ def test_a_file_can_set_every_field_of_a_rule(read):
         ("[input.toxicity]\nlabels = 'toxic'", r'input\.toxicity\.labels .* list .*\["toxic"\]'),
         ("[input]\ntoxicity = 'block'", r"should be a table, \[input\.toxicity\]"),
         ("input = 'block'", r"should be a table, \[input\]"),
+        ("[input.toxicity]\ndisclose = 'none'", r"'scores' or 'labels', got 'none'"),
         ("[input.toxicity]\nroutes = ['a']", r"should be a table, \[input\.toxicity\.routes\]"),
         ("[input.toxicity]\nmode = block", "Write texts in quotes"),
         ("[input", "is not TOML"),

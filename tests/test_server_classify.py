@@ -174,20 +174,14 @@ def test_a_probe_that_reads_no_prompt_needs_an_answer(http):
 
 
 def test_what_a_policy_withholds_is_withheld(tiny):
-    names = ("labelled", "hidden", "other")
-    probes = [untrained_probe(tiny, name, threshold=0.0) for name in names]
-    rules = {"labelled": Rule("block"), "hidden": Rule("flag", disclose="none")}
-    with under_rules(tiny, probes, rules) as http:
+    probe = untrained_probe(tiny, "labelled", threshold=0.0)
+    with under_rules(tiny, [probe], {"labelled": Rule("block")}) as http:
         key = {"Authorization": f"Bearer {ADMIN}"}
         (found,) = classify(http, model="labelled", input=TEXT)["data"]
         assert (found["label"], found["probs"]) == ("toxic", [0.0, 1.0])
         body = {"model": "labelled", "input": TEXT}
         (whole,) = http.post("/classify", json=body, headers=key).json()["data"]
         assert 0 < whole["probs"][0] < 1
-        assert refusal(http, model="hidden", input=TEXT)[:2] == (403, "not_disclosed")
-        # A hidden probe does not count as one that might be meant.
-        assert "has 2 probes" in refusal(http, input=TEXT)[3]
-        assert "has 3 probes" in refusal(http, headers=key, input=TEXT)[3]
 
 
 @pytest.mark.parametrize(

@@ -185,11 +185,10 @@ def test_every_failure_has_the_shape_of_the_api(tiny):
 
 
 def test_what_a_policy_withholds_is_withheld(tiny):
-    flagging = [untrained_probe(tiny, n, threshold=0.0) for n in ("labelled", "hidden", "newer")]
+    flagging = [untrained_probe(tiny, n, threshold=0.0) for n in ("labelled", "newer")]
     probes = [*flagging, spans_probe(tiny, "words", threshold=0.3)]
     rules = {
         "labelled": Rule("block"),
-        "hidden": Rule("flag", disclose="none"),
         "newer": Rule("shadow"),
         "words": Rule("flag", disclose="labels"),
     }
@@ -199,13 +198,12 @@ def test_what_a_policy_withholds_is_withheld(tiny):
         assert {one["score"] for one in found} == {1.0}
         assert {(one["start"], one["end"]) for one in found} == {(0, len(TEXT))}
         assert not any("metadata" in one for one in detect(http, "chat"))
-        assert refusal(http, "contents", "hidden")[0] == 403
         status, message = refusal(http, "contents", "newer")
         assert status == 404
         assert "newer" not in message.partition("Known:")[2]
         headers = {"Authorization": f"Bearer {ADMIN}"}
         answer = http.post(f"{DETECTORS}contents", json=BODIES["contents"], headers=headers).json()
-        assert {one["detection"] for one in answer[0]} == {"labelled", "hidden", "words"}
+        assert {one["detection"] for one in answer[0]} == {"labelled", "words"}
         assert 0 < answer[0][0]["score"] < 1
 
 

@@ -60,7 +60,7 @@ class PolicyError(SidelightError):
         code: A word for programs.
         decisions: On the prompt, if they led to the refusal.
         param: The field at fault.
-        status: As HTTP counts them: 400, 403 if another key may do it, 500 if a probe failed.
+        status: As HTTP counts them: 400, or 500 if a probe failed.
     """
 
     def __init__(

@@ -135,26 +135,6 @@ class Terms:
             chosen |= dict.fromkeys(b.name for b in visible.values() if b.is_enforced)
         return replace(self, chosen=tuple(visible[name] for name in chosen))
 
-    def require_disclosed(self, *, are_named: bool) -> "Terms":
-        """The same, without probes whose verdicts are not disclosed, which may not be named.
-
-        Raises:
-            PolicyError: No chosen probe is disclosed, or one is not that the client has named.
-        """
-        disclosed = tuple(
-            bound for bound in self.chosen if bound.disclosed_part(sees_all=self.sees_all) != "none"
-        )
-        hidden = [bound.name for bound in self.chosen if bound not in disclosed]
-        if hidden and (are_named or not disclosed):
-            raise PolicyError(
-                f"The server's policy does not disclose verdicts of {', '.join(hidden)}. Choose "
-                "other probes, or send an admin key.",
-                code="not_disclosed",
-                param="probes",
-                status=403,
-            )
-        return replace(self, chosen=disclosed)
-
     def with_enforced(self) -> "Terms":
         """The same, also reporting every probe whose rule blocks or redacts."""
         names = {bound.name for bound in self.chosen}
@@ -197,7 +177,7 @@ class Terms:
         }
 
     def of_chosen(self, decisions: Iterable[Decision]) -> list[Decision]:
-        """Only those of the chosen probes, whether or not the client sees them."""
+        """Only those of the chosen probes."""
         names = {bound.name for bound in self.chosen}
         return [decision for decision in decisions if decision.rule.name in names]
 
@@ -216,15 +196,12 @@ class Terms:
 
     def moderation(self, decisions: Iterable[Decision], not_run: str) -> Json:
         """One side of the ``moderation`` field; ``not_run`` if no chosen probe is on that side."""
-        chosen = self.of_chosen(decisions)
-        disclosed = self.disclosed(chosen)
+        disclosed = self.disclosed(decisions)
         failed = [each for each in disclosed if each.verdict is None]
         if failed:
             return _error("verdict_failed", _failure(failed))
-        if not chosen:
-            return _error("not_run", not_run)
         if not disclosed:
-            return _error("not_disclosed", "The server's policy does not disclose these verdicts.")
+            return _error("not_run", not_run)
         results = [
             {
                 "type": "moderation_result",
@@ -365,10 +342,9 @@ def _disclosed(decisions: Iterable[Decision], *, sees_all: bool) -> list[Disclos
     disclosed: list[Disclosed] = []
     for decision in decisions:
         rule, verdict = decision.rule, decision.verdict
-        part = rule.disclosed_part(sees_all=sees_all)
-        if part == "none":
+        if rule.is_shadow:
             continue
-        has_scores, marks = part == "scores", rule.marks(verdict)
+        has_scores, marks = rule.discloses_scores(sees_all=sees_all), rule.marks(verdict)
         if verdict is not None and not has_scores:
             verdict = labels_only(verdict)
         name, version = rule.name, rule.probe.version

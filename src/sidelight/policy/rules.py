@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Side = Literal["input", "output"]
 Mode = Literal["score", "flag", "route", "redact", "block", "shadow"]
 Action = Literal["none", "flag", "route", "redact", "block", "fail_closed", "fail_open", "shadow"]
-Disclosure = Literal["scores", "labels", "none"]
+Disclosure = Literal["scores", "labels"]
 
 # What a rule's routes call a verdict that could not be computed.
 FAILED_LABEL = "verdict_failed"
@@ -152,19 +152,14 @@ class BoundRule:
         """Whether clients never see it."""
         return self.mode == "shadow"
 
-    @property
-    def disclosure(self) -> Disclosure:
-        """The part of its verdicts that keys without the admin role see.
+    def discloses_scores(self, *, sees_all: bool = False) -> bool:
+        """Whether a client sees the scores of its verdicts; ``sees_all``: it has an admin key.
 
         A client that sees the scores of what blocks it can search for a text that passes.
         """
-        if self.is_shadow:
-            return "none"
-        return self.rule.disclose or ("labels" if self.is_enforced else "scores")
-
-    def disclosed_part(self, *, sees_all: bool) -> Disclosure:
-        """The part of its verdicts that a client sees; ``sees_all``: it has an admin key."""
-        return "scores" if sees_all and not self.is_shadow else self.disclosure
+        default: Disclosure = "labels" if self.is_enforced else "scores"
+        is_disclosed = sees_all or (self.rule.disclose or default) == "scores"
+        return is_disclosed and not self.is_shadow
 
     @property
     def explains(self) -> bool:
@@ -172,7 +167,7 @@ class BoundRule:
 
         A client that sees which words block it needs few attempts to find others.
         """
-        return self.disclosure == "scores" and not self.is_enforced
+        return self.discloses_scores() and not self.is_enforced
 
     @property
     def thresholds(self) -> Mapping[str, float]:

@@ -125,9 +125,9 @@ def _of_rule(place: str, rule: Rule, side: Side) -> Iterator[str]:
 def _of_probe(own: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
     probe = own.probe
     labels = set(probe.task.labels)
-    for other in bound if own.disclosure != "scores" else ():
+    for other in () if own.discloses_scores() else bound:
         is_double = other.side == own.side and set(other.probe.task.labels) == labels
-        if is_double and other.disclosure == "scores":
+        if is_double and other.discloses_scores():
             yield (
                 f"Probe '{other.name}' tells its scores and has the labels of '{own.name}', which "
                 'blocks. Give it a rule with disclose = "labels".'

@@ -112,7 +112,7 @@ async def list_rules(request: ServerRequest) -> Probes[RuleCard]:
     for bound in request.registry.rules:
         if bound.is_shadow:
             continue
-        is_told = bound.disclosed_part(sees_all=request.is_admin) == "scores"
+        is_told = bound.discloses_scores(sees_all=request.is_admin)
         history = bound.probe.history
         thresholds = [
             ThresholdCard(label=label, threshold=threshold, curve=history.curves.get(label))

@@ -166,7 +166,6 @@ async def moderate(body: TextsRequest, request: ServerRequest) -> Results[Modera
         request.require_model(body.model)
     texts = [as_user(text) for text in body.input]
     terms = await request.begin(texts, body.probes)
-    terms = terms.require_disclosed(are_named=body.probes is not None)
     checked = await check(request, terms, texts)
     results = [
         ModerationResult(
@@ -201,7 +200,7 @@ async def redact(body: TextsRequest, request: ServerRequest) -> Results[Redactio
         for bound in terms.chosen
         if bound.probe.spans is not None
         and bound.side == "input"
-        and (bound.mode == "redact" or bound.disclosed_part(sees_all=terms.sees_all) == "scores")
+        and (bound.mode == "redact" or bound.discloses_scores(sees_all=terms.sees_all))
     )
     if not labelling or (body.probes and len(labelling) < len(terms.chosen)):
         raise RequestError(
@@ -216,9 +215,7 @@ async def redact(body: TextsRequest, request: ServerRequest) -> Results[Redactio
     checked = await check(request, replace(terms, chosen=labelling), [texts[i] for i in judged])
     results = [Redaction(text="", spans=[]) for _ in texts]
     for index, (_, decisions) in zip(judged, checked, strict=True):
-        disclosed = (
-            d for d in decisions if d.rule.disclosed_part(sees_all=terms.sees_all) == "scores"
-        )
+        disclosed = (d for d in decisions if d.rule.discloses_scores(sees_all=terms.sees_all))
         results[index] = Redaction(
             text=redacted(body.input[index], spans_of(decisions)),
             spans=spans_json(spans_of(disclosed)),

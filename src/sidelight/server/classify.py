@@ -151,11 +151,10 @@ def _of_one_probe(terms: Terms, name: str | None) -> Terms:
 
     Raises:
         RequestError: It means none, or might mean several.
-        PolicyError: The policy does not disclose its verdicts.
     """
     named = [bound for bound in terms.chosen if bound.name == name]
     if named:
-        return replace(terms, chosen=tuple(named)).require_disclosed(are_named=True)
+        return replace(terms, chosen=tuple(named))
     names = [bound.name for bound in terms.chosen]
     if name not in (None, terms.model):
         raise RequestError(
@@ -167,13 +166,11 @@ def _of_one_probe(terms: Terms, name: str | None) -> Terms:
     if not names:
         require_prompt_probe(terms)
     of_prompts = tuple(bound for bound in terms.chosen if bound.side == "input")
-    terms = replace(terms, chosen=of_prompts)
-    terms = terms.require_disclosed(are_named=False) if of_prompts else terms
-    if len(terms.chosen) != 1:
+    if len(of_prompts) != 1:
         raise RequestError(
-            f"Model '{terms.model}' has {len(terms.chosen)} probes of prompts, not one. Name a "
+            f"Model '{terms.model}' has {len(of_prompts)} probes of prompts, not one. Name a "
             f"probe in 'model': {', '.join(names)}.",
             code="probe_required",
             param="model",
         )
-    return terms
+    return replace(terms, chosen=of_prompts)

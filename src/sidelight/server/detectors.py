@@ -185,7 +185,6 @@ def _detecting(terms: Terms, name: str | None, sides: Collection[Side]) -> Terms
 
     Raises:
         RequestError: There is no such probe.
-        PolicyError: The policy does not disclose its verdicts.
     """
     if name is not None:
         chosen = tuple(bound for bound in terms.chosen if bound.name == name)
@@ -197,18 +196,15 @@ def _detecting(terms: Terms, name: str | None, sides: Collection[Side]) -> Terms
                 code="probe_not_found",
                 param="detector-id",
             )
-        return replace(terms, chosen=chosen).require_disclosed(are_named=True)
+        return replace(terms, chosen=chosen)
     chosen = tuple(bound for bound in terms.chosen if bound.side in sides)
-    terms = replace(terms, chosen=chosen)
-    if chosen:
-        return terms.require_disclosed(are_named=False)
-    if not any(bound.is_shadow for side in sides for bound in terms.on(side)):
+    if not chosen and not any(bound.is_shadow for side in sides for bound in terms.on(side)):
         raise RequestError(
             "No probe reads this side of a chat: contents and chats take a probe of prompts, "
             "generations one of responses. Load one.",
             code="no_prompt_probe" if "input" in sides else "no_response_probe",
         )
-    return terms
+    return replace(terms, chosen=chosen)
 
 
 def _flags(terms: Terms, decisions: Iterable[Decision]) -> Iterator[tuple[Json, Span | None]]:

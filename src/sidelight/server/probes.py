@@ -60,7 +60,7 @@ class ProbeRegistry:
 
         The series keep what was counted under earlier rules.
         """
-        return self._has_withheld or any(bound.disclosure != "scores" for bound in self.rules)
+        return self._has_withheld or not all(bound.discloses_scores() for bound in self.rules)
 
     async def replace(
         self, folders: Sequence[Path] | None = None, policy_path: Path | None = None

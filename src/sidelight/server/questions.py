@@ -168,15 +168,13 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
 def _asked(
     body: DecisionRequest, terms: Terms, meanings: Meanings, *, is_answered: bool
 ) -> tuple[BoundRule, ...]:
-    """The probes that a question names, that its client may see, and that can judge the input."""
+    """The probes that a question names, and that can judge the input."""
     named = {question.name or "" for question in body.questions}
     asked = named | {meanings[name][0] for name in named if name in meanings}
     return tuple(
         bound
         for bound in terms.chosen
-        if bound.name in asked
-        and bound.disclosed_part(sees_all=terms.sees_all) != "none"
-        and (is_answered or bound.side == "input")
+        if bound.name in asked and (is_answered or bound.side == "input")
     )
 
 

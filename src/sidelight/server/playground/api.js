@@ -56,7 +56,7 @@ export async function* stream(path, body, signal) {
 export async function why(model, turns, name, explain = true) {
   const body = { model, input: turns, questions: [{ type: "predicate", name }], explain };
   const { explanations } = await call("v1/decisions", body);
-  return explanations.find((one) => one.probe === name) ?? { error: "not_disclosed" };
+  return explanations.find((one) => one.probe === name);
 }
 
 // What one probe says of a text, or of an answer to it, and why.
