@@ -24,7 +24,7 @@ classifier = sidelight.SidelightClassifier(model, mechanism="pooling", backgroun
 scores = cross_val_score(classifier, texts, labels, cv=2)
 print("Accuracy by fold:", scores.round(2))
 
-# %% A grid search: the model has read these texts, and does not read them again
+# %% A grid search: each fit reads its texts, unless keep_cache=True keeps their hidden states
 settings = {"learning_rate": [0.005, 0.02]}
 search = GridSearchCV(classifier, settings, cv=2, scoring="neg_log_loss").fit(texts, labels)
 print("Best:", search.best_params_)

@@ -1,9 +1,6 @@
 """scikit-learn's face: a classifier of texts for pipelines, cross-validation and grid search."""
 
-import shutil
-import tempfile
 import warnings
-import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,13 +18,9 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 from sidelight.classifier import Classifier
 from sidelight.data.examples import LabelledExamples, as_example
 from sidelight.engines.transformers.backbone import TransformersBackbone, load_backbone
-from sidelight.models.smollm2 import cache_root
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.progress import quiet
-from sidelight.scoring import encode
-from sidelight.states.cache import ActivationCache
-from sidelight.states.extraction import cached_logits
 from sidelight.statistics.calibration import CalibrationKind
 from sidelight.training.background import load_background
 from sidelight.training.fit import fit
@@ -40,8 +33,6 @@ from sidelight.training.settings import (
 )
 from sidelight.types import Task
 
-# Where the states of all texts take more, they are made again.
-_MOST_BYTES = 16 * 2**30
 # Arguments that are settings of a mechanism.
 _SETTINGS = "learning_rate", "weight_decay", "epochs", "batch_size", "class_weight"
 
@@ -50,9 +41,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
     """A probe on a frozen LLM, as a scikit-learn classifier of texts.
 
     It is the probe that ``sidelight.train`` trains. Texts are a list, an array or a Series of
-    strings, each a message of a user. In one process, the LLM reads a text once to train on,
-    however many folds and settings train on it; but each fold shows its texts in traffic of its
-    own.
+    strings, each a message of a user. Each fold shows its texts in traffic of its own.
 
     Args:
         model: The LLM: ``smollm2``, a folder, or a hub id.
@@ -71,6 +60,8 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         calibration: How logits become probabilities; None: a temperature for several classes, else
             Platt scaling.
         max_tokens: Longer texts are cut for training; judging never cuts.
+        keep_cache: Whether the hidden states of training stay in the cache folder for other fits,
+            so that the LLM reads a text once, however many folds and settings train on it.
         random_state: Decides initial parameters and the order of the data; None is 0.
         verbose: Whether to show progress.
 
@@ -94,6 +85,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         none: bool = True,
         calibration: CalibrationKind | None = None,
         max_tokens: int = TRAINING_MAX_TOKENS,
+        keep_cache: bool = False,
         random_state: int | None = 0,
         verbose: bool = False,
     ):
@@ -109,6 +101,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         self.none = none
         self.calibration: CalibrationKind | None = calibration
         self.max_tokens = max_tokens
+        self.keep_cache = keep_cache
         self.random_state = random_state
         self.verbose = verbose
 
@@ -148,11 +141,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         examples = LabelledExamples(
             tuple(items), ({},) * len(items), task=task, labels=numbers.astype(np.int64)
         )
-        backbone, folder = _shared(str(self.model))
-        if sum(file.stat().st_size for file in folder.rglob("*")) > _MOST_BYTES:
-            for states in folder.iterdir():
-                shutil.rmtree(states)
-        options = replace(self._options(), cache_root=folder, keep_cache=True)
+        backbone, options = _backbone(str(self.model)), self._options()
         with nullcontext() if self.verbose else quiet():
             result = fit(backbone, examples, None, name="probe", options=options)
         for sentence in result.warnings:
@@ -171,19 +160,10 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         examples = [as_example(text) for text in _texts(X)]
-        (backbone, folder), probe = _shared(str(self.model)), self.probe_
-        probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
-        prompts, who = encode(backbone.encoder, examples), backbone.fingerprint
-        cache = ActivationCache(folder, prompts, reads=probe.reads, fingerprint=who)
-        is_known = np.array([cache.path(text).exists() for text in range(len(prompts))])
-        known, new = np.flatnonzero(is_known), np.flatnonzero(~is_known)
-        logits = np.empty((len(prompts), probe.task.outputs))
-        logits[known] = cached_logits(probe, cache.select(known.tolist()))
-        if len(new):
-            with nullcontext() if self.verbose else quiet():
-                logits[new] = Classifier(backbone, probe).logits([examples[i] for i in new])
-        probabilities = probe.calibration.apply(logits)
-        if probe.task.kind == "binary":
+        with nullcontext() if self.verbose else quiet():
+            logits = self.classifier_.logits(examples)
+        probabilities = self.probe_.calibration.apply(logits)
+        if self.probe_.task.kind == "binary":
             return np.column_stack([1 - probabilities, probabilities])
         given = probabilities[:, : len(self.classes_)]
         return given / given.sum(1, keepdims=True)
@@ -195,9 +175,15 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
 
     @property
     def classifier_(self) -> Classifier:
-        """The probe on its model: verdicts with the probe's threshold."""
+        """The probe on its model: verdicts with the probe's threshold.
+
+        Raises:
+            SidelightError: The model is another one than the probe was trained on.
+        """
         check_is_fitted(self)
-        return Classifier(_shared(str(self.model))[0], self.probe_)
+        backbone, probe = _backbone(str(self.model)), self.probe_
+        probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
+        return Classifier(backbone, probe)
 
     def save(self, directory: str | Path) -> Path:
         """Writes the probe as an artifact, to serve or to load with ``sidelight.load``.
@@ -226,18 +212,15 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
             none=self.none,
             calibration=self.calibration,
             max_tokens=int(self.max_tokens),
+            keep_cache=self.keep_cache,
         )
 
 
 # One, since a second LLM would double the memory.
 @lru_cache(maxsize=1)
-def _shared(model: str) -> tuple[TransformersBackbone, Path]:
-    """A model, and the folder of its states, which all classifiers of this process share."""
-    backbone, root = load_backbone(model, for_reading=True), cache_root() / "activations"
-    root.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="shared-", dir=root))
-    weakref.finalize(backbone, shutil.rmtree, folder, ignore_errors=True)
-    return backbone, folder
+def _backbone(model: str) -> TransformersBackbone:
+    """A model, which all classifiers of this process share."""
+    return load_backbone(model, for_reading=True)
 
 
 def _texts(values: Any) -> Sequence[str]:

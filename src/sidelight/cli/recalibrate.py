@@ -132,10 +132,9 @@ def _report(before: "Probe", made: "Recalibrated", folder: Path, *, as_json: boo
         return
     if made.figures is not None:
         title = f"{made.figures[0].rows:,} labelled texts, each calibrated without it"
-        reports = dict(zip(("before", "after"), made.figures, strict=True))
-        print_reports(title, reports)
-        for name, report in reports.items():
-            click.echo(f"{name.capitalize()}: {summary(report, (0, 0))}")
+        old, new = made.figures
+        print_reports(title, {"before": old, "after": new})
+        click.echo(f"Before: {summary(old, (0, 0))}\nAfter: {summary(new, (0, 0))}")
     what = entry["what"]
     click.echo(f"{what[0].upper()}{what[1:]}.")
     curves = made.probe.history.curves
