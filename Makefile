@@ -27,7 +27,7 @@ OF_RUNNERS := contract.py parity.py schedules.py redaction.py
 V1 := VLLM_USE_V2_MODEL_RUNNER=0
 V2 := VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/tests/triton_cpu
 
-.PHONY: demo test vllm matrix gpu-check guards fast mutants lint types format reference house docs clean help
+.PHONY: demo test vllm matrix gpu-check guards affected fast mutants lint types format reference house docs clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -56,6 +56,9 @@ matrix: .venv/.dev .venv/.clients .venv-vllm/.ready ## Run what a release needs 
 
 guards: .venv/.dev ## Train the guards that ship in guards/, and write their tables (several hours; continues after a kill)
 	$(BIN)/python .ci/guards.py
+
+affected: .venv/.dev ## Run the checks that the changes since BASE need (default: uncommitted changes)
+	$(BIN)/python .ci/affected.py $(BASE)
 
 fast: .venv/.dev ## Run the fast tests (under a minute)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(OWN) -n auto --dist loadfile
