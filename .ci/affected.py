@@ -20,7 +20,7 @@ from matrix import LANES
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"sidelight": "src", "sidelight_lab": "lab/src", "sidelight_label": "label/src"}
 TESTS = ("tests", "lab/tests", "label/tests", "guards/tests")
-# What is not a module, and the checks that it needs; the first match counts.
+# Files that are no modules, and the checks that they need.
 OTHERS = (
     (
         ("pyproject.toml", "Makefile", "conftest.py", ".ci/", "lab/pyproject", "label/pyproject"),
