@@ -255,7 +255,6 @@ class EngineContract:
             assert answer.finished.completion_tokens == tokens
             # Probes of the response have read what was written.
             assert answer.finished.judgement.verdicts
-        assert len({answer.text for answer in subject.run(all_at_once())}) > 1
 
 
 def other_probes(model: Model) -> list[Probe]:

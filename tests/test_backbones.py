@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sidelight import classifier
 from sidelight.cli.runtime import Runtime
+from sidelight.engines.backend import EngineOptions, find_backend
 from sidelight.engines.parity import compare_engines
 from sidelight.engines.transformers.backbone import load_backbone, read_model
 from sidelight.errors import FingerprintMismatchError, SidelightError
@@ -291,8 +292,8 @@ def test_a_cpu_without_bfloat16_reads_and_serves_in_float32_and_decides_as_in_bf
     probe = load_probe(save_probe(untrained_probe(read, "toxicity"), tmp_path / "toxicity"))
     judge = classifier.load(tmp_path / "toxicity", model=in_bfloat16, device="cpu")
     assert probe.fingerprint.dtype == judge.backbone.fingerprint.dtype == "float32"
-    # vLLM runs the model in the dtype of the backbone that encodes for it.
-    for_vllm = replace(runtime, engine="vllm", device="auto").load_backbone()
+    # vLLM runs the model in the dtype of its weights.
+    for_vllm = find_backend("vllm")(EngineOptions()).read(in_bfloat16)
     assert for_vllm.fingerprint.dtype == "bfloat16"
     texts = [[Message("user", f"text {number}" * number)] for number in range(1, 9)]
     engines = {

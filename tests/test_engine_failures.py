@@ -58,7 +58,7 @@ def test_a_failed_step_is_the_concern_of_its_request_only(backbone, is_prefill, 
     assert [a.finished.completion_tokens for a in answers] == [16, 200][: len(answers)]
     assert "RuntimeError" in message
     # Places are logged; what an error says may quote a prompt.
-    assert "transformers.py" in caplog.text
+    assert "transformers/engine.py" in caplog.text
     assert PROMPT not in message + str([record.getMessage() for record in caplog.records])
 
 

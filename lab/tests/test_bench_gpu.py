@@ -53,5 +53,5 @@ def test_the_error_of_another_process_is_read_from_the_log(tmp_path):
     write_text(
         log, f"INFO No Error here\n(EngineCore pid=7)   RuntimeError: Two devices.\n{place}ok\n"
     )
-    assert logged_error(log) == "RuntimeError: Two devices. (at sidelight/bank.py:155)"
+    assert logged_error(log) == "RuntimeError: Two devices. (at sidelight/probes/bank.py:155)"
     assert logged_error(tmp_path / "none") == ""
