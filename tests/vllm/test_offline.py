@@ -139,8 +139,9 @@ def test_a_server_writes_no_hidden_states(backbone):
         arguments.create_engine_config()
 
 
-def test_the_longest_text_leaves_room_for_the_token_that_vllm_writes(backbone):
-    from sidelight.vllm.offline import VllmSource
+def test_the_longest_text_leaves_room_for_the_token_that_vllm_writes(llama_model):
+    from sidelight.vllm.offline import VllmReader
 
-    assert VllmSource(backbone).max_tokens == backbone.encoder.max_tokens - 1
-    assert VllmSource(backbone, options={"max_model_len": 512}).max_tokens == 511
+    model = read_model(llama_model.path)
+    assert VllmReader(model).max_tokens == model.encoder.max_tokens - 1
+    assert VllmReader(model, options={"max_model_len": 512}).max_tokens == 511
