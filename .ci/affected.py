@@ -18,16 +18,19 @@ import grimp
 from matrix import LANES
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {"sidelight": "src", "sidelight_lab": "lab/src", "sidelight_label": "label/src"}
-TESTS = ("tests", "lab/tests", "label/tests", "guards/tests")
+PACKAGES = {
+    "sidelight": "src",
+    **{f"sidelight_{name}": f"packages/{name}/src" for name in ("lab", "label", "llama", "vllm")},
+}
+TESTS = ("tests", "packages")
 # Files that are no modules, and the checks that they need.
 OTHERS = (
     (
-        ("pyproject.toml", "Makefile", "conftest.py", ".ci/", "lab/pyproject", "label/pyproject"),
+        ("pyproject.toml", "Makefile", "conftest.py", ".ci/"),
         "test",
     ),
-    (("docs/", "README.md", "CONTRIBUTING.md", "mkdocs.yml", "lab/docs/"), "docs"),
-    (("guards/src/",), "guards/tests"),
+    (("docs/", "README.md", "CONTRIBUTING.md", "mkdocs.yml", "packages/lab/docs/"), "docs"),
+    (("packages/guards/src/",), "packages/guards/tests"),
     (("deploy/",), "tests/test_deploy.py"),
     (("examples/",), "tests/test_examples.py"),
     (("src/sidelight/server/playground/",), "tests/test_playground_api.py"),
@@ -69,13 +72,13 @@ def checks(base: str) -> list[list[str]]:
     tests = [*affected_tests(files, affected_modules(files))]
     if "docs" in extra:
         found.append(["make", "docs"])
-    own = [t for t in tests if not t.startswith(("tests/vllm/", "tests/matrix/"))]
+    own = [t for t in tests if not t.startswith(("packages/vllm/tests/inside/", "tests/matrix/"))]
     own += sorted(extra - {"docs", "test"})
     if "test" in extra:
         found.append(["make", "test"])
     elif own:
         found.append([python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *own])
-    if any(test.startswith("tests/vllm/") for test in tests):
+    if any(test.startswith("packages/vllm/tests/inside/") for test in tests):
         found.append(["make", "vllm"])
     lanes = [
         name

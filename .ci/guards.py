@@ -36,8 +36,6 @@ from sklearn.metrics import roc_auc_score
 from sidelight.cli.show import print_fit
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.guards import find_guard, guard_names
-from sidelight.engines.llama.backbone import LlamaBackbone
-from sidelight.engines.llama.files import EMBEDDED_GGUF, find_gguf
 from sidelight.engines.transformers.backbone import load_backbone
 from sidelight.models.fingerprint import Fingerprint
 from sidelight.models.smollm2 import EMBEDDED_NAME
@@ -61,9 +59,11 @@ from sidelight.training.measuring import measure_sources
 from sidelight.training.ready import affordable, guard_options, load_guard
 from sidelight.training.settings import FitOptions
 from sidelight.training.traffic import Conversations
+from sidelight_llama.backbone import LlamaBackbone
+from sidelight_llama.files import EMBEDDED_GGUF, find_gguf
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "guards" / "src" / "sidelight_guards"
+PACKAGE = ROOT / "packages" / "guards" / "src" / "sidelight_guards"
 BUILD = ROOT / "build" / "guards"
 PAGES = (ROOT / "docs" / "guards.md", ROOT / "README.md")
 STATES, LEFT_OUT = BUILD / "states", "left_out.json"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 SHORT, LONG = 40, 500
 PLACES = (
-    *("src/sidelight", "lab/src/sidelight_lab", "label/src/sidelight_label"),
-    *("tests", "lab/tests", "label/tests", "guards/tests"),
+    *("src/sidelight", *(f"packages/{name}/src" for name in ("vllm", "llama", "lab", "label"))),
+    *("tests", *(f"packages/{name}/tests" for name in ("vllm", "llama", "lab", "label", "guards"))),
 )
 NOT_CODE = {
     tokenize.NL,

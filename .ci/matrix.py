@@ -49,7 +49,7 @@ class Lane:
 COMPILED = {"SIDELIGHT_COMPILED": "1"}
 # What runners decide: which tokens a step runs, and where their states are.
 RUNNERS = ("contract", "parity", "schedules", "redaction")
-OF_RUNNERS = [f"tests/vllm/test_{name}.py" for name in RUNNERS]
+OF_RUNNERS = [f"packages/vllm/tests/inside/test_{name}.py" for name in RUNNERS]
 LANES = {
     "browser": Lane([f"{MATRIX}/browser"]),
     "clients": Lane([f"{MATRIX}/clients"]),
@@ -67,7 +67,7 @@ LANES = {
         [f"{MATRIX}/vllm/test_families.py"], runner=1, environment=COMPILED
     ),
     "vllm-quantised": Lane([f"{MATRIX}/vllm/test_quantised.py"], runner=1),
-    "vllm-newest-v1": Lane(["tests/vllm"], runner=1, package=NEWEST),
+    "vllm-newest-v1": Lane(["packages/vllm/tests/inside"], runner=1, package=NEWEST),
     "vllm-newest-v2": Lane(OF_RUNNERS, runner=2, package=NEWEST),
 }
 
@@ -87,7 +87,7 @@ def run(lane: Lane) -> str:
         environment["VLLM_USE_V2_MODEL_RUNNER"] = str(int(lane.runner == 2))
         if lane.runner == 2:
             environment["TRITON_INTERPRET"] = "1"
-            paths.append(str(ROOT / "tests/triton_cpu"))
+            paths.append(str(ROOT / "packages/vllm/tests/triton_cpu"))
         paths += filter(None, [os.environ.get("PYTHONPATH")])
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         options += ["-p", "no:unraisableexception"]

@@ -247,7 +247,7 @@ def _exit_code(fault: dict, folder: Path) -> int:
 
 def _try(fault: dict, folder: Path) -> int:
     """In a process of its own: the tests' exit code."""
-    for place in ("src", "lab/src"):
+    for place in ("src", "packages/lab/src"):
         shutil.copytree(ROOT / place, folder / place)
     if fault["patch"]:
         command = ["patch", "-p1", "--batch", "--quiet"]
@@ -259,8 +259,8 @@ def _try(fault: dict, folder: Path) -> int:
     tests = dict.fromkeys(str(file) for files in found for file in files)
     if fault["patch"]:
         resource.setrlimit(resource.RLIMIT_CPU, (LONGEST_S, LONGEST_S))
-    sys.path[:0] = [str(folder / "src"), str(folder / "lab/src")]
-    os.environ["PYTHONPATH"] = f"{folder / 'src'}:{folder / 'lab/src'}"
+    sys.path[:0] = [str(folder / "src"), str(folder / "packages/lab/src")]
+    os.environ["PYTHONPATH"] = f"{folder / 'src'}:{folder / 'packages/lab/src'}"
     with (folder / "output").open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

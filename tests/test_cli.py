@@ -347,9 +347,7 @@ def test_the_module_runs_no_code_from_the_working_directory(trap):
 
 def test_python_is_started_without_the_working_directory_in_its_path():
     sources = [
-        path
-        for folder in ("src", "lab/src", "label/src")
-        for path in ROOT.glob(f"{folder}/**/*.py")
+        path for folder in ("src", "packages/*/src") for path in ROOT.glob(f"{folder}/**/*.py")
     ]
     assert len(sources) > 150
     started = [
@@ -674,7 +672,8 @@ def test_commands_of_packages_that_are_missing_say_what_to_install(monkeypatch, 
     for command, package in (("reproduce", "lab"), ("redteam", "lab"), ("label", "label")):
         assert cli(command) == 2
         assert (
-            f"In a clone of Sidelight, run `pip install './{package}'`." in capsys.readouterr().err
+            f"In a clone of Sidelight, run `pip install './packages/{package}'`."
+            in capsys.readouterr().err
         )
     assert cli("--help") == 0
     told = capsys.readouterr().out

@@ -65,7 +65,7 @@ def test_the_demonstration_without_the_guards_package_says_first_what_to_install
     said = capsys.readouterr()
     assert said.out == ""
     (error,) = said.err.splitlines()
-    assert "In a clone of Sidelight, run `pip install './guards'`." in error
+    assert "In a clone of Sidelight, run `pip install './packages/guards'`." in error
 
 
 def panels(text: str) -> dict[str, str]:

@@ -20,9 +20,9 @@ from sidelight.probes.standardisation import Standardisation
 from sidelight.states.extraction import text_logits
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import TrainingSettings
-from sidelight.vllm.columns import Reading, set_receiver
-from sidelight.vllm.settings import Served, identity_of
-from sidelight.vllm.worker import Worker
+from sidelight_vllm.columns import Reading, set_receiver
+from sidelight_vllm.settings import Served, identity_of
+from sidelight_vllm.worker import Worker
 from worlds.data import encoded, planted_rows, span_rows, split_of
 from worlds.models import saved, spans_probe, tiny_backbone, untrained_probe
 from worlds.pretended_device import CPU, FIRST, SECOND, pretended

@@ -31,10 +31,12 @@ from worlds.models import tiny_backbone
 ROOT = Path(__file__).parent.parent
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
-    *(ROOT / name / "README.md" for name in ("guards", "lab", "label")),
-    *sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "lab" / "docs").rglob("*.md")]),
+    *sorted(ROOT.glob("packages/*/README.md")),
+    *sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "packages/lab/docs").rglob("*.md")]),
 ]
 SOURCE = ROOT / "src" / "sidelight"
+# Where a path of the pages may begin.
+FOLDERS = (SOURCE, *(ROOT / f"packages/{name}/src" for name in ("llama", "vllm")))
 
 
 def test_the_map_of_the_readme_names_paths_that_exist():
@@ -90,23 +92,29 @@ def defined(path: Path) -> set[str]:
     return names
 
 
+def found(path: str) -> Path:
+    """The file that a page calls by its path in the core, or in the source of an engine."""
+    (file,) = [folder / path for folder in FOLDERS if (folder / path).exists()]
+    return file
+
+
 def test_every_stop_of_the_walks_is_where_the_page_says():
     page = (ROOT / "docs" / "architecture.md").read_text()
     stops = re.findall(r"^ +\d+  (\S+\.py)  ([\w.]+(?:, [\w.]+)*)  \S", page, flags=re.MULTILINE)
     numbered = re.findall(r"^ +\d+  ", page, flags=re.MULTILINE)
     assert len(stops) == len(numbered) > 40
     places = [(path, name) for path, names in stops for name in names.split(", ")]
-    assert [(p, n) for p, n in places if n not in defined(SOURCE / p)] == []
+    assert [(p, n) for p, n in places if n not in defined(found(p))] == []
 
 
 def test_architecture_names_files_and_functions_that_exist():
     page = (ROOT / "docs" / "architecture.md").read_text()
     files = [f for f in re.findall(r"`([\w/]+\.py)`", page) if not f.endswith("x.py")]
-    folders = (ROOT, SOURCE, ROOT / "lab/src/sidelight_lab")
+    folders = (ROOT, *FOLDERS, ROOT / "packages/lab/src/sidelight_lab")
     assert len(files) > 15
     assert [f for f in files if not any((folder / f).exists() for folder in folders)] == []
     named = re.findall(r"`_?[A-Z]\w+\.(\w+)`", page)
-    code = "\n".join(path.read_text() for path in SOURCE.rglob("*.py"))
+    code = "\n".join(path.read_text() for folder in FOLDERS for path in folder.rglob("*.py"))
     assert [name for name in named if f"def {name}(" not in code] == []
 
 
@@ -134,9 +142,10 @@ def replaced_methods(path: Path) -> set[str]:
 def test_architecture_names_every_method_of_vllm_that_is_replaced():
     page = (ROOT / "docs" / "architecture.md").read_text()
     table = page.split("| file | replaces in vLLM |")[1].split("\n\n")[0]
-    rows = re.findall(r"^\| `(vllm/\w+\.py)` \| (.+) \|$", table, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(sidelight_vllm/\w+\.py)` \| (.+) \|$", table, flags=re.MULTILINE)
     told = {path: set(re.findall(r"`([a-z_]+)`", cell)) for path, cell in rows}
-    has = {f"vllm/{path.name}": replaced_methods(path) for path in (SOURCE / "vllm").glob("*.py")}
+    files = (ROOT / "packages/vllm/src").rglob("*.py")
+    has = {f"sidelight_vllm/{path.name}": replaced_methods(path) for path in files}
     assert told == {path: names for path, names in has.items() if names}
 
 
@@ -161,7 +170,7 @@ def asks_for_device(node: ast.AST) -> bool:
     return False
 
 
-def device_places(path: Path) -> Iterator[tuple[str, str]]:
+def device_places(path: Path, folder: Path) -> Iterator[tuple[str, str]]:
     """Each function of a file that has a line for a device that is not the CPU."""
 
     def places(node: ast.AST, name: str) -> Iterator[str]:
@@ -173,13 +182,18 @@ def device_places(path: Path) -> Iterator[tuple[str, str]]:
             yield from places(child, name)
 
     for name in places(ast.parse(path.read_text()), ""):
-        yield str(path.relative_to(SOURCE)), name
+        yield str(path.relative_to(folder)), name
 
 
 def test_every_line_that_only_a_gpu_runs_is_listed_with_the_test_that_runs_it():
-    page = (ROOT / "lab" / "docs" / "gpus.md").read_text()
+    page = (ROOT / "packages/lab/docs/gpus.md").read_text()
     rows = re.findall(r"^\| `(\S+\.py)` `(\S+)` \| .+ \| (.+) \|$", page, flags=re.MULTILINE)
-    has = {place for path in SOURCE.rglob("*.py") for place in device_places(path)}
+    has = {
+        place
+        for folder in FOLDERS
+        for path in folder.rglob("*.py")
+        for place in device_places(path, folder)
+    }
     assert {(path, name) for path, name, _ in rows} == has
     runs = {run for _, _, run in rows} - {"never run"}
     assert [run for run in runs if not (ROOT / run.strip("`")).exists()] == []
@@ -194,7 +208,7 @@ def test_architecture_names_every_mechanism():
 NAMES = {"sklearn": "scikit-learn"}
 # What a declared package brings, and engines that whoever wants them installs.
 BROUGHT = {
-    "packaging", "psutil", "pydantic_core", "opentelemetry", "starlette", "tokenizers", "uvloop",
+    "psutil", "pydantic_core", "opentelemetry", "starlette", "tokenizers", "uvloop",
     "vllm",
 }  # fmt: skip
 
@@ -218,11 +232,12 @@ def test_the_product_imports_only_what_it_declares():
 
 
 def dependencies() -> set[str]:
-    """Of the product and the laboratory, and their tools."""
-    folders = (ROOT, ROOT / "lab")
-    projects = [tomllib.loads((f / "pyproject.toml").read_text())["project"] for f in folders]
-    lists = [projects[0]["dependencies"], *projects[0]["optional-dependencies"].values()]
-    lines = sum(lists, projects[1]["dependencies"])
+    """Of all packages, and their tools."""
+    lines = list[str]()
+    for path in (ROOT / "pyproject.toml", *ROOT.glob("packages/*/pyproject.toml")):
+        project = tomllib.loads(path.read_text())["project"]
+        extras = project.get("optional-dependencies", {}).values()
+        lines += sum(extras, project["dependencies"])
     return {re.split(r"[\[<>=~!; ]", line)[0] for line in lines} - {"sidelight"}
 
 
@@ -257,7 +272,7 @@ def series() -> set[str]:
 
 
 def error_codes() -> set[str]:
-    code = "\n".join(path.read_text() for path in SOURCE.rglob("*.py"))
+    code = "\n".join(path.read_text() for folder in FOLDERS for path in folder.rglob("*.py"))
     return set(re.findall(r"""(?:\bcode=|_error\(|_error", )"(\w+)\"""", code))
 
 
@@ -275,7 +290,7 @@ REFERENCE = {
     "docs/policies.md": lambda: [field.name for kind in (Policy, Rule) for field in fields(kind)],
     "docs/reference.md": options,
     "docs/routes.md": error_codes,
-    "lab/docs/redteam.md": lambda: {*attack_names(), *(a.group for a in ATTACKS.values())},
+    "packages/lab/docs/redteam.md": lambda: {*attack_names(), *(a.group for a in ATTACKS.values())},
 }
 
 

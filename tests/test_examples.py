@@ -14,7 +14,7 @@ import yaml
 
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.engines.transformers.engine import TransformersEngine
-from sidelight.vllm import ENVIRONMENT
+from sidelight_vllm import ENVIRONMENT
 from worlds.models import three_probes
 from worlds.servers import http_client, served
 

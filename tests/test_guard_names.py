@@ -284,7 +284,7 @@ def test_a_server_replaces_probes_by_guards(tiny, package):
 
 
 def test_vllm_is_told_names_of_guards_between_folders(monkeypatch, model, package):
-    settings = pytest.importorskip("sidelight.vllm.settings")
+    settings = pytest.importorskip("sidelight_vllm.settings")
     named = ["guard:shouts", "/probes/guard", "guard:replies@1,shouts", "safeguard", "guard:pii"]
     monkeypatch.setenv(settings.ENVIRONMENT, os.pathsep.join(named))
     assert settings.named_folders({}) == tuple(named)

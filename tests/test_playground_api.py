@@ -12,7 +12,7 @@ from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
 from sidelight.server.config import ServerConfig
 from sidelight.server.playground import STRICT
-from sidelight.vllm.server import NO_PLACE
+from sidelight_vllm.server import NO_PLACE
 from worlds.data import with_curves
 from worlds.models import INTENT, TOPICS, untrained_probe
 from worlds.servers import MODEL, in_process

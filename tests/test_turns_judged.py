@@ -11,7 +11,7 @@ from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Reads, judged_units, piece_lengths
 from sidelight.probes.bank import Bank, Panel
 from sidelight.types import Judgement, Verdict
-from sidelight.vllm.requests import Report, read_report, report_params
+from sidelight_vllm.requests import Report, read_report, report_params
 from worlds.models import TOPICS, TOXICITY, broken, score, untrained_probe
 from worlds.servers import run_engine
 

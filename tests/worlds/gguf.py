@@ -11,11 +11,11 @@ import torch
 from gguf import MODEL_ARCH_NAMES, GGUFWriter, TokenType, get_tensor_name_map
 from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from sidelight.engines.llama.backbone import LlamaBackbone
-from sidelight.engines.llama.library import require_version
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt
+from sidelight_llama.backbone import LlamaBackbone
+from sidelight_llama.library import require_version
 from worlds.models import CHAT_TEMPLATE, SIZES, SPECIAL_TOKENS, tiny_backbone
 
 

@@ -18,7 +18,7 @@ import httpx
 
 from policy_contract import ADMIN, Asked, Subjects, chat, parts_of
 from sidelight.probes.manifest import read_manifest
-from sidelight.vllm.settings import identity_of
+from sidelight_vllm.settings import identity_of
 from worlds.servers import free_port
 from worlds.vllm import IS_INTERPRETED
 

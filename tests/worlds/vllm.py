@@ -26,7 +26,6 @@ from transformers import (
 )
 
 from sidelight.data.spans import SpanRule
-from sidelight.engines.llama.backbone import LlamaBackbone
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.models.conversation import EncodedPrompt, Part, Reads, Side
 from sidelight.probes.artifact import save_probe
@@ -42,9 +41,10 @@ from sidelight.probes.probe import Probe
 from sidelight.probes.standardisation import Standardisation
 from sidelight.statistics.calibration import Calibration
 from sidelight.types import Task
-from sidelight.vllm import KEY
-from sidelight.vllm.requests import read_report, request_params
-from sidelight.vllm.settings import DESCRIBED
+from sidelight_llama.backbone import LlamaBackbone
+from sidelight_vllm import KEY
+from sidelight_vllm.requests import read_report, request_params
+from sidelight_vllm.settings import DESCRIBED
 from worlds.models import (
     INTENT,
     SIZES,

@@ -40,7 +40,7 @@ class _Commands(click.Group):
         if package := _PACKAGES.get(cmd_name):
             raise SidelightError(
                 f"'sidelight {cmd_name}' belongs to the package sidelight-{package}, which is not "
-                f"installed. {how_to_install(f'./{package}')}"
+                f"installed. {how_to_install(f'./packages/{package}')}"
             )
         return None
 

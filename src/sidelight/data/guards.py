@@ -183,7 +183,7 @@ def find_guard(name: str) -> Guard:
     if not packages and name in _PACKAGED:
         raise SidelightError(
             f"The guard '{name}' belongs to the package sidelight-guards, which is not installed. "
-            f"{how_to_install('./guards')}"
+            f"{how_to_install('./packages/guards')}"
         )
     if not packages:
         raise SidelightError(f"There is no guard '{name}'.{did_you_mean(name, guard_names())}")

@@ -56,7 +56,7 @@ class TrainingSettings:
             texts (see ``training/scaling.py``), if states are standardised.
         normalise: Whether hidden states are divided by their root mean square, so that no token
             outweighs others by its norm; see ``Standardisation``. None: unless there are several
-            classes, which lose accuracy by it (measured in lab/docs/experiments).
+            classes, which lose accuracy by it (measured in packages/lab/docs/experiments).
         layers: How many hidden states the probe reads, from the embedding up; the projections of
             the others are exactly zero. None: all.
         beginnings: Whether a probe of responses also learns from a random beginning of each, since

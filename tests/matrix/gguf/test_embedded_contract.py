@@ -5,10 +5,10 @@ import asyncio
 import pytest
 
 from engine_contract import EngineContract, Subject
-from sidelight.engines.llama.backbone import LlamaBackbone
-from sidelight.engines.llama.engine import LlamaEngine
 from sidelight.engines.queue import Limits
 from sidelight.models.smollm2 import packaged_gguf
+from sidelight_llama.backbone import LlamaBackbone
+from sidelight_llama.engine import LlamaEngine
 from worlds.gguf import needs_llama
 from worlds.servers import ask
 from worlds.vllm import with_probes

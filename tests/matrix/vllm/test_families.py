@@ -28,7 +28,7 @@ IS_EAGER = os.environ.get("SIDELIGHT_COMPILED") != "1"
 
 
 def test_what_is_allowed_is_tested():
-    from sidelight.vllm.plugin import ARCHITECTURES
+    from sidelight_vllm.plugin import ARCHITECTURES
 
     assert {*TESTED} == ARCHITECTURES
 

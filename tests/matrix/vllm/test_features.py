@@ -14,9 +14,9 @@ from sidelight.engines.base import GenerationError
 from sidelight.engines.transformers.backbone import load_backbone
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.manifest import read_manifest
-from sidelight.vllm import KEY
-from sidelight.vllm.engine import saved
-from sidelight.vllm.settings import identity_of
+from sidelight_vllm import KEY
+from sidelight_vllm.engine import saved
+from sidelight_vllm.settings import identity_of
 from worlds.models import untrained_probe
 from worlds.servers import cli
 from worlds.vllm import (
@@ -141,7 +141,7 @@ def test_columns_are_taken_out_of_the_memory_for_keys_and_values(name, tmp_path,
     """As much memory as without probes, with room for fewer tokens."""
 
     def bytes_of(worker):
-        from sidelight.vllm.worker import current_worker
+        from sidelight_vllm.worker import current_worker
 
         # Layers may share it.
         caches = [cache.untyped_storage() for cache in worker.model_runner.kv_caches]
@@ -172,7 +172,7 @@ def identity(folders):
 @pytest.mark.parametrize("parallel", ["pipeline_parallel_size", "tensor_parallel_size"])
 def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path, monkeypatch):
     def addresses(_worker):
-        from sidelight.vllm.worker import current_worker
+        from sidelight_vllm.worker import current_worker
 
         worker = current_worker()
         stage = worker._stage
@@ -212,7 +212,7 @@ def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path
 
 def test_every_rank_judges_and_takes_other_probes(model):
     """Two engines under one client: each judges its own requests."""
-    from sidelight.vllm.engine import load_vllm_engine
+    from sidelight_vllm.engine import load_vllm_engine
 
     others = other_probes(model)
 

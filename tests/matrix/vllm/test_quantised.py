@@ -15,9 +15,9 @@ from sidelight.engines.transformers.backbone import TransformersBackbone, load_b
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.models.fingerprint import ACCEPTED
 from sidelight.probes.artifact import save_probe
-from sidelight.vllm import KEY
-from sidelight.vllm.engine import load_vllm_engine
-from sidelight.vllm.settings import STATES, Served
+from sidelight_vllm import KEY
+from sidelight_vllm.engine import load_vllm_engine
+from sidelight_vllm.settings import STATES, Served
 from worlds.servers import cli
 from worlds.vllm import ROUNDING, expected, llm_of, mixed_prompts, require_equal, run_llm, verdicts
 

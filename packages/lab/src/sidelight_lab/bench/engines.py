@@ -1,0 +1,221 @@
+"""What engines take for the same work: tokens read and written, probes beside them, and memory.
+
+Each model has a process of its own. Rounds ask them in turn, with probes and without, so that what
+else the machine does meets all of them.
+"""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import cache, partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from sidelight.engines.queue import Limits
+from sidelight.engines.transformers.backbone import DtypeName, load_backbone
+from sidelight.engines.transformers.engine import TransformersEngine
+from sidelight.errors import SidelightError
+from sidelight.models.conversation import Message, Reads
+from sidelight.progress import progress
+from sidelight.storage import write_json
+from sidelight_lab.bench.measurement import (
+    Range,
+    Record,
+    conditions,
+    table,
+    untrained_probe,
+    write_answers,
+)
+from sidelight_lab.tables.runs import digest
+from sidelight_llama.files import find_gguf, is_gguf
+
+PROBES = 3
+TEXTS = (1, 8)
+# llama.cpp takes as much memory as in `sidelight serve`, for more texts.
+_LLAMA_LIMITS = Limits(running=max(TEXTS), prefill_tokens=256, cache_tokens=3 * 4096)
+
+
+class Subject:
+    """A model and its engine, the only ones in this process.
+
+    Args:
+        model: As ``sidelight serve`` takes it.
+        dtype: Of one that is not a GGUF file.
+        threads: That compute.
+    """
+
+    def __init__(self, model: str, dtype: DtypeName, threads: int):
+        torch.set_num_threads(threads)
+        if is_gguf(model):
+            from sidelight_llama.backbone import LlamaBackbone
+            from sidelight_llama.engine import LlamaEngine
+
+            self.backbone = LlamaBackbone(find_gguf(model), name=model, threads=threads)
+            self._engine = LlamaEngine(self.backbone, [], limits=_LLAMA_LIMITS)
+        else:
+            self.backbone = load_backbone(model, dtype=dtype, device="cpu")
+            self._engine = TransformersEngine(self.backbone, [])
+        probe_of = partial(
+            untrained_probe,
+            self.backbone.fingerprint,
+            prompt_format=self.backbone.encoder.prompt_format,
+        )
+        late = probe_of("late", reads=Reads("response"))
+        self._probes = [*(probe_of(f"probe-{i}", seed=i) for i in range(PROBES - 1)), late]
+        self._runner = asyncio.Runner()
+        self._runner.run(self._engine.start())
+
+    def measure(
+        self, probes: int, lengths: Sequence[int], written: int
+    ) -> list[tuple[float, float]]:
+        """CPU seconds and seconds of a token: of prompts by length, then of texts together."""
+        return self._runner.run(self._measure(probes, lengths, written))
+
+    async def _measure(
+        self, probes: int, lengths: Sequence[int], written: int
+    ) -> list[tuple[float, float]]:
+        await self._engine.replace_probes(self._probes[:probes])
+        spent = [await _timed(self._read(length)) for length in lengths]
+        for texts in TEXTS:
+            # The first token of each has the time of its prompt.
+            first = await _timed(write_answers(self._engine, texts, 1))
+            spent.append(await _timed(write_answers(self._engine, texts, 1 + written)) - first)
+            if not spent[-1][0]:
+                raise SidelightError(
+                    f"{self.backbone.name} ends its answers at once, which says nothing of the "
+                    "time of writing. Name a model that is trained to chat."
+                )
+        return [(cpu_s / tokens, wall_s / tokens) for tokens, cpu_s, wall_s in map(list, spent)]
+
+    async def _read(self, length: int) -> int:
+        (judged,) = await self._engine.judge([[Message("user", " word" * length)]])
+        return judged.tokens
+
+    def conditions(self) -> dict[str, Any]:
+        """What its figures depend on."""
+        return conditions(self.backbone, {"engine": self.backbone.engine})
+
+    def close(self) -> float:
+        """Ends the engine; returns megabytes of this process."""
+        megabytes = psutil.Process().memory_info().rss / 1e6
+        self._runner.run(self._engine.close())
+        self._runner.close()
+        return megabytes
+
+
+async def _timed(work: Awaitable[int]) -> np.ndarray:
+    """Tokens, CPU seconds and seconds."""
+    cpu_s, wall_s = process_time(), perf_counter()
+    tokens = await work
+    return np.array([tokens, process_time() - cpu_s, perf_counter() - wall_s])
+
+
+_subject = cache(Subject)
+
+
+def _ask(identity: tuple[str, DtypeName, int], method: str, *given: Any) -> Any:
+    """The result of a method of the subject of this process."""
+    return getattr(_subject(*identity), method)(*given)
+
+
+def compare_engines(
+    models: Sequence[str],
+    *,
+    dtype: DtypeName,
+    threads: int,
+    tokens: Sequence[int],
+    written: int,
+    rounds: int,
+    out: Path | None = None,
+) -> Record:
+    """Tokens a CPU second and a second, what probes add, and memory, of each model.
+
+    Args:
+        models: As ``sidelight serve`` takes them; the others are compared with the first.
+        dtype: Of those that are not GGUF files.
+        threads: Of each.
+        tokens: Lengths of the prompts, without what a chat template adds.
+        written: Tokens of each text.
+        rounds: Of all models with probes and without, in turn.
+        out: Folder that keeps each round, so that a kill costs one; figures are paired by round.
+    """
+    pairs = [*product(models, (0, PROBES))]
+    with ExitStack() as stack:
+        spawn = get_context("spawn")
+        processes = {
+            model: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for model in models
+        }
+
+        def ask(model: str, method: str, *given: Any) -> Any:
+            identity = (model, dtype, threads)
+            return processes[model].submit(_ask, identity, method, *given).result()
+
+        for model, probes in pairs:
+            ask(model, "measure", probes, tokens[:1], 1)
+        wheres = [ask(model, "conditions") for model in models]
+        who = [{**where, "load before": None} for where in wheres]
+        name = digest({"engines": who, "tokens": tokens, "written": written, "texts": TEXTS})[:12]
+        kept = None if out is None else out / "engines" / f"{name}.json"
+        # [round, pair, work, clock]
+        measured: list[Any] = []
+        if kept is not None and kept.exists():
+            measured = json.loads(kept.read_text("utf-8"))[:rounds]
+        with progress("Timing", rounds * len(pairs), unit="sets of probes") as advance:
+            advance(len(measured) * len(pairs))
+            for number in range(len(measured), rounds):
+                first = number % len(pairs)
+                spent: dict[tuple[str, int], list[tuple[float, float]]] = {}
+                for pair in pairs[first:] + pairs[:first]:
+                    model, probes = pair
+                    spent[pair] = ask(model, "measure", probes, tokens, written)
+                    advance(1)
+                measured.append([spent[pair] for pair in pairs])
+                if kept is not None:
+                    write_json(kept, measured)
+        megabytes = [ask(model, "close") for model in models]
+    where = {name: " and ".join(dict.fromkeys(str(w[name]) for w in wheres)) for name in wheres[0]}
+    works = [f"reading {n}" for n in tokens] + [f"writing, {n} at once" for n in TEXTS]
+    # Seconds of a token: [work, clock, round].
+    by_pair = np.array(measured).transpose(1, 2, 3, 0)
+    seconds = dict(zip(pairs, by_pair, strict=True))
+    figures = {
+        "works": works,
+        "seconds": [
+            {
+                "model": model,
+                "probes": probes,
+                "cpu": own[:, 0].tolist(),
+                "wall": own[:, 1].tolist(),
+            }
+            for (model, probes), own in seconds.items()
+        ],
+        "memory_mb": dict(zip(models, megabytes, strict=True)),
+    }
+    rates = ["", "probes", *models, *(f"{model}, times {models[0]}" for model in models[1:])]
+    sections: list[str] = []
+    for clock, name in enumerate(("CPU second", "second")):
+        rows: list[list[object]] = []
+        for (i, work), probes in product(enumerate(works), (0, PROBES)):
+            own = [1 / seconds[model, probes][i, clock] for model in models]
+            ratios = _cells([each / own[0] for each in own[1:]], 2)
+            rows.append([work, probes, *_cells(own, 1), *ratios])
+        sections.append(table(f"Tokens a {name}, median (range)", rates, rows))
+    costs = {model: seconds[model, PROBES][:, 0] / seconds[model, 0][:, 0] for model in models}
+    rows = [[work, *_cells([costs[m][i] for m in models], 3)] for i, work in enumerate(works)]
+    rows.append(["MB of the process", *(f"{own:.0f}" for own in megabytes)])
+    sections.append(table(f"CPU time with {PROBES} probes, over that without", ["", *models], rows))
+    where |= {"tokens written": written, "rounds": rounds}
+    return Record("engines", where, figures, sections)
+
+
+def _cells(values: Sequence[np.ndarray], digits: int) -> list[str]:
+    return [Range.of(own.tolist()).text(digits) for own in values]

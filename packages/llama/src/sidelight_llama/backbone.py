@@ -1,0 +1,395 @@
+"""A GGUF file as a backbone: identified by its header and samples of its weights, run by llama.cpp.
+
+The header is read by the package ``gguf``, and nothing is dequantised. llama.cpp loads the file
+when states are first wanted.
+"""
+
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from copy import copy
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from gguf import GGML_QUANT_SIZES, GGUFReader, ReaderTensor
+from jaxtyping import Float
+from pydantic import BaseModel, Field
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from sidelight.errors import SidelightError, did_you_mean
+from sidelight.models.checkpoint import Checkpoint, fingerprint, model_folder
+from sidelight.models.conversation import EncodedPrompt, PromptFormat
+from sidelight.models.encode import PromptEncoder
+from sidelight.models.fingerprint import hash_of
+from sidelight.models.machine import free_memory
+from sidelight.models.smollm2 import cache_root
+from sidelight.progress import Progress
+from sidelight.states.cache import ActivationCache
+from sidelight.states.extraction import tapped_states
+from sidelight.states.reader import Tap
+from sidelight_llama.context import LlamaContext, LlamaModel
+from sidelight_llama.decoder import Slot, read_text
+from sidelight_llama.library import BY_CALLBACK, BY_LAYER_INPUT, PINNED
+from sidelight_llama.trial import SAMPLE, keep, try_once
+
+_BLOCKS_PER_WEIGHT = 16
+_SIZES = ("block_count", "context_length", "embedding_length")
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_NOT_READ = {
+    "keeps a state other than keys and values": (
+        "arwkv7 bailingmoe3 deepseek4 falcon-h1 glm5-next granitehybrid jamba kimi-k3 kimi-linear "
+        "lfm2 lfm2moe mamba mamba2 minimax-01 nemotron_h nemotron_h_moe plamo2 qwen35 qwen35moe "
+        "qwen3next qwen4exp rwkv6 rwkv6qwen2 rwkv7"
+    ),
+    "has an encoder": "t5 t5encoder",
+    "embeds texts and writes none": (
+        "bert eurobert gemma-embedding gemma-embedding2 jina-bert-v2 jina-bert-v3 llama-embed "
+        "modern-bert neo-bert nomic-bert nomic-bert-moe"
+    ),
+    "writes by diffusion": "dream llada llada-moe rnd1",
+    "reads images or sound": (
+        "chameleon clip cogvlm deepseek2-ocr hunyuan_vl paddleocr qwen2vl qwen3vl qwen3vlmoe"
+    ),
+}
+
+
+class LlamaBackbone:
+    """A frozen causal LM of a GGUF file.
+
+    Args:
+        path: The file.
+        name: Its name in messages and manifests; None: that of the file.
+        tokenizer: A folder or hub id of its tokenizer; None: the file's own.
+        prompt_format: As for ``load_backbone``.
+        threads: Threads that compute; None: one less than there are cores.
+
+    Attributes:
+        is_exact: Whether its weights are float32; keys and values are then, too.
+
+    Raises:
+        SidelightError: The file is damaged, no model whose states can be read, or not that of the
+            tokenizer.
+    """
+
+    engine = f"llama.cpp {PINNED}"
+    device = torch.device("cpu")
+    # A prompt at a time: on a CPU, several together are no faster.
+    batch_tokens = 1
+    can_share_prefixes = True
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str | None = None,
+        tokenizer: str | None = None,
+        prompt_format: PromptFormat | None = None,
+        threads: int | None = None,
+    ):
+        self.path, self.name, self.threads = path, name or path.name, threads
+        reader, tokens, self._architecture, config = _read(path)
+        self._config = config
+        samples = {tensor.name: _sample(tensor) for tensor in reader.tensors}
+        checkpoint = Checkpoint(config, samples, _dtype(reader))
+        self.is_exact = checkpoint.dtype == "float32"
+        header = sha256(reader.data[: reader.data_offset].tobytes()).hexdigest()
+        made = _tokenizer(path, tokenizer, header)
+        chosen = prompt_format or ("chat" if made.chat_template else "raw")
+        limit = config["context_length"]
+        self.encoder = PromptEncoder(made, prompt_format=chosen, max_tokens=limit)
+        self.fingerprint = fingerprint(
+            checkpoint,
+            self.encoder,
+            name=self.name,
+            # Without what follows the last block, which llama.cpp does not give for every token.
+            layers=config["block_count"],
+            width=config["embedding_length"],
+        )
+        identity = f"{header} {self.fingerprint.weights} {path.stat().st_size}"
+        sample = try_once(path, self._architecture, identity)
+        _require_tokens(path, made, tokens, sample)
+        self._tap: Tap | None = None
+        self._context: LlamaContext | None = None
+        self._prefix: tuple[int, ...] = ()
+
+    @property
+    def max_tokens(self) -> int:
+        """Length of the longest text that it reads, in tokens."""
+        return self.encoder.max_tokens
+
+    def states(
+        self, cache: ActivationCache, rows: Sequence[int], advance: Progress
+    ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
+        """As ``Reader.states``."""
+        return tapped_states(self, cache, rows, advance)
+
+    @cached_property
+    def model(self) -> LlamaModel:
+        """The file in llama.cpp, which is loaded when it is first asked for."""
+        return LlamaModel(self.path, self._architecture)
+
+    def limited(self, max_tokens: int) -> "LlamaBackbone":
+        """The same file for texts of at most ``max_tokens``, if they were longer."""
+        other, own = copy(self), self.encoder
+        if max_tokens < own.max_tokens:
+            other.encoder = PromptEncoder(
+                own.tokenizer,
+                prompt_format=own.prompt_format,
+                max_tokens=max_tokens,
+                more=f" Of the {own.max_tokens} tokens that the model knows, a server allows more "
+                "with --engine-option tokens=N.",
+            )
+        return other
+
+    def context(self, *, sequences: int, positions: int) -> LlamaContext:
+        """Room for some texts of this file.
+
+        Raises:
+            SidelightError: There is not enough memory.
+        """
+        needed = sequences * positions * _token_bytes(self._config, is_exact=self.is_exact)
+        unread = 0 if "model" in vars(self) else self.path.stat().st_size
+        free = free_memory()
+        # llama.cpp fills both at once, and the system would end the process without a word.
+        if free is not None and needed + unread > free:
+            texts = f"a text of {positions} tokens"
+            remedy = "Shorten the text or judge it in parts"
+            if sequences > 1:
+                texts = f"{sequences} texts of {positions} tokens (one is only judged)"
+                remedy = (
+                    "Serve fewer or shorter texts at once (--engine-option texts=N "
+                    "--engine-option tokens=N)"
+                )
+            raise SidelightError(
+                f"There is not enough memory for {texts}: keys and values take "
+                f"{needed / 1e9:.1f} GB and the weights {unread / 1e9:.1f} GB, and "
+                f"{free / 1e9:.1f} GB are free. {remedy}, or free some."
+            )
+        return LlamaContext(
+            self.model,
+            sequences=sequences,
+            positions=positions,
+            is_exact=self.is_exact,
+            threads=self.threads,
+        )
+
+    @contextmanager
+    def tapped(self, tap: Tap) -> Generator[None]:
+        """As ``Backbone.tapped``."""
+        outer, self._tap = self._tap, tap
+        try:
+            yield
+        finally:
+            self._tap = outer
+
+    def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
+        """As ``Backbone.run``, for one prompt; of a long one, the tap sees part by part."""
+        (prompt,) = prompts
+        tokens = prompt.token_ids
+        if self._context is None or self._context.positions < len(tokens):
+            self._context, self._prefix = self.context(sequences=1, positions=len(tokens)), ()
+        if tokens[:after] != self._prefix:
+            self._context.forget(0)
+            self._prefix = ()
+            if after:
+                _exhaust(read_text(self._context, Slot(0), tokens[:after], None))
+                self._prefix = tokens[:after]
+        self._context.forget(0, start=after)
+        _exhaust(read_text(self._context, Slot(0, after), tokens[after:], self._tap))
+
+
+def _exhaust(parts: Generator[None, None, Tensor]) -> None:
+    for _ in parts:
+        pass
+
+
+class _Reader(GGUFReader):
+    """A reader of plain arrays: with those of ``np.memmap``, a vocabulary takes seconds."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+
+def _read(path: Path) -> tuple[GGUFReader, list[str], str, dict[str, Any]]:
+    """The file, its vocabulary, its architecture, and what the header says of that."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise SidelightError(
+                    f"{path} is not a GGUF file, whatever its name says. Copy it again, or name "
+                    "another."
+                )
+        reader = _Reader(path)
+        return reader, _value(reader, "tokenizer.ggml.tokens", []), *_read_config(path, reader)
+    except OSError as error:
+        raise SidelightError(f"Cannot read {path}: {error.strerror}.") from error
+    except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
+        raise SidelightError(f"{path} is not a whole GGUF file. Copy it again.") from error
+
+
+def _value(reader: GGUFReader, key: str, default: Any = None) -> Any:
+    field = reader.fields.get(key)
+    return default if field is None else field.contents()
+
+
+def _read_config(path: Path, reader: GGUFReader) -> tuple[str, dict[str, Any]]:
+    """The architecture, and what the header says of it.
+
+    Raises:
+        SidelightError: Its states cannot be read.
+    """
+    architecture = str(_value(reader, "general.architecture"))
+    start = f"{architecture}."
+    config = {
+        key.removeprefix(start): field.contents()
+        for key, field in reader.fields.items()
+        if key.startswith(start)
+    }
+    kind = _value(reader, "general.type", "model")
+    why = next((why for why, names in _NOT_READ.items() if architecture in names.split()), None)
+    if kind != "model":
+        why = f"is of type '{kind}', which is a part of a model (such as a LoRA adapter)"
+    elif _value(reader, "split.count", 1) > 1:
+        why = "is one of several parts; join them with llama-gguf-split --merge"
+    elif why is not None:
+        why = f"holds a model of the architecture '{architecture}', which {why}"
+    elif architecture not in BY_LAYER_INPUT | BY_CALLBACK:
+        known = did_you_mean(architecture, BY_LAYER_INPUT | BY_CALLBACK)
+        why = f"holds a model of the unknown architecture '{architecture}'.{known}"
+    elif config.get("nextn_predict_layers"):
+        why = "has layers that predict several tokens, whose states are not of its text"
+    elif any(tensor.name.startswith(("v.", "mm.")) for tensor in reader.tensors):
+        why = "holds an encoder of images beside its language model"
+    elif absent := [name for name in _SIZES if type(config.get(name)) is not int]:
+        why = f"says nothing of its {', '.join(absent)}"
+    elif not reader.tensors:
+        why = "holds a vocabulary and no weights"
+    if why is not None:
+        raise SidelightError(f"Probes cannot read {path}: it {why}.")
+    return architecture, {"architecture": architecture, **config}
+
+
+def _token_bytes(config: Mapping[str, Any], *, is_exact: bool) -> int:
+    """What the keys and values of a token take in all layers."""
+    heads = config["attention.head_count"]
+    kept = np.broadcast_to(config.get("attention.head_count_kv", heads), config["block_count"])
+    width = config["embedding_length"] // np.max(heads)
+    lengths = (config.get(f"attention.{what}_length", width) for what in ("key", "value"))
+    return int(kept.sum() * sum(lengths)) * (4 if is_exact else 2)
+
+
+def _sample(tensor: ReaderTensor) -> tuple[tuple[int, ...], bytes]:
+    """Its shape; its type, and blocks that are spread over its length."""
+    blocks = tensor.data.reshape(-1).view(np.uint8)
+    blocks = blocks.reshape(-1, GGML_QUANT_SIZES[tensor.tensor_type][1])
+    chosen = blocks[:: max(1, len(blocks) // _BLOCKS_PER_WEIGHT)]
+    shape = tuple(int(size) for size in tensor.shape)
+    return shape, tensor.tensor_type.name.encode() + chosen.tobytes()
+
+
+def _dtype(reader: GGUFReader) -> str:
+    """The type of most values."""
+    values: Counter[str] = Counter()
+    for tensor in reader.tensors:
+        values[tensor.tensor_type.name] += int(tensor.n_elements)
+    name = values.most_common(1)[0][0]
+    return _DTYPES.get(name, name)
+
+
+def _tokenizer(path: Path, given: str | None, header: str) -> Any:
+    """The one that is named, or the file's own, which transformers takes seconds to build."""
+    disable_progress_bar()
+    identity = hash_of(transformers.__version__, tokenizers.__version__, header)
+    kept = cache_root() / "gguf" / f"{identity}.tokenizer.json"
+    if given is None and (tokenizer := _kept_tokenizer(kept)) is not None:
+        return tokenizer
+    try:
+        if given is not None:
+            folder = model_folder(given, with_weights=False)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
+    except Exception as error:
+        # Libraries below raise what they like.
+        what = f"'{given}' is no tokenizer" if given else f"{path} gives no tokenizer"
+        raise SidelightError(
+            f"{what} that transformers can read ({type(error).__name__}). Name the model's own, a "
+            "folder or hub id: --tokenizer NAME."
+        ) from error
+    keep(kept, lambda: _kept(tokenizer))
+    return tokenizer
+
+
+class _KeptTokenizer(BaseModel):
+    """A tokenizer in the cache: its hash, and its files by their names, which lead nowhere else."""
+
+    tokenizer: str
+    files: dict[Annotated[str, Field(pattern=r"^\w[^/\\]*$")], str]
+
+
+def _kept(tokenizer: Any) -> dict[str, Any]:
+    """What the cache keeps of a tokenizer.
+
+    Raises:
+        OSError: There is no room for the files that this passes through.
+    """
+    with TemporaryDirectory() as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            # The part in Rust has no narrower one for a full disk.
+            raise OSError(str(error)) from error
+        files = {file.name: file.read_text("utf-8") for file in Path(folder).glob("*.*")}
+    return _KeptTokenizer(tokenizer=_tokenizer_hash(tokenizer), files=files).model_dump()
+
+
+def _kept_tokenizer(kept: Path) -> Any:
+    """The tokenizer in a file of the cache; None: there is none, or it is not what was kept."""
+    with suppress(Exception), TemporaryDirectory() as folder:
+        entry = _KeptTokenizer.model_validate_json(kept.read_bytes())
+        for name, text in entry.files.items():
+            (Path(folder) / name).write_text(text, "utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if _tokenizer_hash(tokenizer) == entry.tokenizer:
+            return tokenizer
+    return None
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """Stands for all that a tokenizer does."""
+    controls = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    parts = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, controls
+    return hash_of(type(tokenizer), *parts)
+
+
+def _require_tokens(path: Path, tokenizer: Any, tokens: Sequence[str], sample: list[int]) -> None:
+    """Checks that a tokenizer cuts and numbers texts as llama.cpp does.
+
+    Args:
+        path: The file.
+        tokenizer: The tokenizer.
+        tokens: The file's vocabulary.
+        sample: The ids of ``SAMPLE`` by llama.cpp.
+
+    Raises:
+        SidelightError: It does not.
+    """
+    got = tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
+    added: dict[int, Any] = tokenizer.added_tokens_decoder
+    foreign = [i for i, token in added.items() if i < len(tokens) and tokens[i] != str(token)]
+    if got != sample or foreign:
+        what = f"token {foreign[0]} is '{added[foreign[0]]}'" if foreign else f"it gives {got[:8]}"
+        raise SidelightError(
+            f"The tokenizer does not belong to {path}: {what}, and llama.cpp says otherwise. Name "
+            "the model's own, a folder or hub id: --tokenizer NAME."
+        )

@@ -1,0 +1,104 @@
+"""``--engine llama``: GGUF files, also Ollama's, on the CPU."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sidelight.engines.backend import Backend
+from sidelight.errors import SidelightError, did_you_mean
+from sidelight.models.smollm2 import EMBEDDED_NAME
+from sidelight_llama.files import EMBEDDED_GGUF, find_gguf, is_gguf, served_name
+from sidelight_llama.library import MOST_SEQUENCES, MOST_THREADS, require_version
+
+if TYPE_CHECKING:
+    from sidelight.engines.base import Engine
+    from sidelight.models.conversation import PromptFormat
+    from sidelight.probes.probe import Probe
+    from sidelight.states.reader import Model
+    from sidelight_llama.backbone import LlamaBackbone
+
+# A text that is only judged has a sequence too; the model says how many tokens it knows.
+OPTIONS = {
+    "threads": range(1, MOST_THREADS + 1),
+    "texts": range(1, MOST_SEQUENCES),
+    "tokens": range(1, 2**31),
+}
+
+
+class LlamaBackend(Backend):
+    """Runs GGUF files in llama.cpp."""
+
+    name = "llama"
+    runs_safetensors = False
+    quantising = frozenset[str]()
+
+    @classmethod
+    def owns(cls, model: str) -> bool:
+        return is_gguf(model)
+
+    def require_options(self) -> None:
+        for option, value in (("--dtype", self.options.dtype), ("--device", self.options.device)):
+            if value != "auto":
+                raise SidelightError(
+                    f"{option} {value} is not for GGUF files: their weights stay as they are, and "
+                    "llama.cpp runs them on the CPU. Leave it out."
+                )
+        for option, value in self.options.engine_option.items():
+            allowed = OPTIONS.get(option)
+            if allowed is None:
+                known = did_you_mean(option, OPTIONS)
+                raise SidelightError(f"llama.cpp has no option '{option}'.{known}")
+            if type(value) is not int or value not in allowed:
+                raise SidelightError(
+                    f"--engine-option {option}={value} is no whole number from {allowed[0]} to "
+                    f"{allowed[-1]}. Give one, or leave it out; several options take an "
+                    "--engine-option each."
+                )
+            if option != "threads" and not self.options.serves:
+                raise SidelightError(
+                    f"--engine-option {option} is for serve and parity: this command processes one "
+                    "text at a time, up to the model's context length. Leave it out."
+                )
+
+    def find(self, model: str) -> str:
+        model = EMBEDDED_GGUF if model == EMBEDDED_NAME else model
+        if not is_gguf(model):
+            raise SidelightError(
+                f"--engine llama runs GGUF files, and '{model}' is none. Name a .gguf file or "
+                "ollama:NAME, or leave --engine out."
+            )
+        require_version()
+        find_gguf(model)
+        return model
+
+    def read(self, model: str) -> "Model":
+        from sidelight.states.reader import Model
+
+        backbone = self.load(model, None)
+        return Model(model, str(backbone.path), backbone.encoder, backbone.fingerprint)
+
+    def load(self, model: str, prompt_format: "PromptFormat | None") -> "LlamaBackbone":
+        from sidelight_llama.backbone import LlamaBackbone
+
+        return LlamaBackbone(
+            find_gguf(model),
+            name=model,
+            tokenizer=self.options.tokenizer,
+            prompt_format=prompt_format,
+            threads=self.options.engine_option.get("threads"),
+        )
+
+    def engine(self, model: str, probes: "Sequence[Probe]") -> "Engine":
+        from sidelight.probes.probe import common_format
+        from sidelight_llama.engine import LlamaEngine, llama_limits
+
+        backbone = self.load(model, common_format(probes))
+        sizes = {name: n for name, n in self.options.engine_option.items() if name != "threads"}
+        known = backbone.encoder.max_tokens
+        if sizes.get("tokens", 0) > known:
+            raise SidelightError(
+                f"--engine-option tokens={sizes['tokens']}: '{model}' knows texts of at most "
+                f"{known} tokens. Give at most so many, or leave it out."
+            )
+        # Clients are not shown where the file lies.
+        served = self.options.served_model_name or served_name(model)
+        return LlamaEngine(backbone, probes, limits=llama_limits(**sizes), model=served)

@@ -1,0 +1,117 @@
+"""The first tokens of a GGUF file, read in a process of their own.
+
+llama.cpp ends the process where a file is not as it expects. What it has once read is not tried
+again: its result is kept by what identifies the file.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from signal import Signals
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, TypeAdapter
+
+from sidelight.errors import SidelightError
+from sidelight.models.fingerprint import hash_of
+from sidelight.models.machine import free_memory
+from sidelight.models.smollm2 import cache_root
+from sidelight.storage import write_json
+from sidelight_llama.context import LlamaContext, LlamaModel
+from sidelight_llama.library import PINNED, require_version
+
+_log = logging.getLogger(__name__)
+
+SAMPLE = "I'm sure: 3.14159 of 2024's   users\n\n\tdon't read “übergroße” 你好 😀 == {x}\r\n"
+"""A text that tokenizers cut differently."""
+_TOKENS = 8
+_MOST_DIFFERENCE = 0.01
+# What is kept of a file; anything else counts as none.
+_KEPT = TypeAdapter(dict[Literal["sample"], Annotated[list[int], Field(min_length=1)]])
+
+
+def try_once(path: Path, architecture: str, identity: str) -> list[int]:
+    """The token ids of ``SAMPLE`` by llama.cpp, which has then read a few tokens of the file.
+
+    Args:
+        path: The file.
+        architecture: Its ``general.architecture``.
+        identity: What its header and weights say.
+
+    Raises:
+        SidelightError: llama.cpp is not installed or cannot read the file, or there is not enough
+            memory for its weights.
+    """
+    require_version()
+    kept = cache_root() / "gguf" / f"{hash_of(PINNED, identity)}.json"
+    with suppress(OSError, ValueError, KeyError):
+        return _KEPT.validate_json(kept.read_bytes(), strict=True)["sample"]
+    size, free = path.stat().st_size, free_memory()
+    if free is not None and size > free:
+        raise SidelightError(
+            f"There is not enough memory for the weights of {path}: they take {size / 1e9:.1f} GB, "
+            f"and {free / 1e9:.1f} GB are free. Free some, or use a smaller file of this model."
+        )
+    # -P: otherwise Python would import from the working directory, which may hold downloads.
+    command = [sys.executable, "-P", "-m", __name__, str(path), architecture]
+    ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    said = ended.stderr.strip().splitlines()
+    if ended.returncode == 2 and said:
+        raise SidelightError(said[-1])
+    if ended.returncode:
+        signal = f" by {Signals(-ended.returncode).name}" if ended.returncode < 0 else ""
+        why = next((line for line in said if "GGML_ASSERT" in line), said[-1] if said else "")
+        raise SidelightError(
+            f"llama.cpp was ended{signal} while it read the first tokens of {path}, so the file is "
+            f"not served{': ' if why else ''}{why.strip()}. Use another file of this model."
+        )
+    result = json.loads(ended.stdout.splitlines()[-1])
+    keep(kept, lambda: result)
+    return result["sample"]
+
+
+def keep(path: Path, make: Callable[[], Any]) -> None:
+    """Writes to the cache what only saves time; where that fails, a warning says so."""
+    try:
+        write_json(path, make())
+    except OSError as error:
+        _log.warning(
+            "Cannot keep %s (%s), so every start takes seconds longer. Free some disk space, or "
+            "set SIDELIGHT_CACHE to a folder that can be written.",
+            path,
+            error.strerror or error,
+        )
+
+
+def _try(path: Path, architecture: str) -> list[int]:
+    """Reads tokens at once and in two passes, then one more of both: the states must be equal."""
+    model = LlamaModel(path, architecture)
+    context = LlamaContext(model, sequences=2, positions=_TOKENS + 1, threads=1)
+    sample = model.tokenize(SAMPLE)
+    tokens, half = sample[:_TOKENS], _TOKENS // 2
+    states: list[np.ndarray] = []
+    for sequence, start, stop in ((0, 0, _TOKENS), (1, 0, half), (1, half, _TOKENS)):
+        context.decode(tokens[start:stop], range(start, stop), [sequence] * (stop - start))
+        states.append(context.rows().copy())
+    context.decode(tokens[:2], [_TOKENS, _TOKENS], [0, 1], outputs=[0, 1])
+    once, twice = states[0], np.concatenate(states[1:], 1)
+    size, difference = (np.linalg.norm(each, axis=2) for each in (once, once - twice))
+    if not (np.isfinite(size) & (size > 0) & (difference <= _MOST_DIFFERENCE * size)).all():
+        raise SidelightError(
+            f"llama.cpp gives other states of {path} in two passes than in one, or states that are "
+            "not finite, so no probe can read it. Use another file of this model."
+        )
+    return sample
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps({"sample": _try(Path(sys.argv[1]), sys.argv[2])}))
+    except SidelightError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

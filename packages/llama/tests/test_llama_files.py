@@ -1,0 +1,369 @@
+"""What is no GGUF file that probes can read is refused in one line, and ends no process."""
+
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+from contextlib import suppress
+
+import pytest
+import transformers
+from gguf import GGUFWriter
+
+from sidelight.errors import SidelightError
+from sidelight.models.conversation import Message
+from sidelight.models.fingerprint import hash_of
+from sidelight.models.smollm2 import cache_root
+from sidelight_llama import library, trial
+from sidelight_llama.backbone import LlamaBackbone
+from sidelight_llama.library import PINNED
+from sidelight_llama.trial import try_once
+from worlds.gguf import CONFIGS, needs_llama, write_gguf
+from worlds.models import merging_tokenizer, tiny_backbone
+from worlds.servers import cli
+
+SIZES = {f"llama__{size}": 3 for size in ("block_count", "context_length", "embedding_length")}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_backbone(CONFIGS["llama"])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
+    # Otherwise a debugger looks at what has ended.
+    monkeypatch.setenv("GGML_NO_BACKTRACE", "1")
+
+
+def refusal(path, **options):
+    with pytest.raises(SidelightError) as refused:
+        LlamaBackbone(path, **options)
+    message = str(refused.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+def header(path, architecture, **entries):
+    """A file that has no weights."""
+    writer = GGUFWriter(path, architecture)
+    for key, value in entries.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        add(key.replace("__", "."), value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_what_is_no_whole_gguf_file_is_refused(tiny, tmp_path):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    whole = path.read_bytes()
+    for size in (0, 3, 20, 400, 20_000, len(whole) - 5):
+        path.write_bytes(whole[:size])
+        assert ("not a GGUF file" if size < 4 else "not a whole GGUF file") in refusal(path)
+    path.write_bytes(whole.replace(b"<|user|>", b"<|us\xffr|>"))
+    assert "not a whole GGUF file" in refusal(path)
+    assert "not a whole GGUF file" in refusal(header(path, "llama", split__count="two"))
+    path.write_bytes(b"PK" + whole)
+    assert "not a GGUF file" in refusal(path)
+    assert "No such file" in refusal(tmp_path / "absent.gguf")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "entries", "why"),
+    [
+        ("mamba", {}, "keeps a state other than keys and values"),
+        ("lfm2", {}, "keeps a state other than keys and values"),
+        ("t5", {}, "has an encoder"),
+        ("bert", {}, "embeds texts and writes none"),
+        ("llada", {}, "writes by diffusion"),
+        ("clip", {}, "reads images or sound"),
+        ("lama", {}, "unknown architecture 'lama'. Did you mean 'llama'?"),
+        ("llama", {"general__type": "adapter"}, "such as a LoRA adapter"),
+        ("llama", {"split__count": 3}, "one of several parts"),
+        ("llama", {"llama__nextn_predict_layers": 1}, "predict several tokens"),
+        ("llama", {}, "says nothing of its block_count, context_length, embedding_length"),
+        ("llama", {**SIZES, "llama__block_count": "3"}, "says nothing of its block_count."),
+        ("llama", SIZES, "holds a vocabulary and no weights"),
+    ],
+)
+def test_a_model_whose_states_cannot_be_read_is_refused_by_name(
+    tmp_path, architecture, entries, why
+):
+    assert why in refusal(header(tmp_path / "model.gguf", architecture, **entries))
+
+
+@needs_llama
+def test_a_file_that_ends_llama_cpp_ends_no_other_process(tmp_path):
+    tiny = tiny_backbone(CONFIGS["qwen2"])
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "qwen2", tiny.tokenizer)
+    with pytest.raises(SidelightError) as refused:
+        # This architecture has what its file does not give.
+        try_once(path, "qwen3", "this file")
+    message = str(refused.value)
+    assert f"ended by {signal.SIGABRT.name} while it read the first tokens of {path}" in message
+    assert "GGML_ASSERT(t_layer_inp[il] != nullptr" in message
+    assert "\n" not in message
+    # Only the result of a file that was read is kept.
+    assert try_once(path, "qwen2", "this file")
+
+
+@needs_llama
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        ("truncated", "is not a whole GGUF file"),
+        ("architecture", "'mamba', which keeps a state other than keys and values"),
+        ("killed", "llama.cpp was ended by SIGKILL while it read the first tokens of"),
+        ("version", "xllamacpp 2026.1.9000 is installed, but Sidelight needs exactly"),
+    ],
+)
+def test_a_server_of_a_file_that_cannot_be_read_says_so_in_one_line(
+    tiny, tmp_path, monkeypatch, capsys, damage, why
+):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-5])
+    elif damage == "architecture":
+        header(path, "mamba")
+    elif damage == "killed":
+        # In place of Python, what is killed at once.
+        script = tmp_path / "python"
+        script.write_text("#!/bin/sh\nkill -9 $$\n")
+        script.chmod(0o700)
+        monkeypatch.setattr(sys, "executable", str(script))
+    else:
+        install(tmp_path, monkeypatch, "2026.1.9000")
+    assert cli("serve", "--model", str(path), "--port", "0") == 2
+    said = capsys.readouterr().err
+    assert said.count("Error: ") == 1
+    assert why in said.splitlines()[-1]
+    assert "Traceback" not in said
+
+
+@needs_llama
+def test_a_file_is_tried_once(tiny, tmp_path, monkeypatch):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    sample = try_once(path, "llama", "this file")
+    monkeypatch.setattr(sys, "executable", "/absent")
+    assert try_once(path, "llama", "this file") == sample
+    with pytest.raises(FileNotFoundError):
+        try_once(path, "llama", "another file")
+    (kept,) = (cache_root() / "gguf").glob("*.json")
+    for damaged in ("", "[]", "{}", "null"):
+        kept.write_text(damaged)
+        with pytest.raises(FileNotFoundError):
+            try_once(path, "llama", "this file")
+
+
+@needs_llama
+def test_a_trial_runs_no_code_from_the_working_directory(tiny, tmp_path, trap):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    assert try_once(path, "llama", "this file")
+    assert not trap.exists()
+
+
+@needs_llama
+def test_weights_that_do_not_fit_into_free_memory_are_not_tried(tmp_path, monkeypatch):
+    path = tmp_path / "large.gguf"
+    path.write_bytes(b"12")
+    monkeypatch.setattr(trial, "free_memory", lambda: 1)
+    with pytest.raises(SidelightError, match=r"for the weights of .* smaller file"):
+        try_once(path, "llama", "this file")
+
+
+@needs_llama
+@pytest.mark.parametrize(
+    "damaged",
+    ['{"sample": 3}', '{"sample": []}', '{"sample": ["a"]}', "{}", "[1]", "null", '{"sample": [1'],
+)
+def test_a_kept_trial_of_another_shape_counts_as_none(tmp_path, monkeypatch, damaged):
+    (cache_root() / "gguf").mkdir(parents=True)
+    kept = cache_root() / "gguf" / f"{hash_of(PINNED, 'this file')}.json"
+    monkeypatch.setattr(sys, "executable", "/absent")
+    kept.write_text('{"sample": [1, 2]}')
+    assert try_once(tmp_path, "llama", "this file") == [1, 2]
+    kept.write_text(damaged)
+    with pytest.raises(FileNotFoundError, match="/absent"):
+        try_once(tmp_path, "llama", "this file")
+
+
+@needs_llama
+def test_a_file_is_tried_again_if_its_vocabulary_has_changed(tiny, tmp_path, monkeypatch):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    LlamaBackbone(path)
+    monkeypatch.setattr(sys, "executable", "/absent")
+    LlamaBackbone(path)
+    path.write_bytes(path.read_bytes().replace(b"gpt-2", b"qwen2"))
+    with pytest.raises(FileNotFoundError, match="/absent"):
+        LlamaBackbone(path)
+
+
+def test_a_folder_of_a_file_runs_no_code_whoever_agrees(tiny, tmp_path, monkeypatch):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": ["a.T", "a.T"]}}'
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "a.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with suppress(SidelightError):
+        LlamaBackbone(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@needs_llama
+def test_a_files_tokenizer_is_kept_and_built_again_if_that_is_damaged_or_of_another_version(
+    tiny, tmp_path, monkeypatch
+):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    built = LlamaBackbone(path)
+    (kept,) = (cache_root() / "gguf").glob("*.tokenizer.json")
+    whole, written = kept.read_bytes(), kept.stat().st_mtime_ns
+    read = LlamaBackbone(path)
+    assert kept.stat().st_mtime_ns == written
+    assert read.fingerprint == built.fingerprint
+    messages = [Message("user", "Hi <|end|> you")]
+    assert read.encoder.encode(messages, "Yes") == built.encoder.encode(messages, "Yes")
+    for damaged in (whole[:-100], whole.replace(b"<|user|>", b"<|usar|>")):
+        kept.write_bytes(damaged)
+        assert LlamaBackbone(path).fingerprint == built.fingerprint
+        assert kept.read_bytes() == whole
+    monkeypatch.setattr(transformers, "__version__", "5.0.0")
+    assert LlamaBackbone(path).fingerprint == built.fingerprint
+    assert len([*kept.parent.glob("*.tokenizer.json")]) == 2
+
+
+@needs_llama
+def test_a_kept_tokenizer_writes_no_file_elsewhere(tiny, tmp_path):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    built = LlamaBackbone(path)
+    (kept,) = (cache_root() / "gguf").glob("*.tokenizer.json")
+    whole = kept.read_bytes()
+    elsewhere = tmp_path / "elsewhere"
+    for name in (str(elsewhere), os.path.relpath(elsewhere, tempfile.gettempdir() + "/folder")):
+        entry = json.loads(whole)
+        entry["files"][name] = "text"
+        kept.write_text(json.dumps(entry))
+        assert LlamaBackbone(path).fingerprint == built.fingerprint
+        assert not elsewhere.exists()
+        # It is built again.
+        assert kept.read_bytes() == whole
+
+
+@needs_llama
+@pytest.mark.parametrize("why", ["Not a directory", "File too large"])
+def test_a_cache_that_cannot_be_written_ends_nothing_and_is_warned_of(
+    tiny, tmp_path, monkeypatch, caplog, why
+):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    built = LlamaBackbone(path)
+    assert not caplog.messages
+    if why == "Not a directory":
+        monkeypatch.setenv("SIDELIGHT_CACHE", str(path / "cache"))
+        names = [".tokenizer.json", ".json"]
+        again = LlamaBackbone(path)
+    else:
+        monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "full"))
+        names = [".tokenizer.json"]
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # A trial has fewer bytes than a tokenizer.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            again = LlamaBackbone(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        (kept,) = (tmp_path / "full" / "gguf").iterdir()
+        assert not kept.name.endswith(".tokenizer.json")
+    assert again.fingerprint == built.fingerprint
+    for name, message in zip(names, caplog.messages, strict=True):
+        assert message.startswith(f"Cannot keep {cache_root() / 'gguf'}")
+        assert f"{name} ({why}" in message
+        assert "SIDELIGHT_CACHE" in message
+
+
+@needs_llama
+def test_weights_that_llama_cpp_does_not_find_are_named(tiny, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny.model, path, "llama", tiny.tokenizer, **{"llama.block_count": 4})
+    assert "cannot load" in (message := refusal(path))
+    assert "blk.3.attn_norm.weight" in message
+
+
+@needs_llama
+def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path):
+    path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
+    tiny.tokenizer.save_pretrained(tmp_path / "own")
+    backbone = LlamaBackbone(path, tokenizer=str(tmp_path / "own"))
+    assert backbone.encoder.tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
+    merging_tokenizer(None).save_pretrained(tmp_path / "other")
+    message = refusal(path, tokenizer=str(tmp_path / "other"))
+    assert "does not belong to" in message
+    assert "--tokenizer" in message
+    with pytest.raises(SidelightError, match="absent' is no tokenizer"):
+        LlamaBackbone(path, tokenizer=str(tmp_path / "absent"))
+
+
+@needs_llama
+def test_a_file_without_a_tokenizer_that_transformers_reads_asks_for_one(tiny, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny.model, path, "llama", tiny.tokenizer, **{"tokenizer.ggml.model": "rwkv"})
+    assert "--tokenizer" in refusal(path)
+
+
+def install(folder, monkeypatch, version):
+    """Pretends that this version of the package is installed."""
+    described = folder / f"xllamacpp-{version}.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text(f"Name: xllamacpp\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_a_broken_installation_of_llama_cpp_loads_no_library_of_the_working_directory(
+    tmp_path, monkeypatch
+):
+    install(tmp_path, monkeypatch, PINNED)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    (downloads / "xllamacpp.so").touch()
+    monkeypatch.chdir(downloads)
+    with pytest.raises(SidelightError, match=r"cannot be imported\. Install its wheel again"):
+        library.load_library.__wrapped__()
+
+
+@pytest.mark.parametrize("installed", ["2026.1.9000", None])
+def test_another_version_of_llama_cpp_is_refused_by_name(tmp_path, monkeypatch, installed):
+    if installed is None:
+        monkeypatch.setattr(sys, "path", [])
+    else:
+        install(tmp_path, monkeypatch, installed)
+    with pytest.raises(SidelightError) as refused:
+        library.require_version()
+    message = str(refused.value)
+    assert library.PINNED in message
+    assert (installed or "pip install '.[gguf]'") in message
+
+
+@needs_llama
+def test_a_structure_that_another_build_lays_out_differently_is_refused(monkeypatch):
+    defaults = library._DEFAULTS["llama_context_default_params"]
+    monkeypatch.setitem(defaults, "n_batch", 4096)
+    with pytest.raises(SidelightError, match="gives 2048 for n_batch by default instead of 4096"):
+        library.load_library.__wrapped__()
+    monkeypatch.setitem(defaults, "n_batch", 2048)
+
+    class Longer(library.ContextParams):
+        _fields_ = (("more", library.c.c_void_p * 2),)
+
+    signature = (Longer, [])
+    monkeypatch.setitem(library._SIGNATURES, "llama_context_default_params", signature)
+    if library.platform.machine() == "x86_64":
+        with pytest.raises(SidelightError, match=r"writes 168 bytes .* instead of 184"):
+            library.load_library.__wrapped__()

@@ -1,0 +1,107 @@
+"""The hidden states of GGUF files are those of the same model in ``transformers``."""
+
+import signal
+
+import numpy as np
+import pytest
+
+from sidelight.errors import SidelightError
+from sidelight.models.conversation import EncodedPrompt, Message, Part
+from sidelight_llama.context import BATCH_TOKENS
+from worlds.gguf import CONFIGS, gguf_model, needs_llama, states
+
+pytestmark = needs_llama
+
+# Of the largest state of a layer: sums of float32 in another order.
+ROUNDING = 1e-5
+# llama.cpp takes the GELU of Gemma from a table of float16 numbers: with a GELU of them in
+# transformers too, the first block's output differs by less than 1e-6 in 97 of 100 tokens, and the
+# others meet the next number of the table.
+TABLE = 5e-4
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request, tmp_path_factory):
+    return gguf_model(tmp_path_factory.mktemp("gguf"), request.param, max_position_embeddings=512)
+
+
+def prompt(length, *, start=()):
+    ids = np.random.default_rng(length).integers(5, 260, length - len(start)).tolist()
+    return EncodedPrompt((*start, *ids), (Part.PROMPT,) * length)
+
+
+def require_close(mine, theirs, *, rounding):
+    assert mine.shape == theirs.shape
+    for one, other in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=rounding * np.abs(other).max())
+
+
+def test_states_of_every_layer_are_those_of_transformers(model):
+    own = model.backbone.fingerprint
+    rounding = TABLE if "gemma3" in own.name else ROUNDING
+    for length in (1, 100):
+        mine = states(model.backbone, prompt(length))
+        assert mine.shape == (own.layers, length, own.width)
+        require_close(mine, states(model.reference, prompt(length)), rounding=rounding)
+
+
+def test_a_prompt_of_several_passes_is_read_like_a_short_one(model):
+    text = prompt(BATCH_TOKENS + 44)
+    whole = states(model.backbone, text)
+    short = prompt(BATCH_TOKENS, start=text.token_ids[:BATCH_TOKENS])
+    assert np.array_equal(states(model.backbone, short), whole[:, :BATCH_TOKENS])
+    rounding = TABLE if "gemma3" in model.backbone.name else ROUNDING
+    require_close(whole, states(model.reference, text), rounding=rounding)
+
+
+def test_a_shared_prefix_is_read_once_and_changes_no_state(model):
+    prefix = prompt(40).token_ids
+    for text in (prompt(60, start=prefix), prompt(50, start=prefix), prompt(60)):
+        require_close(
+            states(model.backbone, text, after=40),
+            states(model.backbone, text)[:, 40:],
+            rounding=ROUNDING,
+        )
+
+
+def test_what_is_written_over_a_loaded_file_changes_no_state(model):
+    path, text = model.backbone.path, prompt(10)
+    before, whole = states(model.backbone, text), path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    after = states(model.backbone, text)
+    path.write_bytes(whole)
+    assert np.array_equal(after, before)
+
+
+def test_a_token_that_the_model_lacks_is_refused(model):
+    with pytest.raises(SidelightError, match="token id 300, and the model knows ids below 300"):
+        model.backbone.run([EncodedPrompt((5, 300), (Part.PROMPT,) * 2)])
+    # It goes on.
+    assert len(states(model.backbone, prompt(3))) == 3
+
+
+@pytest.mark.parametrize("model", ["qwen2"], indirect=True)
+def test_ctrl_c_in_a_pass_stops_after_it(model, monkeypatch):
+    before, library = states(model.backbone, prompt(20)), model.backbone.model.library
+    name_of, asked = library.ggml_get_name, []
+
+    def interrupted(tensor):
+        if not asked:
+            signal.raise_signal(signal.SIGINT)
+        asked.append(tensor)
+        return name_of(tensor)
+
+    monkeypatch.setattr(library, "ggml_get_name", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.backbone.run([prompt(20)])
+    # It goes on.
+    assert np.array_equal(states(model.backbone, prompt(20)), before)
+
+
+def test_texts_are_cut_as_llama_cpp_does(model):
+    encoder = model.backbone.encoder
+    encoded = encoder.encode([Message("user", "Hi <|end|> you")])
+    assert encoder.tokenizer.decode(encoded.token_ids) == (
+        "<|user|>Hi <|end|> you<|end|>\n<|assistant|>"
+    )
+    assert encoded.token_ids.count(1) == 1

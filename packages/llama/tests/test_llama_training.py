@@ -1,0 +1,63 @@
+"""A probe is trained on the states of a GGUF file, and belongs to that file."""
+
+import numpy as np
+import pytest
+
+from sidelight.classifier import Classifier, load
+from sidelight.data.loading import load_examples
+from sidelight.errors import FingerprintMismatchError
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.mechanisms.base import mechanism_spec
+from sidelight.training.fit import fit
+from sidelight.training.settings import FitOptions, TrainingSettings
+from sidelight_llama.library import PINNED
+from worlds.data import planted_rows
+from worlds.gguf import gguf_model, needs_llama, write_gguf
+from worlds.models import tiny_tokenizer
+
+pytestmark = [pytest.mark.slow, needs_llama, pytest.mark.usefixtures("own_cache")]
+SETTINGS = TrainingSettings(
+    learning_rate=3e-2, weight_decay=0.01, epochs=3, batch_size=16, least_steps=0
+)
+# States are stored in bfloat16.
+ROUNDING = 2e-2
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return gguf_model(tmp_path_factory.mktemp("gguf"), "llama")
+
+
+def fitted(backbone, cache):
+    options = FitOptions(mechanism=mechanism_spec("readout"), settings=SETTINGS, cache_root=cache)
+    rows = load_examples(planted_rows("binary", 60))
+    return Classifier(backbone, fit(backbone, rows, None, name="planted", options=options).probe)
+
+
+def test_a_probe_trains_on_the_files_own_states_and_agrees_with_one_of_transformers(made, tmp_path):
+    own, theirs = (
+        fitted(backbone, tmp_path / "states") for backbone in (made.backbone, made.reference)
+    )
+    # Engines, and versions of llama.cpp, share no states on disk.
+    assert made.backbone.engine == f"llama.cpp {PINNED}"
+    assert own.probe.fingerprint == made.backbone.fingerprint
+    texts = [row["text"] for row in planted_rows("binary", 10)]
+    mine, other = (
+        np.array([[*v.probabilities.values()] for v in classifier.predict(texts)])
+        for classifier in (own, theirs)
+    )
+    np.testing.assert_allclose(mine, other, rtol=0, atol=ROUNDING)
+    assert np.ptp(mine[:, 0]) > 10 * ROUNDING
+
+
+def test_a_probe_of_another_file_is_refused_even_of_the_same_model(made, tmp_path):
+    own = fitted(made.backbone, tmp_path / "states").probe
+    folder = save_probe(own, tmp_path / "probe")
+    assert load_probe(folder).fingerprint == made.backbone.fingerprint
+    assert load(folder, model=made.backbone).probe.name == "planted"
+    weight = made.reference.model.model.layers[1].mlp.down_proj.weight
+    weight[0, 0] += 1
+    changed = write_gguf(made.reference.model, tmp_path / "llama.gguf", "llama", tiny_tokenizer())
+    weight[0, 0] -= 1
+    with pytest.raises(FingerprintMismatchError, match="they differ in weights, and"):
+        load(folder, model=type(made.backbone)(changed))

@@ -1,0 +1,459 @@
+"""One call of ``generate``, and each of its texts: as events of an engine, and what may be sent.
+
+vLLM is asked for pieces of a text, whatever the caller wants, and what has passed is put together
+here. Only a whole text that nobody watches comes in one piece.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from copy import copy
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from sidelight.engines.base import (
+    Event,
+    Finished,
+    GenerationError,
+    PromptJudged,
+    ResponseScored,
+    TextDelta,
+)
+from sidelight.engines.marks import AnswerSpans, labels_spans, mark_text
+from sidelight.models.conversation import EncodedPrompt, Part, PlainText
+from sidelight.policy.enforcement import Enforcement, Judged
+from sidelight.policy.hold_back import Ended, redacted_spans
+from sidelight.policy.request import Outcome, Terms
+from sidelight.types import Judgement, Span
+from sidelight_vllm import KEY
+from sidelight_vllm.engine import VllmEngine
+from sidelight_vllm.outputs import TextReports, early_names, without_report
+from sidelight_vllm.requests import Report, request_params
+from sidelight_vllm.settings import ProbeSet
+
+
+class GuardedRequest(Outcome):
+    """One client's request, and what has come of it.
+
+    Attributes:
+        served: The probes that judge it.
+        tokenless: The texts that end without a token, whose end vLLM leaves out of its streams.
+        decided: Set once each prompt is answered, or one is refused, or nothing more is written.
+        sent: Original text of each stripped text; None if several originals map to it. Empty if
+            nothing was stripped.
+    """
+
+    def __init__(self, terms: Terms, served: ProbeSet):
+        super().__init__(terms)
+        self.served = served
+        self.tokenless: list[Enforcement] = []
+        self.decided = asyncio.Event()
+        self.sent: dict[str, str | None] = {}
+
+    @property
+    def cut(self) -> list[bool]:
+        """Whether each text was cut, in the order of choices."""
+        ends = [text.ended for text in self.choices]
+        return [end is not None and end.reason == "content_filter" for end in ends]
+
+
+@dataclass(frozen=True)
+class OutputDelta(TextDelta):
+    """A piece of text as vLLM has written it.
+
+    Attributes:
+        output: vLLM's ``RequestOutput``, with one text in it.
+    """
+
+    output: Any = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of vLLM's ``generate``: what its texts have in common.
+
+    Attributes:
+        client: Whose request it is part of.
+        texts: What enforces the policy on each of its texts.
+        prompt: As vLLM takes it.
+        encoded: What its tokens belong to; None: unknown.
+        words: The prompt as the model reads it; empty if nobody audits it.
+        params: Its ``SamplingParams``.
+        options: As ``AsyncLLM.generate`` takes them.
+        engine: Runs the texts, hears the reports of their steps, and knows the tokenizer.
+        controls: Ids of control tokens, which are no part of a text where they end it.
+    """
+
+    client: GuardedRequest
+    texts: Sequence[Enforcement]
+    prompt: Mapping[str, Any]
+    encoded: EncodedPrompt | None
+    words: PlainText
+    params: Any
+    options: Mapping[str, Any]
+    engine: VllmEngine
+    controls: Collection[int]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return 0 if self.encoded is None else len(self.encoded)
+
+    async def outputs(self, request_id: str, ids: Sequence[str]) -> AsyncGenerator[Any, None]:
+        """The outputs of its texts that may be sent, merged as vLLM merges ``n`` over 1.
+
+        Args:
+            request_id: The caller's name for it.
+            ids: A unique name of each text.
+        """
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.utils.async_utils import merge_async_iterators
+
+        texts = [TextOutputs(self, index, name).passed() for index, name in enumerate(ids)]
+        left, whole, kind = len(texts), None, self.params.output_kind
+        async with aclosing(merge_async_iterators(*texts)) as outputs:
+            async for _, output in outputs:
+                left -= output.finished
+                output.finished = not left
+                output.request_id = request_id
+                (piece,) = output.outputs
+                if kind == RequestOutputKind.DELTA:
+                    yield output
+                    continue
+                if whole is None:
+                    whole = output
+                else:
+                    whole.add(output, aggregate=True)
+                if kind == RequestOutputKind.CUMULATIVE:
+                    shown = copy(whole)
+                    shown.outputs = [copy(t) for t in whole.outputs if t.index == piece.index]
+                    yield shown
+        if whole is not None and kind == RequestOutputKind.FINAL_ONLY:
+            whole.outputs.sort(key=attrgetter("index"))
+            yield whole
+
+
+class TextEvents:
+    """Runs one text in vLLM, and tells what is written and judged in the events of an engine.
+
+    Args:
+        call: The call that it is part of.
+        index: Which of its texts.
+        name: A unique name for vLLM.
+
+    Attributes:
+        first: vLLM's first output; None: there is none yet.
+        token_ids: Those that are written.
+        judgement: The latest one of the answer, with its spans.
+        marks: Where the tokens of the answer stand; None: no probe labels them, or nobody knows.
+        settled: Characters that keep their spans, once the request has ended the text; None: all.
+    """
+
+    def __init__(self, call: Call, index: int, name: str):
+        from vllm.sampling_params import RequestOutputKind
+
+        probes = [bound.probe for bound in call.client.terms.rules]
+        self._call, self._id = call, name
+        self._watch = frozenset(call.texts[index].watch)
+        self._reports = TextReports(call.client.served.identity, keeps_steps=bool(self._watch))
+        self._params = own_params(call.params, index, call.encoded)
+        if self._watch or self._params.output_kind != RequestOutputKind.FINAL_ONLY:
+            # What is judged before the end may be all that is sent.
+            self._params.output_kind = RequestOutputKind.DELTA
+        if self._watch:
+            # A place is kept free, so that the last token can be judged too.
+            room = max(1, call.engine.max_tokens - call.prompt_tokens)
+            self._params.max_tokens = min(self._params.max_tokens or room, room)
+            self._params.min_tokens = min(self._params.min_tokens, self._params.max_tokens)
+            # Text is what rules hold back, whether or not the caller wants any.
+            self._params.detokenize = True
+        self.first: Any = None
+        self.token_ids: list[int] = []
+        self.judgement = Judgement()
+        self.marks: AnswerSpans | None = None
+        if labels_spans(probe for probe in probes if probe.reads.includes_response):
+            self.marks = AnswerSpans(probes)
+            self._stream = DecodeStream(
+                ids=[] if call.encoded is None else [*call.encoded.token_ids],
+                skip_special_tokens=call.params.skip_special_tokens,
+            )
+        self.settled: int | None = None
+        self._characters = 0
+
+    async def run(self) -> AsyncGenerator[Event, None]:
+        """As those of ``Engine.generate``; each text is an ``OutputDelta``."""
+        call, prompt = self._call, self._reports.prompt
+        written = call.engine.listener.generate(call.prompt, self._params, self._id, **call.options)
+        with call.engine.listener.to(self._id, self._reports):
+            async with aclosing(written) as outputs:
+                # The first output may come long after the verdicts.
+                first = asyncio.ensure_future(anext(outputs))
+                try:
+                    await asyncio.wait({first, prompt}, return_when=asyncio.FIRST_COMPLETED)
+                    if not prompt.done():
+                        # It has failed, or was aborted before the prompt was read.
+                        first.result()
+                    report = prompt.result() if prompt.done() else Report()
+                    # Spans of thousands of messages take seconds.
+                    yield await asyncio.to_thread(self._prompt_judged, report)
+                    output = await first
+                finally:
+                    first.cancel()
+                    await asyncio.gather(first, return_exceptions=True)
+                while output is not None:
+                    async for event in self._events_of(output):
+                        yield event
+                    output = await anext(outputs, None)
+
+    def _prompt_judged(self, report: Report) -> PromptJudged:
+        call, probes = self._call, self._call.client.served.probes
+        judgement = report.of(early_names(probes))
+        return PromptJudged(
+            mark_text(judgement, probes, call.encoded or EncodedPrompt((), ())),
+            is_plain=call.encoded is not None and call.encoded.is_plain,
+            tokens=call.prompt_tokens,
+            judging_s=report.seconds,
+        )
+
+    async def _events_of(self, output: Any) -> AsyncGenerator[Event, None]:
+        (piece,) = output.outputs
+        reason, tokens = piece.finish_reason, piece.token_ids
+        if self._watch and reason in ("abort", "error"):
+            raise GenerationError(f"vLLM ended this request: {reason}. Retry.")
+        self.first = self.first or output
+        self.token_ids += tokens
+        written = len(self.token_ids)
+        self._note(tokens, piece.text)
+        # The steps that wrote these tokens.
+        for step_tokens, report in self._reports.take(written if reason is None else None):
+            # The newest token has not been read yet.
+            if step_tokens > 1:
+                yield self._score(step_tokens - 1, report)
+        # No probe reads the token that ends a turn.
+        is_end = reason == "stop" and not isinstance(piece.stop_reason, str)
+        readable = written - (is_end and bool(tokens) and tokens[-1] in self._call.controls)
+        yield OutputDelta(piece.text, tokens=readable, output=output)
+        if reason is None:
+            return
+        report = self._reports.newest
+        if self._watch and max(0, self._reports.taken - 1) < readable:
+            report = replace(await self._judge_whole(), seconds=report.seconds)
+            yield self._score(readable, report)
+        is_stopped = readable == written
+        if is_stopped and self.marks:
+            self.settled = self.marks.settled(readable)
+        late = {bound.name for bound in self._call.client.terms.rules if bound.side == "output"}
+        yield Finished(
+            reason="length" if reason == "length" else "stop",
+            prompt_tokens=self._call.prompt_tokens,
+            completion_tokens=written,
+            judgement=self._marked(report.of(late)),
+            judging_s=self._judging_s(report),
+            is_stopped=is_stopped,
+        )
+
+    def _note(self, tokens: Sequence[int], text: str) -> None:
+        """Takes new tokens, and the text that vLLM has made of them so far.
+
+        vLLM may hold text back, or end it before that of its tokens ends. Where it says something
+        else than its tokens, nobody knows which words they stand for, so there are no spans.
+        """
+        start, self._characters = self._characters, self._characters + len(text)
+        if self.marks is None:
+            return
+        tokenizer = self._call.engine.encoder.tokenizer.backend_tokenizer
+        try:
+            for token in tokens:
+                self.marks.push(self._stream.step(tokenizer, token) or "")
+        # The library raises nothing more specific for bytes that are no text.
+        except Exception:  # noqa: BLE001
+            self.marks = None
+        if self.marks is not None and not self.marks.text.startswith(text, start):
+            self.marks = None
+
+    def _score(self, tokens: int, report: Report) -> ResponseScored:
+        return ResponseScored(
+            tokens,
+            self._marked(report.of(self._watch)),
+            settled=self.marks and self.marks.settled(tokens),
+            judging_s=self._judging_s(report),
+        )
+
+    def _marked(self, judgement: Judgement) -> Judgement:
+        self.judgement = self.marks.mark(judgement) if self.marks else judgement
+        return self.judgement
+
+    def _judging_s(self, report: Report) -> float:
+        """What the probes have taken after the prompt."""
+        prompt = self._reports.prompt
+        return report.seconds - prompt.result().seconds if prompt.done() else 0.0
+
+    async def _judge_whole(self) -> Report:
+        """The report on the text with its last token; the cache has all but the end."""
+        call, written, prompt = self._call, tuple(self.token_ids), self._call.encoded
+        if prompt is None or len(prompt) + len(written) > call.engine.max_tokens:
+            return Report()
+        whole = replace(
+            prompt,
+            token_ids=prompt.token_ids + written,
+            parts=prompt.parts + (Part.RESPONSE,) * len(written),
+        )
+        return await call.engine.listener.read_whole(
+            whole,
+            f"{self._id}-whole",
+            identity=call.client.served.identity,
+            fields={k: call.prompt[k] for k in ("type", "cache_salt") if k in call.prompt},
+            **call.options,
+        )
+
+
+class TextOutputs:
+    """Gives vLLM's outputs of one text as far as its rules let them pass, whole or redacted.
+
+    Args:
+        call: The call that it is part of.
+        index: Which of its texts.
+        name: A unique name for vLLM.
+    """
+
+    def __init__(self, call: Call, index: int, name: str):
+        self._call, self._index = call, index
+        self._text = TextEvents(call, index, name)
+        self._redacting = [bound for bound in call.client.terms.rules if bound.is_redacting]
+        # Those of an output of which nothing else was sent.
+        self._prompt_logprobs: Any = None
+        # Where words are redacted: tokens whose text is held back, how many were not, and the
+        # characters that have passed.
+        self._waiting = deque[tuple[int, Any]]()
+        self._released = self._characters = 0
+        self._has_sent_tokens = False
+
+    async def passed(self) -> AsyncGenerator[Any, None]:
+        """The outputs, piece by piece."""
+        client, last = self._call.client, None
+        guarded = self._call.texts[self._index].guard(self._call.words, self._text.run())
+        async with aclosing(guarded) as events:
+            async for each in events:
+                output = None
+                match each:
+                    case Judged():
+                        if client.is_decided:
+                            client.decided.set()
+                    case Ended("content_filter"):
+                        output = self._cut()
+                    case Ended():
+                        assert last is not None
+                        output = self._sent(last)
+                    case OutputDelta() if each.output.finished:
+                        # Sent with the end, which follows at once.
+                        last = each
+                    case OutputDelta():
+                        output = self._sent(each)
+                    case _:
+                        raise AssertionError(each)
+                if output is not None:
+                    yield output
+
+    def _sent(self, delta: OutputDelta) -> Any:
+        """The output of text that has passed; None: there is nothing in it."""
+        (piece,) = delta.output.outputs
+        if self._redacting:
+            piece = self._redacted(piece, delta)
+        return self._joined(delta.output, piece)
+
+    def _cut(self) -> Any:
+        """The output with which the text ends where it is cut."""
+        from vllm.outputs import CompletionOutput
+
+        # It has the log-probabilities of the prompt.
+        output = copy(self._text.first)
+        logprobs = None if output.outputs[0].logprobs is None else []
+        nothing = CompletionOutput(0, "", [], None, logprobs, finish_reason="content_filter")
+        output.finished = True
+        return self._joined(output, nothing)
+
+    def _joined(self, output: Any, piece: Any) -> Any:
+        """An output with this piece of the text; None: there is nothing in it."""
+        without_report(output)
+        if self._redacting:
+            # Alternatives of the prompt's tokens tell what the model would say there.
+            output.prompt_token_id_logprobs = None
+            if output.prompt_logprobs:
+                pairs = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+                output.prompt_logprobs = [step and {i: step[i]} for i, step in pairs]
+        piece.index = self._index
+        output.outputs = [piece]
+        self._has_sent_tokens |= bool(piece.token_ids)
+        is_empty = not (piece.text or piece.token_ids)
+        if output.finished and is_empty and not self._has_sent_tokens:
+            self._call.client.tokenless.append(self._call.texts[self._index])
+        if is_empty and not output.finished:
+            self._prompt_logprobs = self._prompt_logprobs or output.prompt_logprobs
+            return None
+        output.prompt_logprobs = output.prompt_logprobs or self._prompt_logprobs
+        self._prompt_logprobs = None
+        return output
+
+    def _redacted(self, piece: Any, delta: OutputDelta) -> Any:
+        """vLLM's ``CompletionOutput``, with what the rules leave of it."""
+        spans = redacted_spans(self._redacting, self._text.judgement)
+        steps = piece.logprobs or [None] * len(piece.token_ids)
+        # Alternatives of a token may spell a word that is redacted.
+        pairs = zip(piece.token_ids, steps, strict=True)
+        self._waiting += ((token, step and {token: step[token]}) for token, step in pairs)
+        self._characters += len(piece.text)
+        kept = [*self._release(spans, delta)]
+        return replace(
+            piece,
+            text=delta.text,
+            token_ids=[token for token, _ in kept],
+            logprobs=None if piece.logprobs is None else [step for _, step in kept],
+            # A client asks by a stop for words that the text may have.
+            stop_reason=None if spans else piece.stop_reason,
+            # What follows tells of tokens that are not sent.
+            cumulative_logprob=None,
+            routed_experts=None,
+            sampling_mask=None,
+        )
+
+    def _release(self, spans: Sequence[Span], delta: OutputDelta) -> Iterator[tuple[int, Any]]:
+        """The tokens of the text up to this piece that are in no span.
+
+        At the end, those without a text stay only if they control, and no others that a later token
+        could have labelled; that is known before the last of what was held back has passed.
+        """
+        places = self._text.marks.places if self._text.marks else []
+        settled = self._text.settled
+        while self._waiting:
+            place = places[self._released] if self._released < len(places) else None
+            if not delta.output.finished and (place is None or place[1] > self._characters):
+                return
+            token = self._waiting.popleft()
+            self._released += 1
+            if place is None:
+                stays = token[0] in self._call.controls
+            else:
+                stays = settled is None or place[1] <= settled
+                stays &= all(span.end <= place[0] or place[1] <= span.start for span in spans)
+            if stays:
+                yield token
+
+
+def own_params(params: Any, index: int, encoded: EncodedPrompt | None) -> Any:
+    """A copy of ``SamplingParams`` for one text, with what its prompt's tokens belong to."""
+    own = params.clone()
+    own.n = 1
+    if params.n > 1 and params.seed is not None:
+        own.seed = params.seed + index
+    extra = dict(own.extra_args or {})
+    transfer = extra.get("kv_transfer_params")
+    # Whatever the client says that its tokens belong to.
+    kept = {k: v for k, v in transfer.items() if k != KEY} if isinstance(transfer, dict) else {}
+    described = {} if encoded is None else request_params(encoded)
+    own.extra_args = {**extra, "kv_transfer_params": kept | described}
+    return own

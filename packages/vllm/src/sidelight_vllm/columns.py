@@ -1,0 +1,294 @@
+"""The probes' columns of every token, kept by KV slot.
+
+Hooks on vLLM's decoder layers fill a stage, layer by layer; after the last layer, its rows move to
+the slots of their tokens. A slot holds the keys and values of one token, and here its columns.
+Whoever shares the slot, or computes it again, shares or replaces both. So chunked prefill,
+batching, preemption and shared prefixes need no bookkeeping.
+
+The hooks are set before vLLM compiles the model, so they become part of the graph. They call two
+operations that the compiler cannot look into, which find the current receiver in this file, so
+other probes need no other graph. Stage, pages and weights never move, and nothing depends on a
+tensor's values, so that the operations can be part of a captured CUDA graph (not yet tried on a
+GPU). A graph holds their addresses: other probes are copied into them, as far as there is room.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sidelight.errors import SidelightError
+from sidelight.probes.standardisation import Projection
+from sidelight_vllm.settings import COLUMNS
+
+
+class Receiver(Protocol):
+    """Takes the residual stream after each layer of this worker, while it exists."""
+
+    def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None: ...
+
+    def end_pass(self, tokens: int) -> None:
+        """The last layer of this worker has run, over this many tokens with their padding."""
+
+
+_receiver: Receiver | None = None
+
+
+def set_receiver(new: Receiver | None) -> None:
+    """Says who receives the states of the next forward passes of this process: one model's."""
+    global _receiver
+    _receiver = new
+
+
+def receiver() -> Receiver | None:
+    return _receiver
+
+
+def _project(
+    hidden: Float[Tensor, "token width"],
+    residual: Float[Tensor, "token width"] | None,
+    layer: int,
+    order: Float[Tensor, ""],  # noqa: ARG001 - keeps the operation in its place
+) -> None:
+    if _receiver is not None:
+        _receiver.receive(layer, hidden if residual is None else hidden + residual)
+
+
+def _end_pass(hidden: Float[Tensor, "token width"], order: Float[Tensor, ""]) -> None:  # noqa: ARG001
+    if _receiver is not None:
+        _receiver.end_pass(len(hidden))
+
+
+def _nothing(*_arguments: object) -> None:
+    """All that the compiler sees."""
+
+
+_library = torch.library.Library("sidelight", "FRAGMENT")
+_library.define("project(Tensor hidden, Tensor? residual, int layer, Tensor(a!) order) -> ()")
+_library.define("end_pass(Tensor hidden, Tensor(a!) order) -> ()")
+for _name, _operation in {"project": _project, "end_pass": _end_pass}.items():
+    _library.impl(_name, _operation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sidelight::{_name}", _nothing, lib=_library)
+
+
+def tap_layers(layers: Sequence[nn.Module], *, reads_embedding: bool, width: int) -> int:
+    """Hooks the layers of this worker; returns how many hidden states they give.
+
+    Args:
+        layers: The local decoder layers, in order.
+        reads_embedding: Whether the first layer's input is the embedding, which is layer 0.
+        width: Size of a hidden state.
+    """
+    # The compiler neither drops nor reorders operations that write to the same tensor.
+    order = next(layers[0].parameters()).new_zeros((), dtype=torch.float32)
+
+    def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = [value for value in (*args, *kwargs.values()) if _is_state(value, width)]
+        if len(states) != 1:
+            raise _unknown(module)
+        torch.ops.sidelight.project(_rows(states[0]), None, 0, order)
+
+    def ended(_module: nn.Module, _args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        torch.ops.sidelight.end_pass(_rows(hidden), order)
+
+    first = int(reads_embedding)
+    if reads_embedding:
+        layers[0].register_forward_pre_hook(entered, with_kwargs=True)
+    for layer, module in enumerate(layers, start=first):
+        module.register_forward_hook(_output_hook(layer, order, width))
+    layers[-1].register_forward_hook(ended)
+    return first + len(layers)
+
+
+def _output_hook(layer: int, order: Tensor, width: int) -> Callable[..., None]:
+    """vLLM's layers return the stream as two addends; the second is the residual."""
+
+    def left(module: nn.Module, _args: Any, output: Any) -> None:
+        hidden, residual = output if isinstance(output, tuple) else (output, None)
+        if not _is_state(hidden, width) or not (residual is None or _is_state(residual, width)):
+            raise _unknown(module)
+        addend = None if residual is None else _rows(residual)
+        torch.ops.sidelight.project(_rows(hidden), addend, layer, order)
+
+    return left
+
+
+def _is_state(value: Any, width: int) -> bool:
+    # The models of transformers, which vLLM also runs, see a batch of one.
+    return (
+        torch.is_tensor(value)
+        and value.shape[-1] == width
+        and (value.dim() == 2 or (value.dim() == 3 and len(value) == 1))
+    )
+
+
+def _rows(states: Tensor) -> Float[Tensor, "token width"]:
+    return states[0] if states.dim() == 3 else states
+
+
+def _unknown(module: nn.Module) -> SidelightError:
+    return SidelightError(
+        f"Sidelight does not know how to tap {type(module).__name__}. docs/vllm.md lists the "
+        "tested models; serve this one with the transformers engine."
+    )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where one forward pass leaves its columns. The last ones may be those of no probe.
+
+    Attributes:
+        projection: From the hidden states of the local layers to columns, in float32: a bf16 result
+            would lose what standardisation subtracts.
+        rows: NaN where nothing was written, so that a layer that is not tapped gives a failed
+            verdict, not a wrong one.
+    """
+
+    projection: Projection
+    rows: Float[Tensor, "layer token column"]
+
+    @staticmethod
+    def empty(projection: Projection, *, tokens: int, columns: int = 0) -> "Stage":
+        """A stage for passes over at most ``tokens`` tokens.
+
+        Args:
+            projection: To the columns of the first probes.
+            tokens: The longest pass.
+            columns: How many to keep room for, also of states that are normalised; 0: for these.
+        """
+        has_flags = columns > 0 or projection.is_normalised is not None
+        columns = max(columns, projection.shift.shape[1])
+        rows = projection.weight.new_full((len(projection.weight), tokens, columns), torch.nan)
+        padded = projection.padded(columns, has_flags=has_flags)
+        # With a column's numbers side by side, a matmul of few columns takes a quarter of the time.
+        weight = padded.weight.mT.contiguous().mT.clone()
+        flags = None if padded.is_normalised is None else padded.is_normalised.clone()
+        return Stage(Projection(weight, padded.shift.clone(), flags), rows)
+
+    def require_room(self, projection: Projection) -> None:
+        """Checks that these columns fit.
+
+        Raises:
+            SidelightError: There is no room for them.
+        """
+        columns, needed = self.columns, projection.shift.shape[1]
+        lacks_flags = projection.is_normalised is not None and self.projection.is_normalised is None
+        if needed > columns or lacks_flags:
+            why = (
+                "read states of another norm than the first ones"
+                if lacks_flags
+                else f"need {needed} columns of a layer, and there is room for {columns}"
+            )
+            raise SidelightError(
+                f"The probes {why}. Start vLLM with {COLUMNS}={max(needed, columns)}, which keeps "
+                "room for both."
+            )
+
+    def load(self, projection: Projection) -> None:
+        """Projects to these columns, for which there is room, from now on."""
+        has_flags = self.projection.is_normalised is not None
+        padded = projection.padded(self.columns, has_flags=has_flags)
+        self.projection.weight.copy_(padded.weight)
+        self.projection.shift.copy_(padded.shift)
+        if self.projection.is_normalised is not None and padded.is_normalised is not None:
+            self.projection.is_normalised.copy_(padded.is_normalised)
+
+    def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None:
+        self.projection.layer(layer, stream.float(), out=self.rows[layer, : len(stream)])
+
+    @property
+    def columns(self) -> int:
+        """How many a layer has room for."""
+        return self.rows.shape[2]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The tokens that a worker reads of a request after a pass.
+
+    Attributes:
+        blocks: The request's block table.
+        start: The first token to read; 0 starts over.
+        parts: The ``Part`` of each token from ``start`` on.
+        ends_prompt: Whether the prompt is complete for the first time.
+        is_plain: Whether the prompt is plain text.
+        path: Where hidden states are written, if they are.
+    """
+
+    request_id: str
+    blocks: tuple[int, ...]
+    start: int
+    parts: bytes
+    ends_prompt: bool
+    is_plain: bool
+    path: str = ""
+
+
+def slots_of(
+    blocks: Sequence[int], tokens: Int[np.ndarray, " token"], block_size: int
+) -> Int[np.ndarray, " token"]:
+    """The KV slots of these tokens of a request with this block table."""
+    table = np.asarray(blocks, dtype=np.int64)
+    return table[tokens // block_size] * block_size + tokens % block_size
+
+
+class Pages:
+    """Columns by KV slot.
+
+    Args:
+        stage: What moves here after each pass.
+        blocks: The engine's KV blocks.
+        block_size: Slots in a block.
+
+    Attributes:
+        rows: The columns of each slot; NaN where none were kept.
+    """
+
+    def __init__(self, stage: Stage, *, blocks: int, block_size: int):
+        self.stage = stage
+        self._block_size = block_size
+        layers, _, columns = stage.rows.shape
+        # The last row takes vLLM's padding (slot -1).
+        self.rows = stage.rows.new_full((blocks * block_size + 1, layers, columns), torch.nan)
+        self._has_kept = torch.zeros((), dtype=torch.bool, device=stage.rows.device)
+
+    def keep(self, slots: Int[Tensor, " token"]) -> None:
+        """Moves the staged rows of a pass to the slots of its tokens."""
+        staged = self.stage.rows[:, : len(slots)]
+        slots = torch.where(slots < 0, len(self.rows) - 1, slots)
+        self.rows.index_copy_(0, slots.long(), staged.transpose(0, 1))
+        staged.fill_(torch.nan)
+        self._has_kept.fill_(True)
+
+    def clear(self) -> None:
+        """Forgets all rows: whoever reads one that was kept before has no verdict."""
+        self.rows.fill_(torch.nan)
+
+    def has_kept(self) -> Bool[Tensor, ""]:
+        """Whether rows were moved since this was asked last; on the device, so nothing waits."""
+        has_kept = self._has_kept.clone()
+        self._has_kept.fill_(False)
+        return has_kept
+
+    def slots(self, readings: Sequence[Reading]) -> Int[Tensor, " token"]:
+        """The columns of the readings' tokens, one reading after the other."""
+        slots = np.concatenate(
+            [
+                slots_of(r.blocks, np.arange(r.start, r.start + len(r.parts)), self._block_size)
+                for r in readings
+            ]
+        )
+        index, device = torch.from_numpy(slots), self.rows.device
+        if device.type != "cpu":
+            # Only memory that stays where it is can be copied without waiting.
+            index = index.pin_memory().to(device, non_blocking=True)
+        return index
+
+    def read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
+        """The columns of the readings' tokens, one reading after the other, with spare ones."""
+        return self.rows[self.slots(readings)]

@@ -1,0 +1,270 @@
+"""The policy between vLLM's engine client and whatever calls it.
+
+Each ``AsyncLLM`` with probes gets an ``EngineGuard`` when it is made. What calls ``generate``, an
+HTTP route, a batch, gRPC or Ray, gets outputs that have passed ``policy.enforcement``: a blocked
+prompt is an error, and text comes once it is judged. Other ways to write text are refused.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import asyncio
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from contextvars import ContextVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sidelight.engines.marks import labels_spans
+from sidelight.errors import SidelightError
+from sidelight.models.control_tokens import control_tokens
+from sidelight.models.conversation import Message, PlainText
+from sidelight.models.invisible import reject_disguises
+from sidelight.policy.decisions import PolicyError
+from sidelight.policy.enforcement import Enforcement
+from sidelight.policy.request import Terms
+from sidelight.server.config import ServerConfig
+from sidelight.server.requests import ServerContext
+from sidelight_vllm import KEY
+from sidelight_vllm.answers import Call, GuardedRequest, own_params
+from sidelight_vllm.engine import VllmEngine
+from sidelight_vllm.internals import wrap
+from sidelight_vllm.outputs import without_report
+from sidelight_vllm.recogniser import PromptRecogniser, refuse_dictated_answers, require_drawable
+from sidelight_vllm.settings import Served, prompt_encoder
+
+
+class RefusedError(SidelightError, ValueError):
+    """What vLLM gets for a request that the policy refuses; it answers a ``ValueError`` with 400.
+
+    ``endpoint`` replaces that answer by the one of our own server.
+    """
+
+
+# What the engine does in a context, and in tasks that start there, belongs to its request.
+client_request: ContextVar[GuardedRequest | None] = ContextVar("sidelight_request", default=None)
+
+
+class EngineGuard:
+    """Judges each request of one engine client, and enforces the policy on it.
+
+    Args:
+        llm: vLLM's ``AsyncLLM``. Its ``generate``, ``encode`` and ``abort`` are replaced.
+        served: The probes in its workers.
+        config: The policy, the audit log, and the keys.
+
+    Attributes:
+        engine: Judges texts by the same workers, for the routes that write none.
+        context: The parts of its server.
+        recogniser: Finds the turns in prompts.
+
+    Raises:
+        SidelightError: The policy does not fit the probes, or the audit log cannot be written.
+    """
+
+    def __init__(self, llm: Any, served: Served, config: ServerConfig):
+        from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+        from vllm.renderers import BaseRenderer
+
+        self._encode, self._abort = llm.encode, llm.abort
+        self._text_ids: dict[str, set[str]] = defaultdict(set)
+        loaded, names = served.load(), llm.vllm_config.model_config.served_model_name
+        self.engine = VllmEngine(
+            llm,
+            loaded,
+            name=names if isinstance(names, str) else names[0],
+            encoder=prompt_encoder(llm.vllm_config, loaded.probes),
+            fingerprint=served.fingerprint,
+        )
+        self.recogniser = PromptRecogniser(self.engine.encoder)
+        self._tokenizer = self.engine.encoder.tokenizer
+        self._controls = control_tokens(self._tokenizer).keys()
+        folders = {"probe": tuple(map(Path, served.folders))}
+        self.context = ServerContext(self.engine, config.model_copy(update=folders))
+        llm.generate, llm.encode, llm.abort = self.generate, self.encode, self.abort
+        llm.sidelight_guard = self
+        # Whatever calls them.
+        wrap(BeamSearchOnlineMixin, "beam_search", _search_beams)
+        wrap(BaseRenderer, "render_chat_async", _render_chats)
+
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        """As vLLM's, with the outputs that the policy lets pass.
+
+        Raises:
+            RefusedError: The policy refuses the prompt, or something could not be judged.
+        """
+        client = client_request.get()
+        try:
+            async with self.engine.serving(client.served if client else None) as served:
+                if client is None:
+                    observer = self.context.observer.of(_unique(request_id))
+                    client = GuardedRequest(self.context.terms(observer, for_text=True), served)
+                # Before anything is awaited, so that prompts are in the order of their calls.
+                texts = client.begin(sampling_params.n)
+                written = self._outputs(prompt, client, texts, sampling_params, request_id, options)
+                async with aclosing(written) as outputs:
+                    async for output in outputs:
+                        yield output
+        except SidelightError as error:
+            if client is not None:
+                client.refusal = client.refusal or error
+            raise RefusedError(str(error)) from error
+        finally:
+            if client is not None:
+                client.decided.set()
+
+    async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        """As vLLM's; refused where a rule blocks, since what it reads is not judged."""
+        self.require_unblocked("Poolings of a prompt")
+        async with aclosing(self._encode(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+        """As vLLM's, by the ids that callers gave."""
+        ids = [request_id] if isinstance(request_id, str) else [*request_id]
+        if not internal:
+            ids = [text_id for name in ids for text_id in self._text_ids.get(name, ())]
+        await self._abort(ids, internal=internal)
+
+    def require_unblocked(self, what: str) -> None:
+        """Refuses what no probe reads where a rule blocks or redacts."""
+        client = client_request.get()
+        rules = self.context.registry.rules if client is None else client.terms.rules
+        if any(bound.is_enforced for bound in rules):
+            error = PolicyError(
+                f"{what} cannot be judged, and the policy blocks what is not judged. Use "
+                "/v1/chat/completions, /v1/completions or /v1/responses.",
+                code="not_judged",
+            )
+            if client is not None:
+                client.refusal = client.refusal or error
+            raise RefusedError(str(error)) from error
+
+    async def _outputs(
+        self,
+        prompt: Any,
+        client: GuardedRequest,
+        texts: Sequence[Enforcement],
+        params: Any,
+        request_id: str,
+        options: Mapping[str, Any],
+    ) -> AsyncGenerator[Any, None]:
+        if (adapter := options.get("lora_request")) is not None:
+            client.adapter = adapter.lora_name
+        require_drawable(params)
+        refuse_dictated_answers(params, client.terms)
+        if isinstance(prompt, list):
+            prompt = {"prompt_token_ids": prompt}
+        elif isinstance(prompt, str):
+            prompt = {"prompt": prompt}
+        if not isinstance(prompt, Mapping):
+            # Text that arrives while the model writes, or a request that its caller has prepared.
+            self.require_unblocked("Prompts that are neither text nor token ids")
+            self._reject_disguises({}, client.terms)
+            own = own_params(params, 0, None)
+            written = self.engine.listener.generate(prompt, own, request_id, **options)
+            async with aclosing(written) as outputs:
+                async for output in outputs:
+                    yield without_report(output)
+            return
+        call = await self._call(prompt, client, texts, params, options)
+        ids = [_unique(request_id) for _ in texts]
+        self._text_ids[request_id].update(ids)
+        try:
+            async with aclosing(call.outputs(request_id, ids)) as outputs:
+                async for output in outputs:
+                    yield output
+        finally:
+            self._text_ids[request_id].difference_update(ids)
+            if not self._text_ids[request_id]:
+                del self._text_ids[request_id]
+
+    async def _call(
+        self,
+        prompt: Mapping[str, Any],
+        client: GuardedRequest,
+        texts: Sequence[Enforcement],
+        params: Any,
+        options: Mapping[str, Any],
+    ) -> Call:
+        """What is known of a prompt, which may be answered once blocking probes have read it."""
+        if prompt.keys() <= {"prompt", "cache_salt"}:
+            # As vLLM's own reading of a text gives them.
+            prompt = {**prompt, "prompt_token_ids": self._tokenizer(prompt["prompt"])["input_ids"]}
+        is_labelled = labels_spans(p for p in client.served.probes if not p.reads.includes_response)
+        said = prompt.get(KEY)
+        prompt = {name: value for name, value in prompt.items() if name != KEY}
+        await asyncio.to_thread(self._reject_disguises, prompt, client.terms)
+        encoded = await asyncio.to_thread(
+            self.recogniser.recognise, prompt, said, with_places=is_labelled
+        )
+        if encoded is not None and client.sent:
+            sent = [client.sent.get(text) if text else "" for text in encoded.texts]
+            if None in sent:
+                # Without the original text, span offsets would be wrong.
+                encoded = replace(encoded, texts=(), places=())
+            else:
+                encoded = encoded.read_from([Message("", text or "") for text in sent])
+        await asyncio.to_thread(self.recogniser.require_read, encoded, client.terms)
+        words = ""
+        if encoded is not None and self.context.observer.audit is not None:
+            # The audit log hashes the prompt as the model reads it.
+            words = self._tokenizer.decode(encoded.token_ids)
+        return Call(
+            client,
+            texts,
+            prompt,
+            encoded,
+            words=PlainText(words),
+            params=params,
+            options=options,
+            engine=self.engine,
+            controls=self._controls,
+        )
+
+    def _reject_disguises(self, prompt: Mapping[str, Any], terms: Terms) -> None:
+        """Check a prompt after ``endpoint`` has stripped the body, if the request has one.
+
+        Raises:
+            DisguisedTextError: The prompt still contains invisible characters.
+            PolicyError: It has no token ids to check.
+        """
+        invisible = terms.policy.invisible_characters
+        if invisible == "off":
+            return
+        ids = prompt.get("prompt_token_ids")
+        if ids is None:
+            raise PolicyError(
+                "The prompt has no token ids, so it cannot be checked for invisible characters, "
+                "and the server's policy strips or refuses them. Send text.",
+                code="not_judged",
+            )
+        reject_disguises(self._tokenizer.decode(ids), invisible, can_strip=False)
+
+
+def _search_beams(original: Callable[..., Any], serving: Any, *args: Any, **kwargs: Any) -> Any:
+    guard = getattr(serving.engine_client, "sidelight_guard", None)
+    if guard is not None:
+        # It takes candidates that no probe has read.
+        guard.require_unblocked("Texts of a beam search")
+    return original(serving, *args, **kwargs)
+
+
+async def _render_chats(
+    original: Callable[..., Any], renderer: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """As vLLM's, with prompts that have the messages which they are made of, of every route."""
+    conversations, prompts = await original(renderer, *args, **kwargs)
+    for turns, prompt in zip(conversations, prompts, strict=True):
+        prompt[KEY] = [Message(turn["role"], str(turn.get("content") or "")) for turn in turns]
+    return conversations, prompts
+
+
+def _unique(request_id: str) -> str:
+    """A name of its own: clients may name their requests, and two may choose the same name."""
+    return f"{request_id}-{uuid.uuid4().hex}"

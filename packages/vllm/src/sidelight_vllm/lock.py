@@ -1,0 +1,94 @@
+"""The served probes under a lock: requests read them, and a change of probes writes them."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from time import monotonic
+
+from sidelight.engines.base import EngineUnavailableError
+from sidelight_vllm.settings import ProbeSet
+
+_LOOKS_EVERY_S = 0.02
+# Once nothing has run in vLLM for so long, requests still inside wait for slow clients.
+_SLOW_AFTER_S = 5.0
+_PATIENCE_S = 300.0
+NOT_WHOLE = (
+    "Replacing the probes failed on some workers, so they may differ now. Restart the server."
+)
+
+
+class ProbeLock:
+    """A reader-writer lock: any number of requests read the served probes, or a change writes them.
+
+    A change that waits lets no new request in, so requests cannot keep it out forever. Parts of a
+    request that is inside enter at once, since the change waits for it. A change that fails leaves
+    the probes as they were.
+
+    Attributes:
+        served: What was written last.
+        is_whole: Whether all workers have it.
+    """
+
+    def __init__(self, served: ProbeSet):
+        self.served = served
+        self.is_whole = True
+        self._readers = 0
+        self._is_written = False
+        self._is_open = asyncio.Event()
+        self._is_open.set()
+
+    @asynccontextmanager
+    async def reading(self, begun: ProbeSet | None = None) -> AsyncGenerator[ProbeSet]:
+        """The served probes, which stay while somebody is inside.
+
+        Args:
+            begun: What the request read of which this is a part; None: it begins here.
+
+        Raises:
+            EngineUnavailableError: Those are being replaced, or have been, or nobody knows which
+                ones the workers have.
+        """
+        if begun is None:
+            await self._opened()
+        elif self._is_written or begun is not self.served:
+            raise EngineUnavailableError("The probes have just been replaced. Retry.")
+        if not self.is_whole:
+            raise EngineUnavailableError(NOT_WHOLE)
+        self._readers += 1
+        try:
+            yield self.served
+        finally:
+            self._readers -= 1
+
+    @asynccontextmanager
+    async def writing(self, *, is_busy: Callable[[], bool]) -> AsyncGenerator[None]:
+        """Alone, once the requests inside are done.
+
+        If nothing ``is_busy`` for long, those left wait for slow clients, and are not waited for.
+        They can only send what the old probes have judged: no part of them enters any more.
+
+        Raises:
+            EngineUnavailableError: They take too long.
+        """
+        await self._opened()
+        self._is_open.clear()
+        try:
+            start = busy = monotonic()
+            while self._readers and monotonic() - busy < _SLOW_AFTER_S:
+                if is_busy():
+                    busy = monotonic()
+                if busy - start > _PATIENCE_S:
+                    raise EngineUnavailableError(
+                        f"Answers are still being written after {_PATIENCE_S:.0f} s, so the old "
+                        "probes stay. Retry when fewer or shorter ones are."
+                    )
+                await asyncio.sleep(_LOOKS_EVERY_S)
+            self._is_written = True
+            yield
+        finally:
+            self._is_written = False
+            self._is_open.set()
+
+    async def _opened(self) -> None:
+        while not self._is_open.is_set():
+            await self._is_open.wait()

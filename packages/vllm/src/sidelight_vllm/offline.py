@@ -1,0 +1,244 @@
+"""vLLM without a server: hidden states for training.
+
+So a probe that vLLM will serve can be trained on vLLM's own hidden states. They are kept by KV slot
+like columns, which they take the place of in a ``StateWorker``. When vLLM has read a text, each
+worker writes the states of its layers to a file, whose name the request says.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import json
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sidelight.errors import SidelightError
+from sidelight.models.conversation import EncodedPrompt, Part, Reads
+from sidelight.progress import Progress
+from sidelight.states.cache import ActivationCache
+from sidelight.states.reader import Model
+from sidelight.types import Judgement
+from sidelight_vllm import KEY
+from sidelight_vllm.columns import Reading, Stage
+from sidelight_vllm.requests import request_params
+from sidelight_vllm.settings import (
+    DESCRIBED,
+    STATES,
+    Served,
+    log,
+    require_options,
+    require_vllm,
+)
+from sidelight_vllm.worker import Worker
+
+# How much vLLM is given, in full steps: one runs while the next waits, so that none is half empty.
+_STEPS_AHEAD = 2
+_STATES = "states"
+
+
+OfflineRequest = tuple[int, EncodedPrompt, Mapping[str, Any]]
+"""A number, a prompt to run once under it, and its ``kv_transfer_params``."""
+
+
+class VllmReader:
+    """A ``Reader`` that runs vLLM from the first missing text until it is closed.
+
+    Only vLLM's own options limit its batches. What texts begin with alike runs once, unless vLLM's
+    prefix cache is off.
+
+    Args:
+        model: The model, which vLLM loads.
+        dtype: The dtype that vLLM computes in; ``auto``: that of the stored weights.
+        options: Fields of vLLM's ``EngineArgs``.
+
+    Raises:
+        SidelightError: vLLM is not installed.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self, model: Model, *, dtype: str = "auto", options: Mapping[str, Any] | None = None
+    ):
+        require_vllm()
+        self.name, self.encoder, self.fingerprint = model.name, model.encoder, model.fingerprint
+        if dtype != "auto":
+            self.fingerprint = replace(model.fingerprint, dtype=dtype)
+        self._path = model.path
+        self._options = dict(options or {})
+        self._llm: Any = None
+
+    @property
+    def engine(self) -> str:
+        """``vllm``, its version, and the options, some of which change the states."""
+        from vllm import __version__
+
+        options = json.dumps(self._options, sort_keys=True) if self._options else ""
+        return f"vllm {__version__} {options}".strip()
+
+    @property
+    def max_tokens(self) -> int:
+        context = self.encoder.max_tokens
+        # vLLM always writes a token, so one position is kept free.
+        return min(context, int(self._options.get("max_model_len", context))) - 1
+
+    def states(
+        self, cache: ActivationCache, rows: Sequence[int], advance: Progress
+    ) -> Generator[Mapping[int, Tensor]]:
+        """As ``Reader.states``."""
+        with TemporaryDirectory(dir=cache.directory) as folder:
+            places = {row: Path(folder) / str(row) for row in rows}
+            requests = (
+                (row, cache.prompts[row], capture_params(cache.prompts[row], cache.reads, place))
+                for row, place in places.items()
+            )
+            for row, prompt, _ in self.run(requests):
+                advance(len(prompt))
+                yield {row: captured(places[row], self.fingerprint.layers)}
+
+    def run(self, requests: Iterable[OfflineRequest]) -> Generator[tuple[int, EncodedPrompt, Any]]:
+        """Yields each number and prompt with vLLM's output, in the order in which they end.
+
+        Requests are taken when vLLM has room for them; closing the generator cancels those running.
+
+        Raises:
+            SidelightError: An option is unknown, the plugin does not support a feature that is in
+                use, or vLLM has stopped, or gave up a request.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._llm is None:
+            self._llm = self._started()
+        llm, coming = self._llm, iter(requests)
+        most_tokens = _STEPS_AHEAD * llm.vllm_config.scheduler_config.max_num_batched_tokens
+        running: dict[str, EncodedPrompt] = {}
+        try:
+            while True:
+                while sum(map(len, running.values())) < most_tokens:
+                    if (request := next(coming, None)) is None:
+                        break
+                    self._add(*request)
+                    running[str(request[0])] = request[1]
+                if not running:
+                    return
+                try:
+                    ended = [output for output in llm.step() if output.finished]
+                except EngineDeadError as error:
+                    raise SidelightError("vLLM has stopped; its log says why.") from error
+                for output in ended:
+                    prompt = running.pop(output.request_id)
+                    reason = output.outputs[0].finish_reason
+                    if reason not in ("stop", "length"):
+                        raise SidelightError(
+                            f"vLLM ended a text without reading it ({reason}); its log says why."
+                        )
+                    yield int(output.request_id), prompt, output
+        finally:
+            llm.abort_request([*running])
+
+    def close(self) -> None:
+        """Ends vLLM's processes, if it is running."""
+        if self._llm is not None:
+            self._llm.engine_core.shutdown()
+            self._llm = None
+
+    def _started(self) -> Any:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        require_options(self._options, EngineArgs)
+        arguments = EngineArgs(
+            model=self._path,
+            dtype=self.fingerprint.dtype,
+            disable_log_stats=True,
+            additional_config={KEY: {"probes": [], STATES: True, DESCRIBED: True}},
+            **{"max_model_len": self.encoder.max_tokens, **self._options},
+        )
+        return LLMEngine.from_engine_args(arguments)
+
+    def _add(self, index: int, prompt: EncodedPrompt, params: Mapping[str, Any]) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        # vLLM writes at least one token, which nobody reads.
+        sampling = SamplingParams(
+            max_tokens=1,
+            temperature=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"kv_transfer_params": dict(params)},
+        )
+        self._llm.add_request(str(index), {"prompt_token_ids": [*prompt.token_ids]}, sampling)
+
+
+def capture_params(prompt: EncodedPrompt, reads: Reads, path: Path) -> dict[str, Any]:
+    """The ``kv_transfer_params`` of a request whose read tokens go to files at this path."""
+    parts = (Part.PROMPT if is_read else Part.UNREAD for is_read in prompt.mask(reads).tolist())
+    return request_params(replace(prompt, parts=tuple(parts)), path=str(path))
+
+
+def captured(path: Path, layers: int) -> Float[Tensor, "layer token width"]:
+    """The states of a text that every worker has written at this path; its files are removed.
+
+    Raises:
+        SidelightError: Some are missing.
+    """
+    files = sorted(path.parent.glob(f"{path.name}.*"), key=lambda file: int(file.suffix[1:]))
+    parts = [load_file(file)[_STATES] for file in files]
+    if sum(map(len, parts)) != layers:
+        raise SidelightError(
+            f"vLLM has run a text, but hidden states are missing in {path.parent}; its log says "
+            "why. Name a folder with room that all of its workers see (--set cache=FOLDER), or use "
+            "--engine transformers."
+        )
+    for file in files:
+        # What is mapped stays readable.
+        file.unlink()
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class StateWorker(Worker):
+    """Holds the hidden states of one worker process, and writes those of readings to files."""
+
+    def __init__(self, served: Served, *, layers: range, tokens: int, device: torch.device):
+        super().__init__(served, layers=layers, tokens=tokens, device=device)
+        self._columns = served.fingerprint.width
+        shape = self._stage.rows.shape[:2]
+        rows = self._stage.rows.new_full((*shape, self._columns), torch.nan, dtype=torch.bfloat16)
+        self._stage = Stage(self._stage.projection, rows)
+        # Each pipeline stage writes the states of its layers.
+        self._is_whole = True
+
+    def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None:
+        """Takes the residual stream as it is."""
+        self._stage.rows[layer, : len(stream)].copy_(stream)
+
+    def _read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
+        assert self._pages is not None
+        # Layer by layer: those of a long text would take much of a GPU's memory.
+        slots = self._pages.slots(readings)
+        return torch.stack([rows[slots].cpu() for rows in self._pages.rows.unbind(1)], 1)
+
+    def _judged(
+        self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
+    ) -> Mapping[str, Judgement]:
+        judgements: dict[str, Judgement] = {}
+        pieces = columns.split([len(reading.parts) for reading in readings])
+        for reading, states in zip(readings, pieces, strict=True):
+            judgements[reading.request_id] = Judgement()
+            try:
+                parts = torch.frombuffer(bytearray(reading.parts), dtype=torch.uint8)
+                hidden = states[parts != Part.UNREAD].transpose(0, 1).contiguous()
+                save_file({_STATES: hidden}, f"{reading.path}.{self._layers.start}")
+            # As for verdicts, vLLM would wait for the step's output.
+            except Exception:  # noqa: BLE001
+                log.exception("Hidden states cannot be written to %s.", reading.path)
+                judgements[reading.request_id] = Judgement(failed=(_STATES,))
+        return judgements

@@ -1,0 +1,151 @@
+"""vLLM's outputs in the process that takes them: what they report of their texts."""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+from sidelight.models.conversation import EncodedPrompt
+from sidelight.probes.probe import Probe
+from sidelight_vllm import KEY
+from sidelight_vllm.requests import Report, read_report, request_params
+
+
+class TextReports:
+    """What vLLM's outputs report of one text: at first of its prompt, then step by step.
+
+    Args:
+        identity: That of the probes which the request began with; verdicts of others are none.
+        keeps_steps: Whether the steps are wanted, and not only the newest report.
+
+    Attributes:
+        prompt: The first report, once there is one.
+        taken: How many tokens the steps have written that were taken.
+    """
+
+    def __init__(self, identity: str, *, keeps_steps: bool = False):
+        self.prompt: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
+        self._identity, self._keeps_steps = identity, keeps_steps
+        self._newest: Mapping[str, Any] | None = None
+        self._steps = deque[tuple[int, Mapping[str, Any] | None]]()
+        self.taken = 0
+
+    def hear(self, tokens: int, params: Mapping[str, Any] | None) -> None:
+        """Takes how many tokens a step wrote, and the ``kv_transfer_params`` of its output."""
+        self._newest = params
+        if self._keeps_steps:
+            self._steps.append((tokens, params))
+        if not self.prompt.done():
+            self.prompt.set_result(self._read(params))
+
+    @property
+    def newest(self) -> Report:
+        """An error if there is none."""
+        return self._read(self._newest)
+
+    def take(self, tokens: int | None) -> Iterator[tuple[int, Report]]:
+        """The steps that wrote the first tokens, once: how many there were then, and the report.
+
+        None takes all; the last step may have written nothing.
+        """
+        while self._steps and (tokens is None or self.taken < tokens):
+            written, params = self._steps.popleft()
+            self.taken += written
+            if written:
+                yield self.taken, self._read(params)
+
+    def _read(self, params: Mapping[str, Any] | None) -> Report:
+        report = read_report(params)
+        if report.identity == self._identity:
+            return report
+        other = "Other probes have judged than those that the request began with."
+        return Report(error=report.error or other)
+
+
+class OutputListener:
+    """Hears every report of an engine.
+
+    vLLM merges outputs that have not been read yet, and keeps only the last report. This listens
+    before that.
+
+    Args:
+        llm: vLLM's ``AsyncLLM``. The ``process_outputs`` of its output processor is wrapped.
+
+    Attributes:
+        generate: vLLM's own, which enforces no policy.
+    """
+
+    def __init__(self, llm: Any):
+        self.generate: Callable[..., AsyncGenerator[Any, None]] = llm.generate
+        self._processor = llm.output_processor
+        self._process = self._processor.process_outputs
+        self._texts: dict[str, TextReports] = {}
+        self._processor.process_outputs = self._hear
+
+    @contextmanager
+    def to(self, request_id: str, reports: TextReports) -> Generator[None]:
+        """Has it hear every report on the request before its outputs can be read."""
+        self._texts[request_id] = reports
+        try:
+            yield
+        finally:
+            del self._texts[request_id]
+
+    async def read_whole(
+        self,
+        prompt: EncodedPrompt,
+        request_id: str,
+        *,
+        identity: str,
+        fields: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Report:
+        """Has a text read; the last step's report.
+
+        Args:
+            prompt: The token ids, and what they belong to.
+            request_id: Unique.
+            identity: That of the probes which are to judge it.
+            fields: What else vLLM's form of the prompt has.
+            options: As ``AsyncLLM.generate`` takes them.
+        """
+        from vllm import SamplingParams
+
+        # vLLM has to write a token.
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            extra_args={"kv_transfer_params": request_params(prompt)},
+        )
+        reports = TextReports(identity)
+        with self.to(request_id, reports):
+            text = {**(fields or {}), "prompt_token_ids": [*prompt.token_ids]}
+            async with aclosing(self.generate(text, params, request_id, **options)) as outputs:
+                async for _ in outputs:
+                    pass
+        return reports.newest
+
+    def _hear(self, outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        for output in outputs:
+            # vLLM may still write for a request that has been cancelled.
+            state = self._processor.request_states.get(output.request_id)
+            if state is not None and state.external_req_id in self._texts:
+                reports = self._texts[state.external_req_id]
+                reports.hear(len(output.new_token_ids), output.kv_transfer_params)
+        return self._process(outputs, *args, **kwargs)
+
+
+def early_names(probes: Sequence[Probe]) -> frozenset[str]:
+    """Names of the probes that read the prompt alone."""
+    return frozenset(probe.name for probe in probes if not probe.reads.includes_response)
+
+
+def without_report(output: Any) -> Any:
+    """The output without the probes' report."""
+    kept = {k: v for k, v in (output.kv_transfer_params or {}).items() if k != KEY}
+    output.kv_transfer_params = kept or None
+    return output

@@ -1,0 +1,272 @@
+"""What is said of a request on its way into vLLM and out, and the scheduler's side of it.
+
+Descriptions of prompts and reports of verdicts travel in ``kv_transfer_params``, under ``KEY``.
+``Tracking`` follows each request: it is read whole when its prompt ends, no matter which part was
+computed earlier or by another request. After a preemption it is read again from the start if some
+probe reads responses.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby, repeat
+from typing import Any
+
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+
+from sidelight.engines.base import GenerationError
+from sidelight.errors import SidelightError
+from sidelight.models.conversation import EncodedPrompt, Part
+from sidelight.types import Judgement
+from sidelight_vllm import KEY
+from sidelight_vllm.columns import Reading
+from sidelight_vllm.internals import Step
+from sidelight_vllm.settings import DESCRIBED
+
+
+@dataclass(frozen=True)
+class PromptDescription:
+    """What a request says of its prompt.
+
+    Attributes:
+        parts: The ``Part`` of its tokens, and how many in a row have it.
+        tokens: The hash of these tokens.
+        is_plain: Whether they are plain text.
+        path: Where ``offline`` wants their states; "" if it wants none.
+    """
+
+    parts: list[tuple[Part, NonNegativeInt]]
+    tokens: str
+    is_plain: bool
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Report(Judgement):
+    """What an output says of its text so far: a judgement, whose it is, and how long it took.
+
+    Attributes:
+        seconds: What the workers spent on it.
+        identity: That of the probes which gave the latest verdict.
+        adapter: The LoRA adapter that writes the text; "" for none.
+        error: Why there is no judgement; "" if there is one.
+    """
+
+    seconds: float = 0.0
+    identity: str = ""
+    adapter: str = ""
+    error: str = "The request was not judged."
+
+    def require_judged(self) -> None:
+        """Refuses to take the text for judged if it is not.
+
+        Raises:
+            GenerationError: There is no judgement.
+        """
+        if self.error:
+            raise GenerationError(
+                f"vLLM sent no verdict ({self.error}). Treat the text as not judged."
+            )
+
+
+_DESCRIPTION, _REPORT = TypeAdapter(PromptDescription), TypeAdapter(Report)
+
+
+def request_params(prompt: EncodedPrompt, *, path: str = "") -> dict[str, Any]:
+    """The ``kv_transfer_params`` of a request that carries these tokens.
+
+    They go in a request's field, or in ``SamplingParams(extra_args=...)``.
+    """
+    runs = [(part, len([*same])) for part, same in groupby(prompt.parts)]
+    tokens = token_hash(prompt.token_ids)
+    description = PromptDescription(runs, tokens, prompt.is_plain, path)
+    return {KEY: _DESCRIPTION.dump_python(description, mode="json")}
+
+
+def read_description(params: Mapping[str, Any] | None) -> PromptDescription | None:
+    """What a request's ``kv_transfer_params`` say of its prompt; None: nothing.
+
+    Raises:
+        SidelightError: It is malformed.
+    """
+    if not params or KEY not in params:
+        return None
+    try:
+        return _DESCRIPTION.validate_python(params[KEY])
+    except ValidationError as error:
+        raise SidelightError(f"kv_transfer_params['{KEY}'] is malformed.") from error
+
+
+def described_prompt(
+    description: PromptDescription | None, token_ids: Sequence[int] | None
+) -> EncodedPrompt:
+    """The prompt of these token ids, which the engine runs.
+
+    Raises:
+        SidelightError: The request does not describe its tokens, or describes other ones.
+    """
+    if description is None or token_ids is None:
+        raise SidelightError(
+            f"The request has no kv_transfer_params['{KEY}'] to say what its tokens belong to. "
+            f"Give it, or leave '{DESCRIBED}' out of additional_config['{KEY}']."
+        )
+    count = sum(count for _, count in description.parts)
+    # Before they are written out: whoever describes the tokens may give any number.
+    if count != len(token_ids) or description.tokens != token_hash(token_ids):
+        raise SidelightError(
+            f"kv_transfer_params['{KEY}'] describes other tokens than the engine reads. Encode the "
+            "messages with the served model's tokenizer and chat template."
+        )
+    parts = chain.from_iterable(repeat(*run) for run in description.parts)
+    return EncodedPrompt(tuple(token_ids), tuple(parts), is_plain=description.is_plain)
+
+
+def token_hash(token_ids: Sequence[int]) -> str:
+    """A short name for a list of token ids."""
+    return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=8).hexdigest()
+
+
+def report_params(report: Report) -> dict[str, Any]:
+    """The ``kv_transfer_params`` of an output."""
+    return {KEY: _REPORT.dump_python(report, mode="json", exclude_none=True)}
+
+
+def read_report(params: Mapping[str, Any] | None) -> Report:
+    """The inverse of ``report_params``; what it cannot read is an error."""
+    if not params or KEY not in params:
+        return Report(error="the plugin did not run")
+    try:
+        return _REPORT.validate_python(params[KEY])
+    except ValidationError:
+        return Report(error="its report is malformed")
+
+
+@dataclass
+class _Tracked:
+    """A request that vLLM's scheduler holds.
+
+    Attributes:
+        report: What its next output says.
+        parts: The ``Part`` of every token of its prompt; None: it cannot be judged.
+        path: Where ``offline`` wants its states; "" if it wants none.
+        blocks: Its block table so far.
+        read: How many of its tokens have been planned to be read.
+        is_planned: Whether its prompt has been, or is about to be read.
+    """
+
+    report: Report
+    parts: bytes | None = None
+    is_plain: bool = False
+    path: str = ""
+    blocks: list[int] = field(default_factory=list[int])
+    read: int = 0
+    is_planned: bool = False
+
+
+class Tracking:
+    """Follows every request from its arrival to its end.
+
+    Args:
+        recognise: Reads what tokens belong to where a request does not say it; None: it has to.
+            An ``EngineGuard`` drops what clients say, and describes what it has read itself.
+
+    Attributes:
+        reads_responses: Whether some probe reads the response.
+    """
+
+    def __init__(
+        self,
+        *,
+        reads_responses: bool,
+        recognise: Callable[[Sequence[int]], EncodedPrompt] | None = None,
+    ):
+        self.reads_responses = reads_responses
+        self._recognise = recognise
+        self._requests: dict[str, _Tracked] = {}
+
+    def enter(
+        self,
+        request_id: str,
+        params: Mapping[str, Any] | None,
+        token_ids: Sequence[int] | None,
+        *,
+        adapter: str = "",
+    ) -> None:
+        """Notes a new request. One whose tokens are not known gets an error.
+
+        Args:
+            request_id: vLLM's name for it.
+            params: Its ``kv_transfer_params``.
+            token_ids: Its prompt; None if that is not text alone.
+            adapter: The LoRA adapter that it runs with; "" for none.
+        """
+        tracked = self._requests[request_id] = _Tracked(Report(adapter=adapter))
+        try:
+            description = read_description(params)
+            if description is not None or self._recognise is None:
+                prompt = described_prompt(description, token_ids)
+            elif token_ids is not None:
+                prompt = self._recognise(token_ids)
+            else:
+                raise SidelightError(
+                    "Only text is judged; the request has images, audio or embeddings."
+                )
+            tracked.parts, tracked.is_plain = bytes(prompt.parts), prompt.is_plain
+            tracked.path = description.path if description else ""
+        # Ids that the tokenizer does not take must not end the scheduler.
+        except (SidelightError, OverflowError, TypeError, ValueError) as error:
+            tracked.report = replace(tracked.report, error=str(error))
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def leave(self, request_id: str) -> None:
+        self._requests.pop(request_id, None)
+
+    def plan(self, steps: Iterable[Step]) -> list[Reading]:
+        """The readings after a pass with these steps."""
+        return [reading for step in steps if (reading := self._read(step)) is not None]
+
+    def record(
+        self, request_id: str, judgement: Judgement, seconds: float = 0.0, identity: str = ""
+    ) -> None:
+        """Adds a step's verdicts and seconds, and who judged, unless the request has ended."""
+        tracked = self._requests.get(request_id)
+        if tracked is not None:
+            before = tracked.report
+            seconds += before.seconds
+            tracked.report = replace(
+                before, **vars(before | judgement), seconds=seconds, identity=identity, error=""
+            )
+
+    def report(self, request_id: str) -> dict[str, Any] | None:
+        """The report for an output of the request; None if it is not tracked."""
+        tracked = self._requests.get(request_id)
+        return None if tracked is None else report_params(tracked.report)
+
+    def _read(self, step: Step) -> Reading | None:
+        tracked = self._requests.get(step.request_id)
+        if tracked is None or tracked.parts is None:
+            return None
+        if step.is_resumed:
+            tracked.read, tracked.blocks = 0, []
+        tracked.blocks += step.blocks
+        if step.computed < len(tracked.parts):
+            return None
+        # Not "is judged": the next step may be planned before this one has run.
+        ends_prompt = not tracked.is_planned
+        if not ends_prompt and not self.reads_responses:
+            return None
+        start = 0 if ends_prompt else tracked.read
+        written = max(0, step.computed - max(start, len(tracked.parts)))
+        tracked.read, tracked.is_planned = step.computed, True
+        return Reading(
+            request_id=step.request_id,
+            blocks=tuple(tracked.blocks),
+            start=start,
+            parts=tracked.parts[start:] + bytes([Part.RESPONSE]) * written,
+            ends_prompt=ends_prompt,
+            is_plain=tracked.is_plain,
+            path=tracked.path,
+        )

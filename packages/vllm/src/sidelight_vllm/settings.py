@@ -1,0 +1,228 @@
+"""What vLLM's processes are told: the probes to serve, and by which policy.
+
+``SIDELIGHT_PROBES`` names folders of probes, separated by the system's path separator, ready guards
+(``guard:injection``) or probes on the hub (``hf:OWNER/NAME@REVISION``). So does
+``additional_config={"sidelight": {"probes": [...]}}``. Without either, the plugin does nothing.
+``SIDELIGHT_COLUMNS`` keeps room for larger probes.
+``SIDELIGHT_QUANTISED`` accepts the probes of a model on a quantised copy.
+``SIDELIGHT_POLICY`` and ``SIDELIGHT_AUDIT_LOG`` name the files of a server of vLLM's.
+"""
+
+# pyright: reportMissingImports=false
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+from transformers import AutoTokenizer
+
+from sidelight.engines.transformers.backbone import read_model
+from sidelight.errors import SidelightError, did_you_mean
+from sidelight.guards import named_sources, probe_folders
+from sidelight.models.encode import PromptEncoder
+from sidelight.models.fingerprint import Fingerprint
+from sidelight.probes.artifact import load_probe
+from sidelight.probes.manifest import require_distinct_names
+from sidelight.probes.probe import Probe, common_format
+from sidelight_vllm import ENVIRONMENT, POLICY
+
+if TYPE_CHECKING:
+    from sidelight.server.config import ServerConfig
+
+COLUMNS = "SIDELIGHT_COLUMNS"
+# The options of a server that vLLM's own takes from the environment, beside the secrets.
+_SERVER = {"policy": POLICY, "audit_log": "SIDELIGHT_AUDIT_LOG"}
+DESCRIBED = "described"
+"""Under ``KEY``: whether requests describe their tokens."""
+STATES = "keeps_states"
+"""Under ``KEY``: whether hidden states are written to files, instead of verdicts."""
+CONNECTOR = "ProbeConnector"
+SHARED_CONNECTOR = "SharedConnector"
+
+# vLLM shows what is logged under its own name.
+log = logging.getLogger("vllm.sidelight")
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """Probes that all workers have, and the identity that their verdicts carry."""
+
+    probes: tuple[Probe, ...]
+    identity: str
+
+
+@dataclass(frozen=True)
+class Served:
+    """The probes to serve, in the form that travels to the scheduler and the workers.
+
+    Attributes:
+        folders: The probes' artifacts.
+        fingerprint: That of the served model.
+        is_described: Whether requests say what their tokens belong to, as our own engines' do.
+            Otherwise clients may have written them, and it is read from their tokens.
+        columns: How many columns of a layer to keep room for; 0: as many as these probes need.
+        accepted: The digest of a model and this quantised copy of it, whose probes are served here;
+            "" for none.
+        keeps_states: Whether hidden states are written to the files that requests name.
+    """
+
+    folders: tuple[str, ...]
+    fingerprint: Fingerprint
+    is_described: bool = False
+    columns: int = 0
+    accepted: str = ""
+    keeps_states: bool = False
+
+    @staticmethod
+    def of(vllm_config: Any) -> "Served | None":
+        """The served probes in vLLM's configuration; None if the plugin is not part of it."""
+        transfer = vllm_config.kv_transfer_config
+        if transfer is None or transfer.kv_connector not in (CONNECTOR, SHARED_CONNECTOR):
+            return None
+        ours = transfer.kv_connector_extra_config
+        if transfer.kv_connector == SHARED_CONNECTOR:
+            ours = ours["connectors"][0]["kv_connector_extra_config"]
+        return _SERVED.validate_python(ours)
+
+    def to_json(self) -> dict[str, Any]:
+        """For vLLM's configuration; ``of`` reads it."""
+        return _SERVED.dump_python(self, mode="json")
+
+    def load(self) -> ProbeSet:
+        """Loads the probes.
+
+        Raises:
+            SidelightError: One is damaged, two share a name, or one belongs to another model.
+        """
+        probes = [load_probe(folder) for folder in self.folders]
+        for probe in probes:
+            probe.fingerprint.require(self.fingerprint, probe=probe.name, accepted=self.accepted)
+        require_distinct_names([probe.name for probe in probes])
+        return ProbeSet(tuple(probes), identity_of(probe.version for probe in probes))
+
+
+_SERVED = TypeAdapter(Served)
+
+
+def identity_of(versions: Iterable[str]) -> str:
+    """The name of a set of probes in reports: the same for the same artifacts in this order."""
+    return hashlib.blake2b(" ".join(versions).encode(), digest_size=8).hexdigest()
+
+
+def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The probes' folders; None: ``additional_config[KEY]`` and the environment name none."""
+    if "probes" in config:
+        return tuple(map(str, config["probes"]))
+    return tuple(named_sources(os.environ.get(ENVIRONMENT, ""))) or None
+
+
+def named_columns() -> int:
+    """How many columns of a layer to keep room for; 0: as many as the first probes need.
+
+    Raises:
+        SidelightError: The environment names no such number.
+    """
+    columns = os.environ.get(COLUMNS) or "0"
+    if not columns.isdecimal():
+        raise SidelightError(
+            f"{COLUMNS} is '{columns}', but it is a number of columns, such as 64. Unset it to "
+            "keep room for the first probes only."
+        )
+    return int(columns)
+
+
+def found_folders(model: str, sources: Sequence[str]) -> tuple[str, ...]:
+    """The folders of probes, and of ready guards that were trained for a model."""
+    folders = probe_folders(sources, model, lambda: read_model(model).fingerprint.digest)
+    return tuple(map(str, folders))
+
+
+def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
+    """The fingerprint of a model by its files, which are not loaded.
+
+    Raises:
+        SidelightError: A probe is damaged, some read chats and others raw texts, or the model's
+            weights are not in safetensors files.
+    """
+    prompt_format = common_format(map(load_probe, folders))
+    return read_model(model, prompt_format=prompt_format).fingerprint
+
+
+# Of ``sidelight serve``, whose process it stays in.
+_served_config: "ServerConfig | None" = None
+
+
+def serve_with(config: "ServerConfig") -> None:
+    """Makes vLLM's server in this process use this configuration instead of the environment's."""
+    global _served_config
+    _served_config = config
+
+
+def server_config(**options: Any) -> "ServerConfig":
+    """The configuration of a server of vLLM's, by default from the environment's variables.
+
+    Args:
+        options: Other fields of the environment's.
+
+    Raises:
+        SidelightError: A value is wrong.
+    """
+    if _served_config is not None:
+        return _served_config
+    # Only the processes that serve need it.
+    from sidelight.server.config import read_config
+
+    named = {name: os.environ.get(variable) for name, variable in _SERVER.items()}
+    return read_config(**{name: value for name, value in named.items() if value}, **options)
+
+
+def prompt_encoder(vllm_config: Any, probes: Sequence[Probe]) -> PromptEncoder:
+    """Recognises conversations that others have encoded for the served model."""
+    model = vllm_config.model_config
+    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, trust_remote_code=False)
+    prompt_format = common_format(probes) or "chat"
+    return PromptEncoder(tokenizer, prompt_format=prompt_format, max_tokens=model.max_model_len)
+
+
+# vLLM's options that Sidelight sets itself, and what to do instead, in any command.
+SET_HERE = {
+    "model": "Give --model instead.",
+    "dtype": "Give --dtype instead.",
+    "additional_config": "Leave it out; it carries the plugin's settings.",
+    "disable_log_stats": "Leave it out; a server has its figures at /metrics.",
+}
+
+
+def require_options(options: Mapping[str, Any], args_type: Any) -> None:
+    """Checks that these are fields of vLLM's arguments that Sidelight does not set.
+
+    Raises:
+        SidelightError: One is not.
+    """
+    known = args_type.__dataclass_fields__
+    for name in options:
+        if name in SET_HERE:
+            raise SidelightError(f"vLLM's option '{name}' is set by Sidelight. {SET_HERE[name]}")
+        if name not in known:
+            raise SidelightError(f"vLLM has no option '{name}'.{did_you_mean(name, known)}")
+
+
+def require_vllm() -> None:
+    """Checks that vLLM can be imported.
+
+    Raises:
+        SidelightError: It is not installed.
+    """
+    # Standard output belongs to what a command prints.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    try:
+        import vllm.engine.arg_utils  # noqa: F401 # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise SidelightError(
+            "vLLM is not installed in this environment. docs/vllm.md says how; or use "
+            "--engine transformers."
+        ) from error

@@ -1,0 +1,582 @@
+"""The engine over vLLM where vLLM refuses: which probes serve then, who gets in, and its end."""
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import click
+import pytest
+from fastapi import Request
+
+from sidelight.cli import app
+from sidelight.engines.base import (
+    EngineBusyError,
+    EngineUnavailableError,
+    GenerationError,
+    NotExplainedError,
+)
+from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.models.conversation import Message
+from sidelight.models.fingerprint import ACCEPTED, hash_of
+from sidelight.probes.artifact import load_probe
+from sidelight.server.app import create_app
+from sidelight.server.config import ServerConfig
+from sidelight.server.keys import Caller
+from sidelight.server.requests import ServerRequest
+from sidelight_vllm import ENVIRONMENT, KEY, POLICY
+from sidelight_vllm.engine import VllmEngine, saved
+from sidelight_vllm.requests import Report, report_params
+from sidelight_vllm.server import NO_PLACE, arguments, serve
+from sidelight_vllm.settings import SET_HERE, identity_of, require_options
+from worlds.models import untrained_probe
+
+ROOT = Path(__file__).parents[3]
+HELLO = [[Message("user", "hello")]]
+# Names of the engine's probes and of the workers', and whether it is ready.
+OLD = (["old"], ["old"], True)
+NEW = (["new"], ["new"], True)
+
+
+class Workers:
+    """Stands in for vLLM: its workers load what they are told, and report by it.
+
+    It writes one token of each text, with one report.
+    """
+
+    errored = False
+
+    def __init__(self, servers=1):
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(max_model_len=100),
+            speculative_config=None,
+            parallel_config=SimpleNamespace(_api_process_count=servers),
+        )
+        states = {}
+        self.output_processor = SimpleNamespace(
+            request_states=states,
+            process_outputs=lambda outputs: None,
+            has_unfinished_requests=lambda: bool(states),
+        )
+        self.loaded = self.checked = []
+        # Stands for what the workers would report.
+        self.report: object = ...
+        self.refuses = ""
+        self.is_paused = False
+        # How many more texts may be read, if that is limited.
+        self.readable: asyncio.Semaphore | None = None
+        self.pausing, self.may_pause = asyncio.Event(), asyncio.Event()
+        self.may_pause.set()
+
+    def identity(self):
+        return identity_of(probe.version for probe in self.loaded)
+
+    async def collective_rpc(self, method, args):
+        if self.refuses == method:
+            # Whichever rank it is of, as vLLM raises it.
+            raise Exception("The last worker refuses.")
+        if method == "sidelight_check":
+            self.checked = [load_probe(folder) for folder in args[0]]
+        else:
+            assert method == "sidelight_load"
+            assert self.is_paused
+            assert args == (identity_of(probe.version for probe in self.checked),)
+            self.loaded = self.checked
+
+    async def generate(self, tokens, params, request_id):
+        assert not self.is_paused
+        states = self.output_processor.request_states
+        states[request_id] = SimpleNamespace(external_req_id=request_id, request_index=0)
+        report = report_params(Report(identity=self.identity(), error=""))
+        said = SimpleNamespace(
+            request_id=request_id,
+            new_token_ids=[7],
+            kv_transfer_params=report if self.report is ... else self.report,
+        )
+        self.output_processor.process_outputs([said])
+        try:
+            if self.readable is not None:
+                await self.readable.acquire()
+            yield SimpleNamespace()
+        finally:
+            states.pop(request_id, None)
+
+    def shutdown(self):
+        pass
+
+    async def pause_generation(self, *, mode, clear_cache):
+        assert (mode, clear_cache) == ("wait", True)
+        self.pausing.set()
+        await self.may_pause.wait()
+        assert not self.output_processor.request_states
+        self.is_paused = True
+
+    async def resume_generation(self):
+        self.is_paused = False
+
+
+@pytest.fixture(autouse=True)
+def names_of_vllm(monkeypatch):
+    """The names that the engine imports from vLLM when it judges."""
+    dead = {
+        name: type(name, (Exception,), {}) for name in ("EngineDeadError", "EngineGenerateError")
+    }
+    for path, found in {
+        "vllm": {"SamplingParams": SimpleNamespace},
+        "vllm.v1": {},
+        "vllm.v1.engine": {},
+        "vllm.v1.engine.exceptions": dead,
+    }.items():
+        module = ModuleType(path)
+        module.__dict__.update(found)
+        monkeypatch.setitem(sys.modules, path, module)
+
+
+def replacing(tiny, change, **options):
+    """Replaces a probe; the engine's and the workers' probes after it."""
+
+    async def main():
+        llm = Workers(**options)
+        old, new = (untrained_probe(tiny, name) for name in ("old", "new"))
+        with saved([old]) as (folders, served):
+            llm.loaded = [load_probe(folder) for folder in folders]
+        engine = VllmEngine(
+            llm, served, name="tiny", encoder=tiny.encoder, fingerprint=tiny.fingerprint
+        )
+        await engine.start()
+        async with asyncio.timeout(20):
+            await change(engine, llm, new)
+        served = [probe.name for probe in llm.loaded]
+        found = [probe.name for probe in engine.probes], served, engine.is_ready
+        await engine.close()
+        assert engine.max_tokens < tiny.encoder.max_tokens
+        return found
+
+    return asyncio.run(main())
+
+
+async def probes_of_a_request(engine):
+    async with engine.serving() as served:
+        return served.probes
+
+
+async def waiting_for(changing, engine):
+    """Until a change waits for the requests inside, so that it lets no other one in."""
+    while not changing.done():
+        try:
+            async with asyncio.timeout(0.001):
+                await probes_of_a_request(engine)
+        except TimeoutError:
+            return
+        await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def writing(engine, llm, begun=None):
+    """A text is being written, as by the guard of a server."""
+    async with engine.serving(begun):
+        states, text = llm.output_processor.request_states, object()
+        states[text] = None
+        try:
+            yield
+        finally:
+            del states[text]
+
+
+def test_a_worker_that_refuses_leaves_the_old_probes_to_all(tiny):
+    async def change(engine, llm, new):
+        llm.refuses = "sidelight_check"
+        with pytest.raises(SidelightError, match="last worker refuses"):
+            await engine.replace_probes([new])
+        assert await engine.judge(HELLO)
+
+    assert replacing(tiny, change) == OLD
+
+
+def test_a_copy_of_the_model_that_is_accepted_takes_its_new_probes_too(tiny, monkeypatch):
+    original = replace(tiny.fingerprint, weights="0" * 16)
+
+    async def change(engine, llm, new):
+        new = replace(new, fingerprint=original)
+        with pytest.raises(FingerprintMismatchError, match=f"{ACCEPTED} is not set"):
+            await engine.replace_probes([new])
+        monkeypatch.setenv(ACCEPTED, hash_of(original.digest, tiny.fingerprint.digest))
+        await engine.replace_probes([new])
+
+    assert replacing(tiny, change) == NEW
+
+
+def test_workers_that_may_differ_serve_nothing_any_more(tiny):
+    """One fails although it has checked the probes."""
+
+    async def change(engine, llm, new):
+        llm.refuses = "sidelight_load"
+        with pytest.raises(EngineUnavailableError, match="Restart the server"):
+            await engine.replace_probes([new])
+        with pytest.raises(EngineUnavailableError, match="Restart the server"):
+            await engine.judge(HELLO)
+
+    probes, _, is_ready = replacing(tiny, change)
+    assert (probes, is_ready) == (["old"], False)
+
+
+def test_a_change_ends_whole_although_its_caller_gives_up(tiny):
+    async def change(engine, llm, new):
+        llm.may_pause.clear()
+        changing = asyncio.create_task(engine.replace_probes([new]))
+        await llm.pausing.wait()
+        changing.cancel()
+        await asyncio.sleep(0)
+        llm.may_pause.set()
+        await changing
+        assert await engine.judge(HELLO)
+
+    async def change_too_early(engine, llm, new):
+        async with writing(engine, llm):
+            changing = asyncio.create_task(engine.replace_probes([new]))
+            await waiting_for(changing, engine)
+            changing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await changing
+        assert await engine.judge(HELLO)
+
+    assert replacing(tiny, change) == NEW
+    assert replacing(tiny, change_too_early) == OLD
+
+
+def test_a_change_waits_for_texts_of_begun_requests_and_newcomers_for_the_change(tiny):
+    """A server takes nothing more from the first text before it has the second one's verdicts."""
+
+    async def change(engine, llm, new):
+        stale = engine.judge(HELLO)
+        async with engine.serving() as begun, writing(engine, llm, begun):
+            changing = asyncio.create_task(engine.replace_probes([new]))
+            await waiting_for(changing, engine)
+            newcomer = asyncio.create_task(probes_of_a_request(engine))
+            async with writing(engine, llm, begun):
+                await asyncio.sleep(0.05)
+                assert not changing.done()
+            await asyncio.sleep(0.05)
+            assert not changing.done()
+            assert not newcomer.done()
+        assert await newcomer == (new,)
+        await changing
+        # Probes that came later do not judge it.
+        with pytest.raises(EngineUnavailableError, match="just been replaced"):
+            await stale
+
+    assert replacing(tiny, change) == NEW
+
+
+def test_a_request_of_our_own_routes_keeps_its_probes_from_its_terms_to_its_answer(tiny):
+    async def change(engine, llm, new):
+        app = create_app(engine, ServerConfig())
+        state = {"observer": app.state.context.observer, "caller": Caller()}
+        scope = {"type": "http", "app": app, "state": state}
+        request = ServerRequest(Request(scope, asyncio.Event().wait))
+        async with request.until_answered:
+            terms = await request.begin(HELLO)
+            changing = asyncio.create_task(engine.replace_probes([new]))
+            await waiting_for(changing, engine)
+            await asyncio.sleep(0.05)
+            assert await engine.judge(HELLO)
+            assert (changing.done(), [probe.name for probe in terms.probes]) == (False, ["old"])
+        await changing
+
+    assert replacing(tiny, change) == NEW
+
+
+def test_requests_that_follow_each_other_closely_cannot_keep_a_change_out(tiny):
+    """Each comes before the one before it has left, so that some is always inside."""
+    seen = []
+
+    async def keep_coming(engine, left):
+        async with engine.serving() as served:
+            seen.append(served.probes[0].name)
+            follower = left and asyncio.create_task(keep_coming(engine, left - 1))
+            await asyncio.sleep(0.005)
+        if follower:
+            await follower
+
+    async def change(engine, llm, new):
+        async with engine.serving():
+            changing = asyncio.create_task(engine.replace_probes([new]))
+            while not llm.checked:
+                await asyncio.sleep(0.001)
+            coming = asyncio.create_task(keep_coming(engine, 20))
+            await asyncio.sleep(0.005)
+        await changing
+        await coming
+
+    assert replacing(tiny, change) == NEW
+    assert {*seen} == {"new"}
+
+
+def test_a_change_that_is_stopped_in_the_middle_leaves_no_probes_that_anybody_knows(tiny):
+    async def change(engine, llm, new):
+        llm.may_pause.clear()
+        changing = asyncio.create_task(engine.replace_probes([new]))
+        await llm.pausing.wait()
+        for _ in range(2):
+            changing.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(EngineUnavailableError, match="Restart the server"):
+            await changing
+        with pytest.raises(EngineUnavailableError, match="Restart the server"):
+            await engine.judge(HELLO)
+
+    assert not replacing(tiny, change)[2]
+
+
+def test_a_missing_verdict_is_an_error(tiny):
+    async def ask(engine, llm, _new):
+        for report in (None, {}, {KEY: {"error": "other tokens"}}):
+            llm.report = report
+            with pytest.raises(GenerationError, match="no verdict"):
+                await engine.judge(HELLO)
+        assert engine.load.waiting == 0
+        with pytest.raises(NotExplainedError, match="--engine transformers"):
+            await engine.judge(HELLO, explain=[])
+
+    replacing(tiny, ask)
+
+
+def test_a_client_that_reads_slowly_holds_up_no_change_and_gets_no_other_verdict(tiny, monkeypatch):
+    monkeypatch.setattr("sidelight_vllm.lock._SLOW_AFTER_S", 0.05)
+
+    async def change(engine, llm, new):
+        async with engine.serving() as old:
+            await engine.replace_probes([new])
+            prompt = tiny.encoder.encode([Message("user", "hello")])
+            with pytest.raises(GenerationError, match="Other probes have judged"):
+                await engine.check_all([prompt], old.identity)
+            with pytest.raises(EngineUnavailableError, match="just been replaced"):
+                async with engine.serving(old):
+                    pytest.fail("these probes are gone")
+
+    assert replacing(tiny, change) == NEW
+
+
+def test_answers_that_take_too_long_and_several_api_servers_keep_the_old_probes(tiny, monkeypatch):
+    monkeypatch.setattr("sidelight_vllm.lock._PATIENCE_S", 0.05)
+
+    async def change(engine, llm, new):
+        async with writing(engine, llm):
+            with pytest.raises(EngineUnavailableError, match="still being written"):
+                await engine.replace_probes([new])
+        assert await engine.judge(HELLO)
+
+    async def share(engine, llm, new):
+        with pytest.raises(SidelightError, match="--api-server-count 1"):
+            await engine.replace_probes([new])
+
+    assert replacing(tiny, change) == OLD
+    assert replacing(tiny, share, servers=2) == OLD
+
+
+# Starts a process as vLLM starts its engine, and prints its id.
+STARTER = """
+import multiprocessing, time
+
+def wait():
+    # Here, so that only the child pays for the import.
+    from sidelight_vllm.internals import end_with_parent
+
+    end_with_parent()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=wait)
+    child.start()
+    print(child.pid, flush=True)
+    child.join()
+"""
+
+
+@pytest.mark.slow
+def test_an_engine_whose_parent_is_killed_ends(tmp_path):
+    script = tmp_path / "starter.py"
+    script.write_text(STARTER)
+    starter = subprocess.Popen(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert starter.stdout is not None
+    with starter.stdout as told:
+        engine = int(told.readline())
+        os.kill(engine, 0)
+        starter.kill()
+        # It holds the other end: nothing more is read until it has ended.
+        assert told.read() == ""
+    starter.wait()
+
+
+def test_an_option_that_is_not_the_users_is_refused_with_the_remedy():
+    fields = dict.fromkeys([*SET_HERE, "max_num_seqs"])
+    arguments = SimpleNamespace(__dataclass_fields__=fields)
+    require_options({"max_num_seqs": 8}, arguments)
+    for name, remedy in {**SET_HERE, "max_num_seq": "Did you mean 'max_num_seqs'"}.items():
+        with pytest.raises(SidelightError, match=re.escape(remedy)):
+            require_options({name: 1}, arguments)
+
+
+@pytest.mark.parametrize("name", ["serve", "train", "predict", "parity"])
+def test_an_option_to_give_instead_is_one_of_every_command_that_takes_vllms(name):
+    command = app.get_command(click.Context(app), name)
+    known = {word for parameter in command.params for word in parameter.opts}
+    assert {"--engine-option", *re.findall(r"--[a-z-]+", " ".join(SET_HERE.values()))} <= known
+
+
+def test_a_list_takes_all_its_places_at_once_or_none(tiny):
+    async def ask(engine, llm, _new):
+        async def until(waiting):
+            while engine.load.waiting != waiting:
+                await asyncio.sleep(0)
+
+        llm.readable = asyncio.Semaphore(0)
+        many = asyncio.create_task(engine.judge(HELLO * 300))
+        await until(300)
+        with pytest.raises(EngineBusyError, match="300 waiting, the limit is 128"):
+            await engine.judge(HELLO)
+        for _ in range(173):
+            llm.readable.release()
+        await until(127)
+        one = asyncio.create_task(engine.judge(HELLO))
+        await until(128)
+        with pytest.raises(EngineBusyError):
+            await engine.judge(HELLO)
+        # A client that leaves frees the places of texts that have not begun, too.
+        many.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await many
+        assert engine.load.waiting == 1
+        llm.readable.release()
+        assert await one
+        assert engine.load.waiting == 0
+
+    replacing(tiny, ask)
+
+
+def options_of(**given):
+    return ServerConfig(engine="vllm", **given)
+
+
+def test_every_option_has_a_place_in_vllms_server_or_a_remedy():
+    """A new option of the server has to be looked at."""
+    in_the_process = {
+        *("config", "probe", "policy", "audit_log", "audit_salt", "api_key", "api_keys_file"),
+        *("admin_key", "admin_keys_file", "metrics_key", "allow_anonymous"),
+        "allowed_host",
+    }
+    as_arguments = {
+        *("host", "port", "log_level", "model", "served_model_name", "dtype", "drain_s"),
+        "engine_option",
+    }
+    elsewhere = {"engine", "device", "tokenizer"}
+    known = in_the_process | as_arguments | elsewhere | NO_PLACE.keys()
+    assert ServerConfig.model_fields.keys() == known
+
+
+def test_what_has_no_place_in_vllms_server_or_would_be_left_open_is_refused(monkeypatch):
+    switches = ("json_logs", "playground")
+    for message, given in (
+        *((f"no place for '{name}'", {name: True if name in switches else 7}) for name in NO_PLACE),
+        ("--api-key instead", {"engine_option": {"api_key": "x"}}),
+        ("run 'vllm serve'", {"engine_option": {"api_server_count": 2}}),
+        ("named twice", {"engine_option": {"served_model_name": "a"}, "served_model_name": "b"}),
+        (r"Everybody who reaches 0\.0\.0\.0", {"host": "0.0.0.0"}),
+    ):
+        with pytest.raises(SidelightError, match=message):
+            serve(options_of(**given), "smollm2", [])
+    monkeypatch.setenv("VLLM_API_KEY", "x")
+    with pytest.raises(SidelightError, match="set SIDELIGHT_API_KEY"):
+        serve(options_of(), "smollm2", [])
+
+
+class PlainArgs:
+    """vLLM's public arguments, in a vLLM that has nothing else that we know."""
+
+    def __init__(self, **additional_config):
+        self.additional_config = additional_config
+
+    def create_engine_config(self):
+        return "plain"
+
+
+@pytest.fixture
+def unknown_vllm(monkeypatch):
+    """The plugin as vLLM loads it, in a vLLM whose internals have moved."""
+    for name in (ENVIRONMENT, POLICY):
+        monkeypatch.delenv(name, raising=False)
+    args = type("EngineArgs", (PlainArgs,), dict(vars(PlainArgs)))
+    vllm = ModuleType("vllm")
+    vllm.EngineArgs, vllm.__version__ = args, "9.1"
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.delitem(sys.modules, "sidelight_vllm.plugin", raising=False)
+    # Set by the plugin, for the processes that it starts.
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    project = tomllib.loads((ROOT / "packages/vllm/pyproject.toml").read_text())["project"]
+    (place,) = project["entry-points"]["vllm.general_plugins"].values()
+    # vLLM logs an error while it loads an entry point, and then serves without it.
+    return vllm, EntryPoint("sidelight", place, "vllm.general_plugins").load()
+
+
+def test_vllm_without_probes_starts_whatever_its_version(unknown_vllm, caplog):
+    vllm, install = unknown_vllm
+    # vLLM may call a plugin more than once.
+    install()
+    install()
+    assert vllm.EngineArgs().create_engine_config() == "plain"
+    assert vllm.EngineArgs(another=1).create_engine_config() == "plain"
+    assert not {"sidelight_vllm.plugin", "vllm.config"} & {*sys.modules}
+    assert not caplog.messages
+    del vllm.EngineArgs
+    install()
+    assert "additional_config['sidelight'] are not served" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("name", [ENVIRONMENT, POLICY, None])
+def test_an_unknown_vllm_is_refused_where_probes_are_named(unknown_vllm, name):
+    vllm, install = unknown_vllm
+    if name is None:
+        install()
+    else:
+        os.environ[name] = "named"
+    with pytest.raises(SidelightError, match=r"This is vLLM 9\.1, .* tested with >=0\.32,<0\.34"):
+        install() if name else vllm.EngineArgs(sidelight={"probes": []}).create_engine_config()
+    # Processes of the engine do not see its configuration before they load the plugin.
+    with pytest.raises(SidelightError, match=r"This is vLLM 9\.1"):
+        install()
+
+
+def test_options_become_arguments_of_vllm_and_secrets_do_not():
+    options = {
+        "enforce_eager": True, "enable_prefix_caching": False, "max_num_seqs": 4,
+        "lora_modules": ["a=b", {"name": "c"}], "allowed_origins": ["*"],
+        "compilation_config": {"level": 0},
+    }  # fmt: skip
+    config = options_of(
+        probe=("p",), port=9, api_key="hidden", admin_key="hidden", audit_salt="hidden",
+        drain_s=2.5, engine_option=options,
+    )  # fmt: skip
+    words = arguments(config, "name", "/folder")
+    assert "hidden" not in " ".join(words)
+    text = " ".join(words)
+    for part in (
+        "--model /folder --served-model-name name", "--port 9", "--shutdown-timeout 3",
+        '--additional-config {"sidelight": {"probes": ["p"]}}', "--enforce-eager",
+        "--no-enable-prefix-caching --max-num-seqs 4", '--lora-modules a=b {"name": "c"} --',
+        '--allowed-origins ["*"]', '--compilation-config {"level": 0}',
+    ):  # fmt: skip
+        assert part in text
+    named = arguments(options_of(served_model_name="assistant"), "name", "/folder")
+    assert named[named.index("--served-model-name") + 1] == "assistant"

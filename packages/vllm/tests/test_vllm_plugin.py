@@ -1,0 +1,575 @@
+"""Laws of the plugin that hold without vLLM: a paged cache is played, with every trap it has."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sidelight.cli.runtime import Runtime
+from sidelight.engines.base import GenerationError, require_same_model
+from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.models.conversation import EncodedPrompt, Part, Reads
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.bank import Bank, Panel
+from sidelight.probes.mechanisms.base import mechanism_names
+from sidelight.probes.probe import common_format
+from sidelight.probes.standardisation import EPSILON, Projection
+from sidelight_vllm import ENVIRONMENT, KEY
+from sidelight_vllm.columns import Pages, Reading, Stage, set_receiver, tap_layers
+from sidelight_vllm.internals import Step
+from sidelight_vllm.requests import (
+    Tracking,
+    described_prompt,
+    read_description,
+    read_report,
+    request_params,
+    token_hash,
+)
+from sidelight_vllm.settings import (
+    COLUMNS,
+    CONNECTOR,
+    Served,
+    fingerprint_of,
+    identity_of,
+    named_columns,
+    named_folders,
+)
+from sidelight_vllm.worker import LayerColumns, RequestJudge, Worker
+from worlds.models import TOPICS, score, tiny_backbone, untrained_probe
+from worlds.vllm import followed
+
+BLOCK = 4
+BLOCKS = 24
+# The same float32 products in another order.
+ROUNDING = 1e-5
+# Of the size that a column has by the sizes of its factors: float32's own.
+PRODUCT_ROUNDING = 4e-6
+WAYS = (Reads(), Reads("both"), Reads(template=False))
+PROMPT = EncodedPrompt(tuple(range(10, 14)), (Part.PROMPT,) * 4)
+READING = Reading("r", (1,), 0, bytes([Part.PROMPT] * 4), ends_prompt=True, is_plain=False)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_backbone()
+
+
+@pytest.fixture(scope="module")
+def probes(backbone):
+    return [
+        untrained_probe(backbone, name, mechanism=name, reads=WAYS[i % len(WAYS)])
+        for i, name in enumerate(mechanism_names())
+    ]
+
+
+@pytest.fixture(autouse=True)
+def no_receiver():
+    yield
+    set_receiver(None)
+
+
+def prompt_of(token_ids, seed=0) -> EncodedPrompt:
+    parts = [
+        Part(int(p)) for p in np.random.default_rng(seed).integers(0, len(Part), len(token_ids))
+    ]
+    parts[-1] = Part.PROMPT
+    return EncodedPrompt(tuple(token_ids), tuple(parts))
+
+
+def states_of(backbone, token_ids) -> torch.Tensor:
+    """``[layer, token, width]``."""
+    states: list[torch.Tensor] = []
+    with backbone.tapped(lambda _layer, hidden: states.append(hidden[0].clone())):
+        backbone.run([prompt_of(token_ids)])
+    return torch.stack(states)
+
+
+class Played:
+    """A worker and a scheduler with a paged cache, without a model."""
+
+    def __init__(self, probes):
+        self.panel = Panel(probes)
+        self.stage = Stage.empty(self.panel.projection, tokens=64)
+        self.pages = Pages(self.stage, blocks=BLOCKS, block_size=BLOCK)
+        self.tracking = Tracking(reads_responses=self.panel.late is not None)
+        self.request_judge = RequestJudge(self.panel)
+
+    def enter(self, request_id, prompt):
+        self.tracking.enter(request_id, request_params(prompt), prompt.token_ids)
+
+    def step(self, shares, *, resumed=()):
+        """One pass: (request, hidden states of all its tokens, block table, start, stop) each."""
+        slots, states = [], []
+        for _, hidden, blocks, start, stop in shares:
+            slots += [blocks[t // BLOCK] * BLOCK + t % BLOCK for t in range(start, stop)]
+            states.append(hidden[:, start:stop])
+        for layer, hidden in enumerate(torch.cat(states, 1)):
+            self.stage.receive(layer, hidden)
+        self.pages.keep(torch.tensor([*slots, -1, -1]))
+        steps = [
+            Step(request, stop, is_resumed, blocks if is_resumed else [])
+            for request, _, blocks, start, stop in shares
+            for is_resumed in [request in resumed or start == 0]
+        ]
+        for request_id, judgement in self.judge(self.tracking.plan(steps)).items():
+            self.tracking.record(request_id, judgement)
+
+    def forget(self):
+        """Nothing was projected for any slot: moves untouched rows to all of them."""
+        for slots in torch.arange(BLOCKS * BLOCK).split(self.stage.rows.shape[1]):
+            self.pages.keep(slots)
+
+    def judge(self, readings):
+        return self.request_judge.judge(readings, self.pages.read(readings)) if readings else {}
+
+    def judgement(self, request_id):
+        """As it arrives where vLLM's outputs are read."""
+        report = read_report(json.loads(json.dumps(self.tracking.report(request_id))))
+        report.require_judged()
+        return report
+
+
+def require_equal(probes, judgement, backbone, prompt):
+    verdicts = {verdict.probe: verdict for verdict in judgement.verdicts}
+    for probe, logits in zip(probes, score(backbone, Bank(probes), [prompt]), strict=True):
+        wanted, actual = probe.verdict(logits[0]), verdicts[probe.name]
+        values = list(wanted.probabilities.values())
+        assert list(actual.probabilities.values()) == pytest.approx(values, abs=ROUNDING)
+        assert actual.labels == wanted.labels
+
+
+def shares_of(reading, columns):
+    """Those of two stages of a pipeline, which come in no order."""
+    return [LayerColumns(reading, 2, columns[:, 2:]), LayerColumns(reading, 0, columns[:, :2])]
+
+
+@pytest.mark.parametrize(
+    ("is_plain", "is_staged", "chunk"),
+    [(False, False, 3), (True, False, 9), (False, True, 17), (True, True, 3)],
+)
+def test_a_response_is_read_as_it_is_written_and_again_after_preemption(
+    backbone, probes, is_plain, is_staged, chunk
+):
+    """On plain text, probes of chats alone fail."""
+    both = [replace(probe, name=f"{probe.name}-both", prompt_format="both") for probe in probes]
+    judging, failed = (both, probes) if is_plain else ([*probes, *both], [])
+    late = [probe for probe in judging if probe.reads.includes_response]
+    early = [probe for probe in judging if not probe.reads.includes_response]
+    played = Played([*probes, *both])
+    ids = [int(t) for t in np.random.default_rng(4).integers(5, 300, 18)]
+    prompt = replace(prompt_of(ids[:9]), is_plain=is_plain)
+    hidden = states_of(backbone, ids)
+    played.enter("r", prompt)
+    if is_staged:
+        played.judge = lambda readings: {
+            r.request_id: played.request_judge.join(shares_of(r, played.pages.read([r])))
+            for r in readings
+        }
+    for start, stop in ((0, 9), *pairwise(range(9, 18))):
+        played.step([("r", hidden, [0, 1, 2, 3, 4], start, stop)])
+        judgement = played.judgement("r")
+        assert sorted(judgement.failed) == sorted(probe.name for probe in failed)
+        require_equal(late, judgement, backbone, followed(prompt, ids[9:stop]))
+        require_equal(early, judgement, backbone, prompt)
+    played.forget()
+    for start in range(0, 18, chunk):
+        share = ("r", hidden, [9, 8, 7, 6, 5], start, min(18, start + chunk))
+        played.step([share], resumed={"r"} if start == 0 else set())
+    require_equal(late, played.judgement("r"), backbone, followed(prompt, ids[9:]))
+
+
+def test_what_was_not_read_is_a_failed_verdict(backbone, probes):
+    """Of a layer that is not tapped, and of slots that were forgotten."""
+    played, names = Played(probes), sorted(probe.name for probe in probes)
+    prompt = prompt_of(range(10, 18))
+    hidden = states_of(backbone, prompt.token_ids)
+    played.enter("r", prompt)
+    played.step([("r", hidden, [0, 1], 0, 8)])
+    assert played.judgement("r").failed == ()
+    # The next request's last layer is never projected: its rows are not those of the pass before.
+    played.enter("s", prompt)
+    for layer, states in enumerate(hidden[:-1]):
+        played.stage.receive(layer, states)
+    played.pages.keep(torch.arange(12, 20))
+    judgement = played.judge(played.tracking.plan([Step("s", 8, True, [3, 4])]))["s"]
+    assert (judgement.verdicts, sorted(judgement.failed)) == ((), names)
+    played.enter("t", prompt)
+    played.step([("t", hidden, [0, 1], 0, 7)])
+    played.forget()
+    played.step([("t", hidden, [0, 1], 7, 8)])
+    judgement = played.judgement("t")
+    assert (judgement.verdicts, sorted(judgement.failed)) == ((), names)
+
+
+def projection_of(columns, *, has_flags, offset=0):
+    flags = (torch.arange(columns) + offset) % 2 == 0 if has_flags else None
+    return Projection(torch.randn(2, 577, columns), torch.randn(2, columns), flags)
+
+
+def require_product(stage, projection, hidden, residual):
+    """The columns of the last layer, with float32's error; no other row is written."""
+    stream = hidden if residual is None else hidden + residual
+    stage.receive(1, stream)
+    stream = stream.double()
+    weight, shift = projection.weight[1].double(), projection.shift[1].double()
+    wanted, sizes = stream @ weight, (stream.square() @ weight.square()).sqrt()
+    if projection.is_normalised is not None:
+        rms = (stream.square().mean(1, keepdim=True) + EPSILON).sqrt()
+        divisor = torch.where(projection.is_normalised, rms, 1)
+        wanted, sizes = wanted / divisor, sizes / divisor
+    off = (stage.rows[1, : len(hidden)] - (wanted + shift)).abs()
+    assert (off < PRODUCT_ROUNDING * (sizes + shift.abs())).all()
+    assert stage.rows[1, len(hidden) :].isnan().all()
+    assert stage.rows[0].isnan().all()
+
+
+@pytest.mark.parametrize("has_flags", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_stage_has_the_error_of_float32_and_takes_other_weights_in_place(dtype, has_flags):
+    """What a captured CUDA graph asks for, as far as it can be said without a GPU."""
+    torch.manual_seed(0)
+    for tokens, columns in ((1, 5), (33, 1), (130, 130)):
+        first, second = (projection_of(columns, has_flags=has_flags, offset=i) for i in (0, 1))
+        kept = [first.weight.clone(), first.shift.clone()]
+        stage = Stage.empty(first, tokens=tokens + 3)
+        buffers = [stage.rows, stage.projection.weight, stage.projection.shift]
+        addresses = [buffer.data_ptr() for buffer in buffers]
+        hidden = torch.randn(tokens, 577).to(dtype)
+        residual = (10 * torch.randn(tokens, 577) * torch.rand(tokens, 1)).to(dtype)
+        require_product(stage, first, hidden, residual)
+        stage.load(second)
+        require_product(stage, second, hidden, None)
+        assert [buffer.data_ptr() for buffer in buffers] == addresses
+        # They belong to a probe.
+        assert all(map(torch.equal, kept, (first.weight, first.shift)))
+    broken = hidden.clone()
+    broken[1, 3], broken[4, 0] = torch.nan, torch.inf
+    plain = stage.rows[1].clone()
+    stage.receive(1, broken)
+    is_broken = torch.zeros(len(plain), dtype=torch.bool)
+    is_broken[[1, 4]] = True
+    assert not stage.rows[1, is_broken].isfinite().any()
+    assert torch.equal(stage.rows[1, ~is_broken].nan_to_num(), plain[~is_broken].nan_to_num())
+    # Fake tensors have shapes and no values: asking for one would raise.
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in (second.weight, second.shift)]
+        flags = mode.from_tensor(second.is_normalised) if has_flags else None
+        Stage.empty(Projection(*fake, flags), tokens=133).receive(1, mode.from_tensor(hidden))
+
+
+class _Steps(TorchDispatchMode):
+    """Refuses what would make the host wait for a device."""
+
+    waits = ("nonzero", "_local_scalar_dense", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in str(func) for name in self.waits), func
+        assert func is not torch.ops.aten._to_copy.default or "device" not in (kwargs or {}), func
+        return func(*args, **kwargs or {})
+
+
+class _Captured(_Steps):
+    """Refuses what a captured graph could not replay: also tensors that lie on the CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if torch.is_tensor(leaf)]
+        assert all(tensor.is_meta for tensor in tensors), func
+        return result
+
+
+@pytest.mark.parametrize("has_flags", [False, True])
+def test_what_a_graph_captures_stays_on_its_device(has_flags):
+    """Neither a copy from the CPU nor a wait for a number may be captured."""
+    stage = Stage.empty(projection_of(3, has_flags=has_flags).to("meta"), tokens=6)
+    pages = Pages(stage, blocks=2, block_size=4)
+    hidden = torch.empty(5, 577, dtype=torch.bfloat16, device="meta")
+    slots = torch.empty(5, dtype=torch.long, device="meta")
+    with _Captured():
+        stage.receive(1, hidden)
+        pages.keep(slots)
+
+
+@pytest.fixture(scope="module")
+def folders(backbone, tmp_path_factory):
+    """Probes on disk, by name: two alike, two with more columns, and one of normalised states."""
+    made = {
+        "old": untrained_probe(backbone, "old"),
+        "new": untrained_probe(backbone, "new"),
+        "both": untrained_probe(backbone, "both", reads=Reads("both")),
+        "wide": untrained_probe(backbone, "wide", mechanism="attention", reads=Reads("both")),
+    }
+    scaling = replace(made["old"].standardisation, is_normalised=True)
+    made["normalised"] = replace(made["old"], name="normalised", standardisation=scaling)
+    home = tmp_path_factory.mktemp("probes")
+    return {name: str(save_probe(probe, home / name)) for name, probe in made.items()}
+
+
+def worker_of(backbone, *folders, start=0, columns=0):
+    """Before vLLM has allocated its cache."""
+    served = Served(folders, backbone.fingerprint, columns=columns)
+    layers = range(start, backbone.fingerprint.layers)
+    return Worker(served, layers=layers, tokens=8, device=torch.device("cpu"))
+
+
+def started(*named, **options):
+    worker = worker_of(*named, **options)
+    worker.allocate(blocks=2, block_size=4)
+    return worker
+
+
+def change(worker, folder):
+    worker.check([folder])
+    worker.load(identity_of([load_probe(folder).version]))
+
+
+@pytest.fixture
+def worker(backbone, folders):
+    return started(backbone, folders["old"], folders["both"])
+
+
+def pass_of(worker, backbone, readings=(READING,)):
+    """The outcome of a pass over four tokens."""
+    hidden = states_of(backbone, range(10, 14))
+    for layer, states in enumerate(hidden[worker._layers.start :]):
+        worker.receive(layer, states)
+    worker._pages.keep(torch.arange(4, 8))
+    return worker.judge(readings).result()
+
+
+def test_a_worker_keeps_its_stage_when_the_cache_comes(backbone, folders):
+    """Graphs may have been captured before that: what passes through a tap lands in its pages."""
+    worker = worker_of(backbone, folders["old"])
+    columns = RequestJudge.load(worker._served).panel.projection.shift
+    # One float32 number for each.
+    assert worker.bytes_per_token == columns.numel() * 4
+    for layer, states in enumerate(states_of(backbone, range(10, 14))):
+        torch.ops.sidelight.project(states, None, layer, torch.zeros(()))
+    worker.allocate(blocks=2, block_size=4)
+    worker._pages.keep(torch.arange(4, 8))
+    (probe,) = Served((folders["old"],), backbone.fingerprint).load().probes
+    require_equal([probe], worker.judge([READING]).result().judgements["r"], backbone, PROMPT)
+
+
+def test_a_step_waits_for_no_value_of_the_device(backbone, worker):
+    hidden = states_of(backbone, range(10, 14))
+    with _Steps():
+        for layer, states in enumerate(hidden):
+            worker.receive(layer, states)
+        worker._pages.keep(torch.arange(4, 8))
+        work = worker.judge([READING])
+    assert len(work.result().judgements["r"].verdicts) == 2
+
+
+def test_a_pass_whose_columns_were_not_kept_ends_all_verdicts(backbone, worker):
+    """Slots would hold what was there before, and a verdict would be another text's."""
+    assert pass_of(worker, backbone).judgements["r"].failed == ()
+    # A pass that has nothing to read, and another after it.
+    worker.judge([])
+    assert {*pass_of(worker, backbone).judgements["r"].failed} == {"old", "both"}
+
+
+def test_a_request_whose_judging_failed_never_has_a_verdict_again(backbone, worker, monkeypatch):
+    later = replace(READING, start=3, parts=bytes([Part.RESPONSE]), ends_prompt=False)
+    with monkeypatch.context() as patch:
+        # Too few arguments, so that it raises.
+        patch.setattr(Panel, "read", lambda: None)
+        failed = pass_of(worker, backbone).judgements["r"]
+    assert (failed.verdicts, {*failed.failed}) == ((), {"old", "both"})
+    assert pass_of(worker, backbone, [later]).judgements["r"] == failed
+    worker.forget(["r"])
+    assert pass_of(worker, backbone).judgements["r"].failed == ()
+
+
+@pytest.mark.parametrize("names", [("old", "new"), ("old", "wide"), ("wide", "normalised")])
+def test_other_probes_judge_from_the_same_memory_and_from_no_old_column(backbone, folders, names):
+    first, then = (folders[name] for name in names)
+    worker = started(backbone, first, columns=64)
+    stage, rows = worker._stage, worker._pages.rows
+    for folder in (first, then, first):
+        change(worker, folder)
+        worker._pages._has_kept.fill_(True)
+        (probe,) = Served((folder,), backbone.fingerprint).load().probes
+        assert worker.judge([READING]).result().judgements["r"].failed == (probe.name,)
+        outcome = pass_of(worker, backbone)
+        require_equal([probe], outcome.judgements["r"], backbone, PROMPT)
+        assert outcome.probes.identity == identity_of([probe.version])
+        assert outcome.probes.reads_responses == probe.reads.includes_response
+    assert worker._stage is stage
+    assert worker._pages.rows is rows
+
+
+def test_probes_for_which_there_is_no_room_leave_the_old_ones(backbone, folders):
+    worker = started(backbone, folders["old"])
+    wanted = pass_of(worker, backbone)
+    for name, why in (("wide", "columns of a layer"), ("normalised", "another norm")):
+        with pytest.raises(SidelightError, match=f"{why}.* SIDELIGHT_COLUMNS=") as refused:
+            change(worker, folders[name])
+        assert pass_of(worker, backbone).judgements == wanted.judgements
+        needed = int(str(refused.value).split("=")[1].split(",")[0])
+        roomy = started(backbone, folders["old"], columns=needed)
+        change(roomy, folders[name])
+        assert not pass_of(roomy, backbone).judgements["r"].failed
+
+
+def test_what_was_not_checked_is_not_loaded(backbone, folders):
+    worker = started(backbone, folders["old"])
+    wanted = pass_of(worker, backbone)
+    with pytest.raises(SidelightError, match="not checked"):
+        worker.load(identity_of([load_probe(folders["new"]).version]))
+    assert pass_of(worker, backbone).judgements == wanted.judgements
+
+
+def test_a_pipeline_stage_sends_the_columns_of_its_new_probes(backbone, folders):
+    whole, first = started(backbone, folders["wide"]), started(backbone, folders["wide"])
+    last = started(backbone, folders["wide"], start=2)
+    for worker in (whole, last):
+        change(worker, folders["new"])
+        pass_of(worker, backbone)
+    (share,) = last.judge([READING]).result().columns
+    assert (share.first_layer, share.columns.shape[2]) == (2, whole._columns)
+    both = pass_of(whole, backbone)
+    mixed = pass_of(first, backbone) | last.judge([]).result()
+    assert (both | last.judge([]).result()).probes == both.probes
+    # Stages with different probes have none that anybody knows.
+    assert mixed.probes.identity == ""
+
+
+def test_hooks_see_the_stream_in_one_or_two_addends():
+    class Split(nn.Linear):
+        def forward(self, positions, hidden, residual=None):
+            hidden = hidden if residual is None else hidden + residual
+            return super().forward(hidden), hidden
+
+    class Whole(nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden)
+
+    torch.manual_seed(0)
+    split, whole = Split(8, 8), Whole(8, 8)
+    assert tap_layers([split, whole], reads_embedding=True, width=8) == 3
+    projection = Projection(torch.randn(3, 8, 2), torch.randn(3, 2))
+    stage = Stage.empty(projection, tokens=6)
+    passes = []
+    set_receiver(SimpleNamespace(receive=stage.receive, end_pass=passes.append))
+    hidden = torch.randn(5, 8)
+    with torch.inference_mode():
+        first, residual = split(torch.arange(5), hidden)
+        last = whole(first + residual)
+    assert passes == [5]
+    for layer, stream in enumerate((hidden, first + residual, last)):
+        wanted = stream @ projection.weight[layer] + projection.shift[layer]
+        torch.testing.assert_close(stage.rows[layer, :5], wanted)
+    assert stage.rows[:, 5:].isnan().all()
+
+
+def test_a_layer_of_another_kind_is_refused():
+    class Pooled(nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden).mean(0)
+
+    layer = Pooled(8, 8)
+    tap_layers([layer], reads_embedding=False, width=8)
+    with pytest.raises(SidelightError, match="does not know how to tap Pooled"):
+        layer(torch.randn(5, 8))
+
+
+OF_THESE = {"tokens": token_hash([1, 2, 3]), "is_plain": False}
+
+
+def test_a_prompt_travels_with_the_request():
+    prompt = prompt_of(range(5, 40))
+    for sent in (prompt, replace(prompt, is_plain=True)):
+        params = json.loads(json.dumps(request_params(sent)))
+        assert described_prompt(read_description(params), list(sent.token_ids)) == sent
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (None, "has no kv_transfer_params"),
+        ({"parts": 3}, "malformed"),
+        ({"parts": [[9, 3]], "tokens": "0", "is_plain": False}, "malformed"),
+        ({"parts": [[1, 3]], "tokens": token_hash([1, 2, 3])}, "malformed"),
+        ({"parts": [[1, 3]], "tokens": "0", "is_plain": False}, "other tokens"),
+        ({"parts": [[1, 10**15]], **OF_THESE}, "other tokens"),
+        ({"parts": [[1, 5], [1, -2]], **OF_THESE}, "malformed"),
+        ("parts", "malformed"),
+    ],
+)
+def test_a_request_that_does_not_describe_its_tokens_is_an_error(params, message):
+    params = params and {KEY: params}
+    with pytest.raises(SidelightError, match=message):
+        described_prompt(read_description(params), [1, 2, 3])
+    tracking = Tracking(reads_responses=False)
+    tracking.enter("r", params, [1, 2, 3])
+    assert tracking.plan([Step("r", 3, True, [0])]) == []
+    with pytest.raises(GenerationError, match=message):
+        read_report(tracking.report("r")).require_judged()
+
+
+@pytest.mark.parametrize("said", [None, 1, {}, {"verdicts": []}, {"verdicts": [{"probe": "p"}]}])
+def test_what_is_no_whole_report_is_no_verdict(said):
+    assert read_report({KEY: said}).error
+    assert read_report(None).error
+
+
+def test_an_output_before_the_verdict_says_so():
+    tracking, prompt = Tracking(reads_responses=False), prompt_of(range(5, 15))
+    tracking.enter("r", request_params(prompt), prompt.token_ids)
+    assert read_report(tracking.report("r")).error == "The request was not judged."
+    tracking.leave("r")
+    assert tracking.report("r") is None
+
+
+def test_probes_are_named_in_the_configuration_or_by_a_variable_and_room_by_one_alone(monkeypatch):
+    for name in (ENVIRONMENT, COLUMNS):
+        monkeypatch.delenv(name, raising=False)
+    assert (named_folders({}), named_columns()) == (None, 0)
+    assert named_folders({"probes": []}) == ()
+    monkeypatch.setenv(ENVIRONMENT, "a:b")
+    monkeypatch.setenv(COLUMNS, "64")
+    assert (named_folders({}), named_columns()) == (("a", "b"), 64)
+    assert named_folders({"probes": ["c"]}) == ("c",)
+    monkeypatch.setenv(COLUMNS, "-1")
+    with pytest.raises(SidelightError, match=f"{COLUMNS} is '-1'"):
+        named_columns()
+
+
+def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
+    probe = untrained_probe(backbone, "topics", task=TOPICS)
+    folder = str(save_probe(probe, tmp_path / "topics"))
+    served = Served((folder,), backbone.fingerprint, is_described=True, columns=7)
+    extra = json.loads(json.dumps(served.to_json()))
+    transfer = SimpleNamespace(kv_connector=CONNECTOR, kv_connector_extra_config=extra)
+    again = Served.of(SimpleNamespace(kv_transfer_config=transfer))
+    assert again == served
+    assert [probe.name for probe in again.load().probes] == ["topics"]
+    with pytest.raises(SidelightError, match="distinct names"):
+        replace(served, folders=(folder, folder)).load()
+    with pytest.raises(FingerprintMismatchError):
+        replace(served, fingerprint=replace(backbone.fingerprint, weights="0")).load()
+
+
+def test_probes_of_chats_and_of_raw_texts_are_refused_whoever_serves_them(backbone, tmp_path):
+    chat = untrained_probe(backbone, "chat")
+    raw, both = (replace(chat, name=name, prompt_format=name) for name in ("raw", "both"))
+    folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in (chat, raw)]
+    for serve in (
+        lambda: Runtime(model=None, dtype="auto", device="auto").load_engine([chat, raw]),
+        lambda: fingerprint_of("smollm2", folders),
+        lambda: require_same_model([chat, raw], backbone.fingerprint),
+        lambda: common_format([raw, both]),
+    ):
+        with pytest.raises(SidelightError, match=r"served together|of raw texts"):
+            serve()
+    formats = [common_format(probes) for probes in ([], [raw, raw], [both], [chat, both])]
+    assert formats == [None, "raw", "chat", "chat"]
