@@ -24,7 +24,11 @@ def with_tables(page: str) -> str:
 def _table(name: str) -> str:
     command = app.get_command(click.Context(app), name)
     assert command is not None
-    rows = [_row(option) for option in command.params if isinstance(option, click.Option)]
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    for option in options:
+        # Some words of its help come from the installed engines.
+        option.get_help_record(click.Context(command))
+    rows = [_row(option) for option in options]
     return "\n".join(["| option | default | |", "|---|---|---|", *rows, ""])
 
 

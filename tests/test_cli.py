@@ -668,7 +668,7 @@ def test_help_names_every_mechanism(capsys):
 
 def test_commands_of_packages_that_are_missing_say_what_to_install(monkeypatch, capsys):
     """In a bare environment `tests/matrix/packages` asks for what the server needs."""
-    monkeypatch.setattr("sidelight.cli.entry_points", lambda **_: EntryPoints())
+    monkeypatch.setattr("sidelight.extensions.entry_points", lambda **_: EntryPoints())
     for command, package in (("reproduce", "lab"), ("redteam", "lab"), ("label", "label")):
         assert cli(command) == 2
         assert (

@@ -150,7 +150,7 @@ def test_a_guard_whose_package_is_missing_says_what_to_install(monkeypatch, tmp_
     # Nothing of the environment, as if no package were installed.
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     assert not entry_points(group="sidelight.guards")
-    with pytest.raises(SidelightError, match=r"clone of Sidelight, run `pip install '\./guards'`"):
+    with pytest.raises(SidelightError, match=r"run `pip install '\./packages/guards'`"):
         guard_of("guard:injection")
 
 

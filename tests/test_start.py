@@ -238,7 +238,7 @@ SERVE = "serve --port 0 --model {model} --probe {probe} "
         ("parity {probe} --data nowhere --device gpu --engines transformers", "no device 'gpu'"),
         (
             "parity {probe} --data nowhere --engines transformers --engine-option a=1",
-            "transformers has no engine options",
+            "The engine transformers has no option",
         ),
         ("parity {probe} --data nowhere --quantised ./nowhere", "Cannot load './nowhere'"),
     ],

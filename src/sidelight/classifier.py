@@ -14,7 +14,8 @@ from sidelight.data.examples import Example, Examples, LabelledExamples, as_exam
 from sidelight.data.guards import guard_of
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
-from sidelight.engines.transformers.backbone import DtypeName, load_backbone, read_model
+from sidelight.engines.backend import EngineOptions, backend_of
+from sidelight.engines.transformers.backbone import DtypeName
 from sidelight.errors import SidelightError
 from sidelight.guards import probe_folder
 from sidelight.models.conversation import PromptFormat
@@ -206,7 +207,8 @@ def train(
     Doubts about the data come as Python warnings.
 
     Args:
-        model: A backbone, or its name: ``smollm2``, a folder, or a hub id.
+        model: A backbone, or its name: ``smollm2``, a folder, a hub id, or one that an installed
+            engine adds, such as a GGUF file.
         data: A file, a hub data set, rows, loaded examples, or a ready guard (`guard:injection`,
             `guard:injection,mine.jsonl`), whose card says which columns and classes there are.
         mechanism: ``auto`` is a readout, or ``spans`` of labelled spans; else one of
@@ -258,7 +260,7 @@ def train(
     held_out = None if validation is None else read(validation, task=training.task)
     choose_validation(training, held_out, options)
     if not isinstance(model, Backbone):
-        backbone = load_backbone(model, prompt_format=prompt_format, for_reading=True)
+        backbone = _load_backbone(model, prompt_format, EngineOptions())
     elif prompt_format in (None, model.encoder.prompt_format):
         backbone = model
     else:
@@ -302,20 +304,24 @@ def load(
     backbone = (
         named
         if isinstance(named, Backbone)
-        else load_backbone(
-            named,
-            dtype=dtype,
-            device=device,
-            prompt_format=probe.prompt_format,
-            for_reading=True,
-        )
+        else _load_backbone(named, probe.prompt_format, EngineOptions(dtype=dtype, device=device))
     )
     probe.fingerprint.require(backbone.fingerprint, probe=probe.name, accepted=accepted_copy())
     return Classifier(backbone, probe)
 
 
+def _load_backbone(
+    model: str | Path, prompt_format: PromptFormat | None, options: EngineOptions
+) -> Backbone:
+    backend = backend_of(str(model), options)
+    return backend.load(backend.find(str(model)), prompt_format)
+
+
 def _digest(model: str | Path | Backbone) -> str:
-    return (model if isinstance(model, Backbone) else read_model(model)).fingerprint.digest
+    if isinstance(model, Backbone):
+        return model.fingerprint.digest
+    backend = backend_of(str(model), EngineOptions())
+    return backend.read(backend.find(str(model))).fingerprint.digest
 
 
 def _tell(sentences: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from sidelight.models.smollm2 import packaged_gguf
 from sidelight.probes.artifact import load_probe
 from sidelight.probes.manifest import read_manifest
 from sidelight.server.config import read_config
-from sidelight_llama.backend import OPTIONS
+from sidelight_llama.backend import LlamaOptions
 from sidelight_llama.files import EMBEDDED_GGUF, find_gguf, is_gguf, served_name
 from worlds.data import write
 from worlds.gguf import CONFIGS, needs_llama, write_gguf
@@ -158,21 +158,48 @@ def test_the_embedded_models_file_has_a_name():
         ("--model {file} --dtype float32", "--dtype float32 is not for GGUF files"),
         ("--model {file} --device cpu", "--device cpu is not for GGUF files"),
         ("--engine llama --dtype float16", "--dtype float16 is not for GGUF files"),
-        ("--model {file} --engine-option a=1", "no option 'a'. Known: texts, threads, tokens."),
+        (
+            "--model {file} --engine-option a=1",
+            "no option 'a'. Known: texts, threads, tokens.",
+        ),
         ("--engine llama --engine-option thread=1", "no option 'thread'. Did you mean 'threads'?"),
-        ("--model {file} --engine-option threads=0", "threads=0 is no whole number from 1 to 512"),
-        ("--engine llama --engine-option threads=513", "threads=513 is no whole number from 1 to"),
-        ("--model {file} --engine-option threads=2.0", "threads=2.0 is no whole number"),
-        ("--model {file} --engine-option threads=true", "threads=True is no whole number"),
-        ("--model {file} --engine-option threads=all", "threads=all is no whole number"),
-        ("--model {file} --engine-option texts=256", "texts=256 is no whole number from 1 to 255"),
+        (
+            "--model {file} --engine-option threads=0",
+            "threads=0: Input should be greater",
+        ),
+        (
+            "--engine llama --engine-option threads=513",
+            "threads=513: Input should be less",
+        ),
+        (
+            "--model {file} --engine-option threads=2.0",
+            "threads=2.0: Input should be a",
+        ),
+        ("--model {file} --engine-option threads=true", "threads=True: Input should be a"),
+        (
+            "--model {file} --engine-option threads=all",
+            "threads=all: Input should be a",
+        ),
+        ("--model {file} --engine-option texts=256", "texts=256: Input should be less than 256."),
         ("--model {file} --engine-option texts=2,tokens=9", "options take an --engine-option each"),
-        ("--model {file} --engine-option tokens=-1", "tokens=-1 is no whole number from 1 to"),
-        ("--model smollm2 --engine-option threads=1", "transformers has no engine options"),
-        ("--engine transformers --engine-option a=1", "transformers has no engine options"),
+        (
+            "--model {file} --engine-option tokens=-1",
+            "tokens=-1: Input should be greater",
+        ),
+        (
+            "--model smollm2 --engine-option threads=1",
+            "transformers has no option 'threads'",
+        ),
+        (
+            "--engine transformers --engine-option a=1",
+            "has no option 'a'. It has none",
+        ),
         ("--model {file} --engine transformers", "runs in llama alone, not in transformers"),
         ("--model a/folder --engine llama", "--engine llama runs GGUF files, and 'a/folder' is"),
-        ("--model smollm2 --tokenizer t", "--tokenizer is for GGUF files; 'smollm2' has its own"),
+        (
+            "--model smollm2 --tokenizer t",
+            "'smollm2' has a tokenizer of its own",
+        ),
         ("--model absent.gguf", "There is no file 'absent.gguf'"),
     ],
 )
@@ -197,7 +224,7 @@ def test_vllm_refuses_a_gguf_file(file, command, capsys):
 def test_the_options_of_llama_cpp_are_those_of_its_page():
     page = (Path(__file__).parents[3] / "docs" / "gguf.md").read_text()
     table = page.partition("| option | default | |")[2].partition("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [*OPTIONS]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [*LlamaOptions.model_fields]
 
 
 @pytest.mark.parametrize("option", ["texts=3", "tokens=100"])
@@ -266,7 +293,7 @@ def test_the_file_of_a_servers_configuration_has_options_of_the_engine(file, tmp
     path = tmp_path / "server.toml"
     path.write_text(f'model = "{file}"\nengine_option = {{ threads = 1, texts = 0 }}\n')
     assert cli("serve", "--config", str(path)) == 2
-    assert "--engine-option texts=0 is no whole number from 1 to 255" in capsys.readouterr().err
+    assert "--engine-option texts=0: Input should be greater" in capsys.readouterr().err
 
 
 @needs_llama
@@ -287,7 +314,7 @@ def test_a_model_without_a_chat_template_is_warned_of_unless_raw_was_chosen(
     assert runtime.load_backbone().encoder.prompt_format == "raw"
     warned = capsys.readouterr().err
     assert warned.startswith("Warning: The model has no chat template, so a chat is read as one")
-    assert "(--tokenizer FOLDER_OR_ID)" in warned
+    assert "name the original with --tokenizer." in warned
     assert warned.count("\n") == 1
     runtime.load_backbone("raw")
     assert not capsys.readouterr().err
@@ -302,10 +329,11 @@ def test_what_needs_weights_in_transformers_takes_no_gguf_file(file):
 
 
 @pytest.mark.parametrize("name", ["a/b.gguf", "ollama:llama3.2"])
-def test_python_is_told_what_to_give_for_a_gguf_file(name):
-    for load in (sidelight.load_backbone, lambda model: sidelight.train(model, ROWS)):
-        with pytest.raises(SidelightError, match="LlamaBackbone"):
-            load(name)
+def test_python_finds_the_engine_by_the_name_of_the_model(name):
+    with pytest.raises(SidelightError, match="Other engines are packages"):
+        sidelight.load_backbone(name)
+    with pytest.raises(SidelightError, match=r"There is no file|Ollama has no model"):
+        sidelight.train(name, ROWS)
 
 
 def test_the_file_of_a_servers_configuration_names_engine_model_and_tokenizer(tmp_path):
@@ -347,6 +375,9 @@ def test_a_probe_of_a_gguf_file_judges_and_is_served_by_the_files_name(file, pro
     for engine in ("auto", "llama"):
         assert cli("predict", str(probe), "bad 7", "--engine", engine) == 0
         assert json.loads(capsys.readouterr().out)["probe"] == "probe"
+    # In Python the probe's model is found by its name, too.
+    (verdict,) = sidelight.load(probe).predict(["bad 7"])
+    assert verdict.probe == "probe"
     assert cli("predict", str(probe), "bad 7", "--explain") == 0
     assert "explanation" in json.loads(capsys.readouterr().out)
     runtime = Runtime(model=None, dtype="auto", device="auto", engine="auto")

@@ -3,7 +3,6 @@
 import os
 import sys
 from importlib import import_module
-from importlib.metadata import entry_points
 
 import click
 
@@ -15,6 +14,7 @@ from sidelight.cli.policy import policy
 from sidelight.cli.recalibrate import recalibrate
 from sidelight.cli.train import train
 from sidelight.errors import SidelightError, how_to_install
+from sidelight.extensions import extension_names, load_extension
 
 _GROUP = "sidelight.commands"
 # Commands of packages that may be missing.
@@ -30,13 +30,13 @@ class _Commands(click.Group):
     """The product's commands, and those of installed packages in the group `sidelight.commands`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *entry_points(group=_GROUP).names})
+        return sorted({*super().list_commands(ctx), *extension_names(_GROUP)})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if command := super().get_command(ctx, cmd_name):
             return command
-        for entry in entry_points(group=_GROUP, name=cmd_name):
-            return entry.load()
+        if command := load_extension(_GROUP, cmd_name):
+            return command
         if package := _PACKAGES.get(cmd_name):
             raise SidelightError(
                 f"'sidelight {cmd_name}' belongs to the package sidelight-{package}, which is not "

@@ -294,7 +294,7 @@ def _turns(example: "Example") -> "tuple[Message, ...]":
 @click.command(
     epilog=options.examples(
         "sidelight parity probes/toxicity --data test.jsonl",
-        "sidelight parity probes/toxicity --data test.jsonl --engines vllm --dtype float32",
+        "sidelight parity probes/toxicity --data test.jsonl --dtype float32",
         "sidelight parity probes/toxicity --data test.jsonl --quantised MODEL --gate 0.01",
     )
 )
@@ -311,7 +311,7 @@ def _turns(example: "Example") -> "tuple[Message, ...]":
 @click.option(
     "--quantised",
     metavar="MODEL",
-    help="Compare with this quantised copy too: a GGUF file, or another model in vLLM.",
+    help="Compare with this quantised copy too, in the first engine that runs such copies.",
 )
 @click.option(
     "--gate",

@@ -11,7 +11,7 @@ import click
 from pydantic import Field
 
 from sidelight.cli.runtime import Runtime
-from sidelight.engines.backend import engine_names
+from sidelight.engines.backend import OwnOptions, engine_names, find_backend
 from sidelight.errors import SidelightError, checked, did_you_mean
 from sidelight.storage import check_folder
 
@@ -24,6 +24,23 @@ if TYPE_CHECKING:
 Command = Callable[..., Any]
 PATH = click.Path(path_type=Path)
 AT_LEAST_ONE = click.IntRange(min=1)
+
+
+class _OfEngines(click.Option):
+    """An option whose help names the models and the options of the installed engines."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        backends = [find_backend(name) for name in engine_names()]
+        models = "".join(f", {backend.models}" for backend in backends if backend.models)
+        options = [
+            f"{', '.join(backend.own.model_fields) or 'any of its own'} ({backend.name})"
+            for backend in backends
+            if backend.own is not OwnOptions
+        ]
+        told = {"{models}": models, "{options}": ": " + ", or ".join(options) if options else ""}
+        for place, words in told.items():
+            self.help = (self.help or "").replace(place, words)
+        return super().get_help_record(ctx)
 
 
 def checked_folder(_context: click.Context, _option: Any, folder: Path | None) -> Path | None:
@@ -248,13 +265,14 @@ threshold = partial(
 positive = click.option("--positive", help="The positive class of a binary task.")
 _model = partial(click.option, "--model")
 model = _model(
-    help="Backbone: smollm2 (embedded), a folder, a hub id, a .gguf file, or ollama:NAME. "
-    "[default: smollm2, or the probe's]",
+    cls=_OfEngines,
+    help="Backbone: smollm2 (embedded), a folder, a hub id{models}. [default: smollm2, or the "
+    "probe's]",
 )
 tokenizer = click.option(
     "--tokenizer",
     metavar="FOLDER_OR_ID",
-    help="Tokenizer of a GGUF file, if the one in it cannot be read.",
+    help="Tokenizer of a model whose own cannot be read.",
 )
 dtype = click.option(
     "--dtype",
@@ -268,9 +286,9 @@ engine_option = click.option(
     "--engine-option",
     multiple=True,
     callback=_assigned_json,
+    cls=_OfEngines,
     metavar="NAME=VALUE",
-    help="Option of the engine; may be repeated: threads, texts or tokens of llama.cpp "
-    "(docs/gguf.md), or one of vLLM's own, such as max_num_seqs=64.",
+    help="Option of the engine; may be repeated{options}.",
 )
 free_port = click.option(
     "--port",
@@ -288,12 +306,11 @@ engine = click.option(
     "--engine",
     type=click.Choice(["auto", *engine_names()]),
     default="auto",
-    help="Engine; auto is llama (docs/gguf.md) for a GGUF file, else transformers. docs/vllm.md "
-    "says how to install vLLM.",
+    help="Engine; auto is the one that alone runs models of this name, else transformers.",
 )
 _gather = partial(_gathered, "runtime", Runtime)
 backbone = together(engine_option, model, tokenizer, dtype, device, _gather(engine="auto"))
-# Without GGUF files, for what needs weights in transformers.
+# For what needs weights in transformers.
 transformers = together(
     _model(
         help="Backbone: smollm2 (embedded), a folder, or a hub id. [default: smollm2, or the "

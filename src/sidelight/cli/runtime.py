@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sidelight.engines.backend import DEFAULT, Backend, EngineOptions, find_backend, owner_of
+from sidelight.engines.backend import DEFAULT, Backend, EngineOptions, backend_of
 from sidelight.errors import SidelightError
 from sidelight.guards import UntrainedGuardError, probe_folder, probe_folders
 from sidelight.models.smollm2 import EMBEDDED_NAME
@@ -39,25 +39,20 @@ class Runtime(EngineOptions):
     engine: str = DEFAULT
 
     def __post_init__(self) -> None:
-        if self.engine != "auto":
-            self._backend(self.engine)
         if self.model is not None:
             self.model_of([])
+        elif self.engine != "auto":
+            self.backend_of(EMBEDDED_NAME)
         if self.device not in ("auto", "cpu"):
             # torch takes seconds, which are lost only if the device is wrong.
             from sidelight.models.machine import find_device
 
             find_device(self.device)
 
-    def _backend(self, engine: str) -> Backend:
-        options = {field.name: getattr(self, field.name) for field in fields(EngineOptions)}
-        return find_backend(engine)(EngineOptions(**options))
-
     def backend_of(self, model: str) -> Backend:
-        """The engine that runs a model: the named one, or the first that can."""
-        if self.engine != "auto":
-            return self._backend(self.engine)
-        return self._backend(owner_of(model) or DEFAULT)
+        """The engine that runs a model: the named one, or that of its name."""
+        options = {field.name: getattr(self, field.name) for field in fields(EngineOptions)}
+        return backend_of(model, EngineOptions(**options), self.engine)
 
     def probe_folder(self, source: Path) -> Path:
         """The folder of a probe, or of a guard that was trained for the model."""

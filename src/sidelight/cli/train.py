@@ -30,7 +30,6 @@ _AUTO = "auto"
         "sidelight train --data chats.jsonl --response answer --label refused --out probes/refusal",
         "sidelight train --data t.jsonl --mechanism attention --set attention.factor=16 --out p",
         "sidelight train --data t.jsonl --set epochs=12 --set class_weight=balanced --out p",
-        "sidelight train --data t.jsonl --engine vllm --engine-option max_num_seqs=64 --out p",
         "sidelight train --data letters.jsonl --spans entities --out probes/pii",
         "sidelight train --data guard:injection,mine.jsonl --out probes/injection",
     )

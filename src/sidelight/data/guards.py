@@ -9,7 +9,6 @@ the group ``sidelight.guards``: the name of a guard, and the package whose resou
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +20,7 @@ from sidelight.data.examples import LabelledExamples, balanced_order
 from sidelight.data.labels import TRUTH, is_missing, label_name
 from sidelight.data.readers import Row, is_list, is_mapping, read_file, read_rows
 from sidelight.errors import SidelightError, did_you_mean, how_to_install
+from sidelight.extensions import extension_names, find_extension
 from sidelight.types import Task, is_label
 
 _GROUP = "sidelight.guards"
@@ -170,7 +170,7 @@ def _own_weight(packaged: int, own: int) -> float:
 
 def guard_names() -> list[str]:
     """The guards that are installed."""
-    return sorted(entry_points(group=_GROUP).names)
+    return extension_names(_GROUP)
 
 
 def find_guard(name: str) -> Guard:
@@ -179,25 +179,21 @@ def find_guard(name: str) -> Guard:
     Raises:
         SidelightError: There is none of this name, or several, or its card is wrong.
     """
-    packages = sorted({entry.value for entry in entry_points(group=_GROUP, name=name)})
-    if not packages and name in _PACKAGED:
+    package = find_extension(_GROUP, name)
+    if package is None and name in _PACKAGED:
         raise SidelightError(
             f"The guard '{name}' belongs to the package sidelight-guards, which is not installed. "
             f"{how_to_install('./packages/guards')}"
         )
-    if not packages:
+    if package is None:
         raise SidelightError(f"There is no guard '{name}'.{did_you_mean(name, guard_names())}")
-    if len(packages) > 1:
-        raise SidelightError(
-            f"Several packages have a guard '{name}': {', '.join(packages)}. Uninstall all but one."
-        )
     try:
         # Of a package without code, files() is no path, and a file of it is.
-        path = Path(str(files(packages[0]) / f"{name}.toml"))
+        path = Path(str(files(package.value) / f"{name}.toml"))
     except Exception as error:  # Whatever the code of others raises.
         raise SidelightError(
-            f"Cannot read the package '{packages[0]}' of the guard '{name}' ({error}). Correct or "
-            "uninstall it."
+            f"Cannot read the package '{package.value}' of the guard '{name}' ({error}). Correct "
+            "or uninstall it."
         ) from error
     try:
         card = Card.model_validate(tomllib.loads(path.read_text("utf-8")))

@@ -8,10 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from sidelight.errors import SidelightError, did_you_mean
+from sidelight.extensions import extension_names, load_extension
 
 if TYPE_CHECKING:
     from sidelight.engines.base import Engine
@@ -46,11 +48,19 @@ class EngineOptions:
     serves: bool = False
 
 
+class OwnOptions(BaseModel):
+    """What ``--engine-option`` can set: an engine's subclass has a field for each option."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
 class Backend(ABC):
     """An engine that models can be run in.
 
     Attributes:
         name: The value of ``--engine``.
+        models: The names that it adds to ``--model``, for the command's help; "" for none.
+        own: The type of its own options.
         runs_safetensors: Whether it runs folders saved by ``save_pretrained``, and hub ids.
         quantising: Engine options that quantise the weights; None: it takes no quantised copy of a
             model whose probes are accepted by digest.
@@ -63,24 +73,44 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
+    models: ClassVar[str] = ""
+    own: ClassVar[type[OwnOptions]] = OwnOptions
     runs_safetensors: ClassVar[bool] = True
     quantising: ClassVar[frozenset[str] | None] = None
 
     def __init__(self, options: EngineOptions):
         self.options = options
+        self.own_options = self._read_own_options()
         self.require_options()
+
+    def _read_own_options(self) -> Any:
+        given = self.options.engine_option
+        try:
+            return self.own.model_validate(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = ".".join(map(str, first["loc"]))
+            if first["type"] != "extra_forbidden":
+                raise SidelightError(
+                    f"--engine-option {option}={first['input']}: {first['msg']}. Give another "
+                    "value, or leave it out; several options take an --engine-option each."
+                ) from error
+            known = [*self.own.model_fields]
+            remedy = did_you_mean(option, known) if known else " It has none; leave it out."
+            raise SidelightError(
+                f"The engine {self.name} has no option '{option}'.{remedy}"
+            ) from error
 
     @classmethod
     def owns(cls, model: str) -> bool:
         """Whether a name has a form that is this engine's alone, such as ``FILE.gguf``."""
         return False
 
-    @abstractmethod
-    def require_options(self) -> None:
-        """Check that the engine has the options that are given.
+    def require_options(self) -> None:  # noqa: B027 - some engines have no more to check
+        """Check the options that all engines share, such as a device, and those that go together.
 
         Raises:
-            SidelightError: It lacks one, or a value is wrong.
+            SidelightError: The engine lacks one, or has no such value.
         """
 
     @abstractmethod
@@ -120,26 +150,39 @@ class Backend(ABC):
 
 def engine_names() -> list[str]:
     """The installed engines, ``transformers`` first."""
-    names = {entry.name for entry in entry_points(group=_GROUP)}
-    return [DEFAULT, *sorted(names - {DEFAULT})]
+    return [DEFAULT, *(name for name in extension_names(_GROUP) if name != DEFAULT)]
 
 
 def find_backend(name: str) -> type[Backend]:
     """An installed engine.
 
     Raises:
-        SidelightError: There is none of this name, or several.
+        SidelightError: There is none of this name, there are several, or its package does not fit
+            this version of Sidelight.
     """
-    found = {entry.value: entry for entry in entry_points(group=_GROUP, name=name)}
-    if not found:
-        raise SidelightError(f"There is no engine '{name}'.{did_you_mean(name, engine_names())}")
-    if len(found) > 1:
+    backend: type[Backend] | None = load_extension(_GROUP, name)
+    if backend is None:
         raise SidelightError(
-            f"Several packages have an engine '{name}': {', '.join(found)}. Uninstall all but one."
+            f"No engine '{name}' is installed.{did_you_mean(name, engine_names())} Engines are "
+            "packages; those of Sidelight are in the folder packages/ of a clone."
         )
-    (entry,) = found.values()
-    backend: type[Backend] = entry.load()
     return backend
+
+
+def backend_of(model: str, options: EngineOptions, engine: str = "auto") -> Backend:
+    """The engine that runs a model.
+
+    Args:
+        model: Its name.
+        options: How to run it.
+        engine: The name of the engine; ``auto``: the one that alone runs models of this name, else
+            ``transformers``.
+
+    Raises:
+        SidelightError: There is no such engine, or it lacks an option that is given.
+    """
+    name = owner_of(model) or DEFAULT if engine == "auto" else engine
+    return find_backend(name)(options)
 
 
 def owner_of(model: str) -> str | None:

@@ -126,7 +126,7 @@ class NotExplainedError(SidelightError):
 
     def __init__(self) -> None:
         super().__init__(
-            "vLLM's engine cannot explain verdicts: it drops what probes read of a token once they "
+            "This engine cannot explain verdicts: it drops what probes read of a token once they "
             "have read it. Leave 'explain' out, or use the transformers engine (sidelight serve "
             "--engine transformers, sidelight predict --explain)."
         )

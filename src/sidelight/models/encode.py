@@ -71,8 +71,8 @@ class PromptEncoder:
             return None
         return (
             "The model has no chat template, so a chat is read as one plain text: all its turns "
-            "are judged together. If its original has one, name that for a GGUF file (--tokenizer "
-            "FOLDER_OR_ID), or copy its chat_template.jinja into the model's folder."
+            "are judged together. If its original has one, copy its chat_template.jinja into the "
+            "model's folder; for a model that is one file, name the original with --tokenizer."
         )
 
     @cached_property

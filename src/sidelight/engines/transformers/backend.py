@@ -27,7 +27,7 @@ def require_safetensors(model: str, engine: str, tokenizer: str | None) -> None:
             "folder saved by save_pretrained or a hub id here."
         )
     if tokenizer is not None:
-        raise SidelightError(f"--tokenizer is for GGUF files; '{model}' has its own. Leave it out.")
+        raise SidelightError(f"'{model}' has a tokenizer of its own. Leave --tokenizer out.")
     require_model(model)
 
 
@@ -35,13 +35,6 @@ class TransformersBackend(Backend):
     """Runs any causal language model of ``transformers``."""
 
     name = "transformers"
-
-    def require_options(self) -> None:
-        if self.options.engine_option:
-            raise SidelightError(
-                "transformers has no engine options (--engine-option). Leave them out, or name "
-                "another engine (--engine)."
-            )
 
     def find(self, model: str) -> str:
         require_safetensors(model, self.name, self.options.tokenizer)

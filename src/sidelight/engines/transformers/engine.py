@@ -97,7 +97,7 @@ class TransformersDecoder:
             raise SidelightError(
                 f"{backbone.name} has layers of kind {', '.join(sorted(others))}, and the "
                 f"transformers engine batches {' and '.join(sorted(_ATTENTION_KINDS))} only. Serve "
-                "it with --engine vllm, or serve another model."
+                "it with another engine (--engine), or serve another model."
             )
         self._backbone = backbone
         self._cache_name = cache_name(backbone.model)

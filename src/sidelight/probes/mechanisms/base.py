@@ -11,7 +11,6 @@ if at all, and no text.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from inspect import Parameter, signature
 from typing import Any, TypeVar, get_args
 
@@ -20,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sidelight.errors import SidelightError, did_you_mean
+from sidelight.extensions import extension_names, load_extension
 from sidelight.probes.mechanisms.shares import Shares, integrated
 from sidelight.probes.ragged import Ragged
 from sidelight.types import MechanismSpec, OptionValue
@@ -259,9 +259,7 @@ def _check_value(option: str, value: OptionValue, kind: Any) -> None:
 def _registered(name: str) -> Builder:
     if name in _BUILDERS:
         return _BUILDERS[name]
-    others = entry_points(group=_GROUP)
-    if name in others.names:
-        return others[name].load()
-    raise SidelightError(
-        f"Unknown mechanism '{name}'.{did_you_mean(name, {*_BUILDERS, *others.names})}"
-    )
+    if build := load_extension(_GROUP, name):
+        return build
+    known = {*_BUILDERS, *extension_names(_GROUP)}
+    raise SidelightError(f"Unknown mechanism '{name}'.{did_you_mean(name, known)}")

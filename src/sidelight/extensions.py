@@ -1,0 +1,77 @@
+"""What other packages add, by entry points: engines, commands, mechanisms and guards.
+
+Packages state the versions of Sidelight that they fit, as a requirement. One that does not fit the
+version installed here is refused where it would be loaded.
+"""
+
+from importlib.metadata import Distribution, EntryPoint, distribution, entry_points
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from sidelight.errors import SidelightError
+
+_OURS = "sidelight"
+
+
+def extension_names(group: str) -> list[str]:
+    """The names that installed packages have in a group, sorted.
+
+    Args:
+        group: Of entry points, such as ``sidelight.engines``.
+    """
+    return sorted({entry.name for entry in entry_points(group=group)})
+
+
+def find_extension(group: str, name: str) -> EntryPoint | None:
+    """The entry point of a name; None if no package has it.
+
+    Raises:
+        SidelightError: Several packages have it, or its package does not fit this Sidelight.
+    """
+    found = {entry.value: entry for entry in entry_points(group=group, name=name)}
+    if len(found) > 1:
+        raise SidelightError(
+            f"Several packages have '{name}' in '{group}': {', '.join(sorted(found))}. Uninstall "
+            "all but one."
+        )
+    for entry in found.values():
+        if entry.dist is not None:
+            _require_fit(entry.dist)
+        return entry
+    return None
+
+
+def load_extension(group: str, name: str) -> Any:
+    """The object of a name; None if no package has it.
+
+    Raises:
+        SidelightError: As ``find_extension``.
+    """
+    entry = find_extension(group, name)
+    return None if entry is None else entry.load()
+
+
+def require_fit(package: str) -> None:
+    """Check that an installed package fits the version of Sidelight beside it.
+
+    Args:
+        package: Its name, such as ``sidelight-vllm``.
+
+    Raises:
+        SidelightError: It requires another version.
+    """
+    _require_fit(distribution(package))
+
+
+def _require_fit(package: Distribution) -> None:
+    ours = distribution(_OURS).version
+    for line in package.requires or ():
+        wanted = Requirement(line)
+        if canonicalize_name(wanted.name) != _OURS or wanted.specifier.contains(ours, True):
+            continue
+        raise SidelightError(
+            f"{package.name} {package.version} needs {_OURS}{wanted.specifier}, and {_OURS} {ours} "
+            "is installed. Install both from one clone of Sidelight, or versions that fit."
+        )

@@ -1,0 +1,122 @@
+"""Other packages are found by entry points, and the core knows none of them by name."""
+
+import ast
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+from sidelight.cli.runtime import Runtime
+from sidelight.errors import SidelightError
+from sidelight.extensions import extension_names, find_extension, load_extension, require_fit
+from sidelight.probes.mechanisms.base import MechanismSpec, build_mechanism
+from worlds.servers import cli
+
+ROOT = Path(__file__).parents[1]
+PROJECTS = {
+    path.parent.name: tomllib.loads(path.read_text())["project"]
+    for path in (ROOT / "pyproject.toml", *ROOT.glob("packages/*/pyproject.toml"))
+}
+
+
+def install(folder, patch, *, requires, group="sidelight.engines", name="other", module="other"):
+    """Installs a package that has one entry point and requires a version of Sidelight."""
+    about = folder / f"{module}-3.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {module}\nVersion: 3.0\n"
+        "Requires-Dist: numpy<0\n"
+        f"Requires-Dist: {requires}\n"
+    )
+    (about / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}:made\n")
+    (folder / f"{module}.py").write_text("made = 'made'\n")
+    patch.syspath_prepend(str(folder))
+
+
+def test_all_packages_have_one_version_and_ask_for_that_of_the_core():
+    core = PROJECTS[ROOT.name]
+    assert {project["version"] for project in PROJECTS.values()} == {core["version"]}
+    for name in ("lab", "label", "llama", "vllm"):
+        asked = [line for line in PROJECTS[name]["dependencies"] if line.startswith("sidelight")]
+        assert [line.partition("==")[2] for line in asked] == [core["version"]]
+
+
+@pytest.mark.parametrize(
+    "requires", ["sidelight", f"Sidelight[serve]=={version('sidelight')}", "sidelight<100,>=0.1"]
+)
+def test_a_package_that_fits_is_loaded(requires, tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, requires=requires)
+    assert "other" in extension_names("sidelight.engines")
+    assert load_extension("sidelight.engines", "other") == "made"
+    require_fit("other")
+
+
+@pytest.mark.parametrize("requires", ["sidelight==99.1", "Sidelight[serve]<0.0.1"])
+@pytest.mark.parametrize(
+    ("group", "used"),
+    [
+        ("engines", lambda: Runtime(model=None, engine="other")),
+        ("commands", lambda: cli("other")),
+        ("mechanisms", lambda: build_mechanism(MechanismSpec("other", {}), None)),
+        ("guards", lambda: cli("predict", "guard:other", "a text")),
+    ],
+)
+def test_a_package_that_requires_another_version_is_refused(
+    group, used, requires, tmp_path, monkeypatch, capsys
+):
+    install(tmp_path, monkeypatch, requires=requires, group=f"sidelight.{group}")
+    try:
+        assert used() == 2
+        error = capsys.readouterr().err
+    except SidelightError as raised:
+        error = str(raised)
+    assert "other 3.0 needs sidelight" in error
+    assert f"sidelight {version('sidelight')} is installed" in error
+    assert "\n" not in error.strip()
+
+
+def test_a_name_that_no_package_has_and_one_that_two_have(tmp_path, monkeypatch):
+    assert find_extension("sidelight.engines", "absent") is None
+    for module in ("one", "two"):
+        install(tmp_path, monkeypatch, requires="sidelight", module=module)
+    with pytest.raises(SidelightError, match=r"'other' in 'sidelight.engines': one:made, two:made"):
+        find_extension("sidelight.engines", "other")
+    with pytest.raises(PackageNotFoundError):
+        require_fit("absent-package")
+
+
+# Where the core may write the name of an engine of another package: advice to users.
+ADVICE = {
+    "server/schemas.py": "requests that another engine takes",
+    "models/smollm2.py": "GGUF is the format of the embedded model's file, and llama its type",
+}
+
+
+def strings(path):
+    """The strings of a file's code, without its docstrings."""
+    tree = ast.parse(path.read_text())
+    documented = [
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and ast.get_docstring(node) is not None
+    ]
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node not in documented
+        ):
+            yield node.value.lower()
+
+
+def test_the_core_names_no_engine_but_transformers():
+    core = ROOT / "src/sidelight"
+    found = {
+        str(path.relative_to(core))
+        for path in core.rglob("*.py")
+        for text in strings(path)
+        if any(word in text for word in ("vllm", "llama", "gguf"))
+    }
+    assert found == ADVICE.keys()
