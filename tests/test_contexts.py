@@ -470,7 +470,7 @@ def test_a_readout_learns_to_look_at_the_words_of_a_rationale(with_rationales):
         states, losses = split.states, []
         for texts in random_batches(states.shards[0], size=64, shuffle=torch.Generator()):
             batch = states.read(texts)
-            (columns,) = loop._project(batch.hidden, [run], torch.float32)
+            (columns,) = loop.project_runs(batch, [run], dtype=torch.float32)
             marks = [with_rationales.rationales[row] for row in batch.rows.tolist()]
             tokens = Ragged(columns, batch.lengths)
             loss = run.mechanism.rationale_loss(tokens, torch.from_numpy(np.concatenate(marks)))

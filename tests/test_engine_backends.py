@@ -83,7 +83,7 @@ def test_an_engine_of_another_package_runs_the_models_that_it_names(
         (("--model", "tiny:2"), "tiny has no model 'tiny:2'"),
         (
             ("--model", "tiny:1", "--engine-option", "a=1"),
-            "The engine tiny has no option 'a'. It has none",
+            "tiny has no option 'a'. It has none",
         ),
     ):
         assert cli("predict", str(probe), "a text", *words) == 2

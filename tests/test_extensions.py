@@ -10,7 +10,7 @@ import pytest
 from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
 from sidelight.extensions import extension_names, find_extension, load_extension, require_fit
-from sidelight.probes.mechanisms.base import MechanismSpec, build_mechanism
+from sidelight.probes.mechanisms.base import Geometry, MechanismSpec, build_mechanism
 from worlds.servers import cli
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +58,7 @@ def test_a_package_that_fits_is_loaded(requires, tmp_path, monkeypatch):
     [
         ("engines", lambda: Runtime(model=None, engine="other")),
         ("commands", lambda: cli("other")),
-        ("mechanisms", lambda: build_mechanism(MechanismSpec("other", {}), None)),
+        ("mechanisms", lambda: build_mechanism(MechanismSpec("other", {}), Geometry(1, 1, 1))),
         ("guards", lambda: cli("predict", "guard:other", "a text")),
     ],
 )

@@ -159,14 +159,14 @@ def test_folds_that_are_not_projected_together_give_the_same(
     whole, folds, cross_fitted, monkeypatch
 ):
     widths: list[int] = []
-    project = loop._project
+    project = loop.project_runs
 
-    def counted(hidden, runs, dtype):
+    def counted(shard, runs, **options):
         widths.append(len(runs))
-        return project(hidden, runs, dtype)
+        return project(shard, runs, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_project", counted)
+        patch.setattr(loop, "project_runs", counted)
         sharing = cross_fitted_on(whole.training, folds, shares_matmuls=True)
     assert max(widths) > 1
     monkeypatch.setattr(loop, "_MOST_COLUMNS", 1)

@@ -389,8 +389,8 @@ def test_training_and_validation_share_the_memory_and_what_fits_is_read_once(
     }
     options = replace(options, memory_bytes=round(share * sum(sizes.values())))
     made = prepare(tiny, training, validation, options=options)
-    reads, load_file = Counter(), cache.load_file
-    monkeypatch.setattr(cache, "load_file", lambda path: (reads.update([path]), load_file(path))[1])
+    reads, read = Counter(), cache.read_tensors
+    monkeypatch.setattr(cache, "read_tensors", lambda path: (reads.update([path]), read(path))[1])
     train_mechanisms([candidate("gate")], training=made.training, validation=made.measured)
     assert {*reads} == {*sizes}
     held = [path for path, times in reads.items() if times == 1]
@@ -406,10 +406,11 @@ def test_products_of_states_in_another_dtype_have_the_columns_and_the_gradient(i
     hidden = torch.randn(4, 7, 5, generator=random).to(torch.bfloat16)
     columns: list[torch.Tensor] = []
     gradients: list[torch.Tensor] = []
-    for project in (loop._scaled_products, lambda hidden, own: own.layers(hidden.float())):
+    shard = cache.Shard.joined({0: hidden})
+    for project in (loop.layer_products, lambda shard, own: own.layers(shard.hidden.float())):
         weight = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
         shift = torch.ones(4, 3, requires_grad=True)
-        own = project(hidden, Projection(weight, shift, is_normalised))
+        own = project(shard, Projection(weight, shift, is_normalised))
         (own * torch.arange(3)).sum().backward()
         assert weight.grad is not None
         columns.append(own.detach())

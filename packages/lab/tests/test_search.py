@@ -91,8 +91,8 @@ def test_a_killed_search_ends_as_if_it_had_not_been_killed(dataset, found, tmp_p
 def test_a_generation_shares_reads_and_a_finished_search_reads_nothing(
     dataset, tmp_path, monkeypatch
 ):
-    storage, reads, read = tmp_path / "journal", [], states_cache.load_file
-    monkeypatch.setattr(states_cache, "load_file", lambda path: reads.append(path) or read(path))
+    storage, reads, read = tmp_path / "journal", [], states_cache.read_tensors
+    monkeypatch.setattr(states_cache, "read_tensors", lambda path: reads.append(path) or read(path))
     short = search_settings(dataset, "pooling", storage=storage, **BRIEF)
     # A generation reads each text once: what its trials share stays in memory.
     splits = (dataset.training, dataset.validation)

@@ -157,11 +157,26 @@ class Standardisation:
         return Standardisation(torch.zeros(shape), torch.ones(shape), is_normalised)
 
     @staticmethod
-    def measured(layers: Iterable[Float[Tensor, "token width"]]) -> "Standardisation":
-        """From the mean and standard deviation over tokens; constant dimensions keep scale 1."""
+    def measured(
+        layers: Iterable[Float[Tensor, "token width"]], *, is_normalised: bool = False
+    ) -> "Standardisation":
+        """From the mean and standard deviation over tokens; constant dimensions keep scale 1.
+
+        Args:
+            layers: The states of each layer.
+            is_normalised: Whether they are divided by their root mean square first.
+        """
+        layers = map(normalised, layers) if is_normalised else layers
         moments = [spread_and_mean(layer) for layer in layers]
         scale, mean = (torch.stack(layers) for layers in zip(*moments, strict=True))
-        return Standardisation(mean, torch.where(scale > 1e-6, scale, 1.0))
+        return Standardisation(mean, torch.where(scale > 1e-6, scale, 1.0), is_normalised)
+
+    def standardised(
+        self, hidden: Float[Tensor, "token width"], layer: int
+    ) -> Float[Tensor, "token width"]:
+        """The standardised states of one layer, in float32."""
+        hidden = normalised(hidden) if self.is_normalised else hidden
+        return (hidden.float() - self.mean[layer]) / self.scale[layer]
 
     def weighted(self, weights: Float[Tensor, " first"]) -> "Standardisation":
         """The first layers' standardised states multiplied by weights, 0 or more."""

@@ -1,5 +1,7 @@
 """Hidden states of texts on disk, a file a text, that many probes train from.
 
+They are whole, or compressed (``compression.py``).
+
 A file's name says what decides its content, and it appears under that name only when it is whole.
 So an extraction that was killed goes on where it stopped, and several may share a folder.
 """
@@ -8,22 +10,21 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt, Reads
 from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.standardisation import inverse_rms
-from sidelight.storage import replacing
+from sidelight.states.compression import CompressedStates, Compression
+from sidelight.states.files import read_tensors, write_tensors
 
 FORMAT_VERSION = 3
 SHARD_BYTES = 512 * 2**20
@@ -37,14 +38,17 @@ class Shard:
     """The states of some texts, laid end to end.
 
     Attributes:
-        hidden: Residual stream of each layer and read token; bf16 on disk.
+        hidden: Residual stream of each layer and read token, bf16 on disk; or the values of
+            ``CompressedStates``.
         lengths: Tokens of each text.
         rows: Which text of its cache each is.
+        factors: What the states of a token in a layer are multiplied by, if they are compressed.
     """
 
-    hidden: Float[Tensor, "layer token width"]
+    hidden: Float[Tensor, "layer token width"] | Int8[Tensor, "layer token direction"]
     lengths: Int[Tensor, " text"]
     rows: Int[Tensor, " text"]
+    factors: Float[Tensor, "layer token"] | None = None
 
     @staticmethod
     def joined(texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> "Shard":
@@ -52,23 +56,40 @@ class Shard:
         lengths = torch.tensor([hidden.shape[1] for hidden in texts.values()])
         return Shard(torch.cat([*texts.values()], 1), lengths, torch.tensor([*texts]))
 
+    @staticmethod
+    def compressed(texts: Mapping[int, CompressedStates]) -> "Shard":
+        """As ``joined``, of compressed states."""
+        values = Shard.joined({row: text.values for row, text in texts.items()})
+        factors = torch.cat([text.factors for text in texts.values()], 1)
+        return replace(values, factors=factors.float())
+
+    def to(self, device: torch.device) -> "Shard":
+        """The same, with its states on a device."""
+        factors = None if self.factors is None else self.factors.to(device)
+        return replace(self, hidden=self.hidden.to(device), factors=factors)
+
     def pooled(self, *, is_normalised: bool = False) -> Float[Tensor, "view text layer width"]:
         """Two views of each text: the mean of its tokens, and the last of them; float32.
 
         Args:
-            is_normalised: Whether the states are divided by their root mean square first.
+            is_normalised: Whether the states are divided by their root mean square first, if they
+                are not compressed: those are already, or never.
         """
         ends = self.lengths.cumsum(0) - 1
         layers: list[Tensor] = []
         # Layer by layer: a long text in float32 would be large.
-        for layer in self.hidden:
-            factor = inverse_rms(layer) if is_normalised else torch.ones(len(layer), 1)
+        for number, layer in enumerate(self.hidden):
+            if self.factors is not None:
+                factor = self.factors[number, :, None]
+            else:
+                factor = inverse_rms(layer) if is_normalised else torch.ones(len(layer), 1)
             sizes = self.lengths.tolist()
             texts = zip(layer.split(sizes), factor.split(sizes), strict=True)
             sums = [(text.float().mT @ weight)[:, 0] for text, weight in texts]
             means = torch.stack(sums) / self.lengths[:, None]
+            lasts = layer[ends] * factor[ends]
             # Rounded like the states: what is kept of them is, too.
-            lasts = (layer[ends] * factor[ends]).to(layer.dtype).float()
+            lasts = lasts.to(layer.dtype).float() if self.factors is None else lasts
             layers.append(torch.stack([means, lasts]))
         return torch.stack(layers, 2)
 
@@ -79,11 +100,11 @@ class Memory:
 
     Attributes:
         free: Bytes that more of them may take.
-        texts: The states of each file.
+        texts: The tensors of each file.
     """
 
     free: int = 2 * SHARD_BYTES
-    texts: dict[Path, Float[Tensor, "layer _ width"]] = field(default_factory=dict)
+    texts: dict[Path, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def token_bytes(fingerprint: Fingerprint) -> int:
@@ -100,6 +121,7 @@ class ActivationCache:
         lengths: The stored tokens of each text.
         shards: The texts that are read together; each text once.
         token_bytes: Size of a token.
+        compression: How states are stored; None: whole.
 
     Args:
         root: Folder of such folders. Caches in the same one share the states of a text.
@@ -109,6 +131,7 @@ class ActivationCache:
         engine: What computes the states; engines round differently, so they share no cache.
         shard_bytes: The most that is read together, or else one text.
         memory: Holds states, maybe those of other caches too; None is one of its own.
+        compression: How states are stored; None: whole.
     """
 
     def __init__(
@@ -121,13 +144,16 @@ class ActivationCache:
         engine: str = "transformers",
         shard_bytes: int = SHARD_BYTES,
         memory: Memory | None = None,
+        compression: Compression | None = None,
     ):
         self.reads = reads
         self.fingerprint = fingerprint
         self.engine = engine
-        self.token_bytes = token_bytes(fingerprint)
-        self._shard_tokens = max(1, shard_bytes // self.token_bytes)
+        self.compression = compression
+        self.token_bytes = compression.token_bytes if compression else token_bytes(fingerprint)
+        self._shard_tokens = max(1, shard_bytes // token_bytes(fingerprint))
         self._who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine)
+        self._who += (compression.digest,) if compression else ()
         self.directory = root / _hash(self._who)
         self._memory = memory or Memory()
         lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
@@ -187,10 +213,19 @@ class ActivationCache:
     def write(self, texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> None:
         """Stores the states of each row."""
         for row, hidden in texts.items():
-            write_tensors({"hidden": hidden.contiguous()}, self.path(row))
+            write_tensors(self._stored(hidden), self.path(row))
+
+    def _stored(self, hidden: Float[Tensor, "layer token width"]) -> dict[str, Tensor]:
+        if self.compression is None:
+            return {"hidden": hidden}
+        return vars(self.compression.compress(hidden))
 
     def text(self, row: int) -> Float[Tensor, "layer token width"]:
-        """A text's states: held in memory while there is room, else mapped from disk each time.
+        """A text's states, as they are stored whole."""
+        return self._tensors(row)["hidden"]
+
+    def _tensors(self, row: int) -> dict[str, Tensor]:
+        """What is stored of a text: in memory while there is room, else mapped from disk each time.
 
         Raises:
             SidelightError: The file is absent or broken.
@@ -198,17 +233,13 @@ class ActivationCache:
         path, memory = self.path(row), self._memory
         if path in memory.texts:
             return memory.texts[path]
-        try:
-            hidden = load_file(path)["hidden"]
-        except (OSError, SafetensorError) as error:
-            raise SidelightError(
-                f"Cannot read the hidden states in {path}: {error}. Delete {path.parent}, and run "
-                "the same command again."
-            ) from error
-        if hidden.nbytes <= memory.free:
-            memory.free -= hidden.nbytes
-            memory.texts[path] = hidden = hidden.clone()
-        return hidden
+        tensors = read_tensors(path)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size <= memory.free:
+            memory.free -= size
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            memory.texts[path] = tensors
+        return tensors
 
     def read(
         self, texts: Sequence[int], units: Mapping[int, Int[np.ndarray, " _"]] | None = None
@@ -220,9 +251,12 @@ class ActivationCache:
             units: Of some of them, the stored tokens to read in place of all.
         """
         units = units or {}
-        read = {row: self.text(row) for row in texts}
-        read |= {row: read[row][:, unit] for row, unit in units.items()}
-        return Shard.joined(read)
+        read = {row: self._tensors(row) for row in texts}
+        for row, unit in units.items():
+            read[row] = {name: tensor[:, unit] for name, tensor in read[row].items()}
+        if self.compression is None:
+            return Shard.joined({row: tensors["hidden"] for row, tensors in read.items()})
+        return Shard.compressed({row: CompressedStates(**own) for row, own in read.items()})
 
     def path(self, row: int) -> Path:
         """The file of a text."""
@@ -272,19 +306,3 @@ def text_name(prompt: EncodedPrompt, reads: Reads) -> str:
 
 def _hash(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:24]
-
-
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file that exists afterwards whole or, if killed, not at all.
-
-    Raises:
-        SidelightError: The disk is full, or cannot be written.
-    """
-    try:
-        with replacing(path, is_one_of_many=True) as partial:
-            save_file(dict(tensors), partial)
-    except (OSError, SafetensorError) as error:
-        raise SidelightError(
-            f"Cannot write {path}: {error}. Free some space, or name another disk "
-            "(SIDELIGHT_CACHE)."
-        ) from error

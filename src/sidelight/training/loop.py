@@ -16,6 +16,7 @@ from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import Projection, inverse_rms
 from sidelight.progress import Progress, progress
 from sidelight.states.cache import Shard, random_batches
+from sidelight.states.compression import Compression
 from sidelight.training.dataset import Split, Targets
 from sidelight.training.optimisation import TrainingRun, validation_score
 from sidelight.training.scaling import Scaling
@@ -114,6 +115,8 @@ class _Trainer:
         shares: bool = False,
     ):
         self._states = training.states
+        compression = training.states.compression
+        self._compression = None if compression is None else compression.to(device)
         self._targets = training.targets.to(device)
         # The parts that are judged of each text without a label.
         texts = zip(training.labels, training.units, strict=True)
@@ -167,7 +170,7 @@ class _Trainer:
                 else:
                     self._validate(active, validation)
         for run in self.runs:
-            run.restore_best()
+            run.restore_best(self._compression)
 
     def _train_epoch(self, runs: Sequence[TrainingRun], epoch: int, advance: Progress) -> None:
         # Runs that see the same texts in the same order share each batch.
@@ -210,12 +213,12 @@ class _Trainer:
     def _train_batch(
         self, runs: Sequence[TrainingRun], batch: Shard, targets: Targets, share: float
     ) -> None:
-        hidden = batch.hidden.to(self._device)
+        batch = batch.to(self._device)
         lengths = batch.lengths.to(self._device)
         active = [run for run in runs if run.texts[batch.rows].any()]
         for group in self._sharing_a_matmul(active):
             losses: list[Tensor] = []
-            for run, columns in zip(group, _project(hidden, group, self._dtype), strict=True):
+            for run, columns in zip(group, self._columns(batch, group, self._dtype), strict=True):
                 tokens, wanted, kept = Ragged(columns, lengths), targets, run.texts[batch.rows]
                 if not kept.all():
                     texts = kept.nonzero()[:, 0].to(self._device)
@@ -236,6 +239,11 @@ class _Trainer:
                 run.end_epoch(validation_score(validation.task, judged, labels))
             else:
                 run.has_diverged = True
+
+    def _columns(
+        self, shard: Shard, runs: Sequence[TrainingRun], dtype: torch.dtype
+    ) -> Sequence[Float[Tensor, "token layer _"]]:
+        return project_runs(shard, runs, dtype=dtype, compression=self._compression)
 
     def _sharing_a_matmul(self, runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
         """Groups of runs that share a matmul.
@@ -263,11 +271,10 @@ class _Trainer:
         for shard in states.shards:
             shuffle = torch.Generator().manual_seed(0)
             for texts in random_batches(shard, size=_VALIDATION_BATCH, shuffle=shuffle):
-                batch = states.read(texts)
-                hidden = batch.hidden.to(self._device)
+                batch = states.read(texts).to(self._device)
                 units = [split.units[text] for text in texts]
                 for group in self._sharing_a_matmul(runs):
-                    for run, columns in zip(group, _project(hidden, group, dtype), strict=True):
+                    for run, columns in zip(group, self._columns(batch, group, dtype), strict=True):
                         tokens = Ragged(columns, batch.lengths.to(self._device))
                         logits[run][texts] = _served(run, tokens, units).cpu().numpy()
                         if of_tokens:
@@ -297,32 +304,49 @@ def _grouped(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
     return groups
 
 
-def _project(
-    hidden: Float[Tensor, "layer token width"], runs: Sequence[TrainingRun], dtype: torch.dtype
+def project_runs(
+    shard: Shard,
+    runs: Sequence[TrainingRun],
+    *,
+    dtype: torch.dtype,
+    compression: Compression | None = None,
 ) -> Sequence[Float[Tensor, "token layer _"]]:
-    """Each run's columns of every token, with one matmul a layer."""
-    folded = [run.standardisation.fold(run.mechanism.columns(), dtype=dtype) for run in runs]
+    """Each run's columns of every token, with one matmul a layer.
+
+    Args:
+        shard: The states.
+        runs: What reads them.
+        dtype: Of the matmuls.
+        compression: That of the states.
+    """
+    folded = [
+        run.standardisation.fold(run.mechanism.columns(), dtype=dtype)
+        if compression is None
+        else compression.fold(run.standardisation, run.mechanism.columns(), dtype=dtype)
+        for run in runs
+    ]
     joined = Projection.joined(folded)
     # Rounded like the states; calibration, fitted in float32, absorbs what that moves.
     joined = replace(joined, shift=joined.shift.to(dtype))
+    columns = layer_products(shard, joined).transpose(0, 1)
+    return columns.split([part.weight.shape[2] for part in folded], 2)
+
+
+def layer_products(shard: Shard, projection: Projection) -> Float[Tensor, "layer token column"]:
+    """The columns of every token, with one matmul a layer in the dtype of the projection."""
+    hidden, dtype = shard.hidden, projection.weight.dtype
     if hidden.dtype == dtype:
-        columns = joined.layers(hidden)
-    elif torch.is_grad_enabled():
-        columns = _scaled_products(hidden, joined)
-    else:
-        columns = torch.stack([joined.layer(i, layer.to(dtype)) for i, layer in enumerate(hidden)])
-    return columns.transpose(0, 1).split([part.weight.shape[2] for part in folded], 2)
-
-
-def _scaled_products(
-    hidden: Float[Tensor, "layer token width"], projection: Projection
-) -> Float[Tensor, "layer token column"]:
-    """As ``projection.layers``, of states in another dtype."""
+        return projection.layers(hidden)
+    if shard.factors is None and not torch.is_grad_enabled():
+        products = [projection.layer(i, layer.to(dtype)) for i, layer in enumerate(hidden)]
+        return torch.stack(products)
     columns = _LayerProducts.apply(hidden, projection.weight)
     assert isinstance(columns, Tensor)
-    if projection.is_normalised is not None:
+    if shard.factors is not None:
+        columns = columns * shard.factors[..., None].to(dtype)
+    elif projection.is_normalised is not None:
         inverse = torch.stack([inverse_rms(layer) for layer in hidden])
-        columns = columns * torch.where(projection.is_normalised, inverse, 1).to(columns.dtype)
+        columns = columns * torch.where(projection.is_normalised, inverse, 1).to(dtype)
     return columns + projection.shift[:, None]
 
 

@@ -16,6 +16,7 @@ from sidelight.errors import SidelightError
 from sidelight.probes.mechanisms.base import Geometry, Mechanism, build_mechanism
 from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import Standardisation
+from sidelight.states.compression import Compression
 from sidelight.training.dataset import Targets
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import MechanismSpec, Task
@@ -237,9 +238,17 @@ class TrainingRun:
         if self.best_epoch == self._epochs:
             self._best = deepcopy(self.mechanism.state_dict())
 
-    def restore_best(self) -> None:
-        """Puts the best epoch's parameters back and freezes them."""
+    def restore_best(self, compression: Compression | None = None) -> None:
+        """Puts the best epoch's parameters back and freezes them.
+
+        Args:
+            compression: That of the states it was trained on: what their directions do not show is
+                removed, so that whole states give the same logits.
+        """
         self.mechanism.load_state_dict(self._best)
+        if compression is not None:
+            for parameter in self.mechanism.layer_parameters():
+                parameter.data.copy_(compression.kept(parameter.data))
         self.mechanism.eval().requires_grad_(False)
         # The run stays, with its results; the optimiser's moments are twice as large.
         self._optimizer.state.clear()

@@ -12,7 +12,6 @@ eigendecompositions and no validation text.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -21,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sidelight.probes.mechanisms.base import Geometry
-from sidelight.probes.standardisation import Standardisation, normalised, spread_and_mean
+from sidelight.probes.standardisation import Standardisation, spread_and_mean
 from sidelight.training.dataset import Split
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
@@ -73,6 +72,9 @@ class Scaling:
 
     def _measure_moments(self, is_normalised: bool) -> Standardisation:
         """Mean and scale of each layer's values, from the first shards: random samples of texts."""
+        if (compression := self._training.states.compression) is not None:
+            assert compression.moments.is_normalised == is_normalised
+            return compression.moments
         hidden: list[Tensor] = []
         remaining = _MOMENT_TOKENS
         states = self._training.states
@@ -84,8 +86,7 @@ class Scaling:
                 break
         # Layer by layer: all of them in float32 would be large.
         layers = map(torch.cat, zip(*hidden, strict=True))
-        moments = Standardisation.measured(map(normalised, layers) if is_normalised else layers)
-        return replace(moments, is_normalised=is_normalised)
+        return Standardisation.measured(layers, is_normalised=is_normalised)
 
     def _draw_sample(
         self, is_normalised: bool
@@ -107,6 +108,8 @@ class Scaling:
     def _measure_worths(self, part: int, is_normalised: bool) -> Float[Tensor, "view layer"]:
         """The worth of each view of each layer for a part's texts."""
         views, rows = self._sample(is_normalised)
+        if (compression := self._training.states.compression) is not None:
+            views = compression.lifted(views)
         kept = self._parts[part][rows].nonzero()[:, 0]
         labels = self._training.labels[rows[kept].numpy()]
         return view_worths(views[:, kept], labels, self._training.task)

@@ -9,7 +9,7 @@ if at all, and no text.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any, TypeVar, get_args
@@ -91,6 +91,14 @@ class Mechanism(nn.Module, ABC):
         as a class, keeps every token in its state, and has no ``summary_kind``.
         """
         return None
+
+    def layer_parameters(self) -> Sequence[Float[Tensor, "layer width ..."]]:
+        """The parameters that multiply standardised states, if each layer has its own.
+
+        Such a mechanism can be trained on compressed states. By default there are none, and it is
+        trained on whole ones.
+        """
+        return ()
 
     def set_prior(self, logits: Float[Tensor, " output"]) -> None:
         """Begins at the log-odds that tokens have each label, before it is trained to label them.

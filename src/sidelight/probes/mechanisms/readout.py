@@ -67,6 +67,9 @@ class Readout(Mechanism):
         scores, values, last = tokens.values.float().split([heads, heads * outputs, outputs], -1)
         return summarise_with_last(scores, values.unflatten(-1, (heads, -1)), tokens, last)
 
+    def layer_parameters(self) -> tuple[Tensor, ...]:
+        return self.gate, self.value, self.last
+
     def summary_kind(self) -> Hashable:
         """Readouts of the same sizes."""
         return (Readout, self.gate.shape[2], len(self.bias))

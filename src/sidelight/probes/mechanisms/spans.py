@@ -67,6 +67,9 @@ class Spans(Mechanism):
         """The share of each layer in the features."""
         return self.features / math.sqrt(len(self.features))
 
+    def layer_parameters(self) -> tuple[Tensor, ...]:
+        return (self.features,)
+
     def summarise(self, tokens: Ragged) -> Ragged:
         """The features of every token: ``[token, 1, feature]``."""
         return Ragged(tokens.values.float().sum(1, keepdim=True), tokens.lengths)
