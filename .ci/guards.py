@@ -52,10 +52,11 @@ from sidelight.statistics.metrics import wilson
 from sidelight.statistics.thresholds import F1, OperatingPoint
 from sidelight.storage import write_json
 from sidelight.training.background import load_background
-from sidelight.training.dataset import Split, prepare
+from sidelight.training.dataset import Split
 from sidelight.training.fit import fit
 from sidelight.training.loop import Candidate, train_mechanisms
 from sidelight.training.measuring import measure_sources
+from sidelight.training.preparing import prepare
 from sidelight.training.ready import affordable, guard_options, load_guard
 from sidelight.training.settings import FitOptions
 from sidelight.training.traffic import Conversations

@@ -27,10 +27,11 @@ from sidelight.statistics.thresholds import ThresholdRule, operating_curves
 from sidelight.training import contexts, loop
 from sidelight.training.background import Background, load_background
 from sidelight.training.contexts import Context, ContextSampler, draw_contexts
-from sidelight.training.dataset import ProbeDataset, make_split, prepare
+from sidelight.training.dataset import make_split
 from sidelight.training.fit import calibrate_probe, fit
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import TrainingRun
+from sidelight.training.preparing import ProbeDataset, prepare
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.traffic import (
     Conversations,

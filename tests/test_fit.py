@@ -18,10 +18,11 @@ from sidelight.statistics.calibration import fit_calibration
 from sidelight.statistics.thresholds import ThresholdRule, choose_thresholds
 from sidelight.storage import holding
 from sidelight.training import loop
-from sidelight.training.dataset import ProbeDataset, make_split
+from sidelight.training.dataset import make_split
 from sidelight.training.fit import fit, none_warnings
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.measuring import calibrate_examples, measure_sources
+from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import (
     ABANDONED_S,
     Background,
@@ -307,6 +308,7 @@ def test_whatever_decides_a_probe_changes_the_hash_of_its_training(tiny):
         "calibration": "platt",
         "threshold": ThresholdRule.parse("fpr=0.01"),
         "max_tokens": 99,
+        "states": "whole",
     }
     elsewhere = {"cache_root": Path("elsewhere"), "keep_cache": True, "memory_bytes": 1}
     assert {field.name for field in fields(FitOptions)} == changed.keys() | elsewhere.keys()

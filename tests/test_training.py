@@ -19,7 +19,7 @@ from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import Projection, Standardisation
 from sidelight.states import cache
 from sidelight.training import loop
-from sidelight.training.dataset import Targets, make_split, prepare
+from sidelight.training.dataset import Targets, make_split
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import (
     TrainingRun,
@@ -27,6 +27,7 @@ from sidelight.training.optimisation import (
     random_beginnings,
     validation_score,
 )
+from sidelight.training.preparing import prepare
 from sidelight.training.settings import FitOptions, TrainingSettings, suggested_settings
 from worlds.data import TASKS, planted_rows, split_of
 

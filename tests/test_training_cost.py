@@ -10,7 +10,7 @@ from sidelight.models.conversation import Message
 from sidelight.training.background import load_background
 from sidelight.training.contexts import context_budget
 from sidelight.training.cost import TrainingEstimate, estimate_training, training_tokens
-from sidelight.training.dataset import prepare
+from sidelight.training.preparing import prepare
 from sidelight.training.ready import TOKENS_ON_CPU
 from sidelight.training.settings import FitOptions
 from worlds.data import documented_table, little_traffic

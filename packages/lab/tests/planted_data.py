@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from sidelight.data.examples import LabelledExamples
 from sidelight.engines.transformers.backbone import TransformersBackbone
-from sidelight.training.dataset import ProbeDataset
+from sidelight.training.preparing import ProbeDataset
 from sidelight.types import TaskKind
 from sidelight_lab.datasets import DataSet
 from sidelight_lab.tables.recipes import Recipe, parse_recipe

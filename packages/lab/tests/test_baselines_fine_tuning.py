@@ -13,8 +13,8 @@ from transformers import BertModel
 
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Reads
-from sidelight.training.dataset import ProbeDataset
 from sidelight.training.optimisation import validation_score
+from sidelight.training.preparing import ProbeDataset
 from sidelight_lab.baselines import fine_tuning
 from sidelight_lab.baselines.encoders import Encoder, SentenceEmbeddings
 from sidelight_lab.baselines.fine_tuning import (

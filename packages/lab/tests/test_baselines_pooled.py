@@ -13,8 +13,9 @@ from sklearn.linear_model import LogisticRegression
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Reads
 from sidelight.states.cache import ActivationCache, Shard
-from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.dataset import Split
 from sidelight.training.optimisation import validation_score
+from sidelight.training.preparing import ProbeDataset
 from sidelight.types import TaskKind
 from sidelight_lab.baselines.base import Baseline, TfIdf
 from sidelight_lab.baselines.muli import FirstToken, Muli

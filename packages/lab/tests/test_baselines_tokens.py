@@ -12,8 +12,8 @@ from sidelight.errors import SidelightError
 from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import Standardisation
 from sidelight.states.cache import Shard, write_tensors
-from sidelight.training.dataset import ProbeDataset
 from sidelight.training.optimisation import validation_score
+from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import TrainingSettings
 from sidelight_lab.baselines.token_heads import (
     AttentionProbe,

@@ -11,7 +11,8 @@ from sidelight.data.spans import character_scores
 from sidelight.models.conversation import Reads
 from sidelight.probes.manifest import PROBE
 from sidelight.statistics.thresholds import F1
-from sidelight.training.dataset import ProbeDataset, make_split
+from sidelight.training.dataset import make_split
+from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import FitOptions
 from sidelight.training.spans import calibrate_spans
 from sidelight_lab.baselines import spans as baselines

@@ -14,8 +14,8 @@ from sidelight.errors import SidelightError
 from sidelight.probes.manifest import read_manifest
 from sidelight.probes.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.states import cache as states_cache
-from sidelight.training.dataset import ProbeDataset
 from sidelight.training.loop import train_mechanisms
+from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import suggested_settings
 from sidelight_lab.cli.search import write_search
 from sidelight_lab.search import SPACES, Space, best_of, possible_specs, search_settings

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 from pydantic import Field
@@ -127,6 +127,7 @@ class TrainingInputs:
         max_tokens: Longer texts are cut, and counted; judging never cuts.
         cache: Folder for hidden states; None is the user's cache.
         keep_cache: Whether the hidden states stay for another run.
+        states: How hidden states are kept: auto, disk, stream or whole.
         memory: The most memory that hidden states may take, above the model, in GiB.
     """
 
@@ -145,6 +146,7 @@ class TrainingInputs:
     max_tokens: Annotated[int, Field(ge=8)] = 1024
     cache: Path | None = None
     keep_cache: bool = False
+    states: Literal["auto", "disk", "stream", "whole"] = "auto"
     memory: Annotated[float, Field(ge=0.01, allow_inf_nan=False)] = 1.0
 
     def load(self, spans: str | None = None) -> "tuple[LabelledExamples, LabelledExamples | None]":
@@ -192,6 +194,7 @@ class TrainingInputs:
             max_tokens=self.max_tokens,
             cache_root=self.cache,
             keep_cache=self.keep_cache,
+            states=self.states,
             memory_bytes=int(self.memory * 2**30),
         )
 

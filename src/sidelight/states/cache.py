@@ -1,6 +1,7 @@
 """Hidden states of texts on disk, a file a text, that many probes train from.
 
-They are whole, or compressed (``compression.py``).
+They are whole, or compressed (``compression.py``); or they are computed again each time that they
+are read.
 
 A file's name says what decides its content, and it appears under that name only when it is whole.
 So an extraction that was killed goes on where it stopped, and several may share a folder.
@@ -8,11 +9,12 @@ So an extraction that was killed goes on where it stopped, and several may share
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,6 +124,7 @@ class ActivationCache:
         shards: The texts that are read together; each text once.
         token_bytes: Size of a token.
         compression: How states are stored; None: whole.
+        is_streamed: Whether states are computed whenever they are read, and never written.
 
     Args:
         root: Folder of such folders. Caches in the same one share the states of a text.
@@ -149,21 +152,28 @@ class ActivationCache:
         self.reads = reads
         self.fingerprint = fingerprint
         self.engine = engine
-        self.compression = compression
-        self.token_bytes = compression.token_bytes if compression else token_bytes(fingerprint)
+        self._root = root
         self._shard_tokens = max(1, shard_bytes // token_bytes(fingerprint))
-        self._who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine)
-        self._who += (compression.digest,) if compression else ()
-        self.directory = root / _hash(self._who)
         self._memory = memory or Memory()
+        self._compute: Compute | None = None
+        self._set_compression(compression)
         lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
         self._set_texts(prompts, lengths, [text_name(prompt, reads) for prompt in prompts])
+
+    def _set_compression(self, compression: Compression | None) -> None:
+        who = self.fingerprint
+        self.compression = compression
+        self.token_bytes = compression.token_bytes if compression else token_bytes(who)
+        self._who = (FORMAT_VERSION, who.digest, who.dtype, self.engine)
+        self._who += (compression.digest,) if compression else ()
+        self.directory = self._root / _hash(self._who)
 
     def _set_texts(
         self, prompts: Sequence[EncodedPrompt], lengths: Sequence[int], names: Sequence[str]
     ) -> None:
         self.prompts, self.lengths, self._names = prompts, lengths, names
         self.shards = random_shards(lengths, tokens=self._shard_tokens)
+        self._computed: dict[int, dict[str, Tensor]] = {}
 
     @property
     def key(self) -> str:
@@ -180,8 +190,42 @@ class ActivationCache:
         )
         return part
 
+    def compressed(self, compression: Compression) -> "ActivationCache":
+        """A cache of the same texts that stores their states so."""
+        part = copy(self)
+        part._set_compression(compression)
+        return part
+
+    def held(self, memory: Memory) -> "ActivationCache":
+        """A cache of the same texts that holds states in this memory."""
+        part = copy(self)
+        part._memory = memory
+        return part
+
+    def streamed(self, compute: "Compute") -> "ActivationCache":
+        """A cache of the same texts that writes nothing, and holds one shard in memory.
+
+        Args:
+            compute: Computes the states of rows of a cache.
+        """
+        part = copy(self)
+        part._compute, part._computed = compute, {}
+        return part
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """How states are kept, for the record of a training."""
+        kept = "whole" if self.compression is None else "compressed"
+        return {"kept": kept, "streamed": self.is_streamed, "token_bytes": self.token_bytes}
+
+    @property
+    def is_streamed(self) -> bool:
+        return self._compute is not None
+
     def missing(self) -> list[int]:
         """The texts that have not been written yet, in random order; equal texts are one."""
+        if self.is_streamed:
+            return []
         rows = {self._names[row]: row for row in _random_order(len(self.lengths))}
         return [row for row in rows.values() if not self.path(row).exists()]
 
@@ -230,6 +274,8 @@ class ActivationCache:
         Raises:
             SidelightError: The file is absent or broken.
         """
+        if self._compute is not None:
+            return self._computed_tensors(row, self._compute)
         path, memory = self.path(row), self._memory
         if path in memory.texts:
             return memory.texts[path]
@@ -240,6 +286,15 @@ class ActivationCache:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             memory.texts[path] = tensors
         return tensors
+
+    def _computed_tensors(self, row: int, compute: "Compute") -> dict[str, Tensor]:
+        if row not in self._computed:
+            shard = next(shard for shard in self.shards if row in shard)
+            # One shard is in memory, not two.
+            self._computed = {}
+            for texts in compute(self, shard):
+                self._computed |= {text: self._stored(own) for text, own in texts.items()}
+        return self._computed[row]
 
     def read(
         self, texts: Sequence[int], units: Mapping[int, Int[np.ndarray, " _"]] | None = None
@@ -261,6 +316,12 @@ class ActivationCache:
     def path(self, row: int) -> Path:
         """The file of a text."""
         return self.directory / f"{self._names[row]}.safetensors"
+
+
+Compute = Callable[
+    [ActivationCache, Sequence[int]], Iterable[Mapping[int, Float[Tensor, "layer _ width"]]]
+]
+"""Gives the states of rows of a cache, some at a time."""
 
 
 def random_shards(lengths: Sequence[int], *, tokens: int) -> list[list[int]]:

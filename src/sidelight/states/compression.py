@@ -147,9 +147,10 @@ class Compression:
         Raises:
             SidelightError: The disk is full, or cannot be written.
         """
-        flag = torch.tensor(self.moments.is_normalised)
-        tensors = {"mean": self.moments.mean, "scale": self.moments.scale, "is_normalised": flag}
-        write_tensors(tensors | {"encoder": self.encoder, "decoder": self.decoder}, path)
+        moments = self.moments
+        flag = torch.tensor(moments.is_normalised)
+        tensors = {"mean": moments.mean, "scale": moments.scale, "is_normalised": flag}
+        write_tensors({**tensors, "encoder": self.encoder, "decoder": self.decoder}, path)
 
     @staticmethod
     def load(path: Path) -> "Compression":

@@ -39,6 +39,8 @@ def extract(
     """
     # Engines round differently.
     assert cache.engine == reader.engine
+    if cache.is_streamed:
+        return cache
     missing = cache.open()
     if not missing:
         return cache
@@ -55,6 +57,20 @@ def extract(
             written = writer.submit(cache.write, texts)
         written.result()
     return cache
+
+
+def streamed(reader: Reader, cache: ActivationCache) -> ActivationCache:
+    """A cache whose states the reader computes whenever they are read."""
+
+    def compute(
+        cache: ActivationCache, rows: Sequence[int]
+    ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
+        with closing(reader.states(cache, rows, lambda _: None)) as batches:
+            for texts in batches:
+                require_finite(texts, dtype=cache.fingerprint.dtype)
+                yield texts
+
+    return cache.streamed(compute)
 
 
 def tapped_states(

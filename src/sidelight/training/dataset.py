@@ -5,7 +5,7 @@ Probes and baselines of one table read the same splits, so that no row of it has
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import SupportsIndex
 
 import numpy as np
@@ -19,14 +19,12 @@ from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt, Reads, judged_units
 from sidelight.models.encode import PromptEncoder
 from sidelight.probes.ragged import Ragged
-from sidelight.progress import say
 from sidelight.states.cache import SHARD_BYTES, ActivationCache, Memory
 from sidelight.states.extraction import extract
 from sidelight.states.reader import Reader
-from sidelight.training.background import Background, choose_conversations
-from sidelight.training.contexts import Context, Group, draw_contexts, has_contexts
+from sidelight.training.contexts import Context, Group, draw_contexts
 from sidelight.training.settings import FitOptions
-from sidelight.training.validation import FOLDS, Folds, choose_validation, shared_texts
+from sidelight.training.validation import Folds
 from sidelight.types import Task
 
 # The characters of each text's tokens.
@@ -197,158 +195,48 @@ def _end_to_end(rows: Sequence[np.ndarray]) -> Ragged:
     return Ragged(torch.from_numpy(np.concatenate(rows)), lengths)
 
 
-@dataclass(frozen=True)
-class ProbeDataset:
-    """The splits that settings are chosen on. Test data is not part of it.
-
-    Attributes:
-        reader: The frozen LLM, in any engine.
-        training: What parameters are fitted to: texts alone, then their contexts.
-        measured: What early stopping, settings, calibration and thresholds are chosen on: texts
-            alone, then their contexts. If texts are cross-fitted, these are those of ``training``.
-        folds: Indices of the training texts of each fold if texts are cross-fitted, else none.
-        warnings: What is doubtful about the texts, one sentence each.
-        given_sha256: Hash of the texts as they were given: none held out, no context added.
-    """
-
-    reader: Reader
-    training: Split
-    measured: Split
-    folds: Folds = ()
-    warnings: tuple[str, ...] = ()
-    given_sha256: str = ""
-
-    @cached_property
-    def originals(self) -> Split:
-        """The training texts without their contexts."""
-        return self.training.without_contexts()
-
-    @cached_property
-    def validation(self) -> Split:
-        """The texts of ``measured`` without their contexts."""
-        return self.measured.without_contexts()
-
-    @cached_property
-    def contexts(self) -> tuple[Context, ...]:
-        """The contexts of ``measured``, which follow its texts."""
-        return self.measured.contexts[len(self.validation) :]
-
-    @property
-    def task(self) -> Task:
-        return self.training.task
-
-
-def prepare(
-    reader: Reader,
-    training: LabelledExamples,
-    validation: LabelledExamples | None,
-    *,
-    options: FitOptions,
-) -> ProbeDataset:
-    """Chooses the validation texts, draws contexts, and runs the model over all texts.
-
-    A fit and a search both begin here, so that a search chooses by the texts that calibrate later.
-    The arguments are those of ``fit``.
-
-    Raises:
-        SidelightError: The validation texts do not allow a choice or a calibration, or the hidden
-            states do not fit the disk.
-    """
-    given_sha256 = training.content_hash
-    limit = min(options.max_tokens, reader.max_tokens)
-    training, crowded = _with_room(reader.encoder, training, limit, title="training")
-    if validation is not None:
-        validation, more = _with_room(reader.encoder, validation, limit, title="validation")
-        crowded += more
-    training, validation, folds, warnings = choose_validation(training, validation, options)
-    task = options.with_none(training.task)
-    training, validation = replace(training, task=task), replace(validation, task=task)
-    shown = options.background if has_contexts(training, options) else Background()
-    background, doubts = choose_conversations(shown, training)
-    warnings += [*crowded, *doubts]
-    rows = _groups(training, FOLDS)
-    parts = background.parts(len(rows) + (0 if folds else _MEASURING_PARTS))
-    groups = [*zip(rows, parts, strict=False)]
-    memory = Memory(options.memory_bytes)
-    split = partial(make_split, reader, options=options, memory=memory)
-    fitted = measured = split(training, groups=groups, title="Training texts")
-    if folds:
-        folds = fitted.folds(len(folds))
-    else:
-        warnings += shared_texts(training, validation)
-        parts = parts[len(rows) :]
-        groups = [*zip(_groups(validation, len(parts)), parts, strict=False)]
-        measured = split(validation, groups=groups, title="Validation texts")
-    for texts in (fitted,) if folds else (fitted, measured):
-        cut = [prompt for prompt in texts.states.prompts if prompt.dropped]
-        if cut:
-            limit = min(options.max_tokens, max(map(len, cut)))
-            warnings.append(
-                f"{len(cut)} of {len(texts)} texts were cut to {limit} tokens for training "
-                "(--set max_tokens=N); judging never cuts."
-            )
-    return ProbeDataset(reader, fitted, measured, folds, tuple(warnings), given_sha256)
-
-
-def _with_room(
-    encoder: PromptEncoder, examples: LabelledExamples, limit: int, *, title: str
-) -> tuple[LabelledExamples, list[str]]:
-    """The texts that a limit leaves room for beside their system prompt, and a warning of others.
-
-    Without any room, as beside a long template, all are returned: encoding refuses them.
-    """
-    full: list[int] = []
-    for index, item in enumerate(examples.items):
-        # A text of one message has the template beside it, as all have.
-        if len(item.messages) > 1:
-            with located(item, index):
-                prompt = encoder.encode_any_length(item.conversation, item.response)
-            if len(prompt) > limit and prompt.fixed >= limit:
-                full.append(index)
-    if len(full) in (0, len(examples)):
-        return examples, []
-    kept = replace(
-        examples.select(np.setdiff1d(np.arange(len(examples)), full)),
-        skipped=examples.skipped,
-        warnings=examples.warnings,
-    )
-    return kept, [
-        f"{len(full)} of {len(examples)} {title} texts were left out: their system prompt and chat "
-        f"template alone take {limit} tokens or more, first "
-        f"{place_of(examples.items[full[0]], full[0])}. Shorten the system prompts, or raise the "
-        "limit (--set max_tokens=N)."
-    ]
-
-
-def _groups(examples: LabelledExamples, count: int) -> Folds:
-    """At most so many groups of texts, each with contexts and a part of the background."""
-    count = min(count, examples.distinct)
-    groups = examples.folds(count, seed=0) if count > 1 else (np.arange(len(examples)),)
-    # With few texts of several classes, the first group can take all.
-    return tuple(group for group in groups if len(group))
-
-
 def make_split(
     reader: Reader,
     examples: LabelledExamples,
     options: FitOptions,
     *,
     title: str = "Extracting",
+) -> Split:
+    """Runs the model over labelled texts, or finds their whole states on disk.
+
+    Args:
+        reader: The frozen LLM, in any engine.
+        examples: The texts, which are shown alone.
+        options: How texts are read, and where their hidden states go.
+        title: The title of the progress bar.
+
+    Raises:
+        SidelightError: A text without a token to read, or no room for the states.
+    """
+    split = plan_split(reader, examples, options)
+    extract(reader, split.states, title=title)
+    return split
+
+
+def plan_split(
+    reader: Reader,
+    examples: LabelledExamples,
+    options: FitOptions,
+    *,
     groups: Sequence[Group] = (),
     memory: Memory | None = None,
 ) -> Split:
-    """Runs the model over labelled texts and their contexts, or finds their states on disk.
+    """Labelled texts and their contexts, encoded; their hidden states have not been computed.
 
     Args:
         reader: The frozen LLM, in any engine.
         examples: The texts.
         options: How texts are read, and where their hidden states go.
-        title: The title of the progress bar.
         groups: Those that contexts are drawn for; without any, there are none.
         memory: Holds states in memory; None is one of its own, as large as the options say.
 
     Raises:
-        SidelightError: A text without a token to read, or no room for the states.
+        SidelightError: A text without a token to read.
     """
     drawn, contexts = draw_contexts(reader, examples, groups, options), ()
     limit = min(options.max_tokens, reader.max_tokens)
@@ -360,7 +248,7 @@ def make_split(
         contexts = (*alone, *drawn)
         prompts = [context.prompt for context in contexts]
         examples = _in_contexts(examples, contexts)
-    cache = ActivationCache(
+    states = ActivationCache(
         options.states_folder(),
         prompts,
         reads=options.reads_of(examples.task),
@@ -369,10 +257,6 @@ def make_split(
         shard_bytes=min(SHARD_BYTES, max(1, options.memory_bytes // 2)),
         memory=memory or Memory(options.memory_bytes),
     )
-    stored = sum(cache.path(row).exists() for row in range(len(prompts)))
-    if stored:
-        say(f"{title}: the hidden states of {stored:,} of {len(prompts):,} are on disk already.")
-    states = extract(reader, cache, title=title)
     reads, lengths = options.reads, states.lengths
     return Split(
         examples,

@@ -15,7 +15,6 @@ from sidelight.probes.artifact import save_probe
 from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.states.reader import Reader
-from sidelight.training.dataset import ProbeDataset, prepare
 from sidelight.training.loop import Candidate, divergence, train_mechanisms
 from sidelight.training.measuring import (
     FLATTERING,
@@ -25,6 +24,7 @@ from sidelight.training.measuring import (
     text_hashes,
 )
 from sidelight.training.optimisation import TrainingRun, validation_score
+from sidelight.training.preparing import ProbeDataset, prepare
 from sidelight.training.settings import (
     AUTO,
     FitOptions,
@@ -131,13 +131,14 @@ def fit(
     )
     options = options.resolved_for(training)
     with options.own_states(identity, out and out.resolve()) as states:
+        candidates = _candidates(options, training)
         dataset = prepare(
             reader,
             training,
             validation,
             options=replace(options, cache_root=states),
+            candidates=candidates,
         )
-        candidates = _candidates(options, training)
         # The baseline first: what it refuses in seconds must not cost the hours of training.
         baseline = None if training.spans is not None else measure_baseline(dataset, options)
         results = train_mechanisms(
@@ -246,6 +247,7 @@ def _record(trained: TrainingRun, dataset: ProbeDataset, options: FitOptions) ->
     del contexts["alone"]
     return {
         "engine": dataset.training.states.engine,
+        "states": dataset.training.states.described,
         "training": {
             **describe_examples(texts),
             "texts": text_hashes(texts),

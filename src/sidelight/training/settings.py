@@ -27,6 +27,8 @@ from sidelight.training.background import Background
 from sidelight.types import NONE, MechanismSpec, Task
 
 AUTO = "auto"
+# How a user wants hidden states kept.
+StatesChoice = Literal["auto", "disk", "stream", "whole"]
 TRAINING_MAX_TOKENS = 1024
 # The prompt, of which each turn is judged.
 READS = Reads(scope="each_turn")
@@ -162,6 +164,10 @@ class FitOptions:
         cache_root: Folder for the hidden states while training; None is the user's cache.
         keep_cache: Whether the hidden states stay for other trainings, which share those of a text;
             else a training has them in a folder of its own, which it removes.
+        states: How hidden states are kept: ``disk`` writes them once, compressed where the
+            mechanism allows; ``stream`` computes them in each epoch and writes none; ``whole``
+            writes them as they are. ``auto`` keeps those whole that fit ``memory_bytes``, and
+            decides for others by their number: see ``training/keeping.py``.
         memory_bytes: The most that hidden states may take in memory while training; more are read
             from disk again in each epoch. A CPU without bfloat16 arithmetic also holds one batch in
             float32.
@@ -178,6 +184,7 @@ class FitOptions:
     max_tokens: int = TRAINING_MAX_TOKENS
     cache_root: Path | None = None
     keep_cache: bool = False
+    states: StatesChoice = "auto"
     memory_bytes: int = 2**30
 
     def training_sha256(

@@ -13,8 +13,8 @@ from sklearn.pipeline import make_pipeline, make_union
 
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.training.dataset import ProbeDataset
 from sidelight.training.measuring import Calibrated, calibrate_examples
+from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import FitOptions
 from sidelight.types import Task
 

@@ -28,9 +28,9 @@ from optuna.trial import TrialState
 
 from sidelight.errors import SidelightError
 from sidelight.probes.mechanisms.base import Geometry, build_mechanism, mechanism_spec
-from sidelight.training.dataset import ProbeDataset
 from sidelight.training.loop import Candidate, train_mechanisms
 from sidelight.training.optimisation import validation_score
+from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import TrainingSettings, suggested_settings
 from sidelight.training.validation import Folds
 from sidelight.types import MechanismSpec, OptionValue, Task

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from pydantic import ConfigDict
 
 from sidelight.training import tfidf
-from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.dataset import Split
 from sidelight.training.optimisation import validation_score
+from sidelight.training.preparing import ProbeDataset
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from sidelight.errors import SidelightError
 from sidelight.probes.ragged import by_length
 from sidelight.progress import progress
-from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.dataset import Split
+from sidelight.training.preparing import ProbeDataset
 from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_validation
 from sidelight_lab.baselines.pooled import PENALTIES, fit_logistic
 

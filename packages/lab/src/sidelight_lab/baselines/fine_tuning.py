@@ -16,8 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.probes.ragged import by_length
 from sidelight.progress import progress
-from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.dataset import Split
 from sidelight.training.optimisation import make_loss, validation_score
+from sidelight.training.preparing import ProbeDataset
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
 from sidelight_lab.baselines.encoders import Encoder, packaged_encoder
 from sidelight_lab.baselines.training import finite

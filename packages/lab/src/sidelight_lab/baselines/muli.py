@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt
-from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.dataset import Split
+from sidelight.training.preparing import ProbeDataset
 from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_validation
 from sidelight_lab.baselines.pooled import pooled_states
 from sidelight_lab.baselines.siren import sparse_path

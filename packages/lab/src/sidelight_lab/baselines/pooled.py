@@ -22,7 +22,8 @@ from torch import Tensor
 
 from sidelight.progress import progress
 from sidelight.states.cache import write_tensors
-from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.dataset import Split
+from sidelight.training.preparing import ProbeDataset
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_validation
 

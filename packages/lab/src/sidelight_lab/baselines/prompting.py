@@ -23,7 +23,8 @@ from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt, Message, shared_length
 from sidelight.probes.ragged import BATCH_TOKENS, by_length
 from sidelight.progress import progress
-from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.dataset import Split
+from sidelight.training.preparing import ProbeDataset
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
 

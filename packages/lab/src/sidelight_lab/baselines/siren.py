@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sidelight.errors import SidelightError
-from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.dataset import Split
 from sidelight.training.optimisation import make_loss, validation_score
+from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline

@@ -17,7 +17,8 @@ from sklearn.multiclass import OneVsRestClassifier
 
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.spans import token_labels, words
-from sidelight.training.dataset import ProbeDataset, Split, TokenPlaces
+from sidelight.training.dataset import Split, TokenPlaces
+from sidelight.training.preparing import ProbeDataset
 from sidelight.training.spans import TokenScores
 from sidelight_lab.baselines.encoders import Encoder
 from sidelight_lab.baselines.fine_tuning import (

@@ -13,8 +13,8 @@ from sidelight.probes.mechanisms.stages import finish_softmax, summarise_softmax
 from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import Standardisation
 from sidelight.states.cache import Shard
-from sidelight.training.dataset import ProbeDataset
 from sidelight.training.optimisation import make_loss
+from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_validation

@@ -18,8 +18,9 @@ from torch.nn import functional
 from sidelight.errors import SidelightError
 from sidelight.probes.standardisation import Standardisation
 from sidelight.states.cache import Shard, random_batches
-from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.dataset import Split
 from sidelight.training.optimisation import validation_score
+from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
 from sidelight_lab.baselines.pooled import pooled_states

@@ -15,12 +15,13 @@ from sidelight.data.evaluation import Estimate, evaluate
 from sidelight.data.examples import LabelledExamples
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.states.extraction import cached_logits
+from sidelight.states.extraction import cached_logits, extract
 from sidelight.statistics.calibration import Calibration, fit_calibration, suggested_calibration
 from sidelight.statistics.metrics import decide, log_losses
 from sidelight.training.background import Background
-from sidelight.training.dataset import ProbeDataset, Split, make_split, prepare
+from sidelight.training.dataset import Split, plan_split
 from sidelight.training.fit import fit
+from sidelight.training.preparing import ProbeDataset, prepare
 from sidelight.training.settings import FitOptions
 from sidelight.training.tfidf import TfIdf, fit_tfidf
 from sidelight.training.traffic import conversations_of, flags_of
@@ -146,7 +147,8 @@ def compare_defaults(
     shown, unseen = background.parts(2)
     held_texts = examples.select(held_rows)
     everyone = [(np.arange(len(held_texts)), unseen)]
-    held = make_split(backbone, held_texts, options, groups=everyone)
+    held = plan_split(backbone, held_texts, options, groups=everyone)
+    extract(backbone, held.states)
     in_contexts = replace(options, background=shown)
     ours = {
         DEFAULT: in_contexts,

@@ -32,8 +32,9 @@ from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import extract
 from sidelight.states.reader import Reader
 from sidelight.statistics.thresholds import F1
-from sidelight.training.dataset import ProbeDataset, TokenPlaces, make_split
+from sidelight.training.dataset import TokenPlaces, make_split
 from sidelight.training.fit import fit
+from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import FitOptions, suggested_settings
 from sidelight.training.spans import calibrate_spans
 from sidelight.types import Values

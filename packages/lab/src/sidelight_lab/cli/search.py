@@ -80,7 +80,7 @@ def search(
     # Trials are scored as they are; training chooses the calibration.
     fit_options = replace(inputs.fit_options(), calibration="none")
     choose_validation(training, validation, fit_options)
-    from sidelight.training.dataset import prepare
+    from sidelight.training.preparing import prepare
     from sidelight_lab.search import best_of, search_settings
 
     with fit_options.own_states(out.resolve()) as states:

@@ -18,7 +18,8 @@ from sidelight.data.examples import LabelledExamples
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.storage import write_json, write_text
-from sidelight.training.dataset import ProbeDataset, Split, make_split
+from sidelight.training.dataset import Split, make_split
+from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import FitOptions
 from sidelight.training.validation import require_same_task
 from sidelight.types import Task

@@ -24,10 +24,11 @@ from sidelight.states.extraction import cached_logits
 from sidelight.statistics.calibration import fit_calibration, suggested_calibration
 from sidelight.statistics.thresholds import choose_thresholds
 from sidelight.storage import replacing
-from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.dataset import Split
 from sidelight.training.fit import calibrate_probe
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import validation_score
+from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import FitOptions
 from sidelight_lab.baselines.base import FittedBaseline
 from sidelight_lab.tables.recipes import BaselineRow, ProbeRow, Recipe, Row

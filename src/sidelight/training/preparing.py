@@ -1,0 +1,166 @@
+"""The splits that a probe is trained and measured on, with their hidden states.
+
+Probes and baselines of one table read the same splits, so that no row of it has an advantage.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import numpy as np
+
+from sidelight.data.examples import LabelledExamples, located, place_of
+from sidelight.models.encode import PromptEncoder
+from sidelight.states.cache import Memory
+from sidelight.states.reader import Reader
+from sidelight.training.background import Background, choose_conversations
+from sidelight.training.contexts import Context, has_contexts
+from sidelight.training.dataset import Split, plan_split
+from sidelight.training.keeping import choose_keeping
+from sidelight.training.loop import Candidate
+from sidelight.training.settings import FitOptions
+from sidelight.training.validation import FOLDS, Folds, choose_validation, shared_texts
+from sidelight.types import Task
+
+# The parts of the background that measure, where texts are held out; training has FOLDS.
+_MEASURING_PARTS = 2
+
+
+@dataclass(frozen=True)
+class ProbeDataset:
+    """The splits that settings are chosen on. Test data is not part of it.
+
+    Attributes:
+        reader: The frozen LLM, in any engine.
+        training: What parameters are fitted to: texts alone, then their contexts.
+        measured: What early stopping, settings, calibration and thresholds are chosen on: texts
+            alone, then their contexts. If texts are cross-fitted, these are those of ``training``.
+        folds: Indices of the training texts of each fold if texts are cross-fitted, else none.
+        warnings: What is doubtful about the texts, one sentence each.
+        given_sha256: Hash of the texts as they were given: none held out, no context added.
+    """
+
+    reader: Reader
+    training: Split
+    measured: Split
+    folds: Folds = ()
+    warnings: tuple[str, ...] = ()
+    given_sha256: str = ""
+
+    @cached_property
+    def originals(self) -> Split:
+        """The training texts without their contexts."""
+        return self.training.without_contexts()
+
+    @cached_property
+    def validation(self) -> Split:
+        """The texts of ``measured`` without their contexts."""
+        return self.measured.without_contexts()
+
+    @cached_property
+    def contexts(self) -> tuple[Context, ...]:
+        """The contexts of ``measured``, which follow its texts."""
+        return self.measured.contexts[len(self.validation) :]
+
+    @property
+    def task(self) -> Task:
+        return self.training.task
+
+
+def prepare(
+    reader: Reader,
+    training: LabelledExamples,
+    validation: LabelledExamples | None,
+    *,
+    options: FitOptions,
+    candidates: Sequence[Candidate] = (),
+) -> ProbeDataset:
+    """Chooses the validation texts, draws contexts, and runs the model over all texts.
+
+    A fit and a search both begin here, so that a search chooses by the texts that calibrate later.
+    The arguments are those of ``fit``, and what will be trained: where this can be compressed
+    states, they are. Without candidates, states are whole.
+
+    Raises:
+        SidelightError: The validation texts do not allow a choice or a calibration, or the hidden
+            states do not fit the disk.
+    """
+    given_sha256 = training.content_hash
+    limit = min(options.max_tokens, reader.max_tokens)
+    training, crowded = _with_room(reader.encoder, training, limit, title="training")
+    if validation is not None:
+        validation, more = _with_room(reader.encoder, validation, limit, title="validation")
+        crowded += more
+    training, validation, folds, warnings = choose_validation(training, validation, options)
+    task = options.with_none(training.task)
+    training, validation = replace(training, task=task), replace(validation, task=task)
+    shown = options.background if has_contexts(training, options) else Background()
+    background, doubts = choose_conversations(shown, training)
+    warnings += [*crowded, *doubts]
+    rows = _groups(training, FOLDS)
+    parts = background.parts(len(rows) + (0 if folds else _MEASURING_PARTS))
+    groups = [*zip(rows, parts, strict=False)]
+    memory = Memory(options.memory_bytes)
+    split = partial(plan_split, reader, options=options, memory=memory)
+    planned = [split(training, groups=groups)]
+    if not folds:
+        warnings += shared_texts(training, validation)
+        parts = parts[len(rows) :]
+        groups = [*zip(_groups(validation, len(parts)), parts, strict=False)]
+        planned.append(split(validation, groups=groups))
+    keeping = choose_keeping(reader, planned, candidates, options)
+    warnings += keeping.warnings
+    titles = ("Training texts", "Validation texts")
+    splits = [
+        keeping.apply(reader, own, title=title) for own, title in zip(planned, titles, strict=False)
+    ]
+    fitted, measured = splits[0], splits[-1]
+    if folds:
+        folds = fitted.folds(len(folds))
+    for texts in splits:
+        cut = [prompt for prompt in texts.states.prompts if prompt.dropped]
+        if cut:
+            limit = min(options.max_tokens, max(map(len, cut)))
+            warnings.append(
+                f"{len(cut)} of {len(texts)} texts were cut to {limit} tokens for training "
+                "(--set max_tokens=N); judging never cuts."
+            )
+    return ProbeDataset(reader, fitted, measured, folds, tuple(warnings), given_sha256)
+
+
+def _with_room(
+    encoder: PromptEncoder, examples: LabelledExamples, limit: int, *, title: str
+) -> tuple[LabelledExamples, list[str]]:
+    """The texts that a limit leaves room for beside their system prompt, and a warning of others.
+
+    Without any room, as beside a long template, all are returned: encoding refuses them.
+    """
+    full: list[int] = []
+    for index, item in enumerate(examples.items):
+        # A text of one message has the template beside it, as all have.
+        if len(item.messages) > 1:
+            with located(item, index):
+                prompt = encoder.encode_any_length(item.conversation, item.response)
+            if len(prompt) > limit and prompt.fixed >= limit:
+                full.append(index)
+    if len(full) in (0, len(examples)):
+        return examples, []
+    kept = replace(
+        examples.select(np.setdiff1d(np.arange(len(examples)), full)),
+        skipped=examples.skipped,
+        warnings=examples.warnings,
+    )
+    return kept, [
+        f"{len(full)} of {len(examples)} {title} texts were left out: their system prompt and chat "
+        f"template alone take {limit} tokens or more, first "
+        f"{place_of(examples.items[full[0]], full[0])}. Shorten the system prompts, or raise the "
+        "limit (--set max_tokens=N)."
+    ]
+
+
+def _groups(examples: LabelledExamples, count: int) -> Folds:
+    """At most so many groups of texts, each with contexts and a part of the background."""
+    count = min(count, examples.distinct)
+    groups = examples.folds(count, seed=0) if count > 1 else (np.arange(len(examples)),)
+    # With few texts of several classes, the first group can take all.
+    return tuple(group for group in groups if len(group))
