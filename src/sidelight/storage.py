@@ -108,6 +108,11 @@ def holding(folder: Path) -> Generator[None]:
                 return
 
 
+def has_files(folder: Path) -> bool:
+    """Whether a folder that ``holding`` keeps has anything in it."""
+    return folder.is_dir() and any(path.name != _IN_USE for path in folder.iterdir())
+
+
 def remove_unused(folder: Path, *, idle_s: float = 0) -> bool:
     """Removes a folder unless a process is holding it. Returns whether it did.
 

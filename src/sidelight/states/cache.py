@@ -61,9 +61,12 @@ class Shard:
     @staticmethod
     def compressed(texts: Mapping[int, CompressedStates]) -> "Shard":
         """As ``joined``, of compressed states."""
-        values = Shard.joined({row: text.values for row, text in texts.items()})
-        factors = torch.cat([text.factors for text in texts.values()], 1)
-        return replace(values, factors=factors.float())
+        values, factors = zip(
+            *((text.values, text.factors) for text in texts.values()), strict=True
+        )
+        lengths = torch.tensor([own.shape[1] for own in values])
+        joined = torch.cat([*factors], 1).float()
+        return Shard(torch.cat([*values], 1), lengths, torch.tensor([*texts]), joined)
 
     def to(self, device: torch.device) -> "Shard":
         """The same, with its states on a device."""

@@ -41,6 +41,8 @@ from sidelight.training.traffic import (
 )
 from sidelight.types import NONE
 
+# The file that a training continues from, beside its hidden states.
+CHECKPOINT = "checkpoint.safetensors"
 # The share of labelled texts that may be taken for ordinary traffic without a word.
 _TAKEN = 0.02
 
@@ -147,6 +149,7 @@ def fit(
             validation=None if dataset.folds else dataset.measured,
             folds=dataset.folds,
             device=reader.device,
+            checkpoint=None if options.keep_cache else states / CHECKPOINT,
         )
         trained = [run for run in results if run is not None]
         if not trained:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from sidelight.errors import SidelightError
 from sidelight.models.machine import lacks_bfloat16
 from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import Projection, inverse_rms
-from sidelight.progress import Progress, progress
+from sidelight.progress import Progress, progress, say
 from sidelight.states.cache import Shard, random_batches
 from sidelight.states.compression import Compression
+from sidelight.training.checkpoints import resume, save_checkpoint
 from sidelight.training.dataset import Split, Targets
 from sidelight.training.optimisation import TrainingRun, validation_score
 from sidelight.training.scaling import Scaling
@@ -43,6 +45,7 @@ def train_mechanisms(
     folds: Folds = (),
     device: torch.device | str = "cpu",
     shares_matmuls: bool = False,
+    checkpoint: Path | None = None,
 ) -> list[TrainingRun | None]:
     """Trains all candidates side by side; the result of one does not depend on its neighbours.
 
@@ -60,6 +63,8 @@ def train_mechanisms(
         device: Where to train.
         shares_matmuls: Whether runs share matmuls in float32 too, which is several times as fast
             for many folds. Their results then depend on their neighbours, within rounding.
+        checkpoint: File that is written after each epoch, and that the same training, begun again
+            after a kill, continues from; its owner removes it.
 
     Returns:
         A run for each candidate, in their order; None for one whose numbers are no longer finite,
@@ -68,7 +73,7 @@ def train_mechanisms(
     trainer = _Trainer(
         candidates, training, torch.device(device), (_NOTHING, *folds), shares=shares_matmuls
     )
-    trainer.train(None if validation is None else validation.without_contexts())
+    trainer.train(None if validation is None else validation.without_contexts(), checkpoint)
     whole = trainer.runs[: len(candidates)]
     if validation is not None:
         scores = trainer.score(whole, validation, dtype=torch.float32)
@@ -154,12 +159,15 @@ class _Trainer:
         whole = sum(math.ceil(size / batch_size) + 1 for size in sizes if size >= batch_size)
         return whole + math.ceil(sum(size for size in sizes if size < batch_size) / batch_size)
 
-    def train(self, validation: Split | None) -> None:
+    def train(self, validation: Split | None, checkpoint: Path | None = None) -> None:
         """Trains every run, and restores its best epoch."""
         tokens = sum(self._states.lengths)
         epochs = max(run.settings.epochs for run in self.runs)
-        with progress("Training", epochs * tokens, unit="tokens") as advance:
-            for epoch in range(epochs):
+        done = 0 if checkpoint is None else resume(self.runs, checkpoint)
+        if done:
+            say(f"The training goes on after {done} of at most {epochs} epochs.")
+        with progress("Training", (epochs - done) * tokens, unit="tokens") as advance:
+            for epoch in range(done, epochs):
                 active = [run for run in self.runs if not run.has_finished]
                 if not active:
                     break
@@ -169,6 +177,8 @@ class _Trainer:
                         run.end_epoch(None)
                 else:
                     self._validate(active, validation)
+                if checkpoint is not None:
+                    save_checkpoint(self.runs, checkpoint, epochs=epoch + 1)
         for run in self.runs:
             run.restore_best(self._compression)
 

@@ -1,9 +1,9 @@
 """One mechanism in training: its loss, parameters, optimiser, validation score and best epoch."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from sidelight.training.dataset import Targets
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import MechanismSpec, Task
 
+# What changes in a learning rate's schedule.
+_OF_SCHEDULE = ("last_epoch", "_step_count", "_last_lr")
 # Weight of the loss by which a readout learns where to look, beside that of labels.
 _RATIONALE_SHARE = 0.5
 
@@ -237,6 +239,50 @@ class TrainingRun:
             self.history.append(score)
         if self.best_epoch == self._epochs:
             self._best = deepcopy(self.mechanism.state_dict())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What training needs to go on after an epoch: tensors by name, and JSON values."""
+        tensors = {f"now.{name}": value for name, value in self.mechanism.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self._best.items()}
+        moments: dict[int, dict[str, Tensor]] = self._optimizer.state_dict()["state"]
+        for parameter, own in moments.items():
+            tensors |= {f"moment.{parameter}.{name}": value for name, value in own.items()}
+        schedule = self._schedule.state_dict()
+        numbers = {
+            "history": self.history,
+            "epochs": self._epochs,
+            "draws": self._draws,
+            "has_diverged": self.has_diverged,
+            "schedule": {name: schedule[name] for name in _OF_SCHEDULE},
+        }
+        return {name: value.cpu().clone() for name, value in tensors.items()}, numbers
+
+    def set_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Put back what ``state`` gave.
+
+        Raises:
+            KeyError, RuntimeError: It is the state of another run.
+        """
+
+        def named(start: str) -> dict[str, Tensor]:
+            own = {name: value for name, value in tensors.items() if name.startswith(f"{start}.")}
+            return {name.partition(".")[2]: value for name, value in own.items()}
+
+        self.mechanism.load_state_dict(named("now"))
+        device = self.standardisation.mean.device
+        self._best = {name: value.to(device) for name, value in named("best").items()}
+        state = self._optimizer.state_dict()
+        for place, value in named("moment").items():
+            parameter, _, name = place.partition(".")
+            state["state"].setdefault(int(parameter), {})[name] = value
+        schedule = numbers["schedule"]
+        for group, rate in zip(state["param_groups"], schedule["_last_lr"], strict=True):
+            group["lr"] = rate
+        self._optimizer.load_state_dict(state)
+        self._schedule.load_state_dict(schedule)
+        self.history = list(numbers["history"])
+        self._epochs, self._draws = int(numbers["epochs"]), int(numbers["draws"])
+        self.has_diverged = bool(numbers["has_diverged"])
 
     def restore_best(self, compression: Compression | None = None) -> None:
         """Puts the best epoch's parameters back and freezes them.

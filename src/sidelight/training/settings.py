@@ -22,7 +22,7 @@ from sidelight.models.smollm2 import cache_root
 from sidelight.progress import say
 from sidelight.statistics.calibration import CalibrationKind
 from sidelight.statistics.thresholds import F1, ThresholdRule
-from sidelight.storage import holding, remove_unused
+from sidelight.storage import has_files, holding, remove_unused
 from sidelight.training.background import Background
 from sidelight.types import NONE, MechanismSpec, Task
 
@@ -244,7 +244,7 @@ class FitOptions:
                 yield states
         except BaseException:
             # The same training goes on with what there is.
-            if not any(states.glob("*/")):
+            if not has_files(states):
                 remove_unused(states)
             raise
         remove_unused(states)

@@ -1,0 +1,281 @@
+"""Hidden states of a training are kept whole, compressed or not at all, for the same probe."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sidelight.training.fit
+import sidelight.training.loop
+from sidelight.data.loading import load_examples
+from sidelight.errors import SidelightError
+from sidelight.probes.artifact import load_probe
+from sidelight.probes.mechanisms.base import (
+    Geometry,
+    build_mechanism,
+    mechanism_names,
+    mechanism_spec,
+)
+from sidelight.probes.ragged import Ragged
+from sidelight.states.cache import ActivationCache, Shard
+from sidelight.states.compression import Compression, kept_directions
+from sidelight.states.extraction import cached_logits, streamed
+from sidelight.training import keeping
+from sidelight.training.checkpoints import resume
+from sidelight.training.dataset import make_split
+from sidelight.training.fit import CHECKPOINT, fit
+from sidelight.training.loop import layer_products, train_mechanisms
+from sidelight.training.settings import FitOptions, suggested_settings
+from worlds.data import planted_rows
+
+QUICK = suggested_settings("readout").changed(learning_rate=3e-2, epochs=4, batch_size=16)
+READOUT = (mechanism_spec("readout"), QUICK)
+# Eight bits of the largest coordinate of a token.
+EIGHT_BITS = 2e-2
+# The jitter of batches of another shape, after a training.
+JITTER = 2e-2
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    """States with a few strong directions, as a model's residual stream has them."""
+    random = torch.Generator().manual_seed(0)
+    mixing = torch.randn(3, 24, 24, generator=random) * torch.logspace(0, -2, 24)[:, None]
+    return (torch.randn(3, 400, 24, generator=random) @ mixing + 1).bfloat16()
+
+
+def compressed_shard(compression, hidden):
+    return Shard.compressed({0: compression.compress(hidden)})
+
+
+@pytest.mark.parametrize("is_normalised", [True, False])
+def test_all_directions_keep_states_within_eight_bits(hidden, is_normalised):
+    made = Compression.measured(hidden, is_normalised=is_normalised, directions=24)
+    stored = made.compress(hidden)
+    lifted = made.lifted((stored.values * stored.factors[..., None].float()).transpose(0, 1))
+    for layer, states in enumerate(hidden):
+        wanted = made.moments.standardised(states, layer)
+        torch.testing.assert_close(lifted[:, layer], wanted, atol=2 * EIGHT_BITS, rtol=EIGHT_BITS)
+
+
+@given(st.integers(8, 8192))
+def test_a_token_takes_a_quarter_of_its_bytes_or_less(width):
+    assert 4 * (kept_directions(width) + 2) <= 2 * width or width < 12
+
+
+@pytest.mark.parametrize("name", ["readout", "spans"])
+@pytest.mark.parametrize("layers", [None, 2])
+def test_whole_states_give_a_restricted_probe_the_logits_of_compressed_ones(hidden, name, layers):
+    made = Compression.measured(hidden, is_normalised=True, directions=10)
+    torch.manual_seed(1)
+    mechanism = build_mechanism(mechanism_spec(name), Geometry(3, 24, 1))
+    for parameter in mechanism.parameters():
+        parameter.data.normal_()
+    scaled = made.moments.limited(layers).weighted(torch.tensor([0.5, 2.0]))
+    with torch.no_grad():
+        small = layer_products(
+            compressed_shard(made, hidden), made.fold(scaled, mechanism.columns())
+        )
+        for parameter in mechanism.layer_parameters():
+            parameter.copy_(made.kept(parameter))
+        again = [made.kept(parameter) for parameter in mechanism.layer_parameters()]
+        whole = scaled.fold(mechanism.columns()).layers(hidden.float())
+    for parameter, kept in zip(mechanism.layer_parameters(), again, strict=True):
+        torch.testing.assert_close(kept, parameter.data, atol=1e-4, rtol=1e-4)
+    spread = float(whole.std())
+    torch.testing.assert_close(small / spread, whole / spread, atol=5 * EIGHT_BITS, rtol=0)
+    lengths = torch.tensor([400])
+    found = [mechanism.logits(Ragged(c.transpose(0, 1), lengths)) for c in (small, whole)]
+    assert torch.isfinite(found[0]).all()
+
+
+def test_only_mechanisms_with_parameters_of_each_layer_are_trained_on_compressed_states():
+    geometry = Geometry(2, 8, 1)
+    able = {
+        name
+        for name in mechanism_names()
+        if build_mechanism(mechanism_spec(name), geometry).layer_parameters()
+    }
+    assert able & {"attention", "gate", "pooling", "readout", "spans"} == {"readout", "spans"}
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return load_examples(planted_rows("binary", 60))
+
+
+@pytest.fixture
+def all_directions(monkeypatch):
+    """A random model has no weak directions."""
+    monkeypatch.setattr(keeping, "kept_directions", lambda width: width)
+
+
+def fitted(tiny, root, examples, **options):
+    spec = options.pop("mechanism", READOUT[0])
+    options = FitOptions(cache_root=root, mechanism=spec, settings=QUICK, **options)
+    return fit(tiny, examples, None, name="a", options=options, out=root / "probe")
+
+
+def tensors(probe):
+    return {name: value.numpy().tobytes() for name, value in probe.mechanism.state_dict().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("states", ["disk", "stream"])
+def test_however_states_are_kept_the_probe_is_the_same(
+    tiny, tmp_path, examples, states, all_directions
+):
+    whole = fitted(tiny, tmp_path / "whole", examples, states="whole")
+    other = fitted(tiny, tmp_path / "other", examples, states=states)
+    kept = other.probe.record["states"]
+    assert (kept["kept"], kept["streamed"]) == ("compressed", states == "stream")
+    assert whole.probe.record["states"]["kept"] == "whole"
+    np.testing.assert_allclose(other.losses, whole.losses, atol=5 * JITTER)
+    # What is saved reads whole states.
+    split = make_split(tiny, examples, FitOptions(cache_root=tmp_path))
+    logits = [cached_logits(made.probe, split.states) for made in (whole, other)]
+    assert np.corrcoef(*(own.ravel() for own in logits))[0, 1] > 0.98
+
+
+def test_what_fits_in_memory_is_whole_and_so_is_what_a_shared_head_reads(tiny, tmp_path, examples):
+    pooling = mechanism_spec("pooling")
+    for options in ({}, {"states": "disk", "mechanism": pooling}, {"states": "whole"}):
+        made = fitted(tiny, tmp_path, examples, **options)
+        assert made.probe.record["states"]["kept"] == "whole"
+        assert not made.probe.record["states"]["streamed"]
+
+
+@pytest.mark.slow
+def test_more_than_memory_holds_is_compressed_and_more_than_a_disk_should_hold_is_streamed(
+    tiny, tmp_path, examples, monkeypatch, all_directions
+):
+    made = fitted(tiny, tmp_path / "a", examples, memory_bytes=20_000)
+    kept = made.probe.record["states"]
+    assert (kept["kept"], kept["streamed"]) == ("compressed", False)
+    monkeypatch.setattr(keeping, "MOST_DISK_BYTES", 1000)
+    made = fitted(tiny, tmp_path / "b", examples, memory_bytes=20_000)
+    assert made.probe.record["states"]["streamed"]
+    pooling = fitted(
+        tiny, tmp_path / "c", examples, memory_bytes=20_000, mechanism=mechanism_spec("pooling")
+    )
+    kept = pooling.probe.record["states"]
+    assert (kept["kept"], kept["streamed"]) == ("whole", True)
+
+
+def test_a_gpu_streams_what_it_reads_faster_than_a_disk(tiny, monkeypatch):
+    class OnGpu:
+        device = torch.device("cuda")
+        fingerprint = replace(tiny.fingerprint, layers=29, width=3072)
+
+    # 29 layers of 3,072 dimensions: 6.3e9 operations a token, 44 KB in a quarter of its bytes.
+    assert not keeping._reads_faster_than_disk(OnGpu, 44_000)
+    assert keeping._reads_faster_than_disk(OnGpu, 178_000)
+    assert not keeping._reads_faster_than_disk(tiny, 10**9)
+
+
+@pytest.mark.slow
+def test_a_compression_that_changes_the_probe_is_not_used_and_the_user_is_told(
+    tiny, tmp_path, examples, monkeypatch
+):
+    monkeypatch.setattr(keeping, "kept_directions", lambda width: 1)
+    made = fitted(tiny, tmp_path, examples, states="disk")
+    assert made.probe.record["states"]["kept"] == "whole"
+    (told,) = [line for line in made.warnings if "kept whole" in line]
+    assert "differ by" in told
+
+
+@pytest.mark.slow
+def test_streamed_states_are_never_written_and_one_shard_is_in_memory(
+    tiny, tmp_path, examples, ran
+):
+    split = make_split(tiny, examples, FitOptions(cache_root=tmp_path / "disk"))
+    limit = split.states.token_bytes * 100
+    small = ActivationCache(
+        tmp_path / "stream",
+        split.states.prompts,
+        reads=split.states.reads,
+        fingerprint=tiny.fingerprint,
+        engine=tiny.engine,
+        shard_bytes=limit,
+    )
+    states = streamed(tiny, small)
+    assert len(states.shards) > 3
+    assert not states.missing()
+    ran.clear()
+    found = [states.read(shard) for shard in states.shards]
+    assert len(ran) == len(examples)
+    assert not (tmp_path / "stream").exists()
+    for shard, rows in zip(found, states.shards, strict=True):
+        torch.testing.assert_close(
+            shard.hidden, split.states.read(rows).hidden, rtol=2**-6, atol=1e-3
+        )
+    on_disk, computed = (
+        train_mechanisms([READOUT], training=own, validation=None)[0]
+        for own in (split, replace(split, states=states))
+    )
+    assert on_disk is not None
+    assert computed is not None
+
+
+class Killed(BaseException):
+    """What a signal raises."""
+
+
+def killing(monkeypatch, after):
+    """Ends the training when so many epochs have been saved."""
+    saved, save = [], sidelight.training.loop.save_checkpoint
+
+    def counted(runs, path, *, epochs):
+        save(runs, path, epochs=epochs)
+        saved.append(epochs)
+        if len(saved) == after:
+            raise Killed
+
+    monkeypatch.setattr(sidelight.training.loop, "save_checkpoint", counted)
+    return saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("states", ["whole", "disk", "stream"])
+@pytest.mark.parametrize("few", [True, False], ids=["cross-fitted", "held out"])
+def test_a_killed_training_goes_on_after_its_last_epoch_to_the_same_probe(
+    tiny, tmp_path, states, few, all_directions, monkeypatch
+):
+    examples = load_examples(planted_rows("binary", 60))
+    if not few:
+        monkeypatch.setattr("sidelight.training.validation.FEW_TEXTS", 10)
+    expected = fitted(tiny, tmp_path / "whole", examples, states=states)
+    root = tmp_path / "killed"
+    for after in (1, 2):
+        with monkeypatch.context() as patch:
+            killing(patch, after)
+            with pytest.raises(Killed):
+                fitted(tiny, root, examples, states=states)
+        assert [*root.glob(f"run-*/{CHECKPOINT}")]
+    saved = killing(monkeypatch, 99)
+    made = fitted(tiny, root, examples, states=states)
+    # One epoch before the first kill, and two before the second.
+    assert saved[0] == 4
+    assert tensors(made.probe) == tensors(expected.probe)
+    np.testing.assert_array_equal(made.losses, expected.losses)
+    assert tensors(load_probe(root / "probe")) == tensors(expected.probe)
+    assert not [*root.glob("run-*")]
+
+
+@pytest.mark.slow
+def test_a_broken_checkpoint_is_named_with_its_remedy(tiny, tmp_path, examples, monkeypatch):
+    with monkeypatch.context() as patch:
+        killing(patch, 1)
+        with pytest.raises(Killed):
+            fitted(tiny, tmp_path, examples)
+    (path,) = tmp_path.glob(f"run-*/{CHECKPOINT}")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SidelightError, match=r"Cannot continue the training from .* Delete it"):
+        fitted(tiny, tmp_path, examples)
+
+
+def test_nothing_is_resumed_without_a_checkpoint(tmp_path):
+    assert resume([], tmp_path / CHECKPOINT) == 0
