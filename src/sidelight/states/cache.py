@@ -61,12 +61,10 @@ class Shard:
     @staticmethod
     def compressed(texts: Mapping[int, CompressedStates]) -> "Shard":
         """As ``joined``, of compressed states."""
-        values, factors = zip(
-            *((text.values, text.factors) for text in texts.values()), strict=True
-        )
+        values = [text.values for text in texts.values()]
+        factors = torch.cat([text.factors for text in texts.values()], 1).float()
         lengths = torch.tensor([own.shape[1] for own in values])
-        joined = torch.cat([*factors], 1).float()
-        return Shard(torch.cat([*values], 1), lengths, torch.tensor([*texts]), joined)
+        return Shard(torch.cat(values, 1), lengths, torch.tensor([*texts]), factors)
 
     def to(self, device: torch.device) -> "Shard":
         """The same, with its states on a device."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sidelight.models.fingerprint import hash_of
+from sidelight.models.fingerprint import Fingerprint, hash_of
 from sidelight.probes.mechanisms.base import Geometry, build_mechanism
 from sidelight.progress import progress, say
 from sidelight.states.cache import ActivationCache, Memory, token_bytes
@@ -90,7 +90,8 @@ def choose_keeping(
         compression, warnings = _tried_compression(reader, training, candidates)
     if options.states == "auto" and not fits:
         kept = compression.token_bytes if compression else token_bytes(reader.fingerprint)
-        is_streamed = tokens * kept > MOST_DISK_BYTES or _reads_faster_than_disk(reader, kept)
+        is_fast = reads_faster_than_disk(reader.fingerprint, reader.device, kept)
+        is_streamed = tokens * kept > MOST_DISK_BYTES or is_fast
     else:
         is_streamed = options.states == "stream"
     return Keeping(compression, is_streamed, warnings)
@@ -98,20 +99,30 @@ def choose_keeping(
 
 def _can_be_compressed(candidates: Sequence[Candidate], training: Split) -> bool:
     """Whether all train on standardised states of one kind, each layer with its own parameters."""
-    geometry = Geometry(1, 2, training.task.outputs)
+    who = training.states.fingerprint
+    geometry = Geometry(who.layers, who.width, training.task.outputs)
     resolved = [settings.resolved_for(len(training), training.task) for _, settings in candidates]
+    # Their sizes alone: no memory is taken, and no random number is drawn.
+    with torch.device("meta"):
+        mechanisms = [build_mechanism(spec, geometry) for spec, _ in candidates]
     return (
         bool(candidates)
-        and all(build_mechanism(spec, geometry).layer_parameters() for spec, _ in candidates)
+        and all(mechanism.layer_parameters() for mechanism in mechanisms)
         and all(settings.standardise for settings in resolved)
         and len({settings.normalise for settings in resolved}) == 1
     )
 
 
-def _reads_faster_than_disk(reader: Reader, kept: int) -> bool:
-    if reader.device.type == "cpu":
+def reads_faster_than_disk(who: Fingerprint, device: torch.device, kept: int) -> bool:
+    """Whether a model on a GPU computes a token's states sooner than a disk reads its bytes.
+
+    Args:
+        who: The model.
+        device: Where it runs.
+        kept: The bytes of a token on disk.
+    """
+    if device.type == "cpu":
         return False
-    who = reader.fingerprint
     # A block of width D has about 12 D^2 parameters, each for two operations.
     operations = 2 * 12 * (who.layers - 1) * who.width**2
     return operations / _GPU_OPERATIONS_PER_S < kept / _DISK_BYTES_PER_S
