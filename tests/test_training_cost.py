@@ -53,6 +53,13 @@ def test_a_wider_and_deeper_model_takes_more_of_both(tiny, texts):
     assert large.disk_bytes == small.disk_bytes * 4 * larger.layers / own.layers
 
 
+def test_what_memory_does_not_hold_takes_a_quarter_of_the_disk(tiny, texts):
+    model = replace(tiny.fingerprint, layers=33, width=4096)
+    large = estimate_training(texts, tiny.encoder, model, operations_per_s=SPEED)
+    assert large.tokens * 33 * 4096 * 2 > 2**30
+    assert large.disk_bytes == large.tokens * 33 * 4096 // 2
+
+
 def test_time_is_measured_on_this_cpu(tiny, texts):
     measured = estimate_training(texts, tiny.encoder, tiny.fingerprint)
     assert 0 < measured.seconds < 60
@@ -86,7 +93,7 @@ def test_the_documented_estimates_are_those_of_a_guard_on_a_cpu():
 
     def work(row):
         blocks, width = map(int, row["blocks x width"].split(" x "))
-        return blocks * width**2, 2 * (blocks + 1) * width * tokens / 1e9
+        return blocks * width**2, (blocks + 1) * width // 2 * tokens / 1e9
 
     of_measured, disk = work(measured)
     assert float(measured["GB of disk"]) == pytest.approx(disk, rel=OF_CONTEXTS)

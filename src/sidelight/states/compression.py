@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Float16, Int8
 from torch import Tensor
 
+from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.standardisation import Projection, Standardisation
 from sidelight.states.files import read_tensors, write_tensors
 
@@ -25,6 +26,11 @@ _LARGEST = 127
 def kept_directions(width: int) -> int:
     """The directions of a layer whose coordinates and factor take a share of its states' bytes."""
     return max(1, 2 * width // SHARE - _FACTOR_BYTES)
+
+
+def compressed_token_bytes(who: Fingerprint) -> int:
+    """The stored size of a token's compressed states of all layers."""
+    return who.layers * (kept_directions(who.width) + _FACTOR_BYTES)
 
 
 @dataclass(frozen=True)

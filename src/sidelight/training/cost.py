@@ -9,8 +9,9 @@ from sidelight.data.examples import LabelledExamples, located
 from sidelight.models.encode import PromptEncoder
 from sidelight.models.fingerprint import Fingerprint
 from sidelight.states.cache import token_bytes
+from sidelight.states.compression import compressed_token_bytes
 from sidelight.training.contexts import context_budget
-from sidelight.training.settings import TRAINING_MAX_TOKENS
+from sidelight.training.settings import TRAINING_MAX_TOKENS, FitOptions
 
 # Operations per token and parameter, in products as fast as the measured ones: 2.7 for the forward
 # pass, of which 2 are the products themselves, and the rest for the probe, its folds and their
@@ -27,7 +28,8 @@ class TrainingEstimate:
 
     Attributes:
         tokens: Those of the texts and of their contexts.
-        disk_bytes: For their hidden states, which are removed at the end.
+        disk_bytes: For their hidden states, compressed if they do not fit in memory; they are
+            removed at the end.
         seconds: On this CPU; right within a factor of two.
     """
 
@@ -65,9 +67,10 @@ def estimate_training(
         tokens += context_budget(tokens)
     parameters = 12 * (model.layers - 1) * model.width**2
     speed = operations_per_s or _operations_per_s()
-    return TrainingEstimate(
-        tokens, tokens * token_bytes(model), _OPERATIONS * parameters * tokens / speed
-    )
+    disk_bytes = tokens * token_bytes(model)
+    if disk_bytes > FitOptions().memory_bytes:
+        disk_bytes = tokens * compressed_token_bytes(model)
+    return TrainingEstimate(tokens, disk_bytes, _OPERATIONS * parameters * tokens / speed)
 
 
 def training_tokens(texts: LabelledExamples, encoder: PromptEncoder) -> list[int]:
