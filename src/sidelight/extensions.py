@@ -1,7 +1,7 @@
-"""What other packages add, by entry points: engines, commands, mechanisms and guards.
+"""Extensions from other packages, by entry point: engines, commands, mechanisms and guards.
 
-Packages state the versions of Sidelight that they fit, as a requirement. One that does not fit the
-version installed here is refused where it would be loaded.
+Each package declares the versions of Sidelight that it supports as a requirement. A package that
+does not support the installed version is refused on load.
 """
 
 from importlib.metadata import Distribution, EntryPoint, distribution, entry_points
@@ -73,5 +73,5 @@ def _require_fit(package: Distribution) -> None:
             continue
         raise SidelightError(
             f"{package.name} {package.version} needs {_OURS}{wanted.specifier}, and {_OURS} {ours} "
-            "is installed. Install both from one clone of Sidelight, or versions that fit."
+            "is installed. Install both from the same clone, or compatible versions."
         )

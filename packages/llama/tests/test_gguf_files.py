@@ -250,7 +250,7 @@ def test_a_server_holds_as_many_and_as_long_texts_as_its_options_say_and_names_t
         given = {"model": str(file), "dtype": "auto", "device": "auto", "engine_option": given}
         return Runtime(**given, engine="auto", serves=True).load_engine([])
 
-    with pytest.raises(SidelightError, match=r"tokens=257: .* knows texts of at most 256 tokens"):
+    with pytest.raises(SidelightError, match=r"tokens=257: .* context length of .* is 256 tokens"):
         engine(tokens=257)
     # 4 bytes of a value, 2 of them in 2 heads of 8 numbers, and 3 layers; beside the weights.
     size = file.stat().st_size
@@ -330,7 +330,7 @@ def test_what_needs_weights_in_transformers_takes_no_gguf_file(file):
 
 @pytest.mark.parametrize("name", ["a/b.gguf", "ollama:llama3.2"])
 def test_python_finds_the_engine_by_the_name_of_the_model(name):
-    with pytest.raises(SidelightError, match="Other engines are packages"):
+    with pytest.raises(SidelightError, match="install and use the engine llama"):
         sidelight.load_backbone(name)
     with pytest.raises(SidelightError, match=r"There is no file|Ollama has no model"):
         sidelight.train(name, ROWS)

@@ -33,7 +33,7 @@ class _OfEngines(click.Option):
         backends = [find_backend(name) for name in engine_names()]
         models = "".join(f", {backend.models}" for backend in backends if backend.models)
         options = [
-            f"{', '.join(backend.own.model_fields) or 'any of its own'} ({backend.name})"
+            f"{', '.join(backend.own.model_fields) or 'any engine argument'} ({backend.name})"
             for backend in backends
             if backend.own is not OwnOptions
         ]
@@ -275,7 +275,7 @@ model = _model(
 tokenizer = click.option(
     "--tokenizer",
     metavar="FOLDER_OR_ID",
-    help="Tokenizer of a model whose own cannot be read.",
+    help="Tokenizer to use if the model's cannot be read.",
 )
 dtype = click.option(
     "--dtype",
@@ -309,7 +309,7 @@ engine = click.option(
     "--engine",
     type=click.Choice(["auto", *engine_names()]),
     default="auto",
-    help="Engine; auto is the one that alone runs models of this name, else transformers.",
+    help="Engine; auto picks the one that the model name requires, else transformers.",
 )
 _gather = partial(_gathered, "runtime", Runtime)
 backbone = together(engine_option, model, tokenizer, dtype, device, _gather(engine="auto"))

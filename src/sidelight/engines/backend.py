@@ -163,8 +163,8 @@ def find_backend(name: str) -> type[Backend]:
     backend: type[Backend] | None = load_extension(_GROUP, name)
     if backend is None:
         raise SidelightError(
-            f"No engine '{name}' is installed.{did_you_mean(name, engine_names())} Engines are "
-            "packages; those of Sidelight are in the folder packages/ of a clone."
+            f"No engine '{name}' is installed.{did_you_mean(name, engine_names())} Each "
+            "engine is a separate package; Sidelight's are in packages/ of a clone."
         )
     return backend
 

@@ -71,8 +71,9 @@ class PromptEncoder:
             return None
         return (
             "The model has no chat template, so a chat is read as one plain text: all its turns "
-            "are judged together. If its original has one, copy its chat_template.jinja into the "
-            "model's folder; for a model that is one file, name the original with --tokenizer."
+            "are classified together. If the original model has a template, copy its "
+            "chat_template.jinja into this model's folder, or, if this model is a single file, "
+            "name the original with --tokenizer."
         )
 
     @cached_property

@@ -77,8 +77,8 @@ def require_model(name: str) -> None:
         )
     if name.lower().endswith(".gguf") or ":" in name:
         raise SidelightError(
-            f"'{name}' is no folder or hub id, and transformers runs nothing else. Other engines "
-            "are packages, such as that for GGUF files in a clone of Sidelight (docs/gguf.md)."
+            f"'{name}' is not a folder or a hub id, and transformers runs nothing else. For a GGUF "
+            "file, install and use the engine llama (docs/gguf.md)."
         )
     folder = Path(name)
     # A hub id has one slash at most, and does not begin like a path.

@@ -50,8 +50,8 @@ class CompressedStates:
 class Compression:
     """z = x R S^(-1/2) of standardised states x, and x ~ z S^(1/2) R^T.
 
-    R has the principal directions of a layer and S their standard deviations. Rounding adds the
-    same small share of error to each, since half of the difference in scale is taken out before.
+    R holds a layer's principal directions and S their standard deviations. All coordinates of a
+    token share one rounding step; S^(1/2) balances its effect on strong and weak directions.
 
     Attributes:
         moments: How states are standardised before.
@@ -131,7 +131,7 @@ class Compression:
         return Projection(weight.to(dtype), shift)
 
     def kept(self, parameter: Float[Tensor, "layer width *rest"]) -> Tensor:
-        """The part of a parameter that lies in the directions, which is all that training reads."""
+        """Project a parameter onto the kept directions, the only part that training sees."""
         flat = parameter.flatten(2)
         return (self.encoder @ (self.decoder.mT @ flat)).view_as(parameter)
 

@@ -37,6 +37,5 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise SidelightError(
-            f"Cannot read the hidden states in {path}: {error}. Delete {path.parent}, and run "
-            "the same command again."
+            f"Cannot read {path}: {error}. Delete it, and run the same command again."
         ) from error

@@ -38,17 +38,17 @@ def save_checkpoint(runs: Sequence[TrainingRun], path: Path, *, epochs: int) -> 
 
 
 def resume(runs: Sequence[TrainingRun], path: Path) -> int:
-    """Put runs back to where a file has them.
+    """Restore runs from a checkpoint.
 
     Args:
-        runs: As they were when the training began.
-        path: The file; if it is absent, nothing is done.
+        runs: Newly created runs.
+        path: The checkpoint; ignored if absent.
 
     Returns:
-        The epochs that are done.
+        Number of completed epochs; 0 without a checkpoint.
 
     Raises:
-        SidelightError: The file is broken, or of another training.
+        SidelightError: The file is corrupt, or belongs to another training.
     """
     if not path.exists():
         return 0

@@ -67,10 +67,10 @@ class Keeping:
 def choose_keeping(
     reader: Reader, splits: Sequence[Split], candidates: Sequence[Candidate], options: FitOptions
 ) -> Keeping:
-    """Decides how the states of splits are kept, by ``options.states`` and their tokens.
+    """Choose how hidden states are kept, from ``options.states`` and the number of tokens.
 
-    ``auto`` keeps what fits in memory whole, more compressed on disk, and computes in each epoch
-    what would take over 200 GiB, or what a GPU computes faster than a disk reads it.
+    ``auto`` keeps states whole if they fit in memory, else compressed on disk. It recomputes them
+    in each epoch if they would take over 200 GiB, or a GPU computes them faster than a disk reads.
 
     Args:
         reader: The frozen LLM, in any engine.
@@ -154,9 +154,9 @@ def _tried_compression(
     difference = _difference(training, hidden, compression, candidates, reader)
     if not difference <= TOLERANCE:
         return None, (
-            f"The hidden states are kept whole, in {states.token_bytes / 1e3:.0f} KB a token: on "
-            f"{len(rows)} texts, a probe trained on compressed ones gave logits that differ by "
-            f"{difference:.2f} standard deviations (at most {TOLERANCE} is allowed).",
+            f"Hidden states are kept whole ({states.token_bytes / 1e3:.0f} KB per token): on "
+            f"{len(rows)} sample texts, the logits with and without compression differ by "
+            f"{difference:.2f} standard deviations (limit: {TOLERANCE}).",
         )
     compression.save(path)
     compressed = states.compressed(compression)

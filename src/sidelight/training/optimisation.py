@@ -288,8 +288,8 @@ class TrainingRun:
         """Puts the best epoch's parameters back and freezes them.
 
         Args:
-            compression: That of the states it was trained on: what their directions do not show is
-                removed, so that whole states give the same logits.
+            compression: Compression of the states it was trained on. Parameter components outside
+                its directions are removed, so that whole states give the same logits.
         """
         self.mechanism.load_state_dict(self._best)
         if compression is not None:

@@ -78,8 +78,8 @@ def prepare(
     """Chooses the validation texts, draws contexts, and runs the model over all texts.
 
     A fit and a search both begin here, so that a search chooses by the texts that calibrate later.
-    The arguments are those of ``fit``, and what will be trained: where this can be compressed
-    states, they are. Without candidates, states are whole.
+    Takes the arguments of ``fit``, and the candidates to train. States are compressed only if every
+    candidate can train on compressed states; without candidates, they stay whole.
 
     Raises:
         SidelightError: The validation texts do not allow a choice or a calibration, or the hidden

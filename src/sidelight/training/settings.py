@@ -166,8 +166,8 @@ class FitOptions:
             else a training has them in a folder of its own, which it removes.
         states: How hidden states are kept: ``disk`` writes them once, compressed where the
             mechanism allows; ``stream`` computes them in each epoch and writes none; ``whole``
-            writes them as they are. ``auto`` keeps those whole that fit ``memory_bytes``, and
-            decides for others by their number: see ``training/keeping.py``.
+            writes them as they are. ``auto`` keeps states whole if they fit in
+            ``memory_bytes``, else chooses by size and device: see ``training/keeping.py``.
         memory_bytes: The most that hidden states may take in memory while training; more are read
             from disk again in each epoch. A CPU without bfloat16 arithmetic also holds one batch in
             float32.

@@ -23,9 +23,9 @@ class LlamaOptions(OwnOptions):
     """How llama.cpp runs a file.
 
     Attributes:
-        threads: Of the CPU.
-        texts: Most texts at once; one that is only judged counts, too.
-        tokens: Most tokens of all texts together.
+        threads: Number of CPU threads.
+        texts: Maximum number of texts generated at once; classification has one slot more.
+        tokens: Maximum number of tokens in one text, prompt and response together.
     """
 
     threads: int | None = Field(None, ge=1, le=MOST_THREADS)
@@ -97,8 +97,8 @@ class LlamaBackend(Backend):
         known = backbone.encoder.max_tokens
         if sizes.get("tokens", 0) > known:
             raise SidelightError(
-                f"--engine-option tokens={sizes['tokens']}: '{model}' knows texts of at most "
-                f"{known} tokens. Give at most so many, or leave it out."
+                f"--engine-option tokens={sizes['tokens']}: the context length of '{model}' is "
+                f"{known} tokens. Give at most {known}, or leave it out."
             )
         # Clients are not shown where the file lies.
         served = self.options.served_model_name or served_name(model)
