@@ -18,9 +18,11 @@ import grimp
 from matrix import LANES
 
 ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(ROOT.glob("packages/*/src/*/__init__.py"))
 PACKAGES = {
     "sidelight": "src",
-    **{f"sidelight_{name}": f"packages/{name}/src" for name in ("lab", "label", "llama", "vllm")},
+    # That of the guards has no modules.
+    **{path.parent.name: str(path.parents[1].relative_to(ROOT)) for path in MODULES},
 }
 TESTS = ("tests", "packages")
 # Files that are no modules, and the checks that they need.

@@ -10,8 +10,8 @@ from pathlib import Path
 
 SHORT, LONG = 40, 500
 PLACES = (
-    *("src/sidelight", *(f"packages/{name}/src" for name in ("vllm", "llama", "lab", "label"))),
-    *("tests", *(f"packages/{name}/tests" for name in ("vllm", "llama", "lab", "label", "guards"))),
+    *("src/sidelight", *(str(path) for path in sorted(Path("packages").glob("*/src")))),
+    *("tests", *(str(path) for path in sorted(Path("packages").glob("*/tests")))),
 )
 NOT_CODE = {
     tokenize.NL,
