@@ -68,6 +68,7 @@ def checks(base: str) -> list[list[str]]:
     own, extra, python = list[str](), set[str](), ".venv/bin/python"
     for path in files:
         extra |= {need for starts, need in OTHERS if path.startswith(starts)}
+        extra |= {"test"} if path.endswith("pyproject.toml") else set()
     if not files:
         return []
     found = [["make", "lint"], ["make", "types"]]

@@ -44,7 +44,13 @@ def test_all_packages_have_one_version_and_ask_for_that_of_the_core():
 
 
 @pytest.mark.parametrize(
-    "requires", ["sidelight", f"Sidelight[serve]=={version('sidelight')}", "sidelight<100,>=0.1"]
+    "requires",
+    [
+        "sidelight",
+        f"Sidelight[serve]=={version('sidelight')}",
+        "sidelight<100,>=0.1",
+        "sidelight==99; extra == 'absent'",
+    ],
 )
 def test_a_package_that_fits_is_loaded(requires, tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, requires=requires)
@@ -75,6 +81,21 @@ def test_a_package_that_requires_another_version_is_refused(
     assert "other 3.0 needs sidelight" in error
     assert f"sidelight {version('sidelight')} is installed" in error
     assert "\n" not in error.strip()
+
+
+def test_an_engine_that_does_not_fit_leaves_the_others_usable(tmp_path, monkeypatch, capsys):
+    install(tmp_path, monkeypatch, requires="sidelight==99.1")
+    assert cli("train", "--help") == 0
+    assert "FILE.gguf" in " ".join(capsys.readouterr().out.split())
+    assert Runtime(model=None, engine="transformers").model_of([]) == "smollm2"
+
+
+def test_an_option_that_may_be_a_secret_is_not_shown(capsys):
+    given = ("predict", "probe", "a text", "--engine", "llama", "--engine-option", "texts=secret")
+    assert cli(*given) == 2
+    said = capsys.readouterr().err
+    assert "texts=...: Input should be" in said
+    assert "secret" not in said
 
 
 def test_a_name_that_no_package_has_and_one_that_two_have(tmp_path, monkeypatch):

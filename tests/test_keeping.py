@@ -53,9 +53,10 @@ def compressed_shard(compression, hidden):
 
 @pytest.mark.parametrize("is_normalised", [True, False])
 def test_all_directions_keep_states_within_eight_bits(hidden, is_normalised):
-    made = Compression.measured(hidden, is_normalised=is_normalised, directions=24)
+    made = Compression.measured([hidden], is_normalised=is_normalised, directions=24)
     stored = made.compress(hidden)
-    lifted = made.lifted((stored.values * stored.factors[..., None].float()).transpose(0, 1))
+    z = stored.values * stored.factors[..., None].float()
+    lifted = made.lifted(z.transpose(0, 1)[None])[0]
     for layer, states in enumerate(hidden):
         wanted = made.moments.standardised(states, layer)
         torch.testing.assert_close(lifted[:, layer], wanted, atol=2 * EIGHT_BITS, rtol=EIGHT_BITS)
@@ -69,7 +70,7 @@ def test_a_token_takes_a_quarter_of_its_bytes_or_less(width):
 @pytest.mark.parametrize("name", ["readout", "spans"])
 @pytest.mark.parametrize("layers", [None, 2])
 def test_whole_states_give_a_restricted_probe_the_logits_of_compressed_ones(hidden, name, layers):
-    made = Compression.measured(hidden, is_normalised=True, directions=10)
+    made = Compression.measured([hidden], is_normalised=True, directions=10)
     torch.manual_seed(1)
     mechanism = build_mechanism(mechanism_spec(name), Geometry(3, 24, 1))
     for parameter in mechanism.parameters():
@@ -84,7 +85,7 @@ def test_whole_states_give_a_restricted_probe_the_logits_of_compressed_ones(hidd
         again = [made.kept(parameter) for parameter in mechanism.layer_parameters()]
         whole = scaled.fold(mechanism.columns()).layers(hidden.float())
     for parameter, kept in zip(mechanism.layer_parameters(), again, strict=True):
-        torch.testing.assert_close(kept, parameter.data, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(kept, parameter.data, atol=5e-3, rtol=5e-3)
     spread = float(whole.std())
     torch.testing.assert_close(small / spread, whole / spread, atol=5 * EIGHT_BITS, rtol=0)
     lengths = torch.tensor([400])
@@ -225,8 +226,8 @@ def killing(monkeypatch, after):
     """Ends the training when so many epochs have been saved."""
     saved, save = [], sidelight.training.loop.save_checkpoint
 
-    def counted(runs, path, *, epochs):
-        save(runs, path, epochs=epochs)
+    def counted(runs, path, *, epochs, identity):
+        save(runs, path, epochs=epochs, identity=identity)
         saved.append(epochs)
         if len(saved) == after:
             raise Killed
@@ -274,5 +275,41 @@ def test_a_broken_checkpoint_is_named_with_its_remedy(tiny, tmp_path, examples, 
         fitted(tiny, tmp_path, examples)
 
 
+@pytest.mark.slow
+def test_a_training_under_other_conditions_begins_anew_and_says_so(
+    tiny, tmp_path, examples, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        killing(patch, 2)
+        with pytest.raises(Killed):
+            fitted(tiny, tmp_path / "a", examples)
+    # Smaller shards have other batches.
+    expected = fitted(tiny, tmp_path / "b", examples, memory_bytes=200_000, states="whole")
+    saved = killing(monkeypatch, 99)
+    made = fitted(tiny, tmp_path / "a", examples, memory_bytes=200_000, states="auto")
+    assert "Training begins anew" in capsys.readouterr().err
+    assert saved[0] == 1
+    assert made.probe.record["states"] == expected.probe.record["states"]
+
+
+@pytest.mark.slow
+def test_streaming_leaves_no_states_and_needs_no_room(tiny, tmp_path, examples, monkeypatch):
+    monkeypatch.setattr("sidelight.states.cache._RESERVE_BYTES", 2**62)
+    made = fitted(tiny, tmp_path, examples, states="stream")
+    assert made.probe.record["states"]["streamed"]
+    with pytest.raises(SidelightError, match=r"states=stream"):
+        fitted(tiny, tmp_path, examples, states="whole")
+
+
+def test_states_that_others_share_are_whole_and_on_disk(tiny, examples, tmp_path, monkeypatch):
+    monkeypatch.setattr(keeping, "reads_faster_than_disk", lambda *_: True)
+    split = make_split(tiny, examples, FitOptions(cache_root=tmp_path))
+    for candidates, options in (
+        ([], FitOptions(memory_bytes=1)),
+        ([READOUT], FitOptions(memory_bytes=1, keep_cache=True)),
+    ):
+        assert keeping.choose_keeping(tiny, [split], candidates, options) == keeping.Keeping()
+
+
 def test_nothing_is_resumed_without_a_checkpoint(tmp_path):
-    assert resume([], tmp_path / CHECKPOINT) == 0
+    assert resume([], tmp_path / CHECKPOINT, identity="") == 0

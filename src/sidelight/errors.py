@@ -61,7 +61,7 @@ def how_to_install(part: str) -> str:
     """The sentence on installing a part of Sidelight, none of which is on PyPI yet.
 
     Args:
-        part: An extra, such as ``.[serve]``, or a package's folder, such as ``./lab``.
+        part: An extra, such as ``.[serve]``, or a package's folder, such as ``./packages/lab``.
     """
     return f"In a clone of Sidelight, run `pip install '{part}'`."
 

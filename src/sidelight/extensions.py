@@ -69,7 +69,10 @@ def _require_fit(package: Distribution) -> None:
     ours = distribution(_OURS).version
     for line in package.requires or ():
         wanted = Requirement(line)
-        if canonicalize_name(wanted.name) != _OURS or wanted.specifier.contains(ours, True):
+        is_asked = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+        if canonicalize_name(wanted.name) != _OURS or not is_asked:
+            continue
+        if wanted.specifier.contains(ours, prereleases=True):
             continue
         raise SidelightError(
             f"{package.name} {package.version} needs {_OURS}{wanted.specifier}, and {_OURS} {ours} "

@@ -178,7 +178,7 @@ def test_the_embedded_models_file_has_a_name():
         ("--model {file} --engine-option threads=true", "threads=True: Input should be a"),
         (
             "--model {file} --engine-option threads=all",
-            "threads=all: Input should be a",
+            "threads=...: Input should be a",
         ),
         ("--model {file} --engine-option texts=256", "texts=256: Input should be less than 256."),
         ("--model {file} --engine-option texts=2,tokens=9", "options take an --engine-option each"),

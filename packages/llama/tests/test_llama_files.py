@@ -348,7 +348,7 @@ def test_another_version_of_llama_cpp_is_refused_by_name(tmp_path, monkeypatch, 
         library.require_version()
     message = str(refused.value)
     assert library.PINNED in message
-    assert (installed or "pip install '.[gguf]'") in message
+    assert (installed or "pip install './packages/llama'") in message
 
 
 @needs_llama

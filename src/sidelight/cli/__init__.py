@@ -147,9 +147,13 @@ def main() -> None:
         _fail(f"{error.strerror}{place}. {remedy}" if error.strerror else str(error))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in _SERVING:
+        if package in _SERVING:
+            _fail(f"A server needs the package {package}. {how_to_install('.[serve]')}")
+        # One of ours is called as its folder.
+        ours, _, name = package.partition("_")
+        if ours != "sidelight":
             raise
-        _fail(f"A server needs the package {package}. {how_to_install('.[serve]')}")
+        _fail(f"This needs the package {ours}-{name}. {how_to_install(f'./packages/{name}')}")
 
 
 def _fail(message: str) -> None:

@@ -11,7 +11,7 @@ import click
 from pydantic import Field
 
 from sidelight.cli.runtime import Runtime
-from sidelight.engines.backend import OwnOptions, engine_names, find_backend
+from sidelight.engines.backend import OwnOptions, engine_names, usable_backends
 from sidelight.errors import SidelightError, checked, did_you_mean
 from sidelight.storage import check_folder
 
@@ -30,7 +30,7 @@ class _OfEngines(click.Option):
     """An option whose help names the models and the options of the installed engines."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        backends = [find_backend(name) for name in engine_names()]
+        backends = usable_backends()
         models = "".join(f", {backend.models}" for backend in backends if backend.models)
         options = [
             f"{', '.join(backend.own.model_fields) or 'any engine argument'} ({backend.name})"

@@ -6,7 +6,7 @@ and a ``Backend``. Its module is imported wherever a model is named, so it impor
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -91,9 +91,11 @@ class Backend(ABC):
             first = error.errors()[0]
             option = ".".join(map(str, first["loc"]))
             if first["type"] != "extra_forbidden":
+                # Texts may be secrets.
+                number = first["input"] if isinstance(first["input"], int | float) else "..."
                 raise SidelightError(
-                    f"--engine-option {option}={first['input']}: {first['msg']}. Give another "
-                    "value, or leave it out; several options take an --engine-option each."
+                    f"--engine-option {option}={number}: {first['msg']}. Give another value, or "
+                    "leave it out; several options take an --engine-option each."
                 ) from error
             known = [*self.own.model_fields]
             remedy = did_you_mean(option, known) if known else " It has none; leave it out."
@@ -185,13 +187,25 @@ def backend_of(model: str, options: EngineOptions, engine: str = "auto") -> Back
     return find_backend(name)(options)
 
 
+def usable_backends() -> list[type[Backend]]:
+    """The installed engines that can be loaded, ``transformers`` first.
+
+    One that cannot must not stop the others: whoever names it is told why.
+    """
+    found: list[type[Backend]] = []
+    for name in engine_names():
+        with suppress(SidelightError, ImportError):
+            found.append(find_backend(name))
+    return found
+
+
 def owner_of(model: str) -> str | None:
     """The installed engine that alone runs models of this name; None: it is a folder or hub id."""
-    return next((name for name in engine_names() if find_backend(name).owns(model)), None)
+    return next((backend.name for backend in usable_backends() if backend.owns(model)), None)
 
 
 def engines_of(model: str) -> list[str]:
     """The installed engines that run a model of this name, ``transformers`` first."""
     if (owner := owner_of(model)) is not None:
         return [owner]
-    return [name for name in engine_names() if find_backend(name).runs_safetensors]
+    return [backend.name for backend in usable_backends() if backend.runs_safetensors]

@@ -247,7 +247,8 @@ class ActivationCache:
             raise SidelightError(
                 f"The hidden states need {needed / 2**30:.1f} GiB, but only "
                 f"{max(free, 0) / 2**30:.1f} GiB may be used at {self.directory.parent}. "
-                "Name another disk (SIDELIGHT_CACHE), or use fewer rows."
+                "Name another disk (SIDELIGHT_CACHE), use fewer rows, or compute them in each "
+                "epoch (train --set states=stream)."
             )
         return missing
 

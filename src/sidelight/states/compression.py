@@ -4,6 +4,7 @@ Probes whose parameters belong to one layer each can train on them. What they le
 directions that are kept, so a trained probe reads whole hidden states, as any other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -33,6 +34,11 @@ def compressed_token_bytes(who: Fingerprint) -> int:
     return who.layers * (kept_directions(who.width) + _FACTOR_BYTES)
 
 
+def directions_bytes(who: Fingerprint) -> int:
+    """The memory that the directions of a model's layers take."""
+    return who.layers * who.width * kept_directions(who.width) * 2
+
+
 @dataclass(frozen=True)
 class CompressedStates:
     """The stored form of some tokens' states: ``values * factors[..., None]`` is ``z``.
@@ -48,54 +54,59 @@ class CompressedStates:
 
 @dataclass(frozen=True)
 class Compression:
-    """z = x R S^(-1/2) of standardised states x, and x ~ z S^(1/2) R^T.
+    """z = (x R) / s of standardised states x, and x ~ (z s) R^T.
 
-    R holds a layer's principal directions and S their standard deviations. All coordinates of a
-    token share one rounding step; S^(1/2) balances its effect on strong and weak directions.
+    R holds a layer's principal directions, and s the square roots of their standard deviations. All
+    coordinates of a token share one rounding step; s balances its effect on strong and weak
+    directions.
 
     Attributes:
         moments: How states are standardised before.
-        encoder: R S^(-1/2).
-        decoder: R S^(1/2).
+        directions: R, orthonormal within the rounding of float16, which halves the memory.
+        scales: s.
     """
 
     moments: Standardisation
-    encoder: Float[Tensor, "layer width direction"]
-    decoder: Float[Tensor, "layer width direction"]
+    directions: Float16[Tensor, "layer width direction"]
+    scales: Float[Tensor, "layer direction"]
 
     @staticmethod
     def measured(
-        hidden: Float[Tensor, "layer token width"], *, is_normalised: bool, directions: int
+        texts: Sequence[Float[Tensor, "layer _ width"]], *, is_normalised: bool, directions: int
     ) -> "Compression":
         """The directions in which these states vary most, layer by layer.
 
         Args:
-            hidden: Residual streams of a sample of tokens.
+            texts: Residual streams of a sample of texts.
             is_normalised: Whether states are divided by their root mean square first.
             directions: How many are kept; at most the width.
         """
-        moments = Standardisation.measured(hidden, is_normalised=is_normalised)
-        encoders: list[Tensor] = []
-        decoders: list[Tensor] = []
-        for layer, states in enumerate(hidden):
-            x = moments.standardised(states, layer)
+        # Layer by layer: all of them in one tensor would be there twice.
+        layers = [[text[layer] for text in texts] for layer in range(len(texts[0]))]
+        moments = Standardisation.measured(map(torch.cat, layers), is_normalised=is_normalised)
+        kept: list[Tensor] = []
+        scales: list[Tensor] = []
+        for layer, parts in enumerate(layers):
+            x = moments.standardised(torch.cat(parts), layer)
             variances, vectors = torch.linalg.eigh(x.T @ x / len(x))
-            kept = vectors.flip(1)[:, :directions]
+            kept.append(vectors.flip(1)[:, :directions].half())
             # A direction that does not vary has no coordinate to round.
-            scale = variances.flip(0)[:directions].clamp(min=1e-6).sqrt().sqrt()
-            encoders.append(kept / scale)
-            decoders.append(kept * scale)
-        return Compression(moments, torch.stack(encoders), torch.stack(decoders))
+            scales.append(variances.flip(0)[:directions].clamp(min=1e-6).sqrt().sqrt())
+        return Compression(moments, torch.stack(kept), torch.stack(scales))
 
     @cached_property
     def digest(self) -> str:
         """Identifies it, since what is stored depends on it."""
-        return sha256(self.encoder.numpy().tobytes()).hexdigest()
+        digest = sha256(str(self.moments.is_normalised).encode())
+        moments = self.moments
+        for tensor in (moments.mean, moments.scale, self.scales, *self.directions):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def token_bytes(self) -> int:
         """The stored size of a token's states of all layers."""
-        layers, _, directions = self.encoder.shape
+        layers, _, directions = self.directions.shape
         return layers * (directions + _FACTOR_BYTES)
 
     def compress(self, hidden: Float[Tensor, "layer token width"]) -> CompressedStates:
@@ -103,7 +114,8 @@ class Compression:
         values: list[Tensor] = []
         factors: list[Tensor] = []
         for layer, states in enumerate(hidden):
-            z = self.moments.standardised(states, layer) @ self.encoder[layer]
+            x = self.moments.standardised(states, layer)
+            z = (x @ self.directions[layer].float()) / self.scales[layer]
             # Rounded as it is stored; a smaller one would be 0.
             factor = (z.abs().amax(1) / _LARGEST).clamp(min=1e-4).half()
             rounded = (z / factor[:, None].float()).round_().clamp_(-_LARGEST, _LARGEST)
@@ -126,25 +138,34 @@ class Compression:
             dtype: Dtype of the products.
         """
         weights = self.moments.scale / standardisation.scale
-        weight = self.decoder.mT @ (columns * weights[..., None])
+        weight = self._coordinates(columns * weights[..., None]) * self.scales[..., None]
         shift = columns.new_zeros(columns.shape[0], columns.shape[2])
         return Projection(weight.to(dtype), shift)
 
     def kept(self, parameter: Float[Tensor, "layer width *rest"]) -> Tensor:
         """Project a parameter onto the kept directions, the only part that training sees."""
-        flat = parameter.flatten(2)
-        return (self.encoder @ (self.decoder.mT @ flat)).view_as(parameter)
+        coordinates = self._coordinates(parameter.reshape(*parameter.shape[:2], -1))
+        layers = zip(self.directions, coordinates, strict=True)
+        return torch.stack([own.float() @ part for own, part in layers]).view_as(parameter)
 
     def lifted(
-        self, z: Float[Tensor, "*view layer direction"]
-    ) -> Float[Tensor, "*view layer width"]:
+        self, z: Float[Tensor, "view text layer direction"]
+    ) -> Float[Tensor, "view text layer width"]:
         """The standardised states whose coordinates these are."""
-        return torch.einsum("...lr,lwr->...lw", z, self.decoder)
+        layers = zip((z * self.scales).unbind(2), self.directions, strict=True)
+        return torch.stack([own @ directions.float().T for own, directions in layers], 2)
+
+    def _coordinates(
+        self, columns: Float[Tensor, "layer width column"]
+    ) -> Float[Tensor, "layer direction column"]:
+        # Layer by layer: all directions in float32 would be twice as large.
+        layers = zip(self.directions, columns, strict=True)
+        return torch.stack([directions.float().T @ own for directions, own in layers])
 
     def to(self, device: torch.device) -> "Compression":
         """The same on a device."""
         return Compression(
-            self.moments.to(device), self.encoder.to(device), self.decoder.to(device)
+            self.moments.to(device), self.directions.to(device), self.scales.to(device)
         )
 
     def save(self, path: Path) -> None:
@@ -156,7 +177,7 @@ class Compression:
         moments = self.moments
         flag = torch.tensor(moments.is_normalised)
         tensors = {"mean": moments.mean, "scale": moments.scale, "is_normalised": flag}
-        write_tensors({**tensors, "encoder": self.encoder, "decoder": self.decoder}, path)
+        write_tensors({**tensors, "directions": self.directions, "scales": self.scales}, path)
 
     @staticmethod
     def load(path: Path) -> "Compression":
@@ -167,4 +188,4 @@ class Compression:
         """
         saved = read_tensors(path)
         moments = Standardisation(saved["mean"], saved["scale"], bool(saved["is_normalised"]))
-        return Compression(moments, saved["encoder"], saved["decoder"])
+        return Compression(moments, saved["directions"], saved["scales"])

@@ -8,14 +8,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sidelight.errors import SidelightError
+from sidelight.progress import say
 from sidelight.storage import replacing
 from sidelight.training.optimisation import TrainingRun
 
-_EPOCHS, _NUMBERS = "epochs", "numbers"
+_EPOCHS, _NUMBERS, _IDENTITY = "epochs", "numbers", "identity"
 
 
-def save_checkpoint(runs: Sequence[TrainingRun], path: Path, *, epochs: int) -> None:
+def save_checkpoint(runs: Sequence[TrainingRun], path: Path, *, epochs: int, identity: str) -> None:
     """Write the runs after so many epochs, whole or not at all.
+
+    Args:
+        runs: The runs.
+        path: The file.
+        epochs: How many they have completed.
+        identity: A hash of what decides them, which ``resume`` compares.
 
     Raises:
         SidelightError: The disk is full, or cannot be written.
@@ -26,7 +33,8 @@ def save_checkpoint(runs: Sequence[TrainingRun], path: Path, *, epochs: int) -> 
         for number, (own, _) in enumerate(states)
         for name, tensor in own.items()
     }
-    metadata = {_EPOCHS: str(epochs), _NUMBERS: json.dumps([numbers for _, numbers in states])}
+    numbers = json.dumps([numbers for _, numbers in states])
+    metadata = {_EPOCHS: str(epochs), _NUMBERS: numbers, _IDENTITY: identity}
     try:
         with replacing(path) as partial:
             save_file(tensors, partial, metadata)
@@ -37,24 +45,29 @@ def save_checkpoint(runs: Sequence[TrainingRun], path: Path, *, epochs: int) -> 
         ) from error
 
 
-def resume(runs: Sequence[TrainingRun], path: Path) -> int:
+def resume(runs: Sequence[TrainingRun], path: Path, *, identity: str) -> int:
     """Restore runs from a checkpoint.
 
     Args:
         runs: Newly created runs.
         path: The checkpoint; ignored if absent.
+        identity: As for ``save_checkpoint``. A checkpoint with another one is of a training whose
+            steps are others, such as one with more memory: this training begins anew, and says so.
 
     Returns:
         Number of completed epochs; 0 without a checkpoint.
 
     Raises:
-        SidelightError: The file is corrupt, or belongs to another training.
+        SidelightError: The file is corrupt.
     """
     if not path.exists():
         return 0
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
+            if metadata[_IDENTITY] != identity:
+                say(f"Training begins anew: {path} is of a training under other conditions.")
+                return 0
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         numbers = json.loads(metadata[_NUMBERS])
         for number, (run, own) in enumerate(zip(runs, numbers, strict=True)):

@@ -1,7 +1,8 @@
 """How the hidden states of a training are kept: whole, compressed, or computed in each epoch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -12,7 +13,12 @@ from sidelight.models.fingerprint import Fingerprint, hash_of
 from sidelight.probes.mechanisms.base import Geometry, build_mechanism
 from sidelight.progress import progress, say
 from sidelight.states.cache import ActivationCache, Memory, token_bytes
-from sidelight.states.compression import Compression, kept_directions
+from sidelight.states.compression import (
+    Compression,
+    compressed_token_bytes,
+    directions_bytes,
+    kept_directions,
+)
 from sidelight.states.extraction import extract, require_finite, streamed
 from sidelight.states.reader import Reader
 from sidelight.training.dataset import Split
@@ -25,6 +31,8 @@ _SAMPLE_TOKENS = 8192
 # root mean square, in standard deviations of the logits.
 TOLERANCE = 0.5
 _TRIAL_FOLDS = 2
+# The fewest texts to try it on, unless they have so many times the tokens.
+_TRIAL_TEXTS, _MOST_LONG = 32, 4
 # More than this is computed in each epoch instead, in bytes of compressed states.
 MOST_DISK_BYTES = 200 * 2**30
 # What reading costs where it is cheaper than a disk: operations per second of a GPU, at the share
@@ -81,19 +89,26 @@ def choose_keeping(
     Raises:
         SidelightError: A state is not finite, or the compression cannot be written.
     """
-    training = splits[0]
+    training, who = splits[0], reader.fingerprint
     tokens = sum(sum(split.states.lengths) for split in splits)
-    whole_bytes = tokens * token_bytes(reader.fingerprint)
-    fits = options.states == "auto" and whole_bytes <= options.memory_bytes
-    compression, warnings = None, ()
-    if not fits and options.states != "whole" and _can_be_compressed(candidates, training):
-        compression, warnings = _tried_compression(reader, training, candidates)
-    if options.states == "auto" and not fits:
-        kept = compression.token_bytes if compression else token_bytes(reader.fingerprint)
-        is_fast = reads_faster_than_disk(reader.fingerprint, reader.device, kept)
-        is_streamed = tokens * kept > MOST_DISK_BYTES or is_fast
-    else:
-        is_streamed = options.states == "stream"
+    # Without candidates, or where other trainings share states, they are whole and on disk.
+    is_own = bool(candidates) and not options.keep_cache
+    fits = tokens * token_bytes(who) <= options.memory_bytes
+    if options.states == "whole" or (options.states == "auto" and (fits or not is_own)):
+        return Keeping()
+    can_compress = (
+        is_own
+        and directions_bytes(who) <= options.memory_bytes
+        and _can_be_compressed(candidates, training)
+    )
+    kept = compressed_token_bytes(who) if can_compress else token_bytes(who)
+    is_streamed = options.states == "stream" or (
+        options.states == "auto"
+        and (tokens * kept > MOST_DISK_BYTES or reads_faster_than_disk(who, reader.device, kept))
+    )
+    if not can_compress:
+        return Keeping(None, is_streamed)
+    compression, warnings = _tried_compression(reader, training, candidates, is_streamed)
     return Keeping(compression, is_streamed, warnings)
 
 
@@ -106,8 +121,7 @@ def _can_be_compressed(candidates: Sequence[Candidate], training: Split) -> bool
     with torch.device("meta"):
         mechanisms = [build_mechanism(spec, geometry) for spec, _ in candidates]
     return (
-        bool(candidates)
-        and all(mechanism.layer_parameters() for mechanism in mechanisms)
+        all(mechanism.layer_parameters() for mechanism in mechanisms)
         and all(settings.standardise for settings in resolved)
         and len({settings.normalise for settings in resolved}) == 1
     )
@@ -129,52 +143,72 @@ def reads_faster_than_disk(who: Fingerprint, device: torch.device, kept: int) ->
 
 
 def _tried_compression(
-    reader: Reader, training: Split, candidates: Sequence[Candidate]
+    reader: Reader, training: Split, candidates: Sequence[Candidate], is_streamed: bool
 ) -> tuple[Compression | None, tuple[str, ...]]:
-    """The compression that a sample gives; None, with the reason, if it changes the sample's probe.
+    """The compression that a sample gives; None, with the reason, if it changes a probe.
 
-    The sample's compressed states are written, and so is the compression: after a kill, the same
-    training finds both.
+    Directions are measured on some texts, and tried on others. The compression is written, and so
+    are the sample's compressed states unless states are streamed: after a kill, the same training
+    finds both.
     """
     states = training.states
     settings = candidates[0][1].resolved_for(len(training), training.task)
     directions = kept_directions(reader.fingerprint.width)
-    rows = _sample(states)
+    measured, tried = _samples(training)
+    rows = [*measured, *tried]
     names = [states.path(row).name for row in rows]
-    who = hash_of(states.directory.name, *names, settings.normalise, directions)
+    labels = training.labels[rows].tolist()
+    who = hash_of(states.directory.name, *names, labels, candidates, directions)
     path = states.directory.with_name(f"compression-{who}.safetensors")
     if path.exists():
         return Compression.load(path), ()
     hidden = _read_sample(reader, states, rows)
     compression = Compression.measured(
-        torch.cat([*hidden.values()], 1),
+        [hidden[row] for row in measured],
         is_normalised=bool(settings.normalise),
         directions=directions,
     )
-    difference = _difference(training, hidden, compression, candidates, reader)
+    own = {row: hidden[row] for row in tried}
+    difference = _difference(training, own, compression, candidates, reader)
     if not difference <= TOLERANCE:
         return None, (
             f"Hidden states are kept whole ({states.token_bytes / 1e3:.0f} KB per token): on "
-            f"{len(rows)} sample texts, the logits with and without compression differ by "
+            f"{len(tried)} sample texts, the logits with and without compression differ by "
             f"{difference:.2f} standard deviations (limit: {TOLERANCE}).",
         )
     compression.save(path)
-    compressed = states.compressed(compression)
-    compressed.open()
-    compressed.write(hidden)
+    if not is_streamed:
+        compressed = states.compressed(compression)
+        compressed.open()
+        compressed.write(hidden)
     return compression, ()
 
 
-def _sample(states: ActivationCache) -> list[int]:
-    """Distinct texts in random order that have enough tokens, or all."""
+def _samples(training: Split) -> tuple[list[int], list[int]]:
+    """Distinct texts in random order: some for directions, and others that try them.
+
+    Those that try them have labels in turn with others, so that there are both.
+    """
+    states = training.states
     rows: dict[str, int] = {}
-    tokens = 0
     for row in (row for shard in states.shards for row in shard):
-        if tokens >= _SAMPLE_TOKENS:
-            break
-        if rows.setdefault(states.path(row).name, row) == row:
-            tokens += states.lengths[row]
-    return [*rows.values()]
+        rows.setdefault(states.path(row).name, row)
+    order = [*rows.values()]
+    measured = _first(states, order[: (len(order) + 1) // 2], least=1)
+    rest = order[len(measured) :]
+    has_label = [bool(np.any(labels)) for labels in training.labels]
+    labelled = [row for row in rest if has_label[row]]
+    others = [row for row in rest if not has_label[row]]
+    mixed = [row for pair in zip_longest(labelled, others) for row in pair if row is not None]
+    return measured, _first(states, mixed, least=_TRIAL_TEXTS)
+
+
+def _first(states: ActivationCache, rows: Sequence[int], *, least: int) -> list[int]:
+    """The first rows that have enough tokens, and so many texts if these are not too long."""
+    tokens = np.cumsum([states.lengths[row] for row in rows])
+    enough = int(np.searchsorted(tokens, _SAMPLE_TOKENS)) + 1
+    most = int(np.searchsorted(tokens, _MOST_LONG * _SAMPLE_TOKENS)) + 1
+    return [*rows[: max(enough, min(least, most))]]
 
 
 def _read_sample(
@@ -186,37 +220,41 @@ def _read_sample(
         for texts in reader.states(states, rows, advance):
             require_finite(texts, dtype=states.fingerprint.dtype)
             hidden |= texts
-    return {row: hidden[row] for row in rows}
+    return hidden
 
 
 def _difference(
     training: Split,
-    hidden: dict[int, Float[Tensor, "layer _ width"]],
+    hidden: Mapping[int, Float[Tensor, "layer _ width"]],
     compression: Compression,
     candidates: Sequence[Candidate],
     reader: Reader,
 ) -> float:
-    """How much out-of-fold logits of the sample differ between whole and compressed states."""
+    """How much out-of-fold logits of these texts differ between whole and compressed states.
+
+    It is infinite where there are too few texts to tell.
+    """
     sample = training.select(hidden)
+    folds = sample.folds(_TRIAL_FOLDS)
+    if not folds:
+        return float("inf")
     whole = sample.states
-    # What is in memory is never looked for on disk.
-    memory = {whole.path(i): {"hidden": own} for i, own in enumerate(hidden.values())}
     compressed = whole.compressed(compression)
-    small = {
-        compressed.path(i): vars(compression.compress(own)) for i, own in enumerate(hidden.values())
-    }
+    texts = [*hidden.values()]
+    # What is in memory is never looked for on disk.
+    large = {whole.path(row): {"hidden": own} for row, own in enumerate(texts)}
+    small = {compressed.path(row): vars(compression.compress(own)) for row, own in enumerate(texts)}
     logits: list[np.ndarray] = []
-    for states, texts in ((whole, memory), (compressed, small)):
-        split = replace(sample, states=states.held(Memory(0, texts)))
+    for states, tensors in ((whole, large), (compressed, small)):
         (run,) = train_mechanisms(
             candidates[:1],
-            training=split,
+            training=replace(sample, states=states.held(Memory(0, tensors))),
             validation=None,
-            folds=split.folds(_TRIAL_FOLDS),
+            folds=folds,
             device=reader.device,
         )
         if run is None:
             return float("inf")
         logits.append(run.logits)
-    spread = logits[0].std()
-    return float(np.sqrt(np.square(logits[1] - logits[0]).mean()) / spread) if spread else 0.0
+    difference = np.sqrt(np.square(logits[1] - logits[0]).mean())
+    return float(difference / max(logits[0].std(), 1e-9))

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError
+from sidelight.models.fingerprint import hash_of
 from sidelight.models.machine import lacks_bfloat16
 from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import Projection, inverse_rms
@@ -163,7 +166,8 @@ class _Trainer:
         """Trains every run, and restores its best epoch."""
         tokens = sum(self._states.lengths)
         epochs = max(run.settings.epochs for run in self.runs)
-        done = 0 if checkpoint is None else resume(self.runs, checkpoint)
+        identity = "" if checkpoint is None else self._identity()
+        done = 0 if checkpoint is None else resume(self.runs, checkpoint, identity=identity)
         if done:
             say(f"The training goes on after {done} of at most {epochs} epochs.")
         with progress("Training", (epochs - done) * tokens, unit="tokens") as advance:
@@ -178,9 +182,22 @@ class _Trainer:
                 else:
                     self._validate(active, validation)
                 if checkpoint is not None:
-                    save_checkpoint(self.runs, checkpoint, epochs=epoch + 1)
+                    save_checkpoint(self.runs, checkpoint, epochs=epoch + 1, identity=identity)
         for run in self.runs:
             run.restore_best(self._compression)
+
+    def _identity(self) -> str:
+        """A hash of what decides the steps of a training, and the numbers that they compute."""
+        states = self._states
+        scales = [
+            sha256(run.standardisation.scale.cpu().numpy().tobytes()).hexdigest()
+            for run in self.runs
+        ]
+        runs = [(run.spec, run.settings) for run in self.runs]
+        versions = (version("sidelight"), torch.__version__)
+        return hash_of(
+            states.key, states.described, states.shards, runs, scales, self._device, versions
+        )
 
     def _train_epoch(self, runs: Sequence[TrainingRun], epoch: int, advance: Progress) -> None:
         # Runs that see the same texts in the same order share each batch.

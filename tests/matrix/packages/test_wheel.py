@@ -81,8 +81,8 @@ def test_it_has_the_packaged_conversations_and_their_licences(bare):
 def test_nothing_of_an_extra_or_of_another_package_is_installed(bare):
     found = bare.python(
         "from importlib.util import find_spec\n"
-        "ours = 'sidelight_lab sidelight_label sidelight_guards'\n"
-        "names = f'{ours} optuna peft openai matplotlib fastapi uvicorn'\n"
+        "ours = 'sidelight_lab sidelight_label sidelight_guards sidelight_llama sidelight_vllm'\n"
+        "names = f'{ours} xllamacpp optuna peft openai matplotlib fastapi uvicorn'\n"
         "print([name for name in names.split() if find_spec(name)])",
     )
     assert found.strip() == "[]"
@@ -105,6 +105,8 @@ def test_a_command_whose_package_is_missing_says_in_a_line_what_to_install(bare,
         ("search", "pip install './packages/lab'"),
         ("label", "pip install './packages/label'"),
         (f"eval {probe} --data guard:injection:spikee", "pip install './packages/guards'"),
+        (f"predict {probe} text --engine vllm", "packages/ of a clone"),
+        (f"predict {probe} text --model m.gguf", "docs/gguf.md"),
     ):
         done = bare.run("sidelight", *command.split())
         assert done.returncode == 2, command

@@ -185,8 +185,8 @@ def require_version() -> None:
     except PackageNotFoundError as error:
         raise SidelightError(
             f"GGUF files are run by the package {PACKAGE} {PINNED}, which is not installed. "
-            f"{how_to_install('.[gguf]')} There are wheels for Linux on x86-64 and arm64, and for "
-            "macOS on arm64."
+            f"{how_to_install('./packages/llama')} There are wheels for Linux on x86-64 and "
+            "arm64, and for macOS on arm64."
         ) from error
     if installed != PINNED:
         raise SidelightError(

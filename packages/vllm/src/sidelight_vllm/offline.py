@@ -8,6 +8,7 @@ worker writes the states of its layers to a file, whose name the request says.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import json
+import re
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,8 @@ _STATES = "states"
 
 OfflineRequest = tuple[int, EncodedPrompt, Mapping[str, Any]]
 """A number, a prompt to run once under it, and its ``kv_transfer_params``."""
+# Names of options whose values nobody else may see, such as `hf_token`.
+_SECRET = re.compile("token$|key|password|secret")
 
 
 class VllmReader:
@@ -80,7 +83,9 @@ class VllmReader:
         """``vllm``, its version, and the options, some of which change the states."""
         from vllm import __version__
 
-        options = json.dumps(self._options, sort_keys=True) if self._options else ""
+        # It is part of the record of a probe, which may be shared.
+        told = {name: value for name, value in self._options.items() if not _SECRET.search(name)}
+        options = json.dumps(told, sort_keys=True) if told else ""
         return f"vllm {__version__} {options}".strip()
 
     @property
@@ -93,6 +98,7 @@ class VllmReader:
         self, cache: ActivationCache, rows: Sequence[int], advance: Progress
     ) -> Generator[Mapping[int, Tensor]]:
         """As ``Reader.states``."""
+        cache.directory.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=cache.directory) as folder:
             places = {row: Path(folder) / str(row) for row in rows}
             requests = (

@@ -34,8 +34,6 @@ from sidelight.storage import write_text
 from sidelight.types import MechanismSpec, Task
 from sidelight_lab.environment import package_versions
 from sidelight_lab.tables.writing import markdown_table
-from sidelight_vllm import KEY
-from sidelight_vllm.settings import require_options, require_vllm
 
 
 @dataclass(frozen=True)
@@ -180,6 +178,9 @@ def offline_engine(
     Raises:
         SidelightError: vLLM is not installed, or does not know one of the options.
     """
+    from sidelight_vllm import KEY
+    from sidelight_vllm.settings import require_options, require_vllm
+
     require_vllm()
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs

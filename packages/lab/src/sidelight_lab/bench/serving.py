@@ -30,7 +30,6 @@ from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.progress import progress
 from sidelight_lab.bench.measurement import offline_engine, untrained_guards, untrained_probe
-from sidelight_vllm.worker import Worker, current_worker
 
 NOTHING = "no probe"
 # With their units. The first is of a single request, the others of requests that run together; the
@@ -112,6 +111,8 @@ def measure_costs(
 
 def fit_probes(_worker: Any, folders: list[str]) -> None:
     """Gives vLLM's worker these probes, with room for their columns alone."""
+    from sidelight_vllm.worker import Worker, current_worker
+
     old = current_worker()
     pages = old._pages
     assert pages is not None

@@ -16,7 +16,6 @@ from sidelight.guards import probe_folder
 from sidelight.models.smollm2 import EMBEDDED_NAME
 from sidelight.storage import write_json
 from sidelight_lab.cli.options import AT_LEAST_TWO, POSITIVE, names, publish, split_numbers
-from sidelight_llama.files import EMBEDDED_GGUF
 
 if TYPE_CHECKING:
     from sidelight.engines.transformers.backbone import DtypeName
@@ -389,6 +388,7 @@ def bench_engines(models: tuple[str, ...], out: Path | None, as_json: bool, **gi
     with the next round, if --out names the same folder.
     """
     from sidelight_lab.bench.engines import compare_engines
+    from sidelight_llama.files import EMBEDDED_GGUF
 
     chosen = models or (EMBEDDED_NAME, EMBEDDED_GGUF)
     publish(compare_engines(chosen, **given, out=out), out, as_json=as_json)
