@@ -283,13 +283,11 @@ def test_a_training_under_other_conditions_begins_anew_and_says_so(
         killing(patch, 2)
         with pytest.raises(Killed):
             fitted(tiny, tmp_path / "a", examples)
-    # Smaller shards have other batches.
-    expected = fitted(tiny, tmp_path / "b", examples, memory_bytes=200_000, states="whole")
     saved = killing(monkeypatch, 99)
-    made = fitted(tiny, tmp_path / "a", examples, memory_bytes=200_000, states="auto")
+    # The same training with less memory has smaller shards, hence other batches.
+    fitted(tiny, tmp_path / "a", examples, memory_bytes=200_000)
     assert "Training begins anew" in capsys.readouterr().err
     assert saved[0] == 1
-    assert made.probe.record["states"] == expected.probe.record["states"]
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from sklearn.linear_model import LogisticRegression
 
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Reads
-from sidelight.states.cache import ActivationCache, Shard
+from sidelight.states import cache as states_cache
+from sidelight.states.cache import Shard
 from sidelight.training.dataset import Split
 from sidelight.training.optimisation import validation_score
 from sidelight.training.preparing import ProbeDataset
@@ -247,17 +248,17 @@ def test_states_are_pooled_shard_by_shard(tiny, tmp_path, monkeypatch):
     """What training holds in memory meanwhile may be all that --memory allows."""
     texts = split_of(tiny, tmp_path, "binary", 12, seed=0, shard_bytes=1)
     read, read_before = [], []
-    text, pool = ActivationCache.text, Shard.pooled
+    from_disk, pool = states_cache.read_tensors, Shard.pooled
 
-    def reading(cache, row):
-        read.append(row)
-        return text(cache, row)
+    def reading(path):
+        read.append(path)
+        return from_disk(path)
 
     def pooling(shard, **options):
         read_before.append(len(read))
         return pool(shard, **options)
 
-    monkeypatch.setattr(ActivationCache, "text", reading)
+    monkeypatch.setattr(states_cache, "read_tensors", reading)
     monkeypatch.setattr(Shard, "pooled", pooling)
     assert pooled_states(texts).shape[:2] == (2, 12)
     assert read_before == [*range(1, 13)]
