@@ -7,9 +7,6 @@ does not support the installed version is refused on load.
 from importlib.metadata import Distribution, EntryPoint, distribution, entry_points
 from typing import Any
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-
 from sidelight.errors import SidelightError
 
 _OURS = "sidelight"
@@ -66,6 +63,10 @@ def require_fit(package: str) -> None:
 
 
 def _require_fit(package: Distribution) -> None:
+    # Half of the time that this module would take to import, which every command does.
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
     ours = distribution(_OURS).version
     for line in package.requires or ():
         wanted = Requirement(line)

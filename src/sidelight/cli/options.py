@@ -11,7 +11,7 @@ import click
 from pydantic import Field
 
 from sidelight.cli.runtime import Runtime
-from sidelight.engines.backend import OwnOptions, engine_names, usable_backends
+from sidelight.engines.backend import OwnOptions, engine_names, find_backend, usable_backends
 from sidelight.errors import SidelightError, checked, did_you_mean
 from sidelight.storage import check_folder
 
@@ -41,6 +41,15 @@ class _OfEngines(click.Option):
         for place, words in told.items():
             self.help = (self.help or "").replace(place, words)
         return super().get_help_record(ctx)
+
+
+class _Engines(click.Choice[str]):
+    """The installed engines; of others, the error says where engines come from."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices:
+            find_backend(str(value))
+        return super().convert(value, param, ctx)
 
 
 def checked_folder(_context: click.Context, _option: Any, folder: Path | None) -> Path | None:
@@ -307,7 +316,7 @@ measured = together(click.argument("probe", type=PATH), data, columns, missing_l
 # Which engine. With ``backbone``, which gathers it too, the command gets one ``runtime``.
 engine = click.option(
     "--engine",
-    type=click.Choice(["auto", *engine_names()]),
+    type=_Engines(["auto", *engine_names()]),
     default="auto",
     help="Engine; auto picks the one that the model name requires, else transformers.",
 )
