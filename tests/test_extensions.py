@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sidelight.cli.runtime import Runtime
+from sidelight.engines.backend import find_backend, owner_of
 from sidelight.errors import SidelightError
 from sidelight.extensions import extension_names, find_extension, load_extension, require_fit
 from sidelight.probes.mechanisms.base import Geometry, MechanismSpec, build_mechanism
@@ -86,8 +87,18 @@ def test_a_package_that_requires_another_version_is_refused(
 def test_an_engine_that_does_not_fit_leaves_the_others_usable(tmp_path, monkeypatch, capsys):
     install(tmp_path, monkeypatch, requires="sidelight==99.1")
     assert cli("train", "--help") == 0
-    assert "FILE.gguf" in " ".join(capsys.readouterr().out.split())
+    told = capsys.readouterr()
+    assert "FILE.gguf" in " ".join(told.out.split())
+    assert "Without the engine 'other': other 3.0 needs sidelight==99.1" in told.err
     assert Runtime(model=None, engine="transformers").model_of([]) == "smollm2"
+
+
+def test_an_engine_that_cannot_be_imported_is_an_error_where_it_is_named(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, requires="sidelight", module="broken", name="broken")
+    (tmp_path / "broken.py").write_text("import absent_package\n")
+    with pytest.raises(SidelightError, match=r"Cannot load the engine 'broken' .*absent_package"):
+        find_backend("broken")
+    assert owner_of("smollm2") is None
 
 
 def test_an_option_that_may_be_a_secret_is_not_shown(capsys):

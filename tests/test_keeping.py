@@ -186,6 +186,16 @@ def test_a_compression_that_changes_the_probe_is_not_used_and_the_user_is_told(
 
 
 @pytest.mark.slow
+def test_too_few_texts_to_compare_are_kept_whole(tiny, tmp_path, all_directions, monkeypatch):
+    # All are taken for directions, which leaves none to compare on.
+    monkeypatch.setattr(keeping, "_first", lambda _, rows, least: rows if least == 1 else [])
+    examples = load_examples(planted_rows("binary", 40))
+    made = fitted(tiny, tmp_path, examples, states="disk")
+    assert made.probe.record["states"]["kept"] == "whole"
+    assert any("0 texts are too few to compare" in line for line in made.warnings)
+
+
+@pytest.mark.slow
 def test_streamed_states_are_never_written_and_one_shard_is_in_memory(
     tiny, tmp_path, examples, ran
 ):
@@ -276,7 +286,7 @@ def test_a_broken_checkpoint_is_named_with_its_remedy(tiny, tmp_path, examples, 
 
 
 @pytest.mark.slow
-def test_a_training_under_other_conditions_begins_anew_and_says_so(
+def test_a_training_with_other_settings_starts_over_and_says_so(
     tiny, tmp_path, examples, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
@@ -286,7 +296,7 @@ def test_a_training_under_other_conditions_begins_anew_and_says_so(
     saved = killing(monkeypatch, 99)
     # The same training with less memory has smaller shards, hence other batches.
     fitted(tiny, tmp_path / "a", examples, memory_bytes=200_000)
-    assert "Training begins anew" in capsys.readouterr().err
+    assert "Training starts over" in capsys.readouterr().err
     assert saved[0] == 1
 
 

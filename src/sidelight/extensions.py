@@ -63,7 +63,7 @@ def require_fit(package: str) -> None:
 
 
 def _require_fit(package: Distribution) -> None:
-    # Half of the time that this module would take to import, which every command does.
+    # Imported here, since every command imports this module and few load a package.
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 

@@ -198,7 +198,7 @@ def test_the_embedded_models_file_has_a_name():
         ("--model a/folder --engine llama", "--engine llama runs GGUF files, and 'a/folder' is"),
         (
             "--model smollm2 --tokenizer t",
-            "'smollm2' has a tokenizer of its own",
+            "'smollm2' comes with its tokenizer",
         ),
         ("--model absent.gguf", "There is no file 'absent.gguf'"),
     ],

@@ -6,14 +6,16 @@ and a ``Backend``. Its module is imported wherever a model is named, so it impor
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.extensions import extension_names, load_extension
+from sidelight.progress import say
 
 if TYPE_CHECKING:
     from sidelight.engines.base import Engine
@@ -160,9 +162,14 @@ def find_backend(name: str) -> type[Backend]:
 
     Raises:
         SidelightError: There is none of this name, there are several, or its package does not fit
-            this version of Sidelight.
+            this version of Sidelight or cannot be imported.
     """
-    backend: type[Backend] | None = load_extension(_GROUP, name)
+    try:
+        backend: type[Backend] | None = load_extension(_GROUP, name)
+    except (ImportError, AttributeError) as error:
+        raise SidelightError(
+            f"Cannot load the engine '{name}' ({error}). Correct or uninstall its package."
+        ) from error
     if backend is None:
         raise SidelightError(
             f"No engine '{name}' is installed.{did_you_mean(name, engine_names())} Each "
@@ -190,13 +197,20 @@ def backend_of(model: str, options: EngineOptions, engine: str = "auto") -> Back
 def usable_backends() -> list[type[Backend]]:
     """The installed engines that can be loaded, ``transformers`` first.
 
-    One that cannot must not stop the others: whoever names it is told why.
+    A broken engine does not stop the others. It is reported once.
     """
     found: list[type[Backend]] = []
     for name in engine_names():
-        with suppress(SidelightError, ImportError):
+        try:
             found.append(find_backend(name))
+        except SidelightError as error:
+            _report(f"Without the engine '{name}': {error}")
     return found
+
+
+@cache
+def _report(sentence: str) -> None:
+    say(sentence)
 
 
 def owner_of(model: str) -> str | None:

@@ -135,7 +135,6 @@ class ActivationCache:
         engine: What computes the states; engines round differently, so they share no cache.
         shard_bytes: The most that is read together, or else one text.
         memory: Holds states, maybe those of other caches too; None is one of its own.
-        compression: How states are stored; None: whole.
     """
 
     def __init__(
@@ -148,7 +147,6 @@ class ActivationCache:
         engine: str = "transformers",
         shard_bytes: int = SHARD_BYTES,
         memory: Memory | None = None,
-        compression: Compression | None = None,
     ):
         self.reads = reads
         self.fingerprint = fingerprint
@@ -157,7 +155,7 @@ class ActivationCache:
         self._shard_tokens = max(1, shard_bytes // token_bytes(fingerprint))
         self._memory = memory or Memory()
         self._compute: Compute | None = None
-        self._set_compression(compression)
+        self._set_compression(None)
         lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
         self._set_texts(prompts, lengths, [text_name(prompt, reads) for prompt in prompts])
 

@@ -96,7 +96,7 @@ class Compression:
 
     @cached_property
     def digest(self) -> str:
-        """Identifies it, since what is stored depends on it."""
+        """A hash of everything that the stored values depend on."""
         digest = sha256(str(self.moments.is_normalised).encode())
         moments = self.moments
         for tensor in (moments.mean, moments.scale, self.scales, *self.directions):
@@ -133,7 +133,7 @@ class Compression:
         """The projection of ``z`` that equals ``columns`` on standardised states.
 
         Args:
-            standardisation: That of the probe: the same moments, with weights of layers.
+            standardisation: The probe's: the same moments, with a weight for each layer.
             columns: A projection of standardised states.
             dtype: Dtype of the products.
         """

@@ -11,15 +11,23 @@ from sidelight.errors import SidelightError
 from sidelight.storage import replacing
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file that exists afterwards whole or, if killed, not at all.
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, whole or, if killed, not at all.
+
+    Args:
+        tensors: Its tensors by name.
+        path: The file, one of many in its folder.
+        metadata: Texts in its header.
 
     Raises:
         SidelightError: The disk is full, or cannot be written.
     """
     try:
         with replacing(path, is_one_of_many=True) as partial:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(whole, partial, dict(metadata) if metadata else None)
     except (OSError, SafetensorError) as error:
         raise SidelightError(
             f"Cannot write {path}: {error}. Free some space, or name another disk "
@@ -28,7 +36,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped from disk.
+    """Read the tensors of a file, mapped from disk.
 
     Raises:
         SidelightError: The file is absent or broken.

@@ -1,15 +1,14 @@
-"""Training that continues after a kill: what runs need after an epoch, in one file."""
+"""Checkpoints of a training, so that a killed run can resume."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from sidelight.errors import SidelightError
 from sidelight.progress import say
-from sidelight.storage import replacing
+from sidelight.states.files import write_tensors
 from sidelight.training.optimisation import TrainingRun
 
 _EPOCHS, _NUMBERS, _IDENTITY = "epochs", "numbers", "identity"
@@ -29,20 +28,12 @@ def save_checkpoint(runs: Sequence[TrainingRun], path: Path, *, epochs: int, ide
     """
     states = [run.state() for run in runs]
     tensors = {
-        f"{number}.{name}": tensor.contiguous()
+        f"{number}.{name}": tensor
         for number, (own, _) in enumerate(states)
         for name, tensor in own.items()
     }
     numbers = json.dumps([numbers for _, numbers in states])
-    metadata = {_EPOCHS: str(epochs), _NUMBERS: numbers, _IDENTITY: identity}
-    try:
-        with replacing(path) as partial:
-            save_file(tensors, partial, metadata)
-    except (OSError, SafetensorError) as error:
-        raise SidelightError(
-            f"Cannot write {path}: {error}. Free some space, or name another disk "
-            "(SIDELIGHT_CACHE)."
-        ) from error
+    write_tensors(tensors, path, {_EPOCHS: str(epochs), _NUMBERS: numbers, _IDENTITY: identity})
 
 
 def resume(runs: Sequence[TrainingRun], path: Path, *, identity: str) -> int:
@@ -51,8 +42,8 @@ def resume(runs: Sequence[TrainingRun], path: Path, *, identity: str) -> int:
     Args:
         runs: Newly created runs.
         path: The checkpoint; ignored if absent.
-        identity: As for ``save_checkpoint``. A checkpoint with another one is of a training whose
-            steps are others, such as one with more memory: this training begins anew, and says so.
+        identity: As for ``save_checkpoint``. If the checkpoint has another, for example because
+            more memory gives larger batches, it is ignored with a message.
 
     Returns:
         Number of completed epochs; 0 without a checkpoint.
@@ -66,7 +57,7 @@ def resume(runs: Sequence[TrainingRun], path: Path, *, identity: str) -> int:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             if metadata[_IDENTITY] != identity:
-                say(f"Training begins anew: {path} is of a training under other conditions.")
+                say(f"Training starts over: the settings of the checkpoint {path} differ.")
                 return 0
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         numbers = json.loads(metadata[_NUMBERS])

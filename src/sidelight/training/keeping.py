@@ -35,8 +35,8 @@ _TRIAL_FOLDS = 2
 _TRIAL_TEXTS, _MOST_LONG = 32, 4
 # More than this is computed in each epoch instead, in bytes of compressed states.
 MOST_DISK_BYTES = 200 * 2**30
-# What reading costs where it is cheaper than a disk: operations per second of a GPU, at the share
-# of its peak that inference reaches, and bytes per second of a fast disk.
+# A GPU's operations per second, at the share of its peak that inference reaches, and a fast disk's
+# bytes per second.
 _GPU_OPERATIONS_PER_S = 1e14
 _DISK_BYTES_PER_S = 2e9
 
@@ -170,12 +170,15 @@ def _tried_compression(
     )
     own = {row: hidden[row] for row in tried}
     difference = _difference(training, own, compression, candidates, reader)
-    if not difference <= TOLERANCE:
-        return None, (
-            f"Hidden states are kept whole ({states.token_bytes / 1e3:.0f} KB per token): on "
-            f"{len(tried)} sample texts, the logits with and without compression differ by "
-            f"{difference:.2f} standard deviations (limit: {TOLERANCE}).",
+    if difference is None or not difference <= TOLERANCE:
+        reason = (
+            f"{len(tried)} texts are too few to compare logits with and without compression"
+            if difference is None
+            else f"on {len(tried)} sample texts, the logits with and without compression differ by "
+            f"{difference:.2f} standard deviations (limit: {TOLERANCE})"
         )
+        size = f"{states.token_bytes / 1e3:.0f} KB per token"
+        return None, (f"Hidden states are kept whole ({size}): {reason}.",)
     compression.save(path)
     if not is_streamed:
         compressed = states.compressed(compression)
@@ -187,7 +190,7 @@ def _tried_compression(
 def _samples(training: Split) -> tuple[list[int], list[int]]:
     """Distinct texts in random order: some for directions, and others that try them.
 
-    Those that try them have labels in turn with others, so that there are both.
+    Those that try them alternate between texts with and without a label.
     """
     states = training.states
     rows: dict[str, int] = {}
@@ -229,15 +232,17 @@ def _difference(
     compression: Compression,
     candidates: Sequence[Candidate],
     reader: Reader,
-) -> float:
+) -> float | None:
     """How much out-of-fold logits of these texts differ between whole and compressed states.
 
-    It is infinite where there are too few texts to tell.
+    Returns:
+        Their root mean square difference, in standard deviations; infinite if a training diverged,
+        and None with too few texts for folds.
     """
     sample = training.select(hidden)
-    folds = sample.folds(_TRIAL_FOLDS)
+    folds = sample.folds(_TRIAL_FOLDS) if hidden else ()
     if not folds:
-        return float("inf")
+        return None
     whole = sample.states
     compressed = whole.compressed(compression)
     texts = [*hidden.values()]

@@ -1,4 +1,4 @@
-"""The splits that a probe is trained and measured on, with their hidden states.
+"""The training and validation splits of a probe, with their hidden states.
 
 Probes and baselines of one table read the same splits, so that no row of it has an advantage.
 """
@@ -28,13 +28,13 @@ _MEASURING_PARTS = 2
 
 @dataclass(frozen=True)
 class ProbeDataset:
-    """The splits that settings are chosen on. Test data is not part of it.
+    """The splits for fitting and for model selection, without test data.
 
     Attributes:
         reader: The frozen LLM, in any engine.
         training: What parameters are fitted to: texts alone, then their contexts.
         measured: What early stopping, settings, calibration and thresholds are chosen on: texts
-            alone, then their contexts. If texts are cross-fitted, these are those of ``training``.
+            alone, then their contexts. With cross-fitting, the same as ``training``.
         folds: Indices of the training texts of each fold if texts are cross-fitted, else none.
         warnings: What is doubtful about the texts, one sentence each.
         given_sha256: Hash of the texts as they were given: none held out, no context added.

@@ -13,7 +13,7 @@ from sidelight.models.conversation import Reads
 from sidelight.probes.artifact import load_probe
 from sidelight.progress import progress
 from sidelight.states.cache import ActivationCache
-from sidelight.states.extraction import extract
+from sidelight.states.extraction import extract, streamed
 from sidelight_vllm import KEY
 from sidelight_vllm.requests import read_report
 from sidelight_vllm.settings import STATES
@@ -91,6 +91,18 @@ def test_a_cache_has_the_states_of_transformers_and_goes_on_after_a_stop(
     assert other.directory != cache.directory
     for row in range(len(prompts)):
         torch.testing.assert_close(cache.text(row), other.text(row), **ROUNDING_TO_BF16)
+    # A streamed training reads states before anything has made the folder.
+    fresh = ActivationCache(
+        tmp_path / "fresh",
+        prompts,
+        reads=Reads("both", template=False),
+        fingerprint=backbone.fingerprint,
+        engine=reader.engine,
+    )
+    states = streamed(reader, fresh)
+    for row in states.shards[0]:
+        torch.testing.assert_close(states.text(row), other.text(row), **ROUNDING_TO_BF16)
+    assert not [*(tmp_path / "fresh").rglob("*.safetensors")]
     # States that were not written are an error.
     gone = tmp_path / "gone" / "0"
     params = capture_params(prompts[0], Reads(), gone)
@@ -145,3 +157,12 @@ def test_the_longest_text_leaves_room_for_the_token_that_vllm_writes(llama_model
     model = read_model(llama_model.path)
     assert VllmReader(model).max_tokens == model.encoder.max_tokens - 1
     assert VllmReader(model, options={"max_model_len": 512}).max_tokens == 511
+
+
+def test_the_record_of_a_training_has_no_secret_option(llama_model):
+    from sidelight_vllm.offline import VllmReader
+
+    options = {"hf_token": "hf_secret", "max_num_batched_tokens": 48, "tokenizer_mode": "auto"}
+    told = VllmReader(read_model(llama_model.path), options=options).engine
+    assert "secret" not in told
+    assert '"max_num_batched_tokens": 48, "tokenizer_mode": "auto"' in told

@@ -27,7 +27,7 @@ def require_safetensors(model: str, engine: str, tokenizer: str | None) -> None:
             "folder saved by save_pretrained or a hub id here."
         )
     if tokenizer is not None:
-        raise SidelightError(f"'{model}' has a tokenizer of its own. Leave --tokenizer out.")
+        raise SidelightError(f"'{model}' comes with its tokenizer. Leave --tokenizer out.")
     require_model(model)
 
 
