@@ -141,7 +141,7 @@ def test_however_states_are_kept_the_probe_is_the_same(
     assert np.corrcoef(*(own.ravel() for own in logits))[0, 1] > 0.98
 
 
-def test_what_fits_in_memory_is_whole_and_so_is_what_a_shared_head_reads(tiny, tmp_path, examples):
+def test_few_states_are_whole_and_so_is_what_a_shared_head_reads(tiny, tmp_path, examples):
     pooling = mechanism_spec("pooling")
     for options in ({}, {"states": "disk", "mechanism": pooling}, {"states": "whole"}):
         made = fitted(tiny, tmp_path, examples, **options)
@@ -150,18 +150,17 @@ def test_what_fits_in_memory_is_whole_and_so_is_what_a_shared_head_reads(tiny, t
 
 
 @pytest.mark.slow
-def test_more_than_memory_holds_is_compressed_and_more_than_a_disk_should_hold_is_streamed(
+def test_much_is_compressed_and_more_than_a_disk_should_hold_is_streamed(
     tiny, tmp_path, examples, monkeypatch, all_directions
 ):
-    made = fitted(tiny, tmp_path / "a", examples, memory_bytes=20_000)
+    monkeypatch.setattr(keeping, "MOST_WHOLE_BYTES", 20_000)
+    made = fitted(tiny, tmp_path / "a", examples)
     kept = made.probe.record["states"]
     assert (kept["kept"], kept["streamed"]) == ("compressed", False)
     monkeypatch.setattr(keeping, "MOST_DISK_BYTES", 1000)
-    made = fitted(tiny, tmp_path / "b", examples, memory_bytes=20_000)
+    made = fitted(tiny, tmp_path / "b", examples)
     assert made.probe.record["states"]["streamed"]
-    pooling = fitted(
-        tiny, tmp_path / "c", examples, memory_bytes=20_000, mechanism=mechanism_spec("pooling")
-    )
+    pooling = fitted(tiny, tmp_path / "c", examples, mechanism=mechanism_spec("pooling"))
     kept = pooling.probe.record["states"]
     assert (kept["kept"], kept["streamed"]) == ("whole", True)
 
@@ -311,10 +310,11 @@ def test_streaming_leaves_no_states_and_needs_no_room(tiny, tmp_path, examples, 
 
 def test_states_that_others_share_are_whole_and_on_disk(tiny, examples, tmp_path, monkeypatch):
     monkeypatch.setattr(keeping, "reads_faster_than_disk", lambda *_: True)
+    monkeypatch.setattr(keeping, "MOST_WHOLE_BYTES", 1)
     split = make_split(tiny, examples, FitOptions(cache_root=tmp_path))
     for candidates, options in (
-        ([], FitOptions(memory_bytes=1)),
-        ([READOUT], FitOptions(memory_bytes=1, keep_cache=True)),
+        ([], FitOptions()),
+        ([READOUT], FitOptions(keep_cache=True)),
     ):
         assert keeping.choose_keeping(tiny, [split], candidates, options) == keeping.Keeping()
 

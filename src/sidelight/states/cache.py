@@ -256,13 +256,23 @@ class ActivationCache:
 
     def write(self, texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> None:
         """Stores the states of each row."""
-        for row, hidden in texts.items():
-            write_tensors(self._stored(hidden), self.path(row))
+        for row, tensors in self._stored(texts).items():
+            write_tensors(tensors, self.path(row))
 
-    def _stored(self, hidden: Float[Tensor, "layer token width"]) -> dict[str, Tensor]:
-        if self.compression is None:
-            return {"hidden": hidden}
-        return vars(self.compression.compress(hidden))
+    def _stored(
+        self, texts: Mapping[int, Float[Tensor, "layer _ width"]]
+    ) -> dict[int, dict[str, Tensor]]:
+        """What is stored of each row."""
+        if self.compression is None or not texts:
+            return {row: {"hidden": hidden} for row, hidden in texts.items()}
+        # Together, since what a layer's directions cost is per call.
+        joined = vars(self.compression.compress(torch.cat([*texts.values()], 1)))
+        lengths = [hidden.shape[1] for hidden in texts.values()]
+        parts = {name: tensor.split(lengths, 1) for name, tensor in joined.items()}
+        return {
+            row: {name: own[number] for name, own in parts.items()}
+            for number, row in enumerate(texts)
+        }
 
     def text(self, row: int) -> Float[Tensor, "layer token width"]:
         """A text's states, as they are stored whole."""
@@ -293,7 +303,7 @@ class ActivationCache:
             # One shard is in memory, not two.
             self._computed = {}
             for texts in compute(self, shard):
-                self._computed |= {text: self._stored(own) for text, own in texts.items()}
+                self._computed |= self._stored(texts)
         return self._computed[row]
 
     def read(

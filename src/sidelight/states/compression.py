@@ -15,7 +15,7 @@ from jaxtyping import Float, Float16, Int8
 from torch import Tensor
 
 from sidelight.models.fingerprint import Fingerprint
-from sidelight.probes.standardisation import Projection, Standardisation
+from sidelight.probes.standardisation import Projection, Standardisation, project
 from sidelight.states.files import read_tensors, write_tensors
 
 # Of the bytes that the whole states take, in bfloat16.
@@ -113,9 +113,14 @@ class Compression:
         """The stored form of states."""
         values: list[Tensor] = []
         factors: list[Tensor] = []
+        moments, flags = self.moments, None
+        if moments.is_normalised:
+            flags = torch.ones(self.scales.shape[1], dtype=torch.bool)
         for layer, states in enumerate(hidden):
-            x = self.moments.standardised(states, layer)
-            z = (x @ self.directions[layer].float()) / self.scales[layer]
+            # Standardisation is part of the product, which is faster than to standardise first.
+            inverse = 1 / moments.scale[layer]
+            weight = inverse[:, None] * self.directions[layer].float() / self.scales[layer]
+            z = project(weight, -moments.mean[layer] @ weight, flags, states.float())
             # Rounded as it is stored; a smaller one would be 0.
             factor = (z.abs().amax(1) / _LARGEST).clamp(min=1e-4).half()
             rounded = (z / factor[:, None].float()).round_().clamp_(-_LARGEST, _LARGEST)

@@ -11,7 +11,7 @@ from sidelight.models.fingerprint import Fingerprint
 from sidelight.states.cache import token_bytes
 from sidelight.states.compression import compressed_token_bytes
 from sidelight.training.contexts import context_budget
-from sidelight.training.settings import TRAINING_MAX_TOKENS, FitOptions
+from sidelight.training.settings import MOST_WHOLE_BYTES, TRAINING_MAX_TOKENS
 
 # Operations per token and parameter, in products as fast as the measured ones: 2.7 for the forward
 # pass, of which 2 are the products themselves, and the rest for the probe, its folds and their
@@ -28,8 +28,8 @@ class TrainingEstimate:
 
     Attributes:
         tokens: Those of the texts and of their contexts.
-        disk_bytes: For their hidden states, compressed if they do not fit in memory; they are
-            removed at the end.
+        disk_bytes: For their hidden states, compressed if whole ones would take over 10 GiB. They
+            are removed at the end.
         seconds: On this CPU; right within a factor of two.
     """
 
@@ -68,7 +68,7 @@ def estimate_training(
     parameters = 12 * (model.layers - 1) * model.width**2
     speed = operations_per_s or _operations_per_s()
     disk_bytes = tokens * token_bytes(model)
-    if disk_bytes > FitOptions().memory_bytes:
+    if disk_bytes > MOST_WHOLE_BYTES:
         disk_bytes = tokens * compressed_token_bytes(model)
     return TrainingEstimate(tokens, disk_bytes, _OPERATIONS * parameters * tokens / speed)
 

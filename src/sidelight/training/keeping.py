@@ -23,7 +23,7 @@ from sidelight.states.extraction import extract, require_finite, streamed
 from sidelight.states.reader import Reader
 from sidelight.training.dataset import Split
 from sidelight.training.loop import Candidate, train_mechanisms
-from sidelight.training.settings import FitOptions
+from sidelight.training.settings import MOST_WHOLE_BYTES, FitOptions
 
 # Tokens that directions are measured on, and that a probe is tried on with and without them.
 _SAMPLE_TOKENS = 8192
@@ -77,8 +77,8 @@ def choose_keeping(
 ) -> Keeping:
     """Choose how hidden states are kept, from ``options.states`` and the number of tokens.
 
-    ``auto`` keeps states whole if they fit in memory, else compressed on disk. It recomputes them
-    in each epoch if they would take over 200 GiB, or a GPU computes them faster than a disk reads.
+    ``auto`` keeps up to 10 GiB whole, and more compressed on disk. It recomputes states in each
+    epoch if they would take over 200 GiB, or a GPU computes them faster than a disk reads.
 
     Args:
         reader: The frozen LLM, in any engine.
@@ -93,7 +93,7 @@ def choose_keeping(
     tokens = sum(sum(split.states.lengths) for split in splits)
     # Without candidates, or where other trainings share states, they are whole and on disk.
     is_own = bool(candidates) and not options.keep_cache
-    fits = tokens * token_bytes(who) <= options.memory_bytes
+    fits = tokens * token_bytes(who) <= MOST_WHOLE_BYTES
     if options.states == "whole" or (options.states == "auto" and (fits or not is_own)):
         return Keeping()
     can_compress = (

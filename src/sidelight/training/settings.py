@@ -27,6 +27,9 @@ from sidelight.training.background import Background
 from sidelight.types import NONE, MechanismSpec, Task
 
 AUTO = "auto"
+# Up to this size, hidden states are kept whole. Of 1.7 GB, compressing and the comparison before it
+# take more time than training on less data saves.
+MOST_WHOLE_BYTES = 10 * 2**30
 # How a user wants hidden states kept.
 StatesChoice = Literal["auto", "disk", "stream", "whole"]
 TRAINING_MAX_TOKENS = 1024
@@ -166,8 +169,8 @@ class FitOptions:
             else a training has them in a folder of its own, which it removes.
         states: How hidden states are kept: ``disk`` writes them once, compressed where the
             mechanism allows; ``stream`` computes them in each epoch and writes none; ``whole``
-            writes them as they are. ``auto`` keeps states whole if they fit in
-            ``memory_bytes``, else chooses by size and device: see ``training/keeping.py``.
+            writes them as they are. ``auto`` keeps up to 10 GiB whole, and chooses
+            for more by size and device: see ``training/keeping.py``.
         memory_bytes: The most that hidden states may take in memory while training; more are read
             from disk again in each epoch. A CPU without bfloat16 arithmetic also holds one batch in
             float32.
