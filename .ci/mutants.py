@@ -28,6 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = "src/sidelight"
+SOURCES = ("src", *(f"packages/{name}/src" for name in ("lab", "llama", "vllm")))
 # How many faults of each part, about as its weight in what a verdict rests on; where they are
 # planted, and the tests that have to catch them.
 PARTS = {
@@ -83,7 +84,7 @@ PARTS = {
             "start",
         ],
     ),
-    "columns": (8, ["vllm/columns.py"], ["vllm_*"]),
+    "columns": (8, ["packages/vllm/src/sidelight_vllm/columns.py"], ["vllm_*"]),
     "training": (
         24,
         ["training", "classifier.py", "estimator.py", "scoring.py"],
@@ -121,7 +122,9 @@ def sample(faults: Path, seed: int) -> None:
     chosen = random.Random(seed)
     rows: list[dict] = []
     for part, (count, places, _) in PARTS.items():
-        paths = [ROOT / PRODUCT / place for place in places]
+        # Those of the core are told from its folder on.
+        starts = [ROOT if place.startswith("packages/") else ROOT / PRODUCT for place in places]
+        paths = [start / place for start, place in zip(starts, places, strict=True)]
         files = [f for path in paths for f in (sorted(path.rglob("*.py")) or [path])]
         # Lines are drawn, not changes: a line with many operators weighs no more than others.
         changes: dict[tuple[Path, int], list[tuple[str, int]]] = {}
@@ -247,7 +250,7 @@ def _exit_code(fault: dict, folder: Path) -> int:
 
 def _try(fault: dict, folder: Path) -> int:
     """In a process of its own: the tests' exit code."""
-    for place in ("src", "packages/lab/src"):
+    for place in SOURCES:
         shutil.copytree(ROOT / place, folder / place)
     if fault["patch"]:
         command = ["patch", "-p1", "--batch", "--quiet"]
@@ -255,12 +258,14 @@ def _try(fault: dict, folder: Path) -> int:
         if applied.returncode:
             return GONE
     patterns = PARTS[fault["part"]][2]
-    found = [sorted(ROOT.glob(f"tests/test_{pattern}.py")) for pattern in patterns]
+    globs = [f"{start}tests/test_{name}.py" for name in patterns for start in ("", "packages/*/")]
+    found = [sorted(ROOT.glob(pattern)) for pattern in globs]
     tests = dict.fromkeys(str(file) for files in found for file in files)
     if fault["patch"]:
         resource.setrlimit(resource.RLIMIT_CPU, (LONGEST_S, LONGEST_S))
-    sys.path[:0] = [str(folder / "src"), str(folder / "packages/lab/src")]
-    os.environ["PYTHONPATH"] = f"{folder / 'src'}:{folder / 'packages/lab/src'}"
+    copies = [str(folder / place) for place in SOURCES]
+    sys.path[:0] = copies
+    os.environ["PYTHONPATH"] = os.pathsep.join(copies)
     with (folder / "output").open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

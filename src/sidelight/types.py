@@ -15,6 +15,8 @@ Flags = NDArray[np.bool_]
 AnyArray = NDArray[np.generic]
 
 TaskKind = Literal["binary", "multiclass", "multilabel"]
+StatesChoice = Literal["auto", "disk", "stream", "whole"]
+"""How a user wants the hidden states of a training kept."""
 OptionValue = int | str
 # The class that training adds for ordinary traffic, which is of no class of the file.
 NONE = "none"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 from pydantic import Field
@@ -14,6 +14,7 @@ from sidelight.cli.runtime import Runtime
 from sidelight.engines.backend import OwnOptions, engine_names, find_backend, usable_backends
 from sidelight.errors import SidelightError, checked, did_you_mean
 from sidelight.storage import check_folder
+from sidelight.types import StatesChoice
 
 if TYPE_CHECKING:
     from sidelight.data.examples import LabelledExamples
@@ -155,7 +156,7 @@ class TrainingInputs:
     max_tokens: Annotated[int, Field(ge=8)] = 1024
     cache: Path | None = None
     keep_cache: bool = False
-    states: Literal["auto", "disk", "stream", "whole"] = "auto"
+    states: StatesChoice = "auto"
     memory: Annotated[float, Field(ge=0.01, allow_inf_nan=False)] = 1.0
 
     def load(self, spans: str | None = None) -> "tuple[LabelledExamples, LabelledExamples | None]":

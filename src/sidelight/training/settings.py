@@ -24,14 +24,12 @@ from sidelight.statistics.calibration import CalibrationKind
 from sidelight.statistics.thresholds import F1, ThresholdRule
 from sidelight.storage import has_files, holding, remove_unused
 from sidelight.training.background import Background
-from sidelight.types import NONE, MechanismSpec, Task
+from sidelight.types import NONE, MechanismSpec, StatesChoice, Task
 
 AUTO = "auto"
 # Up to this size, hidden states are kept whole. Of 1.7 GB, compressing and the comparison before it
 # take more time than training on less data saves.
 MOST_WHOLE_BYTES = 10 * 2**30
-# How a user wants hidden states kept.
-StatesChoice = Literal["auto", "disk", "stream", "whole"]
 TRAINING_MAX_TOKENS = 1024
 # The prompt, of which each turn is judged.
 READS = Reads(scope="each_turn")
