@@ -17,6 +17,8 @@ export SIDELIGHT_DATA ?= $(abspath ../shared/data)
 export SIDELIGHT_CLIENT_PYTHON ?= $(abspath .venv/clients/bin/python)
 export SIDELIGHT_LITELLM ?= $(abspath .venv/litellm/bin/litellm)
 export SIDELIGHT_NODE ?= $(abspath .venv/node)
+export SIDELIGHT_AGENTS_PYTHON ?= $(abspath .venv/agents/bin/python)
+export SIDELIGHT_OPEN_WEBUI ?= $(abspath .venv/open-webui)
 
 # One process for each core. What is inside vLLM has an environment of its own.
 INSIDE := packages/vllm/tests/inside
@@ -115,7 +117,7 @@ clean: ## Remove the environment and caches
 
 # What cannot be had is skipped by its test.
 .venv/.clients: .venv/bin/python
-	@echo "==> Installing clients with an older openai, NeMo Guardrails, LiteLLM's proxy, and the AI SDK"
+	@echo "==> Installing clients with an older openai, agents, NeMo Guardrails, LiteLLM's proxy, and the AI SDK"
 	@$(PYTHON) -m venv .venv/clients
 	@.venv/clients/bin/python -m pip install --quiet --disable-pip-version-check \
 	  'openai<3' 'pydantic-ai-slim[openai]>=2' || true
@@ -124,6 +126,11 @@ clean: ## Remove the environment and caches
 	@$(PYTHON) -m venv .venv/litellm
 	@.venv/litellm/bin/python -m pip install --quiet --disable-pip-version-check \
 	  'litellm[proxy]' || true
+	@$(PYTHON) -m venv .venv/agents
+	@.venv/agents/bin/python -m pip install --quiet --disable-pip-version-check \
+	  'langchain==1.5.2' 'langchain-openai==1.7.4' 'openai-agents==0.24.0' || true
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+	  --dest .venv/open-webui 'open-webui==0.12.4' || true
 	@npm install --silent --no-audit --no-fund --prefix .venv/node \
 	  ai@6 @ai-sdk/openai-compatible@2 zod@4 || true
 	@touch $@

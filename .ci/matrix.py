@@ -57,7 +57,7 @@ LANES = {
     "packages": Lane([f"{MATRIX}/packages"]),
     "lab": Lane([f"{MATRIX}/lab"]),
     "gguf": Lane([f"{MATRIX}/gguf"]),
-    "vllm-clients": Lane([f"{MATRIX}/clients"], runner=1),
+    "vllm-clients": Lane([f"{MATRIX}/clients/test_client_tables.py"], runner=1),
     "vllm-features": Lane(
         [f"{MATRIX}/vllm/test_features.py", f"{MATRIX}/vllm/test_attacks.py"], runner=1
     ),

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import runpy
 import subprocess
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ import yaml
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight_vllm import ENVIRONMENT
+from worlds.data import documented_table
 from worlds.models import three_probes
 from worlds.servers import http_client, served
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = EXAMPLES.parent
 KEY = "a-key"
 MODEL = "smollm2"
 
@@ -80,3 +83,19 @@ def test_the_values_for_kubernetes_name_what_the_plugin_reads():
     (mount,) = model["extraVolumeMounts"]
     paths = [*variables[ENVIRONMENT].split(":"), variables["SIDELIGHT_POLICY"]]
     assert all(path.startswith(mount["mountPath"] + "/") for path in paths)
+
+
+def test_a_lane_runs_each_example_that_the_table_of_integrations_says_it_runs():
+    lanes = runpy.run_path(str(ROOT / ".ci/matrix.py"))["LANES"]
+    columns = ("tool", "calls", "fails open", "example", "lane")
+    named: set[Path] = set()
+    for row in documented_table("integrations.md", *columns):
+        for path in re.findall(r"\]\(\.\./examples/(.+?)\)", row["example"]):
+            named.add(EXAMPLES / path)
+            if row["lane"] == "not run":
+                continue
+            tests = [file for t in lanes[row["lane"]].tests for file in (ROOT / t).rglob("*.py")]
+            words = (Path(path).stem, path.split("/")[0])
+            assert any(word in file.read_text() for file in tests for word in words), path
+    assert named
+    assert not [path for path in named if not path.is_file()]
