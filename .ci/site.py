@@ -25,10 +25,10 @@ Schema = dict[str, Any]
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Takes the navigation from the table of ``docs/README.md``."""
+    """Takes the navigation from the sections of ``docs/README.md``."""
     sections: dict[str, list[str]] = {}
     for row in (Path(config.docs_dir) / "README.md").read_text().splitlines():
-        if heading := re.match(r"\| \*\*(.+)\*\* \|", row):
+        if heading := re.match(r"## (.+)", row):
             sections[heading[1]] = []
         elif page := re.match(r"\| \[.+\]\((.+)\) \|", row):
             sections[list(sections)[-1]].append(page[1])

@@ -368,7 +368,7 @@ def test_every_mode_action_and_header_is_documented_and_modes_can_be_chosen():
     assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(get_args(Mode))
     row = pages["operate.md"].split("| `sidelight_actions_total` |")[1].split("\n")[0]
     assert {*get_args(Action)} - {"none"} == {*re.findall(r"`(\w+)`", row)}
-    rows = pages["routes.md"].split("## Where the verdicts are")[1].split("## What clients keep")[0]
+    rows = pages["routes.md"].split("## Read the verdicts")[1].split("## Client support")[0]
     named = vars(rules) | vars(request)
     headers = [value for name, value in named.items() if name.endswith("_HEADER")]
     assert headers

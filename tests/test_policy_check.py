@@ -51,19 +51,19 @@ POLICIES = {
 }
 POLICIES = {setting: replace(SOUND, **changes) for setting, changes in POLICIES.items()}
 PROBES = {
-    "a probe with the same labels that tells its scores": lambda early, late: (
+    "a probe with the same labels that discloses its scores": lambda early, late: (
         [early, late, replace(early, name="double")]
     ),
-    "a probe that judges a conversation as one text": lambda early, late: (
+    "a probe that reads a conversation as one text": lambda early, late: (
         [replace(early, reads=Reads()), late]
     ),
-    "a probe that reads the last turn alone, as those of several classes": lambda early, late: (
+    "a probe that reads only the last turn, such as a multi-class probe": lambda early, late: (
         [replace(early, reads=Reads(scope="last_turn")), late]
     ),
-    "an older probe, or one of several classes": lambda early, late: (
+    "an older probe, or a multi-class probe": lambda early, late: (
         [replace(early, standardisation=late.standardisation), late]
     ),
-    "a probe of texts alone, and no `max_tokens`": lambda early, late: (
+    "a probe trained without background traffic, and no `max_tokens`": lambda early, late: (
         [replace(early, record={}), late]
     ),
 }
@@ -77,8 +77,8 @@ WORDS = {
     '`disclose = "scores"`': ["[input.toxicity] disclose"],
     '`turns = "tool"`': ["[input.toxicity] turns"],
     "`hold_back` below `consecutive - 1`": ["Set it to 3 or more"],
-    "a probe with the same labels that tells its scores": ["'double' tells its scores"],
-    "a probe that reads the last turn alone, as those of several classes": ["last turn alone"],
+    "a probe with the same labels that discloses its scores": ["'double' tells its scores"],
+    "a probe that reads only the last turn, such as a multi-class probe": ["last turn alone"],
 }
 
 

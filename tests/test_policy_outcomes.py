@@ -199,7 +199,7 @@ def shape(text, case):
     if text in ("", whole):
         return "all" if text else "none"
     assert whole.startswith(text)
-    return "judged part" if text == judged_part(case.cut_at) else "part"
+    return "classified part" if text == judged_part(case.cut_at) else "part"
 
 
 def judged_part(cut_at, hold_back=2, first_decidable_token=2):
