@@ -33,9 +33,12 @@ def down() -> str:
     return f"http://127.0.0.1:{free_port()}"
 
 
-@pytest.fixture
-def hosted() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The address of a stand-in for a hosted model, and the bodies that reach it.
+Hosted = tuple[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def hosted_model() -> Iterator[Hosted]:
+    """The address of a stand-in for a hosted model, and the bodies that have reached it.
 
     It answers a message of the user with a call of ``read_file``, and a tool's result with that
     result.
@@ -59,3 +62,10 @@ def hosted() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
     with listening(app) as address:
         yield f"{address}/v1", asked
+
+
+@pytest.fixture
+def hosted(hosted_model: Hosted) -> Hosted:
+    """The same, with the bodies of one test."""
+    hosted_model[1].clear()
+    return hosted_model
