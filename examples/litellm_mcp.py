@@ -1,6 +1,6 @@
 """LiteLLM's proxy as a gateway of MCP: a guard on calls of tools, and on what they bring.
 
-LiteLLM's generic guardrail knows no modes of MCP. This one adds them, for examples/litellm_mcp.yaml.
+LiteLLM's generic guardrail knows no modes of MCP. This one adds them, for litellm_mcp.yaml.
 """
 
 from litellm.proxy.guardrails.guardrail_hooks.generic_guardrail_api import GenericGuardrailAPI

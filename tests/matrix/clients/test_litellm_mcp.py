@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from test_litellm_guardrails import KEY, PROXY, START_S, URL, proxy
 
 from test_examples import EXAMPLES
-from test_litellm_guardrails import KEY, PROXY, START_S, URL, proxy
 from worlds.applications import ATTACK, POISONED_RESULT, TOOL_RESULT
 from worlds.servers import free_port
 
