@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
+from worlds.data import documented_table
 from worlds.models import TOPICS, tiny_backbone, untrained_probe
 from worlds.servers import MODEL, app_of
 
@@ -21,6 +22,10 @@ WORD = "canary-prompt-91bc"
 # Greedy: a drawn text may end with its first piece.
 MESSAGES = [{"role": "user", "content": WORD}]
 BODY = {"model": MODEL, "messages": MESSAGES, "max_tokens": 4, "temperature": 0}
+NAMES = {
+    row["part of a verdict"]: row["name"].split("`")[1]
+    for row in documented_table("operate.md", "part of a verdict", "name")
+}
 FLAGGING = Policy(input={"toxicity": Rule("flag", threshold=0.0)})
 BLOCKING = Policy(input={"toxicity": Rule("block", threshold=0.0)})
 
@@ -28,7 +33,7 @@ BLOCKING = Policy(input={"toxicity": Rule("block", threshold=0.0)})
 class Instrumented:
     """A server whose requests are spans, each of which ends with the last message."""
 
-    def __init__(self, policy):
+    def __init__(self, policy, **settings):
         backbone = tiny_backbone()
         probes = [
             untrained_probe(backbone, "toxicity"),
@@ -36,7 +41,7 @@ class Instrumented:
             untrained_probe(backbone, "late", reads=Reads("response")),
         ]
         self.engine = TransformersEngine(backbone, probes)
-        self.app = app_of(self.engine, policy=policy)
+        self.app = app_of(self.engine, policy=policy, **settings)
         self._exporter = InMemorySpanExporter()
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self._exporter))
@@ -57,12 +62,22 @@ class Instrumented:
         if span.is_recording():
             span.end()
 
-    def attributes(self):
-        """Those of the one request since the last call, which hold no text of it."""
+    def span(self):
+        """That of the one request since the last call, which holds no text of it."""
         (span,) = self._exporter.get_finished_spans()
         self._exporter.clear()
         assert WORD not in span.to_json()
-        return span.attributes
+        return span
+
+    def attributes(self):
+        return self.span().attributes
+
+    def events(self):
+        """Those of the span, which have one name, by what they say of verdicts."""
+        events = self.span().events
+        assert {event.name for event in events} <= {NAMES["event"]}
+        parts = {name: part for part, name in NAMES.items()}
+        return [{parts[name]: v for name, v in event.attributes.items()} for event in events]
 
 
 @pytest.mark.slow
@@ -93,6 +108,47 @@ def test_a_span_has_the_verdicts_of_its_answer_or_check_and_the_id_of_what_is_re
     with TestClient(server, "http://localhost") as http:
         assert http.post(CHAT, json=BODY).status_code == 400
     assert server.attributes()["sidelight.probe.toxicity.action"] == ("block",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_span_has_an_event_for_each_verdict_that_the_policy_discloses(stream):
+    policy = Policy(
+        input={"toxicity": Rule("block", threshold=1.0), "topics": Rule("shadow")},
+        output={"late": Rule("flag", threshold=0.0)},
+    )
+    server = Instrumented(policy, trace_events=True)
+    with TestClient(server, "http://localhost") as http:
+        answer = http.post(CHAT, json={**BODY, "stream": stream})
+        assert answer.status_code == 200
+        blocking, late = server.events()
+        assert blocking == {"probe": "toxicity", "label": "fine"}
+        assert (late["probe"], late["label"]) == ("late", "toxic")
+        if not stream:
+            _, verdict = answer.json()["sidelight"]["verdicts"]
+            assert late["score"] == verdict["probabilities"]["toxic"]
+        http.post("/v1/moderations", json={"input": [WORD, "two"]})
+        assert server.events() == [blocking] * 2
+    server = Instrumented(BLOCKING, trace_events=True)
+    with TestClient(server, "http://localhost") as http:
+        http.post(CHAT, json=BODY)
+        first, *_ = server.events()
+        assert first == {"probe": "toxicity", "label": "toxic"}
+    server = Instrumented(policy)
+    with TestClient(server, "http://localhost") as http:
+        http.post(CHAT, json=BODY)
+        assert not server.events()
+
+
+@pytest.mark.slow
+def test_a_verdict_that_failed_is_an_event_with_an_error():
+    server = Instrumented(
+        Policy(input={"toxicity": Rule("block", max_tokens=1)}), trace_events=True
+    )
+    with TestClient(server, "http://localhost") as http:
+        assert http.post(CHAT, json=BODY).status_code == 400
+        first, *_ = server.events()
+    assert first == {"probe": "toxicity", "failure": "verdict_failed"}
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ from sidelight_vllm import ENVIRONMENT, KEY, POLICY
 from sidelight_vllm.engine import VllmEngine, saved
 from sidelight_vllm.requests import Report, report_params
 from sidelight_vllm.server import NO_PLACE, arguments, serve
-from sidelight_vllm.settings import SET_HERE, identity_of, require_options
+from sidelight_vllm.settings import SET_HERE, identity_of, require_options, server_config
 from worlds.models import untrained_probe
 
 ROOT = Path(__file__).parents[3]
@@ -475,7 +475,7 @@ def test_every_option_has_a_place_in_vllms_server_or_a_remedy():
     in_the_process = {
         *("config", "probe", "policy", "audit_log", "audit_salt", "api_key", "api_keys_file"),
         *("admin_key", "admin_keys_file", "metrics_key", "allow_anonymous"),
-        "allowed_host",
+        *("allowed_host", "trace_events"),
     }
     as_arguments = {
         *("host", "port", "log_level", "model", "served_model_name", "dtype", "drain_s"),
@@ -484,6 +484,16 @@ def test_every_option_has_a_place_in_vllms_server_or_a_remedy():
     elsewhere = {"engine", "device", "tokenizer"}
     known = in_the_process | as_arguments | elsewhere | NO_PLACE.keys()
     assert ServerConfig.model_fields.keys() == known
+
+
+def test_vllms_own_server_takes_options_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("SIDELIGHT_AUDIT_LOG", str(tmp_path / "audit.jsonl"))
+    monkeypatch.setenv("SIDELIGHT_TRACE_EVENTS", "1")
+    config = server_config()
+    assert config.audit_log == tmp_path / "audit.jsonl"
+    assert config.trace_events
+    monkeypatch.delenv("SIDELIGHT_TRACE_EVENTS")
+    assert not server_config().trace_events
 
 
 def test_what_has_no_place_in_vllms_server_or_would_be_left_open_is_refused(monkeypatch):

@@ -183,7 +183,7 @@ class Terms:
 
     def disclosed(self, decisions: Iterable[Decision]) -> list[Disclosed]:
         """The decisions of the chosen probes, as the client sees them."""
-        return _disclosed(self.of_chosen(decisions), sees_all=self.sees_all)
+        return disclosed_by(self.of_chosen(decisions), sees_all=self.sees_all)
 
     def entries(self, decisions: Iterable[Decision]) -> list[Json]:
         """The entries of the ``sidelight`` field: verdicts, then the probes that gave none."""
@@ -191,7 +191,7 @@ class Terms:
 
     def headers(self, decisions: Sequence[Decision]) -> dict[str, str]:
         """The headers of an answer: verdicts, and marks of every probe for a gateway."""
-        marks = _marks(_disclosed(decisions, sees_all=self.sees_all))
+        marks = _marks(disclosed_by(decisions, sees_all=self.sees_all))
         return {**_verdict_header(self.disclosed(decisions)), **marks}
 
     def moderation(self, decisions: Iterable[Decision], not_run: str) -> Json:
@@ -333,11 +333,11 @@ def category_fields(disclosed: Iterable[Disclosed], names: CategoryNames) -> Jso
 
 def refusal_headers(decisions: Sequence[Decision], *, sees_all: bool) -> dict[str, str]:
     """The headers of a refused prompt: every verdict but those of shadows, and the marks."""
-    disclosed = _disclosed(decisions, sees_all=sees_all)
+    disclosed = disclosed_by(decisions, sees_all=sees_all)
     return {**_verdict_header(disclosed), **_marks(disclosed)}
 
 
-def _disclosed(decisions: Iterable[Decision], *, sees_all: bool) -> list[Disclosed]:
+def disclosed_by(decisions: Iterable[Decision], *, sees_all: bool) -> list[Disclosed]:
     """The decisions that a client sees, never a shadow's; ``sees_all``: it has an admin key."""
     disclosed: list[Disclosed] = []
     for decision in decisions:

@@ -96,6 +96,11 @@ class ServerConfig(BaseModel):
         description="Secret of the hashes in the audit log. [env: SIDELIGHT_AUDIT_SALT; default: a "
         "new one]",
     )
+    trace_events: bool = Field(
+        default=False,
+        description="Add an OpenTelemetry event to a request's span for each verdict that the "
+        "policy discloses.",
+    )
     api_key: _Keys = Field(
         default=(),
         description="Key that requests must carry; may be repeated. [env: SIDELIGHT_API_KEY]",

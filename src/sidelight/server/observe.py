@@ -26,6 +26,7 @@ from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Conversation, PlainText
 from sidelight.policy.decisions import Decision
+from sidelight.policy.request import disclosed_by
 from sidelight.policy.rules import LOGGED, BoundRule
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
@@ -38,6 +39,14 @@ except ImportError:
     otel = None
 
 _log = logging.getLogger(__name__)
+# OpenTelemetry's names for a verdict, whose conventions for generative AI are in development.
+EVALUATION = {
+    "event": "gen_ai.evaluation.result",
+    "probe": "gen_ai.evaluation.name",
+    "label": "gen_ai.evaluation.score.label",
+    "score": "gen_ai.evaluation.score.value",
+    "failure": "error.type",
+}
 _APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
@@ -51,6 +60,7 @@ class RequestObserver:
         request_id: As in the answer's ``x-request-id``.
         key_id: Of the API key that was sent; None: the request had none.
         decisions: What followed from each verdict so far.
+        trace_events: Whether the span gets an event for each verdict that rules disclose.
     """
 
     metrics: Metrics
@@ -58,15 +68,20 @@ class RequestObserver:
     request_id: str = ""
     key_id: str | None = None
     decisions: list[Decision] = field(default_factory=list[Decision])
+    trace_events: bool = False
+    _traced: int = field(default=0, init=False)
 
     def of(self, request_id: str, *, key_id: str | None = None) -> "RequestObserver":
         """The same for one request."""
-        return RequestObserver(self.metrics, self.audit, request_id, key_id)
+        observer = RequestObserver(self.metrics, self.audit, request_id, key_id)
+        observer.trace_events = self.trace_events
+        return observer
 
     def annotate_span(self) -> None:
         """Sets the verdicts as attributes of the current span, if OpenTelemetry records one.
 
-        Those of a probe are lists with one entry per verdict: a request may have several texts.
+        Those of a probe are lists with one entry per verdict: a request may have several texts. An
+        event is added once, however often this is called.
         """
         span = None if otel is None else otel.get_current_span()
         if span is None or not span.is_recording():
@@ -81,6 +96,18 @@ class RequestObserver:
                 for label, score in scores(decision.rule.probe, decision.verdict).items():
                     lists[f"{name}.score.{label}"].append(score)
         span.set_attributes(lists)
+        # Whoever keeps the traces need not be who may see what rules withhold.
+        new, self._traced = self.decisions[self._traced :], len(self.decisions)
+        for each in disclosed_by(new, sees_all=False) if self.trace_events else ():
+            attributes: dict[str, str | float] = {EVALUATION["probe"]: each.probe}
+            if each.verdict is None:
+                attributes[EVALUATION["failure"]] = "verdict_failed"
+            else:
+                attributes[EVALUATION["label"]] = each.verdict.label
+                if each.has_scores:
+                    score = each.verdict.probabilities[each.verdict.label]
+                    attributes[EVALUATION["score"]] = score
+            span.add_event(EVALUATION["event"], attributes)
 
     def annotating(self, send: Send) -> Send:
         """Annotates the span before the last message: instrumentation ends it with that."""

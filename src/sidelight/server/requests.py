@@ -45,7 +45,7 @@ class ServerContext:
         self.engine, self.config = engine, config
         self.registry = registry = ProbeRegistry(engine, config)
         metrics = Metrics(engine, lambda: registry.rules)
-        self.observer = RequestObserver(metrics, audit_of(config))
+        self.observer = RequestObserver(metrics, audit_of(config), trace_events=config.trace_events)
         self.started_at = int(time.time())
         access = config.access
         is_closed = not (access.metrics_keys or access.admin_keys or config.audit_log)

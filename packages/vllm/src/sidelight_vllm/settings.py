@@ -5,7 +5,8 @@
 ``additional_config={"sidelight": {"probes": [...]}}``. Without either, the plugin does nothing.
 ``SIDELIGHT_COLUMNS`` keeps room for larger probes.
 ``SIDELIGHT_QUANTISED`` accepts the probes of a model on a quantised copy.
-``SIDELIGHT_POLICY`` and ``SIDELIGHT_AUDIT_LOG`` name the files of a server of vLLM's.
+``SIDELIGHT_POLICY`` and ``SIDELIGHT_AUDIT_LOG`` name the files of a server of vLLM's, and
+``SIDELIGHT_TRACE_EVENTS=1`` adds events to its spans.
 """
 
 # pyright: reportMissingImports=false
@@ -35,7 +36,11 @@ if TYPE_CHECKING:
 
 COLUMNS = "SIDELIGHT_COLUMNS"
 # The options of a server that vLLM's own takes from the environment, beside the secrets.
-_SERVER = {"policy": POLICY, "audit_log": "SIDELIGHT_AUDIT_LOG"}
+_SERVER = {
+    "policy": POLICY,
+    "audit_log": "SIDELIGHT_AUDIT_LOG",
+    "trace_events": "SIDELIGHT_TRACE_EVENTS",
+}
 DESCRIBED = "described"
 """Under ``KEY``: whether requests describe their tokens."""
 STATES = "keeps_states"
