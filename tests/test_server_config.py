@@ -29,7 +29,7 @@ VALUES |= {"api_keys_file": "keys", "admin_keys_file": "admin_keys", "deadline":
 VALUES |= {"max_body_bytes": 1000, "max_batch_items": 2}
 VALUES |= {"max_request_tokens": 100, "engine": "vllm", "model": "tiny", "dtype": "float32"}
 VALUES |= {"device": "cpu", "tokenizer": "owner/model", "allowed_host": ["gateway.example"]}
-VALUES |= {"served_model_name": "assistant"}
+VALUES |= {"served_model_name": "assistant", "trace_events": True}
 SECRETS = {"api_key", "admin_key", "metrics_key", "audit_salt"}
 
 
