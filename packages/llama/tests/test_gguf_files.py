@@ -223,7 +223,7 @@ def test_vllm_refuses_a_gguf_file(file, command, capsys):
 
 def test_the_options_of_llama_cpp_are_those_of_its_page():
     page = (Path(__file__).parents[3] / "docs" / "gguf.md").read_text()
-    table = page.partition("| option | default | |")[2].partition("\n\n")[0]
+    table = page.partition("| option | default | meaning |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [*LlamaOptions.model_fields]
 
 
