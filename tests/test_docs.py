@@ -200,7 +200,7 @@ def test_every_line_that_only_a_gpu_runs_is_listed_with_the_test_that_runs_it():
 
 
 def test_architecture_names_every_mechanism():
-    rows = documented_table("architecture.md", "mechanism", "columns per token and layer")
+    rows = documented_table("architecture.md", "mechanism", "projections per token and layer")
     told = [name for row in rows for name in re.findall(r"`([a-z]\w+)`", row["mechanism"])]
     assert sorted(told) == sorted(base.mechanism_names())
 

@@ -445,7 +445,7 @@ def calls():
 
 def test_a_moderation_takes_the_walk_of_the_page_of_architecture(tiny, calls):
     page = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text()
-    walk = page.split("## A text to judge")[1].split("\n## ")[0]
+    walk = page.split("## A check\n")[1].split("\n## ")[0]
     stops = re.findall(r"^ +\d+  (\S+)  ([\w.]+(?:, [\w.]+)*)  \S", walk, flags=re.MULTILINE)
     named = [(path, name) for path, names in stops for name in names.split(", ")]
     engine = TransformersEngine(tiny, [untrained_probe(tiny, "toxicity")])
