@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig
 
+import wordings
 from sidelight.engines.base import Engine, EngineUnavailableError, PromptJudged
 from sidelight.errors import (
     ContextLengthError,
@@ -241,7 +242,7 @@ class EngineContract:
     def test_texts_written_together_are_those_that_the_model_writes_alone(self, subject):
         texts = [f"{'word ' * (5 * i % 17)}number {i}" for i in range(9)]
         if subject.alone is None:
-            with pytest.raises(SidelightError, match="only judges"):
+            with pytest.raises(SidelightError, match=wordings.ONLY_JUDGES):
                 subject.run(ask(subject.engine, texts[0]))
             return
 

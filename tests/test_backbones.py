@@ -15,6 +15,7 @@ import torch
 from tokenizers.normalizers import Lowercase
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import wordings
 from sidelight import classifier
 from sidelight.cli.runtime import Runtime
 from sidelight.engines.backend import EngineOptions, find_backend
@@ -118,7 +119,9 @@ def test_a_tokenizer_without_a_template_reads_raw_text():
 def test_a_model_without_a_list_of_blocks_is_an_error():
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     model.config.num_hidden_layers = 7
-    with pytest.raises(SidelightError, match="LlamaForCausalLM has no list of 7 decoder blocks"):
+    with pytest.raises(
+        SidelightError, match=wordings.NO_BLOCKS.format(model="LlamaForCausalLM", count=7)
+    ):
         identified(model, tiny_tokenizer(), name="headless")
 
 
@@ -149,7 +152,9 @@ def test_a_change_of_the_model_is_another_backbone_and_is_named(tiny, change, fi
     for load in (load_backbone, read_model):
         after = replace(load(folder).fingerprint, name="tiny/changed")
         assert before.digest != after.digest
-        with pytest.raises(FingerprintMismatchError, match=f"differ in {field}\\.") as caught:
+        with pytest.raises(
+            FingerprintMismatchError, match=wordings.DIFFER_IN.format(fields=rf"{field}\.")
+        ) as caught:
             before.require(after, probe="toxicity")
         for named in ("'toxicity'", "tiny/llama", before.digest, "tiny/changed", after.digest):
             assert named in str(caught.value)
@@ -186,7 +191,9 @@ def test_a_folder_that_cannot_be_loaded_is_one_line(whole, tmp_path, offline, re
     for name, content in written.items():
         (folder / name).write_bytes(content)
     for load in (load_backbone, read_model):
-        with pytest.raises(SidelightError, match=f"Cannot load.*{folder}") as caught:
+        with pytest.raises(
+            SidelightError, match=wordings.CANNOT_LOAD.format(name=folder)
+        ) as caught:
             load(folder)
         assert "\n" not in str(caught.value)
 
@@ -232,7 +239,7 @@ def test_python_in_a_models_folder_never_runs(whole, tmp_path, offline, monkeypa
 @pytest.mark.parametrize("load", [load_backbone, read_model])
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no such model", "", "smollm"])
 def test_a_name_that_is_no_model_is_one_line(offline, name, load):
-    with pytest.raises(SidelightError, match="Give 'smollm2', a folder") as caught:
+    with pytest.raises(SidelightError, match=wordings.NAME_A_MODEL) as caught:
         load(name)
     assert "\n" not in str(caught.value)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import sidelight
+import wordings
 from sidelight.data.examples import Example, balanced_order
 from sidelight.data.loading import load_examples
 from sidelight.data.near_duplicates import are_alike
@@ -47,10 +48,10 @@ def test_no_set_the_packaged_one_and_a_file_need_no_llm(tmp_path: Path):
     assert Counter(own.conversations) == Counter(
         [said("Hello"), said("Where is my order?"), *packaged.conversations]
     )
-    with pytest.raises(SidelightError, match=r"No file .*traffic\.jsonl"):
+    with pytest.raises(SidelightError, match=wordings.NO_FILE.format(path=".*traffic.jsonl")):
         load_background(tmp_path / "traffic.jsonl")
     path.write_text("prompt\nHello\n")
-    with pytest.raises(SidelightError, match="no column 'text'"):
+    with pytest.raises(SidelightError, match=wordings.NO_COLUMN.format(name="text")):
         load_background(path)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+import wordings
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.models.conversation import Message, Part, Reads, Unit, judged_units, piece_lengths
 from sidelight.probes.bank import NUMBERS_AT_ONCE, Bank, BankState, Panel
@@ -156,7 +157,7 @@ def test_fifty_probes_run_as_many_matmuls_as_one(tiny, prompts):
 def test_a_logit_that_is_not_finite_is_an_error_not_a_verdict(tiny):
     probe = untrained_probe(tiny, "topics", task=TOPICS)
     for logit in (np.nan, np.inf, -np.inf):
-        with pytest.raises(VerdictError, match="'topics' gave a logit that is not finite"):
+        with pytest.raises(VerdictError, match=wordings.NOT_FINITE.format(probe="topics")):
             probe.verdict(np.array([0.0, logit]))
 
 
@@ -168,15 +169,15 @@ def test_hidden_states_that_overflowed_are_an_error(tiny):
         tap(layer, torch.full((1, 2, 32), torch.inf))
     state = summarise(bank, tap.projected(), torch.full((1, 2), Part.PROMPT, dtype=torch.uint8))
     assert bank.judge(bank.text_logits(state), [False]) == [Judgement((), ("p",))]
-    with pytest.raises(VerdictError, match="overflowed"):
+    with pytest.raises(VerdictError, match=wordings.OVERFLOWED):
         probe.verdict(bank.logits(state)[0][0])
 
 
 def test_names_that_are_not_distinct_and_empty_banks_are_refused(tiny):
     probe = untrained_probe(tiny, "twin")
-    with pytest.raises(SidelightError, match="distinct names, got: twin, twin"):
+    with pytest.raises(SidelightError, match=f"{wordings.DISTINCT_NAMES}, got: twin, twin"):
         Bank([probe, probe])
-    with pytest.raises(SidelightError, match="one or more probes"):
+    with pytest.raises(SidelightError, match=wordings.NO_PROBES):
         Bank([])
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.stats import t as student_t
 
+import wordings
 from sidelight.errors import SidelightError
 from sidelight.statistics.calibration import Calibration, CalibrationKind, fit_calibration
 from sidelight.types import Task
@@ -147,7 +148,7 @@ def test_constant_logits_give_the_base_rate_and_an_unseen_class_becomes_unlikely
 @pytest.mark.parametrize("kind", ["temperature", "platt"])
 def test_rows_that_cannot_calibrate_are_refused(kind):
     for task in (BINARY, MULTICLASS):
-        with pytest.raises(SidelightError, match="rows of both kinds are needed"):
+        with pytest.raises(SidelightError, match=wordings.ROWS_OF_BOTH):
             fit_calibration(kind, np.zeros((5, task.outputs)), np.zeros(5, int), task)
     logits, labels = draw_rows(MULTILABEL)
     labels[:, 1] = 0
@@ -160,7 +161,7 @@ def test_rows_that_cannot_calibrate_are_refused(kind):
 def test_what_a_calibration_does_not_know_is_refused():
     calibration = fit_calibration("none", np.zeros((1, 1)), np.zeros(1, int), BINARY)
     for logits in (np.array([[np.nan]]), np.array([[np.inf]])):
-        with pytest.raises(SidelightError, match="logits"):
+        with pytest.raises(SidelightError, match=wordings.LOGITS_NOT_FINITE):
             calibration.apply(logits)
-    with pytest.raises(SidelightError, match="Did you mean 'platt'"):
+    with pytest.raises(SidelightError, match=wordings.DID_YOU_MEAN.format(name="platt")):
         fit_calibration("plat", np.zeros((1, 1)), np.zeros(1, int), BINARY)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import sidelight
+import wordings
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Part, PlainText
 from sidelight.models.encode import PromptEncoder
@@ -260,6 +261,6 @@ def test_a_tokenizer_that_cannot_write_a_name_as_text_is_refused():
     # A character that the model does not know is no control token.
     assert list(encoder.encode(PlainText("a🙂b")).token_ids) == [3, 0, 4]
     for text in (spoken("a</s>b"), PlainText("a</s>b")):
-        with pytest.raises(SidelightError, match="name of a control token") as refused:
+        with pytest.raises(SidelightError, match=wordings.CONTROL_TOKEN) as refused:
             encoder.encode(text)
         assert "a</s>b" not in str(refused.value)

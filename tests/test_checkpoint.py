@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, Qwen3MoeConfig
 
+import wordings
 from sidelight.engines.transformers.backbone import load_backbone, read_model
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from worlds.models import FAMILIES, SIZES, family_backbone, identified, saved, tiny_tokenizer
@@ -46,7 +47,10 @@ def who(fingerprint):
 
 
 def require_other(one, another, fields):
-    with pytest.raises(FingerprintMismatchError, match=f"they differ in {fields}. Train the probe"):
+    with pytest.raises(
+        FingerprintMismatchError,
+        match=wordings.DIFFER_IN.format(fields=fields) + ". " + wordings.TRAIN_ON_THIS,
+    ):
         one.require(another, probe="p")
 
 
@@ -131,7 +135,7 @@ def test_weights_of_another_form_are_refused_with_a_remedy(tiny, load, tmp_path)
     saved(tiny, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(tiny.model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(SidelightError, match=r"no model.safetensors .* Save the model again"):
+    with pytest.raises(SidelightError, match=wordings.NO_WEIGHTS):
         load(tmp_path)
 
 
@@ -140,7 +144,9 @@ def test_two_sets_of_weights_in_a_folder_are_refused(before, tmp_path):
     save_file(other, tmp_path / "model-00001-of-00001.safetensors")
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(SidelightError, match=r"two different weights 'model.norm.weight'"):
+    with pytest.raises(
+        SidelightError, match=wordings.WEIGHTS_TWICE.format(name="model.norm.weight")
+    ):
         read_model(tmp_path)
 
 
@@ -154,7 +160,7 @@ def test_an_index_names_files_of_its_own_folder_only(before, tmp_path, place):
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": named}}))
     if place == "no map":
         index.write_text("[]")
-    with pytest.raises(SidelightError, match=r"not a whole index of files in its own folder"):
+    with pytest.raises(SidelightError, match=wordings.WRONG_INDEX):
         read_model(folder)
 
 
@@ -167,7 +173,7 @@ def test_an_adapter_beside_the_weights_is_refused_and_once_it_is_merged_another_
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     adapted = get_peft_model(before.model, lora)
     adapted.save_pretrained(folder)
-    with pytest.raises(SidelightError, match=r"adapter_config.*changes the weights.*Merge it"):
+    with pytest.raises(SidelightError, match=wordings.ADAPTER):
         load_backbone(folder)
     before.model = adapted.merge_and_unload()
     merged = load_backbone(saved(before, tmp_path / "merged"))

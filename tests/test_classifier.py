@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import sidelight
+import wordings
 from sidelight.classifier import Classifier, load, train
 from sidelight.cli.show import print_assessment, summary
 from sidelight.data.loading import load_examples
@@ -103,7 +104,9 @@ def test_a_training_that_diverges_is_refused_with_its_remedy(tiny, with_validati
     rows = load_examples(planted_rows("binary", 40), positive="toxic")
     diverging = replace(BRIEF, weight_decay=1e38, epochs=1)
     options = FitOptions(settings=diverging)
-    with pytest.raises(SidelightError, match=r"'readout' with seed 0 diverged.* Lower the rate"):
+    with pytest.raises(
+        SidelightError, match=wordings.RUN_DIVERGED.format(mechanism="readout", seed=0)
+    ):
         fit(tiny, rows, rows if with_validation else None, name="p", options=options)
 
 
@@ -111,7 +114,7 @@ def test_validation_texts_that_cannot_calibrate_cost_no_extraction(tiny, tmp_pat
     training = load_examples(planted_rows("multiclass", 60))
     left = [row for row in planted_rows("multiclass", 30, seed=1) if row["label"] == "x"]
     options = options_of("gate", cache_root=tmp_path)
-    with pytest.raises(SidelightError, match="Cannot fit a temperature calibration"):
+    with pytest.raises(SidelightError, match=wordings.CANNOT_CALIBRATE.format(kind="temperature")):
         fit(tiny, training, load_examples(left, task=training.task), name="p", options=options)
     assert not list(tmp_path.iterdir())
 
@@ -132,7 +135,7 @@ def test_activations_of_a_training_stay_until_its_probe_is_written(tiny, tmp_pat
         fit, tiny, rows, None, name="p", options=options_of("gate", cache_root=cache), out=out
     )
     out.write_text("a file in the place of the folder")
-    with pytest.raises(SidelightError, match="Cannot write the probe"):
+    with pytest.raises(SidelightError, match=wordings.CANNOT_WRITE.format(what="probe")):
         training()
     assert list(cache.rglob("*.safetensors"))
     # The same texts for another folder: that training neither reads nor removes them.
@@ -163,15 +166,15 @@ def test_a_probe_of_the_response_is_trained_and_asked_with_responses(tiny):
         {"text": f"question {i}", "answer": row["text"], "label": row["label"]}
         for i, row in enumerate(planted_rows("binary", 60))
     ]
-    with pytest.warns(UserWarning, match="No positive class was named, so 'toxic' is taken"):
+    with pytest.warns(UserWarning, match=wordings.POSITIVE_GUESSED.format(label="toxic")):
         classifier = train(tiny, rows, response="answer", background="none")
     assert classifier.probe.reads == Reads(side="response")
     verdicts = classifier.predict(["question"] * 2, responses=["tab", "tXXXX"])
     low, high = (verdict.probabilities["toxic"] for verdict in verdicts)
     assert low < high
-    with pytest.raises(SidelightError, match="reads responses, but 1 of 1 texts have none"):
+    with pytest.raises(SidelightError, match=wordings.NO_RESPONSES.format(missing=1, texts=1)):
         classifier.predict(["question"])
-    with pytest.raises(SidelightError, match="2 texts"):
+    with pytest.raises(SidelightError, match=wordings.UNEQUAL_LISTS.format(texts=2, responses=1)):
         classifier.predict(["a", "b"], responses=["c"])
 
 
@@ -179,30 +182,49 @@ LONG = "tab " * 300
 
 
 def test_an_error_about_a_text_names_its_place(tiny, classifier, tmp_path):
-    with pytest.raises(ContextLengthError, match=r"^Text 2: The text has .* at most 256"):
+    with pytest.raises(
+        ContextLengthError, match=wordings.TEXT_HAS.format(place="^Text 2", limit=256)
+    ):
         classifier.predict(["short", LONG])
     rows = planted_rows("binary", 8)
     rows[6]["text"] = LONG
     data = write(tmp_path / "rows.jsonl", rows)
     for ask in (classifier.evaluate, lambda data: classifier.predict(load_examples(data).items)):
-        with pytest.raises(ContextLengthError, match=r"^rows\.jsonl, line 7: The text has"):
+        with pytest.raises(
+            ContextLengthError,
+            match=wordings.TEXT_HAS.format(
+                place="^" + wordings.FILE_LINE.format(file="rows.jsonl", line=7), limit=256
+            ),
+        ):
             ask(data)
 
 
 def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):
     classifier = Classifier(tiny, untrained_probe(tiny, "p", reads=Reads("response")))
-    with pytest.raises(VerdictError, match=r"^Text 2: Probe 'p' gave a logit that is not finite"):
+    with pytest.raises(
+        VerdictError, match="^Text 2: Probe " + wordings.NOT_FINITE.format(probe="p")
+    ):
         classifier.predict(["a"] * 3, responses=["b", "", "d"])
     rows = [{**row, "answer": "b"} for row in planted_rows("binary", 8)]
     examples = load_examples(rows, response="answer", positive="toxic")
     items = (*examples.items[:4], replace(examples.items[4], response=""), *examples.items[5:])
-    with pytest.raises(VerdictError, match=r"^Given rows, row 5: Probe 'p' gave a logit"):
+    with pytest.raises(
+        VerdictError,
+        match=f"^{wordings.GIVEN_ROW.format(row=5)}: Probe "
+        + wordings.NOT_FINITE.format(probe="p"),
+    ):
         classifier.evaluate(replace(examples, items=items))
     probe = untrained_probe(tiny, "p")
     for parameter in probe.mechanism.parameters():
         parameter.fill_(3e38)
     examples = load_examples(write(tmp_path / "rows.jsonl", rows), task=probe.task)
-    with pytest.raises(VerdictError, match=r"^rows\.jsonl, line 1: Probe 'p' gave a logit"):
+    with pytest.raises(
+        VerdictError,
+        match="^"
+        + wordings.FILE_LINE.format(file="rows.jsonl", line=1)
+        + ": Probe "
+        + wordings.NOT_FINITE.format(probe="p"),
+    ):
         assess(tiny, probe, examples)
 
 
@@ -224,7 +246,7 @@ def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, 
     # Of the texts on which the probe was trained, and of others.
     seen = planted_rows("binary", TRAINING)[:12]
     rows = [*seen, *planted_rows("binary", 28, seed=5)]
-    with pytest.warns(UserWarning, match="12 of 40 texts were trained on: the figures flatter"):
+    with pytest.warns(UserWarning, match=wordings.TRAINED_ON.format(seen=12, texts=40)):
         classifier.evaluate(rows)
     assessment = assess(tiny, classifier.probe, load_examples(rows, task=classifier.probe.task))
     assert assessment.warnings[-1].startswith("12 of 40 texts were trained on")
@@ -304,16 +326,18 @@ def test_options_that_train_nothing_are_refused_before_the_model_is_loaded(tiny)
     with pytest.raises(SidelightError, match="'gate'"):
         train("no-such-model", GOOD, mechanism="gat")
     options = options_of("gate", reads=Reads("response"))
-    with pytest.raises(SidelightError, match=r"\(response\), first Given rows, row 1\."):
+    with pytest.raises(
+        SidelightError, match=rf"\(response\), first {wordings.GIVEN_ROW.format(row=1)}\."
+    ):
         fit(tiny, load_examples(GOOD), None, name="p", options=options)
 
 
 def test_what_a_classifier_cannot_be_asked_is_one_clear_error(classifier):
-    with pytest.raises(SidelightError, match="no labels"):
+    with pytest.raises(SidelightError, match=wordings.NO_LABELS):
         classifier.evaluate(load_examples(GOOD, label=None))
     with pytest.raises(SidelightError, match="fine"):
         classifier.evaluate(load_examples(GOOD, positive="fine"))
-    with pytest.raises(SidelightError, match="list"):
+    with pytest.raises(SidelightError, match=wordings.GIVE_A_LIST):
         classifier.predict("a text")
 
 

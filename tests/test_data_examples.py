@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import wordings
 from sidelight.data.examples import Examples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
@@ -170,7 +171,9 @@ def test_drawn_rows_keep_the_share_of_each_label_and_lose_none():
     assert abs(counts[0] - 14) <= 1
     assert (examples.draw(20, seed=1) != drawn).any()
     assert (examples.draw(500, seed=0) == np.arange(100)).all()
-    with pytest.raises(SidelightError, match="2 examples cannot show 3 labels"):
+    with pytest.raises(
+        SidelightError, match=wordings.TOO_FEW_FOR_LABELS.format(examples=2, labels=3)
+    ):
         examples.draw(2, seed=0)
     flags = [{"text": f"text {n}", "a": int(n < 50), "b": int(n == 7)} for n in range(60)]
     several = load_examples(flags, label="a,b")
@@ -178,12 +181,12 @@ def test_drawn_rows_keep_the_share_of_each_label_and_lose_none():
 
 
 def test_an_impossible_split_is_an_error():
-    with pytest.raises(SidelightError, match=r"Cannot make 5 parts"):
+    with pytest.raises(SidelightError, match=wordings.CANNOT_SPLIT.format(parts=5)):
         load_examples(ROWS[:2]).folds(5, 0)
-    with pytest.raises(SidelightError, match=r"all examples have the same text"):
+    with pytest.raises(SidelightError, match=wordings.SAME_TEXT):
         load_examples([("a", 0), ("A", 1)]).split(0.5, 0)
     answered = [{"text": "a", "answer": answer, "label": answer == "b"} for answer in "bB "]
-    with pytest.raises(SidelightError, match=r"and the same response"):
+    with pytest.raises(SidelightError, match=wordings.SAME_RESPONSE):
         load_examples(answered, response="answer", task=Task("binary", ("0", "1"))).split(0.5, 0)
 
 
@@ -238,7 +241,12 @@ def test_rows_with_one_value_in_a_column_stay_together():
     ]
     rows[0]["attack"] = rows[59]["attack"] = "Ignore this."
     assert load_examples(rows).distinct == 60
-    with pytest.raises(SidelightError, match=r"no column 'dokument'.*Did you mean 'document'"):
+    with pytest.raises(
+        SidelightError,
+        match=wordings.NO_COLUMN.format(name="dokument")
+        + ".*"
+        + wordings.DID_YOU_MEAN.format(name="document"),
+    ):
         load_examples(rows, groups="dokument")
     grouped = load_examples(rows, groups="attack, document")
     assert grouped.distinct == 60 - 25 - 1

@@ -5,6 +5,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
+import wordings
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.types import Task
@@ -98,7 +99,10 @@ def test_a_task_allows_one_class_only_and_keeps_its_numbers():
 @pytest.mark.parametrize("nothing", [None, float("nan"), " ", "NaN", "null"])
 def test_missing_labels_are_an_error_or_are_left_out(nothing):
     rows = [*ROWS, {"text": "hello", "label": nothing}]
-    with pytest.raises(SidelightError, match=r"1 of 5 rows have no label .* row 5\. .*missing-lab"):
+    with pytest.raises(
+        SidelightError,
+        match=wordings.UNLABELLED.format(missing=1, rows=5, first=5) + ".*missing-lab",
+    ):
         load_examples(rows)
     examples = load_examples(rows, on_missing_label="skip")
     assert (len(examples), examples.skipped.missing_label) == (4, 1)
@@ -153,9 +157,13 @@ def test_unusable_labels_are_an_error_with_the_remedy(values, options, message):
 
 def test_flag_columns_must_be_flags_of_the_task():
     rows = [{"text": "a", "x": 2, "y": 0}]
-    with pytest.raises(SidelightError, match=r"row 1: column 'x' holds '2'"):
+    with pytest.raises(
+        SidelightError, match=wordings.ROW_HOLDS.format(row=1, name="x", cell="'2'")
+    ):
         load_examples(rows, label="x,y")
-    with pytest.raises(SidelightError, match=r"labels x, z, but the columns are x, y"):
+    with pytest.raises(
+        SidelightError, match=wordings.OTHER_COLUMNS.format(labels="x, z", columns="x, y")
+    ):
         load_examples(rows, label="x,y", task=Task("multilabel", ("x", "z")))
 
 

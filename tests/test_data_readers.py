@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import wordings
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message
@@ -206,7 +207,10 @@ def test_a_hub_that_fails_is_an_error_of_the_user(monkeypatch, error):
         raise error
 
     monkeypatch.setitem(sys.modules, "datasets", stand_in_for_datasets(load_dataset))
-    with pytest.raises(SidelightError, match=rf"^No file 'owner/name'.*{error}.*network"):
+    with pytest.raises(
+        SidelightError,
+        match="^" + wordings.NO_FILE.format(path="'owner/name'") + f".*{error}.*network",
+    ):
         load_examples("owner/name")
 
 
@@ -214,7 +218,7 @@ def test_a_cell_without_words_is_no_rationale():
     cells = ["  ", None, float("nan"), "\n", " two\n", 5]
     texts = [{"text": f"one two 5 {i}", "label": i % 2, "why": c} for i, c in enumerate(cells)]
     assert load_examples(texts, rationale="why").rationales == ("", "", "", "", "two", "5")
-    with pytest.raises(SidelightError, match=r"row 1: the words in column 'why' do not stand"):
+    with pytest.raises(SidelightError, match=wordings.WORDS_ABSENT.format(row=1, name="why")):
         load_examples([{**texts[0], "why": True}, *texts[1:]], rationale="why")
 
 
@@ -228,7 +232,10 @@ def test_a_rationale_is_words_that_stand_in_their_text():
     assert examples.rationales == ("Ignore all rules.", "", "")
     assert examples.select([2, 0]).rationales == ("", "Ignore all rules.")
     assert load_examples(texts).rationales is None
-    with pytest.raises(SidelightError, match=r"row 1: the words in column 'why' do not stand"):
+    with pytest.raises(SidelightError, match=wordings.WORDS_ABSENT.format(row=1, name="why")):
         load_examples([{**texts[0], "why": "ignore"}, *texts[1:]], rationale="why")
-    with pytest.raises(SidelightError, match=r"no column 'reason'.*--set rationale \(rationale="):
+    with pytest.raises(
+        SidelightError,
+        match=wordings.NO_COLUMN.format(name="reason") + r".*--set rationale \(rationale=",
+    ):
         load_examples(texts, rationale="reason")

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import wordings
 from sidelight.engines.base import Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.models.conversation import PlainText, Reads
 from sidelight.policy.decisions import PolicyError
@@ -209,7 +210,7 @@ def test_a_prompt_that_the_engine_did_not_ask_about_is_decided_by_its_own_verdic
     """Decisions are kept from the engine's question on, but hold for that prompt alone."""
     enforcement = Enforcement([BoundRule(early, Rule("block"))], lambda _: Notes())
     assert enforcement.admits(said_of_prompt(0.1))
-    with pytest.raises(PolicyError, match="blocked by early"):
+    with pytest.raises(PolicyError, match=wordings.BLOCKED_BY.format(probe="early")):
         guarded(enforcement, said_of_prompt(0.9), Finished("stop", 3, 0))
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import wordings
 from sidelight.cli.runtime import Runtime
 from sidelight.engines.backend import engine_names, engines_of, find_backend
 from sidelight.errors import SidelightError
@@ -95,9 +96,11 @@ def test_an_engine_of_another_package_runs_the_models_that_it_names(
 
 
 def test_an_unknown_engine_and_one_that_two_packages_have_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(SidelightError, match=r"No engine 'vlm' .*mean 'vllm'\?.*packages/"):
+    with pytest.raises(
+        SidelightError, match=wordings.NO_ENGINE.format(name="vlm") + r".*mean 'vllm'\?.*packages/"
+    ):
         find_backend("vlm")
     for package in ("one_engine", "other_engine"):
         install_engine(tmp_path, monkeypatch, package)
-    with pytest.raises(SidelightError, match=r"Several packages have 'tiny' .*Uninstall"):
+    with pytest.raises(SidelightError, match=wordings.SEVERAL_HAVE.format(name="tiny")):
         find_backend("tiny")

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig
 
+import wordings
 from sidelight.engines.base import (
     EngineBusyError,
     Finished,
@@ -109,7 +110,7 @@ def test_a_text_ends_with_its_length_a_stop_string_its_turn_or_the_context(llama
     tokens = longest.finished.prompt_tokens + longest.finished.completion_tokens
     assert (tokens, longest.finished.reason) == (llama.encoder.max_tokens, "length")
     for length in (253, 400):
-        with pytest.raises(ContextLengthError, match="Shorten it"):
+        with pytest.raises(ContextLengthError, match=wordings.SHORTEN):
             run_engine(llama, lambda engine, length=length: ask(engine, "x" * length))
     backbone = tiny_backbone()
     _, (first,) = written_alone(backbone, "hi", max_tokens=1)
@@ -137,7 +138,7 @@ def test_a_seed_gives_the_same_text_beside_any_neighbours(llama):
 def test_layers_that_cannot_be_batched_are_refused_by_their_kind_alone(kind):
     backbone = tiny_backbone()
     backbone.model.config.layer_types = ["full_attention", kind, "full_attention"]
-    with pytest.raises(SidelightError, match=f"layers of kind {kind}, .* another engine") as said:
+    with pytest.raises(SidelightError, match=wordings.LAYERS_OF_KIND.format(kind=kind)) as said:
         TransformersEngine(backbone, [])
     # Chunked attention keeps keys and values, too.
     assert "keys and values" not in str(said.value)
@@ -218,7 +219,7 @@ def test_a_full_queue_refuses_and_who_leaves_it_is_not_taken():
     stays, leaves, other = request(), request(), request()
     queue.join([stays, leaves])
     queue.join([other])
-    with pytest.raises(EngineBusyError, match="2 waiting, the limit is 2"):
+    with pytest.raises(EngineBusyError, match=wordings.QUEUE_FULL.format(waiting=2, limit=2)):
         queue.join([request()])
     assert len(queue) == 3
     queue.leave([leaves])

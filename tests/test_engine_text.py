@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import wordings
 from sidelight.engines.base import EngineUnavailableError, Sampling
 from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
 from sidelight.errors import ContextLengthError
@@ -107,7 +108,7 @@ def test_a_closed_engine_leaves_no_thread_and_takes_no_text(tiny):
 
 def test_a_limit_of_one_token_is_in_the_singular():
     encoder = PromptEncoder(tiny_tokenizer(), prompt_format="raw", max_tokens=1)
-    with pytest.raises(ContextLengthError, match=r"at most 1 token\. Shorten"):
+    with pytest.raises(ContextLengthError, match=wordings.AT_MOST_TOKENS.format(tokens="1 token")):
         encoder.encode(PlainText("one two three"))
 
 
@@ -130,7 +131,7 @@ def test_short_texts_do_not_wait_for_long_ones_nor_anybody_for_what_is_given_up(
         await asyncio.wait({given_up})
         may_end.set()
         await first
-        with pytest.raises(ContextLengthError, match="characters"):
+        with pytest.raises(ContextLengthError, match=wordings.TOO_MANY_CHARACTERS):
             await codec.in_thread([PlainText("x" * 200_000)], partial(encode, "too long"))
 
     asyncio.run(main())

@@ -14,6 +14,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import estimator_checks, get_tags
 
 import sidelight
+import wordings
 from sidelight import SidelightClassifier
 from sidelight.errors import SidelightError
 from worlds.data import SIGNALS, little_traffic, planted
@@ -178,7 +179,7 @@ def test_the_settings_reach_the_training(model, tmp_path, capsys, verbose, rando
         random_state=random_state, max_tokens=np.int64(9), epochs=np.int64(1), verbose=verbose,
         **ALONE,
     )  # fmt: skip
-    with pytest.warns(UserWarning, match="were cut to 9 tokens"):
+    with pytest.warns(UserWarning, match=wordings.TEXTS_CUT.format(tokens=9)):
         made.fit(TEXTS, LETTERS)
     made.save(tmp_path)
     assert ("Training" in capsys.readouterr().err) == verbose

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import wordings
 from sidelight.classifier import Classifier
 from sidelight.data.examples import Example
 from sidelight.errors import VerdictError
@@ -105,9 +106,9 @@ def test_the_logit_is_that_of_the_turns_that_decided(backbone):
 def test_a_text_without_a_verdict_is_not_explained(backbone):
     probe = untrained_probe(backbone, "p")
     plain = Example((Message("user", "hello"),), is_plain=True)
-    with pytest.raises(VerdictError, match="plain text"):
+    with pytest.raises(VerdictError, match=wordings.NOT_OF_PLAIN_TEXT):
         Classifier(backbone, probe).explain(plain)
-    with pytest.raises(VerdictError, match="not finite"):
+    with pytest.raises(VerdictError, match=wordings.NOT_FINITE.format(probe="p")):
         Classifier(backbone, broken(probe)).explain("hello")
 
 

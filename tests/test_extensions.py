@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import wordings
 from sidelight.cli.runtime import Runtime
 from sidelight.engines.backend import find_backend, owner_of
 from sidelight.errors import SidelightError
@@ -96,7 +97,10 @@ def test_an_engine_that_does_not_fit_leaves_the_others_usable(tmp_path, monkeypa
 def test_an_engine_that_cannot_be_imported_is_an_error_where_it_is_named(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, requires="sidelight", module="broken", name="broken")
     (tmp_path / "broken.py").write_text("import absent_package\n")
-    with pytest.raises(SidelightError, match=r"Cannot load the engine 'broken' .*absent_package"):
+    with pytest.raises(
+        SidelightError,
+        match=wordings.CANNOT_LOAD.format(name="'broken'") + ".*absent_package",
+    ):
         find_backend("broken")
     assert owner_of("smollm2") is None
 

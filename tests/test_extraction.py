@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import wordings
 from sidelight import storage
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Reads, shared_unread
@@ -95,7 +96,7 @@ def test_too_little_room_is_an_error_before_any_work(tiny, tmp_path, ran, monkey
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=free))
     free = 2**31 + needed - 1
-    with pytest.raises(SidelightError, match=r"may be used.*SIDELIGHT_CACHE.*fewer rows"):
+    with pytest.raises(SidelightError, match=wordings.NO_DISK_FOR_STATES):
         extract(tiny, cache)
     assert not ran
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -117,7 +118,10 @@ def test_a_state_that_is_not_finite_is_an_error_that_names_its_text(tmp_path, va
     backbone.model.get_input_embeddings().weight.data[broken, 3] = value
     backbone.fingerprint = replace(backbone.fingerprint, dtype=dtype)
     cache = cache_of(backbone, tmp_path, prompts)
-    with pytest.raises(SidelightError, match=rf"Text 6 .* layer 0 .* {dtype}\. .*{remedy}"):
+    with pytest.raises(
+        SidelightError,
+        match=wordings.STATES_NOT_FINITE.format(text=6, layer=0, dtype=dtype) + rf"\. .*{remedy}",
+    ):
         extract(backbone, cache)
     assert cache.missing()
 
@@ -272,13 +276,16 @@ def test_two_processes_that_write_the_same_states_at_once_both_have_them_whole(t
 def test_states_that_cannot_be_written_or_read_are_an_error_with_a_remedy(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
     cache.directory.write_text("no folder")
-    with pytest.raises(SidelightError, match=r"Cannot write .*safetensors.*SIDELIGHT_CACHE"):
+    with pytest.raises(
+        SidelightError,
+        match=wordings.CANNOT_WRITE.format(what="/.*safetensors") + ".*SIDELIGHT_CACHE",
+    ):
         cache.write({0: torch.zeros(4, 5, 32).bfloat16()})
     cache.directory.unlink()
     cache.open()
     cache.path(0).write_bytes(b"")
     for row in (0, 1):
-        with pytest.raises(SidelightError, match=r"Cannot read .*Delete .*again"):
+        with pytest.raises(SidelightError, match=wordings.STATES_UNREADABLE):
             cache.text(row)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import sidelight.training.fit
+import wordings
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
@@ -239,7 +240,7 @@ def test_thresholds_follow_the_rule_and_the_artifact_has_their_curve(tiny, tmp_p
 
 
 def test_a_rule_for_several_classes_is_refused_before_the_texts_are_read(tiny, tmp_path):
-    with pytest.raises(SidelightError, match="Leave --threshold out"):
+    with pytest.raises(SidelightError, match=wordings.NO_THRESHOLD):
         fitted(tiny, tmp_path, planted_rows("multiclass", 60), threshold=ThresholdRule("fpr", 0.01))
     assert not list(tmp_path.iterdir())
 
@@ -261,7 +262,7 @@ def test_texts_without_a_word_of_two_characters_train_a_probe(tiny, tmp_path):
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])
 def test_texts_of_which_none_can_be_held_out_are_refused(tiny, tmp_path, kind):
     alike = [row for row in planted_rows(kind, 9)[:3] for _ in range(20)]
-    with pytest.raises(SidelightError, match="Too few distinct texts to hold some of each"):
+    with pytest.raises(SidelightError, match=wordings.TOO_FEW_DISTINCT):
         fitted(tiny, tmp_path, alike)
 
 

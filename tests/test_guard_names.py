@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import wordings
 from sidelight import load
 from sidelight.data.guards import guard_names, guard_of
 from sidelight.engines.transformers.engine import TransformersEngine
@@ -76,7 +77,10 @@ def test_without_a_model_it_is_the_embedded_ones_packaged_or_trained_here(
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path))
     assert probe_folder("guard:shouts") == package / "shouts"
     other = save_probe(untrained_probe(tiny, "letters"), trained_guards("another") / "letters@1")
-    with pytest.raises(UntrainedGuardError, match=f"'letters' has not been .* {EMBEDDED_NAME}"):
+    with pytest.raises(
+        UntrainedGuardError,
+        match=wordings.UNTRAINED_GUARD.format(name="letters", model=EMBEDDED_NAME),
+    ):
         probe_folder("guard:letters")
     probe = load_probe(other)
     embedded = replace(probe, fingerprint=replace(probe.fingerprint, name=EMBEDDED_NAME))
@@ -200,7 +204,7 @@ def test_python_loads_a_guard_for_its_model(tiny, model, package):
     for given in (tiny, model):
         (verdict,) = load("guard:shouts", model=given).predict(["AN X"])
         assert verdict.version == verdict.to_dict()["version"] == version
-    with pytest.raises(SidelightError, match="Name one of them here"):
+    with pytest.raises(SidelightError, match=wordings.NAME_ONE):
         load("guard:shouts,replies", model=tiny)
 
 
@@ -249,7 +253,7 @@ def test_data_is_of_one_guard(model, tmp_path, capsys):
     for named in ("guard:shouts,guard:letters", "guard:shouts, guard:letters"):
         words = ("--data", named, "--model", model, "--out", str(tmp_path / "out"))
         assert "names two guards, and data is of one" in refused(capsys, "train", *words)
-        with pytest.raises(SidelightError, match="names two guards"):
+        with pytest.raises(SidelightError, match=wordings.TWO_GUARDS):
             guard_of(named)
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 import numpy as np
 import pytest
 
+import wordings
 from sidelight.classifier import train
 from sidelight.data.guards import draw_texts, find_guard, guard_of
 from sidelight.data.loading import load_examples
@@ -116,7 +117,13 @@ def test_own_chats_end_with_the_answer_that_a_guard_of_answers_reads(tmp_path):
     assert load_examples(f"guard:replies,{mixed}").items[-1] == last
     assert load_examples(f"guard:shouts,{mixed}").items[-1] == chat
     unanswered = write(tmp_path / "open.jsonl", [{"messages": turns[:1], "label": 1}])
-    with pytest.raises(SidelightError, match=r"open.jsonl, line 1: no column 'response'\. Rows"):
+    with pytest.raises(
+        SidelightError,
+        match=wordings.FILE_LINE.format(file="open.jsonl", line=1)
+        + ": "
+        + wordings.NO_COLUMN.format(name="response")
+        + r"\. Rows",
+    ):
         load_examples(f"guard:replies,{unanswered}")
 
 
@@ -150,7 +157,9 @@ def test_a_guard_whose_package_is_missing_says_what_to_install(monkeypatch, tmp_
     # Nothing of the environment, as if no package were installed.
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     assert not entry_points(group="sidelight.guards")
-    with pytest.raises(SidelightError, match=r"run `pip install '\./packages/guards'`"):
+    with pytest.raises(
+        SidelightError, match=wordings.HOW_TO_INSTALL.format(part="./packages/guards")
+    ):
         guard_of("guard:injection")
 
 
@@ -177,7 +186,7 @@ def test_a_package_that_cannot_be_read_is_named(module, code, said, tmp_path, mo
     names.write_text(f"[sidelight.guards]\nf_shouts = {module}\n")
     for name in [name for name in sys.modules if name.partition(".")[0] == "failing"]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(SidelightError, match=rf"package '{module}' of .*{said}.* Correct or unin"):
+    with pytest.raises(SidelightError, match=wordings.WRONG_PACKAGE.format(name=module, why=said)):
         find_guard("f_shouts")
 
 
@@ -234,20 +243,34 @@ def test_what_contradicts_the_card_is_refused(source, columns, said):
 
 def test_own_rows_that_do_not_fit_the_guard_are_refused(tmp_path):
     own = write(tmp_path / "mine.jsonl", [{"text": "Ann", "entities": []}])
-    with pytest.raises(SidelightError, match=r"mine.jsonl, line 1: no column 'spans'\. Rows"):
+    with pytest.raises(
+        SidelightError,
+        match=wordings.FILE_LINE.format(file="mine.jsonl", line=1)
+        + ": "
+        + wordings.NO_COLUMN.format(name="spans")
+        + r"\. Rows",
+    ):
         load_examples(f"guard:letters,{own}", spans="spans")
     turns = [{"role": "user", "content": "Ann"}] * 2
     chat = write(tmp_path / "chat.jsonl", [{"messages": turns, "spans": []}])
     with pytest.raises(
-        SidelightError, match=r"chat.jsonl, line 1: 2 messages, .* Give each a row\.$"
+        SidelightError,
+        match=wordings.FILE_LINE.format(file="chat.jsonl", line=1)
+        + ": 2 messages, .* "
+        + wordings.ROW_EACH,
     ):
         load_examples(f"guard:letters,{chat}", spans="spans")
     for name, row in (("shouts", {"text": " "}), ("replies", {"text": "a", "response": None})):
         blank = write(tmp_path / "blank.jsonl", [{**row, "label": 1}] * 3)
-        with pytest.raises(SidelightError, match=r"None of the 3 rows beside the guard has"):
+        with pytest.raises(SidelightError, match=wordings.NO_ROW_BESIDE.format(rows=3)):
             load_examples(f"guard:{name},{blank}")
     wrong = write(tmp_path / "wrong.jsonl", [{"text": "Ann", "label": "calm"}])
-    with pytest.raises(SidelightError, match=r"wrong.jsonl, line 1: unknown label 'calm'\."):
+    with pytest.raises(
+        SidelightError,
+        match=wordings.FILE_LINE.format(file="wrong.jsonl", line=1)
+        + ": "
+        + wordings.UNKNOWN_LABEL.format(label="calm"),
+    ):
         load_examples(f"guard:shouts,{wrong}")
 
 

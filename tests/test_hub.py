@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+import wordings
 from sidelight import load
 from sidelight.errors import SidelightError
 from sidelight.guards import named_sources, probe_folder, probe_folders
@@ -154,7 +155,7 @@ def test_a_wrong_name_is_one_line_with_its_remedy(hub, named, says, capsys):
 
 def test_a_hub_that_cannot_be_reached_is_one_clear_error(hub_at):
     hub_at(f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(SidelightError, match=r"'hf:me/mine@v1'.*Check the name, the network"):
+    with pytest.raises(SidelightError, match="'hf:me/mine@v1'.*" + wordings.CHECK_NETWORK):
         probe_folder("hf:me/mine@v1")
 
 

@@ -7,6 +7,7 @@ import time
 import pytest
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 
+import wordings
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.judges.budget import Budget
@@ -460,7 +461,7 @@ def test_a_file_describes_one_judge(tmp_path):
 def test_a_server_is_not_its_own_judge(url, host, port, is_refused):
     settings = JudgeSettings(url=url, model="m", criterion="x")
     if is_refused:
-        with pytest.raises(SidelightError, match="itself"):
+        with pytest.raises(SidelightError, match=wordings.JUDGES_ITSELF):
             require_another_server(settings, "guardian", host=host, port=port)
     else:
         require_another_server(settings, "guardian", host=host, port=port)

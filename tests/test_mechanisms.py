@@ -9,6 +9,7 @@ import torch
 from scipy.special import ndtr
 from torch.nn import functional
 
+import wordings
 from mechanism_contract import (
     LAYERS,
     ROUNDING,
@@ -316,7 +317,7 @@ def test_a_mechanism_is_trained_saved_and_served_once_it_is_registered(tiny, tmp
     (judged,) = text_logits(tiny, Bank([probe]), encode(tiny.encoder, new.items))
     flags = [probe.verdict(text.logits).flagged for text in judged]
     assert np.mean(flags == (new.labels == 1)) > 0.9
-    with pytest.raises(SidelightError, match=r"labels tokens, such as 'spans' \(got: 'highest'\)"):
+    with pytest.raises(SidelightError, match=wordings.WANTS_TOKEN_LABELS.format(got="highest")):
         trained(tiny, tmp_path, load_examples(span_rows(40), spans="spans"), "highest")
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+import wordings
 from policy_contract import (
     CHATS,
     GUARDRAIL,
@@ -67,7 +68,7 @@ def asked(tiny, loaded, policy, **request):
 def test_a_server_does_not_start_with_a_policy_that_does_not_fit(tiny, probes):
     engine, policy = TransformersEngine(tiny, probes), Policy(input={"toxic": Rule()})
     with (
-        pytest.raises(SidelightError, match="Did you mean 'toxicity'"),
+        pytest.raises(SidelightError, match=wordings.DID_YOU_MEAN.format(name="toxicity")),
         in_process(engine, policy=policy),
     ):
         pytest.fail("it has started")

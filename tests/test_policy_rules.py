@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import wordings
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import (
@@ -142,7 +143,7 @@ def test_turns_of_tools_take_a_probe_that_judges_each_turn_of_a_prompt(tiny, cha
     other = replace(probe, **changes)
     rule = rules["p"] if "task" in changes else replace(rules["p"], labels=())
     side = {"output" if other.reads.includes_response else "input": {"p": rule}}
-    with pytest.raises(SidelightError, match=f"'p' cannot have turns .* {got}"):
+    with pytest.raises(SidelightError, match=wordings.NO_TURNS.format(probe="p", got=got)):
         require_policy_applies(Policy(**side), [other])
 
 

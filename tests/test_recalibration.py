@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
+import wordings
 from sidelight.data.examples import Example, Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message
@@ -82,7 +83,7 @@ def test_the_texts_that_trained_a_probe_do_not_recalibrate_it(hashed):
     logits, labels = drawn(TOXICITY, 600, share=0.3, seed=0)
     seen = texts_of(TOXICITY, labels)
     probe = replace(trained(), record={"training": {hashed: seen.content_hash}})
-    with pytest.raises(SidelightError, match=r"was trained on these texts.*new traffic"):
+    with pytest.raises(SidelightError, match=wordings.TRAINED_ON_THESE):
         recalibrate(probe, seen, logits)
 
 
@@ -92,7 +93,7 @@ def test_texts_that_trained_a_probe_are_counted():
     record = {**trained().record, "training": {"texts": text_hashes(seen.select(range(500)))}}
     probe = replace(trained(), record=record)
     order = np.random.default_rng(0).permutation(500)
-    with pytest.raises(SidelightError, match="was trained on these texts"):
+    with pytest.raises(SidelightError, match=wordings.TRAINED_ON_THESE):
         recalibrate(probe, seen.select(order), logits[order])
     some = np.arange(350, 600)
     warning = "150 of 250 texts were trained on: the figures flatter the probe. Leave them out."
@@ -175,10 +176,13 @@ def test_the_artifact_says_what_it_was_recalibrated_on(tmp_path):
 
 def test_too_few_texts_are_refused():
     logits, labels = drawn(TOXICITY, 200, share=0.5, seed=1)
-    with pytest.raises(SidelightError, match=r"Too few labelled texts.*got 29"):
+    with pytest.raises(SidelightError, match=wordings.TOO_FEW_LABELLED.format(got=29)):
         recalibrate(trained(), texts_of(TOXICITY, labels[:29]), logits[:29])
     labels[:] = np.arange(200) < 9
-    with pytest.raises(SidelightError, match=r"got 200, 9 of them 'toxic'; wanted .* 10"):
+    with pytest.raises(
+        SidelightError,
+        match=wordings.TOO_FEW_OF_CLASS.format(got=200, found=9, label="toxic", wanted=10),
+    ):
         recalibrate(trained(), texts_of(TOXICITY, labels), logits)
     labels[9:20] = 1
     made = recalibrate(trained(), texts_of(TOXICITY, labels), logits)
@@ -186,9 +190,9 @@ def test_too_few_texts_are_refused():
 
 
 def test_several_classes_have_no_thresholds_to_move():
-    with pytest.raises(SidelightError, match="most probable one wins"):
+    with pytest.raises(SidelightError, match=wordings.MOST_PROBABLE_WINS):
         recalibrate(trained(INTENT))
-    with pytest.raises(SidelightError, match="Leave --threshold out"):
+    with pytest.raises(SidelightError, match=wordings.NO_THRESHOLD):
         recalibrate(trained(INTENT), rule=ThresholdRule("fpr", 0.01))
 
 

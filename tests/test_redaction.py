@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import wordings
 from policy_contract import CHATS, GUARDRAIL, choices
 from sidelight.engines.base import Finished, ResponseScored, TextDelta
 from sidelight.engines.marks import AnswerSpans
@@ -278,12 +279,12 @@ def test_spans_of_a_conversation_name_their_message(tiny, early):
 
 def test_a_rule_that_redacts_fits_a_probe_that_labels_spans(tiny, early, tmp_path):
     readout = untrained_probe(tiny, "readout")
-    with pytest.raises(SidelightError, match="labels no spans"):
+    with pytest.raises(SidelightError, match=wordings.LABELS_NO_SPANS):
         require_policy_applies(Policy(input={"readout": Rule("redact")}), [readout])
     path = tmp_path / "policy.toml"
     for key in ("threshold = 0.5", "consecutive = 2", "hold_back = 3", "routes = {}"):
         path.write_text(f'[output.late]\nmode = "redact"\n{key}\n')
-        with pytest.raises(SidelightError, match="cannot hold there"):
+        with pytest.raises(SidelightError, match=wordings.CANNOT_HOLD):
             read_policy(path)
     path.write_text('[input.early]\nmode = "redact"\nlabels = ["NAME"]\n')
     rule = read_policy(path).input["early"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import wordings
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Reads
@@ -144,7 +145,9 @@ def test_the_salt_is_the_options_then_the_variables_and_never_blank(path, monkey
     assert len({log.hash([]) for log in logs}) == 2
     for log in logs:
         log.close()
-    with pytest.raises(SidelightError, match="--audit-salt is blank"):
+    with pytest.raises(
+        SidelightError, match=wordings.SETTING_IS.format(name="--audit-salt", value="blank")
+    ):
         salt_of(audit_salt=" ")
 
 
@@ -155,7 +158,7 @@ def test_a_rotated_log_goes_on_in_a_new_file(path):
         audit.write([{"line": 2}])
     assert lines(path.with_suffix(".1")) == [{"line": 1}]
     assert lines(path) == [{"line": 2}]
-    with pytest.raises(SidelightError, match="Cannot write the audit log"):
+    with pytest.raises(SidelightError, match=wordings.CANNOT_WRITE.format(what="audit")):
         AuditLog(path.parent / "none" / "audit.jsonl", salt=b"")
 
 

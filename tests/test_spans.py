@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import wordings
 from sidelight.classifier import Classifier, train
 from sidelight.cli.show import print_spans
 from sidelight.data.evaluation import evaluate_spans
@@ -81,9 +82,18 @@ def test_a_malformed_span_is_refused_with_its_place_and_the_remedy(cell, says):
 def test_a_missing_column_is_named_with_its_file_and_spans_with_their_option(tmp_path):
     path = tmp_path / "letters.jsonl"
     path.write_text(json.dumps({"text": TEXT, "spans": []}) + "\n")
-    with pytest.raises(SidelightError, match=r"letters\.jsonl, line 1: no column 'span'.*--spans"):
+    with pytest.raises(
+        SidelightError,
+        match=wordings.FILE_LINE.format(file="letters.jsonl", line=1)
+        + ": "
+        + wordings.NO_COLUMN.format(name="span")
+        + ".*--spans",
+    ):
         load_examples(path, spans="span")
-    with pytest.raises(SidelightError, match=r"no column 'label'.*--label \(label= in Python\)\.$"):
+    with pytest.raises(
+        SidelightError,
+        match=wordings.NO_COLUMN.format(name="label") + r".*--label \(label= in Python\)\.$",
+    ):
         load_examples(path)
     path.write_text(json.dumps({"text": TEXT, "pii": [NAME]}) + "\n")
     hint = r"no column 'label'.*Column 'pii' has spans.*`sidelight train --spans pii`"
@@ -104,7 +114,7 @@ def test_spans_overlap_and_rows_without_any_are_negatives():
     known = load_spans([{"text": TEXT, "spans": cell}], task=alone.task)
     assert (known.spans, known.labels.tolist()) == (((Span(5, 12, "NAME"),),), [1])
     assert "labels that training did not know (PLACE; 1 in all)" in known.warnings[0]
-    with pytest.raises(SidelightError, match="No text has a span"):
+    with pytest.raises(SidelightError, match=wordings.NO_SPANS_AT_ALL):
         load_spans([{"text": TEXT, "spans": []}])
 
 
@@ -112,7 +122,9 @@ def test_spans_of_a_chat_need_a_response():
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     row = {"text": chat, "answer": TEXT, "spans": [NAME]}
     assert load_spans([row], response="answer").spans == ((Span(5, 12, "NAME"),),)
-    with pytest.raises(SidelightError, match=r"has 2 messages.*--response"):
+    with pytest.raises(
+        SidelightError, match=wordings.HAS_MESSAGES.format(messages=2) + ".*--response"
+    ):
         load_spans([row])
 
 
@@ -345,7 +357,7 @@ def test_what_is_trained_finds_spans_in_new_texts_also_after_it_was_saved(tiny, 
     chat = tuple(Message("user", text) for text in ("a word", "WWXX"))
     (_, (alone,)) = find_spans(tiny, probe, [Example(chat[1:])])
     assert [(span.start, span.end, span.label) for span in alone] == [(0, 4, "SHOUT")]
-    with pytest.raises(SidelightError, match="messages"):
+    with pytest.raises(SidelightError, match=wordings.HAS_MESSAGES.format(messages=2)):
         find_spans(tiny, probe, [Example(chat)])
 
 
@@ -380,10 +392,12 @@ def test_python_refuses_what_is_for_labels_of_whole_texts_beside_spans(tiny, opt
         with pytest.raises(SidelightError, match=says):
             train(tiny, **given, **options)
     labelled = load_examples(planted_rows("binary", 20))
-    with pytest.raises(SidelightError, match=r"no spans\. Load them with load_examples"):
+    with pytest.raises(SidelightError, match=wordings.LOAD_SPANS):
         train(tiny, labelled, spans="spans")
     probe = untrained_probe(tiny, "whole", task=labelled.task)
-    with pytest.raises(SidelightError, match=r"'whole' labels whole texts.*label="):
+    with pytest.raises(
+        SidelightError, match=wordings.LABELS_TEXTS.format(probe="whole") + ".*label="
+    ):
         Classifier(tiny, probe).evaluate(texts, spans="spans")
 
 
@@ -412,13 +426,13 @@ def test_a_server_gives_a_text_the_verdict_and_spans_of_predict_however_its_prom
 
 def test_spans_are_found_in_what_the_probe_reads_alone(tiny, fitted):
     answered = Example((Message("user", "12"),), response="XX")
-    with pytest.raises(SidelightError, match="finds spans in prompts"):
+    with pytest.raises(SidelightError, match=wordings.FINDS_IN_PROMPTS):
         find_spans(tiny, fitted.probe, [answered])
     late = replace(fitted.probe, reads=replace(fitted.probe.reads, side="response"))
-    with pytest.raises(SidelightError, match="reads responses, but 1 of 1 texts have none"):
+    with pytest.raises(SidelightError, match=wordings.NO_RESPONSES.format(missing=1, texts=1)):
         find_spans(tiny, late, [Example((Message("user", "12"),))])
     options = FitOptions(reads=Reads("response"))
-    with pytest.raises(SidelightError, match=r"of each prompt.*would read: response"):
+    with pytest.raises(SidelightError, match=wordings.SPANS_OF_PROMPTS):
         fit(tiny, load_spans(span_rows(40)), None, name="pii", options=options)
 
 

@@ -20,6 +20,7 @@ import torch
 import uvicorn
 from transformers import LlamaConfig
 
+import wordings
 from sidelight.engines.transformers.backbone import load_backbone, read_model
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
@@ -44,7 +45,9 @@ def test_weights_that_do_not_fit_into_free_memory_are_not_loaded(folder, monkeyp
     load_backbone(folder)
     monkeypatch.setattr(f"{BACKBONE}.free_memory", lambda: 1000)
     monkeypatch.setattr(torch.nn.Module, "__init__", None)
-    with pytest.raises(SidelightError, match=r"does not fit into memory: its weights take .* GB"):
+    with pytest.raises(
+        SidelightError, match=f"{wordings.DOES_NOT_FIT}: {wordings.WEIGHTS_TAKE} .* GB"
+    ):
         load_backbone(folder)
 
 
@@ -52,7 +55,10 @@ def test_a_device_without_an_operation_that_probes_need_is_refused(monkeypatch):
     """As Apple's GPUs are."""
     assert find_device("cpu") == torch.device("cpu")
     monkeypatch.setattr("torch.segment_reduce", Mock(side_effect=NotImplementedError))
-    with pytest.raises(SidelightError, match=r"lacks segment_reduce there. Use --device cpu"):
+    with pytest.raises(
+        SidelightError,
+        match=wordings.LACKS_OPERATION.format(name="segment_reduce") + " --device cpu",
+    ):
         find_device("cpu")
 
 
@@ -72,7 +78,9 @@ def test_weights_for_a_gpu_need_its_memory_and_that_of_the_cpu_if_they_are_conve
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (gpu, 10**12))
     monkeypatch.setattr(f"{BACKBONE}.free_memory", lambda: cpu)
     monkeypatch.setattr(torch.nn.Module, "__init__", None)
-    with pytest.raises(SidelightError, match=f"does not fit into memory: its weights .* {room}"):
+    with pytest.raises(
+        SidelightError, match=f"{wordings.DOES_NOT_FIT}: {wordings.WEIGHTS_TAKE} .* {room}"
+    ):
         load_backbone(folder, dtype=dtype, device="cuda:1")
 
 
@@ -81,7 +89,7 @@ def test_memory_is_counted_in_the_dtype_that_is_loaded(tmp_path, monkeypatch):
     stored = stored_bytes(Path(folder))
     monkeypatch.setattr(f"{BACKBONE}.free_memory", lambda: 2 * stored - 1)
     assert load_backbone(folder, device="cpu").fingerprint.dtype == "bfloat16"
-    with pytest.raises(SidelightError, match="does not fit into memory"):
+    with pytest.raises(SidelightError, match=wordings.DOES_NOT_FIT):
         load_backbone(folder, device="cpu", dtype="float32")
     # The other way, half of what is stored is enough.
     folder = saved(family_backbone("llama", dtype=torch.float32), tmp_path / "wide")
@@ -110,12 +118,12 @@ def test_a_model_of_the_hub_that_does_not_fit_is_refused_before_its_weights_are_
     held = hub_cache("some/model", folder)
     assert load_backbone("some/model").fingerprint.name == "some/model"
     monkeypatch.setattr(f"{BACKBONE}.free_memory", lambda: 1000)
-    with pytest.raises(SidelightError, match="'some/model' does not fit into memory"):
+    with pytest.raises(SidelightError, match=f"'some/model' {wordings.DOES_NOT_FIT}"):
         load_backbone("some/model")
     (held / "model.safetensors").unlink()
     index = {"metadata": {"total_size": 140 * 10**9}, "weight_map": {}}
     (held / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(SidelightError, match=r"its weights take 140\.0 GB"):
+    with pytest.raises(SidelightError, match=rf"{wordings.WEIGHTS_TAKE} 140\.0 GB"):
         load_backbone("some/model")
 
 
@@ -158,7 +166,10 @@ def test_a_wrong_name_of_the_hub_is_refused_at_once(hub, load):
         ({"status": 503}, "the Hugging Face hub cannot be reached"),
     ):
         hub(**answer)
-        with pytest.raises(SidelightError, match=f"^Cannot load 'some/typo' .*{says}.*") as caught:
+        with pytest.raises(
+            SidelightError,
+            match="^" + wordings.CANNOT_LOAD.format(name="'some/typo'") + f" .*{says}",
+        ) as caught:
             load("some/typo")
         assert "\n" not in str(caught.value)
 

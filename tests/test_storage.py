@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import wordings
 from sidelight.errors import SidelightError
 from sidelight.storage import (
     check_folder,
@@ -38,7 +39,7 @@ def test_a_killed_or_failed_write_leaves_the_old_file(tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert path.read_bytes() == before
-    with pytest.raises(TypeError, match="not JSON serializable"):
+    with pytest.raises(TypeError, match=wordings.NOT_JSON):
         write_json(path, {"rows": b"half"})
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "half \udcff")
@@ -73,7 +74,7 @@ def test_checking_a_folder_leaves_none_and_refuses_one_below_a_file(tmp_path):
     check_folder(tmp_path / "old")
     assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(SidelightError, match="Name another folder"):
+    with pytest.raises(SidelightError, match=wordings.OTHER_FOLDER):
         check_folder(tmp_path / "file" / "folder")
 
 

@@ -11,6 +11,7 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch.nn import functional
 
+import wordings
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Reads
@@ -245,7 +246,7 @@ def test_the_validation_score_is_one_for_perfect_logits(corpora, kind):
         assert validation_score(TASKS[kind], perfect, labels) == 1.0
     if kind != "multiclass":
         for alike in (0, 1):
-            with pytest.raises(SidelightError, match="some of them have and others have not"):
+            with pytest.raises(SidelightError, match=wordings.MIXED_CONTEXTS):
                 validation_score(TASKS[kind], perfect.astype(float), np.full_like(labels, alike))
 
 
@@ -300,7 +301,7 @@ def test_layers_that_are_not_read_have_projections_of_zero(corpora, weights, sta
     assert not projection.shift[2:].any()
     assert np.isfinite(made.logits).all()
     above = replace(settings, layers=99)
-    with pytest.raises(SidelightError, match="at most"):
+    with pytest.raises(SidelightError, match=wordings.TOO_MANY_LAYERS.format(layers=4)):
         train_mechanisms([candidate("readout", settings=above)], **corpora["binary"])
 
 

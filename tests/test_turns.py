@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
+import wordings
 from sidelight.errors import SidelightError
 from sidelight.models.control_tokens import control_tokens
 from sidelight.models.conversation import Message, Part
@@ -189,7 +190,7 @@ def test_what_a_tool_has_answered_is_a_turn_or_refused(chosen, encoder, text):
     sent = [Message("user", "Weather?"), Message("assistant", "I ask."), Message("tool", text)]
     if chosen[0] in WITHOUT_SYSTEM:
         # Its turns alternate between user and assistant.
-        with pytest.raises(SidelightError, match="template"):
+        with pytest.raises(SidelightError, match=wordings.TEMPLATE_REFUSES):
             encoder.encode(sent)
         return
     encoded = encoder.encode(sent, with_places=True)

@@ -9,6 +9,7 @@ import torch
 from matplotlib.image import imread
 from planted_data import write_rows
 
+import wordings
 from sidelight.classifier import Classifier
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
@@ -160,7 +161,7 @@ def test_the_command_writes_the_report_of_a_stored_probe_and_refuses_a_single_cl
     assert (tmp_path / "out" / "report.md").exists()
     texts = examples("binary", 12, 5)
     alike = texts.select(np.flatnonzero(texts.labels == 1))
-    with pytest.raises(SidelightError, match="of class 'toxic'"):
+    with pytest.raises(SidelightError, match=wordings.NO_ROW_OF_CLASS.format(label="toxic")):
         examine(make(), alike)
 
 

@@ -10,6 +10,7 @@ from scipy.special import softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
+import wordings
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Reads
 from sidelight.states import cache as states_cache
@@ -237,7 +238,7 @@ def test_muli_reads_the_models_own_first_token(name, tmp_path):
 def test_muli_refuses_models_and_states_that_it_cannot_read(tiny, tmp_path):
     gemma = family_backbone("gemma2")
     prompt = gemma.encoder.encode([Message("user", "hello")])
-    with pytest.raises(SidelightError, match="final norm"):
+    with pytest.raises(SidelightError, match=wordings.NOT_A_PLAIN_HEAD):
         FirstToken.of(gemma).require(gemma, prompt)
     split = split_of(tiny, tmp_path, "binary", 8, 8, reads=Reads(template=False))
     with pytest.raises(SidelightError, match="template=True"):

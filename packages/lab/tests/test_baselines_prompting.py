@@ -5,6 +5,7 @@ import pytest
 import torch
 from planted_data import dataset_without_states
 
+import wordings
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message
 from sidelight_lab.baselines.prompting import FewShot, ZeroShot, score_answers
@@ -60,7 +61,9 @@ def test_zero_shot_is_the_log_odds_of_the_names(dataset):
             for name in ("good", "bad")
         )
         assert found[row, 0] == pytest.approx(bad - good, abs=ROUNDING)
-    with pytest.raises(SidelightError, match="2 labels: fine, toxic"):
+    with pytest.raises(
+        SidelightError, match=wordings.TASK_HAS_LABELS.format(count=2, labels="fine, toxic")
+    ):
         ZeroShot(names=("bad",)).fit(dataset, seed=0)
 
 

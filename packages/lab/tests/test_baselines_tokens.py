@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+import wordings
 from sidelight.errors import SidelightError
 from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import Standardisation
@@ -282,5 +283,5 @@ def test_training_stops_when_its_patience_is_over_and_keeps_the_first_of_equals(
     assert model.slope == after_one.slope
     assert not model.slope.requires_grad
     # Logits that are not finite are an error that names the rate.
-    with pytest.raises(SidelightError, match=r"Lower its learning rate \(it was 0.01\)"):
+    with pytest.raises(SidelightError, match=wordings.BASELINE_DIVERGED.format(rate="0.01")):
         trained(Counting(), QUICK, validation=((1.0, torch.inf), (0, 1)))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+import wordings
 from sidelight.errors import SidelightError
 from sidelight_lab.bench.engines import PROBES, Subject
 from worlds.gguf import gguf_model, needs_llama
@@ -64,7 +65,7 @@ def test_probes_are_of_prompts_and_of_answers_and_leave_for_the_rounds_without(m
         sides = [probe.reads.side for probe in subject._engine.probes]
         assert sides == ["prompt", "prompt", "response"][:probes]
     subject._engine._batch._decoder.end_tokens = frozenset(range(300))
-    with pytest.raises(SidelightError, match="ends its answers at once"):
+    with pytest.raises(SidelightError, match=wordings.ANSWERS_END_AT_ONCE):
         subject.measure(0, [4], 2)
     assert subject.conditions()["engine"].startswith(("transformers", "llama.cpp")[kind])
     assert subject.close() > 1

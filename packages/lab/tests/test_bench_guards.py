@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+import wordings
 from sidelight.data.guards import find_guard
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
@@ -137,7 +138,7 @@ def test_each_draw_trains_on_other_texts_and_figures_are_means_over_draws(
         "tfidf"
     ]
     assert one != two
-    with pytest.raises(SidelightError, match="fewer with --rows"):
+    with pytest.raises(SidelightError, match=wordings.FEWER_ROWS):
         measure(names=["shouts"], rows=None, draws=2, out=tmp_path / "all")
 
 

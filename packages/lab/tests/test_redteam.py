@@ -11,6 +11,7 @@ from random import Random
 import pytest
 from transformers import LlamaConfig
 
+import wordings
 from sidelight.classifier import Classifier
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.loading import load_examples
@@ -105,7 +106,7 @@ def test_an_injected_template_renders_as_the_conversation_that_it_fakes(family):
 @pytest.mark.parametrize("name", ["template", *CONTROL])
 def test_what_has_no_template_or_control_tokens_has_none_to_write(name):
     markup = Markup.of(tiny_tokenizer(), "raw") if name == "template" else Markup()
-    with pytest.raises(SidelightError, match=r"no chat template|no control tokens"):
+    with pytest.raises(SidelightError, match=wordings.NO_CHATS):
         ATTACKS[name].rewrite(TEXT, Surroundings(BENIGN, markup, Random(0)))
 
 
@@ -163,7 +164,9 @@ def test_what_a_disguise_hides_can_be_read_again():
 def test_attacks_are_chosen_by_their_names_and_groups_in_the_order_of_the_table():
     assert attack_names() == [*ATTACKS, SEARCH]
     assert attack_names(["search", "leet", "control"]) == [*CONTROL, "leet", "search"]
-    with pytest.raises(SidelightError, match=r"'padings' .*Did you mean 'padding'"):
+    with pytest.raises(
+        SidelightError, match="'padings' .*" + wordings.DID_YOU_MEAN.format(name="padding")
+    ):
         attack_names(["padings"])
 
 
@@ -264,7 +267,7 @@ def test_texts_that_do_not_fit_are_named_and_left_out_of_every_rate(classifier):
     assert (whole.recall.texts, whole.false_alarms.texts) == (8, 12)
     # By itself, a text must fit.
     pairs = [*rows(), ("bad " * 300, "toxic")]
-    with pytest.raises(ContextLengthError, match="21: The text has"):
+    with pytest.raises(ContextLengthError, match=wordings.TEXT_HAS.format(place="21", limit=256)):
         measure(target_of(classifier), loaded(pairs), attacks=["leet"])
 
 
@@ -291,7 +294,7 @@ def test_a_seed_draws_the_texts_and_what_the_attacks_draw(classifier):
     benign = {text for text, label in rows() if label == "fine"}
     assert all({*subject.benign} == benign - {subject.text} for subject in subjects)
     for pairs in (("a", "toxic"), ("b", "fine"), ("B", "fine")), (("a", "fine"), ("b", "fine")):
-        with pytest.raises(SidelightError, match="Add texts of both kinds"):
+        with pytest.raises(SidelightError, match=wordings.BOTH_KINDS):
             draw_subjects(loaded(pairs), thresholds, texts=5, seed=0)
 
 

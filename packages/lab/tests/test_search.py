@@ -10,6 +10,7 @@ import pytest
 from planted_data import write_rows
 from sklearn.metrics import average_precision_score
 
+import wordings
 from sidelight.errors import SidelightError
 from sidelight.probes.manifest import read_manifest
 from sidelight.probes.mechanisms.base import Geometry, mechanism_names, mechanism_spec
@@ -164,10 +165,10 @@ def test_impossible_options_are_not_tried_and_refused_where_none_is_left():
 @pytest.mark.usefixtures("found")
 def test_another_search_in_the_same_file_is_refused(dataset, tiny, cache):
     journal = cache / "journal"
-    with pytest.raises(SidelightError, match="another seed"):
+    with pytest.raises(SidelightError, match=wordings.OTHER_SEED):
         search_settings(dataset, "gate", storage=journal, **{**PLAN, "seed": 1})
     flipped = dataset_at(tiny, cache, flipped=True)
-    with pytest.raises(SidelightError, match="another validation set"):
+    with pytest.raises(SidelightError, match=wordings.OTHER_VALIDATION):
         search_settings(flipped, "gate", storage=journal, **PLAN)
     # One of another mechanism is welcome.
     search_settings(dataset, "pooling", storage=journal, **{**BRIEF, "seed": 1})
@@ -187,7 +188,7 @@ def test_a_training_that_diverges_ends_neither_the_search_nor_its_neighbours(
     assert best_of(trials) == trials[0]
     write_search({"pooling": trials}, tmp_path)
     assert (tmp_path / "trials.csv").read_text().count("diverged") == 4
-    with pytest.raises(SidelightError, match="diverged"):
+    with pytest.raises(SidelightError, match=wordings.DIVERGED):
         search_with((1e37, 1e38), 2)
 
 

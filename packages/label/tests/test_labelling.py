@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from sitting import Sitting
 
+import wordings
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import read_file
 from sidelight.errors import SidelightError
@@ -62,7 +63,7 @@ def trained(tiny, first_sitting, tmp_path):
 @pytest.mark.parametrize("kind", TASKS)
 def test_from_no_labels_to_a_probe_in_one_sitting(tiny, tmp_path, kind):
     sitting = Sitting(tiny, tmp_path, kind, count=90)
-    with pytest.raises(SidelightError, match="needs 5 texts of each label"):
+    with pytest.raises(SidelightError, match=wordings.TOO_FEW_OF_LABEL.format(count=5)):
         sitting.queue.train()
     shown = []
     while sitting.queue.obstacle:
@@ -191,13 +192,13 @@ def test_texts_are_labelled_on_a_gguf_file(tmp_path, own_cache):
 
 
 def test_probes_of_other_labels_or_responses_are_refused_and_others_not_replaced(tiny, tmp_path):
-    with pytest.raises(SidelightError, match="decides between billing"):
+    with pytest.raises(SidelightError, match=wordings.JUDGE_DECIDES.format(labels="billing")):
         Sitting(tiny, tmp_path, probes=[untrained_probe(tiny, "a", task=task_of(["billing", "x"]))])
     probe = untrained_probe(tiny, "b", reads=Reads("response"))
-    with pytest.raises(SidelightError, match="reads response"):
+    with pytest.raises(SidelightError, match=wordings.JUDGE_READS.format(side="response")):
         Sitting(tiny, tmp_path / "other", probes=[probe])
     save_probe(untrained_probe(tiny, "mine", task=TOXICITY), tmp_path / "probe")
-    with pytest.raises(SidelightError, match="not made from labels"):
+    with pytest.raises(SidelightError, match=wordings.NO_CROSS_FIT):
         require_replaceable(tmp_path / "probe", LabelFile(tmp_path / "labels.jsonl"))
 
 
@@ -238,12 +239,12 @@ def test_undo_takes_back_labels_and_skips_and_shows_their_texts_again(sitting):
 def test_a_text_is_labelled_by_the_tab_that_is_first(sitting):
     row = sitting.queue.next()
     sitting.queue.label(row, ["toxic"])
-    with pytest.raises(SidelightError, match="already"):
+    with pytest.raises(SidelightError, match=wordings.ALREADY_DECIDED):
         sitting.queue.label(row, ["fine"])
-    with pytest.raises(SidelightError, match="already"):
+    with pytest.raises(SidelightError, match=wordings.ALREADY_DECIDED):
         sitting.queue.skip(row)
     (other,) = sitting.label(1)
-    with pytest.raises(SidelightError, match="Another tab"):
+    with pytest.raises(SidelightError, match=wordings.OTHER_TAB):
         sitting.queue.undo(row)
     sitting.queue.undo(other)
     assert len(sitting.read()) == 1
@@ -251,7 +252,9 @@ def test_a_text_is_labelled_by_the_tab_that_is_first(sitting):
 
 def test_labels_that_the_task_does_not_have_are_refused(sitting):
     for labels in ([], ["fine", "toxic"], ["other"]):
-        with pytest.raises(SidelightError, match="wanted one of fine, toxic"):
+        with pytest.raises(
+            SidelightError, match=wordings.WANTED_ONE_OF.format(labels="fine, toxic")
+        ):
             sitting.queue.label(0, labels)
     assert sitting.out.read_bytes() == b""
 
@@ -273,13 +276,13 @@ def test_a_file_that_another_program_changed_or_removed_is_not_written(sitting):
     content = sitting.out.read_bytes()
     row = sitting.queue.next()
     for act in (lambda: sitting.queue.label(row, ["fine"]), lambda: sitting.queue.undo(first)):
-        with pytest.raises(SidelightError, match="Another program has changed"):
+        with pytest.raises(SidelightError, match=wordings.FILE_CHANGED):
             act()
     assert sitting.out.read_bytes() == content
     assert sitting.queue.next() == row
     assert len(sitting.begin().queue.decided) == 2
     sitting.out.unlink()
-    with pytest.raises(SidelightError, match="Another program has changed"):
+    with pytest.raises(SidelightError, match=wordings.FILE_CHANGED):
         sitting.label(1)
 
 
@@ -287,7 +290,7 @@ def test_of_two_sittings_at_one_file_the_one_that_is_behind_writes_nothing(tmp_p
     path = tmp_path / "labels.jsonl"
     first, second = LabelFile(path), LabelFile(path)
     first.append({"text": "a", "label": "x"})
-    with pytest.raises(SidelightError, match="Another program has changed"):
+    with pytest.raises(SidelightError, match=wordings.FILE_CHANGED):
         second.append({"text": "b", "label": "x"})
     first.append({"text": "c", "label": "y"})
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["a", "c"]
@@ -304,7 +307,7 @@ def test_a_full_disk_leaves_the_file_whole(sitting, monkeypatch):
     try:
         # Room for a part of a row.
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) + 5, limits[1]))
-        with pytest.raises(SidelightError, match="not saved"):
+        with pytest.raises(SidelightError, match=wordings.LABEL_NOT_SAVED):
             sitting.queue.label(row, ["fine"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -349,7 +352,7 @@ def test_texts_longer_than_the_model_reads_are_cut_and_too_many_for_the_memory_r
     cut = [prompt.dropped for prompt in sitting.pool.prompts]
     assert cut[0] > 0
     assert not any(cut[1:])
-    with pytest.raises(SidelightError, match="Allow more"):
+    with pytest.raises(SidelightError, match=wordings.CACHE_TOO_SMALL):
         sitting.begin(memory_bytes=10_000)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import sidelight
+import wordings
 from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message
@@ -112,7 +113,9 @@ def test_a_model_of_ollama_is_found_by_the_name_that_ollama_shows(ollama, place,
 
 
 def test_a_model_that_ollama_has_not_is_refused_with_those_that_it_has(ollama, tmp_path):
-    with pytest.raises(SidelightError, match=f"no model 'qwen3:latest' in {tmp_path}. Known: none"):
+    with pytest.raises(
+        SidelightError, match=wordings.NO_OLLAMA_MODEL.format(name="qwen3:latest", folder=tmp_path)
+    ):
         find_gguf("ollama:qwen3")
     for place in (f"{LIBRARY}/llama3.2/1b", "hf.co/owner/model/Q8_0"):
         ollama(place, MODEL)
@@ -123,7 +126,7 @@ def test_a_model_that_ollama_has_not_is_refused_with_those_that_it_has(ollama, t
 @pytest.mark.parametrize("kinds", [(MODEL, ADAPTER), (MODEL, MODEL), (TEMPLATE,)])
 def test_a_model_of_ollama_that_is_not_one_file_of_weights_is_refused(ollama, kinds):
     ollama(f"{LIBRARY}/mine/latest", *kinds)
-    with pytest.raises(SidelightError, match=r"'ollama:mine' has .* one file of weights"):
+    with pytest.raises(SidelightError, match=wordings.OLLAMA_WEIGHTS):
         find_gguf("ollama:mine")
 
 
@@ -131,17 +134,17 @@ def test_a_damaged_folder_of_ollama_is_refused_in_one_line(ollama, tmp_path):
     manifest = ollama(f"{LIBRARY}/mine/latest", MODEL)
     for path in (tmp_path / "blobs").iterdir():
         path.unlink()
-    with pytest.raises(SidelightError, match="file of 'ollama:mine' is missing"):
+    with pytest.raises(SidelightError, match=wordings.OLLAMA_FILE_MISSING):
         find_gguf("ollama:mine")
     (tmp_path / "secret").write_text("not Ollama's")
     layer = f'{{"layers": [{{"mediaType": "{MODEL}", "digest": %s}}]}}'
     for digest in ("../secret", str(tmp_path / "secret")):
         manifest.write_text(layer % json.dumps(digest))
-        with pytest.raises(SidelightError, match="file of 'ollama:mine' is missing"):
+        with pytest.raises(SidelightError, match=wordings.OLLAMA_FILE_MISSING):
             find_gguf("ollama:mine")
     for content in ("{", "[]", "{}", '{"layers": [{}]}', layer % 5):
         manifest.write_text(content)
-        with pytest.raises(SidelightError, match="ollama pull"):
+        with pytest.raises(SidelightError, match=wordings.OLLAMA_PULL):
             find_gguf("ollama:mine")
 
 
@@ -250,7 +253,7 @@ def test_a_server_holds_as_many_and_as_long_texts_as_its_options_say_and_names_t
         given = {"model": str(file), "dtype": "auto", "device": "auto", "engine_option": given}
         return Runtime(**given, engine="auto", serves=True).load_engine([])
 
-    with pytest.raises(SidelightError, match=r"tokens=257: .* context length of .* is 256 tokens"):
+    with pytest.raises(SidelightError, match=wordings.CONTEXT_LENGTH.format(asked=257, limit=256)):
         engine(tokens=257)
     # 4 bytes of a value, 2 of them in 2 heads of 8 numbers, and 3 layers; beside the weights.
     size = file.stat().st_size
@@ -258,17 +261,21 @@ def test_a_server_holds_as_many_and_as_long_texts_as_its_options_say_and_names_t
         patch.setattr("sidelight_llama.backbone.free_memory", lambda: 3 * 256 * 384 + size - 1)
         with pytest.raises(
             SidelightError,
-            match=r"3 texts of 256 tokens .*\(--engine-option texts=N --engine-option tokens=N\)",
+            match=wordings.CACHE_DOES_NOT_FIT.format(texts=3, tokens=256)
+            + r".*\(--engine-option texts=N --engine-option tokens=N\)",
         ):
             engine()
         with pytest.MonkeyPatch.context() as unloaded:
             # Nothing is taken first.
             unloaded.delattr("sidelight_llama.backbone.LlamaModel")
-            with pytest.raises(SidelightError, match=r"256 texts of 250 tokens .* take 0\.0 GB"):
+            with pytest.raises(
+                SidelightError,
+                match=wordings.CACHE_DOES_NOT_FIT.format(texts=256, tokens=250) + wordings.TAKES_GB,
+            ):
                 engine(texts=255, tokens=250)
         reading = Runtime(model=str(file), dtype="auto", device="auto", engine="auto")
         patch.setattr("sidelight_llama.backbone.free_memory", lambda: 0)
-        with pytest.raises(SidelightError, match=r"a text of 9 tokens.*or judge it in parts"):
+        with pytest.raises(SidelightError, match=wordings.CACHE_IN_PARTS.format(tokens=9)):
             reading.load_backbone().context(sequences=1, positions=9)
         patch.setattr("sidelight_llama.backbone.free_memory", lambda: 2 * 256 * 384 + size)
         assert engine(texts=1).max_tokens == 256
@@ -324,15 +331,17 @@ def test_a_model_without_a_chat_template_is_warned_of_unless_raw_was_chosen(
 
 
 def test_what_needs_weights_in_transformers_takes_no_gguf_file(file):
-    with pytest.raises(SidelightError, match="runs in llama alone, not in transformers"):
+    with pytest.raises(
+        SidelightError, match=wordings.RUNS_ALONE_IN.format(engine="llama", other="transformers")
+    ):
         Runtime(model=str(file), dtype="auto", device="auto")
 
 
 @pytest.mark.parametrize("name", ["a/b.gguf", "ollama:llama3.2"])
 def test_python_finds_the_engine_by_the_name_of_the_model(name):
-    with pytest.raises(SidelightError, match="install and use the engine llama"):
+    with pytest.raises(SidelightError, match=wordings.INSTALL_ENGINE.format(engine="llama")):
         sidelight.load_backbone(name)
-    with pytest.raises(SidelightError, match=r"There is no file|Ollama has no model"):
+    with pytest.raises(SidelightError, match=wordings.NO_GGUF):
         sidelight.train(name, ROWS)
 
 

@@ -5,6 +5,7 @@ import signal
 import numpy as np
 import pytest
 
+import wordings
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt, Message, Part
 from sidelight_llama.context import BATCH_TOKENS
@@ -74,7 +75,7 @@ def test_what_is_written_over_a_loaded_file_changes_no_state(model):
 
 
 def test_a_token_that_the_model_lacks_is_refused(model):
-    with pytest.raises(SidelightError, match="token id 300, and the model knows ids below 300"):
+    with pytest.raises(SidelightError, match=wordings.UNKNOWN_TOKEN.format(token=300, limit=300)):
         model.backbone.run([EncodedPrompt((5, 300), (Part.PROMPT,) * 2)])
     # It goes on.
     assert len(states(model.backbone, prompt(3))) == 3

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import wordings
 from sidelight.classifier import Classifier, load
 from sidelight.data.loading import load_examples
 from sidelight.errors import FingerprintMismatchError
@@ -59,5 +60,7 @@ def test_a_probe_of_another_file_is_refused_even_of_the_same_model(made, tmp_pat
     weight[0, 0] += 1
     changed = write_gguf(made.reference.model, tmp_path / "llama.gguf", "llama", tiny_tokenizer())
     weight[0, 0] -= 1
-    with pytest.raises(FingerprintMismatchError, match="they differ in weights, and"):
+    with pytest.raises(
+        FingerprintMismatchError, match=wordings.DIFFER_IN.format(fields="weights, and")
+    ):
         load(folder, model=type(made.backbone)(changed))

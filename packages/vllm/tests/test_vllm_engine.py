@@ -16,6 +16,7 @@ import click
 import pytest
 from fastapi import Request
 
+import wordings
 from sidelight.cli import app
 from sidelight.engines.base import (
     EngineBusyError,
@@ -43,6 +44,7 @@ HELLO = [[Message("user", "hello")]]
 # Names of the engine's probes and of the workers', and whether it is ready.
 OLD = (["old"], ["old"], True)
 NEW = (["new"], ["new"], True)
+REFUSAL = "The last worker refuses."
 
 
 class Workers:
@@ -81,7 +83,7 @@ class Workers:
     async def collective_rpc(self, method, args):
         if self.refuses == method:
             # Whichever rank it is of, as vLLM raises it.
-            raise Exception("The last worker refuses.")
+            raise Exception(REFUSAL)
         if method == "sidelight_check":
             self.checked = [load_probe(folder) for folder in args[0]]
         else:
@@ -193,7 +195,7 @@ async def writing(engine, llm, begun=None):
 def test_a_worker_that_refuses_leaves_the_old_probes_to_all(tiny):
     async def change(engine, llm, new):
         llm.refuses = "sidelight_check"
-        with pytest.raises(SidelightError, match="last worker refuses"):
+        with pytest.raises(SidelightError, match=REFUSAL):
             await engine.replace_probes([new])
         assert await engine.judge(HELLO)
 
@@ -205,7 +207,10 @@ def test_a_copy_of_the_model_that_is_accepted_takes_its_new_probes_too(tiny, mon
 
     async def change(engine, llm, new):
         new = replace(new, fingerprint=original)
-        with pytest.raises(FingerprintMismatchError, match=f"{ACCEPTED} is not set"):
+        with pytest.raises(
+            FingerprintMismatchError,
+            match=wordings.SETTING_IS_ABSENT.format(name=ACCEPTED),
+        ):
             await engine.replace_probes([new])
         monkeypatch.setenv(ACCEPTED, hash_of(original.digest, tiny.fingerprint.digest))
         await engine.replace_probes([new])
@@ -218,9 +223,9 @@ def test_workers_that_may_differ_serve_nothing_any_more(tiny):
 
     async def change(engine, llm, new):
         llm.refuses = "sidelight_load"
-        with pytest.raises(EngineUnavailableError, match="Restart the server"):
+        with pytest.raises(EngineUnavailableError, match=wordings.RESTART):
             await engine.replace_probes([new])
-        with pytest.raises(EngineUnavailableError, match="Restart the server"):
+        with pytest.raises(EngineUnavailableError, match=wordings.RESTART):
             await engine.judge(HELLO)
 
     probes, _, is_ready = replacing(tiny, change)
@@ -269,7 +274,7 @@ def test_a_change_waits_for_texts_of_begun_requests_and_newcomers_for_the_change
         assert await newcomer == (new,)
         await changing
         # Probes that came later do not judge it.
-        with pytest.raises(EngineUnavailableError, match="just been replaced"):
+        with pytest.raises(EngineUnavailableError, match=wordings.JUST_REPLACED):
             await stale
 
     assert replacing(tiny, change) == NEW
@@ -327,9 +332,9 @@ def test_a_change_that_is_stopped_in_the_middle_leaves_no_probes_that_anybody_kn
         for _ in range(2):
             changing.cancel()
             await asyncio.sleep(0)
-        with pytest.raises(EngineUnavailableError, match="Restart the server"):
+        with pytest.raises(EngineUnavailableError, match=wordings.RESTART):
             await changing
-        with pytest.raises(EngineUnavailableError, match="Restart the server"):
+        with pytest.raises(EngineUnavailableError, match=wordings.RESTART):
             await engine.judge(HELLO)
 
     assert not replacing(tiny, change)[2]
@@ -339,7 +344,7 @@ def test_a_missing_verdict_is_an_error(tiny):
     async def ask(engine, llm, _new):
         for report in (None, {}, {KEY: {"error": "other tokens"}}):
             llm.report = report
-            with pytest.raises(GenerationError, match="no verdict"):
+            with pytest.raises(GenerationError, match=wordings.NO_VERDICT):
                 await engine.judge(HELLO)
         assert engine.load.waiting == 0
         with pytest.raises(NotExplainedError, match="--engine transformers"):
@@ -355,9 +360,9 @@ def test_a_client_that_reads_slowly_holds_up_no_change_and_gets_no_other_verdict
         async with engine.serving() as old:
             await engine.replace_probes([new])
             prompt = tiny.encoder.encode([Message("user", "hello")])
-            with pytest.raises(GenerationError, match="Other probes have judged"):
+            with pytest.raises(GenerationError, match=wordings.OTHER_PROBES):
                 await engine.check_all([prompt], old.identity)
-            with pytest.raises(EngineUnavailableError, match="just been replaced"):
+            with pytest.raises(EngineUnavailableError, match=wordings.JUST_REPLACED):
                 async with engine.serving(old):
                     pytest.fail("these probes are gone")
 
@@ -369,7 +374,7 @@ def test_answers_that_take_too_long_and_several_api_servers_keep_the_old_probes(
 
     async def change(engine, llm, new):
         async with writing(engine, llm):
-            with pytest.raises(EngineUnavailableError, match="still being written"):
+            with pytest.raises(EngineUnavailableError, match=wordings.STILL_WRITTEN):
                 await engine.replace_probes([new])
         assert await engine.judge(HELLO)
 
@@ -445,7 +450,9 @@ def test_a_list_takes_all_its_places_at_once_or_none(tiny):
         llm.readable = asyncio.Semaphore(0)
         many = asyncio.create_task(engine.judge(HELLO * 300))
         await until(300)
-        with pytest.raises(EngineBusyError, match="300 waiting, the limit is 128"):
+        with pytest.raises(
+            EngineBusyError, match=wordings.QUEUE_FULL.format(waiting=300, limit=128)
+        ):
             await engine.judge(HELLO)
         for _ in range(173):
             llm.readable.release()
@@ -508,7 +515,9 @@ def test_what_has_no_place_in_vllms_server_or_would_be_left_open_is_refused(monk
         with pytest.raises(SidelightError, match=message):
             serve(options_of(**given), "smollm2", [])
     monkeypatch.setenv("VLLM_API_KEY", "x")
-    with pytest.raises(SidelightError, match="set SIDELIGHT_API_KEY"):
+    with pytest.raises(
+        SidelightError, match=wordings.SET_VARIABLE.format(name="SIDELIGHT_API_KEY")
+    ):
         serve(options_of(), "smollm2", [])
 
 
@@ -561,10 +570,14 @@ def test_an_unknown_vllm_is_refused_where_probes_are_named(unknown_vllm, name):
         install()
     else:
         os.environ[name] = "named"
-    with pytest.raises(SidelightError, match=r"This is vLLM 9\.1, .* tested with >=0\.32,<0\.34"):
+    with pytest.raises(
+        SidelightError,
+        match=wordings.OTHER_VLLM.format(version=r"9\.1")
+        + wordings.TESTED_VLLM.format(versions=r">=0\.32,<0\.34"),
+    ):
         install() if name else vllm.EngineArgs(sidelight={"probes": []}).create_engine_config()
     # Processes of the engine do not see its configuration before they load the plugin.
-    with pytest.raises(SidelightError, match=r"This is vLLM 9\.1"):
+    with pytest.raises(SidelightError, match=wordings.OTHER_VLLM.format(version=r"9\.1")):
         install()
 
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import wordings
 from sidelight.cli.runtime import Runtime
 from sidelight.engines.base import GenerationError, require_same_model
 from sidelight.errors import FingerprintMismatchError, SidelightError
@@ -423,7 +424,7 @@ def test_probes_for_which_there_is_no_room_leave_the_old_ones(backbone, folders)
 def test_what_was_not_checked_is_not_loaded(backbone, folders):
     worker = started(backbone, folders["old"])
     wanted = pass_of(worker, backbone)
-    with pytest.raises(SidelightError, match="not checked"):
+    with pytest.raises(SidelightError, match=wordings.NOT_CHECKED):
         worker.load(identity_of([load_probe(folders["new"]).version]))
     assert pass_of(worker, backbone).judgements == wanted.judgements
 
@@ -478,7 +479,7 @@ def test_a_layer_of_another_kind_is_refused():
 
     layer = Pooled(8, 8)
     tap_layers([layer], reads_embedding=False, width=8)
-    with pytest.raises(SidelightError, match="does not know how to tap Pooled"):
+    with pytest.raises(SidelightError, match=wordings.CANNOT_TAP.format(name="Pooled")):
         layer(torch.randn(5, 8))
 
 
@@ -540,7 +541,9 @@ def test_probes_are_named_in_the_configuration_or_by_a_variable_and_room_by_one_
     assert (named_folders({}), named_columns()) == (("a", "b"), 64)
     assert named_folders({"probes": ["c"]}) == ("c",)
     monkeypatch.setenv(COLUMNS, "-1")
-    with pytest.raises(SidelightError, match=f"{COLUMNS} is '-1'"):
+    with pytest.raises(
+        SidelightError, match=wordings.SETTING_IS.format(name=COLUMNS, value="'-1'")
+    ):
         named_columns()
 
 
@@ -553,7 +556,7 @@ def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
     again = Served.of(SimpleNamespace(kv_transfer_config=transfer))
     assert again == served
     assert [probe.name for probe in again.load().probes] == ["topics"]
-    with pytest.raises(SidelightError, match="distinct names"):
+    with pytest.raises(SidelightError, match=wordings.DISTINCT_NAMES):
         replace(served, folders=(folder, folder)).load()
     with pytest.raises(FingerprintMismatchError):
         replace(served, fingerprint=replace(backbone.fingerprint, weights="0")).load()
@@ -569,7 +572,7 @@ def test_probes_of_chats_and_of_raw_texts_are_refused_whoever_serves_them(backbo
         lambda: require_same_model([chat, raw], backbone.fingerprint),
         lambda: common_format([raw, both]),
     ):
-        with pytest.raises(SidelightError, match=r"served together|of raw texts"):
+        with pytest.raises(SidelightError, match=wordings.NOT_TOGETHER):
             serve()
     formats = [common_format(probes) for probes in ([], [raw, raw], [both], [chat, both])]
     assert formats == [None, "raw", "chat", "chat"]

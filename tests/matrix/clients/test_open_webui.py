@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import wordings
 from test_examples import EXAMPLES
 from worlds.applications import ATTACK
 
@@ -106,14 +107,14 @@ def answered(content: str) -> list[dict[str, Any]]:
 def test_a_harmless_message_passes_unchanged_and_an_attack_is_blocked(run, guard):
     assert run("inlet", asked(HARMLESS), url=guard) == Chat(asked(HARMLESS))
     for content in (ATTACK, [{"type": "text", "text": ATTACK}, {"type": "image_url"}]):
-        with pytest.raises(Exception, match=r"^Your message was blocked: injection\.$"):
+        with pytest.raises(Exception, match=rf"^{wordings.MESSAGE_BLOCKED}: injection\.$"):
             run("inlet", asked(content), url=guard)
 
 
 def test_only_what_follows_the_last_answer_is_checked(run, guard):
     later = [*asked(ATTACK), {"role": "assistant", "content": "No."}, *asked(HARMLESS)]
     assert run("inlet", later, url=guard).messages == later
-    with pytest.raises(Exception, match="blocked"):
+    with pytest.raises(Exception, match=wordings.MESSAGE_BLOCKED):
         run("inlet", [*answered("Yes."), *asked(HARMLESS), *asked(ATTACK)], url=guard)
 
 
@@ -135,7 +136,7 @@ def test_a_flagged_answer_is_replaced_only_where_answers_are_checked(run, guard)
 
 
 def test_nothing_passes_unchecked_while_the_server_is_down(run, down):
-    with pytest.raises(Exception, match="check is unavailable"):
+    with pytest.raises(Exception, match=wordings.CHECK_UNAVAILABLE):
         run("inlet", asked(HARMLESS), url=down)
     chat = run("outlet", answered("Fine."), url=down, check_answers=True)
     assert "unavailable" in chat.messages[-1]["content"]
@@ -149,6 +150,6 @@ def test_an_administrator_may_let_unchecked_texts_pass(run, down):
 
 
 def test_a_probe_that_is_not_served_counts_as_unchecked(run, guard):
-    with pytest.raises(Exception, match="check is unavailable"):
+    with pytest.raises(Exception, match=wordings.CHECK_UNAVAILABLE):
         run("inlet", asked(HARMLESS), url=guard, probes="injection, other")
     assert run("inlet", asked(HARMLESS), url=guard, probes=" injection ").messages

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from fastapi import FastAPI, Request
 
+import wordings
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.policy.rules import Policy, Rule, read_policy
 from sidelight.probes.artifact import load_probe, save_probe
@@ -62,7 +63,7 @@ def test_the_proxy_configuration_blocks_what_a_probe_flags(tiny, flags, said, mo
 
 def test_the_proxy_configuration_blocks_where_no_server_answers(monkeypatch):
     monkeypatch.setenv("SIDELIGHT_URL", "http://127.0.0.1:9")
-    with pytest.raises(Exception, match="Generic Guardrail API failed: Cannot connect"):
+    with pytest.raises(Exception, match=wordings.LITELLM_CANNOT_CONNECT):
         asyncio.run(ask_proxy_guardrail(TEXTS))
 
 

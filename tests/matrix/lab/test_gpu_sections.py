@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import wordings
 from sidelight.errors import SidelightError
 from sidelight_lab.bench.gpu import CHECK, conditions_of, report, run_check, run_section
 from sidelight_lab.bench.gpu_engine import Setting
@@ -67,7 +68,7 @@ def test_a_section_has_a_process_and_a_time_limit_and_what_passed_is_not_repeate
     second = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert second["vllm graphs"] == first["vllm graphs"]
     assert second["train"]["summary"] == "It took over 0.1 s."
-    with pytest.raises(SidelightError, match=r"other conditions \(model\)"):
+    with pytest.raises(SidelightError, match=wordings.OTHER_CONDITIONS.format(names="model")):
         run_check(tmp_path, only=["vllm graphs"])
-    with pytest.raises(SidelightError, match="vllm reference"):
+    with pytest.raises(SidelightError, match=wordings.REFERENCE_FIRST):
         run_check(tmp_path / "other", only=["pace"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import wordings
 from sidelight.engines.transformers.backbone import TransformersBackbone, load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.models.fingerprint import ACCEPTED
@@ -163,14 +164,19 @@ def test_verdicts_on_a_quantised_copy_are_those_of_transformers_with_the_same_nu
 
 
 def test_nothing_quantised_is_served_that_is_not_accepted(llama_model, copy, digest):
-    with pytest.raises(FingerprintMismatchError, match=r"parity PROBE .* --quantised"):
+    with pytest.raises(FingerprintMismatchError, match=wordings.RUN_PARITY):
         configured(copy.path, llama_model.folders)
-    with pytest.raises(FingerprintMismatchError, match=f"{ACCEPTED} is not set"):
+    with pytest.raises(
+        FingerprintMismatchError, match=wordings.SETTING_IS_ABSENT.format(name=ACCEPTED)
+    ):
         load_vllm_engine(copy.path, llama_model.probes)
     # What vLLM quantises itself is another model.
     for options in ({"quantization": "fp8"}, KV_IN_FP8):
         for given in ("", digest):
-            with pytest.raises(FingerprintMismatchError, match=f"{ACCEPTED} is {given or 'not'}"):
+            with pytest.raises(
+                FingerprintMismatchError,
+                match=wordings.SETTING_IS.format(name=ACCEPTED, value=given or "not"),
+            ):
                 configured(llama_model.path, llama_model.folders, given, **options)
     with pytest.raises(SidelightError, match="quantization=fp8"):
         configured(llama_model.path, CAPTURED, quantization="fp8")
@@ -204,7 +210,9 @@ def test_a_digest_is_of_one_model_one_copy_and_one_set_of_options(
         (str(other), llama_model.folders, {}),
         (copy.path, [*llama_model.folders, strangers["weights"]], {}),
     ):
-        with pytest.raises(FingerprintMismatchError, match=f"{ACCEPTED} is {digest}"):
+        with pytest.raises(
+            FingerprintMismatchError, match=wordings.SETTING_IS.format(name=ACCEPTED, value=digest)
+        ):
             configured(path, folders, digest, **options)
 
 

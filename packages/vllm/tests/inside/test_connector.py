@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import wordings
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt, Part, Reads
 from sidelight.probes.artifact import save_probe
@@ -116,7 +117,7 @@ def test_a_pipeline_stage_that_lacks_a_kind_of_attention_is_refused():
         return SimpleNamespace(kv_cache_groups=made)
 
     assert full_group(config((window, ["a"]), (full, ["b"]), (full, ["c"]))) == 1
-    with pytest.raises(SidelightError, match="pipeline stage"):
+    with pytest.raises(SidelightError, match=wordings.STAGE_MISSING):
         full_group(config((window, ["a"]), (full, []), (full, ["c"])))
-    with pytest.raises(SidelightError, match="all layers forget some"):
+    with pytest.raises(SidelightError, match=wordings.CACHE_FORGETS):
         full_group(config((window, ["a"])))

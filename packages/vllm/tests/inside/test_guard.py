@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client import REGISTRY
 
+import wordings
 from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Reads
@@ -429,7 +430,7 @@ def test_what_cannot_be_judged_is_refused_where_a_rule_blocks(guarded):
 
     llm = guarded([FINE])
     assert isinstance(asked(llm, stream())[1], RefusedError)
-    with pytest.raises(RefusedError, match="Poolings"):
+    with pytest.raises(RefusedError, match=wordings.NO_POOLINGS):
         asyncio.run(pooled(llm))
     assert not llm.seen
     assert asyncio.run(pooled(guarded([FINE], policy=""))) == ["pooled"]
@@ -467,7 +468,7 @@ def test_beams_are_refused_whatever_calls_them(guarded, reciting):
     serving = BeamSearchOnlineMixin()
     for policy, options in ((OPEN, {}), (REDACTS, {"probes": reciting[0]})):
         serving.engine_client = guarded([FINE], policy, **options)
-        with pytest.raises(RefusedError, match="beam search"):
+        with pytest.raises(RefusedError, match=wordings.NO_BEAMS):
             serving.beam_search(PROMPT, "mine", params)
     serving.engine_client = guarded([FINE], policy="")
     assert serving.beam_search(PROMPT, "mine", params)

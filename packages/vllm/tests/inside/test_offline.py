@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import wordings
 from sidelight.engines.transformers.backbone import load_backbone, read_model
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Reads
@@ -108,7 +109,7 @@ def test_a_cache_has_the_states_of_transformers_and_goes_on_after_a_stop(
     params = capture_params(prompts[0], Reads(), gone)
     ((_, _, output),) = reader.run([(0, prompts[0], params)])
     assert read_report(output.kv_transfer_params).failed == ("states",)
-    with pytest.raises(SidelightError, match="hidden states are missing"):
+    with pytest.raises(SidelightError, match=wordings.STATES_MISSING):
         captured(gone, backbone.fingerprint.layers)
 
 
@@ -147,7 +148,7 @@ def test_a_server_writes_no_hidden_states(backbone):
 
     config = {KEY: {"probes": [], STATES: True}}
     arguments = AsyncEngineArgs(model=backbone.name, max_model_len=512, additional_config=config)
-    with pytest.raises(SidelightError, match="offline only"):
+    with pytest.raises(SidelightError, match=wordings.OFFLINE_ONLY):
         arguments.create_engine_config()
 
 

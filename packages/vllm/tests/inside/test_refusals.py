@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import StableLmConfig
 
+import wordings
 from sidelight.engines.transformers.backbone import load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.probes.artifact import save_probe
@@ -70,7 +71,7 @@ def test_a_key_that_nobody_asks_for_is_refused(model, monkeypatch):
     configured(model.path, None, **server)
     monkeypatch.setenv("SIDELIGHT_API_KEY", "secret")
     monkeypatch.setenv("VLLM_PLUGINS", "another")
-    with pytest.raises(SidelightError, match="would not ask for it"):
+    with pytest.raises(SidelightError, match=wordings.POLICY_UNHEARD):
         configured(model.path, model.folders, **server)
     monkeypatch.setenv("VLLM_PLUGINS", "another,sidelight")
     configured(model.path, model.folders, **server)
@@ -81,7 +82,7 @@ def test_a_setting_in_the_configuration_that_is_a_variable_is_refused(model, nam
     from vllm.engine.arg_utils import EngineArgs
 
     config = {KEY: {"probes": model.folders, name: "1"}}
-    with pytest.raises(SidelightError, match=f"has {name}, but .*Set SIDELIGHT_COLUMNS or"):
+    with pytest.raises(SidelightError, match=wordings.PLUGIN_UNCONFIGURED.format(name=name)):
         EngineArgs(model=model.path, additional_config=config).create_engine_config()
 
 
@@ -145,12 +146,14 @@ def test_another_version_or_architecture_or_type_of_an_option_is_refused(
 ):
     import vllm
 
-    with pytest.raises(SidelightError, match="Check their types"):
+    with pytest.raises(SidelightError, match=wordings.CHECK_TYPES):
         load_vllm_engine(model.path, [], options={"max_num_seqs": "abc"})
     path = saved(tiny_backbone(StableLmConfig(**SIZES)), tmp_path / "model")
     # The library makes another tokenizer of the files than the one that was saved.
     folder = save_probe(untrained_probe(load_backbone(path), "p"), tmp_path / "p")
-    with pytest.raises(SidelightError, match="the architecture StableLmForCausalLM"):
+    with pytest.raises(
+        SidelightError, match=wordings.ARCHITECTURE.format(name="StableLmForCausalLM")
+    ):
         configured(path, [str(folder)], max_model_len=256)
     monkeypatch.setattr(vllm, "__version__", "0.31.0")
     with pytest.raises(SidelightError, match=r"vLLM 0\.31\.0"):

@@ -1,0 +1,219 @@
+"""The wordings that tests pin: an edit of a message is an edit here, and at no test.
+
+A test names the message that it triggers, and gives the values that the message must have::
+
+    with pytest.raises(SidelightError, match=wordings.TOO_FEW_LABELLED.format(got=29)):
+
+They are regular expressions of the part that says which error it is, or what to do. Options,
+settings and paths may stand in a test by themselves: they are the interface. ``test_wordings``
+checks that nothing else does.
+"""
+
+# Names
+DID_YOU_MEAN = "Did you mean '{name}'"
+DISTINCT_NAMES = "distinct names"
+NAME_OF_PROBE = "Name it with 1 to 64 of"
+UNKNOWN_LABEL = r"unknown label '{label}'\."
+UNKNOWN_MECHANISM = "Unknown mechanism '{name}'"
+
+# Where a text stands
+FILE_LINE = "{file}, line {line}"
+GIVEN_ROW = "Given rows, row {row}"
+
+# Files, packages and settings
+CANNOT_LOAD = "Cannot load.*{name}"
+CANNOT_WRITE = "Cannot write.* {what}"
+CHECK_NETWORK = "Check the name, the network"
+HOW_TO_INSTALL = "run `pip install '{part}'`"
+NOT_INSTALLED = "is not installed"
+NOT_JSON = "not JSON serializable"
+NO_FILE = "No file {path}"
+OTHER_FOLDER = "Name another folder"
+SETTING_IS = "{name} is {value}"
+SETTING_IS_ABSENT = "{name} is not set"
+SET_VARIABLE = "set {name}"
+SEVERAL_HAVE = "Several packages have '{name}' .*Uninstall"
+
+# Rows and labels
+CANNOT_SPLIT = "Cannot make {parts} parts"
+HAS_MESSAGES = "has {messages} messages"
+NO_COLUMN = "no column '{name}'"
+NO_LABELS = "no labels"
+OTHER_COLUMNS = "labels {labels}, but the columns are {columns}"
+POSITIVE_GUESSED = "No positive class was named, so '{label}' is taken"
+ROW_EACH = r"Give each a row\.$"
+ROW_HOLDS = "row {row}: column '{name}' holds {cell}"
+SAME_RESPONSE = "and the same response"
+SAME_TEXT = "all examples have the same text"
+TOO_FEW_DISTINCT = "Too few distinct texts to hold some of each"
+TOO_FEW_FOR_LABELS = "{examples} examples cannot show {labels} labels"
+TRAINED_ON = "{seen} of {texts} texts were trained on: the figures flatter"
+UNLABELLED = r"{missing} of {rows} rows have no label .* row {first}\."
+WANTED_ONE_OF = "wanted one of {labels}"
+WORDS_ABSENT = "row {row}: the words in column '{name}' do not stand"
+
+# Spans
+FINDS_IN_PROMPTS = "finds spans in prompts"
+LABELS_NO_SPANS = "labels no spans"
+LABELS_TEXTS = "'{probe}' labels whole texts"
+LOAD_SPANS = r"no spans\. Load them with load_examples"
+NO_SPANS_AT_ALL = "No text has a span"
+NO_SPAN_RULE = "impossible values of spans|labels no tokens"
+SPANS_OF_PROMPTS = "of each prompt.*would read: response"
+WANTS_TOKEN_LABELS = r"labels tokens, such as 'spans' \(got: '{got}'\)"
+
+# Texts, turns and lengths
+AT_MOST_TOKENS = r"at most {tokens}\. Shorten"
+BETWEEN_TURNS = "writes between turns"
+CONTROL_TOKEN = "name of a control token"
+GIVE_A_LIST = "takes a list of texts"
+HALF_A_CHARACTER = "half a character"
+NO_MESSAGE = "at least one message"
+NO_RESPONSES = "reads responses, but {missing} of {texts} texts have none"
+NO_ROOM_FOR_TEXT = "leaves no room for the text"
+SHORTEN = "Shorten it"
+TEMPLATE_REFUSES = "template refuses this conversation"
+TEMPLATE_TOO_LONG = "template and the system prompt .* shorten"
+TEXTS_CUT = "were cut to {tokens} tokens"
+TEXT_HAS = "{place}: The text has .* at most {limit}"
+TOO_MANY_CHARACTERS = "characters, of which a token has at most"
+UNEQUAL_LISTS = "Got {texts} texts but {responses} responses"
+UNKNOWN_TOKEN = "token id {token}, and the model knows ids below {limit}"
+
+# Models and devices
+ADAPTER = "adapter_config.*changes the weights.*Merge it"
+ARCHITECTURE = "the architecture {name}"
+DIFFER_IN = "differ in {fields}"
+DOES_NOT_FIT = "does not fit into memory"
+LACKS_OPERATION = "lacks {name} there. Use"
+LAYERS_OF_KIND = "layers of kind {kind}, .* another engine"
+NAME_A_MODEL = "Give 'smollm2', a folder"
+NO_BLOCKS = "{model} has no list of {count} decoder blocks"
+NO_WEIGHTS = "no model.safetensors .* Save the model again"
+PRETENDED_DEVICE = "one device|cannot draw"
+TRAIN_ON_THIS = "Train the probe"
+WEIGHTS_TAKE = "its weights take"
+WEIGHTS_TWICE = "two different weights '{name}'"
+WRONG_INDEX = "not a whole index of files in its own folder"
+
+# Hidden states
+NO_DISK_FOR_STATES = "may be used.*SIDELIGHT_CACHE.*fewer rows"
+STATES_MISSING = "hidden states are missing"
+STATES_NOT_FINITE = "Text {text} .* layer {layer} .* {dtype}"
+STATES_UNREADABLE = "Cannot read .*Delete .*again"
+
+# Training and its thresholds
+CANNOT_CALIBRATE = "Cannot fit a {kind} calibration"
+CANNOT_CONTINUE = "Cannot continue the training from .* Delete it"
+MIXED_CONTEXTS = "some of them have and others have not"
+MOST_PROBABLE_WINS = "most probable one wins"
+NO_THRESHOLD = "Leave --threshold out"
+ROWS_OF_BOTH = "rows of both kinds are needed"
+RUN_DIVERGED = "'{mechanism}' with seed {seed} diverged.* Lower the rate"
+TOO_FEW_LABELLED = "Too few labelled texts.*got {got}"
+TOO_FEW_OF_CLASS = "got {got}, {found} of them '{label}'; wanted .* {wanted}"
+TOO_MANY_LAYERS = "layers to at most {layers}"
+TRAINED_ON_THESE = "was trained on these texts.*new traffic"
+
+# Verdicts of probes
+ACCEPTS_COPY = "{name}=[0-9a-f]+ accepts"
+GIVES_NO_VERDICT = "gives no verdict"
+LOGITS_NOT_FINITE = "NaN or infinite logits"
+NOT_FINITE = "'{probe}' gave a logit that is not finite"
+NOT_OF_PLAIN_TEXT = "cannot judge plain text"
+NO_PROBES = "one or more probes"
+OTHER_TENSORS = "not those of a '{mechanism}'|mean or scale is not"
+OVERFLOW = "so large that sums overflow"
+OVERFLOWED = "overflowed"
+
+# Guards
+NAME_ONE = "Name one of them here"
+NO_ROW_BESIDE = "None of the {rows} rows beside the guard has"
+TWO_GUARDS = "names two guards"
+UNTRAINED_GUARD = "'{name}' has not been .* {model}"
+WRONG_PACKAGE = "package '{name}' of .*{why}.* Correct or unin"
+
+# Policies and servers
+BLOCKED_BY = "blocked by {probe}"
+CANNOT_HOLD = "cannot hold there"
+JUDGES_ITSELF = "where this server listens itself"
+NO_TURNS = "'{probe}' cannot have turns .* {got}"
+QUEUE_FULL = "{waiting} waiting, the limit is {limit}"
+
+# Engines
+INSTALL_ENGINE = "install and use the engine {engine}"
+NO_ENGINE = "No engine '{name}' "
+ONLY_JUDGES = "only judges"
+RUNS_ALONE_IN = "runs in {engine} alone, not in {other}"
+
+# vLLM
+CACHE_FORGETS = "all layers forget some"
+CANNOT_TAP = "does not know how to tap {name}"
+CHECK_TYPES = "Check their types"
+JUST_REPLACED = "just been replaced"
+NOT_CHECKED = "not checked"
+NOT_TOGETHER = "served together|of raw texts"
+NO_BEAMS = "beam search"
+NO_POOLINGS = "Poolings"
+NO_VERDICT = "no verdict"
+OFFLINE_ONLY = "offline only"
+OTHER_PROBES = "Other probes have judged"
+OTHER_VLLM = "This is vLLM {version}"
+PLUGIN_UNCONFIGURED = "has {name}, but .*Set SIDELIGHT_COLUMNS or"
+POLICY_UNHEARD = "would not ask for it"
+RESTART = "Restart the server"
+RUN_PARITY = "parity PROBE .* --quantised"
+STAGE_MISSING = "pipeline stage"
+STILL_WRITTEN = "still being written"
+TESTED_VLLM = ", .* tested with {versions}"
+
+# GGUF files
+CACHE_DOES_NOT_FIT = "{texts} texts of {tokens} tokens"
+CACHE_IN_PARTS = "a text of {tokens} tokens.*or judge it in parts"
+CONTEXT_LENGTH = "tokens={asked}: .* context length of .* is {limit} tokens"
+LAYOUT_DEFAULT = "gives {got} for {name} by default instead of {wanted}"
+LAYOUT_SIZE = "writes {got} bytes .* instead of {wanted}"
+NO_GGUF = "There is no file|Ollama has no model"
+NO_OLLAMA_MODEL = "no model '{name}' in {folder}. Known: none"
+NO_ROOM_FOR_WEIGHTS = "for the weights of .* smaller file"
+NO_TOKENIZER = "{folder}' is no tokenizer"
+OLLAMA_FILE_MISSING = "file of 'ollama:mine' is missing"
+OLLAMA_PULL = "ollama pull"
+OLLAMA_WEIGHTS = "'ollama:mine' has .* one file of weights"
+TAKES_GB = r".* take 0\.0 GB"
+WHEEL_BROKEN = r"cannot be imported\. Install its wheel again"
+
+# Labelling
+ALREADY_DECIDED = "has been labelled already"
+CACHE_TOO_SMALL = "Allow more"
+FILE_CHANGED = "Another program has changed"
+JUDGE_DECIDES = "decides between {labels}"
+JUDGE_READS = "reads {side}"
+LABEL_NOT_SAVED = "not saved"
+NO_CROSS_FIT = "not made from labels"
+OTHER_TAB = "Another tab"
+TOO_FEW_OF_LABEL = "needs {count} texts of each label"
+
+# The laboratory
+ANSWERS_END_AT_ONCE = "ends its answers at once"
+BASELINE_DIVERGED = r"Lower its learning rate \(it was {rate}\)"
+BOTH_KINDS = "Add texts of both kinds"
+DIVERGED = "diverged"
+FEWER_ROWS = "fewer with --rows"
+MODEL_READS = r"reads up to {tokens}\. .*--tokens"
+NOT_A_PLAIN_HEAD = "from its head on its final norm"
+NO_CHATS = "no chat template|no control tokens"
+NO_ENCODER = "as an encoder"
+NO_ROW_OF_CLASS = "of class '{label}'"
+OTHER_CONDITIONS = r"other conditions \({names}\)"
+OTHER_SEED = "another seed"
+OTHER_VALIDATION = "another validation set"
+PROMPT_OF_TOKENS = "prompt of {tokens} tokens.*--tokens"
+RECIPE_LOOPS = "'like' leads back to .*{file}"
+REFERENCE_FIRST = "vllm reference"
+TASK_HAS_LABELS = "{count} labels: {labels}"
+
+# Other programs
+CHECK_UNAVAILABLE = "check is unavailable"
+LITELLM_CANNOT_CONNECT = "Generic Guardrail API failed: Cannot connect"
+MESSAGE_BLOCKED = "Your message was blocked"
