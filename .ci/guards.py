@@ -41,7 +41,7 @@ from sidelight.models.fingerprint import Fingerprint
 from sidelight.models.smollm2 import EMBEDDED_NAME
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.probes.bank import Bank
-from sidelight.probes.manifest import PROBE, holds_probe, read_manifest
+from sidelight.probes.card import PROBE, holds_probe, read_card
 from sidelight.probes.mechanisms.base import Geometry, build_mechanism
 from sidelight.probes.probe import Probe
 from sidelight.probes.standardisation import Standardisation
@@ -59,7 +59,6 @@ from sidelight.training.measuring import measure_sources
 from sidelight.training.preparing import prepare
 from sidelight.training.ready import affordable, guard_options, load_guard
 from sidelight.training.settings import FitOptions
-from sidelight.training.traffic import Conversations
 from sidelight_llama.backbone import LlamaBackbone
 from sidelight_llama.files import EMBEDDED_GGUF, find_gguf
 
@@ -235,7 +234,7 @@ def left_out(
     dataset = prepare(backbone, texts, None, options=options)
     split, folds = dataset.training, FOLDS[probe.name]
     assert options.settings is not None
-    candidate = (probe.spec, options.settings)
+    candidate = (probe.card.mechanism, options.settings)
     # A labelled text and its contexts; conversations of the background have no source.
     sources = np.array(split.examples.sources, dtype=object)
     sources[[context.kind == "background" for context in split.contexts]] = ""
@@ -293,7 +292,8 @@ def package(names: Sequence[str]) -> None:
         probes = [*map(load_probe, folders)]
         measured = _measure_tests(name, probes, folders[0].parent.parent / name, backbone)
         trainings = [
-            {"seed": p.history.seed, "tests": own} for p, own in zip(probes, measured, strict=True)
+            {"seed": p.card.training.seed, "tests": own}
+            for p, own in zip(probes, measured, strict=True)
         ]
         for training, folder in zip(trainings, folders, strict=True):
             if (folder / LEFT_OUT).exists():
@@ -319,7 +319,7 @@ def _worth(training: dict[str, Any], probe: Probe) -> tuple[bool, float]:
     if left := training.get("left_out"):
         is_quiet = left["flagged"] <= _QUIET * left["conversations"]
         return is_quiet, float(np.mean(_recalls(left["sources"])))
-    return True, max(probe.record["epochs"]["scores"])
+    return True, max(probe.card.training.epochs.scores)
 
 
 def _recalls(sources: dict[str, dict[str, int]]) -> list[float]:
@@ -330,7 +330,9 @@ def _measure_tests(
     name: str, probes: Sequence[Probe], folder: Path, backbone: Backbone
 ) -> list[dict[str, Any]]:
     """Figures of several probes on each test, from one forward pass; each test is saved."""
-    texts = [affordable(load_guard(name), backbone.encoder, seed=p.history.seed) for p in probes]
+    texts = [
+        affordable(load_guard(name), backbone.encoder, seed=p.card.training.seed) for p in probes
+    ]
     tests = {
         test: load_guard(name, f":{test}", probes[0].task) for test in find_guard(name).card.tests
     }
@@ -349,7 +351,7 @@ def _measure_tests(
                 ]
             else:
                 # A bank wants names that differ.
-                named = [replace(p, name=f"{name}-{p.history.seed}") for p in probes]
+                named = [p.changed(name=f"{name}-{p.card.training.seed}") for p in probes]
                 bank = Bank(named, device=backbone.device)
                 judged = text_logits(backbone, bank, encode(backbone.encoder, examples.items))
                 known = [
@@ -380,24 +382,22 @@ def accept(names: Sequence[str]) -> None:
 def without_last_layers(probe: Probe, model: Fingerprint) -> Probe:
     """The probe for a copy of its model that has the first layers alone, with the same logits."""
     layers = model.layers
-    scaling, scale = probe.standardisation, math.sqrt(layers / probe.fingerprint.layers)
+    scaling, scale = probe.standardisation, math.sqrt(layers / probe.card.backbone.layers)
     assert scaling.scale[layers:].isinf().all(), "the probe reads layers that the copy lacks"
-    mechanism = build_mechanism(probe.spec, Geometry(layers, model.width, probe.task.outputs))
+    spec = probe.card.mechanism
+    mechanism = build_mechanism(spec, Geometry(layers, model.width, probe.task.outputs))
     state = {
-        key: value[:layers].clone() if key in ("gate", *_SCALED[probe.spec.name]) else value
+        key: value[:layers].clone() if key in ("gate", *_SCALED[spec.name]) else value
         for key, value in probe.mechanism.state_dict().items()
     }
-    for key in _SCALED[probe.spec.name]:
+    for key in _SCALED[spec.name]:
         state[key] *= scale
     mechanism.load_state_dict(state)
-    return replace(
-        probe,
-        mechanism=mechanism.eval().requires_grad_(False),
-        standardisation=Standardisation(
-            scaling.mean[:layers], scaling.scale[:layers], scaling.is_normalised
-        ),
-        fingerprint=model,
-        record={**probe.record, "copy_of": probe.version},
+    training = probe.card.training.model_copy(update={"copy_of": probe.version})
+    return Probe(
+        probe.card.changed(backbone=model, training=training),
+        mechanism.eval().requires_grad_(False),
+        Standardisation(scaling.mean[:layers], scaling.scale[:layers], scaling.is_normalised),
     )
 
 
@@ -511,7 +511,7 @@ def _git(*words: str) -> str:
 
 def _record(name: str, probe: Probe, commit: str) -> dict[str, Any]:
     """How a packaged probe was made."""
-    history = probe.history
+    training = probe.card.training
     return {
         "guard": name,
         "version": find_guard(name).card.version,
@@ -520,11 +520,11 @@ def _record(name: str, probe: Probe, commit: str) -> dict[str, Any]:
         "commit": commit,
         "date": date.today().isoformat(),
         "texts_sha256": load_guard(name).content_hash,
-        "texts": [history.training.rows, len(load_guard(name))],
-        "training_sha256": history.training_sha256,
-        "threshold_rule": history.threshold_rule,
-        "seed": history.seed,
-        "dtype": probe.fingerprint.dtype,
+        "texts": [training.training.rows, len(load_guard(name))],
+        "training_sha256": training.training_sha256,
+        "threshold_rule": training.threshold_rule,
+        "seed": training.seed,
+        "dtype": probe.card.backbone.dtype,
         "packages": {package: version(package) for package in ("torch", "transformers", "numpy")},
     }
 
@@ -564,17 +564,16 @@ def _probes_table() -> str:
     )
     rows: list[list[str]] = []
     for name in guard_names():
-        made, manifest = _packaged(name, "build.json"), read_manifest(PACKAGE / name)
-        history, traffic = manifest.history, manifest.history.traffic
+        made, card = _packaged(name, "build.json"), read_card(PACKAGE / name)
         used, available = made["texts"]
         texts = f"{used:,}" if used == available else f"{used:,} of {available:,}"
         cells = ["", "", ""]
-        if manifest.spans is None and len(manifest.thresholds) == 1:
-            (curve,) = history.curves.values()
-            hits, alarms = curve.at(manifest.thresholds[0])
+        if card.spans is None and len(card.thresholds) == 1:
+            (curve,) = card.training.curves.values()
+            hits, alarms = curve.at(card.thresholds[0])
             cells[:2] = [f"{hits} of {curve.positives}", f"{alarms} of {curve.negatives}"]
-            cells[2] = _share(traffic.flagged, traffic.conversations)
-        threshold = f"{manifest.thresholds[0]:.3f}" if len(manifest.thresholds) == 1 else "by label"
+            cells[2] = _share(*card.training.flagged)
+        threshold = f"{card.thresholds[0]:.3f}" if len(card.thresholds) == 1 else "by label"
         gguf = made.get("gguf")
         agrees = f"{gguf['agreeing']} of {gguf['texts']}" if gguf else "not compared"
         rows.append([f"`{name}`", str(made["version"]), texts, threshold, *cells, agrees])
@@ -594,8 +593,8 @@ def _thresholds_table() -> str:
         probe = load_probe(PACKAGE / name)
         if probe.task.kind != "binary" or probe.spans is not None:
             continue
-        (curve,), (own,) = probe.history.curves.values(), probe.thresholds
-        scores = probe.calibration.apply(Conversations.kept(probe).logits)[:, 0]
+        (curve,), (own,) = probe.card.training.curves.values(), probe.thresholds
+        scores = probe.calibration.apply(probe.card.background.logits)[:, 0]
         points = [*curve.operating_points(), OperatingPoint(own, *curve.at(own))]
         for threshold, found, flagged in sorted({*points}, reverse=True):
             mark = " (packaged)" if threshold == own else ""

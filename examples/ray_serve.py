@@ -67,6 +67,6 @@ def app(settings: Settings) -> serve.Application:
 
 
 def engine_of(settings: Settings, probes: list[Probe]) -> Engine:
-    model = settings.model or probes[0].fingerprint.name
-    backbone = load_backbone(model, prompt_format=probes[0].prompt_format)
+    model = settings.model or probes[0].card.backbone.name
+    backbone = load_backbone(model, prompt_format=probes[0].card.prompt_format)
     return TransformersEngine(backbone, probes)

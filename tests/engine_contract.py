@@ -260,7 +260,7 @@ class EngineContract:
 
 def other_probes(model: Model) -> list[Probe]:
     """As many columns of a layer, in another order and with other names."""
-    return [replace(probe, name=f"{probe.name}-again") for probe in reversed(model.probes)]
+    return [probe.changed(name=f"{probe.name}-again") for probe in reversed(model.probes)]
 
 
 def by_hand(subject: Subject, text: str, *, split: bool) -> EncodedPrompt:

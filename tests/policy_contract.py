@@ -22,7 +22,7 @@ from sidelight.models.conversation import EncodedPrompt, Message, Part, PlainTex
 from sidelight.policy.rules import read_policy
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.bank import Bank
-from sidelight.probes.manifest import read_manifest
+from sidelight.probes.card import read_card
 from sidelight.probes.probe import Probe
 from worlds.data import documented_table
 from worlds.models import INTENT, saved, score, untrained_probe
@@ -100,7 +100,7 @@ class Subjects:
         self.backbone = backbone or tiny_llama()
         self.path = saved(self.backbone, home / "model")
         self.probes, self.folders = judging_any_text(self.backbone, READS, home)
-        relayed = replace(self.probes[0], name=OF_TURNS, reads=Reads(scope="each_turn"))
+        relayed = self.probes[0].changed(name=OF_TURNS, reads=Reads(scope="each_turn"))
         self.probes.append(relayed)
         self.folders.append(str(save_probe(relayed, home / OF_TURNS)))
         # The only one that cannot judge plain text.
@@ -110,7 +110,7 @@ class Subjects:
         self.folders.append(str(save_probe(intent, home / "intent")))
         # As if they had been loaded, with the mechanisms that a test may break.
         self.probes = [
-            replace(probe, version=read_manifest(folder).version)
+            replace(probe, version=read_card(folder).version)
             for probe, folder in zip(self.probes, self.folders, strict=True)
         ]
         self.by_name = {probe.name: probe for probe in self.probes}

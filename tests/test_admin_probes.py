@@ -17,7 +17,7 @@ from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
 from sidelight.probes.artifact import load_probe, save_probe
-from sidelight.probes.manifest import PROBE
+from sidelight.probes.card import PROBE, TrainingRecord
 from sidelight.server.admin import Replacement
 from sidelight.server.admin import replace as replace_all
 from sidelight.server.app import create_app
@@ -128,17 +128,17 @@ def test_a_change_without_names_reads_the_same_folders_again(tiny, folders):
 
 def test_a_folder_is_read_again_though_its_probe_has_another_name(tiny, folders):
     folder = folders["late"]
-    renamed = replace(load_probe(folder), name="renamed")
+    renamed = load_probe(folder).changed(name="renamed")
     with serving(tiny, folders) as admin:
         save_probe(renamed, folder)
         assert admin.put({})["renamed"]["path"] == str(folder)
-        save_probe(replace(renamed, record={}), folder)
+        save_probe(renamed.changed(training=TrainingRecord()), folder)
         assert admin.put({})["renamed"]["version"] == load_probe(folder).version
 
 
 def test_probes_and_policy_change_together(tiny, folders, tmp_path):
     """A trial is a shadow in the new policy; a probe that is not named is gone."""
-    save_probe(replace(load_probe(folders["newer"]), name="newer"), folders["newer"])
+    save_probe(load_probe(folders["newer"]).changed(name="newer"), folders["newer"])
     path = tmp_path / "policy.toml"
     path.write_text('[input.toxicity]\nmode = "block"\nthreshold = 0.0\n')
     trial = path.read_text() + '[input.newer]\nmode = "shadow"\nshadow_of = "toxicity"\n'
@@ -168,7 +168,7 @@ def test_what_cannot_be_served_leaves_the_last_good_set(tiny, folders, tmp_path)
         (untrained_probe(other, "toxicity"), "was trained on", 400),
         (broken(plain), "gives no verdict", 400),
         (untrained_probe(tiny, "toxicity", reads=Reads("both")), "no probe 'toxicity' judges", 400),
-        (replace(plain, prompt_format="raw"), "and of raw texts, such as 'toxicity'", 400),
+        (plain.changed(prompt_format="raw"), "and of raw texts, such as 'toxicity'", 400),
         (untrained_probe(tiny, "toxicity", task=INTENT), "would never apply", 400),
         (
             untrained_probe(tiny, "late", reads=Reads("response")),

@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -23,16 +24,28 @@ import sidelight
 import wordings
 from sidelight import storage
 from sidelight.classifier import load
+from sidelight.data.evaluation import Report, evaluate
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.models.conversation import Message, Reads
 from sidelight.models.fingerprint import ACCEPTED, hash_of
 from sidelight.probes import artifact
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.probes.bank import Bank
-from sidelight.probes.manifest import CARD, PROBE, model_card, read_manifest, summary
+from sidelight.probes.card import (
+    PROBE,
+    README,
+    CalibrationTexts,
+    Recalibration,
+    TrainingRecord,
+    TrainingTexts,
+    model_card,
+    read_card,
+    summary,
+)
 from sidelight.probes.mechanisms.base import mechanism_names
 from sidelight.probes.standardisation import Standardisation
 from sidelight.statistics.calibration import Calibration
+from sidelight.statistics.metrics import decide
 from sidelight.statistics.thresholds import OperatingCurve
 from worlds.models import INTENT, PIECES, TOPICS, TOXICITY, score, spans_probe, untrained_probe
 
@@ -41,12 +54,9 @@ TASKS = [TOXICITY, INTENT, TOPICS]
 
 def probe_of(backbone, *, mechanism="readout", task=TOXICITY, reads=None, name="toxicity"):
     probe = untrained_probe(backbone, name, task=task, mechanism=mechanism, reads=reads)
-    shape = (probe.fingerprint.layers, probe.fingerprint.width)
-    return replace(
-        probe,
-        standardisation=Standardisation(torch.randn(shape), 0.5 + torch.rand(shape)),
-        record={"seed": 3, "metrics": {"auprc": 0.5}},
-    )
+    shape = (probe.card.backbone.layers, probe.card.backbone.width)
+    scaling = Standardisation(torch.randn(shape), 0.5 + torch.rand(shape))
+    return replace(probe.changed(training=TrainingRecord(seed=3)), standardisation=scaling)
 
 
 @pytest.fixture
@@ -86,8 +96,7 @@ def test_a_round_trip_gives_identical_logits_and_a_frozen_probe(tiny, tmp_path, 
 
 
 def test_a_round_trip_keeps_everything_that_is_not_a_tensor(tiny, tmp_path):
-    probe = replace(
-        probe_of(tiny, reads=Reads("both", template=False), name="A.9_-"),
+    probe = probe_of(tiny, reads=Reads("both", template=False), name="A.9_-").changed(
         calibration=Calibration("platt", "binary", (1.1,), (0.1,)),
         thresholds=(0.123456789012345,),
         task=replace(TOXICITY, labels=("gut", "böse 你好")),
@@ -95,35 +104,34 @@ def test_a_round_trip_keeps_everything_that_is_not_a_tensor(tiny, tmp_path):
     )
     probe = replace(probe, standardisation=replace(probe.standardisation, is_normalised=True))
     loaded = load_probe(save_probe(probe, tmp_path))
-    for field in (
-        "name", "task", "reads", "prompt_format", "spec", "calibration", "thresholds",
-        "fingerprint", "record",
-    ):  # fmt: skip
-        assert getattr(loaded, field) == getattr(probe, field), field
+    of_numbers = {"is_normalised", "weights_sha256"}
+    assert loaded.card.model_dump(exclude=of_numbers) == probe.card.model_dump(exclude=of_numbers)
     assert loaded.standardisation.is_normalised
 
 
-def test_a_manifest_is_changed_as_its_page_says(tiny, tmp_path, monkeypatch):
-    record = {"seed": 3, "training": {"rows": 2, "texts": "ABEiM0Q="}}
-    save_probe(replace(probe_of(tiny), record=record), tmp_path / "probes" / "toxicity")
+def test_a_card_is_changed_as_its_page_says(tiny, tmp_path, monkeypatch):
+    record = TrainingRecord(seed=3, training=TrainingTexts(rows=2, texts="ABEiM0Q="))
+    save_probe(probe_of(tiny).changed(training=record), tmp_path / "probes" / "toxicity")
     monkeypatch.chdir(tmp_path)
-    page = Path(__file__).parents[1].joinpath("docs", "manifest.md").read_text("utf-8")
+    page = Path(__file__).parents[1].joinpath("docs", "card.md").read_text("utf-8")
     exec(page.split("```python\n")[1].split("```")[0], {})
     changed = load_probe("probes/toxicity-2")
     assert changed.name == "toxicity-2"
-    assert changed.record == {"seed": 3, "training": {"rows": 2}}
+    assert changed.card.training == TrainingRecord(seed=3, training=TrainingTexts(rows=2))
 
 
 CURVE = OperatingCurve.of(np.array([0.1, 0.2, 0.8, 0.9]), np.array([False, True] * 2))
 CURVES = {"toxic": asdict(CURVE)}
+REPORT = evaluate(decide(TOXICITY, np.array([[0.2], [0.9]]), np.array([0, 1]), thresholds=(0.5,)))
 
 
 @pytest.mark.parametrize("states", ["divided by their root", "of any norm"])
 def test_an_artifact_tells_what_its_threshold_flags_of_which_states(tiny, tmp_path, states):
-    record = {"validation": {"curves": CURVES}, "threshold_rule": "recall=0.9"}
-    probe = replace(probe_of(tiny), record=record, thresholds=(0.5,))
+    measured = CalibrationTexts(curves={"toxic": CURVE})
+    record = TrainingRecord(validation=measured, threshold_rule="recall=0.9")
+    probe = probe_of(tiny).changed(training=record, thresholds=(0.5,))
     scaling = replace(probe.standardisation, is_normalised=states != "of any norm")
-    told = summary(read_manifest(save_probe(replace(probe, standardisation=scaling), tmp_path)))
+    told = summary(read_card(save_probe(replace(probe, standardisation=scaling), tmp_path)))
     assert told["states"].startswith(states)
     flagging = "1 of 2 'toxic' and 1 of 2 others, of left-out texts (--threshold recall=0.9)"
     assert told["flagging"] == flagging
@@ -143,24 +151,48 @@ def test_of_two_saves_at_once_one_is_there_whole(tiny, tmp_path, monkeypatch):
     save_probe(untrained_probe(tiny, "probe"), tmp_path)
     assert load_probe(tmp_path).name == "probe"
     assert replaced == [tmp_path / PROBE]
-    assert {path.name for path in tmp_path.iterdir()} == {PROBE, CARD}
-    assert load_probe(tmp_path).version in (tmp_path / CARD).read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {PROBE, README}
+    assert load_probe(tmp_path).version in (tmp_path / README).read_text()
 
 
 def test_a_saved_probe_has_a_model_card_that_the_hub_can_read(saved, tiny):
-    card, probe = ModelCard.load(saved / CARD), load_probe(saved)
+    card, probe = ModelCard.load(saved / README), load_probe(saved)
     assert card.data.library_name == "sidelight"
-    for fact in ("toxicity", "fine, toxic", "readout", probe.fingerprint.name, probe.version):
+    for fact in ("toxicity", "fine, toxic", "readout", probe.card.backbone.name, probe.version):
         assert fact in card.text
     save_probe(probe_of(tiny, name="other"), saved)
-    assert load_probe(saved).version in (saved / CARD).read_text()
-    assert probe.version not in (saved / CARD).read_text()
+    assert load_probe(saved).version in (saved / README).read_text()
+    assert probe.version not in (saved / README).read_text()
+
+
+# What stands for a fact in the pattern of the file.
+FACTS = {
+    "text": ".+",
+    "number": "[0-9,]+",
+    "digest": "[0-9a-f]{12}",
+    "recalibrations": r"(?:- \*\*recalibrated \d+\*\*: [\d-]+: .+\n)*",
+}
+
+
+def test_the_readme_beside_a_probe_follows_the_pattern_of_cards(tiny, tmp_path):
+    texts = {"rows": 20, "sha256": "0" * 64, "classes": {"fine": 10, "toxic": 10}}
+    record = TrainingRecord(
+        training=TrainingTexts(**texts),
+        validation=CalibrationTexts(**texts, report=REPORT, curves={"toxic": CURVE}),
+        contexts={"inside": 3, "background": 4},
+        recalibrations=[Recalibration(date="2026-12-02", what="thresholds for fpr=0.01")],
+    )
+    folder = save_probe(probe_of(tiny).changed(training=record, thresholds=(0.5,)), tmp_path)
+    pattern = re.escape(Path(__file__).with_name("worlds").joinpath("model_card.md").read_text())
+    for name, fact in FACTS.items():
+        pattern = pattern.replace(re.escape(f"{{{name}}}"), fact)
+    assert re.fullmatch(pattern, (folder / README).read_text())
 
 
 def test_a_readme_that_is_no_model_card_stays(tiny, tmp_path):
-    (tmp_path / CARD).write_text("My project.")
+    (tmp_path / README).write_text("My project.")
     load_probe(save_probe(probe_of(tiny), tmp_path))
-    assert (tmp_path / CARD).read_text() == "My project."
+    assert (tmp_path / README).read_text() == "My project."
 
 
 def test_spans_that_no_text_could_have_are_refused(tiny, tmp_path):
@@ -169,40 +201,32 @@ def test_spans_that_no_text_could_have_are_refused(tiny, tmp_path):
     rule = labelling.spans
     of_classes = replace(rule.calibration, task="multiclass")
     for probe in (
-        replace(untrained_probe(tiny, "pii", task=PIECES), spans=rule),
-        replace(labelling, spans=replace(rule, margins=(-1.0, None))),
-        replace(labelling, spans=replace(rule, calibration=of_classes)),
+        untrained_probe(tiny, "pii", task=PIECES).changed(spans=rule),
+        labelling.changed(spans=replace(rule, margins=(-1.0, None))),
+        labelling.changed(spans=replace(rule, calibration=of_classes)),
     ):
         with pytest.raises(SidelightError, match=wordings.NO_SPAN_RULE):
             load_probe(save_probe(probe, tmp_path / "pii"))
 
 
 def test_what_is_said_of_an_artifact_steers_no_terminal_and_forges_no_line(tiny, tmp_path):
-    record = {
-        "validation": {"metrics": {"f1": {"value": 0.5}}},
-        "recalibrations": [{"date": "today", "what": "\x1b[2J\n- **thresholds**: 0.100"}],
-    }
-    manifest = read_manifest(save_probe(replace(probe_of(tiny), record=record), tmp_path))
-    told = summary(manifest)
+    forged = Recalibration(date="today", what="\x1b[2J\n- **thresholds**: 0.100")
+    record = TrainingRecord(validation=CalibrationTexts(report=REPORT), recalibrations=(forged,))
+    card = read_card(save_probe(probe_of(tiny).changed(training=record), tmp_path))
+    told = summary(card)
     assert told["recalibrated 1"] == r"today: \x1b[2J\n- **thresholds**: 0.100"
-    assert told["validation"].startswith("f1 0.500 on")
-    assert "\x1b" not in model_card(manifest)
-
-
-def test_a_record_may_hold_more_than_is_read(tiny, tmp_path):
-    record = {"validation": {"scores": {"toxic": [4] * 10}}}
-    saved = save_probe(replace(probe_of(tiny), record=record), tmp_path)
-    assert load_probe(saved).record == record
+    assert told["validation"].startswith("auprc 1.000, f1 1.000, accuracy 1.000 on")
+    assert "\x1b" not in model_card(card)
 
 
 @pytest.mark.parametrize("different", [["weights"], ["config"], ["config", "weights"]])
 def test_another_backbone_is_refused_and_both_are_named_with_their_difference(
     tiny, tmp_path, different
 ):
-    # Weights of the right shape for what the manifest says, so only the fingerprint is wrong.
+    # Weights of the right shape for what the card says, so only the fingerprint is wrong.
     hashes = dict.fromkeys(different, "0" * 16)
     other = replace(tiny.fingerprint, name="Llama-3.2-3B", **hashes)
-    folder = save_probe(replace(probe_of(tiny), fingerprint=other), tmp_path)
+    folder = save_probe(probe_of(tiny).changed(backbone=other), tmp_path)
     why = f"they differ in {', '.join(different)}, and {ACCEPTED} is not set"
     with pytest.raises(FingerprintMismatchError, match=why) as caught:
         load(folder, model=tiny)
@@ -212,7 +236,7 @@ def test_another_backbone_is_refused_and_both_are_named_with_their_difference(
 
 def test_a_probe_judges_on_a_copy_of_its_model_that_is_accepted(tiny, tmp_path, monkeypatch):
     original = replace(tiny.fingerprint, name="Llama-3.2-3B", weights="0" * 16)
-    folder = save_probe(replace(probe_of(tiny), fingerprint=original), tmp_path)
+    folder = save_probe(probe_of(tiny).changed(backbone=original), tmp_path)
     monkeypatch.setenv(ACCEPTED, hash_of(original.digest, tiny.fingerprint.digest))
     assert load(folder, model=tiny).predict(["a text"])
     monkeypatch.setenv(ACCEPTED, hash_of(tiny.fingerprint.digest, original.digest))
@@ -221,7 +245,7 @@ def test_a_probe_judges_on_a_copy_of_its_model_that_is_accepted(tiny, tmp_path, 
 
 
 def text_of(folder):
-    """The manifest as it stands in the file."""
+    """The card as it stands in the file."""
     with safe_open(folder / PROBE, framework="pt") as file:
         return file.metadata()["sidelight"]
 
@@ -262,7 +286,7 @@ def with_tensor(name, *shape):
 
 
 def _with_record(**own):
-    return lambda folder: rewritten(folder, record=own)
+    return lambda folder: rewritten(folder, training=own)
 
 
 def _with_calibration(calibration):
@@ -270,10 +294,12 @@ def _with_calibration(calibration):
 
 
 TORN = {"thresholds": [0.2, 0.4]}
+JSON_REPORT = TypeAdapter(Report).dump_python(REPORT, mode="json")
 # What `inspect` and model cards read.
 VALIDATIONS = (
     *({"curves": own} for own in (7, {"toxic": 7}, {"fine": CURVES["toxic"]}, {"toxic": TORN})),
-    *({"metrics": own} for own in ({"f1": 0.5}, {"f1": {"value": "high"}}, [1])),
+    *({"report": own} for own in (0.5, {"rows": 2}, {**JSON_REPORT, "rows": "many"}, [1])),
+    {"report": {**JSON_REPORT, "confusion_matrix": {"a": 1}}},
 )
 RECORDS = (
     {"validation": {"rows": -1}},
@@ -281,9 +307,11 @@ RECORDS = (
     {"parameters": "many"},
     {"contexts": [1]},
     {"threshold_rule": 5},
-    {"traffic": {"logits": [["many"]]}},
-    {"traffic": {"logits": [[float("nan")]]}},
-    {"traffic": {"logits": [[1.0, 2.0]]}},
+    *(
+        {"traffic": {"background": {"logits": logits, "parts": [0]}, "flagged": 0}}
+        for logits in ([["many"]], [[float("nan")]], [[1.0, 2.0]], [[1.0], [2.0]], 5, {"a": 1})
+    ),
+    {"a field of another version": 1},
 )
 FITTED = {"kind": "platt", "task": "binary", "scale": [1.1], "shift": [0.1]}
 CALIBRATIONS = (
@@ -303,7 +331,7 @@ CALIBRATIONS = (
     ("field", "claimed"),
     [("mechanism", {"options": {"heads": 10**12}}), ("backbone", {"width": 10**12})],
 )
-def test_sizes_that_a_manifest_claims_are_compared_before_memory_is_taken(
+def test_sizes_that_a_card_claims_are_compared_before_memory_is_taken(
     tiny, tmp_path, field, claimed
 ):
     save_probe(untrained_probe(tiny, "toxicity", mechanism="readout"), tmp_path)
@@ -338,8 +366,8 @@ def hashed(damage):
     ("damage", "says"),
     [
         (truncated, "is damaged"),
-        (flipped(-1), "is damaged.*not those that its manifest was written with"),
-        (with_tensor("mean", 4, 32), "is damaged.*not those that its manifest was written with"),
+        (flipped(-1), "is damaged.*not those that its card was written with"),
+        (with_tensor("mean", 4, 32), "is damaged.*not those that its card was written with"),
         (hashed(with_tensor("mean")), "is damaged.*mean"),
         (hashed(with_tensor("mechanism.bias", 7)), "is damaged.*bias"),
         (hashed(with_tensor("mechanism.extra", 1)), "is damaged.*extra"),
@@ -349,15 +377,15 @@ def hashed(damage):
         (lambda folder: (folder / PROBE).write_bytes(b""), "Cannot read .*probe.safetensors"),
         (lambda folder: (folder / PROBE).unlink(), "holds no probe .probe.safetensors is missing"),
         (lambda folder: save_file(load_file(folder / PROBE), folder / PROBE), "another program's"),
-        (lambda folder: with_text(folder, "{not"), "is damaged .its manifest cannot be read"),
-        (lambda folder: with_text(folder, "[]"), "is damaged .its manifest cannot be read"),
-        (lambda folder: with_text(folder, "{}"), "is damaged .its manifest cannot be read"),
+        (lambda folder: with_text(folder, "{not"), "is damaged .its card cannot be read"),
+        (lambda folder: with_text(folder, "[]"), "is damaged .its card cannot be read"),
+        (lambda folder: with_text(folder, "{}"), "is damaged .its card cannot be read"),
         (lambda folder: shutil.rmtree(folder), "holds no probe .it is no folder"),
-        (lambda folder: rewritten(folder, format=1), "has format 1, but this .* reads format 2"),
+        (lambda folder: rewritten(folder, format=2), "has format 2, but this .* reads format 3"),
         (lambda folder: rewritten(folder, mechanism={"name": "gat", "options": {}}), "'gate'"),
-        *((_with_record(**own), f"{next(iter(own))}.* in its manifest") for own in RECORDS),
+        *((_with_record(**own), rf"is damaged .*{next(iter(own))}") for own in RECORDS),
         *((_with_record(validation=own), f"is damaged .*{next(iter(own))}") for own in VALIDATIONS),
-        *((_with_calibration(own), r"calibration.* in its manifest") for own in CALIBRATIONS),
+        *((_with_calibration(own), r"is damaged .*calibration") for own in CALIBRATIONS),
     ],
 )
 def test_a_damaged_artifact_is_one_clear_error(saved, damage, says):
@@ -369,7 +397,7 @@ def test_a_damaged_artifact_is_one_clear_error(saved, damage, says):
 
 
 def leaves(tree, path=()):
-    """The path of every value in a manifest, and of every object that holds values."""
+    """The path of every value in a card, and of every object that holds values."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield (*path, key)
@@ -377,7 +405,7 @@ def leaves(tree, path=()):
 
 
 GARBAGE = [None, 5, -1, 0, 1.5, "nonsense", "", [], ["a"], {}, {"a": 1}, True]
-MEANINGFUL = ("record", "weights_sha256", "format", "name")
+MEANINGFUL = ("training", "weights_sha256", "format", "name")
 FUNCTION_SCOPED = HealthCheck.function_scoped_fixture
 
 
@@ -386,12 +414,12 @@ FUNCTION_SCOPED = HealthCheck.function_scoped_fixture
 @given(data=st.data())
 def test_a_garbled_field_is_refused_on_loading_or_does_no_harm(tiny, saved, data):
     original = text_of(saved)
-    manifest = json.loads(original)
-    choices = [path for path in leaves(manifest) if path[0] not in MEANINGFUL]
+    card = json.loads(original)
+    choices = [path for path in leaves(card) if path[0] not in MEANINGFUL]
     *parents, last = data.draw(st.sampled_from(choices))
-    place = reduce(getitem, parents, manifest)
+    place = reduce(getitem, parents, card)
     place[last] = data.draw(st.sampled_from(GARBAGE))
-    with_text(saved, json.dumps(manifest))
+    with_text(saved, json.dumps(card))
     try:
         probe = load_probe(saved)
     except SidelightError:
@@ -400,11 +428,11 @@ def test_a_garbled_field_is_refused_on_loading_or_does_no_harm(tiny, saved, data
         with_text(saved, original)
     try:
         # As every use does, before the first verdict.
-        probe.fingerprint.require(tiny.fingerprint, probe=probe.name)
+        probe.card.backbone.require(tiny.fingerprint, probe=probe.name)
     except FingerprintMismatchError:
         return
     assert probe.reads.parts
-    assert probe.prompt_format in ("chat", "raw", "both")
+    assert probe.card.prompt_format in ("chat", "raw", "both")
     assert probe.task.kind in ("binary", "multiclass", "multilabel")
     assert probe.verdict(np.zeros(probe.task.outputs)).probe == probe.name
 
@@ -413,7 +441,7 @@ def test_a_garbled_field_is_refused_on_loading_or_does_no_harm(tiny, saved, data
 def test_a_path_without_an_artifact_or_room_for_one_is_one_clear_error(tiny, tmp_path, place):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a-file").write_text("text")
-    for read in (load_probe, read_manifest):
+    for read in (load_probe, read_card):
         with pytest.raises(SidelightError, match=place):
             read(str(tmp_path / place))
     if "a-file" in place:
@@ -464,7 +492,7 @@ def test_a_scale_so_small_that_ordinary_states_overflow_is_refused(tiny, tmp_pat
 
 def test_a_layer_of_weight_0_is_no_reason_to_refuse_a_probe(tiny, tmp_path):
     probe = probe_of(tiny)
-    weights = torch.tensor([0.0, *[1.0] * (probe.fingerprint.layers - 1)])
+    weights = torch.tensor([0.0, *[1.0] * (probe.card.backbone.layers - 1)])
     scaling = probe.standardisation.weighted(weights)
     assert not scaling.scale.isfinite().all()
     assert load_probe(save_probe(replace(probe, standardisation=scaling), tmp_path))

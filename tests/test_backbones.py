@@ -298,7 +298,7 @@ def test_a_cpu_without_bfloat16_reads_and_serves_in_float32_and_decides_as_in_bf
     read = runtime.load_backbone()
     probe = load_probe(save_probe(untrained_probe(read, "toxicity"), tmp_path / "toxicity"))
     judge = classifier.load(tmp_path / "toxicity", model=in_bfloat16, device="cpu")
-    assert probe.fingerprint.dtype == judge.backbone.fingerprint.dtype == "float32"
+    assert probe.card.backbone.dtype == judge.backbone.fingerprint.dtype == "float32"
     # vLLM runs the model in the dtype of its weights.
     for_vllm = find_backend("vllm")(EngineOptions()).read(in_bfloat16)
     assert for_vllm.fingerprint.dtype == "bfloat16"

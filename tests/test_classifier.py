@@ -18,6 +18,7 @@ from sidelight.models.conversation import Reads
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.scoring import assess
+from sidelight.statistics.background import Conversations, Traffic
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.traffic import beginning
@@ -90,13 +91,13 @@ def test_rows_are_fitted_evaluated_judged_saved_and_loaded(tiny, fits, tmp_path,
 
 def test_a_fit_is_one_probe_with_its_record_beside_a_baseline(fits, tiny):
     made = fits["binary"]
-    assert made.probe.spec == mechanism_spec("readout")
+    assert made.probe.card.mechanism == mechanism_spec("readout")
     assert made.baseline.to_dict()["rows"] > 0
-    record = made.probe.record
-    assert record["training"]["rows"] == record["validation"]["rows"] == TRAINING
-    assert record["seed"] == 1
-    assert record["parameters"] > 0
-    assert made.probe.fingerprint == tiny.fingerprint
+    record = made.probe.card.training
+    assert record.training.rows == record.validation.rows == TRAINING
+    assert record.seed == 1
+    assert record.parameters > 0
+    assert made.probe.card.backbone == tiny.fingerprint
 
 
 @pytest.mark.parametrize("with_validation", [True, False])
@@ -153,7 +154,7 @@ def test_train_gives_a_classifier_of_the_format_that_loads_with_its_model(tiny, 
     options = {"prompt_format": "both", "positive": "toxic", "name": "mine", "context_tokens": 400}
     made = train(path, planted_rows("binary", 30), mechanism="gate", background="none", **options)
     assert made.probe.task.labels == ("fine", "toxic")
-    assert (made.probe.spec.name, made.probe.prompt_format) == ("gate", "both")
+    assert (made.probe.card.mechanism.name, made.probe.card.prompt_format) == ("gate", "both")
     folder, verdicts = made.save(tmp_path / "probe"), made.predict(["hello"])
     assert verdicts[0].probe == "mine"
     for backbone in (None, load_backbone(path, prompt_format="chat")):
@@ -255,16 +256,17 @@ def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, 
 @pytest.mark.parametrize("kind", TASKS)
 def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fits, kind, capsys):
     probe = fits[kind].probe
-    record = {**probe.record, "traffic": {"flagged": 6, "conversations": 150}}
+    background = Conversations(np.zeros((150, probe.task.outputs)), np.zeros(150, dtype=int))
+    record = probe.card.training.model_copy(update={"traffic": Traffic(background, 6)})
     labelled = load_examples(planted_rows(kind, 40, seed=3), task=probe.task)
     # Labels that the probe has not seen: each is wrong.
     examples = replace(labelled, labels=np.roll(labelled.labels, 1, axis=0))
-    kept, none = (assess(tiny, one, examples) for one in (replace(probe, record=record), probe))
+    kept, none = (assess(tiny, one, examples) for one in (probe.changed(training=record), probe))
     assert 0 < len(kept.mistakes) <= 5
     texts = [item.text for item in examples.items]
     assert {mistake.text for mistake in kept.mistakes} <= {*map(beginning, texts)}
     # The farthest from right is first.
-    right = probe.label_thresholds or dict.fromkeys(probe.task.labels, 0)
+    right = probe.card.label_thresholds or dict.fromkeys(probe.task.labels, 0)
     distances = [abs(mistake.probability - right[mistake.label]) for mistake in kept.mistakes]
     assert (np.diff(distances) <= 0).all()
     capsys.readouterr()
@@ -274,7 +276,7 @@ def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fit
         shown.append(capsys.readouterr().out)
     for mistake in kept.mistakes:
         assert f"'{mistake.label}' {mistake.probability:.2f}  {mistake.text}\n" in shown[0]
-    for label, threshold in probe.label_thresholds.items():
+    for label, threshold in probe.card.label_thresholds.items():
         assert f"Threshold for '{label}': {threshold:.3f}" in shown[0]
     if probe.thresholds:
         assert "False positives: 4.0 % of 150 conversations" in shown[0]

@@ -30,11 +30,11 @@ from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Place, Reads
 from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.card import PROBE, README, TrainingRecord, read_card
 from sidelight.probes.explanation import Explanation
-from sidelight.probes.manifest import CARD, PROBE, read_manifest
 from sidelight.probes.mechanisms.base import mechanism_names
 from sidelight.storage import only_writer
-from sidelight.training.measuring import describe_examples
+from sidelight.training.measuring import describe_training
 from sidelight.types import Verdict
 from worlds.data import little_traffic, planted, with_curves, write
 from worlds.models import INTENT, broken, spans_probe, untrained_probe
@@ -86,7 +86,7 @@ def labelled_rows(path: Path, labels: Sequence[object]) -> str:
 
 
 def thresholds_of(folder: Path) -> list[float]:
-    return [*read_manifest(folder).thresholds]
+    return [*read_card(folder).thresholds]
 
 
 # Training, and what its probe is used for.
@@ -94,9 +94,9 @@ def thresholds_of(folder: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_training_leaves_the_probe_and_no_activations(trained, cache):
-    assert {path.name for path in trained.iterdir()} == {PROBE, CARD}
+    assert {path.name for path in trained.iterdir()} == {PROBE, README}
     probe = load_probe(trained)
-    assert (probe.spec.name, probe.record["seed"]) == ("readout", 2)
+    assert (probe.card.mechanism.name, probe.card.training.seed) == ("readout", 2)
     assert not list((cache / "activations").rglob("*.safetensors"))
 
 
@@ -546,7 +546,7 @@ def test_texts_that_a_probe_cannot_use_are_told_before_the_model_is_loaded(
     probes = {
         "answers": untrained_probe(tiny, "answers", reads=Reads("response")),
         "finder": spans_probe(tiny, "finder"),
-        "known": replace(known, record={"training": describe_examples(texts)}),
+        "known": known.changed(training=TrainingRecord(training=describe_training(texts))),
     }
     folders = {name: save_probe(probe, tmp_path / name) for name, probe in probes.items()}
     assert cli(*command.format(data=data, few=few, **folders).split()) == 2
@@ -619,7 +619,7 @@ def test_a_wrong_file_column_probe_or_rule_and_help_are_told_before_imports_that
 
 def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
     refuse = Mock(side_effect=OSError(28, "No space left on device", "/full/disk"))
-    monkeypatch.setattr("sidelight.probes.manifest.read_manifest", refuse)
+    monkeypatch.setattr("sidelight.probes.card.read_card", refuse)
     assert cli("inspect", "probe") == 2
     assert capsys.readouterr().err.startswith("Error: No space left on device (/full/disk). ")
 

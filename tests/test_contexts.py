@@ -18,10 +18,11 @@ from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.probes.bank import Bank
-from sidelight.probes.manifest import read_manifest, summary
+from sidelight.probes.card import TrainingRecord, read_card, summary
 from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.probes.ragged import Ragged
 from sidelight.states.cache import random_batches
+from sidelight.statistics.background import Conversations, Detections, Traffic
 from sidelight.statistics.calibration import fit_calibration
 from sidelight.statistics.thresholds import ThresholdRule, operating_curves
 from sidelight.training import contexts, loop
@@ -34,9 +35,7 @@ from sidelight.training.optimisation import TrainingRun
 from sidelight.training.preparing import ProbeDataset, prepare
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.traffic import (
-    Conversations,
-    Traffic,
-    kept_rate,
+    conversations_among,
     measure_traffic,
     traffic_warnings,
 )
@@ -220,8 +219,8 @@ def test_contexts_are_counted_of_the_texts_that_train(tiny, examples, options, t
     shown = Counter(own.kind for own in made.training.contexts if own.kind != "alone")
     assert shown != Counter(own.kind for own in made.contexts)
     fit(tiny, rest, held_out, name="p", options=options, out=tmp_path / "p")
-    manifest = read_manifest(tmp_path / "p")
-    assert manifest.history.contexts == shown
+    manifest = read_card(tmp_path / "p")
+    assert manifest.training.contexts == shown
     card = summary(manifest)
     assert f"40 texts, and in {shown.total():,} contexts" in card["trained on"]
 
@@ -248,7 +247,7 @@ def test_without_background_texts_are_shown_alone(tiny, examples, tmp_path):
     spec = mechanism_spec("pooling")
     options = FitOptions(mechanism=spec, context_tokens=2_000, cache_root=tmp_path)
     fitted = fit(both, examples, None, name="p", options=options)
-    assert fitted.traffic.conversations == 0
+    assert len(fitted.traffic.background) == 0
 
 
 @pytest.mark.slow
@@ -260,7 +259,7 @@ def test_a_probe_of_both_formats_learns_from_both_and_one_of_chats_says_nothing_
     shown = [prompt.is_plain for prompt in made.training.states.prompts]
     assert shown.count(True) >= 60
     assert not any(prompt.is_plain for prompt in made.validation.states.prompts)
-    probes = [untrained_probe(tiny, "p"), replace(untrained_probe(tiny, "q"), prompt_format="both")]
+    probes = [untrained_probe(tiny, "p"), untrained_probe(tiny, "q").changed(prompt_format="both")]
     texts = (said("a text").messages, PlainText("a text"))
     of_chats, of_both = score(tiny, Bank(probes), [tiny.encoder.encode(text) for text in texts])
     assert [*np.isfinite(of_chats[:, 0])] == [True, False]
@@ -322,9 +321,9 @@ def test_thresholds_let_ordinary_conversations_pass(tiny, rule, most):
     assert conversations(highest + 1e3).quiet_thresholds(before, none, rule)[0] < 1
     # A recalibration keeps to what training has kept of it.
     probe = untrained_probe(tiny, "p")
-    kept = replace(probe, record={"traffic": {"logits": highest.tolist()}})
-    assert Conversations.kept(kept).quiet_thresholds(before, none, rule) == (after,)
-    assert Conversations.kept(probe).quiet_thresholds(before, none, rule) == before
+    kept = probe.changed(training=TrainingRecord(traffic=Traffic(given, 0)))
+    assert kept.card.background.quiet_thresholds(before, none, rule) == (after,)
+    assert probe.card.background.quiet_thresholds(before, none, rule) == before
     # Nine conversations cannot tell four or ten in a hundred: where a rate is asked for, all pass.
     (of_few,) = conversations(highest[:9]).quiet_thresholds(before, none, rule)
     assert of_few == before[0] if rule.kind != "fpr" else of_few > chance[:9].max()
@@ -515,12 +514,15 @@ def test_the_figures_are_those_of_the_threshold_that_is_served(tiny, examples, o
     made = fit(tiny, examples, None, name="p", options=given)
     assert len(made.traffic.worst) == 3
     # Background texts, which may be private or under a licence of their own, stay out of artifacts.
-    record = json.dumps(made.probe.record)
+    record = made.probe.card.to_json()
     texts = {turn.content for turns in given.background.conversations for turn in turns}
     assert not [text for text in texts if len(text) > 3 and text in record]
-    assert kept_rate(made.probe) == (made.traffic.flagged, made.traffic.conversations)
+    assert made.probe.card.training.flagged == (
+        made.traffic.flagged,
+        len(made.traffic.background),
+    )
     assert made.report.thresholds == made.probe.thresholds
-    assert made.probe.record["validation"]["metrics"]["thresholds"] == [*made.probe.thresholds]
+    assert made.probe.card.training.validation.report.thresholds == made.probe.thresholds
 
 
 def test_traffic_is_counted_by_conversation_and_by_length():
@@ -529,13 +531,13 @@ def test_traffic_is_counted_by_conversation_and_by_length():
     contexts += [shown_alone(10, "plain", 0)]
     chance = np.array([[0.9], [0.2], [0.7], [0.1], [0.8], [0.4], [0.1]])
     labels = np.array([0] * 4 + [1] * 3)
-    traffic = measure_traffic(TOXICITY, contexts, chance, labels, np.array([[0.5]]))
-    assert (traffic.conversations, traffic.flagged) == (4, 2)
-    short, middle, _ = traffic.surroundings
-    expected = {"positives": 1, "found": 1, "ordinary": 3, "flagged": 2}
-    assert short == {"words": short["words"], **expected}
-    expected = {"positives": 1, "found": 0, "ordinary": 1, "flagged": 0}
-    assert middle == {"words": middle["words"], **expected}
+    background = conversations_among(contexts, chance)
+    thresholds = np.array([[0.5]])
+    traffic = measure_traffic(TOXICITY, contexts, background, chance, labels, thresholds)
+    assert (len(traffic.background), traffic.flagged) == (4, 2)
+    short, middle, _ = traffic.surroundings.values()
+    assert short == Detections(positives=1, found=1, others=3, flagged=2)
+    assert middle == Detections(positives=1, found=0, others=1, flagged=0)
     assert [probability for probability, _ in traffic.worst] == [0.9, 0.7, 0.2]
     # What is kept with a probe holds no text, which may be somebody's own.
     assert "w w" in traffic_lines(traffic, abstains=False)
@@ -553,15 +555,15 @@ def test_several_classes_say_none_to_ordinary_traffic(tiny, options):
     given = replace(options, settings=brief, context_tokens=10_000)
     made = fit(tiny, labelled, None, name="p", options=given)
     assert made.probe.task.labels == (*INTENT.labels, "none")
-    assert made.traffic.conversations == len(TRAFFIC)
+    assert len(made.traffic.background) == len(TRAFFIC)
     assert made.traffic.flagged <= 0.1 * len(TRAFFIC)
     sentence = rate_sentence(3, 100, abstains=True)
     assert sentence.startswith("Classes other than 'none': 3.0 % of 100 conversations")
     # The figures are those of the classes that texts have.
     assert [*made.report.per_class] == [*INTENT.labels]
     assert made.report.metrics["accuracy"].value > 0.9
-    assert Conversations.kept(made.probe).logits.shape == (len(TRAFFIC), 4)
-    assert kept_rate(made.probe) == (made.traffic.flagged, len(TRAFFIC))
+    assert made.probe.card.background.logits.shape == (len(TRAFFIC), 4)
+    assert made.probe.card.training.flagged == (made.traffic.flagged, len(TRAFFIC))
     without = fit(tiny, labelled, None, name="p", options=replace(given, none=False))
     assert (without.probe.task, without.traffic) == (INTENT, None)
     # A file may have such a class itself.
@@ -578,7 +580,7 @@ def test_several_classes_say_none_to_ordinary_traffic(tiny, options):
 def test_what_ordinary_traffic_costs_is_said_with_its_remedy(flagged, threshold, told):
     scores = np.r_[np.full(10, 0.9), np.full(10, 0.7), np.full(180, 0.2)]
     curves = operating_curves(TOXICITY, scores[:, None], np.arange(200) < 20)
-    traffic = Traffic(100, flagged, (), (), ())
+    traffic = Traffic(conversations(np.zeros((100, 1))), flagged)
     doubts = traffic_warnings(traffic, curves, [threshold], ThresholdRule())
     assert len(doubts) == bool(told)
     assert all(told in doubt and "--background FILE" in doubt for doubt in doubts)
@@ -598,7 +600,7 @@ def test_texts_are_scored_as_they_are_served(tiny, options, monkeypatch):
     made = calibrate_probe([trained], dataset, name="p", options=options)
     prompts = [tiny.encoder.encode(item.messages) for item in items]
     (served,) = score(tiny, Bank([made.probe]), prompts)
-    (whole,) = score(tiny, Bank([replace(made.probe, reads=Reads())]), prompts)
+    (whole,) = score(tiny, Bank([made.probe.changed(reads=Reads())]), prompts)
     assert np.abs(served - whole).max() > 0.1
     # States are stored in bf16.
     np.testing.assert_allclose(trained.logits, served, atol=0.05 * served.std())

@@ -74,7 +74,7 @@ def rescored(probe):
     shift = (0.0,) * outputs if probe.task.kind == "multiclass" else (0.3, 5.0)[:outputs]
     calibration = replace(probe.calibration, scale=(0.4,) * outputs, shift=shift)
     spans = probe.spans and replace(probe.spans, calibration=calibration)
-    return replace(probe, calibration=calibration, spans=spans)
+    return probe.changed(calibration=calibration, spans=spans)
 
 
 def policy_of(rule, *names):

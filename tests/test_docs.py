@@ -18,7 +18,7 @@ from sidelight.cli import app
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.policy import request, rules
 from sidelight.policy.rules import Action, Mode, Policy, Rule, read_policy
-from sidelight.probes.manifest import Manifest
+from sidelight.probes.card import ProbeCard
 from sidelight.probes.mechanisms import base
 from sidelight.probes.ragged import Ragged
 from sidelight.server.app import create_app
@@ -285,7 +285,7 @@ def options() -> set[str]:
 
 REFERENCE = {
     "docs/dependencies.md": dependencies,
-    "docs/manifest.md": lambda: [field.name for field in fields(Manifest)],
+    "docs/card.md": lambda: [*ProbeCard.model_fields],
     "docs/operate.md": series,
     "docs/policies.md": lambda: [field.name for kind in (Policy, Rule) for field in fields(kind)],
     "docs/reference.md": options,

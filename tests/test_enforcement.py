@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -226,7 +225,7 @@ class CountingTask(Task):
 
 def test_a_prompt_is_decided_once_for_engine_record_and_client(early, monkeypatch):
     monkeypatch.setattr(CountingTask, "decided", 0)
-    counted = replace(early, task=CountingTask(early.task.kind, early.task.labels))
+    counted = early.changed(task=CountingTask(early.task.kind, early.task.labels))
     notes = Notes()
     enforcement = Enforcement([BoundRule(counted, Rule("flag"))], lambda _: notes)
     assert enforcement.admits(said_of_prompt(0.9))

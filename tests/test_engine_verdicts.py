@@ -6,7 +6,6 @@ they would say of it so far. What holds for judging alone is in ``engine_contrac
 
 import asyncio
 import gc
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -189,7 +188,7 @@ def test_a_flip_is_another_verdict_at_the_probes_threshold(tiny):
     """Two engines whose probes differ in their threshold alone."""
     texts = [[Message("user", f"text {number}")] for number in range(6)]
     probe = untrained_probe(tiny, "toxicity", threshold=0.0)
-    strict = replace(probe, thresholds=(1.0,))
+    strict = probe.changed(thresholds=(1.0,))
     engines = {
         name: lambda one=one: TransformersEngine(tiny, [one])
         for name, one in (("lax", probe), ("strict", strict))

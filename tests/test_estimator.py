@@ -81,7 +81,7 @@ def in_traffic(model):
 def test_it_is_the_probe_that_train_trains(model, in_traffic):
     rows = [*zip(TEXTS, LETTERS.tolist(), strict=True)]
     made = sidelight.train(model, rows).probe
-    assert made.record["contexts"]
+    assert made.card.training.contexts
     assert made.version == in_traffic.probe_.version
 
 
@@ -183,8 +183,12 @@ def test_the_settings_reach_the_training(model, tmp_path, capsys, verbose, rando
         made.fit(TEXTS, LETTERS)
     made.save(tmp_path)
     assert ("Training" in capsys.readouterr().err) == verbose
-    record = made.probe_.record
-    assert (made.probe_.spec.name, record["seed"], record["max_tokens"]) == ("gate", seed, 9)
-    settings = record["settings"]
+    record = made.probe_.card.training
+    assert (made.probe_.card.mechanism.name, record.seed, record.max_tokens) == (
+        "gate",
+        seed,
+        9,
+    )
+    settings = record.settings
     assert (settings["weight_decay"], settings["class_weight"]) == (0.2, "balanced")
     assert made.probe_.calibration.kind == "none"

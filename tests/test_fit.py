@@ -15,6 +15,7 @@ from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Reads
 from sidelight.probes.mechanisms.base import mechanism_spec
+from sidelight.statistics.background import Detections
 from sidelight.statistics.calibration import fit_calibration
 from sidelight.statistics.thresholds import ThresholdRule, choose_thresholds
 from sidelight.storage import holding
@@ -60,7 +61,7 @@ def test_the_default_is_a_readout(tiny, tmp_path):
     named = fitted(
         tiny, tmp_path, planted_rows("multiclass", 60), mechanism=mechanism_spec("readout")
     )
-    assert made.probe.spec == named.probe.spec == mechanism_spec("readout")
+    assert made.probe.card.mechanism == named.probe.card.mechanism == mechanism_spec("readout")
     np.testing.assert_array_equal(made.losses, named.losses)
 
 
@@ -76,18 +77,18 @@ def test_what_is_found_and_falsely_flagged_is_told_of_each_source(tiny, tmp_path
     for source, remainder in (("mails", 0), ("calls", 1)):
         own = np.arange(60) % 3 == remainder
         holds, flags = examples.labels == 1, chances[:, 0] >= 0.4
-        assert told[source] == {
-            "positives": (own & holds).sum(),
-            "found": (own & holds & flags).sum(),
-            "others": (own & ~holds).sum(),
-            "flagged": (own & ~holds & flags).sum(),
-        }
+        assert told[source] == Detections(
+            positives=(own & holds).sum(),
+            found=(own & holds & flags).sum(),
+            others=(own & ~holds).sum(),
+            flagged=(own & ~holds & flags).sum(),
+        )
     assert not measure_sources(examples, chances, ())
     documents = load_examples([{**row, "source": f"page {i}"} for i, row in enumerate(texts)])
     assert not measure_sources(documents, chances, (0.4,))
-    kept = fitted(tiny, tmp_path, examples).probe.record["validation"]["sources"]
-    assert {name: (n["positives"], n["others"]) for name, n in kept.items()} == {
-        name: (n["positives"], n["others"]) for name, n in told.items()
+    kept = fitted(tiny, tmp_path, examples).probe.card.training.validation.sources
+    assert {name: (n.positives, n.others) for name, n in kept.items()} == {
+        name: (n.positives, n.others) for name, n in told.items()
     }
 
 
@@ -192,15 +193,15 @@ def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(whole, cross_f
 def test_few_texts_are_cross_fitted_unless_validation_texts_are_given(tiny, tmp_path, capsys):
     few = load_examples(planted_rows("multiclass", 60))
     made = fitted(tiny, tmp_path, few, mechanism=mechanism_spec("readout"))
-    record = made.probe.record
+    record = made.probe.card.training
     # One bar for all folds.
     assert capsys.readouterr().err.count("Training:   0%") == 1
-    assert (record["folds"], record["training"]["rows"]) == (FOLDS, 60)
-    assert record["validation"]["rows"] == 60
+    assert (record.folds, record.training.rows) == (FOLDS, 60)
+    assert record.validation.rows == 60
     assert made.report.to_dict()["accuracy"]["value"] > 0.6
     given = load_examples(planted_rows("multiclass", 40, seed=1), task=few.task)
-    record = fitted(tiny, tmp_path, few, given).probe.record
-    assert (record["folds"], record["validation"]["rows"]) == (0, 40)
+    record = fitted(tiny, tmp_path, few, given).probe.card.training
+    assert (record.folds, record.validation.rows) == (0, 40)
 
 
 @pytest.mark.parametrize("is_cross_fitted", [True, False])
@@ -232,11 +233,11 @@ def test_no_text_is_measured_by_what_it_calibrated(whole, folds, is_cross_fitted
 def test_thresholds_follow_the_rule_and_the_artifact_has_their_curve(tiny, tmp_path, rule):
     wanted = ThresholdRule.parse(rule)
     probe = fitted(tiny, tmp_path, planted_rows("binary", 60), threshold=wanted).probe
-    stored = probe.record["validation"]
-    (curve,) = probe.history.curves.values()
-    assert probe.record["threshold_rule"] == rule
+    stored = probe.card.training.validation
+    (curve,) = probe.card.training.curves.values()
+    assert probe.card.training.threshold_rule == rule
     assert probe.thresholds == (curve.threshold(wanted),)
-    assert curve.positives + curve.negatives == stored["rows"] == 60
+    assert curve.positives + curve.negatives == stored.rows == 60
 
 
 def test_a_rule_for_several_classes_is_refused_before_the_texts_are_read(tiny, tmp_path):
@@ -287,11 +288,11 @@ def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path):
     rare = [{"text": f"rare {number}", "label": "z"} for number in range(4)]
     few = load_examples([*planted_rows("binary", 40), *rare])
     made = fitted(tiny, tmp_path, few)
-    record = made.probe.record
-    assert record["folds"] == 0
-    assert record["training"]["rows"] < len(few)
+    record = made.probe.card.training
+    assert record.folds == 0
+    assert record.training.rows < len(few)
     # Later, the texts are recognised as those that trained the probe.
-    assert record["training"]["given_sha256"] == few.content_hash
+    assert record.training.given_sha256 == few.content_hash
     assert any("'z' has 4, or some" in warning for warning in made.warnings)
 
 

@@ -62,7 +62,7 @@ def test_each_guard_is_a_probe_with_figures_on_its_tests(words):
         probe, figures = load_probe(out / name), figures_of(out / name)
         assert [*figures] == ["unseen"]
         assert (probe.name, probe.version) == (name, figures["unseen"]["probe"])
-        assert probe.record["training"]["rows"] <= 40
+        assert probe.card.training.training.rows <= 40
         assert figures["unseen"]["rows"] == 24
     assert load_probe(out / "replies").reads.side == "response"
     assert load_probe(out / "letters").spans is not None
@@ -111,7 +111,7 @@ def test_the_policy_is_in_shadow_mode_and_blocks_at_the_thresholds_of_training_o
     for bound in bound_rules(blocking, probes):
         require_rule_applies(bound, probes)
         assert bound.is_blocking
-        assert bound.thresholds == bound.probe.label_thresholds
+        assert bound.thresholds == bound.probe.card.label_thresholds
     assert not blocking.refuses_system_turns
 
 
@@ -141,7 +141,7 @@ def test_a_gguf_file_is_guarded_by_its_name(tmp_path, capsys):
     given = ("guard", "--model", file, "--only", "shouts", "--rows", "40")
     assert cli(*given, "--out", str(out), "--engine-option", "threads=1") == 0
     probe = load_probe(out / "shouts")
-    assert probe.fingerprint.name == file
+    assert probe.card.backbone.name == file
     assert [*figures_of(out / "shouts")] == ["unseen"]
     told = capsys.readouterr().out
     assert [line for line in told.splitlines() if line.startswith("Finds ")]
@@ -237,7 +237,7 @@ def test_a_cpu_takes_what_it_reads_in_time_unless_rows_are_named(
     assert cli("guard", "--model", model, "--only", "shouts", "--out", str(tmp_path / "out")) == 0
     told = f"{len(drawn)} texts of 60 (--rows 60 takes all)"
     assert told in capsys.readouterr().out
-    assert load_probe(tmp_path / "out/shouts").record["training"]["rows"] == len(drawn)
+    assert load_probe(tmp_path / "out/shouts").card.training.training.rows == len(drawn)
 
 
 def test_a_policy_that_exists_stays_and_what_it_lacks_is_said(words, tmp_path, capsys):

@@ -18,7 +18,7 @@ from sidelight.models.conversation import Reads
 from sidelight.models.fingerprint import ACCEPTED, hash_of
 from sidelight.models.smollm2 import EMBEDDED_NAME
 from sidelight.probes.artifact import load_probe, save_probe
-from sidelight.probes.manifest import PROBE, read_manifest
+from sidelight.probes.card import PROBE, read_card
 from worlds.data import guard_texts, install_guards, write
 from worlds.models import untrained_probe
 from worlds.servers import MODEL, cli, in_process
@@ -83,7 +83,7 @@ def test_without_a_model_it_is_the_embedded_ones_packaged_or_trained_here(
     ):
         probe_folder("guard:letters")
     probe = load_probe(other)
-    embedded = replace(probe, fingerprint=replace(probe.fingerprint, name=EMBEDDED_NAME))
+    embedded = probe.changed(backbone=replace(probe.card.backbone, name=EMBEDDED_NAME))
     folder = save_probe(embedded, trained_guards("embedded") / "letters@1")
     assert probe_folder("guard:letters") == folder
 
@@ -191,7 +191,7 @@ def test_every_command_that_takes_a_probe_takes_a_name(words, data, tmp_path, ca
 
 
 def test_a_guard_is_asked_and_shown_by_its_name(model, package, capsys):
-    version = read_manifest(package / "shouts").version
+    version = read_card(package / "shouts").version
     assert cli("predict", "--model", model, "guard:shouts", "AN X") == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["probe"], said["version"]) == ("shouts", version)
@@ -200,7 +200,7 @@ def test_a_guard_is_asked_and_shown_by_its_name(model, package, capsys):
 
 
 def test_python_loads_a_guard_for_its_model(tiny, model, package):
-    version = read_manifest(package / "shouts").version
+    version = read_card(package / "shouts").version
     for given in (tiny, model):
         (verdict,) = load("guard:shouts", model=given).predict(["AN X"])
         assert verdict.version == verdict.to_dict()["version"] == version
@@ -284,7 +284,7 @@ def test_a_server_replaces_probes_by_guards(tiny, package):
         assert put("guard:shouts,replies").status_code == 200
         local = trained_guards(tiny.fingerprint.digest) / "replies@1"
         wanted = {folder.name.split("@")[0]: folder for folder in (package / "shouts", local)}
-        assert served() == {name: read_manifest(path).version for name, path in wanted.items()}
+        assert served() == {name: read_card(path).version for name, path in wanted.items()}
 
 
 def test_vllm_is_told_names_of_guards_between_folders(monkeypatch, model, package):

@@ -13,7 +13,7 @@ from sidelight import load
 from sidelight.errors import SidelightError
 from sidelight.guards import named_sources, probe_folder, probe_folders
 from sidelight.probes.artifact import load_probe, save_probe
-from sidelight.probes.manifest import CARD, PROBE
+from sidelight.probes.card import PROBE, README
 from worlds.models import broken, untrained_probe
 from worlds.servers import cli, free_port
 
@@ -144,7 +144,7 @@ def test_a_recalibrated_probe_of_the_hub_needs_a_folder(hub, capsys):
     ],
 )
 def test_a_wrong_name_is_one_line_with_its_remedy(hub, named, says, capsys):
-    hub.repositories["me/empty"] = {FIRST: {CARD: b"Nothing yet."}}
+    hub.repositories["me/empty"] = {FIRST: {README: b"Nothing yet."}}
     with pytest.raises(SidelightError, match=says):
         probe_folder(named)
     assert cli("predict", named, "a text") == 2

@@ -132,9 +132,9 @@ def test_however_states_are_kept_the_probe_is_the_same(
 ):
     whole = fitted(tiny, tmp_path / "whole", examples, states="whole")
     other = fitted(tiny, tmp_path / "other", examples, states=states)
-    kept = other.probe.record["states"]
-    assert (kept["kept"], kept["streamed"]) == ("compressed", states == "stream")
-    assert whole.probe.record["states"]["kept"] == "whole"
+    kept = other.probe.card.training.states
+    assert (kept.kept, kept.streamed) == ("compressed", states == "stream")
+    assert whole.probe.card.training.states.kept == "whole"
     np.testing.assert_allclose(other.losses, whole.losses, atol=5 * JITTER)
     # What is saved reads whole states.
     split = make_split(tiny, examples, FitOptions(cache_root=tmp_path))
@@ -146,8 +146,8 @@ def test_few_states_are_whole_and_so_is_what_a_shared_head_reads(tiny, tmp_path,
     pooling = mechanism_spec("pooling")
     for options in ({}, {"states": "disk", "mechanism": pooling}, {"states": "whole"}):
         made = fitted(tiny, tmp_path, examples, **options)
-        assert made.probe.record["states"]["kept"] == "whole"
-        assert not made.probe.record["states"]["streamed"]
+        assert made.probe.card.training.states.kept == "whole"
+        assert not made.probe.card.training.states.streamed
 
 
 @pytest.mark.slow
@@ -156,14 +156,14 @@ def test_much_is_compressed_and_more_than_a_disk_should_hold_is_streamed(
 ):
     monkeypatch.setattr(keeping, "MOST_WHOLE_BYTES", 20_000)
     made = fitted(tiny, tmp_path / "a", examples)
-    kept = made.probe.record["states"]
-    assert (kept["kept"], kept["streamed"]) == ("compressed", False)
+    kept = made.probe.card.training.states
+    assert (kept.kept, kept.streamed) == ("compressed", False)
     monkeypatch.setattr(keeping, "MOST_DISK_BYTES", 1000)
     made = fitted(tiny, tmp_path / "b", examples)
-    assert made.probe.record["states"]["streamed"]
+    assert made.probe.card.training.states.streamed
     pooling = fitted(tiny, tmp_path / "c", examples, mechanism=mechanism_spec("pooling"))
-    kept = pooling.probe.record["states"]
-    assert (kept["kept"], kept["streamed"]) == ("whole", True)
+    kept = pooling.probe.card.training.states
+    assert (kept.kept, kept.streamed) == ("whole", True)
 
 
 def test_a_gpu_streams_what_it_reads_faster_than_a_disk(tiny):
@@ -180,7 +180,7 @@ def test_a_compression_that_changes_the_probe_is_not_used_and_the_user_is_told(
 ):
     monkeypatch.setattr(keeping, "kept_directions", lambda width: 1)
     made = fitted(tiny, tmp_path, examples, states="disk")
-    assert made.probe.record["states"]["kept"] == "whole"
+    assert made.probe.card.training.states.kept == "whole"
     (told,) = [line for line in made.warnings if "kept whole" in line]
     assert "differ by" in told
 
@@ -191,7 +191,7 @@ def test_too_few_texts_to_compare_are_kept_whole(tiny, tmp_path, all_directions,
     monkeypatch.setattr(keeping, "_first", lambda _, rows, least: rows if least == 1 else [])
     examples = load_examples(planted_rows("binary", 40))
     made = fitted(tiny, tmp_path, examples, states="disk")
-    assert made.probe.record["states"]["kept"] == "whole"
+    assert made.probe.card.training.states.kept == "whole"
     assert any("0 texts are too few to compare" in line for line in made.warnings)
 
 
@@ -304,7 +304,7 @@ def test_a_training_with_other_settings_starts_over_and_says_so(
 def test_streaming_leaves_no_states_and_needs_no_room(tiny, tmp_path, examples, monkeypatch):
     monkeypatch.setattr("sidelight.states.cache._RESERVE_BYTES", 2**62)
     made = fitted(tiny, tmp_path, examples, states="stream")
-    assert made.probe.record["states"]["streamed"]
+    assert made.probe.card.training.states.streamed
     with pytest.raises(SidelightError, match=r"states=stream"):
         fitted(tiny, tmp_path, examples, states="whole")
 

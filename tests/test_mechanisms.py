@@ -325,13 +325,13 @@ def test_a_mechanism_is_trained_saved_and_served_once_it_is_registered(tiny, tmp
 @pytest.mark.usefixtures("newcomers")
 def test_a_mechanism_with_logits_of_tokens_finds_spans_once_it_is_registered(tiny, tmp_path):
     probe = trained(tiny, tmp_path, load_examples(span_rows(80), spans="spans"), "labelling")
-    assert probe.record["lookaheads"].keys() == {"1"}
+    assert probe.card.training.lookaheads.keys() == {"1"}
     # Fewer than half of the tokens have each label.
     assert (probe.mechanism.prior < 0).all()
     new = load_examples(span_rows(30, seed=1), spans="spans", task=probe.task)
     _, found = find_spans(tiny, probe, new.items)
     assert evaluate_spans(new, found, bootstrap=0).metrics["character_f1"].value > 0.9
-    marks = AnswerSpans([replace(probe, reads=replace(probe.reads, side="response"))])
+    marks = AnswerSpans([probe.changed(reads=replace(probe.reads, side="response"))])
     for word in ("ab ", "cd ", "ef "):
         marks.push(word)
     without_last = settled_characters(marks.text, len("ab cd "))

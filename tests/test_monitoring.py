@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -170,7 +170,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     backbone = tiny_backbone()
     judging = untrained_probe(backbone, "injection", threshold=0.99)
     answers = untrained_probe(backbone, "answers", reads=Reads("response"))
-    probes = [judging, replace(judging, name="shadow"), answers]
+    probes = [judging, judging.changed(name="shadow"), answers]
     engine = TransformersEngine(backbone, probes)
     settings = {"policy": POLICY, "api_key": [KEY], "metrics_key": [METRICS_KEY]}
     chat = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}

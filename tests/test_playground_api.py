@@ -164,7 +164,7 @@ def test_probes_are_listed_with_thresholds_and_curves(tiny, probes):
         cards = ask("/v1/probes").json()["probes"]
     assert [card["name"] for card in cards] == [probe.name for probe in probes]
     toxicity, topics, intent, late = cards
-    curve = probes[0].history.curves["toxic"]
+    curve = probes[0].card.training.curves["toxic"]
     (limit,) = toxicity["thresholds"]
     assert (limit["label"], limit["threshold"]) == ("toxic", 0.5)
     assert limit["curve"] == json.loads(json.dumps(asdict(curve)))

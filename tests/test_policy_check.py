@@ -8,6 +8,7 @@ from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
 from sidelight.policy.weaknesses import weaknesses
 from sidelight.probes.artifact import save_probe
+from sidelight.probes.card import TrainingRecord
 from worlds.data import documented_table
 from worlds.models import INTENT, spans_probe, untrained_probe
 from worlds.servers import cli
@@ -27,8 +28,8 @@ def probes(tiny):
     early = untrained_probe(tiny, "toxicity", reads=Reads(scope="each_turn"))
     late = untrained_probe(tiny, "late", reads=Reads("response"))
     bounded = replace(early.standardisation, is_normalised=True)
-    learned = {"contexts": {"inside": 40}}
-    return [replace(early, record=learned, standardisation=bounded), late]
+    learned = early.changed(training=TrainingRecord(contexts={"inside": 40}))
+    return [replace(learned, standardisation=bounded), late]
 
 
 # What each row of the table has in place of the sound policy and its probes.
@@ -52,19 +53,19 @@ POLICIES = {
 POLICIES = {setting: replace(SOUND, **changes) for setting, changes in POLICIES.items()}
 PROBES = {
     "a probe with the same labels that discloses its scores": lambda early, late: (
-        [early, late, replace(early, name="double")]
+        [early, late, early.changed(name="double")]
     ),
     "a probe that reads a conversation as one text": lambda early, late: (
-        [replace(early, reads=Reads()), late]
+        [early.changed(reads=Reads()), late]
     ),
     "a probe that reads only the last turn, such as a multi-class probe": lambda early, late: (
-        [replace(early, reads=Reads(scope="last_turn")), late]
+        [early.changed(reads=Reads(scope="last_turn")), late]
     ),
     "an older probe, or a multi-class probe": lambda early, late: (
         [replace(early, standardisation=late.standardisation), late]
     ),
     "a probe trained without background traffic, and no `max_tokens`": lambda early, late: (
-        [replace(early, record={}), late]
+        [early.changed(training=TrainingRecord()), late]
     ),
 }
 # What the warnings of a row say, in their order; one that is not here has a single warning.
@@ -106,14 +107,14 @@ def test_each_setting_of_the_table_is_warned_of_and_nothing_else(probes, setting
 def test_what_a_rule_does_not_need_is_not_warned_of(probes, tiny):
     early, late = probes
     limited = replace(SOUND, input={"toxicity": Rule("block", max_tokens=100)})
-    assert weaknesses(limited, [replace(early, record={}), late]) == []
+    assert weaknesses(limited, [early.changed(training=TrainingRecord()), late]) == []
     kept = replace(SOUND, output={"late": Rule("block", consecutive=4, hold_back=3)})
     assert weaknesses(kept, probes) == []
     # Probes of raw texts read system turns, and conversations as one text.
-    raw = [replace(early, prompt_format="raw", reads=Reads()), replace(late, prompt_format="raw")]
+    raw = [early.changed(prompt_format="raw", reads=Reads()), late.changed(prompt_format="raw")]
     assert weaknesses(replace(SOUND, system_turns="trust"), raw) == []
     # Those of both read chats as those of chats do.
-    both = [replace(early, prompt_format="both", reads=Reads()), late]
+    both = [early.changed(prompt_format="both", reads=Reads()), late]
     told = weaknesses(replace(SOUND, system_turns="trust"), both)
     assert ["system_turns" in told[0], "earlier turn" in told[1], len(told)] == [True, True, 2]
     # A probe of spans has the largest logit of a token, which no other token outweighs.
@@ -122,7 +123,7 @@ def test_what_a_rule_does_not_need_is_not_warned_of(probes, tiny):
     assert weaknesses(marking, [*probes, spans]) == []
     # A double that tells no more than the one that blocks.
     quiet = {"toxicity": BLOCK, "double": Rule(disclose="labels")}
-    assert weaknesses(replace(SOUND, input=quiet), [*probes, replace(early, name="double")]) == []
+    assert weaknesses(replace(SOUND, input=quiet), [*probes, early.changed(name="double")]) == []
 
 
 def test_rules_that_block_behind_litellm_alone_are_named_on_request(probes, tiny):
@@ -134,7 +135,7 @@ def test_rules_that_block_behind_litellm_alone_are_named_on_request(probes, tiny
     assert weaknesses(marking) == []
     # A probe without a rule is scored; one of several classes flags nothing.
     classes = untrained_probe(tiny, "intent", task=INTENT)
-    served = [early, late, replace(early, name="unruled", reads=late.reads), classes]
+    served = [early, late, early.changed(name="unruled", reads=late.reads), classes]
     told = weaknesses(SOUND, served, behind_litellm=True)
     assert [word for word in told if "LiteLLM" in word] == [
         word for word in told if word.startswith("[output.unruled]")

@@ -137,7 +137,7 @@ def test_a_rule_that_could_not_apply_is_an_error(probes, policy, told):
 def test_turns_of_tools_take_a_probe_that_judges_each_turn_of_a_prompt(tiny, changes, got):
     probe = untrained_probe(tiny, "p", reads=Reads(scope="each_turn"))
     rules = {"p": Rule("flag", threshold=0.5, labels=("billing",), turns="tool")}
-    for fitting in (probe, replace(probe, prompt_format="both")):
+    for fitting in (probe, probe.changed(prompt_format="both")):
         plain = {"p": replace(rules["p"], labels=())}
         require_policy_applies(Policy(input=plain), [fitting])
     other = replace(probe, **changes)

@@ -1,21 +1,26 @@
 """A probe follows new traffic without training, and says what it was recalibrated on."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 
 import numpy as np
 import pytest
-from pydantic import TypeAdapter
 
 import wordings
 from sidelight.data.examples import Example, Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message
 from sidelight.probes.artifact import load_probe, save_probe
-from sidelight.probes.manifest import History, read_manifest, summary
+from sidelight.probes.card import (
+    CalibrationTexts,
+    TrainingRecord,
+    TrainingTexts,
+    read_card,
+    summary,
+)
 from sidelight.probes.probe import Probe
-from sidelight.statistics.calibration import Calibration, fit_calibration, suggested_calibration
+from sidelight.statistics.calibration import fit_calibration, suggested_calibration
 from sidelight.statistics.metrics import log_losses
 from sidelight.statistics.thresholds import F1, ThresholdRule, choose_thresholds, operating_curves
 from sidelight.training.measuring import (
@@ -63,26 +68,28 @@ def trained(task: Task = TOXICITY, rule: ThresholdRule = F1) -> Probe:
     logits, labels = drawn(task, 600, share=0.3, seed=0)
     calibration = fit_calibration(suggested_calibration(task), logits, labels, task)
     probabilities = calibration.apply(logits)
-    validation = {
-        **describe_examples(texts_of(task, labels)),
-        "curves": {
-            label: asdict(curve)
-            for label, curve in operating_curves(task, probabilities, labels).items()
-        },
-    }
-    return replace(
-        untrained_probe(tiny_backbone(), "probe", task=task),
+    described = describe_examples(texts_of(task, labels)).model_dump()
+    curves = operating_curves(task, probabilities, labels)
+    return untrained_probe(tiny_backbone(), "probe", task=task).changed(
         calibration=calibration,
         thresholds=choose_thresholds(task, probabilities, labels, rule=rule),
-        record={"validation": validation, "threshold_rule": str(rule)},
+        training=TrainingRecord(
+            validation=CalibrationTexts(**described, curves=curves), threshold_rule=str(rule)
+        ),
     )
+
+
+def trained_on(probe: Probe, **texts: str) -> Probe:
+    """The probe with a record of the texts that trained it."""
+    record = {"training": TrainingTexts(**texts)}
+    return probe.changed(training=probe.card.training.model_copy(update=record))
 
 
 @pytest.mark.parametrize("hashed", ["sha256", "given_sha256"])
 def test_the_texts_that_trained_a_probe_do_not_recalibrate_it(hashed):
     logits, labels = drawn(TOXICITY, 600, share=0.3, seed=0)
     seen = texts_of(TOXICITY, labels)
-    probe = replace(trained(), record={"training": {hashed: seen.content_hash}})
+    probe = trained_on(trained(), **{hashed: seen.content_hash})
     with pytest.raises(SidelightError, match=wordings.TRAINED_ON_THESE):
         recalibrate(probe, seen, logits)
 
@@ -90,17 +97,16 @@ def test_the_texts_that_trained_a_probe_do_not_recalibrate_it(hashed):
 def test_texts_that_trained_a_probe_are_counted():
     logits, labels = drawn(TOXICITY, 600, share=0.3, seed=0)
     seen = texts_of(TOXICITY, labels)
-    record = {**trained().record, "training": {"texts": text_hashes(seen.select(range(500)))}}
-    probe = replace(trained(), record=record)
+    probe = trained_on(trained(), texts=text_hashes(seen.select(range(500))))
     order = np.random.default_rng(0).permutation(500)
     with pytest.raises(SidelightError, match=wordings.TRAINED_ON_THESE):
         recalibrate(probe, seen.select(order), logits[order])
     some = np.arange(350, 600)
     warning = "150 of 250 texts were trained on: the figures flatter the probe. Leave them out."
-    assert trained_text_warnings(probe.history, seen.select(some)) == (warning,)
+    assert trained_text_warnings(probe.card.training, seen.select(some)) == (warning,)
     assert warning in recalibrate(probe, seen.select(some), logits[some]).warnings
     # Older probes do not know their texts.
-    assert trained_text_warnings(History(), seen) == ()
+    assert trained_text_warnings(TrainingRecord(), seen) == ()
 
 
 def test_a_text_is_known_again_by_its_words_and_its_response():
@@ -110,10 +116,10 @@ def test_a_text_is_known_again_by_its_words_and_its_response():
     texts = text_hashes(asked("How are you?", "Fine."))
     assert len(texts) == 8
     assert "Fine" not in texts
-    history = History.model_validate({"training": {"texts": texts}})
-    assert trained_texts(history, asked("how  are you?", " fine.")) == 1
+    record = TrainingRecord(training=TrainingTexts(texts=texts))
+    assert trained_texts(record, asked("how  are you?", " fine.")) == 1
     others = [("How are you?", None), ("How are you?", "No."), ("How are you", "Fine.")]
-    assert [trained_texts(history, asked(*other)) for other in others] == [0, 0, 0]
+    assert [trained_texts(record, asked(*other)) for other in others] == [0, 0, 0]
 
 
 @every_task
@@ -144,7 +150,7 @@ def test_without_texts_the_thresholds_move_along_the_stored_curve():
     assert made.calibration == probe.calibration
     assert recalibrate(made).probe.thresholds == made.thresholds
     again = recalibrate(made, rule=F1).probe
-    assert len(again.record["recalibrations"]) == 2
+    assert len(again.card.training.recalibrations) == 2
     assert again.thresholds == probe.thresholds
 
 
@@ -158,20 +164,20 @@ def test_the_artifact_says_what_it_was_recalibrated_on(tmp_path):
     assert new.version not in ("", old.version)
     for name, value in old.mechanism.state_dict().items():
         assert value.equal(new.mechanism.state_dict()[name])
-    assert new.record["validation"] == old.record["validation"]
-    (entry,) = new.record["recalibrations"]
-    assert entry["date"] == datetime.now(UTC).date().isoformat()
-    origin = entry["from"]
-    assert (origin["version"], origin["thresholds"]) == (old.version, list(old.thresholds))
-    assert TypeAdapter(Calibration).validate_python(origin["calibration"]) == old.calibration
-    assert new.record["threshold_rule"] == "fpr=0.05"
-    assert (entry["rows"], entry["sha256"]) == (200, examples.content_hash)
-    assert {"before", "after"} <= entry.keys()
-    (curve,) = new.history.curves.values()
+    record = new.card.training
+    assert record.validation == old.card.training.validation
+    (entry,) = record.recalibrations
+    assert entry.date == datetime.now(UTC).date().isoformat()
+    assert (entry.version, entry.thresholds) == (old.version, old.thresholds)
+    assert entry.calibration == old.calibration
+    assert record.threshold_rule == "fpr=0.05"
+    assert (entry.texts.rows, entry.texts.sha256) == (200, examples.content_hash)
+    assert entry.before.rows == entry.texts.report.rows == 200
+    (curve,) = new.card.training.curves.values()
     assert (curve.positives, curve.negatives) == (labels.sum(), 200 - labels.sum())
     assert curve.threshold(rule) == new.thresholds[0]
-    told = summary(read_manifest(tmp_path / "new"))
-    assert told["recalibrated 1"] == f"{entry['date']}: {entry['what']}"
+    told = summary(read_card(tmp_path / "new"))
+    assert told["recalibrated 1"] == f"{entry.date}: {entry.what}"
 
 
 def test_too_few_texts_are_refused():

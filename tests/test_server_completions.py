@@ -116,15 +116,15 @@ def chat_probes(tiny):
 def mixed_probes(tiny, chat_probes):
     kinds = {"early": Reads(scope="each_turn"), "late": Reads("response"), "later": Reads("both")}
     both = [untrained_probe(tiny, f"{name}-both", reads=reads) for name, reads in kinds.items()]
-    return [*chat_probes, *(replace(probe, prompt_format="both") for probe in both)]
+    return [*chat_probes, *(probe.changed(prompt_format="both") for probe in both)]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_probes_of_both_judge_plain_text_as_probes_of_raw_texts_do(tiny, raw, mixed_probes, prompt):
     as_raw = [
-        replace(probe, prompt_format="raw", fingerprint=raw.fingerprint)
+        probe.changed(prompt_format="raw", backbone=raw.fingerprint)
         for probe in mixed_probes
-        if probe.prompt_format == "both"
+        if probe.card.prompt_format == "both"
     ]
 
     async def judgements(engine):

@@ -205,7 +205,7 @@ def test_a_label_holds_where_the_text_reaches_its_threshold_or_a_span_has_it(tin
         calibration = replace(untrained.calibration, kind="platt", shift=(draw.normal(),) * count)
         margins = tuple(draw.choice([None, 0.1, 1.0]) for _ in labels)
         rule = SpanRule(calibration, tuple(draw.random(count).tolist()), margins)
-        probe = replace(untrained, spans=rule, thresholds=tuple(draw.random(count).tolist()))
+        probe = untrained.changed(spans=rule, thresholds=tuple(draw.random(count).tolist()))
         logits = ProbeOutput(draw.normal(size=count), tokens=draw.normal(size=(tokens, count)))
         judged = Judgement(
             (probe.verdict(logits.logits),), token_labels={"pii": probe.token_labels(logits)}
@@ -221,7 +221,7 @@ def test_a_label_holds_where_the_text_reaches_its_threshold_or_a_span_has_it(tin
         limits = {"threshold": draw.choice([None, 0.5]), "labels": (*labels[: draw.integers(3)],)}
         bound = BoundRule(probe, Rule("flag", **limits))
         for said, thresholds in (
-            (verdict, probe.label_thresholds),
+            (verdict, probe.card.label_thresholds),
             (bound.decide(verdict), bound.thresholds),
         ):
             marked = {span.label for span in said.spans}
@@ -266,7 +266,7 @@ def test_spans_of_many_messages_are_found_in_one_pass_over_their_tokens(tiny):
 
 def test_where_nobody_knows_the_places_of_tokens_a_label_of_any_of_them_holds(tiny):
     """As of ids that vLLM is sent: any of them may be a word."""
-    probe = replace(spans_probe(tiny, "pii", threshold=0.6), thresholds=(0.8, 0.8))
+    probe = spans_probe(tiny, "pii", threshold=0.6).changed(thresholds=(0.8, 0.8))
     panel, prompt = Panel([probe]), tiny.encoder.encode(USER)
     layers, _, width = panel.early.projection.weight.shape
     generator, seen = torch.Generator().manual_seed(0), set()
@@ -351,7 +351,7 @@ def test_what_is_trained_finds_spans_in_new_texts_also_after_it_was_saved(tiny, 
     verdicts = [probe.verdict(own).labels for own in logits]
     names = [tuple(sorted({span.label for span in own})) for own in examples.spans]
     assert np.mean([a == b for a, b in zip(verdicts, names, strict=True)]) > 0.9
-    assert {*probe.record["lookaheads"]} == {"0", "1", "2", "4"}
+    assert {*probe.card.training.lookaheads} == {"0", "1", "2", "4"}
     verdicts = Classifier(tiny, probe).predict(examples.items)
     assert [verdict.spans for verdict in verdicts] == [*map(tuple, found)]
     chat = tuple(Message("user", text) for text in ("a word", "WWXX"))
@@ -428,7 +428,7 @@ def test_spans_are_found_in_what_the_probe_reads_alone(tiny, fitted):
     answered = Example((Message("user", "12"),), response="XX")
     with pytest.raises(SidelightError, match=wordings.FINDS_IN_PROMPTS):
         find_spans(tiny, fitted.probe, [answered])
-    late = replace(fitted.probe, reads=replace(fitted.probe.reads, side="response"))
+    late = fitted.probe.changed(reads=replace(fitted.probe.reads, side="response"))
     with pytest.raises(SidelightError, match=wordings.NO_RESPONSES.format(missing=1, texts=1)):
         find_spans(tiny, late, [Example((Message("user", "12"),))])
     options = FitOptions(reads=Reads("response"))
@@ -490,7 +490,7 @@ def test_a_probe_of_responses_finds_spans_in_them(tiny, tmp_path):
     )
     examples = load_spans(answers, response="answer")
     made = fit(tiny, examples, None, name="pii", options=options)
-    assert made.probe.spec.options["lookahead"] == 1
+    assert made.probe.card.mechanism.options["lookahead"] == 1
     assert {*made.probe.spans.margins} == {None}
     _, found = find_spans(tiny, made.probe, examples.items[:40])
     report = evaluate_spans(examples.select(range(40)), found, bootstrap=0)

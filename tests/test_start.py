@@ -257,8 +257,8 @@ SERVE = "serve --port 0 --model {model} --probe {probe} "
 def test_a_mistake_that_needs_no_model_is_refused_before_data_and_model(
     command, remedy, folder, probe, tmp_path, monkeypatch, capsys
 ):
-    named = replace(load_probe(probe).fingerprint, name="/moved/away")
-    moved = save_probe(replace(load_probe(probe), fingerprint=named), tmp_path / "moved")
+    named = replace(load_probe(probe).card.backbone, name="/moved/away")
+    moved = save_probe(load_probe(probe).changed(backbone=named), tmp_path / "moved")
     keys = tmp_path / "keys"
     keys.write_text("one two three")
     monkeypatch.setattr("sidelight.engines.transformers.backbone.AutoConfig.from_pretrained", None)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidelight.errors import SidelightError
-from sidelight.probes.manifest import History
+from sidelight.probes.card import History
 from sidelight.statistics.thresholds import (
     ENOUGH_POSITIVES,
     F1,

@@ -56,7 +56,7 @@ def test_turns_of_tools_are_judged_by_themselves_and_together_without_any_other(
         untrained_probe(tiny, f"p{seed}", task=TOPICS if seed % 2 else TOXICITY)
         for seed in range(8)
     ]
-    each_turn = [replace(probe, reads=Reads(scope="each_turn")) for probe in probes]
+    each_turn = [probe.changed(reads=Reads(scope="each_turn")) for probe in probes]
     judged = judge(tiny, each_turn, prompt)
     groups = [[turn] for turn in (2, 3, 5)] + [[2, 3, 5]]
     read = [prompt.only(np.flatnonzero(np.isin(turn_of, turns))) for turns in groups]
@@ -100,7 +100,7 @@ def test_pieces_between_answers_are_judged_together(tiny):
     users = np.flatnonzero(np.repeat(range(len(lengths)), lengths) % 2 == 0)
     assert any(np.array_equal(unit.tokens, users) for unit in judged_units(bytes(prompt.parts)))
     probes = [untrained_probe(tiny, f"p{seed}") for seed in range(8)]
-    each_turn = [replace(probe, reads=Reads(scope="each_turn")) for probe in probes]
+    each_turn = [probe.changed(reads=Reads(scope="each_turn")) for probe in probes]
     highest = score(tiny, Bank(each_turn), [prompt])
     alone = score(tiny, Bank(probes), [prompt.only(users)])
     whole = score(tiny, Bank(probes), [prompt])
@@ -123,7 +123,7 @@ def test_the_last_turn_is_read_alone_whatever_stands_before_and_behind_it(tiny):
         assert is_read.any()
         probe = untrained_probe(tiny, "p", reads=reads)
         (judged,) = score(tiny, Bank([probe]), [prompt])
-        (expected,) = score(tiny, Bank([replace(probe, reads=Reads())]), [prompt.only(tokens)])
+        (expected,) = score(tiny, Bank([probe.changed(reads=Reads())]), [prompt.only(tokens)])
         assert np.allclose(judged, expected, atol=1e-5)
     with pytest.raises(SidelightError, match="side='prompt'"):
         Reads("response", scope="last_turn")

@@ -300,13 +300,12 @@ def load(
         given = model.fingerprint.name if isinstance(model, Backbone) else str(model)
         digest = partial(_digest, model)
     probe = load_probe(probe_folder(directory, given, digest))
-    named = probe.fingerprint.name if model is None else model
+    card, loading = probe.card, EngineOptions(dtype=dtype, device=device)
+    named = card.backbone.name if model is None else model
     backbone = (
-        named
-        if isinstance(named, Backbone)
-        else _load_backbone(named, probe.prompt_format, EngineOptions(dtype=dtype, device=device))
+        named if isinstance(named, Backbone) else _load_backbone(named, card.prompt_format, loading)
     )
-    probe.fingerprint.require(backbone.fingerprint, probe=probe.name, accepted=accepted_copy())
+    card.backbone.require(backbone.fingerprint, probe=card.name, accepted=accepted_copy())
     return Classifier(backbone, probe)
 
 

@@ -182,7 +182,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         backbone, probe = _backbone(str(self.model)), self.probe_
-        probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
+        probe.card.backbone.require(backbone.fingerprint, probe=probe.name)
         return Classifier(backbone, probe)
 
     def save(self, directory: str | Path) -> Path:
@@ -196,7 +196,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
 
     def _options(self) -> FitOptions:
         spec = mechanism_spec(named_mechanism(self.mechanism))
-        # NumPy's numbers, as of a grid, cannot be written to a manifest.
+        # NumPy's numbers, as of a grid, cannot be written to a card.
         chosen = {
             name: value.item() if isinstance(value, np.generic) else value
             for name in _SETTINGS

@@ -18,7 +18,7 @@ from sidelight.errors import SidelightError
 from sidelight.models.fingerprint import accepted_copy, hash_of
 from sidelight.models.smollm2 import EMBEDDED_NAME, cache_root
 from sidelight.probes import hub
-from sidelight.probes.manifest import PROBE, holds_probe, read_manifest
+from sidelight.probes.card import PROBE, holds_probe, read_card
 
 ALL = "all"
 _NAME = re.compile(r"(?P<name>[^@:]+)(?:@(?P<version>[0-9]{1,9}))?")
@@ -177,7 +177,7 @@ def _trained(guard: Guard, version: int, digest: str | None) -> Path | None:
         if digest is None or _fits(trained_on, digest):
             return folder
     for folder in _local_folders(f"{guard.name}@{version}", digest):
-        backbone = read_manifest(folder).backbone
+        backbone = read_card(folder).backbone
         if backbone.name == EMBEDDED_NAME if digest is None else _fits(backbone.digest, digest):
             return folder
     if not is_installed:
@@ -199,7 +199,7 @@ def _local_folders(name: str, digest: str | None) -> Iterator[Path]:
 
 def _packaged_digest(guard: Guard, folder: Path) -> str:
     try:
-        return read_manifest(folder).backbone.digest
+        return read_card(folder).backbone.digest
     except SidelightError as error:
         raise SidelightError(
             f"{error} It is the packaged probe of the guard '{guard.name}': install its package "

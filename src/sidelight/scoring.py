@@ -25,7 +25,7 @@ from sidelight.statistics.thresholds import OperatingPoint, operating_curves
 from sidelight.training.dataset import span_places
 from sidelight.training.measuring import trained_text_warnings, trained_texts
 from sidelight.training.tfidf import fit_tfidf
-from sidelight.training.traffic import beginning, kept_rate
+from sidelight.training.traffic import beginning
 from sidelight.training.validation import require_side
 from sidelight.types import Span
 
@@ -55,7 +55,7 @@ def judge(backbone: Backbone, probe: Probe, examples: Sequence[Example]) -> list
             and a text has a response.
         VerdictError: A logit is not finite; the message names the first text with one.
     """
-    require_side(probe, examples)
+    require_side(probe.card, examples)
     bank = Bank([probe], device=backbone.device)
     (judged,) = text_logits(backbone, bank, encode(backbone.encoder, examples))
     for index, text in enumerate(judged):
@@ -135,7 +135,7 @@ class Assessment:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Warnings about the rows, one sentence each."""
-        warnings = trained_text_warnings(self.probe.history, self.examples)
+        warnings = trained_text_warnings(self.probe.card.training, self.examples)
         return (*self.examples.warnings, *warnings)
 
     @property
@@ -149,7 +149,8 @@ class Assessment:
 
     def to_dict(self) -> dict[str, Any]:
         """The metrics at the top level, as JSON values."""
-        traffic = dict(zip(("flagged", "conversations"), kept_rate(self.probe), strict=True))
+        flagged, conversations = self.probe.card.training.flagged
+        traffic = {"flagged": flagged, "conversations": conversations}
         figures = (
             {**self.report.to_dict(), "traffic": traffic}
             if self.spans is None
@@ -157,7 +158,7 @@ class Assessment:
         )
         return {
             "probe": self.probe.name,
-            "mechanism": self.probe.spec.name,
+            "mechanism": self.probe.card.mechanism.name,
             **figures,
             "operating_points": [point._asdict() for point in self.operating_points],
             "warnings": list(self.warnings),
@@ -205,7 +206,7 @@ def assess(backbone: Backbone, probe: Probe, examples: LabelledExamples) -> Asse
     Args:
         backbone: The model that the probe was trained on.
         probe: The probe.
-        examples: Loaded with the task in its manifest, and with spans for a probe of spans.
+        examples: Loaded with the task on its card, and with spans for a probe of spans.
 
     Raises:
         SidelightError: The probe and the texts do not fit each other.
@@ -273,7 +274,7 @@ class GuardTests:
         figures: dict[str, Any] = {
             "title": find_guard(probe.name).card.tests[test].title,
             "rows": len(examples),
-            "trained": trained_texts(probe.history, examples),
+            "trained": trained_texts(probe.card.training, examples),
             # By which figures of another probe, or of a corrected test, are recognised.
             "probe": probe.version,
             "texts_sha256": examples.content_hash,

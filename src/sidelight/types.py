@@ -7,12 +7,36 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import PlainSerializer, PlainValidator
 
 # The arrays of labels, probabilities and metrics; jaxtyping adds their axes.
 Values = NDArray[np.float64]
 Numbers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 AnyArray = NDArray[np.generic]
+
+
+def as_json(dtype: type[np.generic], *, axes: int | None = None) -> tuple[Any, ...]:
+    """Annotations by which pydantic reads and writes an array of numbers as lists.
+
+    Args:
+        dtype: Of the array.
+        axes: How many it has; None: any.
+    """
+
+    def read(values: Any) -> AnyArray:
+        try:
+            array = np.array(values, dtype=dtype)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        if not array.size and axes is not None:
+            array = array.reshape(len(array), *[0] * (axes - 1))
+        if axes not in (None, array.ndim):
+            raise ValueError(f"lists in {axes} levels are expected")
+        return array
+
+    return PlainValidator(read), PlainSerializer(AnyArray.tolist, return_type=list[Any])
+
 
 TaskKind = Literal["binary", "multiclass", "multilabel"]
 StatesChoice = Literal["auto", "disk", "stream", "whole"]
@@ -41,7 +65,7 @@ def visible(text: str) -> str:
 
 @dataclass(frozen=True)
 class MechanismSpec:
-    """A mechanism and its options, as an artifact's manifest records them."""
+    """A mechanism and its options, as a probe's card records them."""
 
     name: str
     options: Mapping[str, OptionValue]
@@ -64,6 +88,18 @@ class Task:
     def outputs(self) -> int:
         """The number of logits: one for a binary task, else one per label."""
         return 1 if self.kind == "binary" else len(self.labels)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the labels are as many as its kind needs, distinct, and can be shown."""
+        count = len(self.labels)
+        is_enough = count == 2 if self.kind == "binary" else count >= 2
+        return is_enough and len({*self.labels}) == count and all(map(is_label, self.labels))
+
+    @property
+    def thresholds(self) -> int:
+        """The number of thresholds: none where the most probable of several classes wins."""
+        return 0 if self.kind == "multiclass" else self.outputs
 
     @property
     def output_labels(self) -> tuple[str, ...]:

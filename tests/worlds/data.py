@@ -9,7 +9,6 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +21,7 @@ import pytest
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.models.conversation import EncodedPrompt, Message, Reads
+from sidelight.probes.card import CalibrationTexts, TrainingRecord
 from sidelight.probes.probe import Probe
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import extract
@@ -128,10 +128,11 @@ def with_curves(probe: Probe) -> Probe:
     """The probe with a curve of each label on 200 texts, better than chance."""
     draw = np.random.default_rng(0)
     curves = {}
-    for label in probe.label_thresholds:
+    for label in probe.card.label_thresholds:
         scores = draw.random(200)
-        curves[label] = asdict(OperatingCurve.of(scores, draw.random(200) < scores))
-    return replace(probe, record={"validation": {"curves": curves}})
+        curves[label] = OperatingCurve.of(scores, draw.random(200) < scores)
+    training = TrainingRecord(validation=CalibrationTexts(curves=curves))
+    return probe.changed(training=training)
 
 
 Rows = Sequence[Mapping[str, object]]

@@ -45,6 +45,7 @@ from sidelight.models.checkpoint import Checkpoint
 from sidelight.models.conversation import EncodedPrompt, PromptFormat, Reads, Side
 from sidelight.models.encode import PromptEncoder
 from sidelight.probes.bank import Bank
+from sidelight.probes.card import ProbeCard
 from sidelight.probes.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.probes.standardisation import Standardisation
@@ -169,18 +170,17 @@ def untrained_probe(
     built = build_mechanism(spec, geometry).eval().requires_grad_(False)
     for parameter in built.parameters():
         parameter.normal_(std=0.1)
-    return Probe(
+    card = ProbeCard(
         name=name,
+        mechanism=spec,
         task=task,
         reads=reads or Reads(),
         prompt_format=backbone.encoder.prompt_format,
-        spec=spec,
-        mechanism=built,
-        standardisation=Standardisation.identity(geometry),
         calibration=Calibration("none", task.kind, (1.0,) * task.outputs, (0.0,) * task.outputs),
-        thresholds=(threshold,) * (0 if task.kind == "multiclass" else task.outputs),
-        fingerprint=who,
+        thresholds=(threshold,) * task.thresholds,
+        backbone=who,
     )
+    return Probe(card, built, Standardisation.identity(geometry))
 
 
 def score(
@@ -200,7 +200,7 @@ def spans_probe(
     )
     outputs = probe.task.outputs
     rule = SpanRule(probe.calibration, (threshold,) * outputs, (None,) * outputs)
-    return replace(probe, spans=rule)
+    return probe.changed(spans=rule)
 
 
 def broken(probe: Probe) -> Probe:

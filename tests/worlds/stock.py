@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from policy_contract import ADMIN, Asked, Subjects, chat, parts_of
-from sidelight.probes.manifest import read_manifest
+from sidelight.probes.card import read_card
 from sidelight_vllm.settings import identity_of
 from worlds.servers import free_port
 from worlds.vllm import IS_INTERPRETED
@@ -233,7 +233,7 @@ def replace_probe(address: str, name: str, folder: str) -> httpx.Response:
 def unjudged(address: str, folders: Sequence[str]) -> Iterator[None]:
     """Has other probes in the workers; the server takes no verdict of theirs."""
     others = folders[::-1]
-    identity = identity_of(read_manifest(folder).version for folder in others)
+    identity = identity_of(read_card(folder).version for folder in others)
     for method, argument in (("check", others), ("load", identity)):
         body = {"method": f"sidelight_{method}", "args": [argument]}
         answer = httpx.post(f"{address}/collective_rpc", json=body, timeout=60)

@@ -113,9 +113,8 @@ def with_probes(backbone, path, folder) -> Model:
         replace(
             untrained_probe(
                 backbone, name, mechanism=name, task=_TASKS[i % 3], reads=_WAYS[i % len(_WAYS)]
-            ),
+            ).changed(prompt_format="both" if i % 3 else "chat"),
             standardisation=replace(scaling, is_normalised=i % 2 == 1),
-            prompt_format="both" if i % 3 else "chat",
         )
         for i, name in enumerate(mechanism_names())
     ]
@@ -129,7 +128,7 @@ def judging_any_text(backbone, names_and_reads, folder) -> tuple[list, list[str]
     plain = [
         untrained_probe(backbone, name, reads=reads) for name, reads in names_and_reads.items()
     ]
-    probes = [replace(p, standardisation=scaling, prompt_format="both") for p in plain]
+    probes = [replace(p.changed(prompt_format="both"), standardisation=scaling) for p in plain]
     return probes, _on_disk(backbone, probes, folder)
 
 
@@ -483,6 +482,5 @@ def _labelling_probe(backbone: TransformersBackbone, name: str, side: Side) -> P
         replace(calibration, scale=(0.3,) * task.outputs), (0.5,) * task.outputs, (None,) * 2
     )
     plain = untrained_probe(backbone, name, task=task, reads=Reads(side, template=False))
-    return replace(
-        plain, prompt_format="both", spec=spec, mechanism=built, calibration=calibration, spans=rule
-    )
+    own = plain.changed(prompt_format="both", mechanism=spec, calibration=calibration, spans=rule)
+    return replace(own, mechanism=built)

@@ -20,7 +20,7 @@ from sidelight.guards import packaged_folders, probe_folder
 from sidelight.models.conversation import Part
 from sidelight.probes.artifact import load_probe
 from sidelight.probes.bank import Bank
-from sidelight.probes.manifest import read_manifest
+from sidelight.probes.card import read_card
 from sidelight.training.background import load_background
 
 NAMES = ("harmful", "injection", "pii", "refusal", "toxicity")
@@ -121,7 +121,7 @@ def test_the_packaged_probe_was_trained_on_the_packaged_texts(name):
     assert (probe.name, probe.version) == (name, build["probe"])
     assert build["texts_sha256"] == examples(name).content_hash
     assert build["version"] == find_guard(name).card.version
-    assert build["texts"] == [probe.history.training.rows, len(examples(name))]
+    assert build["texts"] == [probe.card.training.training.rows, len(examples(name))]
     assert set(probe.task.output_labels) <= {*(find_guard(name).card.labels or probe.task.labels)}
 
 
@@ -137,7 +137,7 @@ def test_the_packaged_figures_are_those_of_the_packaged_probe_on_the_packaged_te
 def test_a_guard_is_found_by_its_name_and_by_the_model(name):
     assert probe_folder(f"guard:{name}") == PACKAGE / name
     for folder in packaged_folders(find_guard(name)):
-        digest = read_manifest(folder).backbone.digest
+        digest = read_card(folder).backbone.digest
         assert probe_folder(f"guard:{name}", "a model", lambda digest=digest: digest) == folder
 
 
@@ -145,7 +145,7 @@ def test_a_guard_is_found_by_its_name_and_by_the_model(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_copy_for_gguf_has_the_logits_of_the_probe(name):
     probe, copy = (load_probe(PACKAGE / name / part) for part in ("", "smollm2.gguf"))
-    assert copy.record["copy_of"] == probe.version
+    assert copy.card.training.copy_of == probe.version
     build = packaged(name, "build.json")["gguf"]
     assert build["probe"] == probe.version
     assert build["agreeing"] >= 0.99 * build["texts"] > 900
@@ -155,7 +155,7 @@ def test_the_copy_for_gguf_has_the_logits_of_the_probe(name):
     for own in (probe, copy):
         bank = Bank([own])
         tap = bank.tap()
-        for layer in range(own.fingerprint.layers):
+        for layer in range(own.card.backbone.layers):
             tap(layer, hidden[layer, None])
         logits += bank.logits(bank.summarise(tap.projected().flatten(0, 1), parts))
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
@@ -166,7 +166,7 @@ def test_no_packaged_probe_holds_a_text(name):
     texts = {turn.content for turns in load_background("packaged").conversations for turn in turns}
     texts |= {turn.content for item in examples(name).items for turn in item.messages}
     for folder in packaged_folders(find_guard(name)):
-        record = json.dumps(load_probe(folder).record, ensure_ascii=False)
+        record = load_probe(folder).card.to_json()
         # Beginnings too; names of sources are short.
         assert not [text for text in texts if len(text) > 40 and text[:40] in record]
 

@@ -196,7 +196,7 @@ def test_a_page_has_the_worst_texts_first_and_marks_what_is_found_missed_and_wro
 
 def test_the_command_draws_the_spans_of_a_probe_that_labels_spans(tiny, tmp_path):
     probe = spans_probe(tiny, "pii")
-    probe = replace(probe, task=replace(probe.task, labels=("NUMBER", "SHOUT")))
+    probe = probe.changed(task=replace(probe.task, labels=("NUMBER", "SHOUT")))
     save_probe(probe, tmp_path / "probe")
     lines = [json.dumps({"text": row["text"], "pii": row["spans"]}) for row in span_rows(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))

@@ -9,7 +9,7 @@ from sidelight.data.evaluation import evaluate_spans
 from sidelight.data.loading import load_examples
 from sidelight.data.spans import character_scores
 from sidelight.models.conversation import Reads
-from sidelight.probes.manifest import PROBE
+from sidelight.probes.card import PROBE
 from sidelight.statistics.thresholds import F1
 from sidelight.training.dataset import make_split
 from sidelight.training.preparing import ProbeDataset

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score
 
 import wordings
 from sidelight.errors import SidelightError
-from sidelight.probes.manifest import read_manifest
+from sidelight.probes.card import read_card
 from sidelight.probes.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.states import cache as states_cache
 from sidelight.training.loop import train_mechanisms
@@ -223,8 +223,9 @@ def test_the_printed_options_train_what_was_found(tiny, tmp_path, capfd, has_val
     assert cli("train", *given, *found, "--out", str(out / "gate"), "--json") == 0
     trained = json.loads(capfd.readouterr().out)
     best = json.loads((out / "best.json").read_text())["mechanisms"]["gate"]
-    manifest = read_manifest(out / "gate")
-    settings = {**manifest.record["settings"], "seed": manifest.record["seed"]}
+    card = read_card(out / "gate")
+    record = card.training
+    settings = {**record.settings, "seed": record.seed}
     assert settings == {**best["settings"], "normalise": True}
-    assert manifest.mechanism.options == best["options"]
+    assert card.mechanism.options == best["options"]
     assert trained["score"] == pytest.approx(best["score"], abs=1e-9)

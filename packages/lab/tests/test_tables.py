@@ -87,7 +87,7 @@ def test_a_comparison_is_made_end_to_end(finished):
 
 def test_figures_are_those_of_evaluate_on_the_stored_artifacts(finished, tiny, cache):
     folders = sorted((finished.folder / "runs").glob("*/probe"))
-    probes = [replace(load_probe(path), name=path.parent.name) for path in folders]
+    probes = [load_probe(path).changed(name=path.parent.name) for path in folders]
     split = make_split(tiny, Data().test, FitOptions(max_tokens=512, cache_root=cache))
     expected = score(tiny, Bank(probes), split.states.prompts)
     for probe, other in zip(probes, expected, strict=True):
@@ -225,10 +225,10 @@ def test_a_few_shot_draw_has_as_many_texts_of_each_class(make, tmp_path):
     assert [len(row["seeds"]) for row in rows.values()] == [3, 3, 3]
     hashes = set()
     for folder in (tmp_path / "runs").glob("pooling-*/probe"):
-        record = load_probe(folder).record
-        for part in ("training", "validation"):
-            assert record[part]["classes"] == {"fine": 8, "toxic": 8}
-        hashes.add(record["training"]["sha256"])
+        record = load_probe(folder).card.training
+        for part in (record.training, record.validation):
+            assert part.classes == {"fine": 8, "toxic": 8}
+        hashes.add(record.training.sha256)
     assert len(hashes) == 3
     assert "draws" in made.how
 

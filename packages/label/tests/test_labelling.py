@@ -93,7 +93,7 @@ def test_the_figures_are_of_texts_that_the_probe_did_not_learn_from(tiny, first_
     (report,) = whole["rows"].values()
     assert report["rows"] == 40
     first = load_probe(trained.folder / "probe")
-    assert report == first.record["validation"]["metrics"]
+    assert report == first.card.training.validation.report.to_dict()
     (judge,) = trained.queue._judges
     known = [*trained.queue.decided]
     batch = trained.label(20)
@@ -111,7 +111,7 @@ def test_the_figures_are_of_texts_that_the_probe_did_not_learn_from(tiny, first_
     before, after = whole["rows"].values()
     assert before["accuracy"]["value"] == pytest.approx((positives == flagged).mean())
     assert before["rows"] == after["rows"] == 60
-    assert after == load_probe(trained.folder / "probe").record["validation"]["metrics"]
+    assert after == load_probe(trained.folder / "probe").card.training.validation.report.to_dict()
 
 
 @pytest.mark.slow
@@ -184,7 +184,7 @@ def test_texts_are_labelled_on_a_gguf_file(tmp_path, own_cache):
     sitting.label(40)
     sitting.queue.train()
     probe = load_probe(tmp_path / "probe")
-    assert probe.fingerprint == backbone.fingerprint
+    assert probe.card.backbone == backbone.fingerprint
     rows = [row for row in range(60) if row not in sitting.queue.decided]
     live = logits_of(backbone, [probe], [sitting.pool.examples.items[row] for row in rows])[0]
     known = sitting.queue._judges[-1].probabilities[rows]

@@ -16,7 +16,7 @@ from sidelight.models.conversation import Message
 from sidelight.models.fingerprint import ACCEPTED
 from sidelight.models.smollm2 import packaged_gguf
 from sidelight.probes.artifact import load_probe
-from sidelight.probes.manifest import read_manifest
+from sidelight.probes.card import read_card
 from sidelight.server.config import read_config
 from sidelight_llama.backend import LlamaOptions
 from sidelight_llama.files import EMBEDDED_GGUF, find_gguf, is_gguf, served_name
@@ -376,9 +376,9 @@ def probe(file, data, tmp_path_factory):
 @needs_llama
 @pytest.mark.slow
 def test_a_probe_of_a_gguf_file_judges_and_is_served_by_the_files_name(file, probe, data, capsys):
-    manifest = read_manifest(probe)
-    assert manifest.backbone.name == str(file)
-    assert manifest.record["engine"].startswith("llama.cpp")
+    card = read_card(probe)
+    assert card.backbone.name == str(file)
+    assert card.training.engine.startswith("llama.cpp")
     assert cli("eval", str(probe), "--data", data, "--engine-option", "threads=1") == 0
     capsys.readouterr()
     for engine in ("auto", "llama"):

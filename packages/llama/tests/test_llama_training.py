@@ -41,7 +41,7 @@ def test_a_probe_trains_on_the_files_own_states_and_agrees_with_one_of_transform
     )
     # Engines, and versions of llama.cpp, share no states on disk.
     assert made.backbone.engine == f"llama.cpp {PINNED}"
-    assert own.probe.fingerprint == made.backbone.fingerprint
+    assert own.probe.card.backbone == made.backbone.fingerprint
     texts = [row["text"] for row in planted_rows("binary", 10)]
     mine, other = (
         np.array([[*v.probabilities.values()] for v in classifier.predict(texts)])

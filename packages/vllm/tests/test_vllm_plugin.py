@@ -160,7 +160,7 @@ def test_a_response_is_read_as_it_is_written_and_again_after_preemption(
     backbone, probes, is_plain, is_staged, chunk
 ):
     """On plain text, probes of chats alone fail."""
-    both = [replace(probe, name=f"{probe.name}-both", prompt_format="both") for probe in probes]
+    both = [probe.changed(name=f"{probe.name}-both", prompt_format="both") for probe in probes]
     judging, failed = (both, probes) if is_plain else ([*probes, *both], [])
     late = [probe for probe in judging if probe.reads.includes_response]
     early = [probe for probe in judging if not probe.reads.includes_response]
@@ -309,7 +309,7 @@ def folders(backbone, tmp_path_factory):
         "wide": untrained_probe(backbone, "wide", mechanism="attention", reads=Reads("both")),
     }
     scaling = replace(made["old"].standardisation, is_normalised=True)
-    made["normalised"] = replace(made["old"], name="normalised", standardisation=scaling)
+    made["normalised"] = replace(made["old"].changed(name="normalised"), standardisation=scaling)
     home = tmp_path_factory.mktemp("probes")
     return {name: str(save_probe(probe, home / name)) for name, probe in made.items()}
 
@@ -564,7 +564,7 @@ def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
 
 def test_probes_of_chats_and_of_raw_texts_are_refused_whoever_serves_them(backbone, tmp_path):
     chat = untrained_probe(backbone, "chat")
-    raw, both = (replace(chat, name=name, prompt_format=name) for name in ("raw", "both"))
+    raw, both = (chat.changed(name=name, prompt_format=name) for name in ("raw", "both"))
     folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in (chat, raw)]
     for serve in (
         lambda: Runtime(model=None, dtype="auto", device="auto").load_engine([chat, raw]),

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from sidelight.data.loading import OnMissingLabel
     from sidelight.engines.parity import Difference
     from sidelight.models.conversation import Message
+    from sidelight.probes.card import ProbeCard
     from sidelight.probes.explanation import Explanation
-    from sidelight.probes.manifest import Manifest
     from sidelight.types import Span, Verdict
 
 # Of the labels of spans, in turn; black is legible on each.
@@ -68,7 +68,7 @@ def evaluate(
     """
     options.announce(f"Reading {data}")
     from sidelight.data.loading import load_examples
-    from sidelight.probes.manifest import read_manifest
+    from sidelight.probes.card import read_card
     from sidelight.training.validation import require_side
 
     if plots is not None:
@@ -76,13 +76,13 @@ def evaluate(
         import_module("sidelight.data.plots")
     # Before imports that take seconds: a wrong file or column is refused at once.
     probe = runtime.probe_folder(probe)
-    manifest = read_manifest(probe)
+    card = read_card(probe)
     if plots is not None:
-        _require_whole_texts(manifest)
+        _require_whole_texts(card)
     labels = {"label": label, "on_missing_label": missing_label}
-    columns |= labels if manifest.spans is None else {"spans": spans}
-    examples = load_examples(data, task=manifest.task, **columns)
-    require_side(manifest, examples.items)
+    columns |= labels if card.spans is None else {"spans": spans}
+    examples = load_examples(data, task=card.task, **columns)
+    require_side(card, examples.items)
     options.announce("Loading the model")
     from sidelight.cli.show import print_assessment
     from sidelight.scoring import assess
@@ -100,11 +100,11 @@ def evaluate(
     print_assessment(assessment)
 
 
-def _require_whole_texts(manifest: "Manifest") -> None:
+def _require_whole_texts(card: "ProbeCard") -> None:
     """Refuses plots of a probe that labels spans."""
-    if manifest.spans is not None:
+    if card.spans is not None:
         raise SidelightError(
-            f"--plots draws verdicts on whole texts, but '{manifest.name}' labels spans. Leave it "
+            f"--plots draws verdicts on whole texts, but '{card.name}' labels spans. Leave it "
             "out, or draw spans and the worst texts by the laboratory: sidelight anatomy PROBE "
             "--data FILE --out FOLDER."
         )
@@ -152,22 +152,22 @@ def predict(
 ) -> None:
     """Print one verdict per text, as JSON lines, in the order of the texts."""
     _require_texts(texts, data)
-    from sidelight.probes.manifest import read_manifest
+    from sidelight.probes.card import read_card
     from sidelight.training.validation import require_side
 
     # Before imports that take seconds: what the probe cannot judge is refused at once.
     probe = runtime.probe_folder(probe)
-    manifest = read_manifest(probe)
-    if prints_spans and (out is not None or explains or manifest.spans is None):
+    card = read_card(probe)
+    if prints_spans and (out is not None or explains or card.spans is None):
         raise SidelightError(
             "--spans prints the words that a probe labels. Leave out --out and --explain, and name "
             "a probe that was trained with --spans COLUMN."
         )
     items = _read_texts(texts, data, columns)
-    require_side(manifest, items)
+    require_side(card, items)
     options.announce("Loading the model")
     classifier = runtime.load_classifier(probe)
-    on_terminal, task = out is None and sys.stdout.isatty(), manifest.task
+    on_terminal, task = out is None and sys.stdout.isatty(), card.task
     lines: Iterable[Mapping[str, Any]]
     if explains:
         explained = map(classifier.explain, items)
@@ -178,12 +178,12 @@ def predict(
         lines = ({**each.verdict.to_dict(), "explanation": each.to_dict()} for each in explained)
     else:
         verdicts = classifier.predict(items)
-        if prints_spans or (manifest.spans is not None and on_terminal):
+        if prints_spans or (card.spans is not None and on_terminal):
             _print_spans(items, verdicts, task.labels)
             return
         lines = (verdict.to_dict() for verdict in verdicts)
     if task.kind == "multiclass":
-        click.echo(f"'{manifest.name}' flags {task.flags}.", err=True)
+        click.echo(f"'{card.name}' flags {task.flags}.", err=True)
     _write_lines(lines, out)
 
 
@@ -344,14 +344,14 @@ def parity(
     to see what users get. With --quantised, see what quantised weights change.
     """
     from sidelight.data.loading import load_examples
-    from sidelight.probes.manifest import read_manifest
+    from sidelight.probes.card import read_card
 
     probes = tuple(Runtime(engine="auto", serves=True, **model).probe_folders(probes))
-    manifests = [read_manifest(probe) for probe in probes]
-    named = model["model"] or manifests[0].backbone.name
+    cards = [read_card(probe) for probe in probes]
+    named = model["model"] or cards[0].backbone.name
     names = [name.strip() for name in engines.split(",")] if engines else engines_of(named)
     compared = _runtimes(names, quantised, engine_option, model)
-    late = [m.name for m in manifests if m.reads.includes_response]
+    late = [m.name for m in cards if m.reads.includes_response]
     if late and response is None:
         raise SidelightError(
             f"{', '.join(late)} reads responses, so there would be nothing to compare. Name the "

@@ -76,7 +76,7 @@ def guard(
             "them with --out."
         )
     from sidelight.policy.rules import read_policy
-    from sidelight.probes.manifest import require_name
+    from sidelight.probes.card import require_name
     from sidelight.statistics.thresholds import ThresholdRule
 
     rule = ThresholdRule.parse(threshold)
@@ -156,7 +156,7 @@ def _train(
 ) -> "LabelledExamples":
     """Trains a guard that is not complete, and gives the texts that it is trained on."""
     from sidelight.cli.show import print_fit
-    from sidelight.probes.manifest import holds_probe, read_manifest, require_free
+    from sidelight.probes.card import holds_probe, read_card, require_free
     from sidelight.training import ready
     from sidelight.training.fit import fit
 
@@ -168,7 +168,7 @@ def _train(
         texts, None, name=name, model=backbone.fingerprint, engine=backbone.engine
     )
     if holds_probe(folder) and not force:
-        if read_manifest(folder).history.training_sha256 == identity:
+        if read_card(folder).training.training_sha256 == identity:
             click.echo(f"{folder} is complete, of these texts, options and model.")
             return texts
         require_free(folder, force=False)
@@ -240,18 +240,18 @@ def _line(test: Mapping[str, Any]) -> str:
 def _write_policy(path: Path, home: Path) -> None:
     """Writes a policy for all guards of a folder, unless there is one, which may lack some."""
     from sidelight.policy.rules import read_policy, side_of
-    from sidelight.probes.manifest import PROBE, read_manifest
+    from sidelight.probes.card import PROBE, read_card
     from sidelight.training.ready import shadow_policy
 
-    manifests = [read_manifest(probe.parent) for probe in sorted(home.glob(f"*/{PROBE}"))]
+    cards = [read_card(probe.parent) for probe in sorted(home.glob(f"*/{PROBE}"))]
     # Versions of a guard have one name.
-    manifests = [*{each.name: each for each in manifests}.values()]
+    cards = [*{each.name: each for each in cards}.values()]
     if not path.exists():
-        write_text(path, shadow_policy(manifests))
+        write_text(path, shadow_policy(cards))
         click.echo(f"\n{path} is in shadow mode: nothing is blocked.")
         return
     policy = read_policy(path)
-    lacking = [each.name for each in manifests if each.name not in policy.side(side_of(each))]
+    lacking = [each.name for each in cards if each.name not in policy.side(side_of(each))]
     click.echo(f"\n{path} exists and was left unchanged.")
     if lacking:
         options.warn(

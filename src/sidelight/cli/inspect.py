@@ -13,16 +13,16 @@ from sidelight.guards import probe_folder
 @options.as_json
 def inspect(probe: Path, as_json: bool) -> None:
     """Show what a probe decides and reads, its backbone, and its figures from training."""
-    from sidelight.probes.manifest import read_manifest, summary
+    from sidelight.probes.card import read_card, summary
 
     probe = probe_folder(probe)
-    manifest = read_manifest(probe)
+    card = read_card(probe)
     # Before imports that take seconds: a folder without a probe is refused at once.
     from sidelight.probes.artifact import load_probe
 
     load_probe(probe)
     if as_json:
-        click.echo(manifest.to_json())
+        click.echo(card.to_json())
         return
-    for name, value in summary(manifest).items():
+    for name, value in summary(card).items():
         click.echo(f"{name:<12} {value}")

@@ -39,7 +39,7 @@ def check(path: Path, probe: tuple[Path, ...], litellm: bool) -> None:
     checked = read_policy(path)
     from sidelight.policy.weaknesses import weaknesses
     from sidelight.probes.artifact import load_probe
-    from sidelight.probes.manifest import require_distinct_names
+    from sidelight.probes.card import require_distinct_names
     from sidelight.probes.probe import common_format
 
     probes = [load_probe(folder) for folder in probe_folders(probe)]

@@ -1,7 +1,6 @@
 """``sidelight recalibrate``: a probe fitted to new traffic, without training."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from sidelight.probes.hub import is_on_hub
 if TYPE_CHECKING:
     from sidelight.data.examples import LabelledExamples
     from sidelight.data.loading import OnMissingLabel
-    from sidelight.probes.manifest import Manifest
+    from sidelight.probes.card import ProbeCard
     from sidelight.probes.probe import Probe
     from sidelight.statistics.thresholds import ThresholdRule
     from sidelight.training.recalibration import Recalibrated
@@ -56,10 +55,10 @@ def recalibrate(
     """Fit a probe's probabilities and thresholds to new traffic, without training.
 
     Labelled texts calibrate as in training, and choose the thresholds. Without --data, thresholds
-    move to what --threshold wants, by the curve of left-out texts in the manifest. The probe stays,
-    and a new one is written, whose manifest says what it was recalibrated on.
+    move to what --threshold wants, by the curve of left-out texts in the card. The probe stays,
+    and a new one is written, whose card says what it was recalibrated on.
     """
-    from sidelight.probes.manifest import read_manifest, require_free, require_name
+    from sidelight.probes.card import read_card, require_free, require_name
     from sidelight.statistics.thresholds import ThresholdRule
     from sidelight.training.recalibration import recalibrate as refit
     from sidelight.training.recalibration import require_recalibratable
@@ -75,10 +74,10 @@ def recalibrate(
     if name is not None:
         require_name(name)
     # Before imports and models that take seconds: what cannot be recalibrated is refused at once.
-    manifest = read_manifest(probe)
-    require_recalibratable(manifest, rule, by_texts=data is not None)
+    card = read_card(probe)
+    require_recalibratable(card, rule, by_texts=data is not None)
     columns["on_missing_label"] = missing_label
-    examples = None if data is None else _new_texts(data, manifest, **columns)
+    examples = None if data is None else _new_texts(data, card, **columns)
     options.announce("Loading the probe" if examples is None else "Loading the model")
     from sidelight.probes.artifact import load_probe, save_probe
 
@@ -87,7 +86,7 @@ def recalibrate(
         made = refit(loaded, rule=rule)
     else:
         classifier = runtime.load_classifier(probe)
-        trained_on, copy = loaded.fingerprint, classifier.backbone.fingerprint
+        trained_on, copy = loaded.card.backbone, classifier.backbone.fingerprint
         if trained_on.differences(copy):
             raise FingerprintMismatchError(
                 f"'{loaded.name}' is accepted on {copy.name}, but not recalibrated on it: the new "
@@ -96,7 +95,7 @@ def recalibrate(
             )
         made = refit(loaded, examples, classifier.logits(examples.items), rule=rule)
     options.warn(made.warnings)
-    save_probe(made.probe if name is None else replace(made.probe, name=name), folder)
+    save_probe(made.probe if name is None else made.probe.changed(name=name), folder)
     _report(loaded, made, folder, as_json=as_json)
 
 
@@ -108,16 +107,16 @@ def _require_aim(data: str | None, rule: "ThresholdRule | None") -> None:
         )
 
 
-def _new_texts(data: str, manifest: "Manifest", **columns: Any) -> "LabelledExamples":
+def _new_texts(data: str, card: "ProbeCard", **columns: Any) -> "LabelledExamples":
     """The labelled texts, which the probe can judge and was not trained on."""
     options.announce(f"Reading {data}")
     from sidelight.data.loading import load_examples
     from sidelight.training.recalibration import require_new_texts
     from sidelight.training.validation import require_side
 
-    examples = load_examples(data, task=manifest.task, **columns)
-    require_side(manifest, examples.items)
-    require_new_texts(manifest, examples)
+    examples = load_examples(data, task=card.task, **columns)
+    require_side(card, examples.items)
+    require_new_texts(card, examples)
     options.warn(examples.warnings)
     return examples
 
@@ -126,20 +125,21 @@ def _report(before: "Probe", made: "Recalibrated", folder: Path, *, as_json: boo
     """The figures before and after, and where the thresholds were and are."""
     from sidelight.cli.show import print_reports, summary
 
-    entry = made.probe.record["recalibrations"][-1]
+    *_, entry = made.probe.card.training.recalibrations
     if as_json:
-        click.echo(json.dumps({"out": str(folder), **entry}, indent=2))
+        figures = entry.model_dump(mode="json")
+        click.echo(json.dumps({"out": str(folder), **figures}, indent=2))
         return
     if made.figures is not None:
         title = f"{made.figures[0].rows:,} labelled texts, each calibrated without it"
         old, new = made.figures
         print_reports(title, {"before": old, "after": new})
         click.echo(f"Before: {summary(old, (0, 0))}\nAfter: {summary(new, (0, 0))}")
-    what = entry["what"]
+    what = entry.what
     click.echo(f"{what[0].upper()}{what[1:]}.")
-    curves = made.probe.history.curves
+    curves = made.probe.card.training.curves
     for (label, threshold), now in zip(
-        before.label_thresholds.items(), made.probe.thresholds, strict=True
+        before.card.label_thresholds.items(), made.probe.thresholds, strict=True
     ):
         click.echo(f"Threshold of '{label}': {threshold:.3f} before, {now:.3f} now.")
         if made.figures is None and label in curves:

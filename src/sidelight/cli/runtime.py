@@ -92,7 +92,7 @@ class Runtime(EngineOptions):
         Raises:
             SidelightError: It is a folder without a model, no file, or not for this engine.
         """
-        name = self.model or (probes[0].fingerprint.name if probes else EMBEDDED_NAME)
+        name = self.model or (probes[0].card.backbone.name if probes else EMBEDDED_NAME)
         return self.backend_of(name).find(name)
 
     def load_backbone(self, prompt_format: "PromptFormat | None" = None) -> "Backbone":
@@ -127,7 +127,7 @@ class Runtime(EngineOptions):
 
         loaded = load_probe(probe)
         name = self.model_of([loaded])
-        return load(probe, model=self.backend_of(name).load(name, loaded.prompt_format))
+        return load(probe, model=self.backend_of(name).load(name, loaded.card.prompt_format))
 
     def load_engine(self, probes: "Sequence[Probe]") -> "Engine":
         """An engine with these probes."""

@@ -63,7 +63,7 @@ def serve(context: click.Context, **values: Any) -> None:
     """
     # Nothing ends process 1, as of a container, by a signal that it does not handle.
     signal.signal(signal.SIGTERM, _end)
-    from sidelight.probes.manifest import read_manifest, require_distinct_names
+    from sidelight.probes.card import read_card, require_distinct_names
 
     config = read_config(
         **{
@@ -76,7 +76,7 @@ def serve(context: click.Context, **values: Any) -> None:
     runtime = Runtime(serves=True, **config.model_dump(include=names))
     # Before imports that take seconds: what is wrong with files and folders is refused at once.
     config = config.model_copy(update={"probe": tuple(runtime.probe_folders(config.probe))})
-    require_distinct_names([read_manifest(folder).name for folder in config.probe])
+    require_distinct_names([read_card(folder).name for folder in config.probe])
     policy, _ = config.loaded_policy, config.access
     from sidelight.policy.rules import require_policy_applies
     from sidelight.probes.artifact import load_probe

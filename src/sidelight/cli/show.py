@@ -14,9 +14,9 @@ from rich.text import Text
 
 from sidelight.data.evaluation import Report, SpanReport
 from sidelight.scoring import Assessment
+from sidelight.statistics.background import Detections, Traffic
 from sidelight.statistics.metrics import wilson
 from sidelight.training.fit import Fit
-from sidelight.training.traffic import Traffic, kept_rate
 from sidelight.types import NONE, visible
 
 _METRICS = ("auprc", "auroc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")
@@ -44,7 +44,7 @@ def print_reports(title: str, reports: Mapping[str, Report]) -> None:
 
 def print_fit(made: Fit) -> None:
     """The figures of a training on held-out texts and on background traffic."""
-    spec, folds = made.probe.spec, made.probe.history.folds
+    spec, folds = made.probe.card.mechanism, made.probe.card.training.folds
     if made.spans is not None:
         print_spans(made.spans)
         click.echo(f"Lookahead: {made.probe.mechanism.lookahead} tokens")
@@ -52,24 +52,22 @@ def print_fit(made: Fit) -> None:
         title = f"All texts, out of fold ({folds} folds)" if folds else "Validation data"
         baseline = {} if made.baseline is None else {"TF-IDF baseline": made.baseline}
         print_reports(title, {spec.name: made.report, **baseline})
-    if sources := made.probe.history.validation.sources:
+    if sources := made.probe.card.training.validation.sources:
         print_sources(sources)
-    if made.traffic is not None and made.traffic.conversations:
+    if made.traffic is not None and len(made.traffic.background):
         click.echo(traffic_lines(made.traffic, abstains=made.probe.task.abstains))
-    click.echo(summary(made.spans or made.report, kept_rate(made.probe)))
+    click.echo(summary(made.spans or made.report, made.probe.card.training.flagged))
 
 
-def print_sources(sources: Mapping[str, Mapping[str, int]]) -> None:
+def print_sources(sources: Mapping[str, Detections]) -> None:
     """True and false positives by source, out of fold."""
     table = Table(title="By source", title_justify="left")
     table.add_column("source")
     for name in ("found", "false positives"):
         table.add_column(name, justify="right")
     for source, counts in sources.items():
-        pairs = (("found", "positives"), ("flagged", "others"))
-        shown = [
-            f"{counts[part]} of {counts[whole]}" if counts[whole] else "" for part, whole in pairs
-        ]
+        pairs = ((counts.found, counts.positives), (counts.flagged, counts.others))
+        shown = [f"{part} of {whole}" if whole else "" for part, whole in pairs]
         table.add_row(Text(visible(source)), *shown)
     console().print(table)
 
@@ -80,14 +78,14 @@ def print_assessment(assessment: Assessment) -> None:
     if assessment.spans is not None:
         print_spans(assessment.spans)
         print_report(assessment.report)
-        click.echo(summary(assessment.spans, kept_rate(probe)))
+        click.echo(summary(assessment.spans, probe.card.training.flagged))
         return
-    click.echo(f"\n'{probe.name}', {probe.spec.name}")
+    click.echo(f"\n'{probe.name}', {probe.card.mechanism.name}")
     print_report(assessment.report)
-    for label, threshold in probe.label_thresholds.items():
+    for label, threshold in probe.card.label_thresholds.items():
         click.echo(f"Threshold for '{label}': {threshold:.3f}")
     print_operating_points(assessment)
-    flagged, conversations = kept_rate(probe)
+    flagged, conversations = probe.card.training.flagged
     if conversations:
         click.echo(rate_sentence(flagged, conversations, abstains=probe.task.abstains))
     elif probe.thresholds:
@@ -200,20 +198,20 @@ def _background_share(flagged: int, conversations: int) -> str:
 
 def traffic_lines(traffic: Traffic, *, abstains: bool) -> str:
     """The lines on what a probe flags of background traffic, and finds inside it."""
-    lines = [rate_sentence(traffic.flagged, traffic.conversations, abstains=abstains)]
-    if traffic.conversations >= _FEWEST:
+    conversations = len(traffic.background)
+    lines = [rate_sentence(traffic.flagged, conversations, abstains=abstains)]
+    if conversations >= _FEWEST:
         counts = [
-            f"{kind['name']} {_percent(kind['flagged'] / kind['conversations'])} "
-            f"of {kind['conversations']}"
-            for kind in traffic.kinds
-            if kind["conversations"]
+            f"{kind} {_percent(own.flagged / own.others)} of {own.others}"
+            for kind, own in traffic.kinds.items()
+            if own.others
         ]
         lines.append(f"By length and turns: {'; '.join(counts)}")
     lines += [
-        "Positives embedded in up to {words} words of other text: {found} of {positives} found, "
-        "{flagged} of {ordinary} false positives".format(**counts)
-        for counts in traffic.surroundings
-        if counts["positives"] and counts["ordinary"]
+        f"Positives embedded in up to {words} words of other text: {own.found} of "
+        f"{own.positives} found, {own.flagged} of {own.others} false positives"
+        for words, own in traffic.surroundings.items()
+        if own.positives and own.others
     ]
     if traffic.worst:
         lines.append("Highest-scoring background conversations:")

@@ -89,7 +89,7 @@ def train(
         spans = spans or guard.card.columns["spans"]
     _require_agreement(inputs, mechanism, assigned, spans, background)
     # Before texts and models, which take seconds: a misspelt name or value is refused at once.
-    from sidelight.probes.manifest import require_free, require_name
+    from sidelight.probes.card import require_free, require_name
     from sidelight.statistics.thresholds import ThresholdRule
     from sidelight.training.background import load_background
     from sidelight.training.validation import choose_validation

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -18,7 +18,7 @@ from sidelight.statistics.metrics import (
     ranking_metrics,
     wilson,
 )
-from sidelight.types import Numbers, Span, Task, Values
+from sidelight.types import Numbers, Span, Task, Values, as_json
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Estimate:
         return _short(self.value) + interval
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report:
     """The figures of a task's probabilities on some rows.
 
@@ -82,7 +82,7 @@ class Report:
     metrics: dict[str, Estimate]
     per_class: dict[str, dict[str, float | None]]
     thresholds: tuple[float, ...]
-    confusion_matrix: Int[Numbers, "..."]
+    confusion_matrix: Annotated[Int[Numbers, "..."], *as_json(np.int64)]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values, the metrics at the top level."""

@@ -332,4 +332,4 @@ def require_same_model(probes: Sequence[Probe], fingerprint: Fingerprint) -> Non
     """
     common_format(probes)
     for probe in probes:
-        probe.fingerprint.require(fingerprint, probe=probe.name, accepted=accepted_copy())
+        probe.card.backbone.require(fingerprint, probe=probe.name, accepted=accepted_copy())

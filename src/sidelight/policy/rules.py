@@ -13,7 +13,7 @@ from sidelight.models.invisible import Invisible
 from sidelight.types import Verdict
 
 if TYPE_CHECKING:
-    from sidelight.probes.manifest import Manifest
+    from sidelight.probes.card import ProbeCard
     from sidelight.probes.probe import Probe
 
 Side = Literal["input", "output"]
@@ -117,7 +117,7 @@ class BoundRule:
 
     @property
     def side(self) -> Side:
-        return side_of(self.probe)
+        return side_of(self.probe.card)
 
     @property
     def mode(self) -> Mode:
@@ -180,7 +180,7 @@ class BoundRule:
             return {} if threshold is None else dict.fromkeys(self.rule.labels, threshold)
         return {
             label: own if threshold is None else threshold
-            for label, own in self.probe.label_thresholds.items()
+            for label, own in self.probe.card.label_thresholds.items()
             if not self.rule.labels or label in self.rule.labels
         }
 
@@ -240,24 +240,24 @@ class BoundRule:
         return verdict.labels[0] if names_class else None
 
 
-def side_of(probe: "Probe | Manifest") -> Side:
+def side_of(card: "ProbeCard") -> Side:
     """The side that a probe judges: the response, if it reads any of it."""
-    return "output" if probe.reads.includes_response else "input"
+    return "output" if card.reads.includes_response else "input"
 
 
 def bound_rules(policy: Policy, probes: "Iterable[Probe]") -> tuple[BoundRule, ...]:
     """Each probe with its rule; a rule without its probe waits for it."""
-    return tuple(BoundRule(p, policy.side(side_of(p)).get(p.name, Rule())) for p in probes)
+    return tuple(BoundRule(p, policy.side(side_of(p.card)).get(p.name, Rule())) for p in probes)
 
 
 def require_policy_applies(policy: Policy, probes: "Sequence[Probe]") -> None:
     """Refuses a rule without its probe, or one that cannot apply to it."""
     sides: tuple[Side, ...] = ("input", "output")
     for side in sides:
-        known = [probe.name for probe in probes if side_of(probe) == side]
+        known = [probe.name for probe in probes if side_of(probe.card) == side]
         for name in policy.side(side):
             if name not in known:
-                others = [probe.name for probe in probes if side_of(probe) != side]
+                others = [probe.name for probe in probes if side_of(probe.card) != side]
                 table = f"{'input' if side == 'output' else 'output'}.{name}"
                 remedy = (
                     f" It reads the other side: write [{table}], or train it on the {side}."
@@ -280,7 +280,7 @@ def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
             f"Probe '{bound.name}' labels no spans, so rule 'redact' would never apply. Train one "
             "that does (sidelight train --spans COLUMN), or use another mode."
         )
-    reads, form, kind = bound.probe.reads, bound.probe.prompt_format, bound.probe.task.kind
+    reads, form, kind = bound.probe.reads, bound.probe.card.prompt_format, bound.probe.task.kind
     is_known = bound.side == "input" and form != "raw" and bound.probe.judges_turns
     if bound.rule.turns == "tool" and not is_known:
         remedy = (
@@ -298,7 +298,7 @@ def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
             f"Probe '{bound.name}' judges the output, which is too late for a route. Use another "
             "mode."
         )
-    rivals = [p.name for p in probes if side_of(p) == bound.side and p.name != bound.name]
+    rivals = [p.name for p in probes if side_of(p.card) == bound.side and p.name != bound.name]
     rival = bound.shadow_of
     if rival is not None and (not bound.is_shadow or rival not in rivals):
         raise SidelightError(
@@ -320,7 +320,7 @@ def _require_labels(bound: BoundRule) -> None:
     if bound.mode not in ("score", "route", "redact", "shadow") and not bound.thresholds:
         why = "is multi-class, so it flags no label by default. Set 'labels' and 'threshold'."
         if bound.probe.task.kind != "multiclass":
-            flagged = ", ".join(bound.probe.label_thresholds)
+            flagged = ", ".join(bound.probe.card.label_thresholds)
             why = f"flags only {flagged}, which is not in the rule's 'labels'. Name it there."
         raise SidelightError(
             f"Rule '{bound.mode}' of probe '{bound.name}' would never apply: the probe {why}"

@@ -1,6 +1,6 @@
 """Settings of a policy under which a known evasion passes, each with its remedy.
 
-Only settings are read, and what manifests say of training. What a probe flags is for
+Only settings are read, and what cards say of training. What a probe flags is for
 ``sidelight redteam`` to measure.
 """
 
@@ -55,7 +55,7 @@ def _of_prompts(policy: Policy, bound: Sequence[BoundRule]) -> Iterator[str]:
             "invisible_characters is off, so zero-width spaces between its letters hide an attack. "
             'Say "strip".'
         )
-    formats = {own.probe.prompt_format for own in bound if own.name in blocking}
+    formats = {own.probe.card.prompt_format for own in bound if own.name in blocking}
     if policy.system_turns == "trust" and formats != {"raw"}:
         yield (
             'system_turns = "trust" answers a conversation whose leading system turn holds the '
@@ -134,14 +134,14 @@ def _of_probe(own: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
             )
     if own.side == "output":
         return
-    if probe.prompt_format != "raw" and probe.reads.scope == "last_turn":
+    if probe.card.prompt_format != "raw" and probe.reads.scope == "last_turn":
         yield (
             f"Probe '{probe.name}' has several classes and judges the user's last turn alone, so "
             "an attack in an earlier turn is not judged. Train it again on one label."
         )
     # The largest logit of a token is that of its text, whatever stands around it.
     is_diluted = probe.spans is None
-    if is_diluted and probe.prompt_format != "raw" and probe.reads.scope == "conversation":
+    if is_diluted and probe.card.prompt_format != "raw" and probe.reads.scope == "conversation":
         yield (
             f"Probe '{probe.name}' judges a conversation as one text, so an attack in an earlier "
             "turn is outweighed by those after it. If a part of a text can have its labels, train "
@@ -153,7 +153,7 @@ def _of_probe(own: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
             "outweigh an attack. Train it again with this version, on two classes."
         )
     blocks_long = own.fails_closed and own.rule.max_tokens is not None
-    if is_diluted and not probe.history.contexts.get("inside") and not blocks_long:
+    if is_diluted and not probe.card.training.contexts.get("inside") and not blocks_long:
         yield (
             f"Probe '{probe.name}' learned from texts by themselves, so an attack is outweighed in "
             "a long one. Train it with background traffic (--background), or set max_tokens to the "

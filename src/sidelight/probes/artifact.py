@@ -1,4 +1,4 @@
-"""A probe as a file, with its manifest in the header. Nothing is unpickled.
+"""A probe as a file, with its card in the header. Nothing is unpickled.
 
 Also the check that a probe which is loaded gives verdicts.
 """
@@ -16,12 +16,11 @@ from torch import Tensor
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.models.conversation import Part
 from sidelight.probes.bank import Bank
-from sidelight.probes.manifest import (
-    CARD,
+from sidelight.probes.card import (
     CARD_LIBRARY,
-    FORMAT_VERSION,
     PROBE,
-    Manifest,
+    README,
+    ProbeCard,
     damaged,
     model_card,
     read_artifact,
@@ -62,27 +61,13 @@ def save_probe(probe: Probe, directory: Path) -> Path:
     }
     scaling = probe.standardisation
     tensors = {**parameters, "mean": scaling.mean.cpu(), "scale": scaling.scale.cpu()}
-    manifest = Manifest(
-        format=FORMAT_VERSION,
-        name=probe.name,
-        mechanism=probe.spec,
-        task=probe.task,
-        reads=probe.reads,
-        is_normalised=scaling.is_normalised,
-        prompt_format=probe.prompt_format,
-        calibration=probe.calibration,
-        thresholds=probe.thresholds,
-        backbone=probe.fingerprint,
-        record=probe.record,
-        weights_sha256=_sha256(tensors),
-        spans=probe.spans,
-    )
+    card = probe.card.changed(is_normalised=scaling.is_normalised, weights_sha256=_sha256(tensors))
     # As bytes: only its owner could read a file that the library writes itself.
-    files = {PROBE: save(tensors, manifest.metadata)}
+    files = {PROBE: save(tensors, card.header())}
     try:
-        card = directory / CARD
-        if not card.exists() or CARD_LIBRARY.encode() in card.read_bytes():
-            files[CARD] = model_card(manifest).encode()
+        readme = directory / README
+        if not readme.exists() or CARD_LIBRARY.encode() in readme.read_bytes():
+            files[README] = model_card(card).encode()
         for name, content in files.items():
             with replacing(directory / name) as partial:
                 partial.write_bytes(content)
@@ -105,12 +90,12 @@ def load_probe(directory: str | Path) -> Probe:
     return _checked(*read_artifact(directory), Path(directory))
 
 
-def _checked(manifest: Manifest, content: bytes, directory: Path) -> Probe:
+def _checked(card: ProbeCard, content: bytes, directory: Path) -> Probe:
     try:
         tensors = load(content)
-        if _sha256(tensors) != manifest.weights_sha256:
-            raise ValueError("its weights are not those that its manifest was written with")
-        probe = _assemble(manifest, tensors)
+        if _sha256(tensors) != card.weights_sha256:
+            raise ValueError("its weights are not those that its card was written with")
+        probe = _assemble(card, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise damaged(directory, str(error)) from error
     if not gives_verdicts(probe):
@@ -157,19 +142,17 @@ def gives_verdicts(probe: Probe, *, device: torch.device | str = "cpu") -> bool:
     return True
 
 
-def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
-    task, backbone = manifest.task, manifest.backbone
-    spec = mechanism_spec(manifest.mechanism.name, manifest.mechanism.options)
-    if manifest.spans is not None and not labels_tokens(spec.name):
+def _assemble(card: ProbeCard, tensors: dict[str, Tensor]) -> Probe:
+    task, backbone = card.task, card.backbone
+    spec = mechanism_spec(card.mechanism.name, card.mechanism.options)
+    if card.spans is not None and not labels_tokens(spec.name):
         raise ValueError(f"its mechanism '{spec.name}' labels no tokens, so no text has spans")
     geometry = Geometry(backbone.layers, backbone.width, task.outputs)
-    # Sizes are compared before memory is taken: the manifest may claim any.
+    # Sizes are compared before memory is taken: the card may claim any.
     shape = (geometry.layers, geometry.width)
     if any(tuple(tensors[name].shape) != shape for name in ("mean", "scale")):
         raise ValueError(f"mean or scale is not [{backbone.layers}, {backbone.width}]")
-    standardisation = Standardisation(
-        tensors.pop("mean"), tensors.pop("scale"), manifest.is_normalised
-    )
+    standardisation = Standardisation(tensors.pop("mean"), tensors.pop("scale"), card.is_normalised)
     weights = {key.removeprefix(_PARAMETER): value for key, value in tensors.items()}
     with torch.device("meta"):
         claimed = build_mechanism(spec, geometry).state_dict()
@@ -180,21 +163,7 @@ def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
         )
     mechanism = build_mechanism(spec, geometry)
     mechanism.load_state_dict(weights)
-    return Probe(
-        name=manifest.name,
-        task=task,
-        reads=manifest.reads,
-        prompt_format=manifest.prompt_format,
-        spec=spec,
-        mechanism=mechanism.eval().requires_grad_(False),
-        standardisation=standardisation,
-        calibration=manifest.calibration,
-        thresholds=manifest.thresholds,
-        fingerprint=backbone,
-        record=manifest.record,
-        version=manifest.version,
-        spans=manifest.spans,
-    )
+    return Probe(card, mechanism.eval().requires_grad_(False), standardisation)
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:

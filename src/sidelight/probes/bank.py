@@ -27,8 +27,8 @@ from sidelight.models.conversation import (
     read_tokens,
     tool_rows,
 )
+from sidelight.probes.card import require_distinct_names
 from sidelight.probes.explanation import Explanation, explain
-from sidelight.probes.manifest import require_distinct_names
 from sidelight.probes.probe import Probe, ProbeOutput
 from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import Projection

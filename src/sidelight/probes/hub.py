@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from sidelight.errors import SidelightError, transport_errors
-from sidelight.probes.manifest import PROBE, holds_probe
+from sidelight.probes.card import PROBE, holds_probe
 
 PREFIX = "hf:"
 _NAME = re.compile(rf"{PREFIX}(?P<repository>[^@]+)@(?P<revision>[^@]+)")

@@ -1,8 +1,7 @@
 """A trained probe: a mechanism and everything that turns its logits into a verdict."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,11 @@ from jaxtyping import Float
 from sidelight.data.spans import SpanRule
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.models.conversation import PromptFormat, Reads, Unit
-from sidelight.models.fingerprint import Fingerprint
-from sidelight.probes.manifest import History
+from sidelight.probes.card import ProbeCard
 from sidelight.probes.mechanisms.base import Mechanism
 from sidelight.probes.standardisation import Projection, Standardisation
 from sidelight.statistics.calibration import Calibration
-from sidelight.types import MechanismSpec, Span, Task, TokenLabel, Verdict
+from sidelight.types import Span, Task, TokenLabel, Verdict
 
 
 @dataclass(frozen=True)
@@ -34,46 +32,58 @@ class ProbeOutput:
     tokens: Float[np.ndarray, "token output"] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Probe:
     """A trained probe: training makes it, an artifact stores it, and a bank serves it.
 
     Attributes:
-        name: Its name in verdicts.
-        task: The classes.
-        reads: The tokens that it reads.
-        prompt_format: How texts are rendered for it. A probe of ``both`` judges chats, and plain
-            text as it is; on plain text, a probe of ``chat`` fails.
-        spec: Name and options of the mechanism.
+        card: Everything but the numbers.
         mechanism: The trained mechanism.
         standardisation: Mean and scale that hidden states are standardised by.
-        calibration: From logits to probabilities.
-        thresholds: The probability from which a label holds: one for a binary task, one per label
-            for a multi-label task, none for a multi-class task.
-        fingerprint: The backbone that it belongs to.
-        record: Settings, data and metrics of its training, as JSON values; ``history`` reads it.
-        version: Twelve hexadecimal digits of the artifact that it was loaded from, or "".
-        spans: How tokens are labelled; None for a probe of whole texts.
     """
 
-    name: str
-    task: Task
-    reads: Reads
-    prompt_format: PromptFormat
-    spec: MechanismSpec
+    card: ProbeCard
     mechanism: Mechanism
     standardisation: Standardisation
-    calibration: Calibration
-    thresholds: tuple[float, ...]
-    fingerprint: Fingerprint
-    record: Mapping[str, Any] = field(default_factory=dict)
-    version: str = ""
-    spans: SpanRule | None = None
 
-    @cached_property
-    def history(self) -> History:
-        """The record, as far as it is read."""
-        return History.model_validate(self.record)
+    @property
+    def name(self) -> str:
+        """Its name in verdicts."""
+        return self.card.name
+
+    @property
+    def version(self) -> str:
+        """Twelve hexadecimal digits of the artifact that it was loaded from, or ""."""
+        return self.card.version
+
+    @property
+    def task(self) -> Task:
+        """The classes."""
+        return self.card.task
+
+    @property
+    def reads(self) -> Reads:
+        """The tokens that it reads."""
+        return self.card.reads
+
+    @property
+    def calibration(self) -> Calibration:
+        """From logits to probabilities."""
+        return self.card.calibration
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """The probability from which each label holds, as in the card."""
+        return self.card.thresholds
+
+    @property
+    def spans(self) -> SpanRule | None:
+        """How tokens are labelled; None for a probe of whole texts."""
+        return self.card.spans
+
+    def changed(self, **fields: Any) -> "Probe":
+        """The probe whose card differs in these fields; it has not been saved."""
+        return replace(self, card=self.card.changed(**fields))
 
     def projection(self) -> Projection:
         """The map from hidden states to the few numbers that the probe needs of each of them."""
@@ -97,7 +107,7 @@ class Probe:
             probabilities = [1 - positive, positive]
         by_label = dict(zip(self.task.labels, probabilities, strict=True))
         return self.task.decide(
-            self.name, by_label, self.label_thresholds, turn=turn, version=self.version
+            self.name, by_label, self.card.label_thresholds, turn=turn, version=self.version
         )
 
     def labelled_verdict(
@@ -110,7 +120,7 @@ class Probe:
             spans: Of the text; None: nobody knows where its tokens stand.
             marked: The labels of its tokens, which then hold.
         """
-        scores, thresholds = verdict.probabilities, self.label_thresholds
+        scores, thresholds = verdict.probabilities, self.card.label_thresholds
         return self.task.decide(
             self.name,
             scores,
@@ -129,7 +139,7 @@ class Probe:
 
     def can_judge(self, *, is_plain: bool) -> bool:
         """Whether it judges plain text, or chats: a probe of chats alone fails on plain text."""
-        return not (is_plain and self.prompt_format == "chat")
+        return not (is_plain and self.card.prompt_format == "chat")
 
     @property
     def judges_turns(self) -> bool:
@@ -161,12 +171,6 @@ class Probe:
         turn = units[unit].turn if unit < len(units) else None
         return replace(whole, logits=every.max(0), turn=turn)
 
-    @property
-    def label_thresholds(self) -> dict[str, float]:
-        """``thresholds`` by label; empty for a multi-class task."""
-        counted = self.task.labels[-len(self.thresholds) :] if self.thresholds else ()
-        return dict(zip(counted, self.thresholds, strict=True))
-
     def require_finite(self, logits: np.ndarray) -> None:
         """Checks that a text's logits, ``[output]``, can be judged.
 
@@ -187,7 +191,7 @@ def common_format(probes: Iterable[Probe]) -> PromptFormat | None:
         SidelightError: Some were trained on chats, others on raw texts.
     """
     by_format: dict[PromptFormat, str] = {
-        "raw" if probe.prompt_format == "raw" else "chat": probe.name for probe in probes
+        "raw" if probe.card.prompt_format == "raw" else "chat": probe.name for probe in probes
     }
     if len(by_format) > 1:
         raise SidelightError(

@@ -21,7 +21,7 @@ models_router = APIRouter(route_class=Route)
 Card = TypeVar("Card")
 
 
-class ProbeCard(BaseModel):
+class ListedProbe(BaseModel):
     """A probe as clients see it."""
 
     name: str
@@ -41,7 +41,7 @@ class Probes(BaseModel, Generic[Card]):
 class ModelCard(Model):
     """The served model, as OpenAI words it, with its probes."""
 
-    sidelight: Probes[ProbeCard]
+    sidelight: Probes[ListedProbe]
 
 
 class ModelList(BaseModel):
@@ -66,7 +66,7 @@ async def retrieve(name: str, request: ServerRequest) -> ModelCard:
 
 def _card(request: ServerRequest) -> ModelCard:
     visible = [bound.probe for bound in request.registry.rules if not bound.is_shadow]
-    cards = [ProbeCard.model_validate(_described(probe)) for probe in visible]
+    cards = [ListedProbe.model_validate(_described(probe)) for probe in visible]
     return ModelCard(
         id=request.engine.model,
         object="model",
@@ -98,7 +98,7 @@ class ThresholdCard(BaseModel):
     curve: OperatingCurve | None
 
 
-class RuleCard(ProbeCard):
+class RuleCard(ListedProbe):
     """A probe, its rule's mode, and its thresholds; null unless the rule discloses scores."""
 
     mode: Mode
@@ -113,7 +113,7 @@ async def list_rules(request: ServerRequest) -> Probes[RuleCard]:
         if bound.is_shadow:
             continue
         is_told = bound.discloses_scores(sees_all=request.is_admin)
-        history = bound.probe.history
+        history = bound.probe.card.training
         thresholds = [
             ThresholdCard(label=label, threshold=threshold, curve=history.curves.get(label))
             for label, threshold in bound.thresholds.items()
@@ -131,7 +131,7 @@ async def list_rules(request: ServerRequest) -> Probes[RuleCard]:
 admin_probes_router = APIRouter(route_class=Route, dependencies=[AdminOnly])
 
 
-class ServedProbe(ProbeCard):
+class ServedProbe(ListedProbe):
     """One probe: what it is, where it came from, and what follows from its verdicts."""
 
     side: RuleSide

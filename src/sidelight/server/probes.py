@@ -15,7 +15,7 @@ from sidelight.policy.rules import (
     require_policy_applies,
 )
 from sidelight.probes.artifact import load_probe
-from sidelight.probes.manifest import read_manifest, require_distinct_names
+from sidelight.probes.card import read_card, require_distinct_names
 from sidelight.probes.probe import Probe
 from sidelight.server.config import ServerConfig
 
@@ -36,7 +36,7 @@ class ProbeRegistry:
     def __init__(self, engine: Engine, config: ServerConfig):
         self._engine = engine
         self._policy, self._policy_path = config.loaded_policy, config.policy
-        self.folders = {read_manifest(folder).name: folder for folder in config.probe}
+        self.folders = {read_card(folder).name: folder for folder in config.probe}
         # The versions and policy that are being taken, while the engine may or may not have them.
         self._incoming: tuple[list[str], Policy] | None = None
         self._has_withheld = False
@@ -97,7 +97,7 @@ class ProbeRegistry:
             served = [(self.folders.get(probe.name), probe) for probe in self._engine.probes]
             pairs = [(load_probe(path) if path else probe, path) for path, probe in served]
         else:
-            model = next((probe.fingerprint for probe in self._engine.probes), None)
+            model = next((probe.card.backbone for probe in self._engine.probes), None)
             named = probe_folders(folders, model and model.name, model and (lambda: model.digest))
             pairs = [(load_probe(folder), folder) for folder in named]
         # What was read again may have another name.

@@ -14,7 +14,6 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt, Reads
 from sidelight.models.fingerprint import Fingerprint
+from sidelight.probes.card import KeptStates
 from sidelight.probes.standardisation import inverse_rms
 from sidelight.states.compression import CompressedStates, Compression
 from sidelight.states.files import read_tensors, write_tensors
@@ -212,10 +212,10 @@ class ActivationCache:
         return part
 
     @property
-    def described(self) -> dict[str, Any]:
+    def described(self) -> KeptStates:
         """How states are kept, for the record of a training."""
         kept = "whole" if self.compression is None else "compressed"
-        return {"kept": kept, "streamed": self.is_streamed, "token_bytes": self.token_bytes}
+        return KeptStates(kept=kept, streamed=self.is_streamed, token_bytes=self.token_bytes)
 
     @property
     def is_streamed(self) -> bool:

@@ -26,7 +26,7 @@ class Model:
     """A model without its weights.
 
     Attributes:
-        name: Its name in messages and manifests.
+        name: Its name in messages and cards.
         path: The folder or hub id of its files.
         encoder: Makes its prompts.
         fingerprint: Its weights, tokenizer and template, with the dtype of the stored weights.
@@ -43,7 +43,7 @@ class Reader(Protocol):
     """Computes the hidden states of texts with a frozen LLM.
 
     Attributes:
-        name: Its name in messages and manifests.
+        name: Its name in messages and cards.
         encoder: Makes its prompts.
         fingerprint: Its weights, tokenizer and template, and the sizes of its states.
     """

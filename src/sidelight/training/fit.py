@@ -12,16 +12,16 @@ from jaxtyping import Float
 from sidelight.data.evaluation import Report, SpanReport
 from sidelight.data.examples import LabelledExamples
 from sidelight.probes.artifact import save_probe
+from sidelight.probes.card import Epochs, ProbeCard, TrainingRecord
 from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.states.reader import Reader
+from sidelight.statistics.background import Traffic
 from sidelight.training.loop import Candidate, divergence, train_mechanisms
 from sidelight.training.measuring import (
     FLATTERING,
     calibrate_examples,
-    describe_examples,
-    measure_sources,
-    text_hashes,
+    describe_training,
 )
 from sidelight.training.optimisation import TrainingRun, validation_score
 from sidelight.training.preparing import ProbeDataset, prepare
@@ -34,8 +34,7 @@ from sidelight.training.settings import (
 from sidelight.training.spans import LOOKAHEADS, calibrate_spans, choose_lookahead
 from sidelight.training.tfidf import baseline_warnings, measure_baseline
 from sidelight.training.traffic import (
-    Conversations,
-    Traffic,
+    conversations_among,
     measure_traffic,
     traffic_warnings,
 )
@@ -78,7 +77,7 @@ class Fit:
         parts = {"traffic": self.traffic, "spans": self.spans, "baseline": self.baseline}
         return {
             "probe": self.probe.name,
-            "mechanism": self.probe.spec.name,
+            "mechanism": self.probe.card.mechanism.name,
             "score": self.score,
             "validation": self.report.to_dict(),
             **{name: part.to_dict() for name, part in parts.items() if part is not None},
@@ -155,9 +154,9 @@ def fit(
         if not trained:
             raise divergence(*candidates[0])
         diverged = [own for own, run in zip(candidates, results, strict=True) if run is None]
-        made = calibrate_probe(trained, dataset, name=name, options=options)
-        record = {**made.probe.record, "training_sha256": identity}
-        made = replace(made, probe=replace(made.probe, record=record))
+        made = calibrate_probe(
+            trained, dataset, name=name, options=options, training_sha256=identity
+        )
         warnings = [
             *dataset.warnings,
             *(f"{divergence(*own)} The probe is made without it." for own in diverged),
@@ -168,7 +167,10 @@ def fit(
         warnings += none_warnings(made)
         if made.traffic is not None and made.probe.thresholds:
             warnings += traffic_warnings(
-                made.traffic, made.probe.history.curves, made.probe.thresholds, options.threshold
+                made.traffic,
+                made.probe.card.training.curves,
+                made.probe.thresholds,
+                options.threshold,
             )
         if out is not None:
             save_probe(made.probe, out)
@@ -176,62 +178,68 @@ def fit(
 
 
 def calibrate_probe(
-    candidates: Sequence[TrainingRun], dataset: ProbeDataset, *, name: str, options: FitOptions
+    candidates: Sequence[TrainingRun],
+    dataset: ProbeDataset,
+    *,
+    name: str,
+    options: FitOptions,
+    training_sha256: str = "",
 ) -> Fit:
     """Calibrates on validation logits, chooses the threshold there, and measures fold by fold.
 
     Of several trainings, all of which label spans, left-out texts choose one.
     """
-    measured, span_record = dataset.measured, dict[str, Any]()
+    measured, lookaheads = dataset.measured, dict[str, float]()
     trained, rule, spans = candidates[0], None, None
     if measured.examples.spans is not None:
         trained, lookaheads = choose_lookahead(candidates, measured)
         rule, spans = calibrate_spans(
             measured.examples, measured.places, trained.token_logits, rule=options.threshold
         )
-        span_record = {"spans": spans.to_dict(), "lookaheads": lookaheads}
     task, validation, contexts = dataset.task, dataset.validation.examples, dataset.contexts
     logits, in_contexts = trained.logits[: len(validation)], trained.logits[len(validation) :]
-    ordinary = Conversations.of(contexts, in_contexts)
+    background = conversations_among(contexts, in_contexts)
     calibrated = calibrate_examples(
         logits,
         validation,
         dataset.folds,
         kind=options.calibration,
         rule=options.threshold,
-        ordinary=ordinary,
+        ordinary=background,
     )
     calibration, report = calibrated.calibration, calibrated.report
-    record = _record(trained, dataset, options)
-    record["validation"] = {
-        **describe_examples(validation),
-        **calibrated.record(),
-        "sources": measure_sources(validation, calibrated.probabilities, report.thresholds),
-    }
     traffic = None
     if (report.thresholds or task.abstains) and contexts:
         traffic = measure_traffic(
             task,
             contexts,
+            background,
             calibration.apply(in_contexts),
             measured.labels[len(validation) :],
-            ordinary.left_out_thresholds(calibrated.alone, calibration, options.threshold),
+            background.left_out_thresholds(calibrated.alone, calibration, options.threshold),
         )
-        record["traffic"] = traffic.record(ordinary)
-    probe = Probe(
+    training = _record(trained, dataset, options).model_copy(
+        update={
+            "validation": calibrated.texts(validation),
+            "traffic": traffic,
+            "spans": spans,
+            "lookaheads": lookaheads,
+            "training_sha256": training_sha256,
+        }
+    )
+    card = ProbeCard(
         name=name,
+        mechanism=trained.spec,
         task=task,
         reads=dataset.training.states.reads,
         prompt_format=dataset.reader.encoder.prompt_format,
-        spec=trained.spec,
-        mechanism=trained.mechanism,
-        standardisation=trained.standardisation,
         calibration=calibration,
         thresholds=report.thresholds,
-        fingerprint=dataset.reader.fingerprint,
+        backbone=dataset.reader.fingerprint,
+        training=training,
         spans=rule,
-        record=record | span_record,
     )
+    probe = Probe(card, trained.mechanism, trained.standardisation)
     return Fit(
         probe,
         validation_score(task, logits, validation.labels),
@@ -243,28 +251,24 @@ def calibrate_probe(
     )
 
 
-def _record(trained: TrainingRun, dataset: ProbeDataset, options: FitOptions) -> dict[str, Any]:
-    """The record of a training: its texts and its settings."""
-    texts, settings = dataset.originals.examples, asdict(trained.settings)
+def _record(trained: TrainingRun, dataset: ProbeDataset, options: FitOptions) -> TrainingRecord:
+    """The texts and the settings of a training."""
+    settings = asdict(trained.settings)
     contexts = Counter(context.kind for context in dataset.training.contexts)
     del contexts["alone"]
-    return {
-        "engine": dataset.training.states.engine,
-        "states": dataset.training.states.described,
-        "training": {
-            **describe_examples(texts),
-            "texts": text_hashes(texts),
-            **({"given_sha256": dataset.given_sha256} if dataset.given_sha256 else {}),
-        },
-        "contexts": dict(contexts),
-        "threshold_rule": str(options.threshold),
-        "max_tokens": options.max_tokens,
-        "folds": len(dataset.folds),
-        "seed": settings.pop("seed"),
-        "settings": settings,
-        "epochs": {"scores": list(trained.history), "best": trained.best_epoch},
-        "parameters": sum(p.numel() for p in trained.mechanism.parameters()),
-    }
+    return TrainingRecord(
+        engine=dataset.training.states.engine,
+        states=dataset.training.states.described,
+        training=describe_training(dataset.originals.examples, dataset.given_sha256),
+        contexts=dict(contexts),
+        threshold_rule=str(options.threshold),
+        max_tokens=options.max_tokens,
+        folds=len(dataset.folds),
+        seed=settings.pop("seed"),
+        settings=settings,
+        epochs=Epochs(scores=tuple(trained.history), best=trained.best_epoch),
+        parameters=sum(p.numel() for p in trained.mechanism.parameters()),
+    )
 
 
 def none_warnings(made: Fit) -> list[str]:

@@ -7,8 +7,7 @@ folds gave.
 import base64
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,7 +15,8 @@ from jaxtyping import Float, Int
 from sidelight.data.evaluation import Report, evaluate
 from sidelight.data.examples import Examples, LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.probes.manifest import History
+from sidelight.probes.card import CalibrationTexts, Texts, TrainingRecord, TrainingTexts
+from sidelight.statistics.background import Conversations, Detections, flags_of
 from sidelight.statistics.calibration import (
     Calibration,
     CalibrationKind,
@@ -32,7 +32,6 @@ from sidelight.statistics.thresholds import (
     choose_thresholds,
     operating_curves,
 )
-from sidelight.training.traffic import Conversations, flags_of
 from sidelight.training.validation import FOLDS, Folds
 
 # Where there are no folds to measure by.
@@ -71,10 +70,13 @@ class Calibrated:
     report: Report
     folds: Folds
 
-    def record(self) -> dict[str, Any]:
-        """The figures in an artifact."""
-        curves = {label: asdict(curve) for label, curve in self.curves.items()}
-        return {"metrics": self.report.to_dict(), "curves": curves}
+    def texts(self, examples: LabelledExamples) -> CalibrationTexts:
+        """What a card says of the texts and of the probe's figures on them."""
+        sources = measure_sources(examples, self.probabilities, self.report.thresholds)
+        described = describe_examples(examples).model_dump()
+        return CalibrationTexts(
+            **described, report=self.report, curves=self.curves, sources=sources
+        )
 
 
 def calibrate_examples(
@@ -100,7 +102,7 @@ def calibrate_examples(
         ordinary: Ordinary conversations, which thresholds let pass. They calibrate too where they
             are a class of their own.
     """
-    ordinary = ordinary or Conversations.of((), logits)
+    ordinary = ordinary or Conversations.none(examples.task.outputs)
     task, labels = examples.task, examples.labels
     kind = kind or suggested_calibration(task)
     folds = _measuring_folds(examples, folds, kind)
@@ -155,7 +157,7 @@ def measure_sources(
     examples: LabelledExamples,
     probabilities: Float[np.ndarray, "text output"],
     thresholds: Sequence[float],
-) -> dict[str, dict[str, int]]:
+) -> dict[str, Detections]:
     """Texts found, and falsely flagged, of each source.
 
     A mean over sources says little of an attack that is like one of them.
@@ -173,23 +175,27 @@ def measure_sources(
         return {}
     holds = np.asarray(examples.labels.reshape(len(examples), -1).any(1))
     flags = flags_of(examples.task, probabilities, thresholds)
-    measured: dict[str, dict[str, int]] = {}
+    measured: dict[str, Detections] = {}
     for source in sorted(names - {""}):
         own = sources == source
-        positive, other = own & holds, own & ~holds
-        counted = {"positives": positive, "found": positive & flags}
-        counted |= {"others": other, "flagged": other & flags}
-        measured[source] = {name: int(rows.sum()) for name, rows in counted.items()}
+        measured[source] = Detections.count(flags, own & holds, own & ~holds)
     return measured
 
 
-def describe_examples(examples: LabelledExamples) -> dict[str, Any]:
+def describe_examples(examples: LabelledExamples) -> Texts:
     """How many texts there are, a hash of them, and how many have each label."""
-    return {
-        "rows": len(examples),
-        "sha256": examples.content_hash,
-        "classes": examples.count_by_label,
-    }
+    return Texts(rows=len(examples), sha256=examples.content_hash, classes=examples.count_by_label)
+
+
+def describe_training(examples: LabelledExamples, given_sha256: str = "") -> TrainingTexts:
+    """The same of training texts, with a hash of each.
+
+    Args:
+        examples: The texts that parameters were fitted to.
+        given_sha256: Hash of the texts before some were held out.
+    """
+    described = describe_examples(examples).model_dump()
+    return TrainingTexts(**described, texts=text_hashes(examples), given_sha256=given_sha256)
 
 
 def text_hashes(examples: Examples) -> str:
@@ -200,17 +206,17 @@ def text_hashes(examples: Examples) -> str:
     return base64.b64encode(b"".join(sorted(set(_hashes(examples))))).decode()
 
 
-def trained_texts(history: History, examples: Examples) -> int:
-    """How many of the texts trained the probe with this history."""
-    stored = base64.b64decode(history.training.texts)
+def trained_texts(record: TrainingRecord, examples: Examples) -> int:
+    """How many of the texts trained the probe with this record."""
+    stored = base64.b64decode(record.training.texts)
     starts = range(0, len(stored), _HASH_BYTES)
     hashes = {stored[start : start + _HASH_BYTES] for start in starts}
     return sum(text in hashes for text in _hashes(examples))
 
 
-def trained_text_warnings(history: History, examples: Examples) -> tuple[str, ...]:
+def trained_text_warnings(record: TrainingRecord, examples: Examples) -> tuple[str, ...]:
     """A sentence if some of the texts that are measured trained the probe."""
-    count = trained_texts(history, examples)
+    count = trained_texts(record, examples)
     if not count:
         return ()
     return (

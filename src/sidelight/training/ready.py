@@ -11,8 +11,7 @@ from sidelight.data.loading import load_examples
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.models.encode import PromptEncoder
 from sidelight.models.fingerprint import Fingerprint
-from sidelight.probes.manifest import Manifest
-from sidelight.probes.probe import Probe
+from sidelight.probes.card import ProbeCard
 from sidelight.states.reader import Backbone
 from sidelight.statistics.thresholds import ThresholdRule
 from sidelight.training.background import Background, load_background
@@ -97,7 +96,7 @@ def guard_options(
     )
 
 
-def shadow_policy(probes: Sequence[Probe | Manifest]) -> str:
+def shadow_policy(probes: Sequence[ProbeCard]) -> str:
     """A policy in shadow mode, with a comment that says how to block."""
     rules = [_POLICY]
     for probe in probes:

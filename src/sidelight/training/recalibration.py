@@ -5,7 +5,7 @@ last calibrated with.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from sidelight.data.evaluation import Report, evaluate
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.probes.manifest import Manifest
+from sidelight.probes.card import ProbeCard, Recalibration
 from sidelight.statistics.calibration import suggested_calibration
 from sidelight.statistics.metrics import decide, log_losses
 from sidelight.statistics.thresholds import (
@@ -27,11 +27,9 @@ from sidelight.statistics.thresholds import (
 from sidelight.training.measuring import (
     FLATTERING,
     calibrate_examples,
-    describe_examples,
     trained_text_warnings,
     trained_texts,
 )
-from sidelight.training.traffic import Conversations
 
 if TYPE_CHECKING:
     from sidelight.probes.probe import Probe
@@ -78,41 +76,39 @@ def recalibrate(
     Raises:
         SidelightError: The probe labels spans, there are too few texts, or it was trained on them.
     """
-    rule = rule or ThresholdRule.parse(probe.history.threshold_rule)
-    require_recalibratable(probe, rule, by_texts=examples is not None)
+    rule = rule or ThresholdRule.parse(probe.card.training.threshold_rule)
+    require_recalibratable(probe.card, rule, by_texts=examples is not None)
     if examples is None or logits is None:
         return _follow_rule(probe, rule)
-    require_new_texts(probe, examples)
+    require_new_texts(probe.card, examples)
     return _follow_labels(probe, examples, logits, rule)
 
 
-def require_recalibratable(
-    probe: "Probe | Manifest", rule: ThresholdRule | None, *, by_texts: bool
-) -> None:
+def require_recalibratable(card: ProbeCard, rule: ThresholdRule | None, *, by_texts: bool) -> None:
     """Refuses a probe without thresholds of whole texts, or without what they would be chosen by.
 
     Raises:
         SidelightError: The probe labels spans, has no threshold for the rule, or keeps no curve.
     """
-    if probe.spans is not None:
+    if card.spans is not None:
         raise SidelightError(
-            f"Probe '{probe.name}' labels spans, and recalibration fits verdicts on whole texts. "
+            f"Probe '{card.name}' labels spans, and recalibration fits verdicts on whole texts. "
             "Train it again, with your recent texts or another --threshold."
         )
-    require_thresholds(probe.task, rule or F1)
-    if not by_texts and probe.task.kind == "multiclass":
+    require_thresholds(card.task, rule or F1)
+    if not by_texts and card.task.kind == "multiclass":
         raise SidelightError(
-            f"Probe '{probe.name}' has several classes, of which the most probable one wins, "
+            f"Probe '{card.name}' has several classes, of which the most probable one wins, "
             "without a threshold. Name texts to recalibrate it on (--data)."
         )
-    if not by_texts and not probe.history.curves:
+    if not by_texts and not card.training.curves:
         raise SidelightError(
-            f"Probe '{probe.name}' keeps no curve to choose thresholds on. Name labelled texts to "
+            f"Probe '{card.name}' keeps no curve to choose thresholds on. Name labelled texts to "
             "recalibrate it on (--data), or train it again."
         )
 
 
-def require_new_texts(probe: "Probe | Manifest", examples: LabelledExamples) -> None:
+def require_new_texts(card: ProbeCard, examples: LabelledExamples) -> None:
     """Refuses texts that are too few to calibrate on, or that trained the probe.
 
     Raises:
@@ -120,7 +116,7 @@ def require_new_texts(probe: "Probe | Manifest", examples: LabelledExamples) -> 
     """
     texts = len(examples)
     counts = examples.count_by_label
-    judged = () if probe.task.kind == "multiclass" else probe.task.output_labels
+    judged = () if card.task.kind == "multiclass" else card.task.output_labels
     most = texts - LEAST_PER_SIDE
     short = {
         label: counts[label] for label in judged if not LEAST_PER_SIDE <= counts[label] <= most
@@ -132,45 +128,48 @@ def require_new_texts(probe: "Probe | Manifest", examples: LabelledExamples) -> 
             f"{LEAST_LABELLED} or more, with and without each label {LEAST_PER_SIDE} or more. "
             "Label more texts."
         )
-    trained = probe.history.training
+    trained = card.training.training
     is_training_file = examples.content_hash in (trained.sha256, trained.given_sha256)
-    if is_training_file or trained_texts(probe.history, examples) == texts:
+    if is_training_file or trained_texts(card.training, examples) == texts:
         raise SidelightError(
-            f"Probe '{probe.name}' was trained on these texts, and scores them too well. "
+            f"Probe '{card.name}' was trained on these texts, and scores them too well. "
             "Training has calibrated it by left-out texts already; give texts of the new traffic."
         )
 
 
 def _recorded(
-    probe: "Probe",
-    fitted: "Probe",
-    rule: ThresholdRule,
-    entry: Mapping[str, Any],
-    thresholds: Sequence[float],
+    probe: "Probe", rule: ThresholdRule, alone: Sequence[float], entry: Recalibration, **fitted: Any
 ) -> "Probe":
-    """The fitted probe, with an entry in its record.
+    """The probe with fitted fields, and an entry in its record.
 
     Args:
         probe: As it was before.
-        fitted: With its new calibration and thresholds.
         rule: What the thresholds were chosen for.
-        entry: What is recorded of this recalibration.
-        thresholds: What the rule gives without ordinary traffic.
+        alone: The thresholds that the rule gives without background traffic.
+        entry: What is recorded of this recalibration, beside the probe as it was.
+        fitted: The new calibration and thresholds.
     """
-    kept = Conversations.kept(probe)
-    record: dict[str, Any] = {**probe.record, "threshold_rule": str(rule)}
-    if len(kept.logits):
-        flagged = kept.count_flagged(probe.task, thresholds, fitted.calibration, rule)
-        record["traffic"] = {**record["traffic"], "flagged": flagged}
+    record = probe.card.training
+    traffic = record.traffic
+    if traffic is not None and len(traffic.background):
+        calibration = fitted.get("calibration", probe.calibration)
+        flagged = traffic.background.count_flagged(probe.task, alone, calibration, rule)
+        traffic = replace(traffic, flagged=flagged)
     before = {
         "version": probe.version,
-        "calibration": asdict(probe.calibration),
-        "thresholds": list(probe.thresholds),
+        "calibration": probe.calibration,
+        "thresholds": probe.thresholds,
     }
-    entry = {"date": datetime.now(UTC).date().isoformat(), "from": before, **entry}
-    earlier = record["recalibrations"] if probe.history.recalibrations else []
-    record["recalibrations"] = [*earlier, entry]
-    return replace(fitted, record=record, version="")
+    added = {
+        "threshold_rule": str(rule),
+        "traffic": traffic,
+        "recalibrations": (*record.recalibrations, entry.model_copy(update=before)),
+    }
+    return probe.changed(**fitted, training=record.model_copy(update=added))
+
+
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()
 
 
 def _follow_labels(
@@ -189,32 +188,31 @@ def _follow_labels(
         kind=kind,
         rule=rule,
         around=probe.calibration.scale,
-        ordinary=Conversations.kept(probe),
+        ordinary=probe.card.background,
     )
     after = made.report
-    fitted = replace(probe, calibration=made.calibration, thresholds=after.thresholds)
-    entry = {
-        "what": f"calibrated by {kind} on {len(examples):,} labelled texts",
-        **describe_examples(examples),
-        "before": before.to_dict(),
-        "after": after.to_dict(),
-        "curves": made.record()["curves"],
-    }
+    entry = Recalibration(
+        date=_today(),
+        what=f"calibrated by {kind} on {len(examples):,} labelled texts",
+        before=before,
+        texts=made.texts(examples),
+    )
     losses = log_losses(task, old, labels)
     figures: dict[str, tuple[float | None, float | None]] = {
         "log loss": (float(losses.mean()), float(made.losses.mean()))
     }
     # Another rule wants other decisions.
-    if str(rule) == probe.history.threshold_rule:
+    if str(rule) == probe.card.training.threshold_rule:
         for name, metric in (("accuracy", "accuracy"), ("F1", "f1")):
             figures[name] = before.metrics[metric].value, after.metrics[metric].value
     doubts = (
-        *trained_text_warnings(probe.history, examples),
+        *trained_text_warnings(probe.card.training, examples),
         *(() if made.folds else (FLATTERING,)),
         *threshold_doubts(task, examples.count_by_label, len(examples), rule),
         *_metric_warnings(figures),
     )
-    recorded = _recorded(probe, fitted, rule, entry, made.alone)
+    fitted = {"calibration": made.calibration, "thresholds": after.thresholds}
+    recorded = _recorded(probe, rule, made.alone, entry, **fitted)
     return Recalibrated(recorded, (before, after), doubts)
 
 
@@ -235,13 +233,12 @@ def _metric_warnings(figures: Mapping[str, tuple[float | None, float | None]]) -
 
 
 def _follow_rule(probe: "Probe", rule: ThresholdRule) -> Recalibrated:
-    curves = probe.history.curves
+    curves = probe.card.training.curves
     alone = tuple(curve.threshold(rule) for curve in curves.values())
-    thresholds = Conversations.kept(probe).quiet_thresholds(alone, probe.calibration, rule)
+    thresholds = probe.card.background.quiet_thresholds(alone, probe.calibration, rule)
     positives = {label: curve.positives for label, curve in curves.items()}
     texts = max(curve.positives + curve.negatives for curve in curves.values())
     doubts = threshold_doubts(probe.task, positives, texts, rule)
-    fitted = replace(probe, thresholds=thresholds)
-    kept = probe.history.reference.model_dump(mode="json", include={"curves"})
-    entry = {"what": f"thresholds for {rule}", **kept}
-    return Recalibrated(_recorded(probe, fitted, rule, entry, alone), None, (*doubts,))
+    entry = Recalibration(date=_today(), what=f"thresholds for {rule}")
+    recorded = _recorded(probe, rule, alone, entry, thresholds=thresholds)
+    return Recalibrated(recorded, None, (*doubts,))

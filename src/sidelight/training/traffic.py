@@ -1,163 +1,39 @@
-"""Ordinary traffic: which thresholds let it pass, and what a probe flags of it.
+"""What a trained probe flags of background traffic, and finds inside it."""
 
-Conversations lie in parts, and those of one source in one part. Each part is judged by a probe of
-the other parts, at the threshold that lets these pass, so what is counted is of conversations, and
-of sources, that set neither.
-"""
-
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sidelight.statistics.calibration import Calibration
+from sidelight.statistics.background import Conversations, Detections, Traffic, flags_of
 from sidelight.statistics.metrics import wilson
 from sidelight.statistics.thresholds import OperatingCurve, ThresholdRule
 from sidelight.types import Task
 
 if TYPE_CHECKING:
-    from sidelight.probes.probe import Probe
     from sidelight.training.contexts import Context
 
-# The share of ordinary conversations that may be flagged, unless a rule says otherwise. Of sources
-# that nobody has seen it flags more.
-FALSE_ALARMS = 0.03
 # Share of the recall: where ordinary traffic costs more, training warns.
 _COSTLY = 0.05
-# No threshold is raised further.
-_HIGHEST = 1 - 1e-9
 # Words around a text, from one limit to the next.
 _LENGTHS = (0, 50, 150, 600)
 _SHOWN, _SHOWN_CHARACTERS = 3, 160
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """A probe in front of ordinary traffic.
-
-    Attributes:
-        conversations: How many ordinary conversations were judged.
-        flagged: How many of them were flagged.
-        kinds: The same of those of some ``words`` or ``turns``.
-        surroundings: Of up to so many ``words`` of other text, the ``positives`` inside it, how
-            many are ``found``, the ``ordinary`` texts of that length alone, and how many of these
-            are ``flagged``; none of several classes.
-        worst: The highest probabilities, with the beginnings of these conversations.
-    """
-
-    conversations: int
-    flagged: int
-    kinds: tuple[dict[str, Any], ...]
-    surroundings: tuple[dict[str, int], ...]
-    worst: tuple[tuple[float, str], ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, without texts, which may be private or under a licence of their own."""
-        values = asdict(self)
-        del values["worst"]
-        return values
-
-    def record(self, ordinary: "Conversations") -> dict[str, Any]:
-        """The record in an artifact, which holds no text of the background."""
-        return {
-            **self.to_dict(),
-            "logits": ordinary.logits.tolist(),
-            "parts": ordinary.parts.tolist(),
-        }
-
-
-@dataclass(frozen=True)
-class Conversations:
-    """Ordinary conversations, as a probe judges them.
-
-    Attributes:
-        logits: Out-of-fold, not rounded: a threshold may lie just above one of them.
-        parts: The part of each.
-    """
-
-    logits: Float[np.ndarray, "conversation output"]
-    parts: Int[np.ndarray, " conversation"]
-
-    @staticmethod
-    def of(
-        contexts: "Sequence[Context]", logits: Float[np.ndarray, "context output"]
-    ) -> "Conversations":
-        """The conversations among contexts that have these logits."""
-        rows = conversations_of(contexts)
-        return Conversations(logits[rows], np.array([contexts[i].group for i in rows], dtype=int))
-
-    @staticmethod
-    def kept(probe: "Probe") -> "Conversations":
-        """The conversations that training has kept with a probe."""
-        kept = probe.history.traffic
-        logits = np.array(kept.logits, dtype=float).reshape(-1, probe.task.outputs)
-        # Without parts, each conversation is one.
-        names = kept.parts if len(kept.parts) == len(logits) else range(len(logits))
-        return Conversations(logits, np.unique(names, return_inverse=True)[1])
-
-    def quiet_thresholds(
-        self, alone: Sequence[float], calibration: Calibration, rule: ThresholdRule
-    ) -> tuple[float, ...]:
-        """Thresholds that flag little ordinary traffic, if the rule does not say what a miss costs.
-
-        Each is raised until at most so many conversations reach it: the rate of ``fpr``, or else
-        ``FALSE_ALARMS``. Labelled texts alone, of which half may be positive, ask for less.
-
-        Args:
-            alone: What the rule gives on texts alone.
-            calibration: Makes logits probabilities.
-            rule: What the thresholds are chosen for.
-        """
-        # A rate that was asked for holds; that of few conversations is rough in any case.
-        is_asked, count = rule.kind == "fpr", len(self.logits)
-        allowed = int((rule.value if is_asked else FALSE_ALARMS) * count)
-        # Fewer conversations cannot tell such a rate; at one that was asked for, none may be
-        # flagged.
-        is_told = allowed or (is_asked and count)
-        if rule.kind in ("recall", "cost") or not is_told or not alone:
-            return tuple(alone)
-        # Just above the probability of the first conversation that may not be flagged.
-        bounds = np.sort(calibration.apply(self.logits), 0)[::-1][allowed].tolist()
-        # A threshold that no score reaches would find nothing: what is as sure as that is flagged.
-        return tuple(
-            max(threshold, min(math.nextafter(bound, 1.0), _HIGHEST))
-            for threshold, bound in zip(alone, bounds, strict=True)
-        )
-
-    def left_out_thresholds(
-        self, alone: Sequence[float], calibration: Calibration, rule: ThresholdRule
-    ) -> Float[np.ndarray, "part label"]:
-        """For each part the thresholds that the conversations of the other parts ask for."""
-        others = [self.parts != part for part in range(int(self.parts.max(initial=0)) + 1)]
-        rests = [Conversations(self.logits[kept], self.parts[kept]) for kept in others]
-        return np.array([rest.quiet_thresholds(alone, calibration, rule) for rest in rests])
-
-    def count_flagged(
-        self, task: Task, alone: Sequence[float], calibration: Calibration, rule: ThresholdRule
-    ) -> int:
-        """How many are flagged at the thresholds of the other parts."""
-        applied = self.left_out_thresholds(alone, calibration, rule)[self.parts]
-        return int(flags_of(task, calibration.apply(self.logits), applied).sum())
-
-
-def flags_of(
-    task: Task,
-    probabilities: Float[np.ndarray, "text output"],
-    thresholds: Sequence[float] | Float[np.ndarray, "text label"],
-) -> Bool[np.ndarray, " text"]:
-    """Which texts are flagged, or given a class other than ``none``."""
-    if task.abstains:
-        return probabilities.argmax(1) < task.outputs - 1
-    return np.asarray((probabilities >= np.array(thresholds)).any(1))
+def conversations_among(
+    contexts: "Sequence[Context]", logits: Float[np.ndarray, "context output"]
+) -> Conversations:
+    """The background conversations among contexts that have these logits."""
+    rows = conversations_of(contexts)
+    return Conversations(logits[rows], np.array([contexts[i].group for i in rows], dtype=np.int64))
 
 
 def measure_traffic(
     task: Task,
     contexts: "Sequence[Context]",
+    background: Conversations,
     probabilities: Float[np.ndarray, "context output"],
     labels: Int[np.ndarray, "context ..."],
     thresholds: Float[np.ndarray, "part label"],
@@ -167,6 +43,7 @@ def measure_traffic(
     Args:
         task: The classes.
         contexts: What was judged.
+        background: The conversations among them.
         probabilities: Out-of-fold, of each.
         labels: Of each, as in ``LabelledExamples.labels``.
         thresholds: As from ``Conversations.left_out_thresholds``.
@@ -184,14 +61,13 @@ def measure_traffic(
     kinds = _by_kind(ordinary, flags[conversations])
     # Every text of several classes is one of them.
     holds = np.asarray(labels.reshape(len(contexts), -1).any(1))
-    surroundings = () if task.abstains else _measure_surroundings(contexts, holds, flags)
-    flagged = int(flags[conversations].sum())
-    return Traffic(len(conversations), flagged, kinds, surroundings, tuple(worst))
+    surroundings = {} if task.abstains else _measure_surroundings(contexts, holds, flags)
+    return Traffic(background, int(flags[conversations].sum()), kinds, surroundings, worst)
 
 
 def _by_kind(
-    conversations: "Sequence[Context]", is_flagged: Bool[np.ndarray, " conversation"]
-) -> tuple[dict[str, Any], ...]:
+    conversations: "Sequence[Context]", flags: Bool[np.ndarray, " conversation"]
+) -> dict[str, Detections]:
     words = np.array([context.words for context in conversations])
     turns = np.array([len(context.example.messages) for context in conversations])
     kinds: dict[str, Bool[np.ndarray, " conversation"]] = {
@@ -201,29 +77,24 @@ def _by_kind(
         "one turn": turns == 1,
         "several turns": turns > 1,
     }
-    return tuple(
-        {"name": name, "conversations": int(rows.sum()), "flagged": int(is_flagged[rows].sum())}
-        for name, rows in kinds.items()
-    )
+    positive = np.zeros(len(flags), dtype=np.bool_)
+    return {name: Detections.count(flags, positive, rows) for name, rows in kinds.items()}
 
 
 def _measure_surroundings(
     contexts: "Sequence[Context]",
     holds: Bool[np.ndarray, " context"],
     flags: Bool[np.ndarray, " context"],
-) -> tuple[dict[str, int], ...]:
+) -> dict[str, Detections]:
     words = np.array([context.words for context in contexts])
     is_inside = np.array([context.kind != "plain" for context in contexts])
     is_other = np.array([context.text is None for context in contexts])
-    surroundings: list[dict[str, int]] = []
+    surroundings: dict[str, Detections] = {}
     for shorter, longest in pairwise(_LENGTHS):
         is_near = (shorter < words) & (words <= longest)
-        positive, ordinary = is_near & is_inside & holds, is_near & is_other & ~holds
-        counted = {"positives": positive, "found": positive & flags}
-        counted |= {"ordinary": ordinary, "flagged": ordinary & flags}
-        counts = {name: int(rows.sum()) for name, rows in counted.items()}
-        surroundings.append({"words": longest, **counts})
-    return tuple(surroundings)
+        positive, other = is_near & is_inside & holds, is_near & is_other & ~holds
+        surroundings[str(longest)] = Detections.count(flags, positive, other)
+    return surroundings
 
 
 def traffic_warnings(
@@ -261,7 +132,7 @@ def traffic_warnings(
             )
     if not alarms:
         return doubts
-    counts = np.array([*sizes, max(1, traffic.conversations)])
+    counts = np.array([*sizes, max(1, len(traffic.background))])
     rates = np.array([*alarms, traffic.flagged]) / counts
     lowest, highest = wilson(rates, counts)
     # Beyond what chance explains on either side.
@@ -271,11 +142,6 @@ def traffic_warnings(
             f"the labelled texts that it should let pass. {remedy}"
         )
     return doubts
-
-
-def kept_rate(probe: "Probe") -> tuple[int, int]:
-    """How many ordinary conversations were flagged when thresholds were chosen, and of how many."""
-    return probe.history.traffic.flagged, probe.history.traffic.conversations
 
 
 def conversations_of(contexts: "Sequence[Context]") -> Int[np.ndarray, " conversation"]:

@@ -4,20 +4,16 @@ Also which texts a probe can judge. Nothing here needs torch.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
 from sidelight.data.examples import Example, LabelledExamples, validation_share
 from sidelight.errors import SidelightError
-from sidelight.probes.manifest import Manifest
+from sidelight.probes.card import ProbeCard
 from sidelight.statistics.calibration import require_calibratable, suggested_calibration
 from sidelight.statistics.thresholds import require_thresholds, threshold_doubts
 from sidelight.training.settings import FEW_TEXTS, FitOptions
-
-if TYPE_CHECKING:
-    from sidelight.probes.probe import Probe
 
 Folds = tuple[Int[np.ndarray, " _"], ...]
 FOLDS = 5
@@ -146,7 +142,7 @@ def require_same_task(training: LabelledExamples, validation: LabelledExamples) 
         )
 
 
-def require_side(probe: "Probe | Manifest", examples: Sequence[Example]) -> None:
+def require_side(card: ProbeCard, examples: Sequence[Example]) -> None:
     """Refuses texts that lack what a probe reads.
 
     Raises:
@@ -154,14 +150,14 @@ def require_side(probe: "Probe | Manifest", examples: Sequence[Example]) -> None
             text has a response.
     """
     missing = sum(example.response is None for example in examples)
-    if probe.reads.includes_response and missing:
+    if card.reads.includes_response and missing:
         raise SidelightError(
-            f"Probe '{probe.name}' reads responses, but {missing} of {len(examples)} texts have "
+            f"Probe '{card.name}' reads responses, but {missing} of {len(examples)} texts have "
             "none. Name the column of answers with --response (response= in Python)."
         )
-    if probe.spans and not probe.reads.includes_response and missing < len(examples):
+    if card.spans and not card.reads.includes_response and missing < len(examples):
         raise SidelightError(
-            f"Probe '{probe.name}' finds spans in prompts, and these texts have responses. Leave "
+            f"Probe '{card.name}' finds spans in prompts, and these texts have responses. Leave "
             "--response out (response= in Python)."
         )
 

@@ -12,7 +12,7 @@ from browser import PHONE, chromium, needs_chromium, page_at, violations
 from sitting import TOKEN, Sitting, saved_labels, texts_of
 
 from sidelight.probes.artifact import save_probe
-from sidelight.probes.manifest import read_manifest
+from sidelight.probes.card import read_card
 from sidelight_label.app import create_app
 from worlds.models import saved, untrained_probe
 from worlds.servers import listening
@@ -82,7 +82,7 @@ def test_from_no_labels_to_a_probe_by_keys_alone(sitting, page):
     page.keyboard.press("t")
     page.get_by_text(f"All {done + 5} labelled texts").wait_for()
     assert len(saved_labels(sitting)) == done + 5
-    assert read_manifest(sitting.folder / "probe").task.labels == ("fine", "toxic")
+    assert read_card(sitting.folder / "probe").task.labels == ("fine", "toxic")
     assert violations(page) == []
 
 

@@ -262,7 +262,7 @@ def test_the_slider_says_what_a_threshold_catches_and_writes_a_policy_that_the_s
 ):
     choose(page, "Thresholds")
     chosen = page.get_by_role("combobox", name="Probe", exact=True)
-    curve = probes[1].history.curves["toxic"]
+    curve = probes[1].card.training.curves["toxic"]
     chosen.select_option("spam")
     slider = page.get_by_role("slider", name="Threshold:")
     for key, point in (("Home", -1), ("End", 0), ("ArrowLeft", 1), ("PageDown", None)):
@@ -289,7 +289,7 @@ def test_the_slider_says_what_a_threshold_catches_and_writes_a_policy_that_the_s
     assert modes == {"spam": modes.get("spam"), "toxicity": "block", "topics": "flag"}
     assert policy.input["topics"].labels == ("violence",)
     assert policy.output["refusal"].mode == "block"
-    curve = probes[0].history.curves["toxic"]
+    curve = probes[0].card.training.curves["toxic"]
     assert min(abs(policy.input["toxicity"].threshold - each) for each in curve.thresholds) < 1e-6
 
 

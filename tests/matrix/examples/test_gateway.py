@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from http.client import HTTPConnection
 from itertools import count
 from pathlib import Path
@@ -52,7 +51,7 @@ def engine_that_says(
     backbone = tiny_backbone()
     biases = tuple(100.0 if name == label else 0.0 for name in INTENT.labels)
     calibration = Calibration("none", INTENT.kind, (1.0,) * len(biases), biases)
-    probe = replace(untrained_probe(backbone, "intent", task=INTENT), calibration=calibration)
+    probe = untrained_probe(backbone, "intent", task=INTENT).changed(calibration=calibration)
     numbers = count(1)
     backbone.model.register_forward_pre_hook(lambda *_: (before_pass(next(numbers)), None)[1])
     return TransformersEngine(backbone, [probe], model="smollm2")

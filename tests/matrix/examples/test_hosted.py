@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def guard(tiny: TransformersBackbone) -> tuple[str, str, Probe]:
     # Their probabilities become those of -2 and 2.
     scale = 4 / (high - low)
     calibration = Calibration("platt", "binary", (scale,), (-scale * (low + high) / 2,))
-    return passed, flagged, replace(probe, calibration=calibration)
+    return passed, flagged, probe.changed(calibration=calibration)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +125,7 @@ def test_nothing_is_answered_while_the_server_is_down(tmp_path):
 def test_nothing_is_answered_where_a_rail_names_a_probe_that_is_not_served(
     backbone, injection, tmp_path
 ):
-    other = replace(injection, name="other")
+    other = injection.changed(name="other")
     with shop(backbone, other) as address:
         found = chat(address, tmp_path)
     assert {block["answer"] for block in found} == {FAILED}

@@ -13,7 +13,7 @@ from engine_contract import TEXTS, other_probes, require_verdicts, user
 from sidelight.engines.base import GenerationError
 from sidelight.engines.transformers.backbone import load_backbone
 from sidelight.probes.artifact import save_probe
-from sidelight.probes.manifest import read_manifest
+from sidelight.probes.card import read_card
 from sidelight_vllm import KEY
 from sidelight_vllm.engine import saved
 from sidelight_vllm.settings import identity_of
@@ -166,7 +166,7 @@ def test_columns_are_taken_out_of_the_memory_for_keys_and_values(name, tmp_path,
 
 
 def identity(folders):
-    return identity_of(read_manifest(folder).version for folder in folders)
+    return identity_of(read_card(folder).version for folder in folders)
 
 
 @pytest.mark.parametrize("parallel", ["pipeline_parallel_size", "tensor_parallel_size"])

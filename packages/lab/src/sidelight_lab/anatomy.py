@@ -121,8 +121,8 @@ def examine(classifier: Classifier, examples: LabelledExamples) -> Anatomy:
     layers, probe = range(classifier.backbone.fingerprint.layers), classifier.probe
     return Anatomy(
         probe.name,
-        probe.spec.name,
-        dict(probe.spec.options),
+        probe.card.mechanism.name,
+        dict(probe.card.mechanism.options),
         score_name(task),
         scores["everything"],
         GROUPS,

@@ -104,7 +104,7 @@ def label(
 
     from sidelight.models.conversation import Reads
     from sidelight.probes.artifact import load_probe
-    from sidelight.probes.manifest import require_distinct_names
+    from sidelight.probes.card import require_distinct_names
     from sidelight.probes.probe import common_format
     from sidelight.server.app import listen, server_settings
     from sidelight.server.config import read_config
@@ -118,7 +118,7 @@ def label(
     loaded = [load_probe(folder) for folder in runtime.probe_folders(probes)]
     require_distinct_names([probe.name for probe in loaded])
     for probe in loaded:
-        require_side(probe, examples.items)
+        require_side(probe.card, examples.items)
     names = [name.strip() for name in (labels or "").split(",") if name.strip()]
     task = loaded[0].task if loaded else task_of(names, is_multilabel=multilabel)
     reads = loaded[0].reads if loaded else Reads("response" if response else "prompt")

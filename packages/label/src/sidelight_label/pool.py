@@ -19,6 +19,7 @@ from sidelight.data.evaluation import Report
 from sidelight.data.examples import Example, Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.models.smollm2 import cache_root
+from sidelight.probes.card import ProbeCard, TrainingRecord
 from sidelight.probes.mechanisms.base import Geometry, mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.probes.standardisation import Standardisation
@@ -32,8 +33,7 @@ from sidelight.states.reader import Backbone
 from sidelight.training.dataset import encode_shortened
 from sidelight.training.measuring import (
     calibrate_examples,
-    describe_examples,
-    text_hashes,
+    describe_training,
 )
 from sidelight.training.settings import FitOptions
 from sidelight.training.validation import complete_folds
@@ -117,7 +117,7 @@ class Pool:
         ]
 
     def _require_fits(self, probe: Probe) -> None:
-        probe.fingerprint.require(self.backbone.fingerprint, probe=probe.name)
+        probe.card.backbone.require(self.backbone.fingerprint, probe=probe.name)
         reads = self.options.reads
         if (probe.task, probe.reads.parts) != (self.task, reads.parts):
             raise SidelightError(
@@ -134,14 +134,14 @@ class Pool:
         return LabelledExamples(chosen.items, chosen.rows, task=self.task, labels=labels)
 
     def fit(
-        self, decided: Mapping[int, Labels], *, name: str, record: Mapping[str, Any]
+        self, decided: Mapping[int, Labels], *, name: str, labelling: str
     ) -> tuple[Judge, Report]:
         """A probe of these labels, and its figures as ``sidelight train`` prints them.
 
         Args:
             decided: The labels, by row.
             name: Of the probe.
-            record: What else its manifest says of its training.
+            labelling: The name of the file of labels.
 
         Raises:
             SidelightError: A fold would lack a label.
@@ -158,29 +158,27 @@ class Pool:
         geometry = Geometry(sizes.layers, sizes.width, self.task.outputs)
         scaling = Standardisation.identity(geometry, is_normalised=self.is_normalised)
         mechanism = regression.readout()
-        described = describe_examples(labelled)
-        probe = Probe(
+        training = TrainingRecord(
+            training=describe_training(labelled),
+            validation=made.texts(labelled),
+            folds=len(made.folds),
+            settings={"strength": regression.strength},
+            max_tokens=self.options.max_tokens,
+            parameters=sum(values.numel() for values in mechanism.parameters()),
+            labelling=labelling,
+        )
+        card = ProbeCard(
             name=name,
+            mechanism=mechanism_spec("readout", {"heads": 1}),
             task=self.task,
             reads=self.options.reads,
             prompt_format=self.backbone.encoder.prompt_format,
-            spec=mechanism_spec("readout", {"heads": 1}),
-            mechanism=mechanism,
-            standardisation=scaling,
             calibration=made.calibration,
             thresholds=made.report.thresholds,
-            fingerprint=self.backbone.fingerprint,
-            record={
-                "training": {**described, "texts": text_hashes(labelled)},
-                "validation": {**described, **made.record()},
-                "folds": len(made.folds),
-                "settings": {"strength": regression.strength},
-                "max_tokens": self.options.max_tokens,
-                "seed": 0,
-                "parameters": sum(values.numel() for values in mechanism.parameters()),
-                **record,
-            },
+            backbone=self.backbone.fingerprint,
+            training=training,
         )
+        probe = Probe(card, mechanism, scaling)
         probabilities = made.calibration.apply(regression.logits(self._views))
         probabilities[rows] = made.probabilities
         return Judge(f"the probe of {len(rows)} labels", probe, probabilities), made.report

@@ -21,7 +21,7 @@ from sidelight.data.examples import Examples
 from sidelight.data.labels import is_missing, label_name
 from sidelight.errors import SidelightError
 from sidelight.probes.artifact import save_probe
-from sidelight.probes.manifest import holds_probe, read_manifest
+from sidelight.probes.card import holds_probe, read_card
 from sidelight.statistics.metrics import decide
 from sidelight.training.validation import FOLDS
 from sidelight.types import Task
@@ -251,7 +251,7 @@ class LabelQueue:
         if obstacle := self.obstacle:
             raise SidelightError(obstacle)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.folder.resolve().name)[:64]
-        return self.pool.fit(decided, name=name, record={"labelling": self._file.path.name})
+        return self.pool.fit(decided, name=name, labelling=self._file.path.name)
 
     def _compared(
         self, trained: Judge, report: Report, decided: Mapping[int, Labels]
@@ -291,7 +291,7 @@ def require_replaceable(folder: Path, file: LabelFile) -> None:
     Raises:
         SidelightError: It would.
     """
-    if holds_probe(folder) and read_manifest(folder).history.labelling != file.path.name:
+    if holds_probe(folder) and read_card(folder).training.labelling != file.path.name:
         raise SidelightError(
             f"{folder} holds a probe that was not made from {file.path.name}. Name another folder "
             "with --probe-out."

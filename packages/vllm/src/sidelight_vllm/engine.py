@@ -31,7 +31,7 @@ from sidelight.models.conversation import Conversation, EncodedPrompt, Message, 
 from sidelight.models.encode import PromptEncoder
 from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.artifact import save_probe
-from sidelight.probes.manifest import read_manifest
+from sidelight.probes.card import read_card
 from sidelight.probes.probe import Probe, common_format
 from sidelight.types import Judgement
 from sidelight_vllm import KEY
@@ -57,7 +57,7 @@ def saved(probes: Sequence[Probe]) -> Generator[tuple[list[str], ProbeSet]]:
     """Saves probes for as long as they take to load; gives their folders too."""
     with TemporaryDirectory(prefix="sidelight-probes-") as home:
         folders = [str(save_probe(probe, Path(home) / str(i))) for i, probe in enumerate(probes)]
-        identity = identity_of(read_manifest(folder).version for folder in folders)
+        identity = identity_of(read_card(folder).version for folder in folders)
         yield folders, ProbeSet(tuple(probes), identity)
 
 

@@ -27,7 +27,7 @@ from sidelight.guards import named_sources, probe_folders
 from sidelight.models.encode import PromptEncoder
 from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.artifact import load_probe
-from sidelight.probes.manifest import require_distinct_names
+from sidelight.probes.card import require_distinct_names
 from sidelight.probes.probe import Probe, common_format
 from sidelight_vllm import ENVIRONMENT, POLICY
 
@@ -105,7 +105,7 @@ class Served:
         """
         probes = [load_probe(folder) for folder in self.folders]
         for probe in probes:
-            probe.fingerprint.require(self.fingerprint, probe=probe.name, accepted=self.accepted)
+            probe.card.backbone.require(self.fingerprint, probe=probe.name, accepted=self.accepted)
         require_distinct_names([probe.name for probe in probes])
         return ProbeSet(tuple(probes), identity_of(probe.version for probe in probes))
 

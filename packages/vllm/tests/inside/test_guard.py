@@ -23,7 +23,7 @@ from sidelight.models.conversation import Reads
 from sidelight.models.encode import PromptEncoder
 from sidelight.policy.decisions import PolicyError
 from sidelight.probes.artifact import save_probe
-from sidelight.probes.manifest import read_manifest
+from sidelight.probes.card import read_card
 from sidelight.server.keys import Caller
 from sidelight.types import Verdict
 from sidelight_vllm import KEY
@@ -181,7 +181,7 @@ def guarded(served, tmp_path, monkeypatch):
         (tmp_path / "policy.toml").write_text(policy)
         monkeypatch.setenv("SIDELIGHT_POLICY", str(tmp_path / "policy.toml"))
         tokenizer = str(Path(probes.folders[0]).parent / "tokenizer")
-        identity = identity_of(read_manifest(folder).version for folder in probes.folders)
+        identity = identity_of(read_card(folder).version for folder in probes.folders)
         llm = Llm(reports, tokenizer, identity, **options)
         EngineGuard(llm, probes, server_config())
         return llm

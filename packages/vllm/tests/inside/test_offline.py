@@ -133,7 +133,7 @@ def test_a_probe_learns_from_the_states_of_vllm(backbone, data, tmp_path):
     ]
     with in_this_process():
         assert cli(*train) == 0
-    assert load_probe(probe).record["engine"].startswith("vllm ")
+    assert load_probe(probe).card.training.engine.startswith("vllm ")
     # States of other texts would teach it nothing.
     out = tmp_path / "verdicts.jsonl"
     assert cli("predict", str(probe), "--data", str(data), "--out", str(out)) == 0

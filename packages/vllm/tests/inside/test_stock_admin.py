@@ -1,7 +1,6 @@
 """Probes are replaced in vLLM's own server, under traffic, and nobody notices but by verdicts."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from threading import Event
 
 import pytest
@@ -38,7 +37,7 @@ def retrained(stock, subjects, tmp_path):
     """Other probes of the same names, and their folders; the old ones are put back."""
     ways = {f"re{name}": reads for name, reads in READS.items()}
     probes, _ = judging_any_text(subjects.backbone, ways, tmp_path / "scratch")
-    probes = [replace(probe, name=name) for name, probe in zip(READS, probes, strict=True)]
+    probes = [probe.changed(name=name) for name, probe in zip(READS, probes, strict=True)]
     yield [(probe, str(save_probe(probe, tmp_path / probe.name))) for probe in probes]
     for name in READS:
         folder = subjects.folder_of[name]

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.xdist_group("stock")
 def sealed(stock, subjects, tmp_path):
     """Every answer is cut before any of it is sent."""
     leak = subjects.by_name["leak"]
-    leak = replace(leak, calibration=replace(leak.calibration, shift=(50.0,)))
+    leak = leak.changed(calibration=replace(leak.calibration, shift=(50.0,)))
     for path in (save_probe(leak, tmp_path / "leak"), subjects.folder_of["leak"]):
         answer = replace_probe(stock.address, "leak", str(path))
         assert answer.status_code == 200, answer.text

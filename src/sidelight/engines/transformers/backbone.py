@@ -107,7 +107,7 @@ class TransformersBackbone:
     Args:
         model: The model; it is put into evaluation mode and its weights are frozen.
         tokenizer: Its fast tokenizer.
-        name: Its name in messages and manifests.
+        name: Its name in messages and cards.
         checkpoint: The files that the model was loaded from and still equals; they identify it.
         prompt_format: ``chat``, ``raw`` or ``both``; None means chat if the tokenizer has a
             template.

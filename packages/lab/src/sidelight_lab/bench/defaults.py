@@ -16,6 +16,7 @@ from sidelight.data.examples import LabelledExamples
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.states.extraction import cached_logits, extract
+from sidelight.statistics.background import flags_of
 from sidelight.statistics.calibration import Calibration, fit_calibration, suggested_calibration
 from sidelight.statistics.metrics import decide, log_losses
 from sidelight.training.background import Background
@@ -24,7 +25,7 @@ from sidelight.training.fit import fit
 from sidelight.training.preparing import ProbeDataset, prepare
 from sidelight.training.settings import FitOptions
 from sidelight.training.tfidf import TfIdf, fit_tfidf
-from sidelight.training.traffic import conversations_of, flags_of
+from sidelight.training.traffic import conversations_of
 from sidelight.training.validation import FOLDS
 from sidelight.types import Task
 from sidelight_lab.baselines import BASELINES
@@ -174,7 +175,7 @@ def compare_defaults(
             }
             if run.traffic is not None and len(conversations):
                 flags = flags_of(run.probe.task, chances[conversations], run.probe.thresholds)
-                share = run.traffic.flagged / max(1, run.traffic.conversations)
+                share = run.traffic.flagged / max(1, len(run.traffic.background))
                 printed |= zip(_TRAFFIC, (float(flags.mean()), share), strict=True)
             judged.append(
                 Judged(size, row, seed, *_measured(run.probe.task, chances, held, printed))

@@ -24,6 +24,7 @@ from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.models.conversation import EncodedPrompt, Message, PromptFormat, Reads
 from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.bank import Bank
+from sidelight.probes.card import ProbeCard
 from sidelight.probes.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.probes.standardisation import Standardisation
@@ -97,19 +98,18 @@ def untrained_probe(
         for parameter in mechanism.parameters():
             # Parameters that start at zero would hide a wrong verdict.
             parameter.normal_(std=who.width**-0.5)
-    return Probe(
+    card = ProbeCard(
         name=name,
+        mechanism=spec,
         task=task,
         reads=reads or Reads(),
         prompt_format=prompt_format,
-        spec=spec,
-        mechanism=mechanism,
-        standardisation=Standardisation.identity(geometry),
         calibration=calibration,
         thresholds=(0.5,),
+        backbone=who,
         spans=SpanRule(calibration, (0.95,), (None,)) if labels_spans else None,
-        fingerprint=who,
     )
+    return Probe(card, mechanism, Standardisation.identity(geometry))
 
 
 def untrained_guards(who: Fingerprint, *, prompt_format: PromptFormat = "chat") -> list[Probe]:
@@ -154,7 +154,7 @@ def spread_probe(
     shift = -scale * float(logits.mean())
     calibration = Calibration("platt", "binary", (scale,), (shift,))
     rule = probe.spans and replace(probe.spans, calibration=calibration)
-    return replace(probe, calibration=calibration, spans=rule)
+    return probe.changed(calibration=calibration, spans=rule)
 
 
 async def write_answers(engine: Engine, texts: int, tokens: int) -> int:

@@ -23,7 +23,7 @@ from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.models.conversation import Reads
 from sidelight.probes.artifact import load_probe
-from sidelight.probes.manifest import holds_probe
+from sidelight.probes.card import holds_probe
 from sidelight.probes.probe import Probe
 from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import normalised
@@ -207,9 +207,15 @@ def _probes(
     return Row(
         [probe.spans for probe in probes if probe.spans is not None],
         [partial(_token_logits, reader, options, probe) for probe in probes],
-        [probe.record["spans"]["character_f1"]["value"] for probe in probes],
+        [_found(probe) for probe in probes],
         [probe.mechanism.lookahead for probe in probes],
     )
+
+
+def _found(probe: Probe) -> float:
+    """The character F1 of the spans of left-out texts; 0 where it is undefined."""
+    spans = probe.card.training.spans
+    return 0.0 if spans is None else spans.metrics["character_f1"].value or 0.0
 
 
 @torch.inference_mode()

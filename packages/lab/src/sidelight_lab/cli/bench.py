@@ -133,11 +133,11 @@ def bench_everyday(
     the same texts without the attacks.
     """
     from sidelight.data.loading import load_examples
-    from sidelight.probes.manifest import read_manifest
+    from sidelight.probes.card import read_card
 
     # Before imports that take seconds: a wrong probe, file or column is refused at once.
     probe = probe_folder(probe)
-    examples = load_examples(data, text=text, label=label, task=read_manifest(probe).task)
+    examples = load_examples(data, text=text, label=label, task=read_card(probe).task)
     from sidelight.classifier import load
     from sidelight_lab.bench.everyday import measure_everyday, toxicchat_prompts
     from sidelight_lab.redteam.targets import ProbeTarget, flagging_thresholds

@@ -93,7 +93,7 @@ def redteam(
     has found nothing. Use texts that training has not seen.
     """
     from sidelight.data.loading import load_examples
-    from sidelight.probes.manifest import read_manifest
+    from sidelight.probes.card import read_card
 
     # Before imports that take seconds: a wrong file or column is refused at once.
     probe = runtime.probe_folder(probe)
@@ -103,7 +103,7 @@ def redteam(
         label=label,
         split=split,
         on_missing_label=missing_label,
-        task=read_manifest(probe).task,
+        task=read_card(probe).task,
     )
     from sidelight.probes.artifact import load_probe
     from sidelight_lab.redteam.attacks import SEARCH, attack_names

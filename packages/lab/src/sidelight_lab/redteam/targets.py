@@ -185,8 +185,8 @@ def server_targets(
     Raises:
         SidelightError: It does not answer, wants another key, or serves another model.
     """
-    backbone = read_model(model or probe.fingerprint.name, prompt_format=probe.prompt_format)
-    probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
+    backbone = read_model(model or probe.card.backbone.name, prompt_format=probe.card.prompt_format)
+    probe.card.backbone.require(backbone.fingerprint, probe=probe.name)
     (served, *_) = _send(client, "GET", "/v1/models").json()["data"]
     limit = served.get("max_model_len")
     if limit is not None:

@@ -166,7 +166,7 @@ def _train(runs: Sequence[tuple[Run, ProbeRow]], *, max_tokens: int) -> None:
         probe = calibrate_probe([one], dataset, name=plain_name(row), options=options).probe
         # The probe comes first: a run counts as fitted once its result is stored.
         save_probe(probe, run.folder / "probe")
-        parameters = probe.history.parameters
+        parameters = probe.card.training.parameters
         run.save("result", logits=one.logits, seconds=seconds, parameters=parameters)
 
 
