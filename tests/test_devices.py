@@ -28,6 +28,7 @@ from worlds.data import encoded, planted_rows, span_rows, split_of
 from worlds.models import saved, spans_probe, tiny_backbone, untrained_probe
 from worlds.pretended_device import CPU, FIRST, SECOND, pretended
 from worlds.servers import cli, in_process
+from worlds.vllm import end_pass
 
 # The numbers are computed by the same kernels, in batches of the same shapes.
 ROUNDING = 1e-6
@@ -299,7 +300,7 @@ def judged(backbone, *named):
         worker.load(identity_of([load_probe(folder).version]))
         with backbone.tapped(lambda layer, hidden: worker.receive(layer, hidden[0])):
             backbone.run([PROMPT])
-        worker._pages.keep(torch.arange(4, 8, device=backbone.device))
+        end_pass(worker, range(4, 8), device=backbone.device)
         judgements.append(worker.judge([READING]).result().judgements["r"])
     return judgements
 

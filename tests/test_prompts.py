@@ -1,5 +1,7 @@
 """Which tokens a probe reads, for templates as models ship them and for any text."""
 
+from unittest.mock import patch
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -249,6 +251,14 @@ def test_shortened_refuses_a_limit_below_the_template():
         led.shortened(60)
 
 
+def renderings(own, turns):
+    """How often the template is written to encode these turns."""
+    write = own.tokenizer.apply_chat_template
+    with patch.object(own.tokenizer, "apply_chat_template", wraps=write) as write:
+        own.encode(turns)
+    return write.call_count
+
+
 def test_long_conversations_are_encoded_as_short_ones_and_kept_nowhere():
     own = encoder(CHATML)
     turns = [Message(role, "a b") for _ in range(120) for role in ("user", "assistant")]
@@ -258,4 +268,7 @@ def test_long_conversations_are_encoded_as_short_ones_and_kept_nowhere():
     assert long.token_ids[:shared] == begun.token_ids[:shared]
     assert long.parts[:shared] == begun.parts[:shared]
     assert words(long, Part.PROMPT, Part.REPLY) == "a b" * 240
-    assert own._cached_frame.cache_info().currsize == 3
+    # Of a short one, the frame is kept: the template writes it once.
+    short = [user("hello")]
+    assert [renderings(own, short) for _ in range(2)] == [2, 1]
+    assert [renderings(own, turns) for _ in range(2)] == [2, 2]

@@ -285,9 +285,7 @@ def little_traffic(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
     (folder / "traffic.jsonl").write_text("\n".join(traffic))
     patch.setattr(background, "PACKAGED", folder / "traffic.jsonl")
     patch.setattr(contexts, "_LEAST_CONTEXT_TOKENS", 2_000)
-    background._packaged.cache_clear()
     yield
-    background._packaged.cache_clear()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -155,6 +156,13 @@ def _temper(backbone, probe) -> None:
             return
         for parameter in probe.mechanism.parameters():
             parameter.mul_(0.7 if size >= 3 else 1.4)
+
+
+def end_pass(worker, slots, *, device="cpu") -> None:
+    """Ends a forward pass as vLLM does, whose tokens have these KV slots."""
+    found = torch.tensor([*slots], device=device)
+    with patch("sidelight_vllm.worker.pass_slots", return_value=found):
+        worker.end_pass(len(found))
 
 
 def random_prompt(backbone, length, *, seed, prefix=()) -> EncodedPrompt:

@@ -1,6 +1,7 @@
 """A queue on a tiny model, for the tests of the queue, of its server and of its page."""
 
 import json
+from itertools import takewhile
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from sidelight.models.conversation import Reads
 from sidelight.training.settings import FitOptions
 from sidelight_label.file import LabelFile
 from sidelight_label.pool import Pool, merged
-from sidelight_label.queue import LabelQueue
+from sidelight_label.queue import LabelQueue, shuffled
 from worlds.data import TASKS, planted
 
 READS = Reads(scope="conversation")
@@ -54,6 +55,16 @@ class Sitting:
             self.queue.label(row, self.truth[row])
             shown.append(row)
         return shown
+
+    def probabilities(self, rows):
+        """What the newest probe says of each text, by output."""
+        found = [[*[*self.queue.opinions(row).values()][-1].values()] for row in rows]
+        return np.array(found)[:, -TASKS[self.kind].outputs :]
+
+    def at_random(self):
+        """The decided texts that stand before any other in the random order."""
+        decided = self.queue.decided
+        return [*takewhile(decided.__contains__, shuffled(self.pool.examples))]
 
     def read(self):
         return load_examples(self.out, task=TASKS[self.kind])

@@ -47,7 +47,7 @@ def test_who_does_not_know_the_token_learns_and_changes_nothing(untouched, http)
             told = stranger.post("/api/label", json={"row": 0, "labels": ["fine"]}, headers=headers)
             assert (asked.status_code, told.status_code) == (401, 401)
             assert untouched.rows[0]["text"] not in asked.text + told.text
-        pages = [stranger.get(path) for path in labelling_app._FILES]
+        pages = [stranger.get(path) for path in labelling_app.FILES]
     assert [page.status_code for page in pages] == [200] * len(pages)
     assert not any(row["text"] in page.text for page in pages for row in untouched.rows)
     assert not any(TOKEN in page.text for page in pages)
@@ -84,7 +84,7 @@ def test_no_path_leads_to_another_file(http):
 
 
 def test_pages_ask_nothing_of_other_sites_and_run_no_inline_script(http):
-    for path in labelling_app._FILES:
+    for path in labelling_app.FILES:
         headers = http.get(path).headers
         policy = headers["content-security-policy"]
         assert "default-src 'self'" in policy

@@ -22,7 +22,7 @@ from sidelight.training.settings import FitOptions
 from sidelight.types import Task
 from sidelight_label.file import LabelFile
 from sidelight_label.pool import Pool, merged
-from sidelight_label.queue import LabelQueue, certainty, require_replaceable, task_of
+from sidelight_label.queue import LabelQueue, certainty, require_replaceable, shuffled, task_of
 from worlds.data import TASKS
 from worlds.gguf import gguf_model, needs_llama
 from worlds.models import TOXICITY, untrained_probe
@@ -75,15 +75,15 @@ def test_from_no_labels_to_a_probe_in_one_sitting(tiny, tmp_path, kind):
     assert [sorted(names) for names in read.label_names()] == [
         sorted(sitting.truth[row]) for row in shown
     ]
-    before = sitting.queue._order
+    before = sitting.queue.order
     sitting.queue.train()
-    assert sitting.queue._order != before
+    assert sitting.queue.order != before
     probe = load_probe(tmp_path / "probe")
     assert probe.task == TASKS[kind]
     # It judges live texts as it judged them in the pool.
     rows = [row for row in range(90) if row not in sitting.queue.decided][:10]
     live = logits_of(tiny, [probe], [sitting.pool.examples.items[row] for row in rows])[0]
-    known = sitting.queue._judges[-1].probabilities[rows]
+    known = sitting.probabilities(rows)
     np.testing.assert_allclose(probe.calibration.apply(live), known, atol=ROUNDING_TO_BF16)
 
 
@@ -94,20 +94,20 @@ def test_the_figures_are_of_texts_that_the_probe_did_not_learn_from(tiny, first_
     assert report["rows"] == 40
     first = load_probe(trained.folder / "probe")
     assert report == first.card.training.validation.report.to_dict()
-    (judge,) = trained.queue._judges
+    earlier = trained.probabilities(range(len(trained.rows)))
     known = [*trained.queue.decided]
     batch = trained.label(20)
     trained.queue.train()
     at_random, whole = trained.queue.figures
-    count = len(trained.queue._at_random())
+    count = len(trained.at_random())
     assert [row["rows"] for row in at_random["rows"].values()] == [count, count]
     # New texts are judged by the earlier probe itself, those that it learned from by its folds.
     live = first.calibration.apply(logits_of(tiny, [first], trained.pool.examples.items)[0])
-    np.testing.assert_allclose(judge.probabilities[batch], live[batch], atol=ROUNDING_TO_BF16)
-    assert abs(judge.probabilities[known] - live[known]).max() > ROUNDING_TO_BF16
+    np.testing.assert_allclose(earlier[batch], live[batch], atol=ROUNDING_TO_BF16)
+    assert abs(earlier[known] - live[known]).max() > ROUNDING_TO_BF16
     rows = known + batch
     positives = np.array([trained.truth[row] == ("toxic",) for row in rows])
-    flagged = judge.probabilities[rows, 0] >= first.thresholds[0]
+    flagged = earlier[rows, 0] >= first.thresholds[0]
     before, after = whole["rows"].values()
     assert before["accuracy"]["value"] == pytest.approx((positives == flagged).mean())
     assert before["rows"] == after["rows"] == 60
@@ -123,12 +123,11 @@ def test_a_folder_of_any_name_gets_a_probe_that_can_be_loaded(trained, tmp_path)
 
 @pytest.mark.slow
 def test_the_least_certain_texts_come_first_and_one_in_four_at_random(trained):
-    (judge,) = trained.queue._judges
-    chances = judge.probabilities[:, 0]
-    shuffled = [row for row in trained.queue._shuffled if row not in trained.queue.decided]
+    chances = trained.probabilities(range(len(trained.rows)))[:, 0]
+    order = [row for row in shuffled(trained.pool.examples) if row not in trained.queue.decided]
     shown = trained.label(12)
     at_random = shown[3::4]
-    assert at_random == [row for row in shuffled if row not in set(shown) - set(at_random)][:3]
+    assert at_random == [row for row in order if row not in set(shown) - set(at_random)][:3]
     chosen = [row for row in shown if row not in at_random]
     left = [row for row in range(120) if row not in trained.queue.decided]
     assert max(abs(chances[chosen] - 0.5)) <= min(abs(chances[left] - 0.5))
@@ -138,8 +137,7 @@ def test_the_least_certain_texts_come_first_and_one_in_four_at_random(trained):
 def test_the_random_texts_lack_no_kind_of_text(trained):
     """They are the first of a random order, whichever of them were chosen early."""
     trained.label(40)
-    at_random = trained.queue._at_random()
-    assert at_random == trained.queue._shuffled[: len(at_random)]
+    at_random = trained.at_random()
     assert 50 <= len(at_random) < 80
     trained.queue.train()
     assert trained.queue.figures[0]["title"] == f"The {len(at_random)} texts that came at random"
@@ -173,7 +171,7 @@ def test_given_probes_order_the_texts_from_the_start(tiny, tmp_path):
     )
     first = sitting.queue.next()
     assert abs(mean[first] - 0.5) <= np.sort(abs(mean - 0.5))[5]
-    assert sitting.queue._order != sitting.queue._shuffled
+    assert sitting.queue.order.startswith("least certain first, by one and two")
 
 
 @needs_llama
@@ -187,7 +185,7 @@ def test_texts_are_labelled_on_a_gguf_file(tmp_path, own_cache):
     assert probe.card.backbone == backbone.fingerprint
     rows = [row for row in range(60) if row not in sitting.queue.decided]
     live = logits_of(backbone, [probe], [sitting.pool.examples.items[row] for row in rows])[0]
-    known = sitting.queue._judges[-1].probabilities[rows]
+    known = sitting.probabilities(rows)
     np.testing.assert_allclose(probe.calibration.apply(live), known, atol=ROUNDING_TO_BF16)
 
 
@@ -207,7 +205,7 @@ def test_a_sitting_goes_on_where_the_last_one_stopped_and_the_model_reads_nothin
     first_sitting, trained, ran
 ):
     trained.begin()
-    assert trained.queue._order == first_sitting.queue._order
+    assert trained.queue.next() == first_sitting.queue.next()
     assert [*trained.queue.decided] == [*first_sitting.queue.decided]
     assert trained.queue.next() not in trained.queue.decided
     trained.label(5)

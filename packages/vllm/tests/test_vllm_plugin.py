@@ -45,7 +45,7 @@ from sidelight_vllm.settings import (
 )
 from sidelight_vllm.worker import LayerColumns, RequestJudge, Worker
 from worlds.models import TOPICS, score, tiny_backbone, untrained_probe
-from worlds.vllm import followed
+from worlds.vllm import end_pass, followed
 
 BLOCK = 4
 BLOCKS = 24
@@ -337,26 +337,27 @@ def worker(backbone, folders):
     return started(backbone, folders["old"], folders["both"])
 
 
-def pass_of(worker, backbone, readings=(READING,)):
-    """The outcome of a pass over four tokens."""
+def pass_of(worker, backbone, readings=(READING,), *, start=0):
+    """The outcome of a pass over four tokens, in a worker that has the layers from ``start``."""
     hidden = states_of(backbone, range(10, 14))
-    for layer, states in enumerate(hidden[worker._layers.start :]):
+    for layer, states in enumerate(hidden[start:]):
         worker.receive(layer, states)
-    worker._pages.keep(torch.arange(4, 8))
+    end_pass(worker, range(4, 8))
     return worker.judge(readings).result()
 
 
 def test_a_worker_keeps_its_stage_when_the_cache_comes(backbone, folders):
     """Graphs may have been captured before that: what passes through a tap lands in its pages."""
     worker = worker_of(backbone, folders["old"])
-    columns = RequestJudge.load(worker._served).panel.projection.shift
+    served = Served((folders["old"],), backbone.fingerprint)
+    columns = RequestJudge.load(served).panel.projection.shift
     # One float32 number for each.
     assert worker.bytes_per_token == columns.numel() * 4
     for layer, states in enumerate(states_of(backbone, range(10, 14))):
         torch.ops.sidelight.project(states, None, layer, torch.zeros(()))
     worker.allocate(blocks=2, block_size=4)
-    worker._pages.keep(torch.arange(4, 8))
-    (probe,) = Served((folders["old"],), backbone.fingerprint).load().probes
+    end_pass(worker, range(4, 8))
+    (probe,) = served.load().probes
     require_equal([probe], worker.judge([READING]).result().judgements["r"], backbone, PROMPT)
 
 
@@ -365,7 +366,7 @@ def test_a_step_waits_for_no_value_of_the_device(backbone, worker):
     with _Steps():
         for layer, states in enumerate(hidden):
             worker.receive(layer, states)
-        worker._pages.keep(torch.arange(4, 8))
+        end_pass(worker, range(4, 8))
         work = worker.judge([READING])
     assert len(work.result().judgements["r"].verdicts) == 2
 
@@ -397,7 +398,8 @@ def test_other_probes_judge_from_the_same_memory_and_from_no_old_column(backbone
     stage, rows = worker._stage, worker._pages.rows
     for folder in (first, then, first):
         change(worker, folder)
-        worker._pages._has_kept.fill_(True)
+        # A pass without a token of a text.
+        end_pass(worker, [-1] * 4)
         (probe,) = Served((folder,), backbone.fingerprint).load().probes
         assert worker.judge([READING]).result().judgements["r"].failed == (probe.name,)
         outcome = pass_of(worker, backbone)
@@ -434,9 +436,11 @@ def test_a_pipeline_stage_sends_the_columns_of_its_new_probes(backbone, folders)
     last = started(backbone, folders["wide"], start=2)
     for worker in (whole, last):
         change(worker, folders["new"])
-        pass_of(worker, backbone)
+        pass_of(worker, backbone, start=2 if worker is last else 0)
     (share,) = last.judge([READING]).result().columns
-    assert (share.first_layer, share.columns.shape[2]) == (2, whole._columns)
+    new = Served((folders["new"],), backbone.fingerprint)
+    columns = RequestJudge.load(new).panel.projection.shift.shape[1]
+    assert (share.first_layer, share.columns.shape[2]) == (2, columns)
     both = pass_of(whole, backbone)
     mixed = pass_of(first, backbone) | last.judge([]).result()
     assert (both | last.judge([]).result()).probes == both.probes

@@ -86,13 +86,13 @@ def load_background(name: str | Path) -> Background:
     if name == "none":
         return Background()
     if name == "packaged":
-        return _packaged()
+        return _packaged(PACKAGED)
     return _balanced(load_examples(PACKAGED, label=None), load_examples(Path(name), label=None))
 
 
 @cache
-def _packaged() -> Background:
-    return _balanced(load_examples(PACKAGED, label=None))
+def _packaged(path: Path) -> Background:
+    return _balanced(load_examples(path, label=None))
 
 
 def _balanced(*sets: Examples) -> Background:

@@ -20,7 +20,7 @@ from sidelight_label.queue import LabelQueue
 _PAGE = Path(__file__).parent / "page"
 _SHARED = Path(server.__file__).parent / "playground"
 # Each path with its file, so no path leads elsewhere.
-_FILES: Mapping[str, Path] = {
+FILES: Mapping[str, Path] = {
     "/": _PAGE / "index.html",
     **{f"/{name}": _PAGE / name for name in ("label.js", "label.css")},
     **{f"/{name}": _SHARED / name for name in ("style.css", "icon.svg", "dom.js", "api.js")},
@@ -37,14 +37,14 @@ class _Decision(BaseModel):
 def create_app(queue: LabelQueue, token: str) -> FastAPI:
     """The page for a queue. All but its files needs the token."""
     app = FastAPI(openapi_url=None, redirect_slashes=False)
-    app.include_router(page_router(_FILES))
+    app.include_router(page_router(FILES))
     add_error_handlers(app)
     access = Access((Key.of("page", token),))
     app.add_middleware(
         Gatekeeper,
         access=access,
         withholds=lambda: False,
-        open_paths=_FILES,
+        open_paths=FILES,
         hosts=("127.0.0.1",),
     )
     training: Future[None] | None = None

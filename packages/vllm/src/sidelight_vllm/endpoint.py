@@ -23,7 +23,7 @@ from typing import Any
 from prometheus_client import REGISTRY
 from pydantic import ValidationError
 from starlette.datastructures import MutableHeaders
-from starlette.routing import Match
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
@@ -72,6 +72,7 @@ class ProbeEndpoint:
 
     def __init__(self) -> None:
         self.guard: EngineGuard | None = None
+        self._routes: list[BaseRoute] = []
 
     def attach_router(self, app: Any) -> None:
         """Adds the middleware inside vLLM's own authentication, and a gate for keys of ours."""

@@ -548,7 +548,7 @@ def test_a_default_system_turn_is_the_operators_whoever_writes_it(guarded):
 def answered(llm, vllm, path="/v1/chat/completions"):
     """The status, headers and body of what the client gets from an application of vLLM's."""
     endpoint, sent = ProbeEndpoint(), []
-    endpoint.guard, endpoint._routes = llm.sidelight_guard, ()
+    endpoint.guard = llm.sidelight_guard
 
     async def send(event):
         sent.append(event)
@@ -571,7 +571,7 @@ def answered(llm, vllm, path="/v1/chat/completions"):
 @pytest.mark.parametrize("policy", ["", 'invisible_characters = "strip"\n'])
 def test_vllm_reads_prompts_without_the_invisible_characters_that_are_stripped(guarded, policy):
     endpoint, read = ProbeEndpoint(), {}
-    endpoint.guard, endpoint._routes = guarded([FINE], policy).sidelight_guard, ()
+    endpoint.guard = guarded([FINE], policy).sidelight_guard
     call = {"function": {"name": "look", "arguments": '{"q": "a\\u00adb"}'}}
     body = {
         "messages": [
@@ -697,7 +697,7 @@ def test_where_a_rule_withholds_the_keys_of_vllm_open_no_metrics(
     app.state.args = SimpleNamespace(api_key=["theirs"], host=None)
     app.add_api_route("/metrics", lambda: "series")
     endpoint.attach_router(app)
-    endpoint.guard, endpoint._routes = guarded([FINE], policy).sidelight_guard, ()
+    endpoint.guard = guarded([FINE], policy).sidelight_guard
     statuses = {}
     for key in ("", "theirs", "scraper", "admin"):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
