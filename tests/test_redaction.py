@@ -17,6 +17,7 @@ from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import decide
 from sidelight.policy.hold_back import HoldBack
+from sidelight.policy.ignoring import Ignore
 from sidelight.policy.redaction import redacted
 from sidelight.policy.rules import (
     BoundRule,
@@ -49,8 +50,9 @@ SCORE = st.sampled_from([0.0, 0.0, 0.0, 0.95])
 
 @pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
-@given(data=st.data(), lookahead=st.integers(0, 4))
-def test_a_streamed_answer_joins_to_the_redacted_whole(late, data, lookahead):
+@given(data=st.data(), lookahead=st.integers(0, 4), ignores=st.booleans())
+def test_a_streamed_answer_joins_to_the_redacted_whole(late, data, lookahead, ignores):
+    """With a rule that ignores words, those stay, unless a later word joins them."""
     late.mechanism.lookahead = lookahead
     pieces = data.draw(st.lists(PIECE, min_size=1, max_size=25))
     count, text = len(pieces), "".join(pieces)
@@ -71,7 +73,10 @@ def test_a_streamed_answer_joins_to_the_redacted_whole(late, data, lookahead):
         judgement = Judgement((verdict,), token_labels={"late": labels(scores)})
         return marks.mark(judgement)
 
-    marks, holding = AnswerSpans([late]), HoldBack([BoundRule(late, Rule("redact"))])
+    spans = late.spans.labelled_spans(text, places, labels(final), PIECES.labels)
+    ignored = {words for span in spans for words in span.words.split()[:1]} if ignores else set()
+    rule = Rule("redact", ignore=Ignore(words=tuple(ignored)) if ignores else None)
+    marks, holding = AnswerSpans([late]), HoldBack([BoundRule(late, rule)])
     sent, waiting = "", 0
     for tokens, piece in enumerate(pieces, start=1):
         marks.push(piece)
@@ -93,8 +98,9 @@ def test_a_streamed_answer_joins_to_the_redacted_whole(late, data, lookahead):
         sent += released
     *released, end = holding.push(Finished("stop", 3, count, judgement=judged(final)))
     sent += "".join(delta.text for delta in released)
-    spans = late.spans.labelled_spans(text, places, labels(final), PIECES.labels)
     assert judged(final).verdicts[0].spans == tuple(spans)
+    whole = {" ".join(words.split()).casefold() for words in ignored}
+    spans = [span for span in spans if " ".join(span.words.split()).casefold() not in whole]
     assert sent == redacted(text, spans)
     (decision,) = end.decisions
     assert decision.action == ("redact" if spans else "none")

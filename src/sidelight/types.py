@@ -171,6 +171,7 @@ class Span:
         label: What they are.
         probability: Of their surest token, calibrated; None if somebody has labelled them.
         message: The message that they are part of, from 0, if a conversation has several.
+        words: The text between them, which leaves neither the process nor ``repr``.
     """
 
     start: int
@@ -178,10 +179,13 @@ class Span:
     label: str
     probability: float | None = field(default=None, compare=False)
     message: int | None = field(default=None, compare=False)
+    words: str = field(default="", compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values; those that are None are left out."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """JSON-ready values; those that are None are left out, and so are the words."""
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        del values["words"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,7 @@ class Verdict:
             several were judged together); None if the whole did.
         spans: The words that have a label, in order, of the prompt or the response; None if the
             probe labels none, or if nobody knows where in the text its tokens stand.
+        ignored: Words that have a label and do not count, since the rule ignores them.
         version: ``Probe.version`` of the probe that gave it; "" for a probe that was not loaded
             from an artifact. Equal statements of two versions are equal.
     """
@@ -214,14 +219,19 @@ class Verdict:
     flagged: bool
     turn: int | None = None
     spans: tuple[Span, ...] | None = None
+    ignored: tuple[Span, ...] = ()
     version: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values; ``spans`` only if there are any to tell of."""
+        """JSON-ready values; ``spans`` and ``ignored`` only if there are any to tell of."""
         # The dictionary keeps the places of the first two.
         values = {"probe": self.probe, "version": self.version, **asdict(self)}
-        del values["spans"]
-        return values if self.spans is None else {**values, "spans": spans_json(self.spans)}
+        del values["spans"], values["ignored"]
+        if self.spans is not None:
+            values["spans"] = spans_json(self.spans)
+        if self.ignored:
+            values["ignored"] = spans_json(self.ignored)
+        return values
 
 
 def spans_json(spans: Iterable[Span]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ Knows characters and scores, and neither probes nor files.
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -164,7 +164,10 @@ class SpanRule:
         scores = np.zeros((len(tokens), len(labels)))
         for token, label, probability in token_labels:
             scores[token, labels.index(label)] = probability
-        return self.read(character_scores(text, tokens, scores), labels) if scores.any() else []
+        if not scores.any():
+            return []
+        spans = self.read(character_scores(text, tokens, scores), labels)
+        return [replace(span, words=text[span.start : span.end]) for span in spans]
 
     def read(self, scores: Float[Values, "character label"], labels: Sequence[str]) -> list[Span]:
         """The runs of characters whose probability reaches the threshold of a label, in order."""

@@ -150,7 +150,8 @@ class AnswerSpans:
             moved = replace(span, start=span.start + start, end=span.end + start)
             if span.start == 0 and (before := reaching.pop(span.label, None)) is not None:
                 probability = max(before.probability or 0, moved.probability or 0)
-                moved = replace(moved, start=before.start, probability=probability)
+                whole = self.text[before.start : moved.end]
+                moved = replace(moved, start=before.start, probability=probability, words=whole)
             spans.append(moved)
         return sorted([*spans, *reaching.values()])
 

@@ -112,8 +112,21 @@ class HoldBack:
         if any(event.tokens < state.first_decidable_token for state in states):
             return []
         tokens = event.tokens - max((state.held_tokens for state in states), default=0)
-        characters = event.settled or 0 if self._redacts else None
+        characters = self._final_characters(event.settled or 0) if self._redacts else None
         return self._release(tokens, self._running, characters=characters)
+
+    def _final_characters(self, settled: int) -> int:
+        """The first characters whose placeholders are final.
+
+        A later word may join the last span, so a rule that ignores spans cannot tell yet.
+        """
+        for bound in self._rules:
+            verdict = self._running.verdict(bound.name)
+            if bound.is_redacting and bound.rule.ignore is not None and verdict is not None:
+                for span in verdict.spans or ():
+                    if span.end >= settled:
+                        settled = min(settled, span.start)
+        return settled
 
     def _after_all(self, event: Finished) -> Sequence[TextDelta | Ended]:
         judgement, tokens = event.judgement, self._written_tokens

@@ -61,7 +61,8 @@ class Disclosed:
         """An entry of the ``sidelight`` field.
 
         ``labels`` are those that hold, for a multi-label probe none to all. ``turn`` is there if
-        one turn of several has decided, ``spans`` if the probe labels words.
+        one turn of several has decided, ``spans`` if the probe labels words, ``ignored`` if its
+        rule ignores some of them.
         """
         verdict = self.verdict
         if verdict is None:
@@ -75,6 +76,7 @@ class Disclosed:
             "flagged": verdict.flagged,
             **({} if verdict.turn is None else {"turn": verdict.turn}),
             **({} if verdict.spans is None else {"spans": spans_json(verdict.spans)}),
+            **({"ignored": spans_json(verdict.ignored)} if verdict.ignored else {}),
         }
 
 

@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,7 +10,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.models.invisible import Invisible
-from sidelight.types import Verdict
+from sidelight.policy.ignoring import Ignore, split
+from sidelight.types import Span, Verdict
 
 if TYPE_CHECKING:
     from sidelight.probes.card import ProbeCard
@@ -51,6 +52,7 @@ class Rule:
         labels: The labels that count; empty: the positive one, or all of a multi-label probe.
         on_failure: Whether a rule that blocks or redacts blocks what could not be judged.
         max_tokens: Longest text that the probe judges; None: any.
+        ignore: Spans that do not count; None: all count.
         turns: Input only: ``tool``: nothing follows from turns of other roles.
         routes: Input only: route by label; empty: a flagged label is its own route.
         shadow_of: The probe that a shadow is compared with.
@@ -67,6 +69,7 @@ class Rule:
     labels: tuple[str, ...] = ()
     on_failure: Literal["block", "pass"] = "block"
     max_tokens: _Positive | None = None
+    ignore: Ignore | None = None
     turns: Literal["all", "tool"] = "all"
     routes: Mapping[str, str] = field(default_factory=dict)
     shadow_of: str | None = None
@@ -189,20 +192,27 @@ class BoundRule:
 
     def decide(self, verdict: Verdict) -> Verdict:
         """The verdict at the rule's thresholds."""
-        scores, spans = verdict.probabilities, verdict.spans
+        scores, spans, thresholds = verdict.probabilities, verdict.spans, self.thresholds
         marked = verdict.labels
+        ignored: list[Span] = []
+        if spans and self.rule.ignore is not None:
+            spans, ignored = split(spans, self.rule.ignore)
+            # What the text has of such a label are the ignored words.
+            alone = {span.label for span in ignored} - {span.label for span in spans}
+            thresholds = {name: least for name, least in thresholds.items() if name not in alone}
         if self.rule.threshold is not None:
             marked = ()
             spans = spans and [span for span in spans if scores[span.label] >= self.rule.threshold]
-        return self.probe.task.decide(
+        decided = self.probe.task.decide(
             self.name,
             scores,
-            self.thresholds,
+            thresholds,
             spans,
             marked,
             turn=verdict.turn,
             version=verdict.version,
         )
+        return replace(decided, ignored=tuple(ignored)) if ignored else decided
 
     def action(self, verdict: Verdict | None) -> Action:
         """What follows from a verdict at the rule's thresholds; None: there is none."""
@@ -280,6 +290,11 @@ def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
             f"Probe '{bound.name}' labels no spans, so rule 'redact' would never apply. Train one "
             "that does (sidelight train --spans COLUMN), or use another mode."
         )
+    if bound.rule.ignore is not None and bound.probe.spans is None:
+        raise SidelightError(
+            f"Probe '{bound.name}' labels no spans, so 'ignore' would never apply. Train one that "
+            "does (sidelight train --spans COLUMN), or leave 'ignore' out."
+        )
     reads, form, kind = bound.probe.reads, bound.probe.card.prompt_format, bound.probe.task.kind
     is_known = bound.side == "input" and form != "raw" and bound.probe.judges_turns
     if bound.rule.turns == "tool" and not is_known:
@@ -328,6 +343,7 @@ def _require_labels(bound: BoundRule) -> None:
 
 
 _KEYS = {key.name for key in fields(Rule)}
+_IGNORE_KEYS = {key.name for key in fields(Ignore)}
 _CUTTING = {"consecutive", "warm_up", "hold_back"}
 _RULE_KEYS = {"input": _KEYS - _CUTTING, "output": _KEYS - {"routes", "turns"}}
 # Words are labelled by the thresholds that training chose for them.
@@ -344,7 +360,12 @@ def read_policy(path: Path) -> Policy:
         # Notepad begins UTF-8 with a byte order mark.
         table = tomllib.loads(path.read_text("utf-8-sig"))
         _require_known_keys(path, table)
-        return TypeAdapter(Policy).validate_python(table)
+        policy = TypeAdapter(Policy).validate_python(table)
+        return replace(
+            policy,
+            input=_with_ignored(policy.input, path.parent),
+            output=_with_ignored(policy.output, path.parent),
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise SidelightError(f"Cannot read {path}: {error}. Name a TOML file in UTF-8.") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -365,6 +386,14 @@ def read_policy(path: Path) -> Policy:
         raise SidelightError(f"{place} in {path}: {problem}, got {first['input']!r}.") from error
 
 
+def _with_ignored(rules: Mapping[str, Rule], folder: Path) -> dict[str, Rule]:
+    """The rules with the words of the files that they ignore."""
+    return {
+        name: rule if rule.ignore is None else replace(rule, ignore=rule.ignore.read(folder))
+        for name, rule in rules.items()
+    }
+
+
 def _require_known_keys(path: Path, table: Mapping[str, Any]) -> None:
     tables: list[tuple[str, Any, set[str]]] = [("", table, {key.name for key in fields(Policy)})]
     for side, keys in _RULE_KEYS.items():
@@ -374,6 +403,8 @@ def _require_known_keys(path: Path, table: Mapping[str, Any]) -> None:
             if isinstance(rule, dict):
                 redacts = rule.get("mode") == "redact"
                 tables.append((f"{side}.{name}.", rule, _REDACT_KEYS if redacts else keys))
+                if isinstance(ignore := rule.get("ignore"), dict):
+                    tables.append((f"{side}.{name}.ignore.", ignore, _IGNORE_KEYS))
     for place, keys_of, known in tables:
         for key in keys_of:
             if key not in known:

@@ -1,0 +1,103 @@
+"""What a rule of spans ignores: names of products, public persons, codes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sidelight.errors import SidelightError
+from sidelight.types import Span
+
+
+@dataclass(frozen=True)
+class Ignore:
+    """Spans that do not count, whatever their label.
+
+    An entry has to be the whole span: "Ann" does not ignore "Ann Lee".
+
+    Attributes:
+        words: Texts of spans, in any case; blanks between words are alike.
+        patterns: Regular expressions in RE2's syntax, which take time linear in the text.
+        file: Of more words, one per line; relative to the policy's folder.
+    """
+
+    words: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
+    file: Path | None = None
+
+    def covers(self, span: Span) -> bool:
+        """Whether an entry is the whole span."""
+        text = _normalised(span.words)
+        if text.casefold() in self._words:
+            return True
+        return any(pattern.fullmatch(text) is not None for pattern in self._patterns)
+
+    def read(self, folder: Path) -> "Ignore":
+        """The same with the words of its file.
+
+        Args:
+            folder: What the file's path is relative to.
+
+        Raises:
+            SidelightError: The file cannot be read, or a pattern is wrong, or matches no words.
+        """
+        words = self.words
+        if self.file is not None:
+            path = folder / self.file
+            try:
+                words += tuple(path.read_text("utf-8-sig").splitlines())
+            except (OSError, UnicodeDecodeError) as error:
+                raise SidelightError(
+                    f"Cannot read {path}, which a rule ignores the words of: {error}. Name a text "
+                    "file in UTF-8 with one entry per line."
+                ) from error
+        whole = replace(self, words=words, file=None)
+        for source, pattern in zip(self.patterns, whole._patterns, strict=True):
+            if pattern.fullmatch("") is not None:
+                raise SidelightError(
+                    f"The pattern '{source}' under 'ignore' also matches an empty text, so it may "
+                    "match anything. Write one that needs at least a character that you mean."
+                )
+        return whole
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        return frozenset(_normalised(word).casefold() for word in self.words) - {""}
+
+    @cached_property
+    def _patterns(self) -> list[Any]:
+        return [_compiled(source) for source in self.patterns]
+
+
+def split(spans: Iterable[Span], ignore: Ignore) -> tuple[list[Span], list[Span]]:
+    """The spans that count, and those that are ignored."""
+    kept: list[Span] = []
+    ignored: list[Span] = []
+    for span in spans:
+        (ignored if ignore.covers(span) else kept).append(span)
+    return kept, ignored
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _compiled(source: str) -> Any:
+    # Not `re`, whose patterns can take exponential time: one would hold every other request.
+    try:
+        import re2
+    except ImportError as error:
+        raise SidelightError(
+            "Patterns under 'ignore' need google-re2: pip install 'sidelight[serve]'."
+        ) from error
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(source, options)
+    except re2.error as error:
+        reason = error.args[0].decode() if isinstance(error.args[0], bytes) else error
+        raise SidelightError(
+            f"'{source}' under 'ignore' is not a pattern of RE2: {reason}. RE2 has no look-around "
+            "and no back-references."
+        ) from error

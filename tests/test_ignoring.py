@@ -1,0 +1,145 @@
+"""Labelled words that a rule ignores: by texts, by patterns, and by a file."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+
+from sidelight.engines.transformers.engine import TransformersEngine
+from sidelight.errors import SidelightError
+from sidelight.policy.ignoring import Ignore
+from sidelight.policy.rules import BoundRule, Policy, Rule, read_policy, require_policy_applies
+from sidelight.types import Span, Verdict
+from worlds.models import spans_probe, untrained_probe
+from worlds.servers import in_process
+
+TEXT = "Ask Ann Lee at Northwind, order INV-204."
+
+
+def span(words: str, label: str = "NAME") -> Span:
+    start = TEXT.index(words)
+    return Span(start, start + len(words), label, 0.99, words=words)
+
+
+SPANS = (span("Ann Lee"), span("Northwind", "PLACE"), span("INV-204"))
+
+
+@pytest.fixture(scope="module")
+def probe(tiny):
+    return spans_probe(tiny, "pii")
+
+
+def decided(probe, ignore: Ignore, **rule) -> Verdict:
+    scores = {"NAME": 0.9, "PLACE": 0.8}
+    verdict = Verdict("pii", "NAME", ("NAME", "PLACE"), scores, True, spans=SPANS)
+    return BoundRule(probe, Rule("redact", ignore=ignore, **rule)).decide(verdict)
+
+
+@pytest.mark.parametrize(
+    ("ignore", "ignored"),
+    [
+        (Ignore(words=("northwind",)), ["Northwind"]),
+        (Ignore(words=("ann  lee", "INV-204")), ["Ann Lee", "INV-204"]),
+        (Ignore(patterns=(r"INV-\d+",)), ["INV-204"]),
+        (Ignore(words=("Ann", "Lee", "wind", "Ann Lee at", "")), []),
+        (Ignore(patterns=(r"Ann", r"\d+", r"Lee at.+", r"inv-204")), []),
+        (Ignore(patterns=(r".+",)), ["Ann Lee", "Northwind", "INV-204"]),
+    ],
+)
+def test_an_entry_ignores_a_span_that_it_matches_whole_and_nothing_else(probe, ignore, ignored):
+    verdict = decided(probe, ignore)
+    assert [own.words for own in verdict.ignored] == ignored
+    assert [own.words for own in verdict.spans] == [
+        w.words for w in SPANS if w.words not in ignored
+    ]
+    assert verdict.flagged == bool(verdict.spans)
+
+
+def test_a_label_counts_while_a_span_of_it_does(probe):
+    assert decided(probe, Ignore(words=("Northwind",))).labels == ("NAME",)
+    assert decided(probe, Ignore(words=("INV-204",))).labels == ("NAME", "PLACE")
+    nothing = decided(probe, Ignore(words=[own.words for own in SPANS]))
+    assert (nothing.labels, nothing.flagged) == ((), False)
+
+
+def test_a_verdict_tells_the_places_of_what_was_ignored_and_not_the_words(probe):
+    verdict = decided(probe, Ignore(words=("Northwind",)))
+    told = verdict.to_dict()
+    assert [own["start"] for own in told["ignored"]] == [TEXT.index("Northwind")]
+    for shown in (json.dumps(told), repr(verdict)):
+        assert "Northwind" not in shown
+    assert "ignored" not in decided(probe, Ignore()).to_dict()
+
+
+def test_a_pattern_takes_time_linear_in_the_text(probe):
+    """A backtracking engine would need 2^40,000 steps."""
+    ignore = Ignore(patterns=("(a+)+b",))
+    start = time.perf_counter()
+    assert not ignore.covers(Span(0, 40_000, "NAME", words="a" * 40_000))
+    assert time.perf_counter() - start < 5
+
+
+def policy_of(tmp_path, ignore: str) -> Policy:
+    (tmp_path / "policy.toml").write_text(
+        f'[input.pii]\nmode = "redact"\n[input.pii.ignore]\n{ignore}\n'
+    )
+    return read_policy(tmp_path / "policy.toml")
+
+
+def test_a_file_of_words_lies_beside_the_policy(tmp_path):
+    (tmp_path / "names.txt").write_text("\ufeffNorthwind\n\n  Ann Lee \n", "utf-8")
+    policy = policy_of(tmp_path, 'file = "names.txt"\nwords = ["INV-204"]')
+    ignore = policy.input["pii"].ignore
+    assert all(map(ignore.covers, SPANS))
+    assert not ignore.covers(Span(0, 0, "NAME"))
+
+
+@pytest.mark.parametrize(
+    ("ignore", "told"),
+    [
+        ('file = "absent.txt"', "Cannot read .*absent.txt"),
+        ('patterns = ["("]', "is not a pattern of RE2: missing"),
+        ('patterns = ["(?=a)a"]', "no look-around"),
+        ('patterns = [".*"]', "also matches an empty text"),
+        ('word = ["a"]', "unknown key: input.pii.ignore.word"),
+        ("words = [1]", r"input.pii.ignore.words.0"),
+    ],
+)
+def test_what_cannot_be_ignored_is_refused(tmp_path, ignore, told):
+    with pytest.raises(SidelightError, match=told):
+        policy_of(tmp_path, ignore)
+
+
+def test_only_probes_that_label_spans_have_words_to_ignore(tiny):
+    policy = Policy(input={"toxicity": Rule(ignore=Ignore(words=("a",)))})
+    with pytest.raises(SidelightError, match="labels no spans, so 'ignore' would never apply"):
+        require_policy_applies(policy, [untrained_probe(tiny, "toxicity")])
+
+
+@pytest.mark.slow
+def test_the_server_keeps_ignored_words_and_says_so(tiny):
+    probe = spans_probe(tiny, "pii")
+    body = {"input": [TEXT]}
+
+    def server(rule):
+        policy = Policy(input={"pii": rule})
+        return in_process(TransformersEngine(tiny, [probe]), policy=policy)
+
+    with server(Rule("redact")) as http:
+        (found,) = http.post("/v1/redact", json=body).json()["results"]
+    first = found["spans"][0]
+    words = TEXT[first["start"] : first["end"]]
+    rule = Rule("redact", ignore=Ignore(words=(words,)))
+    with server(rule) as http:
+        (kept,) = http.post("/v1/redact", json=body).json()["results"]
+        (checked,) = http.post("/v1/moderations", json=body).json()["results"]
+    same = [own for own in found["spans"] if TEXT[own["start"] : own["end"]] == words]
+    assert kept["spans"] == [own for own in found["spans"] if own not in same]
+    assert words in kept["text"]
+    (verdict,) = checked["sidelight"]["verdicts"]
+    assert verdict["ignored"] == same
+    with server(replace(rule, disclose="labels")) as http:
+        (checked,) = http.post("/v1/moderations", json=body).json()["results"]
+    (verdict,) = checked["sidelight"]["verdicts"]
+    assert not {"spans", "ignored"} & verdict.keys()
