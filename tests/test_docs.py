@@ -205,7 +205,7 @@ def test_architecture_names_every_mechanism():
     assert sorted(told) == sorted(base.mechanism_names())
 
 
-NAMES = {"sklearn": "scikit-learn"}
+NAMES = {"re2": "google-re2", "sklearn": "scikit-learn"}
 # What a declared package brings, and engines that whoever wants them installs.
 BROUGHT = {
     "psutil", "pydantic_core", "opentelemetry", "starlette", "tokenizers", "uvloop",
@@ -341,6 +341,8 @@ def test_every_policy_and_configuration_shown_is_one(tmp_path: Path):
         assert shown, page
         for text in shown:
             path.write_text(text)
+            for name in re.findall(r'^file = "(.+?)"', text, re.MULTILINE):
+                (tmp_path / name).touch()
             read(path)
 
 
