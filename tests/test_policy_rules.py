@@ -140,7 +140,7 @@ def test_turns_of_tools_take_a_probe_that_judges_each_turn_of_a_prompt(tiny, cha
     for fitting in (probe, probe.changed(prompt_format="both")):
         plain = {"p": replace(rules["p"], labels=())}
         require_policy_applies(Policy(input=plain), [fitting])
-    other = replace(probe, **changes)
+    other = probe.changed(**changes)
     rule = rules["p"] if "task" in changes else replace(rules["p"], labels=())
     side = {"output" if other.reads.includes_response else "input": {"p": rule}}
     with pytest.raises(SidelightError, match=wordings.NO_TURNS.format(probe="p", got=got)):
