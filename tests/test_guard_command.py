@@ -332,7 +332,7 @@ def test_rows_of_ones_own_are_refused_with_a_remedy_that_the_command_has(
 
 
 def test_a_guard_is_named_in_the_policy_whatever_its_name(tiny):
-    rules = tomllib.loads(ready.shadow_policy([untrained_probe(tiny, "odd.one")]))
+    rules = tomllib.loads(ready.shadow_policy([untrained_probe(tiny, "odd.one").card]))
     assert rules == {"input": {"odd.one": {"mode": "shadow"}}}
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidelight.errors import SidelightError
-from sidelight.probes.card import History
+from sidelight.probes.card import TrainingRecord
 from sidelight.statistics.thresholds import (
     ENOUGH_POSITIVES,
     F1,
@@ -191,7 +191,7 @@ def test_a_curve_is_bounded_and_loses_little(texts, rule):
 
 def curves_read(stored):
     """As a probe's record is read."""
-    return History.model_validate({"validation": {"curves": stored}}).curves
+    return TrainingRecord.model_validate({"validation": {"curves": stored}}).curves
 
 
 def test_curves_survive_json_exactly_and_damaged_ones_are_refused():
