@@ -17,7 +17,9 @@ from worlds.servers import http_client, openai_client
 
 # Laws that several test files run say as much as tests do where they fail.
 pytest_plugins = ["worlds.inside_vllm"]
-pytest.register_assert_rewrite("engine_contract", "mechanism_contract", "policy_contract")
+pytest.register_assert_rewrite(
+    "defer_contract", "engine_contract", "mechanism_contract", "policy_contract"
+)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

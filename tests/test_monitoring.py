@@ -17,8 +17,10 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidelight.engines.transformers.engine import TransformersEngine
+from sidelight.judges.settings import JudgeSettings
 from sidelight.models.conversation import Reads
-from sidelight.policy.rules import Policy, Rule
+from sidelight.policy.rules import Defer, Policy, Rule
+from worlds.judges import scripted_judge
 from worlds.models import tiny_backbone, untrained_probe
 from worlds.servers import MODEL, free_port, http_client, in_process, served
 
@@ -164,6 +166,12 @@ def scraping(folder: Path, target: str) -> Iterator[Prometheus]:
             process.terminate()
 
 
+def _judged(judge: JudgeSettings) -> Policy:
+    """The policy with a judge that is asked about every prompt of the shadow."""
+    shadow = replace(POLICY.input["shadow"], threshold=0.0, defer=Defer("guardian", share=0.0))
+    return replace(POLICY, input={**POLICY.input, "shadow": shadow}, judges={"guardian": judge})
+
+
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """It has scraped a server before, between and after some requests of every kind."""
@@ -172,10 +180,11 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     answers = untrained_probe(backbone, "answers", reads=Reads("response"))
     probes = [judging, judging.changed(name="shadow"), answers]
     engine = TransformersEngine(backbone, probes)
-    settings = {"policy": POLICY, "api_key": [KEY], "metrics_key": [METRICS_KEY]}
+    settings = {"api_key": [KEY], "metrics_key": [METRICS_KEY]}
     chat = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
     with (
-        served(engine, **settings) as address,
+        scripted_judge() as judge,
+        served(engine, policy=_judged(judge.settings()), **settings) as address,
         scraping(tmp_path_factory.mktemp("prometheus"), address) as prometheus,
         http_client(address) as http,
     ):

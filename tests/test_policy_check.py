@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sidelight.models.conversation import Reads
-from sidelight.policy.rules import Policy, Rule
+from sidelight.policy.rules import Defer, Policy, Rule
 from sidelight.policy.weaknesses import weaknesses
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.card import TrainingRecord
@@ -39,6 +39,7 @@ POLICIES = {
     "`system_turns` left out beside a rule that blocks prompts": {"system_turns": None},
     "`invisible_characters` off": {"invisible_characters": "off"},
     '`on_failure = "pass"`': {"output": {"late": PASSING}},
+    "`defer`": {"output": {"late": Rule("block", defer=Defer("guardian"))}},
     '`max_tokens` with `on_failure = "pass"`': {
         "output": {"late": replace(PASSING, max_tokens=100)}
     },
@@ -73,6 +74,7 @@ WORDS = {
     "no rule on the input blocks": ["No rule blocks prompts"],
     "`system_turns` left out beside a rule that blocks prompts": ["Behind LiteLLM"],
     '`max_tokens` with `on_failure = "pass"`': ["[output.late] on_failure", "max_tokens = 100"],
+    "`defer`": ["can clear what the probe flags"],
     "`threshold = 1.0`": ["[input.toxicity] threshold = 1.0"],
     "`threshold = 0`": ["[output.shadow] threshold = 0 counts every text"],
     '`disclose = "scores"`': ["[input.toxicity] disclose"],

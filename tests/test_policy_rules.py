@@ -7,8 +7,10 @@ import pytest
 
 import wordings
 from sidelight.errors import SidelightError
+from sidelight.judges.settings import JudgeSettings
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import (
+    Defer,
     Policy,
     Rule,
     bound_rules,
@@ -17,6 +19,8 @@ from sidelight.policy.rules import (
 )
 from sidelight.types import Verdict
 from worlds.models import INTENT, three_probes, untrained_probe
+
+JUDGES = {"g": JudgeSettings(url="http://localhost:9", model="m", criterion="x")}
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +93,16 @@ def test_a_file_can_set_every_field_of_a_rule(read):
         ("[input.toxicity]\ndisclose = 'none'", r"'scores' or 'labels', got 'none'"),
         ("[input.toxicity]\nroutes = ['a']", r"should be a table, \[input\.toxicity\.routes\]"),
         ("[input.toxicity]\nmode = block", "Write texts in quotes"),
+        ("[input.a]\nmode = 'block'\ndefer = {}", "input.a.defer.judge"),
+        ("[input.a]\nmode = 'block'\ndefer = { judge = 'g' }", "there is no judge 'g'"),
+        ("[input.a]\nmode = 'block'\ndefer = { judge = 'g', share = 1.0 }", "input.a.defer.share"),
+        ("[input.a]\nmode = 'block'\ndefer = { judge = 'g', shares = 0.1 }", "'share'"),
+        ("[input.a]\nmode = 'block'\ndefer = { judge = 'g', judge_every = 3 }", "hold there"),
+        ("[input.a]\nmode = 'redact'\ndefer = { judge = 'g' }", "input.a.defer"),
+        ("[input.a]\ndefer = { judge = 'g' }", "nothing to defer"),
+        ("[input.a]\nmode = 'block'\non_failure = 'probe'", "rules that defer"),
+        ("[judges.g]\nurl = 'http://judge.example'\nmodel = 'm'", "judges.g .* https"),
+        ("[judges]\ng = 1", "judges.g"),
         ("[input", "is not TOML"),
         ("input = " + "[" * 9999, "is not TOML"),
     ],
@@ -114,6 +128,15 @@ def test_a_wrong_key_or_value_is_an_error_that_names_it(read, text, told):
         (Policy(input={"topics": Rule("block", labels=("violent",))}), "Did you mean 'violence'"),
         (Policy(input={"intent": Rule("route", routes={"bill": "x"})}), "names label 'bill'"),
         (Policy(output={"late": Rule("route")}), "too late for a route"),
+        (Policy(input={"toxicity": Rule("block", defer=Defer("g", 0.0))}), "judge 'g'"),
+        (
+            Policy(input={"toxicity": Rule("block", defer=Defer("g"))}, judges=JUDGES),
+            "no record of background traffic",
+        ),
+        (
+            Policy(input={"topics": Rule("block", defer=Defer("g", 0.0))}, judges=JUDGES),
+            "one label holds, and the rule counts violence, sexual",
+        ),
         (Policy(input={"topics": Rule("shadow", shadow_of="late")}), "cannot be the shadow"),
         (Policy(input={"topics": Rule("block", shadow_of="toxicity")}), "cannot be the shadow"),
     ],

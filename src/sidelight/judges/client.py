@@ -16,10 +16,8 @@ from sidelight.errors import SidelightError
 from sidelight.judges.budget import Budget
 from sidelight.judges.profiles import PROFILES
 from sidelight.judges.question import JudgeAnswer, JudgeError, Question
-from sidelight.judges.settings import JudgeSettings, is_loopback, port_of
+from sidelight.judges.settings import JUDGE_HEADER, JudgeSettings, is_loopback, port_of
 
-# The header that tells a Sidelight server that another one asks.
-JUDGE_HEADER = "x-sidelight-judge"
 _MOST_BYTES = 2**20
 _KEPT_ANSWERS = 4096
 # Listening there is listening on loopback, too.

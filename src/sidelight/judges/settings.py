@@ -22,6 +22,8 @@ from sidelight.types import visible
 
 JudgeKind = Literal["chat", "decisions", "moderations"]
 
+# The header that tells a Sidelight server that another one asks it as a judge.
+JUDGE_HEADER = "x-sidelight-judge"
 # The fields of a request that a judge's own `extra` must not replace.
 _FIXED = frozenset(
     {"model", "messages", "input", "questions", "max_tokens", "logprobs", "top_logprobs", "stream"}

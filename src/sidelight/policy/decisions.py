@@ -2,14 +2,58 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sidelight.errors import SidelightError
+from sidelight.judges.question import FailureReason
 from sidelight.policy.rules import Action, BoundRule
 from sidelight.types import Judgement, Span, Verdict
 
 DecisionOutcome = Literal["flagged", "passed", "failed", "unfinished"]
 Agreement = Literal["same", "different", "failed"]
+
+
+@dataclass(frozen=True)
+class SecondOpinion:
+    """What a judge was asked about one text, and what it said.
+
+    Attributes:
+        judge: Its name.
+        probability: Its last answer; None: it gave none.
+        seconds: Until its answers were there, added up.
+        failures: Why questions had no answer.
+        questions: How often it was asked.
+        is_changed: Whether it decided otherwise than the probe alone.
+    """
+
+    judge: str
+    probability: float | None = None
+    seconds: float = 0.0
+    failures: tuple[FailureReason, ...] = ()
+    questions: int = 1
+    is_changed: bool = False
+
+    def __add__(self, later: "SecondOpinion") -> "SecondOpinion":
+        """Both together, with the answer of the later one."""
+        return SecondOpinion(
+            later.judge,
+            later.probability,
+            self.seconds + later.seconds,
+            self.failures + later.failures,
+            self.questions + later.questions,
+            later.is_changed,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What admin keys and the audit log see of it."""
+        return {
+            "name": self.judge,
+            "probability": self.probability,
+            "seconds": round(self.seconds, 4),
+            "questions": self.questions,
+            **({"failures": list(self.failures)} if self.failures else {}),
+            "changed": self.is_changed,
+        }
 
 
 @dataclass(frozen=True)
@@ -25,6 +69,9 @@ class Decision:
         is_too_long: Whether there is no verdict because the text is longer than the rule allows.
         is_unfinished: Whether the text was cancelled while it was written: then the verdict is on
             its first tokens, or missing.
+        deferred: The probe's verdict, if a judge is still to be asked about it.
+        is_of_tools: Whether turns of tools alone are deferred.
+        second: What the judge said; None: it was not asked.
     """
 
     rule: BoundRule
@@ -32,6 +79,17 @@ class Decision:
     action: Action
     is_too_long: bool = False
     is_unfinished: bool = False
+    deferred: Verdict | None = None
+    is_of_tools: bool = False
+    second: SecondOpinion | None = None
+
+    @property
+    def decided_by(self) -> Literal["probe", "judge", "nothing"]:
+        """What the verdict comes from."""
+        if self.verdict is None:
+            return "nothing"
+        is_judged = self.second is not None and self.second.probability is not None
+        return "judge" if is_judged else "probe"
 
     @property
     def outcome(self) -> DecisionOutcome:
@@ -86,10 +144,24 @@ def decide(bound: BoundRule, judgement: Judgement, *, tokens: int) -> Decision:
     """
     is_too_long = bound.is_too_long(tokens)
     verdict = None if is_too_long else judgement.verdict(bound.name)
+    deferred, tools = None, judgement.tools
+    is_of_tools = bound.rule.turns == "tool" and tools is not None
+    if verdict is not None and bound.is_redacting and verdict.spans is None:
+        verdict = None
     if verdict is not None:
-        lacks_spans = bound.is_redacting and verdict.spans is None
-        verdict = None if lacks_spans else _decided(bound, verdict, judgement.tools)
-    return Decision(bound, verdict, bound.action(verdict), is_too_long)
+        if bound.rule.defer is not None:
+            alone = tools.verdict(bound.name) if is_of_tools and tools else verdict
+            scored = None if alone is None else bound.decide(alone)
+            deferred = scored if scored and bound.defers(scored) else None
+        verdict = _decided(bound, verdict, tools)
+    return Decision(
+        bound,
+        verdict,
+        bound.action(verdict),
+        is_too_long,
+        deferred=deferred,
+        is_of_tools=is_of_tools,
+    )
 
 
 def _decided(bound: BoundRule, verdict: Verdict, tools: Judgement | None) -> Verdict:

@@ -3,6 +3,7 @@
 It knows an engine's events and nothing of HTTP, so that any server can enforce a policy with it.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -10,9 +11,11 @@ from typing import Protocol
 
 from sidelight.engines.base import Event, PromptJudged, ResponseScored, TextDelta, verdict_failure
 from sidelight.models.conversation import Conversation, PlainText
+from sidelight.models.invisible import Invisible
 from sidelight.policy.decisions import Decision, PolicyError, decide
 from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import Action, BoundRule, Policy, Side
+from sidelight.policy.second_stage import AsksJudges, SecondStage
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class TextObserver(Protocol):
     def prompt(self, event: PromptJudged, decisions: Sequence[Decision]) -> None:
         """The prompt was judged."""
 
+    def late(self, decisions: Sequence[Decision], beside: Sequence[Decision]) -> None:
+        """Judges were asked about probes in shadow mode, beside which others had decided."""
+
     def read(self, event: Event) -> None:
         """The engine has written or judged more, whether or not it is sent."""
 
@@ -51,6 +57,8 @@ class Enforcement:
         rules: One for every loaded probe, whether or not the client chose it.
         observe: Gives the observer of the text when the work on it begins.
         tells_scores: Whether to pass what probes of the output say after each token.
+        judges: Asks the judges that rules defer to; None: no rule does.
+        invisible: How the policy handles invisible characters.
 
     Attributes:
         admitted: What was decided on the prompt; None: nothing yet, or it is refused.
@@ -63,8 +71,13 @@ class Enforcement:
         observe: Callable[[Conversation], TextObserver],
         *,
         tells_scores: bool = False,
+        judges: AsksJudges | None = None,
+        invisible: Invisible = "off",
     ):
+        assert judges is not None or not any(bound.rule.defer for bound in rules), "no judges"
         self._tells_scores = tells_scores
+        self._judges = judges
+        self._invisible: Invisible = invisible
         self._input = [bound for bound in rules if bound.side == "input"]
         self._output = [bound for bound in rules if bound.side == "output"]
         self._observe = observe
@@ -79,13 +92,25 @@ class Enforcement:
         return [bound.name for bound in self._output] if is_read else []
 
     def admits(self, event: PromptJudged) -> bool:
-        """Whether the prompt is answered; the engine asks before it draws the first token."""
-        return not any(decision.is_blocking for decision in self._decisions(event))
+        """Whether the prompt is answered; the engine asks before it draws the first token.
+
+        A prompt that a judge decides about is answered, and nothing of it is sent until it has.
+        """
+        return not any(_is_refused(decision) for decision in self._decisions(event))
 
     async def guard(
-        self, text: Conversation, events: AsyncGenerator[Event, None]
+        self,
+        text: Conversation,
+        events: AsyncGenerator[Event, None],
+        *,
+        asked: Conversation | None = None,
     ) -> AsyncGenerator[Passed, None]:
         """The engine's events on a text, as far as they may be sent.
+
+        Args:
+            text: The prompt, for the observer.
+            events: Of the engine.
+            asked: The prompt that judges are asked about, where it differs.
 
         Raises:
             PolicyError: The prompt is blocked, by a flag or because it could not be judged.
@@ -94,8 +119,12 @@ class Enforcement:
         async with aclosing(events):
             prompt = await anext(events)
             assert isinstance(prompt, PromptJudged)
-            decisions = self._decisions(prompt)
-            observer.prompt(prompt, decisions)
+            decisions, stage = self._decisions(prompt), None
+            if self._judges is not None and self.admits(prompt):
+                asked = text if asked is None else asked
+                stage = SecondStage(self._judges, asked, decisions, invisible=self._invisible)
+                decisions = await _settled(decisions, stage, observer)
+            observer.prompt(prompt, _without_late(decisions, stage))
             _require_passed(prompt, decisions)
             self.admitted = Judged(prompt.tokens, decisions)
             yield self.admitted
@@ -104,26 +133,57 @@ class Enforcement:
             try:
                 async for event in events:
                     observer.read(event)
-                    passed = holding.push(event)
-                    if passed and isinstance(passed[-1], Ended):
-                        # Before the last of the text is sent, with the engine's slot already free.
-                        await events.aclose()
-                        self.ended = passed[-1]
-                        observer.end(self.ended.decisions)
-                    if self._tells_scores and isinstance(event, ResponseScored):
-                        is_begun = True
-                        decisions = _decide_all(self._output, event)
-                        nothing = tuple(replace(each, action="none") for each in decisions)
-                        yield Judged(event.tokens, nothing)
-                    for each in passed:
-                        if isinstance(each, TextDelta):
+                    passing = self._passed(event, events, holding, stage, observer)
+                    async with aclosing(passing) as passed:
+                        async for each in passed:
                             is_begun = True
-                            observer.delta()
-                        yield each
+                            yield each
             finally:
                 # No effect if `end` was called above. If neither text nor scores were sent, there
                 # is no partial verdict to record.
                 observer.end(holding.unfinished() if is_begun else (), is_cancelled=True)
+
+    async def _passed(
+        self,
+        event: Event,
+        events: AsyncGenerator[Event, None],
+        holding: HoldBack,
+        stage: SecondStage | None,
+        observer: TextObserver,
+    ) -> AsyncGenerator[Passed, None]:
+        """What may be sent after an event, once the judges that it leads to have answered."""
+        passed, running = holding.push(event), self._running(event)
+        while True:
+            if passed and isinstance(ended := passed[-1], Ended):
+                # Before the last of the text is sent, with the engine's slot already free.
+                await events.aclose()
+                if stage is not None:
+                    own = await _settled(ended.decisions, stage, observer, response=holding.text)
+                    ended = replace(ended, decisions=own)
+                    passed = [*passed[:-1], ended]
+                self.ended = ended
+                observer.end(_without_late(ended.decisions, stage))
+            for each in (*running, *passed):
+                if isinstance(each, TextDelta):
+                    observer.delta()
+                yield each
+            questions = holding.questions()
+            if self.ended is not None or not questions:
+                return
+            assert stage is not None, "rules that defer come with judges"
+            opinions = await asyncio.gather(
+                *(stage.opinion(bound, holding.text) for bound in questions)
+            )
+            names = (bound.name for bound in questions)
+            passed, running = holding.answer(dict(zip(names, opinions, strict=True))), ()
+
+    def _running(self, event: Event) -> Sequence[Judged]:
+        """What probes of the output say so far, if it is passed on."""
+        if not self._tells_scores or not isinstance(event, ResponseScored):
+            return ()
+        scores = _decide_all(self._output, event)
+        nothing = (replace(each, action="none", deferred=None) for each in scores)
+        return [Judged(event.tokens, tuple(nothing))]
 
     def _decisions(self, prompt: PromptJudged) -> tuple[Decision, ...]:
         """The decisions on the prompt, made once for equal verdicts."""
@@ -132,12 +192,61 @@ class Enforcement:
         return self._decided[1]
 
 
+async def _settled(
+    decisions: Sequence[Decision],
+    stage: SecondStage,
+    observer: TextObserver,
+    *,
+    response: str | None = None,
+) -> tuple[Decision, ...]:
+    """The decisions, with what judges say; those of shadows come later, and nobody waits."""
+    shadows = [d for d in decisions if d.rule.is_shadow and d.deferred is not None]
+    settled = await stage.settle([d for d in decisions if d not in shadows], response)
+
+    async def later() -> None:
+        observer.late(await stage.settle(shadows, response), settled)
+
+    if shadows:
+        stage.judges.later(later())
+    by_name = {decision.rule.name: decision for decision in settled}
+    return tuple(by_name.get(decision.rule.name, decision) for decision in decisions)
+
+
+def _without_late(decisions: Sequence[Decision], stage: SecondStage | None) -> Sequence[Decision]:
+    """The decisions that are made; those that a judge is still asked about are recorded later."""
+    if all(decision.deferred is None for decision in decisions):
+        return decisions
+    if stage is None:
+        return [replace(decision, deferred=None) for decision in decisions]
+    return [decision for decision in decisions if decision.deferred is None]
+
+
 def check_decisions(
     rules: Sequence[BoundRule], event: PromptJudged, sides: Collection[Side]
 ) -> list[Decision]:
-    """The decisions if nothing is written, so that nothing can be blocked: a flag at most."""
+    """The decisions of the probes on a text after which nothing is written."""
+    return [*_decide_all([bound for bound in rules if bound.side in sides], event)]
+
+
+async def checked_decisions(
+    decisions: Sequence[Decision],
+    observer: TextObserver,
+    stage: SecondStage | None,
+    response: str | None = None,
+) -> list[Decision]:
+    """The decisions, with what judges say.
+
+    Since nothing is written, nothing can be blocked: a flag is the most.
+
+    Args:
+        decisions: Of ``check_decisions``.
+        observer: Of the text.
+        stage: Asks judges; None: no rule defers.
+        response: The answer in the text, as judges get it.
+    """
+    if stage is not None:
+        decisions = await _settled(decisions, stage, observer, response=response)
     shown: dict[Action, Action] = {"block": "flag", "fail_closed": "none", "fail_open": "none"}
-    decisions = _decide_all([bound for bound in rules if bound.side in sides], event)
     return [replace(d, action=shown.get(d.action, d.action)) for d in decisions]
 
 
@@ -159,6 +268,11 @@ def _decide_all(
     rules: Sequence[BoundRule], event: PromptJudged | ResponseScored
 ) -> tuple[Decision, ...]:
     return tuple(decide(bound, event.judgement, tokens=event.tokens) for bound in rules)
+
+
+def _is_refused(decision: Decision) -> bool:
+    """Whether the prompt is refused, and no judge could let it pass."""
+    return decision.is_blocking and decision.deferred is None
 
 
 def _require_passed(event: PromptJudged, decisions: Sequence[Decision]) -> None:

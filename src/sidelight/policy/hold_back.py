@@ -13,11 +13,14 @@ threshold is often noise, so a rule wants several in a row.
 A rule that redacts holds back what a later token can still label: the words of the last tokens, as
 many as its probe looks ahead. It cuts nothing unless there is no verdict. Where a limit or a stop
 ends the text, nothing follows that could label its last words, so they are not sent.
+
+A rule that defers cuts nothing by itself. Where its streak is complete, its judge is asked about
+the text so far, and what follows the last answer is held back until the next one.
 """
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sidelight.engines.base import (
@@ -28,10 +31,11 @@ from sidelight.engines.base import (
     ResponseScored,
     TextDelta,
 )
-from sidelight.policy.decisions import Decision, decide
+from sidelight.policy.decisions import Decision, SecondOpinion, decide
 from sidelight.policy.redaction import redacted
 from sidelight.policy.rules import BoundRule
-from sidelight.types import Judgement, Span
+from sidelight.policy.second_stage import judged_verdict
+from sidelight.types import Judgement, Span, Verdict
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class HoldBack:
         self._rules = rules
         self._enforced = {bound.name: _RuleState(bound) for bound in rules if bound.is_enforced}
         self._redacts = any(bound.is_redacting for bound in rules)
+        self._keeps_text = bool(self._enforced) or any(bound.rule.defer for bound in rules)
         self._held: list[TextDelta] = []
         # All that was written, and how many characters of it were released.
         self._text = ""
@@ -78,16 +83,40 @@ class HoldBack:
         self._scored_tokens = 0
         self._written_tokens = 0
         self._running = Judgement()
+        # The text is complete, and a judge is still asked about it.
+        self._finished: Finished | None = None
+
+    @property
+    def text(self) -> str:
+        """What was written so far, without what rules redact."""
+        return redacted(self._text, redacted_spans(self._rules, self._running))
+
+    def questions(self) -> list[BoundRule]:
+        """The rules whose judges are to be asked about ``text`` before anything else happens."""
+        tokens, is_end = self._scored_tokens, self._finished is not None
+        states = self._enforced.values()
+        if any(state.is_cut for state in states):
+            return []
+        return [state.bound for state in states if state.is_due(tokens=tokens, is_end=is_end)]
+
+    def answer(self, opinions: Mapping[str, SecondOpinion]) -> Sequence[TextDelta | Ended]:
+        """The text that may be sent, or its end, after the opinions on ``questions``, by rule."""
+        for name, opinion in opinions.items():
+            self._enforced[name].answer(opinion, tokens=self._scored_tokens)
+        if self._finished is not None:
+            return self._end(self._finished)
+        return self._after_step()
 
     def push(self, event: Event) -> Sequence[TextDelta | Ended]:
         """The text that the event allows to be sent; nothing may follow an ``Ended``."""
         match event:
             case TextDelta():
                 self._written_tokens = event.tokens
+                if self._keeps_text:
+                    self._text += event.text
                 if not self._enforced:
                     return [event]
                 self._held.append(event)
-                self._text += event.text
                 return []
             case ResponseScored():
                 return self._after_score(event)
@@ -99,20 +128,23 @@ class HoldBack:
     def unfinished(self) -> list[Decision]:
         """The end of a text that is cancelled now, with what is known of it; nothing follows."""
         known = [decide(bound, self._running, tokens=self._written_tokens) for bound in self._rules]
-        return [replace(decision, action="none", is_unfinished=True) for decision in known]
+        return [replace(d, action="none", is_unfinished=True, deferred=None) for d in known]
 
     def _after_score(self, event: ResponseScored) -> Sequence[TextDelta | Ended]:
         self._scored_tokens, self._settled = event.tokens, event.settled
         self._running = event.judgement
-        states = self._enforced.values()
-        for state in states:
+        for state in self._enforced.values():
             state.step(self._running, tokens=event.tokens)
+        return self._after_step()
+
+    def _after_step(self) -> Sequence[TextDelta | Ended]:
+        states, tokens = self._enforced.values(), self._scored_tokens
         if any(state.is_cut for state in states):
             return [self._cut(self._running)]
-        if any(event.tokens < state.first_decidable_token for state in states):
+        if any(tokens < state.first_decidable_token for state in states):
             return []
-        tokens = event.tokens - max((state.held_tokens for state in states), default=0)
-        characters = self._final_characters(event.settled or 0) if self._redacts else None
+        tokens = min((state.released_tokens(tokens) for state in states), default=tokens)
+        characters = self._final_characters(self._settled or 0) if self._redacts else None
         return self._release(tokens, self._running, characters=characters)
 
     def _final_characters(self, settled: int) -> int:
@@ -132,6 +164,11 @@ class HoldBack:
         judgement, tokens = event.judgement, self._written_tokens
         for state in self._enforced.values():
             state.finish(judgement, tokens=tokens, is_judged=self._scored_tokens >= tokens)
+        self._running, self._finished = judgement, event
+        return [] if self.questions() else self._end(event)
+
+    def _end(self, event: Finished) -> Sequence[TextDelta | Ended]:
+        judgement, tokens = event.judgement, self._written_tokens
         if any(state.is_cut for state in self._enforced.values()):
             return [self._cut(judgement)]
         decisions = self._decisions(judgement)
@@ -190,7 +227,7 @@ class _RuleState:
     """The state of a rule that blocks or redacts: scores of a text so far, and whether it is cut.
 
     Attributes:
-        held_tokens: How many judged tokens are held back.
+        bound: The rule.
         first_decidable_token: The first token at which the rule can cut, once its warm-up and a
             whole streak are over. Nothing is sent before it is judged.
     """
@@ -198,50 +235,157 @@ class _RuleState:
     def __init__(self, bound: BoundRule):
         rule = bound.rule
         hold_back = rule.consecutive if rule.hold_back is None else rule.hold_back
+        self.bound = bound
         # What a rule that redacts holds back are characters.
-        self.held_tokens = hold_back if bound.is_blocking else 0
+        self._held_tokens = hold_back if bound.is_blocking else 0
         self.first_decidable_token = rule.warm_up + rule.consecutive if bound.is_blocking else 0
-        self._bound = bound
         self._has_flagged = False
         self._has_failed = False
         self._tokens = 0
         # Tokens in a row, up to the last one, of which a label counts: the same one or another.
-        self._streak = 0
+        self._streak = _Streak(rule.consecutive)
+        self._deferral = None if rule.defer is None else _Deferral(bound, rule.defer.judge_every)
 
     @property
     def is_cut(self) -> bool:
         """Whether the rule cuts the text: it flagged, or could not judge and fails closed."""
-        return self._has_flagged or (self._has_failed and self._bound.fails_closed)
+        return self._has_flagged or (self._has_failed and self.bound.fails_closed)
+
+    def released_tokens(self, tokens: int) -> int:
+        """How many of so many judged tokens may be sent."""
+        if self._deferral is not None:
+            return self._deferral.released_tokens(tokens, self._held_tokens)
+        return tokens - self._held_tokens
+
+    def is_due(self, *, tokens: int, is_end: bool) -> bool:
+        """Whether its judge is to be asked now."""
+        return self._deferral is not None and self._deferral.is_due(tokens, is_end=is_end)
+
+    def answer(self, opinion: SecondOpinion, *, tokens: int) -> None:
+        """Takes what its judge said of the text up to this token."""
+        assert self._deferral is not None, "only rules that defer have a judge"
+        flagged = self._deferral.answer(opinion, tokens)
+        if flagged is None:
+            self._has_failed = True
+        else:
+            self._has_flagged |= flagged
 
     def step(self, judgement: Judgement, *, tokens: int) -> None:
         """Takes the scores of one more token; one without a score is a failure."""
-        verdict = decide(self._bound, judgement, tokens=tokens).verdict
+        verdict = decide(self.bound, judgement, tokens=tokens).verdict
         is_next, self._tokens = tokens == self._tokens + 1, tokens
         if verdict is not None and not all(map(math.isfinite, verdict.probabilities.values())):
             verdict = None
-        flags = verdict is not None and verdict.flagged
-        counts = flags and self._bound.is_blocking and tokens > self._bound.rule.warm_up
+        can_cut = self.bound.is_blocking and tokens > self.bound.rule.warm_up
+        flags = verdict is not None and verdict.flagged and can_cut
         self._has_failed |= verdict is None or not is_next
-        self._streak = (self._streak if is_next else 0) + 1 if counts else 0
-        self._has_flagged |= self._streak >= self._bound.rule.consecutive
+        is_complete = self._streak.step(counts=flags, is_next=is_next)
+        if self._deferral is None:
+            self._has_flagged |= is_complete
+        elif verdict is not None:
+            self._deferral.step(verdict, tokens, is_next=is_next, can_cut=can_cut)
+            if is_complete:
+                self._deferral.is_flagged_by_probe = True
 
     def finish(self, judgement: Judgement, *, tokens: int, is_judged: bool) -> None:
         """Takes the verdict on the whole text; an empty one has nothing to judge."""
         if not tokens:
             return
-        verdict = decide(self._bound, judgement, tokens=tokens).verdict
+        verdict = decide(self.bound, judgement, tokens=tokens).verdict
         if verdict is None or not is_judged:
             self._has_failed = True
+        elif self._deferral is not None:
+            self._deferral.finish(verdict, tokens)
         else:
-            self._has_flagged |= verdict.flagged and self._bound.is_blocking
+            self._has_flagged |= verdict.flagged and self.bound.is_blocking
 
     def decision(self, judgement: Judgement, *, tokens: int) -> Decision:
+        second = None if self._deferral is None else self._deferral.opinion(self._has_flagged)
         if self._has_failed and not self._has_flagged:
-            return decide(self._bound, Judgement(), tokens=tokens)
-        if self._bound.is_redacting:
-            return decide(self._bound, judgement, tokens=tokens)
-        verdict = judgement.verdict(self._bound.name)
+            return replace(decide(self.bound, Judgement(), tokens=tokens), second=second)
+        if self.bound.is_redacting:
+            return decide(self.bound, judgement, tokens=tokens)
+        verdict = judgement.verdict(self.bound.name)
         if verdict is None:
-            return Decision(self._bound, None, "none")
+            return Decision(self.bound, None, "none", second=second)
+        verdict = self.bound.decide(verdict)
+        if second is not None:
+            verdict = judged_verdict(self.bound, verdict, is_flagged=self._has_flagged)
         action = "block" if self._has_flagged else "none"
-        return Decision(self._bound, self._bound.decide(verdict), action)
+        return Decision(self.bound, verdict, action, second=second)
+
+
+class _Streak:
+    """Tokens in a row that count."""
+
+    def __init__(self, wanted: int):
+        self._wanted, self._length = wanted, 0
+
+    def step(self, *, counts: bool, is_next: bool) -> bool:
+        """Takes one more token; whether the streak is complete."""
+        self._length = (self._length if is_next else 0) + 1 if counts else 0
+        return self._length >= self._wanted
+
+
+class _Deferral:
+    """What a judge is still to be asked about a text, and what it has said.
+
+    Attributes:
+        is_flagged_by_probe: Whether the probe alone would have cut the text since the last answer.
+    """
+
+    def __init__(self, bound: BoundRule, every: int):
+        self._bound, self._every = bound, every
+        self._streak = _Streak(bound.rule.consecutive)
+        self._scored: Verdict | None = None
+        # The first token since the last answer at which the streak was complete.
+        self._open: int | None = None
+        self._asked: int | None = None
+        # Tokens that the last answer let pass.
+        self._passed = 0
+        self._opinion: SecondOpinion | None = None
+        self._has_probe_flagged = False
+        self.is_flagged_by_probe = False
+
+    def step(self, verdict: Verdict, tokens: int, *, is_next: bool, can_cut: bool) -> None:
+        self._scored = verdict
+        counts = can_cut and self._bound.defers(verdict)
+        if self._streak.step(counts=counts, is_next=is_next) and self._open is None:
+            self._open = tokens
+
+    def finish(self, verdict: Verdict, tokens: int) -> None:
+        self._scored = verdict
+        self.is_flagged_by_probe |= verdict.flagged
+        # Asked again about the same text, a client has the answer.
+        if self._bound.defers(verdict) and self._open is None:
+            self._open = tokens
+
+    def is_due(self, tokens: int, *, is_end: bool) -> bool:
+        if self._open is None:
+            return False
+        return is_end or self._asked is None or tokens - self._asked >= self._every
+
+    def released_tokens(self, tokens: int, held: int) -> int:
+        if self._open is None:
+            return max(self._passed, tokens - held)
+        return max(self._passed, min(tokens, self._open - 1) - held)
+
+    def answer(self, opinion: SecondOpinion, tokens: int) -> bool | None:
+        """Whether the text is flagged; None: nothing says so, and the rule's failure holds."""
+        self._has_probe_flagged |= self.is_flagged_by_probe
+        self._opinion = opinion if self._opinion is None else self._opinion + opinion
+        if opinion.probability is not None:
+            assert self._scored is not None, "a judge is asked about a scored text"
+            is_flagged = self._bound.agrees(self._scored, opinion.probability)
+        elif self._bound.rule.on_failure == "probe":
+            is_flagged = self.is_flagged_by_probe
+        else:
+            is_flagged = None
+        self._asked = self._passed = tokens
+        self._open, self.is_flagged_by_probe = None, False
+        return is_flagged
+
+    def opinion(self, is_flagged: bool) -> SecondOpinion | None:
+        if self._opinion is None:
+            return None
+        return replace(self._opinion, is_changed=is_flagged != self._has_probe_flagged)

@@ -22,6 +22,7 @@ from sidelight.errors import SidelightError, did_you_mean
 from sidelight.policy.decisions import Decision, PolicyError
 from sidelight.policy.enforcement import Enforcement, Judged, TextObserver
 from sidelight.policy.rules import BoundRule, Policy, Side
+from sidelight.policy.second_stage import AsksJudges
 from sidelight.probes.probe import Probe
 from sidelight.types import Verdict, spans_json
 
@@ -48,6 +49,7 @@ class Disclosed:
         has_scores: Whether the verdict's probabilities are the probe's.
         is_too_long: As in the decision.
         marks: As the rule gives them.
+        decided_by: What the verdict comes from, and what a judge said; None: it is not disclosed.
     """
 
     probe: str
@@ -56,6 +58,7 @@ class Disclosed:
     has_scores: bool
     is_too_long: bool
     marks: Sequence[tuple[str, str]]
+    decided_by: Json | None = None
 
     def to_json(self) -> Json:
         """An entry of the ``sidelight`` field.
@@ -64,9 +67,10 @@ class Disclosed:
         one turn of several has decided, ``spans`` if the probe labels words, ``ignored`` if its
         rule ignores some of them.
         """
-        verdict = self.verdict
+        verdict, decided_by = self.verdict, self.decided_by or {}
         if verdict is None:
-            return {"probe": self.probe, "version": self.version, "error": "verdict_failed"}
+            failure = {"probe": self.probe, "version": self.version, "error": "verdict_failed"}
+            return {**failure, **decided_by}
         return {
             "probe": self.probe,
             "version": self.version,
@@ -77,6 +81,7 @@ class Disclosed:
             **({} if verdict.turn is None else {"turn": verdict.turn}),
             **({} if verdict.spans is None else {"spans": spans_json(verdict.spans)}),
             **({"ignored": spans_json(verdict.ignored)} if verdict.ignored else {}),
+            **decided_by,
         }
 
 
@@ -105,6 +110,7 @@ class Terms:
         observe: Gives the observer of a text; with ``is_prompt_known``, the decisions on its
             prompt are recorded already.
         sees_all: Whether who asks sees what rules do not disclose.
+        judges: Asks those that rules defer to; None: no rule does.
     """
 
     model: str
@@ -113,6 +119,7 @@ class Terms:
     chosen: tuple[BoundRule, ...]
     observe: Callable[..., TextObserver] = field(compare=False)
     sees_all: bool = False
+    judges: AsksJudges | None = field(default=None, compare=False)
 
     def choose(self, names: Sequence[str] | None, *, for_text: bool = False) -> "Terms":
         """The same, reporting the probes of these names; None: all that clients see.
@@ -239,6 +246,8 @@ class Outcome:
                 terms.rules,
                 partial(terms.observe, is_prompt_known=number > 0),
                 tells_scores=tells_scores,
+                judges=terms.judges,
+                invisible=terms.policy.invisible_characters,
             )
             for number in range(texts)
         ]
@@ -350,8 +359,16 @@ def disclosed_by(decisions: Iterable[Decision], *, sees_all: bool) -> list[Discl
         if verdict is not None and not has_scores:
             verdict = labels_only(verdict)
         name, version = rule.name, rule.probe.version
-        disclosed.append(Disclosed(name, version, verdict, has_scores, decision.is_too_long, marks))
+        decided_by = _decided_by(decision) if sees_all and rule.rule.defer else None
+        disclosed.append(
+            Disclosed(name, version, verdict, has_scores, decision.is_too_long, marks, decided_by)
+        )
     return disclosed
+
+
+def _decided_by(decision: Decision) -> Json:
+    judge = {} if decision.second is None else {"judge": decision.second.to_json()}
+    return {"decided_by": decision.decided_by, **judge}
 
 
 def _entries(disclosed: Iterable[Disclosed]) -> list[Json]:

@@ -1,14 +1,17 @@
 """The rules of a policy, from an operator's TOML file: what follows from each probe's verdicts."""
 
+import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from sidelight.errors import SidelightError, did_you_mean
+from sidelight.judges.settings import JudgeSettings, judges_from
 from sidelight.models.invisible import Invisible
 from sidelight.policy.ignoring import Ignore, split
 from sidelight.types import Span, Verdict
@@ -34,10 +37,29 @@ LOGGED: Mapping[Action, str] = {
     "fail_open": "Probe '%s' gave no verdict on the %s: let through, as its rule says.",
 }
 
+# A judge that says nothing of its errors flags what it takes to be more probable than not.
+_JUDGE_THRESHOLD = 0.5
 # The limits hold for files only; pydantic reads the annotations in `read_policy`.
 _Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
 _Count = Annotated[int, Field(ge=0, strict=True)]
 _Positive = Annotated[int, Field(ge=1, strict=True)]
+_Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
+
+
+@dataclass(frozen=True)
+class Defer:
+    """A judge that decides about the texts of which the probe of a rule is unsure.
+
+    Attributes:
+        judge: Its name in the policy.
+        share: Share of background traffic that is deferred, beside what the probe flags; 0: only
+            that.
+        judge_every: Output only: fewest tokens of a text between two questions.
+    """
+
+    judge: str
+    share: _Share = 0.05
+    judge_every: _Positive = 32
 
 
 @dataclass(frozen=True)
@@ -50,7 +72,9 @@ class Rule:
             it. ``shadow``: counted, never shown.
         threshold: Probability from which a label counts; None: the artifact's own.
         labels: The labels that count; empty: the positive one, or all of a multi-label probe.
-        on_failure: Whether a rule that blocks or redacts blocks what could not be judged.
+        on_failure: Whether a rule that blocks or redacts blocks what could not be judged;
+            ``probe``: where the judge gave no verdict, the probe's counts.
+        defer: Who decides where the probe is unsure; None: nobody but the probe.
         max_tokens: Longest text that the probe judges; None: any.
         ignore: Spans that do not count; None: all count.
         turns: Input only: ``tool``: nothing follows from turns of other roles.
@@ -67,7 +91,7 @@ class Rule:
     mode: Mode = "score"
     threshold: _Probability | None = None
     labels: tuple[str, ...] = ()
-    on_failure: Literal["block", "pass"] = "block"
+    on_failure: Literal["block", "pass", "probe"] = "block"
     max_tokens: _Positive | None = None
     ignore: Ignore | None = None
     turns: Literal["all", "tool"] = "all"
@@ -77,6 +101,7 @@ class Rule:
     warm_up: _Count = 0
     hold_back: _Count | None = None
     disclose: Disclosure | None = None
+    defer: Defer | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +114,14 @@ class Policy:
         system_turns: Whether a conversation may begin with turns that no probe reads, the system's
             or a developer's; None: only if no rule blocks prompts.
         invisible_characters: Whether to strip or refuse them before the model reads a text.
+        judges: By name, those that rules may defer to.
     """
 
     input: Mapping[str, Rule] = field(default_factory=dict)
     output: Mapping[str, Rule] = field(default_factory=dict)
     system_turns: Literal["trust", "refuse"] | None = None
     invisible_characters: Invisible = "off"
+    judges: Mapping[str, JudgeSettings] = field(default_factory=dict)
 
     @property
     def refuses_system_turns(self) -> bool:
@@ -109,10 +136,11 @@ class Policy:
 
 @dataclass(frozen=True)
 class BoundRule:
-    """A rule and the loaded probe that it applies to."""
+    """A rule and the loaded probe that it applies to; ``judge`` is the one that it defers to."""
 
     probe: "Probe"
     rule: Rule
+    judge: JudgeSettings | None = None
 
     @property
     def name(self) -> str:
@@ -148,7 +176,7 @@ class BoundRule:
     @property
     def fails_closed(self) -> bool:
         """Whether a missing verdict ends the answer."""
-        return self.is_enforced and self.rule.on_failure == "block"
+        return self.is_enforced and self.rule.on_failure != "pass"
 
     @property
     def is_shadow(self) -> bool:
@@ -186,6 +214,39 @@ class BoundRule:
             for label, own in self.probe.card.label_thresholds.items()
             if not self.rule.labels or label in self.rule.labels
         }
+
+    @cached_property
+    def defer_threshold(self) -> float:
+        """The probability from which a text is deferred; infinite if none is.
+
+        The lower of the rule's own threshold and the one that the share of background traffic
+        exceeds.
+        """
+        if self.rule.defer is None:
+            return math.inf
+        ((label, own),) = self.thresholds.items()
+        scores = self.probe.background_scores
+        if not self.rule.defer.share or not len(scores):
+            return own
+        exceeding = min(int(self.rule.defer.share * len(scores)), len(scores) - 1)
+        output = self.probe.task.output_labels.index(label)
+        return min(own, math.nextafter(float(scores[exceeding, output]), 1.0))
+
+    def defers(self, verdict: Verdict) -> bool:
+        """Whether the judge decides about a text, by the probe's verdict on it."""
+        if self.rule.defer is None:
+            return False
+        (label,) = self.thresholds
+        return verdict.flagged or verdict.probabilities[label] >= self.defer_threshold
+
+    def agrees(self, scored: Verdict, probability: float) -> bool:
+        """Whether a deferred text is flagged.
+
+        Args:
+            scored: The probe's verdict.
+            probability: The judge's.
+        """
+        return probability >= _JUDGE_THRESHOLD
 
     def is_too_long(self, tokens: int) -> bool:
         return self.rule.max_tokens is not None and tokens > self.rule.max_tokens
@@ -257,7 +318,12 @@ def side_of(card: "ProbeCard") -> Side:
 
 def bound_rules(policy: Policy, probes: "Iterable[Probe]") -> tuple[BoundRule, ...]:
     """Each probe with its rule; a rule without its probe waits for it."""
-    return tuple(BoundRule(p, policy.side(side_of(p.card)).get(p.name, Rule())) for p in probes)
+    bound: list[BoundRule] = []
+    for probe in probes:
+        rule = policy.side(side_of(probe.card)).get(probe.name, Rule())
+        judge = policy.judges.get(rule.defer.judge) if rule.defer else None
+        bound.append(BoundRule(probe, rule, judge))
+    return tuple(bound)
 
 
 def require_policy_applies(policy: Policy, probes: "Sequence[Probe]") -> None:
@@ -308,6 +374,8 @@ def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
             f"turn of a chat's prompt, got task {kind}, side {reads.side}, format {form}, scope "
             f"{reads.scope}. Leave 'turns' out, or {remedy}."
         )
+    if bound.rule.defer is not None:
+        _require_deferrable(bound, bound.rule.defer)
     if bound.mode == "route" and bound.side == "output":
         raise SidelightError(
             f"Probe '{bound.name}' judges the output, which is too late for a route. Use another "
@@ -342,12 +410,35 @@ def _require_labels(bound: BoundRule) -> None:
         )
 
 
+def _require_deferrable(bound: BoundRule, defer: Defer) -> None:
+    """Refuses to defer where one answer, yes or no, could not decide."""
+    if bound.judge is None:
+        raise SidelightError(
+            f"The rule of probe '{bound.name}' defers to judge '{defer.judge}', which the policy "
+            f"does not have. Write a table [judges.{defer.judge}]."
+        )
+    if bound.probe.spans is not None or len(bound.thresholds) != 1:
+        counted = ", ".join(bound.thresholds) or "none"
+        raise SidelightError(
+            f"The rule of probe '{bound.name}' cannot defer: a judge says whether one label holds, "
+            f"and the rule counts {counted}{' in spans' if bound.probe.spans else ''}. Name one in "
+            "'labels', or leave 'defer' out."
+        )
+    if defer.share and not len(bound.probe.card.background):
+        raise SidelightError(
+            f"Probe '{bound.name}' has no record of background traffic, so nothing says which "
+            f"texts are {defer.share:g} of it. Recalibrate it with --background, or set "
+            "defer.share = 0, which defers only what the probe flags."
+        )
+
+
 _KEYS = {key.name for key in fields(Rule)}
 _IGNORE_KEYS = {key.name for key in fields(Ignore)}
+_DEFER_KEYS = {key.name for key in fields(Defer)}
 _CUTTING = {"consecutive", "warm_up", "hold_back"}
 _RULE_KEYS = {"input": _KEYS - _CUTTING, "output": _KEYS - {"routes", "turns"}}
 # Words are labelled by the thresholds that training chose for them.
-_REDACT_KEYS = _KEYS - _CUTTING - {"routes", "threshold", "shadow_of", "turns"}
+_REDACT_KEYS = _KEYS - _CUTTING - {"routes", "threshold", "shadow_of", "turns", "defer"}
 
 
 def read_policy(path: Path) -> Policy:
@@ -360,8 +451,10 @@ def read_policy(path: Path) -> Policy:
         # Notepad begins UTF-8 with a byte order mark.
         table = tomllib.loads(path.read_text("utf-8-sig"))
         _require_known_keys(path, table)
+        if "judges" in table:
+            table["judges"] = judges_from(table["judges"], path.parent, str(path))
         policy = TypeAdapter(Policy).validate_python(table)
-        return replace(
+        policy = replace(
             policy,
             input=_with_ignored(policy.input, path.parent),
             output=_with_ignored(policy.output, path.parent),
@@ -384,6 +477,33 @@ def read_policy(path: Path) -> Policy:
             "dataclass_type": table_problem,
         }.get(first["type"], first["msg"])
         raise SidelightError(f"{place} in {path}: {problem}, got {first['input']!r}.") from error
+    _require_judges(path, policy)
+    return policy
+
+
+def _require_judges(path: Path, policy: Policy) -> None:
+    """Refuses rules that defer where they cannot, whatever their probe is."""
+    rules = {f"input.{name}": rule for name, rule in policy.input.items()}
+    rules |= {f"output.{name}": rule for name, rule in policy.output.items()}
+    for name, rule in rules.items():
+        place = f"{name} in {path}"
+        if rule.defer is None:
+            if rule.on_failure == "probe":
+                raise SidelightError(
+                    f'{place}: on_failure = "probe" is for rules that defer to a judge. Write '
+                    'defer = { judge = "NAME" }, or another on_failure.'
+                )
+            continue
+        if rule.mode == "score":
+            raise SidelightError(
+                f"{place}: mode 'score' does nothing, so there is nothing to defer. Leave 'defer' "
+                "out, or use another mode."
+            )
+        if rule.defer.judge not in policy.judges:
+            raise SidelightError(
+                f"{place}: there is no judge '{rule.defer.judge}'."
+                f"{did_you_mean(rule.defer.judge, policy.judges)} Each has a table, [judges.NAME]."
+            )
 
 
 def _with_ignored(rules: Mapping[str, Rule], folder: Path) -> dict[str, Rule]:
@@ -405,8 +525,12 @@ def _require_known_keys(path: Path, table: Mapping[str, Any]) -> None:
                 tables.append((f"{side}.{name}.", rule, _REDACT_KEYS if redacts else keys))
                 if isinstance(ignore := rule.get("ignore"), dict):
                     tables.append((f"{side}.{name}.ignore.", ignore, _IGNORE_KEYS))
+                if isinstance(defer := rule.get("defer"), dict):
+                    own = _DEFER_KEYS - ({"judge_every"} if side == "input" else set())
+                    tables.append((f"{side}.{name}.defer.", defer, own))
     for place, keys_of, known in tables:
         for key in keys_of:
             if key not in known:
-                what = "a key that cannot hold there" if key in _KEYS else "an unknown key"
+                is_known = key in _KEYS | _DEFER_KEYS
+                what = "a key that cannot hold there" if is_known else "an unknown key"
                 raise SidelightError(f"{path} has {what}: {place}{key}.{did_you_mean(key, known)}")

@@ -104,6 +104,12 @@ def _of_rule(place: str, rule: Rule, side: Side) -> Iterator[str]:
                 f'{place} max_tokens = {rule.max_tokens} with on_failure = "pass" lets through '
                 "whatever is padded beyond that length. Leave one of them out."
             )
+    if rule.defer is not None:
+        yield (
+            f"{place} defers to judge '{rule.defer.judge}', which can clear what the probe flags, "
+            "also because a text tells it to. Measure it on attacks first, or give the rule "
+            'mode = "shadow" until you have.'
+        )
     if rule.disclose == "scores":
         yield (
             f'{place} disclose = "scores" shows whoever is blocked how near the next attempt is. '

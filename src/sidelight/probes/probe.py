@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,12 @@ class Probe:
     def changed(self, **fields: Any) -> "Probe":
         """The probe whose card differs in these fields; it has not been saved."""
         return replace(self, card=self.card.changed(**fields))
+
+    @cached_property
+    def background_scores(self) -> Float[np.ndarray, "conversation output"]:
+        """Probabilities of the background conversations of training; each column falls."""
+        logits = self.card.background.logits
+        return -np.sort(-self.calibration.apply(logits), axis=0)
 
     def projection(self) -> Projection:
         """The map from hidden states to the few numbers that the probe needs of each of them."""

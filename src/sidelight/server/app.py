@@ -99,6 +99,7 @@ def create_app(
             yield
         finally:
             await engine.close()
+            await context.registry.judges.close()
             if context.observer.audit is not None:
                 context.observer.audit.close()
 
@@ -134,6 +135,7 @@ def application(
         Gatekeeper,
         access=config.access,
         withholds=lambda: context.registry.withholds,
+        defers=lambda: context.registry.defers,
         open_paths=open_paths,
         hosts=config.hosts,
     )

@@ -1,7 +1,8 @@
 """The routes that classify texts and write none: OpenAI's moderations, and redaction."""
 
+import asyncio
 import uuid
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
@@ -12,10 +13,11 @@ from sidelight.engines.base import PromptJudged, verdict_failure
 from sidelight.models.conversation import Message, has_response
 from sidelight.models.invisible import visible
 from sidelight.policy.decisions import Decision
-from sidelight.policy.enforcement import check_decisions
+from sidelight.policy.enforcement import check_decisions, checked_decisions
 from sidelight.policy.redaction import redacted
 from sidelight.policy.request import Terms, category_fields
 from sidelight.policy.rules import BoundRule, Side
+from sidelight.policy.second_stage import SecondStage, redacted_response
 from sidelight.server.errors import RequestError
 from sidelight.server.observe import RequestTextObserver
 from sidelight.server.requests import Route, ServerRequest, unless_left
@@ -71,8 +73,9 @@ async def check(
     read = [[replace(turn, invisible=invisible) for turn in turns] for turns in conversations]
     judging = request.engine.judge(read, explain=explain)
     events = await unless_left(request, judging)
-    checked: list[Checked] = []
-    for index, (event, turns) in enumerate(zip(events, conversations, strict=True)):
+
+    async def decided(index: int, event: PromptJudged) -> Checked:
+        turns = conversations[index]
         if len(turns) == 1:
             own = None if tools is None or index in tools else Judgement()
             event = replace(event, judgement=replace(event.judgement, tools=own))
@@ -80,12 +83,48 @@ async def check(
         response: set[Side] = {"output"} if is_answered(turns) else set()
         is_trusted = index in trusted
         rules = [bound for bound in terms.rules if not is_trusted or bound.mode == "redact"]
+        observer = RequestTextObserver(request.observer, turns)
         decisions = check_decisions(rules, event, prompt | response)
-        RequestTextObserver(request.observer, turns).check(event, decisions)
+        decisions = await _settled(terms, turns, decisions, observer)
+        observer.check(event, [each for each in decisions if each.deferred is None])
         chosen = terms.of_chosen(decisions)
         _require_verdicts(f"Text {index} (counted from 0)", turns, event.tokens, chosen)
-        checked.append((event, chosen))
-    return checked
+        return event, chosen
+
+    return [*await unless_left(request, _all(decided(*each) for each in enumerate(events)))]
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """The results; the first failure ends the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in work]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _settled(
+    terms: Terms,
+    turns: Sequence[Message],
+    decisions: Sequence[Decision],
+    observer: RequestTextObserver,
+) -> list[Decision]:
+    """The decisions on one conversation, with what judges say of the chosen probes and shadows."""
+    if terms.judges is None:
+        return await checked_decisions(decisions, observer, None)
+    shadows = (bound for bound in terms.rules if bound.is_shadow)
+    asked = {bound.name for bound in (*terms.chosen, *shadows)}
+    decisions = [d if d.rule.name in asked else replace(d, deferred=None) for d in decisions]
+    *prompt, last = turns
+    response = None
+    if is_answered(turns):
+        response = redacted_response(last.content, decisions)
+    else:
+        prompt = turns
+    invisible = terms.policy.invisible_characters
+    stage = SecondStage(terms.judges, prompt, decisions, invisible=invisible)
+    return await checked_decisions(decisions, observer, stage, response)
 
 
 def require_prompt_probe(terms: Terms) -> None:

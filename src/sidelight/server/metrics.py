@@ -20,7 +20,8 @@ from prometheus_client.core import InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from sidelight.engines.base import Engine
-from sidelight.policy.decisions import Decision, DecisionOutcome, agreements
+from sidelight.judges.question import FailureReason
+from sidelight.policy.decisions import Decision, DecisionOutcome, SecondOpinion, agreements
 from sidelight.policy.rules import Action, BoundRule
 from sidelight.probes.probe import Probe
 from sidelight.types import Verdict
@@ -28,6 +29,7 @@ from sidelight.types import Verdict
 # `deploy/alerts.yaml` names these bounds.
 _TENTHS = tuple(i / 10 for i in range(1, 11))
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_CHANGES = ("flagged", "passed")
 _JUDGING_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_SECONDS)
 
 
@@ -56,6 +58,19 @@ class Metrics(Collector):
             "shadow_agreements",
             "Whether a shadow said what its probe said",
             *("probe", "shadow", "agreement"),
+        )
+        self._questions = self._count(
+            "judge_questions",
+            "Questions to judges by what came of them",
+            *("judge", "probe", "side", "outcome"),
+        )
+        self._changes = self._count(
+            "judge_changes",
+            "Decisions that a judge has changed",
+            *("judge", "probe", "side", "outcome"),
+        )
+        self._judge_seconds = self._time(
+            "judge_answer", "Until a judge had answered the questions about a text", "judge"
         )
         self.request_duration = self._time("request_duration", "Until the answer was over", "route")
         self.time_to_verdict = self._time("time_to_verdict", "Until the prompt was judged")
@@ -102,13 +117,24 @@ class Metrics(Collector):
             for action in get_args(Action):
                 if action != "none":
                     self._actions.labels(rule.name, rule.side, action)
+            if rule.rule.defer is not None:
+                named = rule.rule.defer.judge, rule.name, rule.side
+                for outcome in ("answered", *get_args(FailureReason)):
+                    self._questions.labels(*named, outcome)
+                for outcome in _CHANGES:
+                    self._changes.labels(*named, outcome)
         yield served
         for family in self._registry.collect():
             family.samples = [s for s in family.samples if not s.name.endswith("_created")]
             yield family
 
-    def count(self, decisions: Sequence[Decision]) -> None:
-        """Counts verdicts, what followed from them, and whether shadows agreed."""
+    def count(self, decisions: Sequence[Decision], beside: Sequence[Decision] = ()) -> None:
+        """Counts verdicts, what followed from them, and whether shadows agreed.
+
+        Args:
+            decisions: To count.
+            beside: Counted before, on the same text: shadows are compared with them.
+        """
         for decision in decisions:
             rule, verdict = decision.rule, decision.verdict
             self._verdicts.labels(rule.name, decision.outcome).inc()
@@ -118,8 +144,24 @@ class Metrics(Collector):
             if verdict is not None and not decision.is_unfinished:
                 for label, score in scores(rule.probe, verdict).items():
                     self._scores.labels(rule.name, label).observe(score)
-        for shadow, agreement in agreements(decisions):
+            if decision.second is not None:
+                self._count_second(decision, decision.second)
+        counted = {decision.rule.name for decision in decisions}
+        for shadow, agreement in agreements((*beside, *decisions)):
+            if shadow.name not in counted:
+                continue
             self._agreements.labels(shadow.shadow_of, shadow.name, agreement).inc()
+
+    def _count_second(self, decision: Decision, second: SecondOpinion) -> None:
+        named = second.judge, decision.rule.name, decision.rule.side
+        for reason in second.failures:
+            self._questions.labels(*named, reason).inc()
+        answered = second.questions - len(second.failures)
+        self._questions.labels(*named, "answered").inc(answered)
+        if answered:
+            self._judge_seconds.labels(second.judge).observe(second.seconds)
+        if second.is_changed and decision.verdict is not None:
+            self._changes.labels(*named, decision.outcome).inc()
 
     def _count(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(f"sidelight_{name}", meaning, labels, registry=self._registry)

@@ -14,6 +14,7 @@ from ipaddress import ip_address
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sidelight.judges.settings import JUDGE_HEADER
 from sidelight.server.config import name_of
 from sidelight.server.errors import RequestError, routed_path
 from sidelight.server.keys import Access, Caller
@@ -163,6 +164,9 @@ class Gatekeeper:
     what a server without keys answers. Its requests carry that name in ``Host`` and ``Origin``. So
     ``hosts`` are the only names that are answered. Addresses and names under ``localhost`` are
     answered too, which no page can take, and the origin that is the very server asked.
+
+    A server that ``defers`` to judges answers no server that asks it as a judge: the two might ask
+    each other without end.
     """
 
     def __init__(
@@ -171,12 +175,13 @@ class Gatekeeper:
         *,
         access: Access,
         withholds: Callable[[], bool],
+        defers: Callable[[], bool] = lambda: False,
         open_paths: Collection[str] = (),
         hosts: Collection[str] | None = None,
     ):
         self._app = app
         self._access = access
-        self._withholds = withholds
+        self._withholds, self._defers = withholds, defers
         self._open_paths = _OPEN | frozenset(open_paths)
         self._hosts = hosts
 
@@ -211,6 +216,12 @@ class Gatekeeper:
         state["caller"] = caller = self._caller(path, headers)
         if "observer" in state:
             state["observer"].key_id = caller.key_id
+        if JUDGE_HEADER in headers and self._defers():
+            raise RequestError(
+                "A server with judges asks this one as a judge, whose own policy defers to judges. "
+                "Name another server, or leave 'defer' out of one policy.",
+                code="judge_loop",
+            )
 
     def _caller(self, path: str, headers: Headers) -> Caller:
         """The sender of a request, whose key opens this path."""

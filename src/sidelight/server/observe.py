@@ -186,6 +186,9 @@ class RequestTextObserver:
         self._metrics.judging.labels("input").observe(event.judging_s)
         self._record(decisions)
 
+    def late(self, decisions: Sequence[Decision], beside: Sequence[Decision]) -> None:
+        self._record(decisions, beside)
+
     def read(self, event: Event) -> None:
         if isinstance(event, TextDelta | ResponseScored):
             self._tokens = max(self._tokens, event.tokens)
@@ -216,9 +219,9 @@ class RequestTextObserver:
             self._record(decisions)
             self._metrics.request_latency.observe(time.perf_counter() - self._start)
 
-    def _record(self, decisions: Sequence[Decision]) -> None:
+    def _record(self, decisions: Sequence[Decision], beside: Sequence[Decision] = ()) -> None:
         new = [d for d in decisions if not self._is_prompt_known or d.rule.side == "output"]
-        self._metrics.count(new)
+        self._metrics.count(new, beside)
         self._request.decisions += new
         for decision in new:
             if decision.action in LOGGED:
@@ -239,6 +242,8 @@ class RequestTextObserver:
                 "labels": None if d.verdict is None else list(d.verdict.labels),
                 "scores": None if d.verdict is None else d.verdict.probabilities,
                 "action": d.action,
+                **({"decided_by": d.decided_by} if d.rule.rule.defer else {}),
+                **({"judge": d.second.to_json()} if d.second else {}),
             }
             for d in new
         ]

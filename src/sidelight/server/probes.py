@@ -18,6 +18,7 @@ from sidelight.probes.artifact import load_probe
 from sidelight.probes.card import read_card, require_distinct_names
 from sidelight.probes.probe import Probe
 from sidelight.server.config import ServerConfig
+from sidelight.server.judging import Judges, deferred_to
 
 _log = logging.getLogger(__name__)
 
@@ -31,11 +32,17 @@ class ProbeRegistry:
 
     Attributes:
         folders: Those that the probes were loaded from, by name.
+        judges: Asked by rules that defer.
+
+    Raises:
+        SidelightError: A judge has no key, or is this server.
     """
 
     def __init__(self, engine: Engine, config: ServerConfig):
         self._engine = engine
         self._policy, self._policy_path = config.loaded_policy, config.policy
+        self.judges = Judges(config)
+        self.judges.prepare(self._policy)
         self.folders = {read_card(folder).name: folder for folder in config.probe}
         # The versions and policy that are being taken, while the engine may or may not have them.
         self._incoming: tuple[list[str], Policy] | None = None
@@ -62,6 +69,11 @@ class ProbeRegistry:
         """
         return self._has_withheld or not all(bound.discloses_scores() for bound in self.rules)
 
+    @property
+    def defers(self) -> bool:
+        """Whether a rule asks a judge."""
+        return bool(deferred_to(self.policy))
+
     async def replace(
         self, folders: Sequence[Path] | None = None, policy_path: Path | None = None
     ) -> None:
@@ -81,6 +93,7 @@ class ProbeRegistry:
             probes, paths = await asyncio.to_thread(self._read, folders)
             require_distinct_names([probe.name for probe in probes])
             require_policy_applies(policy, probes)
+            await asyncio.to_thread(self.judges.prepare, policy)
             self._has_withheld = self.withholds
             if _versions(probes) != _versions(self._engine.probes):
                 self._incoming = _versions(probes), policy

@@ -76,7 +76,10 @@ class ServerContext:
         """
         policy, rules = self.registry.policy, self.registry.rules
         observe = partial(RequestTextObserver, observer)
-        terms = Terms(self.engine.model, policy, rules, (), observe, sees_all=sees_all)
+        judges = self.registry.judges.of(policy, observer.key_id)
+        terms = Terms(
+            self.engine.model, policy, rules, (), observe, sees_all=sees_all, judges=judges
+        )
         return terms.choose(probes, for_text=for_text)
 
 

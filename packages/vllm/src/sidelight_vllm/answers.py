@@ -26,7 +26,7 @@ from sidelight.engines.base import (
     TextDelta,
 )
 from sidelight.engines.marks import AnswerSpans, labels_spans, mark_text
-from sidelight.models.conversation import EncodedPrompt, Part, PlainText
+from sidelight.models.conversation import Conversation, EncodedPrompt, Part, PlainText
 from sidelight.policy.enforcement import Enforcement, Judged
 from sidelight.policy.hold_back import Ended, redacted_spans
 from sidelight.policy.request import Outcome, Terms
@@ -84,6 +84,7 @@ class Call:
         prompt: As vLLM takes it.
         encoded: What its tokens belong to; None: unknown.
         words: The prompt as the model reads it; empty if nobody audits it.
+        asked: The prompt as judges get it; None: none is asked.
         params: Its ``SamplingParams``.
         options: As ``AsyncLLM.generate`` takes them.
         engine: Runs the texts, hears the reports of their steps, and knows the tokenizer.
@@ -95,6 +96,7 @@ class Call:
     prompt: Mapping[str, Any]
     encoded: EncodedPrompt | None
     words: PlainText
+    asked: Conversation | None
     params: Any
     options: Mapping[str, Any]
     engine: VllmEngine
@@ -336,7 +338,8 @@ class TextOutputs:
     async def passed(self) -> AsyncGenerator[Any, None]:
         """The outputs, piece by piece."""
         client, last = self._call.client, None
-        guarded = self._call.texts[self._index].guard(self._call.words, self._text.run())
+        call = self._call
+        guarded = call.texts[self._index].guard(call.words, self._text.run(), asked=call.asked)
         async with aclosing(guarded) as events:
             async for each in events:
                 output = None

@@ -87,7 +87,9 @@ class ProbeEndpoint:
             access = replace(access, keys=(), others=access.keys)
         is_local = args.host in LOOPBACK and not keys
         hosts = config.hosts if is_local or config.allowed_host else None
-        app.add_middleware(Gatekeeper, access=access, withholds=self._withholds, hosts=hosts)
+        app.add_middleware(
+            Gatekeeper, access=access, withholds=self._withholds, defers=self._defers, hosts=hosts
+        )
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Finds the guard of the engine, and mounts our routes, and the metrics."""
@@ -113,6 +115,9 @@ class ProbeEndpoint:
 
     def _withholds(self) -> bool:
         return self.guard is not None and self.guard.context.registry.withholds
+
+    def _defers(self) -> bool:
+        return self.guard is not None and self.guard.context.registry.defers
 
     def application(self, scope: Scope) -> ASGIApp | None:
         """Our application if it answers this path; else None."""

@@ -20,7 +20,7 @@ from typing import Any
 from sidelight.engines.marks import labels_spans
 from sidelight.errors import SidelightError
 from sidelight.models.control_tokens import control_tokens
-from sidelight.models.conversation import Message, PlainText
+from sidelight.models.conversation import Conversation, Message, PlainText
 from sidelight.models.invisible import reject_disguises
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Enforcement
@@ -221,11 +221,29 @@ class EngineGuard:
             prompt,
             encoded,
             words=PlainText(words),
+            asked=self._asked(prompt, said, client),
             params=params,
             options=options,
             engine=self.engine,
             controls=self._controls,
         )
+
+    def _asked(
+        self,
+        prompt: Mapping[str, Any],
+        said: Sequence[Message] | None,
+        client: GuardedRequest,
+    ) -> Conversation | None:
+        """The prompt as judges get it: its messages, or else its text."""
+        if client.terms.judges is None:
+            return None
+        if said:
+            sent = client.sent
+            # Spans stand in the texts as they were sent.
+            return [replace(turn, content=sent.get(turn.content) or turn.content) for turn in said]
+        text = prompt.get("prompt")
+        ids = prompt["prompt_token_ids"]
+        return PlainText(text if isinstance(text, str) else self._tokenizer.decode(ids))
 
     def _reject_disguises(self, prompt: Mapping[str, Any], terms: Terms) -> None:
         """Check a prompt after ``endpoint`` has stripped the body, if the request has one.

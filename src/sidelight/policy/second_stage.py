@@ -1,0 +1,147 @@
+"""The second stage: an LLM judge decides about the texts of which a probe is unsure.
+
+What is asked, what follows from an answer, and what follows if there is none. Judges are reached
+through ``AsksJudges``; no client and no network is known here.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from sidelight.judges.question import JudgeAnswer, JudgeError, Question
+from sidelight.models.conversation import Conversation, Message, PlainText
+from sidelight.models.invisible import Invisible, visible
+from sidelight.policy.decisions import Decision, SecondOpinion
+from sidelight.policy.redaction import redacted
+from sidelight.policy.rules import BoundRule
+from sidelight.types import Verdict
+
+
+class AsksJudges(Protocol):
+    """Asks judges for one request."""
+
+    async def ask(self, judge: str, question: Question) -> JudgeAnswer:
+        """The answer of the judge of this name.
+
+        Raises:
+            JudgeError: There is none.
+        """
+        ...
+
+    def later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does work that no client waits for."""
+        ...
+
+
+class SecondStage:
+    """The questions about one prompt and the response to it.
+
+    Args:
+        judges: Asks them.
+        text: The prompt, as the client sent it.
+        prompt_decisions: Of the probes on it: they say what is redacted.
+        invisible: How the policy handles invisible characters, which no judge sees.
+    """
+
+    def __init__(
+        self,
+        judges: AsksJudges,
+        text: Conversation,
+        prompt_decisions: Iterable[Decision] = (),
+        *,
+        invisible: Invisible = "off",
+    ):
+        self.judges, self._invisible = judges, invisible
+        self._turns = [Message("user", text.content)] if isinstance(text, PlainText) else [*text]
+        self._redacting = [d for d in prompt_decisions if _redacts(d, "input")]
+
+    async def settle(
+        self, decisions: Sequence[Decision], response: str | None = None
+    ) -> list[Decision]:
+        """The decisions, with the answers of judges about the deferred ones, asked at once.
+
+        Args:
+            decisions: By the probes.
+            response: As a judge gets it; rules of the output ask about it.
+        """
+
+        async def settled(decision: Decision) -> Decision:
+            if decision.deferred is None:
+                return decision
+            about = response if decision.rule.side == "output" else None
+            opinion = await self.opinion(decision.rule, about, is_of_tools=decision.is_of_tools)
+            return second_decision(decision, opinion)
+
+        return [*await asyncio.gather(*map(settled, decisions))]
+
+    async def opinion(
+        self, bound: BoundRule, response: str | None = None, *, is_of_tools: bool = False
+    ) -> SecondOpinion:
+        """What the judge of a rule says, or why it says nothing."""
+        defer = bound.rule.defer
+        assert defer is not None, "only rules that defer have questions"
+        try:
+            question = self._question(response, is_of_tools=is_of_tools)
+            answer = await self.judges.ask(defer.judge, question)
+        except JudgeError as error:
+            return SecondOpinion(defer.judge, failures=(error.reason,))
+        return SecondOpinion(defer.judge, answer.probability, answer.seconds)
+
+    def _question(self, response: str | None, *, is_of_tools: bool) -> Question:
+        """The question about the prompt or the response, without what rules redact.
+
+        Raises:
+            JudgeError: Nobody knows what to redact.
+        """
+        if any(d.verdict is None or d.verdict.spans is None for d in self._redacting):
+            raise JudgeError("not_redacted", "What is to be redacted is unknown.")
+        spans = [span for each in self._redacting for span in each.spans]
+        turns = [
+            replace(
+                turn,
+                content=self._read(
+                    redacted(turn.content, [s for s in spans if (s.message or 0) == number])
+                ),
+            )
+            for number, turn in enumerate(self._turns)
+        ]
+        if is_of_tools:
+            turns = [turn for turn in turns if turn.role == "tool"] or turns
+        return Question.about(turns, response if response is None else self._read(response))
+
+    def _read(self, text: str) -> str:
+        return visible(text) if self._invisible == "strip" else text
+
+
+def redacted_response(text: str, decisions: Iterable[Decision]) -> str:
+    """A response without what rules redact of it."""
+    spans = [span for each in decisions if _redacts(each, "output") for span in each.spans]
+    return redacted(text, spans)
+
+
+def second_decision(decision: Decision, second: SecondOpinion) -> Decision:
+    """What follows from a deferred decision once its judge was asked."""
+    bound, scored = decision.rule, decision.deferred
+    assert scored is not None, "only deferred decisions have an opinion"
+    if second.probability is None:
+        if bound.rule.on_failure == "probe":
+            return replace(decision, deferred=None, second=second)
+        return Decision(bound, None, bound.action(None), second=second)
+    is_flagged = bound.agrees(scored, second.probability)
+    by_probe = decision.verdict is not None and decision.verdict.flagged
+    verdict = judged_verdict(bound, scored, is_flagged=is_flagged)
+    second = replace(second, is_changed=is_flagged != by_probe)
+    return Decision(bound, verdict, bound.action(verdict), second=second)
+
+
+def judged_verdict(bound: BoundRule, scored: Verdict, *, is_flagged: bool) -> Verdict:
+    """The probe's scores with the judge's decision."""
+    thresholds = dict.fromkeys(bound.thresholds, 0.0) if is_flagged else {}
+    return bound.probe.task.decide(
+        bound.name, scored.probabilities, thresholds, turn=scored.turn, version=scored.version
+    )
+
+
+def _redacts(decision: Decision, side: str) -> bool:
+    return decision.rule.mode == "redact" and decision.rule.side == side

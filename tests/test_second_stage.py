@@ -1,0 +1,194 @@
+"""Rules that defer to a judge: on our own server, and how they are read."""
+
+import asyncio
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from defer_contract import DeferContract, deferring
+from policy_contract import ADMIN
+from sidelight.engines.base import Finished, ResponseScored, TextDelta
+from sidelight.engines.transformers.engine import TransformersEngine
+from sidelight.judges.question import JudgeAnswer
+from sidelight.models.conversation import Message, Reads
+from sidelight.policy.decisions import SecondOpinion
+from sidelight.policy.enforcement import Enforcement
+from sidelight.policy.hold_back import Ended, HoldBack
+from sidelight.policy.rules import BoundRule, Defer, Rule
+from sidelight.policy.second_stage import SecondStage
+from sidelight.probes.card import TrainingRecord
+from sidelight.statistics.background import Conversations, Traffic
+from sidelight.types import Judgement, Span, Verdict
+from worlds.models import untrained_probe
+from worlds.servers import served
+
+
+@pytest.fixture(scope="module")
+def server(subjects, tmp_path_factory):
+    home = tmp_path_factory.mktemp("deferring")
+    engine = TransformersEngine(subjects.backbone, subjects.probes)
+    with (
+        served(engine, admin_key=ADMIN) as address,
+        deferring(address, engine.model, subjects, home) as live,
+    ):
+        yield live
+
+
+@pytest.mark.slow
+class TestOwnServer(DeferContract):
+    pass
+
+
+@pytest.fixture(scope="module")
+def late(tiny):
+    return untrained_probe(tiny, "late", reads=Reads("response"))
+
+
+def verdict(score):
+    label = "toxic" if score >= 0.5 else "fine"
+    scores = {"fine": 1 - score, "toxic": score}
+    return Verdict("late", label, (label,), scores, label == "toxic")
+
+
+def answered(probability):
+    return SecondOpinion("guardian", probability)
+
+
+NO_ANSWER = SecondOpinion("guardian", failures=("timeout",))
+
+
+def run(late, scores, final, ask, **rule):
+    """What each token sends, where a judge is asked, and how the text ends."""
+    defer = Defer("guardian", share=0.0, judge_every=rule.pop("judge_every", 4))
+    holding = HoldBack([BoundRule(late, Rule("block", defer=defer, **rule))])
+    sent, asked, ended = [], [], None
+    rest = Finished("stop", 7, len(scores), judgement=Judgement((verdict(final),)))
+    for number, score in enumerate([*scores, None], 1):
+        if score is None:
+            passed = list(holding.push(rest))
+        else:
+            passed = list(holding.push(TextDelta(f"<{number}>", tokens=number)))
+            passed += holding.push(ResponseScored(number, Judgement((verdict(score),))))
+        while questions := holding.questions():
+            assert not any(isinstance(each, Ended) for each in passed)
+            asked.append(number)
+            passed += holding.answer({bound.name: ask(number) for bound in questions})
+        for each in passed:
+            if isinstance(each, Ended):
+                ended = each
+            else:
+                sent.append((each.tokens, number))
+        if ended:
+            break
+    return sent, asked, ended
+
+
+@pytest.mark.slow
+@settings(max_examples=150)
+@given(
+    scores=st.lists(st.floats(0, 1), min_size=1, max_size=24),
+    final=st.floats(0, 1),
+    answers=st.lists(st.sampled_from([0.1, 0.9, None]), min_size=26, max_size=26),
+    consecutive=st.integers(1, 3),
+    warm_up=st.integers(0, 4),
+    hold_back=st.integers(0, 5) | st.none(),
+    every=st.integers(1, 8),
+    on_failure=st.sampled_from(["block", "pass", "probe"]),
+)
+def test_no_token_that_could_cut_is_sent_before_a_judge_has_cleared_it(
+    late, scores, final, answers, consecutive, warm_up, hold_back, every, on_failure
+):
+    def ask(number):
+        probability = answers[number - 1]
+        return NO_ANSWER if probability is None else answered(probability)
+
+    sent, asked, ended = run(
+        late,
+        scores,
+        final,
+        ask,
+        consecutive=consecutive,
+        warm_up=warm_up,
+        hold_back=hold_back,
+        judge_every=every,
+        on_failure=on_failure,
+    )
+    counts = [i > warm_up and scores[i - 1] >= 0.5 for i in range(1, len(scores) + 1)]
+    fires = [i for i in range(consecutive, len(scores) + 1) if all(counts[i - consecutive : i])]
+    assert ended is not None
+    is_blocked = {None: on_failure != "pass", 0.1: False, 0.9: True}
+    stops = [n for n in asked if is_blocked[answers[n - 1]]]
+    assert (ended.reason == "content_filter") == bool(stops)
+    if stops:
+        # Nothing that the streak has written, unless an earlier answer cleared it.
+        assert asked[-1] == stops[0]
+    for token, at in sent:
+        open_fires = [i for i in fires if i <= min(at, len(scores))]
+        cleared = max((n for n in asked if n <= at), default=0)
+        last = next((i for i in open_fires if i > cleared), None)
+        assert last is None or token < last or at > len(scores)
+    # Between two questions of the middle are at least so many tokens.
+    middle = [n for n in asked if n <= len(scores)]
+    assert all(later - earlier >= every for earlier, later in pairwise(middle))
+    (decision,) = ended.decisions
+    assert (decision.second is not None) == bool(asked)
+    if asked:
+        assert decision.second.questions == len(asked)
+
+
+def test_text_that_a_judge_cleared_is_sent_and_the_next_waits(late):
+    sent, asked, ended = run(late, [0.9] * 10, 0.9, lambda _: answered(0.1), consecutive=2)
+    assert asked == [2, 6, 10, 11]
+    assert sent == [(t, 2 if t <= 2 else 6 if t <= 6 else 10) for t in range(1, 11)]
+    assert (ended.reason, ended.decisions[0].verdict.flagged) == ("stop", False)
+    assert ended.decisions[0].second.is_changed
+    assert ended.decisions[0].decided_by == "judge"
+
+
+def test_a_rule_that_defers_never_comes_without_judges(late):
+    defer = Defer("guardian", share=0.0)
+    with pytest.raises(AssertionError):
+        Enforcement([BoundRule(late, Rule("block", defer=defer))], lambda _: None)
+
+
+def test_the_share_of_background_traffic_lowers_the_threshold(tiny):
+    probe = untrained_probe(tiny, "early", threshold=0.9)
+    logits = np.linspace(-4, 2, 100)[:, None]
+    background = Conversations(logits, np.zeros(100, dtype=np.int64))
+    probe = probe.changed(training=TrainingRecord(traffic=Traffic(background, 0)))
+    scores = probe.calibration.apply(logits)[:, 0]
+    for share in (0.05, 0.2):
+        bound = BoundRule(probe, Rule("block", defer=Defer("g", share=share)))
+        deferred = (scores >= bound.defer_threshold).mean()
+        assert deferred == pytest.approx(share)
+    strict = BoundRule(probe, Rule("block", threshold=0.1, defer=Defer("g", share=0.05)))
+    assert strict.defer_threshold == 0.1
+
+
+def test_what_rules_redact_reaches_no_judge():
+    questions = []
+
+    class Judges:
+        async def ask(self, judge, question):
+            questions.append(question)
+            return JudgeAnswer(0.1)
+
+    def redacting(spans):
+        rule = SimpleNamespace(mode="redact", side="input", name="pii")
+        said = None if spans is None else SimpleNamespace(spans=spans)
+        return SimpleNamespace(rule=rule, verdict=said, spans=spans or ())
+
+    rule = SimpleNamespace(rule=Rule("block", defer=Defer("guardian")))
+    text = [Message("user", "I am An\u200bn."), Message("user", "Call Bob.")]
+    spans = [Span(5, 9, "NAME", message=0), Span(5, 8, "NAME", message=1)]
+    for own, wanted in ((spans, True), (None, False)):
+        stage = SecondStage(Judges(), text, [redacting(own)], invisible="strip")
+        opinion = asyncio.run(stage.opinion(rule))
+        assert (opinion.probability is not None) == wanted
+    (question,) = questions
+    assert [t.content for t in question.turns] == ["I am [NAME].", "Call [NAME]."]
+    assert opinion.failures == ("not_redacted",)
