@@ -110,7 +110,7 @@ class Subjects:
         self.folders.append(str(save_probe(intent, home / "intent")))
         # As if they had been loaded, with the mechanisms that a test may break.
         self.probes = [
-            replace(probe, version=read_card(folder).version)
+            replace(probe, card=read_card(folder))
             for probe, folder in zip(self.probes, self.folders, strict=True)
         ]
         self.by_name = {probe.name: probe for probe in self.probes}

@@ -145,7 +145,7 @@ def test_a_streak_is_of_any_label_that_counts(tiny):
     held = holding(topics, threshold=0.5, consecutive=2)
     for token, (violence, sexual) in enumerate([(0.1, 0.1), (0.9, 0.1), (0.1, 0.9)], 1):
         scores = {"violence": violence, "sexual": sexual}
-        judgement = Judgement((topics.task.decide("topics", scores, topics.label_thresholds),))
+        judgement = Judgement((topics.task.decide("topics", scores, topics.card.label_thresholds),))
         assert held.push(TextDelta("a", tokens=token)) == []
         passed = held.push(ResponseScored(token, judgement))
     (end,) = passed
