@@ -261,7 +261,7 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_jud
     assert "--force" in capsys.readouterr().err
     assert Path(PROBE).read_bytes() == (Path(untrained) / PROBE).read_bytes()
     assert cli(*arguments, "--force") == 0
-    assert load_probe(folder).spec.name == "pooling"
+    assert load_probe(folder).card.mechanism.name == "pooling"
     told = capsys.readouterr()
     assert "were cut to 64 tokens" in told.err
     *_, figures, saved_to, hint = told.out.splitlines()

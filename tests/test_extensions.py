@@ -126,6 +126,7 @@ def test_a_name_that_no_package_has_and_one_that_two_have(tmp_path, monkeypatch)
 # Where the core may write the name of an engine of another package: advice to users.
 ADVICE = {
     "server/schemas.py": "requests that another engine takes",
+    "judges/profiles.py": "Llama Guard is a judge",
     "models/smollm2.py": "GGUF is the format of the embedded model's file, and llama its type",
 }
 

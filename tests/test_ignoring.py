@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+import wordings
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.ignoring import Ignore
@@ -113,7 +114,7 @@ def test_what_cannot_be_ignored_is_refused(tmp_path, ignore, told):
 
 def test_only_probes_that_label_spans_have_words_to_ignore(tiny):
     policy = Policy(input={"toxicity": Rule(ignore=Ignore(words=("a",)))})
-    with pytest.raises(SidelightError, match="labels no spans, so 'ignore' would never apply"):
+    with pytest.raises(SidelightError, match=wordings.IGNORE_WITHOUT_SPANS):
         require_policy_applies(policy, [untrained_probe(tiny, "toxicity")])
 
 

@@ -53,6 +53,7 @@ WANTED_ONE_OF = "wanted one of {labels}"
 WORDS_ABSENT = "row {row}: the words in column '{name}' do not stand"
 
 # Spans
+IGNORE_WITHOUT_SPANS = "labels no spans, so 'ignore' would never apply"
 FINDS_IN_PROMPTS = "finds spans in prompts"
 LABELS_NO_SPANS = "labels no spans"
 LABELS_TEXTS = "'{probe}' labels whole texts"
@@ -114,6 +115,9 @@ TOO_FEW_LABELLED = "Too few labelled texts.*got {got}"
 TOO_FEW_OF_CLASS = "got {got}, {found} of them '{label}'; wanted .* {wanted}"
 TOO_MANY_LAYERS = "layers to at most {layers}"
 TRAINED_ON_THESE = "was trained on these texts.*new traffic"
+
+# Judges
+NEITHER_WORD = "neither of its words"
 
 # Verdicts of probes
 ACCEPTS_COPY = "{name}=[0-9a-f]+ accepts"

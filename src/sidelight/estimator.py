@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
@@ -192,7 +191,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         folder = Path(directory)
-        return save_probe(replace(self.probe_, name=folder.resolve().name), folder)
+        return save_probe(self.probe_.changed(name=folder.resolve().name), folder)
 
     def _options(self) -> FitOptions:
         spec = mechanism_spec(named_mechanism(self.mechanism))

@@ -55,7 +55,7 @@ def make(tiny):
         built = build_mechanism(spec, geometry).eval().requires_grad_(False)
         for parameter in built.parameters():
             parameter.normal_(std=0.2)
-        return Classifier(tiny, replace(plain, spec=spec, mechanism=built))
+        return Classifier(tiny, replace(plain.changed(mechanism=spec), mechanism=built))
 
     return build
 

@@ -97,7 +97,7 @@ def test_probes_of_them_load_where_the_laboratory_is_installed_alone(
     assert name not in base.mechanism_names()
     assert suggested_settings(name).epochs == epochs
     folder = save_probe(untrained_probe(tiny, "p", mechanism=name), tmp_path / "p")
-    assert load_probe(folder).spec.name == name
+    assert load_probe(folder).card.mechanism.name == name
     monkeypatch.setattr(base, "_GROUP", "a.group.of.nobody")
     with pytest.raises(SidelightError, match=wordings.UNKNOWN_MECHANISM.format(name=name)):
         load_probe(folder)

@@ -54,7 +54,7 @@ def test_a_probe_trains_on_the_files_own_states_and_agrees_with_one_of_transform
 def test_a_probe_of_another_file_is_refused_even_of_the_same_model(made, tmp_path):
     own = fitted(made.backbone, tmp_path / "states").probe
     folder = save_probe(own, tmp_path / "probe")
-    assert load_probe(folder).fingerprint == made.backbone.fingerprint
+    assert load_probe(folder).card.backbone == made.backbone.fingerprint
     assert load(folder, model=made.backbone).probe.name == "planted"
     weight = made.reference.model.model.layers[1].mlp.down_proj.weight
     weight[0, 0] += 1

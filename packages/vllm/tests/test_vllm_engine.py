@@ -206,7 +206,7 @@ def test_a_copy_of_the_model_that_is_accepted_takes_its_new_probes_too(tiny, mon
     original = replace(tiny.fingerprint, weights="0" * 16)
 
     async def change(engine, llm, new):
-        new = replace(new, fingerprint=original)
+        new = new.changed(backbone=original)
         with pytest.raises(
             FingerprintMismatchError,
             match=wordings.SETTING_IS_ABSENT.format(name=ACCEPTED),

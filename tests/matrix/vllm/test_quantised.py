@@ -190,7 +190,7 @@ def test_a_digest_is_of_one_model_one_copy_and_one_set_of_options(
     served.load()
     first = llama_model.probes[0]
     strangers = {
-        named: str(save_probe(replace(first, fingerprint=fingerprint), tmp_path / named))
+        named: str(save_probe(first.changed(backbone=fingerprint), tmp_path / named))
         for named, fingerprint in (
             ("weights", replace(first.fingerprint, weights="0" * 16)),
             ("tokenizer", replace(first.fingerprint, tokenizer="0" * 16)),

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+import wordings
 from defer_contract import DeferContract, deferring
 from sidelight.judges.client import JudgeClient
 from sidelight.judges.question import JudgeError, Question
@@ -39,6 +40,6 @@ def test_chats_with_vllm_have_the_log_probabilities_that_are_read(server, stock,
         finally:
             await client.close()
 
-    with pytest.raises(JudgeError, match="neither of its words") as failure:
+    with pytest.raises(JudgeError, match=wordings.NEITHER_WORD) as failure:
         asyncio.run(asked())
     assert failure.value.reason == "unreadable"
