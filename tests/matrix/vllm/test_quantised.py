@@ -192,8 +192,8 @@ def test_a_digest_is_of_one_model_one_copy_and_one_set_of_options(
     strangers = {
         named: str(save_probe(first.changed(backbone=fingerprint), tmp_path / named))
         for named, fingerprint in (
-            ("weights", replace(first.fingerprint, weights="0" * 16)),
-            ("tokenizer", replace(first.fingerprint, tokenizer="0" * 16)),
+            ("weights", replace(first.card.backbone, weights="0" * 16)),
+            ("tokenizer", replace(first.card.backbone, tokenizer="0" * 16)),
         )
     }
     # Workers take no probe that was not accepted.

@@ -187,7 +187,7 @@ def recalibrate(setting: Setting) -> Result:
 def serve(setting: Setting) -> Result:
     """A server that is asked for a chat and a moderation, and then gets other probes."""
     first = load_probe(setting.path / "probe")
-    second = replace(first, name="second")
+    second = first.changed(name="second")
     folders = [setting.path / "probe", save_probe(second, setting.path / "second")]
     key = secrets.token_hex()
     options = ["--model", setting.model_name(), "--device", setting.device, "--admin-key", key]
