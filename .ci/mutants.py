@@ -122,7 +122,7 @@ def sample(faults: Path, seed: int) -> None:
     chosen = random.Random(seed)
     rows: list[dict] = []
     for part, (count, places, _) in PARTS.items():
-        # Those of the core are told from its folder on.
+        # Paths in the core are relative to its folder.
         starts = [ROOT if place.startswith("packages/") else ROOT / PRODUCT for place in places]
         paths = [start / place for start, place in zip(starts, places, strict=True)]
         files = [f for path in paths for f in (sorted(path.rglob("*.py")) or [path])]

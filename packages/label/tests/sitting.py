@@ -57,7 +57,7 @@ class Sitting:
         return shown
 
     def probabilities(self, rows):
-        """What the newest probe says of each text, by output."""
+        """Probabilities of each text under the newest probe: `[text, output]`."""
         found = [[*[*self.queue.opinions(row).values()][-1].values()] for row in rows]
         return np.array(found)[:, -TASKS[self.kind].outputs :]
 

@@ -67,7 +67,7 @@ class LlamaBackbone:
 
     Args:
         path: The file.
-        name: Its name in messages and cards; None: that of the file.
+        name: Its name in messages and cards; defaults to the file's name.
         tokenizer: A folder or hub id of its tokenizer; None: the file's own.
         prompt_format: As for ``load_backbone``.
         threads: Threads that compute; None: one less than there are cores.

@@ -26,7 +26,7 @@ class TestStockServer(DeferContract):
 
 
 def test_chats_with_vllm_have_the_log_probabilities_that_are_read(server, stock, subjects):
-    """Those of random weights name neither word, which is no verdict."""
+    """A model with random weights answers with neither word, so there is no verdict."""
     # A server that defers is no judge.
     server.serve(server.home / "plain.toml")
     settings = JudgeSettings(
