@@ -136,7 +136,7 @@ clean: ## Remove the environment and caches
 	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
 	  --dest .venv/open-webui 'open-webui==0.12.4' || true
 	@npm install --silent --no-audit --no-fund --prefix .venv/node \
-	  ai@6 @ai-sdk/openai-compatible@2 zod@4 || true
+	  ai@6 @ai-sdk/openai-compatible@2 zod@4 @kubernetes-models/gateway-api@2 || true
 	@touch $@
 
 .venv/mutants: .venv/bin/python
