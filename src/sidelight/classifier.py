@@ -102,7 +102,7 @@ class Classifier:
         bank = Bank([self.probe], device=self.backbone.device)
         tap = bank.tap()
         with self.backbone.tapped(tap):
-            self.backbone.run([prompt])
+            self.backbone.run([prompt], layers=tap.depth)
         return explain(self.probe, tap.projected()[0], prompt)
 
     @overload

@@ -4,7 +4,7 @@ Those of a training and of an evaluation end with one sentence, ``summary``.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import click
 import numpy as np
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sidelight.data.evaluation import Report, SpanReport
+from sidelight.probes.card import DepthTrial
 from sidelight.scoring import Assessment
 from sidelight.statistics.background import Detections, Traffic
 from sidelight.statistics.metrics import wilson
@@ -52,11 +53,30 @@ def print_fit(made: Fit) -> None:
         title = f"All texts, out of fold ({folds} folds)" if folds else "Validation data"
         baseline = {} if made.baseline is None else {"TF-IDF baseline": made.baseline}
         print_reports(title, {spec.name: made.report, **baseline})
+    if depths := made.probe.card.training.depths:
+        click.echo(depth_sentence(depths))
     if sources := made.probe.card.training.validation.sources:
         print_sources(sources)
     if made.traffic is not None and len(made.traffic.background):
         click.echo(traffic_lines(made.traffic, abstains=made.probe.task.abstains))
     click.echo(summary(made.spans or made.report, made.probe.card.training.flagged))
+
+
+def depth_sentence(trials: Sequence[DepthTrial]) -> str:
+    """How many layers a probe reads, and what that costs."""
+    deepest = trials[0]
+    chosen = [trial for trial in trials if trial.is_accepted][-1]
+    read = f"Depth: {chosen.layers} of {deepest.layers} hidden states"
+    if chosen is deepest:
+        tried = trials[-1]
+        return (
+            f"{read}. With {tried.layers}, log loss might rise by {tried.lost_at_most:.3f} from "
+            f"{deepest.loss:.3f}."
+        )
+    return (
+        f"{read}, where checks stop. Log loss {chosen.loss:.3f}, at full depth {deepest.loss:.3f} "
+        f"(higher by {max(0.0, chosen.lost_at_most):.3f} at most, with 95 % confidence)."
+    )
 
 
 def print_sources(sources: Mapping[str, Detections]) -> None:

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from click.core import ParameterSource
@@ -168,6 +168,7 @@ def _fit_options(
     if side != "prompt" and inputs.response is None:
         raise SidelightError(f"--set reads={side} needs the column of answers: --response COLUMN.")
     prompt_format = chosen.pop("format", None)
+    layers = chosen.pop("layers", "all")
     fit_options = inputs.fit_options()
     fit_options = replace(
         fit_options,
@@ -176,9 +177,10 @@ def _fit_options(
         calibration=chosen.pop("calibration", None),
         none=chosen.pop("none", True),
         context_tokens=chosen.pop("context_tokens", None),
+        early_exit=layers == _AUTO,
         # What is left are settings of the optimisation.
         settings=suggested_settings(named_mechanism(mechanism, of_spans=of_spans)).changed(
-            **chosen
+            layers=layers if isinstance(layers, int) else None, **chosen
         ),
     )
     return fit_options, prompt_format
@@ -222,5 +224,6 @@ def _kinds() -> dict[str, Any]:
         "calibration": CalibrationKind,
         "context_tokens": PositiveInt,
         "format": PromptFormat,
+        "layers": PositiveInt | Literal["auto", "all"],
         "reads": Side,
     }

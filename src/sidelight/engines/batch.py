@@ -61,7 +61,12 @@ class Decoder(Protocol):
     end_tokens: frozenset[int]
 
     def read_prompts(
-        self, prompts: Sequence[EncodedPrompt], tap: Tap | None, *, columns: int | None = None
+        self,
+        prompts: Sequence[EncodedPrompt],
+        tap: Tap | None,
+        *,
+        columns: int | None = None,
+        layers: int | None = None,
     ) -> PromptPasses[CachedRows]:
         """Passes over some prompts, and a yield between two passes.
 
@@ -69,6 +74,8 @@ class Decoder(Protocol):
             prompts: A row each.
             tap: Sees the hidden states of each pass.
             columns: Most tokens of a prompt that one pass reads; None: all.
+            layers: How many hidden states of a token the tap needs, where nothing is written after
+                the prompts: the passes may stop there, without logits. None: passes are complete.
 
         Returns:
             The logits after each prompt; which of the positions that the tap saw hold a token, one
@@ -262,8 +269,12 @@ class Batch:
         prompts = [request.prompt for request in requests]
         tap = panel.prompt_tap()
         each, longest = self._prefill_tokens // len(prompts), max(map(len, prompts))
+        is_written = not all(request.is_check for request in requests)
         logits, is_token, cached = yield from self._decoder.read_prompts(
-            prompts, tap, columns=max(1, each)
+            prompts,
+            tap,
+            columns=max(1, each),
+            layers=None if tap is None or is_written else tap.depth,
         )
         begin = _clock(logits.device)
         columns = tap.projected()[is_token] if tap else torch.empty(sum(map(len, prompts)), 0, 0)

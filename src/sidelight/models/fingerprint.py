@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
-from sidelight.errors import FingerprintMismatchError
+from sidelight.errors import FingerprintMismatchError, SidelightError
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,19 @@ class Fingerprint:
         """Twelve hexadecimal digits that stand for the model's files, tokenizer and template."""
         compared = {name: getattr(self, name) for name in _COMPARED}
         return sha256(repr(compared).encode()).hexdigest()[:12]
+
+    def first_layers(self, layers: int | None) -> int:
+        """How many hidden states of a token are read, from the embedding up; None: all.
+
+        Raises:
+            SidelightError: The model has fewer.
+        """
+        if layers is not None and layers > self.layers:
+            raise SidelightError(
+                f"Cannot read {layers} layers: the model has {self.layers} hidden states. Set "
+                f"layers to at most {self.layers}."
+            )
+        return layers or self.layers
 
     def require(self, served: "Fingerprint", *, probe: str, accepted: str | None = None) -> None:
         """Checks that ``served`` is the backbone that the probe was trained on.

@@ -7,7 +7,7 @@ packs and merges.
 """
 
 import time
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -63,31 +63,43 @@ class BankTap:
     """Projects each hidden state while it exists and keeps only the columns.
 
     Attributes:
+        depth: How many layers it needs, from the embedding up; it ignores those above.
         seconds: Time that it took of the passes; on a GPU, the time to launch its work.
     """
 
     def __init__(self, projection: Projection):
         self.seconds = 0.0
+        self.depth = projection.depth
         self._projection = projection
-        self._passes: list[list[Float[Tensor, "batch token column"]]] = []
+        self._passes: list[dict[int, Float[Tensor, "batch token column"]]] = []
 
     def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
         """One matmul, in float32: in bf16, what standardisation subtracts would be lost."""
         begin = time.perf_counter()
         if layer == 0:
-            self._passes.append([])
-        columns = self._projection.layer(layer, hidden.flatten(0, 1).float())
-        self._passes[-1].append(columns.unflatten(0, hidden.shape[:2]))
+            self._passes.append({})
+        if layer < self.depth:
+            columns = self._projection.layer(layer, hidden.flatten(0, 1).float())
+            self._passes[-1][layer] = columns.unflatten(0, hidden.shape[:2])
         self.seconds += time.perf_counter() - begin
 
     def projected(self) -> Float[Tensor, "batch token layer column"]:
         """The columns of all passes since the last call, joined along the tokens.
 
-        Each pass goes on with the same texts.
+        Each pass goes on with the same texts. A layer that should have been read and was not has
+        NaN, hence no verdict.
         """
-        projected = torch.cat([torch.stack(columns, 2) for columns in self._passes], 1)
+        projected = torch.cat([self._stacked(columns) for columns in self._passes], 1)
         self._passes.clear()
         return projected
+
+    def _stacked(
+        self, columns: Mapping[int, Float[Tensor, "batch token column"]]
+    ) -> Float[Tensor, "batch token layer column"]:
+        missing, above = (torch.full_like(columns[0], value) for value in (torch.nan, 0.0))
+        layers = range(len(self._projection.weight))
+        read = (columns.get(layer, missing) if layer < self.depth else above for layer in layers)
+        return torch.stack([*read], 2)
 
 
 class _ProbeGroup:

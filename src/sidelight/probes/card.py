@@ -11,7 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from sidelight.data.evaluation import Report, SpanReport
 from sidelight.data.spans import SpanRule
@@ -122,6 +129,24 @@ class Epochs(_Record):
     best: NonNegativeInt = 0
 
 
+class DepthTrial(_Record):
+    """A depth that a training could read to, on left-out texts.
+
+    Attributes:
+        layers: How many hidden states of a token it reads, from the embedding up.
+        loss: The mean log loss of a text.
+        lost: How much larger the loss is than at full depth, in the mean over texts.
+        lost_at_most: The upper end of the one-sided 95 % confidence interval of ``lost``.
+        is_accepted: Whether that is within the tolerance.
+    """
+
+    layers: PositiveInt
+    loss: float
+    lost: float = 0.0
+    lost_at_most: float = 0.0
+    is_accepted: bool = True
+
+
 class TrainingRecord(_Record):
     """How a probe was trained and recalibrated.
 
@@ -143,6 +168,8 @@ class TrainingRecord(_Record):
         parameters: How many were trained.
         spans: How well spans of left-out texts were found.
         lookaheads: The character F1 of each lookahead that was tried.
+        depths: The depths that were tried, the deepest first; the last accepted one is the
+            probe's. None of them: the depth was given.
         labelling: The file of labels of a probe that ``sidelight label`` made.
         copy_of: The version of the probe that this one is a copy of, for a copy of its model.
     """
@@ -164,6 +191,7 @@ class TrainingRecord(_Record):
     parameters: NonNegativeInt = 0
     spans: SpanReport | None = None
     lookaheads: Mapping[str, float] = {}
+    depths: tuple[DepthTrial, ...] = ()
     labelling: str = ""
     copy_of: str = ""
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sidelight.errors import SidelightError
 from sidelight.probes.mechanisms.base import Geometry
 
 # Of a mean square, as in the models' own normalisation.
@@ -67,6 +67,19 @@ class Projection:
             torch.cat([part.shift for part in parts], 1),
             torch.cat(flags) if has_normalised else None,
         )
+
+    @cached_property
+    def depth(self) -> int:
+        """How many layers any column depends on, from the embedding up; 1 or more.
+
+        The columns of the layers above are exactly 0.
+        """
+        is_read = self.weight.flatten(1).any(1) | self.shift.any(1)
+        return max(1, int(is_read.nonzero().amax()) + 1) if is_read.any() else 1
+
+    def limited(self, layers: int) -> "Projection":
+        """The projections of the first layers alone."""
+        return replace(self, weight=self.weight[:layers], shift=self.shift[:layers])
 
     def padded(self, columns: int, *, has_flags: bool) -> "Projection":
         """So many columns, the last of them 0 for any state.
@@ -185,21 +198,19 @@ class Standardisation:
         return replace(self, scale=scale)
 
     def limited(self, layers: int | None) -> "Standardisation":
-        """With zeros in place of the states of all layers but the first; None: as it is.
-
-        Raises:
-            SidelightError: There are fewer layers.
-        """
+        """With zeros in place of the states of all layers but the first; None: as it is."""
         if layers is None:
             return self
-        if layers > len(self.scale):
-            raise SidelightError(
-                f"Cannot read {layers} layers: the model has {len(self.scale)} hidden states. Set "
-                f"layers to at most {len(self.scale)}."
-            )
         scale = self.scale.clone()
         scale[layers:] = torch.inf
         return replace(self, scale=scale)
+
+    def deepened(self, layers: int) -> "Standardisation":
+        """Of so many layers; those above its own are read as zeros."""
+        missing = (0, 0, 0, layers - len(self.scale))
+        return replace(
+            self, mean=pad(self.mean, missing), scale=pad(self.scale, missing, value=torch.inf)
+        )
 
     def fold(
         self, columns: Float[Tensor, "layer width column"], *, dtype: torch.dtype = torch.float32

@@ -71,6 +71,11 @@ class Shard:
         factors = None if self.factors is None else self.factors.to(device)
         return replace(self, hidden=self.hidden.to(device), factors=factors)
 
+    def limited(self, layers: int) -> "Shard":
+        """The states of the first layers alone."""
+        factors = None if self.factors is None else self.factors[:layers]
+        return replace(self, hidden=self.hidden[:layers], factors=factors)
+
     def pooled(self, *, is_normalised: bool = False) -> Float[Tensor, "view text layer width"]:
         """Two views of each text: the mean of its tokens, and the last of them; float32.
 
@@ -121,6 +126,7 @@ class ActivationCache:
     Attributes:
         prompts: The token ids of each text.
         directory: The folder of the texts' files, named by the backbone, its dtype and the engine.
+        layers: How many states of a token are stored, from the embedding up.
         lengths: The stored tokens of each text.
         shards: The texts that are read together; each text once.
         token_bytes: Size of a token.
@@ -132,6 +138,7 @@ class ActivationCache:
         prompts: The token ids of each text.
         reads: Which tokens are stored.
         fingerprint: The backbone.
+        layers: How many states of a token are stored, from the embedding up; None: all.
         engine: What computes the states; engines round differently, so they share no cache.
         shard_bytes: The most that is read together, or else one text.
         memory: Holds states, maybe those of other caches too; None is one of its own.
@@ -144,15 +151,18 @@ class ActivationCache:
         *,
         reads: Reads,
         fingerprint: Fingerprint,
+        layers: int | None = None,
         engine: str = "transformers",
         shard_bytes: int = SHARD_BYTES,
         memory: Memory | None = None,
     ):
         self.reads = reads
         self.fingerprint = fingerprint
+        self.layers = fingerprint.layers if layers is None else layers
         self.engine = engine
         self._root = root
-        self._shard_tokens = max(1, shard_bytes // token_bytes(fingerprint))
+        self._stored_sizes = replace(fingerprint, layers=self.layers)
+        self._shard_tokens = max(1, shard_bytes // token_bytes(self._stored_sizes))
         self._memory = memory or Memory()
         self._compute: Compute | None = None
         self._set_compression(None)
@@ -162,8 +172,11 @@ class ActivationCache:
     def _set_compression(self, compression: Compression | None) -> None:
         who = self.fingerprint
         self.compression = compression
-        self.token_bytes = compression.token_bytes if compression else token_bytes(who)
+        self.token_bytes = (
+            compression.token_bytes if compression else token_bytes(self._stored_sizes)
+        )
         self._who = (FORMAT_VERSION, who.digest, who.dtype, self.engine)
+        self._who += (self.layers,) if self.layers < who.layers else ()
         self._who += (compression.digest,) if compression else ()
         self.directory = self._root / _hash(self._who)
 
@@ -262,7 +275,8 @@ class ActivationCache:
     def _stored(
         self, texts: Mapping[int, Float[Tensor, "layer _ width"]]
     ) -> dict[int, dict[str, Tensor]]:
-        """What is stored of each row."""
+        """What is stored of each row; an engine may compute more layers."""
+        texts = {row: hidden[: self.layers] for row, hidden in texts.items()}
         if self.compression is None or not texts:
             return {row: {"hidden": hidden} for row, hidden in texts.items()}
         # Together, since what a layer's directions cost is per call.

@@ -137,21 +137,26 @@ class Compression:
     ) -> Projection:
         """The projection of ``z`` that equals ``columns`` on standardised states.
 
+        Of a probe that reads more layers than are stored, it has the stored ones.
+
         Args:
             standardisation: The probe's: the same moments, with a weight for each layer.
             columns: A projection of standardised states.
             dtype: Dtype of the products.
         """
-        weights = self.moments.scale / standardisation.scale
-        weight = self._coordinates(columns * weights[..., None]) * self.scales[..., None]
-        shift = columns.new_zeros(columns.shape[0], columns.shape[2])
+        layers = len(self.scales)
+        weights = self.moments.scale / standardisation.scale[:layers]
+        weight = self._coordinates(columns[:layers] * weights[..., None]) * self.scales[..., None]
+        shift = columns.new_zeros(layers, columns.shape[2])
         return Projection(weight.to(dtype), shift)
 
     def kept(self, parameter: Float[Tensor, "layer width *rest"]) -> Tensor:
         """Project a parameter onto the kept directions, the only part that training sees."""
-        coordinates = self._coordinates(parameter.reshape(*parameter.shape[:2], -1))
+        stored = parameter[: len(self.scales)]
+        coordinates = self._coordinates(stored.reshape(*stored.shape[:2], -1))
         layers = zip(self.directions, coordinates, strict=True)
-        return torch.stack([own.float() @ part for own, part in layers]).view_as(parameter)
+        kept = torch.stack([own.float() @ part for own, part in layers]).view_as(stored)
+        return torch.cat([kept, parameter[len(self.scales) :]])
 
     def lifted(
         self, z: Float[Tensor, "view text layer direction"]

@@ -77,7 +77,7 @@ def tapped_states(
     backbone: Backbone, cache: ActivationCache, rows: Sequence[int], advance: Progress
 ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
     """``Reader.states`` of a backbone: batches of similar length, and a common prefix once each."""
-    layers, width = cache.fingerprint.layers, cache.fingerprint.width
+    layers, width = cache.layers, cache.fingerprint.width
     shared = shared_unread(cache.prompts, cache.reads) if backbone.can_share_prefixes else 0
     lengths = [len(cache.prompts[row]) - shared for row in rows]
     for batch in by_length(lengths, batch_tokens=backbone.batch_tokens):
@@ -86,7 +86,7 @@ def tapped_states(
         shapes = ((layers, cache.lengths[rows[i]], width) for i in batch)
         texts = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
         with backbone.tapped(_ReadTap([*zip(texts, masks, strict=True)])):
-            backbone.run(prompts, after=shared)
+            backbone.run(prompts, after=shared, layers=layers)
         advance(sum(map(len, prompts)))
         yield {rows[i]: hidden for i, hidden in zip(batch, texts, strict=True)}
 
@@ -96,11 +96,14 @@ class _ReadTap:
 
     def __init__(self, texts: Sequence[tuple[Float[Tensor, "layer _ width"], Bool[Tensor, " _"]]]):
         self._texts = texts
+        self._layers = len(texts[0][0])
         self._start = self._stop = 0
 
     def __call__(self, layer: int, hidden: Float[Tensor, "text token width"]) -> None:
         if layer == 0:
             self._start, self._stop = self._stop, self._stop + hidden.shape[1]
+        if layer >= self._layers:
+            return
         for (states, mask), text in zip(self._texts, hidden, strict=True):
             is_read = mask[self._start : self._stop]
             read = text[: len(is_read)][is_read]
@@ -157,7 +160,7 @@ def text_logits(
         for batch in by_length(lengths, batch_tokens=backbone.batch_tokens):
             chosen = [prompts[i] for i in batch]
             with backbone.tapped(tap):
-                backbone.run(chosen)
+                backbone.run(chosen, layers=tap.depth)
             projected = tap.projected()
             is_text = [torch.arange(projected.shape[1]) < len(prompt) for prompt in chosen]
             columns = projected[torch.stack(is_text)]

@@ -98,11 +98,15 @@ class Backbone(Reader, Protocol):
         """Calls ``tap`` with every hidden state of this thread's passes in the block."""
         ...
 
-    def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
+    def run(
+        self, prompts: Sequence[EncodedPrompt], *, after: int = 0, layers: int | None = None
+    ) -> None:
         """Reads prompts, for what the tap sees of them.
 
         Args:
             prompts: The batch. The tap sees them padded on the right to the longest.
             after: Number of tokens that all prompts begin with; they are run once, and not tapped.
+            layers: How many hidden states of a token are needed, from the embedding up; None: all.
+                The tap may see more.
         """
         ...

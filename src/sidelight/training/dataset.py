@@ -224,6 +224,7 @@ def plan_split(
     options: FitOptions,
     *,
     groups: Sequence[Group] = (),
+    layers: int | None = None,
     memory: Memory | None = None,
 ) -> Split:
     """Labelled texts and their contexts, encoded; their hidden states have not been computed.
@@ -233,6 +234,7 @@ def plan_split(
         examples: The texts.
         options: How texts are read, and where their hidden states go.
         groups: Those that contexts are drawn for; without any, there are none.
+        layers: How many hidden states of a token are read, from the embedding up; None: all.
         memory: Holds states in memory; None is one of its own, as large as the options say.
 
     Raises:
@@ -253,6 +255,7 @@ def plan_split(
         prompts,
         reads=options.reads_of(examples.task),
         fingerprint=reader.fingerprint,
+        layers=layers,
         engine=reader.engine,
         shard_bytes=min(SHARD_BYTES, max(1, options.memory_bytes // 2)),
         memory=memory or Memory(options.memory_bytes),

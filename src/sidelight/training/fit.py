@@ -11,12 +11,14 @@ from jaxtyping import Float
 
 from sidelight.data.evaluation import Report, SpanReport
 from sidelight.data.examples import LabelledExamples
+from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.card import Epochs, ProbeCard, TrainingRecord
 from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.states.reader import Reader
 from sidelight.statistics.background import Traffic
+from sidelight.training.depth import candidate_depths, choose_depth
 from sidelight.training.loop import Candidate, divergence, train_mechanisms
 from sidelight.training.measuring import (
     FLATTERING,
@@ -85,15 +87,27 @@ class Fit:
         }
 
 
-def _candidates(options: FitOptions, texts: LabelledExamples) -> list[Candidate]:
-    """The mechanism, or those that a probe of spans is chosen from."""
+def _candidates(
+    options: FitOptions, texts: LabelledExamples, model: Fingerprint
+) -> list[Candidate]:
+    """The mechanism at several depths, or those that a probe of spans is chosen from.
+
+    The deepest are first.
+    """
     of_spans = texts.spans is not None
     name = named_mechanism(AUTO, of_spans=of_spans)
     choices = [{"lookahead": tokens} for tokens in LOOKAHEADS] if of_spans else [{}]
     specs = [mechanism_spec(name, choice) for choice in choices]
     if options.mechanism is not None:
         specs = [options.mechanism]
-    return [(spec, options.settings or suggested_settings(spec.name)) for spec in specs]
+    settings = [options.settings or suggested_settings(spec.name) for spec in specs]
+    deepest = model.first_layers(settings[0].layers)
+    depths = candidate_depths(deepest) if options.early_exit else [deepest]
+    return [
+        (spec, replace(own, layers=depth))
+        for depth in depths
+        for spec, own in zip(specs, settings, strict=True)
+    ]
 
 
 def fit(
@@ -132,7 +146,7 @@ def fit(
     )
     options = options.resolved_for(training)
     with options.own_states(identity, out and out.resolve()) as states:
-        candidates = _candidates(options, training)
+        candidates = _candidates(options, training, reader.fingerprint)
         dataset = prepare(
             reader,
             training,
@@ -187,12 +201,17 @@ def calibrate_probe(
 ) -> Fit:
     """Calibrates on validation logits, chooses the threshold there, and measures fold by fold.
 
-    Of several trainings, all of which label spans, left-out texts choose one.
+    Of several trainings, left-out texts choose one: of spans by lookahead at full depth, then by
+    depth.
     """
     measured, lookaheads = dataset.measured, dict[str, float]()
-    trained, rule, spans = candidates[0], None, None
+    deepest = [run for run in candidates if run.depth == max(run.depth for run in candidates)]
+    trained, rule, spans = deepest[0], None, None
     if measured.examples.spans is not None:
-        trained, lookaheads = choose_lookahead(candidates, measured)
+        trained, lookaheads = choose_lookahead(deepest, measured)
+    of_depths = [run for run in candidates if run.spec == trained.spec]
+    trained, depths = choose_depth(of_depths, dataset, options)
+    if measured.examples.spans is not None:
         rule, spans = calibrate_spans(
             measured.examples, measured.places, trained.token_logits, rule=options.threshold
         )
@@ -224,6 +243,7 @@ def calibrate_probe(
             "traffic": traffic,
             "spans": spans,
             "lookaheads": lookaheads,
+            "depths": depths,
             "training_sha256": training_sha256,
         }
     )

@@ -89,7 +89,8 @@ def choose_keeping(
     Raises:
         SidelightError: A state is not finite, or the compression cannot be written.
     """
-    training, who = splits[0], reader.fingerprint
+    training = splits[0]
+    who = replace(reader.fingerprint, layers=training.states.layers)
     tokens = sum(sum(split.states.lengths) for split in splits)
     # Without candidates, or where other trainings share states, they are whole and on disk.
     is_own = bool(candidates) and not options.keep_cache
@@ -222,7 +223,7 @@ def _read_sample(
     with progress("Choosing directions", tokens, unit="tokens") as advance:
         for texts in reader.states(states, rows, advance):
             require_finite(texts, dtype=states.fingerprint.dtype)
-            hidden |= texts
+            hidden |= {row: own[: states.layers] for row, own in texts.items()}
     return hidden
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sidelight.errors import SidelightError
 from sidelight.models.fingerprint import hash_of
@@ -318,7 +319,7 @@ def _grouped(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
     """Runs with up to so many columns, all of normalised states or none; one with more is alone."""
     groups: list[list[TrainingRun]] = []
     filled = 0
-    for run in sorted(runs, key=lambda run: run.standardisation.is_normalised):
+    for run in sorted(runs, key=lambda run: (run.standardisation.is_normalised, run.depth)):
         columns = run.mechanism.columns().shape[2]
         is_normalised = run.standardisation.is_normalised
         fits = filled + columns <= _MOST_COLUMNS
@@ -338,7 +339,7 @@ def project_runs(
     dtype: torch.dtype,
     compression: Compression | None = None,
 ) -> Sequence[Float[Tensor, "token layer _"]]:
-    """Each run's columns of every token, with one matmul a layer.
+    """Each run's columns of every token, with one matmul for each layer that they read.
 
     Args:
         shard: The states.
@@ -355,7 +356,10 @@ def project_runs(
     joined = Projection.joined(folded)
     # Rounded like the states; calibration, fitted in float32, absorbs what that moves.
     joined = replace(joined, shift=joined.shift.to(dtype))
-    columns = layer_products(shard, joined).transpose(0, 1)
+    layers = len(runs[0].standardisation.scale)
+    depth = min(len(shard.hidden), max(run.depth for run in runs))
+    columns = layer_products(shard.limited(depth), joined.limited(depth))
+    columns = pad(columns, (0, 0, 0, 0, 0, layers - depth)).transpose(0, 1)
     return columns.split([part.weight.shape[2] for part in folded], 2)
 
 

@@ -161,6 +161,11 @@ class TrainingRun:
         self._filled = 0.0
 
     @property
+    def depth(self) -> int:
+        """How many hidden states of a token it reads, from the embedding up."""
+        return self.settings.layers or len(self.standardisation.scale)
+
+    @property
     def best_epoch(self) -> int:
         """Counted from 1: the first with the best score, or the latest if there are no scores."""
         return 1 + self.history.index(max(self.history)) if self.history else self._epochs

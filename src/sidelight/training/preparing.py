@@ -101,7 +101,10 @@ def prepare(
     parts = background.parts(len(rows) + (0 if folds else _MEASURING_PARTS))
     groups = [*zip(rows, parts, strict=False)]
     memory = Memory(options.memory_bytes)
-    split = partial(plan_split, reader, options=options, memory=memory)
+    depths = [reader.fingerprint.first_layers(settings.layers) for _, settings in candidates]
+    # Other trainings that share states may read all.
+    layers = max(depths) if depths and not options.keep_cache else None
+    split = partial(plan_split, reader, options=options, layers=layers, memory=memory)
     planned = [split(training, groups=groups)]
     if not folds:
         warnings += shared_texts(training, validation)

@@ -59,12 +59,13 @@ class Scaling:
     def standardisation(self, settings: TrainingSettings, part: int) -> Standardisation:
         """How a probe of a part's texts scales states."""
         is_normalised = bool(settings.normalise)
+        who = self._training.states.fingerprint
+        who.first_layers(settings.layers)
         if not settings.standardise:
-            who = self._training.states.fingerprint
             geometry = Geometry(who.layers, who.width, 1)
             identity = Standardisation.identity(geometry, is_normalised=is_normalised)
             return identity.limited(settings.layers)
-        moments = self._moments(is_normalised).limited(settings.layers)
+        moments = self._moments(is_normalised).deepened(who.layers).limited(settings.layers)
         if settings.layer_weights == "equal":
             return moments
         worths = self._worths(part, is_normalised)[:, : settings.layers]

@@ -169,6 +169,8 @@ class FitOptions:
             mechanism allows; ``stream`` computes them in each epoch and writes none; ``whole``
             writes them as they are. ``auto`` keeps up to 10 GiB whole, and chooses
             for more by size and device: see ``training/keeping.py``.
+        early_exit: Whether training chooses the smallest depth that is as good on left-out texts as
+            the ``layers`` of the settings; see ``training/depth.py``.
         memory_bytes: The most that hidden states may take in memory while training; more are read
             from disk again in each epoch. A CPU without bfloat16 arithmetic also holds one batch in
             float32.
@@ -186,6 +188,7 @@ class FitOptions:
     cache_root: Path | None = None
     keep_cache: bool = False
     states: StatesChoice = "auto"
+    early_exit: bool = False
     memory_bytes: int = 2**30
 
     def training_sha256(

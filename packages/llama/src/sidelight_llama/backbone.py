@@ -191,8 +191,10 @@ class LlamaBackbone:
         finally:
             self._tap = outer
 
-    def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
-        """As ``Backbone.run``, for one prompt; of a long one, the tap sees part by part."""
+    def run(
+        self, prompts: Sequence[EncodedPrompt], *, after: int = 0, layers: int | None = None
+    ) -> None:
+        """As ``Backbone.run``, of one prompt and all layers; the tap sees a long one in parts."""
         (prompt,) = prompts
         tokens = prompt.token_ids
         if self._context is None or self._context.positions < len(tokens):

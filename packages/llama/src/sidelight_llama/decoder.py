@@ -62,9 +62,17 @@ class LlamaDecoder:
         self._free = [*range(context.sequences)]
 
     def read_prompts(
-        self, prompts: Sequence[EncodedPrompt], tap: Tap | None, *, columns: int | None = None
+        self,
+        prompts: Sequence[EncodedPrompt],
+        tap: Tap | None,
+        *,
+        columns: int | None = None,
+        layers: int | None = None,
     ) -> PromptPasses[LlamaRows]:
-        """As ``Decoder.read_prompts``; the tap sees all prompts as one row, end to end."""
+        """As ``Decoder.read_prompts``; the tap sees all prompts as one row, end to end.
+
+        llama.cpp computes all layers, however many are needed.
+        """
         rows = LlamaRows([self._take() for _ in prompts])
         logits: list[Tensor] = []
         for slot, prompt in zip(rows.slots, prompts, strict=True):

@@ -51,8 +51,12 @@ def cache_prefix(model: Any, prefix: Int[Tensor, " prefix"]) -> DynamicCache:
         prefix: Token ids.
     """
     cache = DynamicCache()
-    model(input_ids=prefix[None], use_cache=True, **{cache_name(model): cache})
+    _read_prefix(model, prefix, cache)
     return cache
+
+
+def _read_prefix(model: Any, prefix: Int[Tensor, " prefix"], cache: DynamicCache) -> None:
+    model(input_ids=prefix[None], use_cache=True, **{cache_name(model): cache})
 
 
 def run_with_prefix(
@@ -99,6 +103,10 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _NO_LIMIT = 10**9
 _CPU = torch.device("cpu")
+
+
+class _DepthReachedError(Exception):
+    """Ends a pass whose remaining layers are not needed."""
 
 
 class TransformersBackbone:
@@ -161,6 +169,25 @@ class TransformersBackbone:
         finally:
             self._tap = outer
 
+    @contextmanager
+    def stopping_after(self, layers: int | None) -> Generator[None]:
+        """Leave the block once a pass of this thread has computed so many hidden states.
+
+        Args:
+            layers: How many, from the embedding up; None: passes are complete.
+        """
+        outer, self._local.layers = self._depth, layers
+        try:
+            yield
+        except _DepthReachedError:
+            pass
+        finally:
+            self._local.layers = outer
+
+    @property
+    def _depth(self) -> int | None:
+        return getattr(self._local, "layers", None)
+
     @property
     def _tap(self) -> Tap | None:
         return getattr(self._local, "tap", None)
@@ -170,18 +197,25 @@ class TransformersBackbone:
         self._local.tap = tap
 
     @torch.inference_mode()
-    def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
-        """As ``Backbone.run``, in one forward pass."""
+    def run(
+        self, prompts: Sequence[EncodedPrompt], *, after: int = 0, layers: int | None = None
+    ) -> None:
+        """As ``Backbone.run``, in one forward pass, which stops after the layers that it needs."""
         token_ids, mask = self.pad(prompts)
         # Without the language-model head, whose logits nobody reads here.
         body = self.model.base_model
         if after:
             tap, self._tap = self._tap, None
-            begun = cache_prefix(body, token_ids[0, :after])
+            begun = DynamicCache()
+            # The first block's keys say how many tokens there are.
+            with self.stopping_after(layers and max(layers, 2)):
+                _read_prefix(body, token_ids[0, :after], begun)
             self._tap = tap
-            run_with_prefix(body, begun, token_ids[:, after:], mask[:, after:])
+            with self.stopping_after(layers):
+                run_with_prefix(body, begun, token_ids[:, after:], mask[:, after:])
         else:
-            body(input_ids=token_ids, attention_mask=mask, use_cache=False)
+            with self.stopping_after(layers):
+                body(input_ids=token_ids, attention_mask=mask, use_cache=False)
 
     @property
     def can_share_prefixes(self) -> bool:
@@ -212,12 +246,16 @@ class TransformersBackbone:
 
     def _watch(self, blocks: nn.ModuleList) -> None:
         def before_first(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._tap is not None:
-                self._tap(0, args[0] if args else kwargs["hidden_states"])
+            see(0, args[0] if args else kwargs["hidden_states"])
 
         def after(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+            see(layer, output if torch.is_tensor(output) else output[0])
+
+        def see(layer: int, hidden: Tensor) -> None:
             if self._tap is not None:
-                self._tap(layer, output if torch.is_tensor(output) else output[0])
+                self._tap(layer, hidden)
+            if layer + 1 == self._depth:
+                raise _DepthReachedError
 
         blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)
         for layer, block in enumerate(blocks, start=1):

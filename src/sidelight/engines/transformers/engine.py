@@ -107,7 +107,12 @@ class TransformersDecoder:
         self.end_tokens = frozenset(token for token in ends if token is not None)
 
     def read_prompts(
-        self, prompts: Sequence[EncodedPrompt], tap: Tap | None, *, columns: int | None = None
+        self,
+        prompts: Sequence[EncodedPrompt],
+        tap: Tap | None,
+        *,
+        columns: int | None = None,
+        layers: int | None = None,
     ) -> PromptPasses[PaddedRows]:
         """As ``Decoder.read_prompts``; prompts are padded on the left to the longest."""
         token_ids, mask = self._backbone.pad(prompts, side="left")
@@ -117,7 +122,7 @@ class TransformersDecoder:
         while True:
             part = slice(start, start + (columns or longest))
             rows.mask = mask[:, : part.stop]
-            logits = self._run(token_ids[:, part], positions[:, part], rows, tap)
+            logits = self._run(token_ids[:, part], positions[:, part], rows, tap, layers)
             if part.stop >= longest:
                 return logits, mask, rows
             yield
@@ -139,9 +144,11 @@ class TransformersDecoder:
         positions: Int[Tensor, "row token"],
         rows: PaddedRows,
         tap: Tap | None,
+        layers: int | None = None,
     ) -> Float[Tensor, "row vocabulary"]:
         cache: dict[str, Any] = {self._cache_name: rows.cache}
-        with self._backbone.tapped(tap) if tap else nullcontext():
+        tapped = self._backbone.tapped(tap) if tap else nullcontext()
+        with tapped, self._backbone.stopping_after(layers):
             output = self._backbone.model(
                 input_ids=token_ids,
                 attention_mask=rows.mask.long(),
@@ -150,7 +157,8 @@ class TransformersDecoder:
                 logits_to_keep=self._backbone.last_position,
                 **cache,
             )
-        return output.logits[:, -1]
+            return output.logits[:, -1]
+        return torch.empty(len(token_ids), 0, device=self._backbone.device)
 
 
 class TransformersEngine(LocalEngine):

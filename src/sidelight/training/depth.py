@@ -1,0 +1,119 @@
+"""How many layers a probe reads: the fewest that are as good on left-out texts.
+
+A pass that writes nothing stops after the deepest layer that a loaded probe reads, so a check of a
+probe that reads two thirds of the layers takes two thirds of the time.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from sidelight.probes.card import DepthTrial
+from sidelight.statistics.calibration import fit_calibration, suggested_calibration
+from sidelight.statistics.metrics import log_losses
+from sidelight.training.dataset import Split
+from sidelight.training.measuring import calibrate_examples
+from sidelight.training.optimisation import TrainingRun
+from sidelight.training.preparing import ProbeDataset
+from sidelight.training.settings import FitOptions
+from sidelight.training.traffic import conversations_among
+from sidelight.types import Task
+
+# Shares of the deepest layer that are tried. Below half, no set was as good.
+_SHARES = (5 / 6, 2 / 3, 1 / 2)
+# The most that a lower depth may lose, as a share of the loss at full depth: the upper end of the
+# one-sided 95 % confidence interval of the paired difference.
+_TOLERANCE = 0.05
+_ONE_SIDED = 1.645
+
+
+def candidate_depths(deepest: int) -> list[int]:
+    """The depths that a training chooses from, the deepest first."""
+    depths = [deepest, *(max(2, round(share * deepest)) for share in _SHARES)]
+    return sorted({depth for depth in depths if depth <= deepest}, reverse=True)
+
+
+def choose_depth(
+    runs: Sequence[TrainingRun], dataset: ProbeDataset, options: FitOptions
+) -> tuple[TrainingRun, tuple[DepthTrial, ...]]:
+    """The run of the smallest depth that is not worse than the deepest, and what was tried.
+
+    Depths are tried from the deepest down, until one loses too much: so the probability to accept
+    one that does is that of a single test.
+
+    Args:
+        runs: The same training at several depths; their logits are out of fold.
+        dataset: What they were trained on.
+        options: Those of the training.
+    """
+    deepest, *others = sorted(runs, key=lambda run: run.depth, reverse=True)
+    if not others:
+        return deepest, ()
+    losses = text_losses(deepest, dataset, options)
+    chosen, trials = deepest, [DepthTrial(layers=deepest.depth, loss=float(losses.mean()))]
+    for run in others:
+        own = text_losses(run, dataset, options)
+        trials.append(_compared(run.depth, own, losses))
+        if not trials[-1].is_accepted:
+            break
+        chosen = run
+    return chosen, tuple(trials)
+
+
+def _compared(
+    depth: int, losses: Float[np.ndarray, " text"], of_deepest: Float[np.ndarray, " text"]
+) -> DepthTrial:
+    lost = losses - of_deepest
+    at_most = float(lost.mean() + _ONE_SIDED * lost.std(ddof=1) / np.sqrt(len(lost)))
+    is_accepted = at_most <= _TOLERANCE * float(of_deepest.mean())
+    return DepthTrial(
+        layers=depth,
+        loss=float(losses.mean()),
+        lost=float(lost.mean()),
+        lost_at_most=at_most,
+        is_accepted=is_accepted,
+    )
+
+
+def text_losses(
+    run: TrainingRun, dataset: ProbeDataset, options: FitOptions
+) -> Float[np.ndarray, " text"]:
+    """The calibrated log loss of each text with its contexts, or of a text's tokens their mean."""
+    measured = dataset.measured
+    if measured.examples.spans is not None:
+        return _token_losses(run, measured)
+    task, texts = dataset.task, len(dataset.validation)
+    logits, in_contexts = run.logits[:texts], run.logits[texts:]
+    calibrated = calibrate_examples(
+        logits,
+        dataset.validation.examples,
+        dataset.folds,
+        kind=options.calibration,
+        rule=options.threshold,
+        ordinary=conversations_among(dataset.contexts, in_contexts),
+    )
+    losses = calibrated.losses
+    if len(in_contexts):
+        probabilities = calibrated.calibration.apply(in_contexts)
+        others = log_losses(task, probabilities, measured.labels[texts:])
+        losses = np.concatenate([losses, others])
+    # A text and its contexts are one observation, and so is a conversation by itself.
+    owners = np.arange(len(losses))
+    for row, context in enumerate(dataset.contexts, start=texts):
+        owners[row] = row if context.text is None else context.text
+    owners = np.unique(owners, return_inverse=True)[1]
+    weights = measured.weights
+    sums = np.bincount(owners, losses * weights)
+    return sums * len(sums) / weights.sum()
+
+
+def _token_losses(run: TrainingRun, measured: Split) -> Float[np.ndarray, " text"]:
+    task: Task = measured.task
+    labels = measured.targets.labels.values.numpy()
+    labels = labels[:, 0] if task.kind == "binary" else labels
+    logits = np.concatenate(run.token_logits)
+    calibration = fit_calibration(suggested_calibration(task), logits, labels, task)
+    losses = log_losses(task, calibration.apply(logits), labels)
+    ends = np.cumsum([*map(len, run.token_logits)])
+    return np.array([own.mean() for own in np.split(losses, ends[:-1])])

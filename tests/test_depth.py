@@ -1,0 +1,277 @@
+"""A check stops after the deepest layer that a probe reads, and training chooses that layer."""
+
+import asyncio
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sidelight.data.loading import load_examples
+from sidelight.engines.base import PromptJudged, Sampling
+from sidelight.engines.transformers.engine import TransformersEngine
+from sidelight.errors import SidelightError
+from sidelight.models.conversation import Message, Reads
+from sidelight.probes.artifact import load_probe
+from sidelight.probes.bank import Bank
+from sidelight.probes.mechanisms.base import mechanism_spec
+from sidelight.states.extraction import text_logits
+from sidelight.training.background import Background
+from sidelight.training.depth import candidate_depths, choose_depth
+from sidelight.training.fit import fit
+from sidelight.training.loop import train_mechanisms
+from sidelight.training.preparing import prepare
+from sidelight.training.settings import FitOptions, suggested_settings
+from worlds.data import planted_rows
+from worlds.models import spans_probe, untrained_probe
+
+TEXTS = ["short", "a text that is a good deal longer than the other", "x" * 60]
+QUICK = suggested_settings("readout").changed(learning_rate=3e-2, epochs=2, batch_size=16)
+
+
+def shallow(probe, layers):
+    """The probe with zeros in place of all layers but the first."""
+    return replace(probe, standardisation=probe.standardisation.limited(layers))
+
+
+@pytest.fixture
+def passes(tiny):
+    """How often each block of the model has run since the last ``clear``."""
+    counted = Counter()
+    blocks = tiny.model.base_model.layers
+    hooks = [
+        block.register_forward_pre_hook(lambda *_, at=at: counted.update([at]))
+        for at, block in enumerate(blocks, start=1)
+    ]
+    yield counted
+    for hook in hooks:
+        hook.remove()
+
+
+def encoded(tiny, texts=TEXTS):
+    return [tiny.encoder.encode([Message("user", text)]) for text in texts]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("mechanism", ["readout", "gate"])
+def test_a_check_runs_the_blocks_that_its_deepest_probe_reads(tiny, passes, layers, mechanism):
+    probes = [
+        shallow(untrained_probe(tiny, "deep", mechanism=mechanism), layers),
+        shallow(untrained_probe(tiny, "other"), 1),
+    ]
+    bank = Bank(probes)
+    assert bank.tap().depth == layers
+    prompts = encoded(tiny)
+    outputs = text_logits(tiny, bank, prompts)
+    assert set(passes) == {*range(1, layers)}
+    # The same bits as from a complete pass.
+    tap = bank.tap()
+    for row, prompt in enumerate(prompts):
+        with tiny.tapped(tap):
+            tiny.run([prompt])
+        whole = bank.prompt_logits(tap.projected()[0], [bytes(prompt.parts)])
+        for ours, complete in zip(outputs, whole, strict=True):
+            np.testing.assert_allclose(ours[row].logits, complete[0].logits, rtol=1e-4, atol=1e-4)
+    assert set(passes) == {1, 2, 3}
+
+
+def test_every_family_stops_after_the_states_that_are_needed(family):
+    prompts = [family.encoder.encode([Message("user", text)]) for text in TEXTS]
+
+    def seen(layers, after=0):
+        states = []
+        with family.tapped(lambda layer, hidden: states.append((layer, hidden.clone()))):
+            family.run(prompts, after=after, layers=layers)
+        return states
+
+    for after in (0, 1) if family.can_share_prefixes else (0,):
+        whole = seen(None, after)
+        for layers in range(1, family.fingerprint.layers + 1):
+            states = seen(layers, after)
+            assert [layer for layer, _ in states] == [*range(layers)]
+            for (_, own), (_, complete) in zip(states, whole, strict=False):
+                assert torch.equal(own, complete)
+    # A pass after one that stopped is complete.
+    assert len(seen(None)) == family.fingerprint.layers
+
+
+@pytest.mark.parametrize("is_fitted", [False, True])
+def test_a_layer_that_should_have_been_read_and_was_not_is_no_verdict(tiny, is_fitted):
+    probe = shallow(untrained_probe(tiny, "a"), 3)
+    bank, prompt = Bank([probe]), encoded(tiny)[0]
+    tap = bank.tap()
+    with tiny.tapped(tap):
+        tiny.run([prompt], layers=3 if is_fitted else 2)
+    outputs = bank.prompt_logits(tap.projected()[0], [bytes(prompt.parts)])
+    (judgement,) = bank.judge(outputs, [False])
+    assert (judgement.failed == ("a",)) != is_fitted
+    assert bool(judgement.verdicts) == is_fitted
+
+
+def asked(engine, conversations, *, writes):
+    """What an engine says of conversations, and the events of writing after the first."""
+
+    async def events():
+        await engine.start()
+        try:
+            judged = await engine.judge(conversations)
+            told = []
+            if writes:
+                stream = engine.generate(conversations[0], Sampling(max_tokens=4))
+                told = [event async for event in stream]
+            return judged, told
+        finally:
+            await engine.close()
+
+    return asyncio.run(events())
+
+
+def test_an_engine_stops_where_nothing_is_written(tiny, passes):
+    probes = [
+        shallow(untrained_probe(tiny, "prompts"), 3),
+        shallow(untrained_probe(tiny, "answers", reads=Reads("response")), 2),
+        shallow(spans_probe(tiny, "spans"), 2),
+    ]
+    chat = [Message("user", "hello"), Message("assistant", "a reply")]
+    conversations = [[Message("user", "hello")], chat]
+    shown, _ = asked(TransformersEngine(tiny, probes), conversations, writes=False)
+    assert set(passes) == {1, 2}
+    whole = [*probes, untrained_probe(tiny, "all")]
+    complete, events = asked(TransformersEngine(tiny, whole), conversations, writes=True)
+    assert set(passes) == {1, 2, 3}
+    for ours, theirs in zip(shown, complete, strict=True):
+        assert not ours.judgement.failed
+        kept = theirs.judgement.of({probe.name for probe in probes})
+        for one, other in zip(ours.judgement.verdicts, kept.verdicts, strict=True):
+            assert one.probe == other.probe
+            assert one.probabilities == pytest.approx(other.probabilities, abs=1e-4)
+    passes.clear()
+    _, events = asked(TransformersEngine(tiny, probes), conversations, writes=True)
+    (verdict,) = [event for event in events if isinstance(event, PromptJudged)]
+    assert not verdict.judgement.failed
+    # The pass that writes goes on to the last block.
+    assert passes[3] == 4
+
+
+def fitted(tiny, root, texts=None, *, settings=QUICK, **options):
+    texts = planted_rows("binary", 60) if texts is None else texts
+    options = FitOptions(
+        mechanism=mechanism_spec("readout"),
+        settings=settings,
+        background=Background(),
+        cache_root=root / "cache",
+        **options,
+    )
+    return fit(tiny, load_examples(texts), None, name="a", options=options, out=root / "probe")
+
+
+def test_depths_are_tried_from_the_deepest_down():
+    for deepest in range(1, 100):
+        depths = candidate_depths(deepest)
+        assert depths[0] == deepest
+        assert depths == sorted({*depths}, reverse=True)
+        assert depths[-1] >= min(deepest, 2)
+    assert candidate_depths(31) == [31, 26, 21, 16]
+
+
+def test_training_reads_and_keeps_the_layers_of_the_probe_alone(tiny, tmp_path, passes):
+    settings = replace(QUICK, layers=2)
+    options = {"settings": settings}
+    short = fitted(tiny, tmp_path / "short", **options)
+    assert set(passes) == {1}
+    # The states that trainings share have all layers.
+    whole = fitted(tiny, tmp_path / "whole", keep_cache=True, **options)
+    assert set(passes) == {1, 2, 3}
+    assert [made.probe.card.training.states.token_bytes for made in (short, whole)] == [128, 256]
+    np.testing.assert_allclose(short.losses, whole.losses, rtol=1e-4, atol=1e-4)
+    probe = load_probe(tmp_path / "short" / "probe")
+    assert len(probe.standardisation.scale) == tiny.fingerprint.layers
+    assert probe.projection().depth == 2
+    pairs = zip(short.probe.projection().weight, whole.probe.projection().weight, strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("states", ["disk", "stream"])
+def test_compressed_states_are_of_the_layers_of_the_probe(tiny, tmp_path, monkeypatch, states):
+    monkeypatch.setattr("sidelight.training.keeping.kept_directions", lambda width: width)
+    made = [
+        fitted(
+            tiny,
+            tmp_path / str(kept),
+            settings=replace(QUICK, layers=2),
+            states=kept,
+        )
+        for kept in (states, "whole")
+    ]
+    assert made[0].probe.card.training.states.kept == "compressed"
+    assert made[0].probe.card.training.states.token_bytes == 2 * (32 + 2)
+    assert made[0].probe.projection().depth == 2
+    assert np.corrcoef(*(own.losses for own in made))[0, 1] > 0.99
+
+
+def test_more_layers_than_the_model_has_are_refused_before_it_reads(tiny, tmp_path, passes):
+    with pytest.raises(SidelightError, match="at most 4"):
+        fitted(tiny, tmp_path, settings=replace(QUICK, layers=5))
+    assert not passes
+
+
+def test_the_smallest_depth_that_loses_nothing_is_chosen(tiny, tmp_path):
+    options = FitOptions(background=Background(), cache_root=tmp_path)
+    readout = mechanism_spec("readout")
+    candidates = [(readout, replace(QUICK, layers=layers)) for layers in (4, 3, 2)]
+    dataset = prepare(
+        tiny,
+        load_examples(planted_rows("binary", 60)),
+        None,
+        options=options,
+        candidates=candidates,
+    )
+    deep, middle, low = train_mechanisms(
+        candidates, training=dataset.training, validation=None, folds=dataset.folds
+    )
+    good, bad = deep.logits, np.random.default_rng(0).normal(size=deep.logits.shape)
+    for logits, chosen, tried in (
+        ((good, good, good), 2, 3),
+        ((good, good, bad), 3, 3),
+        # The test of a lower depth counts once those above have passed.
+        ((good, bad, good), 4, 2),
+        ((bad, good, good), 2, 3),
+    ):
+        for run, own in zip((deep, middle, low), logits, strict=True):
+            run.logits = own
+        run, trials = choose_depth([low, deep, middle], dataset, options)
+        assert (run.depth, len(trials)) == (chosen, tried)
+        assert [trial.layers for trial in trials] == [4, 3, 2][:tried]
+        assert run.depth == [trial.layers for trial in trials if trial.is_accepted][-1]
+    assert choose_depth([deep], dataset, options) == (deep, ())
+
+
+@pytest.mark.parametrize("of_spans", [False, True])
+def test_a_trained_probe_reads_to_the_depth_that_its_record_names(tiny, tmp_path, of_spans):
+    made = fitted(tiny, tmp_path, early_exit=True) if not of_spans else spanned(tiny, tmp_path)
+    trials = load_probe(tmp_path / "probe").card.training.depths
+    assert trials == made.probe.card.training.depths
+    assert trials[0].layers == tiny.fingerprint.layers
+    assert 2 <= len(trials) <= len(candidate_depths(tiny.fingerprint.layers))
+    accepted = [trial.layers for trial in trials if trial.is_accepted]
+    assert load_probe(tmp_path / "probe").projection().depth == accepted[-1]
+    given = fitted(tiny, tmp_path / "given")
+    assert given.probe.projection().depth == tiny.fingerprint.layers
+    assert not given.probe.card.training.depths
+
+
+def spanned(tiny, root):
+    rows = [
+        {"text": f"call {name} on day {day}", "spans": [{"start": 5, "end": 8, "label": "NAME"}]}
+        for day in range(12)
+        for name in ("Ann", "Bob", "Eva", "Max")
+    ]
+    rows += [{"text": f"nothing on day {day}", "spans": []} for day in range(12)]
+    settings = suggested_settings("spans").changed(epochs=3, batch_size=8)
+    options = FitOptions(
+        settings=settings, background=Background(), cache_root=root / "cache", early_exit=True
+    )
+    examples = load_examples(rows, spans="spans")
+    return fit(tiny, examples, None, name="a", options=options, out=root / "probe")
