@@ -311,6 +311,7 @@ def test_whatever_decides_a_probe_changes_the_hash_of_its_training(tiny):
         "threshold": ThresholdRule.parse("fpr=0.01"),
         "max_tokens": 99,
         "states": "whole",
+        "early_exit": True,
     }
     elsewhere = {"cache_root": Path("elsewhere"), "keep_cache": True, "memory_bytes": 1}
     assert {field.name for field in fields(FitOptions)} == changed.keys() | elsewhere.keys()

@@ -9,11 +9,12 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeInt,
     PositiveInt,
     ValidationError,
@@ -191,7 +192,8 @@ class TrainingRecord(_Record):
     parameters: NonNegativeInt = 0
     spans: SpanReport | None = None
     lookaheads: Mapping[str, float] = {}
-    depths: tuple[DepthTrial, ...] = ()
+    # An entry that an artifact lacks leaves its version as it is.
+    depths: Annotated[tuple[DepthTrial, ...], Field(exclude_if=lambda depths: not depths)] = ()
     labelling: str = ""
     copy_of: str = ""
 

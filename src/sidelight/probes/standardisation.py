@@ -74,6 +74,8 @@ class Projection:
 
         The columns of the layers above are exactly 0.
         """
+        if self.weight.is_meta:  # Without values, no layer is known to be unread.
+            return len(self.weight)
         is_read = self.weight.flatten(1).any(1) | self.shift.any(1)
         return max(1, int(is_read.nonzero().amax()) + 1) if is_read.any() else 1
 

@@ -162,6 +162,8 @@ def fit(
             validation=None if dataset.folds else dataset.measured,
             folds=dataset.folds,
             device=reader.device,
+            # Depths are trained side by side: without, each would cost a training of its own.
+            shares_matmuls=options.early_exit,
             checkpoint=None if options.keep_cache else states / CHECKPOINT,
         )
         trained = [run for run in results if run is not None]

@@ -204,8 +204,10 @@ class FitOptions:
 
         Two trainings with the same hash make the same probe, up to rounding.
         """
-        elsewhere = ("cache_root", "keep_cache", "memory_bytes")
+        elsewhere = ("cache_root", "keep_cache", "memory_bytes", "early_exit")
         options = [getattr(self, f.name) for f in fields(self) if f.name not in elsewhere]
+        # Packaged probes were trained before it existed.
+        options += ["early_exit"] if self.early_exit else []
         texts = [None if part is None else part.content_hash for part in (training, validation)]
         weights = None if training.weights is None else training.weights.tolist()
         decides = [*options, *texts, weights, name, model.digest, model.dtype, engine]
