@@ -44,11 +44,11 @@ class CompressedStates:
     """The stored form of some tokens' states: ``values * factors[..., None]`` is ``z``.
 
     Attributes:
-        values: Coordinates, rounded.
+        values: Coordinates, rounded to integers; float16 where a benchmark leaves them unrounded.
         factors: What the coordinates of a token in a layer are multiplied by.
     """
 
-    values: Int8[Tensor, "layer token direction"]
+    values: Int8[Tensor, "layer token direction"] | Float16[Tensor, "layer token direction"]
     factors: Float16[Tensor, "layer token"]
 
 
