@@ -138,9 +138,13 @@ def reads_faster_than_disk(who: Fingerprint, device: torch.device, kept: int) ->
     """
     if device.type == "cpu":
         return False
+    return gpu_reading_s(who.layers - 1, who.width) < kept / _DISK_BYTES_PER_S
+
+
+def gpu_reading_s(blocks: int, width: int) -> float:
+    """Estimated seconds in which a GPU computes the states of a token."""
     # A block of width D has about 12 D^2 parameters, each for two operations.
-    operations = 2 * 12 * (who.layers - 1) * who.width**2
-    return operations / _GPU_OPERATIONS_PER_S < kept / _DISK_BYTES_PER_S
+    return 2 * 12 * blocks * width**2 / _GPU_OPERATIONS_PER_S
 
 
 def _tried_compression(

@@ -5,7 +5,7 @@ import sys
 import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -326,6 +326,49 @@ def bench_states(
             cache_root=Path(scratch),
         )
     publish(record, out, as_json=as_json)
+
+
+@bench.command(
+    "training",
+    epilog=options.examples(
+        "OMP_NUM_THREADS=1 sidelight bench training --out training",
+        "sidelight bench training --texts 500,2000 --states stream --layers 8",
+    ),
+)
+@click.option("--texts", callback=split_numbers, default="1000,5000,20000", help="How many.  ")
+@click.option(
+    "--states",
+    type=click.Choice(["disk", "stream"]),
+    multiple=True,
+    default=["disk", "stream"],
+    help="How hidden states are kept, as in --set states=; may be repeated.",
+)
+@click.option("--words", type=options.AT_LEAST_ONE, default=5, help="Of each text.")
+@click.option("--epochs", type=options.AT_LEAST_ONE, default=1, help="Of each training.")
+@click.option("--layers", type=options.AT_LEAST_ONE, help="Hidden states that are read.")
+@click.option("--memory", type=float, default=0.25, help="GiB of hidden states in memory.")
+@click.option("--threads", type=options.AT_LEAST_ONE, default=1, help="Of each training.")
+@options.model
+@_record
+def bench_training(
+    texts: list[int],
+    states: tuple[Literal["disk", "stream"], ...],
+    model: str | None,
+    out: Path | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Measure what a training takes: seconds, memory and disk by the number of texts.
+
+    Texts are runs of words of the packaged background, without contexts. Hidden states are
+    kept compressed on disk, or computed again in each epoch. Each training has a process
+    of its own. After a kill, the same command goes on with the next training, if --out names the
+    same folder, where it also draws training.svg.
+    """
+    from sidelight_lab.bench.training import Workload, measure_training
+
+    workload = Workload(model or EMBEDDED_NAME, **given)
+    publish(measure_training(texts, states, workload, out=out), out, as_json=as_json)
 
 
 @bench.command(
