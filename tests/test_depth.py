@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import wordings
 from sidelight.data.loading import load_examples
 from sidelight.engines.base import PromptJudged, Sampling
 from sidelight.engines.transformers.engine import TransformersEngine
@@ -212,7 +213,7 @@ def test_compressed_states_are_of_the_layers_of_the_probe(tiny, tmp_path, monkey
 
 
 def test_more_layers_than_the_model_has_are_refused_before_it_reads(tiny, tmp_path, passes):
-    with pytest.raises(SidelightError, match="at most 4"):
+    with pytest.raises(SidelightError, match=wordings.FEWER_LAYERS.format(most=4)):
         fitted(tiny, tmp_path, settings=replace(QUICK, layers=5))
     assert not passes
 

@@ -1,6 +1,9 @@
 """Hidden states of a training are kept whole, compressed or not at all, for the same probe."""
 
+import os
+import signal
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -270,6 +273,49 @@ def test_a_killed_training_goes_on_after_its_last_epoch_to_the_same_probe(
     assert tensors(made.probe) == tensors(expected.probe)
     np.testing.assert_array_equal(made.losses, expected.losses)
     assert tensors(load_probe(root / "probe")) == tensors(expected.probe)
+    assert not [*root.glob("run-*")]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("states", ["disk", "stream"])
+def test_a_training_killed_by_a_signal_at_three_moments_ends_with_the_same_probe(
+    tiny, tmp_path, states, all_directions, monkeypatch
+):
+    examples = load_examples(planted_rows("binary", 60))
+    # Several batches, so that some states are on disk when the first signal comes.
+    monkeypatch.setattr(type(tiny), "batch_tokens", 200)
+    root = tmp_path / "killed"
+    expected = fitted(tiny, tmp_path / "whole", examples, states=states)
+
+    def kill_at(owner, name, moment):
+        """Replace a function that ends the process by SIGKILL when it is called."""
+        calls, called = count(1), getattr(owner, name)
+
+        def die(*args, **kwargs):
+            if next(calls) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return called(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, die)
+
+    moments = (
+        (type(tiny), "run", 3),  # Reading the texts.
+        (sidelight.training.loop, "save_checkpoint", 2),  # Before the second epoch is saved.
+        (sidelight.training.fit, "save_probe", 1),  # After the last epoch.
+    )
+    for moment in moments:
+        child = os.fork()
+        if not child:
+            try:
+                kill_at(*moment)
+                fitted(tiny, root, examples, states=states)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    made = fitted(tiny, root, examples, states=states)
+    assert tensors(made.probe) == tensors(expected.probe)
+    np.testing.assert_array_equal(made.losses, expected.losses)
     assert not [*root.glob("run-*")]
 
 

@@ -137,12 +137,14 @@ def test_a_length_that_no_text_has_is_refused(tiny):
             words_for(tiny.encoder, tokens)
 
 
-def test_the_command_times_a_check_by_each_set_of_probes(tiny, tmp_path, capsys):
+def test_the_command_times_a_check_by_probes_at_full_depth_and_less(tiny, tmp_path, capsys):
     model = saved(tiny, tmp_path / "model")
-    probes = [str(save_probe(untrained_probe(tiny, name), tmp_path / name)) for name in ("a", "b")]
-    named = [word for probe in probes for word in ("--probe", probe)]
-    options = ["--tokens", "65,125", "--rounds", "4", "--out", str(tmp_path)]
-    assert cli("bench", "latency", "--model", model, *named, *options) == 0
+    probe = str(save_probe(untrained_probe(tiny, "a"), tmp_path / "a"))
+    options = ["--tokens", "65,125", "--rounds", "4", "--out", str(tmp_path), "--layers"]
+    assert cli("bench", "latency", "--model", model, "--probe", probe, *options, "99") == 2
+    assert wordings.FEWER_LAYERS.format(most=4) in capsys.readouterr().err
+    assert cli("bench", "latency", "--model", model, "--probe", probe, *options, "2") == 0
+    probes = [probe, f"{probe}, 2 layers"]
     shown = capsys.readouterr().out
     assert shown == (tmp_path / "checks.md").read_text()
     record = json.loads((tmp_path / "checks.json").read_text())

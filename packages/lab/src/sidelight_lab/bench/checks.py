@@ -1,9 +1,10 @@
 """Time of a check over HTTP: one text to ``/v1/moderations``, as an application sends it."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
-from itertools import count
+from dataclasses import asdict, replace
+from itertools import count, product
 from pathlib import Path
 from time import perf_counter
 
@@ -11,8 +12,10 @@ import httpx
 import numpy as np
 
 from sidelight.errors import ContextLengthError, SidelightError
+from sidelight.guards import probe_folders
 from sidelight.models.conversation import Message
 from sidelight.models.encode import PromptEncoder
+from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.progress import progress
 from sidelight.states.reader import Backbone
 from sidelight_lab.bench.measurement import Range, Record, conditions, table
@@ -29,6 +32,7 @@ def measure_checks(
     tokens: Sequence[int],
     rounds: int,
     dtype: str = "auto",
+    layers: Sequence[int] = (),
 ) -> Record:
     """Milliseconds from the request to the whole answer, of one client that asks in turn.
 
@@ -42,6 +46,8 @@ def measure_checks(
         rounds: Timings of each row and length.
         dtype: That of the servers, as ``sidelight serve`` takes it; ``auto`` need not be the dtype
             of ``backbone``, which is loaded for reading.
+        layers: Each adds a row for copies of the probes that read so many hidden states of a token,
+            from the embedding up, where passes stop.
 
     Raises:
         SidelightError: A server does not start, or refuses a text.
@@ -51,11 +57,19 @@ def measure_checks(
     numbers = count()
     # Before servers start: a wrong length is refused at once.
     words = {length: words_for(backbone.encoder, length) for length in tokens}
-    times: dict[tuple[str, int], list[float]] = {(row, n): [] for row in probes for n in tokens}
+    for number in layers:
+        backbone.fingerprint.first_layers(number)
     with ExitStack() as running:
+        folder = Path(running.enter_context(tempfile.TemporaryDirectory()))
+        rows = {name: [Path(name)] for name in probes}
+        rows |= {
+            f"{name}, {number} layers": _shallow(name, number, folder / f"{i}-{number}")
+            for (i, name), number in product(enumerate(probes), layers)
+        }
+        times: dict[tuple[str, int], list[float]] = {(row, n): [] for row in rows for n in tokens}
         servers = {
-            name: running.enter_context(ServerProcess([Path(name)], options=options))
-            for name in probes
+            name: running.enter_context(ServerProcess(paths, options=options))
+            for name, paths in rows.items()
         }
         clients: dict[str, httpx.Client] = {}
         for name, server in servers.items():
@@ -67,13 +81,49 @@ def measure_checks(
             _seconds(clients[name], text_of(words[length], next(numbers)))
         with progress("Timing", rounds, unit="rounds") as advance:
             for number in range(rounds):
-                rows = [*times]
-                first = number % len(rows)
-                for name, length in rows[first:] + rows[:first]:
+                cells = [*times]
+                first = number % len(cells)
+                for name, length in cells[first:] + cells[:first]:
                     seconds = _seconds(clients[name], text_of(words[length], next(numbers)))
                     times[name, length].append(1000 * seconds)
                 advance(1)
-    return Record("checks", where, {"rows": _rows(times)}, [_table(times, probes, tokens)])
+    sections = [_table(times, [*rows], tokens)]
+    if layers:
+        sections.append(_ratios(times, probes, layers, tokens, backbone.fingerprint.layers))
+    return Record("checks", where, {"rows": _rows(times)}, sections)
+
+
+def _shallow(name: str, layers: int, folder: Path) -> list[Path]:
+    """Copies of probes that read the first layers alone."""
+    copies: list[Path] = []
+    for source in probe_folders([name]):
+        probe = load_probe(source)
+        copies.append(folder / probe.name)
+        standardisation = probe.standardisation.limited(layers)
+        save_probe(replace(probe, standardisation=standardisation), copies[-1])
+    return copies
+
+
+def _ratios(
+    times: Mapping[tuple[str, int], Sequence[float]],
+    probes: Sequence[str],
+    layers: Sequence[int],
+    tokens: Sequence[int],
+    deepest: int,
+) -> str:
+    rows: list[list[str]] = []
+    for name, number in product(probes, layers):
+        ratios = [
+            np.divide(times[f"{name}, {number} layers", length], times[name, length])
+            for length in tokens
+        ]
+        blocks = f"{(number - 1) / (deepest - 1):.2f}"
+        rows.append([f"{name}, {number} layers", blocks, *(_spread(r).text(2) for r in ratios)])
+    return table(
+        "The same time over that at full depth, by round: median (5th to 95th percentile)",
+        ["probes", "blocks, share of all", *(f"{length} tokens" for length in tokens)],
+        rows,
+    )
 
 
 def words_for(encoder: PromptEncoder, tokens: int) -> int:
@@ -118,7 +168,7 @@ def _seconds(client: httpx.Client, text: str) -> float:
     return seconds
 
 
-def _spread(times: Sequence[float]) -> Range:
+def _spread(times: Sequence[float] | np.ndarray) -> Range:
     """Median, 5th and 95th percentile."""
     low, middle, high = np.percentile(times, (5, 50, 95)).tolist()
     return Range(middle, low, high)

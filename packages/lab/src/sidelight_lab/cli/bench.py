@@ -425,11 +425,17 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
     help="Time a check by these probes over HTTP instead, as `sidelight serve` takes them; each "
     "--probe is a row.",
 )
+@click.option(
+    "--layers",
+    callback=split_numbers,
+    help="With --probe, also time copies that read the first K hidden states alone.  ",
+)
 @_record
 @options.transformers
 def bench_latency(
     runtime: Runtime,
     probes: tuple[str, ...],
+    layers: tuple[int, ...],
     tokens: tuple[int, ...],
     batch_sizes: tuple[int, ...],
     rounds: int,
@@ -445,11 +451,15 @@ def bench_latency(
 
     With --probe, time a check instead: one text to /v1/moderations of a server with these probes.
     """
+    if layers and not probes:
+        raise SidelightError("--layers is for copies of probes. Name some with --probe.")
     backbone = runtime.load_transformers()
     if probes:
         from sidelight_lab.bench.checks import measure_checks
 
-        record = measure_checks(backbone, probes, tokens=tokens, rounds=rounds, dtype=runtime.dtype)
+        record = measure_checks(
+            backbone, probes, tokens=tokens, rounds=rounds, dtype=runtime.dtype, layers=layers
+        )
     else:
         from sidelight_lab.bench.latency import measure_latency
 
