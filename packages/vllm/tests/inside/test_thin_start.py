@@ -19,6 +19,16 @@ from worlds.vllm import TOGETHER
 pytestmark = pytest.mark.xdist_group("thin")
 KEY, ADMIN, LISTED = "a-users-key", "an-admins-key", "a-listed-key"
 CHATS = "/v1/chat/completions"
+TURNS = [{"role": "user", "content": "a quagga"}]
+CHECKS = {
+    "/v1/moderations": {"input": "a quagga"},
+    "/classify": {"model": "injection", "input": "a quagga"},
+    "/v1/classify": {"model": "injection", "messages": TURNS},
+    "/api/v1/text/contents": {"contents": ["a quagga"]},
+    "/api/v1/text/chat": {"messages": TURNS},
+    "/api/v1/text/generation": {"prompt": "a quagga", "generated_text": "a quagga"},
+    "/beta/litellm_basic_guardrail_api": {"input_type": "request", "texts": ["a quagga"]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +139,29 @@ def test_policy_audit_disclosure_and_tools_are_those_of_the_options(server, subj
         verdicts = {v["probe"]: v for v in answer.model_extra["sidelight"]["verdicts"]}
         assert ("probabilities" in verdicts["injection"]) == sees
         assert answer.choices[0].finish_reason
+
+
+@pytest.mark.parametrize("path", CHECKS)
+def test_a_route_that_writes_nothing_audits_and_counts_what_it_classifies(server, path):
+    """As in our own server (test_server_routes.py)."""
+    audit = server.log.parent / "audit.jsonl"
+    before, lines = counted(server), len(audit.read_text().splitlines())
+    url = f"{server.address}{path}"
+    answer = httpx.post(url, json=CHECKS[path], timeout=60, **bearer(KEY))
+    assert answer.status_code == 200, answer.text
+    new = [json.loads(line) for line in audit.read_text().splitlines()[lines:]]
+    assert new
+    assert {line["request_id"] for line in new} == {answer.headers["x-request-id"]}
+    assert {line["key_id"] for line in new} == {"api-key-1"}
+    assert "quagga" not in audit.read_text()
+    assert counted(server) - before == len(new)
+
+
+def counted(server):
+    """Verdicts of all probes so far."""
+    lines = get(server, "/metrics", ADMIN).text.splitlines()
+    counts = [line for line in lines if line.startswith("sidelight_verdicts_total")]
+    return sum(float(line.split()[-1]) for line in counts)
 
 
 def test_a_killed_worker_passes_nothing_more_and_ends_the_server_with_a_code(start, endless):
