@@ -1,9 +1,10 @@
 """The laws of rules that defer to a judge, which our own server and vLLM's run alike."""
 
 import asyncio
+import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -31,6 +32,10 @@ from policy_contract import (
     refusal,
     verdicts,
 )
+from sidelight.data.evaluation import Estimate
+from sidelight.policy.rules import read_policy
+from sidelight.probes.artifact import load_probe, save_probe
+from sidelight.probes.card import JudgeFit, Texts
 from worlds.judges import CRITERION, ScriptedJudge, scripted_judge, yes_no
 
 _MODELS = count()
@@ -98,13 +103,41 @@ class DeferringServer:
                 leak=LEAK,
             )
         )
-        self.serve(policy)
+        self.serve(policy, [*self.subjects.folder_of.values()])
         self.judge.asked.clear()
 
-    def serve(self, policy: Path) -> None:
-        admin = {"Authorization": f"Bearer {ADMIN}"}
-        answer = self.http.put("/admin/probes", json={"policy": str(policy)}, headers=admin)
+    def serve(self, policy: Path, probes: Sequence[str] | None = None) -> None:
+        answer = self.put(policy, probes)
         assert answer.status_code == 200, answer.text
+
+    def put(self, policy: Path, probes: Sequence[str] | None = None) -> httpx.Response:
+        admin = {"Authorization": f"Bearer {ADMIN}"}
+        body = {"policy": str(policy), **({} if probes is None else {"probe": [*probes]})}
+        return self.http.put("/admin/probes", json=body, headers=admin)
+
+    def fits(self, *, weight: float, threshold: float) -> None:
+        """Serves under the last policy, with probes that are fitted to its judge like this."""
+        policy = self.home / "deferring.toml"
+        judge = read_policy(policy).judges["guardian"]
+        figure = Estimate(0.5, 0.4, 0.6)
+        fit = JudgeFit(
+            judge=judge.identity,
+            model=judge.model,
+            weight=weight,
+            threshold=threshold,
+            threshold_rule="f1",
+            share=0.0,
+            texts=Texts(),
+            deferred=0,
+            recall=figure,
+            recall_of_probe=figure,
+            date="2026-01-01",
+        )
+        folders = dict(self.subjects.folder_of)
+        for name in ("injection", "leak"):
+            made = load_probe(folders[name]).changed(judge_fit=fit)
+            folders[name] = str(save_probe(made, self.home / f"fitted-{next(_MODELS)}" / name))
+        self.serve(policy, [*folders.values()])
 
     def post(self, asked: Asked, key: str | None = None) -> httpx.Response:
         path, body = asked
@@ -144,7 +177,7 @@ def deferring(
         try:
             yield server
         finally:
-            server.serve(home / "plain.toml")
+            server.serve(home / "plain.toml", [*subjects.folder_of.values()])
 
 
 def whole(subjects: Subjects, text: str) -> tuple[str, str]:
@@ -262,6 +295,36 @@ class DeferContract:
             assert verdicts(answer)["leak"]["flagged"] == (probability > 0.5)
             # At the first streak, at most every 8 tokens after it, and at the end.
             assert 1 <= len(server.judge.asked) <= 2 + TOKENS // 8
+
+    def test_with_a_fit_the_probe_and_the_judge_decide_together(self, server, subjects):
+        """At log-odds of 0.4, which the judge alone would let pass."""
+        odds = math.log(0.4 / 0.6)
+        asked = [chat(subjects.injected), chat(subjects.leaking)]
+        for weight, threshold, probability, is_stopped in (
+            (0.0, odds - 0.1, 0.4, True),
+            (0.0, odds + 0.1, 0.4, False),
+            # A text on which the probe alone decides.
+            (1.0, -5.0, 0.001, True),
+            (1.0, 11.0, 0.999, False),
+        ):
+            server.defers()
+            server.fits(weight=weight, threshold=threshold)
+            server.judge.says(probability)
+            prompt, response = map(server.post, asked)
+            assert (prompt.status_code == 400) == is_stopped
+            assert is_cut(subjects, response) == is_stopped
+            assert server.judge.asked
+
+    def test_a_policy_with_another_judge_than_that_of_the_fit_is_refused(self, server, subjects):
+        server.defers()
+        server.fits(weight=0.5, threshold=0.0)
+        judge, policy = server.judge, server.home / "deferring.toml"
+        policy.write_text(policy.read_text().replace('model = "judge-', 'model = "newer-'))
+        answer = server.put(policy)
+        assert answer.status_code == 400, answer.text
+        judge.answers(JSONResponse({}, status_code=500))
+        # The old policy serves on.
+        assert refusal(server.post(chat(subjects.injected))) == (500, "verdict_failed")
 
     def test_a_failure_follows_the_rule(self, server, subjects):
         for on_failure, wanted in (("pass", 200), ("probe", 400), ("block", 500)):

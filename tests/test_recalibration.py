@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 import wordings
+from sidelight.data.evaluation import Estimate
 from sidelight.data.examples import Example, Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.probes.card import (
     CalibrationTexts,
+    JudgeFit,
+    Texts,
     TrainingRecord,
     TrainingTexts,
     read_card,
@@ -223,3 +226,28 @@ def test_figures_that_a_recalibration_makes_worse_are_a_warning():
     # A rule that wants other decisions makes none of them worse.
     (*others,) = recalibrate(trained(), texts, logits, rule=ThresholdRule("recall", 0.9)).warnings
     assert not any("F1" in each for each in others)
+
+
+def test_a_recalibrated_probe_has_no_fit_to_a_judge():
+    figure = Estimate(0.5, 0.4, 0.6)
+    fit = JudgeFit(
+        judge="0123456789ab",
+        model="judge",
+        weight=0.5,
+        threshold=0.0,
+        threshold_rule="f1",
+        share=0.05,
+        texts=Texts(),
+        deferred=0,
+        recall=figure,
+        recall_of_probe=figure,
+        date="2026-01-01",
+    )
+    probe = trained().changed(judge_fit=fit)
+    logits, labels = drawn(TOXICITY, 300, share=0.3, seed=1)
+    by_labels = recalibrate(probe, texts_of(TOXICITY, labels), logits)
+    by_rule = recalibrate(probe, rule=ThresholdRule("fpr", 0.01))
+    for made in (by_labels, by_rule):
+        assert made.probe.card.judge_fit is None
+        assert any("judge" in warning for warning in made.warnings)
+    assert not any("judge" in warning for warning in recalibrate(trained(), rule=F1).warnings)

@@ -14,6 +14,7 @@ import click
 
 from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
+from sidelight.cli.second_stage import SecondStageOptions
 from sidelight.engines.backend import DEFAULT, engines_of, find_backend
 from sidelight.errors import SidelightError
 from sidelight.storage import replacing, write_json
@@ -38,14 +39,40 @@ _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
     epilog=options.examples(
         "sidelight eval probes/toxicity --data test.jsonl.gz --label toxicity",
         "sidelight eval probes/toxicity --data test.jsonl.gz --label toxicity --plots plots",
+        "sidelight eval probes/toxicity --data test.jsonl.gz --label toxicity --judge judge.toml",
     ),
 )
 @options.measured
 @click.option("--spans", default="spans", help="Column of the spans, if the probe labels spans.")
 @options.new_folder(
     "--plots",
-    help="Folder for precision-recall, reliability and confusion plots of whole texts.",
+    help="Folder for precision-recall, reliability and confusion plots of whole texts; with "
+    "--judge, also of recall by the share deferred.",
 )
+@click.option(
+    "--judge",
+    type=options.PATH,
+    metavar="FILE",
+    help="Also ask the judge in this TOML file, and fit how both decide (docs/second-stage.md).",
+)
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.05,
+    help="With --judge: share of background traffic that the fit is for, as in `defer`.",
+)
+@click.option(
+    "--ask",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    help="With --judge: ask only about texts that this share of background traffic exceeds. 1 asks "
+    "about every text, which measures the judge alone, too.",
+)
+@options.threshold(show_default="what the probe's was chosen for")
+@options.new_folder(
+    "--save", help="With --judge: folder for the probe with the fit. [default: PROBE-judged]"
+)
+@click.option("--force", is_flag=True, help="Replace the probe that --save holds.")
 @options.json_file
 @options.backbone
 @options.as_json
@@ -57,6 +84,12 @@ def evaluate(
     missing_label: "OnMissingLabel",
     runtime: Runtime,
     plots: Path | None,
+    judge: Path | None,
+    share: float,
+    ask: float,
+    threshold: str | None,
+    save: Path | None,
+    force: bool,
     out: Path | None,
     as_json: bool,
     **columns: Any,
@@ -65,7 +98,18 @@ def evaluate(
 
     Each metric has a 95 % bootstrap interval. Texts that the probe was trained on are counted, and
     so is what it flags of the ordinary traffic that training has measured it on.
+
+    With --judge, an LLM judge is asked about the texts that rules would defer to it, and how both
+    decide together is fitted, out of fold. The probe stays, and a copy of it keeps the fit.
+    Answers are kept, so that asking can be resumed.
     """
+    second = None if judge is None else SecondStageOptions(judge, share, ask, threshold)
+    if second is not None:
+        save = second.prepare(probe, save, force=force)
+    elif save is not None or threshold is not None:
+        raise SidelightError(
+            "--save and --threshold are about a judge. Name its file with --judge."
+        )
     options.announce(f"Reading {data}")
     from sidelight.data.loading import load_examples
     from sidelight.probes.card import read_card
@@ -83,6 +127,8 @@ def evaluate(
     columns |= labels if card.spans is None else {"spans": spans}
     examples = load_examples(data, task=card.task, **columns)
     require_side(card, examples.items)
+    if second is not None:
+        second.require_fittable(card, examples)
     options.announce("Loading the model")
     from sidelight.cli.show import print_assessment
     from sidelight.scoring import assess
@@ -90,14 +136,28 @@ def evaluate(
     classifier = runtime.load_classifier(probe)
     assessment = assess(classifier.backbone, classifier.probe, examples)
     options.warn(assessment.warnings)
+    figures = assessment.to_dict()
+    report = None if second is None else second.fit(assessment)
+    if report is not None and save is not None:
+        from sidelight.probes.artifact import save_probe
+
+        save_probe(assessment.probe.changed(judge_fit=report.fit), save)
+        figures["second_stage"] = {**report.to_dict(), "saved": str(save)}
     if out is not None:
-        write_json(out, assessment.to_dict())
+        write_json(out, figures)
     if plots is not None:
         assessment.plot(plots)
+        if report is not None:
+            report.plot(plots, title=f"{card.name}, judge {report.fit.model}")
     if as_json:
-        click.echo(json.dumps(assessment.to_dict(), indent=2))
+        click.echo(json.dumps(figures, indent=2))
         return
     print_assessment(assessment)
+    if report is not None:
+        from sidelight.cli.show import print_deferral
+
+        print_deferral(report)
+        click.echo(f"Saved to {save}")
 
 
 def _require_whole_texts(card: "ProbeCard") -> None:

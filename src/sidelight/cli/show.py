@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sidelight.data.evaluation import Report, SpanReport
+from sidelight.judges.fitting import DeferralPoint, DeferralReport
 from sidelight.probes.card import DepthTrial
 from sidelight.scoring import Assessment
 from sidelight.statistics.background import Detections, Traffic
@@ -23,6 +24,12 @@ from sidelight.types import NONE, visible
 _METRICS = ("auprc", "auroc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")
 # Fewer conversations give no false-positive rate.
 _FEWEST = 100
+# The ways to decide about deferred texts, by their names in JSON.
+_DECIDED_BY = {
+    "probe": "Probe alone",
+    "fit": "With the fit",
+    "without a fit": "Judge alone on deferred texts",
+}
 # Of a table outside a terminal.
 _WIDTH = 110
 
@@ -131,6 +138,42 @@ def print_operating_points(assessment: Assessment) -> None:
         found, flagged = f"{point.found} of {positives}", f"{point.flagged} of {others}"
         table.add_row(f"{point.threshold:.3f}", found, flagged)
     console().print(table)
+
+
+def print_deferral(report: DeferralReport) -> None:
+    """Recall by the share of texts that a judge is asked about, and what the fit does."""
+    unanswered = f", {report.unanswered} without an answer left out" if report.unanswered else ""
+    title = f"Deferred to {report.fit.model}: {report.rows:,} texts{unanswered}, out of fold"
+    table = Table(title=title, title_justify="left")
+    table.add_column("share of background")
+    for name in ("texts deferred", "recall at 1 % fpr [95 % interval]", "auprc"):
+        table.add_column(name, justify="right")
+
+    def add(name: str, point: DeferralPoint) -> None:
+        deferred = f"{point.deferred:,} ({_percent(point.deferred / report.rows)})"
+        table.add_row(name, deferred, str(point.recall_at_1pct_fpr), str(point.auprc))
+
+    add("probe alone", report.probe)
+    for point in report.points:
+        if point.share is not None:
+            fitted = ", saved" if point.share == report.fit.share else ""
+            add("every text" if point.share == 1 else f"{point.share:g}{fitted}", point)
+    if report.judge is not None:
+        add("judge alone", report.judge)
+    console().print(table)
+    positives, others = report.positives, report.rows - report.positives
+    for name, own in report.decisions.items():
+        click.echo(
+            f"{_DECIDED_BY[name]}: finds {own.found:,} of {positives:,}, flags {own.flagged:,} of "
+            f"{others:,} others"
+        )
+    fit = report.fit
+    click.echo(
+        f"Fit: {fit.weight:.2f} * logit(probe) + {1 - fit.weight:.2f} * logit(judge) >= "
+        f"{fit.threshold:.2f}, for defer.share = {fit.share:g} (--threshold {fit.threshold_rule})"
+    )
+    for finding in report.findings:
+        click.echo(finding)
 
 
 def print_report(report: Report) -> None:

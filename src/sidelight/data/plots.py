@@ -52,6 +52,52 @@ def plot_report(predictions: Predictions, directory: Path, *, title: str) -> lis
     return [save_figure(figure, directory / name) for name, figure in figures.items()]
 
 
+def plot_deferral(
+    shares: Sequence[float],
+    recalls: Sequence[Sequence[float]],
+    *,
+    probe: float,
+    judge: float | None,
+    path: Path,
+    title: str,
+) -> Path:
+    """Draws recall at 1 % false positives against the share of texts that a judge is asked about.
+
+    Args:
+        shares: Of the texts, rising.
+        recalls: Of each share the recall, and the ends of its interval.
+        probe: The recall of the probe alone.
+        judge: That of the judge alone; None: unknown.
+        path: Of the PNG.
+        title: What was measured.
+    """
+    figure, (axes,) = _figure(7.2, 5.4, title)
+    percent = 100 * np.array(shares)
+    middle, low, high = np.array(recalls, dtype=np.float64).T
+    axes.errorbar(
+        percent,
+        middle,
+        [middle - low, high - middle],
+        marker="o",
+        capsize=3,
+        label="probe and judge",
+    )
+    axes.axhline(probe, linestyle="--", color="grey", label="probe alone")
+    if judge is not None:
+        axes.axhline(judge, linestyle=":", color="black", label="judge alone, on every text")
+    # Small shares are the interesting ones.
+    axes.set_xscale("symlog", linthresh=1)
+    ticks = [0, 1, 2, 5, 10, 20, 50, 100]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set(
+        xlabel="texts deferred to the judge (%)",
+        ylabel="recall at 1 % false positives",
+        ylim=(0, 1.02),
+    )
+    axes.legend(loc="lower right")
+    return save_figure(figure, path)
+
+
 def save_figure(figure: Figure, path: Path) -> Path:
     """Writes a PNG, whole or not at all, and makes its folder."""
     with replacing(path) as partial:

@@ -22,6 +22,8 @@ from sidelight.types import visible
 
 JudgeKind = Literal["chat", "decisions", "moderations"]
 
+# A judge that says nothing of its errors flags what it takes to be more probable than not.
+JUDGE_THRESHOLD = 0.5
 # The header that tells a Sidelight server that another one asks it as a judge.
 JUDGE_HEADER = "x-sidelight-judge"
 # The fields of a request that a judge's own `extra` must not replace.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.judges.settings import JudgeSettings, judges_from
+from sidelight.judges.settings import JUDGE_THRESHOLD, JudgeSettings, judges_from
 from sidelight.models.invisible import Invisible
 from sidelight.policy.ignoring import Ignore, split
 from sidelight.types import Span, Verdict
@@ -37,8 +37,6 @@ LOGGED: Mapping[Action, str] = {
     "fail_open": "Probe '%s' gave no verdict on the %s: let through, as its rule says.",
 }
 
-# A judge that says nothing of its errors flags what it takes to be more probable than not.
-_JUDGE_THRESHOLD = 0.5
 # The limits hold for files only; pydantic reads the annotations in `read_policy`.
 _Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
 _Count = Annotated[int, Field(ge=0, strict=True)]
@@ -225,12 +223,10 @@ class BoundRule:
         if self.rule.defer is None:
             return math.inf
         ((label, own),) = self.thresholds.items()
-        scores = self.probe.background_scores
-        if not self.rule.defer.share or not len(scores):
+        share = self.rule.defer.share
+        if not share or not len(self.probe.card.background):
             return own
-        exceeding = min(int(self.rule.defer.share * len(scores)), len(scores) - 1)
-        output = self.probe.task.output_labels.index(label)
-        return min(own, math.nextafter(float(scores[exceeding, output]), 1.0))
+        return min(own, self.probe.share_threshold(label, share))
 
     def defers(self, verdict: Verdict) -> bool:
         """Whether the judge decides about a text, by the probe's verdict on it."""
@@ -240,13 +236,19 @@ class BoundRule:
         return verdict.flagged or verdict.probabilities[label] >= self.defer_threshold
 
     def agrees(self, scored: Verdict, probability: float) -> bool:
-        """Whether a deferred text is flagged.
+        """Whether a deferred text is flagged: by the fit on the probe's card, or the judge alone.
 
         Args:
             scored: The probe's verdict.
             probability: The judge's.
         """
-        return probability >= _JUDGE_THRESHOLD
+        fit = self.probe.card.judge_fit
+        if fit is None:
+            return probability >= JUDGE_THRESHOLD
+        assert self.judge is not None, "only rules that defer have answers"
+        assert fit.judge == self.judge.identity, "policies with another judge are refused"
+        (label,) = self.thresholds
+        return fit.flags(scored.probabilities[label], probability)
 
     def is_too_long(self, tokens: int) -> bool:
         return self.rule.max_tokens is not None and tokens > self.rule.max_tokens
@@ -429,6 +431,14 @@ def _require_deferrable(bound: BoundRule, defer: Defer) -> None:
             f"Probe '{bound.name}' has no record of background traffic, so nothing says which "
             f"texts are {defer.share:g} of it. Recalibrate it with --background, or set "
             "defer.share = 0, which defers only what the probe flags."
+        )
+    fit, judge = bound.probe.card.judge_fit, bound.judge
+    if fit is not None and fit.judge != judge.identity:
+        raise SidelightError(
+            f"Probe '{bound.name}' was fitted to judge {fit.model} ({fit.judge}), but the policy "
+            f"defers to '{defer.judge}', which is {judge.model} ({judge.identity}): another model, "
+            "profile or criterion. Fit it to this judge (sidelight eval --judge), or serve the "
+            "probe without a fit, whose judge decides alone."
         )
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -21,13 +22,14 @@ from pydantic import (
     model_validator,
 )
 
-from sidelight.data.evaluation import Report, SpanReport
+from sidelight.data.evaluation import Estimate, Report, SpanReport
 from sidelight.data.spans import SpanRule
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import PromptFormat, Reads
 from sidelight.models.fingerprint import Fingerprint
 from sidelight.statistics.background import Conversations, Detections, Traffic
 from sidelight.statistics.calibration import Calibration
+from sidelight.statistics.combination import combined_log_odds
 from sidelight.statistics.thresholds import F1, OperatingCurve
 from sidelight.types import MechanismSpec, Task, visible
 
@@ -216,6 +218,49 @@ class TrainingRecord(_Record):
         return self.traffic.flagged, len(self.traffic.background)
 
 
+class JudgeFit(_Record):
+    """How a probe and a judge decide together about the texts that a rule defers.
+
+    A text is flagged if ``weight * logit(probe) + (1 - weight) * logit(judge)`` reaches the
+    threshold.
+
+    Attributes:
+        judge: ``JudgeSettings.identity`` of the judge that it holds for, and for no other.
+        model: What that judge's server calls its model.
+        weight: Of the probe, from 0 to 1.
+        threshold: Of the weighted sum, in log-odds.
+        threshold_rule: What it was chosen for, as ``--threshold`` takes it.
+        share: The share of background traffic that was deferred.
+        texts: The labelled texts.
+        deferred: How many of them were deferred.
+        recall: At 1 % false positives, out of fold.
+        recall_of_probe: Of the probe alone, on the same texts.
+        date: When, as an ISO date.
+    """
+
+    judge: str = Field(pattern=r"^[0-9a-f]{12}$")
+    model: str
+    weight: float = Field(ge=0, le=1)
+    threshold: float = Field(allow_inf_nan=False)
+    threshold_rule: str
+    share: float = Field(ge=0, lt=1)
+    texts: Texts
+    deferred: NonNegativeInt
+    recall: Estimate
+    recall_of_probe: Estimate
+    date: str
+
+    def flags(self, probe: float, judge: float) -> bool:
+        """Whether a deferred text is flagged.
+
+        Args:
+            probe: The probe's calibrated probability.
+            judge: The judge's probability.
+        """
+        combined = combined_log_odds(self.weight, np.array(probe), np.array(judge))
+        return bool(combined >= self.threshold)
+
+
 class ProbeCard(_Record):
     """Everything about a probe but its numbers.
 
@@ -233,6 +278,7 @@ class ProbeCard(_Record):
         backbone: The fingerprint of the model that it belongs to.
         training: How it was trained.
         spans: How tokens are labelled; None for a probe of whole texts.
+        judge_fit: How it decides together with a judge; None: a judge decides alone.
         is_normalised: As in ``Standardisation``; set on saving.
         weights_sha256: Hash of the tensors beside it; "" before it is saved.
     """
@@ -248,6 +294,8 @@ class ProbeCard(_Record):
     backbone: Fingerprint
     training: TrainingRecord = TrainingRecord()
     spans: SpanRule | None = None
+    # Left out where there is none, so that the versions of other probes stay as they are.
+    judge_fit: JudgeFit | None = Field(default=None, exclude_if=lambda fit: fit is None)
     is_normalised: bool = False
     weights_sha256: str = ""
 
@@ -262,6 +310,7 @@ class ProbeCard(_Record):
             "calibration": self.calibration.task == task.kind
             and len(self.calibration.scale) == task.outputs,
             "spans": self.spans is None or self.spans.fits(task),
+            "judge_fit": self.judge_fit is None or (task.kind == "binary" and self.spans is None),
             "curves": not self.training.curves
             or tuple(self.training.curves) == task.labels[len(task.labels) - counted :],
             "traffic.background": traffic is None
@@ -489,6 +538,12 @@ def summary(card: ProbeCard) -> dict[str, str]:
         }
     for number, later in enumerate(training.recalibrations, 1):
         lines[f"recalibrated {number}"] = f"{later.date}: {later.what}"
+    if (fit := card.judge_fit) is not None:
+        lines["judge"] = (
+            f"{fit.model} ({fit.judge}), fitted {fit.date} on {fit.texts.rows:,} texts at "
+            f"defer.share = {fit.share:g}: recall at 1 % false positives {fit.recall}, of the "
+            f"probe alone {fit.recall_of_probe}"
+        )
     return {name: visible(value) for name, value in lines.items()}
 
 

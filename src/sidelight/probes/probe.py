@@ -1,5 +1,6 @@
 """A trained probe: a mechanism and everything that turns its logits into a verdict."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -91,6 +92,18 @@ class Probe:
         """Probabilities of the background conversations of training; each column falls."""
         logits = self.card.background.logits
         return -np.sort(-self.calibration.apply(logits), axis=0)
+
+    def share_threshold(self, label: str, share: float) -> float:
+        """The probability that this share of the background conversations reaches.
+
+        Args:
+            label: Whose probability.
+            share: From 0 to 1; the probe has background conversations.
+        """
+        scores = self.background_scores
+        exceeding = min(int(share * len(scores)), len(scores) - 1)
+        output = self.task.output_labels.index(label)
+        return math.nextafter(float(scores[exceeding, output]), 1.0)
 
     def projection(self) -> Projection:
         """The map from hidden states to the few numbers that the probe needs of each of them."""

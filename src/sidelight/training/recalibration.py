@@ -165,7 +165,8 @@ def _recorded(
         "traffic": traffic,
         "recalibrations": (*record.recalibrations, entry.model_copy(update=before)),
     }
-    return probe.changed(**fitted, training=record.model_copy(update=added))
+    # It was fitted to the probabilities as they were.
+    return probe.changed(**fitted, judge_fit=None, training=record.model_copy(update=added))
 
 
 def _today() -> str:
@@ -210,10 +211,22 @@ def _follow_labels(
         *(() if made.folds else (FLATTERING,)),
         *threshold_doubts(task, examples.count_by_label, len(examples), rule),
         *_metric_warnings(figures),
+        *_fit_warnings(probe),
     )
     fitted = {"calibration": made.calibration, "thresholds": after.thresholds}
     recorded = _recorded(probe, rule, made.alone, entry, **fitted)
     return Recalibrated(recorded, (before, after), doubts)
+
+
+def _fit_warnings(probe: "Probe") -> list[str]:
+    """What a recalibration ends: a fit to a judge."""
+    fit = probe.card.judge_fit
+    if fit is None:
+        return []
+    return [
+        f"The new probe has no fit to judge {fit.model}, which was made for the old probabilities "
+        "and thresholds. Fit it again: sidelight eval --judge."
+    ]
 
 
 def _metric_warnings(figures: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
@@ -241,4 +254,4 @@ def _follow_rule(probe: "Probe", rule: ThresholdRule) -> Recalibrated:
     doubts = threshold_doubts(probe.task, positives, texts, rule)
     entry = Recalibration(date=_today(), what=f"thresholds for {rule}")
     recorded = _recorded(probe, rule, alone, entry, thresholds=thresholds)
-    return Recalibrated(recorded, None, (*doubts,))
+    return Recalibrated(recorded, None, (*doubts, *_fit_warnings(probe)))

@@ -1,0 +1,106 @@
+"""``sidelight eval --judge``: a judge is asked about labelled texts, and fitted to a probe."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sidelight.cli import options
+from sidelight.errors import SidelightError
+from sidelight.guards import is_guard
+from sidelight.judges.settings import JudgeSettings, read_judge
+from sidelight.probes.hub import is_on_hub
+
+if TYPE_CHECKING:
+    from sidelight.data.examples import LabelledExamples
+    from sidelight.judges.fitting import DeferralReport
+    from sidelight.probes.card import ProbeCard
+    from sidelight.scoring import Assessment
+
+
+@dataclass(frozen=True)
+class SecondStageOptions:
+    """The options of ``eval`` about a judge.
+
+    Attributes:
+        file: Of the judge.
+        share: Of background traffic, that the fit is for.
+        ask: The largest share of it that is asked about.
+        threshold: What the threshold is chosen for; None: what the probe's was.
+    """
+
+    file: Path
+    share: float
+    ask: float
+    threshold: str | None
+
+    @cached_property
+    def judge(self) -> JudgeSettings:
+        return read_judge(self.file)
+
+    def prepare(self, probe: Path, save: Path | None, *, force: bool) -> Path:
+        """The folder for the fitted probe, once everything that needs no model is checked.
+
+        Raises:
+            SidelightError: The judge's file or key is wrong, or the folder holds a probe.
+        """
+        from sidelight.probes.card import require_free
+        from sidelight.statistics.thresholds import ThresholdRule
+
+        self.judge.key()
+        if self.threshold is not None:
+            ThresholdRule.parse(self.threshold)
+        if save is None and (is_guard(probe) or is_on_hub(probe)):
+            raise SidelightError(f"Name a folder for the fitted {probe} with --save.")
+        folder = save or probe.resolve().with_name(f"{probe.resolve().name}-judged")
+        require_free(folder, force=force)
+        return folder
+
+    def require_fittable(self, card: "ProbeCard", examples: "LabelledExamples") -> None:
+        from sidelight.judges.fitting import require_fittable
+
+        require_fittable(card, examples, self.share)
+
+    def fit(self, assessment: "Assessment") -> "DeferralReport":
+        """Asks the judge and fits it.
+
+        Raises:
+            SidelightError: It does not answer, or too few texts are deferred.
+        """
+        from sidelight.judges.answers import KeptAnswers, answers_file, ask_all, cost_sentence
+        from sidelight.judges.fitting import defer_thresholds, fit_judge
+        from sidelight.judges.question import Question
+        from sidelight.statistics.thresholds import ThresholdRule
+
+        probe, examples = assessment.probe, assessment.examples
+        scores = assessment.probabilities[:, 0]
+        thresholds = defer_thresholds(probe, self.share, self.ask)
+        asked = np.flatnonzero(scores >= min(thresholds.values()))
+        questions = [
+            Question.about(examples.items[row].conversation, examples.items[row].response)
+            for row in asked
+        ]
+        kept = KeptAnswers.read(answers_file(self.judge))
+        options.announce(cost_sentence(self.judge, questions, kept))
+        said = ask_all(self.judge, questions, kept, name=self.judge.model)
+        answers = np.full(len(scores), np.nan)
+        answers[asked] = [np.nan if each is None else each for each in said.probabilities]
+        if said.failures:
+            options.warn(
+                [
+                    f"The judge gave no verdict on {said.failures.total()} texts "
+                    f"({said.describe_failures()}), which are left out of its figures."
+                ]
+            )
+        return fit_judge(
+            probe,
+            examples,
+            scores,
+            answers,
+            judge=self.judge,
+            thresholds=thresholds,
+            share=self.share,
+            rule=None if self.threshold is None else ThresholdRule.parse(self.threshold),
+        )
