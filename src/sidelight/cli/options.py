@@ -238,29 +238,30 @@ def _gathered(name: str, kind: type[Any], **defaults: Any) -> Callable[[Command]
 _data = partial(
     click.option,
     "--data",
-    help="JSONL, JSON, CSV, TSV (or .gz), Parquet, hub name, or ready guard (docs/guards.md).",
+    help="JSONL, JSON, CSV or TSV file (also .gz), Parquet file, hub data set, or ready guard "
+    "(docs/guards.md).",
 )
 data = _data(required=True)
 optional_data = _data()
 # A file, or a folder, to write.
 new_file = partial(click.option, type=PATH, callback=checked_file)
 new_folder = partial(click.option, type=PATH, callback=checked_folder)
-out = new_folder("--out", required=True, help="Folder to write.")
+out = new_folder("--out", required=True, help="Output folder.")
 json_file = new_file("--out", help="File for the JSON.")
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-text = click.option("--text", default="text", help="Column of the text (or chat messages).")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for use in programs.")
+text = click.option("--text", default="text", help="Column with the text or the chat messages.")
 label = click.option(
     "--label",
     default="label",
-    help="Column of the label; several, with commas, make a multi-label task.",
+    help="Column with the label; several columns, separated by commas, make a multi-label task.",
 )
-response = click.option("--response", help="Column of the assistant's answer.")
+response = click.option("--response", help="Column with the assistant's answer.")
 split = click.option("--split", help="Split of a hub data set.")
 missing_label = click.option(
     "--missing-label",
     type=click.Choice(["error", "skip"]),
     default="error",
-    help="What to do about a row without a label.",
+    help="How to handle a row without a label.",
 )
 limit = click.option(
     "--limit",
@@ -271,11 +272,11 @@ threshold = partial(
     click.option,
     "--threshold",
     metavar="RULE",
-    help="What thresholds are chosen for: f1; fpr=0.01, the most recall with at most this share of "
-    "negative texts flagged; recall=0.95, the fewest false alarms with at least this share of "
-    "positive texts flagged; cost=10:1, where a miss costs 10 times as much as a false alarm.",
+    help="Objective for choosing thresholds: f1; fpr=0.01 (the highest recall that flags at most "
+    "this share of negative texts); recall=0.95 (the fewest false alarms that flag at least this "
+    "share of positive texts); or cost=10:1 (a miss costs 10 times as much as a false alarm).",
 )
-positive = click.option("--positive", help="The positive class of a binary task.")
+positive = click.option("--positive", help="Positive class of a binary task.")
 _model = partial(click.option, "--model")
 model = _model(
     cls=_OfEngines,
@@ -285,23 +286,23 @@ model = _model(
 tokenizer = click.option(
     "--tokenizer",
     metavar="FOLDER_OR_ID",
-    help="Tokenizer to use if the model's cannot be read.",
+    help="Tokenizer to use if the model's own tokenizer cannot be read.",
 )
 dtype = click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
-    help="Dtype of the backbone; auto keeps that of its weights, except on a CPU without "
-    "bfloat16 arithmetic, which is faster in float32.",
+    help="Dtype of the backbone; auto keeps the dtype of its weights, but uses float32 on a CPU "
+    "without bfloat16 arithmetic, where it is faster.",
 )
-device = click.option("--device", default="auto", help="cpu, cuda, cuda:1, or auto.")
+device = click.option("--device", default="auto", help="Device: cpu, cuda, cuda:1, or auto.")
 engine_option = click.option(
     "--engine-option",
     multiple=True,
     callback=_assigned_json,
     cls=_OfEngines,
     metavar="NAME=VALUE",
-    help="Option of the engine; may be repeated{options}.",
+    help="Engine option; may be repeated{options}.",
 )
 free_port = click.option(
     "--port",
@@ -319,7 +320,7 @@ engine = click.option(
     "--engine",
     type=_Engines(["auto", *engine_names()]),
     default="auto",
-    help="Engine; auto picks the one that the model name requires, else transformers.",
+    help="Engine; auto picks the engine that the model name requires, or else transformers.",
 )
 _gather = partial(_gathered, "runtime", Runtime)
 backbone = together(engine_option, model, tokenizer, dtype, device, _gather(engine="auto"))
@@ -360,7 +361,7 @@ def _inputs(command: Command) -> Command:
     return divided
 
 
-_ABOUT_INPUTS = f"Any other option; may be repeated. Of the texts: {', '.join(INPUT_SETTINGS)}."
+_ABOUT_INPUTS = f"Any other option; may be repeated. For texts: {', '.join(INPUT_SETTINGS)}."
 
 
 def training(more: str = "") -> Callable[[Command], Command]:
@@ -377,7 +378,7 @@ def training(more: str = "") -> Callable[[Command], Command]:
         response,
         positive,
         missing_label,
-        click.option("--validation", help="Validation data. [default: held out of --data]"),
+        click.option("--validation", help="Validation data. [default: held out from --data]"),
         click.option(
             "--set",
             "assigned",

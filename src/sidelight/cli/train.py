@@ -35,30 +35,31 @@ _AUTO = "auto"
     )
 )
 @options.training(
-    "Of training: batch_size, beginnings, calibration, class_weight, context_tokens, epochs, "
+    "For training: batch_size, beginnings, calibration, class_weight, context_tokens, epochs, "
     "format, layer_weights, layers, learning_rate, least_steps, none, normalise, patience, reads, "
-    "seed, standardise, template, weight_decay; docs/reference.md says what each does. Of a "
-    "mechanism: MECHANISM.OPTION, such as attention.factor."
+    "seed, standardise, template, weight_decay; docs/reference.md explains them. For a mechanism: "
+    "MECHANISM.OPTION, such as attention.factor."
 )
-@click.option("--force", is_flag=True, help="Replace the probe that --out holds.")
+@click.option("--force", is_flag=True, help="Replace an existing probe in the --out folder.")
 @click.option(
     "--mechanism",
     default=_AUTO,
-    help="auto (a readout, or spans with --spans), attention, gate, pooling, readout, or spans.",
+    help="Mechanism: auto (readout, or spans with --spans), attention, gate, pooling, readout, or "
+    "spans.",
 )
 @click.option(
     "--spans",
     metavar="COLUMN",
-    help="Label spans instead of whole texts: column of lists of {start, end, label}, in "
-    "characters of the text, or of the answer.",
+    help="Column with labelled spans, to train on spans instead of whole texts: lists of {start, "
+    "end, label}, in characters of the text or of the answer.",
 )
-@click.option("--name", help="Name in verdicts. [default: the output folder's]")
+@click.option("--name", help="Probe name in verdicts. [default: that of the output folder]")
 @options.threshold(default="f1")
 @click.option(
     "--background",
     metavar="FILE",
-    help="Ordinary traffic (texts or chats, without labels), which the texts are also shown in, "
-    "beside the packaged set; packaged alone; or none. [default: packaged]",
+    help="Background traffic to show the texts in: a file of ordinary, unlabelled texts or chats "
+    "(added to the packaged set), packaged, or none. [default: packaged]",
 )
 @options.engine
 @options.backbone

@@ -63,38 +63,41 @@ class ServerConfig(BaseModel):
     )
 
     config: Path | None = Field(
-        default=None, description="TOML file with these options; names have underscores there."
+        default=None,
+        description="TOML file with these options, whose names have underscores there.",
     )
     probe: tuple[Path, ...] = Field(
         default=(),
-        description="Folder of a probe, guard:NAME, or hf:OWNER/NAME@REVISION; may be repeated.",
+        description="Probe folder, guard:NAME, or hf:OWNER/NAME@REVISION; may be repeated.",
     )
     policy: Path | None = Field(
         default=None,
-        description="TOML file that says what follows from verdicts; see docs/policies.md.",
+        description="TOML file with the rules that act on verdicts; see docs/policies.md.",
     )
     served_model_name: str | None = Field(
         default=None,
         min_length=1,
-        description="Name that requests give as their model. [default: that of --model, of a file "
-        "without folder and ending]",
+        description="Model name that clients use in requests. [default: that of --model; for a "
+        "file, without folder and extension]",
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(
-        default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one."
+        default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one."
     )
     playground: bool = Field(
         default=False, description="Serve a page at /playground to try the model and its probes."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="Level of the server's own log."
+        default="info", description="Level of the server log."
     )
-    json_logs: bool = Field(default=False, description="Log one JSON object per line.")
-    audit_log: Path | None = Field(default=None, description="File to append every decision to.")
+    json_logs: bool = Field(default=False, description="Write the log as one JSON object per line.")
+    audit_log: Path | None = Field(
+        default=None, description="File to which every decision is appended."
+    )
     audit_salt: Annotated[SecretStr | None, BeforeValidator(_as_secret)] = Field(
         default=None,
-        description="Secret of the hashes in the audit log. [env: SIDELIGHT_AUDIT_SALT; default: a "
-        "new one]",
+        description="Secret salt of the hashes in the audit log. [env: SIDELIGHT_AUDIT_SALT; "
+        "default: a new one]",
     )
     trace_events: bool = Field(
         default=False,
@@ -103,31 +106,31 @@ class ServerConfig(BaseModel):
     )
     api_key: _Keys = Field(
         default=(),
-        description="Key that requests must carry; may be repeated. [env: SIDELIGHT_API_KEY]",
+        description="Key that requests must send; may be repeated. [env: SIDELIGHT_API_KEY]",
     )
     api_keys_file: Path | None = Field(
-        default=None, description="File of keys, one 'ID KEY' per line."
+        default=None, description="File with API keys, one 'ID KEY' per line."
     )
     admin_key: _Keys = Field(
         default=(), description="Key that opens /admin; may be repeated. [env: SIDELIGHT_ADMIN_KEY]"
     )
     admin_keys_file: Path | None = Field(
-        default=None, description="File of keys that open /admin, one 'ID KEY' per line."
+        default=None, description="File with keys that open /admin, one 'ID KEY' per line."
     )
     metrics_key: _Keys = Field(
         default=(),
         description="Key that opens /metrics only; may be repeated. [env: SIDELIGHT_METRICS_KEY]",
     )
     allow_anonymous: bool = Field(
-        default=False, description="Listen beyond this machine even without keys."
+        default=False, description="Accept requests from other machines even without API keys."
     )
     allowed_host: tuple[str, ...] = Field(
         default=(),
-        description="Name under which a server without keys is asked, besides localhost and "
+        description="Host name that a server without keys answers to, besides localhost and IP "
         "addresses; may be repeated.",
     )
-    max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="Largest body of a request.")
-    max_batch_items: int = Field(default=512, ge=1, le=512, description="Most texts in a request.")
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="Largest request body.")
+    max_batch_items: int = Field(default=512, ge=1, le=512, description="Most texts per request.")
     max_request_tokens: int | None = Field(
         default=None,
         ge=1,
