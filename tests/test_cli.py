@@ -583,7 +583,10 @@ def test_a_wrong_file_column_probe_or_rule_and_help_are_told_before_imports_that
         *("train --out o --set epochs=2", "search --out o", "bench defaults"),
         *(
             f"{command} {untrained}"
-            for command in ("eval", "redteam", "predict", "recalibrate", "parity", "bench everyday")
+            for command in (
+                *("eval", "redteam", "predict", "recalibrate", "parity"),
+                *("bench everyday", "bench tools"),
+            )
         ),
     ]
     asked: list[list[str]] = []

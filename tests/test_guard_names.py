@@ -178,6 +178,7 @@ def test_a_file_of_options_names_guards_and_what_training_one_takes(model, capsy
         ("anatomy", "guard:shout", "--data", "DATA", "--out", "OUT"),
         ("redteam", "guard:shout", "--data", "DATA"),
         ("bench", "everyday", "guard:shout", "--data", "DATA"),
+        ("bench", "tools", "guard:shout", "--data", "DATA"),
         ("policy", "check", "POLICY", "--probe", "guard:shout"),
     ],
     ids=lambda words: words[0],

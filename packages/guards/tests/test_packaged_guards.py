@@ -81,12 +81,13 @@ def test_the_notice_counts_the_rows_of_every_source_and_test():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_tests_of_a_card_are_the_files_beside_it_and_at_most_400_rows(name):
+def test_the_tests_of_a_card_are_the_files_beside_it_and_at_most_450_rows(name):
     tests = find_guard(name).card.tests
     files = {path.name for path in (PACKAGE / name).glob("*.jsonl.gz")}
     assert files == {"train.jsonl.gz", *(f"test_{test}.jsonl.gz" for test in tests)}
-    assert all(100 <= len(examples(name, test)) <= 400 for test in tests)
-    assert {test for test in tests if len(examples(name, test)) == 400} >= {
+    assert all(100 <= len(examples(name, test)) <= 450 for test in tests)
+    # Fewer rows would have been kept whole.
+    assert {test for test in tests if len(examples(name, test)) >= 400} >= {
         test for test, card in tests.items() if card.drawn
     }
 
@@ -182,6 +183,40 @@ def test_no_training_text_is_a_near_duplicate_of_a_test(name):
     is_training[alike.texts[: len(training)]] = True
     assert not is_training[alike.texts[len(training) :]].any()
     assert (is_training[alike.left] == is_training[alike.right]).all()
+
+
+# What recognises each kind of ``tool_results``.
+KINDS = {
+    "weather records": r"temp_m(ax|in)|precipitation,",
+    "airport records": r'"iata"',
+    "earthquake reports": r'"magType"|"tsunami"',
+    "bird strikes": r"Wildlife (Size|Species)",
+    "git log": r"(?m)^commit [0-9a-f]{7,}$",
+    "git diff": r"(?m)^diff --git |^@@ -",
+    "linter rules": r"(?m)^## What it does",
+    "linter reports": r"(?m)^ *--> \S+:\d+:\d+",
+    "command help": r"(?im)^usage:\s",
+    "listings": r"(?m)^(total \d+$|[d-]rw[x-]|Package +Version)",
+}
+
+
+def test_training_has_no_tool_result_of_the_kinds_that_are_tested():
+    tested = examples("injection", "tool_results")
+    kinds = [str(cells["subset"]) for cells in tested.rows]
+    assert Counter(zip(kinds, tested.labels.tolist(), strict=True)) == {
+        (kind, label): rows for kind in KINDS for label, rows in ((0, 30), (1, 15))
+    }
+    found = Counter(
+        kind
+        for kind, item in zip(kinds, tested.items, strict=True)
+        if re.search(KINDS[kind], item.text)
+    )
+    # Some are cut.
+    assert all(found[kind] >= 36 for kind in KINDS), found
+    texts = {item.text for item in examples("injection").items}
+    conversations = load_background("packaged").conversations
+    texts |= {turn.content for turns in conversations for turn in turns}
+    assert [kind for kind in KINDS if any(re.search(KINDS[kind], text) for text in texts)] == []
 
 
 @pytest.mark.slow

@@ -404,6 +404,46 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
 
 
 @bench.command(
+    "tools",
+    epilog=options.examples(
+        "sidelight bench tools guard:injection --data guard:injection:tool_results",
+    ),
+)
+@click.argument("probe", type=options.PATH)
+@_data
+@_record
+@options.dtype
+@options.device
+def bench_tools(
+    probe: Path,
+    data: str,
+    text: str,
+    label: str,
+    out: Path | None,
+    as_json: bool,
+    dtype: "DtypeName",
+    device: str,
+) -> None:
+    """Count which results of tools a rule flags in an agent's chat.
+
+    The rule has turns = "all" or turns = "tool". A column "subset" of the data names
+    the kind of each result, which gets a row.
+    """
+    from sidelight.data.loading import load_examples
+    from sidelight.probes.card import read_card
+
+    # Before imports that take seconds: a wrong probe, file or column is refused at once.
+    probe = probe_folder(probe)
+    examples = load_examples(data, text=text, label=label, task=read_card(probe).task)
+    from sidelight.classifier import load
+    from sidelight_lab.bench.tools import measure_tools
+
+    classifier = load(probe, dtype=dtype, device=device)
+    record = measure_tools(classifier.backbone, classifier.probe, examples)
+    publish(record, out, as_json=as_json)
+
+
+@bench.command(
     "latency",
     epilog=options.examples(
         "sidelight bench latency --out latency",

@@ -1,0 +1,80 @@
+"""Results of tools: which texts are counted, and which turns a rule reads."""
+
+import json
+
+import pytest
+
+from sidelight.data.loading import load_examples
+from sidelight.engines.transformers.backbone import load_backbone
+from sidelight.errors import SidelightError
+from sidelight.models.conversation import Reads
+from sidelight.probes.artifact import save_probe
+from sidelight.probes.bank import Bank
+from sidelight_lab.bench.tools import REQUEST, measure_tools
+from worlds.models import TOXICITY, saved, score, untrained_probe
+from worlds.servers import cli
+
+ROWS = [
+    {"text": f"{kind} {i}: a result of a tool", "label": label, "subset": kind}
+    for kind in ("logs", "mails")
+    for i, label in enumerate(("fine", "fine", "toxic"))
+]
+# One pass reads the request alone, the other before a call and a result.
+ROUNDING = 1e-5
+ALL, TOOL = 'turns = "all"', 'turns = "tool"'
+
+
+def probe_of(backbone, threshold=0.5, task=TOXICITY):
+    reads = Reads(scope="each_turn")
+    return untrained_probe(backbone, "toxicity", task=task, reads=reads, threshold=threshold)
+
+
+def figures(backbone, threshold):
+    record = measure_tools(
+        backbone, probe_of(backbone, threshold), load_examples(ROWS, task=TOXICITY)
+    )
+    return json.loads(record.to_json())["results"]
+
+
+def counts(of_rule):
+    return {
+        name: tuple((rates[label]["flagged"], rates[label]["texts"]) for label in rates)
+        for name, rates in of_rule.items()
+    }
+
+
+@pytest.mark.parametrize(("threshold", "share"), [(0.0, 1), (1.0, 0)])
+def test_each_kind_counts_its_harmless_and_its_poisoned_results(tiny, threshold, share):
+    kind = ((2 * share, 2), (share, 1))
+    expected = {"all": ((4 * share, 4), (2 * share, 2)), "logs": kind, "mails": kind}
+    own = figures(tiny, threshold)
+    assert counts(own[ALL]) == counts(own[TOOL]) == expected
+
+
+def test_a_flagged_request_counts_for_the_rule_of_all_turns_alone(tiny):
+    # As the first turn of a longer chat: its states do not depend on later turns.
+    probe, prompt = probe_of(tiny), tiny.encoder.encode([REQUEST])
+    ((logits,),) = score(tiny, Bank([probe]), [prompt])
+    own = float(probe.calibration.apply(logits[None])[0, 0])
+    found = figures(tiny, own - ROUNDING)
+    assert counts(found[ALL])["all"] == ((4, 4), (2, 2))
+    assert sum(flagged for flagged, _ in counts(found[TOOL])["all"]) < 6
+
+
+def test_a_probe_that_judges_no_turns_is_refused(tiny):
+    with pytest.raises(SidelightError, match="each turn"):
+        measure_tools(tiny, untrained_probe(tiny, "p"), load_examples(ROWS, task=TOXICITY))
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_table_of_a_file(tiny, tmp_path, capsys):
+    model = load_backbone(saved(tiny, tmp_path / "model"))
+    probe = save_probe(probe_of(model), tmp_path / "probe")
+    data = tmp_path / "results.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in ROWS))
+    assert cli("bench", "tools", str(probe), "--data", str(data), "--out", str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert shown == (tmp_path / "tools.md").read_text()
+    assert {"all", "logs", "mails"} <= {
+        line.split("|")[1].strip() for line in shown.split("\n") if "|" in line
+    }
