@@ -4,14 +4,19 @@ import json
 from itertools import takewhile
 
 import numpy as np
+from starlette.responses import JSONResponse
 
+from sidelight.data.annotators import JudgeLabel
 from sidelight.data.loading import load_examples
 from sidelight.models.conversation import Reads
 from sidelight.training.settings import FitOptions
 from sidelight_label.file import LabelFile
+from sidelight_label.judging import AnswerFile, Criterion
 from sidelight_label.pool import Pool, merged
 from sidelight_label.queue import LabelQueue, shuffled
+from sidelight_label.review import Review
 from worlds.data import TASKS, planted
+from worlds.judges import yes_no
 
 READS = Reads(scope="conversation")
 TOKEN = "a-token-of-this-test"
@@ -72,3 +77,75 @@ class Sitting:
 
 def saved_labels(sitting):
     return [json.loads(line)["label"] for line in sitting.out.read_text().splitlines()]
+
+
+def shown_text(body):
+    """The text that a judge is asked about."""
+    return json.loads(body["messages"][-1]["content"].split("\n")[0])["turns"][-1]["text"]
+
+
+def truthful(body):
+    return JSONResponse(yes_no(0.97 if "X" in shown_text(body) else 0.02))
+
+
+class JudgedSitting(Sitting):
+    """A sitting with a judge, which labels texts by a criterion in a file."""
+
+    def __init__(self, tiny, folder, judge, count):
+        self.judge, self.limit = judge, None
+        self.rule = folder / "rule.md"
+        self.rule.write_text("The text has a capital X.\n")
+        super().__init__(tiny, folder, count=count)
+
+    def begin(self, **settings):
+        task = TASKS["binary"]
+
+        def is_judged(row):
+            return JudgeLabel.of(row, is_positive=row.get("label") == "toxic") is not None
+
+        super().begin(**settings)
+        self.criterion = Criterion(self.rule)
+        labelled = load_examples(self.out, task=task) if self.out.stat().st_size else None
+        decided = {}
+        if labelled is not None:
+            own = {row["id"]: n for n, row in enumerate(self.pool.examples.rows)}
+            decided = {
+                own[row["id"]]: int(row["label"] == "toxic")
+                for row in labelled.rows
+                if not is_judged(row)
+            }
+        self.answers = AnswerFile(self.folder / "labels-judge.jsonl")
+        self.file = LabelFile(self.out, is_judged)
+        self.review = Review(
+            self.pool,
+            self.judge.settings(criterion=self.criterion.text),
+            self.criterion,
+            self.answers,
+            shuffled=shuffled(self.pool.examples),
+            limit=self.limit,
+        )
+        self.queue = LabelQueue(
+            self.pool,
+            self.file,
+            column="label",
+            labelled=decided,
+            folder=self.folder / "probe",
+            criterion=self.criterion,
+            review=self.review,
+        )
+        return self
+
+    @property
+    def state(self):
+        return self.review.described(self.queue.people)["state"]
+
+    def check(self):
+        """A person labels the blind sample truly."""
+        shown = []
+        while (gate := self.review.gate(self.queue.people)) and gate.state == "open":
+            shown += self.label(len(gate.left))
+        return shown
+
+    def rows_of_judge(self):
+        lines = [json.loads(line) for line in self.out.read_text().splitlines()]
+        return [line for line in lines if "labelled" in line]

@@ -11,6 +11,7 @@ from sitting import TOKEN, Sitting, saved_labels
 
 from sidelight_label import app as labelling_app
 from sidelight_label.app import create_app
+from sidelight_label.judging import Criterion
 from worlds.servers import listening
 
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
@@ -158,3 +159,27 @@ def test_the_command_ends_without_waiting_for_a_training(tiny, tmp_path):
         ended.set()
     (trainer,) = trainers
     assert trainer.daemon
+
+
+@pytest.mark.parametrize("seen", ["The rule.", "an older rule"])
+def test_the_criterion_is_shown_and_edited_by_the_tab_that_saw_it(tiny, tmp_path, seen):
+    rule = tmp_path / "rule.md"
+    rule.write_text("The rule.\n")
+    sitting = Sitting(tiny, tmp_path)
+    sitting.queue.criterion = Criterion(rule)
+    with client_of(sitting) as http:
+        state = http.get("/api/state").json()
+        assert state["criterion"] == {"text": "The rule.", "file": "rule.md", "label": "toxic"}
+        assert state["judge"] is None
+        told = http.post("/api/criterion", json={"text": "Another.", "seen": seen})
+        is_current = seen == "The rule."
+        assert told.status_code == (200 if is_current else 400)
+        assert rule.read_text() == ("Another.\n" if is_current else "The rule.\n")
+        http.post("/api/ask", json={})
+        while (judge := http.get("/api/state").json()["judge"]) and judge["is_asked"]:
+            pass
+        assert judge is None
+
+
+def test_without_a_criterion_none_is_written(http):
+    assert http.post("/api/criterion", json={"text": "x", "seen": ""}).status_code == 400

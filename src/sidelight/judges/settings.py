@@ -185,8 +185,12 @@ def judges_from(tables: Any, folder: Path, place: str) -> dict[str, JudgeSetting
     return judges
 
 
-def read_judge(path: Path) -> JudgeSettings:
+def read_judge(path: Path, criterion: str | None = None) -> JudgeSettings:
     """The judge in a TOML file, whose keys are those of ``[judges.NAME]`` in a policy.
+
+    Args:
+        path: The file.
+        criterion: Counts in place of the one that the file names.
 
     Raises:
         SidelightError: The file cannot be read, or a key is wrong.
@@ -197,10 +201,12 @@ def read_judge(path: Path) -> JudgeSettings:
         raise SidelightError(f"Cannot read {path}: {error}. Name a TOML file in UTF-8.") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SidelightError(f"{path} is not TOML: {error}. Write texts in quotes.") from error
-    return _judge_from(table, path.parent, str(path))
+    return _judge_from(table, path.parent, str(path), criterion)
 
 
-def _judge_from(table: Any, folder: Path, place: str) -> JudgeSettings:
+def _judge_from(
+    table: Any, folder: Path, place: str, criterion: str | None = None
+) -> JudgeSettings:
     if not isinstance(table, Mapping):
         raise SidelightError(f"{place}: write a table with 'url' and 'model'.")
     for key in table:
@@ -210,7 +216,9 @@ def _judge_from(table: Any, folder: Path, place: str) -> JudgeSettings:
                 f"{place} has an unknown key: {visible(key)}.{did_you_mean(key, known)}"
             )
     values = dict(table)
-    if isinstance(name := values.get("criterion"), str):
+    if criterion is not None:
+        values["criterion"] = criterion
+    elif isinstance(name := values.get("criterion"), str):
         values["criterion"] = read_criterion(folder / name)
     try:
         return JudgeSettings.model_validate(values)

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from sidelight.data.annotators import Annotator
 from sidelight.data.evaluation import Estimate, Report, SpanReport
 from sidelight.data.spans import SpanRule
 from sidelight.errors import SidelightError
@@ -75,10 +76,13 @@ class TrainingTexts(Texts):
     Attributes:
         given_sha256: Hash of the texts before some were held out.
         texts: A short hash of each, as ``text_hashes`` gives them.
+        annotators: Who labelled them; empty unless a judge labelled some.
     """
 
     given_sha256: str = ""
     texts: str = ""
+    # Left out where it is empty, so that the versions of other probes stay as they are.
+    annotators: tuple[Annotator, ...] = Field(default=(), exclude_if=lambda value: not value)
 
 
 class CalibrationTexts(Texts):
@@ -532,6 +536,7 @@ def summary(card: ProbeCard) -> dict[str, str]:
             "trained on": f"{training.training.rows:,} texts"
             + (f", and in {contexts:,} contexts" if contexts else "")
             + f", seed {training.seed}",
+            **_labelled_by(training.training),
             "validation": f"{figures} on {training.validation.rows:,} texts"
             + (f", each of {folds} folds by a probe trained on the others" if folds else "")
             + (", before it was recalibrated" if training.recalibrations else ""),
@@ -545,6 +550,10 @@ def summary(card: ProbeCard) -> dict[str, str]:
             f"probe alone {fit.recall_of_probe}"
         )
     return {name: visible(value) for name, value in lines.items()}
+
+
+def _labelled_by(texts: TrainingTexts) -> dict[str, str]:
+    return {"labelled by": "; ".join(map(str, texts.annotators))} if texts.annotators else {}
 
 
 def _flagging(card: ProbeCard) -> str:

@@ -39,7 +39,9 @@ def _ratio(numerator: Values, denominator: Values) -> Values:
     return np.divide(numerator, denominator, out=undefined, where=denominator > 0)
 
 
-def wilson(shares: Float[Values, " bin"], sizes: Int[Numbers, " bin"]) -> Float[Values, "2 bin"]:
+def wilson(
+    shares: Float[Values, " bin"], sizes: Int[Numbers, " bin"] | Float[Values, " bin"]
+) -> Float[Values, "2 bin"]:
     """The 95 % interval of a share (Wilson 1927), which suits small bins, unlike the usual one."""
     z = 1.96
     inflation = 1 + z**2 / sizes

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from sidelight.data.annotators import annotators_of
 from sidelight.data.evaluation import Report, evaluate
 from sidelight.data.examples import Examples, LabelledExamples
 from sidelight.errors import SidelightError
@@ -195,7 +196,12 @@ def describe_training(examples: LabelledExamples, given_sha256: str = "") -> Tra
         given_sha256: Hash of the texts before some were held out.
     """
     described = describe_examples(examples).model_dump()
-    return TrainingTexts(**described, texts=text_hashes(examples), given_sha256=given_sha256)
+    return TrainingTexts(
+        **described,
+        texts=text_hashes(examples),
+        given_sha256=given_sha256,
+        annotators=annotators_of(examples),
+    )
 
 
 def text_hashes(examples: Examples) -> str:

@@ -5,15 +5,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 from browser import PHONE, chromium, needs_chromium, page_at, violations
-from sitting import TOKEN, Sitting, saved_labels, texts_of
+from sitting import TOKEN, JudgedSitting, Sitting, saved_labels, shown_text, texts_of, truthful
+from starlette.responses import JSONResponse
 
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.card import read_card
 from sidelight_label.app import create_app
+from worlds.judges import scripted_judge, yes_no
 from worlds.models import saved, untrained_probe
 from worlds.servers import listening
 
@@ -167,6 +170,49 @@ def test_several_labels_are_chosen_and_saved(tiny, tmp_path, browser):
         page.get_by_role("button", name="Save").click()
         wait_for_labels(page, 2)
     assert saved_labels(sitting) == [["x", "y"], []]
+
+
+def test_a_judge_is_checked_its_criterion_edited_and_the_rest_labelled(tiny, tmp_path, browser):
+    with scripted_judge() as judge:
+        judge.reply = lambda body: JSONResponse(yes_no(float("a" in shown_text(body))))
+        sitting = JudgedSitting(tiny, tmp_path, judge, count=360)
+        sitting.limit = 240
+        sitting.begin()
+        # Playwright has a running loop in this thread.
+        with ThreadPoolExecutor() as threads:
+            threads.submit(sitting.queue.ask).result()
+        with (
+            listening(create_app(sitting.queue, TOKEN)) as address,
+            opened(browser, address, 360) as page,
+        ):
+            page.get_by_text("Label a blind sample first: 100 texts are left").wait_for()
+            assert page.locator("#opinions").is_hidden()
+            assert page.locator("#differences").is_hidden()
+            sitting.check()
+            page.reload()
+            page.goto(f"{address}/#{TOKEN}")
+            page.get_by_text("Its agreement is below 0.80").wait_for()
+            assert page.locator("#differences tbody tr").count() > 10
+            assert violations(page) == []
+            rule = page.get_by_role("textbox", name="The criterion")
+            save = page.get_by_role("button", name="Save the criterion")
+            assert save.is_disabled()
+            rule.fill("The text has a capital X, twice.")
+            # A digit in the rule is no label.
+            rule.press_sequentially(" 1")
+            save.click()
+            page.get_by_text("It has not labelled the texts under this criterion").wait_for()
+            assert sitting.rule.read_text() == "The text has a capital X, twice. 1\n"
+            judge.reply = truthful
+            page.get_by_role("button", name="Ask the judge").click()
+            page.get_by_text("Label a blind sample first").wait_for()
+            page.get_by_text("On texts that you labelled outside of this sample: 1.00").wait_for()
+            sitting.check()
+            page.goto("about:blank")
+            page.goto(f"{address}/#{TOKEN}")
+            page.get_by_text("It has passed: its labels count.").wait_for()
+            assert violations(page) == []
+    assert len(sitting.rows_of_judge()) > 0
 
 
 def test_the_command_from_start_to_end(tiny, tmp_path, browser):

@@ -1,6 +1,6 @@
 """The labelling page and its API: this machine only, and the token is required."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
@@ -27,6 +27,13 @@ FILES: Mapping[str, Path] = {
 }
 
 
+class _Criterion(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    text: str
+    seen: str
+
+
 class _Decision(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -48,10 +55,11 @@ def create_app(queue: LabelQueue, token: str) -> FastAPI:
         hosts=("127.0.0.1",),
     )
     training: Future[None] | None = None
+    asking: Future[None] | None = None
 
     @app.get("/api/state")
     def state() -> dict[str, Any]:
-        return _state(queue, training)
+        return _state(queue, training, asking)
 
     @app.post("/api/label")
     def label(body: _Decision) -> dict[str, Any]:
@@ -68,11 +76,31 @@ def create_app(queue: LabelQueue, token: str) -> FastAPI:
         queue.undo(body.row)
         return state()
 
-    def run(begun: Future[None]) -> None:
-        try:
-            begun.set_result(queue.train())
-        except Exception as error:  # noqa: BLE001 - the page says so, and labelling goes on
-            begun.set_exception(error)
+    def begin(work: Callable[[], None]) -> Future[None]:
+        begun = Future[None]()
+
+        def run() -> None:
+            try:
+                begun.set_result(work())
+            except Exception as error:  # noqa: BLE001 - the page says so, and labelling goes on
+                begun.set_exception(error)
+
+        # Ctrl-C does not wait for it.
+        Thread(target=run, daemon=True).start()
+        return begun
+
+    @app.post("/api/criterion")
+    def criterion(body: _Criterion) -> dict[str, Any]:
+        queue.change_criterion(body.text, seen=body.seen)
+        return state()
+
+    @app.post("/api/ask")
+    async def ask() -> dict[str, Any]:
+        """Begins to ask the judge; the state says when it has answered."""
+        nonlocal asking
+        if asking is None or asking.done():
+            asking = begin(queue.ask)
+        return state()
 
     @app.post("/api/train")
     async def train() -> dict[str, Any]:
@@ -82,15 +110,15 @@ def create_app(queue: LabelQueue, token: str) -> FastAPI:
         if training is None or training.done():
             if obstacle := queue.obstacle:
                 raise SidelightError(obstacle)
-            training = Future()
-            # Ctrl-C does not wait for it.
-            Thread(target=run, args=(training,), daemon=True).start()
+            training = begin(queue.train)
         return state()
 
     return app
 
 
-def _state(queue: LabelQueue, training: Future[None] | None) -> dict[str, Any]:
+def _state(
+    queue: LabelQueue, training: Future[None] | None, asking: Future[None] | None
+) -> dict[str, Any]:
     return {
         "kind": queue.pool.task.kind,
         "labels": list(queue.pool.task.labels),
@@ -103,19 +131,41 @@ def _state(queue: LabelQueue, training: Future[None] | None) -> dict[str, Any]:
         "training": {
             "is_running": training is not None and not training.done(),
             "obstacle": queue.obstacle,
-            "failure": _failure(training),
+            "failure": _failure(training, "The training failed"),
             "folder": str(queue.folder),
         },
+        "criterion": _criterion(queue),
+        "judge": _judge(queue, asking),
         "figures": queue.figures,
         "text": _text(queue),
     }
 
 
-def _failure(training: Future[None] | None) -> str:
-    error = training.exception() if training is not None and training.done() else None
+def _criterion(queue: LabelQueue) -> dict[str, Any] | None:
+    if queue.criterion is None:
+        return None
+    return {
+        "text": queue.criterion.text,
+        "file": queue.criterion.path.name,
+        "label": queue.pool.task.labels[1] if queue.pool.task.kind == "binary" else None,
+    }
+
+
+def _judge(queue: LabelQueue, asking: Future[None] | None) -> dict[str, Any] | None:
+    if queue.review is None:
+        return None
+    return {
+        **queue.review.described(queue.people),
+        "is_asked": asking is not None and not asking.done(),
+        "failure": _failure(asking, "The judge could not be asked"),
+    }
+
+
+def _failure(work: Future[None] | None, what: str) -> str:
+    error = work.exception() if work is not None and work.done() else None
     if error is None or isinstance(error, SidelightError):
         return str(error or "")
-    return f"The training failed: {type(error).__name__}."
+    return f"{what}: {type(error).__name__}."
 
 
 def _text(queue: LabelQueue) -> dict[str, Any] | None:

@@ -2,15 +2,21 @@
 
 import secrets
 import shlex
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
 from sidelight.errors import SidelightError
+
+if TYPE_CHECKING:
+    from sidelight_label.queue import LabelQueue
+    from sidelight_label.review import Review
 
 
 @click.command(
@@ -19,6 +25,7 @@ from sidelight.errors import SidelightError
         "sidelight label texts.jsonl --probe probes/toxicity",
         "sidelight label texts.jsonl --labels billing,refund,other --out labels/intent.jsonl",
         "sidelight label chats.jsonl --response answer --labels helped,refused",
+        "sidelight label texts.jsonl --labels other,refund --criterion refund.md --judge it.toml",
     )
 )
 @click.argument("texts")
@@ -32,6 +39,29 @@ from sidelight.errors import SidelightError
 )
 @click.option("--labels", help="The labels, with commas. Of two, the last is the one to flag.")
 @click.option("--multilabel", is_flag=True, help="A text may have several labels, or none.")
+@click.option(
+    "--criterion",
+    type=options.PATH,
+    help="Markdown file with the rule in English that people, and --judge, label by. The page "
+    "shows it, and can edit it.",
+)
+@click.option(
+    "--judge",
+    type=options.PATH,
+    help="TOML file of a judge, with the keys of [judges.NAME] in a policy: an LLM that labels the "
+    "texts by --criterion, once a person has checked a sample. It decides whether a text has the "
+    "last label.",
+)
+@click.option(
+    "--judge-limit",
+    type=options.AT_LEAST_ONE,
+    help="Most texts that the judge labels. [default: all]",
+)
+@click.option(
+    "--price",
+    type=click.FloatRange(min=0),
+    help="Price of a million tokens that the judge reads, to show what it costs.",
+)
 @options.text
 @click.option("--label", default="label", help="Column of the label in --out.")
 @options.response
@@ -61,6 +91,10 @@ def label(
     probes: tuple[Path, ...],
     labels: str | None,
     multilabel: bool,
+    criterion: Path | None,
+    judge: Path | None,
+    judge_limit: int | None,
+    price: float | None,
     text: str,
     label: str,
     response: str | None,
@@ -79,6 +113,9 @@ def label(
     until there are five of each label. Each label is appended to --out, which 'sidelight train'
     reads, before the next text is shown. The same command goes on where an earlier one stopped.
 
+    With --judge, an LLM labels some texts first, and a blind sample of them comes first on the
+    page. If you agree on enough of it, the page offers to have the judge label the rest.
+
     The page is served to this machine only, and to anyone with the printed address.
     """
     if bool(probes) == (labels is not None):
@@ -93,10 +130,26 @@ def label(
             f"The column '{label}' holds texts, and labels would replace them. Name another column "
             "with --label."
         )
+    if judge is None and (judge_limit is not None or price is not None):
+        raise SidelightError("--judge-limit and --price go with --judge.")
     # Before imports that take seconds: a wrong file or column is refused at once.
+    from sidelight.data.annotators import LABELLED, JudgeLabel
     from sidelight.data.loading import load_examples
+    from sidelight.judges.settings import read_judge
+    from sidelight_label.judging import AnswerFile, Criterion
+
+    rule = Criterion(criterion) if criterion is not None else None
+    settings = read_judge(judge, rule.text if rule else None) if judge is not None else None
+    if settings is not None:
+        # A key that is not set is told at once.
+        settings.key()
 
     examples = load_examples(texts, text=text, label=None, response=response, split=split)
+    if any(LABELLED in row and not JudgeLabel.has_cell(row) for row in examples.rows):
+        raise SidelightError(
+            f"The column '{LABELLED}' of {texts} is the one in which judges' labels are described. "
+            "Rename it."
+        )
     if limit is not None:
         chosen = examples.select(examples.draw(limit, seed=0))
         examples = replace(chosen, warnings=examples.warnings)
@@ -113,7 +166,8 @@ def label(
     from sidelight_label.app import create_app
     from sidelight_label.file import LabelFile
     from sidelight_label.pool import Pool, merged
-    from sidelight_label.queue import LabelQueue, require_replaceable, task_of
+    from sidelight_label.queue import LabelQueue, require_replaceable, shuffled, task_of
+    from sidelight_label.review import Review
 
     loaded = [load_probe(folder) for folder in runtime.probe_folders(probes)]
     require_distinct_names([probe.name for probe in loaded])
@@ -121,6 +175,11 @@ def label(
         require_side(probe.card, examples.items)
     names = [name.strip() for name in (labels or "").split(",") if name.strip()]
     task = loaded[0].task if loaded else task_of(names, is_multilabel=multilabel)
+    if settings is not None and task.kind != "binary":
+        raise SidelightError(
+            "A judge says yes or no, so it decides between two labels. Name two with --labels; the "
+            "last is the criterion's."
+        )
     reads = loaded[0].reads if loaded else Reads("response" if response else "prompt")
     stem = Path(Path(texts).name.removesuffix(".gz")).stem.replace(":", "-")
     path = out or Path(f"{stem}-labels.jsonl")
@@ -128,7 +187,13 @@ def label(
     # A browser keeps its connection open.
     config = read_config(port=port, log_level="warning", drain_s=1)
     with listen(config) as listener:
-        file = LabelFile(path)
+        positive = task.labels[-1]
+
+        def is_judged(row: Mapping[str, Any]) -> bool:
+            is_positive = row.get(label) == positive
+            return JudgeLabel.of(row, is_positive=is_positive) is not None
+
+        file = LabelFile(path, is_judged if settings is not None else None)
         require_replaceable(folder, file)
         labelled = None
         if path.stat().st_size:
@@ -136,6 +201,9 @@ def label(
             options.warn(f"{path.name}: {warning}" for warning in labelled.warnings)
         pool_examples, decided = merged(examples, labelled)
         options.warn(pool_examples.warnings)
+        if settings is not None and labelled is not None:
+            people = [n for n, row in enumerate(labelled.rows) if not is_judged(row)]
+            decided = merged(pool_examples, labelled.select(people))[1]
         runtime = replace(runtime, model=runtime.model_of(loaded))
         fit_options = FitOptions(
             reads=replace(reads, scope="conversation"),
@@ -144,7 +212,29 @@ def label(
         )
         backbone = runtime.load_backbone(common_format(loaded))
         pool = Pool(backbone, pool_examples, task, fit_options, loaded)
-        queue = LabelQueue(pool, file, column=label, labelled=decided, folder=folder)
+        review = None
+        if settings is not None:
+            answers = AnswerFile(path.with_name(f"{path.stem}-judge.jsonl"))
+            review = Review(
+                pool,
+                settings,
+                rule,
+                answers,
+                shuffled=shuffled(pool_examples),
+                limit=judge_limit,
+                price=price,
+            )
+        queue = LabelQueue(
+            pool,
+            file,
+            column=label,
+            labelled=decided,
+            folder=folder,
+            criterion=rule,
+            review=review,
+        )
+        if review is not None and review.gate(queue.people) is None:
+            _ask_first(queue, review)
         token = secrets.token_urlsafe(32)
         address = f"http://{config.host}:{listener.getsockname()[1]}/#{token}"
         click.echo(f"{len(decided)} of {len(pool_examples)} texts are labelled in {path}.")
@@ -152,8 +242,11 @@ def label(
         # uvicorn raises a SIGINT again once it has stopped.
         with suppress(KeyboardInterrupt):
             uvicorn.Server(server_settings(create_app(queue, token), config)).run([listener])
+    queue.publish()
     made = len(queue.decided)
     click.echo(f"{made} texts are labelled in {path} ({made - len(decided)} of them just now).")
+    if review is not None:
+        click.echo(f"{len(review.accepted(queue.people))} more have the judge's label.")
     command = ["sidelight", "train", "--data", str(path), "--out", f"{folder}-trained"]
     for option, given, default in (
         ("--text", text, "text"),
@@ -166,3 +259,13 @@ def label(
         command += [] if given == default else [option, str(given)]
     if made:
         click.echo(f"Next: {shlex.join(command)}")
+
+
+def _ask_first(queue: "LabelQueue", review: "Review") -> None:
+    """Has the judge label the first texts, and says before what that costs."""
+    people = queue.people
+    first = review.cost(review.first_questions(people))
+    click.echo(f"Judge {review.settings.model} labels a first part: {first}.")
+    every = review.cost(review.rest())
+    click.echo(f"All that it may label, once you have checked a sample: {every}.")
+    queue.ask()

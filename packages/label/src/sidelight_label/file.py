@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ class LabelFile:
 
     Args:
         path: The file. If it is absent, it is made with its folder, and only its owner can read it.
+        is_judged: Whether a row that the file had is a judge's: such rows stand at its end, and
+            ``replace_judged`` replaces them.
 
     Raises:
         SidelightError: It is no file of JSON lines, or it cannot be written.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, is_judged: Callable[[Mapping[str, Any]], bool] | None = None):
         if path.suffix != ".jsonl":
             raise SidelightError(
                 f"Labels are appended as JSON lines, but the file is '{path.name}'. Name one that "
@@ -35,8 +37,15 @@ class LabelFile:
         if self._before and not self._before.endswith(b"\n"):
             self._before += b"\n"
         self._rows: tuple[bytes, ...] = ()
+        self._judged: tuple[bytes, ...] = ()
+        if is_judged is not None:
+            lines = self._before.splitlines(keepends=True)
+            judged = [is_judged(_cells(line)) for line in lines]
+            pairs = [*zip(lines, judged, strict=True)]
+            self._judged = tuple(line for line, is_own in pairs if is_own)
+            self._before = b"".join(line for line, is_own in pairs if not is_own)
         if self._seen is None:
-            self._write(())
+            self._write((), ())
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds a row.
@@ -45,9 +54,7 @@ class LabelFile:
             SidelightError: It is not on disk: the disk is full, or another program has changed the
                 file.
         """
-        # Half a character in another cell is written as JSON's escape of it.
-        text = json.dumps(row, ensure_ascii=False, default=str)
-        self._write((*self._rows, text.encode("utf-8", "backslashreplace") + b"\n"))
+        self._write((*self._rows, _line(row)), self._judged)
 
     def take_back(self) -> None:
         """Removes the row that was appended last.
@@ -55,13 +62,23 @@ class LabelFile:
         Raises:
             SidelightError: As for ``append``.
         """
-        self._write(self._rows[:-1])
+        self._write(self._rows[:-1], self._judged)
 
-    def _write(self, rows: Sequence[bytes]) -> None:
+    def replace_judged(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Puts these rows in the place of all that are a judge's.
+
+        Raises:
+            SidelightError: As for ``append``.
+        """
+        judged = tuple(map(_line, rows))
+        if judged != self._judged:
+            self._write(self._rows, judged)
+
+    def _write(self, rows: Sequence[bytes], judged: Sequence[bytes]) -> None:
         try:
             with replacing(self.path) as partial:
                 partial.touch(0o600)
-                partial.write_bytes(self._before + b"".join(rows))
+                partial.write_bytes(self._before + b"".join((*rows, *judged)))
                 sync(partial)
                 self._require_unchanged()
                 if self._seen is not None:
@@ -72,7 +89,7 @@ class LabelFile:
                 f"The labels were not saved to {self.path} ({error.strerror}). Free some space, or "
                 "name another file with --out, and label the text again."
             ) from error
-        self._rows, self._seen = tuple(rows), self._state()
+        self._rows, self._judged, self._seen = tuple(rows), tuple(judged), self._state()
 
     def _require_unchanged(self) -> None:
         if self._state() != self._seen:
@@ -87,3 +104,18 @@ class LabelFile:
         except FileNotFoundError:
             return None
         return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    # Half a character in another cell is written as JSON's escape of it.
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _cells(line: bytes) -> Mapping[str, Any]:
+    """The cells of a line; none of one that is blank or cannot be read."""
+    try:
+        cells = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return cells if isinstance(cells, dict) else {}

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sidelight.data.annotators import LABELLED, JudgeLabel
 from sidelight.data.evaluation import Report
 from sidelight.data.examples import Example, Examples, LabelledExamples
 from sidelight.errors import SidelightError
@@ -40,12 +41,14 @@ from sidelight.training.validation import complete_folds
 from sidelight.types import Task
 from sidelight_label.regression import fit_regression
 
+# Labels that a probe learns from to order texts; the time of a fit grows with their square.
+_MOST_SCORED = 1000
 # Of one text, as a row of ``LabelledExamples.labels``.
 Labels = int | list[int]
 
 
 @dataclass(frozen=True)
-class Judge:
+class ScoredProbe:
     """A probe, and its probabilities of each text: out-of-fold for those that it learned from."""
 
     title: str
@@ -112,7 +115,7 @@ class Pool:
             for number, of_probe in enumerate(logits):
                 of_probe[row] = stored[f"logits{number}"].numpy()
         self.given = [
-            Judge(probe.name, probe, probe.calibration.apply(of_probe))
+            ScoredProbe(probe.name, probe, probe.calibration.apply(of_probe))
             for probe, of_probe in zip(probes, logits, strict=True)
         ]
 
@@ -127,26 +130,58 @@ class Pool:
                 "Name probes of the same labels that read the same part of a text."
             )
 
-    def labelled(self, decided: Mapping[int, Labels]) -> LabelledExamples:
-        """These rows with their labels."""
+    def labelled(
+        self, decided: Mapping[int, Labels], judged: Mapping[int, JudgeLabel] | None = None
+    ) -> LabelledExamples:
+        """These rows with their labels.
+
+        Args:
+            decided: The labels, by row.
+            judged: Those that are a judge's.
+        """
         chosen = self.examples.select(decided)
         labels = np.array([*decided.values()], dtype=np.int64)
-        return LabelledExamples(chosen.items, chosen.rows, task=self.task, labels=labels)
+        rows = tuple(self.cells(row, (judged or {}).get(row)) for row in decided)
+        return LabelledExamples(chosen.items, rows, task=self.task, labels=labels)
+
+    def cells(self, row: int, judged: JudgeLabel | None = None) -> dict[str, Any]:
+        """The cells of a text's row, with what its judge said if its label is a judge's."""
+        cells = {name: value for name, value in self.examples.rows[row].items() if name != LABELLED}
+        return cells if judged is None else {**cells, LABELLED: judged.cell()}
+
+    def score(self, decided: Mapping[int, Labels]) -> Float[np.ndarray, " text"] | None:
+        """Probability of the positive label of a binary task, for each text.
+
+        It is given by a probe that did not learn from the text. Of many labels it learns from some,
+        so that it takes a minute at most. None: these labels are too few for a probe.
+        """
+        rows = np.random.default_rng(0).permutation([*decided])[:_MOST_SCORED].tolist()
+        try:
+            fitted, _ = self.fit({row: decided[row] for row in rows}, name="score", labelling="")
+        except SidelightError:
+            return None
+        return fitted.probabilities[:, 0]
 
     def fit(
-        self, decided: Mapping[int, Labels], *, name: str, labelling: str
-    ) -> tuple[Judge, Report]:
+        self,
+        decided: Mapping[int, Labels],
+        judged: Mapping[int, JudgeLabel] | None = None,
+        *,
+        name: str,
+        labelling: str,
+    ) -> tuple[ScoredProbe, Report]:
         """A probe of these labels, and its figures as ``sidelight train`` prints them.
 
         Args:
             decided: The labels, by row.
+            judged: Those that are a judge's.
             name: Of the probe.
             labelling: The name of the file of labels.
 
         Raises:
             SidelightError: A fold would lack a label.
         """
-        rows, labelled = [*decided], self.labelled(decided)
+        rows, labelled = [*decided], self.labelled(decided, judged)
         folds = complete_folds(labelled)
         if not folds:
             raise SidelightError(
@@ -181,7 +216,7 @@ class Pool:
         probe = Probe(card, mechanism, scaling)
         probabilities = made.calibration.apply(regression.logits(self._views))
         probabilities[rows] = made.probabilities
-        return Judge(f"the probe of {len(rows)} labels", probe, probabilities), made.report
+        return ScoredProbe(f"the probe of {len(rows)} labels", probe, probabilities), made.report
 
 
 class _VectorCache(ActivationCache):

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, takewhile
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from sidelight.data.annotators import JudgeLabel
 from sidelight.data.evaluation import Report, evaluate
 from sidelight.data.examples import Examples
 from sidelight.data.labels import is_missing, label_name
@@ -26,7 +27,9 @@ from sidelight.statistics.metrics import decide
 from sidelight.training.validation import FOLDS
 from sidelight.types import Task
 from sidelight_label.file import LabelFile
-from sidelight_label.pool import Judge, Labels, Pool
+from sidelight_label.judging import Criterion
+from sidelight_label.pool import Labels, Pool, ScoredProbe
+from sidelight_label.review import Review
 
 _RANDOM_EVERY = 4
 
@@ -67,6 +70,8 @@ class LabelQueue:
         column: Of the label in the file.
         labelled: What the file says of texts of the pool, in its order.
         folder: Where the newest probe is kept.
+        criterion: The rule in English that people and judges decide by; None: none is shown.
+        review: A judge that labels texts too; None: people alone do.
     """
 
     def __init__(
@@ -77,29 +82,40 @@ class LabelQueue:
         column: str,
         labelled: Mapping[int, Labels],
         folder: Path,
+        criterion: Criterion | None = None,
+        review: Review | None = None,
     ):
         self.pool = pool
         self.folder = folder
+        self.criterion = criterion
+        self.review = review
         self.figures: list[dict[str, Any]] = []
         self._file = file
         self._column = column
-        self._lock = Lock()
+        self._lock = RLock()
         self._decided = dict(labelled)
         # Decided or skipped in this sitting, oldest first.
         self._history: list[int] = []
         # Undone, to be shown first; the last one is the first.
         self._again: list[int] = []
         self._shuffled = shuffled(pool.examples)
-        self._judges = [*pool.given]
+        self._probes = [*pool.given]
         # With too few labels there is no more yet.
         with suppress(SidelightError):
-            self._judges.append(self._fit(self._decided)[0])
+            self._probes.append(self._fit(self._decided, self._judged())[0])
         self._order = self._ordered()
 
     @property
     def order(self) -> str:
         """What the order is by, in words."""
-        titles = [judge.title for judge in self._judges]
+        if self.review is not None:
+            people = self.people
+            if left := self.review.for_people(people):
+                gate = self.review.gate(people)
+                if gate is not None and gate.state == "open":
+                    return f"the blind sample that checks the judge, {len(left)} left"
+                return f"{len(left)} texts that the judge and the probe differ on, or got no answer"
+        titles = [probe.title for probe in self._probes]
         if not titles:
             return "at random, until there is a probe"
         return f"least certain first, by {' and '.join(titles)}; one in {_RANDOM_EVERY} at random"
@@ -109,6 +125,11 @@ class LabelQueue:
         """The labels of each text that has been labelled, in the order of the file."""
         with self._lock:
             return dict(self._decided)
+
+    @property
+    def people(self) -> dict[int, int]:
+        """The same of a binary task, as a judge's review takes it."""
+        return {row: own for row, own in self.decided.items() if isinstance(own, int)}
 
     @property
     def skipped(self) -> list[int]:
@@ -127,17 +148,25 @@ class LabelQueue:
             is_random = len(self._decided) % _RANDOM_EVERY == _RANDOM_EVERY - 1
             order = self._shuffled if is_random else self._order
             skipped = {*self.skipped}
-            fresh = (row for row in order if row not in skipped)
-            rows = chain(reversed(self._again), fresh, self.skipped)
+            wanted, covered = list[int](), dict[int, JudgeLabel]()
+            if self.review is not None:
+                people = self.people
+                wanted, covered = self.review.for_people(people), self.review.accepted(people)
+            fresh = [row for row in (*wanted, *order) if row not in skipped]
+            hidden = covered.keys() - {*wanted}
+            uncovered = (row for row in fresh if row not in hidden)
+            rows = chain(reversed(self._again), uncovered, self.skipped, fresh)
             return next((row for row in rows if row not in self._decided), None)
 
     def opinions(self, row: int) -> dict[str, dict[str, float]]:
-        """What each probe says of a text: the probability of each label."""
+        """What each probe says of a text: the probability of each label; nothing of a blind one."""
+        if self.review is not None and self.review.is_blind(row, self.people):
+            return {}
         labels, opinions = self.pool.task.labels, dict[str, dict[str, float]]()
-        for judge in self._judges:
-            chances = judge.probabilities[row].tolist()
+        for probe in self._probes:
+            chances = probe.probabilities[row].tolist()
             chances = [1 - chances[0], *chances] if self.pool.task.kind == "binary" else chances
-            opinions[judge.title] = dict(zip(labels, chances, strict=True))
+            opinions[probe.title] = dict(zip(labels, chances, strict=True))
         return opinions
 
     def label(self, row: int, labels: Sequence[str]) -> None:
@@ -158,10 +187,11 @@ class LabelQueue:
             self._require_open(row)
             held = [label for label in task.labels if label in labels]
             cell = held if is_set else held[0]
-            self._file.append({**self.pool.examples.rows[row], self._column: cell})
+            self._file.append({**self.pool.cells(row), self._column: cell})
             flags = [int(label in held) for label in task.labels]
             self._decided[row] = flags if is_set else flags.index(1)
             self._history.append(row)
+            self.publish()
 
     def skip(self, row: int) -> None:
         """Puts a text behind all others.
@@ -190,6 +220,7 @@ class LabelQueue:
                 del self._decided[row]
             self._history.pop()
             self._again.append(row)
+            self.publish()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -200,7 +231,10 @@ class LabelQueue:
     @property
     def obstacle(self) -> str:
         """What is missing before a probe can be trained, in a sentence; "" if nothing is."""
-        counts, total = self.counts, len(self._decided)
+        judged = [own.is_positive for own in self._judged().values()]
+        counts, total = self.counts, len(self._decided) + len(judged)
+        for is_positive in judged:
+            counts[self.pool.task.labels[int(is_positive)]] += 1
         few = {label: FOLDS - count for label, count in counts.items() if count < FOLDS}
         if few:
             wanted = ", ".join(f"{count} more '{label}'" for label, count in few.items())
@@ -216,14 +250,71 @@ class LabelQueue:
         Raises:
             SidelightError: There are too few labels, or the probe could not be written.
         """
-        decided = self.decided
-        trained, report = self._fit(decided)
+        decided, judged = self.decided, self._judged()
+        trained, report = self._fit(decided, judged)
+        if self.review is not None and judged:
+            self.review.doubt(trained.probabilities[:, 0])
         save_probe(trained.probe, self.folder)
+        self.publish()
         figures = self._compared(trained, report, decided)
         with self._lock:
-            self._judges = [*self.pool.given, trained]
+            self._probes = [*self.pool.given, trained]
             self.figures = figures
             self._order = self._ordered()
+
+    def ask(self) -> None:
+        """Has the judge label texts: some at random first, and the rest once it has passed.
+
+        Raises:
+            SidelightError: There is no judge, it gives no answers, or it has not passed.
+        """
+        if self.review is None:
+            raise SidelightError("There is no judge. Name one with --judge.")
+        gate = self.review.gate(self.people)
+        if gate is None:
+            self.review.ask_first(self.people)
+        else:
+            self.review.ask_rest(lambda: self.people)
+        self.publish()
+
+    def change_criterion(self, text: str, *, seen: str) -> None:
+        """Edits the criterion. The judge's labels under the old one leave the file.
+
+        Args:
+            text: The new one.
+            seen: The one that was edited.
+
+        Raises:
+            SidelightError: There is none, it has been changed meanwhile, or it cannot be written.
+        """
+        if self.review is not None:
+            self.review.change_criterion(text, seen=seen)
+            self.publish()
+        elif self.criterion is not None:
+            self.criterion.change(text, seen=seen)
+        else:
+            raise SidelightError("There is no criterion. Name its file with --criterion.")
+
+    def publish(self) -> None:
+        """Puts the judge's labels that count into the file, and no others of the judge.
+
+        Raises:
+            SidelightError: They are not on disk.
+        """
+        if self.review is None:
+            return
+        labels = self.pool.task.labels
+        with self._lock:
+            self._file.replace_judged(
+                [
+                    {**self.pool.cells(row, own), self._column: labels[int(own.is_positive)]}
+                    for row, own in self._judged().items()
+                ]
+            )
+
+    def _judged(self) -> dict[int, JudgeLabel]:
+        """The judge's labels that count."""
+        return {} if self.review is None else self.review.accepted(self.people)
 
     def _at_random(self) -> list[int]:
         """The decided texts that are like all texts: those first in the random order.
@@ -241,37 +332,46 @@ class LabelQueue:
             raise SidelightError("This text has been labelled already. See the next one.")
 
     def _ordered(self) -> list[int]:
-        if not self._judges:
+        if not self._probes:
             return self._shuffled
-        probabilities = np.stack([judge.probabilities for judge in self._judges])
+        probabilities = np.stack([probe.probabilities for probe in self._probes])
         return np.argsort(certainty(self.pool.task, probabilities), kind="stable").tolist()
 
-    def _fit(self, decided: Mapping[int, Labels]) -> tuple[Judge, Report]:
+    def _fit(
+        self, decided: Mapping[int, Labels], judged: Mapping[int, JudgeLabel]
+    ) -> tuple[ScoredProbe, Report]:
         """A probe of these labels, and its figures as ``sidelight train`` prints them."""
         if obstacle := self.obstacle:
             raise SidelightError(obstacle)
+        every = {**decided, **{row: int(own.is_positive) for row, own in judged.items()}}
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.folder.resolve().name)[:64]
-        return self.pool.fit(decided, name=name, labelling=self._file.path.name)
+        return self.pool.fit(every, judged, name=name, labelling=self._file.path.name)
 
     def _compared(
-        self, trained: Judge, report: Report, decided: Mapping[int, Labels]
+        self, trained: ScoredProbe, report: Report, decided: Mapping[int, Labels]
     ) -> list[dict[str, Any]]:
         """The new probe beside the earlier ones, on the same texts; none learned from them."""
-        earlier = self._judges
+        earlier = self._probes
 
-        def measured(judge: Judge, rows: Sequence[int]) -> dict[str, Any]:
+        def measured(probe: ScoredProbe, rows: Sequence[int]) -> dict[str, Any]:
             labels = self.pool.labelled({row: decided[row] for row in rows}).labels
-            probabilities, thresholds = judge.probabilities[rows], judge.probe.thresholds
+            probabilities, thresholds = probe.probabilities[rows], probe.probe.thresholds
             predictions = decide(self.pool.task, probabilities, labels, thresholds=thresholds)
             return evaluate(predictions).to_dict()
 
         rows = [*decided]
         chosen = "Most were chosen because they are hard, so these look worse than all texts."
-        every = {judge.title: measured(judge, rows) for judge in earlier}
+        every = {probe.title: measured(probe, rows) for probe in earlier}
         whole = {
             "title": f"All {len(rows)} labelled texts",
             "note": chosen if earlier else "",
-            "rows": {**every, trained.title: report.to_dict()},
+            # Labels of a judge are no truth to measure by.
+            "rows": {
+                **every,
+                trained.title: measured(trained, rows)
+                if report.rows > len(rows)
+                else report.to_dict(),
+            },
         }
         with self._lock:
             typical = [row for row in self._at_random() if row in decided]
@@ -280,7 +380,7 @@ class LabelQueue:
         at_random = {
             "title": f"The {len(typical)} texts that came at random",
             "note": "They are like all of the texts, so these are the figures to go by.",
-            "rows": {judge.title: measured(judge, typical) for judge in (*earlier, trained)},
+            "rows": {probe.title: measured(probe, typical) for probe in (*earlier, trained)},
         }
         return [at_random, whole]
 

@@ -372,6 +372,36 @@ def bench_training(
 
 
 @bench.command(
+    "flips",
+    epilog=options.examples(
+        "sidelight bench flips --data train.jsonl --test test.jsonl --positive spam --out flips",
+    ),
+)
+@_data
+@click.option("--test", required=True, help="Texts to measure on.")
+@click.option("--positive", required=True, help="The positive label; all others are negative.")
+@click.option("--texts", type=AT_LEAST_TWO, default=400, help="Training texts.")
+@click.option("--tested", type=AT_LEAST_TWO, default=400, help="Texts to measure on, at most.")
+@click.option("--flips", callback=split_numbers, default="5,10,20", help="In percent.  ")
+@click.option("--draws", type=options.AT_LEAST_ONE, default=3, help="Draws of the flips.")
+@options.out
+@options.as_json
+@options.transformers
+def bench_flips(runtime: Runtime, data: str, out: Path, as_json: bool, **given: Any) -> None:
+    """Measure what wrong labels of a judge cost the probe of `sidelight label --judge`.
+
+    Some of the true labels are flipped to one side: positives that a judge misses, or negatives
+    that it takes for positives. A second probe learns after the true labels of the texts that the
+    first one doubts are known. Draws that are done are not repeated.
+    """
+    from sidelight_lab.bench.judge_labels import measure_flips
+
+    backbone = runtime.load_transformers()
+    record = measure_flips(backbone, data, **given, cache=out / "cache", out=out)
+    publish(record, out, as_json=as_json)
+
+
+@bench.command(
     "load",
     epilog=options.examples(
         "sidelight bench load --out load",

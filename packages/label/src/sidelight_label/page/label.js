@@ -13,6 +13,9 @@ let state = null;
 let text = null;
 let chosen = new Set();
 let isBusy = false;
+let polling = null;
+// The criterion that is being edited, as it was before.
+let edited = null;
 
 // The token is in the part of the address that browsers send to nobody. It leaves the address bar.
 if (location.hash.length > 1) {
@@ -58,7 +61,6 @@ function showState(now) {
   find("#undo").disabled = now.last === null;
   if (is_running) {
     find("#training").textContent = "Training. You can label on.";
-    setTimeout(poll, 500);
   } else if (failure) {
     find("#training").textContent = failure;
   } else if (now.figures.length) {
@@ -66,11 +68,83 @@ function showState(now) {
   }
   if (wasRunning && !is_running && !failure) find("#said").textContent = "The probe is trained, and the texts are in its order.";
   find("#figures").replaceChildren(...now.figures.map(figures));
+  showCriterion(now.criterion);
+  showJudge(now.judge);
+  if ((is_running || now.judge?.is_asked) && !polling) polling = setTimeout(poll, 500);
+}
+
+function showCriterion(criterion) {
+  find("#criterion").hidden = !criterion;
+  if (!criterion) return;
+  const place = find("#criterion-text");
+  // What somebody is writing stays, whatever arrives meanwhile.
+  if (!isEdited()) {
+    place.value = criterion.text;
+    edited = criterion.text;
+  }
+  const label = criterion.label ? `A text that meets it is '${criterion.label}'. ` : "";
+  find("#criterion-note").textContent = `${label}It is in ${criterion.file}.${state.judge ? " After an edit, the judge is asked again, and a new sample checks it. Your labels stay." : ""}`;
+  showEdited();
+}
+
+function isEdited() {
+  return edited !== null && find("#criterion-text").value !== edited;
+}
+
+function showEdited() {
+  for (const name of ["#criterion-save", "#criterion-reset"]) find(name).disabled = !isEdited();
+}
+
+function showJudge(judge) {
+  find("#judge").hidden = !judge;
+  if (!judge) return;
+  const failed = judge.failed ? ` It gave no answer to ${judge.failed}, which come to you.` : "";
+  const count = judge.positives === null ? "" : `, ${judge.positives} of them as '${state.labels[1]}'`;
+  find("#judge-title").textContent = `The judge: ${judge.name}`;
+  find("#judge-state").textContent = `${stateOf(judge)} It has labelled ${judge.answered} texts${count}.${failed}`;
+  find("#judge-agreement").textContent = judge.agreement ? `Balanced agreement with you: ${judge.agreement}.` : "";
+  find("#judge-earlier").textContent = judge.earlier
+    ? `On texts that you labelled outside of this sample: ${judge.earlier}. They may have shaped the criterion, so they do not count.` : "";
+  const ask = find("#ask");
+  ask.hidden = judge.is_asked || !(judge.state === "unasked" || (judge.state === "passed" && (judge.cost || !judge.is_doubted)));
+  ask.textContent = judge.state === "unasked" ? "Ask the judge about a first part"
+    : judge.cost ? `Let the judge label the rest: ${judge.cost}` : "Look for labels that the probe doubts";
+  find("#judge-asked").textContent = judge.is_asked
+    ? (judge.progress ? `Asked about ${judge.progress.done} of ${judge.progress.total} texts. You can label on.` : "Fitting a probe. You can label on.")
+    : judge.failure;
+  const place = find("#differences");
+  place.hidden = judge.disagreements.length === 0;
+  place.querySelector(".scroll").replaceChildren(differences(judge.disagreements));
+}
+
+function stateOf(judge) {
+  const least = judge.least.toFixed(2);
+  if (judge.state === "passed") return "It has passed: its labels count.";
+  if (judge.state === "open") return `Label a blind sample first: ${judge.left} texts are left. Its labels count from an agreement of ${least} on.`;
+  if (judge.state === "unasked") return "It has not labelled the texts under this criterion.";
+  if (judge.state === "too_few") return "The texts have too few of one label to check it, so its labels do not count. Add more texts.";
+  if (!judge.agreement) return "It gives all texts the same label, so its labels do not count. Edit the criterion, or take another judge.";
+  return `Its agreement is below ${least}, so its labels do not count. Edit the criterion, or take another judge.`;
+}
+
+function differences(rows) {
+  const heads = ["text", "you", "judge"].map((name) => el("th", { scope: "col" }, name));
+  return el("table", {},
+    el("thead", {}, el("tr", {}, ...heads)),
+    el("tbody", {}, ...rows.map(({ text: words, person, judge, probability }) => el("tr", {},
+      el("td", {}, el("div", { class: "text", tabindex: "0", role: "group", "aria-label": "Text" }, words)),
+      el("td", {}, person),
+      el("td", {}, `${judge} (${state.labels[1]}: ${percent(probability)})`)))));
 }
 
 async function poll() {
+  polling = null;
   try {
-    showState(await call("api/state"));
+    const before = state;
+    const now = await call("api/state");
+    // What the judge has answered changes which text is next.
+    if (before.judge?.is_asked && !now.judge?.is_asked && now.text?.row !== text?.row) show(now, "The judge has answered.");
+    else showState(now);
   } catch (error) {
     find("#error").textContent = error.message;
   }
@@ -155,6 +229,21 @@ find("#save").addEventListener("click", () => decide([...chosen]));
 find("#skip").addEventListener("click", () => text && ask("api/skip", { row: text.row }, "Skipped."));
 find("#undo").addEventListener("click", undo);
 find("#train").addEventListener("click", train);
+find("#ask").addEventListener("click", () => ask("api/ask", {}, "The judge is asked."));
+find("#criterion-text").addEventListener("input", showEdited);
+find("#criterion-reset").addEventListener("click", () => {
+  find("#criterion-text").value = edited = state.criterion.text;
+  showEdited();
+});
+find("#criterion-save").addEventListener("click", async () => {
+  try {
+    const now = await call("api/criterion", { text: find("#criterion-text").value, seen: edited });
+    find("#criterion-text").value = edited = now.criterion.text;
+    show(now, "The criterion is saved.");
+  } catch (error) {
+    find("#error").textContent = error.message;
+  }
+});
 
 async function train() {
   if (find("#train").disabled) return;
@@ -171,6 +260,7 @@ async function train() {
 document.addEventListener("keydown", (event) => {
   // A key that is held down decides one text, not twenty.
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || !state || !find("#keys").checked) return;
+  if (event.target.closest("textarea")) return;
   const onControl = event.target.closest("button, summary, input");
   const button = /^[1-9]$/.test(event.key) ? find("#labels").children[Number(event.key) - 1]
     : event.key === "s" ? find("#skip")

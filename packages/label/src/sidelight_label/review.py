@@ -1,0 +1,370 @@
+"""A judge that labels the texts, and what a person has to look at before its labels count.
+
+The judge labels some texts at random first. A person labels a blind sample of them. If they agree
+well enough, the judge labels the rest, the most informative first. Texts without an answer, and
+those whose label the probe is sure is wrong, go to the person.
+"""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import RLock
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from sidelight.data.annotators import JUDGE_SAYS_YES, JudgeLabel
+from sidelight.errors import SidelightError
+from sidelight.judges.question import JudgeError
+from sidelight.judges.settings import JudgeSettings
+from sidelight.progress import progress
+from sidelight.statistics.agreement import Agreement, measure_agreement
+from sidelight_label.agreement import LEAST_AGREEMENT, BlindSample, Gate, decide_gate, doubtful
+from sidelight_label.judging import (
+    AnswerFile,
+    Cost,
+    Criterion,
+    ask_all,
+    cost_of,
+    no_answer,
+    question_about,
+    sent_characters,
+    text_digest,
+)
+from sidelight_label.pool import Pool
+
+# Texts at random that the judge labels before a person has checked it.
+FIRST = 500
+# Texts that it labels before the others are ordered anew, at first.
+_BATCH = 128
+_SHOWN = 50
+
+# A person's labels of rows: 1 is the positive one.
+People = Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How many texts of a round the judge has been asked about, and of how many."""
+
+    done: int
+    total: int
+
+
+class Review:
+    """A judge's labels of the texts of a pool. Calls from several threads are safe.
+
+    Attributes:
+        pool: The texts, of a binary task.
+        settings: The judge, with its present criterion.
+        criterion: Its file; None: the judge has a rule of its own.
+        progress: Of the round that is running; None: the judge is not being asked.
+
+    Args:
+        shuffled: The rows in random order.
+        answers: Where answers are kept.
+        limit: Most texts that the judge labels; None: all.
+        price: Of a million tokens that it reads, for what is shown.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        settings: JudgeSettings,
+        criterion: Criterion | None,
+        answers: AnswerFile,
+        *,
+        shuffled: Sequence[int],
+        limit: int | None = None,
+        price: float | None = None,
+    ):
+        assert pool.task.kind == "binary"
+        self.pool = pool
+        self.settings = settings
+        self.criterion = criterion
+        self.progress: Progress | None = None
+        self._answers = answers
+        self._shuffled = shuffled
+        self._limit = limit
+        self._price = price
+        self._pace: float | None = None
+        self._digests = [text_digest(item) for item in pool.examples.items]
+        self._rows = {digest: row for row, digest in enumerate(self._digests)}
+        self._lock = RLock()
+        self._failures: dict[int, JudgeError] = {}
+        self._doubts: dict[int, float] = {}
+        self._is_doubted = False
+        self._load()
+
+    @property
+    def name(self) -> str:
+        """The judge's name beside its labels."""
+        return f"{self.settings.model} {self.settings.identity}"
+
+    def labels(self) -> dict[int, bool]:
+        """What the judge has labelled, under its present criterion."""
+        with self._lock:
+            return {row: p >= JUDGE_SAYS_YES for row, p in self._probabilities.items()}
+
+    def gate(self, people: People) -> Gate | None:
+        """Whether its labels count; None: no sample has been drawn yet."""
+        with self._lock:
+            if self._sample is None:
+                return None
+            return decide_gate(self._sample, _truth(people), self.labels())
+
+    def accepted(self, people: People) -> dict[int, JudgeLabel]:
+        """The judge's labels that count, of texts that no person has labelled."""
+        gate = self.gate(people)
+        if gate is None or gate.state != "passed":
+            return {}
+        with self._lock:
+            return {
+                row: JudgeLabel(self.name, probability, gate.agreement)
+                for row, probability in self._probabilities.items()
+                if row not in people
+            }
+
+    def for_people(self, people: People) -> list[int]:
+        """The texts that a person has to label next, in order."""
+        gate = self.gate(people)
+        if gate is None:
+            return []
+        with self._lock:
+            if gate.state == "open":
+                left = {*gate.left}
+                return [row for row in self._shuffled if row in left]
+            if gate.state != "passed":
+                return []
+            return [row for row in (*self._failures, *self._doubts) if row not in people]
+
+    def is_blind(self, row: int, people: People) -> bool:
+        """Whether the person must not see what others think of a text."""
+        gate = self.gate(people)
+        return gate is not None and gate.state == "open" and row in gate.left
+
+    def first_questions(self, people: People) -> list[int]:
+        """The texts that the judge is asked about before a person checks it."""
+        # Those that a person has seen since an earlier criterion cannot be in a blind sample.
+        count = FIRST + sum(row in people for row in self._shuffled[: FIRST + len(people)])
+        rows = self._shuffled[: min(count, self._most())]
+        return self._unanswered(rows)
+
+    def ask_first(self, people: People) -> None:
+        """Asks about some texts at random, and draws the blind sample from them.
+
+        Raises:
+            SidelightError: The judge gives no answers.
+        """
+        rows = self.first_questions(people)
+        with self._round(len(rows)) as advance:
+            self._ask(rows, advance)
+        with self._lock:
+            if self._sample is not None:
+                return
+            labels = self.labels()
+            if not labels and self._failures:
+                *_, last = self._failures.values()
+                self._failures = {}
+                raise no_answer("any text", last)
+        scores = self.pool.score({row: int(own) for row, own in labels.items()})
+        with self._lock:
+            if self.labels().keys() != labels.keys():
+                return
+            self._sample = BlindSample.draw([row for row in labels if row not in people], scores)
+            strata = [[self._digests[row] for row in own] for own in self._sample.strata]
+            self._answers.keep_sample(self.settings.identity, strata)
+
+    def rest(self) -> list[int]:
+        """The texts that the judge has not been asked about, up to the limit."""
+        answered = len(self._probabilities)
+        return self._unanswered(self._shuffled)[: max(0, self._most() - answered)]
+
+    def ask_rest(self, people: Callable[[], People]) -> None:
+        """Asks about the rest, the most informative texts first.
+
+        Raises:
+            SidelightError: The gate has not let the judge pass, or it gives no answers.
+        """
+        batch = _BATCH
+        with self._round(len(self.rest())) as advance:
+            while True:
+                gate = self.gate(people())
+                if gate is None or gate.state != "passed":
+                    raise SidelightError("The judge has not passed its check, so it is not asked.")
+                numbers = {row: int(own) for row, own in self.labels().items()}
+                scores = self.pool.score({**numbers, **people()})
+                if scores is not None:
+                    self.doubt(scores)
+                left = self.rest()
+                if not left:
+                    return
+                if scores is not None:
+                    certainty = np.abs(scores - 0.5)
+                    left.sort(key=certainty.__getitem__)
+                self._ask(left[:batch], advance)
+                batch *= 2
+
+    def doubt(self, scores: Float[np.ndarray, " text"]) -> None:
+        """Sends texts to the person whose label a probe is sure is wrong.
+
+        Args:
+            scores: Probability of the positive label, by a probe that did not learn from the text.
+        """
+        with self._lock:
+            self._doubts, self._is_doubted = doubtful(scores, self.labels()), True
+
+    def change_criterion(self, text: str, *, seen: str) -> None:
+        """Edits the criterion. The judge's labels under the old one count no more.
+
+        Raises:
+            SidelightError: The judge is being asked, or the criterion cannot be changed.
+        """
+        if self.criterion is None:
+            raise SidelightError("There is no file of the criterion. Name one with --criterion.")
+        with self._lock:
+            if self.progress is not None:
+                raise SidelightError("The judge is being asked. Wait until it has answered.")
+            self.criterion.change(text, seen=seen)
+            fields = {"criterion": self.criterion.text}
+            self.settings = self.settings.model_copy(update=fields)
+            self._load()
+
+    def cost(self, rows: Sequence[int]) -> Cost:
+        """What it costs to ask about these texts."""
+        with self._lock:
+            for row in rows:
+                if row not in self._sizes:
+                    question = question_about(self.pool.examples.items[row])
+                    self._sizes[row] = sent_characters(self.settings, question)
+            sizes = [self._sizes[row] for row in rows]
+        return cost_of(self.settings, sizes, pace=self._pace, price=self._price)
+
+    def described(self, people: People) -> dict[str, Any]:
+        """For the page. What the judge said is shown of no text that a person is yet to label."""
+        with self._lock:
+            gate = self.gate(people)
+            labels, rest = self.labels(), self.rest()
+            is_open = gate is None or gate.state == "open"
+            # Until the sample is complete, its figures could sway the person.
+            hidden = {*gate.sample} if gate is not None and is_open else set[int]()
+            known = [row for row in people if row in labels and row not in hidden]
+            earlier = [row for row in known if gate is None or row not in gate.sample]
+            agreement = None if gate is None or is_open else gate.agreement
+            return {
+                "name": self.settings.model,
+                "least": LEAST_AGREEMENT,
+                "state": "unasked" if gate is None else gate.state,
+                "answered": len(labels),
+                "positives": None if is_open else sum(labels.values()),
+                "failed": len(self._failures),
+                "left": 0 if gate is None else len(gate.left),
+                "agreement": _described(agreement),
+                "earlier": _described(_agreement_on(earlier, people, labels)),
+                "cost": str(self.cost(rest)) if rest and not is_open else None,
+                "is_doubted": self._is_doubted,
+                "progress": None if self.progress is None else vars(self.progress),
+                "disagreements": self._disagreements(known, people, labels),
+            }
+
+    def _disagreements(
+        self, rows: Sequence[int], people: People, labels: Mapping[int, bool]
+    ) -> list[dict[str, Any]]:
+        names = self.pool.task.labels
+        shown: list[dict[str, Any]] = []
+        for row in [row for row in rows if labels[row] != bool(people[row])][:_SHOWN]:
+            item = self.pool.examples.items[row]
+            text = item.text if item.response is None else f"{item.text}\n\n{item.response}"
+            own = {"person": names[people[row]], "judge": names[int(labels[row])]}
+            shown.append({"text": text, "probability": self._probabilities[row], **own})
+        return shown
+
+    def _most(self) -> int:
+        return len(self._shuffled) if self._limit is None else self._limit
+
+    def _unanswered(self, rows: Sequence[int]) -> list[int]:
+        with self._lock:
+            return [
+                row for row in rows if row not in self._probabilities and row not in self._failures
+            ]
+
+    def _load(self) -> None:
+        """What is known of the judge under its present criterion."""
+        identity = self.settings.identity
+        kept = {
+            row: self._answers.probability(identity, digest)
+            for row, digest in enumerate(self._digests)
+        }
+        self._probabilities = {row: own for row, own in kept.items() if own is not None}
+        self._sizes: dict[int, int] = {}
+        self._failures, self._doubts, self._is_doubted = {}, {}, False
+        strata = self._answers.sample(identity)
+        self._sample: BlindSample | None = None
+        if strata is not None:
+            known = self._probabilities
+            rows = [[self._rows[own] for own in stratum if own in self._rows] for stratum in strata]
+            rows = [[row for row in own if row in known] for own in rows]
+            self._sample = BlindSample(tuple(tuple(own) for own in rows if own))
+
+    @contextmanager
+    def _round(self, total: int) -> Generator[Callable[[], None]]:
+        """Shows the progress of some questions, in the terminal and on the page."""
+        with self._lock:
+            if self.progress is not None:
+                raise SidelightError("The judge is being asked. Wait until it has answered.")
+            self.progress = Progress(0, total)
+        try:
+            with progress("Asking the judge", total, unit="texts") as bar:
+
+                def advance() -> None:
+                    with self._lock:
+                        assert self.progress is not None
+                        self.progress = Progress(self.progress.done + 1, total)
+                    bar(1)
+
+                yield advance
+        finally:
+            with self._lock:
+                self.progress = None
+            self._answers.sync()
+
+    def _ask(self, rows: Sequence[int], advance: Callable[[], None]) -> None:
+        settings = self.settings
+        questions = {row: question_about(self.pool.examples.items[row]) for row in rows}
+        failures: dict[int, JudgeError] = {}
+
+        def heard(row: int, answer: float | JudgeError) -> None:
+            with self._lock:
+                if isinstance(answer, JudgeError):
+                    failures[row] = answer
+                else:
+                    self._answers.keep(settings.identity, self._digests[row], answer)
+                    self._probabilities[row] = answer
+            advance()
+
+        if rows:
+            # Where this fails, nothing is wrong with the texts: they are asked about again.
+            self._pace = ask_all(settings, questions, heard)
+            with self._lock:
+                self._failures |= failures
+
+
+def _truth(people: People) -> dict[int, bool]:
+    return {row: bool(own) for row, own in people.items()}
+
+
+def _agreement_on(
+    rows: Sequence[int], people: People, labels: Mapping[int, bool]
+) -> Agreement | None:
+    """With people's labels of these texts, which are no sample."""
+    if not rows:
+        return None
+    person = [bool(people[row]) for row in rows]
+    return measure_agreement(person, [labels[row] for row in rows], [1.0] * len(rows))
+
+
+def _described(agreement: Agreement | None) -> str | None:
+    if agreement is None or agreement.value is None:
+        return None
+    return f"{agreement} on {agreement.texts} texts"

@@ -1,0 +1,110 @@
+"""Who labelled texts: people, and judges whose labels a person has checked.
+
+``sidelight label --judge`` writes a cell beside each label of a judge. The label counts as a
+person's if somebody has changed it since.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from sidelight.data.examples import LabelledExamples
+from sidelight.statistics.agreement import Agreement
+
+# The column of the cell.
+LABELLED = "labelled"
+PEOPLE = "people"
+# From here on a judge means yes.
+JUDGE_SAYS_YES = 0.5
+
+
+@dataclass(frozen=True)
+class JudgeLabel:
+    """What a judge said of a text, and how far it is to be trusted.
+
+    Attributes:
+        judge: Its model, and the digits of ``JudgeSettings.identity``.
+        probability: That the text has the positive label.
+        agreement: Its balanced agreement with a person, on a blind sample.
+    """
+
+    judge: str
+    probability: float
+    agreement: Agreement
+
+    @property
+    def is_positive(self) -> bool:
+        return self.probability >= JUDGE_SAYS_YES
+
+    def cell(self) -> dict[str, Any]:
+        """The cell beside the label, as JSON-ready values."""
+        return _LABEL.dump_python(self, mode="json")
+
+    @staticmethod
+    def of(row: Mapping[str, Any], *, is_positive: bool) -> "JudgeLabel | None":
+        """The judge's label in a row; None for a label that a person gave or changed.
+
+        Args:
+            row: As it was read.
+            is_positive: Whether it has the positive label now.
+        """
+        label = _read(row)
+        return label if label is not None and label.is_positive == is_positive else None
+
+    @staticmethod
+    def has_cell(row: Mapping[str, Any]) -> bool:
+        """Whether a row has the cell, also of a label that a person changed."""
+        return _read(row) is not None
+
+
+def _read(row: Mapping[str, Any]) -> JudgeLabel | None:
+    try:
+        return _LABEL.validate_python(row.get(LABELLED))
+    except ValidationError:
+        return None
+
+
+_LABEL = TypeAdapter(JudgeLabel)
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """One of those who labelled some texts.
+
+    Attributes:
+        name: ``people``, or a judge as in ``JudgeLabel``.
+        texts: How many have its labels.
+        agreement: A judge's balanced agreement with a person; None for people.
+    """
+
+    name: str
+    texts: int
+    agreement: Agreement | None = None
+
+    def __str__(self) -> str:
+        """For example ``qwen3:4b 0123456789ab (812 texts, balanced agreement ...)``."""
+        checked = ""
+        if self.agreement is not None:
+            checked = (
+                f", balanced agreement with people {self.agreement} on "
+                f"{self.agreement.texts:,} texts"
+            )
+        return f"{self.name} ({self.texts:,} texts{checked})"
+
+
+def annotators_of(examples: LabelledExamples) -> tuple[Annotator, ...]:
+    """Who labelled these texts; empty unless a judge labelled some."""
+    if examples.task.kind != "binary":
+        return ()
+    texts, agreements = Counter[str](), dict[str, Agreement]()
+    for row, label in zip(examples.rows, examples.labels.tolist(), strict=True):
+        judged = JudgeLabel.of(row, is_positive=bool(label))
+        texts[judged.judge if judged else PEOPLE] += 1
+        if judged:
+            agreements[judged.judge] = judged.agreement
+    if not agreements:
+        return ()
+    return tuple(Annotator(name, texts[name], agreements.get(name)) for name in sorted(texts))

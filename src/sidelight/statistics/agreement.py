@@ -1,0 +1,75 @@
+"""How well one annotator agrees with another, where one label may be rare."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from sidelight.statistics.metrics import wilson
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Balanced agreement of an annotator with a reference: the mean over both labels.
+
+    An annotator that always gives the same label has 0.5, however rare the other one is.
+
+    Attributes:
+        texts: How many both have labelled.
+        positives: How many the reference calls positive.
+        value: The mean of the shares of its positives and of its negatives on which the annotator
+            agrees; None if it has none of one label.
+        low: Lower end of the 95 % interval; None where ``value`` is.
+        high: Upper end.
+    """
+
+    texts: int
+    positives: int
+    value: float | None
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        if self.value is None or self.low is None or self.high is None:
+            return f"unknown: {self.positives} of {self.texts} texts are positive"
+        return f"{self.value:.2f} (95 % interval {self.low:.2f} to {self.high:.2f})"
+
+
+def measure_agreement(
+    reference: Sequence[bool], annotator: Sequence[bool], weights: Sequence[float]
+) -> Agreement:
+    """The agreement on a sample.
+
+    The interval joins Wilson's of both shares (Zou and Donner 2008), each for the size that the
+    weights leave of its texts (Kish 1965).
+
+    Args:
+        reference: Whether each text is positive.
+        annotator: Whether the annotator calls it positive.
+        weights: How many texts each stands for: the inverse of its chance to be drawn.
+    """
+    truth, said = np.asarray(reference, dtype=bool), np.asarray(annotator, dtype=bool)
+    counts = np.asarray(weights, dtype=np.float64)
+    positives = int(truth.sum())
+    if not 0 < positives < len(truth):
+        return Agreement(len(truth), positives, None, None, None)
+    shares = np.empty(2)
+    bounds = np.empty((2, 2))
+    for label in (0, 1):
+        rows = truth == bool(label)
+        shares[label], size = _weighted(said[rows] == bool(label), counts[rows])
+        bounds[:, label] = wilson(shares[label : label + 1], np.array([size]))[:, 0]
+    value = float(shares.mean())
+    below, above = (math.hypot(*(shares - own)) / 2 for own in bounds)
+    low, high = max(0.0, value - below), min(1.0, value + above)
+    return Agreement(len(truth), positives, value, low, high)
+
+
+def _weighted(
+    agrees: Bool[np.ndarray, " text"], weights: Float[np.ndarray, " text"]
+) -> tuple[float, float]:
+    """The weighted share, and how many texts of equal weight would tell as much."""
+    share = float(weights @ agrees / weights.sum())
+    return share, float(weights.sum() ** 2 / (weights @ weights))
