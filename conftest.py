@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from openai import OpenAI
 
 from sidelight.engines.transformers.backbone import TransformersBackbone
+from sidelight.errors import SidelightWarning
 from sidelight.models.conversation import EncodedPrompt
 from worlds.models import FAMILIES, family_backbone, saved, tiny_backbone
 from worlds.servers import http_client, openai_client
@@ -65,6 +67,19 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[EncodedPrompt]:
 
     monkeypatch.setattr(TransformersBackbone, "run", counted)
     return prompts
+
+
+@pytest.fixture
+def warned(recwarn: pytest.WarningsRecorder) -> Callable[[], list[str]]:
+    """Gives the sentences that the user was warned with since it was last called."""
+    warnings.simplefilter("always", SidelightWarning)
+
+    def sentences() -> list[str]:
+        found = [str(own.message) for own in recwarn if own.category is SidelightWarning]
+        recwarn.clear()
+        return found
+
+    return sentences
 
 
 @pytest.fixture

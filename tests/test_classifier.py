@@ -22,7 +22,7 @@ from sidelight.statistics.background import Conversations, Traffic
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.traffic import beginning
-from sidelight.training.validation import shared_texts
+from sidelight.training.validation import warn_of_shared_texts
 from worlds.data import TASKS, planted_rows, write
 from worlds.models import saved, untrained_probe
 
@@ -229,13 +229,14 @@ def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):
         assess(tiny, probe, examples)
 
 
-def test_users_are_told_of_texts_that_are_cut_shared_or_rare(tiny):
+def test_users_are_told_of_texts_that_are_cut_shared_or_rare(tiny, warned):
     rows = planted_rows("binary", 40)
     for row in rows[:7]:
         row["text"] += LONG
     training = load_examples(rows, positive="toxic")
     few = load_examples(rows[12:24], task=training.task)
-    warnings = fit(tiny, training, few, name="p", options=options_of("gate")).warnings
+    fit(tiny, training, few, name="p", options=options_of("gate"))
+    warnings = warned()
     (cut,) = (warning for warning in warnings if "cut" in warning)
     assert cut.startswith("7 of 40 texts were cut to 256 tokens")
     assert any("positive validation texts, and 30 are wanted" in warning for warning in warnings)
@@ -249,8 +250,6 @@ def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, 
     rows = [*seen, *planted_rows("binary", 28, seed=5)]
     with pytest.warns(UserWarning, match=wordings.TRAINED_ON.format(seen=12, texts=40)):
         classifier.evaluate(rows)
-    assessment = assess(tiny, classifier.probe, load_examples(rows, task=classifier.probe.task))
-    assert assessment.warnings[-1].startswith("12 of 40 texts were trained on")
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -294,11 +293,14 @@ def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fit
         assert text.splitlines()[-1] == summary(kept.report, background)
 
 
-def test_other_answers_to_a_shared_prompt_are_not_shared_texts():
+def test_other_answers_to_a_shared_prompt_are_not_shared_texts(warned):
     rows = [{**row, "answer": row["text"], "text": "same"} for row in planted_rows("binary", 90)]
     training, held_out = load_examples(rows, response="answer").split(0.3, 0)
-    assert shared_texts(training, held_out) == []
-    assert shared_texts(training, training.select(range(3)))
+    warned()
+    warn_of_shared_texts(training, held_out)
+    assert warned() == []
+    warn_of_shared_texts(training, training.select(range(3)))
+    assert len(warned()) == 1
 
 
 GOOD = planted_rows("binary", 30)

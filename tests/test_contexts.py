@@ -37,7 +37,7 @@ from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.traffic import (
     conversations_among,
     measure_traffic,
-    traffic_warnings,
+    warn_of_traffic,
 )
 from worlds.data import planted_rows, write
 from worlds.models import INTENT, TOXICITY, saved, score, tiny_backbone, untrained_probe
@@ -194,7 +194,7 @@ def with_long_system_prompts(examples, rows):
 
 @pytest.mark.slow
 def test_texts_that_a_system_prompt_leaves_no_room_for_are_left_out_and_counted(
-    tiny, examples, options
+    tiny, examples, options, warned
 ):
     held_out = with_long_system_prompts(examples.select(range(20)), [3])
     rest = with_long_system_prompts(examples.select(range(20, 60)), [5, 7])
@@ -202,11 +202,12 @@ def test_texts_that_a_system_prompt_leaves_no_room_for_are_left_out_and_counted(
     made = prepare(tiny, rest, held_out, options=options)
     assert (len(made.originals), len(made.validation)) == (38, 19)
     assert rest.items[5] not in made.originals.examples.items
+    warnings = warned()
     for said in ("2 of 40 training texts were left out", "1 of 20 validation texts were left out"):
-        (warning,) = (each for each in made.warnings if said in each)
+        (warning,) = (each for each in warnings if said in each)
         assert re.search(r"first chats\.jsonl, line [46]\. .*--set max_tokens", warning)
     # Other texts that are longer are cut, and evaluation reads all of them whole.
-    assert sum("left out" in warning for warning in made.warnings) == 2
+    assert sum("left out" in warning for warning in warnings) == 2
     report = classifier.Classifier(tiny, untrained_probe(tiny, "toxicity")).evaluate(rest)
     assert report.rows == 40
 
@@ -226,16 +227,16 @@ def test_contexts_are_counted_of_the_texts_that_train(tiny, examples, options, t
 
 
 @pytest.mark.slow
-def test_a_probe_of_responses_compares_no_background(tiny, examples, options):
+def test_a_probe_of_responses_compares_no_background(tiny, examples, options, warned):
     items = tuple(replace(item, response="Ordinary0 thing said.") for item in examples.items)
     # A text of the background, which a probe of prompts leaves out.
     items = (Example(TRAFFIC[0], response="Fine."), *items[1:])
     examples = replace(examples, items=items)
     options = replace(options, reads=Reads("response"))
-    made = prepare(tiny, examples, None, options=options)
-    assert not any("background" in warning for warning in made.warnings)
-    as_prompts = prepare(tiny, examples, None, options=replace(options, reads=EACH_TURN))
-    assert any("conversations of the background hold" in each for each in as_prompts.warnings)
+    prepare(tiny, examples, None, options=options)
+    assert not any("background" in warning for warning in warned())
+    prepare(tiny, examples, None, options=replace(options, reads=EACH_TURN))
+    assert any("conversations of the background hold" in each for each in warned())
 
 
 @pytest.mark.slow
@@ -495,11 +496,11 @@ def test_a_gpu_reads_more_of_ordinary_traffic(examples, options, monkeypatch):
 
 
 @pytest.mark.slow
-def test_background_that_holds_a_labelled_text_is_left_out(tiny, examples, options):
+def test_background_that_holds_a_labelled_text_is_left_out(tiny, examples, options, warned):
     copies = tuple((Message("user", text.upper()),) for text in TEXTS[:10])
     given = replace(options, background=Background((*copies, *TRAFFIC)))
     made = prepare(tiny, examples, None, options=given)
-    assert any("10 conversations" in warning for warning in made.warnings)
+    assert any("10 conversations" in warning for warning in warned())
     shown = {context.example.text for context in made.contexts if context.kind == "background"}
     assert not shown & {text.upper() for text in TEXTS}
 
@@ -577,11 +578,12 @@ def test_several_classes_say_none_to_ordinary_traffic(tiny, options):
     ("flagged", "threshold", "told"),
     [(2, 0.5, ""), (2, 0.8, "finds 10 of 20 texts that are 'toxic'"), (30, 0.5, "flags 30.0%")],
 )
-def test_what_ordinary_traffic_costs_is_said_with_its_remedy(flagged, threshold, told):
+def test_what_ordinary_traffic_costs_is_said_with_its_remedy(flagged, threshold, told, warned):
     scores = np.r_[np.full(10, 0.9), np.full(10, 0.7), np.full(180, 0.2)]
     curves = operating_curves(TOXICITY, scores[:, None], np.arange(200) < 20)
     traffic = Traffic(conversations(np.zeros((100, 1))), flagged)
-    doubts = traffic_warnings(traffic, curves, [threshold], ThresholdRule())
+    warn_of_traffic(traffic, curves, [threshold], ThresholdRule())
+    doubts = warned()
     assert len(doubts) == bool(told)
     assert all(told in doubt and "--background FILE" in doubt for doubt in doubts)
     assert all("--threshold fpr=" in doubt for doubt in doubts)

@@ -40,16 +40,16 @@ def test_a_plain_text_is_a_chat_of_one_user_message():
         assert examples.items[0].messages == (Message("user", "Why?"),)
 
 
-def test_empty_texts_and_responses_are_left_out_and_conflicting_labels_are_told():
+def test_empty_texts_and_responses_are_left_out_and_conflicting_labels_are_told(warned):
     rows = [{**row, "answer": "ok"} for row in ROWS]
     rows += [{"text": " \n", "label": "fault", "answer": "ok"}, {"label": "fault", "answer": "ok"}]
     rows += [{"text": "hello", "label": "fault", "answer": ""}]
     examples = load_examples(rows, response="answer")
     assert len(examples) == 4
     assert examples.skipped.empty_text == 3
-    assert "Left out 3 rows with an empty text" in examples.warnings[0]
-    twice = load_examples([*ROWS, {**ROWS[0], "label": "fault"}, ROWS[1]])
-    assert "1 texts appear more than once" in twice.warnings[-1]
+    assert "Left out 3 rows with an empty text" in warned()[0]
+    load_examples([*ROWS, {**ROWS[0], "label": "fault"}, ROWS[1]])
+    assert "1 texts appear more than once" in warned()[-1]
 
 
 def test_rows_without_any_text_are_an_error():
@@ -208,7 +208,7 @@ def versions(count, seed=0):
 
 
 @pytest.mark.parametrize("count", [40, 700])
-def test_versions_of_a_text_stay_together(count):
+def test_versions_of_a_text_stay_together(count, warned):
     examples = load_examples(versions(count))
     origin = np.arange(3 * count) // 3
     training, held_out = examples.split(0.2, seed=0)
@@ -221,18 +221,21 @@ def test_versions_of_a_text_stay_together(count):
     for fold in examples.folds(5, seed=0):
         assert set(origin[fold]).isdisjoint(origin[np.setdiff1d(np.arange(3 * count), fold)])
     assert examples.distinct == len(examples.first_rows) == count
-    assert examples.grouping_warnings() == (
+    sentence = (
         f"{3 * count} texts are near-duplicates of others: such texts stay in one fold, or on one "
-        "side of a split.",
+        "side of a split."
     )
-    assert training.warnings == examples.grouping_warnings()
+    assert warned() == [sentence]
+    examples.warn_of_near_duplicates()
+    assert warned() == [sentence]
     # A part keeps the groups of the whole.
     part = examples.select(range(0, 3 * count, 3))
     assert part.distinct == count
-    assert part.grouping_warnings() == ()
+    part.warn_of_near_duplicates()
+    assert warned() == []
 
 
-def test_rows_with_one_value_in_a_column_stay_together():
+def test_rows_with_one_value_in_a_column_stay_together(warned):
     """Rows that share a document or an attack."""
     words = [text for text, _ in versions(60)[::3]]
     rows = [
@@ -256,7 +259,9 @@ def test_rows_with_one_value_in_a_column_stay_together():
     for fold in grouped.folds(5, seed=0):
         assert {*documents[fold]}.isdisjoint(documents[np.setdiff1d(np.arange(60), fold)])
         assert (0 in fold) == (59 in fold)
-    (warning,) = grouped.grouping_warnings()
+    warned()
+    grouped.warn_of_near_duplicates()
+    (warning,) = warned()
     assert warning.startswith(
         "31 texts are near-duplicates of others or have the same attack or document:"
     )
@@ -272,7 +277,7 @@ def test_a_column_that_would_join_most_texts_gives_way_before_the_one_named_firs
     assert load_examples(rows, groups="attack,document").distinct == 30
 
 
-def test_near_duplicates_stay_together_where_a_column_gives_way():
+def test_near_duplicates_stay_together_where_a_column_gives_way(warned):
     rows = [
         {"text": text, "label": n // 3 % 2, "site": "a" if n < 60 else None}
         for n, (text, _) in enumerate(versions(30))
@@ -280,17 +285,19 @@ def test_near_duplicates_stay_together_where_a_column_gives_way():
     assert load_examples(rows).distinct == 30
     examples = load_examples(rows, groups="site")
     assert examples.distinct == 30
-    assert any("are near-duplicates of too many others" in w for w in examples.grouping_warnings())
+    examples.warn_of_near_duplicates()
+    assert any("are near-duplicates of too many others" in each for each in warned())
 
 
-def test_all_rows_of_a_parted_group_are_counted():
+def test_all_rows_of_a_parted_group_are_counted(warned):
     """Also those whose own label would not have asked for it."""
     words = [text for text, _ in versions(40)[::3]]
     rows = [
         {"text": word, "label": int(n < 20 and n % 2), "document": n // 10 if n < 20 else None}
         for n, word in enumerate(words)
     ]
-    *_, warning = load_examples(rows, groups="document").grouping_warnings()
+    load_examples(rows, groups="document").warn_of_near_duplicates()
+    *_, warning = warned()
     assert warning.startswith("20 texts are near-duplicates of too many others")
 
 
@@ -334,7 +341,7 @@ def test_two_versions_of_which_each_has_many_versions_stay_together():
     assert examples.distinct == 6
 
 
-def test_different_texts_are_not_joined():
+def test_different_texts_are_not_joined(warned):
     texts = [
         "Where is my parcel? It should have been here on Monday.",
         "My parcel has not arrived, who can tell me when it will?",
@@ -348,17 +355,21 @@ def test_different_texts_are_not_joined():
     ]
     examples = load_examples([(text, n % 2) for n, text in enumerate(texts)])
     assert examples.distinct == len(texts)
-    assert examples.grouping_warnings() == ()
+    warned()
+    examples.warn_of_near_duplicates()
+    assert warned() == []
 
 
-def test_texts_of_one_template_are_parted_where_folds_would_be_impossible():
+def test_texts_of_one_template_are_parted_where_folds_would_be_impossible(warned):
     """Each label has its template, so that a group would be all texts of a label."""
     rows = [(f"Please cancel order number {n} at once", "cancel") for n in range(20)]
     rows += [(f"Where is my parcel with the number {n}?", "parcel") for n in range(20)]
     examples = load_examples(rows)
     for fold in examples.folds(5, seed=0):
         assert examples.select(fold).label_counts.tolist() == [4, 4]
-    (warning,) = examples.grouping_warnings()
+    warned()
+    examples.warn_of_near_duplicates()
+    (warning,) = warned()
     assert warning.startswith("40 texts are near-duplicates of too many others")
     assert "the figures are optimistic" in warning
     # One label's template parts no other text.

@@ -33,15 +33,18 @@ def five_grams(examples: LabelledExamples) -> set[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("name", DEMONSTRATIONS)
-def test_demonstration_data_are_balanced_of_the_documented_task_and_share_no_text(name: str):
+def test_demonstration_data_are_balanced_of_the_documented_task_and_share_no_text(
+    name: str, warned
+):
     task, *sizes = DEMONSTRATIONS[name]
     folder = Path(sidelight.__file__).parent / "demo" / "data"
     files = [folder / f"{name}_{part}.jsonl" for part in ("train", "test")]
     assert [load_examples(file).task for file in files] == [task] * 2
+    warned()
     training, test = (load_examples(file, task=task) for file in files)
     for examples, size in zip((training, test), sizes, strict=True):
-        assert examples.warnings == ()
         assert np.bincount(examples.labels).tolist() == [size] * len(task.labels)
+    assert warned() == []
     texts = [" ".join(item.text.casefold().split()) for item in (*training.items, *test.items)]
     assert len(set(texts)) == len(texts)
     runs = five_grams(test)

@@ -21,7 +21,7 @@ from sidelight.statistics.thresholds import ThresholdRule, choose_thresholds
 from sidelight.storage import holding
 from sidelight.training import loop
 from sidelight.training.dataset import make_split
-from sidelight.training.fit import fit, none_warnings
+from sidelight.training.fit import fit, warn_of_none
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.measuring import calibrate_examples, measure_sources
 from sidelight.training.preparing import ProbeDataset
@@ -31,7 +31,7 @@ from sidelight.training.settings import (
     FitOptions,
     suggested_settings,
 )
-from sidelight.training.tfidf import baseline_warnings
+from sidelight.training.tfidf import warn_of_better_words
 from sidelight.training.validation import FOLDS, choose_folds
 from worlds.data import planted_rows
 from worlds.models import family_backbone
@@ -92,15 +92,18 @@ def test_what_is_found_and_falsely_flagged_is_told_of_each_source(tiny, tmp_path
     }
 
 
-def test_words_are_told_to_be_better_where_they_clearly_are():
+def test_words_are_told_to_be_better_where_they_clearly_are(warned):
     examples = load_examples(planted_rows("binary", 400))
+    warned()
     few = examples.select([*np.flatnonzero(examples.labels == 0), *range(6)])
     losses, noise = np.random.default_rng(0).normal(size=(2, 400))
     noise = (noise - noise.mean()) / noise.std()
     for gain, told in ((0.75, 0), (3, 1)):
         words = losses + noise - gain / 20
-        assert len(baseline_warnings(losses, words, examples)) == told
-    assert not baseline_warnings(losses[: len(few)], losses[: len(few)] - 1, few)
+        warn_of_better_words(losses, words, examples)
+        assert len(warned()) == told
+    warn_of_better_words(losses[: len(few)], losses[: len(few)] - 1, few)
+    assert warned() == []
 
 
 def test_trainings_that_differ_share_no_folder_of_states(tiny, tmp_path, monkeypatch):
@@ -253,11 +256,11 @@ def test_many_texts_or_few_distinct_ones_are_not_cross_fitted():
 
 
 @pytest.mark.slow
-def test_texts_without_a_word_of_two_characters_train_a_probe(tiny, tmp_path):
+def test_texts_without_a_word_of_two_characters_train_a_probe(tiny, tmp_path, warned):
     texts = load_examples([{"text": mark, "label": mark} for mark in "👍👎🤷" for _ in range(2)])
     made = fitted(tiny, tmp_path, texts, texts)
     assert made.baseline.metrics["accuracy"].value == 1.0
-    assert any("the figures are flattering" in warning for warning in made.warnings)
+    assert any("the figures are flattering" in warning for warning in warned())
 
 
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])
@@ -269,22 +272,25 @@ def test_texts_of_which_none_can_be_held_out_are_refused(tiny, tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", range(10, 16))
-def test_few_texts_of_several_classes_train_a_probe_in_traffic(tiny, tmp_path, count):
+def test_few_texts_of_several_classes_train_a_probe_in_traffic(tiny, tmp_path, count, warned):
     background = Background(tuple((Message("user", f"Hello {i}."),) for i in range(10)))
     made = fitted(tiny, tmp_path, planted_rows("multiclass", count), background=background)
     assert made.probe.task.abstains
     # A class of all the rest looks like ordinary traffic.
     report = replace(made.report, confusion_matrix=np.diag([9, 9, 9, 0]))
-    assert none_warnings(replace(made, report=report)) == []
+    warned()
+    warn_of_none(replace(made, report=report))
+    assert warned() == []
     report.confusion_matrix[1, 3] = 4
-    (told,) = none_warnings(replace(made, report=report))
+    warn_of_none(replace(made, report=report))
+    (told,) = warned()
     assert "Of 31 labelled texts 4" in told
     assert f"'{made.probe.task.labels[1]}' (4)" in told
     assert "none=false" in told
 
 
 @pytest.mark.slow
-def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path):
+def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path, warned):
     rare = [{"text": f"rare {number}", "label": "z"} for number in range(4)]
     few = load_examples([*planted_rows("binary", 40), *rare])
     made = fitted(tiny, tmp_path, few)
@@ -293,7 +299,7 @@ def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path):
     assert record.training.rows < len(few)
     # Later, the texts are recognised as those that trained the probe.
     assert record.training.given_sha256 == few.content_hash
-    assert any("'z' has 4, or some" in warning for warning in made.warnings)
+    assert any("'z' has 4, or some" in warning for warning in warned())
 
 
 def test_whatever_decides_a_probe_changes_the_hash_of_its_training(tiny):

@@ -179,23 +179,25 @@ def test_a_gpu_streams_what_it_reads_faster_than_a_disk(tiny):
 
 @pytest.mark.slow
 def test_a_compression_that_changes_the_probe_is_not_used_and_the_user_is_told(
-    tiny, tmp_path, examples, monkeypatch
+    tiny, tmp_path, examples, monkeypatch, warned
 ):
     monkeypatch.setattr(keeping, "kept_directions", lambda width: 1)
     made = fitted(tiny, tmp_path, examples, states="disk")
     assert made.probe.card.training.states.kept == "whole"
-    (told,) = [line for line in made.warnings if "kept whole" in line]
+    (told,) = [line for line in warned() if "kept whole" in line]
     assert "differ by" in told
 
 
 @pytest.mark.slow
-def test_too_few_texts_to_compare_are_kept_whole(tiny, tmp_path, all_directions, monkeypatch):
+def test_too_few_texts_to_compare_are_kept_whole(
+    tiny, tmp_path, all_directions, monkeypatch, warned
+):
     # All are taken for directions, which leaves none to compare on.
     monkeypatch.setattr(keeping, "_first", lambda _, rows, least: rows if least == 1 else [])
     examples = load_examples(planted_rows("binary", 40))
     made = fitted(tiny, tmp_path, examples, states="disk")
     assert made.probe.card.training.states.kept == "whole"
-    assert any("0 texts are too few to compare" in line for line in made.warnings)
+    assert any("0 texts are too few to compare" in line for line in warned())
 
 
 @pytest.mark.slow

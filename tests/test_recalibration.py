@@ -29,8 +29,8 @@ from sidelight.statistics.thresholds import F1, ThresholdRule, choose_thresholds
 from sidelight.training.measuring import (
     describe_examples,
     text_hashes,
-    trained_text_warnings,
     trained_texts,
+    warn_of_trained_texts,
 )
 from sidelight.training.recalibration import recalibrate
 from sidelight.types import Task
@@ -97,7 +97,7 @@ def test_the_texts_that_trained_a_probe_do_not_recalibrate_it(hashed):
         recalibrate(probe, seen, logits)
 
 
-def test_texts_that_trained_a_probe_are_counted():
+def test_texts_that_trained_a_probe_are_counted(warned):
     logits, labels = drawn(TOXICITY, 600, share=0.3, seed=0)
     seen = texts_of(TOXICITY, labels)
     probe = trained_on(trained(), texts=text_hashes(seen.select(range(500))))
@@ -106,10 +106,13 @@ def test_texts_that_trained_a_probe_are_counted():
         recalibrate(probe, seen.select(order), logits[order])
     some = np.arange(350, 600)
     warning = "150 of 250 texts were trained on: the figures flatter the probe. Leave them out."
-    assert trained_text_warnings(probe.card.training, seen.select(some)) == (warning,)
-    assert warning in recalibrate(probe, seen.select(some), logits[some]).warnings
+    warn_of_trained_texts(probe.card.training, seen.select(some))
+    assert warned() == [warning]
+    recalibrate(probe, seen.select(some), logits[some])
+    assert warning in warned()
     # Older probes do not know their texts.
-    assert trained_text_warnings(TrainingRecord(), seen) == ()
+    warn_of_trained_texts(TrainingRecord(), seen)
+    assert warned() == []
 
 
 def test_a_text_is_known_again_by_its_words_and_its_response():
@@ -183,7 +186,7 @@ def test_the_artifact_says_what_it_was_recalibrated_on(tmp_path):
     assert told["recalibrated 1"] == f"{entry.date}: {entry.what}"
 
 
-def test_too_few_texts_are_refused():
+def test_too_few_texts_are_refused(warned):
     logits, labels = drawn(TOXICITY, 200, share=0.5, seed=1)
     with pytest.raises(SidelightError, match=wordings.TOO_FEW_LABELLED.format(got=29)):
         recalibrate(trained(), texts_of(TOXICITY, labels[:29]), logits[:29])
@@ -194,8 +197,8 @@ def test_too_few_texts_are_refused():
     ):
         recalibrate(trained(), texts_of(TOXICITY, labels), logits)
     labels[9:20] = 1
-    made = recalibrate(trained(), texts_of(TOXICITY, labels), logits)
-    assert any("rests on 20 positive" in warning for warning in made.warnings)
+    recalibrate(trained(), texts_of(TOXICITY, labels), logits)
+    assert any("rests on 20 positive" in warning for warning in warned())
 
 
 def test_several_classes_have_no_thresholds_to_move():
@@ -205,30 +208,31 @@ def test_several_classes_have_no_thresholds_to_move():
         recalibrate(trained(INTENT), rule=ThresholdRule("fpr", 0.01))
 
 
-def test_a_class_with_too_few_distinct_texts_is_a_warning():
+def test_a_class_with_too_few_distinct_texts_is_a_warning(warned):
     logits, labels = drawn(TOXICITY, 300, share=0.3, seed=4)
     new = texts_of(TOXICITY, labels)
-    assert not recalibrate(trained(), new, logits).warnings
+    recalibrate(trained(), new, logits)
+    assert warned() == []
     # All positive texts are one text, so they stay together.
     alike = (new.items[int(i * (1 - label))] for i, label in enumerate(labels))
-    made = recalibrate(trained(), replace(new, items=(*alike,)), logits)
-    assert any("the figures are flattering" in warning for warning in made.warnings)
+    recalibrate(trained(), replace(new, items=(*alike,)), logits)
+    assert any("the figures are flattering" in warning for warning in warned())
 
 
-def test_figures_that_a_recalibration_makes_worse_are_a_warning():
+def test_figures_that_a_recalibration_makes_worse_are_a_warning(warned):
     logits, labels = drawn(TOXICITY, 40, share=0.3, seed=100)
     texts = texts_of(TOXICITY, labels)
     made = recalibrate(trained(), texts, logits)
-    (warning,) = (each for each in made.warnings if "worse" in each)
+    (warning,) = (each for each in warned() if "worse" in each)
     before, after = (report.metrics["f1"].value for report in made.figures)
     assert after < before
     assert f"F1 {before:.3f} before, {after:.3f} now" in warning
     # A rule that wants other decisions makes none of them worse.
-    (*others,) = recalibrate(trained(), texts, logits, rule=ThresholdRule("recall", 0.9)).warnings
-    assert not any("F1" in each for each in others)
+    recalibrate(trained(), texts, logits, rule=ThresholdRule("recall", 0.9))
+    assert not any("F1" in each for each in warned())
 
 
-def test_a_recalibrated_probe_has_no_fit_to_a_judge():
+def test_a_recalibrated_probe_has_no_fit_to_a_judge(warned):
     figure = Estimate(0.5, 0.4, 0.6)
     fit = JudgeFit(
         judge="0123456789ab",
@@ -245,9 +249,9 @@ def test_a_recalibrated_probe_has_no_fit_to_a_judge():
     )
     probe = trained().changed(judge_fit=fit)
     logits, labels = drawn(TOXICITY, 300, share=0.3, seed=1)
-    by_labels = recalibrate(probe, texts_of(TOXICITY, labels), logits)
-    by_rule = recalibrate(probe, rule=ThresholdRule("fpr", 0.01))
-    for made in (by_labels, by_rule):
-        assert made.probe.card.judge_fit is None
-        assert any("judge" in warning for warning in made.warnings)
-    assert not any("judge" in warning for warning in recalibrate(trained(), rule=F1).warnings)
+    texts = texts_of(TOXICITY, labels)
+    for given in ({"examples": texts, "logits": logits}, {"rule": ThresholdRule("fpr", 0.01)}):
+        assert recalibrate(probe, **given).probe.card.judge_fit is None
+        assert any("judge" in warning for warning in warned())
+    recalibrate(trained(), rule=F1)
+    assert not any("judge" in warning for warning in warned())

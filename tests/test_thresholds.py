@@ -19,7 +19,7 @@ from sidelight.statistics.thresholds import (
     ThresholdRule,
     choose_thresholds,
     operating_curves,
-    threshold_doubts,
+    warn_of_few_texts,
 )
 from sidelight.types import Task
 
@@ -226,7 +226,10 @@ def test_curves_survive_json_exactly_and_damaged_ones_are_refused():
         (BINARY, {"safe": 200, "toxic": 60}, 260, "fpr=0.05", []),
     ],
 )
-def test_a_threshold_that_rests_on_few_texts_is_warned_of(task, counts, texts, rule, doubts):
-    found = threshold_doubts(task, counts, texts, ThresholdRule.parse(rule))
+def test_a_threshold_that_rests_on_few_texts_is_warned_of(
+    task, counts, texts, rule, doubts, warned
+):
+    assert warn_of_few_texts(task, counts, texts, ThresholdRule.parse(rule)) == bool(doubts)
+    found = warned()
     assert len(found) == len(doubts)
     assert all(part in whole for part, whole in zip(doubts, found, strict=True))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sidelight.classifier import Classifier, load, train
     from sidelight.data.loading import load_examples
     from sidelight.engines.transformers.backbone import load_backbone
-    from sidelight.errors import SidelightError
+    from sidelight.errors import SidelightError, SidelightWarning
     from sidelight.estimator import SidelightClassifier
     from sidelight.probes.bank import Bank
     from sidelight.probes.explanation import Explanation
@@ -32,6 +32,7 @@ _HOMES = {
     "Probe": "sidelight.probes.probe",
     "SidelightClassifier": "sidelight.estimator",
     "SidelightError": "sidelight.errors",
+    "SidelightWarning": "sidelight.errors",
     "Task": "sidelight.types",
     "Verdict": "sidelight.types",
     "load": "sidelight.classifier",
@@ -47,6 +48,7 @@ __all__ = [
     "Probe",
     "SidelightClassifier",
     "SidelightError",
+    "SidelightWarning",
     "Task",
     "Verdict",
     "load",

@@ -1,6 +1,5 @@
 """The classifier that users hold: text in, verdicts out; train, evaluate, predict, save, load."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
 from sidelight.engines.backend import EngineOptions, backend_of
 from sidelight.engines.transformers.backbone import DtypeName
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, warnings_ignored
 from sidelight.guards import probe_folder
 from sidelight.models.conversation import PromptFormat
 from sidelight.models.fingerprint import accepted_copy
@@ -165,7 +164,6 @@ class Classifier:
         assessment = assess(
             self.backbone, self.probe, examples if spans else replace(examples, spans=None)
         )
-        _tell(assessment.warnings)
         return assessment.spans or assessment.report
 
     def logits(self, examples: Sequence[Example]) -> np.ndarray:
@@ -258,7 +256,8 @@ def train(
     read = partial(_as_examples, text=text, label=label, response=response, spans=spans)
     training = read(data, positive=positive)
     held_out = None if validation is None else read(validation, task=training.task)
-    choose_validation(training, held_out, options)
+    with warnings_ignored():
+        choose_validation(training, held_out, options)
     if not isinstance(model, Backbone):
         backbone = _load_backbone(model, prompt_format, EngineOptions())
     elif prompt_format in (None, model.encoder.prompt_format):
@@ -268,9 +267,7 @@ def train(
             f"The backbone renders texts as '{model.encoder.prompt_format}', but prompt_format is "
             f"'{prompt_format}'. Load it with load_backbone(..., prompt_format='{prompt_format}')."
         )
-    _tell(training.warnings)
     result = fit(backbone, training, held_out, name=name, options=options)
-    _tell([warning for warning in result.warnings if warning not in training.warnings])
     return Classifier(backbone, result.probe)
 
 
@@ -321,12 +318,6 @@ def _digest(model: str | Path | Backbone) -> str:
         return model.fingerprint.digest
     backend = backend_of(str(model), EngineOptions())
     return backend.read(backend.find(str(model))).fingerprint.digest
-
-
-def _tell(sentences: Sequence[str]) -> None:
-    """Warns at the line that called this module."""
-    for sentence in sentences:
-        warnings.warn(sentence, stacklevel=3)
 
 
 def _as_examples(

@@ -1,6 +1,8 @@
-"""Errors that a user or the network can cause, and the hint for a misspelt name."""
+"""Errors and warnings that a user or the network can cause, and the hint for a misspelt name."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,6 +13,27 @@ _MOST_CHARACTERS = 200
 
 class SidelightError(Exception):
     """An error that the user can fix; the message says what was got, wanted, and what to do."""
+
+
+class SidelightWarning(UserWarning):
+    """Something that the user should know about the data or the result, in one sentence."""
+
+
+# Every run in a process repeats its warnings; a user's own filters come first.
+warnings.filterwarnings("always", category=SidelightWarning, append=True)
+
+
+def warn(sentence: str) -> None:
+    """Warn the user with one sentence."""
+    warnings.warn(sentence, SidelightWarning, stacklevel=2)
+
+
+@contextmanager
+def warnings_ignored() -> Generator[None]:
+    """Ignore the warnings of checks that are repeated later."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SidelightWarning)
+        yield
 
 
 class FingerprintMismatchError(SidelightError):

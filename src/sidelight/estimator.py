@@ -1,6 +1,5 @@
 """scikit-learn's face: a classifier of texts for pipelines, cross-validation and grid search."""
 
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -143,8 +142,6 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         backbone, options = _backbone(str(self.model)), self._options()
         with nullcontext() if self.verbose else quiet():
             result = fit(backbone, examples, None, name="probe", options=options)
-        for sentence in result.warnings:
-            warnings.warn(sentence, stacklevel=2)
         self.classes_, self.probe_ = classes, result.probe
         return self
 

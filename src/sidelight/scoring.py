@@ -23,7 +23,7 @@ from sidelight.states.reader import Backbone
 from sidelight.statistics.metrics import Predictions, decide
 from sidelight.statistics.thresholds import OperatingPoint, operating_curves
 from sidelight.training.dataset import span_places
-from sidelight.training.measuring import trained_text_warnings, trained_texts
+from sidelight.training.measuring import trained_texts, warn_of_trained_texts
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.training.traffic import beginning
 from sidelight.training.validation import require_side
@@ -133,12 +133,6 @@ class Assessment:
     spans: SpanReport | None = None
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        """Warnings about the rows, one sentence each."""
-        warnings = trained_text_warnings(self.probe.card.training, self.examples)
-        return (*self.examples.warnings, *warnings)
-
-    @property
     def operating_points(self) -> list[OperatingPoint]:
         """Thresholds to choose from, by these rows; none but for a binary probe of whole texts."""
         task, labels = self.probe.task, self.examples.labels
@@ -161,7 +155,6 @@ class Assessment:
             "mechanism": self.probe.card.mechanism.name,
             **figures,
             "operating_points": [point._asdict() for point in self.operating_points],
-            "warnings": list(self.warnings),
         }
 
     def plot(self, folder: Path) -> None:
@@ -211,6 +204,7 @@ def assess(backbone: Backbone, probe: Probe, examples: LabelledExamples) -> Asse
     Raises:
         SidelightError: The probe and the texts do not fit each other.
     """
+    warn_of_trained_texts(probe.card.training, examples)
     if examples.spans is None or probe.spans is None:
         return assess_logits(probe, examples, probe_logits(backbone, probe, examples.items))
     return assess_logits(probe, examples, *find_spans(backbone, probe, examples.items))

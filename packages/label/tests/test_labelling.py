@@ -354,14 +354,14 @@ def test_texts_longer_than_the_model_reads_are_cut_and_too_many_for_the_memory_r
         sitting.begin(memory_bytes=10_000)
 
 
-def test_texts_that_are_left_out_or_repeated_are_counted():
+def test_texts_that_are_left_out_or_repeated_are_counted(warned):
     texts = load_examples([{"text": text} for text in ("a", "b", "a", "", "a")], label=None)
     examples, _ = merged(texts, None)
     assert [item.text for item in examples.items] == ["a", "b"]
-    assert examples.warnings == (
+    assert warned() == [
         "Left out 1 rows with an empty text or response.",
         "2 of 4 texts repeat others: each is shown once.",
-    )
+    ]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import os
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -28,6 +29,11 @@ _SERVING = ("fastapi", "openai", "prometheus_client", "uvicorn")
 
 class _Commands(click.Group):
     """The product's commands, and those of installed packages in the group `sidelight.commands`."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with options.printed_warnings() as printed:
+            ctx.meta[options.PRINTED_WARNINGS] = printed
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *extension_names(_GROUP)})

@@ -135,7 +135,6 @@ def evaluate(
 
     classifier = runtime.load_classifier(probe)
     assessment = assess(classifier.backbone, classifier.probe, examples)
-    options.warn(assessment.warnings)
     figures = assessment.to_dict()
     report = None if second is None else second.fit(assessment)
     if report is not None and save is not None:
@@ -143,6 +142,7 @@ def evaluate(
 
         save_probe(assessment.probe.changed(judge_fit=report.fit), save)
         figures["second_stage"] = {**report.to_dict(), "saved": str(save)}
+    figures = options.with_warnings(figures)
     if out is not None:
         write_json(out, figures)
     if plots is not None:

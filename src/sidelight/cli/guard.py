@@ -10,7 +10,7 @@ import click
 
 from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, warn
 from sidelight.guards import local_name, trained_guards
 from sidelight.storage import check_folder, only_writer, write_json, write_text
 
@@ -174,9 +174,7 @@ def _train(
         require_free(folder, force=False)
     some = f" of {available:,} (--rows {available} takes all)" if len(texts) < available else ""
     click.echo(f"{len(texts):,} texts{some}")
-    options.warn(texts.warnings)
     made = fit(backbone, texts, None, name=name, options=fit_options, out=folder)
-    options.warn(warning for warning in made.warnings if warning not in texts.warnings)
     print_fit(made)
     return texts
 
@@ -254,12 +252,9 @@ def _write_policy(path: Path, home: Path) -> None:
     lacking = [each.name for each in cards if each.name not in policy.side(side_of(each))]
     click.echo(f"\n{path} exists and was left unchanged.")
     if lacking:
-        options.warn(
-            [
-                f"{path} has no rule for {', '.join(lacking)}: clients see their verdicts. Add a "
-                "table for each, as [input.NAME] or, for answers, [output.NAME], with mode = "
-                '"shadow".'
-            ]
+        warn(
+            f"{path} has no rule for {', '.join(lacking)}: clients see their verdicts. Add a table "
+            'for each, as [input.NAME] or, for answers, [output.NAME], with mode = "shadow".'
         )
 
 

@@ -1,7 +1,9 @@
 """Options that several commands share, and what the commands make of them."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial, wraps
 from pathlib import Path
@@ -12,7 +14,7 @@ from pydantic import Field
 
 from sidelight.cli.runtime import Runtime
 from sidelight.engines.backend import OwnOptions, engine_names, find_backend, usable_backends
-from sidelight.errors import SidelightError, checked, did_you_mean
+from sidelight.errors import SidelightError, SidelightWarning, checked, did_you_mean
 from sidelight.storage import check_folder
 from sidelight.types import StatesChoice
 
@@ -113,10 +115,33 @@ def announce(step: str) -> None:
     click.echo(f"{step} ...", err=True)
 
 
-def warn(sentences: Iterable[str]) -> None:
-    """Prints warnings on standard error."""
-    for sentence in sentences:
-        click.echo(f"Warning: {sentence}", err=True)
+# Where the context of a command has its warnings.
+PRINTED_WARNINGS = "sidelight.printed_warnings"
+
+
+@contextmanager
+def printed_warnings() -> Generator[list[str]]:
+    """Print each warning once, on standard error; gives what was printed."""
+    printed: list[str] = []
+    show = warnings.showwarning
+
+    def print_once(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if not issubclass(category, SidelightWarning):
+            show(message, category, *place)
+        elif (sentence := str(message)) not in printed:
+            printed.append(sentence)
+            click.echo(f"Warning: {sentence}", err=True)
+
+    warnings.showwarning = print_once
+    try:
+        yield printed
+    finally:
+        warnings.showwarning = show
+
+
+def with_warnings(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A command's result as JSON values, with the warnings that it has printed."""
+    return {**result, "warnings": [*click.get_current_context().meta[PRINTED_WARNINGS]]}
 
 
 def examples(*commands: str) -> str:
@@ -189,8 +214,7 @@ class TrainingInputs:
         named = {name: column for name, column in columns.items() if column is not None}
         whole = read(self.data, split=self.split, positive=self.positive, **named)
         rows = whole.draw(self.limit or len(whole), seed=0)
-        # Warnings about the file hold for some of its rows too.
-        training = replace(whole.select(rows), warnings=whole.warnings)
+        training = whole.select(rows)
         if self.validation is None:
             return training, None
         return training, read(self.validation, split=self.validation_split, task=training.task)

@@ -94,7 +94,6 @@ def recalibrate(
                 "a probe on the copy."
             )
         made = refit(loaded, examples, classifier.logits(examples.items), rule=rule)
-    options.warn(made.warnings)
     save_probe(made.probe if name is None else made.probe.changed(name=name), folder)
     _report(loaded, made, folder, as_json=as_json)
 
@@ -117,7 +116,6 @@ def _new_texts(data: str, card: "ProbeCard", **columns: Any) -> "LabelledExample
     examples = load_examples(data, task=card.task, **columns)
     require_side(card, examples.items)
     require_new_texts(card, examples)
-    options.warn(examples.warnings)
     return examples
 
 

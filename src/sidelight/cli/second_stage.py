@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sidelight.cli import options
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, warn
 from sidelight.guards import is_guard
 from sidelight.judges.settings import JudgeSettings, read_judge
 from sidelight.probes.hub import is_on_hub
@@ -88,11 +88,9 @@ class SecondStageOptions:
         answers = np.full(len(scores), np.nan)
         answers[asked] = [np.nan if each is None else each for each in said.probabilities]
         if said.failures:
-            options.warn(
-                [
-                    f"The judge gave no verdict on {said.failures.total()} texts "
-                    f"({said.describe_failures()}), which are left out of its figures."
-                ]
+            warn(
+                f"The judge gave no verdict on {said.failures.total()} texts "
+                f"({said.describe_failures()}), which are left out of its figures."
             )
         return fit_judge(
             probe,

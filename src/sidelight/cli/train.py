@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, warnings_ignored
 from sidelight.storage import only_writer
 
 if TYPE_CHECKING:
@@ -108,10 +108,9 @@ def train(
     fit_options = replace(fit_options, background=traffic)
     options.announce(f"Reading {inputs.data}")
     training, validation = inputs.load(spans)
-    printed = [*training.warnings, *(validation.warnings if validation is not None else ())]
-    options.warn(printed)
     click.echo(f"Read {len(training)} texts. The probe will flag {training.task.flags}.", err=True)
-    choose_validation(training, validation, fit_options)
+    with warnings_ignored():
+        choose_validation(training, validation, fit_options)
     options.announce("Loading the model")
     from sidelight.cli.show import print_fit
     from sidelight.training.fit import fit
@@ -120,9 +119,8 @@ def train(
         # Another run may have ended meanwhile.
         require_free(out, force=force)
         result = fit(reader, training, validation, name=name, options=fit_options, out=out)
-    options.warn(warning for warning in result.warnings if warning not in printed)
     if as_json:
-        click.echo(json.dumps(result.to_dict(), indent=2))
+        click.echo(json.dumps(options.with_warnings(result.to_dict()), indent=2))
         return
     print_fit(result)
     click.echo(f"Saved to {out}")

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from sidelight.data.labels import is_missing
 from sidelight.data.near_duplicates import NearDuplicates
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, warn
 from sidelight.models.conversation import Conversation, Message, PlainText
 from sidelight.types import Flags, Numbers, Span, Task, Values
 
@@ -116,8 +116,6 @@ class Examples:
         items: The texts.
         rows: All cells of each text's row, as read.
         skipped: What loading left out; nothing for a part made by `select` or `split`.
-        warnings: What the user should know about the data, one sentence each. A part made by
-            `select` or `split` does not inherit them.
         compared: Which texts are near-duplicates, if the whole that these are a part of was
             compared; None compares them when it is needed.
         group_columns: Columns whose equal values keep rows together in `split` and `folds`, like
@@ -127,7 +125,6 @@ class Examples:
     items: tuple[Example, ...]
     rows: tuple[Mapping[str, object], ...]
     skipped: Skipped = field(default_factory=Skipped)
-    warnings: tuple[str, ...] = ()
     compared: NearDuplicates | None = None
     group_columns: tuple[str, ...] = ()
 
@@ -169,7 +166,6 @@ class Examples:
             items=tuple(self.items[position] for position in chosen),
             rows=tuple(self.rows[position] for position in chosen),
             skipped=Skipped(),
-            warnings=(),
             compared=self._near_duplicates.select(chosen) if is_compared else None,
         )
 
@@ -177,8 +173,8 @@ class Examples:
         """Two parts: the examples to train on, and about `fraction` of the whole held out.
 
         Each label keeps its share and, if it has two distinct texts, appears in both parts.
-        Near-duplicates stay together, whatever their responses; the first part's warnings say so.
-        If all examples have the same text, this holds for their responses instead.
+        Near-duplicates stay together, whatever their responses, and a warning counts them. If all
+        examples have the same text, this holds for their responses instead.
         """
         if self.distinct < 2:
             raise SidelightError(
@@ -186,11 +182,8 @@ class Examples:
                 "Add more texts."
             )
         held_out = _hold_out(self._grouping[0], self._strata(), fraction=fraction, seed=seed)
-        training = self.select(np.flatnonzero(~held_out))
-        return (
-            replace(training, warnings=self.grouping_warnings()),
-            self.select(np.flatnonzero(held_out)),
-        )
+        self.warn_of_near_duplicates()
+        return self.select(np.flatnonzero(~held_out)), self.select(np.flatnonzero(held_out))
 
     def draw(self, count: int, seed: int) -> Int[Numbers, " _"]:
         """Row numbers, in order, of `count` random examples, or of all if there are fewer.
@@ -240,14 +233,14 @@ class Examples:
         """The first row of each group of texts that `split` and `folds` keep together."""
         return np.unique(self._grouping[0], return_index=True)[1]
 
-    def grouping_warnings(self) -> tuple[str, ...]:
-        """How many texts are near-duplicates of other texts, and what follows, as sentences."""
+    def warn_of_near_duplicates(self) -> None:
+        """Warn how many texts are near-duplicates of other texts, and what follows."""
         groups, divided = self._grouping
         first = np.unique(self._near_duplicates.texts, return_index=True)[1]
         alike = int((np.bincount(groups[first])[groups] > 1).sum())
         shared = " or ".join(self.group_columns)
         share = f" or have the same {shared}" if shared else ""
-        warnings = {
+        sentences = {
             f"{alike} texts are near-duplicates of others{share}: such texts stay in one fold, or "
             "on one side of a split.": alike,
             f"{divided} texts are near-duplicates of too many others{share} to stay in one fold: "
@@ -255,7 +248,9 @@ class Examples:
             "differ in more than a few words, or others to validate on (--validation, "
             "validation=).": divided,
         }
-        return tuple(warning for warning, count in warnings.items() if count)
+        for sentence, count in sentences.items():
+            if count:
+                warn(sentence)
 
     @cached_property
     def _near_duplicates(self) -> NearDuplicates:

@@ -266,4 +266,4 @@ def draw_texts(
     rows = np.sort(order[:count])
     weights = np.array([1.0] * len(rows) + [_own_weight(len(rows), len(own))] * len(own))
     drawn = examples.select([*rows, *own])
-    return replace(drawn, warnings=examples.warnings, weights=weights if len(own) else None)
+    return replace(drawn, weights=weights if len(own) else None)

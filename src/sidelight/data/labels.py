@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sidelight.data.readers import Row, is_list
-from sidelight.errors import SidelightError, did_you_mean
+from sidelight.errors import SidelightError, did_you_mean, warn
 from sidelight.models.conversation import require_whole_characters
 from sidelight.types import Numbers, Task, is_label
 
@@ -40,7 +40,7 @@ def truth_value(cell: object, place: str, column: str) -> bool:
 
 def encode_labels(
     rows: Sequence[Row], columns: Sequence[str], *, positive: str | None, task: Task | None
-) -> tuple[Task, Int[Numbers, "row ..."], tuple[str, ...]]:
+) -> tuple[Task, Int[Numbers, "row ..."]]:
     """Encodes one column of labels or of lists of labels, or several columns of 0/1.
 
     Args:
@@ -50,7 +50,7 @@ def encode_labels(
         task: The label space to map to, for evaluation; None infers one from the labels.
 
     Returns:
-        The task, the labels as in ``LabelledExamples``, and warnings.
+        The task, the labels as in ``LabelledExamples``.
     """
     is_single = len(columns) == 1 and not is_list(rows[0].cells[columns[0]])
     if positive is not None and (task is not None or not is_single):
@@ -65,18 +65,17 @@ def encode_labels(
             "one column of 0/1 per label to a multi-label task, and one label to any other."
         )
     if not is_single:
-        encoded_task, labels, warnings = _encode_sets(rows, columns, task)
+        encoded_task, labels = _encode_sets(rows, columns, task)
         if task is None:
-            warnings += _alike(encoded_task.labels)
-        return encoded_task, labels, warnings
+            _warn_of_alike(encoded_task.labels)
+        return encoded_task, labels
     names = [label_name(row.cells[columns[0]], row.place) for row in rows]
-    warnings: tuple[str, ...] = ()
     if task is None:
-        task, warnings = _infer_classes(rows, names, columns[0], positive)
-        warnings += _alike(task.labels)
+        task = _infer_classes(rows, names, columns[0], positive)
+        _warn_of_alike(task.labels)
     index = _label_index(task)
     numbers = [_lookup(row, name, index) for row, name in zip(rows, names, strict=True)]
-    return task, np.array(numbers, dtype=np.int64), warnings
+    return task, np.array(numbers, dtype=np.int64)
 
 
 def label_name(cell: object, place: str) -> str:
@@ -101,8 +100,8 @@ def label_name(cell: object, place: str) -> str:
 
 def _infer_classes(
     rows: Sequence[Row], names: Sequence[str], column: str, positive: str | None
-) -> tuple[Task, tuple[str, ...]]:
-    """A binary task from two distinct names, a multi-class one from more; and warnings."""
+) -> Task:
+    """A binary task from two distinct names, a multi-class one from more."""
     if set(names) <= TRUTH.keys():
         # One spelling for all; 0 and 1 if the column mixes several.
         pair = next((pair for pair in _PAIRS if set(names) <= set(pair)), _PAIRS[0])
@@ -118,7 +117,8 @@ def _infer_classes(
                 f"{len(labels)}: {', '.join(labels)}. "
                 f"{' '.join(misspelt) or 'Leave --positive out (positive= in Python).'}"
             )
-        return Task("multiclass", labels), misspelt
+        _warn_of_all(misspelt)
+        return Task("multiclass", labels)
     if positive is not None:
         index = _label_index(Task("binary", labels))
         name = positive if positive in index else positive.lower()
@@ -127,17 +127,19 @@ def _infer_classes(
                 f"The positive class '{positive}' is not a label.{did_you_mean(positive, labels)} "
                 "Name another with --positive (positive= in Python)."
             )
-        return Task("binary", labels if index[name] == 1 else labels[::-1]), misspelt
+        _warn_of_all(misspelt)
+        return Task("binary", labels if index[name] == 1 else labels[::-1])
     if set(labels) <= TRUTH.keys() or set(labels) == {"-1", "1"}:
-        return Task("binary", labels), ()
+        return Task("binary", labels)
     # The sort is stable and labels are in order: of two equal counts the last one is positive.
     other, chosen = sorted(labels, key=lambda name: -counts[name])
-    warning = (
+    warn(
         f"No positive class was named, so '{chosen}' is taken (the rarer label, or the last in the "
         f"alphabet if both are equally frequent). --positive {other} (positive= in Python) chooses "
         "the other."
     )
-    return Task("binary", (other, chosen)), (warning, *misspelt)
+    _warn_of_all(misspelt)
+    return Task("binary", (other, chosen))
 
 
 def _require_classes(counts: Mapping[str, int], column: str) -> None:
@@ -157,35 +159,39 @@ def _require_classes(counts: Mapping[str, int], column: str) -> None:
         )
 
 
+def _warn_of_all(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        warn(sentence)
+
+
 def _misspelt(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
-    """A warning for each label of a few rows that resembles one of many."""
+    """A sentence for each label of a few rows that resembles one of many."""
     counts = Counter(name for name in names if not _WHOLE_NUMBER.fullmatch(name))
-    warnings: list[str] = []
+    sentences: list[str] = []
     for name, count in counts.items():
         many = [other for other in counts if counts[other] >= 10 * count]
         for meant in get_close_matches(name, many, n=1, cutoff=0.75) if count < 5 else ():
             first = rows[names.index(name)].place
-            warnings.append(
+            sentences.append(
                 f"Label '{name}' ({count} of {len(names)} rows, first {first}) resembles '{meant}' "
                 f"({counts[meant]} rows). If it is misspelt, correct it."
             )
-    return tuple(warnings)
+    return tuple(sentences)
 
 
-def _alike(labels: Sequence[str]) -> tuple[str, ...]:
-    """A warning about labels that a reader would take for one."""
+def _warn_of_alike(labels: Sequence[str]) -> None:
+    """Warn about labels that a reader would take for one."""
     by_reading = {unicodedata.normalize("NFKC", name).casefold(): name for name in labels}
     pairs = [
         f"'{name}' and '{other}'"
         for name in labels
         if (other := by_reading[unicodedata.normalize("NFKC", name).casefold()]) != name
     ]
-    if not pairs:
-        return ()
-    return (
-        f"Labels that read alike are different classes: {', '.join(pairs[:3])}. If they are one, "
-        "spell them alike.",
-    )
+    if pairs:
+        warn(
+            f"Labels that read alike are different classes: {', '.join(pairs[:3])}. If they are "
+            "one, spell them alike."
+        )
 
 
 def _ordered(names: Iterable[str]) -> tuple[str, ...]:
@@ -228,7 +234,7 @@ def _lookup(row: Row, name: str, index: Mapping[str, int]) -> int:
 
 def _encode_sets(
     rows: Sequence[Row], columns: Sequence[str], task: Task | None
-) -> tuple[Task, Int[Numbers, "row label"], tuple[str, ...]]:
+) -> tuple[Task, Int[Numbers, "row label"]]:
     """Each row's set of labels: a list in one column, or several columns of 0/1."""
     if len(columns) > 1:
         if task is not None and set(columns) != set(task.labels):
@@ -251,12 +257,13 @@ def _encode_sets(
     labels = np.zeros((len(rows), len(index)), dtype=np.int64)
     for row, held, flags in zip(rows, sets, labels, strict=True):
         flags[[_lookup(row, name, index) for name in held]] = 1
-    warnings = tuple(
-        f"Label '{name}' holds in {count} of {len(rows)} rows: nothing can be learned from it."
-        for name, count in zip(task.labels, labels.sum(axis=0), strict=True)
-        if count in (0, len(rows))
-    )
-    return task, labels, warnings
+    for name, count in zip(task.labels, labels.sum(axis=0), strict=True):
+        if count in (0, len(rows)):
+            warn(
+                f"Label '{name}' holds in {count} of {len(rows)} rows: nothing can be learned from "
+                "it."
+            )
+    return task, labels
 
 
 def _label_set(row: Row, column: str) -> set[str]:

@@ -13,7 +13,7 @@ from sidelight.data.guards import guard_of
 from sidelight.data.labels import encode_labels, is_missing
 from sidelight.data.readers import InMemory, Row, is_list, is_mapping, read_rows
 from sidelight.data.span_labels import encode_spans, holds_spans
-from sidelight.errors import SidelightError, did_you_mean
+from sidelight.errors import SidelightError, did_you_mean, warn
 from sidelight.models.conversation import Message, require_whole_characters
 from sidelight.types import Span, Task
 
@@ -122,21 +122,20 @@ def load_examples(
     marked: tuple[tuple[Span, ...], ...] | None = None
     if spans is not None:
         column = [row.cells.get(spans) for row in kept]
-        task, labels, marked, doubts = encode_spans(items, column, spans, task=task)
-        doubts += _new_labels(kept, marked)
+        task, labels, marked = encode_spans(items, column, spans, task=task)
+        _warn_of_new_labels(kept, marked)
     else:
-        task, labels, doubts = encode_labels(kept, columns, positive=positive, task=task)
+        task, labels = encode_labels(kept, columns, positive=positive, task=task)
         pairs = zip(items, labels, strict=True)
         labellings = {(item.messages, item.response, own.tobytes()) for item, own in pairs}
         counts = Counter((messages, answer) for messages, answer, _ in labellings)
         if conflicts := sum(count > 1 for count in counts.values()):
-            doubts += (f"{conflicts} texts appear more than once, with different labels.",)
+            warn(f"{conflicts} texts appear more than once, with different labels.")
     weights = np.array([row.weight for row in kept])
     return LabelledExamples(
         items,
         plain.rows,
         plain.skipped,
-        plain.warnings + doubts,
         task=task,
         labels=labels,
         weights=None if (weights == 1).all() else weights,
@@ -196,24 +195,23 @@ def _usable(
         )
     skipped = Skipped(len(empty), len(unlabelled), empty[0].place if empty else "")
     reasons = {"with an empty text or response": empty, "without a label": unlabelled}
-    warnings = tuple(
-        f"Left out {len(out)} rows {reason}." for reason, out in reasons.items() if out
-    )
-    return kept, Examples(tuple(items), tuple(row.cells for row in kept), skipped, warnings)
+    for reason, out in reasons.items():
+        if out:
+            warn(f"Left out {len(out)} rows {reason}.")
+    return kept, Examples(tuple(items), tuple(row.cells for row in kept), skipped)
 
 
-def _new_labels(rows: Sequence[Row], spans: Sequence[Sequence[Span]]) -> tuple[str, ...]:
-    """A warning if rows of one's own beside those of a guard have labels that these lack."""
+def _warn_of_new_labels(rows: Sequence[Row], spans: Sequence[Sequence[Span]]) -> None:
+    """Warn if the user's rows beside those of a guard have labels that these lack."""
     packaged, own = Counter[str](), Counter[str]()
     for row, marked in zip(rows, spans, strict=True):
         (own if row.is_beside_guard else packaged).update(span.label for span in marked)
-    if not (new := own.keys() - packaged.keys()):
-        return ()
-    return (
-        f"Only rows of your own have spans of {', '.join(sorted(new))}: where packaged texts hold "
-        f"some, nothing says so. Known: {', '.join(sorted(packaged))}. If one of these is meant, "
-        "write it so.",
-    )
+    if new := own.keys() - packaged.keys():
+        warn(
+            f"Only rows of your own have spans of {', '.join(sorted(new))}: where packaged texts "
+            f"hold some, nothing says so. Known: {', '.join(sorted(packaged))}. If one of these is "
+            "meant, write it so."
+        )
 
 
 def _rationales(rows: Sequence[Row], items: Sequence[Example], column: str) -> tuple[str, ...]:

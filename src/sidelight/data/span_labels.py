@@ -11,7 +11,7 @@ from jaxtyping import Int
 from sidelight.data.examples import Example, located
 from sidelight.data.labels import is_missing, label_name
 from sidelight.data.readers import is_list, is_mapping
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, warn
 from sidelight.types import NONE, Numbers, Span, Task, is_label
 
 _KEYS = ("start", "end", "label")
@@ -20,11 +20,11 @@ _FORM = '[{"start": 0, "end": 5, "label": "NAME"}], or [] for a text without any
 
 def encode_spans(
     items: Sequence[Example], cells: Sequence[object], column: str, *, task: Task | None
-) -> tuple[Task, Int[Numbers, "row ..."], tuple[tuple[Span, ...], ...], tuple[str, ...]]:
+) -> tuple[Task, Int[Numbers, "row ..."], tuple[tuple[Span, ...], ...]]:
     """Reads a column of spans.
 
     Returns:
-        The task, the labels and the spans as in ``LabelledExamples``, and warnings.
+        The task, the labels and the spans as in ``LabelledExamples``.
     """
     rows: list[tuple[Span, ...]] = []
     for index, (item, cell) in enumerate(zip(items, cells, strict=True)):
@@ -32,18 +32,18 @@ def encode_spans(
             rows.append(_parse_spans(cell, item.span_text, column=column))
     names = Counter(span.label for row in rows for span in row)
     task = task or _task(sorted(names), column)
-    judged, warnings = task.output_labels, tuple[str, ...]()
+    judged = task.output_labels
     unknown = {name: count for name, count in names.items() if name not in judged}
     if unknown:
-        warnings = (
+        warn(
             "Left out the spans of labels that training did not know "
             f"({', '.join(unknown)[:200]}; {sum(unknown.values())} in all). What is found there "
-            "counts as a false alarm.",
+            "counts as a false alarm."
         )
     spans = tuple(tuple(span for span in row if span.label in judged) for row in rows)
     holds = [[any(span.label == label for span in row) for label in judged] for row in spans]
     labels = np.array(holds, dtype=np.int64)
-    return task, labels[:, 0] if task.kind == "binary" else labels, spans, warnings
+    return task, labels[:, 0] if task.kind == "binary" else labels, spans
 
 
 def _task(names: Sequence[str], column: str) -> Task:

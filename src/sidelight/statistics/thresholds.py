@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import ConfigDict
 
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, warn
 from sidelight.statistics.metrics import checked_labels
 from sidelight.types import AnyArray, Flags, Numbers, Task, Values
 
@@ -284,10 +284,10 @@ def require_thresholds(task: Task, rule: ThresholdRule) -> None:
         )
 
 
-def threshold_doubts(
+def warn_of_few_texts(
     task: Task, positives: Mapping[str, int], texts: int, rule: ThresholdRule
-) -> list[str]:
-    """Warnings about thresholds that rest on too few texts, one sentence each.
+) -> bool:
+    """Warn about thresholds that rest on too few texts; returns whether it did.
 
     Args:
         task: The classes.
@@ -296,13 +296,12 @@ def threshold_doubts(
         rule: What they are chosen for.
     """
     if task.kind == "multiclass":
-        return []
+        return False
     judged = {label: positives[label] for label in task.output_labels}
     few = {label: count for label, count in judged.items() if count < ENOUGH_POSITIVES}
-    doubts: list[str] = []
     if few:
         named = ", ".join(f"'{label}' rests on {count}" for label, count in few.items())
-        doubts.append(
+        warn(
             f"The threshold of {named} positive validation texts, and {ENOUGH_POSITIVES} are "
             "wanted: on new texts it may catch far more or less. More such texts would help most."
         )
@@ -310,8 +309,8 @@ def threshold_doubts(
     # Of fewer, none flagged is no evidence for the rate (the rule of three).
     wanted = math.ceil(3 / rule.value) if rule.kind == "fpr" else 0
     if negatives < wanted:
-        doubts.append(
+        warn(
             f"A rate of false alarms of {rule.value:g} cannot be told from {negatives} negative "
             f"texts: {wanted} are wanted. Add negative texts, or choose a higher rate."
         )
-    return doubts
+    return bool(few) or negatives < wanted

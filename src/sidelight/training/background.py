@@ -12,6 +12,7 @@ from sidelight.data.examples import Example, Examples, LabelledExamples, balance
 from sidelight.data.labels import is_missing
 from sidelight.data.loading import load_examples
 from sidelight.data.near_duplicates import are_alike
+from sidelight.errors import warn
 from sidelight.models.conversation import Message
 
 Messages = tuple[Message, ...]
@@ -130,11 +131,9 @@ def _stratum(
     return int(np.digitize(characters, _LENGTHS)), int(np.digitize(len(turns), _TURNS)), *named
 
 
-def choose_conversations(
-    background: Background, examples: LabelledExamples
-) -> tuple[Background, list[str]]:
-    """The background without conversations that hold a labelled text, and warnings."""
-    conversations, warnings = background.conversations, list[str]()
+def choose_conversations(background: Background, examples: LabelledExamples) -> Background:
+    """The background without conversations that hold a labelled text; warns of these."""
+    conversations = background.conversations
     keys = {item.text_key for item in examples.items}
     turns = [[Example((turn,)).text_key for turn in messages] for messages in conversations]
     labelled = {*keys}
@@ -148,13 +147,13 @@ def choose_conversations(
         labelled |= {compared[index] for index in np.flatnonzero(is_alike)}
     kept = background.select(row for row, texts in enumerate(turns) if not labelled & {*texts})
     if left_out := len(conversations) - len(kept):
-        warnings.append(
+        warn(
             f"{left_out} conversations of the background hold a text of the training data, "
             "and were left out: its label beats the assumption that ordinary traffic has none."
         )
     if 0 < len(kept) < _FEW_CONVERSATIONS:
-        warnings.append(
+        warn(
             f"The background has {len(kept)} conversations: they say little about "
             f"ordinary traffic. Give {_FEW_CONVERSATIONS} or more (--background)."
         )
-    return kept, warnings
+    return kept

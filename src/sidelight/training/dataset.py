@@ -285,7 +285,6 @@ def _in_contexts(examples: LabelledExamples, contexts: Sequence[Context]) -> Lab
         shown,
         items=tuple(context.example for context in contexts),
         labels=labels,
-        warnings=examples.warnings,
         weights=None if weights is None else np.where(is_background, 1.0, weights),
         rationales=words,
     )

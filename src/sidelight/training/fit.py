@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from sidelight.data.evaluation import Report, SpanReport
 from sidelight.data.examples import LabelledExamples
+from sidelight.errors import warn
 from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.card import Epochs, ProbeCard, TrainingRecord
@@ -34,11 +35,11 @@ from sidelight.training.settings import (
     suggested_settings,
 )
 from sidelight.training.spans import LOOKAHEADS, calibrate_spans, choose_lookahead
-from sidelight.training.tfidf import baseline_warnings, measure_baseline
+from sidelight.training.tfidf import measure_baseline, warn_of_better_words
 from sidelight.training.traffic import (
     conversations_among,
     measure_traffic,
-    traffic_warnings,
+    warn_of_traffic,
 )
 from sidelight.types import NONE
 
@@ -62,7 +63,6 @@ class Fit:
             None if it labels whole texts.
         baseline: The figures of TF-IDF with logistic regression on the same validation texts; None
             for spans.
-        warnings: What the user should know, one sentence each.
     """
 
     probe: Probe
@@ -72,7 +72,6 @@ class Fit:
     traffic: Traffic | None = None
     spans: SpanReport | None = None
     baseline: Report | None = None
-    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The figures on validation data, as JSON values."""
@@ -83,7 +82,6 @@ class Fit:
             "score": self.score,
             "validation": self.report.to_dict(),
             **{name: part.to_dict() for name, part in parts.items() if part is not None},
-            "warnings": list(self.warnings),
         }
 
 
@@ -173,16 +171,13 @@ def fit(
         made = calibrate_probe(
             trained, dataset, name=name, options=options, training_sha256=identity
         )
-        warnings = [
-            *dataset.warnings,
-            *(f"{divergence(*own)} The probe is made without it." for own in diverged),
-            *made.warnings,
-        ]
+        for own in diverged:
+            warn(f"{divergence(*own)} The probe is made without it.")
         if baseline is not None:
-            warnings += baseline_warnings(made.losses, baseline.losses, dataset.validation.examples)
-        warnings += none_warnings(made)
+            warn_of_better_words(made.losses, baseline.losses, dataset.validation.examples)
+        warn_of_none(made)
         if made.traffic is not None and made.probe.thresholds:
-            warnings += traffic_warnings(
+            warn_of_traffic(
                 made.traffic,
                 made.probe.card.training.curves,
                 made.probe.thresholds,
@@ -190,7 +185,7 @@ def fit(
             )
         if out is not None:
             save_probe(made.probe, out)
-    return replace(made, baseline=baseline and baseline.report, warnings=tuple(warnings))
+    return replace(made, baseline=baseline and baseline.report)
 
 
 def calibrate_probe(
@@ -261,6 +256,8 @@ def calibrate_probe(
         training=training,
         spans=rule,
     )
+    if not calibrated.folds and spans is None:
+        warn(FLATTERING)
     probe = Probe(card, trained.mechanism, trained.standardisation)
     return Fit(
         probe,
@@ -269,7 +266,6 @@ def calibrate_probe(
         calibrated.losses,
         traffic,
         spans,
-        warnings=() if calibrated.folds or spans is not None else (FLATTERING,),
     )
 
 
@@ -293,14 +289,14 @@ def _record(trained: TrainingRun, dataset: ProbeDataset, options: FitOptions) ->
     )
 
 
-def none_warnings(made: Fit) -> list[str]:
-    """A warning if ``none`` takes labelled texts, as it does beside a class of all the rest."""
+def warn_of_none(made: Fit) -> None:
+    """Warn if ``none`` takes labelled texts, as it does beside a class of all the rest."""
     task, counts = made.probe.task, made.report.confusion_matrix
     if not task.abstains or (taken := counts[:-1, -1]).sum() <= _TAKEN * counts.sum():
-        return []
+        return
     label = task.labels[int(taken.argmax())]
-    return [
+    warn(
         f"Of {counts.sum()} labelled texts {taken.sum()} are said to be '{NONE}', most of them of "
         f"'{label}' ({taken.max()}). If that class is for what is of no other, train without "
         "'none' (--set none=false)."
-    ]
+    )

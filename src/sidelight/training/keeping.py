@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sidelight.errors import warn
 from sidelight.models.fingerprint import Fingerprint, hash_of
 from sidelight.probes.mechanisms.base import Geometry, build_mechanism
 from sidelight.progress import progress, say
@@ -48,12 +49,10 @@ class Keeping:
     Attributes:
         compression: How they are stored; None: whole.
         is_streamed: Whether they are computed whenever they are read.
-        warnings: What the user should know, one sentence each.
     """
 
     compression: Compression | None = None
     is_streamed: bool = False
-    warnings: tuple[str, ...] = ()
 
     def apply(self, reader: Reader, split: Split, *, title: str) -> Split:
         """The split with its states kept so; those on disk are there afterwards.
@@ -109,8 +108,8 @@ def choose_keeping(
     )
     if not can_compress:
         return Keeping(None, is_streamed)
-    compression, warnings = _tried_compression(reader, training, candidates, is_streamed)
-    return Keeping(compression, is_streamed, warnings)
+    compression = _tried_compression(reader, training, candidates, is_streamed)
+    return Keeping(compression, is_streamed)
 
 
 def _can_be_compressed(candidates: Sequence[Candidate], training: Split) -> bool:
@@ -149,8 +148,8 @@ def gpu_reading_s(blocks: int, width: int) -> float:
 
 def _tried_compression(
     reader: Reader, training: Split, candidates: Sequence[Candidate], is_streamed: bool
-) -> tuple[Compression | None, tuple[str, ...]]:
-    """The compression that a sample gives; None, with the reason, if it changes a probe.
+) -> Compression | None:
+    """The compression that a sample gives; None, with a warning, if it changes a probe.
 
     Directions are measured on some texts, and tried on others. The compression is written, and so
     are the sample's compressed states unless states are streamed: after a kill, the same training
@@ -166,7 +165,7 @@ def _tried_compression(
     who = hash_of(states.directory.name, *names, labels, candidates, directions)
     path = states.directory.with_name(f"compression-{who}.safetensors")
     if path.exists():
-        return Compression.load(path), ()
+        return Compression.load(path)
     hidden = _read_sample(reader, states, rows)
     compression = Compression.measured(
         [hidden[row] for row in measured],
@@ -183,13 +182,14 @@ def _tried_compression(
             f"{difference:.2f} standard deviations (limit: {TOLERANCE})"
         )
         size = f"{states.token_bytes / 1e3:.0f} KB per token"
-        return None, (f"Hidden states are kept whole ({size}): {reason}.",)
+        warn(f"Hidden states are kept whole ({size}): {reason}.")
+        return None
     compression.save(path)
     if not is_streamed:
         compressed = states.compressed(compression)
         compressed.open()
         compressed.write(hidden)
-    return compression, ()
+    return compression
 
 
 def _samples(training: Split) -> tuple[list[int], list[int]]:

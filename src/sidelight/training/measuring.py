@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from sidelight.data.annotators import annotators_of
 from sidelight.data.evaluation import Report, evaluate
 from sidelight.data.examples import Examples, LabelledExamples
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, warn
 from sidelight.probes.card import CalibrationTexts, Texts, TrainingRecord, TrainingTexts
 from sidelight.statistics.background import Conversations, Detections, flags_of
 from sidelight.statistics.calibration import (
@@ -220,15 +220,14 @@ def trained_texts(record: TrainingRecord, examples: Examples) -> int:
     return sum(text in hashes for text in _hashes(examples))
 
 
-def trained_text_warnings(record: TrainingRecord, examples: Examples) -> tuple[str, ...]:
-    """A sentence if some of the texts that are measured trained the probe."""
+def warn_of_trained_texts(record: TrainingRecord, examples: Examples) -> None:
+    """Warn if some of the texts that are measured trained the probe."""
     count = trained_texts(record, examples)
-    if not count:
-        return ()
-    return (
-        f"{count} of {len(examples)} texts were trained on: the figures flatter the probe. Leave "
-        "them out.",
-    )
+    if count:
+        warn(
+            f"{count} of {len(examples)} texts were trained on: the figures flatter the probe. "
+            "Leave them out."
+        )
 
 
 def _hashes(examples: Examples) -> list[bytes]:

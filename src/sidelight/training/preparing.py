@@ -10,6 +10,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from sidelight.data.examples import LabelledExamples, located, place_of
+from sidelight.errors import warn
 from sidelight.models.encode import PromptEncoder
 from sidelight.states.cache import Memory
 from sidelight.states.reader import Reader
@@ -19,7 +20,7 @@ from sidelight.training.dataset import Split, plan_split
 from sidelight.training.keeping import choose_keeping
 from sidelight.training.loop import Candidate
 from sidelight.training.settings import FitOptions
-from sidelight.training.validation import FOLDS, Folds, choose_validation, shared_texts
+from sidelight.training.validation import FOLDS, Folds, choose_validation, warn_of_shared_texts
 from sidelight.types import Task
 
 # The parts of the background that measure, where texts are held out; training has FOLDS.
@@ -36,7 +37,6 @@ class ProbeDataset:
         measured: What early stopping, settings, calibration and thresholds are chosen on: texts
             alone, then their contexts. With cross-fitting, the same as ``training``.
         folds: Indices of the training texts of each fold if texts are cross-fitted, else none.
-        warnings: What is doubtful about the texts, one sentence each.
         given_sha256: Hash of the texts as they were given: none held out, no context added.
     """
 
@@ -44,7 +44,6 @@ class ProbeDataset:
     training: Split
     measured: Split
     folds: Folds = ()
-    warnings: tuple[str, ...] = ()
     given_sha256: str = ""
 
     @cached_property
@@ -87,16 +86,14 @@ def prepare(
     """
     given_sha256 = training.content_hash
     limit = min(options.max_tokens, reader.max_tokens)
-    training, crowded = _with_room(reader.encoder, training, limit, title="training")
+    training = _with_room(reader.encoder, training, limit, title="training")
     if validation is not None:
-        validation, more = _with_room(reader.encoder, validation, limit, title="validation")
-        crowded += more
-    training, validation, folds, warnings = choose_validation(training, validation, options)
+        validation = _with_room(reader.encoder, validation, limit, title="validation")
+    training, validation, folds = choose_validation(training, validation, options)
     task = options.with_none(training.task)
     training, validation = replace(training, task=task), replace(validation, task=task)
     shown = options.background if has_contexts(training, options) else Background()
-    background, doubts = choose_conversations(shown, training)
-    warnings += [*crowded, *doubts]
+    background = choose_conversations(shown, training)
     rows = _groups(training, FOLDS)
     parts = background.parts(len(rows) + (0 if folds else _MEASURING_PARTS))
     groups = [*zip(rows, parts, strict=False)]
@@ -107,12 +104,11 @@ def prepare(
     split = partial(plan_split, reader, options=options, layers=layers, memory=memory)
     planned = [split(training, groups=groups)]
     if not folds:
-        warnings += shared_texts(training, validation)
+        warn_of_shared_texts(training, validation)
         parts = parts[len(rows) :]
         groups = [*zip(_groups(validation, len(parts)), parts, strict=False)]
         planned.append(split(validation, groups=groups))
     keeping = choose_keeping(reader, planned, candidates, options)
-    warnings += keeping.warnings
     titles = ("Training texts", "Validation texts")
     splits = [
         keeping.apply(reader, own, title=title) for own, title in zip(planned, titles, strict=False)
@@ -124,17 +120,17 @@ def prepare(
         cut = [prompt for prompt in texts.states.prompts if prompt.dropped]
         if cut:
             limit = min(options.max_tokens, max(map(len, cut)))
-            warnings.append(
+            warn(
                 f"{len(cut)} of {len(texts)} texts were cut to {limit} tokens for training "
                 "(--set max_tokens=N); judging never cuts."
             )
-    return ProbeDataset(reader, fitted, measured, folds, tuple(warnings), given_sha256)
+    return ProbeDataset(reader, fitted, measured, folds, given_sha256)
 
 
 def _with_room(
     encoder: PromptEncoder, examples: LabelledExamples, limit: int, *, title: str
-) -> tuple[LabelledExamples, list[str]]:
-    """The texts that a limit leaves room for beside their system prompt, and a warning of others.
+) -> LabelledExamples:
+    """The texts that a limit leaves room for beside their system prompt; warns of the others.
 
     Without any room, as beside a long template, all are returned: encoding refuses them.
     """
@@ -147,18 +143,15 @@ def _with_room(
             if len(prompt) > limit and prompt.fixed >= limit:
                 full.append(index)
     if len(full) in (0, len(examples)):
-        return examples, []
-    kept = replace(
-        examples.select(np.setdiff1d(np.arange(len(examples)), full)),
-        skipped=examples.skipped,
-        warnings=examples.warnings,
-    )
-    return kept, [
+        return examples
+    warn(
         f"{len(full)} of {len(examples)} {title} texts were left out: their system prompt and chat "
         f"template alone take {limit} tokens or more, first "
         f"{place_of(examples.items[full[0]], full[0])}. Shorten the system prompts, or raise the "
         "limit (--set max_tokens=N)."
-    ]
+    )
+    fitting = examples.select(np.setdiff1d(np.arange(len(examples)), full))
+    return replace(fitting, skipped=examples.skipped)
 
 
 def _groups(examples: LabelledExamples, count: int) -> Folds:

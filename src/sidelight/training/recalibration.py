@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from sidelight.data.evaluation import Report, evaluate
 from sidelight.data.examples import LabelledExamples
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, warn
 from sidelight.probes.card import ProbeCard, Recalibration
 from sidelight.statistics.calibration import suggested_calibration
 from sidelight.statistics.metrics import decide, log_losses
@@ -22,13 +22,13 @@ from sidelight.statistics.thresholds import (
     F1,
     ThresholdRule,
     require_thresholds,
-    threshold_doubts,
+    warn_of_few_texts,
 )
 from sidelight.training.measuring import (
     FLATTERING,
     calibrate_examples,
-    trained_text_warnings,
     trained_texts,
+    warn_of_trained_texts,
 )
 
 if TYPE_CHECKING:
@@ -49,12 +49,10 @@ class Recalibrated:
         probe: For the new traffic; its record says what it was recalibrated on.
         figures: Before and after, on the new texts if there are some; each text is calibrated
             without it.
-        warnings: What the user should know, one sentence each.
     """
 
     probe: "Probe"
     figures: tuple[Report, Report] | None
-    warnings: tuple[str, ...]
 
 
 def recalibrate(
@@ -206,43 +204,40 @@ def _follow_labels(
     if str(rule) == probe.card.training.threshold_rule:
         for name, metric in (("accuracy", "accuracy"), ("F1", "f1")):
             figures[name] = before.metrics[metric].value, after.metrics[metric].value
-    doubts = (
-        *trained_text_warnings(probe.card.training, examples),
-        *(() if made.folds else (FLATTERING,)),
-        *threshold_doubts(task, examples.count_by_label, len(examples), rule),
-        *_metric_warnings(figures),
-        *_fit_warnings(probe),
-    )
+    warn_of_trained_texts(probe.card.training, examples)
+    if not made.folds:
+        warn(FLATTERING)
+    warn_of_few_texts(task, examples.count_by_label, len(examples), rule)
+    _warn_of_worse(figures)
+    _warn_of_judge_fit(probe)
     fitted = {"calibration": made.calibration, "thresholds": after.thresholds}
     recorded = _recorded(probe, rule, made.alone, entry, **fitted)
-    return Recalibrated(recorded, (before, after), doubts)
+    return Recalibrated(recorded, (before, after))
 
 
-def _fit_warnings(probe: "Probe") -> list[str]:
-    """What a recalibration ends: a fit to a judge."""
+def _warn_of_judge_fit(probe: "Probe") -> None:
+    """Warn that a recalibration ends the fit to a judge."""
     fit = probe.card.judge_fit
-    if fit is None:
-        return []
-    return [
-        f"The new probe has no fit to judge {fit.model}, which was made for the old probabilities "
-        "and thresholds. Fit it again: sidelight eval --judge."
-    ]
+    if fit is not None:
+        warn(
+            f"The new probe has no fit to judge {fit.model}, which was made for the old "
+            "probabilities and thresholds. Fit it again: sidelight eval --judge."
+        )
 
 
-def _metric_warnings(figures: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
-    """Figures that are worse than before, in one sentence."""
+def _warn_of_worse(figures: Mapping[str, tuple[float | None, float | None]]) -> None:
+    """Warn of figures that are worse than before, in one sentence."""
     worse = [
         f"{name} {before:.3f} before, {after:.3f} now"
         for name, (before, after) in figures.items()
         if before is not None and after is not None
         if (after - before if name == "log loss" else before - after) >= _NOTICEABLE
     ]
-    if not worse:
-        return []
-    return [
-        f"The new probe is worse on these texts than the old one: {'; '.join(worse)}. Keep the old "
-        "one, or label more texts."
-    ]
+    if worse:
+        warn(
+            f"The new probe is worse on these texts than the old one: {'; '.join(worse)}. Keep the "
+            "old one, or label more texts."
+        )
 
 
 def _follow_rule(probe: "Probe", rule: ThresholdRule) -> Recalibrated:
@@ -251,7 +246,8 @@ def _follow_rule(probe: "Probe", rule: ThresholdRule) -> Recalibrated:
     thresholds = probe.card.background.quiet_thresholds(alone, probe.calibration, rule)
     positives = {label: curve.positives for label, curve in curves.items()}
     texts = max(curve.positives + curve.negatives for curve in curves.values())
-    doubts = threshold_doubts(probe.task, positives, texts, rule)
+    warn_of_few_texts(probe.task, positives, texts, rule)
     entry = Recalibration(date=_today(), what=f"thresholds for {rule}")
     recorded = _recorded(probe, rule, alone, entry, thresholds=thresholds)
-    return Recalibrated(recorded, None, (*doubts, *_fit_warnings(probe)))
+    _warn_of_judge_fit(probe)
+    return Recalibrated(recorded, None)

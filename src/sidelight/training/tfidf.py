@@ -12,7 +12,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline, make_union
 
 from sidelight.data.examples import LabelledExamples
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, warn
 from sidelight.training.measuring import Calibrated, calibrate_examples
 from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import FitOptions
@@ -116,12 +116,12 @@ def measure_baseline(dataset: ProbeDataset, options: FitOptions) -> Calibrated:
     )
 
 
-def baseline_warnings(
+def warn_of_better_words(
     losses: Float[np.ndarray, " text"],
     of_words: Float[np.ndarray, " text"],
     examples: LabelledExamples,
-) -> list[str]:
-    """A warning if TF-IDF's loss is clearly below that of the probe.
+) -> None:
+    """Warn if TF-IDF's loss is clearly below that of the probe.
 
     Args:
         losses: Log loss of each left-out text by the probe.
@@ -131,9 +131,9 @@ def baseline_warnings(
     lost = losses - of_words
     is_clear = lost.mean() > _CLEAR * lost.std() / np.sqrt(len(lost))
     if not is_clear or examples.label_counts.min() < _ENOUGH_TEXTS:
-        return []
-    return [
+        return
+    warn(
         "The words alone (TF-IDF) predict left-out texts better than the probe: a log loss of "
         f"{of_words.mean():.3f} against {losses.mean():.3f}. Add texts, or try another model "
         "(--model)."
-    ]
+    )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from sidelight.errors import warn
 from sidelight.statistics.background import Conversations, Detections, Traffic, flags_of
 from sidelight.statistics.metrics import wilson
 from sidelight.statistics.thresholds import OperatingCurve, ThresholdRule
@@ -97,13 +98,13 @@ def _measure_surroundings(
     return surroundings
 
 
-def traffic_warnings(
+def warn_of_traffic(
     traffic: Traffic,
     curves: Mapping[str, OperatingCurve],
     thresholds: Sequence[float],
     rule: ThresholdRule,
-) -> list[str]:
-    """Warnings where ordinary traffic and the labelled texts ask for different thresholds.
+) -> None:
+    """Warn where ordinary traffic and the labelled texts ask for different thresholds.
 
     Args:
         traffic: Figures at these thresholds.
@@ -116,7 +117,6 @@ def traffic_warnings(
         "you accept (--threshold fpr=0.05), or train without it if no other texts will come "
         "(--background none)."
     )
-    doubts: list[str] = []
     # False alarms among labelled texts, then among ordinary conversations; and how many there are.
     alarms: list[int] = []
     sizes: list[int] = []
@@ -126,22 +126,21 @@ def traffic_warnings(
         alarms.append(false_alarms)
         sizes.append(max(1, curve.negatives))
         if hits_alone - hits > _COSTLY * curve.positives:
-            doubts.append(
+            warn(
                 f"The threshold that lets ordinary traffic pass finds {hits} of {curve.positives} "
                 f"texts that are '{label}', that of the texts alone {hits_alone}. {remedy}"
             )
     if not alarms:
-        return doubts
+        return
     counts = np.array([*sizes, max(1, len(traffic.background))])
     rates = np.array([*alarms, traffic.flagged]) / counts
     lowest, highest = wilson(rates, counts)
     # Beyond what chance explains on either side.
     if lowest[-1] > highest[:-1].max():
-        doubts.append(
+        warn(
             f"It flags {rates[-1]:.1%} of ordinary conversations, but {rates[:-1].max():.1%} of "
             f"the labelled texts that it should let pass. {remedy}"
         )
-    return doubts
 
 
 def conversations_of(contexts: "Sequence[Context]") -> Int[np.ndarray, " conversation"]:

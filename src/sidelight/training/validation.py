@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Int
 
 from sidelight.data.examples import Example, LabelledExamples, validation_share
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, warn
 from sidelight.probes.card import ProbeCard
 from sidelight.statistics.calibration import require_calibratable, suggested_calibration
-from sidelight.statistics.thresholds import require_thresholds, threshold_doubts
+from sidelight.statistics.thresholds import require_thresholds, warn_of_few_texts
 from sidelight.training.settings import FEW_TEXTS, FitOptions
 
 Folds = tuple[Int[np.ndarray, " _"], ...]
@@ -23,12 +23,11 @@ _ROUGH_BELOW = 10
 
 def choose_validation(
     training: LabelledExamples, validation: LabelledExamples | None, options: FitOptions
-) -> tuple[LabelledExamples, LabelledExamples, Folds, list[str]]:
+) -> tuple[LabelledExamples, LabelledExamples, Folds]:
     """Chooses validation texts where none are given. Needs no model.
 
     Returns:
-        The texts that train, those that validate, the folds if both are the same texts, and what is
-        doubtful about them, one sentence each.
+        The texts that train, those that validate, and the folds if both are the same texts.
 
     Raises:
         SidelightError: The texts do not allow a choice or a calibration, or their labels what the
@@ -38,37 +37,34 @@ def choose_validation(
     options.with_none(training.task)
     options.resolved_for(training)
     folds: Folds = ()
-    warnings = [*training.warnings]
-    if validation is not None:
-        warnings += validation.warnings
-    elif folds := choose_folds(training):
-        validation = training
-        warnings += training.grouping_warnings()
-    else:
-        training, validation, doubts = _hold_out(training)
-        warnings += doubts
+    if validation is None:
+        if folds := choose_folds(training):
+            validation = training
+            training.warn_of_near_duplicates()
+        else:
+            training, validation = _hold_out(training)
     require_same_task(training, validation)
     task = training.task
     kind = options.calibration or suggested_calibration(task)
     require_calibratable(kind, validation.labels, task)
     counts = validation.count_by_label
-    doubts: list[str] = []
     # A rule for spans counts words.
-    if training.spans is None:
-        doubts = threshold_doubts(task, counts, len(validation), options.threshold)
+    is_few = training.spans is None and warn_of_few_texts(
+        task, counts, len(validation), options.threshold
+    )
     rarest, texts = min(counts.items(), key=lambda count: count[1])
-    if texts < _ROUGH_BELOW and not doubts:
-        doubts = [
+    if texts < _ROUGH_BELOW and not is_few:
+        warn(
             f"Of the rarest class, '{rarest}', validation has few texts ({texts}): calibration and "
             "the validation figures are rough. More labelled texts of it would help most."
-        ]
-    return training, validation, folds, [*warnings, *doubts]
+        )
+    return training, validation, folds
 
 
 def _hold_out(
     examples: LabelledExamples,
-) -> tuple[LabelledExamples, LabelledExamples, list[str]]:
-    """A part to train on, one to validate on, and why few texts are not cross-fitted."""
+) -> tuple[LabelledExamples, LabelledExamples]:
+    """A part to train on, and one to validate on; warns why few texts are not cross-fitted."""
     is_binary = examples.task.kind == "binary"
     counts = examples.count_by_label
     if len(examples) < 2 * FOLDS or (is_binary and min(counts.values()) < FOLDS):
@@ -78,10 +74,9 @@ def _hold_out(
             f"each label and {2 * FOLDS} in all, better a hundred, or name others to validate on "
             "(--validation, validation=)."
         )
-    warnings: list[str] = []
     if len(examples) < FEW_TEXTS and examples.spans is None:
         label, fewest = min(counts.items(), key=lambda count: count[1])
-        warnings.append(
+        warn(
             f"Cross-fitting needs {FOLDS} distinct texts per label; '{label}' has "
             f"{fewest}, or some of them are equal. Instead, "
             f"{validation_share(len(examples)):.0%} of the texts were held out for validation. Add "
@@ -94,7 +89,7 @@ def _hold_out(
             f"{examples.distinct} in all, and equal texts stay together. Give {FOLDS} or more of "
             "each label, or others to validate on (--validation, validation=)."
         )
-    return training, validation, [*warnings, *training.warnings]
+    return training, validation
 
 
 def choose_folds(examples: LabelledExamples) -> Folds:
@@ -162,8 +157,9 @@ def require_side(card: ProbeCard, examples: Sequence[Example]) -> None:
         )
 
 
-def shared_texts(training: LabelledExamples, validation: LabelledExamples) -> list[str]:
-    """A warning if texts, with the same response if any, are on both sides."""
+def warn_of_shared_texts(training: LabelledExamples, validation: LabelledExamples) -> None:
+    """Warn if texts, with the same response if any, are on both sides."""
     seen = {(item.text, item.response) for item in training.items}
     shared = sum((item.text, item.response) in seen for item in validation.items)
-    return [f"{shared} validation texts are also training texts."] if shared else []
+    if shared:
+        warn(f"{shared} validation texts are also training texts.")

@@ -6,7 +6,9 @@ the hub's columns, as one saved from there does. This module knows texts, not to
 """
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from sidelight.data.examples import LabelledExamples, validation_share
 from sidelight.data.labels import is_missing, truth_value
 from sidelight.data.loading import OnMissingLabel, load_examples
 from sidelight.data.readers import is_readable, read_file
-from sidelight.errors import SidelightError, did_you_mean
+from sidelight.errors import SidelightError, SidelightWarning, did_you_mean
 from sidelight.types import Task
 
 _VARIABLE = "SIDELIGHT_DATA"
@@ -199,6 +201,7 @@ def load_data_set(name: str, *, root: Path | None = None) -> DataSet:
 
 def _load(entry: Published, folder: Path | None) -> DataSet:
     """The data set from its local folder, or from the hub where the folder is None."""
+    notes: list[str] = []
 
     def read(split: str, task: Task | None = None) -> LabelledExamples:
         local, hub = zip(entry.text, entry.label, strict=True)
@@ -208,19 +211,21 @@ def _load(entry: Published, folder: Path | None) -> DataSet:
             # Reads the file twice: cheap beside a forward pass over its texts.
             columns = {column for row in read_file(source) for column in row.cells}
             text, label = hub if columns.issuperset(hub) > columns.issuperset(local) else local
-        return load_examples(
-            source,
-            text=text,
-            label=label,
-            split=split if folder is None else None,
-            positive=entry.positive if task is None else None,
-            task=task,
-            on_missing_label=entry.on_missing_label,
-        )
+        with _noted(notes, split):
+            return load_examples(
+                source,
+                text=text,
+                label=label,
+                split=split if folder is None else None,
+                positive=entry.positive if task is None else None,
+                task=task,
+                on_missing_label=entry.on_missing_label,
+            )
 
     training = read("train")
     validation = read("validation", training.task) if "validation" in entry.rows else None
-    return _assemble(training, validation, read("test", training.task), entry.title, entry)
+    test = read("test", training.task)
+    return _assemble(training, validation, test, entry.title, notes, entry)
 
 
 def _split_file(folder: Path, split: str) -> Path:
@@ -261,14 +266,31 @@ def from_files(
         SidelightError: A file is absent or malformed, or has a label that training lacks.
     """
     path = Path(training).expanduser()
-    learned = load_examples(path, text=text, label=label, positive=positive)
+    notes: list[str] = []
+    with _noted(notes, "train"):
+        learned = load_examples(path, text=text, label=label, positive=positive)
 
-    def read(file: str | Path) -> LabelledExamples:
-        return load_examples(Path(file).expanduser(), text=text, label=label, task=learned.task)
+    def read(file: str | Path, split: str) -> LabelledExamples:
+        with _noted(notes, split):
+            return load_examples(Path(file).expanduser(), text=text, label=label, task=learned.task)
 
     own, other = (Path(file).name.partition(".")[0] for file in (training, test))
-    held_out = None if validation is None else read(validation)
-    return _assemble(learned, held_out, read(test), f"{own}, tested on {other}")
+    held_out = None if validation is None else read(validation, "validation")
+    title = f"{own}, tested on {other}"
+    return _assemble(learned, held_out, read(test, "test"), title, notes)
+
+
+@contextmanager
+def _noted(notes: list[str], split: str) -> Generator[None]:
+    """Warnings about a split as notes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SidelightWarning)
+        yield
+    for each in caught:
+        if issubclass(each.category, SidelightWarning):
+            notes.append(f"The {split} split: {each.message}")
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def _assemble(
@@ -276,11 +298,11 @@ def _assemble(
     validation: LabelledExamples | None,
     test: LabelledExamples,
     title: str,
+    notes: list[str],
     entry: Published | None = None,
 ) -> DataSet:
-    """The splits as a data set, with notes on them."""
+    """The splits as a data set, with notes on them beside those of reading."""
     splits = {"train": training, "validation": validation, "test": test}
-    notes: list[str] = []
     for split, examples in splits.items():
         if examples is None:
             continue
@@ -288,7 +310,6 @@ def _assemble(
         official = entry.rows[split] if entry else rows
         if rows != official:
             notes.append(f"The {split} split has {rows:,} rows; the official one has {official:,}.")
-        notes += [f"The {split} split: {warning}" for warning in examples.warnings]
     shared = overlap_notes(training, test)
     if validation is None:
         share = validation_share(len(training))

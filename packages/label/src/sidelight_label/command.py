@@ -151,8 +151,7 @@ def label(
             "Rename it."
         )
     if limit is not None:
-        chosen = examples.select(examples.draw(limit, seed=0))
-        examples = replace(chosen, warnings=examples.warnings)
+        examples = examples.select(examples.draw(limit, seed=0))
     import uvicorn
 
     from sidelight.models.conversation import Reads
@@ -198,9 +197,7 @@ def label(
         labelled = None
         if path.stat().st_size:
             labelled = load_examples(path, text=text, label=label, response=response, task=task)
-            options.warn(f"{path.name}: {warning}" for warning in labelled.warnings)
         pool_examples, decided = merged(examples, labelled)
-        options.warn(pool_examples.warnings)
         if settings is not None and labelled is not None:
             people = [n for n, row in enumerate(labelled.rows) if not is_judged(row)]
             decided = merged(pool_examples, labelled.select(people))[1]

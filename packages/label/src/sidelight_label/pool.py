@@ -18,7 +18,7 @@ from torch import Tensor
 from sidelight.data.annotators import LABELLED, JudgeLabel
 from sidelight.data.evaluation import Report
 from sidelight.data.examples import Example, Examples, LabelledExamples
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, warn
 from sidelight.models.smollm2 import cache_root
 from sidelight.probes.card import ProbeCard, TrainingRecord
 from sidelight.probes.mechanisms.base import Geometry, mechanism_spec
@@ -255,19 +255,18 @@ def merged(
     """Each distinct text once, and those that are labelled with their labels.
 
     Labelled texts that are not among ``texts`` follow them. Of a text that was labelled twice, the
-    later labels count. Warnings say how many texts are equal to others.
+    later labels count. Warns how many texts are equal to others.
     """
     distinct: dict[object, tuple[Example, Mapping[str, Any]]] = {}
     for part in [texts] if labelled is None else [texts, labelled]:
         for item, row in zip(part.items, part.rows, strict=True):
             distinct.setdefault((item.messages, item.response), (item, row))
-    warnings = texts.warnings
     if repeated := len(texts) - len({(item.messages, item.response) for item in texts.items}):
-        warnings += (f"{repeated} of {len(texts)} texts repeat others: each is shown once.",)
+        warn(f"{repeated} of {len(texts)} texts repeat others: each is shown once.")
     items, rows = (tuple(values) for values in zip(*distinct.values(), strict=True))
     decided: dict[int, Labels] = {}
     if labelled is not None:
         numbers = {key: number for number, key in enumerate(distinct)}
         for item, labels in zip(labelled.items, labelled.labels.tolist(), strict=True):
             decided[numbers[item.messages, item.response]] = labels
-    return Examples(items, rows, warnings=warnings), decided
+    return Examples(items, rows), decided

@@ -172,7 +172,7 @@ class Texts:
         shown = background.select(
             row for row, turns in enumerate(background.conversations) if turns not in unseen
         )
-        conversations = choose_conversations(left_out, texts)[0].conversations
+        conversations = choose_conversations(left_out, texts).conversations
         items = map(_answered if reads_answers else Example, conversations)
         kept = tuple(item for item in items if item is not None)[:_CONVERSATIONS]
         negative = np.zeros(len(kept), np.int64)

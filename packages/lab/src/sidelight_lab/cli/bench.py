@@ -215,7 +215,6 @@ def bench_spans(
     tested = load_examples(
         test, text=inputs.text, response=inputs.response, spans=spans, task=training.task
     )
-    options.warn((*training.warnings, *validation.warnings, *tested.warnings))
     with tempfile.TemporaryDirectory(dir=inputs.cache) as scratch:
         kept = given.cache_root or cache_root() / "activations"
         record = compare_spans(

@@ -125,7 +125,6 @@ def redteam(
         chosen = [name for name in chosen if name != SEARCH]
     attacked = load_probe(probe)
     thresholds = flagging_thresholds(attacked, labels=flag or (), threshold=threshold)
-    options.warn(examples.warnings)
     flags = ", ".join(f"{label} from {least:.3f}" for label, least in thresholds.items())
     routes: list[dict[str, Any]] = []
     with ExitStack() as stack:

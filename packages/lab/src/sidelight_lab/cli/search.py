@@ -14,7 +14,7 @@ import click
 
 from sidelight.cli import options
 from sidelight.cli.runtime import Runtime
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, warnings_ignored
 from sidelight.storage import write_json, write_text
 from sidelight_lab.cli.options import names
 
@@ -79,14 +79,14 @@ def search(
 
     # Trials are scored as they are; training chooses the calibration.
     fit_options = replace(inputs.fit_options(), calibration="none")
-    choose_validation(training, validation, fit_options)
+    with warnings_ignored():
+        choose_validation(training, validation, fit_options)
     from sidelight.training.preparing import prepare
     from sidelight_lab.search import best_of, search_settings
 
     with fit_options.own_states(out.resolve()) as states:
         run_options = replace(fit_options, cache_root=states)
         dataset = prepare(runtime.load_transformers(), training, validation, options=run_options)
-        options.warn(dataset.warnings)
         trials_of: dict[str, tuple[Trial, ...]] = {}
         for name in mechanisms:
             trials_of[name] = search_settings(
