@@ -92,6 +92,7 @@ def plot_deferral(
     axes.set(
         xlabel="texts deferred to the judge (%)",
         ylabel="recall at 1 % false positives",
+        xlim=(-0.2, 110),
         ylim=(0, 1.02),
     )
     axes.legend(loc="lower right")

@@ -401,6 +401,35 @@ def bench_flips(runtime: Runtime, data: str, out: Path, as_json: bool, **given: 
 
 
 @bench.command(
+    "second-stage",
+    epilog=options.examples(
+        "sidelight bench second-stage toxicchat --out results/second-stage",
+        "sidelight bench second-stage xstest --texts 1000 --out results/second-stage",
+    ),
+)
+@click.argument("subject", type=click.Choice(["toxicchat", "xstest"]))
+@click.option("--texts", type=AT_LEAST_TWO, default=400, help="Training texts of a draw.")
+@click.option("--negatives", type=AT_LEAST_TWO, default=800, help="Negative texts of ToxicChat.")
+@click.option("--draws", type=options.AT_LEAST_ONE, default=3, help="Draws of training texts.")
+@options.out
+@options.as_json
+@options.transformers
+def bench_second_stage(runtime: Runtime, out: Path, as_json: bool, **given: Any) -> None:
+    """Measure a probe with a judge behind it, by the share of texts that the judge gets.
+
+    Of toxicchat, the judge is a MiniLM that is fine-tuned on the probe's training texts. Of xstest,
+    it is GPT-4, by its recorded answers: a prompt that it refuses is harmful; the probe learns from
+    the texts of the ready guard harmful. Probes are trained without background traffic. Draws that
+    are done are not repeated; hidden states stay in --out.
+    """
+    from sidelight_lab.bench.second_stage import measure_second_stage
+
+    publish(
+        measure_second_stage(runtime.load_transformers(), out=out, **given), out, as_json=as_json
+    )
+
+
+@bench.command(
     "load",
     epilog=options.examples(
         "sidelight bench load --out load",
@@ -469,6 +498,32 @@ def bench_tools(
 
     classifier = load(probe, dtype=dtype, device=device)
     record = measure_tools(classifier.backbone, classifier.probe, examples)
+    publish(record, out, as_json=as_json)
+
+
+@bench.command(
+    "judge",
+    epilog=options.examples(
+        "sidelight bench judge --out judge", "sidelight bench judge --seconds 0.5 --clients 8"
+    ),
+)
+@click.option("--model", default="smollm2", help="As `sidelight serve` takes it.")
+@click.option("--seconds", type=POSITIVE, default=0.2, help="That the judge takes.")
+@click.option("--rounds", type=AT_LEAST_TWO, default=20, help="Prompts of one client.")
+@click.option("--clients", type=AT_LEAST_TWO, default=64, help="Clients at once, after that.")
+@click.option("--max-tokens", type=AT_LEAST_TWO, default=8, help="Tokens of an answer.")
+@_record
+def bench_judge(model: str, out: Path | None, as_json: bool, **given: Any) -> None:
+    """Time the first token of prompts that are deferred to a judge of a fixed speed.
+
+    Each prompt is deferred and passes. It is compared with the slower of both: the first token of a
+    server with the same probe and no rule, and the moment at which the judge has answered.
+    """
+    from sidelight.engines.transformers.backbone import load_backbone
+    from sidelight_lab.bench.judge import measure_judge
+
+    with tempfile.TemporaryDirectory() as scratch:
+        record = measure_judge(load_backbone(model), Path(scratch), model=model, **given)
     publish(record, out, as_json=as_json)
 
 
