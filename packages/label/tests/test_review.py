@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import uvicorn
@@ -303,6 +304,15 @@ def test_a_criterion_replaces_the_one_that_a_judges_file_names(tmp_path):
         read_judge(tmp_path / "judge.toml")
     mine = read_judge(tmp_path / "judge.toml", "Mine.")
     assert mine.criterion == "Mine."
+
+
+def test_the_judges_of_the_page_are_judges(tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "from-a-rule.md").read_text()
+    shown = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    for text in shown:
+        (tmp_path / "judge.toml").write_text(text)
+        assert read_judge(tmp_path / "judge.toml", "A rule.").kind == "chat"
+    assert len(shown) == 2
 
 
 def test_the_command_refuses_a_judge_at_once(tmp_path, monkeypatch, capsys):

@@ -129,7 +129,7 @@ async def _ask(
     async def ask(question: Question, *, most_in_a_row: int = _MOST_IN_A_ROW) -> None:
         nonlocal in_a_row
         try:
-            answer = await _within_budget(client, question)
+            answer = await within_budget(client, question)
         except JudgeError as error:
             failures[error.reason] += 1
             # A text that is too long says nothing of the judge.
@@ -162,7 +162,7 @@ async def _ask(
     return failures
 
 
-async def _within_budget(client: JudgeClient, question: Question) -> JudgeAnswer:
+async def within_budget(client: JudgeClient, question: Question) -> JudgeAnswer:
     """The answer, once the judge's budget allows the question."""
     while True:
         try:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sidelight.data.examples import Example
 from sidelight.errors import SidelightError
+from sidelight.judges.answers import within_budget
 from sidelight.judges.client import JudgeClient
 from sidelight.judges.profiles import PROFILES
 from sidelight.judges.question import JudgeError, Question
@@ -248,7 +249,7 @@ async def _ask_all(
         nonlocal failures
         for row, question in waiting:
             try:
-                answer: float | JudgeError = await _answer(client, question)
+                answer: float | JudgeError = (await within_budget(client, question)).probability
             except JudgeError as error:
                 answer = error
             heard(row, answer)
@@ -276,13 +277,3 @@ def no_answer(texts: str, last: JudgeError) -> SidelightError:
         f"The judge gave no answer to {texts}. The last time: {last} Check it and ask again: what "
         "it answered is kept."
     )
-
-
-async def _answer(client: JudgeClient, question: Question) -> float:
-    while True:
-        try:
-            return (await client.ask(question)).probability
-        except JudgeError as error:
-            if error.reason != "budget":
-                raise
-        await asyncio.sleep(60 / client.settings.budget_per_minute)
