@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sidelight.data.loading import load_examples
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.engines.transformers.engine import TransformersEngine
+from sidelight.policy.rules import Policy, Rule, read_policy
 from sidelight_vllm import ENVIRONMENT
 from worlds.data import documented_table
-from worlds.models import three_probes
-from worlds.servers import http_client, served
+from worlds.models import three_probes, untrained_probe
+from worlds.servers import http_client, in_process, served
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ROOT = EXAMPLES.parent
@@ -85,6 +87,58 @@ def test_the_values_for_kubernetes_name_what_the_plugin_reads():
     assert all(path.startswith(mount["mountPath"] + "/") for path in paths)
 
 
+def test_garak_reads_an_answer_of_the_server_and_skips_a_refusal(tiny):
+    target = json.loads((EXAMPLES / "garak/sidelight.json").read_text())["rest"]["RestGenerator"]
+    words = json.dumps(target["req_template_json_object"]).replace("$INPUT", "Where is my refund?")
+    path = target["uri"].removeprefix("http://127.0.0.1:8000")
+    assert target["response_json_field"] == "$.choices[0].message.content"
+    for mode, status in (("flag", 200), ("block", 400)):
+        policy = Policy(input={"toxicity": Rule(mode, threshold=0.0)})
+        engine = TransformersEngine(tiny, [untrained_probe(tiny, "toxicity")], model=MODEL)
+        with in_process(engine, policy=policy) as http:
+            answer = http.post(path, content=words, headers=target["headers"])
+        assert answer.status_code == status
+        if mode == "flag":
+            assert isinstance(answer.json()["choices"][0]["message"]["content"], str)
+        else:
+            assert target["skip_codes"] == [answer.status_code]
+    read_policy(EXAMPLES / "garak/policy.toml")
+
+
+@pytest.mark.slow
+def test_blocked_prompts_of_a_report_of_garak_are_counted_by_probe(tmp_path, monkeypatch, capsys):
+    def attempt(probe, text, output, score, status=2):
+        turn = {"role": "user", "content": {"text": text}}
+        return {
+            "entry_type": "attempt",
+            "status": status,
+            "probe_classname": probe,
+            "prompt": {"turns": [turn]},
+            "outputs": [output and {"text": output}],
+            "detector_results": {"a detector": [score]},
+        }
+
+    training = load_examples("guard:injection").items[0].text
+    lines = [
+        {"entry_type": "init"},
+        attempt("a.Probe", "x", "unread", None, status=1),
+        attempt("a.Probe", training, None, None),
+        attempt("a.Probe", "A question about trains", "an answer", 1.0),
+        attempt("b.Probe", "A question about ships", "an answer", 0.0),
+    ]
+    report = tmp_path / "a.report.jsonl"
+    report.write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr("sys.argv", ["blocked.py", str(report)])
+    runpy.run_path(str(EXAMPLES / "garak/blocked.py"))
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split("|")[1:3] for row in rows] == [
+        [" `a.Probe` ", " 1 of 2 (9% to 91%) "],
+        [" `b.Probe` ", " 0 of 1 (0% to 79%) "],
+        [" all ", " 1 of 3 (6% to 79%) "],
+    ]
+    assert [row.split("|")[3:5] for row in rows] == [[" 1 ", " 1 "], [" 0 ", " 0 "], [" 1 ", " 1 "]]
+
+
 def test_the_route_of_kubernetes_is_that_of_envoy_to_a_port_of_the_service():
     route = yaml.safe_load((EXAMPLES / "gateway_api.yaml").read_text())
     (rule,) = route["spec"]["rules"]
@@ -115,7 +169,7 @@ def test_a_lane_runs_each_example_that_the_table_of_integrations_says_it_runs():
     for row in documented_table("integrations.md", *columns):
         for path in re.findall(r"\]\(\.\./examples/(.+?)\)", row["example"]):
             named.add(EXAMPLES / path)
-            if row["lane"] == "not run":
+            if row["lane"].startswith("not run"):
                 continue
             lane = row["lane"].removesuffix(", schema only")
             tests = [file for t in lanes[lane].tests for file in (ROOT / t).rglob("*.py")]
