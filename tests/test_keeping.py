@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ import sidelight.training.fit
 import sidelight.training.loop
 import wordings
 from sidelight.data.loading import load_examples
+from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.probes.artifact import load_probe
 from sidelight.probes.mechanisms.base import (
@@ -34,6 +38,7 @@ from sidelight.training.fit import CHECKPOINT, fit
 from sidelight.training.loop import layer_products, train_mechanisms
 from sidelight.training.settings import FitOptions, suggested_settings
 from worlds.data import planted_rows
+from worlds.models import tiny_backbone
 
 QUICK = suggested_settings("readout").changed(learning_rate=3e-2, epochs=4, batch_size=16)
 READOUT = (mechanism_spec("readout"), QUICK)
@@ -278,44 +283,62 @@ def test_a_killed_training_goes_on_after_its_last_epoch_to_the_same_probe(
     assert not [*root.glob("run-*")]
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-@pytest.mark.parametrize("states", ["disk", "stream"])
-def test_a_training_killed_by_a_signal_at_three_moments_ends_with_the_same_probe(
-    tiny, tmp_path, states, all_directions, monkeypatch
-):
-    examples = load_examples(planted_rows("binary", 60))
-    # Several batches, so that some states are on disk when the first signal comes.
-    monkeypatch.setattr(type(tiny), "batch_tokens", 200)
-    root = tmp_path / "killed"
-    expected = fitted(tiny, tmp_path / "whole", examples, states=states)
+# Where a training is killed: the owner of a function, its name, and which call of it.
+MOMENTS = (
+    (TransformersBackbone, "run", 3),  # Reading the texts.
+    (sidelight.training.loop, "save_checkpoint", 2),  # Before the second epoch is saved.
+    (sidelight.training.fit, "save_probe", 1),  # After the last epoch.
+)
 
-    def kill_at(owner, name, moment):
-        """Replace a function that ends the process by SIGKILL when it is called."""
+
+def train_until(moment, root, states, examples, monkeypatch):
+    """Train; with the number of a moment, only until the process is killed there."""
+    monkeypatch.setattr(keeping, "kept_directions", lambda width: width)
+    # Several batches, so that some states are on disk when the first signal comes.
+    monkeypatch.setattr(TransformersBackbone, "batch_tokens", 200)
+    if moment is not None:
+        owner, name, last = MOMENTS[moment]
         calls, called = count(1), getattr(owner, name)
 
         def die(*args, **kwargs):
-            if next(calls) == moment:
+            if next(calls) == last:
                 os.kill(os.getpid(), signal.SIGKILL)
             return called(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, die)
+    return fitted(tiny_backbone(), root, examples, states=states)
 
-    moments = (
-        (type(tiny), "run", 3),  # Reading the texts.
-        (sidelight.training.loop, "save_checkpoint", 2),  # Before the second epoch is saved.
-        (sidelight.training.fit, "save_probe", 1),  # After the last epoch.
-    )
-    for moment in moments:
-        child = os.fork()
-        if not child:
-            try:
-                kill_at(*moment)
-                fitted(tiny, root, examples, states=states)
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    made = fitted(tiny, root, examples, states=states)
+
+# A process of its own, since autograd does not survive a fork.
+KILLED = """
+import sys
+from pathlib import Path
+import pytest, torch
+import test_keeping
+from sidelight.data.loading import load_examples
+from worlds.data import planted_rows
+torch.set_num_threads(1)
+root, states, moment = sys.argv[1:]
+texts = load_examples(planted_rows("binary", 60))
+test_keeping.train_until(int(moment), Path(root), states, texts, pytest.MonkeyPatch())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("states", ["disk", "stream"])
+def test_a_training_killed_by_a_signal_at_three_moments_ends_with_the_same_probe(
+    tmp_path, states, examples, monkeypatch
+):
+    expected = train_until(None, tmp_path / "whole", states, examples, monkeypatch)
+    root = tmp_path / "killed"
+    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    for moment in range(len(MOMENTS)):
+        command = [sys.executable, "-c", KILLED, str(root), states, str(moment)]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        assert len([*root.glob("run-*")]) == 1
+    made = train_until(None, root, states, examples, monkeypatch)
     assert tensors(made.probe) == tensors(expected.probe)
     np.testing.assert_array_equal(made.losses, expected.losses)
     assert not [*root.glob("run-*")]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import wordings
 from sidelight.data.loading import load_examples
 from sidelight.engines.transformers.backbone import load_backbone
 from sidelight.errors import SidelightError
@@ -62,7 +63,7 @@ def test_a_flagged_request_counts_for_the_rule_of_all_turns_alone(tiny):
 
 
 def test_a_probe_that_judges_no_turns_is_refused(tiny):
-    with pytest.raises(SidelightError, match="each turn"):
+    with pytest.raises(SidelightError, match=wordings.JUDGES_NO_TURNS):
         measure_tools(tiny, untrained_probe(tiny, "p"), load_examples(ROWS, task=TOXICITY))
 
 

@@ -99,11 +99,12 @@ def _candidates(
     if options.mechanism is not None:
         specs = [options.mechanism]
     settings = [options.settings or suggested_settings(spec.name) for spec in specs]
+    if not options.early_exit:
+        return [*zip(specs, settings, strict=True)]
     deepest = model.first_layers(settings[0].layers)
-    depths = candidate_depths(deepest) if options.early_exit else [deepest]
     return [
         (spec, replace(own, layers=depth))
-        for depth in depths
+        for depth in candidate_depths(deepest)
         for spec, own in zip(specs, settings, strict=True)
     ]
 
