@@ -362,7 +362,7 @@ def test_half_a_line_of_a_killed_process_spoils_no_answer(judge, kept):
     questions = numbered(3)
     ask_all(judge.settings(), questions[:2], kept, name="judge")
     with kept.path.open("ab") as file:
-        file.write(b'["0123')
+        file.write(b'["4567", NaN]\n["8901", 2]\n["0123')
     again = KeptAnswers.read(kept.path)
     ask_all(judge.settings(), questions, again, name="judge")
     assert len(judge.asked) == 3

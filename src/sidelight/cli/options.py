@@ -132,11 +132,10 @@ def printed_warnings() -> Generator[list[str]]:
             printed.append(sentence)
             click.echo(f"Warning: {sentence}", err=True)
 
-    warnings.showwarning = print_once
-    try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SidelightWarning)
+        warnings.showwarning = print_once
         yield printed
-    finally:
-        warnings.showwarning = show
 
 
 def with_warnings(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,9 +47,11 @@ class KeptAnswers:
             # A process that is killed leaves half a line.
             try:
                 digest, probability = json.loads(line)
-                kept.probabilities[str(digest)] = float(probability)
+                probability = float(probability)
             except (ValueError, TypeError):
                 continue
+            if 0 <= probability <= 1:
+                kept.probabilities[str(digest)] = probability
         return kept
 
     def keep(self, question: Question, probability: float) -> None:
